@@ -1,0 +1,94 @@
+"""Augmentation of a whole batch at once, each picture from its own row of random numbers.
+
+The numbers depend on (seed, epoch, index of the picture) and on nothing else, so the number of workers, the
+batch size and a resume in mid-epoch leave every picture as it would have been.
+
+Legend: B batch, C channels, H height, W width, K random numbers a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+NUM_DRAWS = 8  # columns: shift y, shift x, flip, brightness?, brightness, contrast?, contrast, angle
+Draws = Tensor  # float32 in [0, 1), (B, K)
+
+
+def draws(seed: int, epoch: int, num_pictures: int) -> NDArray[np.float32]:
+    """The table of random numbers of one epoch, (N, K) in [0, 1)."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch << 8 | 1]))
+    return generator.random((num_pictures, NUM_DRAWS), dtype=np.float32)
+
+
+def order(seed: int, epoch: int, num_pictures: int) -> NDArray[np.int64]:
+    """The order of one epoch, a permutation of 0..N-1."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch << 8])).permutation(num_pictures)
+
+
+def shift(x_BCHW: Tensor, u: Draws) -> Tensor:
+    """Pad by an eighth of the side with black and crop at a random place (CIFAR's crop 32, padding 4)."""
+    size = x_BCHW.shape[-1]
+    pad = max(1, size // 8)
+    padded = F.pad(x_BCHW, (pad, pad, pad, pad))
+    top, left = ((u[:, i] * (2 * pad + 1)).long() for i in (0, 1))
+    span = torch.arange(size, device=x_BCHW.device)
+    rows, cols = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
+    batch = torch.arange(len(x_BCHW), device=x_BCHW.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows, cols].permute(0, 3, 1, 2)
+
+
+def flip(x_BCHW: Tensor, u: Draws) -> Tensor:
+    """Mirror left to right with probability 0.5."""
+    return torch.where(u[:, 2, None, None, None] < 0.5, x_BCHW.flip(3), x_BCHW)
+
+
+def jitter(x_BCHW: Tensor, u: Draws) -> Tensor:
+    """Brightness and contrast by up to 10 %, each with probability 0.5, as torchvision defines them for 0..255."""
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=x_BCHW.device).view(1, 3, 1, 1)
+    brightness = torch.where(u[:, 3] < 0.5, 0.9 + 0.2 * u[:, 4], 1.0)[:, None, None, None]
+    contrast = torch.where(u[:, 5] < 0.5, 0.9 + 0.2 * u[:, 6], 1.0)[:, None, None, None]
+    x = (x_BCHW * brightness).clamp(0, 255)
+    grey = (x * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    return (grey + (x - grey) * contrast).clamp(0, 255)
+
+
+def rotate(x_BCHW: Tensor, u: Draws, degrees: float = 15.0) -> Tensor:
+    """Turn by up to `degrees` either way; what comes from outside is black."""
+    angle = (2 * u[:, 7] - 1) * math.radians(degrees)
+    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(theta, list(x_BCHW.shape), align_corners=False)
+    return F.grid_sample(x_BCHW, grid, mode="nearest", align_corners=False)
+
+
+def resized_crop(x_BCHW: Tensor, u: Draws, smallest_area: float = 0.35) -> Tensor:
+    """A random square of 35 to 100 % of the area, scaled back to the full side."""
+    side = torch.sqrt(smallest_area + (1 - smallest_area) * u[:, 3])
+    dy, dx = ((2 * u[:, i] - 1) * (1 - side) for i in (0, 1))
+    zero = torch.zeros_like(side)
+    theta = torch.stack([torch.stack([side, zero, dx], 1), torch.stack([zero, side, dy], 1)], 1)
+    grid = F.affine_grid(theta, list(x_BCHW.shape), align_corners=False)
+    return F.grid_sample(x_BCHW, grid, mode="bilinear", align_corners=False, padding_mode="reflection")
+
+
+PRESETS: dict[str, tuple[Callable[[Tensor, Draws], Tensor], ...]] = {
+    "none": (),
+    "shift": (shift,),
+    "light": (shift, flip),
+    "seed": (shift, jitter, flip, rotate),  # in the order of shared/seed.md
+    "crop": (resized_crop, flip),
+}
+
+
+def augment(x_BCHW: Tensor, preset: str, u: Draws) -> Tensor:
+    """Apply a preset to pictures in 0..255."""
+    for step in PRESETS[preset]:
+        x_BCHW = step(x_BCHW, u)
+    return x_BCHW

@@ -1,0 +1,99 @@
+"""Pictures are decoded once; the result lies in the cache directory as arrays that are memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.data.dataset import Split
+from petune.errors import DataError
+
+ELSEWHERE = "set PETUNE_CACHE to another folder"
+Allocate = Callable[[int, int], NDArray[np.uint8]]
+"""(number of pictures N, side S) to an array (N, S, S, 3) that lies on disk, so it may exceed the memory."""
+
+
+def cache_dir() -> Path:
+    """`PETUNE_CACHE`, or `petune` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("PETUNE_CACHE") or Path(base) / "petune").expanduser()
+
+
+def decoded(key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]], crop: float = 1.0) -> Split:
+    """The split that `decode` makes, decoded now or by an earlier run with the same key.
+
+    Args:
+        key: All that the pixels depend on (files with size and time, size of the pictures, format number).
+        decode: Fills the pictures it allocates (once) and returns their labels, int64 (N,).
+        crop: See `Split`.
+
+    Raises:
+        DataError: The cache directory cannot be written, or is full.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    place = cache_dir() / "decoded" / digest
+    split = _read(place, crop)
+    if split is None:
+        shutil.rmtree(place, ignore_errors=True)  # there only if it is damaged
+        _write(place, key, decode)
+        split = _read(place, crop)
+    if split is None:
+        raise DataError(f"the cache {place} must be readable once written, but is not; {ELSEWHERE}")
+    return split
+
+
+def file_key(path: Path) -> list[Any]:
+    """Name, size and modification time: a file that changes is decoded again."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def _read(place: Path, crop: float) -> Split | None:
+    try:
+        images = np.load(place / "images.npy", mmap_mode="r")
+        labels = np.load(place / "labels.npy")
+    except (OSError, ValueError, EOFError):
+        return None
+    return Split.of(images, labels, crop) if len(images) == len(labels) else None
+
+
+def _write(place: Path, key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]]) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".new-"))
+    except OSError as error:
+        raise DataError(f"the cache {place.parent} cannot be written ({error}); {ELSEWHERE}") from None
+    try:
+        labels = decode(lambda count, side: _allocate(temporary / "images.npy", count, side))
+        np.save(temporary / "labels.npy", labels)
+        (temporary / "key.json").write_text(json.dumps(key, indent=1))
+        os.rename(temporary, place)
+    except OSError as error:
+        if not place.exists():  # otherwise another process was faster, and its arrays are the same
+            raise DataError(f"the cache {place} cannot be written ({error}); {ELSEWHERE}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _allocate(path: Path, count: int, side: int) -> NDArray[np.uint8]:
+    need, have = count * side * side * 3, shutil.disk_usage(path.parent).free
+    # A full disk must be noticed here: writing to a mapped file without room ends the process (SIGBUS).
+    if need > have:
+        raise DataError(
+            f"the decoded pictures need {need:,} bytes in {path.parent.parent}, but only {have:,} are free; "
+            f"make room or {ELSEWHERE}"
+        )
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, side, side, 3))
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

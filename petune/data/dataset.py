@@ -1,0 +1,146 @@
+"""What a dataset is to the rest of petune: uint8 pictures in memory-mapped arrays, labels, class names.
+
+Legend: N pictures, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures and labels of one split.
+
+    Attributes:
+        images: uint8, (N, H, W, 3), usually memory-mapped: index it, do not copy it.
+        labels: int64, (N,), from 0 to the number of classes - 1.
+        rows: int64, (N,), where each picture of this split lies in `images` (a split may share its array).
+        crop: Share of the side that a model gets to see; below 1 where pictures were stored with a margin.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    crop: float = 1.0
+
+    @classmethod
+    def of(cls, images: NDArray[np.uint8], labels: NDArray[np.int64], crop: float = 1.0) -> Split:
+        """A split that holds all of `images`, in order."""
+        return cls(images, labels, np.arange(len(labels)), crop)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the channels in [0, 1], of at most 10,000 pictures, evenly spread."""
+        chosen = self.rows[:: max(1, len(self) // 10_000)]
+        pixels = np.asarray(self.images[chosen]).reshape(-1, 3).astype(np.float32) / 255
+        mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
+        return tuple(round(float(m), 6) for m in mean), tuple(round(max(float(s), 1e-3), 6) for s in std)
+
+    def take(self, positions: NDArray[np.int64]) -> Split:
+        """The split with only these positions, sharing the pictures."""
+        return replace(self, labels=self.labels[positions], rows=self.rows[positions])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits with the same classes.
+
+    Attributes:
+        name: As on the command line, for example `cifar10` or `folder:pets`.
+        classes: Class names in label order.
+        source: Where the pictures were read from, for the record.
+        augment: The preset that suits these pictures.
+        train, val, test: The splits; `val` is empty until `with_val` has cut one.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    source: str
+    augment: str
+    train: Split
+    val: Split
+    test: Split
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def checked(self) -> Dataset:
+        """The dataset itself, once its labels make sense.
+
+        Raises:
+            DataError: Fewer than two classes, a class without training pictures, or a label out of range.
+        """
+        if self.num_classes < 2:
+            raise DataError(f"{self.name} must have at least two classes, but has {list(self.classes)}")
+        for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.num_classes:
+                span = f"{split.labels.min()}..{split.labels.max()}"
+                raise DataError(
+                    f"{self.name}/{part}: labels must lie in 0..{self.num_classes - 1}, not {span}"
+                )
+        empty = np.flatnonzero(np.bincount(self.train.labels, minlength=self.num_classes) == 0)
+        if len(empty):
+            names = ", ".join(self.classes[i] for i in empty[:5])
+            raise DataError(f"{self.name}: every class must have training pictures, but {names} have none")
+        if not len(self.test):
+            raise DataError(
+                f"{self.name} must have test pictures, but has none; a class needs two to give one"
+            )
+        return self
+
+    def with_val(self, fraction: float, seed: int) -> Dataset:
+        """Cut a stratified validation split from train where the dataset brings none.
+
+        Args:
+            fraction: Share of train, strictly between 0 and 1.
+            seed: Decides which pictures; the same seed always cuts the same ones.
+        """
+        if len(self.val):
+            return self
+        held_out = stratified(self.train.labels, fraction, seed)
+        if not held_out.any() or held_out.all():
+            raise ConfigError(
+                f"val_fraction={fraction} of {len(self.train)} training pictures leaves an empty split; "
+                f"{self.num_classes} classes need at least {2 * self.num_classes} pictures"
+            )
+        positions = np.arange(len(self.train))
+        return replace(
+            self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out])
+        )
+
+    def with_train_per_class(self, count: int, seed: int) -> Dataset:
+        """Keep `count` training pictures a class, drawn by `seed` (few-shot)."""
+        smallest = int(np.bincount(self.train.labels, minlength=self.num_classes).min())
+        if count > smallest:
+            raise ConfigError(
+                f"train_per_class must be at most {smallest}, the pictures in the smallest class of {self.name}, "
+                f"but is {count}"
+            )
+        kept = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
+        return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))
+
+
+def stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+    """True for a share of each class, drawn by `seed`: at least one picture, and never a whole class.
+
+    A class of a single picture keeps it, so it has none that is True.
+    """
+    held_out = np.zeros(len(labels), dtype=bool)
+    for order in _shuffled_by_class(labels, seed):
+        count = min(max(1, round(len(order) * fraction)), len(order) - 1)
+        held_out[order[:count]] = True
+    return held_out
+
+
+def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0x5EED]))
+    return [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]

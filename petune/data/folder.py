@@ -1,0 +1,143 @@
+"""Your own pictures: a folder of class folders, with or without train, val and test above them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.data.cache import Allocate, decoded
+from petune.data.dataset import Dataset, Split, stratified
+from petune.data.pictures import EXTENSIONS, decode_pictures
+from petune.errors import DataError
+
+FORMAT = 1
+CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
+TEST_FRACTION = 0.2
+VAL_NAMES = ("val", "valid", "validation")
+
+Files = Mapping[str, list[Path]]
+"""Class name to its pictures, both in order."""
+
+
+def load_folder(path: Path, image_size: int) -> Dataset:
+    """Load PATH/train/CLASS/*, PATH/val/CLASS/*, PATH/test/CLASS/*, or PATH/CLASS/*.
+
+    Without a test folder the val folder is the test split, as in ImageNet, and without either a stratified
+    fifth is cut from train, always the same one. Unless there are both, `Dataset.with_val` cuts val from train.
+
+    Args:
+        path: The folder.
+        image_size: Side in pixels that the pictures will be used at; they are stored with a margin around it.
+
+    Raises:
+        DataError: No pictures, fewer than two classes, an empty class, classes that differ between the splits,
+            or a picture that cannot be decoded (with its path).
+    """
+    found = {part: _files(where) for part, where in _parts(path).items()}
+    _check(path, found)
+    side = math.ceil(image_size / CROP)
+    splits = {part: _decode(path, files, side) for part, files in found.items()}
+    train, none = splits["train"], splits["train"].take(np.arange(0))
+    dataset = Dataset(f"folder:{path}", tuple(found["train"]), str(path), "crop", train, none, none)
+    if "test" in splits:
+        dataset = replace(dataset, val=splits.get("val", none), test=splits["test"])
+    elif "val" in splits:
+        dataset = replace(dataset, test=splits["val"], source=f"{path} (its val folder is the test split)")
+    else:
+        cut = stratified(train.labels, TEST_FRACTION, seed=0)
+        dataset = replace(
+            dataset,
+            train=train.take(np.flatnonzero(~cut)),
+            test=train.take(np.flatnonzero(cut)),
+            source=f"{path} (no test folder: {TEST_FRACTION:.0%} of each class are the test split)",
+        )
+    return dataset.checked()
+
+
+def _parts(path: Path) -> dict[str, Path]:
+    if not path.is_dir():
+        raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
+    train = path / "train"
+    if not _has_folders(train):  # a class may be called train: it then holds pictures only
+        lonely = [name for name in ("test", *VAL_NAMES) if _has_folders(path / name)]
+        if lonely:
+            raise DataError(
+                f"{path} must hold train/CLASS/* beside {lonely[0]}/, but has no class folders in train/; "
+                "add them, or put the class folders directly into it"
+            )
+        return {"train": path}
+    parts = {"train": train, "test": path / "test"}
+    val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
+    if len(val) > 1:
+        names = " and ".join(p.name for p in val)
+        raise DataError(f"{path} must hold one validation folder, but has {names}; merge them")
+    return {part: p for part, p in (parts | {"val": val[0] if val else path / "val"}).items() if p.is_dir()}
+
+
+def _files(where: Path) -> Files:
+    return {folder.name: _pictures(folder) for folder in _visible_folders(where)}
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        shown = [Path(here, name) for name in names if not name.startswith(".")]
+        found += [file for file in shown if file.suffix.lower() in EXTENSIONS]
+    return sorted(found)
+
+
+def _visible_folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _has_folders(path: Path) -> bool:
+    return path.is_dir() and bool(_visible_folders(path))
+
+
+def _check(path: Path, found: Mapping[str, Files]) -> None:
+    if not any(files for part in found.values() for files in part.values()):
+        raise DataError(
+            f"{path} must hold pictures as CLASS/*.jpg or train/CLASS/*.jpg, but has none; check the path "
+            f"(read are {', '.join(sorted(EXTENSIONS))})"
+        )
+    for part, files in found.items():
+        missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))
+        if missing or extra:
+            said = [f"{part} lacks {', '.join(missing[:5])}"] if missing else []
+            said += [f"train lacks {', '.join(extra[:5])}"] if extra else []
+            raise DataError(f"the splits of {path} must have the same classes, but {' and '.join(said)}")
+        empty = [name for name, pictures in files.items() if not pictures]
+        if empty:
+            raise DataError(
+                f"every class folder of {path} must hold a picture, but {part} has none for "
+                f"{', '.join(empty[:5])}; fill or remove it"
+            )
+    if len(found["train"]) < 2:
+        raise DataError(
+            f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}"
+        )
+
+
+def _decode(root: Path, files: Files, side: int) -> Split:
+    paths = [picture for pictures in files.values() for picture in pictures]
+    labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
+    stats = [(p, p.stat()) for p in paths]
+    entries = [[str(p.relative_to(root)), s.st_size, s.st_mtime_ns] for p, s in stats]
+    key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries}
+
+    def decode(allocate: Allocate) -> NDArray[np.int64]:
+        decode_pictures(paths, allocate(len(paths), side))
+        return labels
+
+    return decoded(key, decode, CROP)
+
+
+def _what(path: Path) -> str:
+    return "a file" if path.exists() else "not there"
