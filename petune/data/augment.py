@@ -50,7 +50,7 @@ def flip(x_BCHW: Tensor, u: Draws) -> Tensor:
 
 
 def jitter(x_BCHW: Tensor, u: Draws) -> Tensor:
-    """Brightness and contrast by up to 10 %, each with probability 0.5, as torchvision defines them for 0..255."""
+    """Brightness and contrast by up to 10 %, each with probability 0.5, as torchvision does it."""
     weights = torch.tensor([0.2989, 0.587, 0.114], device=x_BCHW.device).view(1, 3, 1, 1)
     brightness = torch.where(u[:, 3] < 0.5, 0.9 + 0.2 * u[:, 4], 1.0)[:, None, None, None]
     contrast = torch.where(u[:, 5] < 0.5, 0.9 + 0.2 * u[:, 6], 1.0)[:, None, None, None]

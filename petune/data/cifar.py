@@ -112,7 +112,7 @@ def _decode_parquet(paths: list[Path], column: str, allocate: Allocate) -> NDArr
             images[row] = np.asarray(Image.open(io.BytesIO(picture["bytes"])).convert("RGB"))
         except Exception as error:  # Pillow raises a dozen types, and each means that this picture is bad
             raise DataError(
-                f"{paths[0].parent}: picture {row} must be {SIDE}x{SIDE} and whole, but: {error}. Fetch it again"
+                f"{paths[0].parent}: picture {row} must be whole, {SIDE}x{SIDE}, but: {error}. Fetch it again"
             ) from None
     return np.asarray(labels, dtype=np.int64)
 

@@ -38,7 +38,7 @@ class Split:
         return len(self.rows)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the channels in [0, 1], of at most 10,000 pictures, evenly spread."""
+        """Mean and standard deviation of the channels in [0, 1], of at most 10,000 pictures."""
         chosen = self.rows[:: max(1, len(self) // 10_000)]
         pixels = np.asarray(self.images[chosen]).reshape(-1, 3).astype(np.float32) / 255
         mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
@@ -122,8 +122,8 @@ class Dataset:
         smallest = int(np.bincount(self.train.labels, minlength=self.num_classes).min())
         if count > smallest:
             raise ConfigError(
-                f"train_per_class must be at most {smallest}, the pictures in the smallest class of {self.name}, "
-                f"but is {count}"
+                f"train_per_class must be at most {smallest}, since the smallest class of {self.name} has no "
+                f"more pictures, but is {count}"
             )
         kept = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
         return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))

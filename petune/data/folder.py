@@ -29,15 +29,15 @@ def load_folder(path: Path, image_size: int) -> Dataset:
     """Load PATH/train/CLASS/*, PATH/val/CLASS/*, PATH/test/CLASS/*, or PATH/CLASS/*.
 
     Without a test folder the val folder is the test split, as in ImageNet, and without either a stratified
-    fifth is cut from train, always the same one. Unless there are both, `Dataset.with_val` cuts val from train.
+    fifth is cut from train, always the same one. Without both, `Dataset.with_val` cuts val from train.
 
     Args:
         path: The folder.
         image_size: Side in pixels that the pictures will be used at; they are stored with a margin around it.
 
     Raises:
-        DataError: No pictures, fewer than two classes, an empty class, classes that differ between the splits,
-            or a picture that cannot be decoded (with its path).
+        DataError: No pictures, fewer than two classes, an empty class, classes that differ between
+            splits, or a picture that cannot be decoded (with its path).
     """
     found = {part: _files(where) for part, where in _parts(path).items()}
     _check(path, found)

@@ -17,7 +17,9 @@ from petune.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = {f".{end}" for end in "bmp gif jfif jpeg jpg pbm pgm png ppm tif tiff webp".split()}
+EXTENSIONS = frozenset(
+    [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
+)
 CHUNK = 32
 HOLDS_16_BIT = {"PNG", "PPM"}  # where mode "I" means 16 bit; in a TIFF it is 32 bit without a white point
 
