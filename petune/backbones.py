@@ -1,0 +1,234 @@
+"""From a name to a model that is ready to be tuned: aliases, timm names, input size, weights, a fresh head."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from petune.errors import ConfigError, UnknownName
+from petune.weights import Weights, bundled, hub_overlay, load_into, read_weights
+
+HeadKind = Literal["linear", "bn_linear"]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name: a timm model, what is set on it, and what `--weights default` means for it."""
+
+    timm_name: str
+    options: dict[str, Any]
+    default_weights: str
+    about: str
+
+
+def _augreg(size: str, millions: int) -> Alias:
+    name = f"vit_{size}_patch16_224.augreg_in21k"
+    return Alias(name, {}, "hub", f"ViT-{size.title()}/16 at 224, ImageNet-21k (AugReg), {millions} M")
+
+
+_NANO = {"img_size": 32, "patch_size": 4, "depth": 6}
+_SEED = {"img_size": 32, "patch_size": 3, "qkv_bias": False, "norm_eps": 1e-5}
+ALIASES = {
+    "vit_nano": Alias("vit_tiny_patch16_224", _NANO, "cifar100", "width 192, 6 blocks, 32×32, patch 4, 2.7 M"),
+    "vit_tiny": _augreg("tiny", 6),
+    "vit_small": _augreg("small", 22),
+    "vit_base": _augreg("base", 86),
+    "vit_large": _augreg("large", 304),
+    "vit_seed": Alias("vit_base_patch16_224", _SEED, "none given", "the seed study's ViT-B, 32×32, patch 3, 86 M"),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model with a fresh head, and how it came to be.
+
+    Attributes:
+        model: On the CPU, in eval mode.
+        name: As asked for.
+        full_name: The timm name with its tag, and the options set on it.
+        weights: Where the weights came from (`none` where they are random by request).
+        image_size: Side of the square input, in pixels.
+        mean, std: Of the input's channels; None where no weights say it.
+    """
+
+    model: nn.Module
+    name: str
+    full_name: str
+    weights: str
+    image_size: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+
+def create_backbone(
+    name: str,
+    *,
+    weights: str = "default",
+    num_classes: int,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    options: dict[str, Any] | None = None,
+    head: HeadKind = "linear",
+    seed: int = 0,
+    keep_head_of: tuple[str, ...] | None = None,
+) -> Backbone:
+    """Build a backbone.
+
+    Args:
+        name: An alias or any timm name, with or without tag.
+        weights: `default`, `none`, `cifar100`, or a path.
+        num_classes: Of the fresh head.
+        image_size: Side of the input; None is the model's own. Pretrained position embeddings are resampled.
+        patch_size: None is the model's own. Pretrained patch embeddings are resampled.
+        options: Further arguments of the timm model, as `drop_path_rate`.
+        head: `bn_linear` puts BatchNorm without affine before the linear layer (AdaptFormer's authors).
+        seed: Of all random initialisation.
+        keep_head_of: Load the file's head too if it was trained on exactly these classes.
+
+    Raises:
+        UnknownName: No alias and no timm model of that name.
+        WeightsUnavailable: Weights were asked for and cannot be had.
+        ConfigError: The model does not take these options.
+    """
+    alias = ALIASES.get(name) or _timm_alias(name)
+    asked = {"img_size": image_size, "patch_size": patch_size}
+    settings = alias.options | {k: v for k, v in asked.items() if v is not None} | (options or {})
+    source = alias.default_weights if weights == "default" else weights
+    file = _weights_file(name, source)
+    overlay = _hub_overlay(name, alias) if source == "hub" else None
+    model = _create(alias.timm_name, settings, overlay, num_classes, seed)
+    set_head(model, num_classes, head, seed)
+    mean, std = (_pretrained_statistics(model) if overlay is not None else None) or (None, None)
+    if file is not None:
+        kept = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
+        load_into(model, file, set() if kept else _head_keys(model))
+        mean, std = file.info.get("mean"), file.info.get("std")
+    return Backbone(
+        model.eval(),
+        name,
+        alias.timm_name + "".join(f",{k}={v}" for k, v in sorted(settings.items())),
+        file.source if file else alias.timm_name if overlay is not None else "none",
+        _image_size(model),
+        tuple(mean) if mean else None,
+        tuple(std) if std else None,
+    )
+
+
+def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed: int = 0) -> None:
+    """Give a timm model the head that every method of a comparison gets: trunc_normal(0.01), zero bias."""
+    if model.num_classes != num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    heads = model.get_classifier()  # type: ignore[operator]
+    for linear in heads if isinstance(heads, tuple) else (heads,):  # distilled models have two
+        if not isinstance(linear, nn.Linear):
+            raise ConfigError(f"the classifier must be a linear layer, but is {type(linear).__name__}")
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+        if kind == "bn_linear":
+            path = next(n for n, m in model.named_modules() if m is linear)
+            norm = nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6)
+            model.set_submodule(path, nn.Sequential(norm, linear))
+
+
+def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> int:
+    """Side of the input in pixels, known without building the model."""
+    import timm
+
+    if image_size is not None:
+        return image_size
+    alias = ALIASES.get(name) or _timm_alias(name)
+    settings = alias.options | options
+    if "img_size" in settings:
+        return int(settings["img_size"])
+    config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
+    return int(config.input_size[-1]) if config is not None else 224
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """timm's names that match a wildcard, tags included."""
+    import timm
+
+    names: list[str] = timm.list_models(pattern, pretrained=True)
+    return names
+
+
+def _timm_alias(name: str) -> Alias:
+    import timm
+
+    if not timm.is_model(name):
+        known = [*ALIASES, *timm.list_models()]
+        raise UnknownName("backbone", name, known, "`petune backbones 'vit*'` lists them")
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    tag = f".{config.tag}" if config is not None and config.tag and "." not in name else ""
+    return Alias(name + tag, {}, "hub", "")
+
+
+def _weights_file(name: str, source: str) -> Weights | None:
+    if source in {"none", "hub"}:
+        return None
+    if source == "none given":
+        from petune.errors import WeightsUnavailable
+
+        raise WeightsUnavailable(f"{name} has no pretrained weights; give --weights PATH, or --weights none")
+    return read_weights(bundled(source) or Path(source))
+
+
+def _hub_overlay(name: str, alias: Alias) -> dict[str, Any]:
+    import timm
+    from timm.models import PretrainedCfg
+
+    config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False) or PretrainedCfg()
+    return hub_overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
+
+
+def _create(
+    timm_name: str, settings: dict[str, Any], overlay: dict[str, Any] | None, num_classes: int, seed: int
+) -> nn.Module:
+    import timm
+
+    settings = dict(settings)
+    if "norm_eps" in settings:
+        settings["norm_layer"] = functools.partial(nn.LayerNorm, eps=settings.pop("norm_eps"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = timm.create_model(
+                timm_name,
+                pretrained=overlay is not None,
+                pretrained_cfg_overlay=overlay or None,
+                num_classes=num_classes,
+                **settings,
+            )
+        except (TypeError, AssertionError, ValueError, AttributeError) as error:
+            shown = ", ".join(f"{k}={v}" for k, v in settings.items())
+            raise ConfigError(f"timm's {timm_name} cannot be built with {shown or 'no options'}: {error}") from None
+    return model
+
+
+def _head_keys(model: nn.Module) -> set[str]:
+    heads = model.get_classifier()  # type: ignore[operator]
+    modules = {id(m) for h in (heads if isinstance(heads, tuple) else (heads,)) for m in h.modules()}
+    owned = [n for n, m in model.named_modules() if id(m) in modules]
+    return {key for key in model.state_dict() if any(key.startswith(f"{n}.") for n in owned)}
+
+
+def _pretrained_statistics(model: nn.Module) -> Statistics | None:
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return (tuple(config["mean"]), tuple(config["std"])) if config else None
+
+
+def _image_size(model: nn.Module) -> int:
+    from petune.anatomy import find_sites
+
+    size = find_sites(model).input_size
+    if size[-1] != size[-2]:
+        raise ConfigError(f"the input must be square, but is {size[-2]}×{size[-1]}; give --image-size")
+    return int(size[-1])

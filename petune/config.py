@@ -1,0 +1,132 @@
+"""Typed configuration: frozen pydantic models, YAML in and out, `a.b=c` overrides, all problems in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from petune.errors import ConfigError, near_names
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, unknown keys forbidden, numbers never read from other types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """Validate `values`.
+
+        Args:
+            values: Plain data, as read from YAML or the command line.
+            source: Where the values come from, for the message.
+
+        Raises:
+            ConfigError: With every problem and the near names of unknown keys.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(_explain(error, cls, source)) from None
+
+    def to_yaml(self) -> str:
+        """The complete configuration, defaults included, as YAML that `from_yaml` reads back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with `safe_load` (no objects, no code).
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping (key: value lines), but holds a {type(data).__name__}")
+    return data
+
+
+def parse_value(text: str) -> Any:
+    """Read one override value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; people mean a number
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Read `key=value,key=value`, as in `vpt:deep=false,num_prompts=10`.
+
+    Raises:
+        ConfigError: An item has no `=` or no key.
+    """
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"options are written key=value,key=value; {item!r} is not of that form")
+        options[key.strip()] = parse_value(value.strip())
+    return options
+
+
+def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments to nested plain data and return the result; `values` is left alone.
+
+    Raises:
+        ConfigError: An assignment has no `=`, or goes through a value that is not a mapping.
+    """
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"--set takes key.key=value; {assignment!r} is not of that form")
+        here = result
+        for key in keys[:-1]:
+            below = here.get(key)
+            if below is None:
+                below = {}
+            if not isinstance(below, Mapping):
+                raise ConfigError(f"--set {assignment}: {key!r} holds {below!r} and has no keys below it")
+            here[key] = dict(below)
+            here = here[key]
+        here[keys[-1]] = parse_value(text.strip())
+    return result
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
+    problems = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or cls.__name__
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(cls, item["loc"][:-1])
+            problems.append(f"{where}: no such key{near_names(str(item['loc'][-1]), known)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            came = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            problems.append(f"{where}: {message[:1].lower()}{message[1:]}{came}")
+    head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
+    return "\n  - ".join([head, *problems])
+
+
+def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    here: Any = cls
+    for key in path:
+        field = here.model_fields.get(key) if isinstance(here, type) and issubclass(here, BaseModel) else None
+        here = field.annotation if field is not None else None
+    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []

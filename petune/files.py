@@ -1,0 +1,113 @@
+"""Directories that are either complete or not there: written aside, synced, sealed with a manifest, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from petune.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Put `files` into the directory `path`, in place of what was there, or leave everything as it was.
+
+    Args:
+        path: The directory; its parent is made where it is missing.
+        files: File name (no folders) to content.
+
+    Raises:
+        CheckpointError: Disk full, read-only, no permission. What was there before is still there.
+    """
+    need = sum(map(len, files.values()))
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        for name, content in {**files, MANIFEST: _manifest(files)}.items():
+            _write_synced(temporary / name, content)
+        _swap_in(temporary, path)
+    except OSError as error:
+        have = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error} (needs {need:,} bytes, {have:,} are free); "
+            "what was there before is untouched"
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in place of what was there, or leave it as it was.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        _write_synced(aside, content)
+        os.replace(aside, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def verify_directory(path: Path) -> None:
+    """Check every file of `path` against its manifest.
+
+    Raises:
+        CheckpointError: The manifest or a file is missing, or a size or SHA-256 differs.
+    """
+    try:
+        entries = json.loads((path / MANIFEST).read_bytes())["files"]
+        expected = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path} must hold a readable {MANIFEST}; it is missing or damaged") from None
+    for name, (size, digest) in expected.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise CheckpointError(f"{path} must hold {name}, but it is missing")
+        content = file.read_bytes()
+        if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
+            raise CheckpointError(
+                f"{file} is damaged: {len(content):,} bytes where {size:,} were written, or other content (SHA-256)"
+            )
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    entries = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
+    return json.dumps({"format": 1, "files": entries}, indent=1).encode()
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _swap_in(new: Path, path: Path) -> None:
+    os.chmod(new, 0o755)
+    old = new.with_name(new.name + "-old")
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,103 @@
+"""Tables and pictures of a comparison, from the plain data of `compare.json`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = (
+    "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
+    "time",
+)  # fmt: skip
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """The text of one row, in the order of `COLUMNS`; a failed method shows its reason."""
+    if row["status"] == "failed":
+        return [row["method"], *["–"] * (len(COLUMNS) - 2), f"failed: {row['reason']}"]
+    return [
+        row["method"],
+        f"{row['tuned']:,}",
+        f"{row['head']:,}",
+        f"{row['percent_of_backbone']:.3f}",
+        f"{row['percent_of_total']:.3f}",
+        size(row["adapter_bytes"]),
+        _spread(row["top1_mean"], row["top1_std"]),
+        _spread(row["top5_mean"], row["top5_std"]),
+        f"{row['images_per_s']:,.0f}",
+        size(row["peak_memory_bytes"]),
+        duration(row["time_s"]),
+    ]
+
+
+def size(num_bytes: float) -> str:
+    """`4.6 MB`: decimal units, as on a disk."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(time_s: float) -> str:
+    """`1 h 04 min`, `12 min 05 s` or `8.1 s`."""
+    if time_s >= 3600:
+        return f"{int(time_s // 3600)} h {int(time_s % 3600 // 60):02d} min"
+    return f"{int(time_s // 60)} min {int(time_s % 60):02d} s" if time_s >= 60 else f"{time_s:.1f} s"
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The whole comparison as Markdown: what was compared, the table, where it was measured."""
+    config, shared = comparison["config"], comparison["config"]["run"]
+    seeds = ", ".join(map(str, config["seeds"]))
+    lines = [
+        f"# {shared['backbone']} on {shared['dataset']}",
+        "",
+        f"Backbone `{_cell(comparison['backbone'])}`, weights `{_cell(comparison['weights'])}`; "
+        f"{shared['train']['epochs']} epochs; seeds {seeds}. The epoch is chosen on a validation split, "
+        "test is read once. Top-1 and top-5 in percent, mean ± sample standard deviation over the seeds.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
+    ]
+    lines += ["| " + " | ".join(_cell(c) for c in cells(row)) + " |" for row in comparison["rows"]]
+    where = comparison["provenance"]
+    if where:
+        versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+        lines += ["", f"Measured on {where['device']}, {where['threads']} threads, {where['precision']}; {versions}."]
+    return "\n".join([*lines, "", "![top-1 over trained parameters](compare.svg)", ""])
+
+
+def picture(comparison: Mapping[str, Any]) -> bytes:
+    """Top-1 on test over trained parameters (log axis) as SVG; a bar spans one standard deviation."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = [row for row in comparison["rows"] if row["status"] == "done"]
+    # A fixed salt and no date: the same comparison gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "petune", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        for row in rows:
+            trained = row["tuned"] + row["head"]
+            axes.errorbar(trained, row["top1_mean"], yerr=row["top1_std"], fmt="o", capsize=3)
+            axes.annotate(row["method"], (trained, row["top1_mean"]), xytext=(6, 5), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.margins(0.18, 0.15)
+        axes.set_xlabel("trained parameters (tuned and head)")
+        axes.set_ylabel("top-1 on test, percent")
+        shared = comparison["config"]["run"]
+        axes.set_title(f"{shared['backbone']} on {shared['dataset']}")
+        axes.grid(alpha=0.3)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def _cell(text: str) -> str:
+    visible = "".join(c if c.isprintable() else " " for c in text)
+    return visible.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,65 @@
+"""The result of a run: what a table row, a plot and a reader of the directory need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from petune.config import Config
+from petune.errors import CheckpointError
+from petune.files import replace_file
+from petune.rundir import RESULT_FILE
+
+
+class RunResult(Config):
+    """What a run yields; saved as `result.json`. Accuracies in percent, of the epoch chosen on val."""
+
+    method: str
+    backbone: str
+    backbone_full_name: str
+    weights: str
+    dataset: str
+    seed: int
+    top1: float
+    top5: float
+    val_top1: float | None
+    epoch: int
+    epochs: int
+    tuned: int
+    head: int
+    total: int
+    percent_of_total: float
+    percent_of_backbone: float
+    forward_flops: int
+    adapter_bytes: int
+    images_per_s: float
+    step_time_s: float
+    peak_memory_bytes: int
+    time_s: float
+    output: str
+    provenance: dict[str, Any]
+
+    @staticmethod
+    def exists(directory: Path) -> bool:
+        """Whether the run in `directory` is finished."""
+        return (directory / RESULT_FILE).exists()
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read a finished run's result.
+
+        Raises:
+            CheckpointError: It is missing or is not a result.
+        """
+        file = directory / RESULT_FILE
+        try:
+            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} must be the result of a finished run, but: {error}") from None
+
+    def write(self, directory: Path) -> Self:
+        """Write it, complete or not at all, and return it."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        replace_file(directory / RESULT_FILE, text.encode())
+        return self

@@ -1,0 +1,215 @@
+"""One run: a method on a backbone and a dataset, trained, chosen on val, tested once, saved. The main path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from petune.attach import Attachment, attach
+from petune.backbones import Backbone, HeadKind, create_backbone, input_side
+from petune.config import Config, parse_options
+from petune.data import Dataset, Preprocess, load_dataset
+from petune.measure import PeakMemory, forward_flops, provenance
+from petune.registry import build_tuner
+from petune.results import RunResult
+from petune.rundir import claimed, free_path
+from petune.train import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
+from petune.tuner import Recipe
+
+Watch = Callable[[Event], None]
+
+
+class RunConfig(Config):
+    """All that decides a run; saved as `config.yaml`, which repeats it.
+
+    Attributes:
+        method: A registered tuner, options in place allowed: `vpt:deep=false,num_prompts=10`.
+        backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
+        dataset, data_dir: See `petune.data`.
+        val_fraction: Share of train cut off for choosing the epoch, where the dataset brings no val split.
+        train_per_class: Keep only so many training pictures a class (few-shot); None keeps all.
+        seed: Of the head, the adapters, the order, the augmentation and dropout. The val split has its own.
+        output: The run directory; None makes one under `runs/`.
+        resume: Go on in an existing `output`.
+    """
+
+    method: str = "adaptformer"
+    backbone: str = "vit_base"
+    weights: str = "default"
+    dataset: str = "cifar10"
+    data_dir: Path | None = None
+    image_size: int | None = Field(None, ge=1, le=4096)
+    patch_size: int | None = Field(None, ge=1, le=512)
+    backbone_options: dict[str, Any] = {}
+    head: HeadKind = "linear"
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    train_per_class: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = "auto"
+    output: Path | None = None
+    resume: bool = False
+    train: TrainConfig = TrainConfig.model_construct()
+
+
+def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any) -> RunResult:
+    """Run `config`, or the RunConfig that `fields` make: `petune.run(method="vpt", dataset="digits")`.
+
+    Args:
+        config: The run.
+        watch: Told of every step, epoch and note.
+
+    Raises:
+        PetuneError: With one message; see petune.errors for which.
+    """
+    config = config or RunConfig.build(fields, "petune.run(...)")
+    name, options = parse_method(config.method)
+    tuner = build_tuner(name, **options)
+    place = config.output or free_path(Path("runs") / default_name(config))
+    with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
+        if RunResult.exists(place):
+            return RunResult.read(place)
+        device = choose_device(config.device)
+        dataset = prepare_data(config)
+        backbone = prepare_backbone(config, dataset)
+        watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
+        memory = PeakMemory(device)
+        attachment = attach(backbone.model.to(device), tuner, name=name)
+        preprocess = preprocessing(backbone, dataset)
+        trainer = Trainer(
+            attachment,
+            dataset,
+            preprocess,
+            with_recipe(config.train, tuner.recipe, dataset),
+            seed=config.seed,
+            device=device,
+            directory=place,
+            stop=stop,
+            on_event=watch,
+        )
+        fitted = trainer.fit()
+        test = trainer.evaluate("test")
+        peak = memory.bytes()
+        attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
+        size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
+        result = run_result(config, backbone, attachment, fitted, test, place, peak, size)
+        return result.write(place)
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """`vpt:deep=false` → `("vpt", {"deep": False})`; a name may itself hold a colon, as `peft:ia3`."""
+    head, colon, tail = text.rpartition(":")
+    if colon and "=" in tail:
+        return head, parse_options(tail)
+    return text, {}
+
+
+def default_name(config: RunConfig) -> str:
+    """The directory name of a run that names none."""
+    words = (config.method, config.backbone, config.dataset, f"seed{config.seed}")
+    return "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in word) for word in words)
+
+
+def prepare_data(config: RunConfig) -> Dataset:
+    """The dataset with val cut (always the same one, whatever the seed) and few-shot drawn by the seed."""
+    side = input_side(config.backbone, config.image_size, config.backbone_options)
+    dataset = load_dataset(config.dataset, config.data_dir, side).with_val(config.val_fraction, seed=0)
+    if config.train_per_class is not None:
+        dataset = dataset.with_train_per_class(config.train_per_class, config.seed)
+    return dataset
+
+
+def prepare_backbone(config: RunConfig, dataset: Dataset, *, keep_head: bool = False) -> Backbone:
+    """The backbone with its weights and a fresh head for the dataset (or the weights' own, if of the same classes)."""
+    return create_backbone(
+        config.backbone,
+        weights=config.weights,
+        num_classes=dataset.num_classes,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        options=config.backbone_options,
+        head=config.head,
+        seed=config.seed,
+        keep_head_of=dataset.classes if keep_head else None,
+    )
+
+
+def preprocessing(backbone: Backbone, dataset: Dataset) -> Preprocess:
+    """The statistics that the weights were trained with; the dataset's own where there are none."""
+    own = dataset.train.channel_statistics()
+    return Preprocess(backbone.image_size, backbone.mean or own[0], backbone.std or own[1])
+
+
+def with_recipe(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:
+    """`train` with every None filled in from the method's recipe and the dataset."""
+    filled = {
+        "lr": recipe.lr if train.lr is None else train.lr,
+        "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,
+        "optimizer": train.optimizer or recipe.optimizer,
+        "augment": dataset.augment if train.augment == "auto" else train.augment,
+    }
+    return train.model_copy(update=filled)
+
+
+def run_result(
+    config: RunConfig,
+    backbone: Backbone,
+    att: Attachment,
+    fitted: Fitted,
+    test: Accuracy,
+    place: Path,
+    peak_bytes: int,
+    saved_bytes: int,
+) -> RunResult:
+    """All that is known of a finished run, in one row."""
+    counts = att.counts
+    size = (3, backbone.image_size, backbone.image_size)
+    return RunResult(
+        method=config.method,
+        backbone=config.backbone,
+        backbone_full_name=backbone.full_name,
+        weights=backbone.weights,
+        dataset=config.dataset,
+        seed=config.seed,
+        top1=test.top1,
+        top5=test.top5,
+        val_top1=fitted.val.top1 if fitted.val else None,
+        epoch=fitted.epoch,
+        epochs=len(fitted.epochs),
+        tuned=counts.tuned,
+        head=counts.head,
+        total=counts.total,
+        percent_of_total=counts.percent_of_total,
+        percent_of_backbone=counts.percent_of_backbone,
+        forward_flops=forward_flops(att.model, size),
+        adapter_bytes=saved_bytes,
+        images_per_s=fitted.images_per_s,
+        step_time_s=fitted.step_time_s,
+        peak_memory_bytes=peak_bytes,
+        time_s=fitted.time_s,
+        output=str(place),
+        provenance=provenance(next(att.model.parameters()).device) | {"precision": fitted.precision},
+    )
+
+
+def _card(
+    config: RunConfig, backbone: Backbone, dataset: Dataset, preprocess: Preprocess, test: Accuracy
+) -> dict[str, Any]:
+    """What the adapter directory says beyond the adapter: enough to build the backbone again and to name classes."""
+    return {
+        "backbone": {
+            "name": config.backbone,
+            "full_name": backbone.full_name,
+            "weights": backbone.weights,
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "options": config.backbone_options,
+            "head": config.head,
+        },
+        "classes": list(dataset.classes),
+        "preprocess": {"image_size": preprocess.image_size, "mean": preprocess.mean, "std": preprocess.std},
+        "dataset": dataset.name,
+        "test": {"top1": test.top1, "top5": test.top5, "num_pictures": test.num_pictures},
+    }

@@ -1,0 +1,75 @@
+"""A run directory belongs to one process at a time, and to one configuration for ever."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from petune.config import Config, read_yaml
+from petune.errors import UsageError
+
+CONFIG_FILE = "config.yaml"
+RESULT_FILE = "result.json"
+UNCOMPARED = {"output", "resume"}
+
+
+@contextmanager
+def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterator[Path]:
+    """Make `path` and hold it, or go on in it.
+
+    Args:
+        path: The directory.
+        config: Written as `config.yaml`; a directory to go on in must hold an equal one.
+        resume: Whether an existing directory may be gone on in.
+        command: Stands on top of `config.yaml`.
+
+    Raises:
+        UsageError: It exists (without `resume`), holds another configuration, or another process holds it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not resume:
+                raise UsageError(
+                    f"{path} exists already; go on in it with --resume, or name another --output"
+                ) from None
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"the run directory {path} cannot be made or written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{path} is in use by another petune process; name another --output") from None
+        _keep_config(path / CONFIG_FILE, config, command)
+        yield path
+
+
+def free_path(wanted: Path) -> Path:
+    """`wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist."""
+    candidate, number = wanted, 1
+    while candidate.exists():
+        number += 1
+        candidate = wanted.with_name(f"{wanted.name}-{number}")
+    return candidate
+
+
+def _keep_config(file: Path, config: Config, command: str) -> None:
+    if not file.exists():
+        file.write_text(f"# {command}\n{config.to_yaml()}", encoding="utf-8")
+        return
+    before, now = read_yaml(file), config.model_dump(mode="json")
+    changed = [
+        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in sorted({*before, *now} - UNCOMPARED)
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise UsageError(
+            f"{file.parent} holds a run with another configuration; a run goes on only as it began:\n  - "
+            + "\n  - ".join(changed)
+        )

@@ -1,0 +1,280 @@
+"""The training loop, from top to bottom: batches, loss, step, evaluation, checkpoint.
+
+Everything random in a step comes from (seed, step): a resumed run equals the uninterrupted one to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petune.attach import Attachment
+from petune.data.batches import Batch, Preprocess, TrainBatches
+from petune.data.dataset import Dataset
+from petune.errors import CheckpointError, Diverged
+from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from petune.train.config import TrainConfig
+from petune.train.evaluate import Accuracy, evaluate
+from petune.train.events import EpochEnded, Event, Log, StepDone
+from petune.train.optim import create_optimizer, create_schedule
+from petune.train.precision import choose_precision
+from petune.train.stop import StopFlag
+
+SAVE_EVERY_S = 600.0
+
+
+@dataclass
+class Progress:
+    """Where the run is; saved with every checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    time_s: float = 0.0
+    train_time_s: float = 0.0
+    best_epoch: int = -1
+    best_top1: float = -1.0
+    best_top5: float = -1.0
+    log_bytes: int = 0
+    loss_sum: float = 0.0
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training yields; the model holds the chosen epoch's tensors."""
+
+    epoch: int
+    val: Accuracy | None
+    images_per_s: float
+    step_time_s: float
+    time_s: float
+    epochs: list[dict[str, float]]
+    precision: str
+
+
+class Trainer:
+    """One training run of one attachment.
+
+    Args:
+        attachment: What trains; its model is already on `device`.
+        dataset: With its val split cut.
+        preprocess: What the backbone wants to see.
+        train: With learning rate, weight decay, optimizer and augmentation filled in.
+        choose: `best` keeps the epoch with the highest val top-1, `last` the last one.
+        directory: Holds `checkpoints/` and `metrics.jsonl`.
+        on_event: Told of every step and epoch.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        dataset: Dataset,
+        preprocess: Preprocess,
+        train: TrainConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        directory: Path,
+        stop: StopFlag,
+        choose: Literal["best", "last"] = "best",
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.att, self.model, self.dataset, self.preprocess = attachment, attachment.model, dataset, preprocess
+        self.train, self.seed, self.device, self.directory = train, seed, device, directory
+        self.stop, self.choose, self.on_event = stop, choose, on_event
+        self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
+        self.total_steps = len(self.batches) * train.epochs
+        self.params = {**attachment.tuned, **attachment.head}
+        skip = getattr(self.model, "no_weight_decay", set)() if not isinstance(self.model, nn.Sequential) else set()
+        self.optimizer = create_optimizer(self.params, set(skip), train)
+        self.schedule = create_schedule(self.optimizer, train, self.total_steps)
+        self.precision = choose_precision(train.precision, device)
+        self.mixup = self._mixup()
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.log = Log(directory / "metrics.jsonl")
+
+    def fit(self) -> Fitted:
+        """Train to the end, from the newest valid checkpoint where there is one.
+
+        Raises:
+            Diverged: Loss or gradient is not finite; nothing non-finite is on disk.
+            Stopped: A signal came; a checkpoint of this very step is on disk.
+        """
+        self._resume()
+        started, before = time.perf_counter(), self.progress.time_s
+        saved = started
+        while self.progress.epoch < self.train.epochs:
+            self.att.train()
+            mark = time.perf_counter()
+            for batch in self.batches.epoch(self.progress.epoch, self.progress.batch):
+                self._step(batch)
+                now = time.perf_counter()
+                self.progress.train_time_s += now - mark
+                self.progress.time_s = before + now - started
+                self.on_event(self._step_done())
+                if self.stop.signal_name is not None or now - saved > SAVE_EVERY_S:
+                    self._save()
+                    saved = now
+                    self.stop.check()
+                mark = time.perf_counter()
+            self._end_epoch()
+            self.progress.time_s = before + time.perf_counter() - started
+            self._save()
+            saved = time.perf_counter()
+            self.stop.check()
+        return self._fitted()
+
+    def autocast(self) -> torch.autocast:
+        """The number format of forward passes."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _step(self, batch: Batch) -> None:
+        p = self.progress
+        torch.manual_seed(_mixed(self.seed, p.step))
+        self.schedule.step_update(p.step)
+        lr = self.optimizer.param_groups[0]["lr"]
+        x, target = self._mix(batch)
+        with self.autocast():
+            logits_BC = self.model(x)
+        loss = F.cross_entropy(logits_BC.float(), target, label_smoothing=0 if self.mixup else self.train.label_smoothing)
+        loss = loss + self.att.extra_loss(p.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if p.step == 0:
+            self.att.check_gradients()
+        norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
+        value = self._finite(loss, norm, lr, batch)
+        self.optimizer.step()
+        p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
+        if p.step % self.train.log_every == 0:
+            p.log_bytes = self.log.write(step=p.step, epoch=p.epoch, loss=value, lr=lr, grad_norm=float(norm))
+
+    def _finite(self, loss: Tensor, norm: Tensor, lr: float, batch: Batch) -> float:
+        value = float(loss.detach())
+        if math.isfinite(value) and math.isfinite(float(norm)):
+            return value
+        last, _ = newest_checkpoint(self.directory / "checkpoints")
+        raise Diverged(
+            f"loss and gradient must stay finite, but at step {self.progress.step} the loss is {value} and the "
+            f"gradient norm {float(norm)} (lr {lr:.3g}, pictures {_shown(batch.positions)}). Lower --lr; the last good "
+            f"checkpoint is {'of step ' + str(last.progress['step']) if last else 'not there yet'}"
+        )
+
+    def _end_epoch(self) -> None:
+        p = self.progress
+        row = {"epoch": p.epoch + 1, "train_loss": p.loss_sum / max(1, p.batch)}
+        if len(self.dataset.val):
+            val = self.evaluate("val")
+            row |= {"val_loss": val.loss, "val_top1": val.top1, "val_top5": val.top5}
+            if val.top1 > p.best_top1 or self.choose == "last":
+                p.best_epoch, p.best_top1, p.best_top5 = p.epoch + 1, val.top1, val.top5
+                if self.choose == "best":
+                    self.best = {key: t.detach().clone() for key, t in self._tensors().items()}
+        p.log_bytes = self.log.write(**row)
+        p.epochs.append(row)
+        p.epoch, p.batch, p.loss_sum = p.epoch + 1, 0, 0.0
+        self.on_event(EpochEnded(p.epoch, self.train.epochs, row))
+
+    def evaluate(self, part: Literal["val", "test"]) -> Accuracy:
+        """Accuracy of the model as it is on a split."""
+        return evaluate(
+            self.model,
+            getattr(self.dataset, part),
+            self.preprocess,
+            num_classes=self.dataset.num_classes,
+            batch_size=self.train.eval_batch_size,
+            device=self.device,
+            autocast=self.autocast,
+            stop=self.stop,
+        )
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.directory / "checkpoints",
+            Checkpoint(self._tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress)),
+        )
+
+    def _resume(self) -> None:
+        checkpoint, problems = newest_checkpoint(self.directory / "checkpoints")
+        for problem in problems:
+            self.log.note(problem)
+        if checkpoint is None:
+            self.log.cut(0)
+            return
+        here = self._tensors()
+        if set(here) != set(checkpoint.tensors):
+            raise CheckpointError(f"{self.directory} holds a checkpoint of another model or method; use another --output")
+        _copy_into(here, checkpoint.tensors)
+        self.best = {key: t.to(self.device) for key, t in checkpoint.best.items()}
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.progress = Progress(**checkpoint.progress)
+        self.log.cut(self.progress.log_bytes)
+
+    def _fitted(self) -> Fitted:
+        p = self.progress
+        if self.best:
+            _copy_into(self._tensors(), self.best)
+        val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
+        step_time_s = p.train_time_s / max(1, p.step)
+        return Fitted(p.best_epoch if val else p.epoch, val, self._images_per_s(), step_time_s, p.time_s, p.epochs, self.precision)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.params, **{f"buffer:{name}": buffer for name, buffer in self.model.named_buffers()}}
+
+    def _step_done(self) -> StepDone:
+        p = self.progress
+        lr = self.optimizer.param_groups[0]["lr"]
+        return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, self._images_per_s())
+
+    def _images_per_s(self) -> float:
+        p = self.progress
+        return p.step * self.batches.batch_size / p.train_time_s if p.train_time_s else 0.0
+
+    def _mixup(self) -> Any:
+        if not (self.train.mixup or self.train.cutmix):
+            return None
+        from timm.data import Mixup
+
+        return Mixup(
+            mixup_alpha=self.train.mixup,
+            cutmix_alpha=self.train.cutmix,
+            label_smoothing=self.train.label_smoothing,
+            num_classes=self.dataset.num_classes,
+        )
+
+    def _mix(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.mixup is None:
+            return batch.x_BCHW, batch.y_B
+        state = np.random.get_state()
+        np.random.seed(_mixed(self.seed, self.progress.step) % 2**32)  # timm's Mixup draws from numpy's global generator
+        try:
+            x, target = self.mixup(batch.x_BCHW, batch.y_B)
+        finally:
+            np.random.set_state(state)
+        return x, target
+
+
+def _mixed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _copy_into(targets: dict[str, Tensor], sources: Any) -> None:
+    with torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(sources[key])
+
+
+def _shown(positions: Iterable[int]) -> str:
+    shown = [int(i) for i in positions]
+    return f"{shown[:8]}{' …' if len(shown) > 8 else ''}"

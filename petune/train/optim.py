@@ -1,0 +1,62 @@
+"""Optimizer and schedule, both timm's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from petune.train.config import TrainConfig
+
+
+def create_optimizer(
+    parameters: Mapping[str, nn.Parameter], no_decay: set[str], train: TrainConfig
+) -> torch.optim.Optimizer:
+    """An optimizer over exactly `parameters`.
+
+    Args:
+        parameters: Names to parameters. Vectors and scalars never get weight decay.
+        no_decay: Further names without it (timm's `no_weight_decay()`: position embedding, class token).
+        train: With `lr`, `weight_decay` and `optimizer` filled in.
+    """
+    import timm.optim
+
+    if "muon" in str(train.optimizer):
+        _orthogonalise_in_float32()
+    plain = {n for n, p in parameters.items() if p.ndim <= 1 or n in no_decay}
+    decayed = [p for n, p in parameters.items() if n not in plain]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": train.weight_decay},
+        {"params": [parameters[n] for n in parameters if n in plain], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+        [g for g in groups if g["params"]], opt=train.optimizer, lr=train.lr, weight_decay=train.weight_decay or 0.0
+    )
+    return optimizer
+
+
+def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> Any:
+    """timm's schedule, to be moved by `step_update(step)` alone, so that it holds no state of its own."""
+    from timm.scheduler import CosineLRScheduler, StepLRScheduler
+
+    warmup = train.warmup_steps(total_steps)
+    shared = {"warmup_t": warmup, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False}
+    if train.schedule == "constant":
+        return StepLRScheduler(optimizer, decay_t=total_steps + 1, **shared)
+    return CosineLRScheduler(optimizer, t_initial=total_steps - warmup, **shared)
+
+
+def _orthogonalise_in_float32() -> None:
+    # timm's Muon runs Newton-Schulz in bfloat16. A processor without it emulates that at a 400th of the speed of
+    # float32 (0.3 against 130 GFLOP/s on AMD EPYC 7003, measured: 4.3 s a step for vit_nano instead of 0.1 s).
+    if torch.cuda.is_available():
+        return
+    from timm.optim import muon
+
+    if not isinstance(muon.zeropower_via_newtonschulz, functools.partial):
+        muon.zeropower_via_newtonschulz = functools.partial(
+            muon.zeropower_via_newtonschulz, dtype=torch.float32
+        )

@@ -1,0 +1,42 @@
+"""SIGTERM and Ctrl-C set a flag that training and evaluation look at; a second signal leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+from petune.errors import Stopped
+
+
+class StopFlag:
+    """A context in which the first SIGTERM or SIGINT asks to stop and the second one ends the process (130).
+
+    Outside the main thread Python delivers no signals; the flag then is never set.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self.signal_name is not None:
+            raise Stopped(f"stopped by {self.signal_name}; what was done is saved, resume it with --resume")
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_name is not None:
+            os._exit(130)
+        self.signal_name = signal.Signals(number).name
