@@ -1,0 +1,76 @@
+"""Costs against formulas: FLOPs of layers, memory that was really taken, provenance that can be checked."""
+
+from __future__ import annotations
+
+import gc
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from petune.measure import PeakMemory, device_name, forward_flops, installed_version, provenance
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_linear_and_convolution_are_the_formula() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
+    assert forward_flops(model, (3, 8, 8)) == 2 * (8 * 4 * 4) * (3 * 2 * 2) + 2 * (8 * 4 * 4) * 10
+
+
+def test_flops_of_attention_are_counted() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = x * self.scale
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    heads, tokens, width = 2, 5, 4
+    assert forward_flops(Attention(), (heads, tokens, width)) == 2 * 2 * heads * tokens * tokens * width
+
+
+def test_flops_put_training_flags_back() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    model[0].eval()
+    model.training = True
+    forward_flops(model, (4,))
+    assert [m.training for m in model.modules()] == [True, False, True]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="resident peak is only resettable on Linux")
+def test_peak_memory_sees_what_was_taken_since_and_not_before() -> None:
+    size = 96 * 2**20
+    before = np.ones(size, dtype=np.uint8)
+    before.sum()
+    del before
+    gc.collect()
+    memory = PeakMemory(CPU)
+    base = memory.bytes()
+    taken = np.ones(size, dtype=np.uint8)
+    del taken
+    assert size * 0.9 < memory.bytes() - base < size * 1.3
+
+
+def test_provenance_names_versions_device_and_threads() -> None:
+    told = provenance(CPU)
+    assert told["versions"]["torch"] == torch.__version__.split("+")[0] or told["versions"]["torch"] == torch.__version__
+    assert told["threads"] == torch.get_num_threads()
+    assert told["device"] == device_name(CPU)
+    assert told["device"].endswith("cores")
+    assert told["git"] is None or len(told["git"]["commit"]) == 40
+
+
+def test_provenance_takes_no_foreign_repository_for_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("petune.measure.__file__", str(tmp_path / "petune" / "measure.py"))
+    (tmp_path / "petune").mkdir()
+    assert provenance(CPU)["git"] is None
+
+
+def test_a_package_that_is_not_there_has_no_version() -> None:
+    assert installed_version("no-such-package-at-all") is None

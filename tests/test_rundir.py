@@ -1,0 +1,145 @@
+"""A run directory belongs to one process at a time and to one configuration."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petune.config import Config, read_yaml
+from petune.errors import CheckpointError, UsageError
+from petune.results import RunResult
+from petune.rundir import CONFIG_FILE, claimed, free_path
+
+COMMAND = "petune run --config config.yaml"
+
+
+class Settings(Config):
+    seed: int = 0
+    lr: float = 0.1
+    output: Path | None = None
+    resume: bool = False
+
+
+def _start(path: Path, resume: bool, barrier: Barrier, results: Any) -> None:
+    barrier.wait()
+    try:
+        with claimed(path, Settings(), resume=resume, command=COMMAND):
+            results.put("claimed")
+            barrier.wait()  # hold it until all have tried
+    except UsageError as error:
+        results.put(str(error))
+        barrier.wait()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_eight_starts_in_one_directory_exactly_one_claims_it(resume: bool, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(8), context.Queue()
+    arguments = (tmp_path / "run", resume, barrier, results)
+    processes = [context.Process(target=_start, args=arguments) for _ in range(8)]
+    for process in processes:
+        process.start()
+    said = [results.get(timeout=20) for _ in processes]
+    for process in processes:
+        process.join(timeout=20)
+    assert said.count("claimed") == 1
+    expected = "is in use by another petune process" if resume else "exists already"
+    assert sum(expected in text for text in said) == 7
+    assert [process.exitcode for process in processes] == [0] * 8
+
+
+def test_the_config_is_written_with_the_command_on_top(tmp_path: Path) -> None:
+    with claimed(tmp_path / "a" / "run", Settings(seed=3), resume=False, command=COMMAND) as place:
+        text = (place / CONFIG_FILE).read_text()
+    assert text.startswith(f"# {COMMAND}\n")
+    assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=3)
+
+
+def test_an_existing_directory_is_gone_on_in_only_when_asked(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+        pass
+    with (
+        pytest.raises(UsageError, match=r"exists already; go on in it with --resume"),
+        claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND),
+    ):
+        pass
+    with claimed(tmp_path / "run", Settings(resume=True), resume=True, command=COMMAND) as place:
+        assert place == tmp_path / "run"
+
+
+def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+        pass
+    with (
+        pytest.raises(UsageError) as caught,
+        claimed(tmp_path / "run", Settings(seed=1, output=tmp_path), resume=True, command=COMMAND),
+    ):
+        pass
+    assert "  - seed: 0 before, 1 now" in str(caught.value).splitlines()
+    assert "lr" not in str(caught.value)
+    assert "output" not in str(caught.value)
+
+
+def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+        with (
+            pytest.raises(UsageError, match="in use"),
+            claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+        ):
+            pass
+    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+        pass
+
+
+def test_a_place_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run", tmp_path / "file"):
+        with (
+            pytest.raises(UsageError, match=r"cannot be made or written"),
+            claimed(path, Settings(), resume=True, command=COMMAND),
+        ):
+            pass
+
+
+def test_an_error_inside_is_not_taken_for_one_of_the_directory(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="inside"),
+        claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+    ):
+        raise OSError("inside")
+
+
+def test_free_path(tmp_path: Path) -> None:
+    assert free_path(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert free_path(tmp_path / "run") == tmp_path / "run-3"
+
+
+def _result() -> RunResult:
+    numbers = dict.fromkeys(
+        ["seed", "epoch", "epochs", "tuned", "head", "total", "forward_flops", "adapter_bytes", "peak_memory_bytes"], 1
+    )
+    shares = dict.fromkeys(
+        ["top1", "top5", "percent_of_total", "percent_of_backbone", "images_per_s", "step_time_s", "time_s"], 0.5
+    )
+    texts = dict.fromkeys(["method", "backbone", "backbone_full_name", "weights", "dataset", "output"], "x")
+    return RunResult.build({**numbers, **shares, **texts, "val_top1": None, "provenance": {"git": None}})
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    assert not RunResult.exists(tmp_path)
+    written = _result().write(tmp_path)
+    assert RunResult.exists(tmp_path)
+    assert RunResult.read(tmp_path) == written
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"method": "x"', "\x00"])
+def test_a_result_that_is_none_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"result\.json must be the result of a finished run"):
+        RunResult.read(tmp_path)
