@@ -9,6 +9,7 @@ from pathlib import Path
 
 from petune.config import Config, read_yaml
 from petune.errors import UsageError
+from petune.files import replace_file
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
@@ -60,7 +61,7 @@ def free_path(wanted: Path) -> Path:
 
 def _keep_config(file: Path, config: Config, command: str) -> None:
     if not file.exists():
-        file.write_text(f"# {command}\n{config.to_yaml()}", encoding="utf-8")
+        replace_file(file, f"# {command}\n{config.to_yaml()}".encode())
         return
     before, now = read_yaml(file), config.model_dump(mode="json")
     changed = [

@@ -50,9 +50,8 @@ class Preprocess:
 
     def normalise(self, x_BCHW: Tensor) -> Tensor:
         """From 0..255 to zero mean and unit variance by the backbone's own statistics."""
-        statistics = torch.tensor([self.mean, self.std], device=x_BCHW.device) * 255
-        mean, std = statistics.view(2, 1, 3, 1, 1)
-        return (x_BCHW - mean) / std
+        statistics = torch.tensor([self.mean, self.std], device=x_BCHW.device).view(2, 3, 1, 1) * 255
+        return (x_BCHW - statistics[0]) / statistics[1]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""Batches: resumable in mid-epoch, each picture once, pixels as the backbone wants them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from petune.data.batches import Preprocess, TrainBatches, eval_batches
+from petune.data.dataset import Split
+
+CPU = torch.device("cpu")
+PLAIN = Preprocess(8, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+
+
+def _split(count: int, side: int = 8, crop: float = 1.0) -> Split:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return Split.of(images, generator.integers(0, 3, count), crop)
+
+
+def _batches(split: Split, batch_size: int, seed: int = 0, preset: str = "seed") -> TrainBatches:
+    return TrainBatches(split, PLAIN, preset, batch_size, seed, CPU)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+def test_an_epoch_resumed_in_the_middle_goes_on_equal(start: int) -> None:
+    batches = _batches(_split(17), 5)
+    whole, rest = list(batches.epoch(2)), list(batches.epoch(2, start))
+    assert len(whole) == len(batches) == 3
+    assert len(rest) == 3 - start
+    for a, b in zip(whole[start:], rest, strict=True):
+        assert torch.equal(a.x_BCHW, b.x_BCHW)
+        assert torch.equal(a.y_B, b.y_B)
+        assert np.array_equal(a.positions, b.positions)
+
+
+def test_a_picture_is_augmented_alike_whatever_the_batch_size() -> None:
+    split, seen = _split(12), {}
+    for size in (1, 3, 4, 12):
+        for batch in _batches(split, size).epoch(1):
+            for position, x in zip(batch.positions.tolist(), batch.x_BCHW, strict=True):
+                assert torch.equal(seen.setdefault(position, x), x)
+    assert sorted(seen) == list(range(12))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    split = _split(12)
+    first, other_epoch = (next(_batches(split, 12).epoch(e)) for e in (0, 1))
+    other_seed = next(_batches(split, 12, seed=1).epoch(0))
+    for other in (other_epoch, other_seed):
+        assert not np.array_equal(first.positions, other.positions)
+        by_position = torch.from_numpy(np.argsort(first.positions)), torch.from_numpy(np.argsort(other.positions))
+        assert not torch.equal(first.x_BCHW[by_position[0]], other.x_BCHW[by_position[1]])
+
+
+def test_a_batch_larger_than_the_split_is_the_split() -> None:
+    batches = _batches(_split(7), 100)
+    assert len(batches) == 1
+    assert sorted(next(batches.epoch(0)).positions) == list(range(7))
+
+
+def test_labels_and_pixels_belong_together() -> None:
+    split = _split(9).take(np.array([8, 2, 5, 3]))
+    for batch in _batches(split, 2, preset="none").epoch(0):
+        for x, y, position in zip(batch.x_BCHW, batch.y_B, batch.positions, strict=True):
+            assert int(y) == split.labels[position]
+            assert np.array_equal(x.permute(1, 2, 0).round().numpy(), split.images[split.rows[position]])
+
+
+def test_evaluation_sees_every_picture_once_in_order() -> None:
+    split = _split(11)
+    batches = list(eval_batches(split, PLAIN, 4, CPU))
+    assert [len(b.y_B) for b in batches] == [4, 4, 3]
+    assert np.concatenate([b.positions for b in batches]).tolist() == list(range(11))
+    assert torch.equal(torch.cat([b.y_B for b in batches]), torch.from_numpy(split.labels))
+
+
+def test_normalise_is_the_formula() -> None:
+    preprocess = Preprocess(8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    x = torch.rand(2, 3, 8, 8) * 255
+    mean, std = torch.tensor(preprocess.mean).view(3, 1, 1), torch.tensor(preprocess.std).view(3, 1, 1)
+    torch.testing.assert_close(preprocess.normalise(x), (x / 255 - mean) / std)
+
+
+def test_own_statistics_give_zero_mean_and_unit_variance() -> None:
+    split = _split(50)
+    preprocess = Preprocess(8, *split.channel_statistics())
+    x = torch.cat([b.x_BCHW for b in eval_batches(split, preprocess, 50, CPU)])
+    assert x.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("image_size", [8, 9, 32, 37, 224, 384])
+def test_a_stored_margin_is_cut_off_in_the_middle(image_size: int) -> None:
+    side = math.ceil(image_size / 0.875)
+    split = _split(1, side, crop=0.875)
+    pixels = Preprocess(image_size, (0.0,) * 3, (1.0,) * 3).pixels(split, np.array([0]), CPU)
+    top = (side - image_size) // 2
+    expected = split.images[0, top : top + image_size, top : top + image_size]
+    assert np.array_equal(pixels[0].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("image_size", [4, 6, 7, 8, 12, 16])
+def test_pictures_without_a_margin_are_scaled_not_cropped(image_size: int) -> None:
+    ramp = np.broadcast_to(np.arange(0, 160, 20, dtype=np.uint8)[None, :, None], (8, 8, 3))[None]
+    split = Split.of(np.ascontiguousarray(ramp), np.zeros(1, dtype=np.int64))
+    pixels = Preprocess(image_size, (0.0,) * 3, (1.0,) * 3).pixels(split, np.array([0]), CPU)
+    assert pixels.shape == (1, 3, image_size, image_size)
+    row = pixels[0, 0, 0]
+    assert float(row.mean()) == pytest.approx(70, abs=1)
+    assert float(row[0]) < 20
+    assert float(row[-1]) > 120

@@ -1,0 +1,126 @@
+"""Splits: stratified, stable, disjoint; datasets that make no sense are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from petune.data import NAMES, load_dataset
+from petune.data.dataset import Dataset, Split
+from petune.data.digits import load_digits
+from petune.errors import ConfigError, DataError, UnknownName
+
+
+def _dataset(per_class: tuple[int, ...] = (10, 20, 30), crop: float = 1.0) -> Dataset:
+    labels = np.repeat(np.arange(len(per_class)), per_class)
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    train = Split.of(images, labels, crop)
+    classes = tuple("abcdefgh"[: len(per_class)])
+    return Dataset("toy", classes, "here", "none", train, train.take(np.arange(0)), train.take(np.arange(2)))
+
+
+def test_val_is_stratified_disjoint_and_complete() -> None:
+    whole = _dataset()
+    cut = whole.with_val(0.2, seed=0)
+    assert np.bincount(cut.val.labels).tolist() == [2, 4, 6]
+    assert np.bincount(cut.train.labels).tolist() == [8, 16, 24]
+    assert sorted([*cut.train.rows, *cut.val.rows]) == list(range(60))
+    for split in (cut.train, cut.val):
+        assert np.array_equal(whole.train.labels[split.rows], split.labels)
+
+
+def test_val_is_the_same_for_the_same_seed_only() -> None:
+    rows = [_dataset().with_val(0.2, seed=seed).val.rows.tolist() for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_val_stays_what_it_was_in_earlier_versions() -> None:
+    assert _dataset((5, 5)).with_val(0.4, seed=0).val.rows.tolist() == [1, 2, 6, 9]
+
+
+def test_a_val_split_that_came_with_the_data_is_kept() -> None:
+    dataset = replace(_dataset(), val=_dataset().train.take(np.array([1, 2])))
+    assert dataset.with_val(0.5, seed=0) is dataset
+
+
+def test_a_class_of_two_gives_one_and_a_class_of_one_gives_none() -> None:
+    cut = _dataset((2, 1, 50)).with_val(0.1, seed=0)
+    assert np.bincount(cut.val.labels, minlength=3).tolist() == [1, 0, 5]
+
+
+def test_a_val_split_that_would_be_empty_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"val_fraction=0\.5 of 2 training pictures leaves an empty split"):
+        _dataset((1, 1)).with_val(0.5, seed=0)
+
+
+def test_few_shot_draws_the_same_count_from_each_class() -> None:
+    few = _dataset().with_train_per_class(4, seed=3)
+    assert np.bincount(few.train.labels).tolist() == [4, 4, 4]
+    assert few.train.rows.tolist() == _dataset().with_train_per_class(4, seed=3).train.rows.tolist()
+    assert few.train.rows.tolist() != _dataset().with_train_per_class(4, seed=4).train.rows.tolist()
+    assert np.array_equal(_dataset().train.labels[few.train.rows], few.train.labels)
+
+
+def test_few_shot_of_few_shot_is_nested_in_train_not_val() -> None:
+    cut = _dataset().with_val(0.2, seed=0)
+    assert not set(cut.with_train_per_class(8, seed=1).train.rows) & set(cut.val.rows)
+
+
+def test_more_shots_than_pictures_are_refused() -> None:
+    with pytest.raises(ConfigError, match="train_per_class must be at most 10"):
+        _dataset().with_train_per_class(11, seed=0)
+
+
+def test_a_part_keeps_the_margin() -> None:
+    assert _dataset(crop=0.875).with_val(0.2, seed=0).val.crop == 0.875
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    good = _dataset()
+    assert good.checked() is good
+    with pytest.raises(DataError, match="at least two classes"):
+        replace(good, classes=("a",)).checked()
+    with pytest.raises(DataError, match=r"toy/train: labels must lie in 0\.\.1, not 0\.\.2"):
+        replace(good, classes=("a", "b")).checked()
+    with pytest.raises(DataError, match="every class must have training pictures, but d have none"):
+        replace(good, classes=("a", "b", "c", "d")).checked()
+    with pytest.raises(DataError, match="must have test pictures"):
+        replace(good, test=good.train.take(np.arange(0))).checked()
+
+
+def test_statistics_are_those_of_the_pixels() -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (40, 5, 5, 3), dtype=np.uint8)
+    split = Split.of(images, np.zeros(40, dtype=np.int64)).take(np.arange(7, 40))
+    mean, std = split.channel_statistics()
+    np.testing.assert_allclose(mean, (images[7:] / 255).mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(std, (images[7:] / 255).std((0, 1, 2)), atol=1e-6)
+
+
+def test_digits_are_complete_stratified_and_not_inverted() -> None:
+    digits = load_digits()
+    assert (len(digits.train), len(digits.val), len(digits.test)) == (1438, 0, 359)
+    assert digits.classes == tuple("0123456789")
+    assert (digits.source, digits.augment) == ("scikit-learn", "shift")
+    assert digits.train.images.shape == (1797, 8, 8, 3)
+    assert (digits.train.images.min(), digits.train.images.max()) == (0, 255)
+    assert not set(digits.train.rows) & set(digits.test.rows)
+    counts = np.bincount(digits.test.labels) / (np.bincount(digits.train.labels) + np.bincount(digits.test.labels))
+    assert np.abs(counts - 0.2).max() < 0.01
+    assert digits.train.images[:, 0, 0].mean() < 1  # the paper around a digit is 0
+
+
+def test_digits_are_the_same_every_time() -> None:
+    assert np.array_equal(load_digits().test.rows, load_digits().test.rows)
+
+
+def test_datasets_by_name(tmp_path: Path) -> None:
+    assert load_dataset("digits").name == "digits"
+    assert set(NAMES) == {"cifar10", "cifar100", "digits", "folder:PATH"}
+    with pytest.raises(UnknownName, match=r"no dataset is called 'digit'; did you mean 'digits'\?"):
+        load_dataset("digit")
+    with pytest.raises(DataError, match="not there"):
+        load_dataset(f"folder:{tmp_path / 'nowhere'}")
