@@ -1,4 +1,4 @@
-"""Typed configuration: frozen pydantic models, YAML in and out, `a.b=c` overrides, all problems in one message."""
+"""Typed configuration: frozen pydantic models, YAML in and out, `a.b=c` overrides, problems all at once."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    here: Any = cls
+    fields = cls.model_fields
     for key in path:
-        field = here.model_fields.get(key) if isinstance(here, type) and issubclass(here, BaseModel) else None
-        here = field.annotation if field is not None else None
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
+        below = fields[str(key)].annotation if str(key) in fields else None
+        fields = below.model_fields if isinstance(below, type) and issubclass(below, BaseModel) else {}
+    return list(fields)

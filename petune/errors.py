@@ -1,22 +1,22 @@
 """Every error petune raises on purpose. Each message says what must hold, what came, and what to do.
 
-    PetuneError                  exit code 1
-    ├── UsageError               2   a call or a configuration that cannot mean anything
-    │   ├── ConfigError              a key, type, range or combination is wrong (all problems in one message)
-    │   └── UnknownName              no method, backbone or dataset of that name (near names are listed)
-    ├── MissingExtra             3   an optional package is needed; the message holds the command
-    ├── PluginError              3   a registered tuner cannot be loaded (distribution and cause are named)
-    ├── AttachError              1   a tuner cannot be put on this model; the model is as it was
-    │   ├── SiteNotFound             the model has no such place
-    │   ├── DeadSite                 the place exists, but the forward never passes it
-    │   ├── AlreadyCompiled          hooks would not be seen; attach first, compile afterwards
-    │   └── NotMergeable             the edit is not a change of weights
-    ├── WeightsUnavailable       4   pretrained weights were asked for and cannot be had
-    ├── DataError                4   a dataset is missing, broken or contradicts itself
-    ├── CheckpointError          4   a file petune wrote is damaged, foreign or from a newer petune
-    │   └── BackboneMismatch         an adapter that belongs to another backbone
-    ├── Diverged                 1   loss or gradient became NaN or infinite
-    └── Stopped                  75  a signal asked the run to stop; it can be resumed
+PetuneError                  exit code 1
+├── UsageError               2   a call or a configuration that cannot mean anything
+│   ├── ConfigError              a key, type, range or combination is wrong (all problems in one message)
+│   └── UnknownName              no method, backbone or dataset of that name (near names are listed)
+├── MissingExtra             3   an optional package is needed; the message holds the command
+├── PluginError              3   a registered tuner cannot be loaded (distribution and cause are named)
+├── AttachError              1   a tuner cannot be put on this model; the model is as it was
+│   ├── SiteNotFound             the model has no such place
+│   ├── DeadSite                 the place exists, but the forward never passes it
+│   ├── AlreadyCompiled          hooks would not be seen; attach first, compile afterwards
+│   └── NotMergeable             the edit is not a change of weights
+├── WeightsUnavailable       4   pretrained weights were asked for and cannot be had
+├── DataError                4   a dataset is missing, broken or contradicts itself
+├── CheckpointError          4   a file petune wrote is damaged, foreign or from a newer petune
+│   └── BackboneMismatch         an adapter that belongs to another backbone
+├── Diverged                 1   loss or gradient became NaN or infinite
+└── Stopped                  75  a signal asked the run to stop; it can be resumed
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class UnknownName(UsageError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         self.kind, self.name = kind, name
-        super().__init__(f"no {kind} is called {name!r}{near_names(name, known)}{'. ' + hint if hint else ''}")
+        near = near_names(name, known)
+        link = "" if not hint else " " if near.endswith("?") else ". "
+        super().__init__(f"no {kind} is called {name!r}{near}{link}{hint}")
 
 
 class MissingExtra(PetuneError):
@@ -55,7 +57,8 @@ class MissingExtra(PetuneError):
     exit_code = 3
 
     def __init__(self, purpose: str, extra: str) -> None:
-        super().__init__(f'{purpose} needs an optional package. Install it with: pip install "petune[{extra}]"')
+        command = f'pip install "petune[{extra}]"'
+        super().__init__(f"{purpose} needs an optional package. Install it with: {command}")
 
 
 class PluginError(PetuneError):

@@ -1,4 +1,4 @@
-"""Directories that are either complete or not there: written aside, synced, sealed with a manifest, renamed."""
+"""Directories that are complete or not there: written aside, synced, sealed with a manifest, renamed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def verify_directory(path: Path) -> None:
         content = file.read_bytes()
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             raise CheckpointError(
-                f"{file} is damaged: {len(content):,} bytes where {size:,} were written, or other content (SHA-256)"
+                f"{file} is damaged: {len(content):,} bytes where {size:,} were written, or another SHA-256"
             )
 
 

@@ -89,7 +89,8 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU or of the processor with its number of usable cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores"
 
 
 def _processor() -> str:
@@ -98,14 +99,16 @@ def _processor() -> str:
         fields = dict(row.split(":", 1) for row in info.read_text().splitlines() if ":" in row)
         named = {key.strip(): value.strip() for key, value in fields.items()}
         if "model name" in named:
-            return f"{named['model name']} (family {named.get('cpu family', '?')}, model {named.get('model', '?')})"
+            family, model = (named.get(key, "?") for key in ("cpu family", "model"))
+            return f"{named['model name']} (family {family}, model {model})"
     return platform.processor() or platform.machine()
 
 
 def _git_state() -> dict[str, Any] | None:
     def git(*words: str) -> str:
         where = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=where, check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=where, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[1]:

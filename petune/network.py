@@ -1,4 +1,4 @@
-"""Is a host there? Asked before a library is allowed to retry for most of a minute (timm without a network: 49 s)."""
+"""Is a host there? Asked before a library may retry for most of a minute (timm without a network: 49 s)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 def reachable(url: str, timeout_s: float = 2.0) -> bool:
-    """True where a TCP connection to the host of `url` (or to the proxy set for its scheme) opens in `timeout_s`."""
+    """True where the host of `url`, or the proxy set for its scheme, accepts a connection in `timeout_s`."""
     parts = urlsplit(_proxy_for(url) or url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:

@@ -51,7 +51,9 @@ def test_nan_and_infinity_are_refused(value: float) -> None:
     lr=st.floats(allow_nan=False, allow_infinity=False),
     name=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20),
 )
-def test_yaml_round_trip(seed: int, lr: float, name: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_yaml_round_trip(
+    seed: int, lr: float, name: str | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     config = Outer(seed=seed, train=Inner(lr=lr, name=name))
     file = tmp_path_factory.getbasetemp() / "config.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")
@@ -60,8 +62,8 @@ def test_yaml_round_trip(seed: int, lr: float, name: str | None, tmp_path_factor
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("1e-3", 1e-3), ("0.5", 0.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ("a b", "a b"),
-     ("[1,", "[1,"), ("", None)],
+    [("3", 3), ("1e-3", 1e-3), ("0.5", 0.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]),
+     ("a b", "a b"), ("[1,", "[1,"), ("", None)],
 )  # fmt: skip
 def test_override_values_are_read_as_people_mean_them(text: str, value: object) -> None:
     read = parse_value(text)
@@ -104,7 +106,11 @@ def test_options_in_place() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- 1\n", "must hold a mapping"), ("a: [", "not valid YAML"), ("!!python/object:os.system x", "not valid YAML")],
+    [
+        ("- 1\n", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object:os.system x", "not valid YAML"),
+    ],
 )
 def test_yaml_that_is_no_plain_mapping_is_refused(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"

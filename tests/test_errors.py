@@ -10,7 +10,8 @@ from petune import errors
 from petune.errors import MissingExtra, PetuneError, UnknownName, near_names
 
 EXIT_CODES = {
-    "PetuneError": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3, "PluginError": 3,
+    "PetuneError": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3,
+    "PluginError": 3,
     "AttachError": 1, "SiteNotFound": 1, "DeadSite": 1, "AlreadyCompiled": 1, "NotMergeable": 1,
     "WeightsUnavailable": 4, "DataError": 4, "CheckpointError": 4, "BackboneMismatch": 4, "Diverged": 1,
     "Stopped": 75,
@@ -56,7 +57,7 @@ def test_without_a_near_name_the_known_ones_are_listed_up_to_twelve() -> None:
 
 def test_unknown_name_says_kind_name_and_hint() -> None:
     error = UnknownName("dataset", "cifar", ["cifar10"], "see petune datasets")
-    assert str(error) == "no dataset is called 'cifar'; did you mean 'cifar10'?. see petune datasets"
+    assert str(error) == "no dataset is called 'cifar'; did you mean 'cifar10'? see petune datasets"
     assert (error.kind, error.name) == ("dataset", "cifar")
 
 

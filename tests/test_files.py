@@ -81,7 +81,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         verify_directory(tmp_path / "x")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"files": [1]}', '{"files": {"a.bin": 3}}', '{"files": null}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"files": [1]}', '{"files": {"a.bin": 3}}', '{"files": null}', "\x00"]
+)
 def test_a_damaged_manifest_is_an_error_not_a_crash(text: str, tmp_path: Path) -> None:
     write_directory(tmp_path / "x", CONTENT)
     (tmp_path / "x" / MANIFEST).write_text(text)

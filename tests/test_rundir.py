@@ -85,12 +85,12 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
 
 
 def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
-        with (
-            pytest.raises(UsageError, match="in use"),
-            claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
-        ):
-            pass
+    with (
+        claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+        pytest.raises(UsageError, match="in use"),
+        claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+    ):
+        pass
     with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
         pass
 
@@ -122,10 +122,22 @@ def test_free_path(tmp_path: Path) -> None:
 
 def _result() -> RunResult:
     numbers = dict.fromkeys(
-        ["seed", "epoch", "epochs", "tuned", "head", "total", "forward_flops", "adapter_bytes", "peak_memory_bytes"], 1
+        [
+            "seed",
+            "epoch",
+            "epochs",
+            "tuned",
+            "head",
+            "total",
+            "forward_flops",
+            "adapter_bytes",
+            "peak_memory_bytes",
+        ],
+        1,
     )
     shares = dict.fromkeys(
-        ["top1", "top5", "percent_of_total", "percent_of_backbone", "images_per_s", "step_time_s", "time_s"], 0.5
+        ["top1", "top5", "percent_of_total", "percent_of_backbone", "images_per_s", "step_time_s", "time_s"],
+        0.5,
     )
     texts = dict.fromkeys(["method", "backbone", "backbone_full_name", "weights", "dataset", "output"], "x")
     return RunResult.build({**numbers, **shares, **texts, "val_top1": None, "provenance": {"git": None}})

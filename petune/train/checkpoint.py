@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Checkpoint:
     """All that a bit-identical resume needs.
 
     Attributes:
-        tensors: The trained tensors and the model's buffers, by state_dict key.
+        tensors: The trained tensors by state_dict key, and the model's buffers by `buffer:` and their key.
         best: The same tensors at the best epoch so far; empty where the last epoch is the result.
         optimizer: `state_dict()` of the optimizer.
         progress: Plain data: epoch, batch, step, what was measured so far.
@@ -46,9 +46,11 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """
     tensors, settings = _split_optimizer(checkpoint.optimizer)
     for key, tensor in [*checkpoint.tensors.items(), *tensors.items()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"no checkpoint was written, since {key} holds NaN or infinity")
-    state = {"format": FORMAT, "progress": checkpoint.progress, "optimizer": settings}
+        if tensor.is_floating_point() and not bool(_sound(key)(tensor).all()):
+            raise CheckpointError(
+                f"a checkpoint must be finite, but {key} holds NaN or infinity; none was written, lower --lr"
+            )
+    state = _json({"format": FORMAT, "progress": checkpoint.progress, "optimizer": settings})
     path = directory / f"step-{checkpoint.progress['step']:09d}"
     write_directory(
         path,
@@ -56,7 +58,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
             "model.safetensors": save_tensors(_plain(checkpoint.tensors)),
             "best.safetensors": save_tensors(_plain(checkpoint.best)),
             "optimizer.safetensors": save_tensors(_plain(tensors)),
-            "state.json": json.dumps(state).encode(),
+            "state.json": state,
         },
     )
     for old in _paths(directory)[:-KEPT]:
@@ -65,21 +67,43 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
 
 
 def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, or None; and what was wrong with newer ones that were passed over."""
+    """The newest valid checkpoint, or None; and what was wrong with newer ones that were passed over.
+
+    Raises:
+        CheckpointError: The newest one is whole, but was written by a newer petune.
+    """
     problems = []
     for path in reversed(_paths(directory)):
         try:
             verify_directory(path)
-            return _read(path), problems
         except CheckpointError as error:
             problems.append(str(error))
+        else:
+            return _read(path), problems
     return None, problems
+
+
+def _json(state: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(state).encode()
+    except TypeError as error:
+        raise CheckpointError(
+            f"an optimizer's state must be tensors and numbers to be saved, but: {error}; use another --optimizer"
+        ) from None
+
+
+def _sound(key: str) -> Callable[[Tensor], Tensor]:
+    # an attention mask is a buffer and may hold -inf for good
+    return (lambda t: ~torch.isnan(t)) if key.startswith("buffer:") else torch.isfinite
 
 
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_bytes())
     if state["format"] > FORMAT:
-        raise CheckpointError(f"{path} was written by a newer petune; upgrade with: pip install -U petune")
+        raise CheckpointError(
+            f"{path} must have format {FORMAT} or older, but has {state['format']}, that of a newer petune; "
+            "upgrade with: pip install -U petune"
+        )
     model, best, tensors = (
         load_tensors((path / f"{part}.safetensors").read_bytes()) for part in ("model", "best", "optimizer")
     )
@@ -96,21 +120,30 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, numbers = {}, []
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                numbers.append([index, name, value])
-    return tensors, {"numbers": numbers, "groups": state["param_groups"]}
+    """The tensors of the state (of parameters, and of groups, as Lamb's step), and what JSON can hold."""
+    tensors, plain = {}, []
+    for kind, parts in _parts(state).items():
+        for index, entries in parts.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{kind}.{index}.{name}"] = value
+                else:
+                    plain.append([kind, index, name, value])
+    return tensors, {"plain": plain, "num_groups": len(state["param_groups"])}
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
+    parts: dict[str, dict[int, dict[str, Any]]] = {
+        "state": {},
+        "group": {index: {} for index in range(settings["num_groups"])},
+    }
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    for index, name, value in settings["numbers"]:
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": settings["groups"]}
+        kind, index, name = key.split(".", 2)
+        parts[kind].setdefault(int(index), {})[name] = tensor
+    for kind, index, name, value in settings["plain"]:
+        parts[kind].setdefault(int(index), {})[name] = value
+    return {"state": parts["state"], "param_groups": [parts["group"][i] for i in sorted(parts["group"])]}
+
+
+def _parts(state: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    return {"state": state["state"], "group": dict(enumerate(state["param_groups"]))}

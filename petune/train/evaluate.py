@@ -45,7 +45,7 @@ def evaluate(
     top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
     training = [module for module in model.modules() if module.training]
     model.eval()
-    loss = torch.zeros((), device=device, dtype=torch.float64)
+    loss = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     try:
         with torch.inference_mode():
             for batch in eval_batches(split, preprocess, batch_size, device):

@@ -41,7 +41,7 @@ Event = StepDone | EpochEnded | Note
 
 
 class Log:
-    """`metrics.jsonl`: one object a logged step and an epoch, each exactly once, however often a run is resumed."""
+    """`metrics.jsonl`: one object a logged step and an epoch, each once, however often a run is resumed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -10,24 +10,26 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petune.attach import Attachment
 from petune.data.batches import Batch, Preprocess, TrainBatches
 from petune.data.dataset import Dataset
-from petune.errors import CheckpointError, Diverged
+from petune.errors import CheckpointError, Diverged, Stopped
 from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from petune.train.config import TrainConfig
 from petune.train.evaluate import Accuracy, evaluate
-from petune.train.events import EpochEnded, Event, Log, StepDone
+from petune.train.events import EpochEnded, Event, Log, Note, StepDone
+from petune.train.mixing import Mixing, step_seed
 from petune.train.optim import create_optimizer, create_schedule
 from petune.train.precision import choose_precision
 from petune.train.stop import StopFlag
+
+if TYPE_CHECKING:
+    from petune.attach import Attachment
 
 SAVE_EVERY_S = 600.0
 
@@ -89,17 +91,23 @@ class Trainer:
         choose: Literal["best", "last"] = "best",
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        self.att, self.model, self.dataset, self.preprocess = attachment, attachment.model, dataset, preprocess
+        self.att, self.model, self.dataset, self.preprocess = (
+            attachment,
+            attachment.model,
+            dataset,
+            preprocess,
+        )
         self.train, self.seed, self.device, self.directory = train, seed, device, directory
         self.stop, self.choose, self.on_event = stop, choose, on_event
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
         self.params = {**attachment.tuned, **attachment.head}
-        skip = getattr(self.model, "no_weight_decay", set)() if not isinstance(self.model, nn.Sequential) else set()
-        self.optimizer = create_optimizer(self.params, set(skip), train)
+        no_decay = set(getattr(self.model, "no_weight_decay", set)())
+        self.optimizer = create_optimizer(self.params, no_decay, train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
         self.precision = choose_precision(train.precision, device)
-        self.mixup = self._mixup()
+        classes, size = dataset.num_classes, self.batches.batch_size
+        self.mixing = Mixing(train, classes, size, seed, device)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
@@ -141,13 +149,13 @@ class Trainer:
 
     def _step(self, batch: Batch) -> None:
         p = self.progress
-        torch.manual_seed(_mixed(self.seed, p.step))
+        torch.manual_seed(step_seed(self.seed, p.step))
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
-        x, target = self._mix(batch)
+        x, target = self.mixing(batch, p.step)
         with self.autocast():
             logits_BC = self.model(x)
-        loss = F.cross_entropy(logits_BC.float(), target, label_smoothing=0 if self.mixup else self.train.label_smoothing)
+        loss = F.cross_entropy(logits_BC.float(), target, label_smoothing=self.mixing.smoothing)
         loss = loss + self.att.extra_loss(p.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -164,18 +172,23 @@ class Trainer:
         value = float(loss.detach())
         if math.isfinite(value) and math.isfinite(float(norm)):
             return value
+        raise self._diverged(
+            f"the loss is {value} and the gradient norm {float(norm)} (lr {lr:.3g}, "
+            f"pictures {_shown(batch.positions)})"
+        )
+
+    def _diverged(self, what: str) -> Diverged:
         last, _ = newest_checkpoint(self.directory / "checkpoints")
-        raise Diverged(
-            f"loss and gradient must stay finite, but at step {self.progress.step} the loss is {value} and the "
-            f"gradient norm {float(norm)} (lr {lr:.3g}, pictures {_shown(batch.positions)}). Lower --lr; the last good "
-            f"checkpoint is {'of step ' + str(last.progress['step']) if last else 'not there yet'}"
+        return Diverged(
+            f"loss and gradient must stay finite, but at step {self.progress.step} {what}. Lower --lr; the "
+            f"last good checkpoint is {'of step ' + str(last.progress['step']) if last else 'not there yet'}"
         )
 
     def _end_epoch(self) -> None:
         p = self.progress
         row = {"epoch": p.epoch + 1, "train_loss": p.loss_sum / max(1, p.batch)}
         if len(self.dataset.val):
-            val = self.evaluate("val")
+            val = self._validate()
             row |= {"val_loss": val.loss, "val_top1": val.top1, "val_top5": val.top5}
             if val.top1 > p.best_top1 or self.choose == "last":
                 p.best_epoch, p.best_top1, p.best_top5 = p.epoch + 1, val.top1, val.top5
@@ -185,6 +198,16 @@ class Trainer:
         p.epochs.append(row)
         p.epoch, p.batch, p.loss_sum = p.epoch + 1, 0, 0.0
         self.on_event(EpochEnded(p.epoch, self.train.epochs, row))
+
+    def _validate(self) -> Accuracy:
+        try:
+            val = self.evaluate("val")
+        except Stopped:
+            self._save()  # with the epoch's last step done, so that a resume goes on with this evaluation
+            raise
+        if not math.isfinite(val.loss):
+            raise self._diverged(f"the loss on val is {val.loss}")
+        return val
 
     def evaluate(self, part: Literal["val", "test"]) -> Accuracy:
         """Accuracy of the model as it is on a split."""
@@ -209,12 +232,16 @@ class Trainer:
         checkpoint, problems = newest_checkpoint(self.directory / "checkpoints")
         for problem in problems:
             self.log.note(problem)
+            self.on_event(Note(f"{problem}; going on from the one before"))
         if checkpoint is None:
             self.log.cut(0)
             return
         here = self._tensors()
-        if set(here) != set(checkpoint.tensors):
-            raise CheckpointError(f"{self.directory} holds a checkpoint of another model or method; use another --output")
+        if {k: t.shape for k, t in here.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
+            raise CheckpointError(
+                f"{self.directory} must hold checkpoints of this model, method and dataset, but has others; "
+                "name another --output"
+            )
         _copy_into(here, checkpoint.tensors)
         self.best = {key: t.to(self.device) for key, t in checkpoint.best.items()}
         self.optimizer.load_state_dict(checkpoint.optimizer)
@@ -225,9 +252,12 @@ class Trainer:
         p = self.progress
         if self.best:
             _copy_into(self._tensors(), self.best)
-        val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
+        val = (
+            Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
+        )
         step_time_s = p.train_time_s / max(1, p.step)
-        return Fitted(p.best_epoch if val else p.epoch, val, self._images_per_s(), step_time_s, p.time_s, p.epochs, self.precision)
+        epoch, speed = p.best_epoch if val else p.epoch, self._images_per_s()
+        return Fitted(epoch, val, speed, step_time_s, p.time_s, p.epochs, self.precision)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.params, **{f"buffer:{name}": buffer for name, buffer in self.model.named_buffers()}}
@@ -240,33 +270,6 @@ class Trainer:
     def _images_per_s(self) -> float:
         p = self.progress
         return p.step * self.batches.batch_size / p.train_time_s if p.train_time_s else 0.0
-
-    def _mixup(self) -> Any:
-        if not (self.train.mixup or self.train.cutmix):
-            return None
-        from timm.data import Mixup
-
-        return Mixup(
-            mixup_alpha=self.train.mixup,
-            cutmix_alpha=self.train.cutmix,
-            label_smoothing=self.train.label_smoothing,
-            num_classes=self.dataset.num_classes,
-        )
-
-    def _mix(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.mixup is None:
-            return batch.x_BCHW, batch.y_B
-        state = np.random.get_state()
-        np.random.seed(_mixed(self.seed, self.progress.step) % 2**32)  # timm's Mixup draws from numpy's global generator
-        try:
-            x, target = self.mixup(batch.x_BCHW, batch.y_B)
-        finally:
-            np.random.set_state(state)
-        return x, target
-
-
-def _mixed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _copy_into(targets: dict[str, Tensor], sources: Any) -> None:

@@ -25,12 +25,14 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps and exist here; {name!r}: {reason}") from None
+        raise ConfigError(
+            f"device must be auto, cpu, cuda, cuda:N or mps and exist here; {name!r}: {reason}"
+        ) from None
     return device
 
 
 def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """`wanted`, or for `auto` bfloat16 where its matrix product is at least 1.5 times as fast as float32's."""
+    """`wanted`, or for `auto` bfloat16 where its matrix product is 1.5 times as fast as float32's."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":

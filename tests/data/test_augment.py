@@ -1,4 +1,4 @@
-"""Augmentation: what a picture becomes depends on (seed, epoch, index) alone, and is what the formulas say."""
+"""Augmentation: what a picture becomes depends on (seed, epoch, index) alone, as the formulas say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from petune.data.augment import NUM_DRAWS, PRESETS, augment, draws, flip, jitter, order, resized_crop, rotate, shift
+from petune.data.augment import (
+    NUM_DRAWS,
+    PRESETS,
+    augment,
+    draws,
+    flip,
+    jitter,
+    order,
+    resized_crop,
+    rotate,
+    shift,
+)
 
 
 def _pictures(count: int = 6, size: int = 16) -> Tensor:

@@ -52,7 +52,10 @@ def test_epochs_and_seeds_differ() -> None:
     other_seed = next(_batches(split, 12, seed=1).epoch(0))
     for other in (other_epoch, other_seed):
         assert not np.array_equal(first.positions, other.positions)
-        by_position = torch.from_numpy(np.argsort(first.positions)), torch.from_numpy(np.argsort(other.positions))
+        by_position = (
+            torch.from_numpy(np.argsort(first.positions)),
+            torch.from_numpy(np.argsort(other.positions)),
+        )
         assert not torch.equal(first.x_BCHW[by_position[0]], other.x_BCHW[by_position[1]])
 
 

@@ -1,0 +1,178 @@
+"""Folders of pictures: every sensible layout is read, every other one is refused with its reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from petune.data import load_dataset
+from petune.data.folder import load_folder
+from petune.errors import DataError
+
+
+def _fill(place: Path, counts: dict[str, int], start: int = 0) -> None:
+    """Classes with pictures whose grey value tells which class (tens) and which picture (ones) they are."""
+    for label, (name, count) in enumerate(counts.items()):
+        (place / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("L", (40, 40), 50 * label + start + i).save(place / name / f"{i:02}.png")
+
+
+def test_train_val_and_test_are_kept(tmp_path: Path) -> None:
+    for i, (part, count) in enumerate((("train", 4), ("val", 2), ("test", 3))):
+        _fill(tmp_path / part, {"cat": count, "dog": count}, start=10 * i)
+    data = load_folder(tmp_path, 32)
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 4, 6)
+    assert data.classes == ("cat", "dog")
+    assert (data.source, data.augment) == (str(tmp_path), "crop")
+    for split, start in ((data.train, 0), (data.val, 10), (data.test, 20)):
+        values = split.images[split.rows][:, 0, 0, 0].astype(int)
+        assert np.array_equal(values // 50, split.labels)
+        assert np.array_equal(values % 50 // 10, np.full(len(split), start // 10))
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_lone_val_folder_is_the_test_split_and_said_to_be(name: str, tmp_path: Path) -> None:
+    _fill(tmp_path / "train", {"cat": 4, "dog": 4})
+    _fill(tmp_path / name, {"cat": 2, "dog": 2})
+    data = load_folder(tmp_path, 32)
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 0, 4)
+    assert "val folder is the test split" in data.source
+    assert len(data.with_val(0.25, seed=0).val) == 2
+
+
+@pytest.mark.parametrize("part", ["train", "."])
+def test_without_a_test_folder_a_fifth_is_cut_and_said_to_be(part: str, tmp_path: Path) -> None:
+    _fill(tmp_path / part, {"cat": 10, "dog": 20})
+    data = load_folder(tmp_path, 32)
+    assert np.bincount(data.train.labels).tolist() == [8, 16]
+    assert np.bincount(data.test.labels).tolist() == [2, 4]
+    assert not set(data.train.rows) & set(data.test.rows)
+    assert "20% of each class are the test split" in data.source
+    assert data.test.rows.tolist() == load_folder(tmp_path, 32).test.rows.tolist()
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    _fill(tmp_path, {"bus": 5, "train": 5, "test": 5})
+    assert load_folder(tmp_path, 32).classes == ("bus", "test", "train")
+
+
+def test_what_is_no_picture_or_hidden_is_ignored_and_folders_go_deep(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 5, "dog": 5})
+    for name in ("notes.txt", ".hidden.png", "Thumbs.db"):
+        (tmp_path / "cat" / name).write_bytes(b"not a picture")
+    _fill(tmp_path / ".cache", {"cat": 1})
+    _fill(tmp_path / "cat", {".trash": 1, "deeper": 3})
+    (tmp_path / "README.md").touch()
+    Image.new("RGB", (9, 9)).save(tmp_path / "dog" / "UPPER.JPG", "JPEG")
+    data = load_folder(tmp_path, 32)
+    assert data.classes == ("cat", "dog")
+    assert np.bincount(np.concatenate([data.train.labels, data.test.labels])).tolist() == [8, 6]
+
+
+def test_pictures_are_stored_with_a_margin_on_disk(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 5, "dog": 5})
+    for size, side in ((32, 37), (224, 256)):
+        data = load_dataset(f"folder:{tmp_path}", image_size=size)
+        assert data.train.images.shape == (10, side, side, 3)
+        assert data.train.crop == 0.875
+        assert isinstance(data.train.images, np.memmap)
+
+
+def test_decoded_once_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
+    place = tmp_path / "pictures"
+    _fill(place, {"cat": 5, "dog": 5})
+    load_folder(place, 32)
+    before = {p: p.stat().st_mtime_ns for p in cache.rglob("images.npy")}
+    load_folder(place, 32)
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("images.npy")} == before
+    Image.new("L", (40, 40), 255).save(place / "cat" / "00.png")
+    data = load_folder(place, 32)
+    assert 255 in data.train.images[:, 0, 0, 0]
+
+
+def test_two_folders_with_equal_listings_are_not_mixed_up(tmp_path: Path) -> None:
+    for name, value in (("a", 10), ("b", 20)):
+        for label in ("cat", "dog"):
+            for i in range(2):
+                file = tmp_path / name / label / f"{i}.bmp"  # BMP files of one shape have one size
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (40, 40), value).save(file)
+                os.utime(file, (0, 0))
+    first, second = (load_folder(tmp_path / name, 32) for name in "ab")
+    assert first.train.images[0, 0, 0, 0] == 10
+    assert second.train.images[0, 0, 0, 0] == 20
+
+
+def test_a_broken_picture_stops_with_its_path(tmp_path: Path, cache: Path) -> None:
+    _fill(tmp_path / "p", {"cat": 5, "dog": 5})
+    (tmp_path / "p" / "dog" / "03.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(DataError, match=r"dog/03\.png must be a whole picture"):
+        load_folder(tmp_path / "p", 32)
+    assert not list(cache.rglob("*.npy"))
+
+
+def test_too_little_room_is_said_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fill(tmp_path, {"cat": 5, "dog": 5})
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=1000))
+    with pytest.raises(DataError, match=r"need 41,070 bytes in .* but only 1,000 are free"):
+        load_folder(tmp_path, 32)
+
+
+def test_a_cache_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fill(tmp_path / "p", {"cat": 5, "dog": 5})
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="set PETUNE_CACHE to another folder"):
+        load_folder(tmp_path / "p", 32)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ({}, None, "must hold pictures as CLASS/"),
+        ({"cat": 0, "dog": 0}, None, "must hold pictures as CLASS/"),
+        ({"cat": 3}, None, "two class folders or more, but has only cat"),
+        ({"cat": 3, "dog": 0}, None, "train has none for dog"),
+        ({"cat": 3, "dog": 3}, {"cat": 3}, "test lacks dog"),
+        ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 3, "emu": 3}, "train lacks emu"),
+        ({"cat": 3, "dog": 3}, {"cat": 3, "dogs": 3}, "test lacks dog and train lacks dogs"),
+        ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 0}, "test has none for dog"),
+        ({"cat": 1, "dog": 1}, None, "must have test pictures"),
+    ],
+)
+def test_folders_that_make_no_sense_are_refused(
+    train: dict[str, int], test: dict[str, int] | None, message: str, tmp_path: Path
+) -> None:
+    _fill(tmp_path if test is None else tmp_path / "train", train)
+    if test is not None:
+        _fill(tmp_path / "test", test)
+    with pytest.raises(DataError, match=message):
+        load_folder(tmp_path, 32)
+
+
+def test_a_test_folder_without_train_is_refused(tmp_path: Path) -> None:
+    _fill(tmp_path / "test", {"cat": 3, "dog": 3})
+    with pytest.raises(DataError, match=r"must hold train/CLASS/\* beside test/"):
+        load_folder(tmp_path, 32)
+
+
+def test_two_validation_folders_are_refused(tmp_path: Path) -> None:
+    for part in ("train", "val", "valid"):
+        _fill(tmp_path / part, {"cat": 3, "dog": 3})
+    with pytest.raises(DataError, match="one validation folder, but has val and valid"):
+        load_folder(tmp_path, 32)
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file"):
+        load_folder(tmp_path / "file", 32)
+    with pytest.raises(DataError, match="is not there"):
+        load_folder(tmp_path / "nowhere", 32)

@@ -1,0 +1,80 @@
+"""Signals ask to stop; a second one leaves at once; devices and number formats are chosen or refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from petune.errors import ConfigError, Stopped
+from petune.train import precision
+from petune.train.precision import choose_device, choose_precision
+from petune.train.stop import StopFlag
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_check_raises(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        assert stop.signal_name == number.name
+        with pytest.raises(Stopped, match=f"stopped by {number.name}; what was done is saved"):
+            stop.check()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with StopFlag():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_another_thread_may_use_it() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with StopFlag() as stop:
+            stop.check()
+            found.append(stop.signal_name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta:x"])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda"):
+        choose_device(name)
+
+
+def test_devices_by_name() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else choose_device("auto").type)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "chosen"), [(0.003, "fp32"), (1.2, "fp32"), (1.5, "bf16"), (8.0, "bf16")]
+)
+def test_auto_takes_bfloat16_only_where_it_is_faster(
+    speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedup)
+    assert choose_precision("auto", torch.device("cpu")) == chosen
+
+
+def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16"
