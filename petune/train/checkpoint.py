@@ -88,7 +88,7 @@ def _json(state: dict[str, Any]) -> bytes:
         return json.dumps(state).encode()
     except TypeError as error:
         raise CheckpointError(
-            f"an optimizer's state must be tensors and numbers to be saved, but: {error}; use another --optimizer"
+            f"an optimizer's state must be tensors and numbers, but: {error}; use another --optimizer"
         ) from None
 
 

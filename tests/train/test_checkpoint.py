@@ -61,8 +61,9 @@ def test_an_optimizer_read_back_goes_on_to_the_bit(name: str, tmp_path: Path) ->
 def test_tensors_of_every_kind_are_read_back_to_the_bit(tmp_path: Path) -> None:
     shared = torch.randn(4, 4)
     tensors: dict[str, Tensor] = {
-        "a": shared, "the same": shared, "a view": shared[:, ::2], "transposed": shared.T, "scalar": torch.tensor(0.1),
-        "double": torch.randn(3, dtype=torch.float64), "half": torch.randn(3).half(), "empty": torch.empty(0, 3),
+        "a": shared, "the same": shared, "a view": shared[:, ::2], "transposed": shared.T,
+        "scalar": torch.tensor(0.1), "double": torch.randn(3, dtype=torch.float64),
+        "half": torch.randn(3).half(), "empty": torch.empty(0, 3),
         "buffer:count": torch.tensor(7), "buffer:mask": torch.tensor([True, False]),
         "denormal": torch.tensor([1e-42, -0.0]),
     }  # fmt: skip
