@@ -25,14 +25,14 @@ class Settings(Config):
 
 
 def _start(path: Path, resume: bool, barrier: Barrier, results: Any) -> None:
-    barrier.wait()
+    barrier.wait(20)
     try:
         with claimed(path, Settings(), resume=resume, command=COMMAND):
             results.put("claimed")
-            barrier.wait()  # hold it until all have tried
+            barrier.wait(20)  # hold it until all have tried
     except UsageError as error:
         results.put(str(error))
-        barrier.wait()
+        barrier.wait(20)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -40,7 +40,7 @@ def test_of_eight_starts_in_one_directory_exactly_one_claims_it(resume: bool, tm
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(8), context.Queue()
     arguments = (tmp_path / "run", resume, barrier, results)
-    processes = [context.Process(target=_start, args=arguments) for _ in range(8)]
+    processes = [context.Process(target=_start, args=arguments, daemon=True) for _ in range(8)]
     for process in processes:
         process.start()
     said = [results.get(timeout=20) for _ in processes]

@@ -13,7 +13,8 @@ from petune.train.config import TrainConfig
 @pytest.mark.parametrize(
     "values",
     [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -1.0}, {"weight_decay": -0.1},
-     {"label_smoothing": 1.0}, {"mixup": -1.0}, {"schedule": "linear"}, {"augment": "all"}, {"precision": "fp16"},
+     {"label_smoothing": 1.0}, {"mixup": -1.0}, {"schedule": "linear"},
+     {"augment": "all"}, {"precision": "fp16"},
      {"grad_clip": 0.0}, {"warmup": -1.0}, {"log_every": 0}, {"epoch": 3}],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(values: dict[str, object]) -> None:

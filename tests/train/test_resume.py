@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -71,11 +72,14 @@ def _assert_equal(found: Any, expected: Any) -> None:
 
 def _uninterrupted(method: str, make: Make, toy: Make, directory: Path, **train: Any) -> Any:
     att = _attachment(method, toy, seed=1)
+    np.random.seed(1)
     return _outcome(att, make(att, directory=directory, **train).fit(), directory)
 
 
 def _resumed(method: str, make: Make, toy: Make, directory: Path, **train: Any) -> Any:
     att = _attachment(method, toy, seed=99)
+    np.random.seed(99)  # another process would find other generators
+    torch.manual_seed(99)
     return _outcome(att, make(att, directory=directory, **train).fit(), directory)
 
 
