@@ -38,7 +38,6 @@ SIBLINGS = {
     ("backbones", "weights"): "a backbone has weights",
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
     ("compare", "report"): "many runs, one table",
-    ("report", "compare"): "a type only",
 }
 PUBLIC_ONLY = {"tuners"}  # written against `petune` itself, as a plugin is
 LONGEST = 400

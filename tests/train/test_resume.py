@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from petune.attach import attach
 from torch import Tensor
 
 from petune.errors import Stopped
@@ -33,6 +32,8 @@ def _attachment(method: str, toy: Make, seed: int) -> Any:
     """The same backbone every time; the seed is only that of the adapters, which a resume must replace."""
     if method == "toy":
         return toy(seed)
+    from petune.attach import attach
+
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=4, depth=2, embed_dim=12, num_heads=2, num_classes=3,
