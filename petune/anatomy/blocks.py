@@ -1,0 +1,147 @@
+"""From a trace to blocks: attention is where tokens are mixed, a block is the smallest call that holds it and an MLP."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, span_exit
+from petune.anatomy.places import layout_of, site, width_of
+from petune.anatomy.trace import Call, Trace
+from petune.sites import Block
+
+
+@dataclass(eq=False)
+class Unit:
+    """One attention: the call that mixes tokens, its block's call, and the MLP that follows it there."""
+
+    call: Call
+    mixed: int
+    stop: float
+    holder: Call | None = None
+    mlp: Mlp | None = None
+
+
+def find_blocks(trace: Trace, model: str) -> tuple[Block, ...]:
+    """All blocks of a traced model, in order; a block that is called twice is listed once."""
+    units = attention_units(trace)
+    for unit in units:
+        _find_holder(unit)
+    blocks: dict[int, tuple[int, Block]] = {}
+    for unit in units:
+        for start, block in _blocks_of(trace, unit, units, model):
+            blocks.setdefault(id(block.enter), (start, block))
+    ordered = sorted(blocks.values(), key=lambda item: item[0])
+    return tuple(replace(block, index=i) for i, (_, block) in enumerate(ordered))
+
+
+def attention_units(trace: Trace) -> list[Unit]:
+    """The innermost shape-keeping calls with weights around each mixing of tokens, in order."""
+    found: dict[int, Unit] = {}
+    for time, mixer in trace.mixers:
+        for call in (mixer, *mixer.ancestors()):
+            if call.keeps_shape and any(p.ndim >= 2 for p in call.module.parameters()):
+                found.setdefault(id(call), Unit(call, time, math.inf)).mixed = time
+                break
+    units = sorted((u for u in found.values() if u.call is not trace.root), key=lambda u: u.call.start)
+    for unit, following in zip(units, units[1:], strict=False):
+        unit.stop = following.call.start
+    return units
+
+
+def _find_holder(unit: Unit) -> None:
+    """Walk outwards to the smallest call that has an MLP after the attention and before the next one."""
+    inner: Call | None = None
+    for call in (unit.call, *unit.call.ancestors()):
+        after = unit.mixed if inner is None else inner.stop
+        unit.mlp = find_mlp(call, inner, after, unit.stop, width_of(unit.call))
+        if unit.mlp is not None:
+            unit.holder = call
+            return
+        inner = call
+
+
+def _blocks_of(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple[int, Block]]:
+    holder = unit.holder
+    if holder is None:
+        return _lone(trace, unit, units, model)
+    inside = [u for u in units if u.call.within(holder)]
+    if holder.keeps_shape and len(inside) == 1:
+        return [(holder.start, _describe(trace, unit, holder, model))]
+    if holder.keeps_shape and any(u.holder is not holder for u in inside):  # attentions side by side
+        return [(holder.start, _bare(holder, holder, width_of(unit.call), model))]
+    span = _span(trace, unit, holder, model)
+    return [span] if span is not None else []
+
+
+def _lone(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple[int, Block]]:
+    """A block without an MLP that can be told apart: attention and MLP fused, or attention alone."""
+    if any(u.holder is not None and u.holder.keeps_shape and unit.call.within(u.holder) for u in units):
+        return []
+    around = [unit.call, *unit.call.ancestors()]
+    alone = [c for c in around if c.keeps_shape and sum(u.call.within(c) for u in units) == 1]
+    alone = [c for c in alone if c is not trace.root]
+    return [(alone[-1].start, _bare(alone[-1], alone[-1], width_of(unit.call), model))] if alone else []
+
+
+def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Block] | None:
+    """A block that is no module of its own: attention and MLP are called from the model's list."""
+    assert unit.mlp is not None
+    first = _towards(holder, unit.call)
+    mid = mid_of(trace, unit.mlp, first)
+    last = span_exit(trace, unit.mlp, mid)
+    if last is None:
+        return None
+    described = _describe(trace, unit, first, model)
+    dim = width_of(unit.call)
+    edges = _bare(first, last, dim, model)
+    return first.start, replace(
+        described, exit=edges.exit, exit_path=edges.exit_path, **_parts(trace, unit, holder, first, model)
+    )
+
+
+def _describe(trace: Trace, unit: Unit, block: Call, model: str) -> Block:
+    inner = _towards(block, unit.call) if unit.call is not block else block
+    bare = _bare(block, block, width_of(unit.call), model)
+    return replace(bare, **_parts(trace, unit, block, inner, model))
+
+
+def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str) -> dict[str, object]:
+    """The inner places as keyword arguments of Block."""
+    assert unit.mlp is not None
+    dim, default = width_of(unit.call), layout_of(scope, width_of(unit.call))
+    attn = attention_of(unit.call, scope)
+    norm1 = norm_of(trace, attn, scope) if attn is not None else None
+    mid = mid_of(trace, unit.mlp, inner)
+    norm2 = norm_of(trace, unit.mlp.first, scope, norm1)
+    return {
+        "attn": site("attn", attn, attn, dim, model, default),
+        "mlp": site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),
+        "norm1": site("norm1", norm1, norm1, dim, model, default),
+        "norm2": site("norm2", norm2, norm2, dim, model, default),
+        "mid": site("mid", mid, mid, dim, model, default, point=True),
+        "takes_extra": inner.parent.extra if inner.parent is scope else scope.extra,
+    }
+
+
+def _bare(first: Call, last: Call, dim: int, model: str) -> Block:
+    return Block(
+        role="block",
+        path=first.path,
+        enter=first.module,
+        exit_path=last.path,
+        exit=last.module,
+        dim=dim,
+        layout=layout_of(first, dim),
+        model=model,
+        index=0,
+        takes_extra=first.extra,
+    )
+
+
+def _towards(outer: Call, inner: Call) -> Call:
+    """The child of `outer` that `inner` happens in, or `inner` itself."""
+    here = inner
+    while here.parent is not None and here.parent is not outer:
+        here = here.parent
+    return here

@@ -1,0 +1,103 @@
+"""Run a model's forward once for its shapes alone, and leave no trace of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from petune.errors import AttachError
+
+
+def dry_forward(
+    model: nn.Module,
+    input_size: tuple[int, int, int],
+    watch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Any:
+    """Run one no-grad forward in eval mode, and return what `watch` yielded during it.
+
+    The forward runs on the meta device (shapes without numbers: milliseconds, no copy of weights). Where a
+    model computes with tensors that are neither parameter nor buffer, this fails, and it runs in earnest on
+    one black picture. Modes and random state are as before afterwards.
+
+    Args:
+        model: Any model that maps a batch of pictures to something.
+        input_size: (channels, height, width).
+        watch: Makes a fresh context manager for each try.
+
+    Raises:
+        AttachError: The model's own forward fails on a picture of that size.
+    """
+    with _undisturbed(model), torch.no_grad():
+        try:
+            return _on_meta(model, input_size, watch)
+        except Exception:  # a constant tensor on another device, an op without a meta kernel, a value read
+            pass
+        try:
+            return _in_earnest(model, input_size, watch)
+        except Exception as error:
+            size = "x".join(map(str, input_size))
+            raise AttachError(
+                f"the forward of {type(model).__name__} must run on a {size} picture, but it raised "
+                f"{type(error).__name__}: {error}. Pass input_size=(channels, height, width) if that is not "
+                "its size"
+            ) from error
+
+
+def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
+    tensors = {
+        name: torch.empty_like(tensor, device="meta")
+        for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, tensor in named
+    }
+    images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=_dtype(model))
+    with _caches_restored(model), watch() as seen:
+        functional_call(model, tensors, (images_BCHW,), tie_weights=False)
+    return seen
+
+
+def _in_earnest(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with watch() as seen:
+        model(torch.zeros(1, *input_size, device=device, dtype=_dtype(model)))
+    return seen
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's mode and every random state as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _caches_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward stored on modules, so that no meta tensor stays behind in a model's own cache."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for key, value in list(module.__dict__.items()):
+                if value is attributes.get(key):
+                    continue
+                if key in attributes:
+                    module.__dict__[key] = attributes[key]
+                else:
+                    del module.__dict__[key]

@@ -1,0 +1,192 @@
+"""Edit: the verbs by which a tuner changes a model, and the log that undoes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from petune.anatomy.positions import admit_prompts
+from petune.errors import AttachError, SiteNotFound
+from petune.hooks import After, Before, Branch, Holder, Prompts
+from petune.sites import Block, Site, Sites
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class Edit:
+    """What one tuner does to one model. A tuner gets it in `attach` and calls its verbs.
+
+    Attributes:
+        model: The model that is edited; look, but change it only by the verbs.
+        sites: Its places.
+        name: The attachment's name; adapters are registered as `petune_<name>`.
+        holders: The adapters put in so far, with the places each needs to be passed.
+        trained: The backbone's own parameters that were unfrozen.
+        train_modules: The backbone's own modules that go to train mode.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites, name: str) -> None:
+        self.model, self.sites, self.name = model, sites, name
+        self.holders: list[tuple[Holder, tuple[Site, ...]]] = []
+        self.trained: list[nn.Parameter] = []
+        self.train_modules: list[nn.Module] = []
+        self.switches: list[Callable[[bool], None]] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def branch(self, enter: Site | None, exit: Site | None, adapter: nn.Module) -> None:
+        """Add `adapter(what enters ENTER)` to what leaves EXIT.
+
+        Args:
+            enter: Where the adapter reads, for example `block.mid`.
+            exit: Where its output is added, for example `block`.
+            adapter: Maps (..., D of enter) to (..., D of exit).
+        """
+        enter, exit = self._present(enter, "branch"), self._changeable(exit, "branch")
+        holder = Branch(adapter, enter.layout, exit.layout)
+        self._put(holder, exit, enter, exit)
+        self._hook(enter.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+        # innermost of all hooks, so that it meets the tokens as ENTER saw them; also after an exception
+        self._hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
+
+    def before(self, site: Site | None, adapter: nn.Module) -> None:
+        """Replace what enters `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
+        site = self._changeable(site, "before")
+        holder = Before(adapter, site.layout)
+        self._put(holder, site, site)
+        self._hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+
+    def after(self, site: Site | None, adapter: nn.Module) -> None:
+        """Replace what leaves `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
+        site = self._changeable(site, "after")
+        holder = After(adapter, site.layout)
+        self._put(holder, site, site)
+        self._hook(site.exit.register_forward_hook(holder.leave, prepend=True))
+
+    def prompt(self, blocks: Block | Sequence[Block], adapter: nn.Module) -> None:
+        """Put tokens behind the prefix tokens where `blocks` are entered, and cut them out where they are left.
+
+        Args:
+            blocks: One block, or neighbours from first to last: the tokens pass through all of them.
+            adapter: Has an attribute `num_prompts` and maps the (B, N, D) tokens to (1 or B, num_prompts, D).
+
+        Raises:
+            AttachError: A block looks at positions in a way that prompts would falsify without a word.
+        """
+        run = (blocks,) if isinstance(blocks, Block) else tuple(blocks)
+        if not run:
+            self.sites.need_blocks()
+            raise SiteNotFound("prompt needs one block or more, but was given none")
+        count = getattr(adapter, "num_prompts", None)
+        if not isinstance(count, int) or count < 1:
+            raise AttachError(
+                f"a prompt adapter must have a whole number num_prompts of 1 or more, but that of "
+                f"{type(adapter).__name__} is {count!r}"
+            )
+        holder = Prompts(adapter, count, self.sites.num_prefix_tokens)
+        for block in run:
+            for switch in admit_prompts(block, self.sites, count):
+                switch(True)
+                self.switches.append(switch)
+                self._undo.append(lambda switch=switch: switch(False))
+        self._put(holder, run[0], run[0], run[-1])
+        # outermost of all hooks: other adapters see the prompts as tokens, and nested prompts leave in turn
+        self._hook(run[0].enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
+        self._hook(run[-1].exit.register_forward_hook(holder.leave))
+
+    def train(self, what: nn.Module | Site | Iterable[nn.Parameter]) -> None:
+        """Unfreeze parameters the backbone already has.
+
+        Args:
+            what: A module or site, whose parameters train and which goes to train mode (dropout, BatchNorm), or
+                single parameters, whose modules stay in eval mode.
+        """
+        for module in what.modules if isinstance(what, Site) else (what,) if isinstance(what, nn.Module) else ():
+            self.train_modules.append(module)
+            self.trained += module.parameters()
+        if not isinstance(what, nn.Module | Site):
+            self.trained += what
+
+    def on_detach(self, fn: Callable[[], object]) -> None:
+        """Call `fn` on detach, to undo something that was done by hand. Last done is first undone."""
+        self._undo.append(fn)
+
+    def site(self, module: nn.Module, dim: int | None = None) -> Site:
+        """A Site for any module of the model, for tuners that edit single layers.
+
+        Raises:
+            SiteNotFound: The model does not hold the module.
+        """
+        for path, candidate in self.model.named_modules():
+            if candidate is module:
+                width = dim if dim is not None else next((p.shape[-1] for p in module.parameters()), 0)
+                edge = {"path": path, "enter": module, "exit_path": path, "exit": module}
+                return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **edge)  # type: ignore[arg-type]
+        raise SiteNotFound(f"the {type(module).__name__} to edit must be a part of {self.sites.model}, but is not")
+
+    def undo(self) -> None:
+        """Undo everything, last first; the model is as it was."""
+        for holder, _ in self.holders:
+            holder.forget()
+        while self._undo:
+            self._undo.pop()()
+
+    def _present(self, site: Site | None, verb: str) -> Site:
+        if isinstance(site, Site):
+            return site
+        blocks = self.sites.need_blocks()
+        have = ", ".join(r for r in ("attn", "mlp", "norm1", "norm2", "mid") if getattr(blocks[0], r) is not None)
+        raise SiteNotFound(
+            f"{verb} was given a place that {self.sites.model} does not have; its blocks have: block, "
+            f"{have or 'no inner places'}. Ask for a place with block.need(name), or use another method"
+        )
+
+    def _changeable(self, site: Site | None, verb: str) -> Site:
+        site = self._present(site, verb)
+        if site.point:
+            raise AttachError(
+                f"{verb} changes what a module returns or receives, but {site.role!r} ({site.where}) is a tensor "
+                "between modules: it can only be read, as the first place of branch"
+            )
+        return site
+
+    def _put(self, holder: Holder, beside: Site, *passed: Site) -> None:
+        """Register the holder beside its site, on the site's device, under a free name."""
+        host = self._host(beside)
+        role = "" if isinstance(beside, Block) else f"_{beside.role}"
+        base = f"petune_{self.name}{role}"
+        attribute, number = base, 1
+        while hasattr(host, attribute):
+            attribute, number = f"{base}_{number}", number + 1
+        holder.to(device=next((p.device for p in self._weights(beside)), torch.device("cpu")))
+        holder.train(self.model.training)
+        host.add_module(attribute, holder)
+        self._undo.append(lambda: delattr(host, attribute))
+        self.holders.append((holder, passed))
+
+    def _host(self, site: Site) -> nn.Module:
+        """The site's block for a block, else the module around the site; never a container that calls its children."""
+        if isinstance(site, Block):
+            return host_for(site.exit)
+        parent = self.model.get_submodule(site.exit_path.rpartition(".")[0])
+        return site.exit if isinstance(parent, CONTAINERS) and not isinstance(site.exit, CONTAINERS) else host_for(parent)
+
+    def _weights(self, site: Site) -> Iterable[nn.Parameter]:
+        yield from site.exit.parameters()
+        yield from self.model.parameters()
+
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._undo.append(handle.remove)
+
+
+def host_for(module: nn.Module) -> nn.Module:
+    """`module`, or the first module inside it to which a child can be added without being called by it.
+
+    Raises:
+        AttachError: There is none.
+    """
+    for candidate in module.modules():
+        if not isinstance(candidate, CONTAINERS):
+            return candidate
+    raise AttachError(f"an adapter needs a module to sit in, but {type(module).__name__} holds none")

@@ -1,0 +1,201 @@
+"""What an edit leaves in a model: adapters beside their sites, and hooks that are their own bound methods.
+
+A holder is a named submodule that owns one adapter. Its hooks are bound methods, so a deep copy or a pickle of
+the model binds them to its own adapters. Between two hooks a tensor is kept on the holder, never elsewhere.
+Shapes: B batch, N tokens, D width, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.sites import Layout
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class Holder(nn.Module):
+    """Base: one adapter beside its site. With `enabled` False the model runs as if nothing were attached."""
+
+    is_petune_holder = True
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.enabled = True
+
+    def forget(self) -> None:
+        """Drop whatever is kept between two hooks."""
+
+
+class Branch(Holder):
+    """Adds `adapter(what enters ENTER)` to what leaves EXIT."""
+
+    def __init__(self, adapter: nn.Module, enter_layout: Layout, exit_layout: Layout) -> None:
+        super().__init__(adapter)
+        self.enter_layout, self.exit_layout = enter_layout, exit_layout
+        self.kept: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Pre-hook of ENTER: keep what enters."""
+        if self.enabled:
+            self.kept = first_tensor(args, kwargs)
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Hook of EXIT, called after an exception too (then `output` is None): nothing stays behind."""
+        x, self.kept = self.kept, None
+        if output is None or not self.enabled:
+            return None
+        if x is None:
+            raise RuntimeError(
+                f"an adapter adds what enters one module to what leaves {type(module).__name__}, but nothing had "
+                "entered. Both must be called in this order, and in the same segment of gradient checkpointing"
+            )
+        change = self.adapter(to_channels_last(x, self.enter_layout))
+        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+
+    def forget(self) -> None:
+        self.kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}  # a copy of a model must not carry an activation
+
+
+class Before(Holder):
+    """Replaces what enters a module by `adapter(it)`."""
+
+    def __init__(self, adapter: nn.Module, layout: Layout) -> None:
+        super().__init__(adapter)
+        self.layout = layout
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Pre-hook of the site."""
+        if not self.enabled:
+            return None
+        x = first_tensor(args, kwargs)
+        y = shaped_like(self.adapter(to_channels_last(x, self.layout)), x, self.layout)
+        return with_first_tensor(args, kwargs, y)
+
+
+class After(Holder):
+    """Replaces what leaves a module by `adapter(it)`."""
+
+    def __init__(self, adapter: nn.Module, layout: Layout) -> None:
+        super().__init__(adapter)
+        self.layout = layout
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Hook of the site."""
+        if not self.enabled:
+            return None
+        return with_tensor(output, self._changed)
+
+    def _changed(self, x: Tensor) -> Tensor:
+        return shaped_like(self.adapter(to_channels_last(x, self.layout)), x, self.layout)
+
+
+class Prompts(Holder):
+    """Puts tokens behind the prefix when the first of its blocks is entered, cuts them out after the last."""
+
+    def __init__(self, adapter: nn.Module, num_prompts: int, index: int) -> None:
+        super().__init__(adapter)
+        self.num_prompts, self.index = num_prompts, index
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Pre-hook of the first block."""
+        if not self.enabled:
+            return None
+        x_BND = first_tensor(args, kwargs)
+        prompts_BPD = self.adapter(x_BND).to(x_BND.dtype).expand(x_BND.shape[0], -1, -1)
+        if prompts_BPD.shape[1] != self.num_prompts:
+            raise RuntimeError(
+                f"a prompt adapter must return num_prompts = {self.num_prompts} tokens, but it returned "
+                f"{prompts_BPD.shape[1]}"
+            )
+        x_BND = torch.cat([x_BND[:, : self.index], prompts_BPD, x_BND[:, self.index :]], dim=1)
+        return with_first_tensor(args, kwargs, x_BND)
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Hook of the last block."""
+        return with_tensor(output, self._cut) if self.enabled else None
+
+    def _cut(self, x_BND: Tensor) -> Tensor:
+        return torch.cat([x_BND[:, : self.index], x_BND[:, self.index + self.num_prompts :]], dim=1)
+
+
+class Modes(nn.Module):
+    """Keeps frozen modules in eval mode: stands in for the model's `train` and holds no parameter.
+
+    It is a submodule of the model and its bound method is the model's `train` attribute, so copies of the model
+    get their own, as with hooks. The model's own `training` flag follows `train(mode)` as ever.
+    """
+
+    is_petune_holder = True
+
+    def __init__(self, name: str, model: nn.Module, frozen: list[nn.Module]) -> None:
+        super().__init__()
+        self.name = name
+        self.before = model.__dict__.get("train")
+        # in a tuple, since a module as an attribute would make the model a child of its own child
+        self.model, self.frozen = (model,), tuple(frozen)
+
+    def set_train(self, mode: bool = True) -> nn.Module:
+        """`model.train(mode)`, after which the frozen modules are in eval mode."""
+        model = self.model[0]
+        if self.before is not None:
+            self.before(mode)
+        else:
+            type(model).train(model, mode)
+        for module in self.frozen:
+            module.training = False
+        return model
+
+
+def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor a module is called with: its first positional or, without one, keyword argument."""
+    for value in (*args[:1], *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise RuntimeError("an edited module must be called with a tensor, but it was called without one")
+
+
+def with_first_tensor(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:
+    """The same arguments with `x` for the first tensor."""
+    if args and isinstance(args[0], Tensor):
+        return (x, *args[1:]), kwargs
+    key = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
+    return args, {**kwargs, key: x}
+
+
+def with_tensor(output: Any, change: Any) -> Any:
+    """`output` with its tensor changed; of a tuple, the first item."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if type(output) is tuple and output and isinstance(output[0], Tensor):
+        return (change(output[0]), *output[1:])
+    raise RuntimeError(
+        f"an edited module must return a tensor, or a tuple that starts with one, but it returned a "
+        f"{type(output).__name__}"
+    )
+
+
+def to_channels_last(x: Tensor, layout: Layout) -> Tensor:
+    """What an adapter gets to see: (..., D), whatever the layout of the site."""
+    return x.movedim(1, -1) if layout == "BCHW" else x
+
+
+def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """An adapter's (..., D) output in the shape of `x`: B·H·W·D and B·N·D hold the same tokens in the same order."""
+    rows = x.movedim(1, -1).shape if layout == "BCHW" else x.shape
+    if y.shape != rows:
+        if y.ndim < 3 or y.shape[0] != rows[0] or y.shape[-1] != rows[-1]:
+            raise RuntimeError(
+                f"an adapter's output must fit the site's (..., D) shape {tuple(rows)}, but has shape {tuple(y.shape)}"
+            )
+        y = y.reshape(rows)
+    return y.movedim(-1, 1) if layout == "BCHW" else y

@@ -1,0 +1,107 @@
+"""The plugin contract: one class and one required method. This file is its manual.
+
+A tuner is a configured method. petune finds the places of a model (`edit.sites`), the tuner says what happens
+there, and petune does the rest: registers, freezes, checks, saves, undoes. A whole plugin:
+
+    class SSFConfig(petune.TunerConfig):
+        "Scale and shift every attention and MLP output."
+        init_std: float = 0.02
+
+    class ScaleShift(nn.Module):
+        def __init__(self, dim, std): ...
+        def forward(self, x): return x * self.scale + self.shift      # (..., dim) -> (..., dim)
+
+    class SSF(petune.Tuner[SSFConfig]):
+        Config = SSFConfig
+        def attach(self, edit: petune.Edit) -> None:
+            for block in edit.sites.need_blocks():
+                edit.after(block.need("attn"), ScaleShift(block.dim, self.config.init_std))
+
+    # pyproject.toml of the plugin; the name on the left is the method's name everywhere:
+    [project.entry-points."petune.tuners"]
+    ssf = "petune_ssf:SSF"
+
+`petune.check_tuner("ssf")` then proves the contract on a small model.
+
+An adapter is a plain nn.Module. It is given (..., D) tensors, channels last whatever the model's layout, and must
+treat every picture on its own. Two optional attributes on it:
+
+- `merge(module)`: fold the change into the weights of `module`, the site it is attached to (`Attachment.merge`).
+- `why_not_mergeable`: the reason, as words for the message, where there is no `merge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from petune.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from petune.edit import Edit
+
+
+class TunerConfig(Config):
+    """Options of a tuner: pydantic fields with a type and a default. Unknown keys and wrong types are refused."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method wants to be trained, so that a comparison is fair to it.
+
+    Attributes:
+        lr: Peak learning rate at `batch_size`, as the paper or a search on validation data gives it.
+        weight_decay: Decoupled weight decay of the tuned and head weights.
+        optimizer: timm's name of the optimizer.
+        batch_size: The batch size `lr` is meant for; a runner with another one scales `lr` linearly.
+        warmup_fraction: Part of all steps in which the rate rises from 0 to `lr`.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    batch_size: int = 64
+    warmup_fraction: float = 0.1
+
+
+ConfigT = TypeVar("ConfigT", bound=TunerConfig)
+
+
+class Tuner(Generic[ConfigT]):
+    """Base of every tuner.
+
+    Attributes:
+        Config: The class of its options; `petune.attach(model, "name", option=value)` builds it.
+        recipe: Its training defaults.
+        identity_at_start: Whether the model computes the same as before right after attaching.
+        config: The options of this instance.
+    """
+
+    Config: ClassVar[type[TunerConfig]] = TunerConfig
+    recipe: Recipe = Recipe()
+    identity_at_start: bool = True
+
+    def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
+        """Configure the method, with a config or with options; not yet bound to any model.
+
+        Raises:
+            ConfigError: An option is unknown or has a wrong value; the message lists all problems.
+        """
+        if config is None or options:
+            given = config.model_dump() if config is not None else {}
+            config = self.Config.build({**given, **options}, type(self).__name__)  # type: ignore[assignment]
+        self.config: ConfigT = config  # type: ignore[assignment]
+
+    def attach(self, edit: Edit) -> None:
+        """Say what changes where, with the verbs of `edit`; called once for each model.
+
+        Nothing else may be changed here: what is not done by a verb is not undone by `detach`, except through
+        `edit.on_detach`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define attach(self, edit)")
+
+    def loss(self, step: int) -> torch.Tensor | None:
+        """A term to add to the loss at this step (from 0), or None: most methods have none."""
+        return None
