@@ -46,7 +46,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def petune(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
     debug: Annotated[
         bool, typer.Option(DEBUG, help="Show the traceback of an error; may stand anywhere on the line.")

@@ -1,4 +1,4 @@
-"""The flags that `run`, `compare`, `pretrain` and `inspect` share, each written once, and the mapping they make.
+"""The flags that commands share, each written once, and the mapping they make for a configuration.
 
 A flag that is not given says nothing: defaults < --config < flags < --set.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,84 +17,95 @@ import typer
 from petune.errors import UsageError
 
 
+METAVARS = {str: "NAME", int: "INT", float: "FLOAT", Path: "DIR", bool: None}
+
+
 @dataclass(frozen=True)
 class Flag:
     """One shared flag.
 
     Attributes:
-        name: As on the command line, without dashes; its parameter has underscores.
+        name: As on the command line, without dashes; with underscores it is the key in RunConfig.
         type: What typer reads it as.
-        key: Where the value goes in RunConfig, dotted.
         help: What it does, in a few words.
         default: What happens without it, in words; a test holds it against RunConfig.
-        metavar: How the value is shown; None shows the type.
+        metavar: How the value is shown, where not by its type.
+        group: The key above, in RunConfig.
     """
 
     name: str
     type: type
-    key: str
     help: str
     default: str = ""
     metavar: str | None = None
+    group: str = ""
 
     @property
     def parameter(self) -> str:
+        """Its name in Python."""
         return self.name.replace("-", "_")
 
+    @property
+    def key(self) -> str:
+        """Where the value goes in RunConfig, dotted."""
+        return f"{self.group}.{self.parameter}" if self.group else self.parameter
+
     def option(self, default: str | None) -> inspect.Parameter:
-        """The flag as a parameter that typer understands."""
+        """The flag as a parameter that typer understands; `default` replaces the words."""
         shown = self.default if default is None else default
         text = f"{self.help}  [default: {shown}]" if shown else self.help
-        names = (f"--{self.name}",)
-        info = typer.Option(*names, help=text, metavar=self.metavar, show_default=False)
-        annotation = Annotated[bool if self.type is bool else self.type | None, info]  # type: ignore[valid-type]
-        value = False if self.type is bool else None
-        return inspect.Parameter(self.parameter, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+        metavar = self.metavar or METAVARS[self.type]
+        info = typer.Option(f"--{self.name}", help=text, metavar=metavar, show_default=False)
+        kind, absent = (bool, False) if self.type is bool else (self.type | None, None)
+        return _keyword(self.parameter, Annotated[kind, info], absent)
 
 
+_train = partial(Flag, group="train")
+RECIPE = "the method's recipe"
 FLAGS = (
-    Flag("method", str, "method", "A registered method, options in place: vpt:deep=false.", "adaptformer", "NAME"),
-    Flag("backbone", str, "backbone", "An alias or a timm name; see `petune backbones`.", "vit_base", "NAME"),
-    Flag("weights", str, "weights", "default, none, cifar100, a file, or a pretraining directory.", "default", "NAME|PATH"),
-    Flag("dataset", str, "dataset", "cifar10, cifar100, digits or folder:PATH.", "cifar10", "NAME"),
-    Flag("data-dir", Path, "data_dir", "Where CIFAR lies.", "$PETUNE_DATA, then the cache", "DIR"),
-    Flag("image-size", int, "image_size", "Side of the input, pixels.", "the backbone's", "INT"),
-    Flag("patch-size", int, "patch_size", "Side of a patch, pixels.", "the backbone's", "INT"),
-    Flag("epochs", int, "train.epochs", "Passes over the training split.", "10", "INT"),
-    Flag("batch-size", int, "train.batch_size", "Pictures a step.", "128", "INT"),
-    Flag("lr", float, "train.lr", "Peak learning rate, not scaled by the batch.", "the method's recipe", "FLOAT"),
-    Flag("weight-decay", float, "train.weight_decay", "On matrices only.", "the method's recipe", "FLOAT"),
-    Flag("optimizer", str, "train.optimizer", "A name of timm's factory.", "the method's recipe", "NAME"),
-    Flag("augment", str, "train.augment", "auto is the dataset's own.", "auto", "auto|none|shift|light|seed|crop"),
-    Flag("label-smoothing", float, "train.label_smoothing", "Share spread over all classes.", "0.0", "FLOAT"),
-    Flag("mixup", float, "train.mixup", "Alpha of Mixup; 0 is off.", "0.0", "FLOAT"),
-    Flag("cutmix", float, "train.cutmix", "Alpha of CutMix; 0 is off.", "0.0", "FLOAT"),
-    Flag("val-fraction", float, "val_fraction", "Share of train cut off to choose the epoch.", "0.1", "FLOAT"),
-    Flag("train-per-class", int, "train_per_class", "Keep so many training pictures a class.", "all", "INT"),
-    Flag("head", str, "head", "bn_linear puts a BatchNorm before the classifier.", "linear", "linear|bn_linear"),
-    Flag("seed", int, "seed", "Of head, adapters, order, augmentation, dropout.", "0", "INT"),
-    Flag("device", str, "device", "auto, cpu, cuda, cuda:N or mps.", "auto", "NAME"),
-    Flag("precision", str, "train.precision", "auto measures which is faster here.", "auto", "auto|fp32|bf16"),
-    Flag("output", Path, "output", "The run directory.", "a new one under runs/", "DIR"),
-    Flag("resume", bool, "resume", "Go on in an existing --output."),
-)  # fmt: skip
+    Flag("method", str, "A registered method, options in place: vpt:deep=false.", "adaptformer"),
+    Flag("backbone", str, "A short name or a timm name: see petune backbones.", "vit_base"),
+    Flag("weights", str, "default, none, cifar100, a file, a pretraining directory.", "default", "NAME|PATH"),
+    Flag("dataset", str, "cifar10, cifar100, digits or folder:PATH.", "cifar10"),
+    Flag("data-dir", Path, "Where CIFAR lies.", "$PETUNE_DATA, then the cache"),
+    Flag("image-size", int, "Side of the input, pixels.", "the backbone's"),
+    Flag("patch-size", int, "Side of a patch, pixels.", "the backbone's"),
+    Flag("head", str, "bn_linear: a BatchNorm before the classifier.", "linear", "linear|bn_linear"),
+    _train("epochs", int, "Passes over the training split.", "10"),
+    _train("batch-size", int, "Pictures a step.", "128"),
+    _train("lr", float, "Peak learning rate; not scaled by the batch size.", RECIPE),
+    _train("weight-decay", float, "Of matrices only.", RECIPE),
+    _train("optimizer", str, "A name of timm's optimizer factory.", RECIPE),
+    _train("augment", str, "auto: the dataset's own.", "auto", "auto|none|shift|light|seed|crop"),
+    _train("label-smoothing", float, "Share of the target spread over all classes.", "0.0"),
+    _train("mixup", float, "Alpha of Mixup; 0 is off.", "0.0"),
+    _train("cutmix", float, "Alpha of CutMix; 0 is off.", "0.0"),
+    _train("precision", str, "auto: the one measured to be faster here.", "auto", "auto|fp32|bf16"),
+    Flag("val-fraction", float, "Share of train that chooses the epoch.", "0.1"),
+    Flag("train-per-class", int, "Keep so many training pictures a class.", "all"),
+    Flag("seed", int, "Of head, adapters, order, augmentation, dropout.", "0"),
+    Flag("device", str, "auto, cpu, cuda, cuda:N or mps.", "auto"),
+    Flag("output", Path, "The run directory.", "a new one under runs/"),
+    Flag("resume", bool, "Go on in --output, or in the latest run of that name."),
+)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML to begin with; flags override it.")
 ]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other key, dotted, as train.grad_clip=5; repeatable, last word."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as train.grad_clip=5; repeatable."),
 ]
 Seeds = Annotated[
-    str | None, typer.Option("--seeds", metavar="INT,INT,…", help="One run a seed; mean and standard deviation.")
+    str | None, typer.Option("--seeds", metavar="INT,INT,…", help="One run a seed; mean ± std.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and only that.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the complete config and what would train; write nothing.")
 ]
 Track = Annotated[
-    str | None, typer.Option("--track", metavar="tensorboard", help="Log steps and epochs under the run directory.")
+    str | None,
+    typer.Option("--track", metavar="tensorboard", help="Log training curves to --output/tensorboard."),
 ]
 
 
@@ -162,7 +173,7 @@ def configured(
 
         typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         typed.__annotations__ = {p.name: p.annotation for p in parameters}
-        del typed.__wrapped__  # type: ignore[attr-defined]  # typer would look through it, at the command without flags
+        del typed.__wrapped__  # typer would look through it, at the command without flags
         return typed
 
     return decorate
@@ -180,8 +191,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise UsageError(f"--seeds takes whole numbers with commas, as 0,1,2; got {text!r}") from None
 
 
-def _keyword(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _put(values: dict[str, Any], path: str, value: Any) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from petune.cli.terminal import clean, say
 
 if TYPE_CHECKING:
+    from petune.compare import RunStarted
     from petune.train import EpochEnded, Event, StepDone
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -25,7 +25,8 @@ class Progress:
     def __init__(self, bar: bool | None = None) -> None:
         self._bar: Any = _bar() if (sys.stderr.isatty() if bar is None else bar) else None
         self._task: Any = None
-        self._label = ""
+        self._label = ""  # which of several runs this is, in full
+        self._place = ""  # likewise, short enough for the bar
         self._val = ""
         self._said = time.monotonic()
         self._began: tuple[float, int] | None = None
@@ -35,27 +36,22 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, event: Event) -> None:
-        from petune.train import EpochEnded, StepDone
+    def __call__(self, event: Event | RunStarted) -> None:
+        """Show the event."""
+        from petune.train import EpochEnded, Note, StepDone
 
         if isinstance(event, StepDone):
             self._step(event)
         elif isinstance(event, EpochEnded):
             self._epoch(event)
-        else:
+        elif isinstance(event, Note):
             self.line(event.text)
-
-    def run_started(self, label: str) -> None:
-        """The next of several runs begins."""
-        self._label, self._val, self._began = f"{label}  ", "", None
-        self.line(label)
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+        else:
+            self._run(event)
 
     def line(self, text: str) -> None:
         """A line of talk, above the bar where there is one."""
@@ -65,6 +61,15 @@ class Progress:
             say(clean(text))
         self._said = time.monotonic()
 
+    def _run(self, event: RunStarted) -> None:
+        label = f"[{event.index + 1}/{event.total}] {event.method}, seed {event.seed}"
+        self._place = f"[{event.index + 1}/{event.total}] "
+        self._label, self._val, self._began = f"{label}  ", "", None
+        self.line(f"{label}: finished before" if event.done else label)
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
     def _step(self, event: StepDone) -> None:
         if self._began is None:  # a resumed run does not begin at step 1
             self._began = (time.monotonic(), event.step)
@@ -72,29 +77,33 @@ class Progress:
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task("", total=event.total_steps)
-            text = f"{clean(self._label)}epoch {event.epoch + 1}  {state}"
+            text = f"{self._place}epoch {event.epoch + 1}  {state}"
             self._bar.update(self._task, completed=event.step, description=text)
         elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            left = duration(self._left_s(event))
-            self.line(f"{self._label}step {event.step}/{event.total_steps}  {state}  {left} left")
+            self.line(f"{self._label}step {event.step}/{event.total_steps}  {state}{self._left(event)}")
 
-    def _left_s(self, event: StepDone) -> float | None:
-        assert self._began is not None
-        began, first = self._began
-        done = event.step - first
-        return (time.monotonic() - began) / done * (event.total_steps - event.step) if done else None
+    def _left(self, event: StepDone) -> str:
+        from petune.report import duration
+
+        began, first = self._began or (0.0, event.step)
+        if event.step == first:
+            return ""
+        left_s = (time.monotonic() - began) / (event.step - first) * (event.total_steps - event.step)
+        return f"  {duration(left_s)} left"
 
     def _epoch(self, event: EpochEnded) -> None:
         row = event.metrics
-        val = f"  val top-1 {row['val_top1']:.2f} %" if "val_top1" in row else ""
-        self._val = val
-        self.line(f"{self._label}epoch {event.epoch}/{event.epochs}  loss {row['train_loss']:.3f}{val}")
+        val = f"{row['val_top1']:.2f} %" if "val_top1" in row else ""
+        self._val = f"  val {val}" if val else ""
+        said = f"  val top-1 {val}" if val else ""
+        self.line(f"{self._label}epoch {event.epoch}/{event.epochs}  loss {row['train_loss']:.3f}{said}")
 
 
 def _bar() -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    description = TextColumn("{task.description}", markup=False)
-    return Progress(description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(bar_width=10), TaskProgressColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured, parse_seeds
-from petune.cli.progress import Progress
-from petune.cli.terminal import count, duration, percent, say, show_json, show_table, size
+from petune.cli.running import RUNS, place_of, resumable, watching
+from petune.cli.terminal import count, percent, show_facts, show_json
 from petune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,16 +23,19 @@ def run(
     dry_run: DryRun = False,
     track: Track = None,
 ) -> None:
-    """Train a method on a backbone and a dataset, choose the epoch on val, test once, save the adapter."""
+    """Train one method, test it once and save its adapter.
+
+    The epoch is chosen on a validation split; config, metrics, result and adapter lie in the run directory.
+    """
     from petune.run import RunConfig
 
     config = RunConfig.build(settings.values(), settings.source)
     if seeds is not None and "seed" in settings.flags:
         raise UsageError("give --seed for one run, or --seeds for several, not both")
     if dry_run:
-        from petune.cli.inspect import show_dry_run
+        from petune.cli.dry_run import show_dry_run
 
-        show_dry_run(config, as_json=json)
+        show_dry_run(config, (config.method,), as_json=json)
     elif seeds is not None:
         _run_seeds(config, parse_seeds(seeds), json, track)
     else:
@@ -40,11 +43,13 @@ def run(
 
 
 def _run_once(config: RunConfig, as_json: bool, track: str | None) -> None:
-    from petune.cli.track import tracked
+    from petune.run import default_name
     from petune.run import run as run_config
 
-    config = config.model_copy(update={"output": config.output or _resumed(config)})
-    with Progress() as progress, tracked(track, progress) as watch:
+    place = place_of(config, default_name(config))
+    if config.resume:
+        config = config.model_copy(update={"output": place})
+    with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
     if as_json:
         show_json(result.model_dump(mode="json"))
@@ -57,3 +62,30 @@ def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, track: 
     from petune.compare import CompareConfig
     from petune.run import default_name
 
+    name = default_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
+    place = config.output or RUNS / name
+    values = {"methods": (config.method,), "seeds": seeds, "run": config, "output": place}
+    run_comparison(CompareConfig.build(values, "the command line"), as_json=as_json, track=track)
+
+
+def show_result(result: RunResult) -> None:
+    """Print what a run yielded, a line each."""
+    from petune.report import duration, size
+
+    tuned = f"{count(result.tuned)}  ({percent(result.percent_of_total, 3)} of all parameters, "
+    show_facts(
+        (
+            ("method", result.method),
+            ("backbone", f"{result.backbone_full_name}, weights {result.weights}"),
+            ("dataset", f"{result.dataset}, seed {result.seed}"),
+            ("top-1 on test", percent(result.top1)),
+            ("top-5 on test", percent(result.top5)),
+            ("top-1 on val", f"{percent(result.val_top1)}  (epoch {result.epoch} of {result.epochs})"),
+            ("tuned", f"{tuned}{percent(result.percent_of_backbone, 3)} of the backbone)"),
+            ("head", count(result.head)),
+            ("saved", size(result.adapter_bytes)),
+            ("training", f"{result.images_per_s:,.0f} images/s, {duration(result.time_s)}"),
+            ("peak memory", size(result.peak_memory_bytes)),
+            ("output", result.output),
+        )
+    )

@@ -1,10 +1,10 @@
-"""How petune prints: data on stdout, talk on stderr, tables, numbers with units, names without control characters."""
+"""How petune prints: data on stdout, talk on stderr, tables, units, names without control characters."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 PIPE_WIDTH = 200
@@ -12,7 +12,7 @@ PIPE_WIDTH = 200
 
 
 def clean(text: str) -> str:
-    """`text` without control and bidirectional characters, which a file or class name may bring; lines stay."""
+    """`text` without control and bidirectional characters, which names may bring; lines stay."""
     lines = text.expandtabs(4).splitlines()
     return "\n".join("".join(c for c in line if c.isprintable()) for line in lines)
 
@@ -32,36 +32,59 @@ def show_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str), flush=True)
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> None:
+def show_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Collection[str] = (),
+    spare: Sequence[str] = (),
+) -> None:
     """Print a table on stdout.
 
     Args:
         columns: The headings.
         rows: Cells, one for every column.
         right: Headings of the columns that hold numbers.
+        spare: Headings of the columns to leave out, in this order, until the table fits a narrow terminal.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     terminal = sys.stdout.isatty()
-    console = Console(
-        file=sys.stdout, markup=False, emoji=False, highlight=False, width=None if terminal else PIPE_WIDTH
-    )
-    table = Table(box=box.SIMPLE_HEAD if terminal else box.ASCII2, header_style="bold", pad_edge=False)
-    numbers = set(right)
-    for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(clean(cell) for cell in row))
+    width = None if terminal else PIPE_WIDTH
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False, width=width)
+    cells = [[clean(cell) for cell in row] for row in rows]
+    kept = _fitting(columns, cells, spare, console.width)
+    table = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN, header_style="bold")
+    for index in kept:
+        table.add_column(
+            columns[index], justify="right" if columns[index] in right else "left", overflow="fold"
+        )
+    for row in cells:
+        table.add_row(*(row[index] for index in kept))
     console.print(table)
+    if len(kept) < len(columns):
+        say(f"left out for want of width: {', '.join(c for i, c in enumerate(columns) if i not in kept)}")
 
 
-def show_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Print names and values on stdout, a line each, the values below one another."""
+def _fitting(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], spare: Sequence[str], width: int
+) -> list[int]:
+    widths = [3 + max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
+    kept = list(range(len(columns)))
+    for heading in spare:
+        if sum(widths[i] for i in kept) + 1 <= width:
+            break
+        kept.remove(columns.index(heading))
+    return kept
+
+
+def show_facts(facts: Iterable[tuple[str, str]], *, talk: bool = False) -> None:
+    """Print names and values, a line each, the values below one another; on stdout, or on stderr as talk."""
     pairs = [(name, clean(value)) for name, value in facts]
     width = max(len(name) for name, _ in pairs)
-    show("\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs))
+    (say if talk else show)("\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs))
 
 
 def count(number: int | None) -> str:
@@ -76,4 +99,4 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def flops(number: int) -> str:
     """`1254000000` → `1.254 GFLOPs`."""
-    return f"{number / 1e9:.3f} GFLOPs"
+    return f"{number / 1e9:.3f} GFLOPs" if number >= 1e9 else f"{number / 1e6:.3f} MFLOPs"

@@ -1,0 +1,96 @@
+"""`petune compare`: methods × seeds, one table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured, parse_seeds
+from petune.cli.running import RUNS, watching
+from petune.cli.terminal import clean, say, show, show_json, show_table
+
+if TYPE_CHECKING:
+    from petune.compare import CompareConfig, Comparison
+
+SPARE = ("% of all", "peak memory", "head", "adapter", "top-5", "images/s")
+"""Columns that a narrow terminal does without; compare.md has them all."""
+
+Methods = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="METHOD", help="Registered methods, options in place: vpt:deep=false."),
+]
+
+
+@configured(without=("method", "resume"), defaults={"output": "runs/compare-BACKBONE-DATASET"})
+def compare(
+    settings: Settings,
+    methods: Methods = None,
+    *,
+    seeds: Seeds = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+    track: Track = None,
+) -> None:
+    """Train several methods alike and print one table.
+
+    Started again, it skips the runs that are finished.
+    """
+    from petune.compare import CompareConfig
+
+    config = CompareConfig.build(_values(settings, methods, seeds), settings.source)
+    if dry_run:
+        from petune.cli.dry_run import show_dry_run
+
+        show_dry_run(config, config.methods, as_json=json)
+    else:
+        run_comparison(config, as_json=json, track=track)
+
+
+def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None) -> None:
+    """Run it, print the table, and exit with 1 if a method failed."""
+    from petune.compare import compare as compare_config
+
+    place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
+    with watching(track, place) as watch:
+        comparison = compare_config(config, watch=watch)
+    if as_json:
+        show_json(comparison.model_dump(mode="json"))
+    else:
+        show_comparison(comparison)
+    if any(row.status == "failed" for row in comparison.rows):
+        raise typer.Exit(1)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Print the table, and where its files are."""
+    from petune.report import COLUMNS, cells
+
+    say(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
+    rows = [(cells(row.model_dump(mode="json")), row) for row in comparison.rows]
+    # a reason is a sentence, which no column has room for
+    shown = [[*texts[:-1], "failed"] if row.status == "failed" else texts for texts, row in rows]
+    show_table(COLUMNS, shown, right=COLUMNS[1:], spare=SPARE)
+    for row in comparison.rows:
+        if row.status == "failed":
+            show(clean(f"{row.method} failed: {row.reason}"))
+    say(f"output: {comparison.output}")
+
+
+def _values(settings: Settings, methods: list[str] | None, seeds: str | None) -> dict[str, Any]:
+    """What belongs to the comparison stays on top, everything else goes to the runs, as in `petune run`."""
+    from petune.compare import CompareConfig
+
+    own = CompareConfig.model_fields.keys()
+    values = settings.values(lambda key: key if _first(key) in own else f"run.{key}")
+    if methods:
+        values["methods"] = methods
+    if seeds is not None:
+        values["seeds"] = parse_seeds(seeds)
+    elif "seed" in settings.flags:
+        values["seeds"] = (settings.flags["seed"],)
+    return values
+
+
+def _first(key: str) -> str:
+    return key.partition("=")[0].partition(".")[0].strip()

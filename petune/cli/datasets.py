@@ -1,0 +1,33 @@
+"""`petune datasets`: names that --dataset takes, and whether their pictures are here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petune.cli.options import Json
+from petune.cli.terminal import show_json, show_table
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Where CIFAR lies.  [default: $PETUNE_DATA, then the cache]", show_default=False
+    ),
+]
+
+
+def datasets(data_dir: DataDir = None, json: Json = False) -> None:
+    """List the names that --dataset takes, and what is here."""
+    from petune.data import NAMES
+    from petune.data.lookup import find_dataset
+
+    found = [
+        {"name": name, "about": about, "found": find_dataset(name, data_dir)} for name, about in NAMES.items()
+    ]
+    columns = ("name", "about", "found")
+    if json:
+        show_json(found)
+    else:
+        show_table(columns, [[str(d[key] or "-") for key in columns] for d in found])

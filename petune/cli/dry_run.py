@@ -1,0 +1,44 @@
+"""`--dry-run`: the complete configuration and what would train; nothing is trained or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from petune.cli.structure import plan_of, structure_of
+from petune.cli.terminal import say, show, show_facts, show_json
+
+if TYPE_CHECKING:
+    from petune.compare import CompareConfig
+    from petune.run import RunConfig
+    from petune.tuner import Recipe
+
+
+def show_dry_run(
+    config: RunConfig | CompareConfig, methods: Sequence[str], *, as_json: bool, recipe: Recipe | None = None
+) -> None:
+    """Print `config` as YAML on stdout, ready for --config, and on stderr what each method would train.
+
+    Args:
+        config: The complete configuration.
+        methods: All methods of it.
+        as_json: Print both as one JSON object on stdout.
+        recipe: What is taken instead of the methods' own.
+    """
+    from petune.run import RunConfig
+
+    run = config if isinstance(config, RunConfig) else config.run
+    structure, model = structure_of(run)
+    plans = [plan_of(method, model, structure.sites, recipe) for method in methods]
+    if as_json:
+        plain = config.model_dump(mode="json")
+        show_json(
+            {"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]}
+        )
+        return
+    show(config.to_yaml().rstrip())
+    say(f"\n{structure.full_name}; nothing was trained or written")
+    for plan in plans:
+        say("")
+        show_facts(plan.facts(structure.forward_flops), talk=True)

@@ -1,0 +1,54 @@
+"""`petune env`: versions, device, directories; what a bug report needs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from petune.cli.options import Json
+from petune.cli.terminal import show_facts, show_json
+
+
+def env(json: Json = False) -> None:
+    """Show versions, device, directories and precision.
+
+    Precision is the number format that is measured to be faster on this device.
+    """
+    found = environment()
+    if json:
+        show_json(found)
+        return
+    versions = [(name, version or "not installed") for name, version in found.pop("versions").items()]
+    show_facts([*versions, *((key.replace("_", " "), _words(value)) for key, value in found.items())])
+
+
+def environment() -> dict[str, Any]:
+    """What `petune env` shows, as plain data."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from petune.data.cache import cache_dir
+    from petune.data.lookup import find_dataset
+    from petune.measure import provenance
+    from petune.train import choose_device, choose_precision
+
+    device = choose_device("auto")
+    known = provenance(device)
+    return {
+        "versions": known["versions"],
+        "python": known["python"],
+        "platform": known["platform"],
+        "git": known["git"],
+        "device": f"{device.type}: {known['device']}",
+        "threads": known["threads"],
+        "precision": choose_precision("auto", device),
+        "cache_dir": str(cache_dir()),
+        "data_dir": os.environ.get("PETUNE_DATA"),
+        "hub_cache_dir": HF_HUB_CACHE,
+        "datasets": {name: find_dataset(name) for name in ("cifar10", "cifar100", "digits")},
+    }
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    return "-" if value is None else str(value)

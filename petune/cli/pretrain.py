@@ -1,0 +1,47 @@
+"""`petune pretrain`: a backbone from scratch."""
+
+from __future__ import annotations
+
+from petune.cli.options import DryRun, Json, Settings, Track, configured
+from petune.cli.run import show_result
+from petune.cli.running import place_of, resumable, watching
+from petune.cli.terminal import say, show_json
+
+DEFAULTS = {
+    "backbone": "vit_nano",
+    "weights": "none",
+    "dataset": "cifar100",
+    "epochs": "30",
+    "label-smoothing": "0.1",
+    "val-fraction": "0.02",
+    "lr": "2e-3",
+    "weight-decay": "0.05",
+    "optimizer": "nmuon",
+}
+
+
+@configured(without=("method",), defaults=DEFAULTS)
+def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False, track: Track = None) -> None:
+    """Train a backbone from scratch, for --weights.
+
+    Everything trains, and the last epoch is kept.
+    """
+    from petune.pretrain import RECIPE, PretrainConfig
+    from petune.pretrain import pretrain as run_config
+
+    config = PretrainConfig.build(settings.values(), settings.source)
+    if dry_run:
+        from petune.cli.dry_run import show_dry_run
+
+        show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
+        return
+    place = place_of(config, f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
+    if config.resume:
+        config = config.model_copy(update={"output": place})
+    with resumable("pretrain", place), watching(track, place) as watch:
+        result = run_config(config, watch=watch)
+    if json:
+        show_json(result.model_dump(mode="json"))
+    else:
+        show_result(result)
+    say(f"use it with: --backbone {config.backbone} --weights {result.output}")

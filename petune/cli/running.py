@@ -1,0 +1,107 @@
+"""Where a run goes, who watches it, and what to say when it was stopped."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from petune.cli.progress import Progress
+from petune.errors import Stopped, UsageError
+
+if TYPE_CHECKING:
+    from petune.compare import RunStarted
+    from petune.run import RunConfig
+    from petune.train import Event
+
+RUNS = Path("runs")
+
+
+def place_of(config: RunConfig, name: str) -> Path:
+    """The directory of a run: `--output`, else a free one under `runs/`, or with --resume the latest.
+
+    Args:
+        config: The run.
+        name: What the directory is called without `--output`.
+
+    Raises:
+        UsageError: `--resume`, and there is nothing to go on in.
+    """
+    from petune.rundir import free_path
+
+    if config.output is not None:
+        return config.output
+    free = free_path(RUNS / name)
+    if not config.resume:
+        return free
+    if free.name == name:
+        raise UsageError(f"--resume needs a run to go on in, but there is no {free}; give --output DIR")
+    number = int(free.name.removeprefix(f"{name}-")) - 1
+    return RUNS / (name if number == 1 else f"{name}-{number}")
+
+
+@contextmanager
+def resumable(command: str, place: Path) -> Iterator[None]:
+    """Add to a stop by a signal how to go on."""
+    try:
+        yield
+    except Stopped as error:
+        where, config = shlex.quote(str(place)), shlex.quote(str(place / "config.yaml"))
+        again = f"petune {command} --config {config} --output {where} --resume"
+        raise Stopped(f"{error}:\n  {again}") from None
+
+
+@contextmanager
+def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunStarted], None]]:
+    """Show progress, and log to a tracker if one is named.
+
+    Args:
+        track: The tracker's name.
+        place: The directory of the run, or of a comparison, whose runs then log beside their results.
+
+    Raises:
+        UnknownName: No tracker of that name.
+        MissingExtra: Its package is not installed.
+    """
+    tracker = _Tracking(track, place) if track else None
+    with Progress() as progress:
+
+        def watch(event: Event | RunStarted) -> None:
+            progress(event)
+            if tracker is not None:
+                tracker(event)
+
+        try:
+            yield watch
+        finally:
+            if tracker is not None:
+                tracker.close()
+
+
+class _Tracking:
+    """A tracker that moves to the next run's directory when it begins."""
+
+    def __init__(self, name: str, place: Path) -> None:
+        from petune.train.track import Tracker
+
+        self._name, self._place = name, place / "tensorboard"
+        self._tracker = Tracker(name, self._place)
+
+    def __call__(self, event: Event | RunStarted) -> None:
+        from petune.compare import RunStarted
+        from petune.train.track import Tracker
+
+        if isinstance(event, RunStarted):
+            self.close()
+            self._tracker = Tracker(self._name, self._place / _file_name(f"{event.method}-seed{event.seed}"))
+        else:
+            self._tracker(event)
+
+    def close(self) -> None:
+        self._tracker.close()
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._=-" else "_" for c in text)
