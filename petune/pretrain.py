@@ -26,6 +26,13 @@ from petune.weights import BACKBONE_FILE
 RECIPE = Recipe(lr=2e-3, weight_decay=0.05, optimizer="nmuon")
 
 
+class PretrainTraining(TrainConfig):
+    """TrainConfig with the defaults of pretraining; they hold beside values that are given."""
+
+    epochs: int = Field(30, ge=1, le=100_000)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+
 class PretrainConfig(RunConfig):
     """All that decides a pretraining run: a RunConfig with other defaults.
 
@@ -40,7 +47,7 @@ class PretrainConfig(RunConfig):
     dataset: str = "cifar100"
     val_fraction: float = Field(0.02, gt=0, lt=1)
     dtype: Literal["fp32", "fp16"] = "fp32"
-    train: TrainConfig = TrainConfig(epochs=30, label_smoothing=0.1)
+    train: PretrainTraining = PretrainTraining.model_construct()
 
 
 def pretrain(

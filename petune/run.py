@@ -77,6 +77,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         memory = PeakMemory(device)
         attachment = attach(backbone.model.to(device), tuner, name=name)
+        watch(Note(what_trains(attachment)))
         preprocess = preprocessing(backbone, dataset)
         trainer = Trainer(
             attachment,
@@ -151,6 +152,15 @@ def with_recipe(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainCo
         "augment": dataset.augment if train.augment == "auto" else train.augment,
     }
     return train.model_copy(update=filled)
+
+
+def what_trains(att: Attachment) -> str:
+    """A sentence with the numbers of trained parameters."""
+    counts = att.counts
+    return (
+        f"{counts.tuned:,} tuned parameters train ({counts.percent_of_backbone:.3f} % of the backbone, "
+        f"{counts.percent_of_total:.3f} % of all) and {counts.head:,} of the head"
+    )
 
 
 def run_result(
