@@ -76,8 +76,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        where = "" if debug else f" The traceback comes with {DEBUG}."
-        _tell(f"error: this is a bug in petune: {type(error).__name__}: {error}.{where}", debug)
+        where = "" if debug else f"; {DEBUG} shows the traceback"
+        _tell(f"error: this is a bug in petune: {type(error).__name__}: {error}{where}", debug)
         sys.exit(1)
     sys.exit(0)
 

@@ -63,7 +63,9 @@ def show_table(
         )
     for row in cells:
         table.add_row(*(row[index] for index in kept))
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    show("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
     if len(kept) < len(columns):
         say(f"left out for want of width: {', '.join(c for i, c in enumerate(columns) if i not in kept)}")
 

@@ -1,0 +1,74 @@
+"""`petune compare`: one table, rows that failed, a configuration from flags or a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from petune.errors import Diverged
+
+Run = Callable[..., Any]
+Words = tuple[str, ...]
+
+
+def test_one_table_and_finished_runs_are_skipped(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("compare", "linear", "full", *tiny)
+    assert done.code == 0, done.err
+    heading, _, linear, full = done.out.strip().splitlines()
+    assert heading.split("|")[1:4] == [" method ", "  tuned ", " head "]
+    assert linear.startswith("| linear |      0 |  490 |")
+    assert full.startswith("| full   | 62,160 |  490 |")
+    assert "output: runs/compare-vit_nano-digits\n" in done.err
+    again = petune("compare", "linear", "full", *tiny, "--json")
+    assert again.code == 0
+    assert "[2/2] full, seed 0: finished before\n" in again.err
+    found = json.loads(again.out)
+    assert [row["method"] for row in found["rows"]] == ["linear", "full"]
+    assert found == json.loads((tmp_path / "runs" / "compare-vit_nano-digits" / "compare.json").read_text())
+
+
+def test_a_method_that_fails_is_a_row_with_its_reason(
+    petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from petune.run import run as original
+
+    def failing(config: Any, **rest: Any) -> Any:
+        if config.method == "full":
+            raise Diverged("loss is nan")
+        return original(config, **rest)
+
+    monkeypatch.setattr("petune.compare.run", failing)
+    done = petune("compare", "linear", "full", *tiny)
+    assert done.code == 1
+    *_, row, reason = done.out.strip().splitlines()
+    assert row.startswith("| full ")
+    assert row.endswith("failed |")
+    assert reason == "full failed: Diverged: loss is nan"
+
+
+def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("val_fraction: 0.2\ntrain: {batch_size: 32}\n")
+    words = ("--config", "run.yaml", "--set", "train.grad_clip=5", "--set", "seeds=[4]", "--output", "there")
+    done = petune("compare", "linear", *tiny, *words, "--dry-run")
+    assert done.code == 0, done.err
+    shown = yaml.safe_load(done.out)
+    assert (shown["methods"], shown["seeds"], shown["output"]) == (["linear"], [4], "there")
+    run = shown["run"]
+    assert (run["val_fraction"], run["train"]["batch_size"], run["train"]["grad_clip"]) == (0.2, 32, 5.0)
+    assert run["output"] is None
+    (tmp_path / "compare.yaml").write_text(done.out)
+    assert petune("compare", "--config", "compare.yaml", "--dry-run").out == done.out
+
+
+def test_no_method_and_twice_the_same_are_refused(petune: Run, tiny: Words) -> None:
+    none = petune("compare", *tiny)
+    assert none.code == 2
+    assert "methods: field required" in none.err
+    twice = petune("compare", "linear", "linear", *tiny)
+    assert twice.code == 2
+    assert "each may stand once, but linear stands twice" in twice.err

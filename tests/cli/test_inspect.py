@@ -1,0 +1,74 @@
+"""`petune inspect`: places and numbers, without weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+SMALL = ("--backbone", "vit_nano", "--set", "backbone_options.depth=1", "--dataset", "digits")
+SITES = """\
+VisionTransformer: 1 blocks, width 192, grid 8x8, 1 prefix tokens, input 3x32x32
+site         where                       layout  dim
+patch_embed  patch_embed                 BNC     192
+block 0      blocks.0                    BNC     192
+  attn       blocks.0.attn               BNC     192
+  mlp        blocks.0.mlp                BNC     192
+  norm1      blocks.0.norm1              BNC     192
+  norm2      blocks.0.norm2              BNC     192
+  mid        what enters blocks.0.norm2  BNC     192
+norm         norm                        BNC     192
+head         head                        BNC     192
+"""
+PLAN = """
+method              linear
+tuned               0  (0.000 % of all parameters, 0.000 % of the backbone)
+head                1,930
+all parameters      469,258
+forward             61.936 MFLOPs a picture
+without the method  61.936 MFLOPs (the method adds 0.00 %)
+"""
+
+
+def test_sites_are_a_table(petune: Run) -> None:
+    done = petune("inspect", *SMALL)
+    assert (done.code, done.out) == (0, SITES)
+    assert done.err == (
+        "vit_tiny_patch16_224,depth=1,img_size=32,patch_size=4: structure only, weights were not loaded\n"
+    )
+
+
+def test_a_method_adds_what_it_would_train(petune: Run, tmp_path: Path) -> None:
+    done = petune("inspect", "--method", "linear", *SMALL)
+    assert done.code == 0, done.err
+    assert done.out.startswith(SITES + PLAN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json(petune: Run) -> None:
+    found = json.loads(petune("inspect", "--method", "full", *SMALL, "--json").out)
+    assert found["weights_loaded"] is False
+    assert found["sites"]["grid_size"] == [8, 8]
+    assert found["sites"]["blocks"][0]["mid"] == {
+        "where": "what enters blocks.0.norm2",
+        "layout": "BNC",
+        "dim": 192,
+    }
+    assert (found["method"]["tuned"], found["method"]["percent_of_backbone"]) == (467_328, 100.0)
+    assert json.loads(petune("inspect", *SMALL, "--json").out)["method"] is None
+
+
+def test_large_backbones_need_no_network_and_no_memory(petune: Run) -> None:
+    done = petune("inspect", "--method", "full", "--backbone", "vit_large", "--dataset", "cifar100", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["method"]["total"] == 303_404_132
+
+
+@pytest.mark.parametrize("words", [("--epochs", "3"), ("--lr", "1")])
+def test_training_flags_are_not_its_own(words: tuple[str, str], petune: Run) -> None:
+    assert petune("inspect", *words).code == 2

@@ -1,0 +1,115 @@
+"""`petune methods`, `backbones`, `datasets`, `env`: whole outputs, and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+Run = Callable[..., Any]
+
+DATASETS = [
+    ["name", "about", "found"],
+    ["cifar10", "60,000 pictures of 10 classes, 32x32", "-"],
+    ["cifar100", "60,000 pictures of 100 classes, 32x32", "-"],
+    ["digits", "scikit-learn's 1,797 handwritten digits, 8x8, no download", "scikit-learn"],
+    [
+        "folder:PATH",
+        "your pictures: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/",
+        "-",
+    ],
+]
+BUILT_IN = ["adaptformer", "full", "linear", "vpt"]
+
+
+def test_methods_list_the_built_in_ones(petune: Run) -> None:
+    found = {row["name"]: row for row in json.loads(petune("methods", "--json").out)}
+    assert set(BUILT_IN) <= set(found)
+    assert {found[name]["distribution"] for name in BUILT_IN} == {"petune"}
+    assert {found[name]["state"] for name in BUILT_IN} == {"ok"}
+
+
+def test_methods_show_broken_ones_without_their_tricks(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [
+        SimpleNamespace(name="good", distribution="petune", version="1.0", state="ok"),
+        SimpleNamespace(name="bad\x1b[2J", distribution=None, version=None, state="broken: no\nsuch module"),
+    ]
+    monkeypatch.setattr("petune.registry.tuners", lambda: listed)
+    done = petune("methods")
+    assert done.code == 0
+    assert done.out == (
+        "| name   | distribution | version | state       |\n"
+        "|--------|--------------|---------|-------------|\n"
+        "| good   | petune       | 1.0     | ok          |\n"
+        "| bad[2J | -            | -       | broken: no  |\n"
+        "|        |              |         | such module |\n"
+    )
+
+
+def test_backbones(petune: Run) -> None:
+    done = petune("backbones")
+    assert done.code == 0
+    names = [line.split("|")[1].strip() for line in done.out.strip().splitlines()]
+    assert names == [
+        "name",
+        "-" * 11,
+        "vit_nano",
+        "vit_tiny",
+        "vit_small",
+        "vit_base",
+        "vit_large",
+        "vit_seed",
+    ]
+    assert json.loads(petune("backbones", "--json").out)[0]["timm_name"] == "vit_tiny_patch16_224"
+
+
+def test_backbones_of_timm(petune: Run) -> None:
+    done = petune("backbones", "vit_tiny_patch16_224*")
+    assert done.code == 0
+    assert "vit_tiny_patch16_224.augreg_in21k" in done.out.splitlines()
+    assert json.loads(petune("backbones", "vit_tiny_patch16_224", "--json").out) == done.out.splitlines()
+    none = petune("backbones", "nothing_like_it")
+    assert (none.code, none.out) == (0, "")
+    assert none.err == "timm has no pretrained model that matches 'nothing_like_it'\n"
+
+
+def test_datasets(petune: Run) -> None:
+    done = petune("datasets")
+    assert (done.code, done.err) == (0, "")
+    assert _cells(done.out) == DATASETS
+
+
+def test_datasets_that_are_here(petune: Run, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    found = json.loads(petune("datasets", "--data-dir", tmp_path, "--json").out)
+    assert [row["found"] for row in found] == [
+        str(tmp_path / "cifar-10-batches-py"),
+        None,
+        "scikit-learn",
+        None,
+    ]
+
+
+def test_env(petune: Run, tmp_path: Path) -> None:
+    found = json.loads(petune("env", "--json").out)
+    assert set(found) == {
+        "versions", "python", "platform", "git", "device", "threads", "precision", "cache_dir", "data_dir",
+        "hub_cache_dir", "datasets",
+    }  # fmt: skip
+    assert found["versions"]["numpy"] == np.__version__
+    assert (found["cache_dir"], found["data_dir"]) == (str(tmp_path / "cache"), None)
+    assert found["precision"] in {"fp32", "bf16"}
+    shown = dict(line.split(maxsplit=1) for line in petune("env").out.splitlines())
+    assert shown["numpy"] == np.__version__
+    assert shown["precision"] in {"fp32", "bf16"}
+
+
+def _cells(table: str) -> list[list[str]]:
+    """The rows of a table, without the line under its heading."""
+    heading, _, *rows = table.splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in (heading, *rows)]

@@ -1,0 +1,150 @@
+"""The program as a whole: help, exit codes, errors as one message, what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+
+from petune import errors
+from petune.cli import main as program
+
+Run = Callable[..., Any]
+
+HELP = """\
+Usage: petune [OPTIONS] COMMAND [ARGS]...
+
+  Parameter-efficient fine-tuning of any Vision Transformer: one frozen backbone, many tasks.
+
+  Exit codes: 0 good, 1 the run failed, 2 wrong usage or config, 3 a missing extra or plugin, 4
+  bad data or checkpoint, 75 stopped and can be resumed, 130 Ctrl-C.
+
+Options:
+  --version   Print the version and exit.
+  --debug     Show the traceback of an error; may stand anywhere on the line.
+  -h, --help  Show this message and exit.
+
+Commands:
+  run        Train one method, test it once and save its adapter.
+  compare    Train several methods alike and print one table.
+  pretrain   Train a backbone from scratch, for --weights.
+  inspect    Show a backbone's places and what a method would train.
+  methods    List the installed methods, broken ones too.
+  backbones  List the names that --backbone takes.
+  datasets   List the names that --dataset takes, and what is here.
+  env        Show versions, device, directories and precision.
+"""
+HEAVY = ("torch", "timm", "peft", "numpy", "accelerate", "sklearn", "matplotlib")
+
+
+def test_help(petune: Run) -> None:
+    done = petune("--help")
+    assert (done.code, done.out, done.err) == (0, HELP, "")
+
+
+@pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in program.app.registered_commands])  # type: ignore[union-attr]
+def test_every_command_has_help(command: str, petune: Run) -> None:
+    done = petune(command, "-h")
+    assert done.code == 0
+    assert f"Usage: petune {command} " in done.out
+    assert done.err == ""
+
+
+def test_version(petune: Run) -> None:
+    done = petune("--version")
+    assert (done.code, done.out) == (0, f"petune {version('petune')}\n")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("compare", "-h")])
+def test_help_imports_nothing_heavy(words: tuple[str, ...]) -> None:
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('HEAVY', [m for m in {HEAVY} if m in sys.modules]))\n"
+        f"from petune.cli.main import main; main({list(words)})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_listing_methods_imports_no_torch() -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('TORCH', 'torch' in sys.modules, file=sys.stderr))\n"
+        "from petune.cli.main import main; main(['methods'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "TORCH False"
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "petune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Usage: petune [OPTIONS] COMMAND")
+
+
+def test_no_words_show_the_help(petune: Run) -> None:
+    done = petune()
+    assert done.code == 2
+    assert "Commands:" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [(("rum",), "'run'"), (("run", "--epoch", 3), "--epochs"), (("run", "--epochs", "many"), "'--epochs'")],
+)
+def test_wrong_usage_is_2_with_near_names(words: tuple[str, ...], near: str, petune: Run) -> None:
+    done = petune(*words)
+    assert (done.code, done.out) == (2, "")
+    assert near in done.err
+
+
+ERRORS = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.PetuneError)]
+
+
+@pytest.mark.parametrize("kind", [e for e in ERRORS if e not in (errors.UnknownName, errors.MissingExtra)])
+def test_an_error_is_one_message_and_its_exit_code(
+    kind: type[errors.PetuneError], petune: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _failing(monkeypatch, kind("what must hold\n  - and more"))
+    done = petune("env")
+    assert (done.code, done.out, done.err) == (kind.exit_code, "", "error: what must hold\n  - and more\n")
+
+
+@pytest.mark.parametrize("words", [("--debug", "env"), ("env", "--debug")])
+def test_debug_shows_the_traceback(
+    words: tuple[str, ...], petune: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _failing(monkeypatch, errors.DataError("broken"))
+    done = petune(*words)
+    assert done.code == 4
+    assert done.err.startswith("Traceback (most recent call last):")
+    assert done.err.endswith("\nerror: broken\n")
+
+
+def test_a_bug_is_called_a_bug(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _failing(monkeypatch, KeyError("x"))
+    done = petune("env")
+    expected = "error: this is a bug in petune: KeyError: 'x'; --debug shows the traceback\n"
+    assert (done.code, done.out, done.err) == (1, "", expected)
+
+
+def test_ctrl_c_is_130(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _failing(monkeypatch, KeyboardInterrupt())
+    assert petune("env").code == 130
+
+
+def test_control_characters_do_not_reach_the_terminal(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _failing(monkeypatch, errors.DataError("class \x1b[31mred\x1b[0m\x07 and \u202etxt.exe"))
+    assert petune("env").err == "error: class [31mred[0m and txt.exe\n"
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("petune.cli.env.environment", fail)

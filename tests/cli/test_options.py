@@ -1,0 +1,137 @@
+"""The shared flags: each has a key in RunConfig, says its true default, and gives way to what is stronger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+import yaml
+
+from petune.cli.options import FLAGS, Flag, Settings, parse_seeds
+from petune.cli.pretrain import DEFAULTS as PRETRAIN_DEFAULTS
+from petune.config import parse_value
+from petune.errors import ConfigError, UsageError
+from petune.pretrain import RECIPE, PretrainConfig
+from petune.run import RunConfig
+
+Run = Callable[..., Any]
+
+IN_WORDS = {
+    "data-dir",
+    "image-size",
+    "patch-size",
+    "train-per-class",
+    "lr",
+    "weight-decay",
+    "optimizer",
+    "output",
+}
+FLAG_NAMES = [flag.name for flag in FLAGS]
+
+
+def _field(flag: Flag, config: type[RunConfig] = RunConfig) -> tuple[Any, Any]:
+    """(type, default) of the flag's key."""
+    here: Any = config
+    *above, last = flag.key.split(".")
+    default: Any = config()
+    for key in above:
+        here, default = here.model_fields[key].annotation, getattr(default, key)
+    annotation = here.model_fields[last].annotation
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(t for t in get_args(annotation) if t is not NoneType)
+    return annotation, getattr(default, last)
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=FLAG_NAMES)
+def test_a_flag_says_the_default_of_its_key(flag: Flag) -> None:
+    _, default = _field(flag)
+    if flag.name in IN_WORDS:
+        assert default is None
+    else:
+        assert flag.default == ("" if default is False else str(default))
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=FLAG_NAMES)
+def test_a_flag_has_the_type_of_its_key(flag: Flag) -> None:
+    kind, _ = _field(flag)
+    if get_origin(kind) is Literal:
+        assert flag.metavar == "|".join(get_args(kind))
+    else:
+        assert flag.type is kind
+
+
+def test_pretrain_says_its_own_defaults() -> None:
+    recipe = {"lr": RECIPE.lr, "weight-decay": RECIPE.weight_decay, "optimizer": RECIPE.optimizer}
+    for flag in FLAGS:
+        if flag.name == "method":
+            continue
+        said = PRETRAIN_DEFAULTS.get(flag.name, flag.default)
+        if flag.name in recipe:
+            assert parse_value(said) == recipe[flag.name]
+        elif flag.name not in IN_WORDS and flag.name != "resume":
+            assert said == str(_field(flag, PretrainConfig)[1])
+
+
+def test_set_beats_flags_beats_the_file_beats_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 1\nmethod: vpt\ntrain:\n  epochs: 2\n  lr: 0.5\n  batch_size: 7\n")
+    settings = Settings(file, {"train.epochs": 3, "train.lr": 0.25, "dataset": "digits"}, ("train.lr=1e-3",))
+    config = RunConfig.build(settings.values(), settings.source)
+    assert (config.seed, config.method, config.dataset, config.backbone) == (1, "vpt", "digits", "vit_base")
+    assert (config.train.epochs, config.train.lr, config.train.batch_size) == (3, 0.001, 7)
+    assert settings.source == f"{file} and the command line"
+
+
+def test_flags_leave_the_file_alone_where_they_are_not_given(petune: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("dataset: digits\nresume: true\noutput: there\ntrain: {epochs: 4}\n")
+    done = petune("run", "--config", "a.yaml", "--method", "linear", "--dry-run")
+    shown = yaml.safe_load(done.out)
+    assert (shown["dataset"], shown["resume"], shown["output"], shown["train"]["epochs"]) == (
+        "digits", True, "there", 4,
+    )  # fmt: skip
+
+
+def test_all_problems_come_in_one_message(petune: Run) -> None:
+    done = petune("run", "--lr", "-3", "--augment", "foo", "--set", "train.epohcs=3", "--set", "data_dri=1")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: 4 problems in the command line:\n"
+        "  - train.lr: input should be greater than 0 (got -3.0)\n"
+        "  - train.augment: input should be 'auto', 'none', 'shift', 'light', 'seed' or 'crop' (got 'foo')\n"
+        "  - train.epohcs: no such key; did you mean 'epochs'?\n"
+        "  - data_dri: no such key; did you mean 'data_dir' or 'dataset'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "train.lr"), "error: --set takes key.key=value; 'train.lr' is not of that form\n"),
+        (("--config", "no.yaml"), "error: cannot read the config file no.yaml"),
+        (("--seeds", "0,b"), "error: --seeds takes whole numbers with commas, as 0,1,2; got '0,b'\n"),
+        (
+            ("--seeds", "0,1", "--seed", "3"),
+            "error: give --seed for one run, or --seeds for several, not both\n",
+        ),
+    ],
+)
+def test_wrong_values_are_2(words: tuple[str, ...], message: str, petune: Run) -> None:
+    done = petune("run", *words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(message)
+
+
+def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("train: 3\n")
+    with pytest.raises(UsageError, match="'train' must hold keys"):
+        Settings(file, {"train.epochs": 3}, ()).values()
+    with pytest.raises(ConfigError, match="valid dictionary"):
+        RunConfig.build(Settings(file, {}, ()).values())
+
+
+def test_seeds() -> None:
+    assert parse_seeds("0,1, 2") == (0, 1, 2)

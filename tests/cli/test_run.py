@@ -1,0 +1,183 @@
+"""`petune run`, from the words to the files: digits on a ViT of two narrow blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from petune.results import RunResult
+
+Run = Callable[..., Any]
+Words = tuple[str, ...]
+
+BACKBONE = "vit_tiny_patch16_224,depth=2,embed_dim=48,img_size=32,patch_size=4"
+RESULT = f"""\
+method linear
+backbone {re.sub(r"[0-9]+", "#", BACKBONE)}, weights none
+dataset digits, seed #
+top-# on test # %
+top-# on test # %
+top-# on val # % (epoch # of #)
+tuned # (# % of all parameters, # % of the backbone)
+head #
+saved # kB
+training # images/s, # s
+peak memory # MB
+output runs/linear-vit_nano-digits-seed#
+"""
+
+
+def test_a_run_prints_its_result_and_talks_on_stderr(
+    petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path
+) -> None:
+    done = petune("run", "--method", "linear", *tiny)
+    assert done.code == 0, done.err
+    assert plain(done.out).replace("GB", "MB") == RESULT
+    first, second, third = done.err.splitlines()
+    assert first == f"{BACKBONE}, weights none; digits from scikit-learn"
+    assert second == "0 tuned parameters train (0.000 % of the backbone, 0.000 % of all) and 490 of the head"
+    assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", third)
+    place = tmp_path / "runs" / "linear-vit_nano-digits-seed0"
+    assert {"config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoints"} <= set(os.listdir(place))
+
+
+def test_json_is_the_result_and_nothing_else_on_stdout(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("run", "--method", "linear", *tiny, "--json", "--output", "here", "--seed", 3)
+    assert done.code == 0, done.err
+    assert RunResult.model_validate(json.loads(done.out)) == RunResult.read(tmp_path / "here")
+    assert json.loads(done.out)["seed"] == 3
+    assert "epoch 1/1" in done.err
+
+
+def test_config_yaml_repeats_the_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    first = json.loads(petune("run", "--method", "linear", *tiny, "--json").out)
+    again = json.loads(petune("run", "--config", f"{first['output']}/config.yaml", "--json").out)
+    assert again["output"] == f"{first['output']}-2"
+    assert (again["top1"], again["val_top1"]) == (first["top1"], first["val_top1"])
+
+
+def test_an_output_that_exists_is_refused_and_resume_returns_what_is_finished(
+    petune: Run, tiny: Words, tmp_path: Path
+) -> None:
+    words = ("run", "--method", "linear", *tiny, "--output", "here", "--json")
+    first = petune(*words)
+    refused = petune(*words)
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith("error: here exists already; go on in it with --resume")
+    again = petune(*words, "--resume")
+    assert (again.code, again.out, again.err) == (0, first.out, "")
+
+
+def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: Words) -> None:
+    words = ("run", "--method", "linear", *tiny, "--json")
+    refused = petune(*words, "--resume")
+    assert refused.code == 2
+    assert "there is no runs/linear-vit_nano-digits-seed0; give --output DIR" in refused.err
+    petune(*words)
+    second = petune(*words)
+    assert json.loads(second.out)["output"].endswith("-2")
+    assert petune(*words, "--resume").out == second.out
+
+
+def test_seeds_give_mean_and_spread(
+    petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path
+) -> None:
+    done = petune("run", "--method", "linear", *tiny, "--seeds", "0,1")
+    assert done.code == 0, done.err
+    heading, _, row = done.out.strip().splitlines()
+    assert "top-1" in heading
+    assert row.startswith("| linear |")
+    assert "±" in row
+    assert (tmp_path / "runs" / "linear-vit_nano-digits-seeds" / "compare.json").exists()
+    assert "[2/2] linear, seed 1" in done.err
+
+
+def test_dry_run_prints_a_complete_config_and_writes_nothing(
+    petune: Run, tiny: Words, tmp_path: Path
+) -> None:
+    done = petune("run", "--method", "linear", *tiny, "--dry-run")
+    assert done.code == 0, done.err
+    shown = yaml.safe_load(done.out)
+    assert shown["method"] == "linear"
+    assert shown["backbone_options"] == {"depth": 2, "embed_dim": 48}
+    assert shown["train"]["epochs"] == 1
+    assert done.err.splitlines()[1:6] == [
+        f"{BACKBONE}; nothing was trained or written",
+        "",
+        "method              linear",
+        "tuned               0  (0.000 % of all parameters, 0.000 % of the backbone)",
+        "head                490",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a.yaml").write_text(done.out)
+    assert petune("run", "--config", "a.yaml", "--dry-run").out == done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (
+            ("--method", "adaptfromer"),
+            2,
+            "error: no method is called 'adaptfromer'; did you mean 'adaptformer'?",
+        ),
+        (("--backbone", "vit_bsae"), 2, "error: no backbone is called 'vit_bsae'; did you mean 'vit_base'"),
+        (("--dataset", "cifr10"), 2, "error: no dataset is called 'cifr10'; did you mean 'cifar10'"),
+        (
+            ("--optimizer", "adamm"),
+            2,
+            "error: 1 problem in the command line:\n  - train.optimizer: timm has no",
+        ),
+        (("--dataset", "folder:/no/where"), 4, "error: folder:PATH must name a folder"),
+        (("--weights", "/no/where"), 4, "error: --weights takes default, none"),
+        (("--device", "cuda:7"), 2, "error: device must be auto, cpu, cuda"),
+        (
+            ("--track", "tensorbord"),
+            2,
+            "error: no tracker is called 'tensorbord'; did you mean 'tensorboard'",
+        ),
+    ],
+)
+def test_wrong_names_are_one_message(words: Words, code: int, message: str, petune: Run, tiny: Words) -> None:
+    done = petune("run", *tiny, *words)
+    assert (done.code, done.out) == (code, "")
+    assert message in done.err
+    assert "Traceback" not in done.err
+
+
+def test_track_logs_curves_beside_the_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("run", "--method", "linear", *tiny, "--track", "tensorboard", "--output", "here")
+    assert done.code == 0, done.err
+    assert list((tmp_path / "here" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_ctrl_c_stops_with_75_and_says_how_to_go_on(tiny: Words, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "petune", "run", "--method", "linear", *tiny, "--epochs", "200", "--json"]
+    with subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        metrics = tmp_path / "runs" / "linear-vit_nano-digits-seed0" / "metrics.jsonl"
+        end = time.monotonic() + 60
+        while (
+            not (metrics.exists() and metrics.read_text())
+            and process.poll() is None
+            and time.monotonic() < end
+        ):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (75, "")
+    assert "error: stopped by SIGINT" in err
+    place = "runs/linear-vit_nano-digits-seed0"
+    assert err.endswith(f"\n  petune run --config {place}/config.yaml --output {place} --resume\n")

@@ -1,0 +1,49 @@
+"""What is known of a dataset without decoding a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from petune.data.lookup import NUM_CLASSES, count_classes, find_dataset
+from petune.errors import DataError, UnknownName
+
+
+def test_classes_of_named_datasets() -> None:
+    assert {name: count_classes(name) for name in NUM_CLASSES} == {
+        "cifar10": 10,
+        "cifar100": 100,
+        "digits": 10,
+    }
+    with pytest.raises(UnknownName, match="did you mean 'digits'"):
+        count_classes("digit")
+
+
+@pytest.mark.parametrize("above", ["", "train"])
+def test_classes_of_a_folder(above: str, tmp_path: Path) -> None:
+    for name in ("cat", "dog", ".hidden"):
+        (tmp_path / above / name).mkdir(parents=True)
+    assert count_classes(f"folder:{tmp_path}") == 2
+
+
+def test_a_folder_must_have_classes(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="at least two class folders, but has 1"):
+        count_classes(f"folder:{tmp_path}")
+
+
+def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PETUNE_DATA", raising=False)
+    assert (find_dataset("digits"), find_dataset("cifar10"), find_dataset("folder:x")) == (
+        "scikit-learn",
+        None,
+        None,
+    )
+    archive = tmp_path / "data" / "cifar-100-python.tar.gz"
+    archive.parent.mkdir()
+    archive.touch()
+    assert find_dataset("cifar100", archive.parent) == str(archive)
+    monkeypatch.setenv("PETUNE_DATA", str(archive.parent))
+    assert find_dataset("cifar100") == str(archive)
