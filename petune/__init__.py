@@ -1,0 +1,91 @@
+"""petune: one frozen Vision Transformer, many tasks. Importing it is cheap; torch comes when it is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from petune.anatomy import find_sites
+    from petune.attach import Attachment, Counts, attach
+    from petune.compare import CompareConfig, Comparison, compare
+    from petune.edit import Edit
+    from petune.errors import PetuneError
+    from petune.pretrain import PretrainConfig, pretrain
+    from petune.registry import tuners
+    from petune.results import RunResult
+    from petune.run import RunConfig, run
+    from petune.sites import Block, Site, Sites
+    from petune.state import load
+    from petune.testing import ContractViolation, check_tuner
+    from petune.tuner import Recipe, Tuner, TunerConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Attachment": "attach",
+    "Block": "sites",
+    "CompareConfig": "compare",
+    "Comparison": "compare",
+    "ContractViolation": "testing",
+    "Counts": "attach",
+    "Edit": "edit",
+    "PetuneError": "errors",
+    "PretrainConfig": "pretrain",
+    "Recipe": "tuner",
+    "RunConfig": "run",
+    "RunResult": "results",
+    "Site": "sites",
+    "Sites": "sites",
+    "Tuner": "tuner",
+    "TunerConfig": "tuner",
+    "attach": "attach",
+    "check_tuner": "testing",
+    "compare": "compare",
+    "find_sites": "anatomy",
+    "load": "state",
+    "pretrain": "pretrain",
+    "run": "run",
+    "tuners": "registry",
+}
+
+__all__ = [
+    "Attachment",
+    "Block",
+    "CompareConfig",
+    "Comparison",
+    "ContractViolation",
+    "Counts",
+    "Edit",
+    "PetuneError",
+    "PretrainConfig",
+    "Recipe",
+    "RunConfig",
+    "RunResult",
+    "Site",
+    "Sites",
+    "Tuner",
+    "TunerConfig",
+    "attach",
+    "check_tuner",
+    "compare",
+    "find_sites",
+    "load",
+    "pretrain",
+    "run",
+    "tuners",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'petune' has no attribute {name!r}")
+    value = getattr(import_module(f"petune.{_HOMES[name]}"), name)
+    # petune.attach, petune.run … are functions, though modules of the same names exist: importing such a module
+    # binds it here, so the function is bound over it.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,78 @@
+"""Visual prompt tuning (Jia et al., ECCV 2022, arXiv 2203.12119): trained tokens beside the patches.
+
+    deep:     [cls, _, patches] = block_i([cls, P_i, patches])    every block its own P_i, what became of them is cut
+    shallow:  [cls, Z, patches] = blocks([cls, P, patches])       one P before block 0, cut before the final norm
+
+Legend: P prompts, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import petune
+
+
+class VPTConfig(petune.TunerConfig):
+    """Options of VPT.
+
+    Attributes:
+        deep: Prompts in every block; else only at the input.
+        num_prompts: P; None is 10 for deep, 50 for shallow. Worth tuning on validation data.
+        dropout: On the prompts.
+    """
+
+    deep: bool = True
+    num_prompts: int | None = Field(None, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Prompt(nn.Module):
+    """P tokens, the same for every picture."""
+
+    why_not_mergeable = "prompts are tokens, not a change of weights"
+
+    def __init__(self, num_prompts: int, dim: int, bound: float, dropout: float) -> None:
+        super().__init__()
+        self.num_prompts = num_prompts
+        self.tokens = nn.Parameter(torch.empty(1, num_prompts, dim).uniform_(-bound, bound))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """The tokens of the block (B, N, D), which are not looked at, to the prompts (1, P, D)."""
+        return self.dropout(self.tokens)
+
+
+class VPT(petune.Tuner[VPTConfig]):
+    """VPT-deep and VPT-shallow. Not the identity at the start.
+
+    Prompts get no position embedding and stand behind the prefix tokens (class token, registers). Start:
+    uniform(-v, v) with v = sqrt(6 / (3·patch_h·patch_w + D)); 0.0625 for ViT-B/16.
+
+    Parameters: deep L·P·D for L blocks, shallow P·D.
+
+    Differs from the paper: nothing for columnar ViTs.
+    """
+
+    Config = VPTConfig
+    recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
+    identity_at_start = False
+
+    def attach(self, edit: petune.Edit) -> None:
+        """Prompts for every block, or for all blocks together."""
+        blocks, config = edit.sites.need_blocks(), self.config
+        count = config.num_prompts or (10 if config.deep else 50)
+        height, width = edit.sites.patch_size or (16, 16)
+
+        def prompt(dim: int) -> Prompt:
+            return Prompt(count, dim, math.sqrt(6 / (3 * height * width + dim)), config.dropout)
+
+        if config.deep:
+            for block in blocks:
+                edit.prompt(block, prompt(block.dim))
+        else:
+            edit.prompt(blocks, prompt(blocks[0].dim))
