@@ -73,7 +73,7 @@ def pretrain(
         backbone = prepare_backbone(config, dataset, keep_head=True)
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         memory = PeakMemory(device)
-        attachment = attach(backbone.model.to(device), tuner, name=config.method)
+        attachment = attach(backbone.model.to(device), tuner, name=config.method, keep_original=False)
         preprocess = preprocessing(backbone, dataset)
         trainer = Trainer(
             attachment,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from petune.attach import Attachment, attach
@@ -76,7 +77,8 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         backbone = prepare_backbone(config, dataset)
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         memory = PeakMemory(device)
-        attachment = attach(backbone.model.to(device), tuner, name=name)
+        torch.manual_seed(config.seed)  # adapters are initialised from it
+        attachment = attach(backbone.model.to(device), tuner, name=name, keep_original=False)
         watch(Note(what_trains(attachment)))
         preprocess = preprocessing(backbone, dataset)
         trainer = Trainer(
@@ -158,8 +160,8 @@ def what_trains(att: Attachment) -> str:
     """A sentence with the numbers of trained parameters."""
     counts = att.counts
     return (
-        f"{counts.tuned:,} tuned parameters train ({counts.percent_of_backbone:.3f} % of the backbone, "
-        f"{counts.percent_of_total:.3f} % of all) and {counts.head:,} of the head"
+        f"{counts.tuned:,} tuned and {counts.head:,} head parameters train ({counts.percent_of_backbone:.3f} % of "
+        f"backbone and head, {counts.percent_of_total:.3f} % of all)"
     )
 
 

@@ -72,7 +72,7 @@ def show_result(result: RunResult) -> None:
     """Print what a run yielded, a line each."""
     from petune.report import duration, size
 
-    tuned = f"{count(result.tuned)}  ({percent(result.percent_of_total, 3)} of all parameters, "
+    tuned = f"{count(result.tuned)}  (with the head {percent(result.percent_of_total, 3)} of all parameters, "
     show_facts(
         (
             ("method", result.method),
@@ -81,7 +81,7 @@ def show_result(result: RunResult) -> None:
             ("top-1 on test", percent(result.top1)),
             ("top-5 on test", percent(result.top5)),
             ("top-1 on val", f"{percent(result.val_top1)}  (epoch {result.epoch} of {result.epochs})"),
-            ("tuned", f"{tuned}{percent(result.percent_of_backbone, 3)} of the backbone)"),
+            ("tuned", f"{tuned}{percent(result.percent_of_backbone, 3)} of backbone and head)"),
             ("head", count(result.head)),
             ("saved", size(result.adapter_bytes)),
             ("training", f"{result.images_per_s:,.0f} images/s, {duration(result.time_s)}"),

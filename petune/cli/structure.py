@@ -47,7 +47,7 @@ class Plan:
     def facts(self, bare_flops: int) -> list[tuple[str, str]]:
         """Names and values to print."""
         more = percent(100 * (self.forward_flops / bare_flops - 1))
-        shares = (self.percent_of_total, "all parameters"), (self.percent_of_backbone, "the backbone")
+        shares = (self.percent_of_total, "all parameters"), (self.percent_of_backbone, "backbone and head")
         of = ", ".join(f"{percent(share, 3)} of {whole}" for share, whole in shares)
         return [
             ("method", self.method),

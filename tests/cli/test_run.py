@@ -29,7 +29,7 @@ dataset digits, seed #
 top-# on test # %
 top-# on test # %
 top-# on val # % (epoch # of #)
-tuned # (# % of all parameters, # % of the backbone)
+tuned # (with the head # % of all parameters, # % of backbone and head)
 head #
 saved # kB
 training # images/s, # s
@@ -46,7 +46,7 @@ def test_a_run_prints_its_result_and_talks_on_stderr(
     assert plain(done.out).replace("GB", "MB") == RESULT
     first, second, third = done.err.splitlines()
     assert first == f"{BACKBONE}, weights none; digits from scikit-learn"
-    assert second == "0 tuned parameters train (0.000 % of the backbone, 0.000 % of all) and 490 of the head"
+    assert second == "0 tuned and 490 head parameters train (0.782 % of backbone and head, 0.782 % of all)"
     assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", third)
     place = tmp_path / "runs" / "linear-vit_nano-digits-seed0"
     assert {"config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoints"} <= set(os.listdir(place))
@@ -116,7 +116,7 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(
         f"{BACKBONE}; nothing was trained or written",
         "",
         "method              linear",
-        "tuned               0  (0.000 % of all parameters, 0.000 % of the backbone)",
+        "tuned               0  (with the head 0.782 % of all parameters, 0.782 % of backbone and head)",
         "head                490",
     ]
     assert list(tmp_path.iterdir()) == []
