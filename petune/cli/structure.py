@@ -51,7 +51,7 @@ class Plan:
         of = ", ".join(f"{percent(share, 3)} of {whole}" for share, whole in shares)
         return [
             ("method", self.method),
-            ("tuned", f"{count(self.tuned)}  ({of})"),
+            ("tuned", f"{count(self.tuned)}  (with the head {of})"),
             ("head", count(self.head)),
             ("all parameters", count(self.total)),
             ("forward", f"{flops(self.forward_flops)} a picture"),
