@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,12 +82,23 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'petune' has no attribute {name!r}")
-    value = getattr(import_module(f"petune.{_HOMES[name]}"), name)
-    # petune.attach, petune.run … are functions, though modules of the same names exist: importing such a module
-    # binds it here, so the function is bound over it.
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"petune.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """petune.attach, petune.run, … are functions, though modules of the same names exist.
+
+    The import system binds every submodule on its package when it is first imported, at whatever time that is;
+    those bindings are left out, so that `__getattr__` finds the function at all times.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

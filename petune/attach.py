@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from petune.anatomy import find_sites
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite, NotMergeable
-from petune.hooks import Modes
+from petune.hooks import Holder, Modes
 from petune.registry import build_tuner
 from petune.sites import Sites
 from petune.tuner import Tuner, TunerConfig
@@ -157,8 +158,9 @@ class Attachment:
         dead = [key for key, p in {**self.tuned, **self.head}.items() if p.grad is None]
         if dead:
             raise DeadSite(
-                f"every parameter of {self.name} must get a gradient, but {len(dead)} got none, as {', '.join(dead[:3])}: "
-                f"{self.sites.model} does not use them in its output. Use another method on this model"
+                f"every parameter of {self.name} must get a gradient, but {len(dead)} got none, as "
+                f"{', '.join(dead[:3])}: {self.sites.model} does not use "
+                "them in its output. Use another method on this model"
             )
 
     def state(self) -> dict[str, Tensor]:
@@ -213,7 +215,7 @@ class Attachment:
                 why = getattr(holder.adapter, "why_not_mergeable", "its adapter defines no merge(module)")
                 raise NotMergeable(f"{self.name} cannot be folded into the weights of {passed[-1].where}: {why}")
         for holder, passed in self._edit.holders:
-            holder.adapter.merge(passed[-1].exit)  # type: ignore[operator, union-attr]
+            holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
         self._edit.undo()
         self.attached = False
 
@@ -299,10 +301,11 @@ def _refuse_compiled(model: nn.Module) -> None:
 def _check_live(edit: Edit) -> None:
     """One forward without gradient: every adapter must have been called."""
     called: set[int] = set()
-    handles = [
-        holder.adapter.register_forward_hook(lambda m, a, o, key=id(holder): called.add(key))  # type: ignore[union-attr, misc]
-        for holder, _ in edit.holders
-    ]
+
+    def watch(holder: Holder) -> RemovableHandle:
+        return holder.adapter.register_forward_hook(lambda *_: called.add(id(holder)))
+
+    handles = [watch(holder) for holder, _ in edit.holders]
     model = edit.model
     modes = [(m, m.training) for m in model.modules()]
     like = next(p for p in model.parameters() if p.is_floating_point())
@@ -346,5 +349,3 @@ def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(sources[key])
-
-

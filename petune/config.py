@@ -35,7 +35,10 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         """The complete configuration, defaults included, as YAML that `from_yaml` reads back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        data = self.model_dump(mode="json")
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        # PyYAML writes some separators (U+0085, U+2028) as they are and reads them as a space: those it must escape
+        return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -89,7 +90,7 @@ class Edit:
             for switch in admit_prompts(block, self.sites, count):
                 switch(True)
                 self.switches.append(switch)
-                self._undo.append(lambda switch=switch: switch(False))
+                self._undo.append(functools.partial(switch, False))
         self._put(holder, run[0], run[0], run[-1])
         # outermost of all hooks: other adapters see the prompts as tokens, and nested prompts leave in turn
         self._hook(run[0].enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
@@ -122,7 +123,7 @@ class Edit:
             if candidate is module:
                 width = dim if dim is not None else next((p.shape[-1] for p in module.parameters()), 0)
                 edge = {"path": path, "enter": module, "exit_path": path, "exit": module}
-                return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **edge)  # type: ignore[arg-type]
+                return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **edge)
         raise SiteNotFound(f"the {type(module).__name__} to edit must be a part of {self.sites.model}, but is not")
 
     def undo(self) -> None:
@@ -170,7 +171,9 @@ class Edit:
         if isinstance(site, Block):
             return host_for(site.exit)
         parent = self.model.get_submodule(site.exit_path.rpartition(".")[0])
-        return site.exit if isinstance(parent, CONTAINERS) and not isinstance(site.exit, CONTAINERS) else host_for(parent)
+        return (
+            site.exit if isinstance(parent, CONTAINERS) and not isinstance(site.exit, CONTAINERS) else host_for(parent)
+        )
 
     def _weights(self, site: Site) -> Iterable[nn.Parameter]:
         yield from site.exit.parameters()

@@ -50,9 +50,7 @@ class PretrainConfig(RunConfig):
     train: PretrainTraining = PretrainTraining.model_construct()
 
 
-def pretrain(
-    config: PretrainConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any
-) -> RunResult:
+def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any) -> RunResult:
     """Train a backbone from scratch; `output` then holds `backbone.safetensors`.
 
     Args:
@@ -65,7 +63,10 @@ def pretrain(
     config = config or PretrainConfig.build(fields, "petune.pretrain(...)")
     tuner = build_tuner(config.method)
     place = config.output or free_path(Path("runs") / f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
-    with claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml"), StopFlag() as stop:
+    with (
+        claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml"),
+        StopFlag() as stop,
+    ):
         if RunResult.exists(place):
             return RunResult.read(place)
         device = choose_device(config.device)

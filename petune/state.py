@@ -158,7 +158,7 @@ def _check(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Ten
 def _card(attachment: Attachment, config: Mapping[str, Any]) -> str:
     options = ", ".join(f"{k}={v}" for k, v in config["config"].items()) or "none"
     return (
-        f"# {attachment.name} adapter\n\nFor a {config['geometry']['model']} of depth {config['geometry']['depth']} and "
-        f"width {config['geometry']['width']}. {attachment.counts}. Options: {options}.\n\n"
+        f"# {attachment.name} adapter\n\nFor a {config['geometry']['model']} of depth {config['geometry']['depth']} "
+        f"and width {config['geometry']['width']}. {attachment.counts}. Options: {options}.\n\n"
         "```\natt = petune.load(model, DIRECTORY)\n```\n"
     )

@@ -69,7 +69,9 @@ def check_tuner(tuner: str | Tuner[Any], model: nn.Module | None = None, **optio
         holds("saved and loaded is the same to the bit", torch.equal(_reloaded(att, base, x), tuned))
     att.detach()
     after = att.model.state_dict()
-    same = list(after) == list(base.state_dict()) and all(torch.equal(after[k], t) for k, t in base.state_dict().items())
+    same = list(after) == list(base.state_dict()) and all(
+        torch.equal(after[k], t) for k, t in base.state_dict().items()
+    )
     holds("detach gives the model back to the bit", same)
     return passed
 
@@ -81,7 +83,7 @@ def _three_steps(att: Attachment, x: Tensor) -> None:
     for step in range(3):
         loss = nn.functional.cross_entropy(att.model(x), target) + att.extra_loss(step)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if step == 0:
             att.check_gradients()
         optimizer.step()

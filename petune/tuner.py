@@ -52,18 +52,14 @@ class Recipe:
     """How a method wants to be trained, so that a comparison is fair to it.
 
     Attributes:
-        lr: Peak learning rate at `batch_size`, as the paper or a search on validation data gives it.
+        lr: Peak learning rate at a batch of 128, as the paper or a search on validation data gives it.
         weight_decay: Decoupled weight decay of the tuned and head weights.
         optimizer: timm's name of the optimizer.
-        batch_size: The batch size `lr` is meant for; a runner with another one scales `lr` linearly.
-        warmup_fraction: Part of all steps in which the rate rises from 0 to `lr`.
     """
 
     lr: float = 1e-3
     weight_decay: float = 0.0
     optimizer: str = "adamw"
-    batch_size: int = 64
-    warmup_fraction: float = 0.1
 
 
 ConfigT = TypeVar("ConfigT", bound=TunerConfig)

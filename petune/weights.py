@@ -148,7 +148,9 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file} must hold tensors only (it is read without running code), but: {reason}") from None
+        raise CheckpointError(
+            f"{file} must hold tensors only (it is read without running code), but: {reason}"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

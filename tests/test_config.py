@@ -49,11 +49,11 @@ def test_nan_and_infinity_are_refused(value: float) -> None:
 @given(
     seed=st.integers(-(2**40), 2**40),
     lr=st.floats(allow_nan=False, allow_infinity=False),
-    name=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20),
+    name=st.none()
+    | st.sampled_from(["\x85", "\u2028", "a: b", "yes", "~"])
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20),
 )
-def test_yaml_round_trip(
-    seed: int, lr: float, name: str | None, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_yaml_round_trip(seed: int, lr: float, name: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
     config = Outer(seed=seed, train=Inner(lr=lr, name=name))
     file = tmp_path_factory.getbasetemp() / "config.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")

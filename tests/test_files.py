@@ -81,9 +81,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         verify_directory(tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"files": [1]}', '{"files": {"a.bin": 3}}', '{"files": null}', "\x00"]
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"files": [1]}', '{"files": {"a.bin": 3}}', '{"files": null}', "\x00"])
 def test_a_damaged_manifest_is_an_error_not_a_crash(text: str, tmp_path: Path) -> None:
     write_directory(tmp_path / "x", CONTENT)
     (tmp_path / "x" / MANIFEST).write_text(text)
@@ -102,9 +100,7 @@ def test_a_manifest_cannot_reach_outside_its_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", range(1, len(CONTENT) + 2))
-def test_a_full_disk_leaves_the_old_directory(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_directory(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_directory(tmp_path / "x", CONTENT)
     _fails_at(number, monkeypatch)
     with pytest.raises(CheckpointError, match=r"No space left on device \(needs 9 bytes, [\d,]+ are free\)"):

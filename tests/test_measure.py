@@ -60,8 +60,7 @@ def test_peak_memory_sees_what_was_taken_since_and_not_before() -> None:
 def test_provenance_names_versions_device_and_threads() -> None:
     told = provenance(CPU)
     assert (
-        told["versions"]["torch"] == torch.__version__.split("+")[0]
-        or told["versions"]["torch"] == torch.__version__
+        told["versions"]["torch"] == torch.__version__.split("+")[0] or told["versions"]["torch"] == torch.__version__
     )
     assert told["threads"] == torch.get_num_threads()
     assert told["device"] == device_name(CPU)
@@ -69,9 +68,7 @@ def test_provenance_names_versions_device_and_threads() -> None:
     assert told["git"] is None or len(told["git"]["commit"]) == 40
 
 
-def test_provenance_takes_no_foreign_repository_for_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_provenance_takes_no_foreign_repository_for_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("petune.measure.__file__", str(tmp_path / "petune" / "measure.py"))
     (tmp_path / "petune").mkdir()
     assert provenance(CPU)["git"] is None

@@ -1,9 +1,11 @@
-"""From a trace to blocks: attention is where tokens are mixed, a block is the smallest call that holds it and an MLP."""
+"""From a trace to blocks: attention is where tokens mix, a block is the smallest call that holds it and an MLP."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, span_exit
 from petune.anatomy.places import layout_of, site, width_of
@@ -44,7 +46,7 @@ def attention_units(trace: Trace) -> list[Unit]:
                 found.setdefault(id(call), Unit(call, time, math.inf)).mixed = time
                 break
     units = sorted((u for u in found.values() if u.call is not trace.root), key=lambda u: u.call.start)
-    for unit, following in zip(units, units[1:], strict=False):
+    for unit, following in itertools.pairwise(units):
         unit.stop = following.call.start
     return units
 
@@ -106,7 +108,7 @@ def _describe(trace: Trace, unit: Unit, block: Call, model: str) -> Block:
     return replace(bare, **_parts(trace, unit, block, inner, model))
 
 
-def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str) -> dict[str, object]:
+def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str) -> dict[str, Any]:
     """The inner places as keyword arguments of Block."""
     assert unit.mlp is not None
     dim, default = width_of(unit.call), layout_of(scope, width_of(unit.call))

@@ -34,7 +34,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     """
     size = input_size if input_size is not None else input_size_of(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
-    holders = [h for h in added if hasattr(h, "enabled")]
+    holders: list[Any] = [h for h in added if hasattr(h, "enabled")]
     enabled = [h.enabled for h in holders]
     try:
         for holder in holders:
@@ -83,7 +83,7 @@ def _grid_and_prefix(
         return ((x.shape[2], x.shape[3]) if is_conv(first) else (x.shape[1], x.shape[2])), 0
     tokens = x.shape[1]
     grid = _grid(trace, first, tokens, size)
-    told = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
+    told: Any = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
     if grid is None:
         return None, int(told or 0)
     return grid, tokens - grid[0] * grid[1]

@@ -38,9 +38,7 @@ def _pair(matrices: list[Call], dim: int) -> Mlp | None:
     last = next((c for c in reversed(matrices) if c.output is not None and c.output.shape[-1] == dim), None)
     if last is None:
         return None
-    entering = [
-        c for c in matrices if c.stop < last.start and c.input is not None and c.input.shape[-1] == dim
-    ]
+    entering = [c for c in matrices if c.stop < last.start and c.input is not None and c.input.shape[-1] == dim]
     if not entering:
         return None
     return Mlp(next(c for c in entering if c.input is entering[-1].input), last)

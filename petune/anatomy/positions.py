@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,13 +93,17 @@ def _pad_bias(module: Any, index: int, count: int) -> Switch:
 class PaddedBias:
     """Stands in for an attention's `_get_rel_pos_bias`. Copies follow the module they are in."""
 
-    def __init__(self, module: nn.Module, index: int, count: int) -> None:
+    def __init__(self, module: Any, index: int, count: int) -> None:
         self.module, self.index, self.count = module, index, count
         self.before: Callable[[], Tensor] | None = None
 
     def get(self) -> Tensor:
         """The bias (1, heads, N + P, N + P), zero in the rows and columns of the prompts."""
-        own = self.before if self.before is not None else type(self.module)._get_rel_pos_bias.__get__(self.module)
+        own = (
+            self.before
+            if self.before is not None
+            else functools.partial(type(self.module)._get_rel_pos_bias, self.module)
+        )
         bias, i = own(), self.index
         rows = torch.cat([bias[..., :i, :], F.pad(bias[..., :0, :], (0, 0, 0, self.count)), bias[..., i:, :]], -2)
         return torch.cat([rows[..., :i], F.pad(rows[..., :0], (0, self.count)), rows[..., i:]], -1)

@@ -9,9 +9,7 @@ import typer
 from petune.cli.options import Json
 from petune.cli.terminal import say, show, show_json, show_table
 
-Pattern = Annotated[
-    str | None, typer.Argument(help="List timm's pretrained models that match, as 'vit*dinov2*'.")
-]
+Pattern = Annotated[str | None, typer.Argument(help="List timm's pretrained models that match, as 'vit*dinov2*'.")]
 
 
 def backbones(pattern: Pattern = None, json: Json = False) -> None:

@@ -12,9 +12,7 @@ from petune.cli.terminal import show_json, show_table
 
 DataDir = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR", help="Where CIFAR lies.  [default: $PETUNE_DATA, then the cache]", show_default=False
-    ),
+    typer.Option(metavar="DIR", help="Where CIFAR lies.  [default: $PETUNE_DATA, then the cache]", show_default=False),
 ]
 
 
@@ -23,9 +21,7 @@ def datasets(data_dir: DataDir = None, json: Json = False) -> None:
     from petune.data import NAMES
     from petune.data.lookup import find_dataset
 
-    found = [
-        {"name": name, "about": about, "found": find_dataset(name, data_dir)} for name, about in NAMES.items()
-    ]
+    found = [{"name": name, "about": about, "found": find_dataset(name, data_dir)} for name, about in NAMES.items()]
     columns = ("name", "about", "found")
     if json:
         show_json(found)

@@ -33,9 +33,7 @@ def show_dry_run(
     plans = [plan_of(method, model, structure.sites, recipe) for method in methods]
     if as_json:
         plain = config.model_dump(mode="json")
-        show_json(
-            {"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]}
-        )
+        show_json({"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]})
         return
     show(config.to_yaml().rstrip())
     say(f"\n{structure.full_name}; nothing was trained or written")

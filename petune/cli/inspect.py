@@ -55,9 +55,7 @@ def sites_data(sites: Sites) -> dict[str, Any]:
         "embed_dim": sites.embed_dim,
         "num_prefix_tokens": sites.num_prefix_tokens,
         "patch_embed": _site(sites.patch_embed),
-        "blocks": [
-            {**(_site(b) or {}), **{role: _site(getattr(b, role)) for role in roles}} for b in sites.blocks
-        ],
+        "blocks": [{**(_site(b) or {}), **{role: _site(getattr(b, role)) for role in roles}} for b in sites.blocks],
         "norm": _site(sites.norm),
         "head": _site(sites.head),
     }

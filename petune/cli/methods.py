@@ -10,10 +10,7 @@ def methods(json: Json = False) -> None:
     """List the installed methods, broken ones too."""
     from petune.registry import tuners
 
-    found = [
-        {"name": t.name, "distribution": t.distribution, "version": t.version, "state": t.state}
-        for t in tuners()
-    ]
+    found = [{"name": t.name, "distribution": t.distribution, "version": t.version, "state": t.state} for t in tuners()]
     if json:
         show_json(found)
         return

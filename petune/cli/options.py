@@ -16,7 +16,6 @@ import typer
 
 from petune.errors import UsageError
 
-
 METAVARS = {str: "NAME", int: "INT", float: "FLOAT", Path: "DIR", bool: None}
 
 
@@ -96,9 +95,7 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other key, as train.grad_clip=5; repeatable."),
 ]
-Seeds = Annotated[
-    str | None, typer.Option("--seeds", metavar="INT,INT,…", help="One run a seed; mean ± std.")
-]
+Seeds = Annotated[str | None, typer.Option("--seeds", metavar="INT,INT,…", help="One run a seed; mean ± std.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and only that.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the complete config and what would train; write nothing.")

@@ -58,9 +58,7 @@ def show_table(
     kept = _fitting(columns, cells, spare, console.width)
     table = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN, header_style="bold")
     for index in kept:
-        table.add_column(
-            columns[index], justify="right" if columns[index] in right else "left", overflow="fold"
-        )
+        table.add_column(columns[index], justify="right" if columns[index] in right else "left", overflow="fold")
     for row in cells:
         table.add_row(*(row[index] for index in kept))
     with console.capture() as captured:
@@ -70,9 +68,7 @@ def show_table(
         say(f"left out for want of width: {', '.join(c for i, c in enumerate(columns) if i not in kept)}")
 
 
-def _fitting(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], spare: Sequence[str], width: int
-) -> list[int]:
+def _fitting(columns: Sequence[str], cells: Sequence[Sequence[str]], spare: Sequence[str], width: int) -> list[int]:
     widths = [3 + max(len(row[i]) for row in (columns, *cells)) for i in range(len(columns))]
     kept = list(range(len(columns)))
     for heading in spare:

@@ -92,9 +92,7 @@ class TrainBatches:
             yield Batch(self.preprocess.normalise(x), _labels(self.split, chosen, self.device), chosen)
 
 
-def eval_batches(
-    split: Split, preprocess: Preprocess, batch_size: int, device: torch.device
-) -> Iterator[Batch]:
+def eval_batches(split: Split, preprocess: Preprocess, batch_size: int, device: torch.device) -> Iterator[Batch]:
     """All pictures of a split in order, the ragged last batch included."""
     for start in range(0, len(split), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(split)))

@@ -84,17 +84,13 @@ class Dataset:
         for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.num_classes:
                 span = f"{split.labels.min()}..{split.labels.max()}"
-                raise DataError(
-                    f"{self.name}/{part}: labels must lie in 0..{self.num_classes - 1}, not {span}"
-                )
+                raise DataError(f"{self.name}/{part}: labels must lie in 0..{self.num_classes - 1}, not {span}")
         empty = np.flatnonzero(np.bincount(self.train.labels, minlength=self.num_classes) == 0)
         if len(empty):
             names = ", ".join(self.classes[i] for i in empty[:5])
             raise DataError(f"{self.name}: every class must have training pictures, but {names} have none")
         if not len(self.test):
-            raise DataError(
-                f"{self.name} must have test pictures, but has none; a class needs two to give one"
-            )
+            raise DataError(f"{self.name} must have test pictures, but has none; a class needs two to give one")
         return self
 
     def with_val(self, fraction: float, seed: int) -> Dataset:
@@ -113,9 +109,7 @@ class Dataset:
                 f"{self.num_classes} classes need at least {2 * self.num_classes} pictures"
             )
         positions = np.arange(len(self.train))
-        return replace(
-            self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out])
-        )
+        return replace(self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out]))
 
     def with_train_per_class(self, count: int, seed: int) -> Dataset:
         """Keep `count` training pictures a class, drawn by `seed` (few-shot)."""

@@ -120,9 +120,7 @@ def _check(path: Path, found: Mapping[str, Files]) -> None:
                 f"{', '.join(empty[:5])}; fill or remove it"
             )
     if len(found["train"]) < 2:
-        raise DataError(
-            f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}"
-        )
+        raise DataError(f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}")
 
 
 def _decode(root: Path, files: Files, side: int) -> Split:

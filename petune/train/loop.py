@@ -25,7 +25,7 @@ from petune.train.evaluate import Accuracy, evaluate
 from petune.train.events import EpochEnded, Event, Log, Note, StepDone
 from petune.train.mixing import Mixing, step_seed
 from petune.train.optim import create_optimizer, create_schedule
-from petune.train.precision import choose_precision
+from petune.train.precision import choose_attention, choose_precision
 from petune.train.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.params, no_decay, train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
         self.precision = choose_precision(train.precision, device)
+        choose_attention(self.model, device, self.precision)
         classes, size = dataset.num_classes, self.batches.batch_size
         self.mixing = Mixing(train, classes, size, seed, device)
         self.progress = Progress()
@@ -158,7 +159,7 @@ class Trainer:
         loss = F.cross_entropy(logits_BC.float(), target, label_smoothing=self.mixing.smoothing)
         loss = loss + self.att.extra_loss(p.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if p.step == 0:
             self.att.check_gradients()
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
@@ -173,8 +174,7 @@ class Trainer:
         if math.isfinite(value) and math.isfinite(float(norm)):
             return value
         raise self._diverged(
-            f"the loss is {value} and the gradient norm {float(norm)} (lr {lr:.3g}, "
-            f"pictures {_shown(batch.positions)})"
+            f"the loss is {value} and the gradient norm {float(norm)} (lr {lr:.3g}, pictures {_shown(batch.positions)})"
         )
 
     def _diverged(self, what: str) -> Diverged:
@@ -252,9 +252,7 @@ class Trainer:
         p = self.progress
         if self.best:
             _copy_into(self._tensors(), self.best)
-        val = (
-            Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
-        )
+        val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
         step_time_s = p.train_time_s / max(1, p.step)
         epoch, speed = p.best_epoch if val else p.epoch, self._images_per_s()
         return Fitted(epoch, val, speed, step_time_s, p.time_s, p.epochs, self.precision)

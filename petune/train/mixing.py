@@ -30,17 +30,13 @@ class Mixing:
         ConfigError: An odd batch was to be mixed.
     """
 
-    def __init__(
-        self, train: TrainConfig, num_classes: int, batch_size: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, train: TrainConfig, num_classes: int, batch_size: int, seed: int, device: torch.device) -> None:
         self.seed, self.mixup = seed, None
         self.smoothing = train.label_smoothing
         if not (train.mixup or train.cutmix):
             return
         if batch_size % 2:
-            raise ConfigError(
-                f"mixup and cutmix need an even batch size, but it is {batch_size}; change --batch-size"
-            )
+            raise ConfigError(f"mixup and cutmix need an even batch size, but it is {batch_size}; change --batch-size")
         from timm.data import Mixup
 
         self.smoothing = 0.0  # in the targets already

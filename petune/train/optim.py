@@ -60,6 +60,4 @@ def _orthogonalise_in_float32() -> None:
     from timm.optim import muon
 
     if not isinstance(muon.zeropower_via_newtonschulz, functools.partial):
-        muon.zeropower_via_newtonschulz = functools.partial(
-            muon.zeropower_via_newtonschulz, dtype=torch.float32
-        )
+        muon.zeropower_via_newtonschulz = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)

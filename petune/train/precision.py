@@ -7,6 +7,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import nn
 
 from petune.errors import ConfigError
 from petune.train.config import Precision
@@ -25,9 +26,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"device must be auto, cpu, cuda, cuda:N or mps and exist here; {name!r}: {reason}"
-        ) from None
+        raise ConfigError(f"device must be auto, cpu, cuda, cuda:N or mps and exist here; {name!r}: {reason}") from None
     return device
 
 
@@ -54,3 +53,17 @@ def _bf16_speedup_on_cpu() -> float:
             count += 1
         times[dtype] = (time.perf_counter() - start) / count
     return times[torch.float32] / times[torch.bfloat16]
+
+
+def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Switch timm's attention to plain matrix products where the fused kernel is slower.
+
+    On CPU its backward in bfloat16 is: forward and backward of one attention layer took 2.4 times as long at 65
+    tokens, 1.3 at 197 and 257, 1.2 at 577 (timm 1.0.31, torch 2.14, AMD EPYC with avx512_bf16, 2 cores). In float32
+    it is faster from about 197 tokens on and as fast below, so it stays. A fixed rule and no timing: two runs of one
+    configuration must use the same kernel to be equal to the bit.
+    """
+    if device.type == "cpu" and precision == "bf16":
+        for module in model.modules():
+            if isinstance(getattr(module, "fused_attn", None), bool):
+                module.fused_attn = False  # type: ignore[assignment]

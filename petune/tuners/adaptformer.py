@@ -54,7 +54,8 @@ class BottleneckAdapter(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         hidden_BNM = self.dropout(torch.relu(self.down(x_BND)))
-        return self.up(hidden_BNM) * self.scale
+        change_BND: Tensor = self.up(hidden_BNM) * self.scale
+        return change_BND
 
 
 class AdaptFormer(petune.Tuner[AdaptFormerConfig]):

@@ -44,7 +44,8 @@ class Prompt(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """The tokens of the block (B, N, D), which are not looked at, to the prompts (1, P, D)."""
-        return self.dropout(self.tokens)
+        prompts_1PD: Tensor = self.dropout(self.tokens)
+        return prompts_1PD
 
 
 class VPT(petune.Tuner[VPTConfig]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(
             raise Diverged("loss is nan")
         return original(config, **rest)
 
-    monkeypatch.setattr("petune.compare.run", failing)
+    monkeypatch.setattr(sys.modules["petune.compare"], "run", failing)
     done = petune("compare", "linear", "full", *tiny)
     assert done.code == 1
     *_, row, reason = done.out.strip().splitlines()

@@ -81,9 +81,7 @@ def test_listing_methods_imports_no_torch() -> None:
 
 
 def test_the_module_is_the_program() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "petune", "--help"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "petune", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("Usage: petune [OPTIONS] COMMAND")
 
 
@@ -116,9 +114,7 @@ def test_an_error_is_one_message_and_its_exit_code(
 
 
 @pytest.mark.parametrize("words", [("--debug", "env"), ("env", "--debug")])
-def test_debug_shows_the_traceback(
-    words: tuple[str, ...], petune: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_shows_the_traceback(words: tuple[str, ...], petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _failing(monkeypatch, errors.DataError("broken"))
     done = petune(*words)
     assert done.code == 4

@@ -81,9 +81,7 @@ def test_a_narrow_terminal_gets_fewer_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    show_table(
-        ("name", "much text", "number"), [("a", "x" * 20, "3")], right=("number",), spare=("much text",)
-    )
+    show_table(("name", "much text", "number"), [("a", "x" * 20, "3")], right=("number",), spare=("much text",))
     out, err = capsys.readouterr()
     assert "much" not in out
     assert "number" in out

@@ -90,9 +90,7 @@ def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: W
     assert petune(*words, "--resume").out == second.out
 
 
-def test_seeds_give_mean_and_spread(
-    petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_seeds_give_mean_and_spread(petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--seeds", "0,1")
     assert done.code == 0, done.err
     heading, _, row = done.out.strip().splitlines()
@@ -103,9 +101,7 @@ def test_seeds_give_mean_and_spread(
     assert "[2/2] linear, seed 1" in done.err
 
 
-def test_dry_run_prints_a_complete_config_and_writes_nothing(
-    petune: Run, tiny: Words, tmp_path: Path
-) -> None:
+def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: Words, tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--dry-run")
     assert done.code == 0, done.err
     shown = yaml.safe_load(done.out)
@@ -164,16 +160,10 @@ def test_track_logs_curves_beside_the_run(petune: Run, tiny: Words, tmp_path: Pa
 
 def test_ctrl_c_stops_with_75_and_says_how_to_go_on(tiny: Words, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "petune", "run", "--method", "linear", *tiny, "--epochs", "200", "--json"]
-    with subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         metrics = tmp_path / "runs" / "linear-vit_nano-digits-seed0" / "metrics.jsonl"
         end = time.monotonic() + 60
-        while (
-            not (metrics.exists() and metrics.read_text())
-            and process.poll() is None
-            and time.monotonic() < end
-        ):
+        while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

@@ -36,9 +36,7 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(
-    path: Path, pictures: list[bytes], labels: list[int], column: str = "label", named: bool = True
-) -> None:
+def _write(path: Path, pictures: list[bytes], labels: list[int], column: str = "label", named: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"bytes": content, "path": "x.png"} for content in pictures]
     table = pa.table({"img": rows, column: labels})
@@ -158,9 +156,7 @@ def test_torchvisions_folder_is_refused_when_an_md5_is_wrong(tmp_path: Path) -> 
         load_cifar("cifar10", tmp_path)
 
 
-def test_a_wrong_archive_is_refused_before_it_is_unpacked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_archive_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise OSError("no network in tests")
 
@@ -187,14 +183,10 @@ def test_the_published_archive_is_read(tmp_path: Path, monkeypatch: pytest.Monke
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    monkeypatch.setattr(
-        CIFAR10, "tgz_md5", hashlib.md5((tmp_path / "cifar-10-python.tar.gz").read_bytes()).hexdigest()
-    )
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5((tmp_path / "cifar-10-python.tar.gz").read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR10, "train_list", [[n, md5[n]] for n in names[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
-    monkeypatch.setattr(
-        CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]}
-    )
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]})
     data = load_cifar("cifar10", tmp_path)
     assert (len(data.train), len(data.test), data.classes) == (50, 10, tuple(NAMES))
     assert np.array_equal(data.test.images, _pictures(10))

@@ -108,9 +108,7 @@ def test_digits_are_complete_stratified_and_not_inverted() -> None:
     assert digits.train.images.shape == (1797, 8, 8, 3)
     assert (digits.train.images.min(), digits.train.images.max()) == (0, 255)
     assert not set(digits.train.rows) & set(digits.test.rows)
-    counts = np.bincount(digits.test.labels) / (
-        np.bincount(digits.train.labels) + np.bincount(digits.test.labels)
-    )
+    counts = np.bincount(digits.test.labels) / (np.bincount(digits.train.labels) + np.bincount(digits.test.labels))
     assert np.abs(counts - 0.2).max() < 0.01
     assert digits.train.images[:, 0, 0].mean() < 1  # the paper around a digit is 0
 

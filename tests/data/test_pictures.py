@@ -55,9 +55,7 @@ def _rgb_16(path: Path) -> None:
         (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     ]
-    body = b"".join(
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts
-    )
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
@@ -131,9 +129,7 @@ def test_orientation_of_a_16_bit_picture_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (31, 30), (30, 299), (30, 30)])
-def test_the_centre_is_kept_and_the_shorter_side_fills_the_square(
-    width: int, height: int, tmp_path: Path
-) -> None:
+def test_the_centre_is_kept_and_the_shorter_side_fills_the_square(width: int, height: int, tmp_path: Path) -> None:
     picture = np.zeros((height, width, 3), dtype=np.uint8)
     edge = min(width, height)
     top, left = (height - edge) // 2, (width - edge) // 2
@@ -193,9 +189,7 @@ def test_a_kind_without_a_white_point_is_refused_not_guessed(mode: str, value: f
 
 
 @pytest.mark.parametrize("limit", [1000, 3000], ids=["an error of Pillow", "a warning of Pillow"])
-def test_a_decompression_bomb_is_an_error(
-    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_decompression_bomb_is_an_error(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     _plain("RGB", RED, (64, 64)).save(tmp_path / "bomb.png")
     with pytest.raises(DataError, match=r"bomb\.png must be a whole picture, but: .*decompression bomb"):

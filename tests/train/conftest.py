@@ -31,9 +31,7 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 12), nn.BatchNorm1d(12), nn.Dropout(0.3)
-        )
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 12), nn.BatchNorm1d(12), nn.Dropout(0.3))
         self.head = nn.Linear(12, CLASSES)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -67,9 +67,7 @@ def test_tensors_of_every_kind_are_read_back_to_the_bit(tmp_path: Path) -> None:
         "buffer:count": torch.tensor(7), "buffer:mask": torch.tensor([True, False]),
         "denormal": torch.tensor([1e-42, -0.0]),
     }  # fmt: skip
-    save_checkpoint(
-        tmp_path, Checkpoint(tensors, {"b": shared}, {"state": {}, "param_groups": []}, {"step": 1})
-    )
+    save_checkpoint(tmp_path, Checkpoint(tensors, {"b": shared}, {"state": {}, "param_groups": []}, {"step": 1}))
     found = _found(tmp_path)
     assert set(found.tensors) == set(tensors)
     for key, tensor in tensors.items():
@@ -118,9 +116,7 @@ def test_nothing_there_is_nothing_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"]
-)
+@pytest.mark.parametrize("file", ["model.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(file: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, _checkpoint(1, 1.0))
     newest = save_checkpoint(tmp_path, _checkpoint(2, 2.0))
@@ -151,9 +147,7 @@ def test_one_of_a_newer_petune_is_refused_with_the_way_out(tmp_path: Path) -> No
     state = json.loads(files["state.json"]) | {"format": 99}
     write_directory(newest, {**files, "state.json": json.dumps(state).encode()})
     verify_directory(newest)
-    with pytest.raises(
-        CheckpointError, match=r"has 99, that of a newer petune; upgrade with: pip install -U petune"
-    ):
+    with pytest.raises(CheckpointError, match=r"has 99, that of a newer petune; upgrade with: pip install -U petune"):
         newest_checkpoint(tmp_path)
 
 

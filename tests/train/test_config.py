@@ -32,9 +32,7 @@ def test_optimizers_are_timms_by_name() -> None:
     ("warmup", "total", "steps"),
     [(0.1, 100, 10), (0.0, 100, 0), (2000.0, 10_000, 2000), (2000.0, 100, 99), (0.5, 1, 0)],
 )
-def test_warmup_is_a_share_below_one_and_a_number_of_steps_from_one_on(
-    warmup: float, total: int, steps: int
-) -> None:
+def test_warmup_is_a_share_below_one_and_a_number_of_steps_from_one_on(warmup: float, total: int, steps: int) -> None:
     assert TrainConfig(warmup=warmup).warmup_steps(total) == steps
 
 

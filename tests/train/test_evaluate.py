@@ -42,9 +42,7 @@ def _toy(count: int, classes: int) -> tuple[Table, Split]:
     return Table(torch.randn(count, classes, generator=generator)), Split.of(images, labels)
 
 
-def _evaluate(
-    model: nn.Module, split: Split, classes: int, batch_size: int, stop: StopFlag | None = None
-) -> Accuracy:
+def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, stop: StopFlag | None = None) -> Accuracy:
     return evaluate(
         model,
         split,

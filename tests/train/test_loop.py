@@ -49,12 +49,8 @@ def _plain_losses(att: Any, batches: Any, steps: int, lr: float, smoothing: floa
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_are_those_of_a_plain_loop(
-    smoothing: float, tmp_path: Path, make_trainer: Make, toy: Make
-) -> None:
-    trainer = make_trainer(
-        toy(0), epochs=3, optimizer="sgd", log_every=1, label_smoothing=smoothing, choose="last"
-    )
+def test_losses_are_those_of_a_plain_loop(smoothing: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    trainer = make_trainer(toy(0), epochs=3, optimizer="sgd", log_every=1, label_smoothing=smoothing, choose="last")
     trainer.fit()
     logged = [line["loss"] for line in _lines(tmp_path) if "step" in line]
     expected = _plain_losses(toy(0), trainer.batches, 12, 0.05, smoothing)
@@ -100,9 +96,7 @@ def test_the_model_holds_the_last_epoch_where_asked_for(make_trainer: Make, toy:
 class Poisoned(nn.Module):
     """Passes on what `inside` says, times NaN in one training step, or in every evaluation."""
 
-    def __init__(
-        self, inside: nn.Module, at: int | None = None, in_eval: bool = False, factor: float = math.nan
-    ):
+    def __init__(self, inside: nn.Module, at: int | None = None, in_eval: bool = False, factor: float = math.nan):
         super().__init__()
         self.inside, self.at, self.in_eval, self.factor, self.calls = inside, at, in_eval, factor, 0
 
@@ -121,9 +115,7 @@ def _all_finite(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1e38])
-def test_a_bad_step_is_refused_before_it_is_taken(
-    factor: float, tmp_path: Path, make_trainer: Make, toy: Make
-) -> None:
+def test_a_bad_step_is_refused_before_it_is_taken(factor: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     att = toy(0)
     att.model = Poisoned(att.model, at=6, factor=factor)
     trainer = make_trainer(att, epochs=3, log_every=1)

@@ -67,9 +67,7 @@ def _cosine(step: int, warmup: int, total: int, lr: float) -> float:
     return lr / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-@pytest.mark.parametrize(
-    ("warmup", "total"), [(0.1, 50), (0.0, 50), (7.0, 20), (100.0, 10), (0.1, 1), (0.5, 3)]
-)
+@pytest.mark.parametrize(("warmup", "total"), [(0.1, 50), (0.0, 50), (7.0, 20), (100.0, 10), (0.1, 1), (0.5, 3)])
 def test_cosine_with_warmup_is_the_formula(warmup: float, total: int) -> None:
     train = TRAIN.model_copy(update={"warmup": warmup})
     steps = train.warmup_steps(total)

@@ -109,18 +109,14 @@ def test_stopped_at_any_step(
 def test_stopped_with_other_optimizers(optimizer: str, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", optimizer=optimizer)
     stop = StopFlag()
-    trainer = make_trainer(
-        toy(1), directory=tmp_path / "b", stop=stop, on_event=_stop_at(3, stop), optimizer=optimizer
-    )
+    trainer = make_trainer(toy(1), directory=tmp_path / "b", stop=stop, on_event=_stop_at(3, stop), optimizer=optimizer)
     with pytest.raises(Stopped):
         trainer.fit()
     _assert_equal(_resumed("toy", make_trainer, toy, tmp_path / "b", optimizer=optimizer), expected)
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_killed_at_any_step_logs_each_step_once(
-    step: int, tmp_path: Path, make_trainer: Make, toy: Make
-) -> None:
+def test_killed_at_any_step_logs_each_step_once(step: int, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", log_every=1)
     with pytest.raises(Killed):
         make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(step), log_every=1).fit()
@@ -154,9 +150,7 @@ def test_stopped_in_the_midst_of_validation(tmp_path: Path, make_trainer: Make, 
     assert steps == [5, 6, 7, 8]  # no step of the first epoch was done twice
 
 
-def test_a_damaged_newest_checkpoint_costs_an_epoch_and_is_told(
-    tmp_path: Path, make_trainer: Make, toy: Make
-) -> None:
+def test_a_damaged_newest_checkpoint_costs_an_epoch_and_is_told(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", epochs=3)
     with pytest.raises(Killed):
         make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(10), epochs=3).fit()
@@ -187,9 +181,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, make_trainer: Make,
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "vpt"])
-def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(
-    method: str, make_trainer: Make, toy: Make
-) -> None:
+def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, make_trainer: Make, toy: Make) -> None:
     att = _attachment(method, toy, seed=1)
     before = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}
     make_trainer(att, choose="last").fit()

@@ -64,9 +64,7 @@ def test_devices_by_name() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else choose_device("auto").type)
 
 
-@pytest.mark.parametrize(
-    ("speedup", "chosen"), [(0.003, "fp32"), (1.2, "fp32"), (1.5, "bf16"), (8.0, "bf16")]
-)
+@pytest.mark.parametrize(("speedup", "chosen"), [(0.003, "fp32"), (1.2, "fp32"), (1.5, "bf16"), (8.0, "bf16")])
 def test_auto_takes_bfloat16_only_where_it_is_faster(
     speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
