@@ -98,7 +98,7 @@ def attach(
     edit = Edit(model, sites, label)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    edit.on_detach(lambda: _restore_flags(flags, modes))
+    edit.on_detach(lambda: _restore_flags(model, flags, modes))
     try:
         tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
@@ -336,13 +336,17 @@ def _remove_modes(model: nn.Module, attribute: str, modes: Modes) -> None:
         del model.__dict__["train"]
 
 
-def _restore_flags(flags: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+def _restore_flags(
+    model: nn.Module, flags: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]
+) -> None:
+    """Flags as before attaching; modes too, unless `train()` or `eval()` was called since: then they follow that."""
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
         if not flag:
             parameter.grad = None
+    now, before = model.training, dict(modes)[model]
     for module, mode in modes:
-        module.training = mode
+        module.training = mode if now == before else now
 
 
 def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
