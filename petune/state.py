@@ -15,12 +15,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from petune.attach import Attachment, attach
-from petune.errors import BackboneMismatch, CheckpointError
+from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
 from petune.registry import build_tuner, tuners
 from petune.sites import Sites
 
 FORMAT = 1
+KEYS = {"tuner", "distribution", "version", "config", "train_head", "geometry", "fingerprint", "metadata"}
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -67,7 +68,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Atta
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
         CheckpointError: The directory is damaged, incomplete or from a newer petune.
-        PluginError, UnknownName: The tuner's package is missing or broken.
+        PluginError: The tuner's package is missing or broken.
     """
     place = Path(path)
     config, tensors = _read(place)
@@ -124,10 +125,21 @@ def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((place / CONFIG_FILE).read_bytes())
         tensors = load_tensors((place / TENSOR_FILE).read_bytes())
         version = int(config["format"])
+        missing = [] if version > FORMAT else sorted(KEYS - set(config))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{place} must be an adapter directory that petune wrote, but: {error}") from None
     if version > FORMAT:
         raise CheckpointError(f"{place} has format {version}, newer than {FORMAT}; upgrade: pip install -U petune")
+    if missing:
+        raise CheckpointError(
+            f"{place / CONFIG_FILE} must have {', '.join(sorted(KEYS))}, but lacks {', '.join(missing)}"
+        )
+    if config["tuner"] not in {t.name for t in tuners()}:
+        raise PluginError(
+            f"{place} needs the method {config['tuner']!r}, which is not installed here; it was saved with "
+            f"{config['distribution'] or 'a package that is not recorded'} {config['version'] or ''}".rstrip()
+            + "; install that package"
+        )
     return config, tensors
 
 
