@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from petune.errors import ConfigError, UnknownName
-from petune.weights import Weights, bundled, hub_overlay, load_into, read_weights
+from petune.weights import HubFile, Weights, bundled, hub_overlay, load_into, read_weights
 
 HeadKind = Literal["linear", "bn_linear"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -118,6 +118,22 @@ def create_backbone(
         tuple(mean) if mean else None,
         tuple(std) if std else None,
     )
+
+
+def check_weights(name: str, weights: str) -> None:
+    """Whether an alias's weights can be had, said before timm is imported (3 s) and any data is read.
+
+    Raises:
+        WeightsUnavailable: They are not cached and the hub cannot be reached, or there is no such file.
+    """
+    alias = ALIASES.get(name)
+    if alias is None:
+        return
+    source = alias.default_weights if weights == "default" else weights
+    if source == "hub":
+        hub_overlay(f"{name} ({alias.timm_name})", HubFile(f"timm/{alias.timm_name}"))
+    else:
+        _weights_file(name, source)
 
 
 def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed: int = 0) -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from petune.attach import Attachment, attach
-from petune.backbones import Backbone, HeadKind, create_backbone, input_side
+from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, parse_options
 from petune.data import Dataset, Preprocess, load_dataset
 from petune.measure import PeakMemory, forward_flops, provenance
@@ -69,6 +69,8 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     name, options = parse_method(config.method)
     tuner = build_tuner(name, **options)
     place = config.output or free_path(Path("runs") / default_name(config))
+    if not RunResult.exists(place):
+        check_weights(config.backbone, config.weights)
     with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
         if RunResult.exists(place):
             return RunResult.read(place)

@@ -36,6 +36,15 @@ class Weights:
     source: str
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """Where a file lies, as timm's PretrainedCfg says it."""
+
+    hf_hub_id: str
+    hf_hub_filename: str | None = None
+    url: str | None = None
+
+
 def bundled(name: str) -> Path | None:
     """The weights file of that name that comes with petune, as `cifar100`."""
     path = BUNDLED / f"vit_nano_{name}.safetensors"
