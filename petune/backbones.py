@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from petune.errors import ConfigError, UnknownName
-from petune.weights import HubFile, Weights, bundled, hub_overlay, load_into, read_weights
+from petune.hub import HubFile, overlay
+from petune.weights import Weights, bundled, load_into, read_weights
 
 HeadKind = Literal["linear", "bn_linear"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -131,7 +132,7 @@ def check_weights(name: str, weights: str) -> None:
         return
     source = alias.default_weights if weights == "default" else weights
     if source == "hub":
-        hub_overlay(f"{name} ({alias.timm_name})", HubFile(f"timm/{alias.timm_name}"))
+        overlay(f"{name} ({alias.timm_name})", HubFile(f"timm/{alias.timm_name}"), fetch=False)
     else:
         _weights_file(name, source)
 
@@ -202,7 +203,7 @@ def _hub_overlay(name: str, alias: Alias) -> dict[str, Any]:
     from timm.models import PretrainedCfg
 
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False) or PretrainedCfg()
-    return hub_overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
+    return overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
 
 
 def _create(
