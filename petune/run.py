@@ -192,6 +192,7 @@ def run_result(
         val_top1=fitted.val.top1 if fitted.val else None,
         epoch=fitted.epoch,
         epochs=len(fitted.epochs),
+        lr=fitted.lr,
         tuned=counts.tuned,
         head=counts.head,
         total=counts.total,
@@ -204,7 +205,8 @@ def run_result(
         peak_memory_bytes=peak_bytes,
         time_s=fitted.time_s,
         output=str(place),
-        provenance=provenance(next(att.model.parameters()).device) | {"precision": fitted.precision},
+        provenance=provenance(next(att.model.parameters()).device)
+        | {"precision": fitted.precision, "micro_batch_size": fitted.micro_batch_size},
     )
 
 
