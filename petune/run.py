@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ class RunConfig(Config):
         method: A registered tuner, options in place allowed: `vpt:deep=false,num_prompts=10`.
         backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
         dataset, data_dir: See `petune.data`.
+        on_broken: `skip` leaves out pictures of a folder that cannot be decoded (at most 1 %); else they are an error.
         val_fraction: Share of train cut off for choosing the epoch, where the dataset brings no val split.
         train_per_class: Keep only so many training pictures a class (few-shot); None keeps all.
         seed: Of the head, the adapters, the order, the augmentation and dropout. The val split has its own.
@@ -46,6 +47,7 @@ class RunConfig(Config):
     patch_size: int | None = Field(None, ge=1, le=512)
     backbone_options: dict[str, Any] = {}
     head: HeadKind = "linear"
+    on_broken: Literal["error", "skip"] = "error"
     val_fraction: float = Field(0.1, gt=0, lt=1)
     train_per_class: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
@@ -120,7 +122,8 @@ def default_name(config: RunConfig) -> str:
 def prepare_data(config: RunConfig) -> Dataset:
     """The dataset with val cut (always the same one, whatever the seed) and few-shot drawn by the seed."""
     side = input_side(config.backbone, config.image_size, config.backbone_options)
-    dataset = load_dataset(config.dataset, config.data_dir, side).with_val(config.val_fraction, seed=0)
+    dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken)
+    dataset = dataset.with_val(config.val_fraction, seed=0)
     if config.train_per_class is not None:
         dataset = dataset.with_train_per_class(config.train_per_class, config.seed)
     return dataset

@@ -11,6 +11,7 @@ import typer
 
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
+from petune.cli.data import data
 from petune.cli.datasets import datasets
 from petune.cli.env import env
 from petune.cli.inspect import inspect
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (run, compare, pretrain, inspect, methods, backbones, datasets, env):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -37,6 +37,7 @@ Commands:
   backbones  List the names that --backbone takes.
   datasets   List the names that --dataset takes, and what is here.
   env        Show versions, device, directories and precision.
+  data       Look after pictures.
 """
 HEAVY = ("torch", "timm", "peft", "numpy", "accelerate", "sklearn", "matplotlib")
 
