@@ -70,9 +70,9 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     config = config or RunConfig.build(fields, "petune.run(...)")
     name, options = parse_method(config.method)
     tuner = build_tuner(name, **options)
-    place = config.output or free_path(Path("runs") / default_name(config))
-    if not RunResult.exists(place):
+    if config.output is None or not RunResult.exists(config.output):
         check_weights(config.backbone, config.weights)
+    place = config.output or free_path(Path("runs") / default_name(config))
     with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
         if RunResult.exists(place):
             return RunResult.read(place)
