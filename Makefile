@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format lint types fast clean
+.PHONY: demo test check format lint types faults clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,3 +32,6 @@ types: $(STAMP)
 
 clean:
 	rm -rf $(VENV) runs
+
+faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (half an hour)
+	PETUNE_FAULTS=full $(BIN)/python -m pytest tests/faults -q

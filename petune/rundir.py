@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,14 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"{path} is in use by another petune process; name another --output") from None
+        fresh = not (path / CONFIG_FILE).exists()
         _keep_config(path / CONFIG_FILE, config, command)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, ".lock"}:  # it failed before it began
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def free_path(wanted: Path) -> Path:
