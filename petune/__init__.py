@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petune.anatomy import find_sites
-    from petune.attach import Attachment, Counts, attach
+    from petune.attach import Attachment, attach
     from petune.compare import CompareConfig, Comparison, compare
+    from petune.counts import Counts
     from petune.edit import Edit
     from petune.errors import PetuneError
     from petune.pretrain import PretrainConfig, pretrain
@@ -30,7 +31,7 @@ _HOMES = {
     "CompareConfig": "compare",
     "Comparison": "compare",
     "ContractViolation": "testing",
-    "Counts": "attach",
+    "Counts": "counts",
     "Edit": "edit",
     "PetuneError": "errors",
     "PretrainConfig": "pretrain",

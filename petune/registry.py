@@ -70,7 +70,8 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     """A configured tuner.
 
     Args:
-        method: A registered name, a Tuner, or the config of a registered tuner.
+        method: A registered name, a Tuner, or the config of a registered tuner. `family:kind` is the tuner `family`
+            with the option `type=kind`, as `peft:ia3`.
         **options: For a name: the tuner's options.
 
     Raises:
@@ -87,8 +88,12 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
             if cls is not None and cls.Config is type(method):
                 return cls(method, **options)
         raise UnknownName("method", type(method).__name__, [], "pass the Tuner itself: MyTuner(config)")
-    cls = load_tuner(method)
-    return cls(cls.Config.build(options, f"the options of {method}"))
+    family, colon, kind = method.partition(":")
+    cls = load_tuner(family)
+    given = {"type": kind, **options} if colon else options
+    tuner = cls(cls.Config.build(given, f"the options of {method}"))
+    tuner.method = family
+    return tuner
 
 
 def _points() -> list[EntryPoint]:

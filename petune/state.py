@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from petune.attach import Attachment, attach
 from petune.errors import BackboneMismatch, CheckpointError
 from petune.files import verify_directory, write_directory
+from petune.ledger import added_to
 from petune.registry import build_tuner, tuners
 from petune.sites import Sites
 
@@ -35,10 +36,11 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     Raises:
         CheckpointError: It cannot be written.
     """
-    origin = next((t for t in tuners() if t.name == attachment.name), None)
+    method = attachment.tuner.method or attachment.name
+    origin = next((t for t in tuners() if t.name == method), None)
     config = {
         "format": FORMAT,
-        "tuner": attachment.name,
+        "tuner": method,
         "distribution": origin.distribution if origin else None,
         "version": origin.version if origin else None,
         "config": attachment.tuner.config.model_dump(mode="json"),
@@ -92,8 +94,7 @@ def fingerprint(attachment: Attachment) -> str:
     """SHA-256 over the frozen tensors of the backbone, parameters and buffers, by key: name, dtype, shape, bytes."""
     moving = {id(t) for t in (*attachment.state().values(), *attachment.tuned.values())}
     head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
-    holders = [m for m in attachment.model.modules() if hasattr(m, "is_petune_holder")]
-    skipped = moving | head | {id(t) for h in holders for t in (*h.parameters(), *h.buffers())}
+    skipped = moving | head | added_to(attachment.model)
     digest = hashlib.sha256()
     named = {**dict(attachment.model.named_parameters()), **dict(attachment.model.named_buffers())}
     for key in sorted(named):

@@ -72,12 +72,14 @@ class Tuner(Generic[ConfigT]):
         Config: The class of its options; `petune.attach(model, "name", option=value)` builds it.
         recipe: Its training defaults.
         identity_at_start: Whether the model computes the same as before right after attaching.
+        method: The name it was built by; empty for one that was made by hand.
         config: The options of this instance.
     """
 
     Config: ClassVar[type[TunerConfig]] = TunerConfig
     recipe: Recipe = Recipe()
     identity_at_start: bool = True
+    method: str = ""
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
         """Configure the method, with a config or with options; not yet bound to any model.

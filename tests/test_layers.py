@@ -13,8 +13,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
     "errors": 0, "config": 0, "files": 0, "network": 0,
-    "sites": 1, "anatomy": 1, "rundir": 1, "results": 1,
-    "edit": 2, "hooks": 2, "tuner": 2, "registry": 2,
+    "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
+    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
     "attach": 3, "state": 3, "testing": 3, "tuners": 3,
     "backbones": 4, "weights": 4, "data": 4,
     "train": 5, "measure": 5,
@@ -29,6 +29,8 @@ SIBLINGS = {
     ("anatomy", "sites"): "the walk returns them",
     ("results", "rundir"): "the name of the result's file",
     ("edit", "hooks"): "the verbs are built on them",
+    ("edit", "ledger"): "what other attachments added is not the backbone's",
+    ("edit", "probe"): "which layers a site calls",
     ("tuner", "edit"): "a type only",
     ("registry", "tuner"): "what it builds",
     ("attach", "state"): "Attachment.save",
