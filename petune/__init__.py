@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison, compare
     from petune.counts import Counts
     from petune.edit import Edit
-    from petune.errors import PetuneError
+    from petune.errors import AttachError, PetuneError
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
     from petune.results import RunResult
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttachError": "errors",
     "Attachment": "attach",
     "Block": "sites",
     "CompareConfig": "compare",
@@ -53,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttachError",
     "Attachment",
     "Block",
     "CompareConfig",

@@ -20,6 +20,7 @@ from petune.files import verify_directory, write_directory
 from petune.ledger import added_to
 from petune.registry import build_tuner, tuners
 from petune.sites import Sites
+from petune.tuner import Tuner
 
 FORMAT = 1
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -58,13 +59,14 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     write_directory(path, files)
 
 
-def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Attachment:
+def load(model: nn.Module, path: str | Path, *, name: str | None = None, tuner: Tuner[Any] | None = None) -> Attachment:
     """Attach what `save` wrote, on the same backbone.
 
     Args:
         model: The backbone the adapter was trained on, with a head of as many classes.
         path: The adapter directory.
         name: The attachment's name; the tuner's by default.
+        tuner: The method, for one that is not registered; its options must be those of the file.
 
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
@@ -75,7 +77,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Atta
     config, tensors = _read(place)
     attachment = attach(
         model,
-        build_tuner(config["tuner"], **config["config"]),
+        tuner or build_tuner(config["tuner"], **config["config"]),
         name=name or config["tuner"],
         train_head=config["train_head"],
     )

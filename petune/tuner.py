@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from petune.edit import Edit
+    from petune.sites import Sites
 
 
 class TunerConfig(Config):
@@ -99,6 +100,13 @@ class Tuner(Generic[ConfigT]):
         `edit.on_detach`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define attach(self, edit)")
+
+    def count(self, sites: Sites) -> int | None:
+        """How many parameters the method adds to such a model, by the paper's formula; `check_tuner` counts them.
+
+        None, the default, says that there is no formula in terms of sites.
+        """
+        return None
 
     def loss(self, step: int) -> torch.Tensor | None:
         """A term to add to the loss at this step (from 0), or None: most methods have none."""

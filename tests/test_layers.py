@@ -15,7 +15,7 @@ LEVELS = {
     "errors": 0, "config": 0, "files": 0, "network": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
-    "attach": 3, "state": 3, "testing": 3, "tuners": 3,
+    "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
     "backbones": 4, "weights": 4, "data": 4,
     "train": 5, "measure": 5,
     "run": 6, "pretrain": 6,
