@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison, compare
     from petune.counts import Counts
     from petune.edit import Edit
-    from petune.errors import AttachError, PetuneError
+    from petune.errors import AttachError, NotMergeable, PetuneError
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
     from petune.results import RunResult
@@ -34,6 +34,7 @@ _HOMES = {
     "ContractViolation": "testing",
     "Counts": "counts",
     "Edit": "edit",
+    "NotMergeable": "errors",
     "PetuneError": "errors",
     "PretrainConfig": "pretrain",
     "Recipe": "tuner",
@@ -62,6 +63,7 @@ __all__ = [
     "ContractViolation",
     "Counts",
     "Edit",
+    "NotMergeable",
     "PetuneError",
     "PretrainConfig",
     "Recipe",

@@ -14,7 +14,7 @@ from petune.anatomy import find_sites
 from petune.counts import count_parameters
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite
-from petune.ledger import Claim, added_to, ledger_of, open_ledger
+from petune.ledger import Claim, added_to, ledger_of, named_parameters, open_ledger
 from petune.probe import probe
 from petune.registry import build_tuner
 from petune.sites import Sites
@@ -88,14 +88,14 @@ class Attachment:
         classifier = {id(p) for m in self._head_modules for p in m.parameters()}
         added = {id(p) for p in edit.added_parameters()}
         tuned = added | {id(p) for p in edit.trained} - classifier
-        named = dict(model.named_parameters())
+        named = named_parameters(model)
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
         self._originals = {k: t.detach().clone() for k, t in self._changing().items()} if keep_original else None
         ledger = open_ledger(model, self.sites)
-        moving = tuple(self._moving_modules())
-        ledger.claim(edit.name, Claim(tuple(self.parameters()), tuple(edit.added_parameters()), moving))
+        claim = Claim(tuple(self.parameters()), tuple(edit.added_tensors()), tuple(self._moving_modules()))
+        ledger.claim(edit.name, claim)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer takes: tuned and head."""
@@ -186,9 +186,7 @@ class Attachment:
 
     def _changing(self) -> dict[str, Tensor]:
         """Tensors that were there before attaching and that training may change."""
-        added = {id(t) for h, _ in self._edit.holders for t in (*h.parameters(), *h.buffers())}
-        added |= {id(p) for p in self._edit.adopted}
-        added |= {id(b) for m in self._edit.adopted_modules for b in m.buffers()}
+        added = {id(t) for t in self._edit.added_tensors()}
         return {key: t for key, t in self.state().items() if id(t) not in added}
 
     def _put_back(self) -> None:

@@ -166,6 +166,23 @@ class Edit:
         inside = {id(m) for module in site.modules for m in module.modules()}
         return tuple(self.site(m) for m in self._linear_modules() if id(m) in inside and id(m) not in self._probed())
 
+    def wake(self, site: Site | None) -> None:
+        """Tell attentions that can either read or call their qkv layer to call it, as adapters need (timm: EVA, BEiT).
+
+        The result is the same up to rounding; disabled and detached, the model reads it again.
+        """
+        for module in self._present(site, "wake").enter.modules():
+            if getattr(module, "qkv_bias_separate", None) is False:
+                switch = functools.partial(setattr, module, "qkv_bias_separate")
+                switch(True)
+                self.switches.append(switch)
+                self._undo.append(functools.partial(switch, False))
+                self._calls = None
+
+    def called(self, modules: Iterable[nn.Module]) -> set[int]:
+        """Identities of those of `modules` that one forward calls."""
+        return set(probe(self.model, self.sites, modules))
+
     def backbone(self) -> list[nn.Module]:
         """The backbone's own modules: without the classifier, without what attachments have added."""
         head = {id(m) for h in self.sites.head.modules for m in h.modules()} if self.sites.head else set()
@@ -191,6 +208,11 @@ class Edit:
     def added_parameters(self) -> list[nn.Parameter]:
         """What the edit has put in, by verbs and by hand."""
         return [*(p for holder, _ in self.holders for p in holder.parameters()), *self.adopted]
+
+    def added_tensors(self) -> list[torch.Tensor]:
+        """The same, and their buffers."""
+        modules = [*(holder for holder, _ in self.holders), *self.adopted_modules]
+        return [*self.added_parameters(), *(b for m in modules for b in m.buffers())]
 
     def merge(self, name: str) -> None:
         """Fold every adapter into the weights of its site; `undo` is left to the caller.

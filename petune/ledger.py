@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.errors import AttachError
 from petune.sites import Sites
@@ -21,12 +21,12 @@ class Claim:
 
     Attributes:
         parameters: All it trains: tuned and head.
-        added: Those of them that were not there before.
+        added: Parameters, and buffers, that were not there before.
         modules: Modules that go to train mode.
     """
 
     parameters: tuple[nn.Parameter, ...] = ()
-    added: tuple[nn.Parameter, ...] = ()
+    added: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
 
 
@@ -131,3 +131,9 @@ def added_to(model: nn.Module) -> set[int]:
     added = {id(p) for claim in ledger.claims.values() for p in claim.added} if ledger else set()
     holders = [m for m in model.modules() if hasattr(m, "is_petune_holder")]
     return added | {id(t) for h in holders for t in (*h.parameters(), *h.buffers())}
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by state_dict key: also where a library has moved a module and hides that in state_dict."""
+    keys = {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}  # of tied ones the first
+    return {keys.get(id(p), name): p for name, p in model.named_parameters()}

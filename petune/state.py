@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from petune.attach import Attachment, attach
 from petune.errors import BackboneMismatch, CheckpointError
 from petune.files import verify_directory, write_directory
-from petune.ledger import added_to
-from petune.registry import build_tuner, tuners
+from petune.ledger import added_to, named_parameters
+from petune.registry import build_tuner, load_tuner, tuners
 from petune.sites import Sites
 from petune.tuner import Tuner
 
@@ -50,9 +50,12 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         "fingerprint": fingerprint(attachment),
         "metadata": dict(metadata or {}),
     }
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in attachment.state().items()}
+    foreign, live = attachment.tuner.pack(attachment) or (None, attachment.state())
+    # PEFT reads the same two files: its own keys at the top, petune's in the one entry that is free-form there
+    written = config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in live.items()}
     files = {
-        CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode(),
+        CONFIG_FILE: (json.dumps(written, indent=1) + "\n").encode(),
         TENSOR_FILE: save_tensors(tensors),
         "README.md": _card(attachment, config).encode(),
     }
@@ -87,7 +90,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, tuner: 
         attachment.detach()
         raise
     with torch.no_grad():
-        for key, target in attachment.state().items():
+        for key, target in _live(attachment).items():
             target.copy_(tensors[key])
     return attachment
 
@@ -98,7 +101,7 @@ def fingerprint(attachment: Attachment) -> str:
     head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
     skipped = moving | head | added_to(attachment.model)
     digest = hashlib.sha256()
-    named = {**dict(attachment.model.named_parameters()), **dict(attachment.model.named_buffers())}
+    named = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
     for key in sorted(named):
         tensor = named[key]
         if id(tensor) not in skipped:
@@ -119,30 +122,47 @@ def geometry(sites: Sites) -> dict[str, Any]:
     }
 
 
+def _live(attachment: Attachment) -> dict[str, Tensor]:
+    """The tensors that a file fills, by the file's keys."""
+    packed = attachment.tuner.pack(attachment)
+    return attachment.state() if packed is None else packed[1]
+
+
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(f"{place} must be an adapter directory, but holds no {CONFIG_FILE}")
-    verify_directory(place)
     try:
         config = json.loads((place / CONFIG_FILE).read_bytes())
+        own = config if "format" in config else (config.get("auto_mapping") or {}).get("petune")
+        if own is not None or "peft_type" not in config:
+            verify_directory(place)
         tensors = load_tensors((place / TENSOR_FILE).read_bytes())
+        config = _of_peft(config) if own is None else own
         version = int(config["format"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{place} must be an adapter directory that petune wrote, but: {error}") from None
     if version > FORMAT:
         raise CheckpointError(f"{place} has format {version}, newer than {FORMAT}; upgrade: pip install -U petune")
     return config, tensors
 
 
+def _of_peft(config: dict[str, Any]) -> dict[str, Any]:
+    """What petune would have written for an adapter that PEFT wrote: without geometry and fingerprint."""
+    reader: Any = load_tuner("peft")
+    unpacked: dict[str, Any] = reader.unpack(config)
+    return {"format": FORMAT, "metadata": {}, "geometry": None, "fingerprint": None, **unpacked}
+
+
 def _check(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> None:
     here, there = geometry(att.sites), config["geometry"]
+    there = here if there is None else there
     differs = [f"{key} {there.get(key)} (this model: {here[key]})" for key in here if there.get(key) != here[key]]
     if differs:
         raise BackboneMismatch(f"{place} belongs to a backbone with another {', '.join(differs)}")
-    state = att.state()
+    state = _live(att)
     shapes = [k for k in state if k in tensors and tensors[k].shape != state[k].shape]
     if shapes:
-        what = "number of classes" if set(shapes) <= set(att.head) else "shape"
+        what = "number of classes" if all(key.endswith(tuple(att.head) or "-") for key in shapes) else "shape"
         key = shapes[0]
         raise BackboneMismatch(
             f"{place} was trained with another {what}: {key} is {tuple(tensors[key].shape)} there and "
@@ -151,7 +171,7 @@ def _check(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Ten
     if set(state) != set(tensors):
         key = sorted(set(state) ^ set(tensors))[0]
         raise BackboneMismatch(f"{place} must hold exactly the tensors of {att.name}; {key} is on one side only")
-    if fingerprint(att) != config["fingerprint"]:
+    if config["fingerprint"] is not None and fingerprint(att) != config["fingerprint"]:
         raise BackboneMismatch(
             f"{place} belongs to a backbone of the same shape with other weights; load the weights it was trained on "
             f"({config['metadata'].get('backbone', {}).get('weights', 'not recorded')})"

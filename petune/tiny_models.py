@@ -34,13 +34,9 @@ def tiny_transformers() -> nn.Module:
     """Hugging Face's ViT: q, k and v apart, an MLP of two sibling modules, logits in an output object."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shape: dict[str, Any] = {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-    }
-    config = ViTConfig(image_size=16, patch_size=4, num_labels=3, **shape)
+    make: Any = ViTConfig  # its dataclass does not list what its base class takes
+    sizes = {"image_size": 16, "patch_size": 4, "num_labels": 3, "num_hidden_layers": 2}
+    config = make(hidden_size=24, num_attention_heads=2, intermediate_size=48, **sizes)
     return _randomised(lambda: ViTForImageClassification(config))
 
 

@@ -40,6 +40,7 @@ from petune.config import Config
 if TYPE_CHECKING:
     import torch
 
+    from petune.attach import Attachment
     from petune.edit import Edit
     from petune.sites import Sites
 
@@ -105,6 +106,13 @@ class Tuner(Generic[ConfigT]):
         """How many parameters the method adds to such a model, by the paper's formula; `check_tuner` counts them.
 
         None, the default, says that there is no formula in terms of sites.
+        """
+        return None
+
+    def pack(self, attachment: Attachment) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Config and tensors of an adapter in another library's format, if there is one; see `petune.state`.
+
+        The tensors share memory with the model's, so that loading is copying into them.
         """
         return None
 
