@@ -1,6 +1,7 @@
 """Tuners by name, through the entry-point group `petune.tuners`: listed from metadata, loaded on first use.
 
-`PETUNE_PLUGINS=none` hides every tuner that does not come with petune; `PETUNE_PLUGINS=a,b` shows only those two.
+`PETUNE_PLUGINS=none` hides every tuner that does not come with petune; `PETUNE_PLUGINS=a,b` shows only those, by the
+name of the method or of the package. A plugin cannot take the name of a tuner that comes with petune.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import io
 import os
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
 from petune.errors import PluginError, UnknownName
@@ -43,11 +44,18 @@ class TunerRecord:
 def tuners() -> list[TunerRecord]:
     """Every registered tuner, petune's own first, without importing any."""
     points = _points()
-    names = [p.name for p in points]
-    return [
-        TunerRecord(p.name, *_origin(p), p.value, "ok" if names.count(p.name) == 1 else "name is taken twice")
-        for p in points
-    ]
+    return [TunerRecord(p.name, *_origin(p), p.value, _state(p, points)) for p in points]
+
+
+def check_loads(record: TunerRecord) -> str:
+    """`ok`, or why the record's tuner cannot be used; imports it, unless its metadata says so already."""
+    if record.state != "ok":
+        return record.state
+    try:
+        load_tuner(record.name)
+    except PluginError as error:
+        return str(error)
+    return "ok"
 
 
 def load_tuner(name: str) -> type[Tuner[Any]]:
@@ -60,10 +68,11 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
     found = [p for p in _points() if p.name == name]
     if not found:
         raise UnknownName("method", name, {p.name for p in _points()}, "`petune methods` lists them")
-    if len(found) > 1:
+    own = [p for p in found if _origin(p)[0] == OWN]
+    if len(found) > 1 and not own:
         owners = " and ".join(f"{_origin(p)[0]} ({p.value})" for p in found)
         raise PluginError(f"the method {name!r} must come from one package, but {owners} both register it; remove one")
-    return _load(found[0])
+    return _load((own or found)[0])
 
 
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:
@@ -99,13 +108,39 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
 def _points() -> list[EntryPoint]:
     allowed = os.environ.get("PETUNE_PLUGINS")
     names = None if allowed is None else {n.strip() for n in allowed.split(",")}
-    kept = [p for p in entry_points(group=GROUP) if _origin(p)[0] == OWN or names is None or p.name in names]
+    points = entry_points(group=GROUP)
+    kept = [p for p in points if names is None or _origin(p)[0] == OWN or names & {p.name, _origin(p)[0]}]
     unique = {(p.name, p.value, _origin(p)): p for p in kept}  # an editable install can be found twice
     return sorted(unique.values(), key=lambda p: (_origin(p)[0] != OWN, p.name))
 
 
+def _state(point: EntryPoint, points: list[EntryPoint]) -> str:
+    rivals = [p for p in points if p.name == point.name and p is not point]
+    if any(_origin(p)[0] == OWN for p in rivals):
+        return f"unusable: petune has a method {point.name!r} of its own"
+    if rivals and _origin(point)[0] != OWN:
+        return "unusable: name is taken twice"
+    return "ok" if not (need := _unmet(point)) else f"unusable: it needs {need}"
+
+
+def _unmet(point: EntryPoint) -> str:
+    """The petune that the package asks for, if this is another; empty if all is well or unknown."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in (point.dist.requires or []) if point.dist is not None else []:
+        try:
+            need = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if need.name == OWN and not need.specifier.contains(version(OWN), prereleases=True):
+            return f"{OWN}{need.specifier}, this is {version(OWN)}"
+    return ""
+
+
 def _origin(point: EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist is not None else ("?", "?")
+    if point.dist is None or point.dist.metadata is None:
+        return "?", "?"
+    return str(point.dist.metadata["Name"] or "?"), str(point.dist.metadata["Version"] or "?")
 
 
 def _load(point: EntryPoint) -> type[Tuner[Any]]:
@@ -113,6 +148,8 @@ def _load(point: EntryPoint) -> type[Tuner[Any]]:
 
     said = io.StringIO()
     who = "{} {}".format(*_origin(point))
+    if need := _unmet(point):
+        raise PluginError(f"the method {point.name!r} of {who} needs {need}. Upgrade petune, or use an older {who}")
     try:
         with contextlib.redirect_stdout(said):
             cls = point.load()
@@ -122,7 +159,7 @@ def _load(point: EntryPoint) -> type[Tuner[Any]]:
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(
             f"the method {point.name!r} of {who} must be importable from {point.value}, but: {cause}. "
-            "Update or remove that package"
+            f"Update or remove {_origin(point)[0]}"
         ) from error
     if not (inspect.isclass(cls) and issubclass(cls, Tuner) and issubclass(cls.Config, TunerConfig)):
         raise PluginError(

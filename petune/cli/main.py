@@ -15,6 +15,7 @@ from petune.cli.datasets import datasets
 from petune.cli.env import env
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
+from petune.cli.plugin import plugin
 from petune.cli.pretrain import pretrain
 from petune.cli.run import run
 from petune.cli.terminal import clean, say
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for command in (run, compare, pretrain, inspect, methods, backbones, datasets, env):
     app.command()(command)
+app.add_typer(plugin, name="plugin")
 
 
 def _print_version(wanted: bool) -> None:
