@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from petune.anatomy import find_sites
 from petune.counts import count_parameters
 from petune.edit import Edit
-from petune.errors import AlreadyCompiled, AttachError, DeadSite
+from petune.errors import AlreadyCompiled, AttachError, DeadSite, NotMergeable
 from petune.ledger import Claim, added_to, ledger_of, named_parameters, open_ledger
-from petune.probe import probe
+from petune.probe import look, probe
 from petune.registry import build_tuner
 from petune.sites import Sites
 from petune.tuner import Tuner, TunerConfig
@@ -171,9 +171,27 @@ class Attachment:
             NotMergeable: An adapter is no change of weights; the reason is named and nothing was changed.
         """
         self._need_attached()
-        self._edit.merge(self.name)
+        if self._edit.folds:
+            self._fold()
         self._edit.undo()
         self.attached = False
+
+    def _fold(self) -> None:
+        """Fold, and compare what the model makes of a picture before and after; put everything back if they differ."""
+        before = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
+        expected = look(self.model, self.sites)
+        try:
+            self._edit.merge(self.name)
+            self._switch(False)
+            change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
+            if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
+                raise NotMergeable(
+                    f"{self.name} must compute the same when folded, but its output moves by {change:.2g}"
+                )
+        except BaseException:
+            self.model.load_state_dict(before, strict=False)
+            self._switch(True)
+            raise
 
     def _moving_modules(self) -> list[nn.Module]:
         """Modules that go to train mode: unfrozen ones, and the head's."""

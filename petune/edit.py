@@ -205,6 +205,11 @@ class Edit:
                 return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **edge)
         raise SiteNotFound(f"the {type(module).__name__} to edit must be a part of {self.sites.model}, but is not")
 
+    @property
+    def folds(self) -> bool:
+        """Whether there is something to fold; what trained in place is where it belongs."""
+        return bool(self.holders or self._merges)
+
     def added_parameters(self) -> list[nn.Parameter]:
         """What the edit has put in, by verbs and by hand."""
         return [*(p for holder, _ in self.holders for p in holder.parameters()), *self.adopted]
@@ -215,10 +220,11 @@ class Edit:
         return [*self.added_parameters(), *(b for m in modules for b in m.buffers())]
 
     def merge(self, name: str) -> None:
-        """Fold every adapter into the weights of its site; `undo` is left to the caller.
+        """Fold every adapter into the weights of its site; to undo and, where folding fails, to put the weights back
+        is left to the caller.
 
         Raises:
-            NotMergeable: The reason is named and nothing was changed.
+            NotMergeable: The reason is named.
         """
         for holder, passed in self.holders:
             why = getattr(holder.adapter, "why_not_mergeable", None)
@@ -226,15 +232,10 @@ class Edit:
                 why = "its adapter defines no merge(module)"
             if why:
                 raise NotMergeable(f"{name} cannot be folded into the weights of {passed[-1].where}: {why}")
-        before = {k: t.detach().clone() for k, t in self.model.state_dict().items()} if self.holders else {}
-        try:
-            for fold in self._merges:
-                fold()
-            for holder, passed in reversed(self.holders):  # the innermost hook was put in last
-                holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
-        except BaseException:
-            self.model.load_state_dict(before, strict=False)
-            raise
+        for fold in self._merges:
+            fold()
+        for holder, passed in reversed(self.holders):  # the innermost hook was put in last
+            holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
 
     def undo(self) -> None:
         """Undo everything, last first; the model is as it was."""

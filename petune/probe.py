@@ -1,4 +1,4 @@
-"""One forward without gradient that tells which modules are called, when, with what."""
+"""One forward without gradient: which modules are called, when, with what; and what comes out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petune.sites import Sites
 
@@ -52,19 +52,34 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
             call.stop, call.output = next(clock), output
 
     handles = [h for m in watched for h in _hooks(m, enter, leave)]
+    try:
+        _forward(model, torch.zeros(1, *sites.input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def look(model: nn.Module, sites: Sites) -> Tensor:
+    """What the model makes of two random pictures, in eval mode; always the same ones."""
+    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
+    out = _forward(model, x)
+    scores: Tensor = getattr(out, "logits", out)
+    return scores
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, x: Tensor) -> Any:
+    """Run the model in eval mode; every module's mode is as before afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     like = next(p for p in model.parameters() if p.is_floating_point())
     try:
         for module, _ in modes:
             module.training = False
-        with torch.no_grad():
-            model(torch.zeros(1, *sites.input_size, device=like.device, dtype=like.dtype))
+        return model(x.to(like.device, like.dtype))
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes:
             module.training = mode
-    return calls
 
 
 def _hooks(module: nn.Module, enter: Any, leave: Any) -> tuple[Any, Any]:
