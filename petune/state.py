@@ -50,7 +50,7 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         "fingerprint": fingerprint(attachment),
         "metadata": dict(metadata or {}),
     }
-    foreign, live = attachment.tuner.pack(attachment) or (None, attachment.state())
+    foreign, live = attachment.tuner.pack(attachment.state()) or (None, attachment.state())
     # PEFT reads the same two files: its own keys at the top, petune's in the one entry that is free-form there
     written = config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
     tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in live.items()}
@@ -124,7 +124,7 @@ def geometry(sites: Sites) -> dict[str, Any]:
 
 def _live(attachment: Attachment) -> dict[str, Tensor]:
     """The tensors that a file fills, by the file's keys."""
-    packed = attachment.tuner.pack(attachment)
+    packed = attachment.tuner.pack(attachment.state())
     return attachment.state() if packed is None else packed[1]
 
 

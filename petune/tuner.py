@@ -32,6 +32,7 @@ treat every picture on its own. Two optional attributes on it:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -40,7 +41,6 @@ from petune.config import Config
 if TYPE_CHECKING:
     import torch
 
-    from petune.attach import Attachment
     from petune.edit import Edit
     from petune.sites import Sites
 
@@ -109,10 +109,14 @@ class Tuner(Generic[ConfigT]):
         """
         return None
 
-    def pack(self, attachment: Attachment) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        """Config and tensors of an adapter in another library's format, if there is one; see `petune.state`.
+    def pack(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Config and tensors in another library's format, if what is saved is to be read by it; see `petune.state`.
 
-        The tensors share memory with the model's, so that loading is copying into them.
+        Args:
+            state: What petune would save, tuned and head, by state_dict key.
+
+        Returns:
+            Tensors by the other format's keys; they share memory with the model's, so that loading is copying.
         """
         return None
 

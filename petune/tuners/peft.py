@@ -15,7 +15,7 @@ import difflib
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, cast
 
 from pydantic import ConfigDict, model_validator
@@ -139,9 +139,9 @@ class Peft(petune.Tuner[PeftConfig]):
         config = peft_types()[self.config.type](**self._options(edit, targets))
         self.wrapped = Wrapped(edit, config, [site.path for site in targets])
 
-    def pack(self, attachment: petune.Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
-        return self.wrapped.pack(attachment)
+        return self.wrapped.pack(state)
 
     @classmethod
     def unpack(cls, peft_config: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Wrapped:
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
 
-    def pack(self, attachment: petune.Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's."""
         from peft import get_peft_model_state_dict
 
@@ -56,9 +56,7 @@ class Wrapped:
         adopted = {id(p) for p in self.edit.adopted}
         buffers = {id(b) for m in self.edit.adopted_modules for b in m.buffers()}
         beside = {
-            key: t.detach()
-            for key, t in attachment.state().items()
-            if id(t) not in adopted | buffers and t.data_ptr() not in mine
+            key: t.detach() for key, t in state.items() if id(t) not in adopted | buffers and t.data_ptr() not in mine
         }
         config = self.config.to_dict() | {"inference_mode": True}
         if not isinstance(config["target_modules"], str):
