@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from petune.run import RunConfig, run
     from petune.sites import Block, Site, Sites
     from petune.state import load
+    from petune.tasks import Tasks
     from petune.testing import ContractViolation, check_tuner
     from petune.tuner import Recipe, Tuner, TunerConfig
 
@@ -42,6 +43,7 @@ _HOMES = {
     "RunResult": "results",
     "Site": "sites",
     "Sites": "sites",
+    "Tasks": "tasks",
     "Tuner": "tuner",
     "TunerConfig": "tuner",
     "attach": "attach",
@@ -71,6 +73,7 @@ __all__ = [
     "RunResult",
     "Site",
     "Sites",
+    "Tasks",
     "Tuner",
     "TunerConfig",
     "attach",

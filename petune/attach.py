@@ -51,7 +51,7 @@ def attach(
     _refuse_compiled(model)
     tuner = build_tuner(method, **options)
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
-    label = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+    label = label_of(name)
     before = ledger_of(model)
     sites = sites or (before.sites if before else find_sites(model, input_size))
     ledger = open_ledger(model, sites)
@@ -68,6 +68,11 @@ def attach(
     return attachment
 
 
+def label_of(name: str) -> str:
+    """An attachment's name as a part of state_dict keys."""
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
 class Attachment:
     """A tuner on a model.
 
@@ -76,13 +81,16 @@ class Attachment:
         sites: The model's places.
         tuned, head: Trainable parameters by state_dict key.
         counts: How many.
+        edit: What was done to the model.
+        attached, enabled: Whether it still is, and whether it takes effect now.
     """
 
     def __init__(
         self, model: nn.Module, tuner: Tuner[Any], name: str, edit: Edit, train_head: bool, keep_original: bool
     ) -> None:
         self.model, self.tuner, self.name, self.sites = model, tuner, name, edit.sites
-        self._edit, self._train_head, self.attached = edit, train_head, True
+        self.edit, self._train_head, self.attached, self.enabled = edit, train_head, True, True
+        self._trained: dict[str, Tensor] = {}  # while disabled: the values that are put in again
         head = edit.sites.need_head() if train_head else edit.sites.head
         self._head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self._head_modules for p in m.parameters()}
@@ -92,9 +100,11 @@ class Attachment:
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
-        self._originals = {k: t.detach().clone() for k, t in self._changing().items()} if keep_original else None
+        changing = self._changing() if keep_original else {}
+        self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
         ledger = open_ledger(model, self.sites)
-        claim = Claim(tuple(self.parameters()), tuple(edit.added_tensors()), tuple(self._moving_modules()))
+        moving = tuple(self._moving_modules())
+        claim = Claim(tuple(self.parameters()), tuple(edit.added_tensors()), moving, self._originals)
         ledger.claim(edit.name, claim)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -143,25 +153,45 @@ class Attachment:
         Raises:
             AttachError: The attachment trains backbone or head, and was made with keep_original=False.
         """
-        self._need_attached()
-        now = {key: t.detach().clone() for key, t in self._changing().items()}
-        self._put_back()
-        self._switch(False)
+        was = self.enabled
+        self.switch(False)
         try:
             yield
         finally:
-            self._switch(True)
-            _copy(self._changing(), now)
+            self.switch(was)
 
-    def detach(self) -> None:
-        """Give the model back as it was before attaching: keys, flags and values.
+    def switch(self, on: bool) -> None:
+        """Disable the attachment, or enable it again; what it trains in place is exchanged too.
 
         Raises:
             AttachError: See `disabled`.
         """
         self._need_attached()
-        self._put_back()
-        self._edit.undo()
+        if on == self.enabled:
+            return
+        if on:
+            self._switch(True)
+            _copy(self._changing(), self._trained)
+            self._trained = {}
+        else:
+            trained = {key: t.detach().clone() for key, t in self._changing().items()}
+            self._put_back(self._changing())
+            self._trained = trained
+            self._switch(False)
+        self.enabled = on
+
+    def detach(self) -> None:
+        """Give the model back as it was before attaching: keys, flags and values.
+
+        What a later attachment trains too keeps its value, and goes back to ours when that one is detached.
+
+        Raises:
+            AttachError: See `disabled`.
+        """
+        self._need_attached()
+        inherited = open_ledger(self.model, self.sites).bequeath(self.edit.name)
+        self._put_back({key: t for key, t in self._changing().items() if key not in inherited})
+        self.edit.undo()
         self.attached = False
 
     def merge(self) -> None:
@@ -171,9 +201,9 @@ class Attachment:
             NotMergeable: An adapter is no change of weights; the reason is named and nothing was changed.
         """
         self._need_attached()
-        if self._edit.folds:
+        if self.edit.folds:
             self._fold()
-        self._edit.undo()
+        self.edit.undo()
         self.attached = False
 
     def _fold(self) -> None:
@@ -181,7 +211,7 @@ class Attachment:
         before = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
         expected = look(self.model, self.sites)
         try:
-            self._edit.merge(self.name)
+            self.edit.merge(self.name)
             self._switch(False)
             change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
@@ -196,33 +226,31 @@ class Attachment:
     def _moving_modules(self) -> list[nn.Module]:
         """Modules that go to train mode: unfrozen ones, and the head's."""
         roots = [
-            *self._edit.train_modules,
-            *self._edit.adopted_modules,
+            *self.edit.train_modules,
+            *self.edit.adopted_modules,
             *(self._head_modules if self._train_head else ()),
         ]
         return [m for root in roots for m in root.modules()]
 
     def _changing(self) -> dict[str, Tensor]:
         """Tensors that were there before attaching and that training may change."""
-        added = {id(t) for t in self._edit.added_tensors()}
+        added = {id(t) for t in self.edit.added_tensors()}
         return {key: t for key, t in self.state().items() if id(t) not in added}
 
-    def _put_back(self) -> None:
-        changing = self._changing()
-        if self._originals is None:
-            if changing:
-                raise AttachError(
-                    f"giving back the model needs the values from before {self.name}, which were not kept; "
-                    "attach with keep_original=True"
-                )
-            return
-        _copy(changing, self._originals)
+    def _put_back(self, changing: Mapping[str, Tensor]) -> None:
+        if self._originals is not None:
+            _copy(changing, {key: value for key, (_, value) in self._originals.items()})
+        elif changing:
+            raise AttachError(
+                f"giving back the model needs the values from before {self.name}, which were not kept; "
+                "attach with keep_original=True"
+            )
 
     def _switch(self, on: bool) -> None:
-        for holder, _ in self._edit.holders:
+        for holder, _ in self.edit.holders:
             holder.forget()
             holder.enabled = on
-        for switch in self._edit.switches if on else reversed(self._edit.switches):
+        for switch in self.edit.switches if on else reversed(self.edit.switches):
             switch(on)
 
     def _need_attached(self) -> None:

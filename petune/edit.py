@@ -38,6 +38,7 @@ class Edit:
         self.trained: list[nn.Parameter] = []
         self.train_modules: list[nn.Module] = []
         self.switches: list[Callable[[bool], None]] = []
+        self.row_switches: list[Callable[[list[int] | None, int], None]] = []
         self.adopted: list[nn.Parameter] = []
         self.adopted_modules: list[nn.Module] = []
         self._foreign = added_to(model)  # other attachments' parameters
@@ -138,6 +139,10 @@ class Edit:
     def on_switch(self, fn: Callable[[bool], None]) -> None:
         """Call `fn(False)` where the attachment is disabled, `fn(True)` where it is enabled again."""
         self.switches.append(fn)
+
+    def on_rows(self, fn: Callable[[list[int] | None, int], None]) -> None:
+        """Let what was done by hand take effect in some rows of a batch: `fn(rows, batch size)`; None is all rows."""
+        self.row_switches.append(fn)
 
     def on_merge(self, fn: Callable[[], object]) -> None:
         """Call `fn` on merge, to fold in what was done by hand; it raises NotMergeable before it changes anything."""

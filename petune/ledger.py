@@ -23,11 +23,13 @@ class Claim:
         parameters: All it trains: tuned and head.
         added: Parameters, and buffers, that were not there before.
         modules: Modules that go to train mode.
+        originals: By key, what it trains in place and its value from before; None where that was not kept.
     """
 
     parameters: tuple[nn.Parameter, ...] = ()
     added: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
+    originals: dict[str, tuple[Tensor, Tensor]] | None = None
 
 
 class Ledger(nn.Module):
@@ -67,6 +69,23 @@ class Ledger(nn.Module):
         """Let `name` train what it claims; all that nobody claims is frozen."""
         self.claims[name] = claim
         self._freeze()
+
+    def bequeath(self, name: str) -> set[str]:
+        """Hand the original values of `name` to the attachments made after it that train the same tensors.
+
+        Returns:
+            The keys that another attachment now answers for.
+        """
+        names = list(self.claims)
+        mine = self.claims[name].originals or {}
+        inherited: set[str] = set()
+        for later in names[names.index(name) + 1 :]:
+            theirs = self.claims[later].originals or {}
+            for key in (mine.keys() & theirs.keys()) - inherited:
+                if theirs[key][0] is mine[key][0]:
+                    theirs[key] = mine[key]
+                    inherited.add(key)
+        return inherited
 
     def close(self, name: str) -> None:
         """Strike out an attachment; with the last one the model is as it was before the first."""

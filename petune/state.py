@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from petune.attach import Attachment, attach
+from petune.attach import Attachment, attach, label_of
 from petune.errors import BackboneMismatch, CheckpointError
 from petune.files import verify_directory, write_directory
 from petune.ledger import added_to, named_parameters
@@ -50,10 +50,10 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         "fingerprint": fingerprint(attachment),
         "metadata": dict(metadata or {}),
     }
-    foreign, live = attachment.tuner.pack(attachment.state()) or (None, attachment.state())
+    foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
     # PEFT reads the same two files: its own keys at the top, petune's in the one entry that is free-form there
     written = config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in live.items()}
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in _live(attachment).items()}
     files = {
         CONFIG_FILE: (json.dumps(written, indent=1) + "\n").encode(),
         TENSOR_FILE: save_tensors(tensors),
@@ -62,7 +62,14 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     write_directory(path, files)
 
 
-def load(model: nn.Module, path: str | Path, *, name: str | None = None, tuner: Tuner[Any] | None = None) -> Attachment:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    tuner: Tuner[Any] | None = None,
+    sites: Sites | None = None,
+) -> Attachment:
     """Attach what `save` wrote, on the same backbone.
 
     Args:
@@ -70,6 +77,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, tuner: 
         path: The adapter directory.
         name: The attachment's name; the tuner's by default.
         tuner: The method, for one that is not registered; its options must be those of the file.
+        sites: Of the model; found now if None.
 
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
@@ -77,12 +85,13 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, tuner: 
         PluginError, UnknownName: The tuner's package is missing or broken.
     """
     place = Path(path)
-    config, tensors = _read(place)
+    config, tensors = read_adapter(place)
     attachment = attach(
         model,
         tuner or build_tuner(config["tuner"], **config["config"]),
         name=name or config["tuner"],
         train_head=config["train_head"],
+        sites=sites,
     )
     try:
         _check(attachment, config, tensors, place)
@@ -123,12 +132,25 @@ def geometry(sites: Sites) -> dict[str, Any]:
 
 
 def _live(attachment: Attachment) -> dict[str, Tensor]:
-    """The tensors that a file fills, by the file's keys."""
+    """The tensors that a file fills, by the file's keys: adapters are called by their method, whatever their name."""
     packed = attachment.tuner.pack(attachment.state())
-    return attachment.state() if packed is None else packed[1]
+    if packed is not None:
+        return packed[1]
+    method = label_of(attachment.tuner.method or attachment.name)
+    here, there = f"petune_{attachment.edit.name}", f"petune_{method}"
+    return {".".join(_renamed(part, here, there) for part in k.split(".")): t for k, t in attachment.state().items()}
 
 
-def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _renamed(part: str, here: str, there: str) -> str:
+    return there + part.removeprefix(here) if part.startswith(here) else part
+
+
+def read_adapter(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter directory, petune's or PEFT's.
+
+    Raises:
+        CheckpointError: See `load`.
+    """
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(f"{place} must be an adapter directory, but holds no {CONFIG_FILE}")
     try:

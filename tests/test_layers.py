@@ -16,7 +16,7 @@ LEVELS = {
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
     "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
-    "backbones": 4, "weights": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4,
+    "backbones": 4, "weights": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "train": 5, "measure": 5,
     "run": 6, "pretrain": 6,
     "compare": 7, "report": 7,

@@ -137,7 +137,7 @@ class Peft(petune.Tuner[PeftConfig]):
 
         targets = self._targets(edit) if "target_modules" not in self.config.options else []
         config = peft_types()[self.config.type](**self._options(edit, targets))
-        self.wrapped = Wrapped(edit, config, [site.path for site in targets])
+        self.wrapped = Wrapped(edit, config, [_path(site) for site in targets])
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
@@ -190,7 +190,7 @@ class Peft(petune.Tuner[PeftConfig]):
         kind, options = self.config.type, self.config.options
         if not targets:
             return options
-        options = {"target_modules": _exactly([site.path for site in targets], edit.model), **options}
+        options = {"target_modules": _exactly([_path(site) for site in targets], edit.model), **options}
         sides = [side for site in targets for side in cast(nn.Linear, site.module).weight.shape]
         default: Any = {f.name: f.default for f in dataclasses.fields(peft_types()[kind])}
         fitting: dict[str, Any] = {}
@@ -202,8 +202,8 @@ class Peft(petune.Tuner[PeftConfig]):
             fitting["n_frequency"] = min(default["n_frequency"], min(sides) ** 2)
         elif kind == "ia3":
             last = [edit.linears(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
-            chosen = {site.path for site in targets}
-            fitting["feedforward_modules"] = [s.path for found in last for s in found if s.path in chosen]
+            chosen = {_path(site) for site in targets}
+            fitting["feedforward_modules"] = [_path(s) for found in last for s in found if _path(s) in chosen]
         return {**fitting, **options}
 
 
@@ -221,6 +221,11 @@ class Dora(Peft):
     """DoRA on the linear layers of attention and MLP. Parameters: those of LoRA and one a layer and output."""
 
     Config = DoraConfig
+
+
+def _path(site: petune.Site) -> str:
+    """Where the layer was before another adapter of PEFT was put around it."""
+    return site.path.replace(".base_layer", "")
 
 
 def _exactly(paths: list[str], model: nn.Module) -> list[str] | str:

@@ -24,7 +24,8 @@ class Wrapped:
     def __init__(self, edit: petune.Edit, config: Any, wanted: list[str]) -> None:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-        self.edit, self.model, self.config, self.name = edit, edit.model, config, edit.name
+        self.edit, self.model, self.config = edit, edit.model, config
+        self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
         modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
         before = dict(_layers(self.model))
         edit.on_detach(self._undo(hasattr(self.model, "peft_config")))
@@ -43,6 +44,8 @@ class Wrapped:
             layer._active_adapter = sorted({*layer.active_adapters, self.name})
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
+        if config.peft_type.value == "LORA" and not config.use_dora:
+            edit.on_rows(self._rows)
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's."""
@@ -50,7 +53,8 @@ class Wrapped:
 
         shell = nn.Module()  # what a PeftModel looks like, around the same tensors
         shell.base_model = self.tuner
-        shell.peft_config = {self.name: self.config}  # type: ignore[assignment]
+        names = {name for layer in self.layers.values() for name in _adapters(layer)}
+        shell.peft_config = dict.fromkeys(sorted(names), self.config)  # type: ignore[assignment]
         tensors = get_peft_model_state_dict(shell, state_dict=shell.state_dict(), adapter_name=self.name)
         mine = {t.data_ptr() for t in tensors.values()}
         adopted = {id(p) for p in self.edit.adopted}
@@ -89,6 +93,17 @@ class Wrapped:
             active = active | {self.name} if on else active - {self.name}
             layer._active_adapter = sorted(active)
             layer._disable_adapters = not active
+
+    def _rows(self, rows: list[int] | None, batch_size: int) -> None:
+        """PEFT's LoRA takes the adapter of every row of a batch as an argument: see that each layer gets it."""
+        for layer in self.layers.values():
+            table: dict[str, list[int]] = layer.__dict__.setdefault("petune_rows", {})
+            if rows is not None:
+                if not table:
+                    layer.petune_hook = layer.register_forward_pre_hook(_tell_rows, with_kwargs=True)
+                table[self.name] = rows
+            elif table.pop(self.name, None) is not None and not table:
+                layer.petune_hook.remove()
 
     def _merge(self) -> None:
         for layer in self.layers.values():
@@ -146,3 +161,11 @@ def _find(layer: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     for name in layer.base_layer.state_dict():
         if prefix + name in state:
             state[f"{prefix}base_layer.{name}"] = state.pop(prefix + name)
+
+
+def _tell_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    names = ["__base__"] * len(args[0])
+    for name, rows in layer.petune_rows.items():
+        for row in rows:
+            names[row] = name
+    return args, {**kwargs, "adapter_names": names}

@@ -93,7 +93,7 @@ def test_lora_is_the_formula() -> None:
     att = randomised(petune.attach(model(), "lora", r=3, lora_alpha=6, targets="attn"))
     layer = att.model.blocks[1].attn.qkv
     x = torch.randn(2, 5, 32)
-    a, b = (getattr(layer, f"lora_{f}")["lora"].weight for f in "AB")
+    a, b = (getattr(layer, f"lora_{f}")["petune_lora"].weight for f in "AB")
     by_hand = nn.functional.linear(x, layer.base_layer.weight + 2 * b @ a, layer.base_layer.bias)
     torch.testing.assert_close(layer(x), by_hand, atol=1e-5, rtol=1e-5)
     assert att.counts.tuned == 2 * 3 * ((32 + 96) + (32 + 32))
@@ -108,7 +108,9 @@ def test_attentions_that_read_their_weights_are_told_to_call_them(name: str) -> 
         nn.init.normal_(p, mean=0.1, std=0.1)
     report = petune.check_tuner("lora", built, targets="attn")
     assert "every tuned tensor learns" in report
-    assert any(key.endswith("qkv.lora_A.lora.weight") for key in petune.attach(built, "lora", targets="attn").tuned)
+    assert any(
+        key.endswith("qkv.lora_A.petune_lora.weight") for key in petune.attach(built, "lora", targets="attn").tuned
+    )
 
 
 def test_what_cannot_be_told_is_named() -> None:
