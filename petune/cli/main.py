@@ -13,6 +13,7 @@ from petune.cli.backbones import backbones
 from petune.cli.compare import compare
 from petune.cli.datasets import datasets
 from petune.cli.env import env
+from petune.cli.export import export
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
 from petune.cli.plugin import plugin
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, inspect, methods, backbones, datasets, env):
+for command in (run, compare, pretrain, inspect, export, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(plugin, name="plugin")
 
