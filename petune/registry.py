@@ -43,8 +43,8 @@ class TunerRecord:
 
 def tuners() -> list[TunerRecord]:
     """Every registered tuner, petune's own first, without importing any."""
-    points = _points()
-    return [TunerRecord(p.name, *_origin(p), p.value, _state(p, points)) for p in points]
+    found = _registered()
+    return [TunerRecord(r.name, r.distribution, r.version, r.point.value, _state(r, found)) for r in found]
 
 
 def check_loads(record: TunerRecord) -> str:
@@ -65,12 +65,13 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
         UnknownName: No tuner of that name.
         PluginError: Two packages claim the name, or the package cannot be loaded; it and the cause are named.
     """
-    found = [p for p in _points() if p.name == name]
+    registered = _registered()
+    found = [r for r in registered if r.name == name]
     if not found:
-        raise UnknownName("method", name, {p.name for p in _points()}, "`petune methods` lists them")
-    own = [p for p in found if _origin(p)[0] == OWN]
+        raise UnknownName("method", name, {r.name for r in registered}, "`petune methods` lists them")
+    own = [r for r in found if r.distribution == OWN]
     if len(found) > 1 and not own:
-        owners = " and ".join(f"{_origin(p)[0]} ({p.value})" for p in found)
+        owners = " and ".join(f"{r.distribution} ({r.point.value})" for r in found)
         raise PluginError(f"the method {name!r} must come from one package, but {owners} both register it; remove one")
     return _load((own or found)[0])
 
@@ -95,7 +96,9 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
         for record in tuners():
             cls = load_tuner(record.name) if record.state == "ok" and record.distribution == OWN else None
             if cls is not None and cls.Config is type(method):
-                return cls(method, **options)
+                tuner = cls(method, **options)
+                tuner.method = record.name
+                return tuner
         raise UnknownName("method", type(method).__name__, [], "pass the Tuner itself: MyTuner(config)")
     family, colon, kind = method.partition(":")
     cls = load_tuner(family)
@@ -105,22 +108,47 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     return tuner
 
 
-def _points() -> list[EntryPoint]:
+@dataclass(frozen=True)
+class _Registered:
+    """An entry point and who brings it; metadata is slow to read, so it is read once a distribution."""
+
+    name: str
+    point: EntryPoint
+    distribution: str
+    version: str
+
+
+def _registered() -> list[_Registered]:
     allowed = os.environ.get("PETUNE_PLUGINS")
     names = None if allowed is None else {n.strip() for n in allowed.split(",")}
+    origins: dict[int, tuple[str, str]] = {}
+    found: dict[Any, _Registered] = {}
     points = entry_points(group=GROUP)
-    kept = [p for p in points if names is None or _origin(p)[0] == OWN or names & {p.name, _origin(p)[0]}]
-    unique = {(p.name, p.value, _origin(p)): p for p in kept}  # an editable install can be found twice
-    return sorted(unique.values(), key=lambda p: (_origin(p)[0] != OWN, p.name))
+    for point in points:
+        if id(point.dist) not in origins:
+            origins[id(point.dist)] = _origin(point)
+        one = _Registered(point.name, point, *origins[id(point.dist)])
+        if names is None or one.distribution == OWN or names & {one.name, one.distribution}:
+            found[one.name, point.value, one.distribution] = one  # an editable install can be found twice
+    return sorted(found.values(), key=lambda r: (r.distribution != OWN, r.name))
 
 
-def _state(point: EntryPoint, points: list[EntryPoint]) -> str:
-    rivals = [p for p in points if p.name == point.name and p is not point]
-    if any(_origin(p)[0] == OWN for p in rivals):
-        return f"unusable: petune has a method {point.name!r} of its own"
-    if rivals and _origin(point)[0] != OWN:
+def _origin(point: EntryPoint) -> tuple[str, str]:
+    if point.dist is None or point.dist.metadata is None:
+        return "?", "?"
+    metadata = point.dist.metadata
+    return str(metadata["Name"] or "?"), str(metadata["Version"] or "?")
+
+
+def _state(one: _Registered, registered: list[_Registered]) -> str:
+    rivals = [r for r in registered if r.name == one.name and r is not one]
+    if one.distribution == OWN:
+        return "ok"
+    if any(r.distribution == OWN for r in rivals):
+        return f"unusable: petune has a method {one.name!r} of its own"
+    if rivals:
         return "unusable: name is taken twice"
-    return "ok" if not (need := _unmet(point)) else f"unusable: it needs {need}"
+    return "ok" if not (need := _unmet(one.point)) else f"unusable: it needs {need}"
 
 
 def _unmet(point: EntryPoint) -> str:
@@ -137,19 +165,13 @@ def _unmet(point: EntryPoint) -> str:
     return ""
 
 
-def _origin(point: EntryPoint) -> tuple[str, str]:
-    if point.dist is None or point.dist.metadata is None:
-        return "?", "?"
-    return str(point.dist.metadata["Name"] or "?"), str(point.dist.metadata["Version"] or "?")
-
-
-def _load(point: EntryPoint) -> type[Tuner[Any]]:
+def _load(one: _Registered) -> type[Tuner[Any]]:
     from petune.tuner import Tuner, TunerConfig
 
     said = io.StringIO()
-    who = "{} {}".format(*_origin(point))
-    if need := _unmet(point):
-        raise PluginError(f"the method {point.name!r} of {who} needs {need}. Upgrade petune, or use an older {who}")
+    point, who = one.point, f"{one.distribution} {one.version}"
+    if one.distribution != OWN and (need := _unmet(point)):
+        raise PluginError(f"the method {one.name!r} of {who} needs {need}. Upgrade petune, or use an older {who}")
     try:
         with contextlib.redirect_stdout(said):
             cls = point.load()
@@ -158,12 +180,12 @@ def _load(point: EntryPoint) -> type[Tuner[Any]]:
     except BaseException as error:  # a plugin may call sys.exit at import: it must not end petune
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(
-            f"the method {point.name!r} of {who} must be importable from {point.value}, but: {cause}. "
-            f"Update or remove {_origin(point)[0]}"
+            f"the method {one.name!r} of {who} must be importable from {point.value}, but: {cause}. "
+            f"Update or remove {one.distribution}"
         ) from error
     if not (inspect.isclass(cls) and issubclass(cls, Tuner) and issubclass(cls.Config, TunerConfig)):
         raise PluginError(
-            f"the method {point.name!r} of {who} must be a subclass of petune.Tuner with a Config, but "
+            f"the method {one.name!r} of {who} must be a subclass of petune.Tuner with a Config, but "
             f"{point.value} is {cls!r}"
         )
     return cls
