@@ -135,9 +135,15 @@ class Peft(petune.Tuner[PeftConfig]):
         """Let PEFT put its layers around the targets, and take over what it has added."""
         from petune.tuners.peft_layers import Wrapped
 
-        targets = self._targets(edit) if "target_modules" not in self.config.options else []
-        config = peft_types()[self.config.type](**self._options(edit, targets))
-        self.wrapped = Wrapped(edit, config, [_path(site) for site in targets])
+        chosen = "target_modules" in self.config.options
+        bare = [] if chosen else self._bare(edit)
+        targets = [] if chosen else self._targets(edit, bool(bare))
+        options = self._options(edit, targets) if not chosen else self.config.options
+        if bare:
+            options = {**options, "target_parameters": [f"{_path(site)}.in_proj_weight" for site in bare]}
+        self.wrapped = Wrapped(
+            edit, peft_types()[self.config.type](**options), [_path(site) for site in (*targets, *bare)]
+        )
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
@@ -154,8 +160,24 @@ class Peft(petune.Tuner[PeftConfig]):
         config = {"type": kind, **{k: v for k, v in options.items() if v not in (None, {}, [])}}
         return {"tuner": "peft", "config": config, "train_head": bool(saved)}
 
-    def _targets(self, edit: petune.Edit) -> list[petune.Site]:
-        """Sites of the layers to wrap.
+    def _places(self, edit: petune.Edit) -> list[petune.Site]:
+        roles = ("attn", "mlp") if self.config.targets == "all" else (self.config.targets,)
+        blocks = edit.sites.need_blocks()
+        return [site for block in blocks for role in roles if (site := getattr(block, role)) is not None]
+
+    def _bare(self, edit: petune.Edit) -> list[petune.Site]:
+        """Attentions of torch that hold q, k and v as one bare weight, which PEFT's plain LoRA can change too."""
+        options = self.config.options
+        known = {f.name for f in dataclasses.fields(peft_types()[self.config.type])}
+        if "target_parameters" not in known or options.get("use_dora") or options.get("lora_dropout"):
+            return []
+        inside = [m for site in self._places(edit) for m in site.enter.modules()]
+        fused = [m for m in inside if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+        called = edit.called(fused)
+        return [edit.site(m) for m in fused if id(m) in called]
+
+    def _targets(self, edit: petune.Edit, others: bool) -> list[petune.Site]:
+        """Sites of the layers to wrap; there may be none where there are `others`.
 
         Raises:
             AttachError: There is none that PEFT's layer would be called in.
@@ -164,17 +186,16 @@ class Peft(petune.Tuner[PeftConfig]):
         if self.config.type == "ln_tuning":
             norms = [s for b in blocks for s in (b.norm1, b.norm2)]
             return [s for s in (*norms, edit.sites.norm) if s is not None and isinstance(s.module, nn.LayerNorm)]
-        roles = ("attn", "mlp") if self.config.targets == "all" else (self.config.targets,)
-        places = [site for block in blocks for role in roles if (site := getattr(block, role)) is not None]
+        places = self._places(edit)
         for site in places:
             edit.wake(site)
         targets = [layer for site in places for layer in edit.linears(site)]
         unread = [layer for site in places for layer in edit.unread(site)]
         model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in unread[:3]))
-        if not targets:
+        if not targets and not others:
             raise petune.AttachError(
                 f"{self.config.type} needs linear layers that are called, but {model} calls none in "
-                f"{' or '.join(roles)}{f': it reads the weights of {names} itself' if unread else ''}. "
+                f"{self.config.targets}{f': it reads the weights of {names} itself' if unread else ''}. "
                 "Use targets=mlp, or adaptformer"
             )
         if unread:
@@ -187,10 +208,8 @@ class Peft(petune.Tuner[PeftConfig]):
 
     def _options(self, edit: petune.Edit, targets: list[petune.Site]) -> dict[str, Any]:
         """PEFT's options: the user's, the targets, and what must fit the layers' sides where nothing was asked for."""
-        kind, options = self.config.type, self.config.options
-        if not targets:
-            return options
-        options = {"target_modules": _exactly([_path(site) for site in targets], edit.model), **options}
+        kind = self.config.type
+        options = {"target_modules": _exactly([_path(site) for site in targets], edit.model), **self.config.options}
         sides = [side for site in targets for side in cast(nn.Linear, site.module).weight.shape]
         default: Any = {f.name: f.default for f in dataclasses.fields(peft_types()[kind])}
         fitting: dict[str, Any] = {}

@@ -44,7 +44,7 @@ class Wrapped:
             layer._active_adapter = sorted({*layer.active_adapters, self.name})
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
-        if config.peft_type.value == "LORA" and not config.use_dora:
+        if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
             edit.on_rows(self._rows)
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -64,7 +64,7 @@ class Wrapped:
         }
         config = self.config.to_dict() | {"inference_mode": True}
         if not isinstance(config["target_modules"], str):
-            config["target_modules"] = sorted(self.layers)
+            config["target_modules"] = sorted(config["target_modules"])
         head = [*dict.fromkeys(key.rpartition(".")[0] for key in beside)]
         config["modules_to_save"] = head or None
         plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
@@ -116,6 +116,8 @@ class Wrapped:
             layer.merged_adapters.clear()  # for good: other adapters of the layer go on
 
     def _undo(self, had_config: bool) -> Callable[[], None]:
+        held = [(m, list(m._parameters)) for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)]
+
         def undo() -> None:
             for path, layer in _layers(self.model):
                 others = _adapters(layer) - {self.name}
@@ -124,6 +126,9 @@ class Wrapped:
                 elif not others:
                     parent, _, attribute = path.rpartition(".")
                     setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
+            for module, names in held:  # PEFT takes a bare weight out and puts it in again in every forward
+                for name in names:
+                    module._parameters[name] = module._parameters.pop(name)
             configs = getattr(self.model, "peft_config", {})
             configs.pop(self.name, None)
             if not configs and not had_config and hasattr(self.model, "peft_config"):

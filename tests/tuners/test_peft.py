@@ -114,12 +114,25 @@ def test_attentions_that_read_their_weights_are_told_to_call_them(name: str) -> 
 
 
 def test_what_cannot_be_told_is_named() -> None:
-    built = tiny_torchvision()
     with pytest.raises(AttachError, match="reads the weights of"):
-        petune.attach(built, "lora", targets="attn")
+        petune.attach(tiny_torchvision(), "dora", targets="attn")
     with pytest.warns(UserWarning, match="without calling them"):
-        att = petune.attach(built, "lora")
-    assert not any("out_proj" in key for key in att.tuned)
+        att = petune.attach(tiny_torchvision(), "dora")
+    assert not any("out_proj" in key or "in_proj" in key for key in att.tuned)
+
+
+def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None:
+    assert petune.check_tuner("lora", tiny_torchvision(), targets="attn")
+    att = randomised(petune.attach(tiny_torchvision(), "lora", targets="attn", r=2))
+    assert att.counts.tuned == 2 * 2 * (24 + 72)
+    att.save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny_torchvision(), str(tmp_path / "a"))
+    before = scores(att.model)
+    assert torch.equal(scores(theirs), before)
+    plain = list(tiny_torchvision().state_dict())
+    att.merge()
+    torch.testing.assert_close(scores(att.model), before, atol=1e-5, rtol=1e-5)
+    assert list(att.model.state_dict()) == plain
 
 
 @pytest.mark.parametrize(
