@@ -222,6 +222,8 @@ def _card(
             "name": config.backbone,
             "full_name": backbone.full_name,
             "weights": backbone.weights,
+            "weights_option": config.weights,
+            "seed": config.seed,
             "image_size": config.image_size,
             "patch_size": config.patch_size,
             "options": config.backbone_options,

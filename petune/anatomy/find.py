@@ -13,6 +13,7 @@ from petune.anatomy.geometry import input_size_of
 from petune.anatomy.parts import is_norm
 from petune.anatomy.places import is_conv, site
 from petune.anatomy.trace import Call, Trace, record
+from petune.errors import AttachError
 from petune.sites import Block, Layout, Site, Sites
 
 
@@ -32,6 +33,8 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     Raises:
         AttachError: The model does not tell its input size, or its forward fails at that size.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
     size = input_size if input_size is not None else input_size_of(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
     holders: list[Any] = [h for h in added if hasattr(h, "enabled")]

@@ -17,8 +17,10 @@ from petune.cli.compare import compare
 from petune.cli.data import data
 from petune.cli.datasets import datasets
 from petune.cli.env import env
+from petune.cli.export import export
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
+from petune.cli.plugin import plugin
 from petune.cli.pretrain import pretrain
 from petune.cli.run import run
 from petune.cli.terminal import clean, say
@@ -35,9 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, inspect, methods, backbones, datasets, env):
+for command in (run, compare, pretrain, inspect, export, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(data, name="data")
+app.add_typer(plugin, name="plugin")
 
 
 def _print_version(wanted: bool) -> None:

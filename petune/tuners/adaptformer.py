@@ -82,3 +82,9 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             enter = block.need("mid" if source == "residual" else "mlp")
             leave = block.need("mlp") if seed else block
             edit.branch(enter, leave, BottleneckAdapter(block.dim, config.bottleneck, config.dropout, scale))
+
+    def count(self, sites: petune.Sites) -> int:
+        """2·D·M + M + D a block, and its scale where that is learnable."""
+        m, learnable = self.config.bottleneck, self.config.scale == "learnable"
+        learnable |= self.config.scale is None and self.config.variant == "seed"
+        return sum(2 * block.dim * m + m + block.dim + learnable for block in sites.blocks)

@@ -24,3 +24,7 @@ class Linear(petune.Tuner[LinearConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Nothing to edit; the head must exist."""
         edit.sites.need_head()
+
+    def count(self, sites: petune.Sites) -> int:
+        """None beside the head."""
+        return 0

@@ -78,3 +78,8 @@ class VPT(petune.Tuner[VPTConfig]):
                 edit.prompt(block, prompt(block.dim))
         else:
             edit.prompt(blocks, prompt(blocks[0].dim))
+
+    def count(self, sites: petune.Sites) -> int:
+        """L·P·D for deep, P·D for shallow."""
+        blocks = sites.blocks if self.config.deep else sites.blocks[:1]
+        return sum((self.config.num_prompts or (10 if self.config.deep else 50)) * block.dim for block in blocks)

@@ -35,11 +35,13 @@ Commands:
   compare    Train several methods alike and print one table.
   pretrain   Train a backbone from scratch, for --weights.
   inspect    Show a backbone's places and what a method would train.
+  export     Fold a run's adapter into its backbone and write the plain weights.
   methods    List the installed methods, broken ones too.
   backbones  List the names that --backbone takes.
   datasets   List the names that --dataset takes, and what is here.
   env        Show versions, device, directories and precision.
   data       Look after pictures.
+  plugin     Begin a method of your own, or check one.
 """
 HEAVY = ("torch", "timm", "peft", "numpy", "accelerate", "sklearn", "matplotlib")
 

@@ -126,7 +126,7 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
         (
             ("--method", "adaptfromer"),
             2,
-            "error: no method is called 'adaptfromer'; did you mean 'adaptformer'?",
+            "error: no method is called 'adaptfromer'; did you mean 'adaptformer' or",
         ),
         (("--backbone", "vit_bsae"), 2, "error: no backbone is called 'vit_bsae'; did you mean 'vit_base'"),
         (("--dataset", "cifr10"), 2, "error: no dataset is called 'cifr10'; did you mean 'cifar10'"),
