@@ -55,7 +55,7 @@ class PeftConfig(petune.TunerConfig):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str
+    type: str = ""  # none is refused with the names of all
     targets: Literal["attn", "mlp", "all"] = "all"
 
     @model_validator(mode="after")
