@@ -55,7 +55,7 @@ class PeftConfig(petune.TunerConfig):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str
+    type: str = ""  # none is refused with the names of all
     targets: Literal["attn", "mlp", "all"] = "all"
 
     @model_validator(mode="after")
@@ -189,7 +189,13 @@ class Peft(petune.Tuner[PeftConfig]):
         places = self._places(edit)
         for site in places:
             edit.wake(site)
-        targets = [layer for site in places for layer in edit.linears(site)]
+        # a side of the stream's width: not the small network that makes a table of positions (Swin-V2)
+        targets = [
+            layer
+            for site in places
+            for layer in edit.linears(site)
+            if site.dim in cast(nn.Linear, layer.module).weight.shape
+        ]
         unread = [layer for site in places for layer in edit.unread(site)]
         model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in unread[:3]))
         if not targets and not others:

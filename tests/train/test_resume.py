@@ -19,7 +19,7 @@ from petune.train.stop import StopFlag
 Make = Callable[..., Any]
 METHODS: dict[str, dict[str, Any]] = {
     "adaptformer": {"bottleneck": 4, "dropout": 0.3}, "vpt": {"num_prompts": 3, "dropout": 0.3},
-    "full": {}, "toy": {},
+    "lora": {"r": 2, "lora_dropout": 0.3}, "bitfit": {}, "full": {}, "toy": {},
 }  # fmt: skip
 STEPS = 8  # two epochs of four
 
@@ -180,7 +180,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, make_trainer: Make,
     assert steps == []
 
 
-@pytest.mark.parametrize("method", ["adaptformer", "vpt"])
+@pytest.mark.parametrize("method", ["adaptformer", "vpt", "lora", "bitfit"])
 def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, make_trainer: Make, toy: Make) -> None:
     att = _attachment(method, toy, seed=1)
     before = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}

@@ -140,6 +140,7 @@ def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None
     [
         ({"type": "lora", "rank": 4}, "no option 'rank'"),
         ({"type": "nonsense"}, "no PEFT type"),
+        ({}, "there are adamss, beft"),
         ({"type": "lora", "init_lora_weights": "pissa"}, "change the backbone"),
         ({"type": "lora", "bias": "all"}, "attach bitfit beside it"),
         *(({"type": kind}, REFUSED[kind][:30]) for kind in REFUSED),
