@@ -23,7 +23,7 @@ from petune.sites import Sites
 from petune.tuner import Tuner
 
 FORMAT = 1
-KEYS = {"tuner", "distribution", "version", "config", "train_head", "geometry", "fingerprint", "metadata"}
+KEYS = {"tuner", "config", "train_head", "geometry", "fingerprint", "metadata"}
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -87,6 +87,12 @@ def load(
     """
     place = Path(path)
     config, tensors = read_adapter(place)
+    if tuner is None and config["tuner"].partition(":")[0] not in {t.name for t in tuners()}:
+        raise PluginError(
+            f"{place} needs the method {config['tuner']!r}, which is not installed here; it was saved with "
+            f"{config.get('distribution') or 'a package that is not recorded'} {config.get('version') or ''}".rstrip()
+            + "; install that package"
+        )
     attachment = attach(
         model,
         tuner or build_tuner(config["tuner"], **config["config"]),
@@ -170,12 +176,6 @@ def read_adapter(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing:
         raise CheckpointError(
             f"{place / CONFIG_FILE} must have {', '.join(sorted(KEYS))}, but lacks {', '.join(missing)}"
-        )
-    if config["tuner"] not in {t.name for t in tuners()}:
-        raise PluginError(
-            f"{place} needs the method {config['tuner']!r}, which is not installed here; it was saved with "
-            f"{config['distribution'] or 'a package that is not recorded'} {config['version'] or ''}".rstrip()
-            + "; install that package"
         )
     return config, tensors
 

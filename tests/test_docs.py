@@ -18,10 +18,14 @@ CHECKED_DRY = ("run", "compare", "pretrain")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    """The page's examples, but for those cut from a file, which `<!-- path -->` names and another test holds."""
+    found = re.findall(
+        rf"^(<!-- \S+ -->\n)?```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    return [code for cut_from, code in found if not cut_from]
 
 
-PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
+PYTHON = [page for page in PAGES if blocks(page, "python")]
 COMMANDS = [
     (page, command)
     for page in PAGES
@@ -46,12 +50,14 @@ def test_there_are_examples() -> None:
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize(("page", "code"), PYTHON, ids=_ids(PYTHON))
-def test_python_runs(page: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    names: dict[str, object] = {"__name__": "__main__"}  # a page's examples build on one another
+    for code in blocks(page, "python"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(compile(code, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=_ids(COMMANDS))

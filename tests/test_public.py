@@ -27,7 +27,7 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 ORDERS = {
     "submodule first": "import petune.attach, petune.run, petune.compare, petune.pretrain",
-    "name from submodule": "from petune.run import RunConfig; from petune.attach import Counts",
+    "name from submodule": "from petune.run import RunConfig; from petune.attach import Attachment",
     "function first": "petune.attach; petune.run; import petune.attach, petune.run",
     "whole program": "import petune.cli.main, petune.cli.run, petune.cli.compare, petune.cli.pretrain",
 }
