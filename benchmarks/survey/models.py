@@ -1,0 +1,20 @@
+"""Every model of the survey by its family's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from survey.timm_models import TIMM
+
+FAMILIES = list(TIMM)
+
+
+def build(family: str) -> nn.Module:
+    """A small model of the family with three classes and random weights."""
+    import timm
+
+    name, options = TIMM[family]
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=3, **options)
+    return model
