@@ -15,6 +15,11 @@ def build(family: str) -> nn.Module:
     import timm
 
     name, options = TIMM[family]
+    size = options.get("input_size")
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=3, **options)
+    model: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=3, **{k: v for k, v in options.items() if k != "input_size"}
+    )
+    if size is not None:  # a model that takes any size, and so has no img_size to build it with
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size}
     return model

@@ -11,7 +11,7 @@ from torch import nn
 from petune.anatomy.blocks import find_blocks
 from petune.anatomy.geometry import input_size_of
 from petune.anatomy.parts import is_norm
-from petune.anatomy.places import is_conv, site
+from petune.anatomy.places import channel_axis, is_conv, site
 from petune.anatomy.trace import Call, Trace, record
 from petune.sites import Block, Layout, Site, Sites
 
@@ -80,7 +80,7 @@ def _grid_and_prefix(
         return None, 0
     x = first.input
     if x.ndim == 4:
-        return ((x.shape[2], x.shape[3]) if is_conv(first) else (x.shape[1], x.shape[2])), 0
+        return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
     tokens = x.shape[1]
     grid = _grid(trace, first, tokens, size)
     told: Any = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
@@ -131,7 +131,7 @@ def _final_norm(trace: Trace, after: int, head: Site | None, model: str) -> Site
     """The last normalisation between the last block and the classifier."""
     heads = {id(m) for m in head.modules} if head is not None else set()
     end = next((c.start for c in trace.calls if id(c.module) in heads), trace.root.stop)
-    mixing = {id(c) for _, mixer in trace.mixers for c in (mixer, *mixer.ancestors()) if c is not trace.root}
+    mixing = {id(c) for mixer in trace.mixers for c in (mixer.call, *mixer.call.ancestors()) if c is not trace.root}
     norms = [c for c in trace.calls if after < c.start < end and is_norm(c)]
     norms = [c for c in norms if not any(id(a) in mixing for a in c.ancestors())]  # not within attention pooling
     if not norms:

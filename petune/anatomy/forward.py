@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.errors import AttachError
@@ -49,15 +49,20 @@ def dry_forward(
 
 
 def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
-    tensors = {
-        name: torch.empty_like(tensor, device="meta")
-        for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        for name, tensor in named
-    }
     images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=_dtype(model))
     with _caches_restored(model), watch() as seen:
-        functional_call(model, tensors, (images_BCHW,), tie_weights=False)
+        functional_call(model, _meta_tensors(model), (images_BCHW,), tie_weights=False)
     return seen
+
+
+def _meta_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Stand-ins for all parameters and buffers. Each module counts once: a shared one must not be swapped twice."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found[f"{path}.{name}" if path else name] = torch.empty_like(tensor, device="meta")
+    return found
 
 
 def _in_earnest(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
