@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, parallel_mid, reaches, span_exit
-from petune.anatomy.places import layout_of, site, width_after
+from petune.anatomy.places import is_conv, layout_of, site, width_after
 from petune.anatomy.trace import Call, Trace
-from petune.sites import Block
+from petune.sites import Block, Site
 
 
 @dataclass(eq=False)
@@ -106,7 +106,17 @@ def _lone(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple
     around = [unit.call, *unit.call.ancestors()]
     alone = [c for c in around if c.keeps_shape and sum(u.call.within(c) for u in units) == 1]
     alone = [c for c in alone if c is not trace.root]
-    return [(alone[-1].start, _bare(alone[-1], alone[-1], unit.dim, model))] if alone else []
+    if not alone:
+        return []
+    bare = _bare(alone[-1], alone[-1], unit.dim, model)
+    mid = parallel_mid(trace, alone[-1]) if _mlp_is_fused(unit, alone[-1]) else None
+    return [(alone[-1].start, replace(bare, mid=site("mid", mid, mid, unit.dim, model, bare.layout, point=True)))]
+
+
+def _mlp_is_fused(unit: Unit, block: Call) -> bool:
+    """Whether a matrix takes more than the tokens of the attention: the hidden units of an MLP beside it."""
+    after = [c for c in block.subtree() if c.start > unit.mixed and c.has_matrix and not is_conv(c)]
+    return any(c.width >= 2 * unit.dim for c in after)
 
 
 def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Block] | None:
@@ -117,18 +127,22 @@ def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Bloc
     last = span_exit(trace, unit.mlp, mid)
     if last is None:
         return None
-    described = _describe(trace, unit, first, model)
-    dim = unit.dim
-    edges = _bare(first, last, dim, model)
-    return first.start, replace(
-        described, exit=edges.exit, exit_path=edges.exit_path, **_parts(trace, unit, holder, first, model, first.start)
-    )
+    bare = _bare(first, last, unit.dim, model)
+    return first.start, replace(bare, **_parts(trace, unit, holder, first, model, first.start))
 
 
 def _describe(trace: Trace, unit: Unit, block: Call, model: str) -> Block:
     inner = _towards(block, unit.call) if unit.call is not block else block
     bare = _bare(block, block, unit.dim, model)
-    return replace(bare, **_parts(trace, unit, block, inner, model, block.start))
+    parts = _parts(trace, unit, block, inner, model, block.start)
+    if parts["mid"] is not None and not _returns_as_many(parts["mid"], block):
+        parts["mid"] = None  # a part of the tokens (a class token), not the stream that leaves the block
+    return replace(bare, **parts)
+
+
+def _returns_as_many(mid: Site, block: Call) -> bool:
+    entered = next(c.input for c in block.subtree() if c.module is mid.enter)
+    return entered is not None and block.output is not None and entered.numel() == block.output.numel()
 
 
 def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since: int) -> dict[str, Any]:

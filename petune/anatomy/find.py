@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from petune.anatomy.blocks import find_blocks
-from petune.anatomy.geometry import input_size_of
+from petune.anatomy.geometry import input_sizes_of
 from petune.anatomy.parts import is_norm
 from petune.anatomy.places import channel_axis, is_conv, site
 from petune.anatomy.trace import Call, Trace, record
+from petune.errors import AttachError
 from petune.sites import Block, Layout, Site, Sites
 
 
@@ -32,18 +34,27 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     Raises:
         AttachError: The model does not tell its input size, or its forward fails at that size.
     """
-    size = input_size if input_size is not None else input_size_of(model)
+    sizes = [input_size] if input_size is not None else input_sizes_of(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
     holders: list[Any] = [h for h in added if hasattr(h, "enabled")]
     enabled = [h.enabled for h in holders]
     try:
         for holder in holders:
             holder.enabled = False
-        trace = record(model, size, added)
+        trace, size = _first_that_runs(model, sizes, added)
     finally:
         for holder, was in zip(holders, enabled, strict=True):
             holder.enabled = was
     return _sites(model, trace, size)
+
+
+def _first_that_runs(
+    model: nn.Module, sizes: list[tuple[int, int, int]], added: set[nn.Module]
+) -> tuple[Trace, tuple[int, int, int]]:
+    for size in sizes[:-1]:
+        with contextlib.suppress(AttachError):
+            return record(model, size, added), size
+    return record(model, sizes[-1], added), sizes[-1]
 
 
 def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int]) -> Sites:

@@ -40,7 +40,9 @@ def _pair(matrices: list[Call], dim: int) -> Mlp | None:
     last = next((c for c in reversed(matrices) if c.output is not None and c.output.shape[-1] == dim), None)
     if last is None:
         return None
-    entering = [c for c in matrices if c.stop < last.start and c.input is not None and c.input.shape[-1] == dim]
+    hidden = (last.width, 2 * last.width)  # twice, where one matrix makes value and gate
+    entering = [c for c in matrices if c.stop < last.start and c.width == dim]
+    entering = [c for c in entering if c.output is not None and c.output.shape[-1] in hidden]
     if not entering:
         return None
     return Mlp(next(c for c in entering if c.input is entering[-1].input), last)
@@ -93,10 +95,10 @@ def norm_of(trace: Trace, call: Call, scope: list[Call], other: Call | None = No
         scope: The calls of the block.
         other: The norm of the branch before.
     """
-    norms = [c for c in scope if is_norm(c) and c is not other and not _in_a_layer(trace, c)]
     before = trace.maker(call.input)
-    if before is not None and before in norms:
+    if before is not None and is_norm(before) and before is not other and not _in_a_layer(trace, before):
         return before
+    norms = [c for c in scope if is_norm(c) and c is not other and not _in_a_layer(trace, c)]
     inside = norm_inside(call)
     if inside is not None:
         return inside
@@ -132,11 +134,16 @@ def mid_of(trace: Trace, mlp: Mlp, attention: Call) -> Call | None:
             continue
         if call.input is None or not _made_after(trace, call.input, attention):
             continue
-        if _added_to(trace, call.input, mlp.last.stop) is not None:
-            return call
-        if call is maker:  # the stream is scaled, or another one goes on: still the tokens that the MLP works from
+        forms = [call.input, *_scaled(trace, call.input)]
+        if any(_added_to(trace, form, mlp.last.stop) is not None for form in forms):
             return call
     return None
+
+
+def _scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
+    """The stream behind modules that only scale it on its way to the addition."""
+    scales = [c for c in trace.calls if c.input is stream and c.is_leaf and not c.has_matrix and not is_norm(c)]
+    return [c.output for c in scales if c.output is not None and c.keeps_shape]
 
 
 def parallel_mid(trace: Trace, block: Call) -> Call | None:
@@ -154,10 +161,16 @@ def reaches(trace: Trace, mid: Call | None, block: Call) -> bool:
 
 
 def span_exit(trace: Trace, mlp: Mlp, mid: Call | None) -> Call | None:
-    """In a block that is no module: the call whose output is added to the stream, unscaled."""
+    """In a block that is no module: the call whose output is added to the stream, unscaled.
+
+    A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block.
+    """
     if mid is None or mid.input is None:
-        return mlp.last if trace.maker(mlp.last.output) is not None and mid is not None else None
-    return trace.maker(_added_to(trace, mid.input, mlp.last.stop))
+        return None
+    addend = _added_to(trace, mid.input, mlp.last.stop)
+    makers = [c for c in trace.calls if addend is not None and c.output is addend]
+    once = [c for c in makers if sum(c.module is o.module for o in trace.calls) == 1]
+    return max(once, key=lambda c: c.stop, default=None)
 
 
 def _added_to(trace: Trace, stream: Tensor, after: int) -> Tensor | None:

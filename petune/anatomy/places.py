@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from petune.anatomy.trace import Call
 from petune.sites import Layout, Site
 
@@ -24,7 +22,7 @@ def channel_axis(call: Call) -> int | None:
     assert x is not None
     for inner in call.subtree():
         y = inner.input
-        own = [p for p in inner.module.parameters(recurse=False)] if inner.is_leaf else []
+        own = list(inner.module.parameters(recurse=False)) if inner.is_leaf else []
         if y is None or not own:
             continue
         if y.ndim == 4 and y.shape == x.shape and max(p.ndim for p in own) >= 2:
@@ -81,8 +79,3 @@ def site(
         model=model,
         point=point,
     )
-
-
-def num_tokens(x: Tensor) -> int:
-    """Tokens of one picture in a token tensor of any layout that is not BCHW."""
-    return int(x.shape[1] if x.ndim == 3 else x.shape[1] * x.shape[2])
