@@ -7,7 +7,8 @@ from torch import nn
 
 from survey.timm_models import TIMM
 
-FAMILIES = list(TIMM)
+FAMILIES = {family: name for family, (name, _) in TIMM.items()}
+"""The model that stands for each family."""
 
 
 def build(family: str) -> nn.Module:

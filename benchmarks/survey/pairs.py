@@ -6,6 +6,7 @@ and function modes of its own, so that a mistake of petune's cannot hide behind 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.anatomy.proof import HiddenPrompts
 from petune.hooks import Branch, Prompts
 from petune.registry import build_tuner
 from petune.run import parse_method
-from survey.hidden import HiddenPrompts
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Outcome:
 
 class Wrong(AssertionError):
     """Something that must hold does not."""
+
+
+def methods() -> list[str]:
+    """Every registered method of petune's own, and VPT's shallow form."""
+    names = [t.name for t in petune.tuners() if t.distribution == "petune" and t.state == "ok"]
+    return [name for n in names for name in ([n, "vpt:deep=false"] if n == "vpt" else [n])]
 
 
 def examine(model: nn.Module, method: str) -> Outcome:
@@ -181,30 +188,46 @@ FORMULAS: dict[str, Formula] = {
 
 def _branches(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
     """Every third adapter alone: what it changes at EXIT is `adapter(what entered ENTER)`, seen by our own hooks."""
-    edits = [(h, sites) for h, sites in att._edit.holders if isinstance(h, Branch)]
-    for holder, _ in edits:
+    edits = [h for h in att.model.modules() if isinstance(h, Branch)]
+    for holder in edits:
         for parameter in holder.adapter.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
         holder.enabled = False
-    for holder, (enter, exit) in edits[:: max(1, len(edits) // 3)]:
+    for holder in edits[:: max(1, len(edits) // 3)]:
+        enter, exit = _hooked(att.model, holder)
         entered, plain = _watch(att.model, x, enter, exit)
         holder.enabled = True
         _, changed = _watch(att.model, x, enter, exit)
         holder.enabled = False
+        entered, before, after = (
+            _last(entered, holder.enter_layout),
+            _last(plain, holder.exit_layout),
+            _last(changed, holder.exit_layout),
+        )
         with torch.no_grad():
-            expected = holder.adapter(_last(entered, enter.layout)).reshape(_last(plain, exit.layout).shape)
-        if not torch.allclose(_last(changed, exit.layout) - _last(plain, exit.layout), expected, atol=1e-4, rtol=1e-3):
-            raise Wrong(f"the branch at {exit.where} is not adapter(what enters {enter.path})")
-    for holder, _ in edits:
+            expected = holder.adapter(entered).reshape(before.shape)
+        if not torch.allclose(after - before, expected, atol=1e-4, rtol=1e-3):
+            raise Wrong(f"a branch of {type(exit).__name__} is not adapter(what enters {type(enter).__name__})")
+    for holder in edits:
         holder.enabled = True
     return int(bool(edits))
+
+
+def _hooked(model: nn.Module, holder: Branch) -> tuple[nn.Module, nn.Module]:
+    """The modules that the holder's two hooks sit on."""
+
+    def of(hooks: Any) -> bool:
+        return any(getattr(hook, "__self__", None) is holder for hook in hooks.values())
+
+    enter = next(m for m in model.modules() if of(m._forward_pre_hooks))
+    return enter, next(m for m in model.modules() if of(m._forward_hooks))
 
 
 def _last(x: Tensor, layout: str) -> Tensor:
     return x.movedim(1, -1) if layout == "BCHW" else x
 
 
-def _watch(model: nn.Module, x: Tensor, enter: Any, exit: Any) -> tuple[Tensor, Tensor]:
+def _watch(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
     """What enters ENTER and leaves EXIT in one forward (their last call)."""
     seen: dict[str, Tensor] = {}
 
@@ -215,8 +238,8 @@ def _watch(model: nn.Module, x: Tensor, enter: Any, exit: Any) -> tuple[Tensor, 
         seen["exit"] = (output if isinstance(output, Tensor) else output[0]).clone()
 
     handles = [
-        enter.enter.register_forward_pre_hook(pre, with_kwargs=True, prepend=True),
-        exit.exit.register_forward_hook(post),
+        enter.register_forward_pre_hook(pre, with_kwargs=True, prepend=True),
+        exit.register_forward_hook(post),
     ]
     with torch.no_grad():
         model(x)
@@ -225,32 +248,16 @@ def _watch(model: nn.Module, x: Tensor, enter: Any, exit: Any) -> tuple[Tensor, 
     return seen["enter"], seen["exit"]
 
 
-def _attended(att: petune.Attachment, x: Tensor) -> set[int]:
-    """Numbers of tokens, prompts included, that attentions of the blocks are called with."""
-    sizes: set[int] = set()
-
-    def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-        sizes.add(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).shape[1])
-
-    edges = [block.attn or block for block in att.sites.blocks]
-    handles = [edge.enter.register_forward_pre_hook(see, with_kwargs=True) for edge in edges]
-    with torch.no_grad():
-        att.model(x)
-    for handle in handles:
-        handle.remove()
-    return sizes
-
-
 def _prompts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
-    """Prompts that no token may look at change nothing; prompts that all see change something."""
-    holders = [h for h, _ in att._edit.holders if isinstance(h, Prompts)]
+    """Prompts that no token may look at leave the whole model as it was; prompts that all see change something."""
+    holders = [h for h in att.model.modules() if isinstance(h, Prompts)]
     if not holders:
         return 0
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as stack:
         plain, seen = model(x), att.model(x)
-        with HiddenPrompts(holders[0].num_prompts, holders[0].index, _attended(att, x)) as hidden:
-            unseen = att.model(x)
-    if not hidden.count:
+        modes = [stack.enter_context(HiddenPrompts(room)) for room in {h.room for h in holders}]
+        unseen = att.model(x)
+    if not any(mode.count for mode in modes):
         raise Wrong("no attention saw prompts")
     if not torch.allclose(plain, unseen, atol=1e-4, rtol=1e-3):
         raise Wrong(f"hidden prompts change the output by {(plain - unseen).abs().max():.2g}: a position is falsified")

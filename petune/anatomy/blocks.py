@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, parallel_mid, reaches, span_exit
 from petune.anatomy.places import is_conv, layout_of, site, width_after
 from petune.anatomy.trace import Call, Trace
@@ -160,8 +162,26 @@ def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since
         "norm1": site("norm1", norm1, norm1, dim, model, default),
         "norm2": site("norm2", norm2, norm2, dim, model, default),
         "mid": site("mid", mid, mid, dim, model, default, point=True),
+        "num_windows": _num_windows(attn, scope),
+        "norm_first": norm1 is None or attn is None or norm1.start < attn.start,
+        "biases": _biases(attn, scope),
         "takes_extra": inner.parent.extra if inner.parent is scope else scope.extra,
     }
+
+
+def _num_windows(attn: Call | None, scope: Call) -> int:
+    x, y = scope.input, None if attn is None else attn.input
+    return 1 if x is None or y is None or len(y) % len(x) else len(y) // len(x)
+
+
+def _biases(attn: Call | None, scope: Call) -> tuple[nn.Module, ...]:
+    """Modules that return something for each pair of the tokens that enter the attention."""
+    x = None if attn is None else attn.input
+    if x is None or x.ndim != 3:
+        return ()
+    pairs = (x.shape[1], x.shape[1])
+    alone = [c for c in scope.subtree() if c.output is not None and not c.inputs]
+    return tuple(dict.fromkeys(c.module for c in alone if c.output is not None and c.output.shape[-2:] == pairs))
 
 
 def _bare(first: Call, last: Call, dim: int, model: str) -> Block:

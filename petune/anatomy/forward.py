@@ -32,7 +32,7 @@ def dry_forward(
     Raises:
         AttachError: The model's own forward fails on a picture of that size.
     """
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         try:
             return _on_meta(model, input_size, watch)
         except Exception:  # a constant tensor on another device, an op without a meta kernel, a value read
@@ -49,7 +49,7 @@ def dry_forward(
 
 
 def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
-    images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=_dtype(model))
+    images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
     with _caches_restored(model), watch() as seen:
         functional_call(model, _meta_tensors(model), (images_BCHW,), tie_weights=False)
     return seen
@@ -68,16 +68,17 @@ def _meta_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _in_earnest(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with watch() as seen:
-        model(torch.zeros(1, *input_size, device=device, dtype=_dtype(model)))
+        model(torch.zeros(1, *input_size, device=device, dtype=dtype_of(model)))
     return seen
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What pictures must be converted to."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's mode and every random state as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
