@@ -16,7 +16,7 @@ LEVELS = {
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1,
     "edit": 2, "hooks": 2, "tuner": 2, "registry": 2,
     "attach": 3, "state": 3, "testing": 3, "tuners": 3,
-    "backbones": 4, "weights": 4, "data": 4,
+    "backbones": 4, "foreign": 4, "weights": 4, "data": 4,
     "train": 5, "measure": 5,
     "run": 6, "pretrain": 6,
     "compare": 7, "report": 7,
@@ -36,6 +36,7 @@ SIBLINGS = {
     ("testing", "attach"): "the contract is about attaching",
     ("testing", "state"): "and about saving",
     ("backbones", "weights"): "a backbone has weights",
+    ("backbones", "foreign"): "some are not timm's",
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
     ("compare", "report"): "many runs, one table",
 }

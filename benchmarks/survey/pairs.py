@@ -74,10 +74,11 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += noise(parameter, 0.1 if parameter.ndim < 2 else 0.02)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.running_mean += noise(module.running_mean, 0.1)
-                module.running_var *= 1 + noise(module.running_var, 0.1).abs()
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = 1.0
+        if norms:  # statistics of what the layers really see, or a deep model's numbers leave all bounds
+            model.train()(noise(torch.empty(4, *petune.find_sites(model).input_size), 1.0))
     return model.eval()
 
 

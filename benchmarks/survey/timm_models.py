@@ -53,8 +53,14 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "tnt": ("tnt_s_patch16_224", {"img_size": 64, "depth": 3}),
     "… legacy": ("tnt_s_legacy_patch16_224", {"img_size": 64, "depth": 3}),
     "vitamin": ("vitamin_small_224", _FINE),
-    "swin_transformer": ("swin_tiny_patch4_window7_224", {**_FINE, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)}),
-    "swin_transformer_v2": ("swinv2_tiny_window8_256", {"img_size": 128, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)}),
+    "swin_transformer": (
+        "swin_tiny_patch4_window7_224",
+        {**_FINE, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)},
+    ),
+    "swin_transformer_v2": (
+        "swinv2_tiny_window8_256",
+        {"img_size": 128, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)},
+    ),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", {**_FINE, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)}),
     "davit": ("davit_tiny", {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 4)}),
     "hiera": ("hiera_tiny_224", {}),

@@ -178,5 +178,7 @@ def _told_head(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
             told = tell()
             heads = told if isinstance(told, tuple | list) else (told,)
             known = [h for h in heads if isinstance(h, nn.Module) and id(h) in paths]
-            return [(paths[id(h)], h) for h in known if any(True for _ in h.parameters())]
+            found = [(paths[id(h)], h) for h in known if any(True for _ in h.parameters())]
+            if found or module is model:  # a part without a classifier says nothing of the whole
+                return found
     return None

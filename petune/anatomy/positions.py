@@ -86,8 +86,9 @@ def fills(block: Block) -> dict[int | str, float]:
     if any(isinstance(getattr(m, PREFIX, None), int) for m in attention.modules()):
         return {}  # such attention is told how many tokens not to rotate
     names = list(inspect.signature(block.enter.forward).parameters)
-    values = {name: float("cos" in name) for name in names}
-    return {**values, **{i: values[name] for i, name in enumerate(names)}}
+    values: dict[int | str, float] = {name: float("cos" in name) for name in names}
+    by_position: dict[int | str, float] = {i: values[name] for i, name in enumerate(names)}
+    return by_position | values
 
 
 def padded(value: Any, room: Room, fill: float | None) -> Any:
@@ -194,7 +195,7 @@ def _padded_window(module: Any, name: str, room: Room) -> list[Switch]:
     """Swin-V2: a network makes the bias of N × N pairs in a window, whose size the attention reads from itself."""
     index = getattr(module, "relative_position_index", None)
     table = WindowTable(room, module.num_heads, indexed=index is not None)
-    size = {"window_size": (1, room.tokens + room.count)}
+    size: dict[str, Any] = {"window_size": (1, room.tokens + room.count)}
     if index is not None:  # the pairs with prompts look up one more row
         size["relative_position_index"] = _inserted_index(index, room, table.rows(module))
     return [_hooked(getattr(module, name), table.pad), _replaced(module, size)]
