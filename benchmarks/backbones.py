@@ -1,7 +1,7 @@
 """Survey every family of backbones × every method, and write docs/backbones.md from the results.
 
     python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
-    python benchmarks/backbones.py --only beit      # some families; prints alone
+    python benchmarks/backbones.py --only beit      # some families; the rest stays as it was
     python benchmarks/backbones.py --all            # the places of every timm variant, on the meta device; prints
 
 About ten minutes on two cores.
@@ -43,9 +43,10 @@ def main() -> None:
     else:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
         results = {family: survey(family, args.methods) for family in families}
-        if args.only is None:
-            RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-            PAGE.write_text(page(results))
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
+        RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+        PAGE.write_text(page(merged))
         count = [pair["state"] for row in results.values() for pair in row["methods"].values()]
         print(", ".join(f"{count.count(s)} {s}" for s in ("ok", "refused", "wrong")))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petune.anatomy import find_sites
+from petune.anatomy.forward import forget_caches
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite, NotMergeable
 from petune.hooks import Holder, Modes
@@ -191,6 +192,7 @@ class Attachment:
         finally:
             self._switch(True)
             _copy(self._changing(), now)
+            forget_caches(self.model)
 
     def detach(self) -> None:
         """Give the model back as it was before attaching: keys, flags and values.
@@ -256,6 +258,7 @@ class Attachment:
                 )
             return
         _copy(changing, self._originals)
+        forget_caches(self.model)
 
     def _switch(self, on: bool) -> None:
         for holder, _ in self._edit.holders:

@@ -164,6 +164,7 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     offline = not Path(name).is_dir() and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    size = None
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=offline)
         config = getattr(config, "vision_config", None) or config

@@ -182,6 +182,10 @@ class Modes(nn.Module):
         # in a tuple, since a module as an attribute would make the model a child of its own child
         self.model, self.frozen = (model,), tuple(frozen)
 
+    def forward(self, x: Any) -> Any:
+        """A model that is an nn.Sequential calls all of its children: this one changes nothing."""
+        return x
+
     def set_train(self, mode: bool = True) -> nn.Module:
         """`model.train(mode)`, after which the frozen modules are in eval mode."""
         model = self.model[0]

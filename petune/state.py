@@ -14,6 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from petune.anatomy.forward import forget_caches
 from petune.attach import Attachment, attach
 from petune.errors import BackboneMismatch, CheckpointError
 from petune.files import verify_directory, write_directory
@@ -85,6 +86,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Atta
     with torch.no_grad():
         for key, target in attachment.state().items():
             target.copy_(tensors[key])
+    forget_caches(model)
     return attachment
 
 

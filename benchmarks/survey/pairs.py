@@ -229,14 +229,14 @@ def _last(x: Tensor, layout: str) -> Tensor:
 
 
 def _watch(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
-    """What enters ENTER and leaves EXIT in one forward (their last call)."""
+    """What enters ENTER and leaves EXIT in one forward (their first call, which nothing changed yet)."""
     seen: dict[str, Tensor] = {}
 
     def pre(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen["enter"] = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).clone()
+        seen.setdefault("enter", next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).clone())
 
     def post(module: nn.Module, args: Any, output: Any) -> None:
-        seen["exit"] = (output if isinstance(output, Tensor) else output[0]).clone()
+        seen.setdefault("exit", (output if isinstance(output, Tensor) else output[0]).clone())
 
     handles = [
         enter.register_forward_pre_hook(pre, with_kwargs=True, prepend=True),

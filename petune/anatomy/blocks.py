@@ -95,7 +95,7 @@ def _side_by_side(trace: Trace, unit: Unit, holder: Call, model: str) -> Block:
     """Several attentions whose outputs are summed, then several MLPs: one stream, read after the attentions."""
     assert unit.mlp is not None
     bare = _bare(holder, holder, unit.dim, model)
-    mid = mid_of(trace, unit.mlp, unit.call)
+    mid = mid_of(trace, unit.mlp, unit.call.stop)
     if not reaches(trace, mid, holder):
         return bare
     return replace(bare, mid=site("mid", mid, mid, unit.dim, model, bare.layout, point=True))
@@ -125,7 +125,7 @@ def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Bloc
     """A block that is no module of its own: attention and MLP are called from the model's list."""
     assert unit.mlp is not None
     first = _towards(holder, unit.call)
-    mid = mid_of(trace, unit.mlp, first)
+    mid = mid_of(trace, unit.mlp, first.stop)
     last = span_exit(trace, unit.mlp, mid)
     if last is None:
         return None
@@ -135,7 +135,7 @@ def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Bloc
 
 def _describe(trace: Trace, unit: Unit, block: Call, model: str) -> Block:
     inner = _towards(block, unit.call) if unit.call is not block else block
-    bare = _bare(block, block, unit.dim, model)
+    bare = _bare(block, block, width_after(block), model)
     parts = _parts(trace, unit, block, inner, model, block.start)
     if parts["mid"] is not None and not _returns_as_many(parts["mid"], block):
         parts["mid"] = None  # a part of the tokens (a class token), not the stream that leaves the block
@@ -154,14 +154,14 @@ def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since
     attn = attention_of(trace, unit.call, scope)
     own = [c for c in scope.subtree() if c.start >= since]
     norm1 = norm_of(trace, attn, own) if attn is not None else None
-    mid = mid_of(trace, unit.mlp, inner) or parallel_mid(trace, scope)
+    mid = mid_of(trace, unit.mlp, unit.mixed if inner is scope else inner.stop) or parallel_mid(trace, scope)
     norm2 = norm_of(trace, unit.mlp.first, own, norm1)
     return {
         "attn": site("attn", attn, attn, dim, model, default),
         "mlp": site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),
         "norm1": site("norm1", norm1, norm1, dim, model, default),
         "norm2": site("norm2", norm2, norm2, dim, model, default),
-        "mid": site("mid", mid, mid, dim, model, default, point=True),
+        "mid": site("mid", mid, mid, width_after(scope) if scope.maps_tokens else dim, model, default, point=True),
         "num_windows": _num_windows(attn, scope),
         "norm_first": norm1 is None or attn is None or norm1.start < attn.start,
         "biases": _biases(attn, scope),

@@ -107,3 +107,16 @@ def _caches_restored(model: nn.Module) -> Iterator[None]:
                     module.__dict__[key] = attributes[key]
                 else:
                     del module.__dict__[key]
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let modules that keep a product of their weights in eval mode (LeViT, TinyViT) drop it: the weights changed.
+
+    They do so when told to train, which is why they have a `train` of their own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(True)
+    for module, training in modes:
+        module.training = training

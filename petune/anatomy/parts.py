@@ -121,7 +121,7 @@ def is_norm(call: Call) -> bool:
     return call.is_leaf and guarded and same and not call.has_matrix
 
 
-def mid_of(trace: Trace, mlp: Mlp, attention: Call) -> Call | None:
+def mid_of(trace: Trace, mlp: Mlp, after: int) -> Call | None:
     """The call that the residual stream enters between attention and MLP.
 
     The stream is the tensor to which a later addition adds: what enters the MLP itself, or what enters the
@@ -130,9 +130,7 @@ def mid_of(trace: Trace, mlp: Mlp, attention: Call) -> Call | None:
     maker = trace.maker(mlp.first.input)
     candidates = [mlp.first] if maker is None or not is_norm(maker) else [mlp.first, maker]
     for call in candidates:
-        if call.start < attention.stop and not attention.within(call) and not call.within(attention):
-            continue
-        if call.input is None or not _made_after(trace, call.input, attention):
+        if call.start < after or call.input is None or not _made_after(trace, call.input, after):
             continue
         forms = [call.input, *_scaled(trace, call.input)]
         if any(_added_to(trace, form, mlp.last.stop) is not None for form in forms):
@@ -182,9 +180,9 @@ def _added_to(trace: Trace, stream: Tensor, after: int) -> Tensor | None:
     return None
 
 
-def _made_after(trace: Trace, tensor: Tensor, attention: Call) -> bool:
+def _made_after(trace: Trace, tensor: Tensor, after: int) -> bool:
     """Whether `tensor` is new since the attention: nothing was called with it before the attention ended."""
-    return not any(tensor is x for c in trace.calls if c.start < attention.stop for x in c.inputs)
+    return not any(tensor is x for c in trace.calls if c.start < after for x in c.inputs)
 
 
 def _num_matrices(call: Call) -> int:
