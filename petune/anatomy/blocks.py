@@ -153,9 +153,9 @@ def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since
     dim, default = unit.dim, layout_of(scope, unit.dim)
     attn = attention_of(trace, unit.call, scope)
     own = [c for c in scope.subtree() if c.start >= since]
-    norm1 = norm_of(trace, attn, own) if attn is not None else None
+    norm1 = norm_of(trace, attn, own, scope) if attn is not None else None
     mid = mid_of(trace, unit.mlp, unit.mixed if inner is scope else inner.stop) or parallel_mid(trace, scope)
-    norm2 = norm_of(trace, unit.mlp.first, own, norm1)
+    norm2 = norm_of(trace, unit.mlp.first, own, scope, norm1)
     return {
         "attn": site("attn", attn, attn, dim, model, default),
         "mlp": site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),

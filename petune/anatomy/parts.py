@@ -83,7 +83,7 @@ def norm_inside(call: Call) -> Call | None:
     return next((c for c in list(call.subtree())[1:] if is_norm(c) and c.input is call.input), None)
 
 
-def norm_of(trace: Trace, call: Call, scope: list[Call], other: Call | None = None) -> Call | None:
+def norm_of(trace: Trace, call: Call, scope: list[Call], near: Call, other: Call | None = None) -> Call | None:
     """The normalisation of a branch: before it, inside it at the entrance, or after it.
 
     Where tensors are rearranged in between (windows), identity is lost and order decides: the nearest norm
@@ -93,10 +93,17 @@ def norm_of(trace: Trace, call: Call, scope: list[Call], other: Call | None = No
         trace: The forward.
         call: The branch: attention, or the MLP's first call.
         scope: The calls of the block.
+        near: The module around it, which also holds the norm before a block that is no module itself.
         other: The norm of the branch before.
     """
     before = trace.maker(call.input)
-    if before is not None and is_norm(before) and before is not other and not _in_a_layer(trace, before):
+    if (
+        before is not None
+        and before.within(near)
+        and before is not other
+        and is_norm(before)
+        and not _in_a_layer(trace, before)
+    ):
         return before
     norms = [c for c in scope if is_norm(c) and c is not other and not _in_a_layer(trace, c)]
     inside = norm_inside(call)
