@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from survey.foreign_models import TORCHVISION, TRANSFORMERS, build_torchvision, build_transformers
 from survey.timm_models import TIMM
-from torch import nn
 
 FAMILIES = {family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()}
 """The model that stands for each family."""
