@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format lint types fast clean
+.PHONY: demo test check format lint types faults clean
 
-$(STAMP): pyproject.toml
+PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
+
+$(STAMP): pyproject.toml $(PLUGINS)
 	$(PYTHON) -m venv $(VENV)
 	# torch and torchvision by name: releases that belong together, whatever else the index offers (see pyproject.toml)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed "torch==2.14.1" "torchvision==0.29.1"
 	$(BIN)/pip install --quiet -e ".[dev]"
+	# hatchling is there by now, so the plugins are built without fetching anything
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(foreach plugin,$(PLUGINS),-e $(dir $(plugin)))
 	touch $(STAMP)
 
 demo: $(STAMP)  ## compare four methods on scikit-learn's digits, offline, with the backbone that comes with petune
@@ -32,3 +36,6 @@ types: $(STAMP)
 
 clean:
 	rm -rf $(VENV) runs
+
+faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (half an hour)
+	PETUNE_FAULTS=full $(BIN)/python -m pytest tests/faults -q

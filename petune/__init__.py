@@ -9,29 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from petune.anatomy import find_sites
-    from petune.attach import Attachment, Counts, attach
+    from petune.attach import Attachment, attach
     from petune.compare import CompareConfig, Comparison, compare
+    from petune.counts import Counts
     from petune.edit import Edit
-    from petune.errors import PetuneError
+    from petune.errors import AttachError, NotMergeable, PetuneError
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
     from petune.results import RunResult
     from petune.run import RunConfig, run
     from petune.sites import Block, Site, Sites
     from petune.state import load
+    from petune.tasks import Tasks
     from petune.testing import ContractViolation, check_tuner
     from petune.tuner import Recipe, Tuner, TunerConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AttachError": "errors",
     "Attachment": "attach",
     "Block": "sites",
     "CompareConfig": "compare",
     "Comparison": "compare",
     "ContractViolation": "testing",
-    "Counts": "attach",
+    "Counts": "counts",
     "Edit": "edit",
+    "NotMergeable": "errors",
     "PetuneError": "errors",
     "PretrainConfig": "pretrain",
     "Recipe": "tuner",
@@ -39,6 +43,7 @@ _HOMES = {
     "RunResult": "results",
     "Site": "sites",
     "Sites": "sites",
+    "Tasks": "tasks",
     "Tuner": "tuner",
     "TunerConfig": "tuner",
     "attach": "attach",
@@ -52,6 +57,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttachError",
     "Attachment",
     "Block",
     "CompareConfig",
@@ -59,6 +65,7 @@ __all__ = [
     "ContractViolation",
     "Counts",
     "Edit",
+    "NotMergeable",
     "PetuneError",
     "PretrainConfig",
     "Recipe",
@@ -66,6 +73,7 @@ __all__ = [
     "RunResult",
     "Site",
     "Sites",
+    "Tasks",
     "Tuner",
     "TunerConfig",
     "attach",

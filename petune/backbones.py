@@ -14,8 +14,9 @@ from torch import nn
 
 from petune.errors import AttachError, ConfigError, UnknownName
 from petune.foreign import build_foreign, is_foreign
+from petune.hub import HubFile, overlay
 from petune.sites import Sites
-from petune.weights import Weights, bundled, hub_overlay, load_into, read_weights
+from petune.weights import Weights, bundled, load_into, read_weights
 
 HeadKind = Literal["linear", "bn_linear"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -130,6 +131,22 @@ def create_backbone(
     )
 
 
+def check_weights(name: str, weights: str) -> None:
+    """Whether an alias's weights can be had, said before timm is imported (3 s) and any data is read.
+
+    Raises:
+        WeightsUnavailable: They are not cached and the hub cannot be reached, or there is no such file.
+    """
+    alias = ALIASES.get(name)
+    if alias is None:
+        return
+    source = alias.default_weights if weights == "default" else weights
+    if source == "hub":
+        overlay(f"{name} ({alias.timm_name})", HubFile(f"timm/{alias.timm_name}"), fetch=False)
+    else:
+        _weights_file(name, source)
+
+
 def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed: int = 0) -> None:
     """Give a model the head that every method of a comparison gets: trunc_normal(0.01), zero bias."""
     if any(linear.out_features != num_classes for linear in _classifiers(model).values()):
@@ -223,7 +240,7 @@ def _hub_overlay(name: str, alias: Alias) -> dict[str, Any]:
     from timm.models import PretrainedCfg
 
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False) or PretrainedCfg()
-    return hub_overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
+    return overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from petune.config import Config
-from petune.errors import PetuneError, Stopped, UsageError
+from petune.errors import PetuneError, Stopped, UsageError, near_names
 from petune.files import replace_file
 from petune.report import markdown, picture
 from petune.results import RunResult
@@ -26,12 +26,15 @@ class CompareConfig(Config):
     Attributes:
         methods: As for `--method`, options in place allowed; each once.
         seeds: Each method runs once with each.
+        lrs: Peak learning rates by method, chosen on validation, for those that should not take their recipe's:
+            `--set lrs.full=1e-3`.
         run: What all runs share; its method, seed and output are not used.
         output: The directory; None is `runs/compare-BACKBONE-DATASET`. Started again it goes on.
     """
 
     methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
+    lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
     run: RunConfig = RunConfig()
     output: Path | None = None
 
@@ -42,6 +45,15 @@ class CompareConfig(Config):
         if twice:
             raise ValueError(f"each may stand once, but {', '.join(twice)} stands twice")
         return value
+
+    @model_validator(mode="after")
+    def _lrs_of_methods(self) -> Self:
+        for name in self.lrs:
+            if name not in self.methods:
+                raise ValueError(
+                    f"lrs must name methods of the comparison, but {name!r}{near_names(name, self.methods)}"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Row(Config):
 
     Attributes:
         top1_mean, top1_std: Percent on test; the sample standard deviation over seeds, None for one seed.
+        lr: Peak learning rate, from the recipe or as given.
         images_per_s, peak_memory_bytes, time_s: Mean, largest, and sum over the seeds.
     """
 
@@ -74,6 +87,7 @@ class Row(Config):
     percent_of_backbone: float | None = None
     adapter_bytes: int | None = None
     top1: tuple[float, ...] = ()
+    lr: float | None = None
     top1_mean: float | None = None
     top1_std: float | None = None
     top5_mean: float | None = None
@@ -133,6 +147,7 @@ def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
         percent_of_total=first.percent_of_total,
         percent_of_backbone=first.percent_of_backbone,
         adapter_bytes=first.adapter_bytes,
+        lr=first.lr,
         top1=top1,
         top1_mean=statistics.fmean(top1),
         top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
@@ -156,7 +171,8 @@ def _runs_of(
     results: list[RunResult] = []
     for number, seed in enumerate(config.seeds):
         one = config.run.model_copy(update={"method": method, "seed": seed, "resume": True, "output": None})
-        one = one.model_copy(update={"output": place / default_name(one)})
+        train = one.train.model_copy(update={"lr": config.lrs.get(method, one.train.lr)})
+        one = one.model_copy(update={"output": place / default_name(one), "train": train})
         watch(RunStarted(method, seed, before + number, total, RunResult.exists(place / default_name(one))))
         try:
             results.append(run(one, watch=watch))

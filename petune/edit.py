@@ -10,8 +10,10 @@ from torch import nn
 
 from petune.anatomy.positions import Room, admit_prompts, fills, refused
 from petune.anatomy.prompting import Prompting
-from petune.errors import AttachError, SiteNotFound
-from petune.hooks import After, Before, Branch, Holder, Prompts, WindowPrompts
+from petune.errors import AttachError, NotMergeable, SiteNotFound
+from petune.hooks import After, Before, Branch, Gather, Holder, Prompts, WindowPrompts
+from petune.ledger import added_to
+from petune.probe import Call, probe
 from petune.sites import Block, Site, Sites
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -29,6 +31,8 @@ class Edit:
         holders: The adapters put in so far, with the places each needs to be passed.
         trained: The backbone's own parameters that were unfrozen.
         train_modules: The backbone's own modules that go to train mode.
+        adopted, adopted_modules: What was put in by hand and is the tuner's.
+        switches: Called with False where the attachment is disabled, with True where it is enabled again.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, name: str) -> None:
@@ -38,16 +42,25 @@ class Edit:
         self.train_modules: list[nn.Module] = []
         self.switches: list[Callable[[bool], None]] = []
         self.prompting = Prompting(model, sites)
+        self.row_switches: list[Callable[[list[int] | None, int], None]] = []
+        self.adopted: list[nn.Parameter] = []
+        self.adopted_modules: list[nn.Module] = []
+        self._foreign = added_to(model)  # other attachments' parameters
+        self._merges: list[Callable[[], object]] = []
+        self._calls: dict[int, Call] | None = None
         self._undo: list[Callable[[], object]] = []
 
-    def branch(self, enter: Site | None, exit: Site | None, adapter: nn.Module) -> None:
+    def branch(self, enter: Site | Sequence[Site] | None, exit: Site | None, adapter: nn.Module) -> None:
         """Add `adapter(what enters ENTER)` to what leaves EXIT.
 
         Args:
-            enter: Where the adapter reads, for example `block.mid`.
+            enter: Where the adapter reads, for example `block.mid`; or several places, in the order of the forward.
             exit: Where its output is added, for example `block`.
-            adapter: Maps (..., D of enter) to (..., D of exit).
+            adapter: Maps (..., D of enter) to (..., D of exit); for several places, a list of such tensors.
         """
+        if isinstance(enter, Sequence):
+            self._gather(enter, self._changeable(exit, "branch"), adapter)
+            return
         enter, exit = self._present(enter, "branch"), self._changeable(exit, "branch")
         holder = Branch(adapter, enter.layout, exit.layout)
         self._put(holder, exit, enter, exit)
@@ -143,9 +156,80 @@ class Edit:
         if not isinstance(what, nn.Module | Site):
             self.trained += what
 
+    def adopt(self, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module] = ()) -> None:
+        """Take over what was put into the model by hand: it trains, is saved, and counts as the tuner's.
+
+        Args:
+            parameters: New ones.
+            modules: New modules that go to train mode (dropout), whose buffers are saved.
+        """
+        self.adopted += parameters
+        self.adopted_modules += modules
+
     def on_detach(self, fn: Callable[[], object]) -> None:
         """Call `fn` on detach, to undo something that was done by hand. Last done is first undone."""
         self._undo.append(fn)
+
+    def on_switch(self, fn: Callable[[bool], None]) -> None:
+        """Call `fn(False)` where the attachment is disabled, `fn(True)` where it is enabled again."""
+        self.switches.append(fn)
+
+    def on_rows(self, fn: Callable[[list[int] | None, int], None]) -> None:
+        """Let what was done by hand take effect in some rows of a batch: `fn(rows, batch size)`; None is all rows."""
+        self.row_switches.append(fn)
+
+    def on_merge(self, fn: Callable[[], object]) -> None:
+        """Call `fn` on merge, to fold in what was done by hand; it raises NotMergeable before it changes anything."""
+        self._merges.append(fn)
+
+    def linears(self, site: Site | None) -> tuple[Site, ...]:
+        """The backbone's Linear layers that the forward calls within `site`, in their order; found by one forward."""
+        site = self._present(site, "linears")
+        calls = self._probed()
+        first, last = calls.get(id(site.enter)), calls.get(id(site.exit))
+        if first is None or last is None:
+            return ()
+        inside = [c for c in self._linear_modules() if id(c) in calls]
+        inside = [m for m in inside if first.start <= calls[id(m)].start and calls[id(m)].stop <= last.stop]
+        return tuple(self.site(m) for m in sorted(inside, key=lambda m: calls[id(m)].start))
+
+    def readers(self, site: Site | None) -> tuple[Site, ...]:
+        """Those of `linears(site)` that are called with just the tensor that enters the site."""
+        site = self._present(site, "readers")
+        calls = self._probed()
+        return tuple(s for s in self.linears(site) if calls[id(s.enter)].input is calls[id(site.enter)].input)
+
+    def unread(self, site: Site | None) -> tuple[Site, ...]:
+        """Linear layers inside the modules of `site` that the forward never calls: their weights are read instead."""
+        site = self._present(site, "unread")
+        inside = {id(m) for module in site.modules for m in module.modules()}
+        return tuple(self.site(m) for m in self._linear_modules() if id(m) in inside and id(m) not in self._probed())
+
+    def wake(self, site: Site | None) -> None:
+        """Tell attentions that can either read or call their qkv layer to call it, as adapters need (timm: EVA, BEiT).
+
+        The result is the same up to rounding; disabled and detached, the model reads it again.
+        """
+        for module in self._present(site, "wake").enter.modules():
+            if getattr(module, "qkv_bias_separate", None) is False:
+                switch = functools.partial(setattr, module, "qkv_bias_separate")
+                switch(True)
+                self.switches.append(switch)
+                self._undo.append(functools.partial(switch, False))
+                self._calls = None
+
+    def called(self, modules: Iterable[nn.Module]) -> set[int]:
+        """Identities of those of `modules` that one forward calls."""
+        return set(probe(self.model, self.sites, modules))
+
+    def backbone(self) -> list[nn.Module]:
+        """The backbone's own modules: without the classifier, without what attachments have added."""
+        head = {id(m) for h in self.sites.head.modules for m in h.modules()} if self.sites.head else set()
+        return [
+            m
+            for m in self.model.modules()
+            if id(m) not in head and not any(id(p) in self._foreign for p in m.parameters(recurse=False))
+        ]
 
     def site(self, module: nn.Module, dim: int | None = None) -> Site:
         """A Site for any module of the model, for tuners that edit single layers.
@@ -160,12 +244,62 @@ class Edit:
                 return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **edge)
         raise SiteNotFound(f"the {type(module).__name__} to edit must be a part of {self.sites.model}, but is not")
 
+    @property
+    def folds(self) -> bool:
+        """Whether there is something to fold; what trained in place is where it belongs."""
+        return bool(self.holders or self._merges)
+
+    def added_parameters(self) -> list[nn.Parameter]:
+        """What the edit has put in, by verbs and by hand."""
+        return [*(p for holder, _ in self.holders for p in holder.parameters()), *self.adopted]
+
+    def added_tensors(self) -> list[torch.Tensor]:
+        """The same, and their buffers."""
+        modules = [*(holder for holder, _ in self.holders), *self.adopted_modules]
+        return [*self.added_parameters(), *(b for m in modules for b in m.buffers())]
+
+    def merge(self, name: str) -> None:
+        """Fold every adapter into the weights of its site; to undo and, where folding fails, to put the weights back
+        is left to the caller.
+
+        Raises:
+            NotMergeable: The reason is named.
+        """
+        for holder, passed in self.holders:
+            why = getattr(holder.adapter, "why_not_mergeable", None)
+            if why is None and not callable(getattr(holder.adapter, "merge", None)):
+                why = "its adapter defines no merge(module)"
+            if why:
+                raise NotMergeable(f"{name} cannot be folded into the weights of {passed[-1].where}: {why}")
+        for fold in self._merges:
+            fold()
+        for holder, passed in reversed(self.holders):  # the innermost hook was put in last
+            holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
+
     def undo(self) -> None:
         """Undo everything, last first; the model is as it was."""
         for holder, _ in self.holders:
             holder.forget()
         while self._undo:
             self._undo.pop()()
+
+    def _gather(self, enters: Sequence[Site], exit: Site, adapter: nn.Module) -> None:
+        holder = Gather(adapter, tuple(site.layout for site in enters), exit.layout)
+        self._put(holder, exit, *enters, exit)
+        for site in enters:
+            self._hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+        self._hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
+
+    def _linear_modules(self) -> list[nn.Linear]:
+        return [m for m in self.backbone() if isinstance(m, nn.Linear)]
+
+    def _probed(self) -> dict[int, Call]:
+        if self._calls is None:
+            inner = [getattr(b, role) for b in self.sites.blocks for role in ("attn", "mlp", "norm1", "norm2")]
+            places = [*self.sites.blocks, *(s for s in inner if s is not None)]
+            watched = [*self._linear_modules(), *(m for s in places for m in s.modules)]
+            self._calls = probe(self.model, self.sites, {id(m): m for m in watched}.values())
+        return self._calls
 
     def _present(self, site: Site | None, verb: str) -> Site:
         if isinstance(site, Site):

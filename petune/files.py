@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -96,18 +97,35 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 def _swap_in(new: Path, path: Path) -> None:
     os.chmod(new, 0o755)
-    old = new.with_name(new.name + "-old")
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    if not _exchange(new, path):
+        old = new.with_name(new.name + "-old")
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _exchange(new: Path, path: Path) -> bool:
+    """Swap two directories in one step, so that a kill finds either; False where that cannot be done.
+
+    Linux alone has it (renameat2 with RENAME_EXCHANGE, not in Python's os), on most file systems. Elsewhere two
+    renames must do, and a kill between them leaves what was there before under a hidden name beside it.
+    """
+    if not path.is_dir() or path.is_symlink():
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_fdcwd, exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(new), at_fdcwd, os.fsencode(path), exchange) == 0)

@@ -67,6 +67,39 @@ class Branch(Holder):
         return {**self.__dict__, "kept": None}  # a copy of a model must not carry an activation
 
 
+class Gather(Holder):
+    """Adds `adapter(what enters each of ENTERS)` to what leaves EXIT."""
+
+    def __init__(self, adapter: nn.Module, enter_layouts: tuple[Layout, ...], exit_layout: Layout) -> None:
+        super().__init__(adapter)
+        self.enter_layouts, self.exit_layout = enter_layouts, exit_layout
+        self.kept: list[Tensor] = []
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Pre-hook of each of ENTERS, which are entered in their order."""
+        if self.enabled:
+            self.kept.append(first_tensor(args, kwargs))
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Hook of EXIT, called after an exception too (then `output` is None): nothing stays behind."""
+        xs, self.kept = self.kept, []
+        if output is None or not self.enabled:
+            return None
+        if len(xs) != len(self.enter_layouts):
+            raise RuntimeError(
+                f"an adapter reads {len(self.enter_layouts)} places in one forward, but {len(xs)} were passed before "
+                f"{type(module).__name__} was left. All must be called once, in the same segment of checkpointing"
+            )
+        change = self.adapter([to_channels_last(x, at) for x, at in zip(xs, self.enter_layouts, strict=True)])
+        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+
+    def forget(self) -> None:
+        self.kept = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": []}
+
+
 class Before(Holder):
     """Replaces what enters a module by `adapter(it)`."""
 
@@ -164,38 +197,6 @@ class WindowPrompts(Prompts):
         prompts, norm = self.adapter(x_BND).to(x_BND.dtype), self.norm[0]
         x_BND = self._with_prompts(x_BND, prompts if norm is None else norm(prompts))
         return self._padded(*with_first_tensor(args, kwargs, x_BND))
-
-
-class Modes(nn.Module):
-    """Keeps frozen modules in eval mode: stands in for the model's `train` and holds no parameter.
-
-    It is a submodule of the model and its bound method is the model's `train` attribute, so copies of the model
-    get their own, as with hooks. The model's own `training` flag follows `train(mode)` as ever.
-    """
-
-    is_petune_holder = True
-
-    def __init__(self, name: str, model: nn.Module, frozen: list[nn.Module]) -> None:
-        super().__init__()
-        self.name = name
-        self.before = model.__dict__.get("train")
-        # in a tuple, since a module as an attribute would make the model a child of its own child
-        self.model, self.frozen = (model,), tuple(frozen)
-
-    def forward(self, x: Any) -> Any:
-        """A model that is an nn.Sequential calls all of its children: this one changes nothing."""
-        return x
-
-    def set_train(self, mode: bool = True) -> nn.Module:
-        """`model.train(mode)`, after which the frozen modules are in eval mode."""
-        model = self.model[0]
-        if self.before is not None:
-            self.before(mode)
-        else:
-            type(model).train(model, mode)
-        for module in self.frozen:
-            module.training = False
-        return model
 
 
 def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:

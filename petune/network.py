@@ -7,7 +7,7 @@ import socket
 from urllib.parse import urlsplit
 
 
-def reachable(url: str, timeout_s: float = 2.0) -> bool:
+def reachable(url: str, timeout_s: float = 1.0) -> bool:
     """True where the host of `url`, or the proxy set for its scheme, accepts a connection in `timeout_s`."""
     parts = urlsplit(_proxy_for(url) or url)
     port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -1,6 +1,7 @@
 """Tuners by name, through the entry-point group `petune.tuners`: listed from metadata, loaded on first use.
 
-`PETUNE_PLUGINS=none` hides every tuner that does not come with petune; `PETUNE_PLUGINS=a,b` shows only those two.
+`PETUNE_PLUGINS=none` hides every tuner that does not come with petune; `PETUNE_PLUGINS=a,b` shows only those, by the
+name of the method or of the package. A plugin cannot take the name of a tuner that comes with petune.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 import io
 import os
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
 from petune.errors import PluginError, UnknownName
@@ -42,12 +43,19 @@ class TunerRecord:
 
 def tuners() -> list[TunerRecord]:
     """Every registered tuner, petune's own first, without importing any."""
-    points = _points()
-    names = [p.name for p in points]
-    return [
-        TunerRecord(p.name, *_origin(p), p.value, "ok" if names.count(p.name) == 1 else "name is taken twice")
-        for p in points
-    ]
+    found = _registered()
+    return [TunerRecord(r.name, r.distribution, r.version, r.point.value, _state(r, found)) for r in found]
+
+
+def check_loads(record: TunerRecord) -> str:
+    """`ok`, or why the record's tuner cannot be used; imports it, unless its metadata says so already."""
+    if record.state != "ok":
+        return record.state
+    try:
+        load_tuner(record.name)
+    except PluginError as error:
+        return str(error)
+    return "ok"
 
 
 def load_tuner(name: str) -> type[Tuner[Any]]:
@@ -57,20 +65,23 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
         UnknownName: No tuner of that name.
         PluginError: Two packages claim the name, or the package cannot be loaded; it and the cause are named.
     """
-    found = [p for p in _points() if p.name == name]
+    registered = _registered()
+    found = [r for r in registered if r.name == name]
     if not found:
-        raise UnknownName("method", name, {p.name for p in _points()}, "`petune methods` lists them")
-    if len(found) > 1:
-        owners = " and ".join(f"{_origin(p)[0]} ({p.value})" for p in found)
+        raise UnknownName("method", name, {r.name for r in registered}, "`petune methods` lists them")
+    own = [r for r in found if r.distribution == OWN]
+    if len(found) > 1 and not own:
+        owners = " and ".join(f"{r.distribution} ({r.point.value})" for r in found)
         raise PluginError(f"the method {name!r} must come from one package, but {owners} both register it; remove one")
-    return _load(found[0])
+    return _load((own or found)[0])
 
 
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:
     """A configured tuner.
 
     Args:
-        method: A registered name, a Tuner, or the config of a registered tuner.
+        method: A registered name, a Tuner, or the config of a registered tuner. `family:kind` is the tuner `family`
+            with the option `type=kind`, as `peft:ia3`.
         **options: For a name: the tuner's options.
 
     Raises:
@@ -85,29 +96,84 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
         for record in tuners():
             cls = load_tuner(record.name) if record.state == "ok" and record.distribution == OWN else None
             if cls is not None and cls.Config is type(method):
-                return cls(method, **options)
+                tuner = cls(method, **options)
+                tuner.method = record.name
+                return tuner
         raise UnknownName("method", type(method).__name__, [], "pass the Tuner itself: MyTuner(config)")
-    cls = load_tuner(method)
-    return cls(cls.Config.build(options, f"the options of {method}"))
+    if not isinstance(method, str) or not method:
+        raise UnknownName("method", str(method), {t.name for t in tuners()}, "pass a name, a Tuner or its config")
+    family, colon, kind = method.partition(":")
+    cls = load_tuner(family)
+    given = {"type": kind, **options} if colon else options
+    tuner = cls(cls.Config.build(given, f"the options of {method}"))
+    tuner.method = family
+    return tuner
 
 
-def _points() -> list[EntryPoint]:
+@dataclass(frozen=True)
+class _Registered:
+    """An entry point and who brings it; metadata is slow to read, so it is read once a distribution."""
+
+    name: str
+    point: EntryPoint
+    distribution: str
+    version: str
+
+
+def _registered() -> list[_Registered]:
     allowed = os.environ.get("PETUNE_PLUGINS")
     names = None if allowed is None else {n.strip() for n in allowed.split(",")}
-    kept = [p for p in entry_points(group=GROUP) if _origin(p)[0] == OWN or names is None or p.name in names]
-    unique = {(p.name, p.value, _origin(p)): p for p in kept}  # an editable install can be found twice
-    return sorted(unique.values(), key=lambda p: (_origin(p)[0] != OWN, p.name))
+    origins: dict[int, tuple[str, str]] = {}
+    found: dict[Any, _Registered] = {}
+    points = entry_points(group=GROUP)
+    for point in points:
+        if id(point.dist) not in origins:
+            origins[id(point.dist)] = _origin(point)
+        one = _Registered(point.name, point, *origins[id(point.dist)])
+        if names is None or one.distribution == OWN or names & {one.name, one.distribution}:
+            found[one.name, point.value, one.distribution] = one  # an editable install can be found twice
+    return sorted(found.values(), key=lambda r: (r.distribution != OWN, r.name))
 
 
 def _origin(point: EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist is not None else ("?", "?")
+    if point.dist is None or point.dist.metadata is None:
+        return "?", "?"
+    metadata = point.dist.metadata
+    return str(metadata["Name"] or "?"), str(metadata["Version"] or "?")
 
 
-def _load(point: EntryPoint) -> type[Tuner[Any]]:
+def _state(one: _Registered, registered: list[_Registered]) -> str:
+    rivals = [r for r in registered if r.name == one.name and r is not one]
+    if one.distribution == OWN:
+        return "ok"
+    if any(r.distribution == OWN for r in rivals):
+        return f"unusable: petune has a method {one.name!r} of its own"
+    if rivals:
+        return "unusable: name is taken twice"
+    return "ok" if not (need := _unmet(one.point)) else f"unusable: it needs {need}"
+
+
+def _unmet(point: EntryPoint) -> str:
+    """The petune that the package asks for, if this is another; empty if all is well or unknown."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in (point.dist.requires or []) if point.dist is not None else []:
+        try:
+            need = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if need.name == OWN and not need.specifier.contains(version(OWN), prereleases=True):
+            return f"{OWN}{need.specifier}, this is {version(OWN)}"
+    return ""
+
+
+def _load(one: _Registered) -> type[Tuner[Any]]:
     from petune.tuner import Tuner, TunerConfig
 
     said = io.StringIO()
-    who = "{} {}".format(*_origin(point))
+    point, who = one.point, f"{one.distribution} {one.version}"
+    if one.distribution != OWN and (need := _unmet(point)):
+        raise PluginError(f"the method {one.name!r} of {who} needs {need}. Upgrade petune, or use an older {who}")
     try:
         with contextlib.redirect_stdout(said):
             cls = point.load()
@@ -116,12 +182,12 @@ def _load(point: EntryPoint) -> type[Tuner[Any]]:
     except BaseException as error:  # a plugin may call sys.exit at import: it must not end petune
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(
-            f"the method {point.name!r} of {who} must be importable from {point.value}, but: {cause}. "
-            "Update or remove that package"
+            f"the method {one.name!r} of {who} must be importable from {point.value}, but: {cause}. "
+            f"Update or remove {one.distribution}"
         ) from error
     if not (inspect.isclass(cls) and issubclass(cls, Tuner) and issubclass(cls.Config, TunerConfig)):
         raise PluginError(
-            f"the method {point.name!r} of {who} must be a subclass of petune.Tuner with a Config, but "
+            f"the method {one.name!r} of {who} must be a subclass of petune.Tuner with a Config, but "
             f"{point.value} is {cls!r}"
         )
     return cls

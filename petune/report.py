@@ -61,6 +61,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         "| --- |" + " ---: |" * (len(COLUMNS) - 1),
     ]
     lines += ["| " + " | ".join(_cell(c) for c in cells(row)) + " |" for row in comparison["rows"]]
+    rates = ", ".join(f"{_cell(row['method'])} {row['lr']:g}" for row in comparison["rows"] if row["status"] == "done")
+    lines += ["", f"Peak learning rates: {rates}."] if rates else []
     where = comparison["provenance"]
     if where:
         versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)

@@ -26,6 +26,7 @@ class RunResult(Config):
     val_top1: float | None
     epoch: int
     epochs: int
+    lr: float
     tuned: int
     head: int
     total: int

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from petune.attach import Attachment, attach
-from petune.backbones import Backbone, HeadKind, create_backbone, input_side
+from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, parse_options
 from petune.data import Dataset, Preprocess, load_dataset
 from petune.measure import PeakMemory, forward_flops, provenance
@@ -30,6 +30,7 @@ class RunConfig(Config):
         method: A registered tuner, options in place allowed: `vpt:deep=false,num_prompts=10`.
         backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
         dataset, data_dir: See `petune.data`.
+        on_broken: `skip` leaves out pictures of a folder that cannot be decoded (at most 1 %); else they are an error.
         val_fraction: Share of train cut off for choosing the epoch, where the dataset brings no val split.
         train_per_class: Keep only so many training pictures a class (few-shot); None keeps all.
         seed: Of the head, the adapters, the order, the augmentation and dropout. The val split has its own.
@@ -46,6 +47,7 @@ class RunConfig(Config):
     patch_size: int | None = Field(None, ge=1, le=512)
     backbone_options: dict[str, Any] = {}
     head: HeadKind = "linear"
+    on_broken: Literal["error", "skip"] = "error"
     val_fraction: float = Field(0.1, gt=0, lt=1)
     train_per_class: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
@@ -68,6 +70,8 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     config = config or RunConfig.build(fields, "petune.run(...)")
     name, options = parse_method(config.method)
     tuner = build_tuner(name, **options)
+    if config.output is None or not RunResult.exists(config.output):
+        check_weights(config.backbone, config.weights)
     place = config.output or free_path(Path("runs") / default_name(config))
     with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
         if RunResult.exists(place):
@@ -118,7 +122,8 @@ def default_name(config: RunConfig) -> str:
 def prepare_data(config: RunConfig) -> Dataset:
     """The dataset with val cut (always the same one, whatever the seed) and few-shot drawn by the seed."""
     side = input_side(config.backbone, config.image_size, config.backbone_options)
-    dataset = load_dataset(config.dataset, config.data_dir, side).with_val(config.val_fraction, seed=0)
+    dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken)
+    dataset = dataset.with_val(config.val_fraction, seed=0)
     if config.train_per_class is not None:
         dataset = dataset.with_train_per_class(config.train_per_class, config.seed)
     return dataset
@@ -190,6 +195,7 @@ def run_result(
         val_top1=fitted.val.top1 if fitted.val else None,
         epoch=fitted.epoch,
         epochs=len(fitted.epochs),
+        lr=fitted.lr,
         tuned=counts.tuned,
         head=counts.head,
         total=counts.total,
@@ -202,7 +208,8 @@ def run_result(
         peak_memory_bytes=peak_bytes,
         time_s=fitted.time_s,
         output=str(place),
-        provenance=provenance(next(att.model.parameters()).device) | {"precision": fitted.precision},
+        provenance=provenance(next(att.model.parameters()).device)
+        | {"precision": fitted.precision, "micro_batch_size": fitted.micro_batch_size},
     )
 
 
@@ -215,6 +222,8 @@ def _card(
             "name": config.backbone,
             "full_name": backbone.full_name,
             "weights": backbone.weights,
+            "weights_option": config.weights,
+            "seed": config.seed,
             "image_size": config.image_size,
             "patch_size": config.patch_size,
             "options": config.backbone_options,

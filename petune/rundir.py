@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ UNCOMPARED = {"output", "resume"}
 
 @contextmanager
 def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterator[Path]:
-    """Make `path` and hold it, or go on in it.
+    """Make `path` and hold it, or go on in it. An empty directory is as good as none.
 
     Args:
         path: The directory.
@@ -34,7 +35,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         try:
             path.mkdir()
         except FileExistsError:
-            if not resume:
+            if not resume and any(path.iterdir()):
                 raise UsageError(
                     f"{path} exists already; go on in it with --resume, or name another --output"
                 ) from None
@@ -46,22 +47,47 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(f"{path} is in use by another petune process; name another --output") from None
+        fresh = not (path / CONFIG_FILE).exists()
         _keep_config(path / CONFIG_FILE, config, command)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, ".lock"}:  # it failed before it began
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def free_path(wanted: Path) -> Path:
-    """`wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist."""
+    """Make and return `wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
     candidate, number = wanted, 1
-    while candidate.exists():
-        number += 1
-        candidate = wanted.with_name(f"{wanted.name}-{number}")
-    return candidate
+    while True:
+        try:
+            candidate.mkdir(parents=True)
+            return candidate
+        except FileExistsError:
+            number += 1
+            candidate = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise UsageError(f"the run directory {candidate} cannot be made: {error.strerror}") from None
+
+
+def latest_path(wanted: Path) -> Path | None:
+    """The last of `wanted`, `wanted-2`, `wanted-3`, … that exists."""
+    latest, number = None, 1
+    while (candidate := wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")).exists():
+        latest, number = candidate, number + 1
+    return latest
 
 
 def _keep_config(file: Path, config: Config, command: str) -> None:
     if not file.exists():
-        replace_file(file, f"# {command}\n{config.to_yaml()}".encode())
+        fields = type(config).model_fields
+        asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
+        replace_file(file, f"# {command}\n{asked.to_yaml()}".encode())
         return
     before, now = read_yaml(file), config.model_dump(mode="json")
     changed = [

@@ -15,13 +15,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from petune.anatomy.forward import forget_caches
-from petune.attach import Attachment, attach
-from petune.errors import BackboneMismatch, CheckpointError
+from petune.attach import Attachment, attach, label_of
+from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
-from petune.registry import build_tuner, tuners
+from petune.ledger import added_to, named_parameters
+from petune.registry import build_tuner, load_tuner, tuners
 from petune.sites import Sites
+from petune.tuner import Tuner
 
 FORMAT = 1
+KEYS = {"tuner", "distribution", "version", "config", "train_head", "geometry", "fingerprint", "metadata"}
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -36,10 +39,11 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     Raises:
         CheckpointError: It cannot be written.
     """
-    origin = next((t for t in tuners() if t.name == attachment.name), None)
+    method = attachment.tuner.method or attachment.name
+    origin = next((t for t in tuners() if t.name == method), None)
     config = {
         "format": FORMAT,
-        "tuner": attachment.name,
+        "tuner": method,
         "distribution": origin.distribution if origin else None,
         "version": origin.version if origin else None,
         "config": attachment.tuner.config.model_dump(mode="json"),
@@ -48,35 +52,48 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         "fingerprint": fingerprint(attachment),
         "metadata": dict(metadata or {}),
     }
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in attachment.state().items()}
+    foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
+    # PEFT reads the same two files: its own keys at the top, petune's in the one entry that is free-form there
+    written = config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in _live(attachment).items()}
     files = {
-        CONFIG_FILE: (json.dumps(config, indent=1) + "\n").encode(),
+        CONFIG_FILE: (json.dumps(written, indent=1) + "\n").encode(),
         TENSOR_FILE: save_tensors(tensors),
         "README.md": _card(attachment, config).encode(),
     }
     write_directory(path, files)
 
 
-def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Attachment:
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    tuner: Tuner[Any] | None = None,
+    sites: Sites | None = None,
+) -> Attachment:
     """Attach what `save` wrote, on the same backbone.
 
     Args:
         model: The backbone the adapter was trained on, with a head of as many classes.
         path: The adapter directory.
         name: The attachment's name; the tuner's by default.
+        tuner: The method, for one that is not registered; its options must be those of the file.
+        sites: Of the model; found now if None.
 
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
         CheckpointError: The directory is damaged, incomplete or from a newer petune.
-        PluginError, UnknownName: The tuner's package is missing or broken.
+        PluginError: The tuner's package is missing or broken.
     """
     place = Path(path)
-    config, tensors = _read(place)
+    config, tensors = read_adapter(place)
     attachment = attach(
         model,
-        build_tuner(config["tuner"], **config["config"]),
+        tuner or build_tuner(config["tuner"], **config["config"]),
         name=name or config["tuner"],
         train_head=config["train_head"],
+        sites=sites,
     )
     try:
         _check(attachment, config, tensors, place)
@@ -84,7 +101,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None) -> Atta
         attachment.detach()
         raise
     with torch.no_grad():
-        for key, target in attachment.state().items():
+        for key, target in _live(attachment).items():
             target.copy_(tensors[key])
     forget_caches(model)
     return attachment
@@ -94,10 +111,9 @@ def fingerprint(attachment: Attachment) -> str:
     """SHA-256 over the frozen tensors of the backbone, parameters and buffers, by key: name, dtype, shape, bytes."""
     moving = {id(t) for t in (*attachment.state().values(), *attachment.tuned.values())}
     head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
-    holders = [m for m in attachment.model.modules() if hasattr(m, "is_petune_holder")]
-    skipped = moving | head | {id(t) for h in holders for t in (*h.parameters(), *h.buffers())}
+    skipped = moving | head | added_to(attachment.model)
     digest = hashlib.sha256()
-    named = {**dict(attachment.model.named_parameters()), **dict(attachment.model.named_buffers())}
+    named = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
     for key in sorted(named):
         tensor = named[key]
         if id(tensor) not in skipped:
@@ -118,30 +134,71 @@ def geometry(sites: Sites) -> dict[str, Any]:
     }
 
 
-def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _live(attachment: Attachment) -> dict[str, Tensor]:
+    """The tensors that a file fills, by the file's keys: adapters are called by their method, whatever their name."""
+    packed = attachment.tuner.pack(attachment.state())
+    if packed is not None:
+        return packed[1]
+    method = label_of(attachment.tuner.method or attachment.name)
+    here, there = f"petune_{attachment.edit.name}", f"petune_{method}"
+    return {".".join(_renamed(part, here, there) for part in k.split(".")): t for k, t in attachment.state().items()}
+
+
+def _renamed(part: str, here: str, there: str) -> str:
+    return there + part.removeprefix(here) if part.startswith(here) else part
+
+
+def read_adapter(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter directory, petune's or PEFT's.
+
+    Raises:
+        CheckpointError: See `load`.
+    """
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(f"{place} must be an adapter directory, but holds no {CONFIG_FILE}")
-    verify_directory(place)
     try:
         config = json.loads((place / CONFIG_FILE).read_bytes())
+        own = config if "format" in config else (config.get("auto_mapping") or {}).get("petune")
+        if own is not None or "peft_type" not in config:
+            verify_directory(place)
         tensors = load_tensors((place / TENSOR_FILE).read_bytes())
+        config = _of_peft(config) if own is None else own
         version = int(config["format"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        missing = [] if version > FORMAT else sorted(KEYS - set(config))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{place} must be an adapter directory that petune wrote, but: {error}") from None
     if version > FORMAT:
         raise CheckpointError(f"{place} has format {version}, newer than {FORMAT}; upgrade: pip install -U petune")
+    if missing:
+        raise CheckpointError(
+            f"{place / CONFIG_FILE} must have {', '.join(sorted(KEYS))}, but lacks {', '.join(missing)}"
+        )
+    if config["tuner"] not in {t.name for t in tuners()}:
+        raise PluginError(
+            f"{place} needs the method {config['tuner']!r}, which is not installed here; it was saved with "
+            f"{config['distribution'] or 'a package that is not recorded'} {config['version'] or ''}".rstrip()
+            + "; install that package"
+        )
     return config, tensors
+
+
+def _of_peft(config: dict[str, Any]) -> dict[str, Any]:
+    """What petune would have written for an adapter that PEFT wrote: without geometry and fingerprint."""
+    reader: Any = load_tuner("peft")
+    unpacked: dict[str, Any] = reader.unpack(config)
+    return {"format": FORMAT, "metadata": {}, "geometry": None, "fingerprint": None, **unpacked}
 
 
 def _check(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> None:
     here, there = geometry(att.sites), config["geometry"]
+    there = here if there is None else there
     differs = [f"{key} {there.get(key)} (this model: {here[key]})" for key in here if there.get(key) != here[key]]
     if differs:
         raise BackboneMismatch(f"{place} belongs to a backbone with another {', '.join(differs)}")
-    state = att.state()
+    state = _live(att)
     shapes = [k for k in state if k in tensors and tensors[k].shape != state[k].shape]
     if shapes:
-        what = "number of classes" if set(shapes) <= set(att.head) else "shape"
+        what = "number of classes" if all(key.endswith(tuple(att.head) or "-") for key in shapes) else "shape"
         key = shapes[0]
         raise BackboneMismatch(
             f"{place} was trained with another {what}: {key} is {tuple(tensors[key].shape)} there and "
@@ -150,7 +207,7 @@ def _check(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Ten
     if set(state) != set(tensors):
         key = sorted(set(state) ^ set(tensors))[0]
         raise BackboneMismatch(f"{place} must hold exactly the tensors of {att.name}; {key} is on one side only")
-    if fingerprint(att) != config["fingerprint"]:
+    if config["fingerprint"] is not None and fingerprint(att) != config["fingerprint"]:
         raise BackboneMismatch(
             f"{place} belongs to a backbone of the same shape with other weights; load the weights it was trained on "
             f"({config['metadata'].get('backbone', {}).get('weights', 'not recorded')})"

@@ -1,22 +1,62 @@
-"""`check_tuner`: the contract in executable form, for authors of tuners."""
+"""`check_tuner`: the contract in executable form, for authors of tuners.
+
+Every property is a function from a Trial to what is wrong, in words; nothing is wrong where that is empty. They
+run in their order: as attached, after three steps of training, in use, detached.
+"""
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from petune.attach import Attachment, attach
+from petune.attach import attach
 from petune.registry import build_tuner
 from petune.state import load
+from petune.tiny_models import tiny_timm
 from petune.tuner import Tuner
 
 
 class ContractViolation(AssertionError):
     """A property of the contract does not hold; the message names it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One property and what is wrong with it; empty where it holds."""
+
+    name: str
+    problem: str
+
+
+class Trial:
+    """A tuner on a small model.
+
+    Attributes:
+        base: The model without the tuner.
+        att: The tuner on a copy of it.
+        x: Four pictures.
+        plain: What `base` makes of them.
+        tuned: What the trained model makes of them.
+        moved: What is wrong with the frozen tensors after training.
+    """
+
+    def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str) -> None:
+        self.base = copy.deepcopy(model).eval()
+        self.att = attach(copy.deepcopy(self.base), tuner, name=name)
+        self.x = torch.randn(4, *self.att.sites.input_size, generator=torch.Generator().manual_seed(0))
+        self.plain = logits(self.base, self.x)
+        self.tuned, self.moved = torch.empty(0), "it could not be trained"
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the tuner."""
+        return self.att.model
 
 
 def check_tuner(tuner: str | Tuner[Any], model: nn.Module | None = None, **options: Any) -> list[str]:
@@ -31,86 +71,182 @@ def check_tuner(tuner: str | Tuner[Any], model: nn.Module | None = None, **optio
 
     Raises:
         ContractViolation: The first one that does not.
+        AttachError: The tuner refuses this model.
     """
-    built = build_tuner(tuner, **options)
-    name = tuner if isinstance(tuner, str) else type(tuner).__name__.lower()
-    base = copy.deepcopy(model) if model is not None else _tiny()
-    base.eval()
-    att = attach(copy.deepcopy(base), built, name=name)
-    x = torch.randn(4, *att.sites.input_size, generator=torch.Generator().manual_seed(0))
-    passed: list[str] = []
-
-    def holds(what: str, good: bool) -> None:
-        if not good:
-            raise ContractViolation(f"{name}: {what} — does not hold")
-        passed.append(what)
-
-    with torch.no_grad():
-        plain = base(x)
-        holds("backbone keys are unchanged", set(base.state_dict()) <= set(att.model.state_dict()))
-        if built.identity_at_start:
-            holds("identity at the start", torch.allclose(att.model(x), plain, atol=1e-6))
-    trains = {id(t) for t in att.state().values()}  # by identity: a shared module has several keys
-    frozen = {k: t.detach().clone() for k, t in att.model.state_dict(keep_vars=True).items() if id(t) not in trains}
-    before = {k: t.detach().clone() for k, t in att.tuned.items()}
-    _three_steps(att, x)
-    state = att.model.state_dict()
-    holds("frozen tensors and buffers stay to the bit", all(torch.equal(state[k], t) for k, t in frozen.items()))
-    holds("every tuned tensor moves", all(_pushed(att.tuned[k], t) for k, t in before.items()))
-    att.model.eval()
-    with torch.no_grad():
-        tuned = att.model(x)
-        holds("two evaluations are equal", torch.equal(att.model(x), tuned))
-        alone = torch.cat([att.model(x[i : i + 1]) for i in range(len(x))])
-        holds("pictures of a batch do not mix", torch.allclose(alone, tuned, atol=1e-4))
-        holds("a deep copy computes the same", torch.equal(copy.deepcopy(att.model)(x), tuned))
-        with att.disabled():
-            holds("disabled is the backbone to the bit", torch.equal(att.model(x), plain))
-        holds("enabled again is as before", torch.equal(att.model(x), tuned))
-        holds("saved and loaded is the same to the bit", torch.equal(_reloaded(att, base, x), tuned))
-    att.detach()
-    after = att.model.state_dict()
-    same = list(after) == list(base.state_dict()) and all(
-        torch.equal(after[k], t) for k, t in base.state_dict().items()
-    )
-    holds("detach gives the model back to the bit", same)
+    passed = []
+    for finding in examine(tuner, model, **options):
+        if finding.problem:
+            name = tuner if isinstance(tuner, str) else type(tuner).__name__
+            raise ContractViolation(f"{name}: {finding.name} — does not hold: {finding.problem}")
+        passed.append(finding.name)
     return passed
 
 
-def _pushed(tensor: Tensor, before: Tensor) -> bool:
-    """Whether it moved, or had a gradient too small to move it: a bias that softmax cancels gets rounding alone."""
-    return not torch.equal(tensor, before) or (tensor.grad is not None and bool(tensor.grad.any()))
+def examine(tuner: str | Tuner[Any], model: nn.Module | None = None, **options: Any) -> Iterator[Finding]:
+    """Every property of the contract in turn, as `check_tuner`, without stopping at the first that does not hold."""
+    built = build_tuner(tuner, **options)
+    name = tuner if isinstance(tuner, str) else type(tuner).__name__.lower()
+    trial = Trial(built, model if model is not None else tiny_timm(), name)
+    for what, wrong in PROPERTIES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                problem = wrong(trial)
+            except Exception as error:  # whatever an author's code raises is a finding
+                problem = f"{type(error).__name__}: {error}"
+        yield Finding(what, problem)
 
 
-def _three_steps(att: Attachment, x: Tensor) -> None:
-    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
-    target = torch.arange(len(x)) % 2
-    att.train()
+@torch.no_grad()
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """The scores of a batch, also from a model that returns an object that holds them."""
+    out = model(x)
+    scores: Tensor = getattr(out, "logits", out)
+    return scores
+
+
+def _keys(t: Trial) -> str:
+    gone = sorted(set(t.base.state_dict()) - set(t.model.state_dict()))
+    return f"{gone[0]} is gone" if gone else ""
+
+
+def _untouched(t: Trial) -> str:
+    now = t.model.state_dict()
+    return _first(key for key, old in t.base.state_dict().items() if key in now and not torch.equal(now[key], old))
+
+
+def _identity(t: Trial) -> str:
+    if not t.att.tuner.identity_at_start:
+        return ""
+    change = float((logits(t.model, t.x) - t.plain).abs().max())
+    return "" if change < 1e-5 else f"the output moves by {change:.2g}; if that is meant, set identity_at_start = False"
+
+
+def _count(t: Trial) -> str:
+    formula, counted = t.att.tuner.count(t.att.sites), t.att.counts.tuned
+    return "" if formula in (None, counted) else f"{counted:,} parameters, by the formula of count() {formula:,}"
+
+
+def _trains(t: Trial) -> str:
+    """Three steps; meant for what follows too."""
+    before = {key: p.detach().clone() for key, p in t.att.tuned.items()}
+    ids = {id(v) for v in t.att.state().values()}
+    frozen = {k: v for k, v in t.model.state_dict(keep_vars=True).items() if id(v) not in ids}
+    kept = {key: v.detach().clone() for key, v in frozen.items()}
+    optimizer = torch.optim.SGD(t.att.parameters(), lr=0.1)
+    target = torch.arange(len(t.x)) % 2
+    t.att.train()
+    live: set[str] = set()
     for step in range(3):
-        loss = nn.functional.cross_entropy(att.model(x), target) + att.extra_loss(step)
+        out = t.model(t.x)
+        loss = nn.functional.cross_entropy(getattr(out, "logits", out), target) + t.att.extra_loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        if step == 0:
-            att.check_gradients()
+        live |= {key for key, p in t.att.tuned.items() if p.grad is not None and p.grad.any()}
         optimizer.step()
+    with torch.no_grad():
+        for p in t.att.tuned.values():  # as after a long training, so that what it does is seen
+            p.add_(torch.randn_like(p), alpha=0.1)
+    t.model.eval()
+    t.tuned = logits(t.model, t.x)
+    t.moved = _first(key for key, old in kept.items() if not torch.equal(frozen[key], old))
+    dead = [key for key in before if key not in live]
+    return f"{len(dead)} of {len(before)} never had a gradient other than zero, as {dead[0]}" if dead else ""
 
 
-def _reloaded(att: Attachment, base: nn.Module, x: Tensor) -> Tensor:
-    fresh = copy.deepcopy(base)
+def _frozen(t: Trial) -> str:
+    return t.moved
+
+
+def _repeatable(t: Trial) -> str:
+    return _same(logits(t.model, t.x), t.tuned, "is there dropout that ignores self.training?")
+
+
+def _stateless(t: Trial) -> str:
+    logits(t.model, t.x.flip(-1) + 1)
+    changed = _same(logits(t.model, t.x), t.tuned, "the output depends on the pictures of the forward before")
+    own = {f"{path}.{k}" for path, m in t.base.named_modules() for k in vars(m)}
+    for path, module in t.model.named_modules():
+        kept = [k for k, v in vars(module).items() if isinstance(v, Tensor) and f"{path}.{k}" not in own]
+        changed = changed or (f"{path}.{kept[0]} keeps a tensor after the forward" if kept else "")
+    return changed
+
+
+def _unmixed(t: Trial) -> str:
+    alone = torch.cat([logits(t.model, t.x[i : i + 1]) for i in range(len(t.x))])
+    change = float((alone - t.tuned).abs().max())
+    small = 1e-5 * max(1.0, float(t.tuned.abs().max()))
+    return "" if change < small else f"a picture alone differs by {change:.2g} from the same one in a batch"
+
+
+def _copied(t: Trial) -> str:
+    return _same(logits(copy.deepcopy(t.model), t.x), t.tuned, "the copy computes something else")
+
+
+def _disabled(t: Trial) -> str:
+    with t.att.disabled():
+        return _same(logits(t.model, t.x), t.plain, "the output is not the backbone's")
+
+
+def _reloaded(t: Trial) -> str:
+    fresh = copy.deepcopy(t.base)
     with tempfile.TemporaryDirectory() as place:
-        att.save(f"{place}/adapter")
-        load(fresh, f"{place}/adapter")
-    out: Tensor = fresh.eval()(x)
-    return out
+        t.att.save(f"{place}/adapter")
+        load(fresh, f"{place}/adapter", tuner=t.att.tuner)
+    return _same(logits(fresh.eval(), t.x), t.tuned, "something that the output depends on is not saved")
 
 
-def _tiny() -> nn.Module:
-    import timm
+def _detached(t: Trial) -> str:
+    t.att.detach()
+    after, before = t.model.state_dict(), t.base.state_dict()
+    if list(after) != list(before):
+        return f"other keys: {sorted(set(after) ^ set(before))[:1] or 'the order changed'}"
+    if [name for name, _ in t.model.named_modules()] != [name for name, _ in t.base.named_modules()]:
+        return "a module was left behind"
+    if _hooks(t.model) != _hooks(t.base):
+        return "a hook was left behind"
+    flags = zip(t.model.parameters(), t.base.parameters(), strict=True)
+    if any(a.requires_grad != b.requires_grad for a, b in flags):
+        return "requires_grad is not as it was"
+    return _first(key for key, old in before.items() if not torch.equal(after[key], old))
 
-    torch.manual_seed(0)
-    model: nn.Module = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=3
+
+PROPERTIES: tuple[tuple[str, Callable[[Trial], str]], ...] = (
+    ("backbone keys are unchanged", _keys),
+    ("attaching changes no value of the backbone", _untouched),
+    ("identity at the start, where that is claimed", _identity),
+    ("the count is the formula's, where there is one", _count),
+    ("every tuned tensor learns", _trains),
+    ("frozen tensors and buffers stay to the bit", _frozen),
+    ("two evaluations are equal", _repeatable),
+    ("nothing is kept between forwards", _stateless),
+    ("pictures of a batch do not mix", _unmixed),
+    ("a deep copy computes the same", _copied),
+    ("disabled is the backbone to the bit", _disabled),
+    ("enabled again is as before", _repeatable),
+    ("saved and loaded is the same to the bit", _reloaded),
+    ("detach gives the model back to the bit", _detached),
+)
+
+
+def _same(now: Tensor, before: Tensor, else_: str) -> str:
+    if torch.equal(now, before):
+        return ""
+    change = f"{float((now - before).abs().max()):.2g}" if now.shape == before.shape else "another shape"
+    return f"{else_} (differs by {change})"
+
+
+def _first(keys: Iterator[str]) -> str:
+    key = next(keys, None)
+    return "" if key is None else f"{key} differs"
+
+
+def _hooks(model: nn.Module) -> int:
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
     )
-    for p in model.parameters():  # timm starts the head at zero, which would hide a dead tuner
-        nn.init.normal_(p, std=0.1)
-    return model
+    return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)

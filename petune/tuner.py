@@ -32,6 +32,7 @@ treat every picture on its own. Two optional attributes on it:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from petune.edit import Edit
+    from petune.sites import Sites
 
 
 class TunerConfig(Config):
@@ -72,12 +74,14 @@ class Tuner(Generic[ConfigT]):
         Config: The class of its options; `petune.attach(model, "name", option=value)` builds it.
         recipe: Its training defaults.
         identity_at_start: Whether the model computes the same as before right after attaching.
+        method: The name it was built by; empty for one that was made by hand.
         config: The options of this instance.
     """
 
     Config: ClassVar[type[TunerConfig]] = TunerConfig
     recipe: Recipe = Recipe()
     identity_at_start: bool = True
+    method: str = ""
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
         """Configure the method, with a config or with options; not yet bound to any model.
@@ -97,6 +101,24 @@ class Tuner(Generic[ConfigT]):
         `edit.on_detach`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define attach(self, edit)")
+
+    def count(self, sites: Sites) -> int | None:
+        """How many parameters the method adds to such a model, by the paper's formula; `check_tuner` counts them.
+
+        None, the default, says that there is no formula in terms of sites.
+        """
+        return None
+
+    def pack(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """Config and tensors in another library's format, if what is saved is to be read by it; see `petune.state`.
+
+        Args:
+            state: What petune would save, tuned and head, by state_dict key.
+
+        Returns:
+            Tensors by the other format's keys; they share memory with the model's, so that loading is copying.
+        """
+        return None
 
     def loss(self, step: int) -> torch.Tensor | None:
         """A term to add to the loss at this step (from 0), or None: most methods have none."""

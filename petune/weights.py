@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from petune.errors import CheckpointError, WeightsUnavailable
-from petune.network import reachable
 
 BUNDLED = Path(__file__).with_name("pretrained")
 BACKBONE_FILE = "backbone.safetensors"
-HUB_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -94,49 +91,6 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
                           (("missing", missing), ("left over", extra), ("of another shape", shapes)) if v)  # fmt: skip
         raise CheckpointError(f"{weights.source} must hold the weights of this backbone, but does not fit it ({found})")
     model.load_state_dict({key: tensors[key] for key in wanted}, strict=False)
-
-
-def hub_overlay(model_name: str, config: Any) -> dict[str, Any]:
-    """What to lay over timm's pretrained_cfg so that loading neither stalls nor fails late.
-
-    A cached file is used as it is; else the host is asked first.
-
-    Raises:
-        WeightsUnavailable: timm has none, or they are not cached and the hub cannot be reached.
-    """
-    ways_out = f"--weights PATH for a file you have, or --weights none for random ones ({model_name} then starts anew)"
-    if not (config.hf_hub_id or config.url):
-        raise WeightsUnavailable(f"timm has no pretrained weights for {model_name}; give {ways_out}")
-    cached = _cached(config)
-    if cached is not None:
-        return {"file": str(cached)}
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url, file = (hub, f"{config.hf_hub_id}/{config.hf_hub_filename or HUB_FILES[0]}") if config.hf_hub_id else (
-        config.url, config.url)  # fmt: skip
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"} and config.hf_hub_id
-    if offline or not reachable(url):
-        why = "HF_HUB_OFFLINE is set" if offline else f"{url} cannot be reached"
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        raise WeightsUnavailable(
-            f"the pretrained weights of {model_name} must be cached or downloadable, but {file} is not in "
-            f"{HF_HUB_CACHE} and {why}. Ways out: download it where there is a network and copy the cache; {ways_out}"
-        )
-    return {}
-
-
-def _cached(config: Any) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from torch.hub import get_dir
-
-    if config.hf_hub_id:
-        for name in (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES:
-            found = try_to_load_from_cache(config.hf_hub_id, name)
-            if isinstance(found, str):
-                return Path(found)
-        return None
-    path = Path(get_dir()) / "checkpoints" / Path(config.url).name
-    return path if path.is_file() else None
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:

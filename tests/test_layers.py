@@ -13,11 +13,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
     "errors": 0, "config": 0, "files": 0, "network": 0,
-    "sites": 1, "anatomy": 1, "rundir": 1, "results": 1,
-    "edit": 2, "hooks": 2, "tuner": 2, "registry": 2,
-    "attach": 3, "state": 3, "testing": 3, "tuners": 3,
-    "backbones": 4, "foreign": 4, "weights": 4, "data": 4,
-    "train": 5, "measure": 5,
+    "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
+    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
+    "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
+    "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
+    "train": 5, "measure": 5, "restore": 5, "export": 6,
     "run": 6, "pretrain": 6,
     "compare": 7, "report": 7,
     "cli": 8, "__main__": 9,
@@ -29,6 +29,8 @@ SIBLINGS = {
     ("anatomy", "sites"): "the walk returns them",
     ("results", "rundir"): "the name of the result's file",
     ("edit", "hooks"): "the verbs are built on them",
+    ("edit", "ledger"): "what other attachments added is not the backbone's",
+    ("edit", "probe"): "which layers a site calls",
     ("tuner", "edit"): "a type only",
     ("registry", "tuner"): "what it builds",
     ("attach", "state"): "Attachment.save",
@@ -37,6 +39,7 @@ SIBLINGS = {
     ("testing", "state"): "and about saving",
     ("backbones", "weights"): "a backbone has weights",
     ("backbones", "foreign"): "some are not timm's",
+    ("backbones", "hub"): "and may have to fetch them",
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
     ("compare", "report"): "many runs, one table",
 }

@@ -12,7 +12,7 @@ import pytest
 from petune.config import Config, read_yaml
 from petune.errors import CheckpointError, UsageError
 from petune.results import RunResult
-from petune.rundir import CONFIG_FILE, claimed, free_path
+from petune.rundir import CONFIG_FILE, claimed, free_path, latest_path
 
 COMMAND = "petune run --config config.yaml"
 
@@ -113,11 +113,25 @@ def test_an_error_inside_is_not_taken_for_one_of_the_directory(tmp_path: Path) -
         raise OSError("inside")
 
 
-def test_free_path(tmp_path: Path) -> None:
-    assert free_path(tmp_path / "run") == tmp_path / "run"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run-2").mkdir()
-    assert free_path(tmp_path / "run") == tmp_path / "run-3"
+def test_free_path_makes_what_it_returns(tmp_path: Path) -> None:
+    assert latest_path(tmp_path / "a" / "run") is None
+    for name in ("run", "run-2", "run-3"):
+        assert free_path(tmp_path / "a" / "run") == tmp_path / "a" / name
+        assert (tmp_path / "a" / name).is_dir()
+        assert latest_path(tmp_path / "a" / "run") == tmp_path / "a" / name
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        free_path(tmp_path / "file" / "run")
+
+
+def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+    with claimed(tmp_path, Settings(), resume=False, command=COMMAND):
+        assert (tmp_path / CONFIG_FILE).exists()
+    with (
+        pytest.raises(UsageError, match="exists already"),
+        claimed(tmp_path, Settings(), resume=False, command=COMMAND),
+    ):
+        pass
 
 
 def _result() -> RunResult:
@@ -126,6 +140,7 @@ def _result() -> RunResult:
             "seed",
             "epoch",
             "epochs",
+            "lr",
             "tuned",
             "head",
             "total",

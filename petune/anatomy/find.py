@@ -34,6 +34,8 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     Raises:
         AttachError: The model does not tell its input size, or its forward fails at that size.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
     sizes = [input_size] if input_size is not None else input_sizes_of(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
     holders: list[Any] = [h for h in added if hasattr(h, "enabled")]

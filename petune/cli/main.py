@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -11,14 +14,17 @@ import typer
 
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
+from petune.cli.data import data
 from petune.cli.datasets import datasets
 from petune.cli.env import env
+from petune.cli.export import export
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
+from petune.cli.plugin import plugin
 from petune.cli.pretrain import pretrain
 from petune.cli.run import run
 from petune.cli.terminal import clean, say
-from petune.errors import PetuneError
+from petune.errors import PetuneError, Stopped
 
 DEBUG = "--debug"
 
@@ -31,8 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, inspect, methods, backbones, datasets, env):
+for command in (run, compare, pretrain, inspect, export, methods, backbones, datasets, env):
     app.command()(command)
+app.add_typer(data, name="data")
+app.add_typer(plugin, name="plugin")
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,6 +75,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         args: The words after `petune`; None takes them from the command line.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stopped_early)
     debug = DEBUG in words
     try:
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
@@ -80,6 +90,15 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _tell(f"error: this is a bug in petune: {type(error).__name__}: {error}{where}", debug)
         sys.exit(1)
     sys.exit(0)
+
+
+def _stopped_early(*_: object) -> NoReturn:
+    """SIGTERM while libraries are imported; a run has a handler of its own.
+
+    Not an exception, since libraries catch those of their imports.
+    """
+    os.write(2, b"error: stopped by SIGTERM before there was anything to save; start it again\n")
+    os._exit(Stopped.exit_code)
 
 
 def _tell(message: str, debug: bool) -> None:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from petune.cli.options import Json
 from petune.cli.terminal import clean, show_json, show_table
 
+Load = Annotated[bool, typer.Option("--load", help="Import each one, so that a broken one shows its cause.")]
 
-def methods(json: Json = False) -> None:
+
+def methods(json: Json = False, load: Load = False) -> None:
     """List the installed methods, broken ones too."""
-    from petune.registry import tuners
+    from petune.registry import check_loads, tuners
 
-    found = [{"name": t.name, "distribution": t.distribution, "version": t.version, "state": t.state} for t in tuners()]
+    found = [
+        {
+            "name": t.name,
+            "distribution": t.distribution,
+            "version": t.version,
+            "state": check_loads(t) if load else t.state,
+        }
+        for t in tuners()
+    ]
     if json:
         show_json(found)
         return

@@ -36,8 +36,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
         show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
     place = place_of(config, f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
-    if config.resume:
-        config = config.model_copy(update={"output": place})
+    config = config.model_copy(update={"output": place})
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
     if json:

@@ -47,8 +47,7 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None) -> None:
     from petune.run import run as run_config
 
     place = place_of(config, default_name(config))
-    if config.resume:
-        config = config.model_copy(update={"output": place})
+    config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
     if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,28 +29,30 @@ def place_of(config: RunConfig, name: str) -> Path:
     Raises:
         UsageError: `--resume`, and there is nothing to go on in.
     """
-    from petune.rundir import free_path
+    from petune.rundir import free_path, latest_path
 
     if config.output is not None:
         return config.output
-    free = free_path(RUNS / name)
     if not config.resume:
-        return free
-    if free.name == name:
-        raise UsageError(f"--resume needs a run to go on in, but there is no {free}; give --output DIR")
-    number = int(free.name.removeprefix(f"{name}-")) - 1
-    return RUNS / (name if number == 1 else f"{name}-{number}")
+        return free_path(RUNS / name)
+    latest = latest_path(RUNS / name)
+    if latest is None:
+        raise UsageError(f"--resume needs a run to go on in, but there is no {RUNS / name}; give --output DIR")
+    return latest
 
 
 @contextmanager
 def resumable(command: str, place: Path) -> Iterator[None]:
-    """Add to a stop by a signal how to go on."""
+    """Add to a stop by a signal how to go on; leave no empty directory."""
     try:
         yield
     except Stopped as error:
         where, config = shlex.quote(str(place)), shlex.quote(str(place / "config.yaml"))
         again = f"petune {command} --config {config} --output {where} --resume"
         raise Stopped(f"{error}:\n  {again}") from None
+    finally:
+        with suppress(OSError):
+            place.rmdir()  # of a run that failed before it had anything to keep
 
 
 @contextmanager

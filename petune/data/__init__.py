@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, Split
@@ -17,13 +18,16 @@ NAMES = {
 }
 
 
-def load_dataset(name: str, data_dir: Path | None = None, image_size: int = 224) -> Dataset:
+def load_dataset(
+    name: str, data_dir: Path | None = None, image_size: int = 224, on_broken: Literal["error", "skip"] = "error"
+) -> Dataset:
     """Load a dataset.
 
     Args:
         name: A key of `NAMES`.
         data_dir: Where CIFAR lies; without it `PETUNE_DATA`, then the cache directory.
         image_size: Side in pixels that pictures of a folder will be used at.
+        on_broken: For a folder: see `petune.data.folder`.
 
     Raises:
         UnknownName: No such dataset.
@@ -33,7 +37,7 @@ def load_dataset(name: str, data_dir: Path | None = None, image_size: int = 224)
     if name.startswith("folder:"):
         from petune.data.folder import load_folder
 
-        return load_folder(Path(name.removeprefix("folder:")).expanduser(), image_size)
+        return load_folder(Path(name.removeprefix("folder:")).expanduser(), image_size, on_broken)
     if name in {"cifar10", "cifar100"}:
         from petune.data.cifar import load_cifar
 

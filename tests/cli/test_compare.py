@@ -73,3 +73,17 @@ def test_no_method_and_twice_the_same_are_refused(petune: Run, tiny: Words) -> N
     twice = petune("compare", "linear", "linear", *tiny)
     assert twice.code == 2
     assert "each may stand once, but linear stands twice" in twice.err
+
+
+def test_a_method_may_have_a_rate_of_its_own(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    words = ("compare", "linear", "full", *tiny, "--lr=0.02", "--set=lrs.full=0.001")
+    assert petune(*words).code == 0
+    rates = {
+        method: yaml.safe_load((place / "config.yaml").read_text())["train"]["lr"]
+        for method in ("linear", "full")
+        for place in (tmp_path / "runs" / "compare-vit_nano-digits").glob(f"{method}-*")
+    }
+    assert rates == {"linear": 0.02, "full": 0.001}
+    wrong = petune("compare", "linear", *tiny, "--set=lrs.linar=0.1")
+    assert wrong.code == 2
+    assert "lrs must name methods of the comparison, but 'linar'; did you mean 'linear'?" in wrong.err

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,10 +35,13 @@ Commands:
   compare    Train several methods alike and print one table.
   pretrain   Train a backbone from scratch, for --weights.
   inspect    Show a backbone's places and what a method would train.
+  export     Fold a run's adapter into its backbone and write the plain weights.
   methods    List the installed methods, broken ones too.
   backbones  List the names that --backbone takes.
   datasets   List the names that --dataset takes, and what is here.
   env        Show versions, device, directories and precision.
+  data       Look after pictures.
+  plugin     Begin a method of your own, or check one.
 """
 HEAVY = ("torch", "timm", "peft", "numpy", "accelerate", "sklearn", "matplotlib")
 
@@ -144,3 +149,16 @@ def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr("petune.cli.env.environment", fail)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_a_signal_while_libraries_are_imported_is_75(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "petune", "run", "--method=linear", "--backbone=vit_nano", "--dataset=digits"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text() and process.poll() is None:
+        time.sleep(0.005)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped by SIGTERM" in err

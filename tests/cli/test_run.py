@@ -126,7 +126,7 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
         (
             ("--method", "adaptfromer"),
             2,
-            "error: no method is called 'adaptfromer'; did you mean 'adaptformer'?",
+            "error: no method is called 'adaptfromer'; did you mean 'adaptformer' or",
         ),
         (("--backbone", "vit_bsae"), 2, "error: no backbone is called 'vit_bsae'; did you mean 'vit_base'"),
         (("--dataset", "cifr10"), 2, "error: no dataset is called 'cifr10'; did you mean 'cifar10'"),
@@ -171,3 +171,24 @@ def test_ctrl_c_stops_with_75_and_says_how_to_go_on(tiny: Words, tmp_path: Path)
     assert "error: stopped by SIGINT" in err
     place = "runs/linear-vit_nano-digits-seed0"
     assert err.endswith(f"\n  petune run --config {place}/config.yaml --output {place} --resume\n")
+
+
+def test_an_unreachable_hub_is_told_before_timm_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom petune.cli.main import main\ntry:\n"
+        " main(['run', '--method', 'adaptformer', '--backbone', 'vit_base', '--dataset', 'digits'])\n"
+        "except SystemExit as end:\n print(end.code, 'timm' in sys.modules)"
+    )
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    assert done.stdout.split() == ["4", "False"], done.stderr
+    for words in (
+        "timm/vit_base_patch16_224.augreg_in21k/model.safetensors is not in",
+        "http://127.0.0.1:9 cannot be reached. Ways out:",
+        "--weights PATH",
+        "--weights none",
+    ):
+        assert words in done.stderr
+    assert not list(tmp_path.glob("runs/*"))

@@ -176,3 +176,43 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
         load_folder(tmp_path / "file", 32)
     with pytest.raises(DataError, match="is not there"):
         load_folder(tmp_path / "nowhere", 32)
+
+
+def _with_broken(place: Path, broken: int, good: int = 100) -> None:
+    _fill(place, {"cat": good, "dog": good})
+    for i in range(broken):
+        file = place / "cat" / f"{i:02}.png"
+        file.write_bytes(file.read_bytes()[:-30])
+
+
+def test_broken_pictures_are_skipped_where_asked_for_and_named(tmp_path: Path) -> None:
+    _with_broken(tmp_path, 2)
+    with pytest.raises(DataError, match=r"00\.png must be a whole picture.*--set on_broken=skip"):
+        load_folder(tmp_path, 32)
+    for _ in range(2):  # decoded, and from the cache
+        data = load_dataset(f"folder:{tmp_path}", image_size=32, on_broken="skip")
+        assert len(data.train) + len(data.test) == 198
+        assert "2 broken skipped: cat/00.png, cat/01.png" in data.source
+        assert {int(x) for x in data.train.images[data.train.rows][:, 0, 0, 0]}.isdisjoint({0, 1})
+    with pytest.raises(DataError, match=r"00\.png must be a whole picture"):
+        load_folder(tmp_path, 32)
+
+
+def test_too_many_broken_pictures_are_an_error_all_the_same(tmp_path: Path) -> None:
+    _with_broken(tmp_path, 3)
+    with pytest.raises(DataError, match=r"at most 1% .* 3 of 200 are, first: .*00\.png .*petune data check"):
+        load_folder(tmp_path, 32, "skip")
+
+
+def test_check_finds_what_is_broken_and_what_stands_in_two_splits(tmp_path: Path) -> None:
+    from petune.data.check import check_folder
+
+    _fill(tmp_path / "train", {"cat": 3, "dog": 2})
+    _fill(tmp_path / "test", {"cat": 2, "dog": 2}, start=20)
+    assert check_folder(tmp_path).is_sound
+    shutil.copy(tmp_path / "train" / "cat" / "01.png", tmp_path / "test" / "dog" / "x.png")
+    (tmp_path / "train" / "dog" / "00.png").write_bytes(b"no picture")
+    report = check_folder(tmp_path)
+    assert report.pictures == {"train": {"cat": 3, "dog": 2}, "test": {"cat": 2, "dog": 3}}
+    assert [m.split(" must")[0] for m in report.broken] == [str(tmp_path / "train" / "dog" / "00.png")]
+    assert report.shared == [(tmp_path / "test" / "dog" / "x.png", tmp_path / "train" / "cat" / "01.png")]

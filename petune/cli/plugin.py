@@ -1,0 +1,79 @@
+"""`petune plugin new|check`: begin a method of your own, and prove that one keeps the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from petune.cli.options import Json
+from petune.cli.terminal import clean, show, show_json
+
+if TYPE_CHECKING:
+    from petune.testing import Finding
+
+plugin = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Begin a method of your own, or check one.")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The method's name: small letters, digits, underscores.")]
+Method = Annotated[str, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
+Place = Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put it.  [default: here]")]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the contract says of a method on one library's tiny model."""
+
+    library: str
+    refused: str
+    findings: tuple[Finding, ...]
+
+
+@plugin.command()
+def new(name: Name, place: Place = Path()) -> None:
+    """Write a package with a working method, its test and its entry point."""
+    from petune.scaffold import write_plugin
+
+    for path in write_plugin(name, place):
+        show(str(path))
+    root = place / f"petune-{name.replace('_', '-')}"
+    show(f"\npip install -e {root}\npetune plugin check {name}")
+
+
+@plugin.command()
+def check(method: Method, json: Json = False) -> None:
+    """Check the contract on tiny models of timm, torchvision and transformers; exit code 1 if it is broken."""
+    checked = list(_check(method))
+    if json:
+        show_json([asdict(one) for one in checked])
+    else:
+        for one in checked:
+            _show(one)
+    proven = any(not one.refused for one in checked)
+    if not proven or any(finding.problem for one in checked for finding in one.findings):
+        raise typer.Exit(1)
+
+
+def _check(method: str) -> Iterator[Checked]:
+    from petune.errors import AttachError
+    from petune.run import parse_method
+    from petune.testing import examine
+    from petune.tiny_models import tiny_models
+
+    name, options = parse_method(method)
+    for library, build in tiny_models().items():
+        try:
+            yield Checked(library, "", tuple(examine(name, build(), **options)))
+        except AttachError as error:
+            yield Checked(library, str(error), ())
+
+
+def _show(one: Checked) -> None:
+    show(one.library)
+    if one.refused:
+        show(clean(f"  refused  {one.refused}"))
+    for finding in one.findings:
+        state, words = ("BROKEN", f": {finding.problem}") if finding.problem else ("ok", "")
+        show(clean(f"  {state:7}  {finding.name}{words}"))

@@ -1,0 +1,89 @@
+"""One forward without gradient: which modules are called, when, with what; and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.sites import Sites
+
+
+@dataclass
+class Call:
+    """The first call of a module.
+
+    Attributes:
+        start, stop: Places in the order of all entries and exits that were watched.
+        input: Its first argument.
+        output: What it returned.
+    """
+
+    start: int
+    stop: int = -1
+    input: Any = None
+    output: Any = None
+
+
+def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[int, Call]:
+    """Run the model on one black picture in eval mode.
+
+    Args:
+        model: Modes and random state are as before afterwards.
+        sites: Of the model.
+        watched: The modules to tell of.
+
+    Returns:
+        By identity of the module; one that was not called is missing.
+    """
+    calls: dict[int, Call] = {}
+    clock = iter(range(10**9))
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if id(module) not in calls:
+            calls[id(module)] = Call(next(clock), input=next(iter((*args, *kwargs.values())), None))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        call = calls[id(module)]
+        if call.stop < 0:
+            call.stop, call.output = next(clock), output
+
+    handles = [h for m in watched for h in _hooks(m, enter, leave)]
+    try:
+        _forward(model, torch.zeros(1, *sites.input_size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def look(model: nn.Module, sites: Sites) -> Tensor:
+    """What the model makes of two random pictures, in eval mode; always the same ones."""
+    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
+    out = _forward(model, x)
+    scores: Tensor = getattr(out, "logits", out)
+    return scores
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, x: Tensor) -> Any:
+    """Run the model in eval mode; every module's mode is as before afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    try:
+        for module, _ in modes:
+            module.training = False
+        return model(x.to(like.device, like.dtype))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _hooks(module: nn.Module, enter: Any, leave: Any) -> tuple[Any, Any]:
+    return (
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave, prepend=True),
+    )

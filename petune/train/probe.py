@@ -1,0 +1,52 @@
+"""How large a micro-batch fits a device's memory, found out once before training and never changed in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from petune.errors import ConfigError
+
+
+def can_run_out(device: torch.device) -> bool:
+    """Whether a full memory is an error there that can be caught; a full main memory ends the process."""
+    return device.type == "cuda"
+
+
+def largest_that_fits(step: Callable[[int], object], batch_size: int, parameters: Sequence[nn.Parameter]) -> int:
+    """The largest of batch_size, its half, its quarter, … for which `step(size)` does not run out of memory.
+
+    Args:
+        step: Forward and backward of so many pictures.
+        batch_size: Pictures of an optimizer step.
+        parameters: What trains; room for an optimizer's two moments is held meanwhile.
+
+    Raises:
+        ConfigError: Not even one picture fits.
+    """
+    size, reason = batch_size, _problem(step, batch_size, parameters)
+    while reason and size > 1:
+        size = max(1, size // 2)
+        reason = _problem(step, size, parameters)
+    if reason:
+        raise ConfigError(
+            f"a training step must fit the device's memory, but one picture does not: {reason} Use a smaller "
+            "--backbone or --image-size, or --device cpu"
+        )
+    return size
+
+
+def _problem(step: Callable[[int], object], size: int, parameters: Sequence[nn.Parameter]) -> str:
+    """Why a step of `size` pictures does not fit, or nothing."""
+    try:
+        moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        step(size)
+        del moments
+    except torch.OutOfMemoryError as error:
+        return str(error).splitlines()[0]
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return ""

@@ -1,0 +1,69 @@
+"""Sequential adapters (Houlsby et al., ICML 2019, arXiv 1902.00751): a bottleneck behind every sublayer.
+
+    y = attn(norm1(x)):  y = y + GELU(y W_down + b_down) W_up + b_up        and the same behind the MLP
+
+Legend: B batch, N tokens, D width, M bottleneck.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+
+import petune
+
+
+class HoulsbyConfig(petune.TunerConfig):
+    """Options of Houlsby's adapters.
+
+    Attributes:
+        bottleneck: M; the paper tries 8 to 256.
+        dropout: On the hidden units.
+    """
+
+    bottleneck: int = Field(64, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class SequentialAdapter(nn.Module):
+    """y + up(GELU(down(y))), the identity at the start."""
+
+    why_not_mergeable = "its GELU is not linear, so it is no change of weights"
+
+    def __init__(self, dim: int, bottleneck: int, dropout: float) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, bottleneck), nn.Linear(bottleneck, dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, y_BND: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden_BNM = self.dropout(nn.functional.gelu(self.down(y_BND)))
+        out_BND: Tensor = y_BND + self.up(hidden_BNM)
+        return out_BND
+
+
+class Houlsby(petune.Tuner[HoulsbyConfig]):
+    """Houlsby's adapters, behind attention and behind MLP, before LayerScale, drop path and the residual sum.
+
+    Parameters: 2·(2·D·M + M + D) a block. ViT-B/16, M = 64: 2,379,264.
+
+    Differs from the paper: the up-projection starts at zero instead of N(0, 0.01²), so the start is exactly the
+    identity; the norms do not train (combine with `norm` for that).
+    """
+
+    Config = HoulsbyConfig
+    recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
+
+    def attach(self, edit: petune.Edit) -> None:
+        """Two adapters a block."""
+        for block in edit.sites.need_blocks():
+            for site in (block.need("attn"), block.need("mlp")):
+                edit.after(site, SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout))
+
+    def count(self, sites: petune.Sites) -> int:
+        """2·(2·D·M + M + D) a block."""
+        m = self.config.bottleneck
+        return sum(2 * (2 * block.dim * m + m + block.dim) for block in sites.blocks)

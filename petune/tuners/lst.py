@@ -1,0 +1,102 @@
+"""Ladder side-tuning (Sung et al., NeurIPS 2022, arXiv 2206.06522): a small network beside the backbone.
+
+    h_0 = x_0 W_0,   h_i = f_i(g_i · h_{i-1} + (1 - g_i) · x_i W_i),   x_L = x_L + h_L W_up
+
+x_i is what enters block i and carries no gradient: backward runs through the ladder only, never the backbone.
+
+Legend: B batch, N tokens, D width, S width of the ladder.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import petune
+
+
+class LSTConfig(petune.TunerConfig):
+    """Options of LST.
+
+    Attributes:
+        reduction: D / S; the paper's 8.
+        expansion: Hidden width of a rung's MLP, over S.
+    """
+
+    reduction: int = Field(8, ge=1)
+    expansion: int = Field(4, ge=1)
+
+
+class Rung(nn.Module):
+    """Mixes what comes up the ladder with what comes from the side, and a pre-norm MLP on it."""
+
+    def __init__(self, dim: int, side_dim: int, expansion: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, side_dim)
+        self.gate = nn.Parameter(torch.zeros(1))  # sigmoid: half and half at the start
+        self.norm = nn.LayerNorm(side_dim)
+        self.expand = nn.Linear(side_dim, expansion * side_dim)
+        self.reduce = nn.Linear(expansion * side_dim, side_dim)
+
+    def forward(self, h_BNS: Tensor, x_BND: Tensor) -> Tensor:
+        """(B, N, S) and (B, N, D) to (B, N, S)."""
+        gate = torch.sigmoid(self.gate)
+        mixed_BNS = gate * h_BNS + (1 - gate) * self.down(x_BND)
+        change_BNS: Tensor = self.reduce(nn.functional.gelu(self.expand(self.norm(mixed_BNS))))
+        out_BNS: Tensor = mixed_BNS + change_BNS
+        return out_BNS
+
+
+class Ladder(nn.Module):
+    """The side network; zero at the start, since `up` is."""
+
+    why_not_mergeable = "the ladder is a network of its own, not a change of weights"
+
+    def __init__(self, dims: tuple[int, ...], out_dim: int, config: LSTConfig) -> None:
+        super().__init__()
+        side_dim = max(1, out_dim // config.reduction)
+        self.first = nn.Linear(dims[0], side_dim)
+        self.rungs = nn.ModuleList(Rung(dim, side_dim, config.expansion) for dim in dims[1:])
+        self.up = nn.Linear(side_dim, out_dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, xs: list[Tensor]) -> Tensor:
+        """What entered each block, (B, N, D), to what is added behind the last one, (B, N, D)."""
+        h_BNS = self.first(xs[0].detach())
+        for rung, x_BND in zip(self.rungs, xs[1:], strict=True):
+            h_BNS = rung(h_BNS, x_BND.detach())
+        out_BND: Tensor = self.up(h_BNS)
+        return out_BND
+
+
+class LST(petune.Tuner[LSTConfig]):
+    """LST. Identity at the start. Needs blocks that all see the same tokens (no stages that change the grid).
+
+    Parameters: (L - 1)·(D·S + 1 + 2·e·S² + (e + 4)·S) + 2·D·S + S + D for L blocks, S = D/8 and e = 4.
+
+    Differs from the paper: rungs are MLPs on the tokens instead of small transformer blocks, since the side input
+    has been mixed over the tokens by the backbone already; they start anew instead of from pruned weights.
+    """
+
+    Config = LSTConfig
+    recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
+
+    def attach(self, edit: petune.Edit) -> None:
+        """One ladder, from what enters the blocks to what leaves the last."""
+        blocks = edit.sites.need_blocks()
+        dims = tuple(block.dim for block in blocks)
+        if len(set(dims)) > 1:
+            raise petune.AttachError(
+                f"a ladder needs blocks of one width, but those of {edit.sites.model} have {sorted(set(dims))}; "
+                "use adaptformer or lora"
+            )
+        edit.branch(blocks, blocks[-1], Ladder(dims, dims[-1], self.config))
+
+    def count(self, sites: petune.Sites) -> int:
+        """The formula above."""
+        dim, e = sites.blocks[-1].dim, self.config.expansion
+        s = max(1, dim // self.config.reduction)
+        rung = dim * s + 1 + 2 * e * s * s + (e + 4) * s
+        return (len(sites.blocks) - 1) * rung + 2 * dim * s + s + dim

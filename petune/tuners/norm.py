@@ -1,0 +1,37 @@
+"""Norm tuning (Basu et al., "Strong Baselines for PEFT of Vision Transformers", AAAI 2024, arXiv 2304.03613).
+
+LayerNorm(x) = g · x̂ + b        g and b train, all else is frozen
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+import petune
+
+
+class NormConfig(petune.TunerConfig):
+    """Norm tuning has no options."""
+
+
+class Norm(petune.Tuner[NormConfig]):
+    """Scale and shift of every normalisation train. Merging keeps them, they are the backbone's own.
+
+    Parameters: 4·D a block (two norms), 2·D for the final one. ViT-B/16: 38,400.
+
+    Differs from the paper: running statistics of a BatchNorm stay as they are, as all that is frozen.
+    """
+
+    Config = NormConfig
+    recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
+
+    def attach(self, edit: petune.Edit) -> None:
+        """Unfreeze the parameters of every normalisation."""
+        edit.train(p for module in edit.backbone() if is_norm(module) for p in module.parameters())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module divides by a guarded deviation (hence its `eps`) and scales by vectors."""
+    guarded = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
+    leaf = next(module.children(), None) is None
+    return guarded and leaf and all(p.ndim == 1 for p in module.parameters())

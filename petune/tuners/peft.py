@@ -1,0 +1,265 @@
+"""PEFT's tuners as methods: `lora`, `dora`, and `peft:<type>` for every type of PEFT that edits single layers.
+
+petune says which layers (from the sites, so nobody needs a model's names; the classifier is never one), PEFT does
+the rest. What is saved loads with `PeftModel.from_pretrained` on the same model, and the other way round. PEFT
+itself is imported when a tuner is made.
+
+    LoRA (Hu et al., ICLR 2022, arXiv 2106.09685):      y = W x + (α/r) · B A x        A random, B zero
+    DoRA (Liu et al., ICML 2024, arXiv 2402.09353):     W' = m · (W + B A) / ‖W + B A‖
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, cast
+
+from pydantic import ConfigDict, model_validator
+from torch import Tensor, nn
+
+import petune
+
+REFUSED = {
+    "adalora": "it must be told how many steps a training has, and what their gradients were",
+    "lily": "its router averages over the batch, so that the score of a picture depends on the others",
+    "osf": "it replaces the backbone's weights by their singular vectors",
+    "xlora": "it mixes adapters that exist already",
+    "poly": "it needs the task of every picture",
+    "trainable_tokens": "it trains word embeddings",
+    "shadow": "it needs a language model",
+    "cartridge": "it needs a language model",
+}
+NOT_IDENTITY = {"fourierft", "unilora", "vblora", "c3a"}
+MUST_DIVIDE = {
+    "c3a": "block_size",
+    "vblora": "vector_length",
+    "road": "group_size",
+    "oft": "oft_block_size",
+    "miss": "r",
+}
+CHANGES_WEIGHTS = "init_lora_weights"
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+class PeftConfig(petune.TunerConfig):
+    """Options of a PEFT type; all options of PEFT's own config are taken too, as `r` and `lora_alpha`.
+
+    Attributes:
+        type: PEFT's name of it in small letters: `lora`, `ia3`, `oft`, …
+        targets: Which linear layers of every block: those of attention, of the MLP, or both.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    targets: Literal["attn", "mlp", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = peft_types()
+        if self.type in REFUSED:
+            raise ValueError(f"the type {self.type} of PEFT cannot be a petune method: {REFUSED[self.type]}")
+        if self.type not in known:
+            raise ValueError(
+                f"there is no PEFT type {self.type!r} for vision models; there are {', '.join(sorted(known))}"
+            )
+        options = {f.name for f in dataclasses.fields(known[self.type])}
+        for name in self.options:
+            if name not in options:
+                near = difflib.get_close_matches(name, options, 3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise ValueError(f"{known[self.type].__name__} has no option {name!r}{hint}")
+        if self.options.get(CHANGES_WEIGHTS, True) not in PLAIN_STARTS:
+            raise ValueError(f"{CHANGES_WEIGHTS} must be one of {PLAIN_STARTS}: other starts change the backbone")
+        if self.options.get("bias", "none") != "none":
+            raise ValueError("bias must be 'none'; attach bitfit beside it to train biases")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to PEFT's config."""
+        return dict(self.model_extra or {})
+
+
+class LoraConfig(PeftConfig):
+    """Options of LoRA; further ones of PEFT's LoraConfig are taken too.
+
+    Attributes:
+        r: Rank.
+        lora_alpha: α; the change is scaled by α/r.
+        lora_dropout: On what enters A.
+    """
+
+    type: str = "lora"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
+        return {**own, **super().options}
+
+
+class DoraConfig(LoraConfig):
+    """Options of DoRA: those of LoRA."""
+
+    use_dora: Literal[True] = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**super().options, "use_dora": True}
+
+
+class Peft(petune.Tuner[PeftConfig]):
+    """Any PEFT type that edits single layers.
+
+    Differs from PEFT: layers come from the sites; the classifier trains as with every method, instead of through
+    `modules_to_save`; a layer whose weight is read without a call is never a target, since PEFT's layer would do
+    nothing there (timm's BEiT and EVA are told to call it, others are named in a warning).
+    """
+
+    Config = PeftConfig
+    recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
+
+    def __init__(self, config: PeftConfig | None = None, **options: Any) -> None:
+        super().__init__(config, **options)
+        starts = [v for k, v in self.config.options.items() if k.startswith("init_") or k == "init_weights"]
+        self.identity_at_start = self.config.type not in NOT_IDENTITY and False not in starts
+
+    def attach(self, edit: petune.Edit) -> None:
+        """Let PEFT put its layers around the targets, and take over what it has added."""
+        from petune.tuners.peft_layers import Wrapped
+
+        chosen = "target_modules" in self.config.options
+        bare = [] if chosen else self._bare(edit)
+        targets = [] if chosen else self._targets(edit, bool(bare))
+        options = self._options(edit, targets) if not chosen else self.config.options
+        if bare:
+            options = {**options, "target_parameters": [f"{_path(site)}.in_proj_weight" for site in bare]}
+        self.wrapped = Wrapped(
+            edit, peft_types()[self.config.type](**options), [_path(site) for site in (*targets, *bare)]
+        )
+
+    def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
+        return self.wrapped.pack(state)
+
+    @classmethod
+    def unpack(cls, peft_config: dict[str, Any]) -> dict[str, Any]:
+        """From a config that PEFT wrote to the one that petune would have."""
+        kind = str(peft_config["peft_type"]).lower()
+        known = {f.name: f for f in dataclasses.fields(peft_types()[kind])} if kind in peft_types() else {}
+        skipped = {"peft_type", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision", "task_type"}
+        options = {k: v for k, v in peft_config.items() if k in known and k not in skipped and v != known[k].default}
+        saved = options.pop("modules_to_save", None)
+        config = {"type": kind, **{k: v for k, v in options.items() if v not in (None, {}, [])}}
+        return {"tuner": "peft", "config": config, "train_head": bool(saved)}
+
+    def _places(self, edit: petune.Edit) -> list[petune.Site]:
+        roles = ("attn", "mlp") if self.config.targets == "all" else (self.config.targets,)
+        blocks = edit.sites.need_blocks()
+        return [site for block in blocks for role in roles if (site := getattr(block, role)) is not None]
+
+    def _bare(self, edit: petune.Edit) -> list[petune.Site]:
+        """Attentions of torch that hold q, k and v as one bare weight, which PEFT's plain LoRA can change too."""
+        options = self.config.options
+        known = {f.name for f in dataclasses.fields(peft_types()[self.config.type])}
+        if "target_parameters" not in known or options.get("use_dora") or options.get("lora_dropout"):
+            return []
+        inside = [m for site in self._places(edit) for m in site.enter.modules()]
+        fused = [m for m in inside if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+        called = edit.called(fused)
+        return [edit.site(m) for m in fused if id(m) in called]
+
+    def _targets(self, edit: petune.Edit, others: bool) -> list[petune.Site]:
+        """Sites of the layers to wrap; there may be none where there are `others`.
+
+        Raises:
+            AttachError: There is none that PEFT's layer would be called in.
+        """
+        blocks = edit.sites.need_blocks()
+        if self.config.type == "ln_tuning":
+            norms = [s for b in blocks for s in (b.norm1, b.norm2)]
+            return [s for s in (*norms, edit.sites.norm) if s is not None and isinstance(s.module, nn.LayerNorm)]
+        places = self._places(edit)
+        for site in places:
+            edit.wake(site)
+        targets = [layer for site in places for layer in edit.linears(site)]
+        unread = [layer for site in places for layer in edit.unread(site)]
+        model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in unread[:3]))
+        if not targets and not others:
+            raise petune.AttachError(
+                f"{self.config.type} needs linear layers that are called, but {model} calls none in "
+                f"{self.config.targets}{f': it reads the weights of {names} itself' if unread else ''}. "
+                "Use targets=mlp, or adaptformer"
+            )
+        if unread:
+            warnings.warn(
+                f"{model} reads the weights of {len(unread)} linear layers without calling them, as {names}: they "
+                f"get no {self.config.type}, the other {len(targets)} do",
+                stacklevel=2,
+            )
+        return targets
+
+    def _options(self, edit: petune.Edit, targets: list[petune.Site]) -> dict[str, Any]:
+        """PEFT's options: the user's, the targets, and what must fit the layers' sides where nothing was asked for."""
+        kind = self.config.type
+        options = {"target_modules": _exactly([_path(site) for site in targets], edit.model), **self.config.options}
+        sides = [side for site in targets for side in cast(nn.Linear, site.module).weight.shape]
+        default: Any = {f.name: f.default for f in dataclasses.fields(peft_types()[kind])}
+        fitting: dict[str, Any] = {}
+        if kind in MUST_DIVIDE:
+            fitting[MUST_DIVIDE[kind]] = math.gcd(default[MUST_DIVIDE[kind]], *sides)
+        elif kind == "shira":
+            fitting["r"] = min(default["r"], min(sides) // 4)
+        elif kind == "waveft":
+            fitting["n_frequency"] = min(default["n_frequency"], min(sides) ** 2)
+        elif kind == "ia3":
+            last = [edit.linears(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
+            chosen = {_path(site) for site in targets}
+            fitting["feedforward_modules"] = [_path(s) for found in last for s in found if _path(s) in chosen]
+        return {**fitting, **options}
+
+
+class Lora(Peft):
+    """LoRA on the linear layers of attention and MLP.
+
+    Parameters: r·(in + out) a layer; 16·D·r a block with an MLP of 4·D (qkv 4, proj 2, MLP 5 and 5). ViT-B/16,
+    r = 8: 1,179,648.
+    """
+
+    Config = LoraConfig
+
+
+class Dora(Peft):
+    """DoRA on the linear layers of attention and MLP. Parameters: those of LoRA and one a layer and output."""
+
+    Config = DoraConfig
+
+
+def _path(site: petune.Site) -> str:
+    """Where the layer was before another adapter of PEFT was put around it."""
+    return site.path.replace(".base_layer", "")
+
+
+def _exactly(paths: list[str], model: nn.Module) -> list[str] | str:
+    """The paths as PEFT takes them: it compares ends, so that where one path ends another it needs an expression."""
+    endings = tuple(f".{path}" for path in paths)
+    if any(name.endswith(endings) for name, _ in model.named_modules()):
+        return "|".join(re.escape(path) for path in paths)
+    return paths
+
+
+def peft_types() -> dict[str, Any]:
+    """PEFT's config classes by type in small letters, without those for prompts of language models."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    usable: Iterable[Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    found = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in usable}
+    prompts = {"prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cpt", "adaption_prompt"}
+    return {k: c for k, c in found.items() if k not in prompts and k not in REFUSED}

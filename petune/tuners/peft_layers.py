@@ -1,0 +1,176 @@
+"""PEFT's layers in a model: put in, named as before, switched, packed into PEFT's format, merged, taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+import petune
+
+PREFIX = "base_model.model."
+
+
+class Wrapped:
+    """The layers that one attachment has wrapped.
+
+    Attributes:
+        name: The adapter's name inside PEFT.
+        config: PEFT's config.
+        layers: By path, PEFT's layers.
+    """
+
+    def __init__(self, edit: petune.Edit, config: Any, wanted: list[str]) -> None:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        self.edit, self.model, self.config = edit, edit.model, config
+        self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
+        modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
+        before = dict(_layers(self.model))
+        edit.on_detach(self._undo(hasattr(self.model, "peft_config")))
+        try:
+            self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, self.name)
+        except (ValueError, TypeError, RuntimeError) as error:
+            kind = config.peft_type.value.lower()
+            raise petune.AttachError(f"PEFT cannot put {kind} on {edit.sites.model}: {error}") from None
+        self.layers = {path: layer for path, layer in _layers(self.model) if self.name in _adapters(layer)}
+        self._check(wanted, before)
+        new = [p for p in self.model.parameters() if id(p) not in parameters]
+        wrappers = {layer for _, layer in _layers(self.model)}
+        edit.adopt(new, [m for m in self.model.modules() if m not in modules and m not in wrappers])
+        for layer in self.layers.values():
+            _name_as_before(layer)
+            layer._active_adapter = sorted({*layer.active_adapters, self.name})
+        edit.on_switch(self._switch)
+        edit.on_merge(self._merge)
+        if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
+            edit.on_rows(self._rows)
+
+    def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's."""
+        from peft import get_peft_model_state_dict
+
+        shell = nn.Module()  # what a PeftModel looks like, around the same tensors
+        shell.base_model = self.tuner
+        names = {name for layer in self.layers.values() for name in _adapters(layer)}
+        shell.peft_config = dict.fromkeys(sorted(names), self.config)  # type: ignore[assignment]
+        tensors = get_peft_model_state_dict(shell, state_dict=shell.state_dict(), adapter_name=self.name)
+        mine = {t.data_ptr() for t in tensors.values()}
+        adopted = {id(p) for p in self.edit.adopted}
+        buffers = {id(b) for m in self.edit.adopted_modules for b in m.buffers()}
+        beside = {
+            key: t.detach() for key, t in state.items() if id(t) not in adopted | buffers and t.data_ptr() not in mine
+        }
+        config = self.config.to_dict() | {"inference_mode": True}
+        if not isinstance(config["target_modules"], str):
+            config["target_modules"] = sorted(config["target_modules"])
+        head = [*dict.fromkeys(key.rpartition(".")[0] for key in beside)]
+        config["modules_to_save"] = head or None
+        plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+        return plain, {**tensors, **{PREFIX + key: t for key, t in beside.items()}}
+
+    def _check(self, wanted: list[str], before: dict[str, Any]) -> None:
+        missed = [path for path in wanted if path not in self.layers]
+        if missed or not self.layers:
+            held = bool(missed) and missed[0] in before
+            other = f"{missed[0]} holds another PEFT type already" if held else "they are of a kind it does not know"
+            raise petune.AttachError(
+                f"PEFT must wrap the {len(wanted)} layers it is given, but left out {', '.join(missed[:3]) or 'all'}: "
+                f"{other}. Attach one PEFT type at a time, or several of the same"
+            )
+        called = self.edit.called(self.layers.values())
+        dead = [path for path, layer in self.layers.items() if id(layer) not in called]
+        if dead:
+            raise petune.AttachError(
+                f"PEFT's layer would do nothing: the forward of {self.edit.sites.model} never calls {dead[0]}; its "
+                "weight is read without calling it. Leave it out of target_modules"
+            )
+
+    def _switch(self, on: bool) -> None:
+        for layer in self.layers.values():
+            active = {*layer._active_adapter} if isinstance(layer._active_adapter, list) else {layer._active_adapter}
+            active = active | {self.name} if on else active - {self.name}
+            layer._active_adapter = sorted(active)
+            layer._disable_adapters = not active
+
+    def _rows(self, rows: list[int] | None, batch_size: int) -> None:
+        """PEFT's LoRA takes the adapter of every row of a batch as an argument: see that each layer gets it."""
+        for layer in self.layers.values():
+            table: dict[str, list[int]] = layer.__dict__.setdefault("petune_rows", {})
+            if rows is not None:
+                if not table:
+                    layer.petune_hook = layer.register_forward_pre_hook(_tell_rows, with_kwargs=True)
+                table[self.name] = rows
+            elif table.pop(self.name, None) is not None and not table:
+                layer.petune_hook.remove()
+
+    def _merge(self) -> None:
+        for layer in self.layers.values():
+            try:
+                layer.merge(adapter_names=[self.name])
+            except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
+                raise petune.NotMergeable(
+                    f"PEFT cannot fold {self.config.peft_type.value} into weights: {error}"
+                ) from None
+            layer.merged_adapters.clear()  # for good: other adapters of the layer go on
+
+    def _undo(self, had_config: bool) -> Callable[[], None]:
+        held = [(m, list(m._parameters)) for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)]
+
+        def undo() -> None:
+            for path, layer in _layers(self.model):
+                others = _adapters(layer) - {self.name}
+                if others and self.name in _adapters(layer):
+                    layer.delete_adapter(self.name)
+                elif not others:
+                    parent, _, attribute = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
+            for module, names in held:  # PEFT takes a bare weight out and puts it in again in every forward
+                for name in names:
+                    module._parameters[name] = module._parameters.pop(name)
+            configs = getattr(self.model, "peft_config", {})
+            configs.pop(self.name, None)
+            if not configs and not had_config and hasattr(self.model, "peft_config"):
+                del self.model.peft_config
+
+        return undo
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _adapters(layer: Any) -> set[str]:
+    held: list[Any] = [getattr(layer, name, None) for name in (*layer.adapter_layer_names, *layer.other_param_names)]
+    return {key for part in held if hasattr(part, "keys") for key in part.keys()}  # noqa: SIM118 (not all iterate)
+
+
+def _name_as_before(layer: Any) -> None:
+    """The wrapped module's tensors keep their names in state_dict, in and out, though PEFT moved the module."""
+    if not hasattr(layer, "is_named_as_before"):
+        layer.is_named_as_before = True
+        layer.register_state_dict_post_hook(_hide)
+        layer.register_load_state_dict_pre_hook(_find)
+
+
+def _hide(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    inner = f"{prefix}base_layer."
+    for key in [k for k in state if k.startswith(inner)]:
+        state[prefix + key[len(inner) :]] = state.pop(key)
+
+
+def _find(layer: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name in layer.base_layer.state_dict():
+        if prefix + name in state:
+            state[f"{prefix}base_layer.{name}"] = state.pop(prefix + name)
+
+
+def _tell_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    names = ["__base__"] * len(args[0])
+    for name, rows in layer.petune_rows.items():
+        for row in rows:
+            names[row] = name
+    return args, {**kwargs, "adapter_names": names}

@@ -1,0 +1,46 @@
+"""`petune data check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+Run = Callable[..., Any]
+
+
+def _fill(place: Path) -> None:
+    for number, name in enumerate(("cat", "dog", "d\x1b[31mg")):
+        (place / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (9, 9), 40 * number + i).save(place / name / f"{i}.png")
+
+
+def test_a_sound_folder(petune: Run, tmp_path: Path) -> None:
+    _fill(tmp_path / "pets")
+    done = petune("data", "check", "pets")
+    assert done.code == 0, done.err
+    assert "| cat" in done.out
+    assert done.out.endswith("no fault found\n")
+    assert "\x1b" not in done.out
+
+
+def test_a_broken_picture_is_exit_code_4(petune: Run, tmp_path: Path) -> None:
+    _fill(tmp_path / "pets")
+    (tmp_path / "pets" / "dog" / "0.png").write_bytes(b"GIF89a")
+    done = petune("data", "check", "pets")
+    assert done.code == 4
+    assert "pets/dog/0.png must be a whole picture" in done.out
+    assert done.out.endswith("1 broken, 0 in two splits\n")
+    found = json.loads(petune("data", "check", "pets", "--json").out)
+    assert found["pictures"]["train"]["cat"] == 2
+    assert len(found["broken"]) == 1
+
+
+def test_a_folder_that_is_not_there(petune: Run) -> None:
+    done = petune("data", "check", "nowhere")
+    assert done.code == 4
+    assert "nowhere is not there" in done.err

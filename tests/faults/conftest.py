@@ -1,0 +1,107 @@
+"""Faults on purpose. `make test` tries a few of each kind; `make faults` tries them all and writes docs/reliability.md.
+
+Runs are real processes: the program's `main` in a child of a fork server that has torch and timm imported already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from petune.cli.main import main
+
+FULL = os.environ.get("PETUNE_FAULTS") == "full"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+TINY = (
+    "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
+    "--dataset=digits", "--train-per-class=20", "--epochs=3", "--batch-size=16", "--device=cpu", "--precision=fp32",
+    "--set=train.eval_batch_size=64",
+)  # fmt: skip
+TALLY: list[tuple[str, str, int, int]] = []
+
+
+def tally(fault: str, expected: str, tried: int, held: int) -> None:
+    """Record what was tried and what held, and fail unless all of it did."""
+    TALLY.append((fault, expected, tried, held))
+    assert held == tried, f"{fault}: {held} of {tried}"
+
+
+def tries(few: int, many: int) -> int:
+    """How often to try: few in `make test`, many in `make faults`."""
+    return many if FULL else few
+
+
+@dataclass
+class Program:
+    """Starts `petune WORDS` in children. `seconds` is how long an undisturbed tiny run takes here."""
+
+    context: multiprocessing.context.ForkServerContext
+    seconds: float = 0.0
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def start(self, *words: object) -> BaseProcess:
+        process = self.context.Process(target=main, args=([str(word) for word in words],))
+        process.start()
+        return process
+
+    def finish(self, *words: object) -> int | None:
+        process = self.start(*words)
+        process.join(120)
+        return process.exitcode
+
+    def disturb(self, number: int, *words: object) -> int | None:
+        """Start it and send a signal at a random moment; its exit code."""
+        process = self.start(*words)
+        time.sleep(self.chance.uniform(0.02, self.seconds))
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, number)
+        process.join(120)
+        return process.exitcode
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """The program, with its libraries imported and the digits decoded."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["petune.run", "petune.compare", "petune.cli.main", "timm", "sklearn.datasets"])
+    started = Program(context)
+    place = tmp_path_factory.mktemp("first")
+    for name in "ab":
+        begun = time.monotonic()
+        assert started.finish("run", "--method=linear", *TINY, "--output", place / name) == 0
+        started.seconds = time.monotonic() - begun
+    return started
+
+
+@pytest.fixture(scope="session", autouse=True)
+def page() -> Iterator[None]:
+    """After a full session, the table."""
+    TALLY.clear()
+    yield
+    if FULL and TALLY:
+        rows = "\n".join(f"| {what} | {how} | {held} of {tried} |" for what, how, tried, held in sorted(TALLY))
+        PAGE.write_text(
+            "# Faults, tried on purpose\n\nWritten by `make faults` (tests/faults/): what was tried, what must hold, "
+            "and how often it did.\n\n| fault | what must hold | held |\n| --- | --- | ---: |\n" + rows + "\n"
+        )
+
+
+def digests(place: Path) -> dict[str, str]:
+    """SHA-256 of all that a run yields, but for times: adapter, metrics, the newest checkpoint's files."""
+    newest = max((place / "checkpoints").glob("step-*"))
+    files = [place / "adapter" / "adapter_model.safetensors", place / "metrics.jsonl"]
+    files += [newest / f"{name}.safetensors" for name in ("model", "best", "optimizer")]
+    return {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+Digests = Callable[[Path], dict[str, str]]

@@ -1,0 +1,148 @@
+"""Nonsense for every command, every key of a configuration and every public function: one clear error each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import petune
+from petune.cli.main import main
+from petune.compare import CompareConfig
+from petune.config import Config
+from petune.errors import ConfigError, PetuneError
+from petune.pretrain import PretrainConfig
+from petune.run import RunConfig
+
+CONFIGS: tuple[type[Config], ...] = (RunConfig, PretrainConfig, CompareConfig)
+NONSENSE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def keys(config: type[Config], above: str = "") -> Iterator[str]:
+    """Every key of a configuration, dotted."""
+    for name, field in config.model_fields.items():
+        kind = field.annotation
+        if inspect.isclass(kind) and issubclass(kind, Config):
+            yield from keys(kind, f"{above}{name}.")
+        else:
+            yield above + name
+
+
+def nested(key: str, value: object) -> dict[str, object]:
+    head, dot, tail = key.partition(".")
+    return {head: nested(tail, value) if dot else value}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.__name__)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_value_is_taken_whole_or_refused_by_its_key(config: type[Config], data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(sorted(keys(config))))
+    value = data.draw(NONSENSE)
+    base: dict[str, Any] = {"methods": ["linear"]} if config is CompareConfig else {}
+    try:
+        built = config.build({**base, **nested(key, value)}, "nonsense.yaml")
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = key
+        assert config.build(yaml.safe_load(built.to_yaml()), "again") == built
+    assert key.rpartition(".")[2] in message
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.__name__)
+def test_all_wrong_keys_are_in_one_message(config: type[Config]) -> None:
+    wrong = {key + "x": 1 for key in keys(config) if "." not in key}
+    with pytest.raises(ConfigError) as caught:
+        config.build(wrong, "nonsense.yaml")
+    for key in wrong:
+        assert f"  - {key}: " in str(caught.value)
+
+
+COMMANDS: dict[tuple[str, ...], int] = {
+    ("run", "--method", ""): 2,
+    ("run", "--backbone", "../../etc/passwd"): 2,
+    ("run", "--dataset", "folder:"): 4,
+    ("run", "--dataset", "cifar1000", "--backbone", "vit_nano"): 2,
+    ("run", "--epochs", "0"): 2,
+    ("run", "--epochs", "many"): 2,
+    ("run", "--lr", "nan"): 2,
+    ("run", "--lr", "-1"): 2,
+    ("run", "--batch-size", "1e9"): 2,
+    ("run", "--device", "abacus", "--backbone", "vit_nano", "--dataset", "digits"): 2,
+    ("run", "--weights", "/nowhere", "--backbone", "vit_nano", "--dataset", "digits"): 4,
+    ("run", "--config", "/nowhere.yaml"): 2,
+    ("run", "--set", "a"): 2,
+    ("run", "--set", "train.lr=[1]"): 2,
+    ("run", "--method", "vpt:deep=maybe", "--backbone", "vit_nano", "--dataset", "digits"): 2,
+    ("run", "extra"): 2,
+    ("compare",): 2,
+    ("compare", "linear", "linear"): 2,
+    ("compare", "linear", "--seeds", "0,0"): 2,
+    ("compare", "linear", "--seeds", "zero"): 2,
+    ("pretrain", "--backbone", "vit_nan"): 2,
+    ("inspect", "--backbone", "resnet9000"): 2,
+    ("inspect", "--method", "nothing", "--backbone", "vit_nano"): 2,
+    ("backbones", "zzz*"): 0,
+    ("methods", "extra"): 2,
+    ("datasets", "extra"): 2,
+    ("data", "check", "/nowhere"): 4,
+    ("data",): 2,
+    ("env", "--wat"): 2,
+    ("nothing",): 2,
+}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    _, err = capfd.readouterr()
+    assert stopped.value.code == COMMANDS[words], err
+    assert "Traceback" not in err
+    assert "a bug in petune" not in err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def calls() -> dict[str, Any]:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    size = {"input_size": (3, 2, 2)}
+    return {
+        "attach no model": lambda: petune.attach(None, "linear"),  # type: ignore[arg-type]
+        "attach no method": lambda: petune.attach(model, None, **size),  # type: ignore[arg-type]
+        "attach unknown option": lambda: petune.attach(model, "linear", wat=1, **size),  # type: ignore[arg-type]
+        "attach a bad name": lambda: (
+            petune.attach(model, "linear", name="", **size) and petune.attach(model, "", **size)
+        ),  # type: ignore[arg-type]
+        "find_sites no model": lambda: petune.find_sites("vit"),  # type: ignore[arg-type]
+        "find_sites bad size": lambda: petune.find_sites(model, (3, 5, 5)),
+        "load nowhere": lambda: petune.load(model, "/nowhere"),
+        "run unknown key": lambda: petune.run(wat=1),
+        "run unknown method": lambda: petune.run(method="wat"),
+        "pretrain unknown key": lambda: petune.pretrain(wat=1),
+        "compare no methods": lambda: petune.compare(CompareConfig.build({"methods": []})),
+        "check_tuner unknown": lambda: petune.check_tuner("wat"),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_public_functions(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((PetuneError, TypeError)) as caught:
+        calls()[name]()
+    assert isinstance(caught.value, PetuneError), repr(caught.value)

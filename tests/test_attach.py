@@ -1,0 +1,256 @@
+"""attach: what trains, what stays, and that nothing is left when it fails or ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.errors import AttachError, ConfigError, DeadSite, NotMergeable, SiteNotFound, UnknownName
+
+METHODS = ["adaptformer", "vpt", "linear", "full"]
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def tiny(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
+    nn.init.normal_(model.head.weight)
+    return model
+
+
+def steps(att: petune.Attachment, number: int = 3) -> None:
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+    att.train()
+    for _ in range(number):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(att.model(X), torch.tensor([0, 1])).backward()
+        optimizer.step()
+
+
+class Custom(petune.Tuner[petune.TunerConfig]):
+    """A tuner made of a function."""
+
+    def __init__(self, how: Callable[[petune.Edit], None]) -> None:
+        super().__init__()
+        self.how = how
+
+    def attach(self, edit: petune.Edit) -> None:
+        self.how(edit)
+
+
+class Shift(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+def snapshot(model: nn.Module) -> tuple[object, ...]:
+    return (
+        {key: t.clone() for key, t in model.state_dict().items()},
+        [(n, p.requires_grad) for n, p in model.named_parameters()],
+        [(n, m.training) for n, m in model.named_modules()],
+        [
+            (n, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(set(m.__dict__) - {"training"}))
+            for n, m in model.named_modules()
+        ],
+    )
+
+
+def same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
+    (states_a, *rest_a), (states_b, *rest_b) = a, b
+    assert isinstance(states_a, dict)
+    assert isinstance(states_b, dict)
+    equal = list(states_a) == list(states_b) and all(torch.equal(states_a[k], states_b[k]) for k in states_a)
+    return equal and rest_a == rest_b
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_detach_leaves_nothing(method: str) -> None:
+    model = tiny()
+    model.norm.weight.requires_grad_(False)
+    model.blocks[1].train()
+    before, plain = snapshot(model), model.eval()(X)
+    model.blocks[1].train()
+    att = petune.attach(model, method)
+    steps(att)
+    model.eval()  # as it was: the root's mode is the same, so each module's own comes back
+    att.detach()
+    assert same(snapshot(model), before)
+    assert torch.equal(model.eval()(X), plain)
+    with pytest.raises(AttachError, match="was detached"):
+        att.detach()
+
+
+def test_modes_follow_train_and_eval_after_detach() -> None:
+    model = tiny().train()
+    att = petune.attach(model, "adaptformer")
+    model.eval()
+    att.detach()
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_tensors_and_buffers_stay_and_tuned_move(method: str) -> None:
+    model = tiny()
+    att = petune.attach(model, method)
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    steps(att)
+    trained = {*att.tuned, *att.head}
+    for key, t in model.state_dict().items():
+        assert torch.equal(t, state[key]) == (key not in trained), key
+
+
+def test_frozen_batchnorm_keeps_its_statistics() -> None:
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    att = petune.attach(model, "linear", input_size=(3, 32, 32))
+    buffers = {key: b.clone() for key, b in model.named_buffers()}
+    att.train()
+    model(torch.randn(4, 3, 32, 32))
+    assert all(torch.equal(b, buffers[key]) for key, b in model.named_buffers())
+    full = petune.attach(timm.create_model("resnet10t", num_classes=5), "full", input_size=(3, 32, 32))
+    full.train()
+    before = {key: b.clone() for key, b in full.model.named_buffers()}
+    full.model(torch.randn(4, 3, 32, 32))
+    assert any(not torch.equal(b, before[key]) for key, b in full.model.named_buffers())
+
+
+def test_freezing_is_by_identity_and_not_by_name() -> None:
+    model = tiny()
+    model.blocks[1].mlp.fc2.weight = model.blocks[0].mlp.fc2.weight  # shared between blocks
+    att = petune.attach(model, "adaptformer")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in att.parameters()}
+
+
+def test_backbone_keys_keep_their_names() -> None:
+    model = tiny()
+    keys = list(model.state_dict())
+    att = petune.attach(model, "adaptformer")
+    assert [k for k in model.state_dict() if k not in att.tuned] == keys
+
+
+def test_without_the_head() -> None:
+    att = petune.attach(tiny(), "adaptformer", train_head=False)
+    assert att.head == {}
+    assert att.counts.head == 0
+    assert not att.model.head.weight.requires_grad
+    headless = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1)
+    with pytest.raises(SiteNotFound, match="classifier"):
+        petune.attach(headless, "adaptformer")
+    assert petune.attach(headless, "adaptformer", train_head=False).counts.head == 0
+
+
+FAILURES: dict[str, tuple[Callable[[petune.Edit], None], type[Exception], str]] = {
+    "the tuner raises": (lambda edit: 1 / 0, ZeroDivisionError, "division"),
+    "a place is missing": (lambda edit: edit.after(None, Shift(24)), SiteNotFound, "does not have"),
+    "a point is changed": (
+        lambda edit: edit.after(edit.sites.blocks[0].need("mid"), Shift(24)),
+        AttachError,
+        "can only be read",
+    ),
+    "an adapter is never called": (
+        lambda edit: edit.after(edit.site(edit.model.unused), Shift(24)),
+        DeadSite,
+        "would do nothing",
+    ),
+    "prompts without a number": (lambda edit: edit.prompt(edit.sites.blocks, Shift(24)), AttachError, "num_prompts"),
+    "a wrong shape": (lambda edit: edit.after(edit.sites.blocks[0], nn.Linear(24, 7)), RuntimeError, "must fit"),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_failed_attach_leaves_the_model_as_it_was(what: str) -> None:
+    how, error, message = FAILURES[what]
+    model = tiny()
+    model.unused = nn.Linear(24, 24)
+    before = snapshot(model)
+
+    def first_something(edit: petune.Edit) -> None:
+        edit.after(edit.sites.blocks[0].need("attn"), Shift(24))
+        edit.prompt(edit.sites.blocks[0], Prompt())
+        edit.train(edit.sites.blocks[1])
+        how(edit)
+
+    with pytest.raises(error, match=message):
+        petune.attach(model, Custom(first_something))
+    assert same(snapshot(model), before)
+
+
+class Prompt(nn.Module):
+    num_prompts = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, 2, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens
+
+
+def test_a_parameter_without_gradient_is_named() -> None:
+    class Half(Shift):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.unused = nn.Parameter(torch.zeros(3))
+
+    att = petune.attach(tiny(), Custom(lambda edit: edit.after(edit.sites.blocks[0], Half(24))))
+    att.train()
+    att.model(X).sum().backward()
+    with pytest.raises(DeadSite, match=r"1 got none, as blocks\.0\.petune_custom\.adapter\.unused"):
+        att.check_gradients()
+
+
+def test_disabled_is_the_backbone_to_the_bit_and_nests() -> None:
+    model = tiny()
+    plain = model(X)
+    att = petune.attach(model, "adaptformer")
+    steps(att)
+    model.eval()
+    tuned = model(X)
+    with att.disabled():
+        assert torch.equal(model(X), plain)
+    assert torch.equal(model(X), tuned)
+    with pytest.raises(ValueError, match="in between"), att.disabled():
+        raise ValueError("in between")
+    assert torch.equal(model(X), tuned)
+
+
+def test_two_attachments_need_two_names() -> None:
+    model = tiny()
+    petune.attach(model, "adaptformer")
+    with pytest.raises(AttachError, match="name of its own"):
+        petune.attach(model, "adaptformer")
+    second = petune.attach(model, "adaptformer", name="other")
+    assert second.tuned.keys().isdisjoint({"blocks.0.petune_adaptformer.adapter.up.weight"})
+    assert model.blocks[0].petune_adaptformer.adapter.up.weight.requires_grad
+
+
+def test_not_mergeable_says_why() -> None:
+    att = petune.attach(tiny(), "adaptformer")
+    with pytest.raises(NotMergeable, match="ReLU is not linear"):
+        att.merge()
+    assert att.attached
+
+
+def test_wrong_methods_and_options() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'adaptformer'"):
+        petune.attach(tiny(), "adaptformr")
+    with pytest.raises(ConfigError, match="bottlneck: no such key; did you mean 'bottleneck'"):
+        petune.attach(tiny(), "adaptformer", bottlneck=3)
+    with pytest.raises(AttachError, match="input_size"):
+        petune.attach(nn.Sequential(nn.Linear(3, 3)), "linear")
+
+
+def test_a_model_without_attention_is_refused_by_block_methods_only() -> None:
+    resnet = timm.create_model("resnet10t", num_classes=5)
+    with pytest.raises(SiteNotFound, match="no attention block"):
+        petune.attach(resnet, "adaptformer", input_size=(3, 32, 32))
+    assert petune.attach(resnet, "linear", input_size=(3, 32, 32)).counts.tuned == 0

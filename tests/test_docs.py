@@ -1,0 +1,79 @@
+"""Every example of the README and of docs/ runs; every command of them is one that petune takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from petune.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CHECKED_DRY = ("run", "compare", "pretrain")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+PYTHON = [(page, code) for page in PAGES for code in blocks(page, "python")]
+COMMANDS = [
+    (page, command)
+    for page in PAGES
+    for block in blocks(page, "console")
+    for command in re.findall(r"^\$ (petune .*)$", block.replace("\\\n", " "), flags=re.M)
+]
+
+
+def _ids(pairs: list[tuple[Path, str]]) -> list[str]:
+    return [f"{page.name}-{number}" for number, (page, _) in enumerate(pairs)]
+
+
+def _pictures(folder: Path) -> None:
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (folder / place).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 32), (60 * number, 80, 90)).save(folder / place / f"{number}.png")
+
+
+def test_there_are_examples() -> None:
+    assert len(PYTHON) >= 1
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=_ids(PYTHON))
+def test_python_runs(page: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=_ids(COMMANDS))
+def test_commands_are_taken(
+    page: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _pictures(tmp_path / "pets")
+    words = shlex.split(command, comments=True)[1:]
+    known = words[0] in CHECKED_DRY
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--dry-run"] if known else [words[0], "--help"])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 0, f"{page.name}: {command}\n{err}"
+    assert out
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert broken == []

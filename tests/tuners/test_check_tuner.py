@@ -1,0 +1,183 @@
+"""check_tuner bites: tuners that are broken in one way each, and the property that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.testing import ContractViolation
+
+
+class Low(nn.Module):
+    """A sound adapter: up(down(x)), zero at the start; the tuners below break one thing about it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, 2), nn.Linear(2, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(self.down(x))
+        return out
+
+
+class Sound(petune.Tuner[petune.TunerConfig]):
+    adapter: type[nn.Module] = Low
+
+    def attach(self, edit: petune.Edit) -> None:
+        for block in edit.sites.need_blocks():
+            edit.branch(block.mid, block, self.adapter(block.dim))
+
+
+def broken(adapter: type[nn.Module]) -> Sound:
+    return type("Broken", (Sound,), {"adapter": adapter})()
+
+
+class ZeroZero(Low):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        self.up.bias = None
+
+
+class DeadFactor(Low):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x).detach())
+
+
+class KeepsState(Low):
+    seen: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.up(self.down(x)) + 0.1 * self.up(self.down(torch.zeros_like(x) + self.seen))
+        self.seen = x.detach().mean()
+        return out
+
+
+class KeepsActivation(Low):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.detach()
+        return super().forward(x)
+
+
+class DropsInEval(Low):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+
+class Mixes(Low):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(dim=0, keepdim=True))
+
+
+class NotIdentity(Low):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        nn.init.normal_(self.up.weight)
+
+
+class InPlace(Low):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.down.weight[0, 0] += 1e-3
+        return super().forward(x)
+
+
+class TouchesBackbone(Sound):
+    def attach(self, edit: petune.Edit) -> None:
+        super().attach(edit)
+        with torch.no_grad():
+            next(edit.model.parameters()).mul_(1.5)
+
+
+class TrainsByHand(Sound):
+    def attach(self, edit: petune.Edit) -> None:
+        super().attach(edit)
+        self.weight = edit.sites.blocks[0].attn.enter.proj.weight
+
+    def loss(self, step: int) -> Tensor | None:
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return None
+
+
+class WrongCount(Sound):
+    def count(self, sites: petune.Sites) -> int:
+        return 2 * 2 * sites.embed_dim * len(sites.blocks)  # forgot the biases
+
+
+class NotDetachable(Sound):
+    def attach(self, edit: petune.Edit) -> None:
+        super().attach(edit)
+        edit.model.blocks[0].register_buffer("left_behind", torch.zeros(1))
+
+
+class LeavesHook(Sound):
+    def attach(self, edit: petune.Edit) -> None:
+        super().attach(edit)
+        edit.model.blocks[0].register_forward_hook(lambda *_: None)
+
+
+class Renames(Sound):
+    def attach(self, edit: petune.Edit) -> None:
+        super().attach(edit)
+        block = edit.model.blocks[0]
+        block.mlp = nn.Sequential(block.mlp)
+
+
+class NotSaved(Sound):
+    """Keeps what it learns outside of the adapters' parameters."""
+
+    def attach(self, edit: petune.Edit) -> None:
+        super().attach(edit)
+        shift = torch.zeros(edit.sites.embed_dim)
+        handle = edit.model.norm.register_forward_hook(lambda m, a, y: y + shift)
+        edit.on_detach(handle.remove)
+        edit.on_switch(lambda on: shift.zero_() if not on else shift.fill_(1.0))
+        self.shift = shift
+
+    def loss(self, step: int) -> Tensor | None:
+        self.shift.fill_(1.0)
+        return None
+
+
+CASES: list[tuple[Any, str]] = [
+    (broken(ZeroZero), "every tuned tensor learns"),
+    (broken(DeadFactor), "every tuned tensor learns"),
+    (broken(KeepsState), "two evaluations are equal"),
+    (broken(KeepsActivation), "nothing is kept between forwards"),
+    (broken(DropsInEval), "two evaluations are equal"),
+    (broken(Mixes), "pictures of a batch do not mix"),
+    (broken(NotIdentity), "identity at the start"),
+    (broken(InPlace), "two evaluations are equal"),
+    (TouchesBackbone(), "attaching changes no value of the backbone"),
+    (TrainsByHand(), "frozen tensors and buffers stay to the bit"),
+    (WrongCount(), "the count is the formula's"),
+    (NotDetachable(), "detach gives the model back to the bit"),
+    (LeavesHook(), "detach gives the model back to the bit"),
+    (Renames(), "backbone keys are unchanged"),
+    (NotSaved(), "saved and loaded is the same to the bit"),
+]
+
+
+def name_of(case: tuple[Any, str]) -> str:
+    tuner = case[0]
+    return tuner.adapter.__name__ if type(tuner).__name__ == "Broken" else type(tuner).__name__
+
+
+def test_the_sound_one_passes() -> None:
+    assert len(petune.check_tuner(Sound())) == 14
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_broken_tuner_is_caught(case: tuple[Any, str]) -> None:
+    tuner, what = case
+    with pytest.raises(ContractViolation) as caught:
+        petune.check_tuner(tuner)
+    assert str(caught.value).startswith(f"{type(tuner).__name__}: {what}"), str(caught.value)

@@ -1,0 +1,318 @@
+"""The small built-in tuners and the plugins against their written-out formulas, the papers' counts, and merging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+import petune
+from petune.errors import AttachError, NotMergeable
+from petune.tiny_models import tiny_models, tiny_timm
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+D = 24
+
+
+def attached(method: str, **options: object) -> petune.Attachment:
+    """On a tiny ViT with LayerScale, every tuned parameter random."""
+    torch.manual_seed(0)
+    att = petune.attach(tiny_timm(init_values=0.3), method, **options)
+    with torch.no_grad():
+        for p in att.tuned.values():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return att
+
+
+Sublayer = Callable[[nn.Module, Tensor], Tensor]
+
+
+def forward(model: nn.Module, attn: Sublayer, mlp: Sublayer) -> Tensor:
+    """timm's ViT, written out, with two sublayers to fill in."""
+    x = model._pos_embed(model.patch_embed(X))
+    for block in model.blocks:
+        x = x + block.ls1(attn(block, block.norm1(x)))
+        x = x + block.ls2(mlp(block, block.norm2(x)))
+    return model.head(model.norm(x)[:, 0])
+
+
+def same(att: petune.Attachment, by_hand: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(att.model(X), by_hand, atol=1e-5, rtol=1e-5)
+        with att.disabled():
+            assert not torch.allclose(att.model(X), by_hand, atol=1e-3)
+
+
+def sequential(a: nn.Module, y: Tensor) -> Tensor:
+    return y + gelu(y @ a.down.weight.T + a.down.bias) @ a.up.weight.T + a.up.bias
+
+
+def test_houlsby() -> None:
+    att = attached("houlsby", bottleneck=5)
+    same(
+        att,
+        forward(
+            att.model,
+            lambda b, x: sequential(b.petune_houlsby_attn.adapter, attention(b.attn, x)),
+            lambda b, x: sequential(b.petune_houlsby_mlp.adapter, plain_mlp(b.mlp, x)),
+        ),
+    )
+
+
+def test_pfeiffer() -> None:
+    att = attached("pfeiffer", bottleneck=5)
+    same(
+        att,
+        forward(
+            att.model,
+            lambda b, x: attention(b.attn, x),
+            lambda b, x: sequential(b.petune_pfeiffer_mlp.adapter, plain_mlp(b.mlp, x)),
+        ),
+    )
+
+
+def attention(attn: nn.Module, x: Tensor) -> Tensor:
+    """Softmax attention from the weights, past all hooks."""
+    q, k, v = (x @ attn.qkv.weight.T + attn.qkv.bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = ((q @ k.mT) * attn.head_dim**-0.5).softmax(-1) @ v
+    return mixed.transpose(1, 2).flatten(2) @ attn.proj.weight.T + attn.proj.bias
+
+
+def plain_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    return gelu(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
+
+
+def test_repadapter() -> None:
+    att = attached("repadapter", bottleneck=4, groups=2, scale=0.7)
+
+    def rep(a: nn.Module, x: Tensor) -> Tensor:
+        hidden = x @ a.down.weight.T + a.down.bias
+        halves = zip(hidden.chunk(2, -1), a.up.weight[..., 0].chunk(2), strict=True)
+        return x + 0.7 * (torch.cat([h @ w.T for h, w in halves], -1) + a.up.bias)
+
+    same(
+        att,
+        forward(
+            att.model,
+            lambda b, x: attention(b.attn, rep(b.petune_repadapter_attn.adapter, x)),
+            lambda b, x: plain_mlp(b.mlp, rep(b.petune_repadapter_mlp.adapter, x)),
+        ),
+    )
+
+
+def test_fact() -> None:
+    att = attached("fact", rank=3, scale=0.5)
+    u, v = (next(p for k, p in att.tuned.items() if k.endswith(f"adapter.{name}")) for name in "uv")
+
+    def changed(linear: nn.Linear, core: Tensor) -> nn.Linear:
+        """W + s · U Σ Vᵀ, chunk by chunk."""
+        out = nn.Linear(linear.in_features, linear.out_features)
+        rows = [torch.cat([v @ core[i, o].T @ u.T for i in range(core.shape[0])], 1) for o in range(core.shape[1])]
+        out.weight.data = linear.weight + 0.5 * torch.cat(rows)
+        out.bias.data = linear.bias.clone()
+        return out
+
+    def attn(b: nn.Module, x: Tensor) -> Tensor:
+        cores = b.attn.petune_fact_qkv.adapter.core, b.attn.petune_fact_proj.adapter.core
+        old = b.attn.qkv, b.attn.proj
+        fake = type("A", (), {"num_heads": b.attn.num_heads, "head_dim": b.attn.head_dim})()
+        fake.qkv, fake.proj = (changed(layer, core) for layer, core in zip(old, cores, strict=True))
+        return attention(fake, x)
+
+    def mlp(b: nn.Module, x: Tensor) -> Tensor:
+        fake = type("M", (), {})()
+        fake.fc1 = changed(b.mlp.fc1, b.mlp.petune_fact_fc1.adapter.core)
+        fake.fc2 = changed(b.mlp.fc2, b.mlp.petune_fact_fc2.adapter.core)
+        return plain_mlp(fake, x)
+
+    same(att, forward(att.model, attn, mlp))
+    assert att.counts.tuned == 2 * D * 3 + 2 * (3 + 1 + 4 + 4) * 3**2
+
+
+def test_lst() -> None:
+    att = attached("lst", reduction=4)
+    model = att.model
+    ladder = model.blocks[-1].petune_lst.adapter
+    with torch.no_grad():
+        x0 = model._pos_embed(model.patch_embed(X))
+        with att.disabled():
+            x1, x2 = model.blocks[0](x0), model.blocks(x0)
+        rung = ladder.rungs[0]
+        gate = torch.sigmoid(rung.gate)
+        h = gate * ladder.first(x0) + (1 - gate) * rung.down(x1)
+        h = h + rung.reduce(gelu(rung.expand(rung.norm(h))))
+        same(att, model.head(model.norm(x2 + ladder.up(h))[:, 0]))
+
+
+def test_lst_sends_no_gradient_through_the_backbone() -> None:
+    att = attached("lst")
+    seen = []
+    for block in att.model.blocks:  # a tensor that needs a gradient would be one inside the backbone
+        block.attn.register_forward_hook(lambda m, a, y: seen.append(y.requires_grad))
+    att.train()(X).sum().backward()
+    assert seen == [False, False]
+    att.check_gradients()
+
+
+def test_ssf() -> None:
+    att = attached("ssf")
+
+    def act(holder: nn.Module, y: Tensor) -> Tensor:
+        return y * holder.adapter.scale + holder.adapter.shift
+
+    def attn(b: nn.Module, x: Tensor) -> Tensor:
+        q = act(b.attn.petune_ssf_qkv, x @ b.attn.qkv.weight.T + b.attn.qkv.bias)
+        q, k, v = q.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mixed = (((q @ k.mT) * b.attn.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return act(b.attn.petune_ssf_proj, mixed @ b.attn.proj.weight.T + b.attn.proj.bias)
+
+    def mlp(b: nn.Module, x: Tensor) -> Tensor:
+        hidden = act(b.mlp.petune_ssf_fc1, x @ b.mlp.fc1.weight.T + b.mlp.fc1.bias)
+        return act(b.mlp.petune_ssf_fc2, gelu(hidden) @ b.mlp.fc2.weight.T + b.mlp.fc2.bias)
+
+    same(att, forward(att.model, attn, mlp))  # the norms are modules, so theirs are applied
+
+
+def test_convpass() -> None:
+    att = attached("convpass", hidden_dim=4, scale=0.5)
+
+    def bypass(a: nn.Module, x: Tensor) -> Tensor:
+        h = gelu(x @ a.down.weight.T + a.down.bias)
+        patches = nn.functional.conv2d(h[:, 1:].mT.reshape(2, 4, 4, 4), a.conv.weight, a.conv.bias, padding=1)
+        cls = h[:, :1] @ a.conv.weight[:, :, 1, 1].T + a.conv.bias
+        mixed = torch.cat([cls, patches.flatten(2).mT], 1)
+        return 0.5 * (gelu(mixed) @ a.up.weight.T + a.up.bias)
+
+    same(
+        att,
+        forward(
+            att.model,
+            lambda b, x: attention(b.attn, x) + bypass(b.petune_convpass_attn.adapter, x),
+            lambda b, x: plain_mlp(b.mlp, x) + bypass(b.petune_convpass_mlp.adapter, x),
+        ),
+    )
+
+
+def test_l2sp_is_the_distance() -> None:
+    att = attached("l2sp", alpha=2.0, beta=4.0)  # `attached` has moved everything away from the start
+    model, start = att.model, tiny_timm(init_values=0.3)
+    pairs = zip(model.named_parameters(), start.parameters(), strict=True)
+    moved = sum((p - q).square().sum() for (name, p), q in pairs if not name.startswith("head"))
+    size = sum(p.square().sum() for p in model.head.parameters())
+    torch.testing.assert_close(att.extra_loss(0), moved + 2 * size)
+
+
+def test_what_bitfit_norm_and_partial_train() -> None:
+    assert {key.rpartition(".")[2] for key in attached("bitfit").tuned} == {"bias"}
+    assert not any("head" in key for key in attached("bitfit").tuned)
+    norms = {key.rpartition(".")[0].rpartition(".")[2] for key in attached("norm").tuned}
+    assert norms == {"norm1", "norm2", "norm"}
+    deep = petune.attach(tiny_timm(depth=12), "partial", num_blocks=1)
+    assert {key.split(".")[0] + "." + key.split(".")[1] for key in deep.tuned} == {
+        "blocks.11", "norm.weight", "norm.bias",
+    }  # fmt: skip
+    beit = timm.create_model("beit_base_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2,
+                             num_classes=3)  # fmt: skip
+    tuned = petune.attach(beit, "bitfit").tuned
+    assert any(key.endswith("q_bias") for key in tuned)
+    assert not any("table" in key for key in tuned)
+
+
+COUNTS = {
+    "adaptformer": 1_189_632,
+    "bitfit": 102_912,
+    "convpass": 327_552,
+    "dora": 1_179_648 + 12 * 9 * 768,
+    "fact": 61_440,
+    "houlsby": 2_379_264,
+    "lora": 1_179_648,
+    "norm": 38_400,
+    "partial": 7_089_408,
+    "pfeiffer": 1_189_632,
+    "repadapter": 239_808,
+    "ssf": 204_288,
+    "vpt": 92_160,
+}
+
+
+@pytest.mark.parametrize("method", sorted(COUNTS))
+def test_counts_on_vit_base(method: str) -> None:
+    with torch.device("meta"):
+        vit = timm.create_model("vit_base_patch16_224", num_classes=10)
+        att = petune.attach(vit, method, keep_original=False)
+    assert att.counts.tuned == COUNTS[method]
+    assert att.tuner.count(att.sites) in (None, COUNTS[method])
+
+
+@pytest.mark.parametrize("library", sorted(tiny_models()))
+@pytest.mark.parametrize("method", ["bitfit", "fact", "norm", "partial", "repadapter", "ssf"])
+def test_merged_is_the_same(library: str, method: str) -> None:
+    base = tiny_models()[library]()
+    torch.manual_seed(0)
+    att = petune.attach(base, method)
+    for p in att.tuned.values():
+        nn.init.normal_(p, mean=float(p.detach().mean()), std=0.1)
+    keys = list(tiny_models()[library]().state_dict())
+    with torch.no_grad():
+        before = scores(att.model.eval())
+        if library == "torchvision" and method == "repadapter":  # its qkv is no Linear layer
+            with pytest.raises(NotMergeable, match="no linear layer reads"):
+                att.merge()
+            assert torch.equal(scores(att.model), before)
+            return
+        att.merge()
+        torch.testing.assert_close(scores(att.model), before, atol=1e-5, rtol=1e-5)
+    assert list(att.model.state_dict()) == keys
+    assert not att.attached
+
+
+def scores(model: nn.Module) -> Tensor:
+    out = model(X)
+    return getattr(out, "logits", out)
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "vpt", "houlsby", "lst", "convpass"])
+def test_what_does_not_fold_says_why(method: str) -> None:
+    att = attached(method)
+    with torch.no_grad():
+        before = att.model(X)
+        with pytest.raises(NotMergeable, match="weights"):
+            att.merge()
+        assert torch.equal(att.model(X), before)
+
+
+def test_a_wrong_merge_is_found_and_taken_back() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((D,), 2.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+        def merge(self, module: nn.Module) -> None:
+            module.fc2.weight.data.mul_(3)
+
+    class Tuner(petune.Tuner[petune.TunerConfig]):
+        def attach(self, edit: petune.Edit) -> None:
+            for block in edit.sites.blocks:
+                edit.after(block.mlp, Wrong())
+
+    att = petune.attach(tiny_timm(), Tuner())
+    with torch.no_grad():
+        before = att.model(X)
+        with pytest.raises(NotMergeable, match="must compute the same"):
+            att.merge()
+        assert torch.equal(att.model(X), before)
+
+
+def test_a_ladder_needs_one_width() -> None:
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=2
+    )
+    with pytest.raises(AttachError, match="one width"):
+        petune.attach(swin, "lst")

@@ -1,0 +1,186 @@
+"""PEFT's types as methods: the contract, both directions of the files, merging, and no dead layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import timm
+import torch
+from torch import nn
+
+import petune
+from petune.errors import AttachError, BackboneMismatch, ConfigError
+from petune.tiny_models import tiny_timm, tiny_torchvision
+from petune.tuners.peft import REFUSED, peft_types
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and its dependencies warn of much
+
+TYPES = sorted(peft_types())
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def model() -> nn.Module:
+    return tiny_timm(embed_dim=32)
+
+
+def randomised(att: petune.Attachment) -> petune.Attachment:
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in att.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    return att
+
+
+@torch.no_grad()
+def scores(of: nn.Module) -> torch.Tensor:
+    return of.eval()(X)
+
+
+def test_the_types_of_the_issue_are_there() -> None:
+    asked = (
+        "lora ia3 oft boft hra loha lokr vera fourierft ln_tuning randlora c3a miss shira waveft delora gralora road"
+    )
+    assert {*asked.split(), "vblora"} <= set(TYPES)
+    assert len(TYPES) >= 25
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_keeps_the_contract(kind: str) -> None:
+    assert len(petune.check_tuner(f"peft:{kind}", model())) == 14
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_is_saved_loads_with_peft(kind: str, tmp_path: Path) -> None:
+    att = randomised(petune.attach(model(), f"peft:{kind}"))
+    att.save(tmp_path / "a", metadata={"classes": ["a", "b", "c"]})
+    fresh = model()
+    nn.init.zeros_(fresh.head.weight)  # a new head, as before the training
+    theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "a"))
+    assert torch.equal(scores(theirs), scores(att.model))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_peft_has_trained_loads_here(kind: str, tmp_path: Path) -> None:
+    ours = petune.attach(model(), f"peft:{kind}").tuner.wrapped.config
+    config = type(ours)(**{k: v for k, v in ours.to_dict().items() if k not in {"peft_type", "runtime_config"}})
+    config.modules_to_save = ["head"]
+    theirs = peft.get_peft_model(model(), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.05)
+    theirs.save_pretrained(tmp_path / "b")
+    att = petune.load(model(), tmp_path / "b")
+    assert torch.equal(scores(att.model), scores(theirs))
+    att.save(tmp_path / "c")
+    assert torch.equal(scores(petune.load(model(), tmp_path / "c").model), scores(theirs))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_merged_is_the_same(kind: str) -> None:
+    att = randomised(petune.attach(model(), f"peft:{kind}"))
+    before = scores(att.model)
+    att.merge()
+    torch.testing.assert_close(scores(att.model), before, atol=1e-5 * float(before.abs().max()), rtol=0)
+    assert list(att.model.state_dict()) == list(model().state_dict())
+
+
+def test_lora_is_the_formula() -> None:
+    att = randomised(petune.attach(model(), "lora", r=3, lora_alpha=6, targets="attn"))
+    layer = att.model.blocks[1].attn.qkv
+    x = torch.randn(2, 5, 32)
+    a, b = (getattr(layer, f"lora_{f}")["petune_lora"].weight for f in "AB")
+    by_hand = nn.functional.linear(x, layer.base_layer.weight + 2 * b @ a, layer.base_layer.bias)
+    torch.testing.assert_close(layer(x), by_hand, atol=1e-5, rtol=1e-5)
+    assert att.counts.tuned == 2 * 3 * ((32 + 96) + (32 + 32))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_attentions_that_read_their_weights_are_told_to_call_them(name: str) -> None:
+    size: dict[str, Any] = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    built = timm.create_model(name, num_classes=3, **size)
+    torch.manual_seed(0)
+    for p in built.parameters():
+        nn.init.normal_(p, mean=0.1, std=0.1)
+    report = petune.check_tuner("lora", built, targets="attn")
+    assert "every tuned tensor learns" in report
+    assert any(
+        key.endswith("qkv.lora_A.petune_lora.weight") for key in petune.attach(built, "lora", targets="attn").tuned
+    )
+
+
+def test_what_cannot_be_told_is_named() -> None:
+    with pytest.raises(AttachError, match="reads the weights of"):
+        petune.attach(tiny_torchvision(), "dora", targets="attn")
+    with pytest.warns(UserWarning, match="without calling them"):
+        att = petune.attach(tiny_torchvision(), "dora")
+    assert not any("out_proj" in key or "in_proj" in key for key in att.tuned)
+
+
+def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None:
+    assert petune.check_tuner("lora", tiny_torchvision(), targets="attn")
+    att = randomised(petune.attach(tiny_torchvision(), "lora", targets="attn", r=2))
+    assert att.counts.tuned == 2 * 2 * (24 + 72)
+    att.save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny_torchvision(), str(tmp_path / "a"))
+    before = scores(att.model)
+    assert torch.equal(scores(theirs), before)
+    plain = list(tiny_torchvision().state_dict())
+    att.merge()
+    torch.testing.assert_close(scores(att.model), before, atol=1e-5, rtol=1e-5)
+    assert list(att.model.state_dict()) == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "lora", "rank": 4}, "no option 'rank'"),
+        ({"type": "nonsense"}, "no PEFT type"),
+        ({"type": "lora", "init_lora_weights": "pissa"}, "change the backbone"),
+        ({"type": "lora", "bias": "all"}, "attach bitfit beside it"),
+        *(({"type": kind}, REFUSED[kind][:30]) for kind in REFUSED),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        petune.attach(model(), "peft", **options)
+
+
+def test_a_refused_attachment_leaves_the_model_as_it_was() -> None:
+    built = model()
+    before = [name for name, _ in built.named_modules()]
+    with pytest.raises(AttachError, match="PEFT cannot put miss"):
+        petune.attach(built, "peft:miss", r=1000)
+    assert [name for name, _ in built.named_modules()] == before
+    assert not hasattr(built, "peft_config")
+
+
+def test_a_plain_checkpoint_still_loads_under_lora() -> None:
+    built, other = model(), tiny_timm(embed_dim=32, num_classes=3)
+    for p in other.parameters():
+        nn.init.normal_(p)
+    petune.attach(built, "lora")
+    report = built.load_state_dict(other.state_dict(), strict=False)
+    assert report.unexpected_keys == []
+    assert all("lora" in key for key in report.missing_keys)
+    assert torch.equal(scores(built), scores(other))
+
+
+def test_another_backbone_is_refused(tmp_path: Path) -> None:
+    petune.attach(model(), "lora").save(tmp_path / "a")
+    other = model()
+    nn.init.normal_(other.blocks[0].attn.qkv.weight)
+    with pytest.raises(BackboneMismatch, match="other weights"):
+        petune.load(other, tmp_path / "a")
+    with pytest.raises(BackboneMismatch, match="number of classes"):
+        petune.load(_with_classes(5), tmp_path / "a")
+
+
+def _with_classes(count: int) -> nn.Module:
+    built = model()
+    built.head = nn.Linear(32, count)
+    return built

@@ -1,0 +1,221 @@
+"""Several attachments on one model: stacked, in any order; tasks by name; and one batch for many tasks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.errors import AttachError, UsageError
+from petune.tiny_models import tiny_timm
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def model(num_classes: int = 3) -> nn.Module:
+    built = tiny_timm()
+    built.reset_classifier(num_classes)
+    torch.manual_seed(num_classes)
+    nn.init.normal_(built.head.weight)
+    nn.init.normal_(built.head.bias)
+    return built.eval()
+
+
+@torch.no_grad()
+def scores(of: nn.Module, x: Tensor = X) -> Tensor:
+    return of.eval()(x)
+
+
+def step(*attachments: petune.Attachment) -> None:
+    built = attachments[0].model
+    built.train()
+    params = {id(p): p for att in attachments for p in att.parameters()}
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    nn.functional.cross_entropy(built(X), torch.arange(len(X)) % 3).backward()
+    for att in attachments:
+        att.check_gradients()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+STACKS = [("adaptformer", "bitfit"), ("bitfit", "adaptformer"), ("lora", "norm"), ("vpt", "lora"), ("bitfit", "lora")]
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+@pytest.mark.parametrize("last_first", [True, False])
+def test_stacked_train_together_and_come_off_in_any_order(stack: tuple[str, str], last_first: bool) -> None:
+    built = model()
+    plain, state = scores(built), copy.deepcopy(built.state_dict())
+    atts = [petune.attach(built, name) for name in stack]
+    before = [{k: p.detach().clone() for k, p in att.tuned.items()} for att in atts]
+    for _ in range(3):
+        step(*atts)
+    for att, old in zip(atts, before, strict=True):
+        assert all(p.requires_grad for p in att.parameters())
+        assert any(not torch.equal(p, old[k]) for k, p in att.tuned.items())
+    trained = {id(p) for att in atts for p in att.parameters()}
+    assert all(p.requires_grad == (id(p) in trained) for p in built.parameters())
+    for att in reversed(atts) if last_first else atts:
+        att.detach()
+    assert torch.equal(scores(built), plain)
+    assert list(built.state_dict()) == list(state)
+    assert all(p.requires_grad for p in built.parameters())
+    assert not hasattr(built, "petune_ledger")
+    assert not hasattr(built, "peft_config")
+
+
+def test_stacked_is_saved_and_loaded_in_turn(tmp_path: Path) -> None:
+    built = model()
+    atts = [petune.attach(built, name) for name in ("adaptformer", "bitfit")]
+    step(*atts)
+    for att in atts:
+        att.save(tmp_path / att.name)
+    fresh = model()
+    petune.load(fresh, tmp_path / "bitfit")
+    petune.load(fresh, tmp_path / "adaptformer")
+    assert torch.equal(scores(fresh), scores(built))
+
+
+def test_counts_leave_others_out() -> None:
+    built = model()
+    alone = petune.attach(model(), "bitfit").counts
+    petune.attach(built, "adaptformer")
+    stacked = petune.attach(built, "bitfit").counts
+    assert (stacked.tuned, stacked.backbone) == (alone.tuned, alone.backbone)
+
+
+def test_names_must_differ() -> None:
+    built = model()
+    petune.attach(built, "lora", name="a")
+    petune.attach(built, "lora", name="b")
+    with pytest.raises(AttachError, match="name of its own"):
+        petune.attach(built, "linear", name="a")
+    assert set(built.petune_ledger.claims) == {"a", "b"}
+
+
+METHODS = {
+    "pets": ("adaptformer", 4, {}),
+    "cars": ("adaptformer", 3, {"bottleneck": 5}),
+    "vpt": ("vpt", 7, {"num_prompts": 2}),
+    "vpt2": ("vpt", 2, {"num_prompts": 2}),
+    "vpt3": ("vpt", 3, {"num_prompts": 4}),
+    "shallow": ("vpt", 3, {"deep": False, "num_prompts": 2}),
+    "lora": ("lora", 5, {}),
+    "lora2": ("lora", 3, {"r": 2}),
+    "probe": ("linear", 6, {}),
+    "bitfit": ("bitfit", 3, {}),
+    "houlsby": ("houlsby", 4, {}),
+    "lst": ("lst", 3, {}),
+    "ia3": ("peft:ia3", 4, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every task trained alone, on the same backbone."""
+    place = tmp_path_factory.mktemp("tasks")
+    for name, (method, classes, options) in METHODS.items():
+        torch.manual_seed(len(name))
+        att = petune.attach(model(classes), method, **options)
+        with torch.no_grad():
+            for p in att.parameters():
+                p.add_(torch.randn_like(p), alpha=0.2)
+        att.save(place / name)
+    return {name: place / name for name in METHODS}
+
+
+def alone(path: Path, name: str) -> nn.Module:
+    built = model(METHODS[name][1])
+    petune.load(built, path)
+    return built
+
+
+def test_tasks_by_name(saved: dict[str, Path]) -> None:
+    built = model()
+    plain, keys = scores(built), list(built.state_dict())
+    tasks = petune.Tasks(built)
+    names = ["pets", "vpt", "lora", "bitfit", "lora2"]
+    for name in names:
+        tasks.load(name, saved[name])
+    for name in (*names, None, *reversed(names), None):
+        wanted = plain if name is None else scores(alone(saved[name], name))
+        assert torch.equal(scores(tasks.use(name)), wanted), name
+    for name in names:
+        tasks.remove(name)
+    assert torch.equal(scores(built), plain)
+    assert list(built.state_dict()) == keys
+
+
+MIXES = [
+    ("pets", "cars", None),
+    ("lora", "lora2", None),
+    ("vpt", "vpt2", "vpt"),
+    ("vpt", "vpt3", "shallow", None),
+    ("pets", "lora", "houlsby", "probe", None),
+    ("pets", "vpt", "lora", "bitfit", "lst", "ia3"),
+    tuple(METHODS),
+]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+@torch.no_grad()
+def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None, ...]) -> None:
+    tasks = petune.Tasks(model())
+    for name in filter(None, mix):
+        if name not in tasks.tasks:
+            tasks.load(name, saved[name])
+    names = list(itertools.islice(itertools.cycle(mix), max(6, len(mix))))
+    x = torch.randn(len(names), 3, 16, 16)
+    out = tasks(x, names)
+    for row, name in enumerate(names):
+        wanted = scores(model() if name is None else alone(saved[name], name), x[row : row + 1])[0]
+        assert out[row].shape == wanted.shape
+        torch.testing.assert_close(out[row], wanted, atol=1e-6, rtol=1e-5)
+    assert tasks.active is None
+    assert torch.equal(scores(tasks.model), scores(model()))
+
+
+@pytest.mark.parametrize(
+    ("mix", "passes"),
+    [(("pets", "cars", "lora", "lora2", "probe", "houlsby", None), 1), (("vpt", "vpt2", "pets"), 2),
+     (("vpt", "vpt3", "shallow", "bitfit", "lst", "ia3"), 6)],
+)  # fmt: skip
+def test_tasks_share_a_forward_where_they_can(saved: dict[str, Path], mix: tuple[str | None, ...], passes: int) -> None:
+    tasks = petune.Tasks(model())
+    for name in filter(None, mix):
+        tasks.load(name, saved[name])
+    seen: list[int] = []
+    tasks.model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    tasks(torch.randn(len(mix), 3, 16, 16), list(mix))
+    assert len(seen) == passes
+    assert sum(seen) == len(mix)
+
+
+def test_what_tasks_refuse(saved: dict[str, Path]) -> None:
+    tasks = petune.Tasks(model())
+    tasks.load("pets", saved["pets"])
+    with pytest.raises(UsageError, match="loaded already"):
+        tasks.load("pets", saved["cars"])
+    with pytest.raises(UsageError, match="no task 'dogs'"):
+        tasks.use("dogs")
+    with pytest.raises(UsageError, match="every row needs a task"):
+        tasks(X, ["pets"])
+    with pytest.raises(AttachError, match="detach that first"):
+        petune.Tasks(tasks.model)
+
+
+def test_a_task_that_does_not_fit_leaves_the_others_alone(saved: dict[str, Path], tmp_path: Path) -> None:
+    other = model()
+    nn.init.normal_(other.blocks[0].attn.qkv.weight)
+    petune.attach(other, "adaptformer").save(tmp_path / "foreign")
+    tasks = petune.Tasks(model())
+    tasks.load("pets", saved["pets"])
+    with pytest.raises(petune.PetuneError, match="other weights"):
+        tasks.load("foreign", tmp_path / "foreign")
+    assert torch.equal(scores(tasks.use("pets")), scores(alone(saved["pets"], "pets")))
