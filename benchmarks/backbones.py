@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from survey.models import FAMILIES, build
-from survey.pairs import enliven, examine, methods
+from survey.pairs import METHODS, enliven, examine
 from survey.places import unproven_mids
 from survey.table import page
 from survey.variants import walk
@@ -31,7 +32,7 @@ def main() -> None:
     """Parse the arguments and do one of the three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="parts of families' names")
-    parser.add_argument("--methods", nargs="*", default=methods(), metavar="METHOD")
+    parser.add_argument("--methods", nargs="*", default=METHODS, metavar="METHOD")
     parser.add_argument("--all", action="store_true", help="walk every timm variant instead")
     parser.add_argument("--page", action="store_true", help="write the page again from the results")
     args = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
         print(", ".join(f"{count.count(s)} {s}" for s in ("ok", "refused", "wrong")))
 
 
-def survey(family: str, names: list[str]) -> dict[str, object]:
+def survey(family: str, names: Iterable[str]) -> dict[str, object]:
     """One row: what petune sees of the model, and every method on it."""
     start = time.monotonic()
     model = enliven(build(family))
