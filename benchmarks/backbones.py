@@ -4,7 +4,7 @@
     python benchmarks/backbones.py --only beit      # some families; the rest stays as it was
     python benchmarks/backbones.py --all            # the places of every timm variant, on the meta device; prints
 
-About ten minutes on two cores.
+About half an hour on two cores.
 """
 
 from __future__ import annotations

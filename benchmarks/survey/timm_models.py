@@ -47,7 +47,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "naflexvit": ("naflexvit_base_patch16_gap", {"depth": 3, "embed_dim": 48, "num_heads": 4}),
     "cait": ("cait_xxs24_224", _VIT),
     "xcit": ("xcit_nano_12_p16_224", _VIT),
-    "convit": ("convit_tiny", _VIT),
+    "convit": ("convit_tiny", {**_VIT, "local_up_to_layer": 2}),
     "crossvit": ("crossvit_tiny_240", {}),
     "pit": ("pit_ti_224", {"img_size": 112}),
     "tnt": ("tnt_s_patch16_224", {"img_size": 64, "depth": 3}),

@@ -128,5 +128,5 @@ def test_equal_to_the_forward_by_hand(family: str, method: str) -> None:
             plain = model(images)
             expected = by_hand(model, images, name, adapters, FAMILIES[family][2])
     torch.testing.assert_close(tuned, expected, atol=2e-4, rtol=1e-3)
-    assert not torch.allclose(tuned, plain, atol=2e-2)
+    assert not torch.allclose(tuned, plain, atol=4e-3)
     assert att.sites.num_prefix_tokens == FAMILIES[family][2]
