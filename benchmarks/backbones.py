@@ -40,16 +40,22 @@ def main() -> None:
     if args.all:
         walk()
     elif args.page:
-        PAGE.write_text(page(json.loads(RESULTS.read_text())))
+        PAGE.write_text(page(json.loads(RESULTS.read_text()), FAMILIES))
     else:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
         results = {family: survey(family, args.methods) for family in families}
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
-        RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-        PAGE.write_text(page(merged))
+        if tuple(args.methods) == METHODS:
+            write(results)
         count = [pair["state"] for row in results.values() for pair in row["methods"].values()]
         print(", ".join(f"{count.count(s)} {s}" for s in ("ok", "refused", "wrong")))
+
+
+def write(results: dict[str, object]) -> None:
+    """Results and page, with the rows of families that were not surveyed this time as they were."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
+    RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(merged, FAMILIES))
 
 
 def survey(family: str, names: Iterable[str]) -> dict[str, object]:

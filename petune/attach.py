@@ -243,7 +243,9 @@ class Attachment:
 
     def _put_back(self, changing: Mapping[str, Tensor]) -> None:
         if self._originals is not None:
-            _copy(changing, {key: value for key, (_, value) in self._originals.items()})
+            values = {key: value for key, (_, value) in self._originals.items()}
+            # a buffer of another shape was made anew by the model's own forward (ConViT): it is not ours to put back
+            _copy({key: t for key, t in changing.items() if t.shape == values[key].shape}, values)
             forget_caches(self.model)
         elif changing:
             raise AttachError(

