@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format lint types faults clean
+.PHONY: backbones demo test check format lint types faults clean
 
 PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
 
@@ -39,3 +39,6 @@ clean:
 
 faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (half an hour)
 	PETUNE_FAULTS=full $(BIN)/python -m pytest tests/faults -q
+
+backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (half an hour)
+	$(BIN)/python benchmarks/backbones.py

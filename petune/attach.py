@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.anatomy import find_sites
+from petune.anatomy.forward import forget_caches
 from petune.counts import count_parameters
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite, NotMergeable
@@ -174,6 +175,7 @@ class Attachment:
         if on:
             self._switch(True)
             _copy(self._changing(), self._trained)
+            forget_caches(self.model)
             self._trained = {}
         else:
             trained = {key: t.detach().clone() for key, t in self._changing().items()}
@@ -241,7 +243,10 @@ class Attachment:
 
     def _put_back(self, changing: Mapping[str, Tensor]) -> None:
         if self._originals is not None:
-            _copy(changing, {key: value for key, (_, value) in self._originals.items()})
+            values = {key: value for key, (_, value) in self._originals.items()}
+            # a buffer of another shape was made anew by the model's own forward (ConViT): it is not ours to put back
+            _copy({key: t for key, t in changing.items() if t.shape == values[key].shape}, values)
+            forget_caches(self.model)
         elif changing:
             raise AttachError(
                 f"giving back the model needs the values from before {self.name}, which were not kept; "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from petune.errors import ConfigError, UnknownName
+from petune.errors import AttachError, ConfigError, UnknownName
+from petune.foreign import build_foreign, is_foreign
 from petune.hub import HubFile, overlay
+from petune.sites import Sites
 from petune.weights import Weights, bundled, load_into, read_weights
 
 HeadKind = Literal["linear", "bn_linear"]
@@ -82,12 +86,12 @@ def create_backbone(
     """Build a backbone.
 
     Args:
-        name: An alias or any timm name, with or without tag.
+        name: An alias; any timm name, with or without tag; or `torchvision:…`, `hf:…`, `package.module:factory`.
         weights: `default`, `none`, `cifar100`, or a path.
         num_classes: Of the fresh head.
         image_size: Side of the input; None is the model's own. Pretrained position embeddings are resampled.
         patch_size: None is the model's own. Pretrained patch embeddings are resampled.
-        options: Further arguments of the timm model, as `drop_path_rate`.
+        options: Further arguments of the model, as `drop_path_rate`.
         head: `bn_linear` puts BatchNorm without affine before the linear layer (AdaptFormer's authors).
         seed: Of all random initialisation.
         keep_head_of: Load the file's head too if it was trained on exactly these classes.
@@ -97,15 +101,21 @@ def create_backbone(
         WeightsUnavailable: Weights were asked for and cannot be had.
         ConfigError: The model does not take these options.
     """
-    alias = ALIASES.get(name) or _timm_alias(name)
-    asked = {"img_size": image_size, "patch_size": patch_size}
+    alias = _alias(name)
+    asked = {"image_size" if is_foreign(name) else "img_size": image_size, "patch_size": patch_size}
     settings = alias.options | {k: v for k, v in asked.items() if v is not None} | (options or {})
     source = alias.default_weights if weights == "default" else weights
     file = _weights_file(name, source)
-    overlay = _hub_overlay(name, alias) if source == "hub" else None
-    model = _create(alias.timm_name, settings, overlay, num_classes, seed)
+    overlay = _hub_overlay(name, alias) if source == "hub" and not is_foreign(name) else None
+    with _seeded(seed):
+        if is_foreign(name):
+            model = build_foreign(name, num_classes, settings, pretrained=source == "hub")
+        else:
+            model = _create(alias.timm_name, settings, overlay, num_classes)
+    if head != "linear" and is_foreign(name):
+        raise ConfigError(f"head {head} can only be given to timm's models, but the backbone is {name}")
     set_head(model, num_classes, head, seed)
-    mean, std = (_pretrained_statistics(model) if overlay is not None else None) or (None, None)
+    mean, std = (_pretrained_statistics(model) if source == "hub" else None) or (None, None)
     if file is not None:
         kept = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
         load_into(model, file, set() if kept else _head_keys(model))
@@ -114,7 +124,7 @@ def create_backbone(
         model.eval(),
         name,
         alias.timm_name + "".join(f",{k}={v}" for k, v in sorted(settings.items())),
-        file.source if file else alias.timm_name if overlay is not None else "none",
+        file.source if file else alias.timm_name if source == "hub" else "none",
         _image_size(model),
         tuple(mean) if mean else None,
         tuple(std) if std else None,
@@ -138,21 +148,39 @@ def check_weights(name: str, weights: str) -> None:
 
 
 def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed: int = 0) -> None:
-    """Give a timm model the head that every method of a comparison gets: trunc_normal(0.01), zero bias."""
-    if model.num_classes != num_classes:
-        model.reset_classifier(num_classes)  # type: ignore[operator]
-    heads = model.get_classifier()  # type: ignore[operator]
-    for linear in heads if isinstance(heads, tuple) else (heads,):  # distilled models have two
-        if not isinstance(linear, nn.Linear):
-            raise ConfigError(f"the classifier must be a linear layer, but is {type(linear).__name__}")
+    """Give a model the head that every method of a comparison gets: trunc_normal(0.01), zero bias."""
+    if any(linear.out_features != num_classes for linear in _classifiers(model).values()):
+        _resize_head(model, num_classes)
+    for path, linear in _classifiers(model).items():  # distilled models have two
         generator = torch.Generator().manual_seed(seed)
         nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
         if kind == "bn_linear":
-            path = next(n for n, m in model.named_modules() if m is linear)
             norm = nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6)
             model.set_submodule(path, nn.Sequential(norm, linear))
+
+
+def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The model's linear classifiers by path, as it tells (timm), else as they are found; empty without any."""
+    heads: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    if heads is None:
+        found = _find_sites(model).head
+        heads = found.modules if found is not None else ()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    for linear in heads:
+        if not isinstance(linear, nn.Linear | nn.Identity):
+            raise ConfigError(f"the classifier must be a linear layer, but is {type(linear).__name__}")
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and any(m is h for h in heads)}
+
+
+def _resize_head(model: nn.Module, num_classes: int) -> None:
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+        return
+    for path, linear in _classifiers(model).items():
+        bias = linear.bias is not None
+        model.set_submodule(path, nn.Linear(linear.in_features, num_classes, bias, device=linear.weight.device))
 
 
 def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> int:
@@ -161,10 +189,13 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
 
     if image_size is not None:
         return image_size
-    alias = ALIASES.get(name) or _timm_alias(name)
+    alias = _alias(name)
     settings = alias.options | options
     if "img_size" in settings:
         return int(settings["img_size"])
+    if is_foreign(name):
+        with torch.device("meta"):
+            return _image_size(build_foreign(name, 2, settings, pretrained=False))
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
     return int(config.input_size[-1]) if config is not None else 224
 
@@ -175,6 +206,12 @@ def list_backbones(pattern: str = "*") -> list[str]:
 
     names: list[str] = timm.list_models(pattern, pretrained=True)
     return names
+
+
+def _alias(name: str) -> Alias:
+    if is_foreign(name):  # the factory of a user's own model loads what it wants
+        return Alias(name, {}, "hub" if name.startswith(("hf:", "torchvision:")) else "none", "")
+    return ALIASES.get(name) or _timm_alias(name)
 
 
 def _timm_alias(name: str) -> Alias:
@@ -206,33 +243,36 @@ def _hub_overlay(name: str, alias: Alias) -> dict[str, Any]:
     return overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
 
 
-def _create(
-    timm_name: str, settings: dict[str, Any], overlay: dict[str, Any] | None, num_classes: int, seed: int
-) -> nn.Module:
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _create(timm_name: str, settings: dict[str, Any], overlay: dict[str, Any] | None, num_classes: int) -> nn.Module:
     import timm
 
     settings = dict(settings)
     if "norm_eps" in settings:
         settings["norm_layer"] = functools.partial(nn.LayerNorm, eps=settings.pop("norm_eps"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            model: nn.Module = timm.create_model(
-                timm_name,
-                pretrained=overlay is not None,
-                pretrained_cfg_overlay=overlay or None,
-                num_classes=num_classes,
-                **settings,
-            )
-        except (TypeError, AssertionError, ValueError, AttributeError) as error:
-            shown = ", ".join(f"{k}={v}" for k, v in settings.items())
-            raise ConfigError(f"timm's {timm_name} cannot be built with {shown or 'no options'}: {error}") from None
+    try:
+        model: nn.Module = timm.create_model(
+            timm_name,
+            pretrained=overlay is not None,
+            pretrained_cfg_overlay=overlay or None,
+            num_classes=num_classes,
+            **settings,
+        )
+    except (TypeError, AssertionError, ValueError, AttributeError) as error:
+        shown = ", ".join(f"{k}={v}" for k, v in settings.items())
+        raise ConfigError(f"timm's {timm_name} cannot be built with {shown or 'no options'}: {error}") from None
     return model
 
 
 def _head_keys(model: nn.Module) -> set[str]:
-    heads = model.get_classifier()  # type: ignore[operator]
-    modules = {id(m) for h in (heads if isinstance(heads, tuple) else (heads,)) for m in h.modules()}
+    head = _find_sites(model).head
+    modules = {id(m) for h in (head.modules if head is not None else ()) for m in h.modules()}
     owned = [n for n, m in model.named_modules() if id(m) in modules]
     return {key for key in model.state_dict() if any(key.startswith(f"{n}.") for n in owned)}
 
@@ -243,9 +283,16 @@ def _pretrained_statistics(model: nn.Module) -> Statistics | None:
 
 
 def _image_size(model: nn.Module) -> int:
-    from petune.anatomy import find_sites
-
-    size = find_sites(model).input_size
+    size = _find_sites(model).input_size
     if size[-1] != size[-2]:
         raise ConfigError(f"the input must be square, but is {size[-2]}×{size[-1]}; give --image-size")
     return int(size[-1])
+
+
+def _find_sites(model: nn.Module) -> Sites:
+    from petune.anatomy import find_sites
+
+    try:
+        return find_sites(model)
+    except AttachError as error:
+        raise ConfigError(f"{error}. On the command line: --image-size") from error

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from petune.anatomy.positions import admit_prompts
+from petune.anatomy.positions import Room, admit_prompts, fills, refused
+from petune.anatomy.prompting import Prompting
 from petune.errors import AttachError, NotMergeable, SiteNotFound
-from petune.hooks import After, Before, Branch, Gather, Holder, Prompts
+from petune.hooks import After, Before, Branch, Gather, Holder, Prompts, WindowPrompts
 from petune.ledger import added_to
 from petune.probe import Call, probe
 from petune.sites import Block, Site, Sites
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+DEEP = "Give every block prompts of its own (vpt:deep=true)"
 
 
 class Edit:
@@ -38,6 +41,7 @@ class Edit:
         self.trained: list[nn.Parameter] = []
         self.train_modules: list[nn.Module] = []
         self.switches: list[Callable[[bool], None]] = []
+        self.prompting = Prompting(model, sites)
         self.row_switches: list[Callable[[list[int] | None, int], None]] = []
         self.adopted: list[nn.Parameter] = []
         self.adopted_modules: list[nn.Module] = []
@@ -98,16 +102,46 @@ class Edit:
                 f"a prompt adapter must have a whole number num_prompts of 1 or more, but that of "
                 f"{type(adapter).__name__} is {count!r}"
             )
-        holder = Prompts(adapter, count, self.sites.num_prefix_tokens)
+        if run[0].num_windows > 1:
+            self._prompt_windows(run, adapter, count)
+        else:
+            self._prompt_tokens(run, adapter, count)
+
+    def _prompt_tokens(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
+        room = self.prompting.room(run[0], count)
         for block in run:
-            for switch in admit_prompts(block, self.sites, count):
-                switch(True)
-                self.switches.append(switch)
-                self._undo.append(functools.partial(switch, False))
+            if block.dim != run[0].dim or self.prompting.room(block, count) != room:
+                why = f"has other tokens than {run[0].path}, where they come in: they are pooled or merged in between"
+                raise refused(block, self.sites, why, DEEP)
+        self._admit(run, room)
+        holder = Prompts(adapter, room, fills(run[0]))
         self._put(holder, run[0], run[0], run[-1])
         # outermost of all hooks: other adapters see the prompts as tokens, and nested prompts leave in turn
         self._hook(run[0].enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
+        for block in run[1:]:
+            self._hook(block.enter.register_forward_pre_hook(holder.pass_through, with_kwargs=True, prepend=True))
         self._hook(run[-1].exit.register_forward_hook(holder.leave))
+        self.prompting.prove(run, room)
+
+    def _prompt_windows(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
+        block, attn = run[0], run[0].need("attn")
+        if len(run) > 1:
+            why = "attends in windows, each with its own copy of them: they cannot go on to the next block as one"
+            raise refused(block, self.sites, why, DEEP)
+        room = self.prompting.room(block, count)
+        self._admit(run, room)
+        holder = WindowPrompts(adapter, room, block.norm1.enter if block.norm1 and block.norm_first else None)
+        self._put(holder, block, attn)
+        self._hook(attn.enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
+        self._hook(attn.exit.register_forward_hook(holder.leave))
+        self.prompting.prove(run, room)
+
+    def _admit(self, run: tuple[Block, ...], room: Room) -> None:
+        for block in run:
+            for switch in admit_prompts(block, self.sites, room):
+                switch(True)
+                self.switches.append(switch)
+                self._undo.append(functools.partial(switch, False))
 
     def train(self, what: nn.Module | Site | Iterable[nn.Parameter]) -> None:
         """Unfreeze parameters the backbone already has.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.anatomy.positions import Room, padded
 from petune.sites import Layout
 
 Args = tuple[Any, ...]
@@ -133,32 +134,69 @@ class After(Holder):
 
 
 class Prompts(Holder):
-    """Puts tokens behind the prefix when the first of its blocks is entered, cuts them out after the last."""
+    """Puts tokens behind the prefix when the first of its blocks is entered, cuts them out after the last.
 
-    def __init__(self, adapter: nn.Module, num_prompts: int, index: int) -> None:
+    Attributes:
+        room: Where the prompts are.
+        fills: What fills their rows in further arguments of a block; see `petune.anatomy.positions.fills`.
+    """
+
+    def __init__(self, adapter: nn.Module, room: Room, fills: Mapping[int | str, float]) -> None:
         super().__init__(adapter)
-        self.num_prompts, self.index = num_prompts, index
+        self.num_prompts, self.index = room.count, room.index
+        self.room, self.fills = room, fills
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Pre-hook of the first block."""
         if not self.enabled:
             return None
         x_BND = first_tensor(args, kwargs)
-        prompts_BPD = self.adapter(x_BND).to(x_BND.dtype).expand(x_BND.shape[0], -1, -1)
-        if prompts_BPD.shape[1] != self.num_prompts:
-            raise RuntimeError(
-                f"a prompt adapter must return num_prompts = {self.num_prompts} tokens, but it returned "
-                f"{prompts_BPD.shape[1]}"
-            )
-        x_BND = torch.cat([x_BND[:, : self.index], prompts_BPD, x_BND[:, self.index :]], dim=1)
-        return with_first_tensor(args, kwargs, x_BND)
+        args, kwargs = with_first_tensor(args, kwargs, self._with_prompts(x_BND, self.adapter(x_BND)))
+        return self._padded(args, kwargs)
+
+    def pass_through(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Pre-hook of the blocks between: what the model tells them is sized for its own tokens."""
+        return self._padded(args, kwargs) if self.enabled else None
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Hook of the last block."""
         return with_tensor(output, self._cut) if self.enabled else None
 
+    def _with_prompts(self, x_BND: Tensor, prompts: Tensor) -> Tensor:
+        prompts_BPD = prompts.to(x_BND.dtype).expand(x_BND.shape[0], -1, -1)
+        if prompts_BPD.shape[1] != self.num_prompts:
+            raise RuntimeError(
+                f"a prompt adapter must return num_prompts = {self.num_prompts} tokens, but it returned "
+                f"{prompts_BPD.shape[1]}"
+            )
+        return torch.cat([x_BND[:, : self.index], prompts_BPD, x_BND[:, self.index :]], dim=1)
+
+    def _padded(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        more = tuple(padded(a, self.room, self.fills.get(i)) for i, a in enumerate(args) if i)
+        return (*args[:1], *more), {k: padded(v, self.room, self.fills.get(k)) for k, v in kwargs.items()}
+
     def _cut(self, x_BND: Tensor) -> Tensor:
         return torch.cat([x_BND[:, : self.index], x_BND[:, self.index + self.num_prompts :]], dim=1)
+
+
+class WindowPrompts(Prompts):
+    """Puts the same tokens into every window of every picture where an attention is entered, cuts them out behind it.
+
+    A batch of windows is not mixed: each gets the prompts, and loses what became of them.
+    """
+
+    def __init__(self, adapter: nn.Module, room: Room, norm: nn.Module | None) -> None:
+        super().__init__(adapter, room, {})
+        self.norm = (norm,)  # in a tuple: it is the block's own, not a part of the holder
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Pre-hook of the attention, whose input was normalised where its block does that first."""
+        if not self.enabled:
+            return None
+        x_BND = first_tensor(args, kwargs)
+        prompts, norm = self.adapter(x_BND).to(x_BND.dtype), self.norm[0]
+        x_BND = self._with_prompts(x_BND, prompts if norm is None else norm(prompts))
+        return self._padded(*with_first_tensor(args, kwargs, x_BND))
 
 
 def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ Attachments may come and go in any order; flags and modes follow from the claims
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,6 +55,10 @@ class Ledger(nn.Module):
         self._model = (model,)
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
+
+    def forward(self, x: Any) -> Any:
+        """A model that is an nn.Sequential calls all of its children: this one changes nothing."""
+        return x
 
     def open(self, name: str) -> None:
         """Enter an attachment that trains nothing yet.

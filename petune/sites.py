@@ -79,6 +79,9 @@ class Block(Site):
         norm2: The normalisation that belongs to the MLP.
         mid: The residual stream after attention and before the MLP's norm.
         takes_extra: Names of further tensors the block is called with (rotary tables, masks).
+        num_windows: How many windows of one picture the attention is called with at once; 1 without windows.
+        norm_first: Whether norm1 comes before the attention.
+        biases: Modules within the block that return a number for each pair of tokens (relative positions).
     """
 
     index: int
@@ -88,6 +91,9 @@ class Block(Site):
     norm2: Site | None = None
     mid: Site | None = None
     takes_extra: tuple[str, ...] = ()
+    num_windows: int = 1
+    norm_first: bool = True
+    biases: tuple[nn.Module, ...] = ()
 
     def need(self, role: str) -> Site:
         """The inner place `role`.

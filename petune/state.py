@@ -14,6 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from petune.anatomy.forward import forget_caches
 from petune.attach import Attachment, attach, label_of
 from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
@@ -108,6 +109,7 @@ def load(
     with torch.no_grad():
         for key, target in _live(attachment).items():
             target.copy_(tensors[key])
+    forget_caches(model)
     return attachment
 
 

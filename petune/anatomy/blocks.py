@@ -7,10 +7,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, span_exit
-from petune.anatomy.places import layout_of, site, width_of
+from torch import nn
+
+from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, parallel_mid, reaches, span_exit
+from petune.anatomy.places import is_conv, layout_of, site, width_after
 from petune.anatomy.trace import Call, Trace
-from petune.sites import Block
+from petune.sites import Block, Site
 
 
 @dataclass(eq=False)
@@ -19,44 +21,57 @@ class Unit:
 
     call: Call
     mixed: int
-    stop: float
+    stop: float = math.inf
+    strong: bool = False
     holder: Call | None = None
     mlp: Mlp | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the tokens that the attention returns."""
+        return width_after(self.call)
 
 
 def find_blocks(trace: Trace, model: str) -> tuple[Block, ...]:
     """All blocks of a traced model, in order; a block that is called twice is listed once."""
     units = attention_units(trace)
     for unit in units:
-        _find_holder(unit)
+        _find_holder(trace, unit)
     blocks: dict[int, tuple[int, Block]] = {}
     for unit in units:
         for start, block in _blocks_of(trace, unit, units, model):
-            blocks.setdefault(id(block.enter), (start, block))
+            whole = block.attn is not None and block.mid is not None and unit.holder and unit.holder.keeps_shape
+            if unit.strong or whole:  # what only pools is a block if it is built like one
+                blocks.setdefault(id(block.enter), (start, block))
     ordered = sorted(blocks.values(), key=lambda item: item[0])
     return tuple(replace(block, index=i) for i, (_, block) in enumerate(ordered))
 
 
 def attention_units(trace: Trace) -> list[Unit]:
-    """The innermost shape-keeping calls with weights around each mixing of tokens, in order."""
+    """The innermost calls with weights, from tokens to tokens, around each mixing of tokens; in order."""
     found: dict[int, Unit] = {}
-    for time, mixer in trace.mixers:
-        for call in (mixer, *mixer.ancestors()):
-            if call.keeps_shape and any(p.ndim >= 2 for p in call.module.parameters()):
-                found.setdefault(id(call), Unit(call, time, math.inf)).mixed = time
-                break
-    units = sorted((u for u in found.values() if u.call is not trace.root), key=lambda u: u.call.start)
+    for mixer in trace.mixers:
+        around = [c for c in (mixer.call, *mixer.call.ancestors()) if _has_matrix(c) and c is not trace.root]
+        call = next((c for c in around if c.maps_tokens), None)
+        if call is not None:
+            unit = found.setdefault(id(call), Unit(call, mixer.time))
+            unit.mixed, unit.strong = mixer.time, unit.strong or mixer.strong
+    units = sorted(found.values(), key=lambda u: u.call.start)
     for unit, following in itertools.pairwise(units):
         unit.stop = following.call.start
     return units
 
 
-def _find_holder(unit: Unit) -> None:
+def _has_matrix(call: Call) -> bool:
+    return any(p.ndim >= 2 for p in call.module.parameters())
+
+
+def _find_holder(trace: Trace, unit: Unit) -> None:
     """Walk outwards to the smallest call that has an MLP after the attention and before the next one."""
     inner: Call | None = None
     for call in (unit.call, *unit.call.ancestors()):
         after = unit.mixed if inner is None else inner.stop
-        unit.mlp = find_mlp(call, inner, after, unit.stop, width_of(unit.call))
+        unit.mlp = find_mlp(trace, call, inner, after, unit.stop, unit.dim)
         if unit.mlp is not None:
             unit.holder = call
             return
@@ -68,12 +83,22 @@ def _blocks_of(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[
     if holder is None:
         return _lone(trace, unit, units, model)
     inside = [u for u in units if u.call.within(holder)]
-    if holder.keeps_shape and len(inside) == 1:
+    if len(inside) == 1 and holder is not trace.root and holder.maps_tokens:
         return [(holder.start, _describe(trace, unit, holder, model))]
-    if holder.keeps_shape and any(u.holder is not holder for u in inside):  # attentions side by side
-        return [(holder.start, _bare(holder, holder, width_of(unit.call), model))]
+    if holder.keeps_shape and any(u.holder is not holder for u in inside):
+        return [(holder.start, _side_by_side(trace, unit, holder, model))]
     span = _span(trace, unit, holder, model)
-    return [span] if span is not None else []
+    return [span] if span is not None else _lone(trace, unit, units, model)
+
+
+def _side_by_side(trace: Trace, unit: Unit, holder: Call, model: str) -> Block:
+    """Several attentions whose outputs are summed, then several MLPs: one stream, read after the attentions."""
+    assert unit.mlp is not None
+    bare = _bare(holder, holder, unit.dim, model)
+    mid = mid_of(trace, unit.mlp, unit.call.stop)
+    if not reaches(trace, mid, holder):
+        return bare
+    return replace(bare, mid=site("mid", mid, mid, unit.dim, model, bare.layout, point=True))
 
 
 def _lone(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple[int, Block]]:
@@ -83,47 +108,80 @@ def _lone(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple
     around = [unit.call, *unit.call.ancestors()]
     alone = [c for c in around if c.keeps_shape and sum(u.call.within(c) for u in units) == 1]
     alone = [c for c in alone if c is not trace.root]
-    return [(alone[-1].start, _bare(alone[-1], alone[-1], width_of(unit.call), model))] if alone else []
+    if not alone:
+        return []
+    bare = _bare(alone[-1], alone[-1], unit.dim, model)
+    mid = parallel_mid(trace, alone[-1]) if _mlp_is_fused(unit, alone[-1]) else None
+    return [(alone[-1].start, replace(bare, mid=site("mid", mid, mid, unit.dim, model, bare.layout, point=True)))]
+
+
+def _mlp_is_fused(unit: Unit, block: Call) -> bool:
+    """Whether a matrix takes more than the tokens of the attention: the hidden units of an MLP beside it."""
+    after = [c for c in block.subtree() if c.start > unit.mixed and c.has_matrix and not is_conv(c)]
+    return any(c.width >= 2 * unit.dim for c in after)
 
 
 def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Block] | None:
     """A block that is no module of its own: attention and MLP are called from the model's list."""
     assert unit.mlp is not None
     first = _towards(holder, unit.call)
-    mid = mid_of(trace, unit.mlp, first)
+    mid = mid_of(trace, unit.mlp, first.stop)
     last = span_exit(trace, unit.mlp, mid)
     if last is None:
         return None
-    described = _describe(trace, unit, first, model)
-    dim = width_of(unit.call)
-    edges = _bare(first, last, dim, model)
-    return first.start, replace(
-        described, exit=edges.exit, exit_path=edges.exit_path, **_parts(trace, unit, holder, first, model)
-    )
+    bare = _bare(first, last, unit.dim, model)
+    return first.start, replace(bare, **_parts(trace, unit, holder, first, model, first.start))
 
 
 def _describe(trace: Trace, unit: Unit, block: Call, model: str) -> Block:
     inner = _towards(block, unit.call) if unit.call is not block else block
-    bare = _bare(block, block, width_of(unit.call), model)
-    return replace(bare, **_parts(trace, unit, block, inner, model))
+    bare = _bare(block, block, width_after(block), model)
+    parts = _parts(trace, unit, block, inner, model, block.start)
+    if parts["mid"] is not None and not _returns_as_many(parts["mid"], block):
+        parts["mid"] = None  # a part of the tokens (a class token), not the stream that leaves the block
+    return replace(bare, **parts)
 
 
-def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str) -> dict[str, Any]:
+def _returns_as_many(mid: Site, block: Call) -> bool:
+    entered = next(c.input for c in block.subtree() if c.module is mid.enter)
+    return entered is not None and block.output is not None and entered.numel() == block.output.numel()
+
+
+def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since: int) -> dict[str, Any]:
     """The inner places as keyword arguments of Block."""
     assert unit.mlp is not None
-    dim, default = width_of(unit.call), layout_of(scope, width_of(unit.call))
-    attn = attention_of(unit.call, scope)
-    norm1 = norm_of(trace, attn, scope) if attn is not None else None
-    mid = mid_of(trace, unit.mlp, inner)
-    norm2 = norm_of(trace, unit.mlp.first, scope, norm1)
+    dim, default = unit.dim, layout_of(scope, unit.dim)
+    attn = attention_of(trace, unit.call, scope)
+    own = [c for c in scope.subtree() if c.start >= since]
+    norm1 = norm_of(trace, attn, own, scope) if attn is not None else None
+    mid = mid_of(trace, unit.mlp, unit.mixed if inner is scope else inner.stop) or parallel_mid(trace, scope)
+    norm2 = norm_of(trace, unit.mlp.first, own, scope, norm1)
     return {
         "attn": site("attn", attn, attn, dim, model, default),
         "mlp": site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),
         "norm1": site("norm1", norm1, norm1, dim, model, default),
         "norm2": site("norm2", norm2, norm2, dim, model, default),
-        "mid": site("mid", mid, mid, dim, model, default, point=True),
+        "mid": site("mid", mid, mid, width_after(scope) if scope.maps_tokens else dim, model, default, point=True),
+        "num_windows": _num_windows(attn, scope),
+        "norm_first": norm1 is None or attn is None or norm1.start < attn.start,
+        "biases": _biases(attn, scope),
         "takes_extra": inner.parent.extra if inner.parent is scope else scope.extra,
     }
+
+
+def _num_windows(attn: Call | None, scope: Call) -> int:
+    x, y = scope.input, None if attn is None else attn.input
+    return 1 if x is None or y is None or len(y) % len(x) else len(y) // len(x)
+
+
+def _biases(attn: Call | None, scope: Call) -> tuple[nn.Module, ...]:
+    """Modules that return something for each pair of the tokens that enter the attention."""
+    x = None if attn is None else attn.input
+    if x is None or x.ndim != 3:
+        return ()
+    pairs = (x.shape[1], x.shape[1])
+    alone = [c for c in scope.subtree() if c.output is not None and not c.inputs]
+    return tuple(dict.fromkeys(c.module for c in alone if c.output is not None and c.output.shape[-2:] == pairs))
 
 
 def _bare(first: Call, last: Call, dim: int, model: str) -> Block:

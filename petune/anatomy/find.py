@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from petune.anatomy.blocks import find_blocks
-from petune.anatomy.geometry import input_size_of
+from petune.anatomy.geometry import input_sizes_of
 from petune.anatomy.parts import is_norm
-from petune.anatomy.places import is_conv, site
+from petune.anatomy.places import channel_axis, is_conv, site
 from petune.anatomy.trace import Call, Trace, record
 from petune.errors import AttachError
 from petune.sites import Block, Layout, Site, Sites
@@ -35,18 +36,27 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     """
     if not isinstance(model, nn.Module):
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
-    size = input_size if input_size is not None else input_size_of(model)
+    sizes = [input_size] if input_size is not None else input_sizes_of(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
     holders: list[Any] = [h for h in added if hasattr(h, "enabled")]
     enabled = [h.enabled for h in holders]
     try:
         for holder in holders:
             holder.enabled = False
-        trace = record(model, size, added)
+        trace, size = _first_that_runs(model, sizes, added)
     finally:
         for holder, was in zip(holders, enabled, strict=True):
             holder.enabled = was
     return _sites(model, trace, size)
+
+
+def _first_that_runs(
+    model: nn.Module, sizes: list[tuple[int, int, int]], added: set[nn.Module]
+) -> tuple[Trace, tuple[int, int, int]]:
+    for size in sizes[:-1]:
+        with contextlib.suppress(AttachError):
+            return record(model, size, added), size
+    return record(model, sizes[-1], added), sizes[-1]
 
 
 def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int]) -> Sites:
@@ -83,7 +93,7 @@ def _grid_and_prefix(
         return None, 0
     x = first.input
     if x.ndim == 4:
-        return ((x.shape[2], x.shape[3]) if is_conv(first) else (x.shape[1], x.shape[2])), 0
+        return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
     tokens = x.shape[1]
     grid = _grid(trace, first, tokens, size)
     told: Any = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
@@ -134,7 +144,7 @@ def _final_norm(trace: Trace, after: int, head: Site | None, model: str) -> Site
     """The last normalisation between the last block and the classifier."""
     heads = {id(m) for m in head.modules} if head is not None else set()
     end = next((c.start for c in trace.calls if id(c.module) in heads), trace.root.stop)
-    mixing = {id(c) for _, mixer in trace.mixers for c in (mixer, *mixer.ancestors()) if c is not trace.root}
+    mixing = {id(c) for mixer in trace.mixers for c in (mixer.call, *mixer.call.ancestors()) if c is not trace.root}
     norms = [c for c in trace.calls if after < c.start < end and is_norm(c)]
     norms = [c for c in norms if not any(id(a) in mixing for a in c.ancestors())]  # not within attention pooling
     if not norms:
@@ -170,5 +180,7 @@ def _told_head(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
             told = tell()
             heads = told if isinstance(told, tuple | list) else (told,)
             known = [h for h in heads if isinstance(h, nn.Module) and id(h) in paths]
-            return [(paths[id(h)], h) for h in known if any(True for _ in h.parameters())]
+            found = [(paths[id(h)], h) for h in known if any(True for _ in h.parameters())]
+            if found or module is model:  # a part without a classifier says nothing of the whole
+                return found
     return None

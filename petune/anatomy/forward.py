@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.errors import AttachError
@@ -32,7 +32,7 @@ def dry_forward(
     Raises:
         AttachError: The model's own forward fails on a picture of that size.
     """
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         try:
             return _on_meta(model, input_size, watch)
         except Exception:  # a constant tensor on another device, an op without a meta kernel, a value read
@@ -49,30 +49,36 @@ def dry_forward(
 
 
 def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
-    tensors = {
-        name: torch.empty_like(tensor, device="meta")
-        for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        for name, tensor in named
-    }
-    images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=_dtype(model))
+    images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
     with _caches_restored(model), watch() as seen:
-        functional_call(model, tensors, (images_BCHW,), tie_weights=False)
+        functional_call(model, _meta_tensors(model), (images_BCHW,), tie_weights=False)
     return seen
+
+
+def _meta_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Stand-ins for all parameters and buffers. Each module counts once: a shared one must not be swapped twice."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found[f"{path}.{name}" if path else name] = torch.empty_like(tensor, device="meta")
+    return found
 
 
 def _in_earnest(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with watch() as seen:
-        model(torch.zeros(1, *input_size, device=device, dtype=_dtype(model)))
+        model(torch.zeros(1, *input_size, device=device, dtype=dtype_of(model)))
     return seen
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What pictures must be converted to."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's mode and every random state as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
@@ -101,3 +107,16 @@ def _caches_restored(model: nn.Module) -> Iterator[None]:
                     module.__dict__[key] = attributes[key]
                 else:
                     del module.__dict__[key]
+
+
+def forget_caches(model: nn.Module) -> None:
+    """Let modules that keep a product of their weights in eval mode (LeViT, TinyViT) drop it: the weights changed.
+
+    They do so when told to train, which is why they have a `train` of their own.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(True)
+    for module, training in modes:
+        module.training = training

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from petune.anatomy.trace import Call
 from petune.sites import Layout, Site
 
@@ -14,22 +12,54 @@ def is_conv(call: Call) -> bool:
     return first is not None and any(p.ndim == 4 for p in first.module.parameters(recurse=False))
 
 
+def channel_axis(call: Call) -> int | None:
+    """Which axis of the (B, ., ., .) tensor that enters `call` holds the channels: 1, -1, or None if nothing tells.
+
+    The first weight that meets the tensor tells: a kernel wants channels second, a matrix wants them last, and a
+    norm has as many entries as there are channels.
+    """
+    x = call.input
+    assert x is not None
+    for inner in call.subtree():
+        y = inner.input
+        own = list(inner.module.parameters(recurse=False)) if inner.is_leaf else []
+        if y is None or not own:
+            continue
+        if y.ndim == 4 and y.shape == x.shape and max(p.ndim for p in own) >= 2:
+            return 1 if max(p.ndim for p in own) == 4 else -1
+        width = y.shape[-1] if y.ndim == 3 and y.shape[1] == x.numel() // len(x) // y.shape[-1] else own[0].numel()
+        if (y.shape == x.shape or y.ndim == 3) and x.shape[1] != x.shape[-1] and width in (x.shape[1], x.shape[-1]):
+            return 1 if width == x.shape[1] else -1
+    return None
+
+
 def width_of(call: Call) -> int:
     """Token width D of what enters a call with weights."""
     x = call.input
     assert x is not None
-    return int(x.shape[1] if x.ndim == 4 and is_conv(call) else x.shape[-1])
+    return int(x.shape[1] if x.ndim == 4 and channel_axis(call) == 1 else x.shape[-1])
+
+
+def width_after(call: Call) -> int:
+    """Token width D of what leaves a call that keeps the layout of its tokens."""
+    x, y = call.input, call.output
+    assert x is not None
+    assert y is not None
+    if y.ndim == 4 and x.ndim == 4:
+        return int(y.shape[1] if channel_axis(call) == 1 else y.shape[-1])
+    return int(y.shape[-1])
 
 
 def layout_of(call: Call, dim: int, default: Layout = "BHWC") -> Layout:
-    """How the tokens that enter `call` are laid out; `default` where D equals the height."""
+    """How the tokens that enter `call` are laid out; `default` where nothing tells."""
     x = call.input
     if x is None or x.ndim != 4:
         return "BNC"
-    last, second = x.shape[-1] == dim, x.shape[1] == dim
-    if last and second:
-        return "BCHW" if is_conv(call) or default == "BCHW" else "BHWC"
-    return "BCHW" if second else "BHWC"
+    axis = channel_axis(call)
+    if axis is None:
+        last, second = x.shape[-1] == dim, x.shape[1] == dim
+        axis = (1 if default == "BCHW" else -1) if last == second else 1 if second else -1
+    return "BCHW" if axis == 1 else "BHWC"
 
 
 def site(
@@ -49,8 +79,3 @@ def site(
         model=model,
         point=point,
     )
-
-
-def num_tokens(x: Tensor) -> int:
-    """Tokens of one picture in a token tensor of any layout that is not BCHW."""
-    return int(x.shape[1] if x.ndim == 3 else x.shape[1] * x.shape[2])

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from petune.anatomy.forward import dry_forward
 
-MIXERS = {"scaled_dot_product_attention", "multi_head_attention_forward", "softmax", "_native_multi_head_attention"}
+FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
 ADDS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -45,6 +46,12 @@ class Call:
         """Whether a token tensor enters and one of the same shape leaves."""
         x, y = self.input, self.output
         return x is not None and y is not None and x.ndim in (3, 4) and x.shape == y.shape
+
+    @property
+    def maps_tokens(self) -> bool:
+        """Whether a token tensor enters and one of some shape leaves; strided attention drops tokens."""
+        x, y = self.input, self.output
+        return x is not None and y is not None and x.ndim in (3, 4) and y.ndim in (3, 4)
 
     @property
     def is_leaf(self) -> bool:
@@ -90,11 +97,26 @@ class Add:
 
 
 @dataclass(eq=False)
+class Mixer:
+    """One softmax by which tokens are weighed against each other.
+
+    Attributes:
+        time: When the weights were used.
+        call: The innermost call around it.
+        strong: Whether several queries look at several keys. One query only pools (class attention, gates).
+    """
+
+    time: int
+    call: Call
+    strong: bool
+
+
+@dataclass(eq=False)
 class Trace:
-    """Everything recorded in one forward; a mixer is (time, innermost call) of an operation that mixes tokens."""
+    """Everything recorded in one forward."""
 
     calls: list[Call] = field(default_factory=list)
-    mixers: list[tuple[int, Call]] = field(default_factory=list)
+    mixers: list[Mixer] = field(default_factory=list)
     adds: list[Add] = field(default_factory=list)
 
     @property
@@ -114,6 +136,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, skip: set[nn.Module]) -> None:
         super().__init__()
         self.trace, self.clock, self.stack = Trace(), 0, list[Call]()
+        self.weights: dict[int, tuple[Tensor, Mixer, Call]] = {}
         self.handles: list[Any] = []
         for path, module in model.named_modules():
             if module not in skip:
@@ -135,6 +158,7 @@ class _Recorder(TorchFunctionMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self.stack.pop()
             call.output, call.stop = next(tensors_in(output), None), self.tick()
+            self.weights = {k: w for k, w in self.weights.items() if w[2] is not call}
 
         self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         self.handles.append(module.register_forward_hook(leave))
@@ -149,11 +173,32 @@ class _Recorder(TorchFunctionMode):
         if name in ADDS and isinstance(result, Tensor):
             operands = tuple(a for a in args if isinstance(a, Tensor))
             self.trace.adds.append(Add(self.tick(), operands, result))
-        elif name in MIXERS and self.stack:
-            mixed = next(tensors_in(args), None)
-            if mixed is not None and mixed.ndim >= 3:  # a softmax over classes mixes no tokens
-                self.trace.mixers.append((self.tick(), self.stack[-1]))
+        if self.stack:
+            self._see_mixing(name, args, kwargs, result)
         return result
+
+    def _see_mixing(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        """Follow the weights of a softmax to the product that uses them, within the call that computed them."""
+        given = list(tensors_in((args, kwargs or {})))
+        if name in FUSED and given:
+            query = given[0]
+            many = query.shape[0 if name == "multi_head_attention_forward" else -2] > 1
+            self.trace.mixers.append(Mixer(self.tick(), self.stack[-1], many))
+        elif name == "softmax" and given and given[0].ndim >= 3:  # over classes it mixes no tokens
+            call = self.stack[-1]
+            scope = call if call.parent is None or any(True for _ in call.module.children()) else call.parent
+            mixer = Mixer(self.tick(), call, False)
+            self.trace.mixers.append(mixer)
+            self.weights[id(result)] = result, mixer, scope
+        else:
+            self._follow([self.weights[id(t)] for t in given if id(t) in self.weights], name, result)
+
+    def _follow(self, weights: list[tuple[Tensor, Mixer, Call]], name: str, result: Any) -> None:
+        for weight, mixer, scope in weights:
+            if name not in PRODUCTS:
+                self.weights |= {id(t): (t, mixer, scope) for t in tensors_in(result)}
+            elif weight.shape[-1] > 1 and weight.shape[-2] > 1:
+                mixer.strong, mixer.time = True, self.tick()
 
 
 def record(model: nn.Module, input_size: tuple[int, int, int], skip: set[nn.Module]) -> Trace:

@@ -63,7 +63,12 @@ _train = partial(Flag, group="train")
 RECIPE = "the method's recipe"
 FLAGS = (
     Flag("method", str, "A registered method, options in place: vpt:deep=false.", "adaptformer"),
-    Flag("backbone", str, "A short name or a timm name: see petune backbones.", "vit_base"),
+    Flag(
+        "backbone",
+        str,
+        "A short or timm name (petune backbones), torchvision:NAME, hf:NAME, or package.module:factory.",
+        "vit_base",
+    ),
     Flag("weights", str, "default, none, cifar100, a file, a pretraining directory.", "default", "NAME|PATH"),
     Flag("dataset", str, "cifar10, cifar100, digits or folder:PATH.", "cifar10"),
     Flag("data-dir", Path, "Where CIFAR lies.", "$PETUNE_DATA, then the cache"),

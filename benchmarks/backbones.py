@@ -1,0 +1,81 @@
+"""Survey every family of backbones × every method, and write docs/backbones.md from the results.
+
+    python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
+    python benchmarks/backbones.py --only beit      # some families; the rest stays as it was
+    python benchmarks/backbones.py --all            # the places of every timm variant, on the meta device; prints
+
+About half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from survey.models import FAMILIES, build
+from survey.pairs import METHODS, enliven, examine
+from survey.places import unproven_mids
+from survey.table import page
+from survey.variants import walk
+
+import petune
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results" / "backbones.json", HERE.parent / "docs" / "backbones.md"
+
+
+def main() -> None:
+    """Parse the arguments and do one of the three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", metavar="FAMILY", help="parts of families' names")
+    parser.add_argument("--methods", nargs="*", default=METHODS, metavar="METHOD")
+    parser.add_argument("--all", action="store_true", help="walk every timm variant instead")
+    parser.add_argument("--page", action="store_true", help="write the page again from the results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.all:
+        walk()
+    elif args.page:
+        PAGE.write_text(page(json.loads(RESULTS.read_text()), FAMILIES))
+    else:
+        families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
+        results = {family: survey(family, args.methods) for family in families}
+        if tuple(args.methods) == METHODS:
+            write(results)
+        count = [pair["state"] for row in results.values() for pair in row["methods"].values()]
+        print(", ".join(f"{count.count(s)} {s}" for s in ("ok", "refused", "wrong")))
+
+
+def write(results: dict[str, object]) -> None:
+    """Results and page, with the rows of families that were not surveyed this time as they were."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
+    RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(merged, FAMILIES))
+
+
+def survey(family: str, names: Iterable[str]) -> dict[str, object]:
+    """One row: what petune sees of the model, and every method on it."""
+    start = time.monotonic()
+    model = enliven(build(family))
+    sites = petune.find_sites(model)
+    pairs = {name: examine(model, name) for name in names}
+    for name, pair in pairs.items():
+        print(f"{family:42s} {name:16s} {pair.state:8s} {pair.detail if pair.state != 'ok' else ''}", flush=True)
+    wrong = unproven_mids(model, sites)
+    print(f"{family:42s} {len(sites.blocks)} blocks, {time.monotonic() - start:.0f} s {wrong or ''}", flush=True)
+    return {
+        "model": FAMILIES[family],
+        "blocks": len(sites.blocks),
+        "layout": sites.blocks[0].layout if sites.blocks else None,
+        "unproven": wrong,
+        "methods": {name: {"state": pair.state, "detail": pair.detail} for name, pair in pairs.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Every model of the survey by its family's name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from survey.foreign_models import TORCHVISION, TRANSFORMERS, build_torchvision, build_transformers
+from survey.timm_models import TIMM
+
+FAMILIES = {family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()}
+"""The model that stands for each family."""
+
+
+def build(family: str) -> nn.Module:
+    """A small model of the family with three classes and random weights, always the same."""
+    torch.manual_seed(0)
+    if family in TORCHVISION:
+        return build_torchvision(family)
+    return build_transformers(family) if family in TRANSFORMERS else _timm(family)
+
+
+def _timm(family: str) -> nn.Module:
+    import timm
+
+    name, options = TIMM[family]
+    given = {k: v for k, v in options.items() if k != "input_size"}
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=3, **given)
+    if "input_size" in options:  # a model that takes any size, and so has no img_size to build it with
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": options["input_size"]}
+    return model

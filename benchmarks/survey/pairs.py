@@ -1,0 +1,265 @@
+"""One pair of model and method: right, refused with a reason, or wrong.
+
+`petune.check_tuner` proves the contract; what is here is the second computation of the same thing, made with hooks
+and function modes of its own, so that a mistake of petune's cannot hide behind petune's own machinery.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.anatomy.proof import HiddenPrompts
+from petune.hooks import Branch, Prompts
+from petune.registry import build_tuner
+from petune.run import parse_method
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a pair turned out.
+
+    Attributes:
+        state: `ok`, `refused` (with petune's own message) or `wrong`.
+        detail: The reason of a refusal, what does not hold, or how many properties were proven.
+    """
+
+    state: str
+    detail: str
+
+
+class Wrong(AssertionError):
+    """Something that must hold does not."""
+
+
+METHODS = ("linear", "full", "adaptformer", "vpt", "vpt:deep=false", "lora", "bitfit", "norm")
+"""The columns of the table; any other registered method can be surveyed with --methods."""
+
+
+def examine(model: nn.Module, method: str) -> Outcome:
+    """All checks of one method on one model; the model is left alone.
+
+    Args:
+        model: A classifier; its weights should matter (see `enliven`).
+        method: Options in place allowed.
+    """
+    name, options = parse_method(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return Outcome("ok", f"{_prove(model, name, options)} properties")
+        except petune.PetuneError as error:
+            return Outcome("refused", str(error))
+        except Exception as error:  # a survey lists whatever happens
+            return Outcome("wrong", f"{type(error).__name__}: {error}")
+
+
+def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every tensor a value that matters: zero heads, small LayerScale and idle statistics hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(tensor: Tensor, std: float) -> Tensor:
+        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * std
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise(parameter, 0.1 if parameter.ndim < 2 else 0.02)
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.momentum = 1.0
+        if norms:  # statistics of what the layers really see, or a deep model's numbers leave all bounds
+            model.train()(noise(torch.empty(4, *petune.find_sites(model).input_size), 1.0))
+    return model.eval()
+
+
+def _prove(model: nn.Module, name: str, options: dict[str, Any]) -> int:
+    mine = copy.deepcopy(model).eval()
+    for parameter in list(mine.parameters())[::2]:
+        parameter.requires_grad_(False)  # detach must give flags back, and not set them all alike
+    before = _picture_of(mine)
+    torch.manual_seed(0)
+    try:
+        att = petune.attach(mine, build_tuner(name, **options), name=name)
+    except petune.PetuneError:
+        _same(before, _picture_of(mine), "a refused model is as it was")
+        raise
+    x = torch.randn(2, *att.sites.input_size, generator=torch.Generator().manual_seed(1))
+    done = sum(check(att, model, x) for check in (_counts, _branches, _prompts))
+    att.detach()
+    _same(before, _picture_of(mine), "detach gives back keys, flags, hooks, modes and values")
+    for parameter in mine.parameters():
+        parameter.requires_grad_(True)
+    return done + 1 + len(petune.check_tuner(build_tuner(name, **options), mine))
+
+
+def _picture_of(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that an edit could leave changed."""
+    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    plain = {
+        f"{n}.{k}": v
+        for n, m in model.named_modules()
+        for k, v in m.__dict__.items()
+        if isinstance(v, int | float | str | tuple)
+    }
+    attributes = {n: sorted(m.__dict__) for n, m in model.named_modules()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    values = {k: t.clone() for k, t in model.state_dict().items()}
+    return {"hooks": hooks, "plain": plain, "attributes": attributes, "flags": flags, "values": values}
+
+
+def _same(before: dict[str, Any], after: dict[str, Any], what: str) -> None:
+    for part in ("hooks", "attributes", "flags"):
+        if before[part] != after[part]:
+            raise Wrong(f"{what} — {part} differ")
+    if str(before["plain"]) != str(after["plain"]):
+        raise Wrong(f"{what} — plain attributes differ")
+    if list(before["values"]) != list(after["values"]):
+        raise Wrong(f"{what} — keys differ")
+    if not all(torch.equal(t, after["values"][k]) for k, t in before["values"].items()):
+        raise Wrong(f"{what} — values differ")
+
+
+def _counts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+    """The tuned count against the method's formula, with widths measured by hooks of our own."""
+    formula = FORMULAS.get(att.name)
+    if formula is None:
+        return 0
+    expected = formula(att, _widths(att, x))
+    if att.counts.tuned != expected:
+        raise Wrong(f"tuned count is {att.counts.tuned}, the formula says {expected}")
+    return 1
+
+
+def _widths(att: petune.Attachment, x: Tensor) -> list[int]:
+    """Token width that leaves each block, measured as the weight it is multiplied with would see it."""
+    widths: dict[int, int] = {}
+    handles = []
+    for i, block in enumerate(att.sites.blocks):
+
+        def hook(module: nn.Module, args: Any, output: Any, i: int = i, layout: str = block.layout) -> None:
+            y = output if isinstance(output, Tensor) else output[0]
+            widths[i] = y.shape[1] if layout == "BCHW" else y.shape[-1]
+
+        handles.append(block.exit.register_forward_hook(hook))
+    with torch.no_grad():
+        att.model(x)
+    for handle in handles:
+        handle.remove()
+    return [widths[i] for i in sorted(widths)]
+
+
+def _adaptformer(att: petune.Attachment, widths: list[int]) -> int:
+    m = att.tuner.config.bottleneck
+    return sum(2 * d * m + m + d for d in widths)
+
+
+def _vpt(att: petune.Attachment, widths: list[int]) -> int:
+    config = att.tuner.config
+    return sum(widths) * (config.num_prompts or 10) if config.deep else widths[0] * (config.num_prompts or 50)
+
+
+def _full(att: petune.Attachment, widths: list[int]) -> int:
+    head = {id(p) for m in att.sites.head.modules for p in m.parameters()} if att.sites.head else set()
+    return sum(p.numel() for p in att.model.parameters() if id(p) not in head)
+
+
+def _norm(att: petune.Attachment, widths: list[int]) -> int:
+    norms = [m for m in att.model.modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
+    return sum({id(p): p.numel() for m in norms for p in m.parameters(recurse=False)}.values())
+
+
+Formula = Callable[[petune.Attachment, list[int]], int]
+FORMULAS: dict[str, Formula] = {
+    "adaptformer": _adaptformer,
+    "vpt": _vpt,
+    "full": _full,
+    "linear": lambda att, widths: 0,
+}
+
+
+def _branches(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+    """Every third adapter alone: what it changes at EXIT is `adapter(what entered ENTER)`, seen by our own hooks."""
+    edits = [h for h in att.model.modules() if isinstance(h, Branch)]
+    for holder in edits:
+        for parameter in holder.adapter.parameters():
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
+        holder.enabled = False
+    for holder in edits[:: max(1, len(edits) // 3)]:
+        enter, exit = _hooked(att.model, holder)
+        entered, plain = _watch(att.model, x, enter, exit)
+        holder.enabled = True
+        _, changed = _watch(att.model, x, enter, exit)
+        holder.enabled = False
+        entered, before, after = (
+            _last(entered, holder.enter_layout),
+            _last(plain, holder.exit_layout),
+            _last(changed, holder.exit_layout),
+        )
+        with torch.no_grad():
+            expected = holder.adapter(entered).reshape(before.shape)
+        if not torch.allclose(after - before, expected, atol=1e-4, rtol=1e-3):
+            raise Wrong(f"a branch of {type(exit).__name__} is not adapter(what enters {type(enter).__name__})")
+    for holder in edits:
+        holder.enabled = True
+    return int(bool(edits))
+
+
+def _hooked(model: nn.Module, holder: Branch) -> tuple[nn.Module, nn.Module]:
+    """The modules that the holder's two hooks sit on."""
+
+    def of(hooks: Any) -> bool:
+        return any(getattr(hook, "__self__", None) is holder for hook in hooks.values())
+
+    enter = next(m for m in model.modules() if of(m._forward_pre_hooks))
+    return enter, next(m for m in model.modules() if of(m._forward_hooks))
+
+
+def _last(x: Tensor, layout: str) -> Tensor:
+    return x.movedim(1, -1) if layout == "BCHW" else x
+
+
+def _watch(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
+    """What enters ENTER and leaves EXIT in one forward (their first call, which nothing changed yet)."""
+    seen: dict[str, Tensor] = {}
+
+    def pre(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.setdefault("enter", next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).clone())
+
+    def post(module: nn.Module, args: Any, output: Any) -> None:
+        seen.setdefault("exit", (output if isinstance(output, Tensor) else output[0]).clone())
+
+    handles = [
+        enter.register_forward_pre_hook(pre, with_kwargs=True, prepend=True),
+        exit.register_forward_hook(post),
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return seen["enter"], seen["exit"]
+
+
+def _prompts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+    """Prompts that no token may look at leave the whole model as it was; prompts that all see change something."""
+    holders = [h for h in att.model.modules() if isinstance(h, Prompts)]
+    if not holders:
+        return 0
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        plain, seen = model(x), att.model(x)
+        modes = [stack.enter_context(HiddenPrompts(room)) for room in {h.room for h in holders}]
+        unseen = att.model(x)
+    if not any(mode.count for mode in modes):
+        raise Wrong("no attention saw prompts")
+    if not torch.allclose(plain, unseen, atol=1e-4, rtol=1e-3):
+        raise Wrong(f"hidden prompts change the output by {(plain - unseen).abs().max():.2g}: a position is falsified")
+    if torch.allclose(plain, seen, atol=1e-6):
+        raise Wrong("prompts change nothing")
+    return 2

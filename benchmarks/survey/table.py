@@ -1,0 +1,62 @@
+"""docs/backbones.md from the results: a row a family, a column a method, a footnote a reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+HEAD = """\
+# Backbones
+
+Which method works on which family of backbones. Made by `make backbones`, which builds a small model of every family
+with random weights, attaches every method, and checks each pair:
+
+- the model computes the same at the start, where the method claims it; the tuned count is the method's formula;
+- every adapter is called in a forward, every tuned tensor gets a gradient and moves, nothing else changes by a bit;
+- pictures of a batch do not mix; disabled and detached, the model is as it was; saved and loaded, it is the same;
+- AdaptFormer's change of a block is the adapter's output for what hooks of the survey's own saw enter, and the place
+  it reads is the residual stream: with the MLP silenced, it leaves the block as it is;
+- prompts that are hidden from every attention leave the model as it was: no position was falsified.
+
+`ok`: all of that holds. A number: refused, with the reason below; the model is then left as it was. Not in a table but
+true for each model, yours too: petune finds blocks by structure, not by this list.
+
+"""
+
+
+def page(results: dict[str, Any], families: Iterable[str]) -> str:
+    """The whole page; `families` are all that there should be, and those without results are named."""
+    methods = list(next(iter(results.values()))["methods"])
+    notes: dict[str, int] = {}
+    rows = [_row(family, result, methods, notes) for family, result in results.items()]
+    states = [p["state"] for r in results.values() for p in r["methods"].values()]
+    total = ", ".join(f"{states.count(s)} {s}" for s in ("ok", "refused", "wrong"))
+    head = ["family", "surveyed as", "blocks", *methods]
+    table = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    reasons = [f"{number}. {text}" for text, number in notes.items()]
+    missing = ", ".join(f for f in families if f not in results)
+    left = [f"Not surveyed yet: {missing}.", ""] if missing else []
+    return HEAD + "\n".join([f"{len(results)} models, {total}.", "", *left, *table, "", "## Reasons", "", *reasons, ""])
+
+
+def _row(family: str, result: dict[str, Any], methods: list[str], notes: dict[str, int]) -> list[str]:
+    cells = []
+    for method in methods:
+        pair = result["methods"][method]
+        if pair["state"] == "refused":
+            cells.append(f"({notes.setdefault(general(pair['detail']), len(notes) + 1)})")
+        else:
+            cells.append(pair["state"] if pair["state"] == "ok" else f"**wrong**: {pair['detail']}")
+    return [family, f"`{result['model']}`", str(result["blocks"]), *cells]
+
+
+def general(reason: str) -> str:
+    """A reason without the names of one model, so that models share footnotes."""
+    reason = re.sub(r"but (block \d+ \()?[\w.]+\)? of \w+ ", "but a block ", reason)
+    reason = re.sub(r"but \w+ calls", "but the model calls", reason)
+    reason = re.sub(r"but \w+ has no attention", "but the model has no attention", reason)
+    reason = re.sub(r" \((\w+(\.\w+)*)\)(?=\.)", "", reason)
+    reason = re.sub(r"its places are: block, ", "its places are ", reason)
+    reason = re.sub(r" \((\w+Error): .*?\)(?=\. )", "", reason)
+    return re.sub(r"tokens than [\w.]+,", "tokens than the first,", reason)

@@ -1,0 +1,196 @@
+"""Backbones that are not timm's: torchvision's, transformers', and your own `package.module:factory`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from petune.anatomy import input_sizes_of
+from petune.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable
+from petune.network import reachable
+
+TORCHVISION_SIDE = 224  # what its pretrained models were trained at; those without position embeddings do not say
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a backbone's name is one of those read here: `torchvision:NAME`, `hf:NAME`, `package.module:factory`."""
+    return ":" in name
+
+
+def build_foreign(name: str, num_classes: int, options: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    """Build a model that maps pictures to logits, and that tells its picture's size as `image_size`.
+
+    Args:
+        name: `torchvision:vit_b_16`, `hf:facebook/dinov2-small` or `hf:DIR` with a `config.json`, `my.package:make`.
+        num_classes: Of the classifier, where the model's builder takes it.
+        options: Arguments of the builder, or keys of transformers' config.
+        pretrained: Load the weights that belong to the name.
+
+    Raises:
+        UnknownName: There is no such model.
+        MissingExtra: transformers is not installed.
+        WeightsUnavailable: Weights were asked for and cannot be had.
+        ConfigError: The builder does not take these options, or the import fails.
+    """
+    source, _, rest = name.partition(":")
+    build = {"torchvision": _torchvision, "hf": _transformers}.get(source)
+    model = build(rest, num_classes, options, pretrained) if build else _own(name, num_classes, options)
+    if "image_size" in options or not _tells_size(model):
+        side = options.get("image_size", TORCHVISION_SIDE if source == "torchvision" else None)
+        if side is not None:
+            model.image_size = side
+    return model
+
+
+def _tells_size(model: nn.Module) -> bool:
+    with contextlib.suppress(AttachError):
+        return bool(input_sizes_of(model))
+    return False
+
+
+def _torchvision(name: str, num_classes: int, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UnknownName("torchvision model", name, known, "torchvision.models.list_models() has them all")
+    if pretrained and not reachable("https://download.pytorch.org") and not _is_cached(models.get_model_weights(name)):
+        raise WeightsUnavailable(
+            f"torchvision's weights of {name} must be cached or downloadable, but download.pytorch.org cannot be "
+            "reached; give --weights PATH for a file you have, or --weights none for random ones"
+        )
+    takes_classes = {} if pretrained else {"num_classes": num_classes}  # weights come with their own classifier
+    taken = options if "vit" in name else {k: v for k, v in options.items() if k != "image_size"}
+    with _readable(f"torchvision:{name}", options):
+        model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **takes_classes, **taken)
+    if pretrained:
+        seen = models.get_model_weights(name).DEFAULT.transforms()
+        set_statistics(model, seen.mean, seen.std)
+    return model
+
+
+def set_statistics(model: nn.Module, mean: Any, std: Any) -> None:
+    """Note what a model's weights were trained with, where timm's models have it too."""
+    model.__dict__["pretrained_cfg"] = {"mean": tuple(mean), "std": tuple(std)}
+
+
+def _is_cached(weights: Any) -> bool:
+    import torch
+
+    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.DEFAULT.url).name).is_file()
+
+
+def _own(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    factory = _imported(name)
+    taken = inspect.signature(factory).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    given = {"num_classes": num_classes} | options
+    optional = {"num_classes", "image_size"}  # a model may know its own; a classifier is exchanged afterwards
+    with _readable(name, options):
+        model = factory(**{k: v for k, v in given.items() if everything or k in taken or k not in optional})
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} must return an nn.Module, but it returned a {type(model).__name__}")
+    return model
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # a console script does not look into the directory it was called in
+        sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"--backbone {name} must name a function, as package.module:factory, that returns a model, but: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _readable(name: str, options: dict[str, Any]) -> Any:
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        shown = ", ".join(f"{k}={v}" for k, v in options.items())
+        raise ConfigError(f"{name} cannot be built with {shown or 'no options'}: {error}") from error
+
+
+class Logits(nn.Module):
+    """A transformers classifier as a plain one: its logits instead of its output object."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C)."""
+        logits_BC: Tensor = self.model(images_BCHW).logits
+        return logits_BC
+
+
+class PooledClassifier(nn.Module):
+    """A linear classifier on a transformers model that has none: on its pooled output, else on the mean of tokens."""
+
+    def __init__(self, model: nn.Module, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.model, self.head = model, nn.Linear(dim, num_classes)
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C)."""
+        output = self.model(images_BCHW)
+        pooled_BD = getattr(output, "pooler_output", None)
+        if pooled_BD is None:
+            pooled_BD = output.last_hidden_state.mean(1)
+        logits_BC: Tensor = self.head(pooled_BD)
+        return logits_BC
+
+
+def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    try:
+        import transformers
+        from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    except ImportError:
+        raise MissingExtra("a backbone named hf:…", "transformers") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    offline = not Path(name).is_dir() and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    size = None
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=offline)
+        config = getattr(config, "vision_config", None) or config
+        size = getattr(config, "image_size", None)
+        config.update({**options, "num_labels": num_classes})
+        with _readable(f"hf:{name}", options):
+            if type(config) in AutoModelForImageClassification._model_mapping:
+                return Logits(_made(AutoModelForImageClassification, name, config, pretrained, offline))
+            body = _made(AutoModel, name, config, pretrained, offline)
+            return PooledClassifier(body, config.hidden_size, num_classes)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        asked = f" at image size {options['image_size']}" if options.get("image_size", size) != size else ""
+        raise WeightsUnavailable(
+            f"hf:{name} must be a directory with config.json (and the weights, unless --weights none is given), or a "
+            f"model of the Hugging Face Hub{asked}, but: {first}"
+        ) from error
+
+
+def _made(cls: Any, name: str, config: Any, pretrained: bool, offline: bool) -> nn.Module:
+    if not pretrained:
+        return cls.from_config(config)  # type: ignore[no-any-return]
+    from transformers import AutoImageProcessor
+
+    model: nn.Module = cls.from_pretrained(name, config=config, ignore_mismatched_sizes=True, local_files_only=offline)
+    with contextlib.suppress(OSError):  # a directory without preprocessing: the dataset's own statistics are taken
+        seen = AutoImageProcessor.from_pretrained(name, local_files_only=offline)
+        set_statistics(model, seen.image_mean, seen.image_std)
+    return model

@@ -1,0 +1,76 @@
+"""ViTs by strangers: every block is found, and every method is right or refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from survey.pairs import examine
+from survey.places import unproven_mids
+from torch import nn
+
+import petune
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["toys"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+toys = _load()
+LOOSE = "ModuleList of pairs"  # its blocks are no modules: prompts have nothing to enter
+
+
+@pytest.mark.parametrize("name", toys.TOYS)
+def test_its_places_are_found(name: str) -> None:
+    model = toys.toy(name)
+    sites = petune.find_sites(model)
+    assert len(sites.blocks) == (1 if name == "shared weights" else toys.DEPTH)
+    assert (sites.embed_dim, sites.grid_size) == (toys.D, (4, 4))
+    assert sites.head is not None
+    assert sites.norm is not None
+    assert (sites.head.path, sites.norm.path) == ("to_classes", "last")
+    assert all(block.mid is not None and block.mlp is not None for block in sites.blocks)
+    assert unproven_mids(model, sites) == []
+
+
+@pytest.mark.parametrize("name", toys.TOYS)
+@pytest.mark.parametrize("method", ["linear", "full", "adaptformer:bottleneck=4", "vpt", "vpt:deep=false"])
+def test_every_method_is_right(name: str, method: str) -> None:
+    outcome = examine(toys.toy(name), method)
+    expected = "refused" if name == LOOSE and method.startswith("vpt") else "ok"
+    assert outcome.state == expected, outcome.detail
+
+
+def test_a_loose_block_refuses_prompts_with_a_reason() -> None:
+    with pytest.raises(petune.PetuneError, match=r"trunk.layers.0.0 of Toy is no module of its own"):
+        petune.attach(toys.toy(LOOSE), "vpt")
+
+
+class Placed(nn.Module):
+    """Attention with positions of its own making: petune cannot know them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = toys.SplitAttention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x + torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None] / 10)
+
+
+def test_positions_that_cannot_be_told_are_noticed() -> None:
+    """No shape forbids prompts here; only the proof with hidden prompts sees that later tokens are moved."""
+    torch.manual_seed(0)
+    model = toys.Toy(nn.Sequential(*(toys.Layer(Placed()) for _ in range(2)))).eval()
+    assert examine(model, "adaptformer").state == "ok"
+    with pytest.raises(petune.PetuneError, match="knows the places of its tokens in a way that petune cannot tell"):
+        petune.attach(model, "vpt")

@@ -1,0 +1,69 @@
+"""docs/backbones.md belongs to its results, and the results to what petune does now."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from survey.models import FAMILIES, build
+from survey.pairs import METHODS, enliven, examine
+from survey.places import unproven_mids
+from survey.table import page
+
+import petune
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS: dict[str, Any] = json.loads((ROOT / "benchmarks/results/backbones.json").read_text())
+CHECKED_AGAIN = [
+    "swin_transformer",
+    "swin_transformer_v2",
+    "vision_transformer_relpos",
+    "cait",
+    "tnt",
+    "efficientformer_v2",
+]
+
+
+def test_the_page_is_made_from_the_results() -> None:
+    assert (ROOT / "docs/backbones.md").read_text() == page(RESULTS, FAMILIES)
+
+
+def test_rows_are_families_and_columns_methods() -> None:
+    assert list(RESULTS) == [family for family in FAMILIES if family in RESULTS]
+    assert len(RESULTS) > 70
+    assert all(tuple(row["methods"]) == METHODS for row in RESULTS.values())
+
+
+def test_nothing_is_wrong() -> None:
+    pairs = {(f, m): pair for f, row in RESULTS.items() for m, pair in row["methods"].items()}
+    assert {key: pair for key, pair in pairs.items() if pair["state"] not in ("ok", "refused")} == {}
+    assert {family: row["unproven"] for family, row in RESULTS.items() if row["unproven"]} == {}
+
+
+@pytest.mark.parametrize("family", CHECKED_AGAIN)
+def test_the_results_still_hold(family: str) -> None:
+    model = enliven(build(family))
+    sites = petune.find_sites(model)
+    assert len(sites.blocks) == RESULTS[family]["blocks"]
+    assert unproven_mids(model, sites) == []
+    for method in ("adaptformer", "vpt", "vpt:deep=false"):
+        assert examine(model, method).state == RESULTS[family]["methods"][method]["state"], (family, method)
+
+
+@pytest.mark.parametrize("family", ["swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"])
+def test_prompts_in_windows_do_not_mix_pictures(family: str) -> None:
+    """A batch turned around gives the outputs turned around, though its windows lie in one tensor."""
+    model = enliven(build(family))
+    att = petune.attach(model, "vpt", num_prompts=4)
+    for p in att.tuned.values():
+        torch.nn.init.normal_(p, std=2.0, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, *att.sites.input_size)
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x[order]), model(x)[order], atol=1e-5, rtol=1e-4)
+        tuned = model(x)
+        with att.disabled():
+            assert not torch.allclose(model(x), tuned, atol=1e-4)

@@ -1,0 +1,122 @@
+"""Backbones that are not timm's: torchvision's, transformers' and a user's own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import petune
+from petune.backbones import create_backbone, input_side
+from petune.errors import ConfigError, MissingExtra, UnknownName, WeightsUnavailable
+
+OWN = """
+import timm
+from torch import nn
+
+def make(num_classes=7):
+    body = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=0)
+    return nn.Sequential(body, nn.Linear(192, num_classes))
+
+def fixed():
+    return make()
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_models.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("my_models", None)
+    return "my_models"
+
+
+@pytest.fixture
+def dinov2(tmp_path: Path) -> str:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    transformers.Dinov2Config(**shape).save_pretrained(tmp_path / "dinov2")
+    return f"hf:{tmp_path / 'dinov2'}"
+
+
+@pytest.mark.parametrize("factory", ["make", "fixed"])
+def test_a_factory_of_ones_own(factory: str, own: str) -> None:
+    backbone = create_backbone(f"{own}:{factory}", num_classes=5)
+    assert (backbone.image_size, backbone.weights) == (32, "none")
+    att = petune.attach(backbone.model, "adaptformer", bottleneck=4)
+    assert att.counts.head == 192 * 5 + 5
+    assert att.counts.tuned == 2 * (2 * 192 * 4 + 4 + 192)
+    assert backbone.model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    assert input_side(f"{own}:{factory}", None, {}) == 32
+
+
+def test_a_factory_that_is_none(own: str) -> None:
+    with pytest.raises(ConfigError, match=r"must name a function, as package.module:factory"):
+        create_backbone(f"{own}:missing", num_classes=5)
+    with pytest.raises(ConfigError, match=r"must return an nn.Module, but it returned a int"):
+        create_backbone(f"{own}:nothing", num_classes=5)
+    with pytest.raises(ConfigError, match="No module named 'not_there'"):
+        create_backbone("not_there:make", num_classes=5)
+
+
+def test_transformers_from_a_directory(dinov2: str) -> None:
+    backbone = create_backbone(dinov2, weights="none", num_classes=5)
+    att = petune.attach(backbone.model, "vpt", num_prompts=3)
+    assert (att.sites.num_prefix_tokens, att.sites.grid_size, len(att.sites.blocks)) == (1, (4, 4), 2)
+    assert att.counts.tuned == 2 * 3 * 48
+    assert backbone.model(torch.randn(2, 3, 56, 56)).shape == (2, 5)
+
+
+def test_transformers_weights_are_loaded_or_missed(dinov2: str) -> None:
+    with pytest.raises(WeightsUnavailable, match=r"must be a directory with config.json"):
+        create_backbone(dinov2, num_classes=5)
+    saved = create_backbone(dinov2, weights="none", num_classes=5, seed=3).model
+    saved.model.save_pretrained(dinov2.removeprefix("hf:"))
+    again = create_backbone(dinov2, num_classes=5, seed=4)
+    key = "model.dinov2.embeddings.cls_token"
+    assert torch.equal(again.model.state_dict()[key], saved.state_dict()[key])
+    assert again.weights == dinov2
+
+
+def test_a_model_without_a_classifier_gets_one(tmp_path: Path) -> None:
+    import transformers
+
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    transformers.DINOv3ViTConfig(**shape, image_size=32, patch_size=8).save_pretrained(tmp_path)
+    model = create_backbone(f"hf:{tmp_path}", weights="none", num_classes=5).model
+    assert petune.attach(model, "linear").counts.head == 48 * 5 + 5
+
+
+def test_torchvision() -> None:
+    backbone = create_backbone("torchvision:resnet18", weights="none", num_classes=5)
+    assert backbone.image_size == 224
+    assert petune.attach(backbone.model, "linear").counts.head == 512 * 5 + 5
+    with pytest.raises(UnknownName, match="did you mean 'vit_b_16'"):
+        create_backbone("torchvision:vit_b_17", weights="none", num_classes=5)
+    with pytest.raises(ConfigError, match="can only be given to timm's models"):
+        create_backbone("torchvision:resnet18", weights="none", num_classes=5, head="bn_linear")
+
+
+def test_without_transformers_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtra, match=r'pip install "petune\[transformers\]"'):
+        create_backbone("hf:facebook/dinov2-small", weights="none", num_classes=5)
+
+
+def test_a_classifier_is_exchanged_in_place() -> None:
+    from petune.backbones import set_head
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model.image_size = 8
+    set_head(model, 6)
+    assert model[3].out_features == 6
+    assert not model[3].bias.any()
