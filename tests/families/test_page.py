@@ -23,7 +23,6 @@ CHECKED_AGAIN = [
     "vision_transformer_relpos",
     "cait",
     "tnt",
-    "efficientformer_v2",
 ]
 
 
