@@ -124,18 +124,27 @@ class Attachment:
         return 0.0 if term is None else term
 
     def check_gradients(self) -> None:
-        """After the first backward: every tuned and head parameter has a gradient.
+        """After the first backward: every adapter and head parameter has a gradient.
 
         Raises:
             DeadSite: Some have none; they are named.
         """
-        dead = [key for key, p in {**self.tuned, **self.head}.items() if p.grad is None]
+        dead = self.without_effect({k for k, p in {**self.tuned, **self.head}.items() if p.grad is None})
         if dead:
             raise DeadSite(
                 f"every parameter of {self.name} must get a gradient, but {len(dead)} got none, as "
                 f"{', '.join(dead[:3])}: {self.sites.model} does not use "
                 "them in its output. Use another method on this model"
             )
+
+    def without_effect(self, silent: set[str]) -> list[str]:
+        """Of the trainable parameters that got no gradient, by key, those that must have got one.
+
+        A backbone may own parameters that its output never uses, as DINOv2's mask token in transformers: where some of
+        its own train, the others may stay as they are.
+        """
+        own = {key for key, p in self.tuned.items() if any(p is q for q in self.edit.trained)}
+        return sorted(silent - own if own - silent else silent)
 
     def state(self) -> dict[str, Tensor]:
         """What is saved: tuned and head tensors, and the buffers that move with them, by state_dict key."""

@@ -150,7 +150,7 @@ def _trains(t: Trial) -> str:
     t.model.eval()
     t.tuned = logits(t.model, t.x)
     t.moved = _first(key for key, old in kept.items() if not torch.equal(frozen[key], old))
-    dead = [key for key in before if key not in live]
+    dead = t.att.without_effect(set(before) - live)
     return f"{len(dead)} of {len(before)} never had a gradient other than zero, as {dead[0]}" if dead else ""
 
 

@@ -254,3 +254,19 @@ def test_a_model_without_attention_is_refused_by_block_methods_only() -> None:
     with pytest.raises(SiteNotFound, match="no attention block"):
         petune.attach(resnet, "adaptformer", input_size=(3, 32, 32))
     assert petune.attach(resnet, "linear", input_size=(3, 32, 32)).counts.tuned == 0
+
+
+def test_what_a_backbone_never_uses_may_stay_as_it_is() -> None:
+    model = tiny()
+    model.mask_token = nn.Parameter(torch.zeros(24))
+    att = petune.attach(model, "full")
+    before = model.mask_token.clone()
+    steps(att)
+    att.check_gradients()
+    assert torch.equal(model.mask_token, before)
+    unused = tiny()
+    unused.mask_token = nn.Parameter(torch.zeros(24))
+    att = petune.attach(unused, Custom(lambda edit: edit.train([edit.model.mask_token])))
+    steps(att, 1)
+    with pytest.raises(DeadSite, match="1 got none, as mask_token"):
+        att.check_gradients()
