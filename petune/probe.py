@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.errors import AttachError, PetuneError
 from petune.sites import Sites
 
 
@@ -38,6 +39,9 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
 
     Returns:
         By identity of the module; one that was not called is missing.
+
+    Raises:
+        AttachError: The forward fails.
     """
     calls: dict[int, Call] = {}
     clock = iter(range(10**9))
@@ -54,6 +58,13 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
     handles = [h for m in watched for h in _hooks(m, enter, leave)]
     try:
         _forward(model, torch.zeros(1, *sites.input_size))
+    except PetuneError:
+        raise
+    except Exception as error:  # whatever a model's own code, or an adapter's, makes of what it is given
+        raise AttachError(
+            f"the forward of {sites.model} must run with the method on it, but raised {type(error).__name__}: {error}. "
+            "Use another method on this model; --debug shows where"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -162,7 +162,7 @@ FAILURES: dict[str, tuple[Callable[[petune.Edit], None], type[Exception], str]] 
         "would do nothing",
     ),
     "prompts without a number": (lambda edit: edit.prompt(edit.sites.blocks, Shift(24)), AttachError, "num_prompts"),
-    "a wrong shape": (lambda edit: edit.after(edit.sites.blocks[0], nn.Linear(24, 7)), RuntimeError, "must fit"),
+    "a wrong shape": (lambda edit: edit.after(edit.sites.blocks[0], nn.Linear(24, 7)), AttachError, "must fit"),
 }
 
 
