@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml $(PLUGINS)
 	touch $(STAMP)
 
 demo: $(STAMP)  ## compare four methods on scikit-learn's digits, offline, with the backbone that comes with petune
-	$(BIN)/petune compare linear vpt adaptformer full --backbone vit_nano --dataset digits --epochs 5 --output runs/demo
+	$(BIN)/petune compare linear vpt adaptformer full --backbone vit_nano --dataset digits --epochs 4 --output runs/demo
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest

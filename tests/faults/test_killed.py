@@ -14,6 +14,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "adaptformer": (),
     "full": ("--set=train.mixup=0.4", "--set=train.micro_batch_size=6"),
     "vpt": ("--set=train.mixup=0.4", "--set=train.micro_batch_size=6"),
+    "lora": ("--set=train.mixup=0.4",),
     "linear": (),
 }
 CHOSEN = list(VARIANTS) if FULL else ["adaptformer", "full"]
