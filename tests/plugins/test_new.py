@@ -27,6 +27,8 @@ def test_every_template_is_used() -> None:
     assert {path.name for path in TEMPLATES.iterdir()} == set(FILES.values())
 
 
+# looking for pip makes setuptools look whether its own distutils is in place, and say so
+@pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils:UserWarning")
 def test_the_package_works_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fake: Callable[..., None]
 ) -> None:
