@@ -71,7 +71,8 @@ def checkpoint(step: int) -> Checkpoint:
     layer(torch.randn(3, 30)).sum().backward()
     optimizer.step()
     tensors = {key: p.detach() for key, p in layer.named_parameters()}
-    return Checkpoint(tensors, tensors, optimizer.state_dict(), {"step": step})
+    best = {key: t + 1 for key, t in tensors.items()}  # swapped files must differ for that to be a fault
+    return Checkpoint(tensors, best, optimizer.state_dict(), {"step": step})
 
 
 def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
