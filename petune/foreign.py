@@ -170,6 +170,8 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
         config = getattr(config, "vision_config", None) or config
         size = getattr(config, "image_size", None)
         config.update({**options, "num_labels": num_classes})
+        # None where a file does not say, which transformers cannot read where a config has several models (DeiT)
+        config.architectures = config.architectures or []
         with _readable(f"hf:{name}", options):
             if type(config) in AutoModelForImageClassification._model_mapping:
                 return Logits(_made(AutoModelForImageClassification, name, config, pretrained, offline))
