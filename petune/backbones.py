@@ -132,13 +132,17 @@ def create_backbone(
 
 
 def check_weights(name: str, weights: str) -> None:
-    """Whether an alias's weights can be had, said before timm is imported (3 s) and any data is read.
+    """Whether weights can be had, said before any data is read; of an alias also before timm is imported (3 s).
 
     Raises:
         WeightsUnavailable: They are not cached and the hub cannot be reached, or there is no such file.
     """
+    if is_foreign(name):
+        return
     alias = ALIASES.get(name)
     if alias is None:
+        if weights == "default":
+            _hub_overlay(name, _timm_alias(name), fetch=False)
         return
     source = alias.default_weights if weights == "default" else weights
     if source == "hub":
@@ -235,12 +239,12 @@ def _weights_file(name: str, source: str) -> Weights | None:
     return read_weights(bundled(source) or Path(source))
 
 
-def _hub_overlay(name: str, alias: Alias) -> dict[str, Any]:
+def _hub_overlay(name: str, alias: Alias, fetch: bool = True) -> dict[str, Any]:
     import timm
     from timm.models import PretrainedCfg
 
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False) or PretrainedCfg()
-    return overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config)
+    return overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config, fetch=fetch)
 
 
 @contextlib.contextmanager
