@@ -15,8 +15,8 @@ from torch import nn
 from petune.errors import AttachError, ConfigError, UnknownName
 from petune.foreign import build_foreign, is_foreign
 from petune.hub import HubFile, overlay
-from petune.sites import Sites
-from petune.weights import Weights, bundled, load_into, read_weights
+from petune.sites import Site, Sites
+from petune.weights import bundled, find_weights, load_into, read_weights
 
 HeadKind = Literal["linear", "bn_linear"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -105,27 +105,29 @@ def create_backbone(
     asked = {"image_size" if is_foreign(name) else "img_size": image_size, "patch_size": patch_size}
     settings = alias.options | {k: v for k, v in asked.items() if v is not None} | (options or {})
     source = alias.default_weights if weights == "default" else weights
-    file = _weights_file(name, source)
-    overlay = _hub_overlay(name, alias) if source == "hub" and not is_foreign(name) else None
+    path = _weights_file(name, source)
+    file = read_weights(path) if path is not None else None
+    laid_over = _hub_overlay(name, alias) if source == "hub" and not is_foreign(name) else None
     with _seeded(seed):
         if is_foreign(name):
             model = build_foreign(name, num_classes, settings, pretrained=source == "hub")
         else:
-            model = _create(alias.timm_name, settings, overlay, num_classes)
+            model = _create(alias.timm_name, settings, laid_over, num_classes)
     if head != "linear" and is_foreign(name):
         raise ConfigError(f"head {head} can only be given to timm's models, but the backbone is {name}")
     set_head(model, num_classes, head, seed)
     mean, std = (_pretrained_statistics(model) if source == "hub" else None) or (None, None)
+    sites = _find_sites(model)
     if file is not None:
         kept = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
-        load_into(model, file, set() if kept else _head_keys(model))
+        load_into(model, file, set() if kept else _head_keys(model, sites.head))
         mean, std = file.info.get("mean"), file.info.get("std")
     return Backbone(
         model.eval(),
         name,
         alias.timm_name + "".join(f",{k}={v}" for k, v in sorted(settings.items())),
         file.source if file else alias.timm_name if source == "hub" else "none",
-        _image_size(model),
+        _image_size(sites),
         tuple(mean) if mean else None,
         tuple(std) if std else None,
     )
@@ -199,7 +201,7 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
         return int(settings["img_size"])
     if is_foreign(name):
         with torch.device("meta"):
-            return _image_size(build_foreign(name, 2, settings, pretrained=False))
+            return _image_size(_find_sites(build_foreign(name, 2, settings, pretrained=False)))
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
     return int(config.input_size[-1]) if config is not None else 224
 
@@ -229,14 +231,14 @@ def _timm_alias(name: str) -> Alias:
     return Alias(name + tag, {}, "hub", "")
 
 
-def _weights_file(name: str, source: str) -> Weights | None:
+def _weights_file(name: str, source: str) -> Path | None:
     if source in {"none", "hub"}:
         return None
     if source == "none given":
         from petune.errors import WeightsUnavailable
 
         raise WeightsUnavailable(f"{name} has no pretrained weights; give --weights PATH, or --weights none")
-    return read_weights(bundled(source) or Path(source))
+    return find_weights(bundled(source) or Path(source))
 
 
 def _hub_overlay(name: str, alias: Alias, fetch: bool = True) -> dict[str, Any]:
@@ -274,8 +276,7 @@ def _create(timm_name: str, settings: dict[str, Any], overlay: dict[str, Any] | 
     return model
 
 
-def _head_keys(model: nn.Module) -> set[str]:
-    head = _find_sites(model).head
+def _head_keys(model: nn.Module, head: Site | None) -> set[str]:
     modules = {id(m) for h in (head.modules if head is not None else ()) for m in h.modules()}
     owned = [n for n, m in model.named_modules() if id(m) in modules]
     return {key for key in model.state_dict() if any(key.startswith(f"{n}.") for n in owned)}
@@ -286,8 +287,8 @@ def _pretrained_statistics(model: nn.Module) -> Statistics | None:
     return (tuple(config["mean"]), tuple(config["std"])) if config else None
 
 
-def _image_size(model: nn.Module) -> int:
-    size = _find_sites(model).input_size
+def _image_size(sites: Sites) -> int:
+    size = sites.input_size
     if size[-1] != size[-2]:
         raise ConfigError(f"the input must be square, but is {size[-2]}×{size[-1]}; give --image-size")
     return int(size[-1])

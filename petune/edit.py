@@ -12,11 +12,9 @@ from petune.anatomy.positions import Room, admit_prompts, fills, refused
 from petune.anatomy.prompting import Prompting
 from petune.errors import AttachError, NotMergeable, SiteNotFound
 from petune.hooks import After, Before, Branch, Gather, Holder, Prompts, WindowPrompts
-from petune.ledger import added_to
+from petune.ledger import CONTAINERS, added_to, host_for
 from petune.probe import Call, probe
 from petune.sites import Block, Site, Sites
-
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 DEEP = "Give every block prompts of its own (vpt:deep=true)"
 
@@ -349,15 +347,3 @@ class Edit:
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
-
-
-def host_for(module: nn.Module) -> nn.Module:
-    """`module`, or the first module inside it to which a child can be added without being called by it.
-
-    Raises:
-        AttachError: There is none.
-    """
-    for candidate in module.modules():
-        if not isinstance(candidate, CONTAINERS):
-            return candidate
-    raise AttachError(f"an adapter needs a module to sit in, but {type(module).__name__} holds none")

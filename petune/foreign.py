@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from petune.anatomy import input_sizes_of
 from petune.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable
+from petune.hub import HubFile, hub_url, overlay
 from petune.network import reachable
 
 TORCHVISION_SIDE = 224  # what its pretrained models were trained at; those without position embeddings do not say
@@ -62,11 +62,9 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any], pretraine
     known = models.list_models(module=models)
     if name not in known:
         raise UnknownName("torchvision model", name, known, "torchvision.models.list_models() has them all")
-    if pretrained and not reachable("https://download.pytorch.org") and not _is_cached(models.get_model_weights(name)):
-        raise WeightsUnavailable(
-            f"torchvision's weights of {name} must be cached or downloadable, but download.pytorch.org cannot be "
-            "reached; give --weights PATH for a file you have, or --weights none for random ones"
-        )
+    if pretrained:
+        file = HubFile("", url=models.get_model_weights(name).DEFAULT.url)
+        overlay(f"torchvision:{name}", file, fetch=False)
     takes_classes = {} if pretrained else {"num_classes": num_classes}  # weights come with their own classifier
     taken = options if "vit" in name else {k: v for k, v in options.items() if k != "image_size"}
     with _readable(f"torchvision:{name}", options):
@@ -80,12 +78,6 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any], pretraine
 def set_statistics(model: nn.Module, mean: Any, std: Any) -> None:
     """Note what a model's weights were trained with, where timm's models have it too."""
     model.__dict__["pretrained_cfg"] = {"mean": tuple(mean), "std": tuple(std)}
-
-
-def _is_cached(weights: Any) -> bool:
-    import torch
-
-    return (Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.DEFAULT.url).name).is_file()
 
 
 def _own(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
@@ -163,7 +155,7 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
         raise MissingExtra("a backbone named hf:…", "transformers") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    offline = not Path(name).is_dir() and not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    offline = not Path(name).is_dir() and not reachable(hub_url())
     size = None
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=offline)

@@ -55,7 +55,7 @@ def overlay(model_name: str, config: Any, *, fetch: bool = True) -> dict[str, An
     cached = _cached(file)
     if cached is not None:
         return {"file": str(_whole(cached, f"the cached weights of {model_name}"))}
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co") if file.hf_hub_id else str(file.url)
+    hub = hub_url() if file.hf_hub_id else str(file.url)
     what = f"{file.hf_hub_id}/{file.names[0]}" if file.hf_hub_id else file.url
     problem = _unreachable(hub, bool(file.hf_hub_id))
     if problem is None and not fetch:
@@ -72,6 +72,11 @@ def overlay(model_name: str, config: Any, *, fetch: bool = True) -> dict[str, An
         f"{_cache_place(file)} and {problem}. Ways out: download it where there is a network and copy the cache; "
         f"{ways_out}"
     )
+
+
+def hub_url() -> str:
+    """The Hugging Face Hub, or what stands in for it."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def _unreachable(url: str, is_hub: bool) -> str | None:

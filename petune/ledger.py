@@ -14,6 +14,7 @@ from petune.errors import AttachError
 from petune.sites import Sites
 
 ATTRIBUTE = "petune_ledger"
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Ledger(nn.Module):
         self._modes = tuple((m, m.training) for m in model.modules())
 
     def forward(self, x: Any) -> Any:
-        """A model that is an nn.Sequential calls all of its children: this one changes nothing."""
+        """A model whose forward calls all of its children calls this one too: it changes nothing."""
         return x
 
     def open(self, name: str) -> None:
@@ -102,7 +103,7 @@ class Ledger(nn.Module):
             self._freeze()
             return
         model = self._model[0]
-        delattr(_host(model), ATTRIBUTE)
+        delattr(host_for(model), ATTRIBUTE)
         if self._train_before is not None:
             model.train = self._train_before  # type: ignore[method-assign]
         else:
@@ -142,21 +143,27 @@ def open_ledger(model: nn.Module, sites: Sites) -> Ledger:
     ledger = ledger_of(model)
     if ledger is None:
         ledger = Ledger(model, sites)
-        _host(model).add_module(ATTRIBUTE, ledger)
+        host_for(model).add_module(ATTRIBUTE, ledger)
         model.train = ledger.set_train  # type: ignore[method-assign]
     return ledger
 
 
 def ledger_of(model: nn.Module) -> Ledger | None:
     """The model's ledger, if something is attached to it."""
-    ledger = getattr(_host(model), ATTRIBUTE, None)
+    ledger = getattr(host_for(model), ATTRIBUTE, None)
     return ledger if isinstance(ledger, Ledger) else None
 
 
-def _host(model: nn.Module) -> nn.Module:
-    """The model, or where it is a Sequential, which would call what is added to it, the first module within."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return next((m for m in model.modules() if not isinstance(m, containers)), model)
+def host_for(module: nn.Module) -> nn.Module:
+    """`module`, or the first module inside it to which a child can be added without being called by it.
+
+    Raises:
+        AttachError: There is none.
+    """
+    for candidate in module.modules():
+        if not isinstance(candidate, CONTAINERS):
+            return candidate
+    raise AttachError(f"an adapter needs a module to sit in, but {type(module).__name__} holds none")
 
 
 def added_to(model: nn.Module) -> set[int]:

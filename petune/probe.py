@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.anatomy.forward import dtype_of, undisturbed
 from petune.errors import AttachError, PetuneError
 from petune.sites import Sites
 
@@ -74,23 +75,18 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
 def look(model: nn.Module, sites: Sites) -> Tensor:
     """What the model makes of two random pictures, in eval mode; always the same ones."""
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
-    out = _forward(model, x)
+    return scores_of(_forward(model, x))
+
+
+def scores_of(out: Any) -> Tensor:
+    """The scores in what a model returns, which may be an object that holds them (transformers)."""
     scores: Tensor = getattr(out, "logits", out)
     return scores
 
 
-@torch.no_grad()
 def _forward(model: nn.Module, x: Tensor) -> Any:
-    """Run the model in eval mode; every module's mode is as before afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    try:
-        for module, _ in modes:
-            module.training = False
-        return model(x.to(like.device, like.dtype))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with undisturbed(model), torch.no_grad():
+        return model(x.to(next(model.parameters()).device, dtype_of(model)))
 
 
 def _hooks(module: nn.Module, enter: Any, leave: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from petune.attach import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.errors import CheckpointError
-from petune.state import load, read_adapter
+from petune.state import attach_saved, read_adapter
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def restore(path: Path, weights: str | None = None) -> Restored:
         BackboneMismatch, WeightsUnavailable: The weights are others, or are not there any more.
     """
     place = path / "adapter" if (path / "adapter").is_dir() else path
-    config, _ = read_adapter(place)
-    card = config["metadata"]
+    saved = read_adapter(place)
+    card = saved.config["metadata"]
     if not {"backbone", "classes"} <= card.keys():
         raise CheckpointError(
             f"{place} must say which backbone it belongs to, as adapters of `petune run` do, but does not. Build the "
@@ -57,4 +57,4 @@ def restore(path: Path, weights: str | None = None) -> Restored:
         head=said["head"],
         seed=said.get("seed", 0),
     )
-    return Restored(backbone, load(backbone.model, place), card)
+    return Restored(backbone, attach_saved(backbone.model, saved), card)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from pydantic import Field
 from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, parse_options
-from petune.data import Dataset, Preprocess, load_dataset
+from petune.data import Dataset, OnBroken, Preprocess, load_dataset
 from petune.measure import PeakMemory, forward_flops, provenance
 from petune.registry import build_tuner
 from petune.results import RunResult
@@ -47,7 +47,7 @@ class RunConfig(Config):
     patch_size: int | None = Field(None, ge=1, le=512)
     backbone_options: dict[str, Any] = {}
     head: HeadKind = "linear"
-    on_broken: Literal["error", "skip"] = "error"
+    on_broken: OnBroken = "error"
     val_fraction: float = Field(0.1, gt=0, lt=1)
     train_per_class: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,28 @@ def load(
         CheckpointError: The directory is damaged, incomplete or from a newer petune.
         PluginError: The tuner's package is missing or broken.
     """
-    place = Path(path)
-    config, tensors = read_adapter(place)
+    return attach_saved(model, read_adapter(Path(path)), name=name, tuner=tuner, sites=sites)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an adapter directory holds: its place, petune's config, the tensors by the file's keys."""
+
+    place: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def attach_saved(
+    model: nn.Module,
+    saved: Saved,
+    *,
+    name: str | None = None,
+    tuner: Tuner[Any] | None = None,
+    sites: Sites | None = None,
+) -> Attachment:
+    """Attach what was read already; see `load`."""
+    place, config, tensors = saved.place, saved.config, saved.tensors
     if tuner is None and config["tuner"].partition(":")[0] not in {t.name for t in tuners()}:
         raise PluginError(
             f"{place} needs the method {config['tuner']!r}, which is not installed here; it was saved with "
@@ -154,7 +175,7 @@ def _renamed(part: str, here: str, there: str) -> str:
     return there + part.removeprefix(here) if part.startswith(here) else part
 
 
-def read_adapter(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(place: Path) -> Saved:
     """Config and tensors of an adapter directory, petune's or PEFT's.
 
     Raises:
@@ -179,7 +200,7 @@ def read_adapter(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{place / CONFIG_FILE} must have {', '.join(sorted(KEYS))}, but lacks {', '.join(missing)}"
         )
-    return config, tensors
+    return Saved(place, config, tensors)
 
 
 def _of_peft(config: dict[str, Any]) -> dict[str, Any]:

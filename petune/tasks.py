@@ -20,8 +20,9 @@ from petune.attach import Attachment
 from petune.errors import AttachError, UsageError
 from petune.hooks import After, Before, Branch, Holder, Prompts
 from petune.ledger import ledger_of
+from petune.probe import scores_of
 from petune.sites import Site
-from petune.state import load, read_adapter
+from petune.state import attach_saved, read_adapter
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class Tasks:
         if name in self.tasks:
             raise UsageError(f"each task needs a name of its own, but {name!r} is loaded already")
         self.use(None)
-        _, tensors = read_adapter(Path(path))
-        head = _fitting(self._head, tensors)
+        saved = read_adapter(Path(path))
+        head = _fitting(self._head, saved.tensors)
         sites = replace(self.sites, head=replace(self._head, enter=head, exit=head))
         try:
             self._put(head)
-            attachment = load(self.model, path, name=name, sites=sites)
+            attachment = attach_saved(self.model, saved, name=name, sites=sites)
             attachment.switch(False)
         finally:
             self._put(self._head.enter)
@@ -142,7 +143,7 @@ class Tasks:
         chosen = {name: [row for row, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
         if len(chosen) == 1:
             with self._using(next(iter(chosen))):
-                return list(_scores(self.model(x)))
+                return list(scores_of(self.model(x)))
         capture = _Capture()
         with ExitStack() as stack:
             stack.callback(self._put, self._head.enter)
@@ -269,8 +270,3 @@ def _fitting(site: Site, tensors: dict[str, Tensor]) -> nn.Module:
 def _with(head: nn.Module, path: str, module: nn.Module) -> nn.Module:
     head.set_submodule(path, module)
     return head
-
-
-def _scores(out: Any) -> Tensor:
-    scores: Tensor = getattr(out, "logits", out)
-    return scores

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.attach import attach
+from petune.probe import scores_of
 from petune.registry import build_tuner
 from petune.state import load
 from petune.tiny_models import tiny_timm
@@ -100,9 +101,7 @@ def examine(tuner: str | Tuner[Any], model: nn.Module | None = None, **options: 
 @torch.no_grad()
 def logits(model: nn.Module, x: Tensor) -> Tensor:
     """The scores of a batch, also from a model that returns an object that holds them."""
-    out = model(x)
-    scores: Tensor = getattr(out, "logits", out)
-    return scores
+    return scores_of(model(x))
 
 
 def _keys(t: Trial) -> str:
@@ -138,8 +137,7 @@ def _trains(t: Trial) -> str:
     t.att.train()
     live: set[str] = set()
     for step in range(3):
-        out = t.model(t.x)
-        loss = nn.functional.cross_entropy(getattr(out, "logits", out), target) + t.att.extra_loss(step)
+        loss = nn.functional.cross_entropy(scores_of(t.model(t.x)), target) + t.att.extra_loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         live |= {key for key, p in t.att.tuned.items() if p.grad is not None and p.grad.any()}

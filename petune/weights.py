@@ -39,12 +39,11 @@ def bundled(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_weights(path: Path) -> Weights:
-    """Read a safetensors file, a pretraining run's directory, or a foreign `.pt` (tensors only).
+def find_weights(path: Path) -> Path:
+    """The file that `--weights PATH` means: `path`, or the one in a pretraining run's directory.
 
     Raises:
         WeightsUnavailable: There is no such file.
-        CheckpointError: The file is damaged or is no weights file.
     """
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
@@ -53,6 +52,17 @@ def read_weights(path: Path) -> Weights:
             f"--weights takes default, none, cifar100, a safetensors file or the directory of a finished "
             f"`petune pretrain`; {what}"
         )
+    return file
+
+
+def read_weights(path: Path) -> Weights:
+    """Read a safetensors file, a pretraining run's directory, or a foreign `.pt` (tensors only).
+
+    Raises:
+        WeightsUnavailable: There is no such file.
+        CheckpointError: The file is damaged or is no weights file.
+    """
+    file = find_weights(path)
     if file.suffix in {".pt", ".pth", ".bin"}:
         return Weights(_read_torch(file), {}, str(file))
     try:

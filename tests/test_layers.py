@@ -40,6 +40,7 @@ SIBLINGS = {
     ("backbones", "weights"): "a backbone has weights",
     ("backbones", "foreign"): "some are not timm's",
     ("backbones", "hub"): "and may have to fetch them",
+    ("foreign", "hub"): "as others have",
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
     ("compare", "report"): "many runs, one table",
 }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from petune.data.batches import Preprocess
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import Dataset, OnBroken, Split
 from petune.errors import UnknownName
 
 NAMES = {
@@ -19,7 +18,7 @@ NAMES = {
 
 
 def load_dataset(
-    name: str, data_dir: Path | None = None, image_size: int = 224, on_broken: Literal["error", "skip"] = "error"
+    name: str, data_dir: Path | None = None, image_size: int = 224, on_broken: OnBroken = "error"
 ) -> Dataset:
     """Load a dataset.
 
@@ -49,4 +48,4 @@ def load_dataset(
     raise UnknownName("dataset", name, NAMES, "pictures in folders are folder:PATH")
 
 
-__all__ = ["NAMES", "Dataset", "Preprocess", "Split", "load_dataset"]
+__all__ = ["NAMES", "Dataset", "OnBroken", "Preprocess", "Split", "load_dataset"]

@@ -6,11 +6,15 @@ Legend: N pictures, H height, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petune.errors import ConfigError, DataError
+
+OnBroken = Literal["error", "skip"]
+"""What a picture that cannot be decoded is: an error, or left out."""
 
 
 @dataclass(frozen=True)

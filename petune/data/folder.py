@@ -7,13 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petune.data.cache import Allocate, decoded
-from petune.data.dataset import Dataset, Split, stratified
+from petune.data.dataset import Dataset, OnBroken, Split, stratified
 from petune.data.pictures import EXTENSIONS, decode_pictures
 from petune.errors import DataError
 
@@ -23,7 +22,6 @@ TEST_FRACTION = 0.2
 MOST_BROKEN, SKIPPED = 0.01, -1
 VAL_NAMES = ("val", "valid", "validation")
 
-OnBroken = Literal["error", "skip"]
 Files = Mapping[str, list[Path]]
 """Class name to its pictures, both in order."""
 

@@ -196,12 +196,13 @@ class Trainer:
         """Add the gradients of the batch's mean loss, a micro-batch at a time, and return that loss."""
         total = torch.zeros((), device=self.device)
         size = self.progress.micro_batch or len(x_BCHW)
-        for x, y in zip(torch.split(x_BCHW, size), torch.split(target, size), strict=True):
+        pieces = zip(torch.split(x_BCHW, size), torch.split(target, size), strict=True)
+        for number, (x, y) in enumerate(pieces):
             with self.autocast():
                 logits_BC = self.model(x)
             loss = F.cross_entropy(logits_BC.float(), y, label_smoothing=self.mixing.smoothing)
             loss = loss * (len(x) / len(x_BCHW))
-            if x.data_ptr() == x_BCHW.data_ptr():  # once a step
+            if number == 0:  # once a step
                 loss = loss + self.att.extra_loss(self.progress.step)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
