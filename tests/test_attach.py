@@ -11,17 +11,9 @@ from torch import Tensor, nn
 
 import petune
 from petune.errors import AttachError, ConfigError, DeadSite, NotMergeable, SiteNotFound, UnknownName
+from tests.tiny import X, tiny
 
 METHODS = ["adaptformer", "vpt", "linear", "full"]
-X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def tiny(**options: object) -> nn.Module:
-    torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
-    nn.init.normal_(model.head.weight)
-    return model
 
 
 def steps(att: petune.Attachment, number: int = 3) -> None:

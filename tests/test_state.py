@@ -7,24 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 import petune
 from petune.errors import BackboneMismatch, CheckpointError, PluginError
+from tests.tiny import X, tiny
 
 METHODS = ["adaptformer", "vpt", "vpt:shallow", "linear", "full"]
-X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-def tiny(seed: int = 0, **options: object) -> nn.Module:
-    torch.manual_seed(seed)
-    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
-    nn.init.normal_(model.head.weight)
-    return model
 
 
 def trained(method: str = "adaptformer", model: nn.Module | None = None) -> petune.Attachment:

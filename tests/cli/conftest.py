@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from petune.cli.main import main
+from tests.program import Done, Run, call
 
 TINY = (
     "--backbone=vit_nano", "--weights=none",
     "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
     "--dataset=digits", "--train-per-class=20", "--epochs=1", "--device=cpu", "--precision=fp32",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left: exit code, stdout, stderr."""
-
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
 
 
 @pytest.fixture
@@ -39,11 +26,7 @@ def petune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.delenv("PETUNE_DATA", raising=False)
 
     def run(*words: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return Done(stopped.value.code, out, err)
+        return call(*words, capture=capsys)
 
     return run
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -102,6 +102,3 @@ def digests(place: Path) -> dict[str, str]:
     files = [place / "adapter" / "adapter_model.safetensors", place / "metrics.jsonl"]
     files += [newest / f"{name}.safetensors" for name in ("model", "best", "optimizer")]
     return {str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-Digests = Callable[[Path], dict[str, str]]

@@ -16,9 +16,8 @@ import petune
 from petune.errors import CheckpointError
 from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from tests.faults.conftest import TINY, Program, tally, tries
-from tests.test_state import tiny, trained
-
-X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+from tests.test_state import trained
+from tests.tiny import X, tiny
 
 
 def damage(place: Path, chance: random.Random) -> str:

@@ -23,7 +23,8 @@ from petune.errors import CheckpointError, ConfigError, PetuneError
 from petune.files import write_directory
 from petune.weights import read_weights
 from tests.faults.conftest import tally
-from tests.test_state import tiny, trained
+from tests.test_state import trained
+from tests.tiny import tiny
 
 MARK = "executed"
 

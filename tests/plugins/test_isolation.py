@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 
 import petune
-from petune.cli.main import main
 from petune.errors import PluginError, UnknownName
 from petune.registry import load_tuner, tuners
+from tests.program import Run, call
 
 Fake = Callable[..., None]
 SOUND = "import petune\nclass Fake(petune.Tuner[petune.TunerConfig]):\n    def attach(self, edit): pass\n"
@@ -50,27 +51,11 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str) -> Done:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        return Done(stopped.value.code, *capfd.readouterr())
-
-    return call
+    return functools.partial(call, capture=capfd)
 
 
 def install(fake: Fake, kind: Kind) -> None:

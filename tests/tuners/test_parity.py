@@ -8,20 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-
-
-def tiny(**options: object) -> nn.Module:
-    torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
-    nn.init.normal_(model.head.weight)
-    return model
-
-
-def randomised(att: petune.Attachment) -> petune.Attachment:
-    for p in att.tuned.values():
-        nn.init.normal_(p, std=0.2)
-    return att
+from tests.tiny import randomised, tiny
 
 
 def by_hand(model: nn.Module, x: Tensor, method: str, t: dict[str, Tensor]) -> Tensor:
@@ -50,7 +37,7 @@ CASES = [("adaptformer", {}), ("vpt", {"num_prompts": 3}), ("vpt", {"num_prompts
 @pytest.mark.parametrize(("method", "options"), CASES)
 @pytest.mark.parametrize("layer_scale", [None, 0.3])
 def test_equal_to_the_formula(method: str, options: dict[str, object], layer_scale: float | None) -> None:
-    model = tiny(init_values=layer_scale, drop_path_rate=0.1)
+    model = tiny(depth=3, init_values=layer_scale, drop_path_rate=0.1)
     att = randomised(petune.attach(model, method, **options))
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -82,6 +69,6 @@ def test_counts_of_the_seed_study() -> None:
 def test_a_compiled_model_is_refused() -> None:
     from petune.errors import AlreadyCompiled
 
-    model = torch.compile(tiny(), backend="eager")
+    model = torch.compile(tiny(depth=3), backend="eager")
     with pytest.raises(AlreadyCompiled, match="before compiling"):
         petune.attach(model, "linear")

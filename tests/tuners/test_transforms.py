@@ -8,30 +8,23 @@ import pickle
 import warnings
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import petune
+from tests.tiny import X, randomised, tiny
 
 CASES = [("adaptformer", {}), ("vpt", {"num_prompts": 3}), ("vpt", {"num_prompts": 3, "deep": False})]
 IDS = ["adaptformer", "vpt-deep", "vpt-shallow"]
 
 
 def attached(method: str, options: dict[str, object]) -> petune.Attachment:
-    torch.manual_seed(0)
-    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **shape).eval()
-    nn.init.normal_(model.head.weight)
-    att = petune.attach(model, method, **options)
-    for p in att.tuned.values():
-        nn.init.normal_(p, std=0.2)
-    return att
+    return randomised(petune.attach(tiny(), method, **options))
 
 
 @pytest.fixture
 def images() -> Tensor:
-    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return X
 
 
 def gradients(att: petune.Attachment, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -39,6 +32,14 @@ def gradients(att: petune.Attachment, model: nn.Module, x: Tensor) -> dict[str, 
         p.grad = None
     model(x).square().sum().backward()
     return {key: p.grad.clone() for key, p in {**att.tuned, **att.head}.items() if p.grad is not None}
+
+
+def assert_same_gradients(
+    att: petune.Attachment, found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    assert set(found) == set(expected) == {*att.tuned, *att.head}
+    for key, slope in expected.items():
+        torch.testing.assert_close(found[key], slope, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
@@ -50,9 +51,7 @@ def test_compiled_without_a_graph_break(method: str, options: dict[str, object],
     compiled = torch.compile(att.model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), expected, atol=1e-6, rtol=1e-5)
     again = gradients(att, compiled, images)
-    assert set(again) == set(slopes) == {*att.tuned, *att.head}
-    for key, slope in slopes.items():
-        torch.testing.assert_close(again[key], slope, atol=1e-4, rtol=1e-4)
+    assert_same_gradients(att, again, slopes, 1e-4)
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
@@ -75,9 +74,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     att.model.set_grad_checkpointing(True)
     torch.manual_seed(3)
     again = gradients(att, att.model, images)
-    assert set(again) == set(expected) == {*att.tuned, *att.head}
-    for key, slope in expected.items():
-        torch.testing.assert_close(again[key], slope, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(att, again, expected, 1e-5)
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)

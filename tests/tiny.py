@@ -1,0 +1,27 @@
+"""The small ViT that tests attach to, and the two things most of them do with it."""
+
+from __future__ import annotations
+
+import timm
+import torch
+from torch import nn
+
+import petune
+
+X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def tiny(seed: int = 0, **options: object) -> nn.Module:
+    """A timm ViT of 2 blocks, width 24 and 5 classes for 16×16 pictures; its head is not zero, as timm starts it."""
+    torch.manual_seed(seed)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()
+    nn.init.normal_(model.head.weight)
+    return model
+
+
+def randomised(att: petune.Attachment) -> petune.Attachment:
+    """The attachment with tuned values far from their start, so that what they do is seen."""
+    for p in att.tuned.values():
+        nn.init.normal_(p, std=0.2)
+    return att
