@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ class Weights:
     Attributes:
         tensors: By state_dict key, as stored.
         info: The `petune` entry of the file's metadata: backbone, preprocessing, results; empty for foreign files.
-        source: The path, for the record.
+        source: Where they come from, for the record and for messages.
     """
 
     tensors: Mapping[str, Tensor]
@@ -72,7 +73,7 @@ def read_weights(path: Path) -> Weights:
             info = json.loads(metadata.get("petune", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} must be a safetensors file, but: {error}") from None
-    return Weights(tensors, info, str(file))
+    return Weights(tensors, info, _named(file))
 
 
 def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
@@ -101,6 +102,13 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
                           (("missing", missing), ("left over", extra), ("of another shape", shapes)) if v)  # fmt: skip
         raise CheckpointError(f"{weights.source} must hold the weights of this backbone, but does not fit it ({found})")
     model.load_state_dict({key: tensors[key] for key in wanted}, strict=False)
+
+
+def _named(file: Path) -> str:
+    """The path, or for a file of petune its name and what it holds, which says as much on another machine."""
+    if file.parent != BUNDLED:
+        return str(file)
+    return f"petune's {file.stem} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:8]})"
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
