@@ -48,13 +48,20 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         except OSError:
             raise UsageError(f"{path} is in use by another petune process; name another --output") from None
         fresh = not (path / CONFIG_FILE).exists()
-        _keep_config(path / CONFIG_FILE, config, command)
         try:
+            _keep_config(path / CONFIG_FILE, config, command)
+            _remove_stumps(path)
             yield path
         except BaseException:
             if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, ".lock"}:  # it failed before it began
                 shutil.rmtree(path, ignore_errors=True)
             raise
+
+
+def _remove_stumps(path: Path) -> None:
+    """Take away what a killed process was writing: nobody else writes here, since the lock is held."""
+    for stump in (*path.glob(".*-*"), *path.glob("checkpoints/.*-*")):
+        shutil.rmtree(stump, ignore_errors=True)
 
 
 def free_path(wanted: Path) -> Path:
