@@ -50,7 +50,8 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         fresh = not (path / CONFIG_FILE).exists()
         try:
             _keep_config(path / CONFIG_FILE, config, command)
-            _remove_stumps(path)
+            if not fresh:
+                _remove_stumps(path)
             yield path
         except BaseException:
             if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, ".lock"}:  # it failed before it began
@@ -59,9 +60,10 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
 
 
 def _remove_stumps(path: Path) -> None:
-    """Take away what a killed process was writing: nobody else writes here, since the lock is held."""
-    for stump in (*path.glob(".*-*"), *path.glob("checkpoints/.*-*")):
-        shutil.rmtree(stump, ignore_errors=True)
+    """Take away what a killed process was writing (see `write_directory`); the lock is held, so nobody writes now."""
+    for pattern in (".adapter-????????", "checkpoints/.step-?????????-????????"):
+        for stump in path.glob(pattern):
+            shutil.rmtree(stump, ignore_errors=True)
 
 
 def free_path(wanted: Path) -> Path:

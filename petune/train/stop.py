@@ -46,12 +46,13 @@ class StopFlag:
             Stopped: A signal came.
         """
         self._check_begun()
-        self._at_once = True
         try:
-            yield
-        except _Interrupt:
-            pass
-        finally:
+            self._at_once = True
+            try:
+                yield
+            finally:
+                self._at_once = False
+        except _Interrupt:  # also one that came in the line above
             self._at_once = False
         self._check_begun()
 
