@@ -47,6 +47,5 @@ def export_merged(path: Path, out: Path, weights: str | None = None) -> int:
     }
     tensors = {key: t.detach().cpu().contiguous() for key, t in backbone.model.state_dict().items()}
     content = save_tensors(tensors, metadata={"petune": json.dumps(info)})
-    out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, content)
     return len(content)

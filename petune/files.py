@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -35,30 +36,55 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
             _write_synced(temporary / name, content)
         _swap_in(temporary, path)
     except OSError as error:
-        have = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error} (needs {need:,} bytes, {have:,} are free); "
-            "what was there before is untouched"
-        ) from None
+        raise _unwritten(path, need, error) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in place of what was there, or leave it as it was.
+    """Put `content` at `path` in place of what was there, or leave it as it was; its folder is made if it is missing.
 
     Raises:
         CheckpointError: It cannot be written.
     """
     aside = path.with_name(f".{path.name}.new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(aside, content)
         os.replace(aside, path)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
+        raise _unwritten(path, len(content), error) from None
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def append(path: Path, content: bytes) -> int:
+    """Add `content` to the end of the file `path` and return its size in bytes.
+
+    Raises:
+        CheckpointError: It cannot be written; a part of `content` may be there.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+            return file.tell()
+    except OSError as error:
+        raise _unwritten(path, len(content), error) from None
+
+
+def cut(path: Path, size: int) -> None:
+    """Drop all but the first `size` bytes of the file, if there is one.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    try:
+        if path.exists():
+            os.truncate(path, min(size, path.stat().st_size))
+    except OSError as error:
+        raise _unwritten(path, 0, error) from None
 
 
 def verify_directory(path: Path) -> None:
@@ -81,6 +107,14 @@ def verify_directory(path: Path) -> None:
             raise CheckpointError(
                 f"{file} is damaged: {len(content):,} bytes where {size:,} were written, or another SHA-256"
             )
+
+
+def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:
+    have = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error} (needs {need:,} bytes, {have:,} are free); "
+        "what was there before is untouched. Make room, or name another place"
+    )
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:

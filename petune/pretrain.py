@@ -69,12 +69,13 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     ):
         if RunResult.exists(place):
             return RunResult.read(place)
-        device = choose_device(config.device)
-        dataset = prepare_data(config)
-        backbone = prepare_backbone(config, dataset, keep_head=True)
-        watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
-        memory = PeakMemory(device)
-        attachment = attach(backbone.model.to(device), tuner, name=config.method, keep_original=False)
+        with stop.at_once():
+            device = choose_device(config.device)
+            dataset = prepare_data(config)
+            backbone = prepare_backbone(config, dataset, keep_head=True)
+            watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
+            memory = PeakMemory(device)
+            attachment = attach(backbone.model.to(device), tuner, name=config.method, keep_original=False)
         preprocess = preprocessing(backbone, dataset)
         trainer = Trainer(
             attachment,

@@ -76,14 +76,15 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
         if RunResult.exists(place):
             return RunResult.read(place)
-        device = choose_device(config.device)
-        dataset = prepare_data(config)
-        backbone = prepare_backbone(config, dataset)
-        watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
-        memory = PeakMemory(device)
-        torch.manual_seed(config.seed)  # adapters are initialised from it
-        attachment = attach(backbone.model.to(device), tuner, name=name, keep_original=False)
-        watch(Note(what_trains(attachment)))
+        with stop.at_once():
+            device = choose_device(config.device)
+            dataset = prepare_data(config)
+            backbone = prepare_backbone(config, dataset)
+            watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
+            memory = PeakMemory(device)
+            torch.manual_seed(config.seed)  # adapters are initialised from it
+            attachment = attach(backbone.model.to(device), tuner, name=name, keep_original=False)
+            watch(Note(what_trains(attachment)))
         preprocess = preprocessing(backbone, dataset)
         trainer = Trainer(
             attachment,

@@ -48,13 +48,22 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         except OSError:
             raise UsageError(f"{path} is in use by another petune process; name another --output") from None
         fresh = not (path / CONFIG_FILE).exists()
-        _keep_config(path / CONFIG_FILE, config, command)
         try:
+            _keep_config(path / CONFIG_FILE, config, command)
+            if not fresh:
+                _remove_stumps(path)
             yield path
         except BaseException:
             if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, ".lock"}:  # it failed before it began
                 shutil.rmtree(path, ignore_errors=True)
             raise
+
+
+def _remove_stumps(path: Path) -> None:
+    """Take away what a killed process was writing (see `write_directory`); the lock is held, so nobody writes now."""
+    for pattern in (".adapter-????????", "checkpoints/.step-?????????-????????"):
+        for stump in path.glob(pattern):
+            shutil.rmtree(stump, ignore_errors=True)
 
 
 def free_path(wanted: Path) -> Path:

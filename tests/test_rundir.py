@@ -171,3 +171,23 @@ def test_a_result_that_is_none_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"result\.json must be the result of a finished run"):
         RunResult.read(tmp_path)
+
+
+STUMPS = (".adapter-ab_d1234", "checkpoints/.step-000000012-x1y2z3w4")
+OTHERS = (".pre-commit", ".adapter-mine", ".adapter-ab_d1234-old", "checkpoints/step-000000012")
+
+
+def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+        for name in (*STUMPS, *OTHERS):
+            (tmp_path / "run" / name).mkdir(parents=True)
+    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+        left = {name for name in (*STUMPS, *OTHERS) if (tmp_path / "run" / name).exists()}
+    assert left == set(OTHERS)
+
+
+def test_a_folder_that_was_no_run_keeps_all_that_it_holds(tmp_path: Path) -> None:
+    for name in STUMPS:
+        (tmp_path / name).mkdir(parents=True)
+    with claimed(tmp_path, Settings(), resume=True, command=COMMAND):
+        assert all((tmp_path / name).exists() for name in STUMPS)

@@ -97,7 +97,7 @@ def _stopped_early(*_: object) -> NoReturn:
 
     Not an exception, since libraries catch those of their imports.
     """
-    os.write(2, b"error: stopped by SIGTERM before there was anything to save; start it again\n")
+    os.write(2, b"error: stopped by SIGTERM outside of training, with nothing left to save; start it again\n")
     os._exit(Stopped.exit_code)
 
 

@@ -47,6 +47,8 @@ def resumable(command: str, place: Path) -> Iterator[None]:
     try:
         yield
     except Stopped as error:
+        if not (place / "config.yaml").exists():  # it had not begun, and left nothing to go on in
+            raise
         where, config = shlex.quote(str(place)), shlex.quote(str(place / "config.yaml"))
         again = f"petune {command} --config {config} --output {where} --resume"
         raise Stopped(f"{error}:\n  {again}") from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from petune.files import append, cut
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class Log:
         self.path = path
 
     def write(self, **values: Any) -> int:
-        """Append a line and return the size of the file in bytes."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-            return file.tell()
+        """Append a line and return the size of the file in bytes.
+
+        Raises:
+            CheckpointError: The disk is full or read-only; a resume drops what is there of the line.
+        """
+        return append(self.path, (json.dumps(values) + "\n").encode())
 
     def cut(self, size: int) -> None:
         """Drop what was written after a checkpoint that the run now goes on from."""
-        if self.path.exists():
-            os.truncate(self.path, min(size, self.path.stat().st_size))
+        cut(self.path, size)
 
     def note(self, text: str) -> None:
         """Keep a sentence beside the metrics, in `notes.txt`."""
-        with self.path.with_name("notes.txt").open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        append(self.path.with_name("notes.txt"), (text + "\n").encode())

@@ -73,7 +73,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """The program, with its libraries imported and the digits decoded."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["petune.run", "petune.compare", "petune.cli.main", "timm", "sklearn.datasets"])
+    context.set_forkserver_preload(
+        ["petune.run", "petune.compare", "petune.cli.main", "timm", "sklearn.datasets", "torchmetrics"]
+    )
     started = Program(context)
     place = tmp_path_factory.mktemp("first")
     for name in "ab":

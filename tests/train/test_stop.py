@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -76,3 +77,26 @@ def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+def _interrupted(reached: list[str]) -> None:
+    with StopFlag() as stop, stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("the next line")
+
+
+def test_before_training_a_signal_does_not_wait() -> None:
+    reached: list[str] = []
+    with pytest.raises(Stopped, match="stopped by SIGTERM before it trained"):
+        _interrupted(reached)
+    assert not reached
+
+
+def _swallowed() -> None:
+    with StopFlag() as stop, stop.at_once(), contextlib.suppress(BaseException):  # as some libraries' imports do
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_swallowed_interrupt_still_stops() -> None:
+    with pytest.raises(Stopped, match="before it trained"):
+        _swallowed()
