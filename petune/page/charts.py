@@ -54,6 +54,8 @@ def accuracy_chart(salt: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
             colour = COLOURS[number % len(COLOURS)]
             axes.errorbar(x, row["top1_mean"], yerr=row["top1_std"], fmt="o", capsize=3, color=colour, markersize=5)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, place: _short(value))
+        axes.xaxis.set_minor_formatter(lambda value, place: "")
         axes.margins(0.15, 0.12)
         axes.set_xlabel("trained parameters (tuned and head)")
         axes.set_ylabel("top-1 on test, percent")
@@ -62,13 +64,20 @@ def accuracy_chart(salt: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
         return Chart(_svg(figure, f"accuracy {salt}"), "Top-1 on test over trained parameters")
 
 
-def curve_charts(salt: str, curves: Sequence[Curve]) -> list[Chart]:
-    """Top-1 on val, and loss on train (whole lines) and val (dashed), over epochs; none without curves."""
+def curve_charts(salt: str, curves: Sequence[Curve], order: Sequence[str] = ()) -> list[Chart]:
+    """Top-1 on val, and loss on train (whole lines) and val (dashed), over epochs; none without curves.
+
+    Args:
+        salt: Keeps the charts' ids apart from those of others.
+        curves: One a run.
+        order: Labels that the other charts of the section have, so that colours agree.
+    """
     if not curves:
         return []
-    labels = list(dict.fromkeys(curve.label for curve in curves))
+    labels = list(dict.fromkeys([*order, *(curve.label for curve in curves)]))
     colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
-    key = [(colour, label) for label, colour in colours.items()]
+    drawn = {curve.label for curve in curves}
+    key = [(colour, label) for label, colour in colours.items() if label in drawn]
     wanted = [
         ("Top-1 on validation over epochs", "percent", [("val_top1", "-")]),
         ("Loss over epochs: train whole, validation dashed", "loss", [("train_loss", "-"), ("val_loss", "--")]),
@@ -163,6 +172,7 @@ def _figure(inches: tuple[float, float]) -> tuple[Any, Any]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.2)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
@@ -181,6 +191,14 @@ def _svg(figure: Any, salt: str) -> Markup:
         r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', text
     )
     return Markup(text.replace(INK, "currentColor"))
+
+
+def _short(number: float) -> str:
+    """`10k` for ten thousand."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:g}{unit}"
+    return f"{number:g}"
 
 
 def _plain(text: str) -> str:

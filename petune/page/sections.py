@@ -137,9 +137,9 @@ def _section(
     epochs: Any = "–",
 ) -> Section:
     done = [row for row in rows if row["status"] == "done"]
-    charts = [accuracy_chart(title, done), *cost_charts(title, done)] if done else []
+    charts = [accuracy_chart(f"{title} {about}", done), *cost_charts(f"{title} {about}", done)] if done else []
     curves = [Curve(_label(run), run.epochs) for run in runs if run.epochs]
-    charts[1:1] = curve_charts(f"{title} {about}", curves)
+    charts[1:1] = curve_charts(f"{title} {about}", curves, [row["method"] for row in done])
     commands = [*_argv(provenance or {}), *commands]
     lines = [_cells(row, runs, epochs) for row in rows]
     return Section(title, about, COLUMNS, lines, charts, _facts(provenance or {}), commands, _yaml(config or {}))
