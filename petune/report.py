@@ -77,7 +77,7 @@ def picture(comparison: Mapping[str, Any]) -> bytes:
 
     rows = [row for row in comparison["rows"] if row["status"] == "done"]
     # A fixed salt and no date: the same comparison gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "petune", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "petune", "svg.fonttype": "none", "text.parse_math": False}):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
         for row in rows:
@@ -100,6 +100,10 @@ def _spread(mean: float, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
+def visible(text: str) -> str:
+    """The text without control and bidirectional characters, which names may bring; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def _cell(text: str) -> str:
-    visible = "".join(c if c.isprintable() else " " for c in text)
-    return visible.replace("|", "\\|").replace("<", "&lt;")
+    return visible(text).replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from petune.config import Config
-from petune.errors import CheckpointError
+from petune.errors import CheckpointError, ConfigError
 from petune.files import replace_file
 from petune.rundir import RESULT_FILE
 
@@ -55,8 +55,8 @@ class RunResult(Config):
         """
         file = directory / RESULT_FILE
         try:
-            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            return cls.build(json.loads(file.read_text(encoding="utf-8")), RESULT_FILE)
+        except (OSError, ValueError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} must be the result of a finished run, but: {error}") from None
 
     def write(self, directory: Path) -> Self:

@@ -1,0 +1,32 @@
+"""`petune report`: one HTML page from any mix of run, compare, sweep and pretrain directories."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petune.cli.options import Json
+from petune.cli.terminal import clean, say, show, show_json
+
+Directories = Annotated[
+    list[Path], typer.Argument(metavar="DIR", help="Runs, comparisons, sweeps, pretrainings, or directories above.")
+]
+Output = Annotated[
+    Path, typer.Option("--output", metavar="FILE", help="The page; an older page of ours is replaced, nothing else.")
+]
+
+
+def report(directories: Directories, output: Output = Path("report.html"), json: Json = False) -> None:
+    """Write one HTML page of everything below DIR…: tables, charts, origin; no scripts, nothing fetched."""
+    from petune.page import write_page
+    from petune.report import size
+
+    page = write_page(directories, output)
+    if json:
+        show_json(asdict(page))
+        return
+    show(clean(f"{page.output}  {size(page.bytes)}"))
+    say(f"{page.done} finished, {page.unfinished} unfinished, {page.broken} broken")

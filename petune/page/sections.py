@@ -1,0 +1,212 @@
+"""From what was found to what is shown: sections of rows that belong in one table, with their charts and origin."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from petune.compare import Comparison, summarise
+from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
+from petune.page.found import Found
+from petune.report import cells
+from petune.results import RunResult
+
+COLUMNS = (
+    "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
+    "epochs", "images/s", "step", "peak memory", "time",
+)  # fmt: skip
+NOT_IN_KEY = {"seed", "output", "resume"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with all that belongs to it.
+
+    Attributes:
+        title: What was run on what.
+        about: A sentence on how.
+        columns, rows: The table; a row that failed has its method and the reason only.
+        charts: What the rows look like.
+        facts: Names and values: machine, versions, commit.
+        commands: How it was made, and how to make it again.
+        config: The configuration, as YAML.
+    """
+
+    title: str
+    about: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    charts: Sequence[Chart]
+    facts: Sequence[tuple[str, str]]
+    commands: Sequence[str]
+    config: str
+
+
+def sections_of(found: Sequence[Found]) -> list[Section]:
+    """Comparisons and sweeps as they are, pretrainings together, other runs by backbone and dataset."""
+    tables = {one.path.resolve(): one for one in found if one.kind in {"compare", "sweep"}}
+    inside: dict[Any, list[Found]] = {place: [] for place in tables}
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for run in found:
+        if run.kind not in {"run", "pretrain"}:
+            continue
+        above = run.path.resolve().parent
+        if run.kind == "run" and above in tables:
+            inside[above].append(run)
+        elif run.epochs or run.result:
+            groups.setdefault((run.kind, _what(run)), []).append(run)
+    shown = [_comparison(one, inside[place]) for place, one in tables.items() if one.kind == "compare"]
+    shown += [_sweep(one) for one in tables.values() if one.kind == "sweep" and one.table]
+    shown += [_loose(kind, what, runs) for (kind, what), runs in groups.items()]
+    return [section for section in shown if section.rows or section.charts]
+
+
+def _what(run: Found) -> str:
+    source: Mapping[str, Any] = run.result.model_dump() if run.result else run.config
+    return f"{source.get('backbone', '?')} on {source.get('dataset', '?')}"
+
+
+def _comparison(one: Found, runs: Sequence[Found]) -> Section:
+    """The rows of compare.json; of methods that are not in it (yet), the runs."""
+    try:
+        comparison = Comparison.model_validate(one.table) if one.table else None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        return _section(one.path.name, f"compare.json cannot be used: {where}: {problem['msg']}", runs, [])
+    rows = [row.model_dump() for row in comparison.rows] if comparison else []
+    known = {row["method"] for row in rows}
+    rows += _rows([run for run in runs if run.result and run.result.method not in known])
+    title = _what(runs[0]) if runs else one.path.name
+    about = f"Comparison in {one.path}."
+    epochs: Any = "–"
+    if comparison:
+        shared = comparison.config.run
+        title, epochs = f"{shared.backbone} on {shared.dataset}", shared.train.epochs
+        about = f"Comparison in {one.path}: {comparison.backbone}, weights {comparison.weights}."
+    commands = [f"petune compare --config {shlex.quote(str(one.path / 'config.yaml'))}"] if not comparison else []
+    facts = comparison.provenance if comparison else {}
+    config = comparison.config.model_dump(mode="json") if comparison else {}
+    return _section(title, about, runs, rows, facts, commands, config, epochs)
+
+
+def _loose(kind: str, what: str, runs: Sequence[Found]) -> Section:
+    rows = _rows(runs)
+    done = [run for run in runs if run.result]
+    title = f"Pretraining {what}" if kind == "pretrain" else what
+    places = ", ".join(str(run.path) for run in runs)
+    commands = [f"petune {kind} --config {shlex.quote(str(run.path / 'config.yaml'))}" for run in runs if run.config]
+    facts = done[0].result.provenance if done and done[0].result else {}
+    return _section(title, f"Runs in {places}.", runs, rows, facts, commands, runs[0].config)
+
+
+def _sweep(one: Found) -> Section:
+    """A sweep has no test results: its rows are trials, best first."""
+    table = one.table or {}
+    trials = [row for row in table.get("rows", []) if isinstance(row, Mapping)]
+    names = list(dict.fromkeys(name for row in trials for name in row.get("params", {})))
+    rows = [
+        [f"trial {row.get('trial')}", *(_value(row.get("params", {}).get(name)) for name in names),
+         _value(row.get("val_top1")), str(row.get("state")), str(row.get("reason") or "")]
+        for row in sorted(trials, key=lambda row: -(row.get("val_top1") or -1))
+    ]  # fmt: skip
+    config = table.get("config", {})
+    run = config.get("run", {})
+    title = f"Sweep of {run.get('method', '?')}: {run.get('backbone', '?')} on {run.get('dataset', '?')}"
+    about = f"Sweep in {one.path}, chosen on validation; test was not read. Best first."
+    facts = _facts(table.get("provenance", {}))
+    columns = ("trial", *names, "val top-1", "state", "reason")
+    return Section(title, about, columns, rows, [], facts, _argv(table.get("provenance", {})), _yaml(config))
+
+
+def _section(
+    title: str,
+    about: str,
+    runs: Sequence[Found],
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any] | None = None,
+    commands: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    epochs: Any = "–",
+) -> Section:
+    done = [row for row in rows if row["status"] == "done"]
+    charts = [accuracy_chart(f"{title} {about}", done), *cost_charts(f"{title} {about}", done)] if done else []
+    curves = [Curve(_label(run), run.epochs) for run in runs if run.epochs]
+    charts[1:1] = curve_charts(f"{title} {about}", curves, [row["method"] for row in done])
+    commands = [*_argv(provenance or {}), *commands]
+    lines = [_cells(row, runs, epochs) for row in rows]
+    return Section(title, about, COLUMNS, lines, charts, _facts(provenance or {}), commands, _yaml(config or {}))
+
+
+def _label(run: Found) -> str:
+    return run.result.method if run.result else str(run.config.get("method", run.path.name))
+
+
+def _rows(runs: Iterable[Found]) -> list[dict[str, Any]]:
+    """One row for the runs that differ in nothing but the seed."""
+    alike: dict[str, list[RunResult]] = {}
+    for run in runs:
+        if run.result:
+            config = {key: value for key, value in run.config.items() if key not in NOT_IN_KEY}
+            key = json.dumps([run.result.method, run.result.lr, config], sort_keys=True, default=str)
+            alike.setdefault(key, []).append(run.result)
+    return [
+        summarise(results[0].method, results).model_dump() | {"epochs": results[0].epochs, "step": _step(results)}
+        for results in alike.values()
+    ]
+
+
+def _step(results: Sequence[RunResult]) -> float | None:
+    return statistics.fmean(r.step_time_s for r in results) if results else None
+
+
+def _cells(row: Mapping[str, Any], runs: Sequence[Found], epochs: Any) -> list[str]:
+    if row["status"] == "failed":
+        return [row["method"], f"failed: {row['reason']}"]
+    method, tuned, head, of_backbone, of_all, adapter, top1, top5, rate, memory, time = cells(row)
+    alike = [run.result for run in runs if run.result and run.result.method == method]
+    step = row["step"] if "step" in row else _step(alike)
+    val, lr = row["val_top1_mean"], row["lr"]
+    return [
+        method, ", ".join(map(str, row["seeds"])), tuned, head, of_backbone, of_all, adapter, top1, top5,
+        "–" if val is None else f"{val:.2f}", "–" if lr is None else f"{lr:g}", str(row.get("epochs", epochs)), rate,
+        "–" if step is None else f"{1000 * step:,.0f} ms", memory, time,
+    ]  # fmt: skip
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _argv(provenance: Mapping[str, Any]) -> list[str]:
+    words = provenance.get("argv") or []
+    return [shlex.join(map(str, words))] if words else []
+
+
+def _facts(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Machine, versions and commit, as far as they are known."""
+    git, versions = provenance.get("git") or {}, provenance.get("versions") or {}
+    dirty = " with uncommitted changes" if git.get("dirty") else ""
+    micro = provenance.get("micro_batch_size")
+    known = {
+        "device": provenance.get("device"),
+        "threads": provenance.get("threads"),
+        "precision": provenance.get("precision"),
+        "micro-batch": micro,
+        "commit": f"{git['commit']}{dirty}" if git.get("commit") else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "python": provenance.get("python"),
+        "platform": provenance.get("platform"),
+    }
+    return [(name, str(value)) for name, value in known.items() if value]
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else ""
