@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -25,7 +22,7 @@ from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
 from petune.cli.terminal import clean, say
-from petune.errors import PetuneError, Stopped
+from petune.errors import PetuneError
 
 DEBUG = "--debug"
 
@@ -76,8 +73,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         args: The words after `petune`; None takes them from the command line.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stopped_early)
     debug = DEBUG in words
     try:
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
@@ -93,20 +88,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _stopped_early(*_: object) -> NoReturn:
-    """SIGTERM while libraries are imported; a run has a handler of its own.
-
-    Not an exception, since libraries catch those of their imports.
-    """
-    os.write(2, b"error: stopped by SIGTERM outside of training, with nothing left to save; start it again\n")
-    os._exit(Stopped.exit_code)
-
-
 def _tell(message: str, debug: bool) -> None:
     if debug:
         say(clean(traceback.format_exc()))
     say(clean(message))
 
-
-if __name__ == "__main__":
-    main()

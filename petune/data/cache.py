@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from petune.data.dataset import Split
 from petune.errors import DataError
 
+LOCK = ".lock"
 ELSEWHERE = "set PETUNE_CACHE to another folder"
 Allocate = Callable[[int, int], NDArray[np.uint8]]
 """(number of pictures N, side S) to an array (N, S, S, 3) that lies on disk, so it may exceed the memory."""
@@ -69,19 +72,36 @@ def _read(place: Path, crop: float) -> Split | None:
 def _write(place: Path, key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]]) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".new-"))
-    except OSError as error:
-        raise DataError(f"the cache {place.parent} cannot be written ({error}); {ELSEWHERE}") from None
-    try:
-        labels = decode(lambda count, side: _allocate(temporary / "images.npy", count, side))
-        np.save(temporary / "labels.npy", labels)
-        (temporary / "key.json").write_text(json.dumps(key, indent=1))
-        os.rename(temporary, place)
+        with (place.parent / LOCK).open("a") as lock:
+            _remove_stumps(place.parent, lock)
+            temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".new-"))
+            try:
+                _fill(temporary, key, decode)
+                os.rename(temporary, place)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         if not place.exists():  # otherwise another process was faster, and its arrays are the same
             raise DataError(f"the cache {place} cannot be written ({error}); {ELSEWHERE}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(place: Path, key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]]) -> None:
+    labels = decode(lambda count, side: _allocate(place / "images.npy", count, side))
+    np.save(place / "labels.npy", labels)
+    (place / "key.json").write_text(json.dumps(key, indent=1))
+
+
+def _remove_stumps(parent: Path, lock: IO[str]) -> None:
+    """Take away what killed processes were writing, if nobody writes now; then hold `lock` as one who writes."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        pass  # others write
+    else:
+        for stump in parent.glob(".new-*"):
+            shutil.rmtree(stump, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def _allocate(path: Path, count: int, side: int) -> NDArray[np.uint8]:

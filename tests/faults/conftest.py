@@ -1,6 +1,7 @@
 """Faults on purpose. `make test` tries a few of each kind; `make faults` tries them all and writes docs/reliability.md.
 
 Runs are real processes: the program's `main` in a child of a fork server that has torch and timm imported already.
+Signals while it imports are tried on the installed program itself (test_asked_to_stop.py).
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from petune.cli.main import main
+from petune.__main__ import main
+from tests.faults.page import Row, write_page
 
 FULL = os.environ.get("PETUNE_FAULTS") == "full"
-PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 TINY = (
     "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
     "--dataset=digits", "--train-per-class=20", "--epochs=3", "--batch-size=16", "--device=cpu", "--precision=fp32",
     "--set=train.eval_batch_size=64",
 )  # fmt: skip
-TALLY: list[tuple[str, str, int, int]] = []
+TALLY: list[Row] = []
+RAN: list[str] = []
 
 
-def tally(fault: str, expected: str, tried: int, held: int) -> None:
+def tally(fault: str, expected: str, tried: int, held: int, note: str = "") -> None:
     """Record what was tried and what held, and fail unless all of it did."""
-    TALLY.append((fault, expected, tried, held))
+    TALLY.append(Row(fault, expected, f"{held} of {tried}" + (f"; {note}" if note else ""), RAN[-1]))
     assert held == tried, f"{fault}: {held} of {tried}"
 
 
@@ -48,24 +51,34 @@ class Program:
     seconds: float = 0.0
     chance: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def start(self, *words: object) -> BaseProcess:
-        process = self.context.Process(target=main, args=([str(word) for word in words],))
+    def start(self, *words: object, cores: int = 0, cache: Path | None = None) -> BaseProcess:
+        """Start it, on so many of the cores (0: all) and with a cache directory of its own."""
+        process = self.context.Process(target=child, args=([str(word) for word in words], cores, cache))
         process.start()
         return process
 
-    def finish(self, *words: object) -> int | None:
-        process = self.start(*words)
+    def finish(self, *words: object, **how: Any) -> int | None:
+        process = self.start(*words, **how)
         process.join(120)
         return process.exitcode
 
-    def disturb(self, number: int, *words: object) -> int | None:
+    def disturb(self, number: int, *words: object, **how: Any) -> int | None:
         """Start it and send a signal at a random moment; its exit code."""
-        process = self.start(*words)
+        process = self.start(*words, **how)
         time.sleep(self.chance.uniform(0.02, self.seconds))
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, number)
         process.join(120)
         return process.exitcode
+
+
+def child(words: list[str], cores: int, cache: Path | None) -> None:
+    """The program in a child of the fork server."""
+    if cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    if cache is not None:
+        os.environ["PETUNE_CACHE"] = str(cache)
+    main(words)
 
 
 @pytest.fixture(scope="session")
@@ -85,17 +98,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return started
 
 
+@pytest.fixture(autouse=True)
+def _running(request: pytest.FixtureRequest) -> None:
+    RAN.append(f"{request.path.name}::{request.node.name}")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def page() -> Iterator[None]:
-    """After a full session, the table."""
+def _page() -> Iterator[None]:
+    """After a session of `make faults`, or of a part of it, the table."""
     TALLY.clear()
     yield
-    if FULL and TALLY:
-        rows = "\n".join(f"| {what} | {how} | {held} of {tried} |" for what, how, tried, held in sorted(TALLY))
-        PAGE.write_text(
-            "# Faults, tried on purpose\n\nWritten by `make faults` (tests/faults/): what was tried, what must hold, "
-            "and how often it did.\n\n| fault | what must hold | held |\n| --- | --- | ---: |\n" + rows + "\n"
-        )
+    if FULL:
+        write_page(TALLY, RAN)
 
 
 def digests(place: Path) -> dict[str, str]:

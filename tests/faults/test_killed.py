@@ -1,71 +1,81 @@
-"""Killed, or asked to stop, at random moments; resumed, everything equals the undisturbed run to the bit."""
+"""Killed at random moments; started again, everything equals the undisturbed run to the bit."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.faults.conftest import FULL, TINY, Program, digests, tally, tries
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "adaptformer": (),
-    "full": ("--set=train.mixup=0.4", "--set=train.micro_batch_size=6"),
-    "vpt": ("--set=train.mixup=0.4", "--set=train.micro_batch_size=6"),
-    "lora": ("--set=train.mixup=0.4",),
-    "linear": (),
-}
-CHOSEN = list(VARIANTS) if FULL else ["adaptformer", "full"]
+HARD = ("--set=train.mixup=0.4", "--set=train.micro_batch_size=6", "--set=train.log_every=1")
+METHODS = ["adaptformer", "vpt", "lora", "full"] if FULL else ["adaptformer", "full"]
 
 
-def undisturbed(program: Program, method: str, place: Path) -> dict[str, str]:
-    assert program.finish("run", f"--method={method}", *TINY, *VARIANTS[method], "--output", place) == 0
-    return digests(place)
+def killed_until_done(program: Program, wanted: int, words: tuple[object, ...], place: Path, **how: Any) -> int:
+    """Start it again and again, each time killed at a random moment, then let it end; how many kills that took."""
+    kills = 0
+    while kills < wanted and (code := program.disturb(signal.SIGKILL, *words, **how)) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert program.finish(*words, **how) == 0
+    return kills
 
 
-@pytest.mark.parametrize("method", CHOSEN)
+def is_as_undisturbed(place: Path, expected: dict[str, str]) -> bool:
+    steps = [r["step"] for r in map(json.loads, (place / "metrics.jsonl").read_text().splitlines()) if "step" in r]
+    return digests(place) == expected and len(steps) == len(set(steps)) > 10
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_while_training(method: str, program: Program, tmp_path: Path) -> None:
-    expected = undisturbed(program, method, tmp_path / "whole")
+    words = ("run", f"--method={method}", *TINY, *HARD, "--resume", "--output")
+    assert program.finish(*words, tmp_path / "whole") == 0
+    expected = digests(tmp_path / "whole")
     wanted, kills, held, runs = tries(3, 50), 0, 0, 0
     while kills < wanted:
         place = tmp_path / f"run{runs}"
-        words = ("run", f"--method={method}", *TINY, *VARIANTS[method], "--output", place, "--resume")
-        before = kills
-        while kills < wanted and (code := program.disturb(signal.SIGKILL, *words)) != 0:
-            assert code == -signal.SIGKILL
-            kills += 1
-        assert program.finish(*words) == 0
-        steps = [r["step"] for r in map(json.loads, (place / "metrics.jsonl").read_text().splitlines()) if "step" in r]
-        if digests(place) == expected and len(steps) == len(set(steps)):
-            held += kills - before
-        runs += 1
-    tally(
-        f"SIGKILL at a random moment of training, {method}",
-        "resumed, equal to the bit, each step logged once",
-        kills,
-        held,
-    )
+        more = killed_until_done(program, wanted - kills, (*words, place), place)
+        held += more if is_as_undisturbed(place, expected) else 0
+        kills, runs = kills + more, runs + 1
+    what = f"SIGKILL at a random moment of training, {method}, with mixup and accumulated gradients"
+    tally(what, "resumed, equal to the bit, each step logged once", kills, held)
 
 
-def test_asked_to_stop(program: Program, tmp_path: Path) -> None:
-    expected = undisturbed(program, "adaptformer", tmp_path / "whole")
-    wanted, tried, held = tries(4, 30), 0, 0
-    while tried < wanted:
-        place = tmp_path / f"run{tried}"
-        words = ("run", "--method=adaptformer", *TINY, "--output", place, "--resume")
-        code = program.disturb(signal.SIGTERM, *words)
-        assert code in (0, 75), code
-        assert program.finish(*words) == 0
-        held += digests(place) == expected
-        tried += 1
-    tally(
-        "SIGTERM at a random moment, importing and evaluating included",
-        "exit 75 or done; resumed, equal to the bit",
-        tried,
-        held,
-    )
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of pictures that take a while to decode."""
+    place, chance = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for number in range(4):
+        (place / f"class{number}").mkdir()
+        for i in range(tries(20, 60)):
+            pixels = chance.integers(0, 60, (400, 400, 3), dtype=np.uint8) + np.uint8(60 * number)
+            Image.fromarray(pixels).save(place / f"class{number}" / f"{i}.jpg")
+    return place
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_killed_while_decoding_and_training(threads: int, program: Program, photos: Path, tmp_path: Path) -> None:
+    if len(os.sched_getaffinity(0)) < threads:
+        pytest.skip("a thread a core, and this machine has one")
+    words = ("run", "--method=adaptformer", *TINY, *HARD, f"--dataset=folder:{photos}", "--resume", "--output")
+    assert program.finish(*words, tmp_path / "whole", cores=1, cache=tmp_path / "cache") == 0
+    expected = digests(tmp_path / "whole")
+    wanted, kills, held, runs = tries(2, 50), 0, 0, 0
+    while kills < wanted:
+        place, cache = tmp_path / f"run{runs}", tmp_path / f"cache{runs}"  # each decodes for itself
+        more = killed_until_done(program, wanted - kills, (*words, place), place, cores=threads, cache=cache)
+        stumps = list(cache.rglob(".new-*"))
+        held += more if is_as_undisturbed(place, expected) and not stumps else 0
+        kills, runs = kills + more, runs + 1
+    what = f"SIGKILL at a random moment of decoding a folder and training, {threads} decoding thread(s)"
+    tally(what, "resumed, equal to the bit; no stump in the cache", kills, held)
 
 
 def test_compare_killed(program: Program, tmp_path: Path) -> None:
