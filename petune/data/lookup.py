@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from petune.data.cache import cache_dir
-from petune.data.cifar import _archive, _parquet_files
+from petune.data.cifar import parquet_files, published
 from petune.data.folder import _parts, _visible_folders
 from petune.errors import DataError, UnknownName
 
@@ -27,9 +27,9 @@ def find_dataset(name: str, data_dir: Path | None = None) -> str | None:
     own = data_dir or (Path(os.environ["PETUNE_DATA"]) if os.environ.get("PETUNE_DATA") else None)
     for place in (own, cache_dir() / "data"):
         if place is not None:
-            archive, files = _archive(name, place), _parquet_files(name, place)
-            if archive is not None or files is not None:
-                return str(archive or (files or {})["train"][0].parent)
+            found, files = published(name, place), parquet_files(name, place)
+            if found or files is not None:
+                return str(found[0] if found else (files or {})["train"][0].parent)
     return None
 
 
