@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from petune.config import Config
 from petune.errors import PetuneError, Stopped, UsageError, near_names
@@ -46,14 +46,14 @@ class CompareConfig(Config):
             raise ValueError(f"each may stand once, but {', '.join(twice)} stands twice")
         return value
 
-    @model_validator(mode="after")
-    def _lrs_of_methods(self) -> Self:
-        for name in self.lrs:
-            if name not in self.methods:
-                raise ValueError(
-                    f"lrs must name methods of the comparison, but {name!r}{near_names(name, self.methods)}"
-                )
-        return self
+    @field_validator("lrs")
+    @classmethod
+    def _of_methods(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        methods = info.data.get("methods", value)  # if those are wrong themselves, that is said
+        for name in value:
+            if name not in methods:
+                raise ValueError(f"lrs must name methods of the comparison, but {name!r}{near_names(name, methods)}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,23 @@ class Comparison(Config):
     output: str
 
 
-def compare(config: CompareConfig, *, watch: Callable[[Event | RunStarted], None] = lambda event: None) -> Comparison:
+def compare(
+    config: CompareConfig | None = None,
+    *,
+    watch: Callable[[Event | RunStarted], None] = lambda event: None,
+    **fields: Any,
+) -> Comparison:
     """Run every method with every seed; a method that fails becomes a row with its reason.
+
+    Args:
+        config: The comparison; without it `fields` make one.
+        watch: Told of every run, step, epoch and note.
 
     Raises:
         UsageError: The directory holds another comparison, or is in use.
         Stopped: A signal came; started again the comparison goes on.
     """
+    config = CompareConfig.given(config, fields, "petune.compare(...)")
     place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
     command = "petune compare --config compare.yaml"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.

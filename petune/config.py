@@ -12,10 +12,27 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from petune.errors import ConfigError, near_names
 
 
+LONGEST_SHOWN = 120
+
+
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys forbidden, numbers never read from other types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        """Validate `values`.
+
+        Raises:
+            ConfigError: As `build`.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, type(self), "")) from None
+
+    # So that pydantic validates a configuration inside another one as it does without an __init__: all at once
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
     def build(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -28,10 +45,27 @@ class Config(BaseModel):
         Raises:
             ConfigError: With every problem and the near names of unknown keys.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{source or cls.__name__} must be a mapping of keys to values, not {_shown(values)}")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise ConfigError(_explain(error, cls, source)) from None
+
+    @classmethod
+    def given(cls, config: Self | None, fields: Mapping[str, Any], call: str) -> Self:
+        """The `config` that a function was called with, or the one that `fields` make.
+
+        Raises:
+            ConfigError: As `build`; or there are both, or `config` is something else.
+        """
+        if config is None:
+            return cls.build(fields, call)
+        if not isinstance(config, cls):
+            raise ConfigError(f"{call} takes a {cls.__name__} or its keys, not {_shown(config)}")
+        if fields:
+            raise ConfigError(f"{call} takes a {cls.__name__} or its keys, not both; drop {', '.join(sorted(fields))}")
+        return config
 
     def to_yaml(self) -> str:
         """The complete configuration, defaults included, as YAML that `from_yaml` reads back equal."""
@@ -112,6 +146,11 @@ def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str,
     return result
 
 
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
 def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
     problems = []
     for item in error.errors(include_url=False):
@@ -121,7 +160,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
             problems.append(f"{where}: no such key{near_names(str(item['loc'][-1]), known)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            came = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            came = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
             problems.append(f"{where}: {message[:1].lower()}{message[1:]}{came}")
     head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
     return "\n  - ".join([head, *problems])

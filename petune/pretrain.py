@@ -60,7 +60,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     Raises:
         PetuneError: With one message; see petune.errors for which.
     """
-    config = config or PretrainConfig.build(fields, "petune.pretrain(...)")
+    config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
     tuner = build_tuner(config.method)
     place = config.output or free_path(Path("runs") / f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
     with (

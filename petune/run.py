@@ -67,7 +67,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     Raises:
         PetuneError: With one message; see petune.errors for which.
     """
-    config = config or RunConfig.build(fields, "petune.run(...)")
+    config = RunConfig.given(config, fields, "petune.run(...)")
     name, options = parse_method(config.method)
     tuner = build_tuner(name, **options)
     if config.output is None or not RunResult.exists(config.output):

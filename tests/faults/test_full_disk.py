@@ -7,9 +7,12 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from petune.compare import CompareConfig, compare
+from petune.data.folder import load_folder
 from petune.errors import PetuneError
 from petune.export import export_merged
 from petune.run import run
@@ -113,3 +116,26 @@ def test_a_place_that_becomes_read_only(disk: Path, tmp_path: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     held += "Read-only file system" in refused(lambda: run(tiny_config(disk / "other")))
     tally("a place that is or becomes read-only (tmpfs)", "one error; resumed, equal to the bit", 2, held)
+
+
+def test_a_cache_on_a_disk_that_fills_up(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(16):
+        place = tmp_path / "pets" / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (10 * number, 0, 0)).save(place / f"{number}.png")
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
+    expected = load_folder(tmp_path / "pets", 32).train.images[:]
+    monkeypatch.setenv("PETUNE_CACHE", str(disk / "cache"))
+    tried, held = 0, 0
+    while True:
+        leave(disk, tried * PAGE)
+        message = refused(lambda: load_folder(tmp_path / "pets", 32))
+        (disk / "ballast").unlink()
+        if not message:
+            break
+        left = [p.name for p in disk.glob("cache/decoded/*")]
+        held += "PETUNE_CACHE" in message and str(disk) in message and left in ([], [".lock"])
+        tried += 1
+    assert tried > 10
+    assert np.array_equal(load_folder(tmp_path / "pets", 32).train.images[:], expected)
+    tally("the cache on a disk really full (tmpfs), at any point", "one error; nothing half written stays", tried, held)
