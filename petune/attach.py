@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petune.anatomy import find_sites
 from petune.anatomy.forward import forget_caches
+from petune.arguments import PathText, check_arguments
 from petune.counts import count_parameters
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite, NotMergeable
@@ -51,6 +52,8 @@ def attach(
     """
     if not isinstance(model, nn.Module):
         raise AttachError(f"attach needs a model, an nn.Module, but was given {type(model).__name__}")
+    flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
+    check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
     _refuse_compiled(model)
     tuner = build_tuner(method, **options)
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
@@ -156,6 +159,7 @@ class Attachment:
         """Write the adapter directory; see `petune.state.save`."""
         from petune.state import save
 
+        check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         save(self, Path(path), metadata)
 
     @contextmanager
@@ -179,6 +183,7 @@ class Attachment:
             AttachError: See `disabled`.
         """
         self._need_attached()
+        check_arguments("switch", on=(on, bool))
         if on == self.enabled:
             return
         if on:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from petune.arguments import check_watch
 from petune.config import Config
 from petune.errors import PetuneError, Stopped, UsageError, near_names
 from petune.files import replace_file
@@ -125,6 +126,7 @@ def compare(
         UsageError: The directory holds another comparison, or is in use.
         Stopped: A signal came; started again the comparison goes on.
     """
+    check_watch("petune.compare", watch)
     config = CompareConfig.given(config, fields, "petune.compare(...)")
     place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
     command = "petune compare --config compare.yaml"

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from petune.errors import ConfigError, near_names
 
-
 LONGEST_SHOWN = 120
 
 

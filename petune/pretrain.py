@@ -10,6 +10,7 @@ from pydantic import Field
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from petune.arguments import check_watch
 from petune.attach import attach
 from petune.files import replace_file
 from petune.measure import PeakMemory, provenance
@@ -60,6 +61,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     Raises:
         PetuneError: With one message; see petune.errors for which.
     """
+    check_watch("petune.pretrain", watch)
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
     tuner = build_tuner(config.method)
     place = config.output or free_path(Path("runs") / f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")

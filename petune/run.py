@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from petune.arguments import check_watch
 from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, parse_options
@@ -56,6 +57,14 @@ class RunConfig(Config):
     resume: bool = False
     train: TrainConfig = TrainConfig.model_construct()
 
+    @field_validator("patch_size")
+    @classmethod
+    def _not_above_the_picture(cls, value: int | None, info: ValidationInfo) -> int | None:
+        side = info.data.get("image_size")
+        if value is not None and side is not None and value > side:
+            raise ValueError(f"a patch must not be larger than the picture, whose image_size is {side}")
+        return value
+
 
 def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any) -> RunResult:
     """Run `config`, or the RunConfig that `fields` make: `petune.run(method="vpt", dataset="digits")`.
@@ -67,6 +76,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     Raises:
         PetuneError: With one message; see petune.errors for which.
     """
+    check_watch("petune.run", watch)
     config = RunConfig.given(config, fields, "petune.run(...)")
     name, options = parse_method(config.method)
     tuner = build_tuner(name, **options)

@@ -16,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from petune.anatomy.forward import forget_caches
+from petune.arguments import PathText, check_arguments
 from petune.attach import Attachment, attach, label_of
 from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
@@ -87,6 +88,8 @@ def load(
         CheckpointError: The directory is damaged, incomplete or from a newer petune.
         PluginError: The tuner's package is missing or broken.
     """
+    kinds = {"name": (name, str | None), "tuner": (tuner, Tuner | None), "sites": (sites, Sites | None)}
+    check_arguments("petune.load", model=(model, nn.Module), path=(path, PathText), **kinds)
     return attach_saved(model, read_adapter(Path(path)), name=name, tuner=tuner, sites=sites)
 
 

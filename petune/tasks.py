@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.anatomy import find_sites
+from petune.arguments import PathText, check_arguments
 from petune.attach import Attachment
 from petune.errors import AttachError, UsageError
 from petune.hooks import After, Before, Branch, Holder, Prompts
@@ -48,6 +49,7 @@ class Tasks:
         Raises:
             AttachError: The model has something attached already, or its classifier is not one module.
         """
+        check_arguments("petune.Tasks", model=(model, nn.Module))
         if ledger_of(model) is not None:
             raise AttachError("tasks need a plain backbone, but something is attached to it; detach that first")
         self.model, self.tasks = model.eval(), dict[str, Task]()
@@ -65,6 +67,7 @@ class Tasks:
             UsageError: The name is taken.
             BackboneMismatch, CheckpointError, PluginError: See `petune.load`.
         """
+        check_arguments("load", name=(name, str), path=(path, PathText))
         if name in self.tasks:
             raise UsageError(f"each task needs a name of its own, but {name!r} is loaded already")
         self.use(None)
@@ -87,6 +90,7 @@ class Tasks:
         Raises:
             UsageError: No task of that name.
         """
+        check_arguments("use", name=(name, str | None))
         if self.active is not None:
             self.tasks[self.active].attachment.switch(False)
         self._put(self._head.enter)
@@ -100,6 +104,7 @@ class Tasks:
 
     def remove(self, name: str) -> None:
         """Take a task off the model."""
+        check_arguments("remove", name=(name, str))
         self.use(None)
         task = self._task(name)
         self._put(task.head)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.arguments import check_arguments
 from petune.attach import attach
 from petune.probe import scores_of
 from petune.registry import build_tuner
@@ -74,6 +75,7 @@ def check_tuner(tuner: str | Tuner[Any], model: nn.Module | None = None, **optio
         ContractViolation: The first one that does not.
         AttachError: The tuner refuses this model.
     """
+    check_arguments("petune.check_tuner", tuner=(tuner, str | Tuner), model=(model, nn.Module | None))
     passed = []
     for finding in examine(tuner, model, **options):
         if finding.problem:

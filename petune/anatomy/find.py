@@ -14,6 +14,7 @@ from petune.anatomy.geometry import input_sizes_of
 from petune.anatomy.parts import is_norm
 from petune.anatomy.places import channel_axis, is_conv, site
 from petune.anatomy.trace import Call, Trace, record
+from petune.arguments import check_input_size
 from petune.errors import AttachError
 from petune.sites import Block, Layout, Site, Sites
 
@@ -36,6 +37,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     """
     if not isinstance(model, nn.Module):
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
+    check_input_size("find_sites", input_size)
     sizes = [input_size] if input_size is not None else input_sizes_of(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
     holders: list[Any] = [h for h in added if hasattr(h, "enabled")]

@@ -92,4 +92,3 @@ def _tell(message: str, debug: bool) -> None:
     if debug:
         say(clean(traceback.format_exc()))
     say(clean(message))
-

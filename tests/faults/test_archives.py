@@ -34,7 +34,9 @@ SETTINGS = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 DAMAGE = st.lists(
-    st.tuples(st.sampled_from(["bit", "cut", "gone", "more"]), st.floats(0, 1, exclude_max=True), st.binary(max_size=9)),
+    st.tuples(
+        st.sampled_from(["bit", "cut", "gone", "more"]), st.floats(0, 1, exclude_max=True), st.binary(max_size=9)
+    ),
     min_size=1,
     max_size=4,
 )

@@ -1,0 +1,105 @@
+"""Every command and every public function is fed nonsense once, also those that are added later."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from torch import nn
+
+import petune
+from petune.cli.main import app, main
+from petune.errors import PetuneError
+from petune.tuners.adaptformer import AdaptFormer
+from tests.faults.conftest import tally
+from tests.test_state import trained
+from tests.tiny import tiny
+
+
+def every_command() -> dict[str, tuple[str, ...]]:
+    """The words of every command of the program."""
+
+    def below(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if isinstance(command, click.Group):
+            for name, part in command.commands.items():
+                yield from below(part, (*words, name))
+        else:
+            yield words
+
+    return {" ".join(words): words for words in below(typer.main.get_command(app), ())}
+
+
+RUBBISH = (
+    ("--wat",),
+    ("\x1b]0;x\x07", "", "/nowhere/\u202e", "--json=maybe"),
+    ("--config", "/dev/null/x", "--set", "="),
+)
+
+
+@pytest.mark.parametrize("name", every_command())
+def test_every_command_refuses_rubbish(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
+    for rubbish in RUBBISH:
+        with pytest.raises(SystemExit) as stopped:
+            main([*every_command()[name], *rubbish])
+        out, err = capfd.readouterr()
+        assert stopped.value.code in (2, 4), (rubbish, err)
+        assert err.strip(), rubbish
+        assert "Traceback" not in err
+        assert "a bug in petune" not in err
+        assert not any(c in out + err for c in "\x1b\x07\u202e"), rubbish
+    assert not list(tmp_path.iterdir())
+    tally(f"rubbish for `petune {name}`", "one error, exit 2 or 4, nothing written", len(RUBBISH), len(RUBBISH))
+
+
+PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
+    "attach": (petune.attach, {"model": ..., "method": "linear", "sites": None, "name": None, "train_head": True,
+                                   "keep_original": True, "input_size": None}),
+    "find_sites": (petune.find_sites, {"model": ..., "input_size": None}),
+    "load": (petune.load, {"model": ..., "path": "good", "name": None, "tuner": None, "sites": None}),
+    "check_tuner": (petune.check_tuner, {"tuner": "linear", "model": ...}),
+    "run": (petune.run, {"config": None, "watch": print, "method": "none"}),
+    "pretrain": (petune.pretrain, {"config": None, "watch": print, "method": "none"}),
+    "compare": (petune.compare, {"config": None, "watch": print, "methods": ()}),
+    "tuners": (petune.tuners, {}),
+    "Attachment.save": (lambda **w: trained().save(**w), {"path": "out", "metadata": None}),
+    "Attachment.switch": (lambda **w: trained().switch(**w), {"on": True}),
+    "Tasks": (petune.Tasks, {"model": ...}),
+    "Tasks.load": (lambda **w: petune.Tasks(tiny()).load(**w), {"name": "a", "path": "good"}),
+    "Tasks.use": (lambda **w: petune.Tasks(tiny()).use(**w), {"name": None}),
+    "Tasks.remove": (lambda **w: petune.Tasks(tiny()).remove(**w), {"name": "a"}),
+    "Tuner": (AdaptFormer, {"config": None}),
+}  # fmt: skip
+THINGS = (5, -1, "wat", "", b"x", object(), [], {}, float("nan"), nn.Identity(), (3, 0, 0), "\x1b[2J\0", int)
+
+
+def test_every_public_function_is_here() -> None:
+    functions = {name for name in petune.__all__ if inspect.isfunction(getattr(petune, name))}
+    assert functions <= PUBLIC.keys()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_functions(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument in turn is a thing that makes no sense there: it is taken, or refused by one error of ours."""
+    monkeypatch.chdir(tmp_path)
+    trained().save("good")
+    call, words = PUBLIC[name]
+    tried = 0
+    for key in words:
+        for thing in THINGS:
+            given = {k: tiny() if value is ... else value for k, value in words.items()} | {key: thing}
+            tried += 1
+            try:
+                call(**given)
+            except PetuneError:
+                pass
+            except Exception as error:
+                pytest.fail(f"{name}({key}={thing!r}) raises {type(error).__name__}: {error}")
+    tally(f"nonsense for each argument of {name}", "taken, or one error of petune's own", tried, tried)
