@@ -64,7 +64,11 @@ class Batch:
 
 
 class TrainBatches:
-    """Shuffled, augmented batches; any batch of any epoch can be asked for, so a resume repeats nothing."""
+    """Shuffled, augmented batches; any batch of any epoch can be asked for, so a resume repeats nothing.
+
+    Attributes:
+        positions_only: Give the places of the pictures in the split, int64 (B,), in place of the pictures.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class TrainBatches:
     ) -> None:
         self.split, self.preprocess, self.preset = split, preprocess, preset
         self.batch_size, self.seed, self.device = min(batch_size, len(split)), seed, device
+        self.positions_only = False
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size  # the ragged last batch is dropped
@@ -87,16 +92,25 @@ class TrainBatches:
         table = draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
             chosen = positions[step * self.batch_size : (step + 1) * self.batch_size]
-            u = torch.from_numpy(table[chosen]).to(self.device)
-            x = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
-            yield Batch(self.preprocess.normalise(x), _labels(self.split, chosen, self.device), chosen)
+            x = torch.from_numpy(chosen) if self.positions_only else self._pictures(chosen, table)
+            yield Batch(x, _labels(self.split, chosen, self.device), chosen)
+
+    def _pictures(self, chosen: NDArray[np.int64], table: NDArray[np.float32]) -> Tensor:
+        u = torch.from_numpy(table[chosen]).to(self.device)
+        x_BCHW = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
+        return self.preprocess.normalise(x_BCHW)
 
 
-def eval_batches(split: Split, preprocess: Preprocess, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """All pictures of a split in order, the ragged last batch included."""
+def eval_batches(
+    split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, *, positions_only: bool = False
+) -> Iterator[Batch]:
+    """All pictures of a split in order, the ragged last batch included; or only their places, as in TrainBatches."""
     for start in range(0, len(split), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(split)))
-        x = preprocess.normalise(preprocess.pixels(split, chosen, device))
+        if positions_only:
+            x = torch.from_numpy(chosen)
+        else:
+            x = preprocess.normalise(preprocess.pixels(split, chosen, device))
         yield Batch(x, _labels(split, chosen, device), chosen)
 
 

@@ -11,7 +11,7 @@ Legend: B batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,7 @@ def find_prefix(model: nn.Module, pictures: Callable[[int], Tensor]) -> Prefix |
     x = pictures(5)
     first, second = (Recorder(model).record(part) for part in (x[:2], x[2:]))
     calls = first.left_out()
-    if calls is None or not _worth_it(model, [first.calls[c].module for c in calls]):
+    if calls is None or not worth_it(model, (p for c in calls for p in first.calls[c].module.parameters())):
         return None
     twins = {c.module: c for c in second.calls}
     found = [_cut(first, twins, calls, first.entries(calls) if early else {}) for early in (False, True)]
@@ -184,9 +184,9 @@ def _leaf(a: Any, b: Any, live: set[int], kept: list[tuple[tuple[int, ...], torc
     return Leaf(shape, a.dtype, kept=len(kept) - 1)
 
 
-def _worth_it(model: nn.Module, modules: list[nn.Module]) -> bool:
-    inside = {id(p): p.numel() for m in modules for p in m.parameters()}
-    return sum(inside.values()) >= WORTH * sum(p.numel() for p in model.parameters())
+def worth_it(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether these are a large enough part of the model's to be worth leaving out."""
+    return sum({id(p): p.numel() for p in parameters}.values()) >= WORTH * sum(p.numel() for p in model.parameters())
 
 
 def _returning(value: Any) -> Callable[..., Any]:
