@@ -4,39 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
-CAST = (nn.Linear, nn.Conv2d)
+CASTING = (F.linear, torch.conv2d, F.conv2d)
 """Autocast casts all that these compute with, so that a weight that is cast already gives the same bits."""
+HARMLESS = {"shape", "ndim", "device", "requires_grad", "is_cuda", "grad_fn", "data_ptr"}
+"""What may be asked of a weight: it does not depend on the number format."""
 
 
 @contextmanager
 def frozen_in_bfloat16(model: nn.Module, forward: Callable[[], Tensor]) -> Iterator[int]:
-    """Inside, the frozen weights of linear layers and convolutions are stored in bfloat16; afterwards as they were.
+    """Inside, frozen weights that are only multiplied with are stored in bfloat16; afterwards they are as they were.
 
     Args:
         model: Its parameters keep their identity.
-        forward: Scores of some pictures under autocast; they must be equal to the bit, or nothing is changed (a method
-            may read a weight otherwise than by the layer's call, as DoRA does).
+        forward: Scores of some pictures under autocast, always the same ones. It shows how each weight is used: one
+            that is read otherwise, as DoRA does, stays in float32, and so do all if the scores should differ.
 
     Yields:
         How many bytes the copies take.
     """
-    chosen = _frozen_parameters(model)
-    expected = forward() if chosen else torch.empty(0)
+    with _Uses() as uses:
+        expected = forward()
+    chosen = [p for p in _frozen(model) if id(p) in uses.cast and id(p) not in uses.read]
     originals = [(p, p.data.cpu(), p.device) for p in chosen]  # a GPU's memory is not for what is not computed with
     try:
         for p in chosen:
             p.data = p.data.to(torch.bfloat16)
-        if not _equal(forward, expected):
+        if chosen and not _equal(forward, expected):
             _put_back(originals)
             chosen = []
         yield sum(2 * p.numel() for p in chosen)
     finally:
         _put_back(originals)
+
+
+class _Uses(TorchFunctionMode):
+    """Which tensors are arguments of casting operations, and which of others, by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cast, self.read = set[int](), set[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(getattr(func, "__self__", func), "__name__", "")
+        if func in CASTING:
+            weights = [*args[1:3], *((kwargs or {}).get(key) for key in ("weight", "bias"))]
+            self.cast.update(id(t) for t in weights)
+        elif name not in HARMLESS:
+            self.read.update(id(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, nn.Parameter))
+        return func(*args, **(kwargs or {}))
+
+
+def _frozen(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
 
 
 def _put_back(originals: Sequence[tuple[nn.Parameter, Tensor, torch.device]]) -> None:
@@ -46,20 +73,6 @@ def _put_back(originals: Sequence[tuple[nn.Parameter, Tensor, torch.device]]) ->
 
 def _equal(forward: Callable[[], Tensor], expected: Tensor) -> bool:
     try:
-        return not len(expected) or torch.equal(forward(), expected)
+        return torch.equal(forward(), expected)
     except RuntimeError:  # two dtypes met outside of autocast
         return False
-
-
-def _frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All of layers that are frozen as a whole, each once, unless another module that trains holds it too."""
-    found: dict[int, nn.Parameter] = {}
-    kept: set[int] = set()
-    for module in model.modules():
-        own = dict(module.named_parameters(recurse=False)).values()
-        plain = isinstance(module, CAST) and not parametrize.is_parametrized(module)
-        if plain and not any(p.requires_grad for p in own):
-            found |= {id(p): p for p in own if p.dtype == torch.float32}
-        else:
-            kept |= {id(p) for p in own}
-    return [p for key, p in found.items() if key not in kept]
