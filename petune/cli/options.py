@@ -84,7 +84,7 @@ FLAGS = (
     _train("label-smoothing", float, "Share of the target spread over all classes.", "0.0"),
     _train("mixup", float, "Alpha of Mixup; 0 is off.", "0.0"),
     _train("cutmix", float, "Alpha of CutMix; 0 is off.", "0.0"),
-    _train("precision", str, "auto: the one measured to be faster here.", "auto", "auto|fp32|bf16"),
+    _train("precision", str, "auto: the one measured to be faster here.", "auto", "auto|fp32|tf32|bf16"),
     _train("grad-checkpointing", bool, "Compute blocks again in backward: less memory."),
     _train("compile", bool, "Compile the forward by torch.compile."),
     _train("cache-features", str, "Compute frozen layers once.", "auto", "auto|always|never"),

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from petune.config import Config
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 CacheFeatures = Literal["auto", "always", "never"]
 Augment = Literal["auto", "none", "shift", "light", "seed", "crop"]
@@ -32,7 +32,8 @@ class TrainConfig(Config):
         mixup, cutmix: Alpha of timm's Mixup; 0 switches it off.
         augment: A preset of petune.data.augment; `auto` is the dataset's own.
         grad_clip: Largest gradient norm; None does not clip.
-        precision: `auto` measures whether bfloat16 is faster on this device.
+        precision: `auto` measures whether bfloat16 is faster on this device; with `bf16` what trains stays in float32.
+            `tf32` is float32 whose products an NVIDIA GPU may round.
         grad_checkpointing: Keep only what enters each block, and compute the block again in backward: less memory,
             a forward more.
         compile: Compile the training step's forward by torch.compile; it takes a minute, and pays on a GPU or for many

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from petune.data.batches import moved
 from petune.files import replace_file
 
 Kind = tuple[tuple[int, ...], torch.dtype]
@@ -68,9 +69,7 @@ class Store:
         values = []
         for rows, (shape, dtype) in zip(self._rows, self.kinds, strict=True):
             raw = torch.from_numpy(np.ascontiguousarray(rows[positions])).view(dtype)
-            if device.type == "cuda":
-                raw = raw.pin_memory()
-            values.append(raw.reshape(len(positions), *shape).to(device, non_blocking=True))
+            values.append(moved(raw.reshape(len(positions), *shape), device))
         return values
 
     def _marked(self) -> int:
