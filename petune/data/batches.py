@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,9 +36,7 @@ class Preprocess:
     def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
         """Pictures in 0..255 at `image_size`, float32 (B, 3, H, W), less the margin they were stored with."""
         raw = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
-        if device.type == "cuda":
-            raw = raw.pin_memory()
-        x_BCHW = raw.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+        x_BCHW = moved(raw, device).permute(0, 3, 1, 2).float()
         if split.crop < 1:
             have = x_BCHW.shape[-1]
             kept = math.floor(have * split.crop)
@@ -50,7 +49,7 @@ class Preprocess:
 
     def normalise(self, x_BCHW: Tensor) -> Tensor:
         """From 0..255 to zero mean and unit variance by the backbone's own statistics."""
-        statistics = torch.tensor([self.mean, self.std], device=x_BCHW.device).view(2, 3, 1, 1) * 255
+        statistics = moved(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, 3, 1, 1) * 255
         return (x_BCHW - statistics[0]) / statistics[1]
 
 
@@ -64,7 +63,11 @@ class Batch:
 
 
 class TrainBatches:
-    """Shuffled, augmented batches; any batch of any epoch can be asked for, so a resume repeats nothing."""
+    """Shuffled, augmented batches; any batch of any epoch can be asked for, so a resume repeats nothing.
+
+    Attributes:
+        positions_only: Give the places of the pictures in the split, int64 (B,), in place of the pictures.
+    """
 
     def __init__(
         self,
@@ -77,28 +80,61 @@ class TrainBatches:
     ) -> None:
         self.split, self.preprocess, self.preset = split, preprocess, preset
         self.batch_size, self.seed, self.device = min(batch_size, len(split)), seed, device
+        self.positions_only = False
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size  # the ragged last batch is dropped
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on."""
+        """The batches of one epoch from batch `start` on; for a GPU each is made while the one before is in use."""
+        batches = self._epoch(epoch, start)
+        return ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         positions = order(self.seed, epoch, len(self.split))
         table = draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
             chosen = positions[step * self.batch_size : (step + 1) * self.batch_size]
-            u = torch.from_numpy(table[chosen]).to(self.device)
-            x = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
-            yield Batch(self.preprocess.normalise(x), _labels(self.split, chosen, self.device), chosen)
+            x = torch.from_numpy(chosen) if self.positions_only else self._pictures(chosen, table)
+            yield Batch(x, _labels(self.split, chosen, self.device), chosen)
+
+    def _pictures(self, chosen: NDArray[np.int64], table: NDArray[np.float32]) -> Tensor:
+        u = moved(torch.from_numpy(table[chosen]), self.device)
+        x_BCHW = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
+        return self.preprocess.normalise(x_BCHW)
 
 
-def eval_batches(split: Split, preprocess: Preprocess, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    """All pictures of a split in order, the ragged last batch included."""
+def eval_batches(
+    split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, *, positions_only: bool = False
+) -> Iterator[Batch]:
+    """All pictures of a split in order, the ragged last batch included; or only their places, as in TrainBatches."""
     for start in range(0, len(split), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(split)))
-        x = preprocess.normalise(preprocess.pixels(split, chosen, device))
+        if positions_only:
+            x = torch.from_numpy(chosen)
+        else:
+            x = preprocess.normalise(preprocess.pixels(split, chosen, device))
         yield Batch(x, _labels(split, chosen, device), chosen)
 
 
 def _labels(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(split.labels[positions]).to(device)
+    return moved(torch.from_numpy(split.labels[positions]), device)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device; to a GPU from pinned memory, so that nobody waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, each made by another thread while the one before it is in use."""
+
+    def begin() -> None:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # a thread starts on the first GPU
+
+    with ThreadPoolExecutor(1, initializer=begin) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch

@@ -8,8 +8,9 @@ from pydantic import Field, field_validator
 
 from petune.config import Config
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
+CacheFeatures = Literal["auto", "always", "never"]
 Augment = Literal["auto", "none", "shift", "light", "seed", "crop"]
 
 
@@ -31,7 +32,16 @@ class TrainConfig(Config):
         mixup, cutmix: Alpha of timm's Mixup; 0 switches it off.
         augment: A preset of petune.data.augment; `auto` is the dataset's own.
         grad_clip: Largest gradient norm; None does not clip.
-        precision: `auto` measures whether bfloat16 is faster on this device.
+        precision: `auto` measures whether bfloat16 is faster on this device; with `bf16` what trains stays in float32.
+            `tf32` is float32 whose products an NVIDIA GPU may round.
+        grad_checkpointing: Keep only what enters each block, and compute the block again in backward: less memory,
+            a forward more.
+        compile: Compile the training step's forward by torch.compile; it takes a minute, and pays on a GPU or for many
+            steps. Rounding differs from that of a run without.
+        cache_features: What the frozen layers below the first trained one make of each picture is computed once and
+            kept in the run directory till the run ends. `auto` does so where the pictures stay the same from epoch to
+            epoch (augment none, no mixup or cutmix) and there is room; `always` is an error where it cannot be done.
+        feature_cache_gb: The most that may take, in 10⁹ bytes.
         log_every: Steps between lines of metrics.jsonl.
     """
 
@@ -50,6 +60,10 @@ class TrainConfig(Config):
     augment: Augment = "auto"
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
+    grad_checkpointing: bool = False
+    compile: bool = False
+    cache_features: CacheFeatures = "auto"
+    feature_cache_gb: float = Field(10.0, ge=0, le=1e6)
     log_every: int = Field(50, ge=1)
 
     @field_validator("optimizer")

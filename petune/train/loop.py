@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,10 +24,12 @@ from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoi
 from petune.train.config import TrainConfig
 from petune.train.evaluate import Accuracy, evaluate
 from petune.train.events import EpochEnded, Event, Log, Note, StepDone
+from petune.train.features import Features
 from petune.train.mixing import Mixing, step_seed
 from petune.train.optim import create_optimizer, create_schedule
 from petune.train.precision import choose_attention, choose_precision
 from petune.train.probe import can_run_out, largest_that_fits
+from petune.train.savings import made_cheaper
 from petune.train.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -116,6 +119,8 @@ class Trainer:
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
+        self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
+        self.features: Features | None = None
 
     def fit(self) -> Fitted:
         """Train to the end, from the newest valid checkpoint where there is one.
@@ -126,6 +131,11 @@ class Trainer:
         """
         self._resume()
         self._choose_micro_batch()
+        with made_cheaper(self):
+            self._train()
+        return self._fitted()
+
+    def _train(self) -> None:
         started, before = time.perf_counter(), self.progress.time_s
         saved = started
         while self.progress.epoch < self.train.epochs:
@@ -147,7 +157,6 @@ class Trainer:
             self._save()
             saved = time.perf_counter()
             self.stop.check()
-        return self._fitted()
 
     def _choose_micro_batch(self) -> None:
         """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
@@ -157,8 +166,18 @@ class Trainer:
             if p.micro_batch < whole:
                 self.on_event(Note(f"a step of {whole} pictures goes through the model {p.micro_batch} at a time"))
 
-    def _probe(self) -> int:
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Buffers, gradients and random state are afterwards as they were."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            _copy_into(dict(self.model.named_buffers()), buffers)
+
+    def _probe(self) -> int:
         batch = next(iter(self.batches.epoch(0)))
         self.att.train()
 
@@ -166,11 +185,8 @@ class Trainer:
             x, target = self.mixing(batch, 0)
             self._backward(x[:size], target[:size])
 
-        try:
+        with self.untouched():
             return largest_that_fits(step, self.batches.batch_size, list(self.params.values()))
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            _copy_into(dict(self.model.named_buffers()), buffers)
 
     def autocast(self) -> torch.autocast:
         """The number format of forward passes."""
@@ -199,7 +215,7 @@ class Trainer:
         pieces = zip(torch.split(x_BCHW, size), torch.split(target, size), strict=True)
         for number, (x, y) in enumerate(pieces):
             with self.autocast():
-                logits_BC = self.model(x)
+                logits_BC = self.logits(x)
             loss = F.cross_entropy(logits_BC.float(), y, label_smoothing=self.mixing.smoothing)
             loss = loss * (len(x) / len(x_BCHW))
             if number == 0:  # once a step
@@ -259,6 +275,7 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
             stop=self.stop,
+            by_position=self.features.of(part) if self.features else None,
         )
 
     def _save(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +38,22 @@ def create_optimizer(
         opt=train.optimizer,
         lr=train.lr,
         weight_decay=train.weight_decay or 0.0,
+        **_fused(str(train.optimizer), parameters.values()),
     )
     return optimizer
+
+
+def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
+    """One kernel for all parameters on a GPU, where torch's optimizer of that name has one.
+
+    Not on CPU: a step is a thousandth of the forward there, and its rounding would differ from that of older runs.
+    """
+    import timm.optim
+
+    made_by = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    fusable = made_by.__module__.startswith("torch.") and "fused" in inspect.signature(made_by).parameters
+    on_gpu = all(p.device.type == "cuda" and p.is_floating_point() for p in parameters)
+    return {"fused": True} if fusable and on_gpu else {}
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, total_steps: int) -> Any:

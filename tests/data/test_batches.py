@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from petune.data.batches import Preprocess, TrainBatches, eval_batches
+from petune.data.batches import Batch, Preprocess, TrainBatches, ahead, eval_batches
 from petune.data.dataset import Split
 
 CPU = torch.device("cpu")
@@ -116,3 +118,43 @@ def test_pictures_without_a_margin_are_scaled_not_cropped(image_size: int) -> No
     assert float(row.mean()) == pytest.approx(70, abs=1)
     assert float(row[0]) < 20
     assert float(row[-1]) > 120
+
+
+def test_batches_made_ahead_are_the_same_ones_and_one_ahead_only() -> None:
+    batches, made = _batches(_split(17), 5), list[int]()
+
+    def counted() -> Iterator[Batch]:
+        for number, batch in enumerate(batches.epoch(1)):
+            assert threading.current_thread() is not threading.main_thread()
+            made.append(number)
+            yield batch
+
+    for number, (a, b) in enumerate(zip(ahead(counted(), CPU), batches.epoch(1), strict=True)):
+        assert torch.equal(a.x_BCHW, b.x_BCHW)
+        assert torch.equal(a.y_B, b.y_B)
+        assert len(made) <= number + 2
+
+
+def test_an_error_in_a_batch_made_ahead_arrives_and_a_loop_may_end_early() -> None:
+    def failing() -> Iterator[Batch]:
+        yield next(iter(_batches(_split(17), 5).epoch(0)))
+        raise OSError("the disk is gone")
+
+    found = ahead(failing(), CPU)
+    next(found)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+    unfinished = ahead(_batches(_split(17), 5).epoch(0), CPU)
+    next(unfinished)
+    unfinished.close()
+
+
+def test_places_of_pictures_in_place_of_pictures() -> None:
+    batches = _batches(_split(17), 5)
+    whole = list(batches.epoch(1))
+    batches.positions_only = True
+    for a, b in zip(whole, batches.epoch(1), strict=True):
+        assert np.array_equal(b.x_BCHW.numpy(), a.positions)
+        assert torch.equal(a.y_B, b.y_B)
+    found = [b.x_BCHW for b in eval_batches(_split(17), PLAIN, 5, CPU, positions_only=True)]
+    assert torch.equal(torch.cat(found), torch.arange(17))

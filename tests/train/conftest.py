@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class Everything:
     model: nn.Module
     tuned: dict[str, nn.Parameter] = field(default_factory=dict)
     head: dict[str, nn.Parameter] = field(default_factory=dict)
+    sites: Any = field(default_factory=lambda: SimpleNamespace(blocks=()))
     checks: int = 0
 
     def __post_init__(self) -> None:

@@ -79,6 +79,11 @@ def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
 
 
+def test_tf32_is_for_gpus() -> None:
+    with pytest.raises(ConfigError, match="precision tf32 is a way of NVIDIA's GPUs, but the device is cpu"):
+        choose_precision("tf32", torch.device("cpu"))
+
+
 def _interrupted(reached: list[str]) -> None:
     with StopFlag() as stop, stop.at_once():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,277 @@
+"""How fast petune trains, beside what else trains the same model, and beside what the processor can do.
+
+    python benchmarks/speed.py                      # everything, at most 12 minutes on an idle machine
+    python benchmarks/speed.py --quick --output DIR # a toy, to see that it runs
+    python benchmarks/speed.py --sizes vit_nano --no-memory --compiled
+
+All steps of one size are measured in one process in turns: a round is one step of each, and one of the matrix product
+that the model consists of. A ratio is taken within a round, and shown as the median over rounds with its quartiles.
+The floor is the FLOPs of petune's step (torch's counter) over the rate of that product in the same round.
+Expected on a processor with bfloat16 (two cores, idle): floor at least 85 %; at least 3.5 times the fp32 peers and 1.3
+times PEFT's LoRA under autocast; injection within 2 % of the hand-written model; memory at most 60 % of full's, and
+35 % with checkpointing; ten epochs of a linear probe under 1.3 forward passes; input under 3 % for vit_nano.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed_peers import CPU, EXTRA, PEERS, SIZES, Size, petune_step, trainer_of
+from torch.nn import functional as F
+
+from petune.files import replace_file
+from petune.measure import provenance
+from petune.train.precision import choose_precision
+
+ROOT = Path(__file__).parents[1]
+PETUNE, BY_HAND, INJECTED = "petune adaptformer", "hand-written, bare loop", "injected, bare loop"
+MEMORY = ("adaptformer", "adaptformer, grad_checkpointing", "full, fp32", "full, petune's precision")
+
+
+def main() -> None:
+    options = _options()
+    if options.memory_of:
+        print(json.dumps(_memory_here(options.memory_of, options.quick)))
+        return
+    began = time.perf_counter()
+    sizes = ["toy"] if options.quick else options.sizes
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
+        "precision": choose_precision("auto", CPU),
+        "provenance": provenance(CPU),
+        "load": list(_load()),
+        "steps": {},
+    }
+    for name in sizes:
+        found["steps"][name] = _steps(SIZES[name], options)
+        _say(found["steps"][name]["table"])
+    found["probe"] = _linear_probe(SIZES["toy" if options.quick else "vit_nano"], 24 if options.quick else 1024)
+    found["input"] = _input_share(SIZES["toy" if options.quick else "vit_nano"])
+    found["start"] = {command: _start(command, 1 if options.quick else 8) for command in ("--help", "methods")}
+    if options.memory:
+        found["memory"] = {name: _memory(name, options.quick) for name in MEMORY}
+    found["time_s"], found["load_after"] = time.perf_counter() - began, list(_load())
+    text = _markdown(found)
+    options.output.mkdir(parents=True, exist_ok=True)
+    replace_file(options.output / "speed.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(options.output / "speed.md", text.encode())
+    _say(text)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["vit_base_32", "vit_base_224", "vit_nano"])
+    parser.add_argument("--seconds", type=float, default=130, help="for each size (3 rounds at least)")
+    parser.add_argument("--rounds", type=int, default=15, help="at most so many")
+    parser.add_argument("--compiled", action="store_true", help="also petune's step compiled: a minute more a size")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:
+    """Times of all steps by round, and what follows from them."""
+    peers = PEERS | (EXTRA if options.compiled else {})
+    dtype = torch.bfloat16 if choose_precision("auto", CPU) == "bf16" else torch.float32
+    product, product_flops = _product(size, dtype)
+    with contextlib.ExitStack() as stack:
+        steps = {name: stack.enter_context(make(size)) for name, make in peers.items()}
+        flops = _flops(steps[PETUNE])
+        for step in steps.values():  # the first step allocates, compiles, makes the optimizer's state
+            step()
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        products: list[float] = []
+        end, names = time.perf_counter() + (0 if options.quick else options.seconds), list(steps)
+        while len(products) < 3 or (time.perf_counter() < end and len(products) < options.rounds):
+            products.append(min(_timed(product) for _ in range(5)))
+            names = names[1:] + names[:1]  # nobody is always behind the same neighbour
+            for name in names:
+                times[name].append(_timed(steps[name]))
+    floors = [flops / product_flops * p for p in products]
+    result: dict[str, Any] = {
+        "size": size.name,
+        "flops": flops,
+        "products_gflop_per_s": _spread([product_flops / p / 1e9 for p in products]),
+        "times_s": times,
+        "step_s": {name: _spread(t) for name, t in times.items()},
+        "floor_share": _spread([a / b for a, b in zip(floors, times[PETUNE], strict=True)]),
+        "petune_is_faster_by": {
+            name: _spread([a / b for a, b in zip(t, times[PETUNE], strict=True)]) for name, t in times.items()
+        },
+        "injection": _spread([a / b for a, b in zip(times[INJECTED], times[BY_HAND], strict=True)]),
+    }
+    return result | {"table": _table(result)}
+
+
+def _product(size: Size, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """The largest product of the model (all tokens through the MLP's first layer), and its FLOPs."""
+    x, w = torch.randn(size.rows, size.embed_dim).to(dtype), torch.randn(4 * size.embed_dim, size.embed_dim).to(dtype)
+    return lambda: F.linear(x, w), 2 * size.rows * 4 * size.embed_dim**2
+
+
+def _flops(step: Callable[[], object]) -> int:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # the counter does not see fused attention on CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def _timed(fn: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high, "count": len(values)}
+
+
+def _linear_probe(size: Size, pictures: int) -> dict[str, float]:
+    """Ten epochs of a linear probe, validation included, over one forward of all these pictures."""
+    import torchmetrics.classification  # noqa: F401  (a second that is no training)
+
+    with tempfile.TemporaryDirectory() as directory:
+        settings = {"augment": "none", "epochs": 10, "cache_features": "always", "eval_batch_size": size.batch_size}
+        trainer = trainer_of(size, "linear", Path(directory), pictures=pictures, val=pictures // 8, **settings)
+        forwards = [_timed(lambda: (trainer.evaluate("val"), _evaluate_train(trainer)))]
+        fit_s = _timed(trainer.fit)
+        forwards.append(_timed(lambda: (trainer.evaluate("val"), _evaluate_train(trainer))))
+    return {"ten_epochs_s": fit_s, "forward_s": min(forwards), "forwards": fit_s / min(forwards)}
+
+
+def _evaluate_train(trainer: Any) -> None:
+    from dataclasses import replace
+
+    whole = trainer.dataset
+    trainer.dataset = replace(whole, val=whole.train)
+    trainer.evaluate("val")
+    trainer.dataset = whole
+
+
+def _input_share(size: Size) -> dict[str, float]:
+    """Pictures from the memory-mapped array to augmented, normalised batches, over petune's whole step."""
+    with tempfile.TemporaryDirectory() as directory, petune_step(size) as step:
+        trainer = trainer_of(size, "linear", Path(directory), pictures=20 * size.batch_size)
+        batches = iter(trainer.batches.epoch(0))
+        next(batches)
+        step()
+        pairs = [(_timed(lambda: next(batches)), _timed(step)) for _ in range(10)]
+    return _spread([a / (a + b) for a, b in pairs])
+
+
+def _start(command: str, times: int) -> dict[str, float]:
+    words = [sys.executable, "-m", "petune", command]
+
+    def run() -> None:
+        subprocess.run(words, check=True, capture_output=True)
+
+    return _spread([_timed(run) for _ in range(times)][times // 4 :])  # the first ones fill the disk's cache
+
+
+def _memory(name: str, quick: bool) -> dict[str, int]:
+    words = [sys.executable, __file__, "--memory-of", name, *(["--quick"] if quick else [])]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _memory_here(name: str, quick: bool) -> dict[str, int]:
+    """Peak resident memory of this process after two steps, and before any: VmHWM."""
+    from speed_peers import full
+
+    from petune.measure import PeakMemory
+
+    peak = PeakMemory(CPU)
+    before = peak.bytes()
+    size = SIZES["toy"] if quick else Size("", "vit_base_patch16_224", 224, 16, 768, 12, 12, 32)
+    made = {
+        "adaptformer": lambda: petune_step(size),
+        "adaptformer, grad_checkpointing": lambda: petune_step(size, grad_checkpointing=True),
+        "full, fp32": lambda: full(size),
+        "full, petune's precision": lambda: petune_step(size, "full"),
+    }[name]()
+    with made as step:
+        step()
+        step()
+    return {"peak_bytes": peak.bytes(), "before_bytes": before}
+
+
+def _load() -> tuple[float, float, float]:
+    import os
+
+    return os.getloadavg()
+
+
+def _table(result: dict[str, Any]) -> str:
+    share, rate = result["floor_share"], result["products_gflop_per_s"]
+    lines = [
+        f"{result['size']}: {result['flops'] / 1e9:,.0f} GFLOP a step, products at {rate['median']:,.0f} GFLOP/s "
+        f"({rate['low']:,.0f} to {rate['high']:,.0f}), {share['count']} rounds. Of the floor: {_percent(share)}. "
+        f"Injected over hand-written: {_times(result['injection'], 3)}.",
+        "",
+        "| step | seconds | over petune's |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, step in result["step_s"].items():
+        ratio = result["petune_is_faster_by"][name]
+        lines.append(f"| {name} | {_times(step, 3)} | {_times(ratio, 2)} |")
+    return "\n".join(lines)
+
+
+def _times(spread: dict[str, float], digits: int) -> str:
+    return "{median:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(**spread, d=digits)
+
+
+def _percent(spread: dict[str, float]) -> str:
+    return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * spread[key] for key in ("median", "low", "high")))
+
+
+def _markdown(found: dict[str, Any]) -> str:
+    where, probe = found["provenance"], found["probe"]
+    parts = [
+        "# Speed",
+        f"`{found['command']}` took {found['time_s'] / 60:.1f} minutes on {where['device']}, "
+        f"{where['threads']} threads, precision {found['precision']}, "
+        + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+        + f"; load average {found['load'][0]:.1f} before and {found['load_after'][0]:.1f} after. "
+        "Medians over rounds, quartiles in brackets.",
+        *(steps["table"] for steps in found["steps"].values()),
+        f"Ten epochs of a linear probe, with features cached: {probe['forwards']:.2f} forward passes.",
+        f"Input: {_percent(found['input'])} of a step.",
+        "; ".join(f"`petune {command}`: {_times(s, 2)} s" for command, s in found["start"].items()) + ".",
+    ]
+    if "memory" in found:
+        whole = found["memory"]["full, fp32"]["peak_bytes"]
+        rows = [
+            f"| {name} | {m['peak_bytes'] / 1e9:.2f} | {100 * m['peak_bytes'] / whole:.0f} % |"
+            for name, m in found["memory"].items()
+        ]
+        title = "Peak resident memory of a process that does two steps of ViT-B at 224, batch 32:"
+        parts.append("\n".join([title, "", "| step | GB | of full, fp32 |", "| --- | ---: | ---: |", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
