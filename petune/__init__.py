@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from petune.counts import Counts
     from petune.edit import Edit
     from petune.errors import AttachError, NotMergeable, PetuneError
+    from petune.predict import Predictor, predict
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
     from petune.results import RunResult
@@ -37,6 +38,7 @@ _HOMES = {
     "Edit": "edit",
     "NotMergeable": "errors",
     "PetuneError": "errors",
+    "Predictor": "predict",
     "PretrainConfig": "pretrain",
     "Recipe": "tuner",
     "RunConfig": "run",
@@ -51,6 +53,7 @@ _HOMES = {
     "compare": "compare",
     "find_sites": "anatomy",
     "load": "state",
+    "predict": "predict",
     "pretrain": "pretrain",
     "run": "run",
     "tuners": "registry",
@@ -67,6 +70,7 @@ __all__ = [
     "Edit",
     "NotMergeable",
     "PetuneError",
+    "Predictor",
     "PretrainConfig",
     "Recipe",
     "RunConfig",
@@ -81,6 +85,7 @@ __all__ = [
     "compare",
     "find_sites",
     "load",
+    "predict",
     "pretrain",
     "run",
     "tuners",

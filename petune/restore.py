@@ -76,15 +76,8 @@ def plain_backbone(saved: Saved, weights: str | None = None) -> Backbone:
     card = saved.config["metadata"]
     said = card["backbone"]
     try:
-        return create_backbone(
-            said["name"],
-            weights=weights or said.get("weights_option", "default"),
-            num_classes=len(card["classes"]),
-            image_size=said["image_size"],
-            patch_size=said["patch_size"],
-            options=said["options"],
-            head=said["head"],
-            seed=said.get("seed", 0),
-        )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from error
+        built = {key: said[key] for key in ("image_size", "patch_size", "options", "head")}
+        name, source = said["name"], weights or said.get("weights_option", "default")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from None
+    return create_backbone(name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built)

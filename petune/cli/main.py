@@ -21,6 +21,7 @@ from petune.cli.export import export
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
 from petune.cli.plugin import plugin
+from petune.cli.predict import predict
 from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, report, inspect, export, methods, backbones, datasets, env):
+for command in (run, compare, pretrain, report, inspect, predict, export, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")
