@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from petune.counts import Counts
     from petune.edit import Edit
     from petune.errors import AttachError, NotMergeable, PetuneError
+    from petune.evaluation import Evaluation, evaluate
     from petune.predict import Predictor, predict
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
@@ -36,6 +37,7 @@ _HOMES = {
     "ContractViolation": "testing",
     "Counts": "counts",
     "Edit": "edit",
+    "Evaluation": "evaluation",
     "NotMergeable": "errors",
     "PetuneError": "errors",
     "Predictor": "predict",
@@ -51,6 +53,7 @@ _HOMES = {
     "attach": "attach",
     "check_tuner": "testing",
     "compare": "compare",
+    "evaluate": "evaluation",
     "find_sites": "anatomy",
     "load": "state",
     "predict": "predict",
@@ -68,6 +71,7 @@ __all__ = [
     "ContractViolation",
     "Counts",
     "Edit",
+    "Evaluation",
     "NotMergeable",
     "PetuneError",
     "Predictor",
@@ -83,6 +87,7 @@ __all__ = [
     "attach",
     "check_tuner",
     "compare",
+    "evaluate",
     "find_sites",
     "load",
     "predict",

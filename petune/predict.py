@@ -122,6 +122,7 @@ class Predictor:
         classes: Names in the order of the scores.
         inputs: What becomes of a picture first.
         precision: fp32 or bf16.
+        method, card: What was trained, and what the run said of itself.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Predictor:
         """
         self.device = choose_device(device)
         restored = restore(Path(path), weights)
-        self.card = restored.card
+        self.card, self.method = restored.card, restored.attachment.name
         self.classes = tuple(map(str, self.card["classes"]))
         self.inputs = Inputs.of(self.card)
         self.model = restored.backbone.model.to(self.device).eval()

@@ -17,6 +17,7 @@ from petune.cli.compare import compare
 from petune.cli.data import data
 from petune.cli.datasets import datasets
 from petune.cli.env import env
+from petune.cli.eval import evaluate
 from petune.cli.export import export
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 for command in (run, compare, pretrain, report, inspect, predict, export, methods, backbones, datasets, env):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")
 
