@@ -75,7 +75,7 @@ def test_other_pictures_of_the_same_classes(petune: Run, digits: Path, folder: P
     done = petune("eval", digits, "--dataset", "folder:more", "--device", "cpu", "--output", "out", "--json")
     assert done.code == 0, done.err
     found = Evaluation.build(json.loads(done.out))
-    files = [file for file in sorted(folder.rglob("*.png"))]
+    files = sorted(folder.rglob("*.png"))
     named = public.predict(digits, files, top_k=1, device="cpu")
     right = [one.top[0].name == Path(one.picture).parent.name for one in named]
     assert found.num_pictures == len(files)
