@@ -63,7 +63,7 @@ def test_onnx(petune: Run, tmp_path: Path) -> None:
     import onnx
     import onnxruntime
 
-    place, att = saved_run(tmp_path / "a", "adaptformer")
+    _, att = saved_run(tmp_path / "a", "adaptformer")
     done = petune("export", "a", "out.onnx", "--json")
     assert done.code == 0, done.err
     assert done.err == ""
