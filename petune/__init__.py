@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from petune.counts import Counts
     from petune.edit import Edit
     from petune.errors import AttachError, NotMergeable, PetuneError
+    from petune.evaluation import Evaluation, evaluate
+    from petune.export import Exported, export
+    from petune.predict import Predictor, predict
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
     from petune.results import RunResult
@@ -35,8 +38,11 @@ _HOMES = {
     "ContractViolation": "testing",
     "Counts": "counts",
     "Edit": "edit",
+    "Evaluation": "evaluation",
+    "Exported": "export",
     "NotMergeable": "errors",
     "PetuneError": "errors",
+    "Predictor": "predict",
     "PretrainConfig": "pretrain",
     "Recipe": "tuner",
     "RunConfig": "run",
@@ -49,8 +55,11 @@ _HOMES = {
     "attach": "attach",
     "check_tuner": "testing",
     "compare": "compare",
+    "evaluate": "evaluation",
+    "export": "export",
     "find_sites": "anatomy",
     "load": "state",
+    "predict": "predict",
     "pretrain": "pretrain",
     "run": "run",
     "tuners": "registry",
@@ -65,8 +74,11 @@ __all__ = [
     "ContractViolation",
     "Counts",
     "Edit",
+    "Evaluation",
+    "Exported",
     "NotMergeable",
     "PetuneError",
+    "Predictor",
     "PretrainConfig",
     "Recipe",
     "RunConfig",
@@ -79,8 +91,11 @@ __all__ = [
     "attach",
     "check_tuner",
     "compare",
+    "evaluate",
+    "export",
     "find_sites",
     "load",
+    "predict",
     "pretrain",
     "run",
     "tuners",

@@ -9,7 +9,7 @@ from typing import Any
 from petune.attach import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.errors import CheckpointError
-from petune.state import attach_saved, read_adapter
+from petune.state import Saved, attach_saved, read_adapter
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,49 @@ def restore(path: Path, weights: str | None = None) -> Restored:
         weights: Where the backbone's weights are now; None takes them from where the run did.
 
     Raises:
-        CheckpointError: No adapter, or one that was saved without saying which backbone it belongs to.
+        CheckpointError: See `read_run`.
         BackboneMismatch, WeightsUnavailable: The weights are others, or are not there any more.
+    """
+    saved = read_run(path)
+    backbone = plain_backbone(saved, weights)
+    return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
+
+
+def read_run(path: Path) -> Saved:
+    """The adapter of a run, which says in its `metadata` which backbone it belongs to and what its classes are.
+
+    Args:
+        path: A run directory, or the adapter directory in it.
+
+    Raises:
+        CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
     """
     place = path / "adapter" if (path / "adapter").is_dir() else path
     saved = read_adapter(place)
-    card = saved.config["metadata"]
-    if not {"backbone", "classes"} <= card.keys():
+    if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
         raise CheckpointError(
             f"{place} must say which backbone it belongs to, as adapters of `petune run` do, but does not. Build the "
             "model yourself, and petune.load(model, directory)"
         )
+    return saved
+
+
+def plain_backbone(saved: Saved, weights: str | None = None) -> Backbone:
+    """The backbone that an adapter belongs to, nothing attached; `petune.Tasks` takes its model.
+
+    Args:
+        saved: Of `read_run`.
+        weights: As for `restore`.
+
+    Raises:
+        WeightsUnavailable: The weights are not there any more.
+        CheckpointError: What is said of the backbone cannot be read.
+    """
+    card = saved.config["metadata"]
     said = card["backbone"]
-    backbone = create_backbone(
-        said["name"],
-        weights=weights or said.get("weights_option", "default"),
-        num_classes=len(card["classes"]),
-        image_size=said["image_size"],
-        patch_size=said["patch_size"],
-        options=said["options"],
-        head=said["head"],
-        seed=said.get("seed", 0),
-    )
-    return Restored(backbone, attach_saved(backbone.model, saved), card)
+    try:
+        built = {key: said[key] for key in ("image_size", "patch_size", "options", "head")}
+        name, source = said["name"], weights or said.get("weights_option", "default")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from None
+    return create_backbone(name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built)

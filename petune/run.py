@@ -241,7 +241,13 @@ def _card(
             "head": config.head,
         },
         "classes": list(dataset.classes),
-        "preprocess": {"image_size": preprocess.image_size, "mean": preprocess.mean, "std": preprocess.std},
+        "preprocess": {
+            "image_size": preprocess.image_size,
+            "mean": preprocess.mean,
+            "std": preprocess.std,
+            "stored_size": dataset.test.images.shape[1],
+            "crop": dataset.test.crop,
+        },
         "dataset": dataset.name,
         "test": {"top1": test.top1, "top5": test.top5, "num_pictures": test.num_pictures},
     }

@@ -14,10 +14,12 @@ from petune.cli.compare import compare
 from petune.cli.data import data
 from petune.cli.datasets import datasets
 from petune.cli.env import env
+from petune.cli.eval import evaluate
 from petune.cli.export import export
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
 from petune.cli.plugin import plugin
+from petune.cli.predict import predict
 from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
@@ -35,7 +37,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, report, inspect, export, methods, backbones, datasets, env):
+for command in (run, compare, pretrain, report, inspect, predict):
+    app.command()(command)
+app.command("eval")(evaluate)
+for command in (export, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")

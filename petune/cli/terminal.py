@@ -17,6 +17,11 @@ def clean(text: str) -> str:
     return "\n".join("".join(c for c in line if c.isprintable()) for line in lines)
 
 
+def one_line(text: str) -> str:
+    """`text` without control characters, on one line: a name among others."""
+    return " ".join(clean(text).split("\n"))
+
+
 def say(text: str) -> None:
     """Print talk: on stderr."""
     print(text, file=sys.stderr, flush=True)

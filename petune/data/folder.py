@@ -98,10 +98,11 @@ def _parts(path: Path) -> dict[str, Path]:
 
 
 def _files(where: Path) -> Files:
-    return {folder.name: _pictures(folder) for folder in _visible_folders(where)}
+    return {folder.name: pictures_below(folder) for folder in _visible_folders(where)}
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_below(folder: Path) -> list[Path]:
+    """Every picture in a folder and the folders in it, in order of their paths; hidden ones are left out."""
     found: list[Path] = []
     for here, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]

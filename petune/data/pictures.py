@@ -43,7 +43,7 @@ def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool
                 out[i] = decode_picture(paths[i], out.shape[1])
             except DataError as error:
                 if not skip:
-                    raise
+                    raise DataError(f"{error}. Mend it, take it away, or --set on_broken=skip") from None
                 out[i], broken[i] = 0, str(error)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -56,27 +56,37 @@ def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool
 
 
 def decode_picture(path: Path, side: int) -> NDArray[np.uint8]:
-    """The centred square of a picture at `side` pixels, uint8 (S, S, 3), bicubic with antialiasing.
+    """The centred square of a picture at `side` pixels; see `square_of`.
 
     Raises:
         DataError: It is broken, truncated, a decompression bomb, or of a kind without a defined white.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
             opened.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
-            image = _to_rgb(ImageOps.exif_transpose(_to_8_bit(opened)))
-            width, height = image.size
-            edge = min(width, height)
-            left, top = (width - edge) / 2, (height - edge) / 2
-            box = (left, top, left + edge, top + edge)
-            return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+            return square_of(opened, side)
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is bad
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{path} must be a whole picture, but: {reason}. Mend it, take it away, or --set on_broken=skip"
-        ) from None
+        raise DataError(f"{path} must be a whole picture, but: {reason}") from None
+
+
+def square_of(opened: Image, side: int) -> NDArray[np.uint8]:
+    """The centred square of a picture at `side` pixels, uint8 (S, S, 3), bicubic with antialiasing.
+
+    Raises:
+        ValueError: It is of a kind without a defined white.
+        OSError: What Pillow raises where it decodes only now, and cannot.
+    """
+    from PIL import Image, ImageOps
+
+    image = _to_rgb(ImageOps.exif_transpose(_to_8_bit(opened)))
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    box = (left, top, left + edge, top + edge)
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
 
 
 def _to_8_bit(image: Image) -> Image:

@@ -1,0 +1,115 @@
+"""`petune eval`: what a trained model is good at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from petune.cli.options import Json
+from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
+from petune.cli.terminal import one_line, percent, say, show_facts, show_json, show_table
+
+if TYPE_CHECKING:
+    from petune.evaluation import Evaluation
+
+MOST = 30
+"""Classes that are shown; all of them are in eval.json."""
+
+Split = Annotated[
+    Literal["test", "val"], typer.Option("--split", metavar="test|val", help="val chose the run's epoch.")
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        metavar="NAME",
+        help="Other pictures of the same classes: folder:PATH.  [default: the run's]",
+    ),
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where CIFAR lies now.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DIR", help="Where eval.json and pictures go.  [default: eval-SPLIT in the run]"),
+]
+Format = Annotated[Literal["svg", "png"], typer.Option("--format", metavar="svg|png", help="Of the pictures.")]
+
+
+def evaluate(
+    source: Source,
+    split: Split = "test",
+    dataset: Dataset = None,
+    data_dir: DataDir = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = 128,
+    output: Output = None,
+    format: Format = "svg",
+    json: Json = False,
+) -> None:
+    """Accuracy by class, what is mistaken for what, and calibration.
+
+    Writes eval.json, a confusion picture and a reliability diagram.
+    """
+    from petune.evaluation import evaluate as evaluate_run
+    from petune.evaluation import write
+
+    source = source.expanduser()
+    found = evaluate_run(
+        source,
+        split=split,
+        dataset=dataset,
+        data_dir=data_dir,
+        weights=weights,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    place = output or _place(source, split, dataset)
+    files = write(found, place, format) if place is not None else []
+    if json:
+        show_json(found.model_dump(mode="json"))
+    else:
+        _show(found)
+    if place is None:
+        say("an adapter directory is left as it is: with --output DIR, eval.json and pictures are written there")
+    for file in files:
+        say(one_line(f"wrote {file}"))
+
+
+def _place(source: Path, split: str, dataset: str | None) -> Path | None:
+    from petune.rundir import RESULT_FILE
+
+    if not (source / RESULT_FILE).is_file():
+        return None
+    word = "".join(c if c.isalnum() or c in "._-" else "_" for c in dataset or "")
+    return source / "-".join(filter(None, ("eval", split, word)))
+
+
+def _show(found: Evaluation) -> None:
+    classes = sorted(found.classes, key=lambda one: one.accuracy if one.accuracy is not None else 101)
+    rows = [
+        [
+            one_line(one.name),
+            str(one.num_pictures),
+            percent(one.accuracy),
+            f"{one_line(one.mistaken_for)} ({one.mistakes})" if one.mistaken_for is not None else "-",
+        ]
+        for one in (found.classes if len(classes) <= MOST else classes[:MOST])
+    ]
+    show_table(("class", "pictures", "accuracy", "mistaken most for"), rows, right=("pictures", "accuracy"))
+    if len(classes) > MOST:
+        say(f"the {MOST} worst of {len(classes)} classes; eval.json and --json have all")
+    show_facts(
+        (
+            ("method", one_line(found.method)),
+            ("pictures", f"{found.num_pictures:,} of {one_line(found.dataset)}, {found.split}"),
+            ("top-1", percent(found.top1)),
+            ("top-5", percent(found.top5)),
+            ("mean of classes", percent(found.balanced)),
+            ("loss", f"{found.loss:.4f}"),
+            ("calibration error", percent(found.calibration_error)),
+        )
+    )

@@ -1,0 +1,87 @@
+"""`petune predict`: what a trained model says of pictures."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from petune.cli.terminal import clean, one_line, percent, say, show, show_table
+
+if TYPE_CHECKING:
+    from petune.predict import Prediction
+
+Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter directory.")]
+Pictures = Annotated[
+    list[Path], typer.Argument(metavar="PICTURE", help="Picture files, or folders: all pictures below them.")
+]
+TopK = Annotated[int, typer.Option("--top-k", metavar="INT", min=1, help="So many classes a picture.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="INT", min=1, help="Pictures a forward.")]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="NAME|PATH", help="Where the backbone's weights are now.  [default: the run's]"),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    typer.Option("--precision", metavar="auto|fp32|bf16", help="auto: the one measured to be faster here."),
+]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, a line a picture, and only that.")]
+
+
+def predict(
+    source: Source,
+    pictures: Pictures,
+    top_k: TopK = 5,
+    batch_size: BatchSize = 64,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    json: JsonLines = False,
+) -> None:
+    """Name pictures with a trained model.
+
+    A picture that cannot be read is named, the others are not harmed; the exit code is then 4.
+    """
+    from petune.predict import Predictor
+
+    predictor = Predictor(source.expanduser(), weights=weights, device=device, precision=precision)
+    found = predictor.stream(pictures, top_k=top_k, batch_size=batch_size)
+    broken = _lines(found) if json else _table(found)
+    for one in broken:
+        say(clean(f"error: {one.problem}"))
+    if broken:
+        raise typer.Exit(4)
+
+
+def _lines(found: Iterable[Prediction]) -> list[Prediction]:
+    broken = []
+    for one in found:
+        line: dict[str, Any] = {"picture": one.picture}
+        if one.problem:
+            line["error"] = one.problem
+            broken.append(one)
+        else:
+            line["top"] = [{"class": guess.name, "probability": round(guess.probability, 6)} for guess in one.top]
+        show(json_format.dumps(line))
+    return broken
+
+
+def _table(found: Iterable[Prediction]) -> list[Prediction]:
+    rows, broken = [], []
+    for one in found:
+        if one.problem:
+            broken.append(one)
+        else:
+            first, *others = [(one_line(guess.name), percent(100 * guess.probability, 1)) for guess in one.top]
+            rows.append([one_line(one.picture), *first, ", ".join(" ".join(pair) for pair in others)])
+    if rows:
+        columns = ("picture", "class", "probability", "next")
+        narrow = not any(row[-1] for row in rows)
+        show_table(columns[:-1] if narrow else columns, [r[:-1] if narrow else r for r in rows], right=columns[2:3],
+                   spare=() if narrow else columns[3:])  # fmt: skip
+    say(f"{len(rows)} pictures named" + (f", {len(broken)} could not be read" if broken else ""))
+    return broken

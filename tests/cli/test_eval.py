@@ -1,0 +1,127 @@
+"""`petune eval`: the run's own numbers again, numbers by class, calibration, other pictures of the same classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import petune as public
+from petune.data import load_dataset
+from petune.errors import ConfigError
+from petune.evaluation import Evaluation, confusion_picture
+from petune.evaluation.measures import measured
+from petune.results import RunResult
+
+Run = Callable[..., Any]
+ABOUT = {"method": "m", "dataset": "d", "split": "test", "source": "s", "precision": "fp32"}
+
+
+def test_the_numbers_of_the_run_again(petune: Run, digits: Path, tmp_path: Path) -> None:
+    result = RunResult.read(digits)
+    done = petune("eval", digits, "--device", "cpu", "--precision", "fp32", "--output", "out", "--json")
+    assert done.code == 0, done.err
+    found = Evaluation.build(json.loads(done.out))
+    assert (found.top1, found.top5) == pytest.approx((result.top1, result.top5))
+    assert found.num_pictures == sum(one.num_pictures for one in found.classes) == len(load_dataset("digits").test)
+    right = sum(found.confusion[c][c] for c in range(10))
+    assert 100 * right / found.num_pictures == pytest.approx(found.top1)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == json.loads(done.out)
+    for name in ("confusion.svg", "reliability.svg"):
+        assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
+    val = public.evaluate(digits, split="val", device="cpu", precision="fp32")
+    assert val.top1 == pytest.approx(result.val_top1)
+
+
+def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "run")
+    done = petune("eval", "run", "--device", "cpu", "--format", "png")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].replace(" ", "") == "|class|pictures|accuracy|mistakenmostfor|"
+    assert [line.split("|")[1].strip() for line in lines[2:12]] == [str(digit) for digit in range(10)]
+    assert "calibration error" in done.out
+    assert (tmp_path / "run" / "eval-test" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    alone = petune("eval", "run/adapter", "--device", "cpu", "--split", "val")
+    assert alone.code == 0, alone.err  # the run's configuration lies beside it
+    assert "--output DIR" in alone.err
+    shutil.copytree(digits / "adapter", tmp_path / "alone")
+    assert petune("eval", "alone", "--device", "cpu").code == 0
+    lost = petune("eval", "alone", "--split", "val")
+    assert (lost.code, "config.yaml" in lost.err) == (2, True)
+    assert not list((tmp_path / "alone").glob("eval*"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of three of the ten classes, in no order of the model's."""
+    test = load_dataset("digits").test
+    for i in range(60):
+        if (label := int(test.labels[i])) in {7, 2, 5}:
+            file = tmp_path / "more" / str(label) / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(test.images[test.rows[i]]).save(file)
+    return tmp_path / "more"
+
+
+def test_other_pictures_of_the_same_classes(petune: Run, digits: Path, folder: Path, tmp_path: Path) -> None:
+    done = petune("eval", digits, "--dataset", "folder:more", "--device", "cpu", "--output", "out", "--json")
+    assert done.code == 0, done.err
+    found = Evaluation.build(json.loads(done.out))
+    files = sorted(folder.rglob("*.png"))
+    named = public.predict(digits, files, top_k=1, device="cpu")
+    right = [one.top[0].name == Path(one.picture).parent.name for one in named]
+    assert found.num_pictures == len(files)
+    assert found.top1 == pytest.approx(100 * sum(right) / len(right))
+    assert [one.name for one in found.classes if one.num_pictures] == ["2", "5", "7"]
+    assert next(one for one in found.classes if one.name == "0").accuracy is None
+
+    (folder / "7" / "x.png").write_bytes(b"no picture")
+    broken = petune("eval", digits, "--dataset", "folder:more", "--output", "none")
+    assert (broken.code, "x.png must be a whole picture" in broken.err) == (4, True)
+    (folder / "7").rename(folder / "seven")
+    strange = petune("eval", digits, "--dataset", "folder:more", "--output", "none")
+    assert (strange.code, "'seven' is none" in strange.err) == (4, True)
+    assert not (tmp_path / "none").exists()
+    other = petune("eval", digits, "--dataset", "folder:nowhere")
+    assert (other.code, "nowhere" in other.err) == (4, True)
+    assert petune("eval", "nowhere").code == 4
+
+
+def test_calibration_by_hand() -> None:
+    sure = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
+    scores = torch.stack([sure, 1 - sure], 1).log()
+    found = measured(scores, torch.tensor([0, 0, 0, 1, 0, 1]), ("a", "b"), **ABOUT)
+    assert found.calibration_error == pytest.approx(100 * (4 / 6 * abs(0.9 - 0.75) + 2 / 6 * abs(0.6 - 0.5)), abs=1e-4)
+    filled = [one for one in found.bins if one.num_pictures]
+    assert [(one.num_pictures, one.accuracy) for one in filled] == [(2, 0.5), (4, 0.75)]
+    weights = [one.num_pictures / 6 * abs((one.confidence or 0) - (one.accuracy or 0)) for one in filled]
+    assert 100 * sum(weights) == pytest.approx(found.calibration_error, abs=1e-4)
+    assert (found.top1, found.top5, found.balanced) == pytest.approx((400 / 6, 100.0, 50.0))
+    assert found.confusion == ((4, 0), (2, 0))
+    assert (found.classes[1].mistaken_for, found.classes[1].mistakes, found.classes[1].accuracy) == ("a", 2, 0.0)
+
+
+def test_names_in_pictures_are_text() -> None:
+    names = ("<script>", "$x^2$\x1b" + 40 * "y")
+    found = measured(torch.eye(2), torch.tensor([0, 1]), names, **ABOUT)
+    picture = confusion_picture(found)
+    assert ET.fromstring(picture) is not None
+    assert b"<script>" not in picture
+    assert b"$x^2$?" in picture
+    many = tuple(map(str, range(60)))
+    assert confusion_picture(measured(torch.eye(60), torch.arange(60), many, **ABOUT), "png").startswith(b"\x89PNG")
+
+
+def test_a_batch_size_that_means_nothing(digits: Path) -> None:
+    with pytest.raises(public.PetuneError, match="batch_size must be 1 or more"):
+        public.evaluate(digits, batch_size=0)
+    with pytest.raises(ConfigError):
+        public.evaluate(digits, device="abacus")
