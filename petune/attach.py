@@ -17,7 +17,7 @@ from petune.counts import count_parameters
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite, NotMergeable
 from petune.ledger import Claim, added_to, ledger_of, named_parameters, open_ledger
-from petune.probe import look, probe
+from petune.probe import look, probe, refuse_random
 from petune.registry import build_tuner
 from petune.sites import Sites
 from petune.tuner import Tuner, TunerConfig
@@ -60,6 +60,8 @@ def attach(
     label = label_of(name)
     before = ledger_of(model)
     sites = sites or (before.sites if before else find_sites(model, input_size))
+    if before is None:
+        refuse_random(model, sites)
     ledger = open_ledger(model, sites)
     ledger.open(label)
     edit = Edit(model, sites, label)

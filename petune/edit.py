@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from petune.anatomy.positions import Room, admit_prompts, fills, refused
+from petune.anatomy.positions import Room, admit_prompts, fills, is_inside, refused
 from petune.anatomy.prompting import Prompting
 from petune.errors import AttachError, NotMergeable, SiteNotFound
-from petune.hooks import After, Before, Branch, Gather, Holder, Prompts, WindowPrompts
+from petune.hooks import After, Before, Branch, Gather, Holder, InnerPrompts, Prompts
+from petune.passing import Leg, PassingPrompts, is_plain
 from petune.ledger import CONTAINERS, added_to, host_for
 from petune.probe import Call, probe
 from petune.sites import Block, Site, Sites
@@ -100,10 +101,20 @@ class Edit:
                 f"a prompt adapter must have a whole number num_prompts of 1 or more, but that of "
                 f"{type(adapter).__name__} is {count!r}"
             )
-        if run[0].num_windows > 1:
-            self._prompt_windows(run, adapter, count)
+        if is_inside(run[0]):
+            self._prompt_attention(run, adapter, count)
         else:
             self._prompt_tokens(run, adapter, count)
+
+    def passage(self) -> tuple[Block, ...]:
+        """The first block and those behind it with the same tokens: how far prompts go that enter the model there.
+
+        It is all blocks, unless tokens are pooled or merged in between.
+        """
+        first, *others = self.sites.need_blocks()
+        room = self.prompting.room(first, 1)
+        fits = [first.dim == b.dim and self.prompting.room(b, 1) == room for b in others]
+        return (first, *others[: (*fits, False).index(False)])
 
     def _prompt_tokens(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
         room = self.prompting.room(run[0], count)
@@ -121,17 +132,37 @@ class Edit:
         self._hook(run[-1].exit.register_forward_hook(holder.leave))
         self.prompting.prove(run, room)
 
-    def _prompt_windows(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
+    def _prompt_attention(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
         block, attn = run[0], run[0].need("attn")
-        if len(run) > 1:
-            why = "attends in windows, each with its own copy of them: they cannot go on to the next block as one"
-            raise refused(block, self.sites, why, DEEP)
         room = self.prompting.room(block, count)
         self._admit(run, room)
-        holder = WindowPrompts(adapter, room, block.norm1.enter if block.norm1 and block.norm_first else None)
+        if len(run) > 1:
+            self._pass_prompts(run, adapter, room)
+            return
+        norm = block.norm1 if block.norm_first else None
+        if norm is not None and norm.enter in set(attn.enter.modules()):
+            norm = None  # the attention normalises them itself
+        holder = InnerPrompts(adapter, room, fills(block), norm)
         self._put(holder, block, attn)
         self._hook(attn.enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
         self._hook(attn.exit.register_forward_hook(holder.leave))
+        self.prompting.prove(run, room)
+
+    def _pass_prompts(self, run: tuple[Block, ...], adapter: nn.Module, room: Room) -> None:
+        for block in run[:-1]:
+            with torch.no_grad():
+                plain = is_plain(block, self.prompting.seen(block))
+            if not plain or any(not is_inside(b) for b in run):
+                why = "has no way out for them: they stay in its attention, and cannot go on to the next block"
+                raise refused(block, self.sites, why, DEEP)
+        holder = PassingPrompts(adapter, room, {}, None)
+        self._put(holder, run[0], *(b.need("attn") for b in run))
+        for block in run:
+            leg, attn = Leg(holder, block, fills(block), (block is run[0], block is run[-1])), block.need("attn")
+            self._hook(attn.enter.register_forward_pre_hook(leg.enter, with_kwargs=True, prepend=True))
+            self._hook(attn.exit.register_forward_hook(leg.leave))
+        # first of all hooks, for the attention may be what enters the block
+        self._hook(run[0].enter.register_forward_pre_hook(holder.start, with_kwargs=True, prepend=True))
         self.prompting.prove(run, room)
 
     def _admit(self, run: tuple[Block, ...], room: Room) -> None:
@@ -180,14 +211,19 @@ class Edit:
         """Call `fn` on merge, to fold in what was done by hand; it raises NotMergeable before it changes anything."""
         self._merges.append(fn)
 
-    def linears(self, site: Site | None) -> tuple[Site, ...]:
-        """The backbone's Linear layers that the forward calls within `site`, in their order; found by one forward."""
+    def linears(self, site: Site | None, *, pointwise: bool = False) -> tuple[Site, ...]:
+        """The backbone's Linear layers that the forward calls within `site`, in their order; found by one forward.
+
+        Args:
+            site: A place with extent.
+            pointwise: Take 1×1 convolutions too, the linear layers of tokens that are laid out as a picture.
+        """
         site = self._present(site, "linears")
         calls = self._probed()
         first, last = calls.get(id(site.enter)), calls.get(id(site.exit))
         if first is None or last is None:
             return ()
-        inside = [c for c in self._linear_modules() if id(c) in calls]
+        inside = [m for m in self._matrices() if id(m) in calls and (pointwise or isinstance(m, nn.Linear))]
         inside = [m for m in inside if first.start <= calls[id(m)].start and calls[id(m)].stop <= last.stop]
         return tuple(self.site(m) for m in sorted(inside, key=lambda m: calls[id(m)].start))
 
@@ -201,7 +237,8 @@ class Edit:
         """Linear layers inside the modules of `site` that the forward never calls: their weights are read instead."""
         site = self._present(site, "unread")
         inside = {id(m) for module in site.modules for m in module.modules()}
-        return tuple(self.site(m) for m in self._linear_modules() if id(m) in inside and id(m) not in self._probed())
+        linears = [m for m in self._matrices() if isinstance(m, nn.Linear)]
+        return tuple(self.site(m) for m in linears if id(m) in inside and id(m) not in self._probed())
 
     def wake(self, site: Site | None) -> None:
         """Tell attentions that can either read or call their qkv layer to call it, as adapters need (timm: EVA, BEiT).
@@ -288,14 +325,14 @@ class Edit:
             self._hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
         self._hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
 
-    def _linear_modules(self) -> list[nn.Linear]:
-        return [m for m in self.backbone() if isinstance(m, nn.Linear)]
+    def _matrices(self) -> list[nn.Module]:
+        return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m)]
 
     def _probed(self) -> dict[int, Call]:
         if self._calls is None:
             inner = [getattr(b, role) for b in self.sites.blocks for role in ("attn", "mlp", "norm1", "norm2")]
             places = [*self.sites.blocks, *(s for s in inner if s is not None)]
-            watched = [*self._linear_modules(), *(m for s in places for m in s.modules)]
+            watched = [*self._matrices(), *(m for s in places for m in s.modules)]
             self._calls = probe(self.model, self.sites, {id(m): m for m in watched}.values())
         return self._calls
 
@@ -347,3 +384,8 @@ class Edit:
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a 1×1 convolution: one matrix for every pixel."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

@@ -159,7 +159,7 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
     size = None
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=offline)
-        config = getattr(config, "vision_config", None) or config
+        config = _for_classifying(getattr(config, "vision_config", None) or config)
         size = getattr(config, "image_size", None)
         config.update({**options, "num_labels": num_classes})
         # None where a file does not say, which transformers cannot read where a config has several models (DeiT)
@@ -176,6 +176,16 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
             f"hf:{name} must be a directory with config.json (and the weights, unless --weights none is given), or a "
             f"model of the Hugging Face Hub{asked}, but: {first}"
         ) from error
+
+
+def _for_classifying(config: Any) -> Any:
+    """ViT-MAE's own model hides random patches in every forward; its encoder's weights are those of a ViT.
+
+    That is how transformers' documentation tells to classify with them.
+    """
+    from transformers import ViTConfig
+
+    return ViTConfig(**config.to_dict()) if config.model_type == "vit_mae" else config
 
 
 def _made(cls: Any, name: str, config: Any, pretrained: bool, offline: bool) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.anatomy.positions import Room, padded
-from petune.sites import Layout
+from petune.sites import Layout, Site
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -151,52 +151,68 @@ class Prompts(Holder):
         if not self.enabled:
             return None
         x_BND = first_tensor(args, kwargs)
-        args, kwargs = with_first_tensor(args, kwargs, self._with_prompts(x_BND, self.adapter(x_BND)))
-        return self._padded(args, kwargs)
+        args, kwargs = with_first_tensor(args, kwargs, self.with_prompts(x_BND, self.adapter(x_BND)))
+        return self.padded_with(args, kwargs, self.fills)
 
     def pass_through(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Pre-hook of the blocks between: what the model tells them is sized for its own tokens."""
-        return self._padded(args, kwargs) if self.enabled else None
+        return self.padded_with(args, kwargs, self.fills) if self.enabled else None
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Hook of the last block."""
-        return with_tensor(output, self._cut) if self.enabled else None
+        return with_tensor(output, self.cut) if self.enabled else None
 
-    def _with_prompts(self, x_BND: Tensor, prompts: Tensor) -> Tensor:
-        prompts_BPD = prompts.to(x_BND.dtype).expand(x_BND.shape[0], -1, -1)
-        if prompts_BPD.shape[1] != self.num_prompts:
+    def with_prompts(self, x_BND: Tensor, prompts: Tensor) -> Tensor:
+        """(B, N, D) to (B, N + P, D)."""
+        if prompts.shape[-2] != self.num_prompts:
             raise RuntimeError(
                 f"a prompt adapter must return num_prompts = {self.num_prompts} tokens, but it returned "
-                f"{prompts_BPD.shape[1]}"
+                f"{prompts.shape[-2]}"
             )
-        return torch.cat([x_BND[:, : self.index], prompts_BPD, x_BND[:, self.index :]], dim=1)
+        if x_BND.ndim == 4:  # windows have a dimension of their own (NesT)
+            prompts = prompts.unsqueeze(1)
+        prompts_BPD = prompts.to(x_BND.dtype).expand(*x_BND.shape[:-2], -1, -1)
+        return torch.cat([x_BND[..., : self.index, :], prompts_BPD, x_BND[..., self.index :, :]], dim=-2)
 
-    def _padded(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        more = tuple(padded(a, self.room, self.fills.get(i)) for i, a in enumerate(args) if i)
-        return (*args[:1], *more), {k: padded(v, self.room, self.fills.get(k)) for k, v in kwargs.items()}
+    def padded_with(self, args: Args, kwargs: Kwargs, fills: Mapping[int | str, float]) -> tuple[Args, Kwargs]:
+        """What a module is given beside the tokens, with room for prompts."""
+        more = tuple(padded(a, self.room, fills.get(i)) for i, a in enumerate(args) if i)
+        return (*args[:1], *more), {k: padded(v, self.room, fills.get(k)) for k, v in kwargs.items()}
 
-    def _cut(self, x_BND: Tensor) -> Tensor:
-        return torch.cat([x_BND[:, : self.index], x_BND[:, self.index + self.num_prompts :]], dim=1)
+    def cut(self, x_BND: Tensor) -> Tensor:
+        """(B, N + P, D) to (B, N, D)."""
+        return torch.cat([x_BND[..., : self.index, :], x_BND[..., self.index + self.num_prompts :, :]], dim=-2)
 
 
-class WindowPrompts(Prompts):
+class InnerPrompts(Prompts):
     """Puts the same tokens into every window of every picture where an attention is entered, cuts them out behind it.
 
-    A batch of windows is not mixed: each gets the prompts, and loses what became of them.
+    A batch of windows is not mixed: each gets the prompts, and loses what became of them. Without windows it computes
+    what a block does with prompts of its own, since those matter to the block's other tokens in its attention alone.
     """
 
-    def __init__(self, adapter: nn.Module, room: Room, norm: nn.Module | None) -> None:
-        super().__init__(adapter, room, {})
-        self.norm = (norm,)  # in a tuple: it is the block's own, not a part of the holder
+    def __init__(self, adapter: nn.Module, room: Room, fills: Mapping[int | str, float], norm: Site | None) -> None:
+        super().__init__(adapter, room, fills)
+        self.norm = None if norm is None else (norm.enter, norm.layout)  # in a tuple: the block's own, not a submodule
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Pre-hook of the attention, whose input was normalised where its block does that first."""
         if not self.enabled:
             return None
         x_BND = first_tensor(args, kwargs)
-        prompts, norm = self.adapter(x_BND).to(x_BND.dtype), self.norm[0]
-        x_BND = self._with_prompts(x_BND, prompts if norm is None else norm(prompts))
-        return self._padded(*with_first_tensor(args, kwargs, x_BND))
+        x_BND = self.with_prompts(x_BND, self._normed(self.adapter(x_BND).to(x_BND.dtype)))
+        return self.padded_with(*with_first_tensor(args, kwargs, x_BND), self.fills)
+
+    def _normed(self, prompts_BPD: Tensor) -> Tensor:
+        if self.norm is None:
+            return prompts_BPD
+        norm, layout = self.norm
+        normed: Tensor
+        if layout == "BCHW":  # (B, P, D) as a picture of P rows and one column
+            normed = norm(prompts_BPD.movedim(-1, 1).unsqueeze(-1)).squeeze(-1).movedim(1, -1)
+        else:
+            normed = norm(prompts_BPD)
+        return normed
 
 
 def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:

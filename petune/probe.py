@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +78,37 @@ def look(model: nn.Module, sites: Sites) -> Tensor:
     """What the model makes of two random pictures, in eval mode; always the same ones."""
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
     return scores_of(_forward(model, x))
+
+
+def refuse_random(model: nn.Module, sites: Sites) -> None:
+    """See that the model draws no random numbers in eval mode, or none that its scores depend on.
+
+    Raises:
+        AttachError: Two forwards of the same pictures differ, as those of a masked autoencoder do: it hides other
+            patches each time.
+    """
+    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(model.parameters()).device, dtype_of(model))
+    with undisturbed(model), torch.no_grad():
+        before = _random_state(x.device)
+        first = scores_of(model(x))
+        if _random_state(x.device) == before:
+            return
+        second = scores_of(model(x))
+    if not torch.equal(first, second):
+        raise AttachError(
+            f"a backbone in eval mode must give a picture the same scores each time, but {sites.model} draws random "
+            f"numbers in its forward, and two differ by {float((second - first).abs().max()):.2g}. If it is dropout, "
+            "let it ask self.training; if it hides or shuffles patches for pretraining (a masked autoencoder), build "
+            "the classifier on its plain encoder, as transformers' ViTForImageClassification for ViT-MAE"
+        )
+
+
+def _random_state(device: torch.device) -> tuple[object, ...]:
+    numpy = sys.modules.get("numpy")
+    drawn = str(numpy.random.get_state()) if numpy is not None else ""
+    cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    return torch.get_rng_state().numpy().tobytes(), cuda, random.getstate(), drawn
 
 
 def scores_of(out: Any) -> Tensor:

@@ -24,8 +24,10 @@ Switch = Callable[[bool], None]
 
 # How attentions know positions where neither shapes nor the trace can tell, with timm's classes that do so:
 PREFIX = "num_prefix_tokens"  # tokens that are not rotated (EVA, ROPE ViT, DINOv3, Qwen3)
-METHODS = ("_get_rel_pos_bias", "get_bias")  # a bias (1, H, N, N) that is read without a call (BEiT, Swin; relpos)
-BIAS_MLPS = ("cpb_mlp", "meta_mlp")  # a network that makes the bias of a window (Swin-V2; Swin-V2 CR)
+# A bias (1 or none, H, N, N) that is read without a call (BEiT and Swin; relpos; TinyViT, LeViT, EfficientViT):
+METHODS = ("_get_rel_pos_bias", "get_bias", "get_attention_biases")
+# A network that makes the bias of a window (Swin-V2; Swin-V2 CR; transformers' Swin-V2):
+BIAS_MLPS = ("cpb_mlp", "meta_mlp", "continuous_position_bias_mlp")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,18 @@ def refused(
     )
 
 
+def is_inside(block: Block) -> bool:
+    """Whether prompts go into the block's attention alone, and not through the block.
+
+    What becomes of them behind the attention is thrown away, so that a block with prompts of its own computes the
+    same. It must be so where the block is no module, lays its tokens out as a picture, attends in windows, or convolves
+    outside of its attention.
+    """
+    if block.attn is None or not block.attn.is_module:
+        return False
+    return block.num_windows > 1 or not block.is_module or block.layout != "BNC" or bool(_spatial(block.enter))
+
+
 def fills(block: Block) -> dict[int | str, float]:
     """What fills the rows of prompts in the further tensors a block is given, by position and by keyword.
 
@@ -85,7 +99,8 @@ def fills(block: Block) -> dict[int | str, float]:
     attention = block.enter if block.attn is None else block.attn.enter
     if any(isinstance(getattr(m, PREFIX, None), int) for m in attention.modules()):
         return {}  # such attention is told how many tokens not to rotate
-    names = list(inspect.signature(block.enter.forward).parameters)
+    called = attention if is_inside(block) else block.enter
+    names = list(inspect.signature(called.forward).parameters)
     values: dict[int | str, float] = {name: float("cos" in name) for name in names}
     by_position: dict[int | str, float] = {i: values[name] for i, name in enumerate(names)}
     return by_position | values
@@ -115,20 +130,22 @@ def _inserted(x: Tensor, room: Room, dim: int, value: float) -> Tensor:
 
 
 def _refusal(block: Block) -> str | None:
-    if not block.is_module:
+    inside = is_inside(block)
+    if not block.is_module and not inside:
         return "is no module of its own that they could enter and leave"
-    windowed = block.num_windows > 1 and block.attn is not None and block.attn.layout == "BNC"
-    if block.layout != "BNC" and not windowed:
-        return f"lays its tokens out as a picture ({block.layout})"
-    attention = block.enter if block.attn is None or not windowed else block.attn.enter
-    spatial = [n for n, m in attention.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d) and _is_spatial(m)]
+    layout = block.attn.layout if inside and block.attn is not None else block.layout
+    if layout == "BCHW" or (layout != "BNC" and not inside):
+        return f"lays its tokens out as a picture ({layout})"
+    spatial = _spatial(block.attn.enter if inside and block.attn is not None else block.enter)
     if spatial:
         return f"convolves over the picture ({spatial[0]})"
     return None
 
 
-def _is_spatial(conv: nn.Conv1d | nn.Conv2d) -> bool:
-    return any(k > 1 for k in conv.kernel_size)
+def _spatial(module: nn.Module) -> list[str]:
+    """Names of convolutions that mix neighbours."""
+    convs = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
+    return [n or "its own" for n, m in convs if any(k > 1 for k in m.kernel_size)]
 
 
 def _grown_prefix(module: Any, count: int) -> Switch:
@@ -158,14 +175,14 @@ class PaddedMethod:
 
     def __init__(self, module: Any, name: str, room: Room) -> None:
         self.module, self.name, self.room = module, name, room
-        self.before: Callable[[], Tensor] | None = None
+        self.before: Callable[..., Tensor] | None = None
 
-    def get(self) -> Tensor:
-        """The bias (1, H, N + P, N + P)."""
+    def get(self, *args: Any) -> Tensor:
+        """The bias (1 or none, H, N + P, N + P)."""
         own = self.before
         if own is None:
             own = functools.partial(getattr(type(self.module), self.name), self.module)
-        return with_pairs(own(), self.room)
+        return with_pairs(own(*args), self.room)
 
 
 class PaddedOutput:
@@ -194,7 +211,8 @@ def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Switch:
 def _padded_window(module: Any, name: str, room: Room) -> list[Switch]:
     """Swin-V2: a network makes the bias of N × N pairs in a window, whose size the attention reads from itself."""
     index = getattr(module, "relative_position_index", None)
-    table = WindowTable(room, module.num_heads, indexed=index is not None)
+    heads = getattr(module, "num_heads", None) or module.num_attention_heads
+    table = WindowTable(room, heads, indexed=index is not None)
     size: dict[str, Any] = {"window_size": (1, room.tokens + room.count)}
     if index is not None:  # the pairs with prompts look up one more row
         size["relative_position_index"] = _inserted_index(index, room, table.rows(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.anatomy.forward import dtype_of, undisturbed
-from petune.anatomy.positions import Room, refused
+from petune.anatomy.positions import Room, is_inside, refused
 from petune.anatomy.proof import HiddenPrompts, same
 from petune.anatomy.trace import tensors_in
 from petune.sites import Block, Sites
@@ -17,12 +18,29 @@ from petune.sites import Block, Sites
 
 @dataclass
 class Seen:
-    """One call of a block: what it was given and what it returned, and how many tokens its attention saw."""
+    """One call of a block: what it was given and what it returned, and how many tokens its attention saw.
+
+    Attributes:
+        attended: What its attention returned.
+        mid: What entered its `mid`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tokens: int
     output: Any = None
+    attended: Tensor | None = None
+    mid: Tensor | None = None
+
+    @property
+    def stream(self) -> Tensor | None:
+        """The tokens that it was given."""
+        return next(tensors_in((self.args, self.kwargs)), None)
+
+    @property
+    def left(self) -> Tensor:
+        """The tokens that it returned."""
+        return next(tensors_in(self.output))
 
 
 class Prompting:
@@ -37,13 +55,18 @@ class Prompting:
         self.model, self.sites = model, sites
         self._seen: dict[int, Seen] = {}
         self._plain: Tensor | None = None
+        self._rooms: list[Room] = []
 
     def room(self, block: Block, count: int) -> Room:
-        """Room for `count` prompts: behind the prefix tokens, or at the start of every window."""
+        """Room for `count` prompts: behind the prefix tokens, or first of all in the attention alone."""
         if not self._seen:
             self._plain = self._look()
-        index = 0 if block.num_windows > 1 else self.sites.num_prefix_tokens
+        index = 0 if is_inside(block) else self.sites.num_prefix_tokens
         return Room(index, count, self._seen[id(block.enter)].tokens)
+
+    def seen(self, block: Block) -> Seen:
+        """The block's call in the forward without prompts."""
+        return self._seen[id(block.enter)]
 
     def prove(self, run: tuple[Block, ...], room: Room) -> None:
         """Compare the blocks with hidden prompts to what they were without; not on the meta device.
@@ -54,13 +77,20 @@ class Prompting:
         seen, block = self._seen[id(run[0].enter)], run[0]
         if next(self.model.parameters()).is_meta:
             return
+        alone = len(run) == 1 and block.is_module
+        if room not in self._rooms:
+            self._rooms.append(room)  # earlier blocks' prompts are in the model already: hide them too
         try:
-            with undisturbed(self.model), torch.no_grad(), HiddenPrompts(room) as hidden:
-                output = block.enter(*seen.args, **seen.kwargs) if len(run) == 1 else self.model(self._picture())
+            with undisturbed(self.model), torch.no_grad(), contextlib.ExitStack() as stack:
+                modes = [stack.enter_context(HiddenPrompts(r)) for r in self._rooms]
+                output = block.enter(*seen.args, **seen.kwargs) if alone else self.model(self._picture())
         except Exception as error:
             raise refused(block, self.sites, f"does not run with them ({type(error).__name__}: {error})") from error
-        before = seen.output if len(run) == 1 else self._plain
-        if not hidden.count or not same(next(tensors_in(before)), next(tensors_in(output))):
+        before = seen.output if alone else self._plain
+        if not modes[self._rooms.index(room)].count:
+            why = "does not weigh its tokens one against another where they come in (but channels, or tokens elsewhere)"
+            raise refused(block, self.sites, why)
+        if not same(next(tensors_in(before)), next(tensors_in(output))):
             why = "knows the places of its tokens in a way that petune cannot tell about tokens without a place"
             raise refused(block, self.sites, why)
         if run[-1] is self.sites.blocks[-1]:
@@ -77,21 +107,32 @@ class Prompting:
 
     def _watch(self, block: Block) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tokens = next(tensors_in((args, kwargs))).shape[1]
+            tokens = next(tensors_in((args, kwargs))).shape[-2]
             self._seen[id(module)] = Seen(args, kwargs, tokens)
 
         def attend(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if block.num_windows > 1:
-                self._seen[id(block.enter)].tokens = next(tensors_in((args, kwargs))).shape[1]
+            if is_inside(block):
+                self._seen[id(block.enter)].tokens = next(tensors_in((args, kwargs))).shape[-2]
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._seen[id(block.enter)].output = output
 
+        def attended(module: nn.Module, args: Any, output: Any) -> None:
+            self._seen[id(block.enter)].attended = next(tensors_in(output), None)
+
+        def mid(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._seen[id(block.enter)].mid = next(tensors_in((args, kwargs)), None)
+
         inner = block.enter if block.attn is None else block.attn.enter
+        more = []
+        if is_inside(block):
+            more = [inner.register_forward_hook(attended)]
+            more += [block.mid.enter.register_forward_pre_hook(mid, with_kwargs=True)] if block.mid else []
         return [
             block.enter.register_forward_pre_hook(enter, with_kwargs=True),
             inner.register_forward_pre_hook(attend, with_kwargs=True),
             block.exit.register_forward_hook(leave),
+            *more,
         ]
 
     def _picture(self) -> Tensor:

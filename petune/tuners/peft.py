@@ -162,8 +162,12 @@ class Peft(petune.Tuner[PeftConfig]):
 
     def _places(self, edit: petune.Edit) -> list[petune.Site]:
         roles = ("attn", "mlp") if self.config.targets == "all" else (self.config.targets,)
-        blocks = edit.sites.need_blocks()
-        return [site for block in blocks for role in roles if (site := getattr(block, role)) is not None]
+        places: list[petune.Site] = []
+        for block in edit.sites.need_blocks():
+            found = [site for role in roles if (site := getattr(block, role)) is not None]
+            bare = block.attn is None and block.mlp is None and self.config.targets == "all"
+            places += [block] if bare else found  # attention and MLP that cannot be told apart are all of a block
+        return places
 
     def _bare(self, edit: petune.Edit) -> list[petune.Site]:
         """Attentions of torch that hold q, k and v as one bare weight, which PEFT's plain LoRA can change too."""
@@ -193,9 +197,10 @@ class Peft(petune.Tuner[PeftConfig]):
         targets = [
             layer
             for site in places
-            for layer in edit.linears(site)
+            for layer in edit.linears(site, pointwise=self.config.type == "lora")
             if site.dim in cast(nn.Linear, layer.module).weight.shape
         ]
+        targets = list({id(layer.module): layer for layer in targets}.values())
         unread = [layer for site in places for layer in edit.unread(site)]
         model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in unread[:3]))
         if not targets and not others:

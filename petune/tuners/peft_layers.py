@@ -35,6 +35,9 @@ class Wrapped:
             kind = config.peft_type.value.lower()
             raise petune.AttachError(f"PEFT cannot put {kind} on {edit.sites.model}: {error}") from None
         self.layers = {path: layer for path, layer in _layers(self.model) if self.name in _adapters(layer)}
+        for layer in self.layers.values():
+            if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+                self._bare(layer)
         self._check(wanted, before)
         new = [p for p in self.model.parameters() if id(p) not in parameters]
         wrappers = {layer for _, layer in _layers(self.model)}
@@ -86,6 +89,21 @@ class Wrapped:
                 f"PEFT's layer would do nothing: the forward of {self.edit.sites.model} never calls {dead[0]}; its "
                 "weight is read without calling it. Leave it out of target_modules"
             )
+
+    def _bare(self, layer: Any) -> None:
+        """Keep the owner of an attention from reading the weights past the layer, as long as it is enabled."""
+        from petune.tuners.peft_bare import call_it, open_up
+
+        open_up(layer)
+        handles = [layer.register_forward_pre_hook(call_it)]
+
+        def switch(on: bool) -> None:
+            if on:
+                handles.append(layer.register_forward_pre_hook(call_it))
+            else:
+                handles.pop().remove()
+
+        self.edit.on_switch(switch)
 
     def _switch(self, on: bool) -> None:
         for layer in self.layers.values():

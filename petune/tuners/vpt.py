@@ -77,7 +77,7 @@ class VPT(petune.Tuner[VPTConfig]):
             for block in blocks:
                 edit.prompt(block, prompt(block.dim))
         else:
-            edit.prompt(blocks, prompt(blocks[0].dim))
+            edit.prompt(edit.passage(), prompt(blocks[0].dim))
 
     def count(self, sites: petune.Sites) -> int:
         """L·P·D for deep, P·D for shallow."""
