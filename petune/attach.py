@@ -118,6 +118,14 @@ class Attachment:
         """`model.train(mode)`; what is frozen stays in eval mode either way."""
         return self.model.train(mode)
 
+    def begin(self, total_steps: int) -> None:
+        """Tell the tuner how many steps the training has, before the first and before a resume."""
+        self.tuner.begin(total_steps)
+
+    def stepped(self, step: int) -> None:
+        """Tell the tuner that the optimizer has done this step (from 0), while the gradients are still there."""
+        self.tuner.stepped(step)
+
     def extra_loss(self, step: int) -> Tensor | float:
         """The tuner's own term of the loss at this step, 0.0 where it has none."""
         term = self.tuner.loss(step)

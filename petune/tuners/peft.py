@@ -16,15 +16,17 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import ConfigDict, model_validator
 from torch import Tensor, nn
 
 import petune
 
+if TYPE_CHECKING:
+    from petune.tuners.adalora import Budget
+
 REFUSED = {
-    "adalora": "it must be told how many steps a training has, and what their gradients were",
     "lily": "its router averages over the batch, so that the score of a picture depends on the others",
     "osf": "it replaces the backbone's weights by their singular vectors",
     "xlora": "it mixes adapters that exist already",
@@ -32,6 +34,13 @@ REFUSED = {
     "trainable_tokens": "it trains word embeddings",
     "shadow": "it needs a language model",
     "cartridge": "it needs a language model",
+    "prompt_tuning": "it puts prompts before word embeddings; use vpt",
+    "multitask_prompt_tuning": "it puts prompts before word embeddings; use vpt",
+    "p_tuning": "it puts prompts before word embeddings; use vpt",
+    "cpt": "it puts prompts before word embeddings; use vpt",
+    "prefix_tuning": "it puts prefixes in a language model's cache of keys and values; use vpt",
+    "petune": "it stands for petune's own methods; name one of them",
+    "adaption_prompt": "it knows the attentions of three language models; use vpt",
 }
 NOT_IDENTITY = {"fourierft", "unilora", "vblora", "c3a"}
 MUST_DIVIDE = {
@@ -125,6 +134,7 @@ class Peft(petune.Tuner[PeftConfig]):
 
     Config = PeftConfig
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
+    budget: Budget | None = None
 
     def __init__(self, config: PeftConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
@@ -144,6 +154,24 @@ class Peft(petune.Tuner[PeftConfig]):
         self.wrapped = Wrapped(
             edit, peft_types()[self.config.type](**options), [_path(site) for site in (*targets, *bare)]
         )
+        if self.config.type == "adalora":
+            from petune.tuners.adalora import Budget
+
+            self.budget = Budget(edit, self.wrapped)
+
+    def begin(self, total_steps: int) -> None:
+        """AdaLoRA shares out its ranks over so many steps, unless the option total_step says otherwise."""
+        if self.budget is not None:
+            self.budget.begin(self.config.options.get("total_step", total_steps))
+
+    def stepped(self, step: int) -> None:
+        """AdaLoRA takes away ranks."""
+        if self.budget is not None:
+            self.budget.allocate(step + 1)
+
+    def loss(self, step: int) -> Tensor | None:
+        """AdaLoRA keeps its factors near orthogonal; no other type has a term of its own."""
+        return None if self.budget is None else self.budget.regularity()
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
@@ -223,6 +251,8 @@ class Peft(petune.Tuner[PeftConfig]):
             fitting[MUST_DIVIDE[kind]] = math.gcd(default[MUST_DIVIDE[kind]], *sides)
         elif kind == "shira":
             fitting["r"] = min(default["r"], min(sides) // 4)
+        elif kind == "adalora":  # PEFT's config wants to know the steps of a run that is not there yet
+            fitting["total_step"] = self.config.options.get("tinit", 0) + self.config.options.get("tfinal", 0) + 1
         elif kind == "waveft":
             fitting["n_frequency"] = min(default["n_frequency"], min(sides) ** 2)
         elif kind == "ia3":
@@ -262,10 +292,9 @@ def _exactly(paths: list[str], model: nn.Module) -> list[str] | str:
 
 
 def peft_types() -> dict[str, Any]:
-    """PEFT's config classes by type in small letters, without those for prompts of language models."""
+    """PEFT's config classes by type in small letters, without those that are refused."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     usable: Iterable[Any] = PEFT_TYPE_TO_TUNER_MAPPING
     found = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in usable}
-    prompts = {"prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cpt", "adaption_prompt"}
-    return {k: c for k, c in found.items() if k not in prompts and k not in REFUSED}
+    return {k: c for k, c in found.items() if k not in REFUSED}
