@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 REFUSED = {
     "lily": "its router averages over the batch, so that the score of a picture depends on the others",
-    "osf": "it replaces the backbone's weights by their singular vectors",
     "xlora": "it mixes adapters that exist already",
     "poly": "it needs the task of every picture",
     "trainable_tokens": "it trains word embeddings",
@@ -49,6 +48,13 @@ MUST_DIVIDE = {
     "road": "group_size",
     "oft": "oft_block_size",
     "miss": "r",
+}
+LAYERS = ("layers_to_transform", "layers_pattern")
+NOT_HERE = {
+    "modules_to_save": "the classifier trains anyway; attach partial or norm beside it to train more",
+    "inference_mode": "what is attached trains",
+    "task_type": "the task is to classify pictures",
+    **dict.fromkeys(LAYERS, "PEFT looks at it only where target_modules is given too"),
 }
 CHANGES_WEIGHTS = "init_lora_weights"
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
@@ -86,6 +92,13 @@ class PeftConfig(petune.TunerConfig):
             raise ValueError(f"{CHANGES_WEIGHTS} must be one of {PLAIN_STARTS}: other starts change the backbone")
         if self.options.get("bias", "none") != "none":
             raise ValueError("bias must be 'none'; attach bitfit beside it to train biases")
+        for name, why in NOT_HERE.items():
+            if self.options.get(name) and not (name in LAYERS and "target_modules" in self.options):
+                raise ValueError(f"{name} cannot be given: {why}")
+        try:
+            known[self.type](**_completed(self.type, self.options))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"this is refused by PEFT's {known[self.type].__name__}: {error}") from None
         return self
 
     @property
@@ -148,7 +161,8 @@ class Peft(petune.Tuner[PeftConfig]):
         chosen = "target_modules" in self.config.options
         bare = [] if chosen else self._bare(edit)
         targets = [] if chosen else self._targets(edit, bool(bare))
-        options = self._options(edit, targets) if not chosen else self.config.options
+        own = _completed(self.config.type, self.config.options)
+        options = self._options(edit, targets) if not chosen else own
         if bare:
             options = {**options, "target_parameters": [f"{_path(site)}.in_proj_weight" for site in bare]}
         self.wrapped = Wrapped(
@@ -182,7 +196,15 @@ class Peft(petune.Tuner[PeftConfig]):
         """From a config that PEFT wrote to the one that petune would have."""
         kind = str(peft_config["peft_type"]).lower()
         known = {f.name: f for f in dataclasses.fields(peft_types()[kind])} if kind in peft_types() else {}
-        skipped = {"peft_type", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision", "task_type"}
+        skipped = {
+            "peft_type",
+            "peft_version",
+            "auto_mapping",
+            "inference_mode",
+            "base_model_name_or_path",
+            "revision",
+            "task_type",
+        }
         options = {k: v for k, v in peft_config.items() if k in known and k not in skipped and v != known[k].default}
         saved = options.pop("modules_to_save", None)
         config = {"type": kind, **{k: v for k, v in options.items() if v not in (None, {}, [])}}
@@ -243,7 +265,8 @@ class Peft(petune.Tuner[PeftConfig]):
     def _options(self, edit: petune.Edit, targets: list[petune.Site]) -> dict[str, Any]:
         """PEFT's options: the user's, the targets, and what must fit the layers' sides where nothing was asked for."""
         kind = self.config.type
-        options = {"target_modules": _exactly([_path(site) for site in targets], edit.model), **self.config.options}
+        names = _exactly([_path(site) for site in targets], edit.model)
+        options = {"target_modules": names, **_completed(kind, self.config.options)}
         sides = [side for site in targets for side in cast(nn.Linear, site.module).weight.shape]
         default: Any = {f.name: f.default for f in dataclasses.fields(peft_types()[kind])}
         fitting: dict[str, Any] = {}
@@ -251,8 +274,6 @@ class Peft(petune.Tuner[PeftConfig]):
             fitting[MUST_DIVIDE[kind]] = math.gcd(default[MUST_DIVIDE[kind]], *sides)
         elif kind == "shira":
             fitting["r"] = min(default["r"], min(sides) // 4)
-        elif kind == "adalora":  # PEFT's config wants to know the steps of a run that is not there yet
-            fitting["total_step"] = self.config.options.get("tinit", 0) + self.config.options.get("tfinal", 0) + 1
         elif kind == "waveft":
             fitting["n_frequency"] = min(default["n_frequency"], min(sides) ** 2)
         elif kind == "ia3":
@@ -276,6 +297,15 @@ class Dora(Peft):
     """DoRA on the linear layers of attention and MLP. Parameters: those of LoRA and one a layer and output."""
 
     Config = DoraConfig
+
+
+def _completed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with what PEFT's config asks for though it follows from the others, or is not known yet."""
+    if kind == "adalora":  # the steps of a run that is not there yet
+        return {"total_step": options.get("tinit", 0) + options.get("tfinal", 0) + 1, **options}
+    if kind == "oft":  # either the blocks' number or their size
+        return {"oft_block_size" if options.get("r") else "r": 0, **options}
+    return options
 
 
 def _path(site: petune.Site) -> str:

@@ -155,6 +155,10 @@ def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None
         ({}, "there are adalora, adamss, beft"),
         ({"type": "lora", "init_lora_weights": "pissa"}, "change the backbone"),
         ({"type": "lora", "bias": "all"}, "attach bitfit beside it"),
+        ({"type": "lora", "modules_to_save": ["norm"]}, "the classifier trains anyway"),
+        ({"type": "lora", "layers_to_transform": [0]}, "only where target_modules is given"),
+        ({"type": "lora", "task_type": "SEQ_CLS"}, "classify pictures"),
+        ({"type": "oft", "r": 4, "oft_block_size": 8}, "this is refused by PEFT's OFTConfig: You can only"),
         *(({"type": kind}, REFUSED[kind][:30]) for kind in REFUSED),
     ],
 )
@@ -187,6 +191,19 @@ def test_two_of_a_type_both_take_effect_and_come_off(kind: str) -> None:
     second.check_gradients()
     first.detach()
     assert torch.equal(scores(second.model), alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("oft", {"r": 4}), ("oft", {"oft_block_size": 8}), ("lora", {"use_rslora": True}), ("adalora", {"tinit": 2}),
+     ("lora", {"target_modules": ["qkv"], "layers_to_transform": [0], "layers_pattern": "blocks"})],
+)  # fmt: skip
+def test_options_of_pefts_own(kind: str, options: dict[str, Any]) -> None:
+    att = petune.attach(model(), f"peft:{kind}", **options)
+    assert all(
+        getattr(att.tuner.wrapped.config, k) in (v, {*v} if isinstance(v, list) else v) for k, v in options.items()
+    )
+    assert len(att.tuner.wrapped.layers) == (1 if "layers_pattern" in options else 8)
 
 
 def test_a_refused_attachment_leaves_the_model_as_it_was() -> None:
