@@ -265,12 +265,13 @@ class Peft(petune.Tuner[PeftConfig]):
     def _options(self, edit: petune.Edit, targets: list[petune.Site]) -> dict[str, Any]:
         """PEFT's options: the user's, the targets, and what must fit the layers' sides where nothing was asked for."""
         kind = self.config.type
+        options = self.config.options
         names = _exactly([_path(site) for site in targets], edit.model)
-        options = {"target_modules": names, **_completed(kind, self.config.options)}
         sides = [side for site in targets for side in cast(nn.Linear, site.module).weight.shape]
         default: Any = {f.name: f.default for f in dataclasses.fields(peft_types()[kind])}
+        default |= _completed(kind, {})
         fitting: dict[str, Any] = {}
-        if kind in MUST_DIVIDE:
+        if kind in MUST_DIVIDE and not (kind == "oft" and options.get("r")):
             fitting[MUST_DIVIDE[kind]] = math.gcd(default[MUST_DIVIDE[kind]], *sides)
         elif kind == "shira":
             fitting["r"] = min(default["r"], min(sides) // 4)
@@ -280,7 +281,7 @@ class Peft(petune.Tuner[PeftConfig]):
             last = [edit.linears(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
             chosen = {_path(site) for site in targets}
             fitting["feedforward_modules"] = [_path(s) for found in last for s in found if _path(s) in chosen]
-        return {**fitting, **options}
+        return {"target_modules": names, **_completed(kind, options), **fitting, **options}
 
 
 class Lora(Peft):
@@ -304,7 +305,7 @@ def _completed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     if kind == "adalora":  # the steps of a run that is not there yet
         return {"total_step": options.get("tinit", 0) + options.get("tfinal", 0) + 1, **options}
     if kind == "oft":  # either the blocks' number or their size
-        return {"oft_block_size" if options.get("r") else "r": 0, **options}
+        return {"oft_block_size": 0, **options} if options.get("r") else {"r": 0, "oft_block_size": 32, **options}
     return options
 
 
