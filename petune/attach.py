@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from petune.probe import look, probe
 from petune.registry import build_tuner
 from petune.sites import Sites
 from petune.tuner import Tuner, TunerConfig
+
+_PROVEN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 def attach(
@@ -64,7 +67,7 @@ def attach(
     try:
         tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
-        _check_live(edit)
+        _check_live(edit, tuner)
     except BaseException:
         edit.undo()
         raise
@@ -291,8 +294,15 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _check_live(edit: Edit) -> None:
-    """One forward without gradient: every adapter must have been called."""
+def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:
+    """One forward without gradient: every adapter must have been called.
+
+    The same method with the same options at the same modules of the same model needs no second proof.
+    """
+    places = [(type(h), *((id(site.enter), id(site.exit)) for site in passed)) for h, passed in edit.holders]
+    proof = (type(tuner), tuner.config.model_dump_json(), edit.sites.input_size, *places)
+    if proof in _PROVEN.get(edit.model, ()):
+        return
     called = probe(edit.model, edit.sites, [holder.adapter for holder, _ in edit.holders])
     for holder, passed in edit.holders:
         if id(holder.adapter) not in called:
@@ -301,6 +311,7 @@ def _check_live(edit: Edit) -> None:
                 f"{edit.name} would do nothing: the forward of {edit.sites.model} never calls {where} (its weights may "
                 "be read without calling it). Use another method on this model"
             )
+    _PROVEN.setdefault(edit.model, set()).add(proof)
 
 
 def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

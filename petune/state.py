@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from petune.anatomy.forward import forget_caches
 from petune.attach import Attachment, attach, label_of
 from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
-from petune.ledger import added_to, named_parameters
+from petune.fingerprint import fingerprint
 from petune.registry import build_tuner, load_tuner, tuners
 from petune.sites import Sites
 from petune.tuner import Tuner
@@ -137,21 +136,6 @@ def attach_saved(
             target.copy_(tensors[key])
     forget_caches(model)
     return attachment
-
-
-def fingerprint(attachment: Attachment) -> str:
-    """SHA-256 over the frozen tensors of the backbone, parameters and buffers, by key: name, dtype, shape, bytes."""
-    moving = {id(t) for t in (*attachment.state().values(), *attachment.tuned.values())}
-    head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
-    skipped = moving | head | added_to(attachment.model)
-    digest = hashlib.sha256()
-    named = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
-    for key in sorted(named):
-        tensor = named[key]
-        if id(tensor) not in skipped:
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def geometry(sites: Sites) -> dict[str, Any]:
