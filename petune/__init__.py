@@ -7,6 +7,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from petune.peft_hook import when_peft_is_imported
+
 if TYPE_CHECKING:
     from petune.anatomy import find_sites
     from petune.attach import Attachment, attach
@@ -125,3 +127,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+when_peft_is_imported()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from petune.probe import look, probe, refuse_random
 from petune.registry import build_tuner
 from petune.sites import Sites
 from petune.tuner import Tuner, TunerConfig
+
+_PROVEN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 
 
 def attach(
@@ -69,7 +72,7 @@ def attach(
     try:
         tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
-        _check_live(edit)
+        _check_live(edit, tuner)
     except BaseException:
         edit.undo()
         raise
@@ -122,6 +125,14 @@ class Attachment:
     def train(self, mode: bool = True) -> nn.Module:
         """`model.train(mode)`; what is frozen stays in eval mode either way."""
         return self.model.train(mode)
+
+    def begin(self, total_steps: int) -> None:
+        """Tell the tuner how many steps the training has, before the first and before a resume."""
+        self.tuner.begin(total_steps)
+
+    def stepped(self, step: int) -> None:
+        """Tell the tuner that the optimizer has done this step (from 0), while the gradients are still there."""
+        self.tuner.stepped(step)
 
     def extra_loss(self, step: int) -> Tensor | float:
         """The tuner's own term of the loss at this step, 0.0 where it has none."""
@@ -293,8 +304,15 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _check_live(edit: Edit) -> None:
-    """One forward without gradient: every adapter must have been called."""
+def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:
+    """One forward without gradient: every adapter must have been called.
+
+    The same method with the same options at the same modules of the same model needs no second proof.
+    """
+    places = [(type(h), *((id(site.enter), id(site.exit)) for site in passed)) for h, passed in edit.holders]
+    proof = (type(tuner), tuner.config.model_dump_json(), edit.sites.input_size, *places)
+    if proof in _PROVEN.get(edit.model, ()):
+        return
     called = probe(edit.model, edit.sites, [holder.adapter for holder, _ in edit.holders])
     for holder, passed in edit.holders:
         if id(holder.adapter) not in called:
@@ -303,6 +321,7 @@ def _check_live(edit: Edit) -> None:
                 f"{edit.name} would do nothing: the forward of {edit.sites.model} never calls {where} (its weights may "
                 "be read without calling it). Use another method on this model"
             )
+    _PROVEN.setdefault(edit.model, set()).add(proof)
 
 
 def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:

@@ -255,7 +255,8 @@ class Edit:
 
     def called(self, modules: Iterable[nn.Module]) -> set[int]:
         """Identities of those of `modules` that one forward calls."""
-        return set(probe(self.model, self.sites, modules))
+        wanted = list(modules)
+        return set(probe(self.model, self.sites, wanted)) if wanted else set()
 
     def backbone(self) -> list[nn.Module]:
         """The backbone's own modules: without the classifier, without what attachments have added."""

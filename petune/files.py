@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from petune.errors import CheckpointError
@@ -107,6 +107,11 @@ def verify_directory(path: Path) -> None:
             raise CheckpointError(
                 f"{file} is damaged: {len(content):,} bytes where {size:,} were written, or another SHA-256"
             )
+
+
+def write_manifest(path: Path, names: Sequence[str]) -> None:
+    """Write the manifest over files that another library has written into the directory."""
+    replace_file(path / MANIFEST, _manifest({name: (path / name).read_bytes() for name in names}))
 
 
 def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from petune.arguments import PathText, check_arguments
 from petune.attach import Attachment, attach, label_of
 from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
-from petune.ledger import added_to, named_parameters
+from petune.fingerprint import fingerprint
 from petune.registry import build_tuner, load_tuner, tuners
 from petune.sites import Sites
 from petune.tuner import Tuner
@@ -41,9 +40,25 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     Raises:
         CheckpointError: It cannot be written.
     """
+    config = describe(attachment) | {"metadata": dict(metadata or {})}
+    foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
+    # PEFT reads the same two files. Its own methods have its keys at the top, petune's in the one entry that is
+    # free-form there; for a method of petune's all of them are at the top (see petune.peft_method)
+    written = {"peft_type": "PETUNE"} | config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in file_tensors(attachment).items()}
+    files = {
+        CONFIG_FILE: (json.dumps(written, indent=1) + "\n").encode(),
+        TENSOR_FILE: save_tensors(tensors),
+        "README.md": _card(attachment, config).encode(),
+    }
+    write_directory(path, files)
+
+
+def describe(attachment: Attachment) -> dict[str, Any]:
+    """What an adapter's config says of it: the method, and the backbone it belongs to."""
     method = attachment.tuner.method or attachment.name
     origin = next((t for t in tuners() if t.name == method), None)
-    config = {
+    return {
         "format": FORMAT,
         "tuner": method,
         "distribution": origin.distribution if origin else None,
@@ -52,18 +67,7 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         "train_head": bool(attachment.head),
         "geometry": geometry(attachment.sites),
         "fingerprint": fingerprint(attachment),
-        "metadata": dict(metadata or {}),
     }
-    foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
-    # PEFT reads the same two files: its own keys at the top, petune's in the one entry that is free-form there
-    written = config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in _live(attachment).items()}
-    files = {
-        CONFIG_FILE: (json.dumps(written, indent=1) + "\n").encode(),
-        TENSOR_FILE: save_tensors(tensors),
-        "README.md": _card(attachment, config).encode(),
-    }
-    write_directory(path, files)
 
 
 def load(
@@ -126,30 +130,15 @@ def attach_saved(
         sites=sites,
     )
     try:
-        _check(attachment, config, tensors, place)
+        check_fits(attachment, config, tensors, place)
     except CheckpointError:
         attachment.detach()
         raise
     with torch.no_grad():
-        for key, target in _live(attachment).items():
+        for key, target in file_tensors(attachment).items():
             target.copy_(tensors[key])
     forget_caches(model)
     return attachment
-
-
-def fingerprint(attachment: Attachment) -> str:
-    """SHA-256 over the frozen tensors of the backbone, parameters and buffers, by key: name, dtype, shape, bytes."""
-    moving = {id(t) for t in (*attachment.state().values(), *attachment.tuned.values())}
-    head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
-    skipped = moving | head | added_to(attachment.model)
-    digest = hashlib.sha256()
-    named = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
-    for key in sorted(named):
-        tensor = named[key]
-        if id(tensor) not in skipped:
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def geometry(sites: Sites) -> dict[str, Any]:
@@ -164,7 +153,7 @@ def geometry(sites: Sites) -> dict[str, Any]:
     }
 
 
-def _live(attachment: Attachment) -> dict[str, Tensor]:
+def file_tensors(attachment: Attachment) -> dict[str, Tensor]:
     """The tensors that a file fills, by the file's keys: adapters are called by their method, whatever their name."""
     packed = attachment.tuner.pack(attachment.state())
     if packed is not None:
@@ -188,7 +177,8 @@ def read_adapter(place: Path) -> Saved:
         raise CheckpointError(f"{place} must be an adapter directory, but holds no {CONFIG_FILE}")
     try:
         config = json.loads((place / CONFIG_FILE).read_bytes())
-        own = config if "format" in config else (config.get("auto_mapping") or {}).get("petune")
+        whole = "format" in config or config.get("peft_type") == "PETUNE"
+        own = config if whole else (config.get("auto_mapping") or {}).get("petune")
         if own is not None or "peft_type" not in config:
             verify_directory(place)
         tensors = load_tensors((place / TENSOR_FILE).read_bytes())
@@ -213,13 +203,23 @@ def _of_peft(config: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "metadata": {}, "geometry": None, "fingerprint": None, **unpacked}
 
 
-def _check(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> None:
+def check_fits(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> None:
+    """That a file's tensors belong on this attachment's backbone.
+
+    Args:
+        config: What the file says of itself.
+        tensors: By the file's keys.
+        place: What the message calls the file.
+
+    Raises:
+        BackboneMismatch: See `load`.
+    """
     here, there = geometry(att.sites), config["geometry"]
     there = here if there is None else there
     differs = [f"{key} {there.get(key)} (this model: {here[key]})" for key in here if there.get(key) != here[key]]
     if differs:
         raise BackboneMismatch(f"{place} belongs to a backbone with another {', '.join(differs)}")
-    state = _live(att)
+    state = file_tensors(att)
     shapes = [k for k in state if k in tensors and tensors[k].shape != state[k].shape]
     if shapes:
         what = "number of classes" if all(key.endswith(tuple(att.head) or "-") for key in shapes) else "shape"

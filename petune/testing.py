@@ -138,6 +138,7 @@ def _trains(t: Trial) -> str:
     optimizer = torch.optim.SGD(t.att.parameters(), lr=0.1)
     target = torch.arange(len(t.x)) % 2
     t.att.train()
+    t.att.begin(3)
     live: set[str] = set()
     for step in range(3):
         loss = nn.functional.cross_entropy(scores_of(t.model(t.x)), target) + t.att.extra_loss(step)
@@ -145,6 +146,7 @@ def _trains(t: Trial) -> str:
         loss.backward()  # type: ignore[no-untyped-call]
         live |= {key for key, p in t.att.tuned.items() if p.grad is not None and p.grad.any()}
         optimizer.step()
+        t.att.stepped(step)
     with torch.no_grad():
         for p in t.att.tuned.values():  # as after a long training, so that what it does is seen
             p.add_(torch.randn_like(p), alpha=0.1)

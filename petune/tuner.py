@@ -120,6 +120,15 @@ class Tuner(Generic[ConfigT]):
         """
         return None
 
+    def begin(self, total_steps: int) -> None:
+        """Told before a training, and again before it is resumed, how many steps it has; most methods do not care."""
+
+    def stepped(self, step: int) -> None:
+        """Told after every step (from 0) of the optimizer, while its gradients are still there.
+
+        What is remembered from step to step must be buffers of the model, so that a resumed run goes on to the bit.
+        """
+
     def loss(self, step: int) -> torch.Tensor | None:
         """A term to add to the loss at this step (from 0), or None: most methods have none."""
         return None

@@ -108,6 +108,7 @@ class Trainer:
         self.stop, self.choose, self.on_event = stop, choose, on_event
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
+        attachment.begin(self.total_steps)
         self.params = {**attachment.tuned, **attachment.head}
         no_decay = set(getattr(self.model, "no_weight_decay", set)())
         self.optimizer = create_optimizer(self.params, no_decay, train)
@@ -204,6 +205,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
         value = self._finite(loss, norm, lr, batch)
         self.optimizer.step()
+        self.att.stepped(p.step)
         p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
         if p.step % self.train.log_every == 0:
             p.log_bytes = self.log.write(step=p.step, epoch=p.epoch, loss=value, lr=lr, grad_norm=float(norm))

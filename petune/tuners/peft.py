@@ -16,22 +16,30 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from pydantic import ConfigDict, model_validator
 from torch import Tensor, nn
 
 import petune
 
+if TYPE_CHECKING:
+    from petune.tuners.adalora import Budget
+
 REFUSED = {
-    "adalora": "it must be told how many steps a training has, and what their gradients were",
     "lily": "its router averages over the batch, so that the score of a picture depends on the others",
-    "osf": "it replaces the backbone's weights by their singular vectors",
     "xlora": "it mixes adapters that exist already",
     "poly": "it needs the task of every picture",
     "trainable_tokens": "it trains word embeddings",
     "shadow": "it needs a language model",
     "cartridge": "it needs a language model",
+    "prompt_tuning": "it puts prompts before word embeddings; use vpt",
+    "multitask_prompt_tuning": "it puts prompts before word embeddings; use vpt",
+    "p_tuning": "it puts prompts before word embeddings; use vpt",
+    "cpt": "it puts prompts before word embeddings; use vpt",
+    "prefix_tuning": "it puts prefixes in a language model's cache of keys and values; use vpt",
+    "petune": "it stands for petune's own methods; name one of them",
+    "adaption_prompt": "it knows the attentions of three language models; use vpt",
 }
 NOT_IDENTITY = {"fourierft", "unilora", "vblora", "c3a"}
 MUST_DIVIDE = {
@@ -40,6 +48,13 @@ MUST_DIVIDE = {
     "road": "group_size",
     "oft": "oft_block_size",
     "miss": "r",
+}
+LAYERS = ("layers_to_transform", "layers_pattern")
+NOT_HERE = {
+    "modules_to_save": "the classifier trains anyway; attach partial or norm beside it to train more",
+    "inference_mode": "what is attached trains",
+    "task_type": "the task is to classify pictures",
+    **dict.fromkeys(LAYERS, "PEFT looks at it only where target_modules is given too"),
 }
 CHANGES_WEIGHTS = "init_lora_weights"
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
@@ -77,6 +92,13 @@ class PeftConfig(petune.TunerConfig):
             raise ValueError(f"{CHANGES_WEIGHTS} must be one of {PLAIN_STARTS}: other starts change the backbone")
         if self.options.get("bias", "none") != "none":
             raise ValueError("bias must be 'none'; attach bitfit beside it to train biases")
+        for name, why in NOT_HERE.items():
+            if self.options.get(name) and not (name in LAYERS and "target_modules" in self.options):
+                raise ValueError(f"{name} cannot be given: {why}")
+        try:
+            known[self.type](**_completed(self.type, self.options))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"this is refused by PEFT's {known[self.type].__name__}: {error}") from None
         return self
 
     @property
@@ -125,6 +147,7 @@ class Peft(petune.Tuner[PeftConfig]):
 
     Config = PeftConfig
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
+    budget: Budget | None = None
 
     def __init__(self, config: PeftConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
@@ -138,12 +161,31 @@ class Peft(petune.Tuner[PeftConfig]):
         chosen = "target_modules" in self.config.options
         bare = [] if chosen else self._bare(edit)
         targets = [] if chosen else self._targets(edit, bool(bare))
-        options = self._options(edit, targets) if not chosen else self.config.options
+        own = _completed(self.config.type, self.config.options)
+        options = self._options(edit, targets) if not chosen else own
         if bare:
             options = {**options, "target_parameters": [f"{_path(site)}.in_proj_weight" for site in bare]}
         self.wrapped = Wrapped(
             edit, peft_types()[self.config.type](**options), [_path(site) for site in (*targets, *bare)]
         )
+        if self.config.type == "adalora":
+            from petune.tuners.adalora import Budget
+
+            self.budget = Budget(edit, self.wrapped)
+
+    def begin(self, total_steps: int) -> None:
+        """AdaLoRA shares out its ranks over so many steps, unless the option total_step says otherwise."""
+        if self.budget is not None:
+            self.budget.begin(self.config.options.get("total_step", total_steps))
+
+    def stepped(self, step: int) -> None:
+        """AdaLoRA takes away ranks."""
+        if self.budget is not None:
+            self.budget.allocate(step + 1)
+
+    def loss(self, step: int) -> Tensor | None:
+        """AdaLoRA keeps its factors near orthogonal; no other type has a term of its own."""
+        return None if self.budget is None else self.budget.regularity()
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
@@ -154,7 +196,15 @@ class Peft(petune.Tuner[PeftConfig]):
         """From a config that PEFT wrote to the one that petune would have."""
         kind = str(peft_config["peft_type"]).lower()
         known = {f.name: f for f in dataclasses.fields(peft_types()[kind])} if kind in peft_types() else {}
-        skipped = {"peft_type", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision", "task_type"}
+        skipped = {
+            "peft_type",
+            "peft_version",
+            "auto_mapping",
+            "inference_mode",
+            "base_model_name_or_path",
+            "revision",
+            "task_type",
+        }
         options = {k: v for k, v in peft_config.items() if k in known and k not in skipped and v != known[k].default}
         saved = options.pop("modules_to_save", None)
         config = {"type": kind, **{k: v for k, v in options.items() if v not in (None, {}, [])}}
@@ -220,11 +270,13 @@ class Peft(petune.Tuner[PeftConfig]):
     def _options(self, edit: petune.Edit, targets: list[petune.Site]) -> dict[str, Any]:
         """PEFT's options: the user's, the targets, and what must fit the layers' sides where nothing was asked for."""
         kind = self.config.type
-        options = {"target_modules": _exactly([_path(site) for site in targets], edit.model), **self.config.options}
+        options = self.config.options
+        names = _exactly([_path(site) for site in targets], edit.model)
         sides = [side for site in targets for side in cast(nn.Linear, site.module).weight.shape]
         default: Any = {f.name: f.default for f in dataclasses.fields(peft_types()[kind])}
+        default |= _completed(kind, {})
         fitting: dict[str, Any] = {}
-        if kind in MUST_DIVIDE:
+        if kind in MUST_DIVIDE and not (kind == "oft" and options.get("r")):
             fitting[MUST_DIVIDE[kind]] = math.gcd(default[MUST_DIVIDE[kind]], *sides)
         elif kind == "shira":
             fitting["r"] = min(default["r"], min(sides) // 4)
@@ -234,7 +286,7 @@ class Peft(petune.Tuner[PeftConfig]):
             last = [edit.linears(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
             chosen = {_path(site) for site in targets}
             fitting["feedforward_modules"] = [_path(s) for found in last for s in found if _path(s) in chosen]
-        return {**fitting, **options}
+        return {"target_modules": names, **_completed(kind, options), **fitting, **options}
 
 
 class Lora(Peft):
@@ -253,6 +305,15 @@ class Dora(Peft):
     Config = DoraConfig
 
 
+def _completed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with what PEFT's config asks for though it follows from the others, or is not known yet."""
+    if kind == "adalora":  # the steps of a run that is not there yet
+        return {"total_step": options.get("tinit", 0) + options.get("tfinal", 0) + 1, **options}
+    if kind == "oft":  # either the blocks' number or their size
+        return {"oft_block_size": 0, **options} if options.get("r") else {"r": 0, "oft_block_size": 32, **options}
+    return options
+
+
 def _path(site: petune.Site) -> str:
     """Where the layer was before another adapter of PEFT was put around it."""
     return site.path.replace(".base_layer", "")
@@ -267,10 +328,9 @@ def _exactly(paths: list[str], model: nn.Module) -> list[str] | str:
 
 
 def peft_types() -> dict[str, Any]:
-    """PEFT's config classes by type in small letters, without those for prompts of language models."""
+    """PEFT's config classes by type in small letters, without those that are refused."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     usable: Iterable[Any] = PEFT_TYPE_TO_TUNER_MAPPING
     found = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in usable}
-    prompts = {"prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning", "cpt", "adaption_prompt"}
-    return {k: c for k, c in found.items() if k not in prompts and k not in REFUSED}
+    return {k: c for k, c in found.items() if k not in REFUSED}

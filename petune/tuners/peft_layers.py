@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ class Wrapped:
         self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
         modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
         before = dict(_layers(self.model))
+        active = {path: _active(layer) for path, layer in before.items()}
         edit.on_detach(self._undo(hasattr(self.model, "peft_config")))
         try:
             self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, self.name)
@@ -39,12 +41,19 @@ class Wrapped:
             if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
                 self._bare(layer)
         self._check(wanted, before)
+        for layer in self.layers.values():
+            _fix_constants(layer)
+        if config.peft_type.value == "ADALORA":
+            config.inference_mode = True  # what trains is petune's to say, and PEFT would allow but one a model
+            if config.rank_pattern:  # as PEFT has left it after a training: fewer ranks
+                self.tuner.resize_modules_by_rank_pattern(config.rank_pattern, self.name)
         new = [p for p in self.model.parameters() if id(p) not in parameters]
         wrappers = {layer for _, layer in _layers(self.model)}
         edit.adopt(new, [m for m in self.model.modules() if m not in modules and m not in wrappers])
         for layer in self.layers.values():
             _name_as_before(layer)
-            layer._active_adapter = sorted({*layer.active_adapters, self.name})
+        for path, layer in self.layers.items():  # PEFT has switched off what was there before
+            _activate(layer, {*active.get(path, ()), self.name})
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
         if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
@@ -57,7 +66,9 @@ class Wrapped:
         shell = nn.Module()  # what a PeftModel looks like, around the same tensors
         shell.base_model = self.tuner
         names = {name for layer in self.layers.values() for name in _adapters(layer)}
-        shell.peft_config = dict.fromkeys(sorted(names), self.config)  # type: ignore[assignment]
+        held = copy.copy(self.config)
+        held.rank_pattern = None  # the layers have the ranks of AdaLoRA's already
+        shell.peft_config = dict.fromkeys(sorted(names), held)  # type: ignore[assignment]
         tensors = get_peft_model_state_dict(shell, state_dict=shell.state_dict(), adapter_name=self.name)
         mine = {t.data_ptr() for t in tensors.values()}
         adopted = {id(p) for p in self.edit.adopted}
@@ -107,10 +118,7 @@ class Wrapped:
 
     def _switch(self, on: bool) -> None:
         for layer in self.layers.values():
-            active = {*layer._active_adapter} if isinstance(layer._active_adapter, list) else {layer._active_adapter}
-            active = active | {self.name} if on else active - {self.name}
-            layer._active_adapter = sorted(active)
-            layer._disable_adapters = not active
+            _activate(layer, _active(layer) | {self.name} if on else _active(layer) - {self.name})
 
     def _rows(self, rows: list[int] | None, batch_size: int) -> None:
         """PEFT's LoRA takes the adapter of every row of a batch as an argument: see that each layer gets it."""
@@ -164,6 +172,25 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
 def _adapters(layer: Any) -> set[str]:
     held: list[Any] = [getattr(layer, name, None) for name in (*layer.adapter_layer_names, *layer.other_param_names)]
     return {key for part in held if hasattr(part, "keys") for key in part.keys()}  # noqa: SIM118 (not all iterate)
+
+
+def _active(layer: Any) -> set[str]:
+    return set() if layer._disable_adapters else set(layer.active_adapters)
+
+
+def _activate(layer: Any, names: set[str]) -> None:
+    layer._active_adapter = sorted(names)
+    layer._disable_adapters = not names
+
+
+def _fix_constants(layer: Any) -> None:
+    """Constants that PEFT holds as parameters which do not train (AdaLoRA's ranknum) are buffers here."""
+    for name in layer.other_param_names:
+        held = getattr(layer, name, None)
+        if isinstance(held, nn.ParameterDict):
+            from peft.tuners._buffer_dict import BufferDict
+
+            setattr(layer, name, BufferDict({key: p.detach() for key, p in held.items()}))
 
 
 def _name_as_before(layer: Any) -> None:

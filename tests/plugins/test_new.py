@@ -1,8 +1,9 @@
-"""`petune plugin new`: the package installs, registers, and passes its own tests and the contract as it is."""
+"""`petune plugin new`: the package installs, registers, passes its own tests and the contract, and trains as it is."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,17 @@ import pytest
 
 from petune.cli.main import main
 from petune.errors import UsageError
+from petune.restore import restore
 from petune.scaffold import FILES, TEMPLATES, write_plugin
+from petune.testing import PROPERTIES
+from petune.tiny_models import tiny_models
+from tests.program import call
+
+RUN = (
+    "run", "--method", "my_scale", "--backbone", "vit_tiny_patch16_224", "--weights", "none", "--dataset", "digits",
+    "--image-size", "32", "--patch-size", "4", "--epochs", "1", "--batch-size", "64", "--output", "out", "--json",
+    "--set", "backbone_options.depth=2", "--set", "backbone_options.embed_dim=48", "--set", "train_per_class=8",
+)  # fmt: skip
 
 
 def pip() -> list[str] | None:
@@ -50,6 +61,18 @@ def test_the_package_works_as_it_is(
     done = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout
+    rows = {row["name"]: row for row in json.loads(call("methods", "--load", "--json", capture=capfd).out)}
+    assert (rows["my_scale"]["distribution"], rows["my_scale"]["state"]) == ("petune-my-scale", "ok")
+    checked = json.loads(call("plugin", "check", "my_scale:shift=false", "--json", capture=capfd).out)
+    assert [len(one["findings"]) for one in checked] == [len(PROPERTIES)] * len(tiny_models())
+    assert not any(finding["problem"] for one in checked for finding in one["findings"])
+    ran = call(*RUN, capture=capfd)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["tuned"] == 2 * 2 * 48
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["tuner"], config["distribution"], config["version"]) == ("my_scale", "petune-my-scale", "0.1.0")
+    att = restore(tmp_path / "out").attachment
+    assert att.counts.tuned == 2 * 2 * 48
 
 
 @pytest.mark.parametrize("name", ["", "Scale", "1scale", "my-scale", "a__b", "../evil", "a/b", "scale "])

@@ -64,6 +64,10 @@ class Everything:
     def extra_loss(self, step: int) -> Tensor | float:
         return 0.0
 
+    def begin(self, total_steps: int) -> None: ...
+
+    def stepped(self, step: int) -> None: ...
+
 
 def toy_attachment(seed: int = 0) -> Everything:
     """The toy with its initial values from `seed`."""

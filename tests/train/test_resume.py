@@ -19,7 +19,8 @@ from petune.train.stop import StopFlag
 Make = Callable[..., Any]
 METHODS: dict[str, dict[str, Any]] = {
     "adaptformer": {"bottleneck": 4, "dropout": 0.3}, "vpt": {"num_prompts": 3, "dropout": 0.3},
-    "lora": {"r": 2, "lora_dropout": 0.3}, "bitfit": {}, "full": {}, "toy": {},
+    "lora": {"r": 2, "lora_dropout": 0.3}, "peft:adalora": {"init_r": 4, "target_r": 2, "tfinal": 2},
+    "bitfit": {}, "full": {}, "toy": {},
 }  # fmt: skip
 STEPS = 8  # two epochs of four
 

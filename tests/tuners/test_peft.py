@@ -43,8 +43,18 @@ def test_the_types_of_the_issue_are_there() -> None:
     asked = (
         "lora ia3 oft boft hra loha lokr vera fourierft ln_tuning randlora c3a miss shira waveft delora gralora road"
     )
-    assert {*asked.split(), "vblora"} <= set(TYPES)
+    assert {*asked.split(), "adalora", "vblora"} <= set(TYPES)
     assert len(TYPES) >= 25
+
+
+def test_the_docs_list_every_type() -> None:
+    from peft_types import PAGE, rows, updated
+
+    page = PAGE.read_text(encoding="utf-8")
+    if f"PEFT {peft.__version__} has" in page:
+        assert updated(page) == page, "run python benchmarks/peft_types.py"
+    states = {kind: state for kind, state, *_ in rows()}
+    assert set(states) == {*TYPES, *REFUSED} - {"petune"} == {m.value.lower() for m in peft.PeftType} - {"petune"}
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -65,7 +75,8 @@ def test_what_is_saved_loads_with_peft(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", TYPES)
 def test_what_peft_has_trained_loads_here(kind: str, tmp_path: Path) -> None:
     ours = petune.attach(model(), f"peft:{kind}").tuner.wrapped.config
-    config = type(ours)(**{k: v for k, v in ours.to_dict().items() if k not in {"peft_type", "runtime_config"}})
+    skipped = {"peft_type", "runtime_config", "inference_mode"}
+    config = type(ours)(**{k: v for k, v in ours.to_dict().items() if k not in skipped})
     config.modules_to_save = ["head"]
     theirs = peft.get_peft_model(model(), config)
     torch.manual_seed(3)
@@ -73,6 +84,7 @@ def test_what_peft_has_trained_loads_here(kind: str, tmp_path: Path) -> None:
         for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p), alpha=0.05)
+    assert not torch.allclose(scores(theirs), scores(model()))
     theirs.save_pretrained(tmp_path / "b")
     att = petune.load(model(), tmp_path / "b")
     assert torch.equal(scores(att.model), scores(theirs))
@@ -140,15 +152,58 @@ def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None
     [
         ({"type": "lora", "rank": 4}, "no option 'rank'"),
         ({"type": "nonsense"}, "no PEFT type"),
-        ({}, "there are adamss, beft"),
+        ({}, "there are adalora, adamss, beft"),
         ({"type": "lora", "init_lora_weights": "pissa"}, "change the backbone"),
         ({"type": "lora", "bias": "all"}, "attach bitfit beside it"),
+        ({"type": "lora", "modules_to_save": ["norm"]}, "the classifier trains anyway"),
+        ({"type": "lora", "layers_to_transform": [0]}, "only where target_modules is given"),
+        ({"type": "lora", "task_type": "SEQ_CLS"}, "classify pictures"),
+        ({"type": "oft", "r": 4, "oft_block_size": 8}, "this is refused by PEFT's OFTConfig: You can only"),
         *(({"type": kind}, REFUSED[kind][:30]) for kind in REFUSED),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         petune.attach(model(), "peft", **options)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "oft", "adalora"])
+def test_two_of_a_type_both_take_effect_and_come_off(kind: str) -> None:
+    def attached(*names: str) -> list[petune.Attachment]:
+        built, made = model(), []
+        for name in names:
+            torch.manual_seed(4)
+            made.append(randomised(petune.attach(built, f"peft:{kind}", name=name, train_head=False)))
+        return made
+
+    first, second = attached("one", "two")
+    both = scores(first.model)
+    with second.disabled():
+        assert torch.equal(scores(first.model), scores(attached("one")[0].model))
+    with first.disabled():
+        alone = scores(first.model)
+        assert not torch.allclose(alone, both)
+        with second.disabled():
+            assert torch.equal(scores(first.model), scores(model()))
+    assert torch.equal(scores(first.model), both)
+    first.model.train()(X).sum().backward()
+    first.check_gradients()
+    second.check_gradients()
+    first.detach()
+    assert torch.equal(scores(second.model), alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("oft", {"r": 4}), ("oft", {"oft_block_size": 8}), ("lora", {"use_rslora": True}), ("adalora", {"tinit": 2}),
+     ("lora", {"target_modules": ["qkv"], "layers_to_transform": [0], "layers_pattern": "blocks"})],
+)  # fmt: skip
+def test_options_of_pefts_own(kind: str, options: dict[str, Any]) -> None:
+    att = petune.attach(model(), f"peft:{kind}", **options)
+    assert all(
+        getattr(att.tuner.wrapped.config, k) in (v, {*v} if isinstance(v, list) else v) for k, v in options.items()
+    )
+    assert len(att.tuner.wrapped.layers) == (1 if "layers_pattern" in options else 8)
 
 
 def test_a_refused_attachment_leaves_the_model_as_it_was() -> None:

@@ -1,0 +1,85 @@
+"""A backbone's fingerprint: a digest over its frozen tensors, made once for as long as none of them changes."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.attach import Attachment
+from petune.ledger import added_to, named_parameters
+
+SAMPLES = 64  # values of each tensor that are compared beside its version
+KEPT = 4  # digests a model: methods that train the backbone's own tensors leave those out, each its own
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A digest, and what tells that it still holds: the tensors themselves and how they were.
+
+    Attributes:
+        tensors: By key; a tensor that has gone cannot be mistaken for another at its place.
+        states: Of each: shape, type, address, version, sampled values.
+    """
+
+    tensors: dict[str, weakref.ref[Tensor]]
+    states: list[Any]
+    digest: str
+
+
+_MADE: weakref.WeakKeyDictionary[nn.Module, list[_Made]] = weakref.WeakKeyDictionary()
+
+
+def fingerprint(attachment: Attachment) -> str:
+    """SHA-256 over the frozen tensors of the backbone, parameters and buffers, by key: name, dtype, shape, bytes.
+
+    To read a whole backbone takes long where many adapters are loaded on it, so what was found is kept beside the model
+    until a tensor is another one, lies elsewhere or was written to. PyTorch counts what is written to a tensor, but not
+    what goes through its `.data`: for that a few values of each are compared too.
+    """
+    frozen = _frozen(attachment)
+    states = [_state(tensor) for tensor in frozen.values()]
+    known = _MADE.setdefault(attachment.model, [])
+    for made in known:
+        if made.states == states and _same(made.tensors, frozen):
+            return made.digest
+    digest = _digest(frozen)
+    if None not in states:
+        known.append(_Made({key: weakref.ref(tensor) for key, tensor in frozen.items()}, states, digest))
+        del known[:-KEPT]
+    return digest
+
+
+def _frozen(attachment: Attachment) -> dict[str, Tensor]:
+    moving = {id(t) for t in (*attachment.state().values(), *attachment.tuned.values())}
+    head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
+    skipped = moving | head | added_to(attachment.model)
+    named: dict[str, Tensor] = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
+    return {key: named[key] for key in sorted(named) if id(named[key]) not in skipped}
+
+
+def _state(tensor: Tensor) -> Any:
+    """What changes with the tensor; None where PyTorch does not say whether it was written to."""
+    if tensor.is_inference() or type(tensor) not in {Tensor, nn.Parameter}:
+        return None
+    values = tensor.detach()
+    stride = max(1, values.numel() // SAMPLES)
+    flat = values.view(-1) if values.is_contiguous() else values.reshape(-1)
+    sampled = flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), tensor.data_ptr(), tensor._version, sampled
+
+
+def _same(made: dict[str, weakref.ref[Tensor]], frozen: dict[str, Tensor]) -> bool:
+    return made.keys() == frozen.keys() and all(made[key]() is tensor for key, tensor in frozen.items())
+
+
+def _digest(frozen: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in frozen.items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""AdaLoRA through the bridge: trained as PEFT trains it, to the bit; the budget is kept; files go both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import petune
+from petune.errors import AttachError
+from petune.tiny_models import tiny_timm
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and its dependencies warn of much
+X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(6) % 3
+OPTIONS: dict[str, Any] = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2}
+STEPS = 8
+
+
+def ours(**options: Any) -> petune.Attachment:
+    torch.manual_seed(3)
+    return petune.attach(tiny_timm(), "peft:adalora", **{**OPTIONS, **options})
+
+
+def train(att: petune.Attachment, steps: range = range(STEPS)) -> petune.Attachment:
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.5)
+    att.train()
+    att.begin(STEPS)
+    for step in steps:
+        loss = nn.functional.cross_entropy(att.model(X), Y) + att.extra_loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        att.stepped(step)
+    return att
+
+
+def theirs() -> Any:
+    """The same training with PEFT alone: their model, their regulariser's formula, their call after each step."""
+    wrapped = ours().tuner.wrapped
+    config = peft.AdaLoraConfig(
+        **OPTIONS, total_step=STEPS, target_modules=wrapped.config.target_modules, modules_to_save=["head"]
+    )
+    torch.manual_seed(3)
+    model = peft.get_peft_model(tiny_timm(), config)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(params, lr=0.5)
+    for step in range(STEPS):
+        out = peft.tuners.adalora.AdaLoraModel.forward(model.base_model, _Loss(model))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step + 1)
+    return model
+
+
+class _Loss:
+    """What their forward hands to the model; see `_through`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+
+@pytest.fixture(autouse=True)
+def _through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their forward adds the regulariser to an output that holds a loss: give it one, of a timm model."""
+    import timm
+
+    plain = timm.models.VisionTransformer.forward
+
+    def forward(self: Any, x: Any, attn_mask: Any = None) -> Any:
+        if isinstance(x, _Loss):
+            return _Out(nn.functional.cross_entropy(plain(self, X), Y))
+        return plain(self, x)
+
+    monkeypatch.setattr(timm.models.VisionTransformer, "forward", forward)
+
+
+class _Out:
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+@torch.no_grad()
+def scores(of: nn.Module) -> torch.Tensor:
+    return of.eval()(X)
+
+
+def ranks(att: petune.Attachment) -> int:
+    return sum(int((p != 0).sum()) for key, p in att.tuned.items() if "lora_E" in key)
+
+
+def test_trained_as_peft_trains_it(tmp_path: Path) -> None:
+    att, model = train(ours()), theirs()
+    torch.testing.assert_close(scores(att.model), scores(model), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(scores(att.model), scores(tiny_timm()), atol=1e-2)
+    model.save_pretrained(tmp_path / "theirs")  # with fewer ranks a layer, as their pattern says
+    loaded = petune.load(tiny_timm(), tmp_path / "theirs")
+    torch.testing.assert_close(scores(loaded.model), scores(model), atol=1e-5, rtol=1e-5)
+    loaded.save(tmp_path / "again")
+    for reader in (petune.load(tiny_timm(), tmp_path / "again").model, _by_peft(tmp_path / "again")):
+        assert torch.equal(scores(reader), scores(loaded.model))
+
+
+def test_the_budget_is_kept_and_saved(tmp_path: Path) -> None:
+    att = ours()
+    layers = len(att.tuner.wrapped.layers)
+    train(att, range(1))
+    assert ranks(att) == 4 * layers
+    train(att, range(1, 4))
+    assert 2 * layers < ranks(att) < 4 * layers
+    train(att, range(4, STEPS))
+    assert ranks(att) == 2 * layers
+    att.save(tmp_path / "a")
+    assert torch.equal(scores(petune.load(tiny_timm(), tmp_path / "a").model), scores(att.model))
+    assert torch.equal(scores(_by_peft(tmp_path / "a")), scores(att.model))
+    before, scale = scores(att.model), float(scores(att.model).abs().max())
+    att.merge()
+    torch.testing.assert_close(scores(att.model), before, atol=1e-5 * scale, rtol=0)
+
+
+def test_an_adapter_within_the_budget_goes_on_training() -> None:
+    pattern = {f"{path}.lora_E": [True, True, False, False] for path in ours().tuner.wrapped.layers}
+    att = train(ours(rank_pattern=pattern))
+    assert ranks(att) == 2 * len(pattern)
+
+
+def test_two_on_one_model_come_off_again() -> None:
+    built = tiny_timm()
+    keys, names = list(built.state_dict()), [name for name, _ in built.named_modules()]
+    first = petune.attach(built, "peft:adalora", name="lora_one", **OPTIONS)
+    second = petune.attach(built, "peft:adalora", name="two", **OPTIONS)
+    train(second)
+    train(first)
+    first.detach()
+    assert ranks(second) == 2 * len(second.tuner.wrapped.layers)
+    second.detach()
+    assert (list(built.state_dict()), [name for name, _ in built.named_modules()]) == (keys, names)
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(AttachError, match="init_r must be the greater one"):
+        ours(init_r=2)
+    with pytest.raises(AttachError, match="must leave some of all 8"):
+        ours(tfinal=7).begin(8)
+    with pytest.raises(AttachError, match=r"call att.begin\(total_steps\)"):
+        ours().stepped(0)
+
+
+def _by_peft(place: Path) -> nn.Module:
+    model: nn.Module = peft.PeftModel.from_pretrained(tiny_timm(), str(place))
+    return model
