@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from petune.run import RunConfig, run
     from petune.sites import Block, Site, Sites
     from petune.state import load
+    from petune.sweep import Sweep, SweepConfig, sweep
     from petune.tasks import Tasks
     from petune.testing import ContractViolation, check_tuner
     from petune.tuner import Recipe, Tuner, TunerConfig
@@ -43,6 +44,8 @@ _HOMES = {
     "RunResult": "results",
     "Site": "sites",
     "Sites": "sites",
+    "Sweep": "sweep",
+    "SweepConfig": "sweep",
     "Tasks": "tasks",
     "Tuner": "tuner",
     "TunerConfig": "tuner",
@@ -53,6 +56,7 @@ _HOMES = {
     "load": "state",
     "pretrain": "pretrain",
     "run": "run",
+    "sweep": "sweep",
     "tuners": "registry",
 }
 
@@ -73,6 +77,8 @@ __all__ = [
     "RunResult",
     "Site",
     "Sites",
+    "Sweep",
+    "SweepConfig",
     "Tasks",
     "Tuner",
     "TunerConfig",
@@ -83,6 +89,7 @@ __all__ = [
     "load",
     "pretrain",
     "run",
+    "sweep",
     "tuners",
 ]
 

@@ -13,13 +13,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
     "errors": 0, "config": 0, "files": 0, "network": 0,
-    "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
+    "sites": 1, "space": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
     "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "train": 5, "measure": 5, "restore": 5, "export": 6,
     "run": 6, "pretrain": 6,
-    "compare": 7, "report": 7, "page": 7,
+    "compare": 7, "report": 7, "page": 7, "sweep": 7,
     "cli": 8, "__main__": 9,
 }  # fmt: skip
 
@@ -42,6 +42,7 @@ SIBLINGS = {
     ("backbones", "hub"): "and may have to fetch them",
     ("foreign", "hub"): "as others have",
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
+    ("sweep", "compare"): "the event that a run begins",
     ("compare", "report"): "many runs, one table",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",

@@ -24,6 +24,7 @@ from petune.cli.plugin import plugin
 from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
+from petune.cli.sweep import sweep
 from petune.cli.terminal import clean, say
 from petune.errors import PetuneError, Stopped
 
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, report, inspect, export, methods, backbones, datasets, env):
+for command in (run, compare, sweep, pretrain, report, inspect, export, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")
