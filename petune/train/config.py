@@ -32,6 +32,8 @@ class TrainConfig(Config):
         augment: A preset of petune.data.augment; `auto` is the dataset's own.
         grad_clip: Largest gradient norm; None does not clip.
         precision: `auto` measures whether bfloat16 is faster on this device.
+        val_every: Epochs between two evaluations on val; the last epoch always has one. Where training pictures are
+            few, most of the time would go there.
         log_every: Steps between lines of metrics.jsonl.
     """
 
@@ -50,6 +52,7 @@ class TrainConfig(Config):
     augment: Augment = "auto"
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
+    val_every: int = Field(1, ge=1)
     log_every: int = Field(50, ge=1)
 
     @field_validator("optimizer")

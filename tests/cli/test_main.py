@@ -35,7 +35,7 @@ Commands:
   compare    Train several methods alike and print one table.
   sweep      Search a method's options and training options.
   pretrain   Train a backbone from scratch, for --weights.
-  report     Write one HTML page of everything below DIR…: tables, charts, origin; no scripts,...
+  report     Write one HTML page of everything below DIR…: tables, charts, origin; no...
   inspect    Show a backbone's places and what a method would train.
   export     Fold a run's adapter into its backbone and write the plain weights.
   methods    List the installed methods, broken ones too.
