@@ -20,6 +20,7 @@ from petune.results import RunResult
 from petune.rundir import claimed, free_path
 from petune.train import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
 from petune.tuner import Recipe, Tuner
+from petune.weights import load_adapters
 
 Watch = Callable[[Event], None]
 
@@ -108,6 +109,8 @@ def trained(config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, w
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters are initialised from it
         attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+        if backbone.file is not None and backbone.file.adapters:
+            load_adapters(attachment.model, backbone.file, config.method)
         watch(Note(what_trains(attachment)))
     trainer = Trainer(
         attachment,

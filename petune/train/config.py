@@ -24,6 +24,7 @@ class TrainConfig(Config):
             and result.json hold it.
         lr: Peak learning rate; None takes the method's recipe. Not scaled by the batch size.
         weight_decay: Applied to matrices only; None takes the recipe.
+        decay_vectors: Apply it to biases, norms, position embedding and class token too, as plain torch does.
         optimizer: Any name of timm's optimizer factory; None takes the recipe.
         schedule: `cosine` to zero over all steps, or `constant`.
         warmup: Steps from 0 to the peak: a share of all steps below 1, else a number of steps.
@@ -43,6 +44,7 @@ class TrainConfig(Config):
     eval_batch_size: int = Field(256, ge=1, le=1_000_000)
     lr: float | None = Field(None, gt=0, le=1e4)
     weight_decay: float | None = Field(None, ge=0, le=10)
+    decay_vectors: bool = False
     optimizer: str | None = None
     schedule: Schedule = "cosine"
     warmup: float = Field(0.1, ge=0)
