@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from petune.run import RunConfig, run
     from petune.sites import Block, Site, Sites
     from petune.state import load
+    from petune.sweep import Sweep, SweepConfig, sweep
     from petune.tasks import Tasks
     from petune.testing import ContractViolation, check_tuner
     from petune.tuner import Recipe, Tuner, TunerConfig
@@ -51,6 +52,8 @@ _HOMES = {
     "RunResult": "results",
     "Site": "sites",
     "Sites": "sites",
+    "Sweep": "sweep",
+    "SweepConfig": "sweep",
     "Tasks": "tasks",
     "Tuner": "tuner",
     "TunerConfig": "tuner",
@@ -64,6 +67,7 @@ _HOMES = {
     "predict": "predict",
     "pretrain": "pretrain",
     "run": "run",
+    "sweep": "sweep",
     "tuners": "registry",
 }
 
@@ -87,6 +91,8 @@ __all__ = [
     "RunResult",
     "Site",
     "Sites",
+    "Sweep",
+    "SweepConfig",
     "Tasks",
     "Tuner",
     "TunerConfig",
@@ -100,6 +106,7 @@ __all__ = [
     "predict",
     "pretrain",
     "run",
+    "sweep",
     "tuners",
 ]
 

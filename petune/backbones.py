@@ -16,7 +16,7 @@ from petune.errors import AttachError, ConfigError, UnknownName
 from petune.foreign import build_foreign, is_foreign
 from petune.hub import HubFile, overlay
 from petune.sites import Site, Sites
-from petune.weights import bundled, find_weights, load_into, read_weights
+from petune.weights import Weights, bundled, find_weights, load_into, read_weights
 
 HeadKind = Literal["linear", "bn_linear"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -60,6 +60,7 @@ class Backbone:
         weights: Where the weights came from (`none` where they are random by request).
         image_size: Side of the square input, in pixels.
         mean, std: Of the input's channels; None where no weights say it.
+        file: What was read of the weights' file; None where they are from a hub or random.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Backbone:
     image_size: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    file: Weights | None = None
 
 
 def create_backbone(
@@ -130,6 +132,7 @@ def create_backbone(
         _image_size(sites),
         tuple(mean) if mean else None,
         tuple(std) if std else None,
+        file,
     )
 
 

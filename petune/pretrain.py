@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from petune.arguments import check_watch
-from petune.attach import attach
+from petune.attach import Attachment, attach
+from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.measure import PeakMemory, provenance
-from petune.registry import build_tuner
 from petune.results import RunResult
-from petune.run import RunConfig, Watch, prepare_backbone, prepare_data, preprocessing, run_result, with_recipe
+from petune.run import (
+    RunConfig,
+    Watch,
+    prepare_backbone,
+    prepare_data,
+    preprocessing,
+    run_result,
+    tuner_of,
+    with_recipe,
+)
 from petune.rundir import claimed, free_path
 from petune.train import Note, StopFlag, TrainConfig, Trainer, choose_device
 from petune.tuner import Recipe
@@ -39,6 +49,9 @@ class PretrainConfig(RunConfig):
 
     Attributes:
         weights: `none` starts from random weights; a path goes on from there, with its head where the classes agree.
+        method: What trains, which must be everything: `full`, or adapters that are there from the start, with the
+            backbone (`adaptformer:train_backbone=true`). Such weights are for runs with the same adapters.
+        mean, std: What pictures are normalised by, also in runs with these weights; None measures the training split.
         dtype: Number format of `backbone.safetensors`.
     """
 
@@ -47,6 +60,8 @@ class PretrainConfig(RunConfig):
     weights: str = "none"
     dataset: str = "cifar100"
     val_fraction: float = Field(0.02, gt=0, lt=1)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     dtype: Literal["fp32", "fp16"] = "fp32"
     train: PretrainTraining = PretrainTraining.model_construct()
 
@@ -63,7 +78,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     """
     check_watch("petune.pretrain", watch)
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
-    tuner = build_tuner(config.method)
+    tuner = tuner_of(config)
     place = config.output or free_path(Path("runs") / f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
     with (
         claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml"),
@@ -77,8 +92,12 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             backbone = prepare_backbone(config, dataset, keep_head=True)
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
             memory = PeakMemory(device)
-            attachment = attach(backbone.model.to(device), tuner, name=config.method, keep_original=False)
+            backbone_keys = set(backbone.model.state_dict())
+            attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+            _check_all_trains(attachment, config.method)
         preprocess = preprocessing(backbone, dataset)
+        if config.mean and config.std:
+            preprocess = replace(preprocess, mean=config.mean, std=config.std)
         trainer = Trainer(
             attachment,
             dataset,
@@ -100,6 +119,8 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             "std": preprocess.std,
             "image_size": preprocess.image_size,
             "classes": dataset.classes,
+            "adapters": sorted(set(attachment.model.state_dict()) - backbone_keys),
+            "method": config.method,
             "top1": test.top1,
             "top5": test.top5,
             "config": config.model_dump(mode="json"),
@@ -107,6 +128,15 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         }
         size = _save(attachment.model, place, info, config.dtype)
         return run_result(config, backbone, attachment, fitted, test, place, memory.bytes(), size).write(place)
+
+
+def _check_all_trains(attachment: Attachment, method: str) -> None:
+    frozen = attachment.counts.total - attachment.counts.trainable
+    if frozen:
+        raise ConfigError(
+            f"pretraining trains everything, but {method} leaves {frozen:,} parameters as they are; use full, or a "
+            "method that trains the backbone too"
+        )
 
 
 def _save(model: nn.Module, place: Path, info: dict[str, Any], dtype: str) -> int:

@@ -31,6 +31,27 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def trial_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a `sweep.json`: the trials, best first, and what only the best one has, its test."""
+    trials = [row for row in sweep.get("rows", []) if isinstance(row, Mapping)]
+    names = list(dict.fromkeys(name for row in trials for name in row.get("params", {})))
+    tested = {sweep.get("best"): (sweep.get("result") or {}).get("top1")}
+    rows = [
+        [
+            str(row.get("trial")),
+            *(_value(row.get("params", {}).get(name)) for name in names),
+            "–" if row.get("tuned") is None else f"{row['tuned']:,}",
+            _accuracy(row.get("val_top1")),
+            _accuracy(tested.get(row.get("trial"))),
+            _value(row.get("epoch")),
+            "–" if row.get("time_s") is None else duration(row["time_s"]),
+            f"failed: {row.get('reason')}" if row.get("state") == "failed" else str(row.get("state")),
+        ]
+        for row in sorted(trials, key=lambda row: -(row.get("val_top1") or -1))
+    ]
+    return ["trial", *names, "tuned", "top-1 on val", "top-1 on test", "epoch", "time", "state"], rows
+
+
 def size(num_bytes: float) -> str:
     """`4.6 MB`: decimal units, as on a disk."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -98,6 +119,14 @@ def picture(comparison: Mapping[str, Any]) -> bytes:
 
 def _spread(mean: float, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def _accuracy(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def visible(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.rundir import claimed, free_path
 from petune.train import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
-from petune.tuner import Recipe
+from petune.tuner import Recipe, Tuner
+from petune.weights import load_adapters
 
 Watch = Callable[[Event], None]
 
@@ -78,42 +80,66 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     """
     check_watch("petune.run", watch)
     config = RunConfig.given(config, fields, "petune.run(...)")
-    name, options = parse_method(config.method)
-    tuner = build_tuner(name, **options)
+    tuner = tuner_of(config)
     if config.output is None or not RunResult.exists(config.output):
         check_weights(config.backbone, config.weights)
     place = config.output or free_path(Path("runs") / default_name(config))
     with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
         if RunResult.exists(place):
             return RunResult.read(place)
-        with stop.at_once():
-            device = choose_device(config.device)
-            dataset = prepare_data(config)
-            backbone = prepare_backbone(config, dataset)
-            watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
-            memory = PeakMemory(device)
-            torch.manual_seed(config.seed)  # adapters are initialised from it
-            attachment = attach(backbone.model.to(device), tuner, name=name, keep_original=False)
-            watch(Note(what_trains(attachment)))
-        preprocess = preprocessing(backbone, dataset)
-        trainer = Trainer(
-            attachment,
-            dataset,
-            preprocess,
-            with_recipe(config.train, tuner.recipe, dataset),
-            seed=config.seed,
-            device=device,
-            directory=place,
-            stop=stop,
-            on_event=watch,
-        )
-        fitted = trainer.fit()
-        test = trainer.evaluate("test")
-        peak = memory.bytes()
-        attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
+        done = trained(config, tuner, place, stop, watch)
+        test = done.trainer.evaluate("test")
+        peak = done.memory.bytes()
+        card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, test)
+        done.attachment.save(place / "adapter", metadata=card)
         size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
-        result = run_result(config, backbone, attachment, fitted, test, place, peak, size)
+        result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size)
         return result.write(place)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run up to its test, which has not been read; the model holds the epoch chosen on val."""
+
+    dataset: Dataset
+    backbone: Backbone
+    attachment: Attachment
+    trainer: Trainer
+    fitted: Fitted
+    memory: PeakMemory
+
+
+def trained(config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, watch: Watch) -> Trained:
+    """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
+    with stop.at_once():
+        device = choose_device(config.device)
+        dataset = prepare_data(config)
+        backbone = prepare_backbone(config, dataset)
+        watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
+        memory = PeakMemory(device)
+        torch.manual_seed(config.seed)  # adapters are initialised from it
+        attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+        if backbone.file is not None and backbone.file.adapters:
+            load_adapters(attachment.model, backbone.file, config.method)
+        watch(Note(what_trains(attachment)))
+    trainer = Trainer(
+        attachment,
+        dataset,
+        preprocessing(backbone, dataset),
+        with_recipe(config.train, tuner.recipe, dataset),
+        seed=config.seed,
+        device=device,
+        directory=place,
+        stop=stop,
+        on_event=watch,
+    )
+    return Trained(dataset, backbone, attachment, trainer, trainer.fit(), memory)
+
+
+def tuner_of(config: RunConfig) -> Tuner[Any]:
+    """The method with its options."""
+    name, options = parse_method(config.method)
+    return build_tuner(name, **options)
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from petune.config import Config, read_yaml
-from petune.errors import UsageError
+from petune.errors import ConfigError, UsageError
 from petune.files import replace_file
 
 CONFIG_FILE = "config.yaml"
@@ -98,7 +99,7 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
         replace_file(file, f"# {command}\n{asked.to_yaml()}".encode())
         return
-    before, now = read_yaml(file), config.model_dump(mode="json")
+    before, now = _filled(read_yaml(file), type(config)), config.model_dump(mode="json")
     changed = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted({*before, *now} - UNCOMPARED)
@@ -109,3 +110,11 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
             f"{file.parent} holds a run with another configuration; a run goes on only as it began:\n  - "
             + "\n  - ".join(changed)
         )
+
+
+def _filled(values: dict[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """The values with the defaults of options that petune did not have when they were written."""
+    try:
+        return kind.build(values).model_dump(mode="json")
+    except ConfigError:
+        return values

@@ -33,6 +33,27 @@ class Weights:
     info: Mapping[str, Any]
     source: str
 
+    @property
+    def adapters(self) -> dict[str, Tensor]:
+        """What belongs to adapters that were there in pretraining, by the keys that they have in the model."""
+        return {key: self.tensors[key] for key in self.info.get("adapters", ()) if key in self.tensors}
+
+
+def load_adapters(model: nn.Module, weights: Weights, method: str) -> None:
+    """Start a method's adapters where those of the pretraining ended.
+
+    Raises:
+        CheckpointError: The method has other adapters. The backbone was trained with them and is not itself without.
+    """
+    here = model.state_dict()
+    wrong = sorted(k for k, t in weights.adapters.items() if k not in here or here[k].shape != t.shape)
+    if wrong:
+        raise CheckpointError(
+            f"{weights.source} was pretrained with the adapters of {weights.info.get('method')}, so that the method "
+            f"must have the same, but {method} has none that fit {wrong[0]}"
+        )
+    model.load_state_dict(weights.adapters, strict=False)
+
 
 def bundled(name: str) -> Path | None:
     """The weights file of that name that comes with petune, as `cifar100`."""
@@ -86,7 +107,7 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
     Raises:
         CheckpointError: A key is missing, left over, or has another shape.
     """
-    tensors = dict(weights.tensors)
+    tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in weights.adapters}
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     here = model.state_dict()
     if resample is not None and any(k in here and here[k].shape != t.shape for k, t in tensors.items()):

@@ -72,6 +72,16 @@ def test_an_existing_directory_is_gone_on_in_only_when_asked(tmp_path: Path) -> 
         assert place == tmp_path / "run"
 
 
+def test_an_option_that_is_newer_than_the_directory_counts_as_its_default(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+        pass
+    (tmp_path / "run" / CONFIG_FILE).write_text("seed: 0\n")
+    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+        pass
+    with pytest.raises(UsageError, match=r"lr: 0\.1 before, 0\.2 now"):
+        claimed(tmp_path / "run", Settings(lr=0.2), resume=True, command=COMMAND).__enter__()
+
+
 def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> None:
     with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         pass

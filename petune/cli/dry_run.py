@@ -12,11 +12,16 @@ from petune.cli.terminal import say, show, show_facts, show_json
 if TYPE_CHECKING:
     from petune.compare import CompareConfig
     from petune.run import RunConfig
+    from petune.sweep import SweepConfig
     from petune.tuner import Recipe
 
 
 def show_dry_run(
-    config: RunConfig | CompareConfig, methods: Sequence[str], *, as_json: bool, recipe: Recipe | None = None
+    config: RunConfig | CompareConfig | SweepConfig,
+    methods: Sequence[str],
+    *,
+    as_json: bool,
+    recipe: Recipe | None = None,
 ) -> None:
     """Print `config` as YAML on stdout, ready for --config, and on stderr what each method would train.
 

@@ -23,6 +23,7 @@ from petune.cli.predict import predict
 from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
+from petune.cli.sweep import sweep
 from petune.cli.terminal import clean, say
 from petune.errors import PetuneError
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, report, inspect, predict):
+for command in (run, compare, sweep, pretrain, report, inspect, predict):
     app.command()(command)
 app.command("eval")(evaluate)
 for command in (export, methods, backbones, datasets, env):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
 from petune.cli.running import place_of, resumable, watching
@@ -43,4 +45,5 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
         show_json(result.model_dump(mode="json"))
     else:
         show_result(result)
-    say(f"use it with: --backbone {config.backbone} --weights {result.output}")
+    same = "" if config.method == "full" else f" --method {shlex.quote(config.method)}"
+    say(f"use it with: --backbone {config.backbone} --weights {result.output}{same}")

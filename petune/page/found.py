@@ -17,7 +17,7 @@ from petune.rundir import CONFIG_FILE, RESULT_FILE
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]
-TABLES = {"compare": "compare.json", "sweep": "sweep.json"}
+TABLES: dict[Kind, str] = {"compare": "compare.json", "sweep": "sweep.json"}
 METRICS_FILE, TRIAL_FILE = "metrics.jsonl", "trial.json"
 PARTS = {"adapter", "checkpoints", "tensorboard"}
 """Directories of a run that hold no runs."""
@@ -29,7 +29,7 @@ class Found:
 
     Attributes:
         path: Where.
-        kind: Which command made it; a trial is a run of a sweep, which has no test result.
+        kind: Which command made it; a trial is a run of a sweep that was not tested.
         state: `broken` is one whose files cannot be read.
         detail: What is wrong or how far it is; empty for one that is done and whole.
         config: As in `config.yaml`; empty where there is none.
@@ -91,15 +91,16 @@ def _read(place: Path) -> Found:
 def _kind(place: Path) -> Kind:
     for kind, name in TABLES.items():
         if (place / name).exists():
-            return kind  # type: ignore[return-value]
+            return kind
     try:
         with (place / CONFIG_FILE).open(encoding="utf-8", errors="replace") as file:
             words = file.readline(200).split()
     except OSError:
         return "run"
-    if (place / TRIAL_FILE).exists() or words[1:3] == ["petune", "trial"]:
+    if (place / TRIAL_FILE).exists() and not RunResult.exists(place):
         return "trial"
-    return next((kind for kind in ("pretrain", "compare", "sweep") if words[1:3] == ["petune", kind]), "run")  # type: ignore[return-value]
+    others: tuple[Kind, ...] = ("pretrain", "compare", "sweep")
+    return next((kind for kind in others if words[1:3] == ["petune", kind]), "run")
 
 
 def _read_table(place: Path, kind: Kind, config: dict[str, Any]) -> Found:
@@ -112,6 +113,9 @@ def _read_table(place: Path, kind: Kind, config: dict[str, Any]) -> Found:
             raise ValueError(f"it holds a {type(table).__name__}")
     except (OSError, ValueError) as error:
         return Found(place, kind, "broken", f"{file.name} cannot be read: {error}", config)
+    if table.get("finished") is False:
+        done = sum(isinstance(row, dict) and row.get("state") != "running" for row in table.get("rows", []))
+        return Found(place, kind, "unfinished", f"{done} trials done; started again it goes on", config, table=table)
     return Found(place, kind, "done", "", config, table=table)
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from petune.compare import Comparison, summarise
 from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
 from petune.page.found import Found
-from petune.report import cells
+from petune.report import cells, trial_table
 from petune.results import RunResult
 
 COLUMNS = (
@@ -108,21 +108,14 @@ def _loose(kind: str, what: str, runs: Sequence[Found]) -> Section:
 
 
 def _sweep(one: Found) -> Section:
-    """A sweep has no test results: its rows are trials, best first."""
+    """The trials, best first; only the best one has a test result."""
     table = one.table or {}
-    trials = [row for row in table.get("rows", []) if isinstance(row, Mapping)]
-    names = list(dict.fromkeys(name for row in trials for name in row.get("params", {})))
-    rows = [
-        [f"trial {row.get('trial')}", *(_value(row.get("params", {}).get(name)) for name in names),
-         _value(row.get("val_top1")), str(row.get("state")), str(row.get("reason") or "")]
-        for row in sorted(trials, key=lambda row: -(row.get("val_top1") or -1))
-    ]  # fmt: skip
+    columns, rows = trial_table(table)
     config = table.get("config", {})
     run = config.get("run", {})
     title = f"Sweep of {run.get('method', '?')}: {run.get('backbone', '?')} on {run.get('dataset', '?')}"
-    about = f"Sweep in {one.path}, chosen on validation; test was not read. Best first."
+    about = f"Sweep in {one.path}, chosen on validation; only the best one has read test. Best first."
     facts = _facts(table.get("provenance", {}))
-    columns = ("trial", *names, "val top-1", "state", "reason")
     return Section(title, about, columns, rows, [], facts, _argv(table.get("provenance", {})), _yaml(config))
 
 
@@ -179,10 +172,6 @@ def _cells(row: Mapping[str, Any], runs: Sequence[Found], epochs: Any) -> list[s
         "–" if val is None else f"{val:.2f}", "–" if lr is None else f"{lr:g}", str(row.get("epochs", epochs)), rate,
         "–" if step is None else f"{1000 * step:,.0f} ms", memory, time,
     ]  # fmt: skip
-
-
-def _value(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _argv(provenance: Mapping[str, Any]) -> list[str]:

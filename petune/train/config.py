@@ -25,6 +25,7 @@ class TrainConfig(Config):
             and result.json hold it.
         lr: Peak learning rate; None takes the method's recipe. Not scaled by the batch size.
         weight_decay: Applied to matrices only; None takes the recipe.
+        decay_vectors: Apply it to biases, norms, position embedding and class token too, as plain torch does.
         optimizer: Any name of timm's optimizer factory; None takes the recipe.
         schedule: `cosine` to zero over all steps, or `constant`.
         warmup: Steps from 0 to the peak: a share of all steps below 1, else a number of steps.
@@ -42,6 +43,8 @@ class TrainConfig(Config):
             kept in the run directory till the run ends. `auto` does so where the pictures stay the same from epoch to
             epoch (augment none, no mixup or cutmix) and there is room; `always` is an error where it cannot be done.
         feature_cache_gb: The most that may take, in 10⁹ bytes.
+        val_every: Epochs between two evaluations on val; the last epoch always has one. Where training pictures are
+            few, most of the time would go there.
         log_every: Steps between lines of metrics.jsonl.
     """
 
@@ -51,6 +54,7 @@ class TrainConfig(Config):
     eval_batch_size: int = Field(256, ge=1, le=1_000_000)
     lr: float | None = Field(None, gt=0, le=1e4)
     weight_decay: float | None = Field(None, ge=0, le=10)
+    decay_vectors: bool = False
     optimizer: str | None = None
     schedule: Schedule = "cosine"
     warmup: float = Field(0.1, ge=0)
@@ -64,6 +68,7 @@ class TrainConfig(Config):
     compile: bool = False
     cache_features: CacheFeatures = "auto"
     feature_cache_gb: float = Field(10.0, ge=0, le=1e6)
+    val_every: int = Field(1, ge=1)
     log_every: int = Field(50, ge=1)
 
     @field_validator("optimizer")

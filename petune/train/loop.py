@@ -244,7 +244,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         p = self.progress
         row = {"epoch": p.epoch + 1, "train_loss": p.loss_sum / max(1, p.batch)}
-        if len(self.dataset.val):
+        last, every = self.train.epochs, self.train.val_every
+        if len(self.dataset.val) and ((p.epoch + 1) % every == 0 or p.epoch + 1 == last):
             val = self._validate()
             row |= {"val_loss": val.loss, "val_top1": val.top1, "val_top5": val.top5}
             if val.top1 > p.best_top1 or self.choose == "last":

@@ -19,7 +19,7 @@ def create_optimizer(
     """An optimizer over exactly `parameters`.
 
     Args:
-        parameters: Names to parameters. Vectors and scalars never get weight decay.
+        parameters: Names to parameters. Vectors and scalars get weight decay with `decay_vectors` only.
         no_decay: Further names without it (timm's `no_weight_decay()`: position embedding, class token).
         train: With `lr`, `weight_decay` and `optimizer` filled in.
     """
@@ -27,7 +27,7 @@ def create_optimizer(
 
     if "muon" in str(train.optimizer):
         _orthogonalise_in_float32()
-    plain = {n for n, p in parameters.items() if p.ndim <= 1 or n in no_decay}
+    plain = {n for n, p in parameters.items() if (p.ndim <= 1 or n in no_decay) and not train.decay_vectors}
     decayed = [p for n, p in parameters.items() if n not in plain]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": train.weight_decay},

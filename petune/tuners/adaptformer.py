@@ -28,6 +28,8 @@ class AdaptFormerConfig(petune.TunerConfig):
         input: `residual` reads the residual stream as the authors' code does, `norm` what enters the MLP.
         variant: `seed` is the study petune starts from: input `norm`, learnable scale, added to the MLP's output and
             so inside drop path (and LayerScale, where there is one).
+        train_backbone: Train the backbone too, beside the adapters: the study's second row, and its pretraining, in
+            which the adapters are there from the start.
     """
 
     bottleneck: int = Field(64, ge=1)
@@ -35,6 +37,7 @@ class AdaptFormerConfig(petune.TunerConfig):
     dropout: float = Field(0.1, ge=0, lt=1)
     input: Literal["residual", "norm"] | None = None
     variant: Literal["official", "seed"] = "official"
+    train_backbone: bool = False
 
 
 class BottleneckAdapter(nn.Module):
@@ -75,6 +78,8 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """One adapter a block, from the residual stream before the MLP to the block's output."""
+        if self.config.train_backbone:
+            edit.train(edit.model)
         config, seed = self.config, self.config.variant == "seed"
         scale = config.scale if config.scale is not None else "learnable" if seed else 0.1
         source = config.input or ("norm" if seed else "residual")
@@ -83,8 +88,10 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             leave = block.need("mlp") if seed else block
             edit.branch(enter, leave, BottleneckAdapter(block.dim, config.bottleneck, config.dropout, scale))
 
-    def count(self, sites: petune.Sites) -> int:
-        """2·D·M + M + D a block, and its scale where that is learnable."""
+    def count(self, sites: petune.Sites) -> int | None:
+        """2·D·M + M + D a block, and its scale where that is learnable; no formula for a backbone that trains too."""
+        if self.config.train_backbone:
+            return None
         m, learnable = self.config.bottleneck, self.config.scale == "learnable"
         learnable |= self.config.scale is None and self.config.variant == "seed"
         return sum(2 * block.dim * m + m + block.dim + learnable for block in sites.blocks)

@@ -33,6 +33,7 @@ Options:
 Commands:
   run        Train one method, test it once and save its adapter.
   compare    Train several methods alike and print one table.
+  sweep      Search a method's options and training options.
   pretrain   Train a backbone from scratch, for --weights.
   report     Write one HTML page of everything below DIR…: tables, charts, origin; no...
   inspect    Show a backbone's places and what a method would train.

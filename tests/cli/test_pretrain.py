@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from petune.restore import restore
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
@@ -34,3 +39,37 @@ def test_its_defaults_hold_beside_flags(petune: Run) -> None:
 
 def test_it_has_no_method(petune: Run) -> None:
     assert petune("pretrain", "--method", "vpt").code == 2
+
+
+def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    both = "adaptformer:variant=seed,bottleneck=2,train_backbone=true"
+    where = ("--set=mean=[0.5, 0.5, 0.5]", "--set=std=[0.2, 0.2, 0.2]", "--output=pre")
+    done = petune("pretrain", *tiny, f"--set=method={both}", *where)
+    assert done.code == 0, done.err
+    assert done.err.endswith(f"use it with: --backbone vit_nano --weights pre --method {both}\n")
+    words = ("--weights=pre", "--json", "--lr=1e-9", "--set=train.optimizer=sgd")
+    for method in ("adaptformer:variant=seed,bottleneck=2", both):
+        tuned = petune("run", "--method", method, *tiny, *words, "--output", "out-" + method[-4:])
+        assert tuned.code == 0, tuned.err
+    with safe_open(tmp_path / "pre" / "backbone.safetensors", "pt") as file:
+        info = json.loads(file.metadata()["petune"])
+        adapter = {key: file.get_tensor(key) for key in info["adapters"]}
+    assert len(adapter) == 10  # 2 blocks: down, up, their biases, the scale
+    assert (info["mean"], info["std"], info["method"]) == ([0.5] * 3, [0.2] * 3, both)
+    saved = load_file(tmp_path / "out-ck=2" / "adapter" / "adapter_model.safetensors")
+    assert adapter.keys() < saved.keys()
+    for key, tensor in adapter.items():  # at a rate of next to nothing they are where the pretraining left them
+        assert torch.allclose(saved[key], tensor, atol=1e-6)
+        assert tensor.any() or not key.endswith(("weight", "scale"))
+    assert restore(tmp_path / "out-ck=2").card["test"]["num_pictures"] == 360
+    config = json.loads((tmp_path / "out-ck=2" / "adapter" / "adapter_config.json").read_text())
+    assert config["metadata"]["preprocess"]["std"] == [0.2] * 3
+    other = petune("run", "--method", "linear", *tiny, *words, "--output", "other")
+    assert other.code == 4
+    assert f"was pretrained with the adapters of {both}, so that the method must have the same" in other.err
+
+
+def test_a_method_that_leaves_something_frozen_is_refused(petune: Run, tiny: Words) -> None:
+    done = petune("pretrain", *tiny, "--set=method=adaptformer")
+    assert done.code == 2
+    assert "pretraining trains everything, but adaptformer leaves" in done.err

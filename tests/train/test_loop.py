@@ -93,6 +93,15 @@ def test_the_model_holds_the_last_epoch_where_asked_for(make_trainer: Make, toy:
     assert trainer.evaluate("val").loss == fitted.epochs[-1]["val_loss"]
 
 
+def test_val_is_evaluated_every_so_many_epochs_and_after_the_last(
+    tmp_path: Path, make_trainer: Make, toy: Make
+) -> None:
+    fitted = make_trainer(toy(0), epochs=5, val_every=2).fit()
+    assert [line["epoch"] for line in _lines(tmp_path) if "val_top1" in line] == [2, 4, 5]
+    assert [line["epoch"] for line in _lines(tmp_path) if "train_loss" in line] == [1, 2, 3, 4, 5]
+    assert fitted.epoch in (2, 4, 5)
+
+
 class Poisoned(nn.Module):
     """Passes on what `inside` says, times NaN in one training step, or in every evaluation."""
 

@@ -36,6 +36,11 @@ def test_only_matrices_decay_and_not_those_the_model_names() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
 
 
+def test_everything_decays_where_asked_for() -> None:
+    (group,) = _optimizer(TRAIN.model_copy(update={"decay_vectors": True})).param_groups
+    assert (len(group["params"]), group["weight_decay"]) == (4, 0.1)
+
+
 def test_no_group_is_empty() -> None:
     optimizer = create_optimizer({"b": nn.Parameter(torch.ones(3))}, set(), TRAIN)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]

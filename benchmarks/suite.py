@@ -1,0 +1,246 @@
+"""Run a suite of benchmarks: choose each method's rate on val, compare the methods, hold the numbers to a range.
+
+    python benchmarks/suite.py few-shot                      # all of benchmarks/suites/few-shot.yaml
+    python benchmarks/suite.py few-shot --smoke              # the same at a size of a minute, offline
+    python benchmarks/suite.py few-shot --only few-shot-10   # some pieces, or some methods, by name
+    python benchmarks/suite.py few-shot --keep               # and put what is finished into benchmarks/results/
+
+Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
+what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range or missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import Field
+
+import petune
+from petune.cli.progress import Progress
+from petune.config import Config, read_yaml
+from petune.files import replace_file
+from petune.report import markdown
+
+HERE = Path(__file__).resolve().parent
+SUITES, RESULTS = HERE / "suites", HERE / "results"
+KEPT = ("compare.json", "compare.md", "compare.svg", "suite.json")
+
+
+class Expected(Config):
+    """Top-1 on test in percent, mean over the seeds; or for `A - B` the difference of two methods in points.
+
+    Attributes:
+        top1: What was measured, or is aimed at; `source` says which.
+        range: From and to where a number is as expected.
+    """
+
+    top1: float
+    range: tuple[float, float]
+    source: str = ""
+
+
+class Rates(Config):
+    """The learning rates to try for each method, on val, with one seed.
+
+    Attributes:
+        values: By method; `default` for those that are not named.
+        run: What the trials have other than the comparison, as fewer epochs.
+    """
+
+    values: dict[str, tuple[float, ...]]
+    run: dict[str, Any] = {}
+
+
+class Piece(Config):
+    """A pretraining where there is one, then the rates, then the comparison; as `petune.pretrain` and so on take it."""
+
+    pretrain: dict[str, Any] | None = None
+    rates: Rates | None = None
+    compare: dict[str, Any]
+
+
+class Suite(Config):
+    """A file of `suites/`.
+
+    Attributes:
+        command: What runs it.
+        about: What it shows, on what it runs how long.
+        expected: By piece, then by method.
+        pieces: In their order.
+        smoke: Laid over every piece, and its own `expected` for each.
+    """
+
+    command: str
+    about: str
+    expected: dict[str, dict[str, Expected]]
+    pieces: dict[str, Piece] = Field(min_length=1)
+    smoke: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number beside what was expected; `value` is None where there is none (yet)."""
+
+    what: str
+    value: float | None
+    expected: float
+    low: float
+    high: float
+
+    @property
+    def good(self) -> bool:
+        """Whether it is in its range."""
+        return self.value is not None and self.low <= self.value <= self.high
+
+    def __str__(self) -> str:
+        said = "in range" if self.good else "missing" if self.value is None else "OUT OF RANGE"
+        value = "–" if self.value is None else f"{self.value:.2f}"
+        return f"{self.what}: {value}, expected {self.expected:g} within {self.low:g} to {self.high:g}: {said}"
+
+
+def read_suite(name: str, smoke: bool = False) -> Suite:
+    """The suite of that name, at its smoke size if asked for."""
+    values = read_yaml(SUITES / f"{name}.yaml")
+    if smoke:
+        over = dict(values["smoke"])
+        expected = over.pop("expected")
+        values["pieces"] = {piece: laid_over(plain, over) for piece, plain in values["pieces"].items()}
+        values["expected"] = dict.fromkeys(values["pieces"], expected)
+    return Suite.build(values, f"{name}.yaml")
+
+
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the values of `above`, key by key; what `below` has no use for (a pretraining) stays out."""
+    merged = dict(below)
+    for key, value in above.items():
+        if key in {"pretrain", "rates"} and not below.get(key):
+            continue
+        inner = merged.get(key)
+        merged[key] = laid_over(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return merged
+
+
+def run_piece(piece: Piece, place: Path, methods: tuple[str, ...], watch: Any) -> dict[str, Any]:
+    """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks."""
+    shared = dict(piece.compare["run"])
+    pretrained = None
+    if piece.pretrain is not None:
+        config = petune.PretrainConfig.build(
+            piece.pretrain | {"output": place / "pretrain", "resume": True}, "the suite's pretrain"
+        )
+        pretrained = petune.pretrain(config, watch=watch).model_dump(mode="json")
+        shared["weights"] = str(place / "pretrain")
+    rates = {}
+    for method in methods if piece.rates else ():
+        rates[method] = choose_rate(piece.rates, shared, method, place / "rates", watch)
+    values = piece.compare | {
+        "methods": methods, "run": shared, "lrs": {method: rate["lr"] for method, rate in rates.items()},
+        "output": place / "compare",
+    }  # fmt: skip
+    comparison = petune.compare(petune.CompareConfig.build(values, "the suite's compare"), watch=watch)
+    return {"pretrain": pretrained, "rates": rates, "compare": comparison.model_dump(mode="json")}
+
+
+def choose_rate(rates: Rates, shared: Mapping[str, Any], method: str, place: Path, watch: Any) -> dict[str, Any]:
+    """The rate with the best top-1 on val; test is not read. `edge` says that the best was the last one tried."""
+    values = sorted(rates.values.get(method) or rates.values["default"])
+    name = "".join(c if c.isalnum() or c in "._=" else "_" for c in method)
+    config = petune.SweepConfig.build(
+        {
+            "over": {"train.lr": values}, "trials": len(values), "test": False, "output": place / name,
+            "run": laid_over(shared, rates.run) | {"method": method},
+        },
+        f"the suite's rates of {method}",
+    )  # fmt: skip
+    table = petune.sweep(config, watch=watch)
+    if table.best is None:
+        raise SystemExit(f"no rate of {values} worked for {method}: {table.rows[0].reason}")
+    lr = float(table.params["train.lr"])
+    tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in table.rows}
+    return {"lr": lr, "tried": tried, "edge": len(values) > 1 and lr in (values[0], values[-1])}
+
+
+def checks_of(expected: Mapping[str, Expected], comparison: Mapping[str, Any]) -> list[Check]:
+    """Every expected number beside the measured one."""
+    top1 = {row["method"]: row["top1_mean"] for row in comparison["rows"]}
+    checks = []
+    for what, one in expected.items():
+        terms = [top1.get(name.strip()) for name in what.split(" - ")]
+        value = None if None in terms else terms[0] - sum(terms[1:])
+        checks.append(Check(what, value, one.top1, *one.range))
+    return checks
+
+
+def chosen(suite: Suite, only: list[str]) -> dict[str, tuple[str, ...]]:
+    """The methods to run of each piece: all, or those that are named, or whose piece is named."""
+    methods = {name: tuple(piece.compare["methods"]) for name, piece in suite.pieces.items()}
+    known = {*methods, *(method for several in methods.values() for method in several)}
+    unknown = [word for word in only if word not in known]
+    if unknown:
+        raise SystemExit(f"--only takes pieces and methods of the suite, but not {unknown}: {', '.join(sorted(known))}")
+    some = [word for word in only if word not in methods]
+    pieces = [word for word in only if word in methods] or list(methods)
+    wanted = {piece: tuple(m for m in methods[piece] if not some or m in some) for piece in pieces}
+    return {piece: several for piece, several in wanted.items() if several}
+
+
+def keep(place: Path, piece: str) -> None:
+    """Copy the results of a piece to where results are committed."""
+    target = RESULTS / piece
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        source = place / name if name == "suite.json" else place / "compare" / name
+        shutil.copyfile(source, target / name)
+
+
+def main(words: list[str]) -> NoReturn:
+    """Run what is asked for, print tables and checks."""
+    args = _arguments(words)
+    suite = read_suite(args.name, args.smoke)
+    top = args.output or Path("runs") / "suites" / (args.name + ("-smoke" if args.smoke else ""))
+    good = True
+    with Progress() as watch:
+        for piece, methods in chosen(suite, args.only).items():
+            done = run_piece(suite.pieces[piece], top / piece, methods, watch)
+            expected = {what: one for what, one in suite.expected.get(piece, {}).items()
+                        if set(map(str.strip, what.split(" - "))) <= set(methods)}  # fmt: skip
+            checks = checks_of(expected, done["compare"])
+            good &= all(check.good for check in checks)
+            record = {
+                "suite": args.name, "piece": piece, "smoke": args.smoke, "command": suite.command, "about": suite.about,
+                "pretrain": done["pretrain"], "rates": done["rates"],
+                "checks": [asdict(check) | {"good": check.good} for check in checks],
+            }  # fmt: skip
+            replace_file(top / piece / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
+            print(markdown(done["compare"]).partition("\n![")[0])
+            for method, rate in done["rates"].items():
+                edge = "; AT THE EDGE of what was tried" if rate["edge"] else ""
+                print(f"{method}: rate {rate['lr']:g}, val {rate['tried']}{edge}")
+            print("\n".join(map(str, checks)), flush=True)
+            if args.keep:
+                keep(top / piece, piece)
+    raise SystemExit(0 if good else 1)
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(file.stem for file in SUITES.glob("*.yaml")))
+    parser.add_argument("--smoke", action="store_true", help="the size of a minute, offline")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="pieces, or methods of them")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="instead of runs/suites/NAME")
+    parser.add_argument("--keep", action="store_true", help="copy the results to benchmarks/results/")
+    args = parser.parse_args(words)
+    if args.keep and args.smoke:
+        parser.error("--keep is for results; a smoke run has none")
+    return args
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,122 @@
+"""`petune sweep`: a search over options, chosen on val, the best one tested once."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from petune.cli.options import DryRun, Json, Settings, Track, configured
+from petune.cli.running import RUNS, watching
+from petune.cli.terminal import clean, percent, say, show_json, show_table
+
+if TYPE_CHECKING:
+    from petune.sweep import Sweep, SweepConfig
+
+Method = Annotated[str | None, typer.Argument(metavar="[METHOD]", help="A registered method, options in place.")]
+Over = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--over",
+        metavar="KEY=VALUES",
+        help="bottleneck=8,16,64 or train.lr=1e-4..1e-2:log: an option of the method, or train.…; repeatable.",
+    ),
+]
+Trials = Annotated[
+    int | None,
+    typer.Option("--trials", metavar="INT", help="How many at most; a grid that fits is tried whole.  [default: 20]"),
+]
+NoTest = Annotated[bool, typer.Option("--no-test", help="Leave test unread, also by the best one.")]
+
+
+@configured(without=("method", "resume"), defaults={"output": "runs/sweep-METHOD-BACKBONE-DATASET-seedSEED"})
+def sweep(
+    settings: Settings,
+    method: Method = None,
+    *,
+    over: Over = None,
+    trials: Trials = None,
+    no_test: NoTest = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    track: Track = None,
+) -> None:
+    """Search a method's options and training options.
+
+    The best trial is chosen on a validation split, and it alone reads test, once. Started again, it goes on.
+    """
+    from petune.sweep import SweepConfig
+
+    config = SweepConfig.build(_values(settings, method, over, trials, no_test), settings.source)
+    if dry_run:
+        from petune.cli.dry_run import show_dry_run
+        from petune.space import corners
+
+        methods = dict.fromkeys(config.trial(params).method for params in corners(config.over))
+        show_dry_run(config, list(methods), as_json=json)
+    else:
+        _run(config, as_json=json, track=track)
+
+
+def _run(config: SweepConfig, *, as_json: bool, track: str | None) -> None:
+    from petune.errors import Stopped
+    from petune.sweep import sweep as sweep_config
+    from petune.sweep import sweep_name
+
+    place = config.output or RUNS / sweep_name(config)
+    try:
+        with watching(track, place) as watch:
+            table = sweep_config(config.model_copy(update={"output": place}), watch=watch)
+    except Stopped as error:
+        if not (place / "config.yaml").exists():
+            raise
+        said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
+        raise Stopped(f"{said}; the same command goes on, or:\n  petune sweep --config {where}/config.yaml "
+                      f"--output {where}") from None  # fmt: skip
+    if as_json:
+        show_json(table.model_dump(mode="json"))
+    else:
+        show_sweep(table)
+    if table.best is None:
+        raise typer.Exit(1)
+
+
+def show_sweep(table: Sweep) -> None:
+    """Print the trials, best first, and how to run the best one."""
+    from petune.report import trial_table
+
+    run = table.config.run
+    say(f"{table.backbone or run.backbone}, weights {table.weights or run.weights}, on {run.dataset}")
+    columns, rows = trial_table(table.model_dump(mode="json"))
+    shown = [[*row[:-1], row[-1].partition(":")[0]] for row in rows]  # a reason is a sentence, no column has room
+    show_table(columns, shown, right=columns[:-1], spare=("time", "epoch", "tuned"))
+    for row in table.rows:
+        if row.state == "failed":
+            say(clean(f"trial {row.trial} failed: {row.reason}"))
+    if table.best is not None:
+        test = f", {percent(table.result.top1)} on test" if table.result else ""
+        say(clean(f"best: trial {table.best}, {percent(table.rows[table.best].val_top1)} on val{test}"))
+    say(f"output: {table.output}")
+
+
+def _values(
+    settings: Settings, method: str | None, over: list[str] | None, trials: int | None, no_test: bool
+) -> dict[str, Any]:
+    """What belongs to the sweep stays on top, everything else goes to the runs, as in `petune run`."""
+    from petune.space import parse_over
+    from petune.sweep import SweepConfig
+
+    own = SweepConfig.model_fields.keys()
+    values = settings.values(
+        lambda key: key if key.partition("=")[0].partition(".")[0].strip() in own else f"run.{key}"
+    )
+    if method is not None:
+        values["run"] = {**values.get("run", {}), "method": method}
+    if over:
+        values["over"] = {**(values.get("over") or {}), **dict(parse_over(text) for text in over)}
+    if trials is not None:
+        values["trials"] = trials
+    if no_test:
+        values["test"] = False
+    return values

@@ -1,0 +1,174 @@
+"""`petune sweep`: chosen on val, tested once, resumed to the trial, shown by `petune report`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import petune as library
+from petune.errors import Diverged, Stopped
+
+Run = Callable[..., Any]
+Words = tuple[str, ...]
+OVER = ("--over=bottleneck=2,4", "--over=train.lr=0.001,0.02")
+WHERE = "sweep-adaptformer-vit_nano-digits-seed0"
+
+
+def _timeless(table: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in {"time_s", "images_per_s"}} for row in table["rows"]]
+
+
+def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("sweep", "adaptformer", *OVER, *tiny)
+    assert done.code == 0, done.err
+    place = tmp_path / "runs" / WHERE
+    table = json.loads((place / "sweep.json").read_text())
+    rows = table["rows"]
+    assert [row["params"] for row in rows] == [
+        {"bottleneck": b, "train.lr": lr} for b in (2, 4) for lr in (0.001, 0.02)
+    ]
+    assert [row["lr"] for row in rows] == [0.001, 0.02, 0.001, 0.02]
+    assert rows[0]["tuned"] < rows[2]["tuned"]
+    best = max(rows, key=lambda row: row["val_top1"])
+    assert table["best"] == best["trial"]
+    assert [p.parent.name for p in place.glob("*/result.json")] == [f"trial-{best['trial']:03d}"]
+    result = json.loads((place / f"trial-{best['trial']:03d}" / "result.json").read_text())
+    assert result == table["result"]
+    assert (result["val_top1"], result["epoch"]) == (best["val_top1"], best["epoch"])
+    assert [p.parent.name for p in place.glob("*/checkpoints")] == [f"trial-{best['trial']:03d}"]
+    assert f"best: trial {best['trial']}, " in done.err
+    heading, _, first, *_ = done.out.splitlines()
+    assert [cell.strip() for cell in heading.split("|")[1:4]] == ["trial", "bottleneck", "train.lr"]
+    assert f"{result['top1']:.2f}" in first
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing is run twice")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["petune.run"], "trained", never)
+        again = petune("sweep", "adaptformer", *OVER, *tiny, "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out) == table
+    # the best one is what `petune run` would have given
+    config = place / f"trial-{best['trial']:03d}" / "config.yaml"
+    alone = petune("run", "--config", config, "--output", "alone", "--json")
+    assert json.loads(alone.out)["top1"] == result["top1"]
+
+
+def test_stopped_in_a_trial_it_ends_with_the_same_table(
+    petune: Run, tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("sweep", "adaptformer", *OVER, *tiny, "--no-test")
+    whole = json.loads(petune(*words, "--output", "whole", "--json").out)
+    original, begun = sys.modules["petune.sweep"].trained, []  # type: ignore[attr-defined]
+
+    def stopping(config: Any, *rest: Any) -> Any:
+        begun.append(config.output.name)
+        if len(begun) == 3:
+            raise Stopped("stopped by SIGTERM; what was done is saved, resume it with --resume")
+        return original(config, *rest)
+
+    monkeypatch.setattr(sys.modules["petune.sweep"], "trained", stopping)
+    stopped = petune(*words, "--output", "cut off")
+    assert stopped.code == 75
+    assert "petune sweep --config 'cut off'/config.yaml --output 'cut off'" in stopped.err
+    half = json.loads((tmp_path / "cut off" / "sweep.json").read_text())
+    assert [row["state"] for row in half["rows"]] == ["done", "done", "running"]
+    assert not half["finished"]
+    told = petune("report", "cut off", "--json")
+    assert json.loads(told.out)["unfinished"] >= 1
+    assert "2 trials done; started again it goes on" in (tmp_path / "report.html").read_text()
+    done = petune("sweep", "--config", "cut off/config.yaml", "--output", "cut off", "--json")
+    assert done.code == 0, done.err
+    assert begun == ["trial-000", "trial-001", "trial-002", "trial-002", "trial-003"]
+    assert _timeless(json.loads(done.out)) == _timeless(whole)
+    assert json.loads(done.out)["result"] is None
+    assert list(tmp_path.glob("*/*/result.json")) == []
+
+
+def test_a_sampled_sweep_may_be_made_longer(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    words = ("sweep", "linear", "--over=train.lr=1e-4..1e-1:log", *tiny, "--no-test", "--output", "there", "--json")
+    two = json.loads(petune(*words, "--trials", 2).out)
+    three = json.loads(petune(*words, "--trials", 3).out)
+    assert three["rows"][:2] == two["rows"]
+    assert (len(two["rows"]), len(three["rows"]), three["config"]["trials"]) == (2, 3, 3)
+    other = petune("sweep", "linear", "--over=train.lr=1e-4..1:log", *tiny, "--output", "there")
+    assert other.code == 2
+    assert "there holds a run with another configuration" in other.err
+
+
+def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
+    petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, begun = sys.modules["petune.sweep"].trained, []  # type: ignore[attr-defined]
+
+    def failing(config: Any, *rest: Any) -> Any:
+        begun.append(config.train.lr)
+        if config.train.lr == 0.5:
+            raise Diverged("loss is nan")
+        return original(config, *rest)
+
+    monkeypatch.setattr(sys.modules["petune.sweep"], "trained", failing)
+    words = ("sweep", "linear", "--over=train.lr=0.5,0.01", *tiny)
+    done = petune(*words)
+    assert done.code == 0, done.err
+    assert "trial 0 failed: Diverged: loss is nan" in done.err
+    assert petune(*words).code == 0
+    assert begun == [0.5, 0.01]
+    none = petune("sweep", "linear", "--over=train.lr=0.5", *tiny, "--output", "none")
+    assert none.code == 1
+    page = petune("report", "runs", "none")
+    assert page.code == 0
+    html = Path("report.html").read_text()
+    assert "Sweep of linear: vit_nano on digits" in html
+    assert "failed: Diverged: loss is nan" in html
+
+
+def test_what_cannot_mean_anything_is_refused_before_the_first_trial(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    for over, said in [
+        ("botleneck=2,4", "did you mean 'bottleneck'"),
+        ("bottleneck=2,0", "greater than or equal to 1"),
+        ("train.lr=-1,1", "train.lr"),
+        ("train.rate=1,2", "train.rate: no such key"),
+        ("bottleneck=2,2", "each once"),
+    ]:
+        done = petune("sweep", "adaptformer", f"--over={over}", *tiny)
+        assert (done.code, said in done.err) == (2, True), done.err
+    none = petune("sweep", "adaptformer", *tiny)
+    assert none.code == 2
+    assert "over: field required" in none.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_shows_a_config_that_it_takes(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("sweep", "adaptformer", "--over=bottleneck=2,4", "--trials=7", *tiny, "--dry-run")
+    assert done.code == 0, done.err
+    shown = yaml.safe_load(done.out)
+    assert (shown["over"], shown["trials"], shown["run"]["method"]) == ({"bottleneck": [2, 4]}, 7, "adaptformer")
+    assert "adaptformer:bottleneck=2" in done.err
+    assert "adaptformer:bottleneck=4" in done.err
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "sweep.yaml").write_text(done.out)
+    assert petune("sweep", "--config", "sweep.yaml", "--dry-run").out == done.out
+
+
+def test_the_function_takes_plain_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = {
+        "method": "vpt:num_prompts=2", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "device": "cpu",
+        "backbone_options": {"depth": 2, "embed_dim": 48}, "train_per_class": 5, "train": {"epochs": 1},
+    }  # fmt: skip
+    table = library.sweep(over={"deep": [True, False]}, run=run, output=tmp_path / "s", test=False)
+    assert table.params in ({"deep": True}, {"deep": False})
+    assert [row.tuned for row in table.rows] == [192, 96]
+    assert table.config.trial(table.params).method in (
+        "vpt:num_prompts=2,deep=true",
+        "vpt:num_prompts=2,deep=false",
+    )
