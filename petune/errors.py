@@ -16,6 +16,7 @@ PetuneError                  exit code 1
 ├── CheckpointError          4   a file petune wrote is damaged, foreign or from a newer petune
 │   └── BackboneMismatch         an adapter that belongs to another backbone
 ├── Diverged                 1   loss or gradient became NaN or infinite
+├── ProcessLost              1   of several processes of one run, one is gone
 └── Stopped                  75  a signal asked the run to stop; it can be resumed
 """
 
@@ -111,6 +112,10 @@ class BackboneMismatch(CheckpointError):
 
 class Diverged(PetuneError):
     """Loss or gradient became NaN or infinite."""
+
+
+class ProcessLost(PetuneError):
+    """Several processes do one run, and one of them is gone."""
 
 
 class Stopped(PetuneError):

@@ -13,6 +13,7 @@ from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, parse_options
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
+from petune.group import join
 from petune.measure import PeakMemory, forward_flops, provenance
 from petune.registry import build_tuner
 from petune.results import RunResult
@@ -64,22 +65,29 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         config: The run.
         watch: Told of every step, epoch and note.
 
+    Several processes that torchrun or `accelerate launch` started do one run together: see `petune.group`. Each returns
+    the result; the first one alone writes, and calls `watch`.
+
     Raises:
         PetuneError: With one message; see petune.errors for which.
     """
     config = config or RunConfig.build(fields, "petune.run(...)")
     name, options = parse_method(config.method)
     tuner = build_tuner(name, **options)
+    group = join()
     if config.output is None or not RunResult.exists(config.output):
-        check_weights(config.backbone, config.weights)
-    place = config.output or free_path(Path("runs") / default_name(config))
-    with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
-        if RunResult.exists(place):
-            return RunResult.read(place)
-        with stop.at_once():
-            device = choose_device(config.device)
-            dataset = prepare_data(config)
-            backbone = prepare_backbone(config, dataset)
+        group.in_turn(lambda: check_weights(config.backbone, config.weights))
+    place = group.same(lambda: config.output or free_path(Path("runs") / default_name(config)))
+    claim = claimed(place, config, resume=config.resume, command="petune run --config config.yaml")
+    with group.led(claim), StopFlag() as stop:
+        finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
+        if finished is not None:
+            return finished
+        watch = watch if group.leads else lambda event: None
+        with stop.at_once(group):
+            device = group.device(choose_device(config.device))
+            dataset = group.in_turn(lambda: prepare_data(config))
+            backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
             memory = PeakMemory(device)
             torch.manual_seed(config.seed)  # adapters are initialised from it
@@ -96,14 +104,18 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
             directory=place,
             stop=stop,
             on_event=watch,
+            group=group,
         )
         fitted = trainer.fit()
         test = trainer.evaluate("test")
         peak = memory.bytes()
-        attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
-        size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
-        result = run_result(config, backbone, attachment, fitted, test, place, peak, size)
-        return result.write(place)
+
+        def finish() -> RunResult:
+            attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
+            size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
+            return run_result(config, backbone, attachment, fitted, test, place, peak, size).write(place)
+
+        return group.same(finish)
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -210,7 +222,11 @@ def run_result(
         time_s=fitted.time_s,
         output=str(place),
         provenance=provenance(next(att.model.parameters()).device)
-        | {"precision": fitted.precision, "micro_batch_size": fitted.micro_batch_size},
+        | {
+            "precision": fitted.precision,
+            "micro_batch_size": fitted.micro_batch_size,
+            "num_processes": fitted.num_processes,
+        },
     )
 
 

@@ -13,6 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
     "errors": 0, "config": 0, "files": 0, "network": 0,
+    "group": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
     "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
@@ -26,6 +27,7 @@ LEVELS = {
 SIBLINGS = {
     ("config", "errors"): "a configuration's problems are errors",
     ("files", "errors"): "so are a disk's",
+    ("group", "errors"): "one process's error is everybody's",
     ("anatomy", "sites"): "the walk returns them",
     ("results", "rundir"): "the name of the result's file",
     ("edit", "hooks"): "the verbs are built on them",

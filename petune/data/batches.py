@@ -81,12 +81,12 @@ class TrainBatches:
     def __len__(self) -> int:
         return len(self.split) // self.batch_size  # the ragged last batch is dropped
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on."""
+    def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on, and of each batch only the pictures of `part`."""
         positions = order(self.seed, epoch, len(self.split))
         table = draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
-            chosen = positions[step * self.batch_size : (step + 1) * self.batch_size]
+            chosen = positions[step * self.batch_size : (step + 1) * self.batch_size][part]
             u = torch.from_numpy(table[chosen]).to(self.device)
             x = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
             yield Batch(self.preprocess.normalise(x), _labels(self.split, chosen, self.device), chosen)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from petune.data.batches import Preprocess, eval_batches
+from petune.data.batches import Batch, Preprocess, eval_batches
 from petune.data.dataset import Split
+from petune.group import ALONE, Group
 from petune.train.stop import StopFlag
 
 
@@ -33,8 +35,11 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], torch.autocast],
     stop: StopFlag | None = None,
+    group: Group = ALONE,
 ) -> Accuracy:
     """Evaluate in eval mode without gradients; every module's training flag is put back afterwards.
+
+    Several processes take a part of the split each, and each gets the accuracy over all of it.
 
     Raises:
         Stopped: A signal came in between.
@@ -45,19 +50,41 @@ def evaluate(
     top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
     training = [module for module in model.modules() if module.training]
     model.eval()
-    loss = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    sums = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    batches = _as_many_as_the_others(split, preprocess, batch_size, device, group)
+    failed: list[Exception] = []
     try:
         with torch.inference_mode():
-            for batch in eval_batches(split, preprocess, batch_size, device):
+            for batch in batches:
                 if stop is not None:
-                    stop.check()
-                with autocast():
-                    logits_BC = model(batch.x_BCHW)
-                top1.update(logits_BC, batch.y_B)
-                top5.update(logits_BC, batch.y_B)
-                loss += nn.functional.cross_entropy(logits_BC.float(), batch.y_B, reduction="sum")
+                    stop.check(group, failed)
+                if batch is None:
+                    continue
+                with group.keeping(failed):
+                    with autocast():
+                        logits_BC = model(batch.x_BCHW)
+                    top1.update(logits_BC, batch.y_B)
+                    top5.update(logits_BC, batch.y_B)
+                    sums[0] += nn.functional.cross_entropy(logits_BC.float(), batch.y_B, reduction="sum")
+                    sums[1] += len(batch.y_B)
     finally:
         for module in training:
             module.training = True
-    accuracies = (100 * float(top1.compute()), 100 * float(top5.compute()))
-    return Accuracy(*accuracies, float(loss) / len(split), len(split))
+    group.agree(failed=failed)
+    loss, count = group.add_up(sums).tolist()
+    # the metrics add up their own counts over the processes
+    return Accuracy(100 * float(top1.compute()), 100 * float(top5.compute()), loss / count, len(split))
+
+
+def _as_many_as_the_others(
+    split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, group: Group
+) -> Iterator[Batch | None]:
+    """This process's batches, and None for as long as another one still has some."""
+    if group.size > 1 and len(split) >= group.size:  # else all of them evaluate the few there are
+        mine = split.take(np.arange(len(split))[group.part(len(split))])
+        largest = -(-len(split) // group.size)
+    else:
+        mine, largest = split, len(split)
+    batches = eval_batches(mine, preprocess, batch_size, device)
+    for _ in range(0, largest, batch_size):
+        yield next(batches, None)
