@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from petune.config import Config
 from petune.errors import PetuneError, Stopped, UsageError, near_names
 from petune.files import replace_file
+from petune.group import join
 from petune.report import markdown, picture
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, run
@@ -120,14 +121,15 @@ def compare(config: CompareConfig, *, watch: Callable[[Event | RunStarted], None
     command = "petune compare --config compare.yaml"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
     held = RunConfig.model_construct(**{**dict(config.run), "output": None, "resume": False})
-    with claimed(place, held, resume=True, command=command):
+    group = join()
+    with group.led(claimed(place, held, resume=True, command=command)):
         rows, finished = [], []
         total = len(config.methods) * len(config.seeds)
         for index, method in enumerate(config.methods):
             results, reason = _runs_of(method, config, place, watch, index * len(config.seeds), total)
             rows.append(summarise(method, results, reason))
             finished += results
-        return _write(config, rows, finished, place)
+        return group.same(lambda: _write(config, rows, finished, place))
 
 
 def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Row:

@@ -221,7 +221,12 @@ class Group:
         for tensor, total in zip(also, sums[:begin], strict=True):
             tensor.copy_(total.view_as(tensor))
         for parameter, total, count in zip(parameters, sums[begin:], has.tolist(), strict=True):
-            parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
+            if not count:
+                parameter.grad = None
+            elif parameter.grad is None:
+                parameter.grad = total.view_as(parameter).to(parameter.dtype, copy=True)
+            else:  # in its own memory: a view of `flat` is aligned otherwise, and its norm rounded otherwise
+                parameter.grad.copy_(total.view_as(parameter))
 
     def _raise(self, failed: Sequence[Exception]) -> None:
         """Raise what failed on the lowest process, everywhere alike; all processes must be here."""
