@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
-NAMES = {"rank": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), "size": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-         "local": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")}  # fmt: skip
+NAMES = {
+    "rank": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "size": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "local": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+}
 """Environment variables by which launchers say who a process is: torchrun and accelerate, Open MPI, Intel MPI."""
 FINE, FLAGGED, FAILED = 0, 1, 2
 
@@ -166,7 +169,7 @@ class Group:
         return result
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """What `work` yields on each; the first process of each machine does it first, and the others find its cache."""
+        """What `work` yields on each; the first process of a machine does it first, and the others find its cache."""
         found: list[T] = []
         for mine in (self.local_rank == 0, self.local_rank != 0):
             with self.together():
@@ -217,7 +220,7 @@ class Group:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.add_up(torch.cat([t.detach().reshape(-1).float() for t in (has, *also, *parts)]))
         sizes = [t.numel() for t in (has, *also, *parts)]
-        (has, *sums), begin = flat.split(sizes), len(also)
+        (has, *sums), begin = torch.split(flat, sizes), len(also)
         for tensor, total in zip(also, sums[:begin], strict=True):
             tensor.copy_(total.view_as(tensor))
         for parameter, total, count in zip(parameters, sums[begin:], has.tolist(), strict=True):

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from petune.cli.main import main
@@ -171,7 +172,6 @@ def test_a_signal_to_one_stops_all_and_another_number_goes_on(several: Several, 
 @pytest.mark.parametrize(
     ("prelude", "codes", "message"),
     [
-        (no_cache_for_the_second, [4, 4], "(process 2 of 2, on "),
         (full_disk, [4, 4], "No space left on device"),
         (second_fails_at_its_third_step, [1, 1], "process 2 failed: RuntimeError: out of everything"),
     ],
@@ -184,6 +184,20 @@ def test_what_fails_on_one_ends_all(
     assert message in several.said(0)
     assert "error" not in several.said(1) or "bug in petune: RuntimeError: out of everything" in several.said(1)
     assert several.finish(1, *words, "--resume") == [0]
+
+
+def test_what_fails_on_one_before_training_is_said_by_the_leader(several: Several, tmp_path: Path) -> None:
+    for number in range(12):
+        picture = tmp_path / "pictures" / f"class{number % 2}" / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(picture)
+    data = (f"--dataset=folder:{tmp_path / 'pictures'}", "--train-per-class=2", "--batch-size=2")
+    words = ("run", "--method=linear", *TINY, *data, "--output", tmp_path / "x")
+    assert several.finish(2, *words, prelude=no_cache_for_the_second) == [4, 4]
+    assert "the cache /proc/nowhere/decoded cannot be written" in several.said(0)
+    assert "(process 2 of 2, on " in several.said(0)
+    assert several.said(1) == ""
+    assert not (tmp_path / "x").exists()
 
 
 def test_one_that_is_killed_does_not_leave_the_others_waiting(several: Several, tmp_path: Path) -> None:
@@ -214,8 +228,10 @@ def test_what_cannot_be_shared_is_refused(several: Several, tmp_path: Path) -> N
 def test_torchrun(several: Several, tmp_path: Path) -> None:
     words = ("run", "--method=linear", *TINY, "--epochs=1", "--output")
     assert several.finish(1, *words, tmp_path / "one") == [0]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "petune"]
-    done = subprocess.run([*launch, *map(str, words), str(tmp_path / "two")], capture_output=True, text=True, check=False)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "petune"]
+    done = subprocess.run(
+        [*launch, *map(str, words), str(tmp_path / "two")], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("top-1 on test") == 1
     assert_same_run(tmp_path / "one", tmp_path / "two")
