@@ -20,7 +20,7 @@ LEVELS = {
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "train": 5, "measure": 5, "restore": 5, "export": 6,
     "run": 6, "pretrain": 6,
-    "compare": 7, "report": 7, "page": 7,
+    "executors": 7, "compare": 7, "report": 7, "page": 7,
     "cli": 8, "__main__": 9,
 }  # fmt: skip
 
@@ -45,6 +45,7 @@ SIBLINGS = {
     ("foreign", "hub"): "as others have",
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
     ("compare", "report"): "many runs, one table",
+    ("compare", "executors"): "which are done somewhere",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",
 }

@@ -110,6 +110,15 @@ Track = Annotated[
     typer.Option("--track", metavar="tensorboard", help="Log training curves to --output/tensorboard."),
 ]
 
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="NAME",
+        help="Where the runs are done, options in place: serial, ray, ray:cpus=2,gpus=0.5, ray://HOST:PORT, slurm.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Settings:
