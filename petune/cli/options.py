@@ -107,7 +107,11 @@ DryRun = Annotated[
 ]
 Track = Annotated[
     str | None,
-    typer.Option("--track", metavar="tensorboard", help="Log training curves to --output/tensorboard."),
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Log training curves: tensorboard, wandb (offline) or mlflow, in --output/NAME; trackio, in its database.",
+    ),
 ]
 
 Executor = Annotated[

@@ -94,7 +94,7 @@ class _Tracking:
     def __init__(self, name: str, place: Path) -> None:
         from petune.train.track import Tracker
 
-        self._name, self._place = name, place / "tensorboard"
+        self._name, self._place = name, place / name
         self._tracker = Tracker(name, self._place)
 
     def __call__(self, event: Event | RunStarted) -> None:

@@ -101,15 +101,13 @@ class RayExecutor:
                 except ray.exceptions.RayError as error:
                     reason = str(error).strip().splitlines()[0]
                     outcome = Failure(f"{type(error).__name__}: {reason} ({self.options.retries} retries)")
+                ended = "failed" if isinstance(outcome, Failure) else "done"
+                watch(Note(f"{configs[index].output}: {ended}; {len(refs)} to go"))
                 yield index, outcome
 
     def _submit(self, config: RunConfig) -> Any:
         need = self._need(config)
-        remote = (
-            _ray()
-            .remote(_do)
-            .options(**need, max_retries=self.options.retries, retry_exceptions=[Stopped], max_calls=1)
-        )
+        remote = _ray().remote(_do).options(**need, max_retries=self.options.retries, retry_exceptions=[Stopped])
         return remote.remote(Trial.of(config, self.options.cpus))
 
     def _need(self, config: RunConfig) -> dict[str, float]:
