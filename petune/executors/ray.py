@@ -28,8 +28,8 @@ class RayOptions(Config):
         cpus: Of each run, and threads of torch.
         gpus: Of each run, 0.5 lets two share one; None takes one where the run's device wants it and a node has one.
         retries: How often a run is started again whose worker died.
-        address: `ray://HOST:PORT`, `HOST:PORT`, `auto` or `local`; None takes RAY_ADDRESS, then a cluster that runs on this
-            machine, then starts one for as long as petune runs.
+        address: `ray://HOST:PORT`, `HOST:PORT`, `auto` or `local`; None takes RAY_ADDRESS, then a cluster that runs
+            on this machine, then starts one for as long as petune runs.
     """
 
     cpus: int = Field(1, ge=1)

@@ -82,7 +82,7 @@ def test_trackio_logs_to_its_database_and_not_to_stdout(
         rows = database.execute("select run_name, step, metrics from metrics order by step").fetchall()
     assert {name for name, *_ in rows} == {"run"}
     assert [step for _, step, _ in rows] == [10, 20, 20]
-    assert "0.05" in rows[1][2]
+    assert b"0.05" in rows[1][2]
 
 
 def test_an_unknown_tracker_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
