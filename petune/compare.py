@@ -12,11 +12,13 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.arguments import check_watch
 from petune.config import Config
-from petune.errors import PetuneError, Stopped, UsageError, near_names
+from petune.errors import near_names
+from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
+from petune.group import join
 from petune.report import markdown, picture
 from petune.results import RunResult
-from petune.run import RunConfig, default_name, run
+from petune.run import RunConfig, default_name
 from petune.rundir import claimed
 from petune.train import Event, Note
 
@@ -113,6 +115,7 @@ class Comparison(Config):
 def compare(
     config: CompareConfig | None = None,
     *,
+    executor: str | Executor = "serial",
     watch: Callable[[Event | RunStarted], None] = lambda event: None,
     **fields: Any,
 ) -> Comparison:
@@ -120,9 +123,11 @@ def compare(
 
     Args:
         config: The comparison; without it `fields` make one.
+        executor: Where the runs are done, as `ray:cpus=2`; see `petune.executors`.
         watch: Told of every run, step, epoch and note.
 
     Raises:
+        MissingExtra: The executor's package is not installed.
         UsageError: The directory holds another comparison, or is in use.
         Stopped: A signal came; started again the comparison goes on.
     """
@@ -132,14 +137,32 @@ def compare(
     command = "petune compare --config compare.yaml"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
     held = RunConfig.model_construct(**{**dict(config.run), "output": None, "resume": False})
-    with claimed(place, held, resume=True, command=command):
-        rows, finished = [], []
-        total = len(config.methods) * len(config.seeds)
-        for index, method in enumerate(config.methods):
-            results, reason = _runs_of(method, config, place, watch, index * len(config.seeds), total)
-            rows.append(summarise(method, results, reason))
-            finished += results
-        return _write(config, rows, finished, place)
+    group = join()
+    runs = [(method, _one(config, method, seed, place)) for method in config.methods for seed in config.seeds]
+    failed: dict[str, str] = {}
+
+    def started(event: Event | Started) -> None:
+        if isinstance(event, Started):
+            method, one = runs[event.index]
+            done = one.output is not None and RunResult.exists(one.output)
+            watch(RunStarted(method, one.seed, event.index, len(runs), done))
+        else:
+            watch(event)
+
+    with group.led(claimed(place, held, resume=True, command=command)):
+        results: dict[int, RunResult] = {}
+        chosen = choose_executor(executor) if isinstance(executor, str) else executor
+        # a method is failed with its first seed: the others would be for nothing
+        for index, outcome in chosen([one for _, one in runs], lambda one: one.method not in failed, started):
+            method, one = runs[index]
+            if isinstance(outcome, RunResult):
+                results[index] = outcome
+            else:
+                failed.setdefault(method, outcome.reason)
+                watch(Note(f"{method}, seed {one.seed} failed: {outcome.reason}"))
+        finished = [results[index] for index in sorted(results)]
+        rows = [_row(method, finished, failed.get(method, "")) for method in config.methods]
+        return group.same(lambda: _write(config, rows, finished, place))
 
 
 def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Row:
@@ -172,28 +195,15 @@ def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
     )
 
 
-def _runs_of(
-    method: str,
-    config: CompareConfig,
-    place: Path,
-    watch: Callable[[Event | RunStarted], None],
-    before: int,
-    total: int,
-) -> tuple[list[RunResult], str]:
-    results: list[RunResult] = []
-    for number, seed in enumerate(config.seeds):
-        one = config.run.model_copy(update={"method": method, "seed": seed, "resume": True, "output": None})
-        train = one.train.model_copy(update={"lr": config.lrs.get(method, one.train.lr)})
-        one = one.model_copy(update={"output": place / default_name(one), "train": train})
-        watch(RunStarted(method, seed, before + number, total, RunResult.exists(place / default_name(one))))
-        try:
-            results.append(run(one, watch=watch))
-        except (Stopped, UsageError):
-            raise
-        except PetuneError as error:
-            watch(Note(f"{method}, seed {seed} failed: {error}"))
-            return results, f"{type(error).__name__}: {error}"
-    return results, ""
+def _one(config: CompareConfig, method: str, seed: int, place: Path) -> RunConfig:
+    """The run of a method with a seed, in its own directory under `place`."""
+    one = config.run.model_copy(update={"method": method, "seed": seed, "resume": True, "output": None})
+    train = one.train.model_copy(update={"lr": config.lrs.get(method, one.train.lr)})
+    return one.model_copy(update={"output": place / default_name(one), "train": train})
+
+
+def _row(method: str, finished: Sequence[RunResult], reason: str) -> Row:
+    return summarise(method, [result for result in finished if result.method == method], reason)
 
 
 def _write(config: CompareConfig, rows: list[Row], finished: list[RunResult], place: Path) -> Comparison:

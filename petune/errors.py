@@ -17,6 +17,7 @@ PetuneError                  exit code 1
 │   └── BackboneMismatch         an adapter that belongs to another backbone
 ├── ExportError              1   another format cannot hold the trained model, or computes something else
 ├── Diverged                 1   loss or gradient became NaN or infinite
+├── ProcessLost              1   of several processes of one run, one is gone
 └── Stopped                  75  a signal asked the run to stop; it can be resumed
 """
 
@@ -116,6 +117,10 @@ class ExportError(PetuneError):
 
 class Diverged(PetuneError):
     """Loss or gradient became NaN or infinite."""
+
+
+class ProcessLost(PetuneError):
+    """Several processes do one run, and one of them is gone."""
 
 
 class Stopped(PetuneError):

@@ -15,6 +15,7 @@ from petune.arguments import check_watch
 from petune.attach import Attachment, attach
 from petune.errors import ConfigError
 from petune.files import replace_file
+from petune.group import join
 from petune.measure import PeakMemory, provenance
 from petune.results import RunResult
 from petune.run import (
@@ -79,17 +80,19 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     check_watch("petune.pretrain", watch)
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
     tuner = tuner_of(config)
-    place = config.output or free_path(Path("runs") / f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
-    with (
-        claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml"),
-        StopFlag() as stop,
-    ):
-        if RunResult.exists(place):
-            return RunResult.read(place)
-        with stop.at_once():
-            device = choose_device(config.device)
-            dataset = prepare_data(config)
-            backbone = prepare_backbone(config, dataset, keep_head=True)
+    group = join()
+    name = f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}"
+    place = group.same(lambda: config.output or free_path(Path("runs") / name))
+    claim = claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml")
+    with group.led(claim), StopFlag() as stop:
+        finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
+        if finished is not None:
+            return finished
+        watch = watch if group.leads else lambda event: None
+        with stop.at_once(group):
+            device = group.device(choose_device(config.device))
+            dataset = group.in_turn(lambda: prepare_data(config))
+            backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=True))
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
             memory = PeakMemory(device)
             backbone_keys = set(backbone.model.state_dict())
@@ -109,6 +112,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             stop=stop,
             choose="last",
             on_event=watch,
+            group=group,
         )
         fitted = trainer.fit()
         test = trainer.evaluate("test")
@@ -126,8 +130,13 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             "config": config.model_dump(mode="json"),
             "provenance": provenance(device),
         }
-        size = _save(attachment.model, place, info, config.dtype)
-        return run_result(config, backbone, attachment, fitted, test, place, memory.bytes(), size).write(place)
+        peak = memory.bytes()
+
+        def finish() -> RunResult:
+            size = _save(attachment.model, place, info, config.dtype)
+            return run_result(config, backbone, attachment, fitted, test, place, peak, size).write(place)
+
+        return group.same(finish)
 
 
 def _check_all_trains(attachment: Attachment, method: str) -> None:

@@ -15,6 +15,7 @@ from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, parse_options
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
+from petune.group import ALONE, Group, join
 from petune.measure import PeakMemory, forward_flops, provenance
 from petune.registry import build_tuner
 from petune.results import RunResult
@@ -75,26 +76,36 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         config: The run.
         watch: Told of every step, epoch and note.
 
+    Several processes that torchrun or `accelerate launch` started do one run together: see `petune.group`. Each returns
+    the result; the first one alone writes, and calls `watch`.
+
     Raises:
         PetuneError: With one message; see petune.errors for which.
     """
     check_watch("petune.run", watch)
     config = RunConfig.given(config, fields, "petune.run(...)")
     tuner = tuner_of(config)
+    group = join()
     if config.output is None or not RunResult.exists(config.output):
-        check_weights(config.backbone, config.weights)
-    place = config.output or free_path(Path("runs") / default_name(config))
-    with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
-        if RunResult.exists(place):
-            return RunResult.read(place)
-        done = trained(config, tuner, place, stop, watch)
+        group.in_turn(lambda: check_weights(config.backbone, config.weights))
+    place = group.same(lambda: config.output or free_path(Path("runs") / default_name(config)))
+    claim = claimed(place, config, resume=config.resume, command="petune run --config config.yaml")
+    with group.led(claim), StopFlag() as stop:
+        finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
+        if finished is not None:
+            return finished
+        done = trained(config, tuner, place, stop, watch, group)
         test = done.trainer.evaluate("test")
         peak = done.memory.bytes()
-        card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, test)
-        done.attachment.save(place / "adapter", metadata=card)
-        size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
-        result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size)
-        return result.write(place)
+
+        def finish() -> RunResult:
+            card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, test)
+            done.attachment.save(place / "adapter", metadata=card)
+            size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
+            result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size)
+            return result.write(place)
+
+        return group.same(finish)
 
 
 @dataclass(frozen=True)
@@ -109,12 +120,15 @@ class Trained:
     memory: PeakMemory
 
 
-def trained(config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, watch: Watch) -> Trained:
+def trained(
+    config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, watch: Watch, group: Group = ALONE
+) -> Trained:
     """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
-    with stop.at_once():
-        device = choose_device(config.device)
-        dataset = prepare_data(config)
-        backbone = prepare_backbone(config, dataset)
+    watch = watch if group.leads else lambda event: None
+    with stop.at_once(group):
+        device = group.device(choose_device(config.device))
+        dataset = group.in_turn(lambda: prepare_data(config))
+        backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters are initialised from it
@@ -132,6 +146,7 @@ def trained(config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, w
         directory=place,
         stop=stop,
         on_event=watch,
+        group=group,
     )
     return Trained(dataset, backbone, attachment, trainer, trainer.fit(), memory)
 
@@ -246,7 +261,11 @@ def run_result(
         time_s=fitted.time_s,
         output=str(place),
         provenance=provenance(next(att.model.parameters()).device)
-        | {"precision": fitted.precision, "micro_batch_size": fitted.micro_batch_size},
+        | {
+            "precision": fitted.precision,
+            "micro_batch_size": fitted.micro_batch_size,
+            "num_processes": fitted.num_processes,
+        },
     )
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "petune"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
-    "errors": 0, "config": 0, "files": 0, "network": 0, "arguments": 0,
+    "errors": 0, "config": 0, "files": 0, "network": 0, "arguments": 0, "group": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1, "tiny_models": 1, "space": 1,
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
     "attach": 3, "fingerprint": 3, "state": 3, "testing": 3, "tuners": 3,
@@ -20,7 +20,7 @@ LEVELS = {
     "peft_method": 4,
     "train": 5, "measure": 5, "restore": 5,
     "export": 6, "predict": 6, "run": 6, "pretrain": 6,
-    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7,
+    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7, "executors": 7,
     "cli": 8,
     "peft_hook": 9, "__main__": 9,
 }  # fmt: skip
@@ -29,6 +29,7 @@ SIBLINGS = {
     ("config", "errors"): "a configuration's problems are errors",
     ("files", "errors"): "so are a disk's",
     ("arguments", "errors"): "and a call's",
+    ("group", "errors"): "one process's error is everybody's",
     ("anatomy", "sites"): "the walk returns them",
     ("results", "rundir"): "the name of the result's file",
     ("edit", "hooks"): "the verbs are built on them",
@@ -49,6 +50,7 @@ SIBLINGS = {
     ("pretrain", "run"): "a pretraining run is a run with other defaults",
     ("sweep", "compare"): "the event that a run begins",
     ("compare", "report"): "many runs, one table",
+    ("compare", "executors"): "which are done somewhere",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",
 }

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured, parse_seeds
+from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured, parse_seeds
 from petune.cli.running import RUNS, watching
 from petune.cli.terminal import clean, say, show, show_json, show_table
+from petune.errors import UsageError
 
 if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison
@@ -31,6 +32,7 @@ def compare(
     json: Json = False,
     dry_run: DryRun = False,
     track: Track = None,
+    executor: Executor = "serial",
 ) -> None:
     """Train several methods alike and print one table.
 
@@ -44,16 +46,18 @@ def compare(
 
         show_dry_run(config, config.methods, as_json=json)
     else:
-        run_comparison(config, as_json=json, track=track)
+        run_comparison(config, as_json=json, track=track, executor=executor)
 
 
-def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None) -> None:
+def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, executor: str = "serial") -> None:
     """Run it, print the table, and exit with 1 if a method failed."""
     from petune.compare import compare as compare_config
 
     place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
+    if track and executor != "serial":
+        raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
     with watching(track, place) as watch:
-        comparison = compare_config(config, watch=watch)
+        comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:
         show_json(comparison.model_dump(mode="json"))
     else:

@@ -25,9 +25,12 @@ from petune.cli.report import report
 from petune.cli.run import run
 from petune.cli.sweep import sweep
 from petune.cli.terminal import clean, say
-from petune.errors import PetuneError
+from petune.errors import PetuneError, UsageError
+from petune.group import is_said_elsewhere, leads, num_processes, this_process
 
 DEBUG = "--debug"
+SEVERAL = ("run", "compare", "pretrain")
+"""Commands that torchrun may start: their processes do one run together."""
 
 # Plain help: drawing it with rich takes longer than everything else that `petune --help` does.
 app = typer.Typer(
@@ -81,9 +84,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if args is None else args)
     debug = DEBUG in words
     try:
+        _refuse_several(words)
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
-        _tell(f"error: {error}", debug)
+        if not is_said_elsewhere(error):
+            _tell(f"error: {error}", debug)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -94,7 +99,18 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+def _refuse_several(words: Sequence[str]) -> None:
+    """Of a command that trains nothing, a launcher's processes would each do all of it."""
+    name = next((word for word in words if not word.startswith("-")), None)
+    if num_processes() > 1 and name is not None and name not in SEVERAL:
+        raise UsageError(
+            f"only {', '.join(SEVERAL)} are done by several processes together, but {num_processes()} were started "
+            f"for petune {name}; start it without torchrun or accelerate"
+        )
+
+
 def _tell(message: str, debug: bool) -> None:
+    who = "" if leads() else f"{this_process()}: "
     if debug:
-        say(clean(traceback.format_exc()))
-    say(clean(message))
+        say(clean(who + traceback.format_exc()))
+    say(clean(who + message))

@@ -110,7 +110,20 @@ DryRun = Annotated[
 ]
 Track = Annotated[
     str | None,
-    typer.Option("--track", metavar="tensorboard", help="Log training curves to --output/tensorboard."),
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Log training curves: tensorboard, wandb (offline) or mlflow, in --output/NAME; trackio, in its database.",
+    ),
+]
+
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        metavar="NAME",
+        help="Where the runs are done, options in place: serial, ray, ray:cpus=2,gpus=0.5, ray://HOST:PORT, slurm.",
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
 from petune.cli.running import place_of, resumable, watching
 from petune.cli.terminal import say, show_json
+from petune.group import join
 
 DEFAULTS = {
     "backbone": "vit_nano",
@@ -37,7 +38,8 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
         show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    place = place_of(config, f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}")
+    name = f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}"
+    place = join().same(lambda: place_of(config, name))
     config = config.model_copy(update={"output": place})
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

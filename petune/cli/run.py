@@ -8,6 +8,7 @@ from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured,
 from petune.cli.running import RUNS, place_of, resumable, watching
 from petune.cli.terminal import count, percent, show_facts, show_json
 from petune.errors import UsageError
+from petune.group import join
 
 if TYPE_CHECKING:
     from petune.results import RunResult
@@ -46,7 +47,7 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None) -> None:
     from petune.run import default_name
     from petune.run import run as run_config
 
-    place = place_of(config, default_name(config))
+    place = join().same(lambda: place_of(config, default_name(config)))
     config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

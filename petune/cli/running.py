@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from petune.cli.progress import Progress
 from petune.errors import Stopped, UsageError
+from petune.group import leads
 
 if TYPE_CHECKING:
     from petune.compare import RunStarted
@@ -69,6 +70,9 @@ def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunSt
         UnknownName: No tracker of that name.
         MissingExtra: Its package is not installed.
     """
+    if not leads():
+        yield lambda event: None
+        return
     tracker = _Tracking(track, place) if track else None
     with Progress() as progress:
 
@@ -90,7 +94,7 @@ class _Tracking:
     def __init__(self, name: str, place: Path) -> None:
         from petune.train.track import Tracker
 
-        self._name, self._place = name, place / "tensorboard"
+        self._name, self._place = name, place / name
         self._tracker = Tracker(name, self._place)
 
     def __call__(self, event: Event | RunStarted) -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from petune.group import leads
+
 PIPE_WIDTH = 200
 """Columns of a table that goes to a file or a pipe, where no terminal says how many there are."""
 
@@ -23,18 +25,21 @@ def one_line(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print talk: on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print talk: on stderr. Of several processes that do one run, the leader alone prints."""
+    if leads():
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
     """Print data: on stdout."""
-    print(text, flush=True)
+    if leads():
+        print(text, flush=True)
 
 
 def show_json(value: Any) -> None:
     """Print data for scripts: one JSON object or list on stdout, ASCII only."""
-    print(json.dumps(value, indent=1, default=str), flush=True)
+    if leads():
+        print(json.dumps(value, indent=1, default=str), flush=True)
 
 
 def show_table(
@@ -52,6 +57,8 @@ def show_table(
         right: Headings of the columns that hold numbers.
         spare: Headings of the columns to leave out, in this order, until the table fits a narrow terminal.
     """
+    if not leads():
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table

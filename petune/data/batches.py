@@ -85,16 +85,19 @@ class TrainBatches:
     def __len__(self) -> int:
         return len(self.split) // self.batch_size  # the ragged last batch is dropped
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on; for a GPU each is made while the one before is in use."""
-        batches = self._epoch(epoch, start)
+    def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
+        """The batches of one epoch from batch `start` on, and of each batch only the pictures of `part`.
+
+        For a GPU each is made while the one before is in use.
+        """
+        batches = self._epoch(epoch, start, part)
         return ahead(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _epoch(self, epoch: int, start: int, part: slice) -> Iterator[Batch]:
         positions = order(self.seed, epoch, len(self.split))
         table = draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
-            chosen = positions[step * self.batch_size : (step + 1) * self.batch_size]
+            chosen = positions[step * self.batch_size : (step + 1) * self.batch_size][part]
             x = torch.from_numpy(chosen) if self.positions_only else self._pictures(chosen, table)
             yield Batch(x, _labels(self.split, chosen, self.device), chosen)
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from petune.data.batches import Batch, Preprocess, TrainBatches
 from petune.data.dataset import Dataset
-from petune.errors import CheckpointError, Diverged, Stopped
+from petune.errors import CheckpointError, ConfigError, Diverged, Stopped
+from petune.group import ALONE, Group
 from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from petune.train.config import TrainConfig
 from petune.train.evaluate import Accuracy, evaluate
@@ -30,6 +31,7 @@ from petune.train.optim import create_optimizer, create_schedule
 from petune.train.precision import choose_attention, choose_precision
 from petune.train.probe import can_run_out, largest_that_fits
 from petune.train.savings import made_cheaper
+from petune.train.shared import Asked, share_step
 from petune.train.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ class Fitted:
     precision: str
     micro_batch_size: int
     lr: float
+    num_processes: int
 
 
 class Trainer:
@@ -82,6 +85,10 @@ class Trainer:
         choose: `best` keeps the epoch with the highest val top-1, `last` the last one.
         directory: Holds `checkpoints/` and `metrics.jsonl`.
         on_event: Told of every step and epoch.
+        group: The processes that train together; each takes its part of every batch, and one writes.
+
+    Raises:
+        ConfigError: A batch is smaller than the group.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class Trainer:
         stop: StopFlag,
         choose: Literal["best", "last"] = "best",
         on_event: Callable[[Event], None] = lambda event: None,
+        group: Group = ALONE,
     ) -> None:
         self.att, self.model, self.dataset, self.preprocess = (
             attachment,
@@ -105,7 +113,8 @@ class Trainer:
             preprocess,
         )
         self.train, self.seed, self.device, self.directory = train, seed, device, directory
-        self.stop, self.choose, self.on_event = stop, choose, on_event
+        self.stop, self.choose, self.group = stop, choose, group
+        self.on_event = on_event if group.leads else lambda event: None
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
         attachment.begin(self.total_steps)
@@ -117,6 +126,9 @@ class Trainer:
         choose_attention(self.model, device, self.precision)
         classes, size = dataset.num_classes, self.batches.batch_size
         self.mixing = Mixing(train, classes, size, seed, device)
+        if size < group.size:
+            raise ConfigError(f"a batch must have a picture for each of {group.size} processes, but has {size}")
+        self.part = group.part(size)
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
@@ -129,6 +141,7 @@ class Trainer:
         Raises:
             Diverged: Loss or gradient is not finite; nothing non-finite is on disk.
             Stopped: A signal came; a checkpoint of this very step is on disk.
+            ProcessLost: Of several processes, one is gone.
         """
         self._resume()
         self._choose_micro_batch()
@@ -138,32 +151,40 @@ class Trainer:
 
     def _train(self) -> None:
         started, before = time.perf_counter(), self.progress.time_s
-        saved = started
+        self.saved = started
+        part = slice(None) if self.mixing.needs_whole_batch else self.part
         while self.progress.epoch < self.train.epochs:
             self.att.train()
             mark = time.perf_counter()
-            for batch in self.batches.epoch(self.progress.epoch, self.progress.batch):
-                self._step(batch)
+            for batch in self.batches.epoch(self.progress.epoch, self.progress.batch, part):
+                asked = self._step(batch)
                 now = time.perf_counter()
                 self.progress.train_time_s += now - mark
                 self.progress.time_s = before + now - started
                 self.on_event(self._step_done())
-                if self.stop.signal_name is not None or now - saved > SAVE_EVERY_S:
+                if self.group.size == 1:
+                    asked = self._asked()
+                if asked.save or asked.stop:
                     self._save()
-                    saved = now
-                    self.stop.check()
+                    if asked.stop:
+                        self.stop.leave()
                 mark = time.perf_counter()
             self._end_epoch()
             self.progress.time_s = before + time.perf_counter() - started
             self._save()
-            saved = time.perf_counter()
-            self.stop.check()
+            self.stop.check(self.group)
+
+    def _asked(self) -> Asked:
+        """What this process would do after the step; in a group the sum of all decides, so that all do the same."""
+        late = self.group.leads and time.perf_counter() - self.saved > SAVE_EVERY_S
+        return Asked(self.stop.signal_name is not None, late)
 
     def _choose_micro_batch(self) -> None:
         """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
-        p, whole = self.progress, self.batches.batch_size
-        if not p.micro_batch:
-            p.micro_batch = self.train.micro_batch_size or (self._probe() if can_run_out(self.device) else whole)
+        p, whole = self.progress, self.part.stop - self.part.start
+        if not p.micro_batch or not can_run_out(self.device):
+            fits = self.group.smallest(self._probe()) if can_run_out(self.device) else self.batches.batch_size
+            p.micro_batch = self.train.micro_batch_size or fits
             if p.micro_batch < whole:
                 self.on_event(Note(f"a step of {whole} pictures goes through the model {p.micro_batch} at a time"))
 
@@ -187,19 +208,19 @@ class Trainer:
             self._backward(x[:size], target[:size])
 
         with self.untouched():
-            return largest_that_fits(step, self.batches.batch_size, list(self.params.values()))
+            return largest_that_fits(step, self.part.stop - self.part.start, list(self.params.values()))
 
     def autocast(self) -> torch.autocast:
         """The number format of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch) -> Asked:
         p = self.progress
-        torch.manual_seed(step_seed(self.seed, p.step))
+        torch.manual_seed(step_seed(self.seed, p.step, self.group.rank))
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(*self.mixing(batch, p.step))
+        loss, asked = self._gradients(batch)
         if p.step == 0:
             self.att.check_gradients()
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
@@ -208,20 +229,39 @@ class Trainer:
         self.att.stepped(p.step)
         p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
         if p.step % self.train.log_every == 0:
-            p.log_bytes = self.log.write(step=p.step, epoch=p.epoch, loss=value, lr=lr, grad_norm=float(norm))
+            p.log_bytes = self._write_log(step=p.step, epoch=p.epoch, loss=value, lr=lr, grad_norm=float(norm))
+        return asked
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Asked]:
+        """The gradients of the whole batch's mean loss, that loss, and what all processes ask for."""
+        failed: list[Exception] = []
+        loss, asked = torch.zeros((), device=self.device), self._asked()
+        with self.group.keeping(failed):
+            x_BCHW, target = self.mixing(batch, self.progress.step)
+            if self.mixing.needs_whole_batch:
+                x_BCHW, target = x_BCHW[self.part], target[self.part]
+            loss = self._backward(x_BCHW, target)
+        if self.group.size > 1:
+            share = (self.part.stop - self.part.start) / self.batches.batch_size
+            trained = list(self.params.values())
+            asked = share_step(self.group, trained, self.model, loss, share, asked, failed)
+        return loss, asked
 
     def _backward(self, x_BCHW: Tensor, target: Tensor) -> Tensor:
-        """Add the gradients of the batch's mean loss, a micro-batch at a time, and return that loss."""
-        total = torch.zeros((), device=self.device)
+        """Add these pictures' share of the gradients of the batch's mean loss, and return that share of the loss.
+
+        A micro-batch at a time. All shares are the whole batch, which is one share where one process trains.
+        """
+        total, whole = torch.zeros((), device=self.device), self.batches.batch_size
         size = self.progress.micro_batch or len(x_BCHW)
         pieces = zip(torch.split(x_BCHW, size), torch.split(target, size), strict=True)
         for number, (x, y) in enumerate(pieces):
             with self.autocast():
                 logits_BC = self.logits(x)
             loss = F.cross_entropy(logits_BC.float(), y, label_smoothing=self.mixing.smoothing)
-            loss = loss * (len(x) / len(x_BCHW))
+            loss = loss * (len(x) / whole)
             if number == 0:  # once a step
-                loss = loss + self.att.extra_loss(self.progress.step)
+                loss = loss + self.att.extra_loss(self.progress.step) * (len(x_BCHW) / whole)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -252,7 +292,7 @@ class Trainer:
                 p.best_epoch, p.best_top1, p.best_top5 = p.epoch + 1, val.top1, val.top5
                 if self.choose == "best":
                     self.best = {key: t.detach().clone() for key, t in self._tensors().items()}
-        p.log_bytes = self.log.write(**row)
+        p.log_bytes = self._write_log(**row)
         p.epochs.append(row)
         p.epoch, p.batch, p.loss_sum = p.epoch + 1, 0, 0.0
         self.on_event(EpochEnded(p.epoch, self.train.epochs, row))
@@ -279,23 +319,42 @@ class Trainer:
             autocast=self.autocast,
             stop=self.stop,
             by_position=self.features.of(part) if self.features else None,
+            group=self.group,
         )
+
+    def _write_log(self, **values: Any) -> int:
+        """Append to the metrics and return their size; of several processes, the leader."""
+        written = self.progress.log_bytes
+        with self.group.together():
+            if self.group.leads:
+                written = self.log.write(**values)
+        return written
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.directory / "checkpoints",
-            Checkpoint(self._tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress)),
-        )
+        with self.group.together():
+            if self.group.leads:
+                save_checkpoint(
+                    self.directory / "checkpoints",
+                    Checkpoint(self._tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress)),
+                )
+        self.saved = time.perf_counter()
 
-    def _resume(self) -> None:
+    def _newest(self) -> Checkpoint | None:
+        """The newest valid checkpoint, and the log as long as it was then."""
         checkpoint, problems = newest_checkpoint(self.directory / "checkpoints")
         for problem in problems:
             self.log.note(problem)
             self.on_event(Note(f"{problem}; going on from the one before"))
-        if checkpoint is None:
-            self.log.cut(0)
-            return
+        self.log.cut(checkpoint.progress["log_bytes"] if checkpoint else 0)
+        return checkpoint
+
+    def _resume(self) -> None:
+        checkpoint = self.group.same(self._newest)
         here = self._tensors()
+        if checkpoint is None:
+            if self.group.size > 1:  # the processes' own may differ in the last bit
+                _copy_into(here, self.group.same(lambda: {key: t.detach().cpu() for key, t in here.items()}))
+            return
         if {k: t.shape for k, t in here.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
             raise CheckpointError(
                 f"{self.directory} must hold checkpoints of this model, method and dataset, but has others; "
@@ -305,7 +364,6 @@ class Trainer:
         self.best = {key: t.to(self.device) for key, t in checkpoint.best.items()}
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = Progress(**checkpoint.progress)
-        self.log.cut(self.progress.log_bytes)
 
     def _fitted(self) -> Fitted:
         p = self.progress
@@ -315,7 +373,16 @@ class Trainer:
         step_time_s = p.train_time_s / max(1, p.step)
         epoch, speed = p.best_epoch if val else p.epoch, self._images_per_s()
         return Fitted(
-            epoch, val, speed, step_time_s, p.time_s, p.epochs, self.precision, p.micro_batch, self.train.lr or 0.0
+            epoch,
+            val,
+            speed,
+            step_time_s,
+            p.time_s,
+            p.epochs,
+            self.precision,
+            p.micro_batch,
+            self.train.lr or 0.0,
+            self.group.size,
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -14,9 +14,10 @@ from petune.errors import ConfigError
 from petune.train.config import TrainConfig
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A number for the generators of a step; different for every (seed, step)."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A number for the generators of a step; different for every (seed, step), and for each process of a group."""
+    words = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Mixing:
@@ -46,6 +47,11 @@ class Mixing:
             label_smoothing=train.label_smoothing,
             num_classes=num_classes,
         )
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether pictures are mixed with others of their batch."""
+        return self.mixup is not None
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) and their targets: labels (B,), or shares (B, C) where they are mixed."""

@@ -1,0 +1,10 @@
+"""Where many runs are done: here one after the other, on a Ray cluster, or by Slurm.
+
+An executor takes configurations and yields what became of each; the run directories, and so the results, are the same
+wherever it happens. `run_all` is the way in.
+"""
+
+from petune.executors.choose import EXECUTORS, choose_executor, run_all
+from petune.executors.trial import Executor, Failure, Outcome, Started, serial
+
+__all__ = ["EXECUTORS", "Executor", "Failure", "Outcome", "Started", "choose_executor", "run_all", "serial"]
