@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from petune.errors import CheckpointError
@@ -87,8 +87,8 @@ def cut(path: Path, size: int) -> None:
         raise _unwritten(path, 0, error) from None
 
 
-def verify_directory(path: Path) -> None:
-    """Check every file of `path` against its manifest.
+def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:
+    """Check the files of `path` that its manifest lists, but for those that users may edit or take away.
 
     Raises:
         CheckpointError: The manifest or a file is missing, or a size or SHA-256 differs.
@@ -99,6 +99,8 @@ def verify_directory(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} must hold a readable {MANIFEST}; it is missing or damaged") from None
     for name, (size, digest) in expected.items():
+        if name in except_for:
+            continue
         file = path / Path(name).name
         if not file.is_file():
             raise CheckpointError(f"{path} must hold {name}, but it is missing")

@@ -6,6 +6,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from petune.text import visible
+
 COLUMNS = (
     "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
     "time",
@@ -98,11 +100,6 @@ def picture(comparison: Mapping[str, Any]) -> bytes:
 
 def _spread(mean: float, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
-
-
-def visible(text: str) -> str:
-    """The text without control and bidirectional characters, which names may bring; lines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _cell(text: str) -> str:

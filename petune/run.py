@@ -100,7 +100,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         fitted = trainer.fit()
         test = trainer.evaluate("test")
         peak = memory.bytes()
-        attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
+        attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, fitted, test))
         size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
         result = run_result(config, backbone, attachment, fitted, test, place, peak, size)
         return result.write(place)
@@ -215,13 +215,15 @@ def run_result(
 
 
 def _card(
-    config: RunConfig, backbone: Backbone, dataset: Dataset, preprocess: Preprocess, test: Accuracy
+    config: RunConfig, backbone: Backbone, dataset: Dataset, preprocess: Preprocess, fitted: Fitted, test: Accuracy
 ) -> dict[str, Any]:
     """What the adapter directory says beyond the adapter: enough to build the backbone again and to name classes."""
     return {
+        "method": config.method,
         "backbone": {
             "name": config.backbone,
             "full_name": backbone.full_name,
+            "hub_id": backbone.hub_id,
             "weights": backbone.weights,
             "weights_option": config.weights,
             "seed": config.seed,
@@ -239,5 +241,13 @@ def _card(
             "crop": dataset.test.crop,
         },
         "dataset": dataset.name,
+        "training": {
+            "val_top1": fitted.val.top1 if fitted.val else None,
+            "epochs": len(fitted.epochs),
+            "learning_rate": fitted.lr,
+            "batch_size": config.train.batch_size,
+            "seed": config.seed,
+            "precision": fitted.precision,
+        },
         "test": {"top1": test.top1, "top5": test.top5, "num_pictures": test.num_pictures},
     }

@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1] / "petune"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
-    "errors": 0, "config": 0, "files": 0, "network": 0,
+    "errors": 0, "config": 0, "files": 0, "network": 0, "text": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
-    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
+    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2, "card": 2,
     "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "train": 5, "measure": 5, "restore": 5, "export": 6, "predict": 6,
