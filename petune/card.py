@@ -60,12 +60,13 @@ def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
         known["test"] = None
     classes = metadata.get("classes")
     known["classes"] = classes if isinstance(classes, list | tuple) else []
-    return known | {"backbone": known["backbone"] or {}, "training": known["training"] or {}}
+    backbone = {"full_name": None, "weights": None, "hub_id": None, **(known["backbone"] or {})}
+    return known | {"backbone": backbone, "training": {"val_top1": None, **(known["training"] or {})}}
 
 
 def _front_matter(tuner: str, said: Mapping[str, Any], with_peft: bool) -> dict[str, Any]:
     """Only what is known: the hub takes a wrong base model or licence as said."""
-    dataset, base = said["dataset"], said["backbone"].get("hub_id")
+    dataset, base = said["dataset"], said["backbone"]["hub_id"]
     known = HUB_DATASETS.get(dataset)
     head: dict[str, Any] = {
         "library_name": "peft" if with_peft else "petune",

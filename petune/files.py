@@ -32,7 +32,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        for name, content in {**files, MANIFEST: _manifest(files)}.items():
+        for name, content in {**files, MANIFEST: manifest_of(files)}.items():
             _write_synced(temporary / name, content)
         _swap_in(temporary, path)
     except OSError as error:
@@ -119,7 +119,8 @@ def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:
     )
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
+def manifest_of(files: Mapping[str, bytes]) -> bytes:
+    """Sizes and SHA-256 of files, by name, as `verify_directory` reads them."""
     entries = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
     return json.dumps({"format": 1, "files": entries}, indent=1).encode()
 

@@ -176,6 +176,11 @@ def _renamed(part: str, here: str, there: str) -> str:
     return there + part.removeprefix(here) if part.startswith(here) else part
 
 
+def adapter_place(path: Path) -> Path:
+    """The adapter directory of a run directory; any other path as it is."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
 def read_adapter(place: Path) -> Saved:
     """Config and tensors of an adapter directory, petune's or PEFT's.
 

@@ -21,8 +21,8 @@ from tests.tiny import X, randomised, tiny
 MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_pictures": 360}, "dataset": "digits", "method": "vpt:deep=false"}
 
 
-def card(place: Path, method: str = "adaptformer", **metadata: Any) -> str:
-    petune.attach(tiny(), method).save(place, metadata=metadata)
+def card(place: Path, tuner: str = "adaptformer", /, **metadata: Any) -> str:
+    petune.attach(tiny(), tuner).save(place, metadata=metadata)
     return (place / "README.md").read_text(encoding="utf-8")
 
 

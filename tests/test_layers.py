@@ -17,7 +17,7 @@ LEVELS = {
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2, "card": 2,
     "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
-    "train": 5, "measure": 5, "restore": 5, "export": 6, "predict": 6,
+    "train": 5, "measure": 5, "restore": 5, "share": 5, "export": 6, "predict": 6,
     "run": 6, "pretrain": 6,
     "compare": 7, "report": 7, "page": 7, "evaluation": 7,
     "cli": 8, "__main__": 9,

@@ -26,6 +26,7 @@ from petune.cli.predict import predict
 from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
+from petune.cli.share import pull, push
 from petune.cli.terminal import clean, say
 from petune.errors import PetuneError, Stopped
 
@@ -40,7 +41,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, report, inspect, predict, export, methods, backbones, datasets, env):
+for command in (
+    run,
+    compare,
+    pretrain,
+    report,
+    inspect,
+    predict,
+    export,
+    push,
+    pull,
+    methods,
+    backbones,
+    datasets,
+    env,
+):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(data, name="data")
