@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from petune.files import MANIFEST, manifest_of, write_directory
 from petune.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
 from petune.state import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter
 
-MOST_BYTES = {CONFIG_FILE: 8 << 20, CARD_FILE: 1 << 20, MANIFEST: 1 << 20, TENSOR_FILE: 16 << 30}
+MOST_BYTES = {CONFIG_FILE: 8 << 20, TENSOR_FILE: 16 << 30, CARD_FILE: 1 << 20, MANIFEST: 1 << 20}
 """The files that are taken, and how large each may be."""
 COMMIT_S = 30.0  # a hub may take its time over a commit: whether it was made would else not be known
 DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM}
@@ -155,16 +156,17 @@ def _api(repo: str) -> Any:
     import huggingface_hub as hf
     from huggingface_hub.errors import HFValidationError
 
+    tools: Any = hf.utils
     try:
-        hf.utils.validate_repo_id(repo)
+        tools.validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(f"a repository is named as user/name, but came {repo!r}: {error}") from None
     problem = unreachable(hub_url(), is_hub=True)
     if problem is not None:
         raise HubError(f"{repo} is on a hub, but {problem}; nothing was sent or fetched")
     in_small_pieces()
-    hf.utils.disable_progress_bars()
-    hf.utils.logging.set_verbosity_error()  # its remarks on every try again would surround the one message
+    tools.disable_progress_bars()
+    tools.logging.set_verbosity_error()  # its remarks on every try again would surround the one message
     return hf.HfApi(endpoint=hub_url())
 
 
@@ -253,11 +255,8 @@ def _download(repo: str, commit: str, listed: Mapping[str, Any], place: Path) ->
         return now
 
     for name in listed:
-        _asked(
-            repo,
-            lambda name=name: hf_hub_download(repo, name, revision=commit, local_dir=place, endpoint=hub_url()),
-            arrived,
-        )
+        fetch = partial(hf_hub_download, repo, name, revision=commit, local_dir=place, endpoint=hub_url())
+        _asked(repo, fetch, arrived)
 
 
 def _read(repo: str, place: Path, listed: Mapping[str, Any]) -> Saved:

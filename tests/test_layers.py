@@ -19,7 +19,7 @@ LEVELS = {
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "train": 5, "measure": 5, "restore": 5, "share": 5, "export": 6, "predict": 6,
     "run": 6, "pretrain": 6,
-    "compare": 7, "report": 7, "page": 7, "evaluation": 7,
+    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "demo": 7,
     "cli": 8, "__main__": 9,
 }  # fmt: skip
 
