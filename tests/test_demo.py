@@ -84,7 +84,8 @@ def test_what_cannot_stand_side_by_side(digits: Path, other: Path, tmp_path: Pat
         SideBySide([digits, tmp_path / "headed"], device="cpu")
 
 
-def test_a_port_that_is_taken(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore")
+def test_a_port_that_is_taken(both: SideBySide) -> None:
     import socket
 
     pytest.importorskip("gradio")
@@ -92,9 +93,13 @@ def test_a_port_that_is_taken(digits: Path, capsys: pytest.CaptureFixture[str]) 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = call("demo", digits, "--device=cpu", "--port", port, capture=capsys)
-    assert done.code == 2
-    assert f"127.0.0.1:{port} is not" in done.err
+        with pytest.raises(UsageError, match=f"127.0.0.1:{port} is not: .*Name another --port, or 0"):
+            serve(both, port=port)
+
+
+def test_the_command_names_what_is_wrong(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = call("demo", digits, digits / "adapter", capture=capsys)
+    assert (done.code, "given twice" in done.err) == (2, True)
 
 
 @pytest.fixture
