@@ -16,6 +16,7 @@ from petune.cli.backbones import backbones
 from petune.cli.compare import compare
 from petune.cli.data import data
 from petune.cli.datasets import datasets
+from petune.cli.demo import demo
 from petune.cli.env import env
 from petune.cli.eval import evaluate
 from petune.cli.export import export
