@@ -72,6 +72,16 @@ class Backbone:
     std: tuple[float, ...] | None
     file: Weights | None = None
 
+    @property
+    def hub_id(self) -> str | None:
+        """The repository on the Hugging Face Hub that the weights came from; None where they came from elsewhere."""
+        if self.weights.startswith("hf:"):
+            name = self.weights.removeprefix("hf:")
+            return None if Path(name).exists() else name
+        config: Any = getattr(self.model, "pretrained_cfg", None)
+        from_timm = bool(config) and self.full_name.partition(",")[0] == self.weights
+        return config.get("hf_hub_id") or None if from_timm else None
+
 
 def create_backbone(
     name: str,

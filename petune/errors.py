@@ -12,6 +12,7 @@ PetuneError                  exit code 1
 │   ├── AlreadyCompiled          hooks would not be seen; attach first, compile afterwards
 │   └── NotMergeable             the edit is not a change of weights
 ├── WeightsUnavailable       4   pretrained weights were asked for and cannot be had
+├── HubError                 4   a hub cannot be asked, or refuses: network, token, repository
 ├── DataError                4   a dataset is missing, broken or contradicts itself
 ├── CheckpointError          4   a file petune wrote is damaged, foreign or from a newer petune
 │   └── BackboneMismatch         an adapter that belongs to another backbone
@@ -91,6 +92,12 @@ class NotMergeable(AttachError):
 
 class WeightsUnavailable(PetuneError):
     """Pretrained weights were asked for and cannot be had. petune never uses random ones instead."""
+
+    exit_code = 4
+
+
+class HubError(PetuneError):
+    """A hub cannot be asked, or refuses; the message says what of network, token and repository it is."""
 
     exit_code = 4
 

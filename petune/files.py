@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from petune.errors import CheckpointError
@@ -32,7 +32,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        for name, content in {**files, MANIFEST: _manifest(files)}.items():
+        for name, content in {**files, MANIFEST: manifest_of(files)}.items():
             _write_synced(temporary / name, content)
         _swap_in(temporary, path)
     except OSError as error:
@@ -87,8 +87,8 @@ def cut(path: Path, size: int) -> None:
         raise _unwritten(path, 0, error) from None
 
 
-def verify_directory(path: Path) -> None:
-    """Check every file of `path` against its manifest.
+def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:
+    """Check the files of `path` that its manifest lists, but for those that users may edit or take away.
 
     Raises:
         CheckpointError: The manifest or a file is missing, or a size or SHA-256 differs.
@@ -99,6 +99,8 @@ def verify_directory(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path} must hold a readable {MANIFEST}; it is missing or damaged") from None
     for name, (size, digest) in expected.items():
+        if name in except_for:
+            continue
         file = path / Path(name).name
         if not file.is_file():
             raise CheckpointError(f"{path} must hold {name}, but it is missing")
@@ -122,7 +124,8 @@ def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:
     )
 
 
-def _manifest(files: Mapping[str, bytes]) -> bytes:
+def manifest_of(files: Mapping[str, bytes]) -> bytes:
+    """Sizes and SHA-256 of files, by name, as `verify_directory` reads them."""
     entries = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
     return json.dumps({"format": 1, "files": entries}, indent=1).encode()
 

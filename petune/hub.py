@@ -57,7 +57,7 @@ def overlay(model_name: str, config: Any, *, fetch: bool = True) -> dict[str, An
         return {"file": str(_whole(cached, f"the cached weights of {model_name}"))}
     hub = hub_url() if file.hf_hub_id else str(file.url)
     what = f"{file.hf_hub_id}/{file.names[0]}" if file.hf_hub_id else file.url
-    problem = _unreachable(hub, bool(file.hf_hub_id))
+    problem = unreachable(hub, bool(file.hf_hub_id))
     if problem is None and not fetch:
         return {}
     if problem is None:
@@ -79,7 +79,8 @@ def hub_url() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def _unreachable(url: str, is_hub: bool) -> str | None:
+def unreachable(url: str, is_hub: bool) -> str | None:
+    """Why nothing can be asked of a hub, or another server; None where it is there."""
     if is_hub and os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return "HF_HUB_OFFLINE is set"
     return None if reachable(url) else f"{url} cannot be reached"
@@ -132,16 +133,24 @@ def _fetch(file: HubFile, hub: str) -> Path:
 
         target = _cache_place(file) / Path(str(file.url)).name
         target.parent.mkdir(parents=True, exist_ok=True)
-        _while_it_moves(lambda: download_url_to_file(str(file.url), str(target), progress=False), target.parent)
+        while_it_moves(
+            lambda: download_url_to_file(str(file.url), str(target), progress=False), lambda: bytes_below(target.parent)
+        )
         return target
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    # written in pieces of 10 MB, or of 64 by its Xet client, a slow download would look as if it stood still
-    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = 1 << 18, True
+    in_small_pieces()
     name = next((n for n in file.names if _is_there(f"{hub}/{file.hf_hub_id}/resolve/main/{n}")), file.names[0])
     place = _cache_place(file) / f"models--{file.hf_hub_id.replace('/', '--')}"
-    found = _while_it_moves(lambda: hf_hub_download(file.hf_hub_id, name), place)
+    found = while_it_moves(lambda: hf_hub_download(file.hf_hub_id, name), lambda: bytes_below(place))
     return Path(found)
+
+
+def in_small_pieces() -> None:
+    """In pieces of 10 MB, or of 64 by its Xet client, a slow transfer would look as if it stood still."""
+    from huggingface_hub import constants
+
+    constants.DOWNLOAD_CHUNK_SIZE, constants.HF_HUB_DISABLE_XET = 1 << 18, True
 
 
 def _is_there(url: str) -> bool:
@@ -163,29 +172,44 @@ def _is_there(url: str) -> bool:
         raise
 
 
-def _while_it_moves(download: Callable[[], Any], place: Path) -> Any:
-    """The result of `download`, as long as bytes arrive in `place`.
+def while_it_moves(transfer: Callable[[], Any], moved: Callable[[], int], silence_s: float | None = None) -> Any:
+    """The result of `transfer`, as long as it goes on.
+
+    Args:
+        transfer: Called in a thread of its own, which is left behind when it stands still.
+        moved: How many bytes have been; what it raises ends the waiting.
+        silence_s: How long that number may stay the same; None is SILENCE_S.
 
     Raises:
-        TimeoutError: Nothing arrived for SILENCE_S.
+        TimeoutError: Nothing moved for so long.
     """
+    patience_s = SILENCE_S if silence_s is None else silence_s
     done: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def work() -> None:
         try:
-            done.put((download(), None))
+            done.put((transfer(), None))
         except BaseException as error:
             done.put((None, error))
 
     threading.Thread(target=work, daemon=True).start()
-    size, moved = -1, time.monotonic()
-    while time.monotonic() - moved < SILENCE_S:
+    size, since = -1, time.monotonic()
+    while time.monotonic() - since < patience_s:
         with contextlib.suppress(queue.Empty):
             result, error = done.get(timeout=0.2)
             if error is not None:
                 raise error
             return result
-        now = sum(f.stat().st_size for f in place.rglob("*") if f.is_file()) if place.exists() else 0
+        now = moved()
         if now != size:
-            size, moved = now, time.monotonic()
-    raise TimeoutError(f"nothing more came for {SILENCE_S:.0f} s")
+            size, since = now, time.monotonic()
+    raise TimeoutError(f"nothing more came for {patience_s:.0f} s")
+
+
+def bytes_below(place: Path) -> int:
+    """Bytes of all files below a directory, which may not be there yet."""
+    total = 0
+    for file in place.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            total += file.stat().st_size if file.is_file() else 0
+    return total

@@ -6,6 +6,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from petune.text import visible
+
 COLUMNS = (
     "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
     "time",
@@ -127,11 +129,6 @@ def _accuracy(value: float | None) -> str:
 
 def _value(value: Any) -> str:
     return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def visible(text: str) -> str:
-    """The text without control and bidirectional characters, which names may bring; lines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _cell(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from petune.attach import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.errors import CheckpointError
-from petune.state import Saved, attach_saved, read_adapter
+from petune.state import Saved, adapter_place, attach_saved, read_adapter
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_run(path: Path) -> Saved:
     Raises:
         CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
     """
-    place = path / "adapter" if (path / "adapter").is_dir() else path
+    place = adapter_place(path)
     saved = read_adapter(place)
     if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
         raise CheckpointError(

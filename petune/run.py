@@ -99,7 +99,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         peak = done.memory.bytes()
 
         def finish() -> RunResult:
-            card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, test)
+            card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, done.fitted, test)
             done.attachment.save(place / "adapter", metadata=card)
             size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
             result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size)
@@ -270,13 +270,15 @@ def run_result(
 
 
 def _card(
-    config: RunConfig, backbone: Backbone, dataset: Dataset, preprocess: Preprocess, test: Accuracy
+    config: RunConfig, backbone: Backbone, dataset: Dataset, preprocess: Preprocess, fitted: Fitted, test: Accuracy
 ) -> dict[str, Any]:
     """What the adapter directory says beyond the adapter: enough to build the backbone again and to name classes."""
     return {
+        "method": config.method,
         "backbone": {
             "name": config.backbone,
             "full_name": backbone.full_name,
+            "hub_id": backbone.hub_id,
             "weights": backbone.weights,
             "weights_option": config.weights,
             "seed": config.seed,
@@ -294,5 +296,13 @@ def _card(
             "crop": dataset.test.crop,
         },
         "dataset": dataset.name,
+        "training": {
+            "val_top1": fitted.val.top1 if fitted.val else None,
+            "epochs": len(fitted.epochs),
+            "learning_rate": fitted.lr,
+            "batch_size": config.train.batch_size,
+            "seed": config.seed,
+            "precision": fitted.precision,
+        },
         "test": {"top1": test.top1, "top5": test.top5, "num_pictures": test.num_pictures},
     }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from petune.anatomy.forward import forget_caches
 from petune.arguments import PathText, check_arguments
 from petune.attach import Attachment, attach, label_of
+from petune.card import model_card
 from petune.errors import BackboneMismatch, CheckpointError, PluginError
 from petune.files import verify_directory, write_directory
 from petune.fingerprint import fingerprint
@@ -26,7 +27,7 @@ from petune.tuner import Tuner
 
 FORMAT = 1
 KEYS = {"tuner", "config", "train_head", "geometry", "fingerprint", "metadata"}
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, TENSOR_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -49,7 +50,7 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     files = {
         CONFIG_FILE: (json.dumps(written, indent=1) + "\n").encode(),
         TENSOR_FILE: save_tensors(tensors),
-        "README.md": _card(attachment, config).encode(),
+        CARD_FILE: model_card(config, attachment.counts, with_peft=foreign is not None).encode(),
     }
     write_directory(path, files)
 
@@ -167,6 +168,11 @@ def _renamed(part: str, here: str, there: str) -> str:
     return there + part.removeprefix(here) if part.startswith(here) else part
 
 
+def adapter_place(path: Path) -> Path:
+    """The adapter directory of a run directory; any other path as it is."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
 def read_adapter(place: Path) -> Saved:
     """Config and tensors of an adapter directory, petune's or PEFT's.
 
@@ -180,7 +186,7 @@ def read_adapter(place: Path) -> Saved:
         whole = "format" in config or config.get("peft_type") == "PETUNE"
         own = config if whole else (config.get("auto_mapping") or {}).get("petune")
         if own is not None or "peft_type" not in config:
-            verify_directory(place)
+            verify_directory(place, except_for={CARD_FILE})  # a model card is there to be edited
         tensors = load_tensors((place / TENSOR_FILE).read_bytes())
         config = _of_peft(config) if own is None else own
         version = int(config["format"])
@@ -236,12 +242,3 @@ def check_fits(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str,
             f"{place} belongs to a backbone of the same shape with other weights; load the weights it was trained on "
             f"({config['metadata'].get('backbone', {}).get('weights', 'not recorded')})"
         )
-
-
-def _card(attachment: Attachment, config: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in config["config"].items()) or "none"
-    return (
-        f"# {attachment.name} adapter\n\nFor a {config['geometry']['model']} of depth {config['geometry']['depth']} "
-        f"and width {config['geometry']['width']}. {attachment.counts}. Options: {options}.\n\n"
-        "```\natt = petune.load(model, DIRECTORY)\n```\n"
-    )

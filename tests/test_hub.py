@@ -10,15 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import timm
 import torch
 from safetensors.torch import save
 
-from petune import hub
 from petune.backbones import create_backbone
 from petune.errors import PetuneError, WeightsUnavailable
+from tests.fake_hub import point_at
 
 SHAPE = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
@@ -74,17 +73,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     served = Hub(("127.0.0.1", 0), Answer)
     thread = threading.Thread(target=served.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", served.url)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    for proxy in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", served.url)
-    template = f"{served.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(hub, "SILENCE_S", 2.0)
+    point_at(served.url, tmp_path / "cache", monkeypatch)
     yield served
     served.shutdown()
     served.server_close()

@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parents[1] / "petune"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
-    "errors": 0, "config": 0, "files": 0, "network": 0, "arguments": 0, "group": 0,
+    "errors": 0, "config": 0, "files": 0, "network": 0, "arguments": 0, "group": 0, "text": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1, "tiny_models": 1, "space": 1,
-    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
+    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2, "card": 2,
     "attach": 3, "fingerprint": 3, "state": 3, "testing": 3, "tuners": 3,
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "peft_method": 4,
-    "train": 5, "measure": 5, "restore": 5,
+    "train": 5, "measure": 5, "restore": 5, "share": 5,
     "export": 6, "predict": 6, "run": 6, "pretrain": 6,
-    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7, "executors": 7,
+    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7, "executors": 7, "demo": 7,
     "cli": 8,
     "peft_hook": 9, "__main__": 9,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from petune.cli.backbones import backbones
 from petune.cli.compare import compare
 from petune.cli.data import data
 from petune.cli.datasets import datasets
+from petune.cli.demo import demo
 from petune.cli.env import env
 from petune.cli.eval import evaluate
 from petune.cli.export import export
@@ -23,6 +24,7 @@ from petune.cli.predict import predict
 from petune.cli.pretrain import pretrain
 from petune.cli.report import report
 from petune.cli.run import run
+from petune.cli.share import pull, push
 from petune.cli.sweep import sweep
 from petune.cli.terminal import clean, say
 from petune.errors import PetuneError, UsageError
@@ -44,7 +46,7 @@ app = typer.Typer(
 for command in (run, compare, sweep, pretrain, report, inspect, predict):
     app.command()(command)
 app.command("eval")(evaluate)
-for command in (export, methods, backbones, datasets, env):
+for command in (export, demo, push, pull, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")

@@ -1,0 +1,41 @@
+"""`petune demo`: a page in the browser to try adapters on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petune.cli.terminal import say, show
+
+Sources = Annotated[
+    list[Path], typer.Argument(metavar="DIR", help="Run or adapter directories, all of the same backbone.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="NAME|PATH", help="Where the backbone's weights are now.  [default: the run's]"),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+Host = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="0.0.0.0 lets other machines in.")]
+Port = Annotated[int, typer.Option("--port", metavar="INT", min=0, max=65535, help="0 takes any that is free.")]
+
+
+def demo(
+    sources: Sources, weights: Weights = None, device: Device = "auto", host: Host = "127.0.0.1", port: Port = 7860
+) -> None:
+    """Serve a page: drop a picture, see the top-5 of several adapters on one backbone side by side.
+
+    It answers this machine only, sends nothing anywhere and needs no network. Ctrl-C ends it.
+    """
+    from petune.demo import SideBySide, serve
+
+    served = serve(SideBySide(sources, weights=weights, device=device), host=host, port=port)
+    show(served.url)
+    say("Ctrl-C ends it")
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        served.close()

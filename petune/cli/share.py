@@ -1,0 +1,61 @@
+"""`petune push` and `petune pull`: adapters on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from petune.cli.options import Json
+from petune.cli.terminal import clean, one_line, say, show, show_json
+
+Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter directory.")]
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")]
+Output = Annotated[
+    Path | None, typer.Argument(metavar="DIR", help="Where to put it.  [default: the repository's name, here]")
+]
+Private = Annotated[bool, typer.Option("--private", help="The new repository is only for those you let in.")]
+Update = Annotated[bool, typer.Option("--update", help="Add a commit to a repository that exists.")]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit.  [default: the newest]")
+]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Take an adapter whose backbone is built by its author's own code.")
+]
+
+
+def push(source: Source, repo: Repo, private: Private = False, update: Update = False, json: Json = False) -> None:
+    """Put an adapter into a new repository of the Hugging Face Hub, with its model card.
+
+    HF_TOKEN or `hf auth login` gives the token, HF_ENDPOINT another hub; HF_HUB_OFFLINE is honoured.
+    """
+    from petune.report import size
+    from petune.share import push
+
+    done = push(source, repo, private=private, update=update)
+    if json:
+        show_json(asdict(done))
+        return
+    show(clean(f"{done.url}  {size(done.bytes)}"))
+    say(clean(f"others get it with: petune pull {done.repo}"))
+
+
+def pull(
+    repo: Repo,
+    output: Output = None,
+    revision: Revision = None,
+    trust_code: TrustCode = False,
+    json: Json = False,
+) -> None:
+    """Fetch an adapter from the Hugging Face Hub; it is read and checked before it is put in its place."""
+    from petune.report import size
+    from petune.share import pull
+
+    done = pull(repo, output, revision=revision, trust_code=trust_code)
+    if json:
+        show_json(asdict(done))
+        return
+    show(clean(f"{done.output}  {size(done.bytes)}"))
+    say(clean(f"{one_line(done.method)} on {one_line(done.backbone)}, commit {done.commit[:12]}"))
