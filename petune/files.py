@@ -113,7 +113,7 @@ def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:
 
 def write_manifest(path: Path, names: Sequence[str]) -> None:
     """Write the manifest over files that another library has written into the directory."""
-    replace_file(path / MANIFEST, _manifest({name: (path / name).read_bytes() for name in names}))
+    replace_file(path / MANIFEST, manifest_of({name: (path / name).read_bytes() for name in names}))
 
 
 def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:

@@ -37,8 +37,9 @@ class Plain:
         """The stream behind the MLP."""
         mlp, norm = self.block.need("mlp").enter, self.norm_of(self.block.norm2, self.block.mlp)
         if norm is None:
-            return x_BPD + mlp(x_BPD)
-        change: Tensor = mlp(norm(x_BPD)) if self.block.norm_first else norm(mlp(x_BPD))
+            change: Tensor = mlp(x_BPD)
+        else:
+            change = mlp(norm(x_BPD)) if self.block.norm_first else norm(mlp(x_BPD))
         return x_BPD + change
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from petune.anatomy.forward import undisturbed
 from petune.errors import ConfigError
-from petune.state import fingerprint
+from petune.fingerprint import fingerprint
 from petune.train.events import Note
 from petune.train.features import Features, stays_equal, why_too_large
 from petune.train.frozen import frozen_in_bfloat16

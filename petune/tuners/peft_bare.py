@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 
-class SeenThrough(ParamWrapper):  # type: ignore[misc]
+class SeenThrough(ParamWrapper):
     """PEFT's layer; what it does not have itself is the attention's."""
 
     def __getattr__(self, name: str) -> Any:
