@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import re
 import subprocess
@@ -27,6 +28,12 @@ class Row(NamedTuple):
 def write_page(tally: Iterable[Row], ran: Iterable[str]) -> None:
     """Put the rows of this session in place of what the same tests yielded before; other tests' rows stay."""
     again = {*ran}
+    with (HERE / "page.md").open() as lock:  # parts may run at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _write(tally, again)
+
+
+def _write(tally: Iterable[Row], again: set[str]) -> None:
     kept = [row for row in read_rows(PAGE.read_text()) if row.test not in again and exists(row.test)]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in sorted([*kept, *tally]))
     text = (HERE / "page.md").read_text()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import FULL, TINY, Program, digests, tally
+from tests.faults.conftest import FULL, TINY, WAIT_S, Program, digests, tally
 
 PETUNE = Path(sys.executable).with_name("petune")
 WORDS = (
@@ -69,7 +69,7 @@ class Started:
             ended = self.waited_s()
             time.sleep(0.002)
         seconds = time.monotonic() - asked - (ended - waited)
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=WAIT_S)
         return self.process.returncode, seconds, err.strip().rpartition("\n")[2]
 
     def waited_s(self) -> float:
@@ -100,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, program: Program) -> Whole:
     for pattern in ("config.yaml", "metrics.jsonl"):
         run.wait_for(lambda pattern=pattern: run.there(pattern))  # type: ignore[misc]
         marks.append(time.monotonic() - run.begun)
-    _, err = run.process.communicate(timeout=120)
+    _, err = run.process.communicate(timeout=WAIT_S)
     assert run.process.returncode == 0, err
     assert digests(run.place) == expected
     return Whole(expected, marks[0] - run.ready_s, marks[1] - marks[0], STEPS)
