@@ -57,7 +57,11 @@ def exists(test: str) -> bool:
 
 def machine() -> str:
     """Where and with what the last rows were made."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE.parents[1], capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "petune", "tests") else "")
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cpu = found.group(1) if found else platform.processor()
-    return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, commit {commit.stdout.strip()}"
+    return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, commit {commit}"
