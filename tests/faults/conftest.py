@@ -28,6 +28,7 @@ TINY = (
     "--dataset=digits", "--train-per-class=20", "--epochs=3", "--batch-size=16", "--device=cpu", "--precision=fp32",
     "--set=train.eval_batch_size=64",
 )  # fmt: skip
+WAIT_S = 600  # a machine may be busy
 TALLY: list[Row] = []
 RAN: list[str] = []
 
@@ -59,7 +60,7 @@ class Program:
 
     def finish(self, *words: object, **how: Any) -> int | None:
         process = self.start(*words, **how)
-        process.join(120)
+        process.join(WAIT_S)
         return process.exitcode
 
     def disturb(self, number: int, *words: object, **how: Any) -> int | None:
@@ -68,7 +69,7 @@ class Program:
         time.sleep(self.chance.uniform(0.02, self.seconds))
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, number)
-        process.join(120)
+        process.join(WAIT_S)
         return process.exitcode
 
 

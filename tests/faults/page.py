@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import re
 import subprocess
@@ -27,6 +28,12 @@ class Row(NamedTuple):
 def write_page(tally: Iterable[Row], ran: Iterable[str]) -> None:
     """Put the rows of this session in place of what the same tests yielded before; other tests' rows stay."""
     again = {*ran}
+    with (HERE / "page.md").open() as lock:  # parts may run at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _write(tally, again)
+
+
+def _write(tally: Iterable[Row], again: set[str]) -> None:
     kept = [row for row in read_rows(PAGE.read_text()) if row.test not in again and exists(row.test)]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in sorted([*kept, *tally]))
     text = (HERE / "page.md").read_text()
@@ -50,7 +57,11 @@ def exists(test: str) -> bool:
 
 def machine() -> str:
     """Where and with what the last rows were made."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE.parents[1], capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "petune", "tests") else "")
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cpu = found.group(1) if found else platform.processor()
-    return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, commit {commit.stdout.strip()}"
+    return f"{cpu}, Python {platform.python_version()}, torch {torch.__version__}, commit {commit}"

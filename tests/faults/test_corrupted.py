@@ -15,7 +15,7 @@ from torch import nn
 import petune
 from petune.errors import CheckpointError
 from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
-from tests.faults.conftest import TINY, Program, tally, tries
+from tests.faults.conftest import TINY, WAIT_S, Program, tally, tries
 from tests.test_state import trained
 from tests.tiny import X, tiny
 
@@ -99,7 +99,7 @@ def test_killed_while_saving(program: Program, tmp_path: Path) -> None:
         place = tmp_path / f"c{number % 5}"
         process = context.Process(target=save_for_ever, args=(str(place),))
         process.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + WAIT_S
         while not any(place.glob("step-*")) and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.2))

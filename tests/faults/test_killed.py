@@ -30,7 +30,7 @@ def killed_until_done(program: Program, wanted: int, words: tuple[object, ...], 
 
 def is_as_undisturbed(place: Path, expected: dict[str, str]) -> bool:
     steps = [r["step"] for r in map(json.loads, (place / "metrics.jsonl").read_text().splitlines()) if "step" in r]
-    return digests(place) == expected and len(steps) == len(set(steps)) > 10
+    return digests(place) == expected and len(steps) == len(set(steps)) > 5
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,7 +38,7 @@ def test_killed_while_training(method: str, program: Program, tmp_path: Path) ->
     words = ("run", f"--method={method}", *TINY, *HARD, "--resume", "--output")
     assert program.finish(*words, tmp_path / "whole") == 0
     expected = digests(tmp_path / "whole")
-    wanted, kills, held, runs = tries(3, 50), 0, 0, 0
+    wanted, kills, held, runs = tries(2, 50), 0, 0, 0
     while kills < wanted:
         place = tmp_path / f"run{runs}"
         more = killed_until_done(program, wanted - kills, (*words, place), place)
@@ -54,20 +54,29 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place, chance = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number in range(4):
         (place / f"class{number}").mkdir()
-        for i in range(tries(20, 60)):
+        for i in range(tries(20, 30)):
             pixels = chance.integers(0, 60, (400, 400, 3), dtype=np.uint8) + np.uint8(60 * number)
             Image.fromarray(pixels).save(place / f"class{number}" / f"{i}.jpg")
     return place
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2] if FULL else [2])
 def test_killed_while_decoding_and_training(threads: int, program: Program, photos: Path, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < threads:
         pytest.skip("a thread a core, and this machine has one")
-    words = ("run", "--method=adaptformer", *TINY, *HARD, f"--dataset=folder:{photos}", "--resume", "--output")
+    words = (
+        "run",
+        "--method=adaptformer",
+        *TINY,
+        *HARD,
+        "--train-per-class=12",
+        f"--dataset=folder:{photos}",
+        "--resume",
+        "--output",
+    )
     assert program.finish(*words, tmp_path / "whole", cores=1, cache=tmp_path / "cache") == 0
     expected = digests(tmp_path / "whole")
-    wanted, kills, held, runs = tries(2, 50), 0, 0, 0
+    wanted, kills, held, runs = tries(1, 50), 0, 0, 0
     while kills < wanted:
         place, cache = tmp_path / f"run{runs}", tmp_path / f"cache{runs}"  # each decodes for itself
         more = killed_until_done(program, wanted - kills, (*words, place), place, cores=threads, cache=cache)
@@ -88,7 +97,7 @@ def test_compare_killed(program: Program, tmp_path: Path) -> None:
     words = ("compare", *methods, *TINY, "--epochs=1", "--output")
     assert program.finish(*words, tmp_path / "whole") == 0
     expected = table(tmp_path / "whole")
-    wanted, kills, held = tries(3, 20), 0, 0
+    wanted, kills, held = tries(2, 20), 0, 0
     while kills < wanted:
         place = tmp_path / f"c{kills}"
         first = kills

@@ -12,14 +12,14 @@ import pytest
 from petune.errors import PetuneError
 from petune.results import RunResult
 from petune.run import RunConfig, run
-from tests.faults.conftest import TINY, Program, tally
+from tests.faults.conftest import TINY, WAIT_S, Program, tally
 
 
 def test_eight_starts_into_one_directory(program: Program, tmp_path: Path) -> None:
     words = ("run", "--method=linear", *TINY, "--output", tmp_path / "x")
     started = [program.start(*words) for _ in range(8)]
     for process in started:
-        process.join(120)
+        process.join(WAIT_S)
     codes = sorted(process.exitcode for process in started if process.exitcode is not None)
     assert codes == [0] + [2] * 7
     assert RunResult.exists(tmp_path / "x")
@@ -31,7 +31,7 @@ def test_eight_starts_without_a_directory(program: Program, tmp_path: Path, monk
     words = ("run", "--method=linear", *TINY)
     started = [program.start(*words) for _ in range(8)]
     for process in started:
-        process.join(120)
+        process.join(WAIT_S)
     finished = [place for place in (tmp_path / "runs").iterdir() if RunResult.exists(place)]
     assert [process.exitcode for process in started] == [0] * 8
     tally("eight starts without --output", "eight directories, eight results", 8, len(finished))
