@@ -129,42 +129,53 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 def run_piece(piece: Piece, place: Path, methods: tuple[str, ...], watch: Any) -> dict[str, Any]:
     """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks."""
-    shared = dict(piece.compare["run"])
-    pretrained = None
-    if piece.pretrain is not None:
-        config = petune.PretrainConfig.build(
-            piece.pretrain | {"output": place / "pretrain", "resume": True}, "the suite's pretrain"
-        )
-        pretrained = petune.pretrain(config, watch=watch).model_dump(mode="json")
-        shared["weights"] = str(place / "pretrain")
-    rates = {}
-    for method in methods if piece.rates else ():
-        rates[method] = choose_rate(piece.rates, shared, method, place / "rates", watch)
-    values = piece.compare | {
-        "methods": methods, "run": shared, "lrs": {method: rate["lr"] for method, rate in rates.items()},
-        "output": place / "compare",
-    }  # fmt: skip
-    comparison = petune.compare(petune.CompareConfig.build(values, "the suite's compare"), watch=watch)
+    pretraining = pretrain_config(piece, place)
+    pretrained = petune.pretrain(pretraining, watch=watch).model_dump(mode="json") if pretraining else None
+    rates = {method: chosen_rate(rate_config(piece, place, method), watch) for method in methods if piece.rates}
+    lrs = {method: rate["lr"] for method, rate in rates.items()}
+    comparison = petune.compare(compare_config(piece, place, methods, lrs), watch=watch)
     return {"pretrain": pretrained, "rates": rates, "compare": comparison.model_dump(mode="json")}
 
 
-def choose_rate(rates: Rates, shared: Mapping[str, Any], method: str, place: Path, watch: Any) -> dict[str, Any]:
-    """The rate with the best top-1 on val; test is not read. `edge` says that the best was the last one tried."""
-    values = sorted(rates.values.get(method) or rates.values["default"])
+def pretrain_config(piece: Piece, place: Path) -> petune.PretrainConfig | None:
+    """The pretraining of the piece, if it has one."""
+    if piece.pretrain is None:
+        return None
+    return petune.PretrainConfig.build(piece.pretrain | {"output": place / "pretrain", "resume": True}, "pretrain")
+
+
+def rate_config(piece: Piece, place: Path, method: str) -> petune.SweepConfig:
+    """The sweep of a method's rate, from the lowest to the highest."""
+    assert piece.rates is not None
+    values = sorted(piece.rates.values.get(method) or piece.rates.values["default"])
     name = "".join(c if c.isalnum() or c in "._=" else "_" for c in method)
-    config = petune.SweepConfig.build(
-        {
-            "over": {"train.lr": values}, "trials": len(values), "test": False, "output": place / name,
-            "run": laid_over(shared, rates.run) | {"method": method},
-        },
-        f"the suite's rates of {method}",
-    )  # fmt: skip
+    run = laid_over(_shared(piece, place), piece.rates.run) | {"method": method}
+    fields = {"over": {"train.lr": values}, "trials": len(values), "test": False, "run": run}
+    return petune.SweepConfig.build(fields | {"output": place / "rates" / name}, f"rates of {method}")
+
+
+def compare_config(
+    piece: Piece, place: Path, methods: tuple[str, ...], lrs: Mapping[str, float]
+) -> petune.CompareConfig:
+    """The comparison of some methods, each with its rate."""
+    fields = {"methods": methods, "run": _shared(piece, place), "lrs": dict(lrs), "output": place / "compare"}
+    return petune.CompareConfig.build(piece.compare | fields, "compare")
+
+
+def _shared(piece: Piece, place: Path) -> dict[str, Any]:
+    weights = {} if piece.pretrain is None else {"weights": str(place / "pretrain")}
+    return piece.compare["run"] | weights
+
+
+def chosen_rate(config: petune.SweepConfig, watch: Any) -> dict[str, Any]:
+    """The rate with the best top-1 on val; test is not read. `edge` says that it was the lowest or highest tried."""
     table = petune.sweep(config, watch=watch)
     if table.best is None:
-        raise SystemExit(f"no rate of {values} worked for {method}: {table.rows[0].reason}")
+        raise SystemExit(f"no rate worked for {config.run.method}: {table.rows[0].reason}")
     lr = float(table.params["train.lr"])
     tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in table.rows}
-    return {"lr": lr, "tried": tried, "edge": len(values) > 1 and lr in (values[0], values[-1])}
+    ends = {min(map(float, tried)), max(map(float, tried))}
+    return {"lr": lr, "tried": tried, "edge": len(tried) > 1 and lr in ends}
 
 
 def checks_of(expected: Mapping[str, Expected], comparison: Mapping[str, Any]) -> list[Check]:

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from the committed results, or check that they are fresh.
+"""Write the tables of README.md and docs/results.md from the committed results, or check that they are fresh.
 
 python benchmarks/tables.py           # rewrites what stands between <!-- results:begin --> and <!-- results:end -->
 python benchmarks/tables.py --check   # exit code 1 where a page is stale; `make test` runs this
@@ -9,30 +9,43 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from suite import SUITES, Check, Suite, checks_of, read_suite
 
 from petune.report import COLUMNS, cells
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN_IN_README = ("method", "tuned", "% of backbone", "adapter", "top-1", "top-5")
+Found = dict[str, dict[str, Any]]
 
 
-def comparisons() -> dict[str, dict[str, Any]]:
+def comparisons() -> Found:
     """Every committed comparison by the name of its directory."""
     return {file.parent.name: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/compare.json"))}
+
+
+def suites() -> dict[str, Suite]:
+    """Every suite by its name."""
+    return {file.stem: read_suite(file.stem) for file in sorted(SUITES.glob("*.yaml"))}
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; all but the first column are numbers."""
+    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def table(comparison: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
     """The comparison as a Markdown table of some of its columns."""
     places = [COLUMNS.index(column) for column in columns]
-    rows = [[cells(row)[place] for place in places] for row in comparison["rows"]]
-    lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown_table(columns, [[cells(row)[place] for place in places] for row in comparison["rows"]])
 
 
-def readme(found: dict[str, dict[str, Any]]) -> str:
+def readme(found: Found) -> str:
     """The first comparison, short, with a link to all of it."""
     if not found:
         return ""
@@ -42,23 +55,108 @@ def readme(found: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"Measured: {shared['backbone']} on all of {shared['dataset']}, {shared['train']['epochs']} epochs, "
         f"{seeds} seed{'s' if seeds > 1 else ''} "
-        f"([command, machine and all columns](benchmarks/README.md#{name.lower()})):",
+        f"([command, machine and all columns](docs/results.md#{name.lower()})):",
         "",
         *table(comparison, SHOWN_IN_README),
     ]
     return "\n".join(lines)
 
 
-def overview(found: dict[str, dict[str, Any]]) -> str:
-    """Every comparison with the command that made it, and what NOTE.md beside it says."""
+def overview(found: Found, all_suites: dict[str, Suite]) -> str:
+    """What each suite expects beside what was measured, then every comparison with all that belongs to it."""
     parts = []
+    for name, suite in all_suites.items():
+        parts += [f"## Suite {name}", "", suite.about.strip(), "", f"    {suite.command}", ""]
+        parts += [*expectations(suite, found), ""]
+        pieces = [piece for piece in suite.pieces if piece in found]
+        parts += [*side_by_side(pieces, found), ""] if len(pieces) > 1 else []
     for name, comparison in found.items():
-        words = " ".join(comparison["provenance"]["argv"])
-        note = RESULTS / name / "NOTE.md"
-        parts += [f"## {name}", "", f"    {words}", "", *table(comparison, COLUMNS), ""]
-        parts += [note.read_text(encoding="utf-8").strip(), ""] if note.exists() else []
-        parts += [f"Machine and versions: [compare.md](results/{name}/compare.md).", ""]
+        parts += _comparison(name, comparison)
     return "\n".join(parts).rstrip()
+
+
+def expectations(suite: Suite, found: Found) -> list[str]:
+    """Expected, range and measured, a line each; what was not run yet says so."""
+    rows = []
+    for piece, expected in suite.expected.items():
+        checks = checks_of(expected, found.get(piece, {"rows": []}))
+        for check, one in zip(checks, expected.values(), strict=True):
+            rows.append(
+                [piece, f"`{check.what}`", f"{check.expected:g}", f"{check.low:g} to {check.high:g}", *_verdict(check),
+                 one.source]
+            )  # fmt: skip
+    return markdown_table(("piece", "top-1 of", "expected", "range", "measured", "", "expected from"), rows)
+
+
+def side_by_side(pieces: Sequence[str], found: Found) -> list[str]:
+    """Top-1 of each method in several comparisons."""
+    place = COLUMNS.index("top-1")
+    by_piece = {piece: {row["method"]: cells(row)[place] for row in found[piece]["rows"]} for piece in pieces}
+    methods = dict.fromkeys(method for rows in by_piece.values() for method in rows)
+    rows = [[f"`{m}`", *(by_piece[piece].get(m, "–") for piece in pieces)] for m in methods]
+    return markdown_table(("top-1", *pieces), rows)
+
+
+def near_full(comparison: dict[str, Any]) -> str:
+    """Which method comes within a point of full fine-tuning with the fewest trained parameters; empty without full."""
+    rows = [row for row in comparison["rows"] if row["status"] == "done"]
+    full = next((row["top1_mean"] for row in rows if row["method"] == "full"), None)
+    if full is None:
+        return ""
+    near = [row for row in rows if row["method"] != "full" and row["top1_mean"] >= full - 1]
+    if not near:
+        best = max((row for row in rows if row["method"] != "full"), key=lambda row: row["top1_mean"], default=None)
+        gap = "" if best is None else f"; the nearest, `{best['method']}`, lacks {full - best['top1_mean']:.2f}"
+        return f"No method comes within a point of full fine-tuning ({full:.2f}){gap}."
+    least = min(near, key=lambda row: row["percent_of_backbone"])
+    return (
+        f"Within a point of full fine-tuning ({full:.2f}) with the fewest trained parameters: `{least['method']}`, "
+        f"{least['top1_mean']:.2f} with {least['percent_of_backbone']:.2f} %."
+    )
+
+
+def rates(record: dict[str, Any]) -> list[str]:
+    """Which rates were tried for each method, with top-1 on val; the chosen one in bold."""
+    lines = []
+    for method, rate in record.get("rates", {}).items():
+        tried = [
+            f"**{lr} {val:.2f}**" if float(lr) == rate["lr"] else f"{lr} {'failed' if val is None else f'{val:.2f}'}"
+            for lr, val in rate["tried"].items()
+        ]
+        lines.append(f"- `{method}`: {', '.join(tried)}{'; at the edge of what was tried' if rate['edge'] else ''}")
+    return ["Rates tried, with top-1 on val:", "", *lines, ""] if lines else []
+
+
+def _verdict(check: Check) -> tuple[str, str]:
+    if check.value is None:
+        return "–", "not run"
+    return f"{check.value:.2f}", "in range" if check.good else "**out of range**"
+
+
+def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
+    note, record, where = RESULTS / name / "NOTE.md", RESULTS / name / "suite.json", f"../benchmarks/results/{name}"
+    shared, origin = comparison["config"]["run"], comparison["provenance"]
+    lines = [
+        f"## {name}",
+        "",
+        f"    {' '.join(origin['argv'])}",
+        "",
+        f"`{shared['backbone']}`, weights `{comparison['weights']}`, on `{shared['dataset']}`; "
+        f"{shared['train']['epochs']} epochs; seeds {', '.join(map(str, comparison['config']['seeds']))}.",
+        "",
+        *table(comparison, COLUMNS),
+        "",
+        f"![top-1 over trained parameters]({where}/compare.svg)",
+        "",
+    ]
+    lines += [near_full(comparison), ""] if near_full(comparison) else []
+    lines += rates(json.loads(record.read_text())) if record.exists() else []
+    lines += [note.read_text(encoding="utf-8").strip(), ""] if note.exists() else []
+    return [
+        *lines,
+        f"Measured at commit {origin['git']['commit'][:7]}; machine and versions: [compare.md]({where}/compare.md).",
+        "",
+    ]
 
 
 def filled(page: Path, content: str) -> str:
@@ -76,7 +174,7 @@ def filled(page: Path, content: str) -> str:
 def main(check: bool) -> int:
     """Rewrite, or check, both pages."""
     found = comparisons()
-    pages = {ROOT / "README.md": readme(found), ROOT / "benchmarks" / "README.md": overview(found)}
+    pages = {ROOT / "README.md": readme(found), ROOT / "docs" / "results.md": overview(found, suites())}
     stale = [page for page, content in pages.items() if filled(page, content) != page.read_text(encoding="utf-8")]
     for page in stale:
         if check:

@@ -1,4 +1,4 @@
-"""The tables in README.md and benchmarks/README.md are those of the committed results."""
+"""The tables in README.md and docs/results.md are those of the committed results."""
 
 from __future__ import annotations
 

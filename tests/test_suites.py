@@ -1,0 +1,148 @@
+"""The suites of benchmarks/: each can be run at both sizes, and the runner says what is in range and what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import suite
+import tables
+import yaml
+
+from petune.run import tuner_of
+
+NAMES = ("cifar-small", "few-shot", "seed")
+TINY = """\
+command: python benchmarks/suite.py tiny
+expected:
+  one:
+    linear: {top1: 50, range: [0, 100], source: nobody}
+    bitfit - linear: {top1: 500, range: [400, 600]}
+about: A test.
+pieces:
+  one:
+    rates: {values: {default: [0.01, 0.003], linear: [0.02]}, run: {train: {epochs: 1}}}
+    compare:
+      methods: [linear, bitfit]
+      seeds: [0, 1]
+      run:
+        backbone: vit_nano
+        weights: none
+        backbone_options: {depth: 2, embed_dim: 48}
+        dataset: digits
+        device: cpu
+        train_per_class: 10
+        train: {epochs: 2, precision: fp32, batch_size: 32}
+smoke: {expected: {linear: {top1: 1, range: [0, 2]}}, compare: {seeds: [0]}, pretrain: {epochs: 1}}
+"""
+
+
+def test_all_suites_are_known() -> None:
+    assert tuple(sorted(file.stem for file in suite.SUITES.glob("*.yaml"))) == NAMES
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["whole", "smoke"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_suite_opens_with_command_and_expectations_and_all_of_it_can_be_built(name: str, smoke: bool) -> None:
+    text = (suite.SUITES / f"{name}.yaml").read_text()
+    assert text.startswith(f"command: python benchmarks/suite.py {name}\n")
+    assert list(yaml.safe_load(text))[:2] == ["command", "expected"]
+    read = suite.read_suite(name, smoke)
+    assert read.expected.keys() == read.pieces.keys()
+    for piece_name, piece in read.pieces.items():
+        methods = suite.chosen(read, [piece_name])[piece_name]
+        place = Path("nowhere") / piece_name
+        config = suite.compare_config(piece, place, methods, {})
+        pretraining = suite.pretrain_config(piece, place)
+        assert config.run.weights == ("default" if pretraining is None else str(place / "pretrain"))
+        for method in methods:
+            tuner_of(config.run.model_copy(update={"method": method}))
+            if piece.rates:
+                assert suite.rate_config(piece, place, method).run.method == method
+        for what, one in read.expected[piece_name].items():
+            assert set(map(str.strip, what.split(" - "))) <= set(methods)
+            assert one.range[0] <= one.top1 <= one.range[1]
+        if smoke:
+            assert config.run.dataset == "digits"  # it needs no files
+            assert config.run.train.epochs <= 4
+
+
+def test_the_seed_study_is_its_recipe() -> None:
+    piece = suite.read_suite("seed").pieces["seed"]
+    pretraining = suite.pretrain_config(piece, Path("p"))
+    moving = suite.compare_config(piece, Path("p"), tuple(piece.compare["methods"]), {}).run
+    assert pretraining is not None
+    assert (pretraining.train.epochs, moving.train.epochs) == (80, 10)
+    for config in (pretraining, moving):
+        train = config.train
+        assert config.backbone == "vit_seed"
+        assert (train.optimizer, train.lr, train.weight_decay, train.decay_vectors) == ("momentum", 0.01, 5e-4, True)
+        assert (train.batch_size, train.warmup_steps(31_000), train.schedule) == (128, 2000, "cosine")
+        assert (train.augment, train.label_smoothing, train.mixup, train.grad_clip) == ("seed", 0, 0, None)
+    assert (pretraining.mean, pretraining.std) == ((0.5071, 0.4865, 0.4409), (0.1942, 0.1918, 0.1958))
+    assert tuner_of(pretraining).config.model_dump() == {
+        "bottleneck": 64, "scale": None, "dropout": 0.1, "input": None, "variant": "seed", "train_backbone": True,
+    }  # fmt: skip
+
+
+def _run(capture: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
+    capture.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        suite.main(list(words))
+    return stopped.value.code, *capture.readouterr()
+
+
+def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("suites", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(suite, name.upper(), tmp_path / name)
+        monkeypatch.setattr(tables, name.upper(), tmp_path / name)
+    (tmp_path / "suites" / "tiny.yaml").write_text(TINY)
+    code, out, err = _run(capsys, "tiny", "--keep")
+    assert code == 1, err
+    assert "expected 50 within 0 to 100: in range" in out
+    assert "expected 500 within 400 to 600: OUT OF RANGE" in out
+    record = json.loads((tmp_path / "results" / "one" / "suite.json").read_text())
+    tried = record["rates"]["bitfit"]["tried"]
+    assert list(tried) == ["0.003", "0.01"]
+    assert record["rates"]["bitfit"]["lr"] == float(max(tried, key=lambda lr: (tried[lr], -float(lr))))
+    assert (record["rates"]["bitfit"]["edge"], record["rates"]["linear"]["edge"]) == (True, False)
+    kept = json.loads((tmp_path / "results" / "one" / "compare.json").read_text())
+    assert {row["method"]: row["lr"] for row in kept["rows"]} == {m: r["lr"] for m, r in record["rates"].items()}
+    assert list((tmp_path / "runs").rglob("rates/*/*/result.json")) == []  # choosing a rate reads no test
+
+    code, again, err = _run(capsys, "tiny", "--only", "linear")
+    assert code == 0
+    assert "linear, seed 1: finished before" in err
+    assert "bitfit" not in again
+    code, _, _ = _run(capsys, "tiny", "--only", "linaer")
+    assert "--only takes pieces and methods of the suite, but not ['linaer']" in str(code)
+
+    page = tables.overview(tables.comparisons(), tables.suites())
+    linear = next(row["top1_mean"] for row in kept["rows"] if row["method"] == "linear")
+    assert f"| one | `linear` | 50 | 0 to 100 | {linear:.2f} | in range | nobody |" in page
+    assert "| **out of range** |" in page
+    assert f"- `bitfit`: {'**' if record['rates']['bitfit']['lr'] == 0.003 else ''}0.003 " in page
+
+
+def test_the_nearest_to_full_is_named() -> None:
+    def row(method: str, percent: float, top1: float) -> dict[str, object]:
+        return {"method": method, "status": "done", "percent_of_backbone": percent, "top1_mean": top1}
+
+    rows = [row("a", 1.0, 78.9), row("b", 2.0, 79.2), row("c", 3.0, 79.9), row("full", 100.0, 80.0)]
+    assert "`b`, 79.20 with 2.00 %" in tables.near_full({"rows": rows})
+    assert "the nearest, `a`, lacks 1.10" in tables.near_full({"rows": [rows[0], rows[3]]})
+    assert tables.near_full({"rows": rows[:3]}) == ""
+
+
+def test_a_stale_page_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n")
+    assert tables.filled(page, "new") == "a\n<!-- results:begin -->\nnew\n<!-- results:end -->\nb\n"
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="must have the markers"):
+        tables.filled(page, "new")
