@@ -230,6 +230,25 @@ def test_a_run_in_bfloat16_saves_an_adapter_of_the_weights_as_they_came(tmp_path
     petune.load(fresh.model, tmp_path / "adapter")
 
 
+def test_recomputed_blocks_compile_into_one_graph() -> None:
+    att, graphs = _attached("adaptformer"), list[str]()
+    plain = _step(att)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(att.model, backend=backend, fullgraph=True)
+    with recomputed(att), torch._dynamo.config.patch({"skip_fwd_side_effects_in_bwd_under_checkpoint": True}):
+        att.model, model = compiled, att.model
+        found = _step(att)
+    att.model = model
+    assert len(graphs) == 1
+    assert "checkpoint" in graphs[0]
+    assert torch.allclose(found[0], plain[0], atol=1e-6)  # type: ignore[arg-type]
+    assert len(found) == len(plain)
+
+
 @pytest.mark.skipif(not os.environ.get("PETUNE_SLOW"), reason="compiles for a minute; set PETUNE_SLOW=1")
 def test_a_compiled_run_trains_to_nearly_the_same(tmp_path: Path, make_trainer: Make) -> None:
     losses = []
