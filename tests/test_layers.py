@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1] / "petune"
 FILES = sorted(ROOT.rglob("*.py"))
 
 LEVELS = {
-    "errors": 0, "config": 0, "files": 0, "network": 0,
+    "errors": 0, "config": 0, "files": 0, "network": 0, "text": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1,
     "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2,
     "attach": 3, "state": 3, "testing": 3, "tiny_models": 1, "tuners": 3,

@@ -68,7 +68,7 @@ def _render(**values: object) -> str:
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from petune.report import visible
+    from petune.text import visible
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
