@@ -16,10 +16,11 @@ from petune.errors import near_names
 from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
 from petune.group import join
-from petune.report import markdown, picture
+from petune.report import COLUMNS, cells, markdown, picture
 from petune.results import RunResult
 from petune.run import RunConfig, default_name
 from petune.rundir import claimed
+from petune.text import html_table
 from petune.train import Event, Note
 
 
@@ -111,6 +112,11 @@ class Comparison(Config):
     provenance: dict[str, Any]
     output: str
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        rows = [cells(row.model_dump(mode="json")) for row in self.rows]
+        return html_table(rows, COLUMNS, f"{self.backbone}, weights {self.weights}, on {self.config.run.dataset}")
+
 
 def compare(
     config: CompareConfig | None = None,
@@ -122,7 +128,8 @@ def compare(
     """Run every method with every seed; a method that fails becomes a row with its reason.
 
     Args:
-        config: The comparison; without it `fields` make one.
+        config: The comparison, or the CompareConfig that `fields` make:
+            `petune.compare(methods=("linear", "vpt"), run={"dataset": "digits"})`.
         executor: Where the runs are done, as `ray:cpus=2`; see `petune.executors`.
         watch: Told of every run, step, epoch and note.
 

@@ -28,7 +28,7 @@ def export(source: Source, file: File, to: To = None, weights: Weights = None, j
     (.safetensors) need the former. What was written is run, and compared with the model.
     """
     from petune.export import export as export_model
-    from petune.report import size
+    from petune.text import size
 
     done = export_model(source.expanduser(), file, to=to, weights=weights)
     if json:
