@@ -53,6 +53,7 @@ class Tasks:
         if ledger_of(model) is not None:
             raise AttachError("tasks need a plain backbone, but something is attached to it; detach that first")
         self.model, self.tasks = model.eval(), dict[str, Task]()
+        self._apart: set[str] = set()  # tasks that cannot share a forward on this model
         self.active: str | None = None
         self.sites = find_sites(model)
         head = self.sites.need_head()
@@ -111,6 +112,7 @@ class Tasks:
         task.attachment.detach()
         self._put(self._head.enter)
         del self.tasks[name]
+        self._apart.discard(name)
 
     def __call__(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
         """Every row for its own task, in as few forwards as there are kinds of edits.
@@ -130,7 +132,7 @@ class Tasks:
         try:
             for together in self._passes(names):
                 rows = [row for row, name in enumerate(names) if name in together]
-                scores = self._forward(x[rows], [names[row] for row in rows])
+                scores = self._shared(x[rows], [names[row] for row in rows])
                 for row, score in zip(rows, scores, strict=True):
                     out[row] = score
         finally:
@@ -141,8 +143,19 @@ class Tasks:
         """Which tasks can share a forward: those whose edits leave other rows alone."""
         kinds: dict[Any, set[str | None]] = {}
         for name in dict.fromkeys(names):
-            kinds.setdefault(() if name is None else _kind(self._task(name)), set()).add(name)
+            kind = () if name is None else name if name in self._apart else _kind(self._task(name))
+            kinds.setdefault(kind, set()).add(name)
         return list(kinds.values())
+
+    def _shared(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+        """One forward, or, where a place has no row for each picture (windows), one for every task, from then on."""
+        try:
+            return self._forward(x, names)
+        except AttachError:
+            self._apart |= {name for name in names if name is not None}
+            if len(set(names)) == 1:
+                raise
+        return self(x, names)
 
     def _forward(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
         chosen = {name: [row for row, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
@@ -202,7 +215,7 @@ class _Rows(nn.Module):
         if len(x) != self.batch_size:
             raise AttachError(
                 f"one batch of several tasks needs a row for each picture at every place, but there are {len(x)} for "
-                f"{self.batch_size} pictures (windows?); switch tasks with use(name) on this model"
+                f"{self.batch_size} pictures"
             )
         out: Tensor | None = x if self.replaces else None
         for adapter, rows in self.parts:

@@ -128,6 +128,7 @@ class Wrapped:
                 if not table:
                     layer.petune_hook = layer.register_forward_pre_hook(_tell_rows, with_kwargs=True)
                 table[self.name] = rows
+                layer.petune_batch_size = batch_size
             elif table.pop(self.name, None) is not None and not table:
                 layer.petune_hook.remove()
 
@@ -214,6 +215,11 @@ def _find(layer: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
 
 
 def _tell_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if len(args[0]) != layer.petune_batch_size:
+        raise petune.AttachError(
+            f"one batch of several tasks needs a row for each picture in every layer, but there are {len(args[0])} for "
+            f"{layer.petune_batch_size} pictures"
+        )
     names = ["__base__"] * len(args[0])
     for name, rows in layer.petune_rows.items():
         for row in rows:

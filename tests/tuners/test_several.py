@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -219,3 +220,39 @@ def test_a_task_that_does_not_fit_leaves_the_others_alone(saved: dict[str, Path]
     with pytest.raises(petune.PetuneError, match="other weights"):
         tasks.load("foreign", tmp_path / "foreign")
     assert torch.equal(scores(tasks.use("pets")), scores(alone(saved["pets"], "pets")))
+
+
+WINDOWS = {"lora": {"r": 2}, "lora:": {"targets": "attn"}, "adaptformer": {}, "ssf": {}, "houlsby": {}}
+
+
+def windowed(num_classes: int) -> nn.Module:
+    """A Swin of two stages, 4 windows a picture in the first; the trunk is the same whatever the classifier."""
+    torch.manual_seed(0)
+    shape = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
+    built = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape)
+    for p in built.parameters():
+        nn.init.normal_(p, std=0.1)
+    built.reset_classifier(num_classes)
+    nn.init.normal_(built.get_classifier().weight)
+    return built.eval()
+
+
+@torch.no_grad()
+def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
+    """A layer inside the attention has a row for each window: what cannot share a forward must not do so unseen."""
+    tasks, alone = petune.Tasks(windowed(3)), {}
+    for number, (name, options) in enumerate(WINDOWS.items(), 2):
+        att = petune.attach(windowed(number), name.strip(":"), **options)
+        for p in att.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+        att.save(tmp_path / str(number))
+        tasks.load(name, tmp_path / str(number))
+        alone[name] = att.model
+    names = [*WINDOWS, None, *WINDOWS]
+    x = torch.randn(len(names), 3, 28, 28)
+    for _ in range(2):
+        for row, (name, out) in enumerate(zip(names, tasks(x, names), strict=True)):
+            wanted = scores(alone[name] if name else windowed(3), x[row : row + 1])[0]
+            assert out.shape == wanted.shape
+            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(scores(tasks.model, x), scores(windowed(3), x))
