@@ -9,7 +9,8 @@ import typer
 
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.running import RUNS, watching
-from petune.cli.terminal import clean, percent, say, show_json, show_table
+from petune.cli.terminal import clean, say, show_json, show_table
+from petune.text import percent
 
 if TYPE_CHECKING:
     from petune.sweep import Sweep, SweepConfig
