@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from petune.cli.progress import Progress
-from petune.cli.terminal import clean, count, flops, percent, show_table
+from petune.cli.terminal import clean, count, flops, show_table
 from petune.compare import RunStarted
+from petune.text import percent
 from petune.train import EpochEnded, Note, StepDone
 
 
