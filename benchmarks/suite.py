@@ -173,7 +173,8 @@ def chosen_rate(config: petune.SweepConfig, watch: Any) -> dict[str, Any]:
     if table.best is None:
         raise SystemExit(f"no rate worked for {config.run.method}: {table.rows[0].reason}")
     lr = float(table.params["train.lr"])
-    tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in table.rows}
+    rows = sorted(table.rows, key=lambda row: float(row.params["train.lr"]))
+    tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in rows}
     ends = {min(map(float, tried)), max(map(float, tried))}
     return {"lr": lr, "tried": tried, "edge": len(tried) > 1 and lr in ends}
 
