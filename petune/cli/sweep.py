@@ -14,7 +14,7 @@ from petune.cli.terminal import clean, percent, say, show_json, show_table
 if TYPE_CHECKING:
     from petune.sweep import Sweep, SweepConfig
 
-Method = Annotated[str | None, typer.Argument(metavar="[METHOD]", help="A registered method, options in place.")]
+Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
 Over = Annotated[
     list[str] | None,
     typer.Option(
