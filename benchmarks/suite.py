@@ -74,7 +74,7 @@ class Suite(Config):
         about: What it shows, on what it runs how long.
         expected: By piece, then by method.
         pieces: In their order.
-        smoke: Laid over every piece, and its own `expected` for each.
+        smoke: Laid over every piece, or those it names as `pieces`; with an `expected` of its own for each.
     """
 
     command: str
@@ -111,7 +111,8 @@ def read_suite(name: str, smoke: bool = False) -> Suite:
     if smoke:
         over = dict(values["smoke"])
         expected = over.pop("expected")
-        values["pieces"] = {piece: laid_over(plain, over) for piece, plain in values["pieces"].items()}
+        names = over.pop("pieces", list(values["pieces"]))
+        values["pieces"] = {name: laid_over(values["pieces"][name], over) for name in names}
         values["expected"] = dict.fromkeys(values["pieces"], expected)
     return Suite.build(values, f"{name}.yaml")
 
@@ -173,7 +174,8 @@ def chosen_rate(config: petune.SweepConfig, watch: Any) -> dict[str, Any]:
     if table.best is None:
         raise SystemExit(f"no rate worked for {config.run.method}: {table.rows[0].reason}")
     lr = float(table.params["train.lr"])
-    tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in table.rows}
+    rows = sorted(table.rows, key=lambda row: float(row.params["train.lr"]))
+    tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in rows}
     ends = {min(map(float, tried)), max(map(float, tried))}
     return {"lr": lr, "tried": tried, "edge": len(tried) > 1 and lr in ends}
 

@@ -72,6 +72,19 @@ def corners(space: Space) -> list[Params]:
     return [{key: values[min(number, len(values) - 1)] for key, values in ends.items()} for number in range(count)]
 
 
+def within(inner: Space, outer: Space) -> bool:
+    """Whether `outer` has the same keys, and for each at least the values of `inner`."""
+    return inner.keys() == outer.keys() and all(_covers(outer[key], dimension) for key, dimension in inner.items())
+
+
+def _covers(outer: Range | Sequence[Value], inner: Range | Sequence[Value]) -> bool:
+    if isinstance(inner, Range):
+        return isinstance(outer, Range) and outer.low <= inner.low and inner.high <= outer.high
+    if isinstance(outer, Range):
+        return False
+    return set(map(repr, inner)) <= set(map(repr, outer))
+
+
 def propose(space: Space, tried: Sequence[tuple[Params, float | None]], trials: int, seed: int) -> Params | None:
     """What to try next, never the same twice: the whole grid where `trials` are enough for it, else by optuna's TPE.
 

@@ -20,7 +20,7 @@ from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, parse_method, run, trained, tuner_of
 from petune.rundir import CONFIG_FILE, claimed
-from petune.space import Params, Range, Value, corners, propose, require_sampler
+from petune.space import Params, Range, Value, corners, propose, require_sampler, within
 from petune.train import Event, Note, StopFlag
 
 TRIAL_FILE, TABLE_FILE = "trial.json", "sweep.json"
@@ -36,7 +36,8 @@ class SweepConfig(Config):
         trials: How many at most; a grid that has no more combinations is tried whole, in its order.
         test: Whether the best trial reads test when all are done; never before, and no other does.
         run: What all trials share: method, backbone, dataset, seed (also the sampler's) and the rest.
-        output: The directory; None makes a name under `runs/`. Started again it goes on.
+        output: The directory; None makes a name under `runs/`. Started again it goes on, with more trials or a wider
+            `over` if these were changed.
     """
 
     over: dict[str, Range | tuple[Value, ...]] = Field(min_length=1)
@@ -164,11 +165,14 @@ def sweep_name(config: SweepConfig) -> str:
 
 
 def _held(config: SweepConfig, place: Path) -> SweepConfig:
-    """What guards the directory: all but the number of trials, which may grow."""
-    inner = config.run.model_copy(update={"output": None, "resume": False})
+    """What guards the directory: all but the number of trials and the space, which may grow."""
+    held = config.model_copy(update={"run": config.run.model_copy(update={"output": None, "resume": False})})
     file = place / CONFIG_FILE
-    trials = read_yaml(file).get("trials", config.trials) if file.exists() else config.trials
-    return config.model_copy(update={"run": inner, "trials": trials})
+    if not file.exists():
+        return held
+    before = SweepConfig.build(read_yaml(file), str(file))
+    over = before.over if within(before.over, config.over) else config.over
+    return held.model_copy(update={"trials": before.trials, "over": over})
 
 
 def _next(table: Sweep) -> Params | None:

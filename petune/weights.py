@@ -36,7 +36,8 @@ class Weights:
     @property
     def adapters(self) -> dict[str, Tensor]:
         """What belongs to adapters that were there in pretraining, by the keys that they have in the model."""
-        return {key: self.tensors[key] for key in self.info.get("adapters", ()) if key in self.tensors}
+        said = self.info.get("adapters")
+        return {k: t for k, t in self.tensors.items() if k in said} if isinstance(said, list) else {}
 
 
 def load_adapters(model: nn.Module, weights: Weights, method: str) -> None:

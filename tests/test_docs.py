@@ -14,7 +14,7 @@ from petune.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CHECKED_DRY = ("run", "compare", "pretrain")
+CHECKED_DRY = ("run", "compare", "sweep", "pretrain")
 
 
 def blocks(page: Path, language: str) -> list[str]:

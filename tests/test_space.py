@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from petune.errors import ConfigError, MissingExtra
-from petune.space import Range, corners, grid, parse_over, propose, require_sampler
+from petune.space import Range, corners, grid, parse_over, propose, require_sampler, within
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,17 @@ def test_a_grid_is_tried_whole_in_its_order_and_then_ends() -> None:
         tried.append((params, None if len(tried) == 2 else 50.0))
     assert [params for params, _ in tried] == grid(space)
     assert len(tried) == 6
+
+
+def test_a_space_is_within_a_wider_one_of_the_same_keys() -> None:
+    lr = Range(low=0.1, high=0.2)
+    assert within({"lr": lr, "a": (1, 2)}, {"lr": Range(low=0.1, high=0.3), "a": (2, 1, 3)})
+    assert not within({"lr": lr}, {"lr": Range(low=0.15, high=0.3)})
+    assert not within({"lr": lr}, {"lr": (0.1, 0.2)})
+    assert not within({"lr": (0.1, 0.2)}, {"lr": lr})
+    assert not within({"a": (1, 2)}, {"a": (1, 3)})
+    assert not within({"a": (1,)}, {"a": (True,)})
+    assert not within({"a": (1,)}, {"a": (1,), "b": (1,)})
 
 
 def test_corners_hold_every_value_and_both_ends() -> None:

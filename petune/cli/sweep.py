@@ -15,7 +15,7 @@ from petune.text import percent
 if TYPE_CHECKING:
     from petune.sweep import Sweep, SweepConfig
 
-Method = Annotated[str | None, typer.Argument(metavar="[METHOD]", help="A registered method, options in place.")]
+Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
 Over = Annotated[
     list[str] | None,
     typer.Option(

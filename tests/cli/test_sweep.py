@@ -92,14 +92,17 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
     assert list(tmp_path.glob("*/*/result.json")) == []
 
 
-def test_a_sampled_sweep_may_be_made_longer(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     words = ("sweep", "linear", "--over=train.lr=1e-4..1e-1:log", *tiny, "--no-test", "--output", "there", "--json")
     two = json.loads(petune(*words, "--trials", 2).out)
     three = json.loads(petune(*words, "--trials", 3).out)
     assert three["rows"][:2] == two["rows"]
     assert (len(two["rows"]), len(three["rows"]), three["config"]["trials"]) == (2, 3, 3)
-    other = petune("sweep", "linear", "--over=train.lr=1e-4..1:log", *tiny, "--output", "there")
+    wide = petune(*(word.replace("..1e-1", "..1") for word in words), "--trials", 4)
+    assert wide.code == 0, wide.err
+    assert json.loads(wide.out)["rows"][:3] == three["rows"]
+    other = petune("sweep", "linear", "--over=train.lr=1e-3..1:log", *tiny, "--output", "there")
     assert other.code == 2
     assert "there holds a run with another configuration" in other.err
 

@@ -1,0 +1,109 @@
+"""`petune report`: every directory is in the page with its state, nothing in it can run, other files are left alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import petune as library
+
+Run = Callable[..., Any]
+
+
+class Tags(HTMLParser):
+    """Names of all elements, all attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of two methods and two seeds."""
+    place = tmp_path_factory.mktemp("compared") / "two"
+    run = {
+        "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 48}, "device": "cpu",
+        "dataset": "digits", "train_per_class": 20, "train": {"epochs": 1, "precision": "fp32"},
+    }  # fmt: skip
+    values = {"methods": ("linear", "bitfit"), "seeds": (0, 1), "run": run, "output": place}
+    library.compare(library.CompareConfig.build(values))
+    return place
+
+
+@pytest.fixture
+def runs(compared: Path, tmp_path: Path) -> Path:
+    """A directory with the comparison, a copy for each test."""
+    shutil.copytree(compared, tmp_path / "there" / "two")
+    return tmp_path / "there"
+
+
+def test_a_comparison_is_its_table_with_charts_and_origin(petune: Run, runs: Path, tmp_path: Path) -> None:
+    done = petune("report", "there", "--output", "page.html", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["done"], told["unfinished"], told["broken"]) == (5, 0, 0)
+    page = Tags((tmp_path / "page.html").read_text())
+    rows = json.loads((runs / "two" / "compare.json").read_text())["rows"]
+    for row in rows:
+        assert f"{row['top1_mean']:.2f} ± {row['top1_std']:.2f}" in page.text
+    assert page.tags.count("svg") == 5  # accuracy, two of curves, time, memory
+    assert page.tags.count("section") == 1
+    assert "commit" in page.text
+    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    assert [a for a in page.attributes if a[0].startswith("on") or a[0] in {"src", "href"}] == []
+    assert len(re.findall(r"https?://(?!www\.w3\.org)", (tmp_path / "page.html").read_text())) == 0
+
+
+def test_what_is_unfinished_or_broken_is_told_and_names_cannot_become_markup(
+    petune: Run, runs: Path, tmp_path: Path
+) -> None:
+    hostile = "<img src=x onerror=alert(1)>&\u202e"
+    run = next((runs / "two").glob("linear-*"))
+    shutil.copytree(run, runs / hostile)
+    (runs / hostile / "result.json").unlink()
+    shutil.copytree(run, runs / "broken")
+    (runs / "broken" / "result.json").write_text("{")
+    result = json.loads((run / "result.json").read_text())
+    shutil.copytree(run, runs / "named")
+    (runs / "named" / "result.json").write_text(json.dumps(result | {"method": hostile}))
+    done = petune("report", "there", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert (told["done"], told["unfinished"], told["broken"]) == (6, 1, 1)
+    page = Tags((tmp_path / "report.html").read_text())
+    assert "img" not in page.tags
+    assert "1 of 1 epochs done" in page.text
+    assert "must be the result of a finished run" in page.text
+    assert "<img src=x onerror=alert(1)>&" in page.text
+    assert "\u202e" not in page.text
+
+
+def test_only_a_page_of_ours_is_written_anew(petune: Run, runs: Path, tmp_path: Path) -> None:
+    assert petune("report", "there").code == 0
+    assert petune("report", "there").code == 0
+    (tmp_path / "mine.html").write_text("<html>my own</html>")
+    done = petune("report", "there", "--output", "mine.html")
+    assert (done.code, (tmp_path / "mine.html").read_text()) == (2, "<html>my own</html>")
+    assert "is no page of `petune report`; it is left alone" in done.err
+    (tmp_path / "empty").mkdir()
+    none = petune("report", "empty")
+    assert none.code == 2
+    assert "no directory below empty holds one" in none.err
