@@ -130,7 +130,6 @@ class Trainer:
             Stopped: A signal came; a checkpoint of this very step is on disk.
         """
         self._resume()
-        self._choose_micro_batch()
         with made_cheaper(self):
             self._train()
         return self._fitted()
@@ -158,7 +157,7 @@ class Trainer:
             saved = time.perf_counter()
             self.stop.check()
 
-    def _choose_micro_batch(self) -> None:
+    def choose_micro_batch(self) -> None:
         """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
         p, whole = self.progress, self.batches.batch_size
         if not p.micro_batch:
