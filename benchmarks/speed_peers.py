@@ -110,7 +110,6 @@ def petune_step(size: Size, method: str = "adaptformer", **settings: Any) -> Ite
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_of(size, method, Path(directory), **settings)
         batch = next(iter(trainer.batches.epoch(0)))
-        trainer.progress.micro_batch = size.batch_size
         with made_cheaper(trainer):
             trainer.att.train()
             yield lambda: trainer._step(batch)

@@ -144,7 +144,6 @@ class Trainer:
             ProcessLost: Of several processes, one is gone.
         """
         self._resume()
-        self._choose_micro_batch()
         with made_cheaper(self):
             self._train()
         return self._fitted()
@@ -179,7 +178,7 @@ class Trainer:
         late = self.group.leads and time.perf_counter() - self.saved > SAVE_EVERY_S
         return Asked(self.stop.signal_name is not None, late)
 
-    def _choose_micro_batch(self) -> None:
+    def choose_micro_batch(self) -> None:
         """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
         p, whole = self.progress, self.part.stop - self.part.start
         if not p.micro_batch or not can_run_out(self.device):

@@ -38,14 +38,15 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
         plan = _planned(trainer)  # with the backbone's own weights, which the features are then known by
         if trainer.precision == "bf16":
             stack.enter_context(frozen_in_bfloat16(trainer.model, lambda: _scores(trainer)))
+        if trainer.train.grad_checkpointing:
+            stack.enter_context(recomputed(trainer.att))
+        trainer.choose_micro_batch()
         if plan is not None:
             _fill(trainer, *plan)
             stack.callback(_without_features, trainer)
         elif trainer.train.compile:
             trainer.logits = _compiled(trainer.model)
             stack.callback(setattr, trainer, "logits", trainer.model)
-        if trainer.train.grad_checkpointing:
-            stack.enter_context(recomputed(trainer.att))
         yield
         shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)  # an exception leaves it there, for the resume
 
