@@ -275,6 +275,7 @@ class Edit:
         """
         for path, candidate in self.model.named_modules():
             if candidate is module:
+                path = path.removesuffix(".base_layer")  # where PEFT has put a layer of its own around it
                 width = dim if dim is not None else next((p.shape[-1] for p in module.parameters()), 0)
                 edge = {"path": path, "enter": module, "exit_path": path, "exit": module}
                 return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **edge)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.testing import ContractViolation
+from petune.testing import PROPERTIES, ContractViolation
 
 
 class Low(nn.Module):
@@ -147,6 +147,39 @@ class NotSaved(Sound):
         return None
 
 
+class Uncopied(Low):
+    """Holds something that no copy can be made of; in a list, where it is no tensor that a forward has left."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.kept = [self.up.weight @ self.down.weight]
+
+
+class ByHand(Sound):
+    """A change made by hand: sound but for what it says of being switched."""
+
+    def attach(self, edit: petune.Edit) -> None:
+        block = edit.model.blocks[0]
+        block.shift, on = nn.Parameter(torch.zeros(edit.sites.embed_dim)), [True]
+        handle = block.register_forward_hook(lambda m, _, y: y + m.shift if on[0] else y)
+        edit.adopt([block.shift])
+        edit.on_detach(handle.remove)
+        edit.on_detach(lambda: delattr(block, "shift"))
+        self.switched(edit, on)
+
+    def switched(self, edit: petune.Edit, on: list[bool]) -> None:
+        edit.on_switch(lambda wanted: on.__setitem__(0, wanted))
+
+
+class NeverOff(ByHand):
+    def switched(self, edit: petune.Edit, on: list[bool]) -> None: ...
+
+
+class NeverOnAgain(ByHand):
+    def switched(self, edit: petune.Edit, on: list[bool]) -> None:
+        edit.on_switch(lambda wanted: on.__setitem__(0, False))
+
+
 CASES: list[tuple[Any, str]] = [
     (broken(ZeroZero), "every tuned tensor learns"),
     (broken(DeadFactor), "every tuned tensor learns"),
@@ -162,6 +195,9 @@ CASES: list[tuple[Any, str]] = [
     (NotDetachable(), "detach gives the model back to the bit"),
     (LeavesHook(), "detach gives the model back to the bit"),
     (Renames(), "backbone keys are unchanged"),
+    (broken(Uncopied), "a deep copy computes the same"),
+    (NeverOff(), "disabled is the backbone to the bit"),
+    (NeverOnAgain(), "enabled again is as before"),
     (NotSaved(), "saved and loaded is the same to the bit"),
 ]
 
@@ -171,8 +207,15 @@ def name_of(case: tuple[Any, str]) -> str:
     return tuner.adapter.__name__ if type(tuner).__name__ == "Broken" else type(tuner).__name__
 
 
-def test_the_sound_one_passes() -> None:
-    assert len(petune.check_tuner(Sound())) == 14
+@pytest.mark.parametrize("tuner", [Sound(), ByHand()], ids=["Sound", "ByHand"])
+def test_the_sound_ones_pass(tuner: Sound) -> None:
+    assert len(petune.check_tuner(tuner)) == 14
+
+
+def test_every_property_catches_one_that_passes_all_before_it() -> None:
+    """So that none of them could be left out without a test that fails."""
+    assert {what for name, _ in PROPERTIES for _, what in CASES if name.startswith(what)} == {what for _, what in CASES}
+    assert [name for name, _ in PROPERTIES if not any(name.startswith(what) for _, what in CASES)] == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
