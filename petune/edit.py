@@ -12,8 +12,8 @@ from petune.anatomy.positions import Room, admit_prompts, fills, is_inside, refu
 from petune.anatomy.prompting import Prompting
 from petune.errors import AttachError, NotMergeable, SiteNotFound
 from petune.hooks import After, Before, Branch, Gather, Holder, InnerPrompts, Prompts
-from petune.passing import Leg, PassingPrompts, is_plain
 from petune.ledger import CONTAINERS, added_to, host_for
+from petune.passing import Leg, PassingPrompts, is_plain
 from petune.probe import Call, probe
 from petune.sites import Block, Site, Sites
 

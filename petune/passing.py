@@ -31,14 +31,16 @@ class Plain:
     def attended(self, x_BPD: Tensor, change: Tensor) -> Tensor:
         """The stream behind the attention, which returned `change`."""
         norm = None if self.block.norm_first else self.norm_of(self.block.norm1, self.block.attn)
-        return x_BPD + (change if norm is None else norm(change))
+        stream: Tensor = x_BPD + (change if norm is None else norm(change))
+        return stream
 
     def thought(self, x_BPD: Tensor) -> Tensor:
         """The stream behind the MLP."""
         mlp, norm = self.block.need("mlp").enter, self.norm_of(self.block.norm2, self.block.mlp)
         if norm is None:
-            return x_BPD + mlp(x_BPD)
-        change: Tensor = mlp(norm(x_BPD)) if self.block.norm_first else norm(mlp(x_BPD))
+            change: Tensor = mlp(x_BPD)
+        else:
+            change = mlp(norm(x_BPD)) if self.block.norm_first else norm(mlp(x_BPD))
         return x_BPD + change
 
     @staticmethod

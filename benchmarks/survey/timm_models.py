@@ -63,7 +63,10 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", {**_FINE, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4)}),
     "davit": ("davit_tiny", {"depths": (1, 1), "embed_dims": (24, 48), "num_heads": (2, 4)}),
-    "hiera": ("hiera_tiny_224", {"img_size": (64, 64), "embed_dim": 24, "stages": (1, 1, 2, 1), "input_size": (3, 64, 64)}),
+    "hiera": (
+        "hiera_tiny_224",
+        {"img_size": (64, 64), "embed_dim": 24, "stages": (1, 1, 2, 1), "input_size": (3, 64, 64)},
+    ),
     "hieradet_sam2": ("sam2_hiera_tiny", {"input_size": (3, 128, 128)}),
     "mvitv2": ("mvitv2_tiny", {"img_size": 64, "input_size": (3, 64, 64)}),
     "pvt_v2": ("pvt_v2_b0", {}),
