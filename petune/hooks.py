@@ -224,11 +224,9 @@ def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def with_first_tensor(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:
-    """The same arguments with `x` for the first tensor."""
-    if args and isinstance(args[0], Tensor):
-        return (x, *args[1:]), kwargs
-    key = next(k for k, v in kwargs.items() if isinstance(v, Tensor))
-    return args, {**kwargs, key: x}
+    """The same arguments with `x` for the first tensor, wherever it stands (torch's attention gets it three times)."""
+    old = first_tensor(args, kwargs)
+    return tuple(x if a is old else a for a in args), {k: x if v is old else v for k, v in kwargs.items()}
 
 
 def with_tensor(output: Any, change: Any) -> Any:

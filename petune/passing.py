@@ -31,7 +31,8 @@ class Plain:
     def attended(self, x_BPD: Tensor, change: Tensor) -> Tensor:
         """The stream behind the attention, which returned `change`."""
         norm = None if self.block.norm_first else self.norm_of(self.block.norm1, self.block.attn)
-        return x_BPD + (change if norm is None else norm(change))
+        stream: Tensor = x_BPD + (change if norm is None else norm(change))
+        return stream
 
     def thought(self, x_BPD: Tensor) -> Tensor:
         """The stream behind the MLP."""

@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = {
     "errors": 0, "config": 0, "files": 0, "network": 0, "arguments": 0, "group": 0, "text": 0,
     "sites": 1, "anatomy": 1, "rundir": 1, "results": 1, "counts": 1, "tiny_models": 1, "space": 1,
-    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2, "card": 2,
+    "edit": 2, "hooks": 2, "ledger": 2, "probe": 2, "tuner": 2, "registry": 2, "card": 2, "passing": 2,
     "attach": 3, "fingerprint": 3, "state": 3, "testing": 3, "tuners": 3,
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "peft_method": 4,
@@ -33,6 +33,8 @@ SIBLINGS = {
     ("anatomy", "sites"): "the walk returns them",
     ("results", "rundir"): "the name of the result's file",
     ("edit", "hooks"): "the verbs are built on them",
+    ("edit", "passing"): "prompts that go from attention to attention",
+    ("passing", "hooks"): "they are prompts inside an attention, but for the way between",
     ("edit", "ledger"): "what other attachments added is not the backbone's",
     ("edit", "probe"): "which layers a site calls",
     ("tuner", "edit"): "a type only",

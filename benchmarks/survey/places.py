@@ -16,6 +16,7 @@ def unproven_mids(model: nn.Module, sites: petune.Sites) -> list[str]:
 
     With the MLP silent (or, where they run in parallel, the attention too), the stream goes on as it is: out of the
     block, or into the norm behind the addition. Of a block that is no module the exit is the addend: it is silent too.
+    Of one whose addition goes past attention and MLP together, what entered is left, and `mid` must be the MLP's norm.
     """
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(2))
     return [b.path for b in sites.blocks if b.mid is not None and b.mlp is not None and not _is_stream(model, b, x)]
@@ -26,11 +27,13 @@ def _is_stream(model: nn.Module, block: Block, x: Tensor) -> bool:
     for silent in ([block.mlp], [block.mlp, block.attn], *([n] for n in norms)):
         if None in silent:
             continue
-        mid, out, later = _run(model, block, x, [s for s in silent if s is not None])
+        entered, mid, out, later = _run(model, block, x, [s for s in silent if s is not None])
         if not block.is_module:
             return bool((out == 0).all()) or any(_close(mid, y) for y in later)
         if any(_close(mid, y) for y in (out, *later)):
             return True
+        if block.norm2 is not None and block.mid is not None and block.mid.enter is block.norm2.enter:
+            return _close(entered, out)
     return False
 
 
@@ -42,14 +45,17 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return any(torch.allclose(s.flatten(), t.flatten(), atol=1e-4, rtol=1e-4) for s in turned[0] for t in turned[1])
 
 
-def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """What enters `mid`, what leaves the block, and what enters modules behind the MLP, with some outputs zero."""
+def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> tuple[Any, ...]:
+    """What enters the block, and `mid`, what leaves the block, and what enters modules behind the MLP, with some outputs zero."""
     seen: dict[str, Tensor] = {}
     later: list[Tensor] = []
     scales: list[tuple[Tensor, Tensor]] = []
 
     def first(args: Any, kwargs: Any) -> Tensor | None:
         return next((v.clone() for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+
+    def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen["in"] = first(args, kwargs)  # type: ignore[assignment]
 
     def mid(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen["mid"] = first(args, kwargs)  # type: ignore[assignment]
@@ -77,6 +83,7 @@ def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> tuple
     assert block.mid is not None
     assert block.mlp is not None
     handles = [site.exit.register_forward_hook(zero) for site in silent]
+    handles.append(block.enter.register_forward_pre_hook(entered, with_kwargs=True))
     handles.append(block.mid.enter.register_forward_pre_hook(mid, with_kwargs=True))
     handles.append(block.mlp.exit.register_forward_hook(left))
     if block.is_module:
@@ -91,4 +98,4 @@ def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> tuple
             handle.remove()
     if any(_close(seen["mid"], x) and _close(seen["out"], y) for x, y in scales):
         later.append(seen["mid"])
-    return seen["mid"], seen["out"], later
+    return seen["in"], seen["mid"], seen["out"], later

@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from petune.anatomy.parts import Mlp, attention_of, find_mlp, mid_of, norm_of, parallel_mid, reaches, span_exit
+from petune.anatomy.parts import (
+    Mlp,
+    attention_of,
+    find_mlp,
+    late_mid,
+    mid_of,
+    norm_of,
+    parallel_mid,
+    reaches,
+    span_exit,
+)
 from petune.anatomy.places import is_conv, layout_of, site, width_after
 from petune.anatomy.trace import Call, Trace
 from petune.sites import Block, Site
@@ -53,7 +63,7 @@ def attention_units(trace: Trace) -> list[Unit]:
     for mixer in trace.mixers:
         around = [c for c in (mixer.call, *mixer.call.ancestors()) if _has_matrix(c) and c is not trace.root]
         call = next((c for c in around if c.maps_tokens), None)
-        if call is not None:
+        if call is not None and mixer.is_over_tokens(call):
             unit = found.setdefault(id(call), Unit(call, mixer.time))
             unit.mixed, unit.strong = mixer.time, unit.strong or mixer.strong
     units = sorted(found.values(), key=lambda u: u.call.start)
@@ -154,8 +164,10 @@ def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since
     attn = attention_of(trace, unit.call, scope)
     own = [c for c in scope.subtree() if c.start >= since]
     norm1 = norm_of(trace, attn, own, scope) if attn is not None else None
-    mid = mid_of(trace, unit.mlp, unit.mixed if inner is scope else inner.stop) or parallel_mid(trace, scope)
+    after = unit.mixed if inner is scope else inner.stop
+    mid = mid_of(trace, unit.mlp, after, scope.stop) or parallel_mid(trace, scope)
     norm2 = norm_of(trace, unit.mlp.first, own, scope, norm1)
+    mid = mid or late_mid(trace, scope, unit.mlp, norm2, after)
     return {
         "attn": site("attn", attn, attn, dim, model, default),
         "mlp": site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),

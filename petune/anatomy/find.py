@@ -160,8 +160,11 @@ def _head(model: nn.Module, trace: Trace, after: int, model_name: str) -> Site |
     told = _told_head(model)
     if told is not None:
         return _head_site(told, model_name) if told else None
-    made = [c for c in trace.calls if c.start > after and c.has_matrix]
-    made = [c for c in made if c.output is not None and c.output.ndim == 2]
+    matrices = [c for c in trace.calls if c.start > after and c.has_matrix and c.output is not None]
+    made = [c for c in matrices if c.output is not None and c.output.ndim == 2]
+    if not made and trace.root.output is not None:  # every token is classified, and one of them or their mean taken
+        classes = trace.root.output.shape[-1]
+        made = [c for c in matrices if c.output is not None and c.output.shape[-1] == classes and not is_conv(c)]
     return _head_site([(made[-1].path, made[-1].module)], model_name) if made else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -128,11 +129,12 @@ def is_norm(call: Call) -> bool:
     return call.is_leaf and guarded and same and not call.has_matrix
 
 
-def mid_of(trace: Trace, mlp: Mlp, after: int) -> Call | None:
+def mid_of(trace: Trace, mlp: Mlp, after: int, before: float = math.inf) -> Call | None:
     """The call that the residual stream enters between attention and MLP.
 
     The stream is the tensor to which a later addition adds: what enters the MLP itself, or what enters the
-    norm before it. A tensor that existed before the attention is not between them.
+    norm before it. A tensor that existed before the attention is not between them; one that is added to only
+    behind the block (`before`) is another stream (of a reversible block).
     """
     maker = trace.maker(mlp.first.input)
     candidates = [mlp.first] if maker is None or not is_norm(maker) else [mlp.first, maker]
@@ -140,7 +142,7 @@ def mid_of(trace: Trace, mlp: Mlp, after: int) -> Call | None:
         if call.start < after or call.input is None or not _made_after(trace, call.input, after):
             continue
         forms = [call.input, *_scaled(trace, call.input)]
-        if any(_added_to(trace, form, mlp.last.stop) is not None for form in forms):
+        if any(_added_to(trace, form, mlp.last.stop, before) is not None for form in forms):
             return call
     return None
 
@@ -156,6 +158,16 @@ def parallel_mid(trace: Trace, block: Call) -> Call | None:
     if not is_residual(trace, block):
         return None
     return next((c for c in list(block.subtree())[1:] if c.input is block.input), None)
+
+
+def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, after: int) -> Call | None:
+    """The MLP's norm, where the block adds what enters it past attention and MLP together (EdgeNeXt).
+
+    The MLP is then no addition to the stream behind the attention, but what enters its norm is still what it reads.
+    """
+    if norm is None or norm.start < after or not is_residual(trace, block):
+        return None
+    return norm if trace.maker(mlp.first.input) is norm else None
 
 
 def reaches(trace: Trace, mid: Call | None, block: Call) -> bool:
@@ -178,9 +190,9 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call | None) -> Call | None:
     return max(once, key=lambda c: c.stop, default=None)
 
 
-def _added_to(trace: Trace, stream: Tensor, after: int) -> Tensor | None:
+def _added_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Tensor | None:
     for add in trace.adds:
-        if add.time > after:
+        if after < add.time < before:
             other = add.other(stream)
             if other is not None:
                 return other
@@ -193,7 +205,13 @@ def _made_after(trace: Trace, tensor: Tensor, after: int) -> bool:
 
 
 def _num_matrices(call: Call) -> int:
-    return sum(c.has_matrix for c in call.subtree())
+    """Layers with a matrix or kernel, and matrices that calls around other calls own themselves (experts)."""
+    return sum(1 if c.has_matrix else _num_bare(c) for c in call.subtree())
+
+
+def _num_bare(call: Call) -> int:
+    bare = [] if call.is_leaf else list(call.module.parameters(recurse=False))
+    return sum(sum(side > 1 for side in p.shape) >= 2 for p in bare)
 
 
 def _num_weights(call: Call) -> int:

@@ -104,11 +104,19 @@ class Mixer:
         time: When the weights were used.
         call: The innermost call around it.
         strong: Whether several queries look at several keys. One query only pools (class attention, gates).
+        used: Whether the weights went into a product.
+        size: How many things are weighed.
     """
 
     time: int
     call: Call
     strong: bool
+    used: bool = True
+    size: int = 0
+
+    def is_over_tokens(self, unit: Call) -> bool:
+        """Whether it weighs tokens of what enters `unit`, and not experts or branches."""
+        return self.used or (unit.input is not None and self.size in unit.input.shape[1:])
 
 
 @dataclass(eq=False)
@@ -187,7 +195,8 @@ class _Recorder(TorchFunctionMode):
         elif name == "softmax" and given and given[0].ndim >= 3:  # over classes it mixes no tokens
             call = self.stack[-1]
             scope = call if call.parent is None or any(True for _ in call.module.children()) else call.parent
-            mixer = Mixer(self.tick(), call, False)
+            dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else -1)
+            mixer = Mixer(self.tick(), call, False, used=False, size=given[0].shape[-1 if dim is None else dim])
             self.trace.mixers.append(mixer)
             self.weights[id(result)] = result, mixer, scope
         else:
@@ -197,8 +206,10 @@ class _Recorder(TorchFunctionMode):
         for weight, mixer, scope in weights:
             if name not in PRODUCTS:
                 self.weights |= {id(t): (t, mixer, scope) for t in tensors_in(result)}
-            elif weight.shape[-1] > 1 and weight.shape[-2] > 1:
-                mixer.strong, mixer.time = True, self.tick()
+            else:
+                mixer.used = True
+                if weight.shape[-1] > 1 and weight.shape[-2] > 1:
+                    mixer.strong, mixer.time = True, self.tick()
 
 
 def record(model: nn.Module, input_size: tuple[int, int, int], skip: set[nn.Module]) -> Trace:

@@ -16,6 +16,11 @@ from torch import nn
 class SeenThrough(ParamWrapper):
     """PEFT's layer; what it does not have itself is the attention's."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention's, which may be called by keyword alone."""
+        given = args or (kwargs.pop("query"),)
+        return super().forward(*given, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
