@@ -109,11 +109,12 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         fitted = trainer.fit()
         test = trainer.evaluate("test")
         peak = memory.bytes()
+        flops = forward_flops(attachment.model, (3, backbone.image_size, backbone.image_size))
 
         def finish() -> RunResult:
             attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
             size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
-            return run_result(config, backbone, attachment, fitted, test, place, peak, size).write(place)
+            return run_result(config, backbone, attachment, fitted, test, place, peak, size, flops).write(place)
 
         return group.same(finish)
 
@@ -192,10 +193,10 @@ def run_result(
     place: Path,
     peak_bytes: int,
     saved_bytes: int,
+    flops: int,
 ) -> RunResult:
     """All that is known of a finished run, in one row."""
     counts = att.counts
-    size = (3, backbone.image_size, backbone.image_size)
     return RunResult(
         method=config.method,
         backbone=config.backbone,
@@ -214,7 +215,7 @@ def run_result(
         total=counts.total,
         percent_of_total=counts.percent_of_total,
         percent_of_backbone=counts.percent_of_backbone,
-        forward_flops=forward_flops(att.model, size),
+        forward_flops=flops,
         adapter_bytes=saved_bytes,
         images_per_s=fitted.images_per_s,
         step_time_s=fitted.step_time_s,

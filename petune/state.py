@@ -50,7 +50,7 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         "config": attachment.tuner.config.model_dump(mode="json"),
         "train_head": bool(attachment.head),
         "geometry": geometry(attachment.sites),
-        "fingerprint": fingerprint(attachment),
+        "fingerprint": attachment.fingerprint or fingerprint(attachment),
         "metadata": dict(metadata or {}),
     }
     foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)

@@ -34,6 +34,7 @@ def test_outcomes_come_in_order_and_failures_are_some_of_them(tmp_path: Path) ->
     bad = config("lora:r=4", tmp_path / "b", train={**PLAIN["train"], "lr": 1e4, "grad_clip": None, "optimizer": "sgd"})
     events: list[Any] = []
     configs = [bad, config("linear", tmp_path / "a"), bad.model_copy(update={"output": tmp_path / "c"})]
+
     def wanted(one: RunConfig) -> bool:
         return one.output != tmp_path / "c"
 

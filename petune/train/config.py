@@ -32,6 +32,7 @@ class TrainConfig(Config):
         augment: A preset of petune.data.augment; `auto` is the dataset's own.
         grad_clip: Largest gradient norm; None does not clip.
         precision: `auto` measures whether bfloat16 is faster on this device.
+        shard: Of several processes each holds a part of the frozen blocks (FSDP2) and gathers a block when it runs.
         log_every: Steps between lines of metrics.jsonl.
     """
 
@@ -50,6 +51,7 @@ class TrainConfig(Config):
     augment: Augment = "auto"
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
+    shard: bool = False
     log_every: int = Field(50, ge=1)
 
     @field_validator("optimizer")

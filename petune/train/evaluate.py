@@ -36,10 +36,12 @@ def evaluate(
     autocast: Callable[[], torch.autocast],
     stop: StopFlag | None = None,
     group: Group = ALONE,
+    sharded: bool = False,
 ) -> Accuracy:
     """Evaluate in eval mode without gradients; every module's training flag is put back afterwards.
 
-    Several processes take a part of the split each, and each gets the accuracy over all of it.
+    Several processes take a part of the split each, and each gets the accuracy over all of it. Where they hold parts of
+    the model (`sharded`), each does as many forwards as the others.
 
     Raises:
         Stopped: A signal came in between.
@@ -54,11 +56,14 @@ def evaluate(
     batches = _as_many_as_the_others(split, preprocess, batch_size, device, group)
     failed: list[Exception] = []
     try:
-        with torch.inference_mode():
+        # a block that is first gathered in inference mode cannot be trained through afterwards
+        with torch.no_grad() if sharded else torch.inference_mode():
             for batch in batches:
                 if stop is not None:
                     stop.check(group, failed)
                 if batch is None:
+                    if sharded:
+                        model(preprocess.blank(device))
                     continue
                 with group.keeping(failed):
                     with autocast():
