@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,7 @@ def evaluate(
                     if sharded:
                         model(preprocess.blank(device))
                     continue
-                with group.keeping(failed):
+                with nullcontext() if sharded else group.keeping(failed):
                     with autocast():
                         logits_BC = model(batch.x_BCHW)
                     top1.update(logits_BC, batch.y_B)

@@ -30,7 +30,7 @@ class Sharded:
     """
 
     def __init__(self, attachment: Attachment, group: Group, device: torch.device) -> None:
-        from torch.distributed import init_device_mesh
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.type, (group.size,))
