@@ -93,6 +93,7 @@ class Attachment:
         tuned, head: Trainable parameters by state_dict key.
         counts: How many.
         edit: What was done to the model.
+        fingerprint: Of the frozen tensors, where they cannot be read any more; None is worked out when saving.
         attached, enabled: Whether it still is, and whether it takes effect now.
     """
 
@@ -101,6 +102,7 @@ class Attachment:
     ) -> None:
         self.model, self.tuner, self.name, self.sites = model, tuner, name, edit.sites
         self.edit, self._train_head, self.attached, self.enabled = edit, train_head, True, True
+        self.fingerprint: str | None = None
         self._trained: dict[str, Tensor] = {}  # while disabled: the values that are put in again
         head = edit.sites.need_head() if train_head else edit.sites.head
         self._head_modules = tuple(head.modules) if head is not None else ()

@@ -16,7 +16,7 @@ from petune.attach import Attachment, attach
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
-from petune.measure import PeakMemory, provenance
+from petune.measure import PeakMemory, forward_flops, provenance
 from petune.results import RunResult
 from petune.run import (
     RunConfig,
@@ -131,10 +131,11 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             "provenance": provenance(device),
         }
         peak = memory.bytes()
+        flops = forward_flops(attachment.model, (3, backbone.image_size, backbone.image_size))
 
         def finish() -> RunResult:
             size = _save(attachment.model, place, info, config.dtype)
-            return run_result(config, backbone, attachment, fitted, test, place, peak, size).write(place)
+            return run_result(config, backbone, attachment, fitted, test, place, peak, size, flops).write(place)
 
         return group.same(finish)
 

@@ -97,12 +97,13 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         done = trained(config, tuner, place, stop, watch, group)
         test = done.trainer.evaluate("test")
         peak = done.memory.bytes()
+        flops = forward_flops(done.attachment.model, (3, done.backbone.image_size, done.backbone.image_size))
 
         def finish() -> RunResult:
             card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, done.fitted, test)
             done.attachment.save(place / "adapter", metadata=card)
             size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
-            result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size)
+            result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size, flops)
             return result.write(place)
 
         return group.same(finish)
@@ -231,10 +232,10 @@ def run_result(
     place: Path,
     peak_bytes: int,
     saved_bytes: int,
+    flops: int,
 ) -> RunResult:
     """All that is known of a finished run, in one row."""
     counts = att.counts
-    size = (3, backbone.image_size, backbone.image_size)
     return RunResult(
         method=config.method,
         backbone=config.backbone,
@@ -253,7 +254,7 @@ def run_result(
         total=counts.total,
         percent_of_total=counts.percent_of_total,
         percent_of_backbone=counts.percent_of_backbone,
-        forward_flops=forward_flops(att.model, size),
+        forward_flops=flops,
         adapter_bytes=saved_bytes,
         images_per_s=fitted.images_per_s,
         step_time_s=fitted.step_time_s,

@@ -67,7 +67,7 @@ def describe(attachment: Attachment) -> dict[str, Any]:
         "config": attachment.tuner.config.model_dump(mode="json"),
         "train_head": bool(attachment.head),
         "geometry": geometry(attachment.sites),
-        "fingerprint": fingerprint(attachment),
+        "fingerprint": attachment.fingerprint or fingerprint(attachment),
     }
 
 

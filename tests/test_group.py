@@ -149,6 +149,16 @@ def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several
     assert several.said(1) == several.said(1, "out") == ""
 
 
+def test_frozen_blocks_may_be_spread(several: Several, tmp_path: Path) -> None:
+    words = ("run", "--method=adaptformer:dropout=0", *TINY, "--set=train.eval_batch_size=71", "--output")
+    assert several.finish(1, *words, tmp_path / "one") == [0]
+    assert several.finish(2, *words, tmp_path / "two", "--set=train.shard=true", "--track=tensorboard") == [0, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_text() for name in ("one", "two")]
+    assert configs[0] == configs[1]  # the fingerprint of the frozen weights included
+    assert list((tmp_path / "two" / "tensorboard").glob("events*"))
+
+
 def test_a_signal_to_one_stops_all_and_another_number_goes_on(several: Several, tmp_path: Path) -> None:
     words = ("run", "--method=adaptformer:dropout=0", *TINY, "--output")
     assert several.finish(1, *words, tmp_path / "one") == [0]

@@ -47,6 +47,10 @@ class Preprocess:
             x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True).clamp(0, 255)
         return x_BCHW
 
+    def blank(self, device: torch.device) -> Tensor:
+        """One picture without content, float32 (1, 3, H, W)."""
+        return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
+
     def normalise(self, x_BCHW: Tensor) -> Tensor:
         """From 0..255 to zero mean and unit variance by the backbone's own statistics."""
         statistics = moved(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, 3, 1, 1) * 255

@@ -60,14 +60,13 @@ class RayExecutor:
                 waiting.append(index)
         if not waiting:
             return
-        _ray()  # its import takes the signals, so it comes first
-        with StopFlag() as stop:
-            started = self._connect()
-            try:
+        started = self._connect()  # it takes the signals, so it comes first
+        try:
+            with StopFlag() as stop:
                 yield from self._results({i: configs[i] for i in waiting}, stop, watch)
-            finally:
-                if started:
-                    _ray().shutdown()
+        finally:
+            if started:
+                _ray().shutdown()
 
     def _connect(self) -> bool:
         """Whether this opened the connection, and must close it."""

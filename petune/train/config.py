@@ -45,6 +45,7 @@ class TrainConfig(Config):
         feature_cache_gb: The most that may take, in 10⁹ bytes.
         val_every: Epochs between two evaluations on val; the last epoch always has one. Where training pictures are
             few, most of the time would go there.
+        shard: Of several processes each holds a part of the frozen blocks (FSDP2) and gathers a block when it runs.
         log_every: Steps between lines of metrics.jsonl.
     """
 
@@ -69,6 +70,7 @@ class TrainConfig(Config):
     cache_features: CacheFeatures = "auto"
     feature_cache_gb: float = Field(10.0, ge=0, le=1e6)
     val_every: int = Field(1, ge=1)
+    shard: bool = False
     log_every: int = Field(50, ge=1)
 
     @field_validator("optimizer")

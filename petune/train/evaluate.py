@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +38,12 @@ def evaluate(
     stop: StopFlag | None = None,
     by_position: Callable[[Tensor], Tensor] | None = None,
     group: Group = ALONE,
+    sharded: bool = False,
 ) -> Accuracy:
     """Evaluate in eval mode without gradients; every module's training flag is put back afterwards.
 
-    Several processes take a part of the split each, and each gets the accuracy over all of it.
+    Several processes take a part of the split each, and each gets the accuracy over all of it. Where they hold parts of
+    the model (`sharded`), each does as many forwards as the others.
 
     Args:
         by_position: Gives the scores of pictures by their places in the split, in place of the model's own forward.
@@ -59,13 +62,16 @@ def evaluate(
     batches = _as_many_as_the_others(split, preprocess, batch_size, device, group, positions_only=cached)
     failed: list[Exception] = []
     try:
-        with torch.inference_mode():
+        # a block that is first gathered in inference mode cannot be trained through afterwards
+        with torch.no_grad() if sharded else torch.inference_mode():
             for batch in batches:
                 if stop is not None:
                     stop.check(group, failed)
                 if batch is None:
+                    if sharded:
+                        model(preprocess.blank(device))
                     continue
-                with group.keeping(failed):
+                with nullcontext() if sharded else group.keeping(failed):
                     with autocast():
                         logits_BC = (by_position or model)(batch.x_BCHW)
                     top1.update(logits_BC, batch.y_B)

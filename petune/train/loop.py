@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +31,7 @@ from petune.train.optim import create_optimizer, create_schedule
 from petune.train.precision import choose_attention, choose_precision
 from petune.train.probe import can_run_out, largest_that_fits
 from petune.train.savings import made_cheaper
+from petune.train.shard import Sharded
 from petune.train.shared import Asked, share_step
 from petune.train.stop import StopFlag
 
@@ -129,6 +130,7 @@ class Trainer:
         if size < group.size:
             raise ConfigError(f"a batch must have a picture for each of {group.size} processes, but has {size}")
         self.part = group.part(size)
+        self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
@@ -182,7 +184,8 @@ class Trainer:
         """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
         p, whole = self.progress, self.part.stop - self.part.start
         if not p.micro_batch or not can_run_out(self.device):
-            fits = self.group.smallest(self._probe()) if can_run_out(self.device) else self.batches.batch_size
+            probed = can_run_out(self.device) and self.sharded is None  # one that runs out leaves the others waiting
+            fits = self.group.smallest(self._probe()) if probed else self.batches.batch_size
             p.micro_batch = self.train.micro_batch_size or fits
             if p.micro_batch < whole:
                 self.on_event(Note(f"a step of {whole} pictures goes through the model {p.micro_batch} at a time"))
@@ -235,7 +238,7 @@ class Trainer:
         """The gradients of the whole batch's mean loss, that loss, and what all processes ask for."""
         failed: list[Exception] = []
         loss, asked = torch.zeros((), device=self.device), self._asked()
-        with self.group.keeping(failed):
+        with nullcontext() if self.sharded else self.group.keeping(failed):  # the others wait within its forward
             x_BCHW, target = self.mixing(batch, self.progress.step)
             if self.mixing.needs_whole_batch:
                 x_BCHW, target = x_BCHW[self.part], target[self.part]
@@ -319,6 +322,7 @@ class Trainer:
             stop=self.stop,
             by_position=self.features.of(part) if self.features else None,
             group=self.group,
+            sharded=self.sharded is not None,
         )
 
     def _write_log(self, **values: Any) -> int:

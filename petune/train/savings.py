@@ -36,7 +36,7 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
     """
     with ExitStack() as stack:
         plan = _planned(trainer)  # with the backbone's own weights, which the features are then known by
-        if trainer.precision == "bf16":
+        if trainer.precision == "bf16" and trainer.sharded is None:
             stack.enter_context(frozen_in_bfloat16(trainer.model, lambda: _scores(trainer)))
         if trainer.train.grad_checkpointing:
             stack.enter_context(recomputed(trainer.att))
