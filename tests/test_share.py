@@ -29,10 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with running() as served:
-        point_at(served.url, tmp_path / "cache", monkeypatch)
+        point_at(served.url, tmp_path / "cache", monkeypatch, silence_s=7.0)  # a busy machine is no silent hub
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(share, "COMMIT_S", 2.0)
         monkeypatch.chdir(tmp_path)
         yield served
 
@@ -90,7 +89,7 @@ def test_what_peft_wrote_needs_no_manifest(hub: Server, tmp_path: Path) -> None:
 
 
 def asked_of(hub: Server, adapter: Path, what: str) -> PetuneError:
-    """What a command says, in under ten seconds; the fake hub's patience is set to 2 s."""
+    """What a command says, in under ten seconds."""
     started = time.monotonic()
     with pytest.raises(PetuneError) as caught:
         push(adapter, "me/flowers") if what == "push" else pull("me/flowers", "out")
@@ -99,6 +98,13 @@ def asked_of(hub: Server, adapter: Path, what: str) -> PetuneError:
     assert not Path("out").exists()
     assert left_over(Path()) == []
     return caught.value
+
+
+@pytest.fixture
+def impatient(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that hubs that hang are given up soon."""
+    monkeypatch.setattr("petune.hub.SILENCE_S", 2.0)
+    monkeypatch.setattr(share, "COMMIT_S", 2.0)
 
 
 PUSH_FAULTS = [
@@ -112,7 +118,9 @@ PUSH_FAULTS = [
 
 
 @pytest.mark.parametrize(("where", "fault", "message"), PUSH_FAULTS)
-def test_a_bad_hub_is_named_by_push(where: str, fault: str, message: str, hub: Server, adapter: Path) -> None:
+def test_a_bad_hub_is_named_by_push(
+    where: str, fault: str, message: str, hub: Server, adapter: Path, impatient: None
+) -> None:
     hub.fault = (where, fault)
     with pytest.raises(HubError, match=message):
         raise asked_of(hub, adapter, "push")
@@ -130,7 +138,9 @@ PULL_FAULTS = [
 
 
 @pytest.mark.parametrize(("where", "fault", "message"), PULL_FAULTS)
-def test_a_bad_hub_is_named_by_pull(where: str, fault: str, message: str, hub: Server, adapter: Path) -> None:
+def test_a_bad_hub_is_named_by_pull(
+    where: str, fault: str, message: str, hub: Server, adapter: Path, impatient: None
+) -> None:
     hub.repos["me/flowers"] = there(adapter)
     hub.fault = (where, fault)
     with pytest.raises(PetuneError, match=message):
