@@ -31,7 +31,7 @@ KINDS = {
     "Plugins in this repository": ("ssf", "convpass", "l2sp"),
 }
 FORMULAS, PARITY = "tests/tuners/test_formulas.py", "tests/tuners/test_parity.py"
-SEVERAL, PEFT = "tests/tuners/test_several.py", "tests/tuners/test_peft.py"
+PEFT = "tests/tuners/test_peft.py"
 PROOFS = {
     "adaptformer": (f"{PARITY}::test_equal_to_the_formula", f"{PARITY}::test_counts_of_vit_base"),
     "vpt": (f"{PARITY}::test_equal_to_the_formula",),
@@ -109,12 +109,11 @@ def _proof(name: str) -> str:
 
 def _tests_of(name: str) -> Iterator[tuple[str, str]]:
     """Tests against written-out formulas that call the method by its name."""
-    for file in (FORMULAS, SEVERAL):
-        for node in ast.walk(ast.parse((ROOT / file).read_text())):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-                if name in texts:
-                    yield file, node.name
+    for node in ast.walk(ast.parse((ROOT / FORMULAS).read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+            if name in texts:
+                yield FORMULAS, node.name
 
 
 _sites: list[Any] = []
@@ -145,7 +144,8 @@ def methods_page() -> str:
     for kind, names in KINDS.items():
         lines += ["", f"## {kind}", "", "| method | what | tuned |", "| --- | --- | ---: |"]
         for name in names:
-            text = inspect.getdoc(load_tuner(name)) or ""
+            head = (inspect.getdoc(inspect.getmodule(load_tuner(name))) or "").partition("\n")[0]
+            text = head.partition("): ")[2] or inspect.getdoc(load_tuner(name)) or ""
             first = re.split(r"(?<=\.)\s", " ".join(text.split()))[0]
             lines.append(f"| [{name}]({name}.md) | {_cell(first)} | {count_on_vit_base(name):,} |")
     return "\n".join(lines)
