@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from petune.edit import Edit
     from petune.errors import AttachError, NotMergeable, PetuneError
     from petune.evaluation import Evaluation, evaluate
+    from petune.export import Exported, export
     from petune.predict import Predictor, predict
     from petune.pretrain import PretrainConfig, pretrain
     from petune.registry import tuners
@@ -38,6 +39,7 @@ _HOMES = {
     "Counts": "counts",
     "Edit": "edit",
     "Evaluation": "evaluation",
+    "Exported": "export",
     "NotMergeable": "errors",
     "PetuneError": "errors",
     "Predictor": "predict",
@@ -54,6 +56,7 @@ _HOMES = {
     "check_tuner": "testing",
     "compare": "compare",
     "evaluate": "evaluation",
+    "export": "export",
     "find_sites": "anatomy",
     "load": "state",
     "predict": "predict",
@@ -72,6 +75,7 @@ __all__ = [
     "Counts",
     "Edit",
     "Evaluation",
+    "Exported",
     "NotMergeable",
     "PetuneError",
     "Predictor",
@@ -88,6 +92,7 @@ __all__ = [
     "check_tuner",
     "compare",
     "evaluate",
+    "export",
     "find_sites",
     "load",
     "predict",

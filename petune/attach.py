@@ -223,9 +223,11 @@ class Attachment:
         """Fold, and compare what the model makes of a picture before and after; put everything back if they differ."""
         before = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
         expected = look(self.model, self.sites)
+        switched = False
         try:
             self.edit.merge(self.name)
             self._switch(False)
+            switched = True
             change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
                 raise NotMergeable(
@@ -233,7 +235,8 @@ class Attachment:
                 )
         except BaseException:
             self.model.load_state_dict(before, strict=False)
-            self._switch(True)
+            if switched:  # twice on would pad twice
+                self._switch(True)
             raise
 
     def _moving_modules(self) -> list[nn.Module]:

@@ -13,10 +13,11 @@ from pydantic import Field, field_validator, model_validator
 from petune.config import Config
 from petune.errors import PetuneError, Stopped, UsageError, near_names
 from petune.files import replace_file
-from petune.report import markdown, picture
+from petune.report import COLUMNS, cells, markdown, picture
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, run
 from petune.rundir import claimed
+from petune.text import html_table
 from petune.train import Event, Note
 
 
@@ -108,14 +109,30 @@ class Comparison(Config):
     provenance: dict[str, Any]
     output: str
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        rows = [cells(row.model_dump(mode="json")) for row in self.rows]
+        return html_table(rows, COLUMNS, f"{self.backbone}, weights {self.weights}, on {self.config.run.dataset}")
 
-def compare(config: CompareConfig, *, watch: Callable[[Event | RunStarted], None] = lambda event: None) -> Comparison:
+
+def compare(
+    config: CompareConfig | None = None,
+    *,
+    watch: Callable[[Event | RunStarted], None] = lambda event: None,
+    **fields: Any,
+) -> Comparison:
     """Run every method with every seed; a method that fails becomes a row with its reason.
+
+    Args:
+        config: The comparison, or the CompareConfig that `fields` make:
+            `petune.compare(methods=("linear", "vpt"), run={"dataset": "digits"})`.
+        watch: Told of every run, step, epoch and note.
 
     Raises:
         UsageError: The directory holds another comparison, or is in use.
         Stopped: A signal came; started again the comparison goes on.
     """
+    config = config or CompareConfig.build(fields, "petune.compare(...)")
     place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
     command = "petune compare --config compare.yaml"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.

@@ -16,6 +16,7 @@ PetuneError                  exit code 1
 ├── DataError                4   a dataset is missing, broken or contradicts itself
 ├── CheckpointError          4   a file petune wrote is damaged, foreign or from a newer petune
 │   └── BackboneMismatch         an adapter that belongs to another backbone
+├── ExportError              1   another format cannot hold the trained model, or computes something else
 ├── Diverged                 1   loss or gradient became NaN or infinite
 └── Stopped                  75  a signal asked the run to stop; it can be resumed
 """
@@ -114,6 +115,10 @@ class CheckpointError(PetuneError):
 
 class BackboneMismatch(CheckpointError):
     """The adapter was trained on another backbone."""
+
+
+class ExportError(PetuneError):
+    """A trained model cannot be written in another format, or does not compute the same there."""
 
 
 class Diverged(PetuneError):

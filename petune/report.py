@@ -6,7 +6,9 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from petune.text import visible
+from petune.text import duration as duration
+from petune.text import size as size
+from petune.text import visible as visible
 
 COLUMNS = (
     "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
@@ -31,21 +33,6 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         size(row["peak_memory_bytes"]),
         duration(row["time_s"]),
     ]
-
-
-def size(num_bytes: float) -> str:
-    """`4.6 MB`: decimal units, as on a disk."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def duration(time_s: float) -> str:
-    """`1 h 04 min`, `12 min 05 s` or `8.1 s`."""
-    if time_s >= 3600:
-        return f"{int(time_s // 3600)} h {int(time_s % 3600 // 60):02d} min"
-    return f"{int(time_s // 60)} min {int(time_s % 60):02d} s" if time_s >= 60 else f"{time_s:.1f} s"
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from petune.config import Config
 from petune.errors import CheckpointError, ConfigError
 from petune.files import replace_file
 from petune.rundir import RESULT_FILE
+from petune.text import duration, html_table, percent, size
 
 
 class RunResult(Config):
@@ -58,6 +59,28 @@ class RunResult(Config):
             return cls.build(json.loads(file.read_text(encoding="utf-8")), RESULT_FILE)
         except (OSError, ValueError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} must be the result of a finished run, but: {error}") from None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What a reader wants to know, as names and values."""
+        tuned = f"{self.tuned:,}  (with the head {percent(self.percent_of_total, 3)} of all parameters, "
+        return [
+            ("method", self.method),
+            ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
+            ("dataset", f"{self.dataset}, seed {self.seed}"),
+            ("top-1 on test", percent(self.top1)),
+            ("top-5 on test", percent(self.top5)),
+            ("top-1 on val", f"{percent(self.val_top1)}  (epoch {self.epoch} of {self.epochs})"),
+            ("tuned", f"{tuned}{percent(self.percent_of_backbone, 3)} of backbone and head)"),
+            ("head", f"{self.head:,}"),
+            ("saved", size(self.adapter_bytes)),
+            ("training", f"{self.images_per_s:,.0f} images/s, {duration(self.time_s)}"),
+            ("peak memory", size(self.peak_memory_bytes)),
+            ("output", self.output),
+        ]
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return html_table(self.facts())
 
     def write(self, directory: Path) -> Self:
         """Write it, complete or not at all, and return it."""

@@ -9,7 +9,7 @@ import typer
 
 from petune.cli.options import Json
 from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
-from petune.cli.terminal import one_line, percent, say, show_facts, show_json, show_table
+from petune.cli.terminal import one_line, say, show_facts, show_json, show_table
 
 if TYPE_CHECKING:
     from petune.evaluation import Evaluation
@@ -89,27 +89,11 @@ def _place(source: Path, split: str, dataset: str | None) -> Path | None:
 
 
 def _show(found: Evaluation) -> None:
-    classes = sorted(found.classes, key=lambda one: one.accuracy if one.accuracy is not None else 101)
-    rows = [
-        [
-            one_line(one.name),
-            str(one.num_pictures),
-            percent(one.accuracy),
-            f"{one_line(one.mistaken_for)} ({one.mistakes})" if one.mistaken_for is not None else "-",
-        ]
-        for one in (found.classes if len(classes) <= MOST else classes[:MOST])
-    ]
-    show_table(("class", "pictures", "accuracy", "mistaken most for"), rows, right=("pictures", "accuracy"))
-    if len(classes) > MOST:
-        say(f"the {MOST} worst of {len(classes)} classes; eval.json and --json have all")
-    show_facts(
-        (
-            ("method", one_line(found.method)),
-            ("pictures", f"{found.num_pictures:,} of {one_line(found.dataset)}, {found.split}"),
-            ("top-1", percent(found.top1)),
-            ("top-5", percent(found.top5)),
-            ("mean of classes", percent(found.balanced)),
-            ("loss", f"{found.loss:.4f}"),
-            ("calibration error", percent(found.calibration_error)),
-        )
-    )
+    from petune.evaluation import COLUMNS
+
+    shown = found.classes
+    if len(shown) > MOST:
+        shown = tuple(sorted(shown, key=lambda one: 101 if one.accuracy is None else one.accuracy))[:MOST]
+        say(f"the {MOST} worst of {len(found.classes)} classes; eval.json and --json have all")
+    show_table(COLUMNS, [[one_line(text) for text in one.cells()] for one in shown], right=COLUMNS[1:3])
+    show_facts([(name, one_line(value)) for name, value in found.facts()])

@@ -1,30 +1,44 @@
-"""`petune export`: a trained model as plain weights, without petune."""
+"""`petune export`: a trained model for use without petune."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from petune.cli.options import Json
-from petune.cli.terminal import clean, show, show_json
+from petune.cli.predict import Source, Weights
+from petune.cli.terminal import one_line, show_facts, show_json
 
-Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or the adapter directory in it.")]
-Merged = Annotated[Path, typer.Option("--merged", metavar="FILE", help="The .safetensors file to write.")]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", metavar="NAME|PATH", help="Where the backbone's weights are now.  [default: the run's]"),
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A new .pt2, .onnx or .safetensors file.", show_default=False)
+]
+To = Annotated[
+    Literal["torch", "onnx", "safetensors"] | None,
+    typer.Option("--to", metavar="torch|onnx|safetensors", help="[default: what FILE ends in]"),
 ]
 
 
-def export(source: Source, merged: Merged, weights: Weights = None, json: Json = False) -> None:
-    """Fold a run's adapter into its backbone and write the plain weights."""
-    from petune.export import export_merged
-    from petune.report import size
+def export(source: Source, file: File, to: To = None, weights: Weights = None, json: Json = False) -> None:
+    """Write a trained model as torch.export, ONNX or plain weights.
 
-    written = export_merged(source, merged, weights)
+    Adapters are folded into the weights where that is possible, and stay parts of the program where not; plain weights
+    (.safetensors) need the former. What was written is run, and compared with the model.
+    """
+    from petune.export import export as export_model
+    from petune.text import size
+
+    done = export_model(source.expanduser(), file, to=to, weights=weights)
     if json:
-        show_json({"output": str(merged), "bytes": written})
-    else:
-        show(clean(f"{merged}  {size(written)}"))
+        show_json(asdict(done))
+        return
+    show_facts(
+        (
+            ("output", f"{one_line(done.output)}  {size(done.bytes)}"),
+            ("method", one_line(done.method)),
+            ("adapters", "folded into the weights" if done.merged else f"parts of the program ({done.reason})"),
+            ("off by", f"{done.difference:.1e} of the largest score, in batches of 1, 2 and 5"),
+        )
+    )

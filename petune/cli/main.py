@@ -42,10 +42,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command in (run, compare, pretrain, report, inspect, predict, export, methods, backbones, datasets, env):
+for command in (run, compare, pretrain, report, inspect, predict):
     app.command()(command)
 app.command("eval")(evaluate)
-for command in (demo, push, pull):
+for command in (demo, export, push, pull, methods, backbones, datasets, env):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")

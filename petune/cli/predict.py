@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from petune.cli.terminal import clean, one_line, percent, say, show, show_table
+from petune.cli.terminal import clean, one_line, say, show, show_table
+from petune.text import percent
 
 if TYPE_CHECKING:
     from petune.predict import Prediction

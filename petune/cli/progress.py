@@ -83,7 +83,7 @@ class Progress:
             self.line(f"{self._label}step {event.step}/{event.total_steps}  {state}{self._left(event)}")
 
     def _left(self, event: StepDone) -> str:
-        from petune.report import duration
+        from petune.text import duration
 
         began, first = self._began or (0.0, event.step)
         if event.step == first:

@@ -22,7 +22,7 @@ Output = Annotated[
 def report(directories: Directories, output: Output = Path("report.html"), json: Json = False) -> None:
     """Write one HTML page of everything below DIR…: tables, charts, origin; no scripts, nothing fetched."""
     from petune.page import write_page
-    from petune.report import size
+    from petune.text import size
 
     page = write_page(directories, output)
     if json:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured, parse_seeds
 from petune.cli.running import RUNS, place_of, resumable, watching
-from petune.cli.terminal import count, percent, show_facts, show_json
+from petune.cli.terminal import show_facts, show_json
 from petune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,22 +69,4 @@ def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, track: 
 
 def show_result(result: RunResult) -> None:
     """Print what a run yielded, a line each."""
-    from petune.report import duration, size
-
-    tuned = f"{count(result.tuned)}  (with the head {percent(result.percent_of_total, 3)} of all parameters, "
-    show_facts(
-        (
-            ("method", result.method),
-            ("backbone", f"{result.backbone_full_name}, weights {result.weights}"),
-            ("dataset", f"{result.dataset}, seed {result.seed}"),
-            ("top-1 on test", percent(result.top1)),
-            ("top-5 on test", percent(result.top5)),
-            ("top-1 on val", f"{percent(result.val_top1)}  (epoch {result.epoch} of {result.epochs})"),
-            ("tuned", f"{tuned}{percent(result.percent_of_backbone, 3)} of backbone and head)"),
-            ("head", count(result.head)),
-            ("saved", size(result.adapter_bytes)),
-            ("training", f"{result.images_per_s:,.0f} images/s, {duration(result.time_s)}"),
-            ("peak memory", size(result.peak_memory_bytes)),
-            ("output", result.output),
-        )
-    )
+    show_facts(result.facts())

@@ -31,7 +31,7 @@ def push(source: Source, repo: Repo, private: Private = False, update: Update = 
 
     HF_TOKEN or `hf auth login` gives the token, HF_ENDPOINT another hub; HF_HUB_OFFLINE is honoured.
     """
-    from petune.report import size
+    from petune.text import size
     from petune.share import push
 
     done = push(source, repo, private=private, update=update)
@@ -50,7 +50,7 @@ def pull(
     json: Json = False,
 ) -> None:
     """Fetch an adapter from the Hugging Face Hub; it is read and checked before it is put in its place."""
-    from petune.report import size
+    from petune.text import size
     from petune.share import pull
 
     done = pull(repo, output, revision=revision, trust_code=trust_code)

@@ -6,7 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from petune.cli.terminal import count, flops, percent
+from petune.cli.terminal import count, flops
+from petune.text import percent
 
 if TYPE_CHECKING:
     from petune.attach import Attachment

@@ -95,11 +95,6 @@ def count(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-def percent(value: float | None, digits: int = 2) -> str:
-    """`12.3456` → `12.35 %`; `-` for None."""
-    return "-" if value is None else f"{value:.{digits}f} %"
-
-
 def flops(number: int) -> str:
     """`1254000000` → `1.254 GFLOPs`."""
     return f"{number / 1e9:.3f} GFLOPs" if number >= 1e9 else f"{number / 1e6:.3f} MFLOPs"

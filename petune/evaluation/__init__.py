@@ -1,7 +1,16 @@
 """What a trained model is good at: accuracy by class, what it mistakes for what, and whether it knows when it errs."""
 
-from petune.evaluation.measures import Bin, ClassScore, Evaluation
+from petune.evaluation.measures import COLUMNS, Bin, ClassScore, Evaluation
 from petune.evaluation.pictures import confusion_picture, reliability_picture
 from petune.evaluation.run import evaluate, write
 
-__all__ = ["Bin", "ClassScore", "Evaluation", "confusion_picture", "evaluate", "reliability_picture", "write"]
+__all__ = [
+    "COLUMNS",
+    "Bin",
+    "ClassScore",
+    "Evaluation",
+    "confusion_picture",
+    "evaluate",
+    "reliability_picture",
+    "write",
+]

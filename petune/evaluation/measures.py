@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from petune.config import Config
+from petune.text import html_table, percent
 
 NUM_BINS = 15
 """Of the calibration error, as in most papers since Guo et al., 2017 (1706.04599)."""
+COLUMNS = ("class", "pictures", "accuracy", "mistaken most for")
 
 
 class ClassScore(Config):
@@ -30,6 +32,11 @@ class ClassScore(Config):
     accuracy: float | None
     mistaken_for: str | None
     mistakes: int
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """The text of its row, in the order of `COLUMNS`."""
+        mistaken = f"{self.mistaken_for} ({self.mistakes})" if self.mistaken_for is not None else "-"
+        return self.name, f"{self.num_pictures:,}", percent(self.accuracy), mistaken
 
 
 class Bin(Config):
@@ -68,6 +75,22 @@ class Evaluation(Config):
     confusion: tuple[tuple[int, ...], ...]
     bins: tuple[Bin, ...]
     precision: str
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What a reader wants to know, as names and values."""
+        return [
+            ("method", self.method),
+            ("pictures", f"{self.num_pictures:,} of {self.dataset}, {self.split}"),
+            ("top-1", percent(self.top1)),
+            ("top-5", percent(self.top5)),
+            ("mean of classes", percent(self.balanced)),
+            ("loss", f"{self.loss:.4f}"),
+            ("calibration error", percent(self.calibration_error)),
+        ]
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        return html_table(self.facts()) + html_table([one.cells() for one in self.classes], COLUMNS)
 
 
 def measured(scores_NC: Tensor, labels_N: Tensor, names: Sequence[str], **about: str) -> Evaluation:

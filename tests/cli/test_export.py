@@ -1,8 +1,10 @@
-"""`petune export`: the plain model gives the same scores, loads with timm, and what cannot be folded is refused."""
+"""`petune export`: each format computes what the model computed, holds no pickle, and what cannot be is refused."""
 
 from __future__ import annotations
 
 import json
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,56 +14,150 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
-from petune.restore import restore
+import petune as public
+from petune.errors import ExportError
+from petune.export.formats import onnx_file, pickled_parts, probe_of, torch_file
+from tests.trained import CLASSES, saved_run
 
 Run = Callable[..., Any]
-Words = tuple[str, ...]
-SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_classes": 10}
+X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
-@pytest.mark.parametrize("method", ["lora:r=2", "bitfit", "ssf", "repadapter"])
-def test_the_plain_model_gives_the_same_scores(petune: Run, tiny: Words, tmp_path: Path, method: str) -> None:
-    done = petune("run", "--method", method, *tiny, "--output", "here")
+@pytest.mark.parametrize(
+    ("method", "options", "merged"),
+    [("adaptformer", {"bottleneck": 4}, False), ("vpt", {"num_prompts": 3}, False), ("lora", {"r": 2}, True),
+     ("linear", {}, True), ("full", {}, True)],
+)  # fmt: skip
+def test_a_torch_program(method: str, options: dict[str, object], merged: bool, tmp_path: Path) -> None:
+    place, att = saved_run(tmp_path / "a", method, **options)
+    expected = att.model.eval()(X)
+    done = public.export(place, tmp_path / "out.pt2")
+    assert (done.format, done.method, done.merged, bool(done.reason)) == ("torch", method, merged, not merged)
+    assert done.difference < 1e-5
+    assert done.bytes == (tmp_path / "out.pt2").stat().st_size
+    extra = {"petune": ""}
+    program = torch.export.load(tmp_path / "out.pt2", extra_files=extra).module()
+    torch.testing.assert_close(program(X), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(program(X[:1]), expected[:1], atol=1e-5, rtol=1e-5)
+    assert json.loads(extra["petune"])["classes"] == list(CLASSES)
+    names = [key for key in program.state_dict() if "petune_" in key]
+    assert bool(names) != merged
+    assert not pickled_parts((tmp_path / "out.pt2").read_bytes())
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "vpt"])
+def test_swin(method: str, tmp_path: Path) -> None:
+    place, att = saved_run(tmp_path / "a", method, "swin_tiny_patch4_window7_224", image_size=64)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    assert public.export(place, tmp_path / "out.pt2").merged is False
+    program = torch.export.load(tmp_path / "out.pt2").module()
+    torch.testing.assert_close(program(x), att.model.eval()(x), atol=1e-5, rtol=1e-5)
+
+
+def test_onnx(petune: Run, tmp_path: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    _, att = saved_run(tmp_path / "a", "adaptformer")
+    done = petune("export", "a", "out.onnx", "--json")
     assert done.code == 0, done.err
-    out = petune("export", "here", "--merged", "plain.safetensors", "--json")
-    assert out.code == 0, out.err
-    file = tmp_path / "plain.safetensors"
-    assert json.loads(out.out) == {"output": "plain.safetensors", "bytes": file.stat().st_size}
-    plain = timm.create_model("vit_tiny_patch16_224", **SHAPE, num_heads=3).eval()
-    plain.load_state_dict(load_file(file))
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        tuned = restore(tmp_path / "here").attachment.model.eval()(x)
-        torch.testing.assert_close(plain(x), tuned, atol=1e-5, rtol=1e-5)
-    with safe_open(file, "pt") as opened:
-        info = json.loads(opened.metadata()["petune"])
-    assert info["classes"] == [str(n) for n in range(10)]
+    assert done.err == ""
+    said = json.loads(done.out)
+    assert (said["format"], said["merged"], said["difference"] < 1e-4) == ("onnx", False, True)
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [("scores", ["batch", 3])]
+    for x in (X, X[:1]):
+        scores = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        torch.testing.assert_close(scores, att.model.eval()(x), atol=1e-4, rtol=1e-4)
+    props = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
+    assert json.loads(props["petune"])["mean"] == [0.5] * 3
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "ssf", "repadapter"])
+def test_plain_weights(petune: Run, tmp_path: Path, method: str) -> None:
+    _, att = saved_run(tmp_path / "a", method)
+    expected = att.model.eval()(X)
+    done = petune("export", "a", "plain.safetensors", "--to", "safetensors")
+    assert done.code == 0, done.err
+    assert "folded into the weights" in done.out
+    plain = timm.create_model("vit_tiny_patch16_224", **SHAPE, num_classes=3).eval()
+    plain.load_state_dict(load_file(tmp_path / "plain.safetensors"))
+    torch.testing.assert_close(plain(X), expected, atol=1e-4, rtol=1e-4)
+    with safe_open(tmp_path / "plain.safetensors", "pt") as opened:
+        assert json.loads(opened.metadata()["petune"])["classes"] == list(CLASSES)
+
+
+def test_plain_weights_are_weights_for_the_next_run(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    saved_run(tmp_path / "a", "bitfit")
+    assert petune("export", "a", "plain.safetensors").code == 0
     again = petune("run", "--method", "linear", *tiny, "--weights", "plain.safetensors", "--dry-run")
     assert again.code == 0, again.err
 
 
-def test_what_does_not_fold_is_refused(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    assert petune("run", "--method", "adaptformer", *tiny, "--output", "here").code == 0
-    done = petune("export", "here/adapter", "--merged", "plain.safetensors")
+def test_what_cannot_be_is_refused(petune: Run, tmp_path: Path) -> None:
+    saved_run(tmp_path / "a", "adaptformer")
+    done = petune("export", "a", "plain.safetensors")
     assert (done.code, done.out) == (1, "")
     assert "ReLU" in done.err
+    assert "--to onnx" in done.err
     assert not (tmp_path / "plain.safetensors").exists()
-    other = petune("export", "here", "--merged", "out.bin")
-    assert (other.code, "new .safetensors file" in other.err) == (2, True)
-    (tmp_path / "old.safetensors").write_bytes(b"")
-    assert petune("export", "here", "--merged", "old.safetensors").code == 2
-    none = petune("export", "nowhere", "--merged", "plain.safetensors")
+    for words in (("out.bin",), ("out.onnx", "--to", "torch"), ("out",)):
+        wrong = petune("export", "a", *words)
+        assert (wrong.code, "must end in" in wrong.err) == (2, True)
+    (tmp_path / "old.pt2").write_bytes(b"")
+    old = petune("export", "a", "old.pt2")
+    assert (old.code, "exists already" in old.err) == (2, True)
+    none = petune("export", "nowhere", "out.pt2")
     assert (none.code, "adapter directory" in none.err) == (4, True)
 
 
 def test_an_adapter_that_does_not_know_its_backbone(petune: Run, tmp_path: Path) -> None:
-    from petune import attach
     from petune.tiny_models import tiny_timm
 
-    attach(tiny_timm(), "bitfit").save(tmp_path / "a")
-    done = petune("export", "a", "--merged", "plain.safetensors")
+    public.attach(tiny_timm(), "bitfit").save(tmp_path / "a")
+    done = petune("export", "a", "plain.safetensors")
     assert done.code == 4
     assert "must say which backbone" in done.err
+
+
+class Fickle(nn.Module):
+    """Another function of its second batch, or of shapes that are not free."""
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__()
+        self.linear, self.trouble = nn.Linear(3 * 4 * 4, 2), trouble
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.linear(x.flatten(1))
+        if self.trouble == "branch" and bool(scores.sum() > 0):
+            return -scores
+        return scores.relu() if self.trouble == "traced" and torch.compiler.is_exporting() else scores
+
+
+def test_a_file_that_computes_something_else_is_never_written() -> None:
+    torch.manual_seed(0)
+    model = Fickle("traced")
+    with pytest.raises(ExportError, match="off by"):
+        torch_file(model, probe_of(model, 4), "{}")
+    branching = Fickle("branch")
+    with pytest.raises(ExportError, match="must trace the model"):
+        torch_file(branching, probe_of(branching, 4), "{}")
+
+
+def test_pickles_are_seen(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    torch.export.save(torch.export.export(model, (torch.ones(2, 3),)), tmp_path / "p.pt2")
+    found = pickled_parts((tmp_path / "p.pt2").read_bytes())
+    assert found == [next(n for n in zipfile.ZipFile(tmp_path / "p.pt2").namelist() if "sample_inputs" in n)]
+
+
+def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(public.PetuneError, match=r"petune\[onnx\]"):
+        onnx_file(nn.Linear(1, 1), probe_of(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4), "{}")

@@ -34,8 +34,11 @@ Commands:
   run        Train one method, test it once and save its adapter.
   compare    Train several methods alike and print one table.
   pretrain   Train a backbone from scratch, for --weights.
+  report     Write one HTML page of everything below DIR…: tables, charts, origin; no...
   inspect    Show a backbone's places and what a method would train.
-  export     Fold a run's adapter into its backbone and write the plain weights.
+  predict    Name pictures with a trained model.
+  eval       Accuracy by class, what is mistaken for what, and calibration.
+  export     Write a trained model as torch.export, ONNX or plain weights.
   methods    List the installed methods, broken ones too.
   backbones  List the names that --backbone takes.
   datasets   List the names that --dataset takes, and what is here.

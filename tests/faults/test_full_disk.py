@@ -11,7 +11,7 @@ import pytest
 
 from petune.compare import CompareConfig, compare
 from petune.errors import PetuneError
-from petune.export import export_merged
+from petune.export import export
 from petune.run import run
 from tests.faults.conftest import digests, tally, tries
 from tests.faults.test_together import tiny_config
@@ -88,10 +88,10 @@ def test_a_table_and_an_export_on_a_full_disk(disk: Path) -> None:
         tried += 1
     out = disk / "new" / "plain.safetensors"
     leave(disk, 0)
-    message = refused(lambda: export_merged(source, out))
+    message = refused(lambda: export(source, out))
     held += str(out) in message and "No space left" in message and not list(out.parent.iterdir())
     (disk / "ballast").unlink()
-    assert export_merged(source, out) == out.stat().st_size
+    assert export(source, out).bytes == out.stat().st_size
     tally("a disk really full (tmpfs), at a table or an export", "one error; again, the same", tried + 1, held)
 
 
