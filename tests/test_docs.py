@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -12,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import typer
 from PIL import Image
@@ -20,10 +20,6 @@ from petune.cli.main import app, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "tools" / "pages.py")
-assert _spec and _spec.loader
-pages = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(pages)
 CHECKED_DRY = ("run", "compare", "pretrain")
 
 
