@@ -20,6 +20,7 @@ from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import write_directory
 from petune.share import pull, push
 from tests.fake_hub import TOKEN, Server, point_at, running
+from tests.program import call
 from tests.tiny import X, randomised, tiny
 
 # of httpx2, about how huggingface_hub 2.4 sends bytes
@@ -172,6 +173,16 @@ def test_without_token_network_or_repository(hub: Server, adapter: Path, monkeyp
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
         raise asked_of(hub, adapter, "pull")
+
+
+def test_the_commands(hub: Server, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = call("push", adapter, "me/flowers", capture=capsys)
+    assert (done.code, done.out.split()[0]) == (0, f"{hub.url}/me/flowers")
+    assert done.err == "others get it with: petune pull me/flowers\n"
+    done = call("pull", "me/flowers", "here", "--json", capture=capsys)
+    assert json.loads(done.out)["output"] == "here"
+    done = call("pull", "me/none", capture=capsys)
+    assert (done.code, done.err.count("\n")) == (4, 1)
 
 
 def test_wrong_names_and_foreign_directories(hub: Server, adapter: Path, tmp_path: Path) -> None:
