@@ -175,6 +175,20 @@ def test_without_token_network_or_repository(hub: Server, adapter: Path, monkeyp
         raise asked_of(hub, adapter, "pull")
 
 
+@pytest.mark.parametrize("method", ["adaptformer", "lora"])
+def test_folders_of_this_machine_stay_here(method: str, hub: Server, tmp_path: Path) -> None:
+    said = {"dataset": "folder:/home/me/secret/pets", "backbone": {"name": "vit", "weights": "/home/me/secret/w.pt"}}
+    petune.attach(tiny(), method).save(tmp_path / "a", metadata=said)
+    assert b"secret" in (tmp_path / "a" / "adapter_config.json").read_bytes()
+    push(tmp_path / "a", "me/flowers")
+    assert not [name for name, content in hub.repos["me/flowers"].items() if b"secret" in content]
+    pull("me/flowers")
+    config = json.loads(Path("flowers/adapter_config.json").read_bytes())
+    own = config if method == "adaptformer" else config["auto_mapping"]["petune"]
+    assert (own["metadata"]["dataset"], own["metadata"]["backbone"]["weights"]) == ("folder:pets", "w.pt")
+    petune.load(tiny(), "flowers")
+
+
 def test_the_commands(hub: Server, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = call("push", adapter, "me/flowers", capture=capsys)
     assert (done.code, done.out.split()[0]) == (0, f"{hub.url}/me/flowers")
