@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from petune.registry import tuners
     from petune.results import RunResult
     from petune.run import RunConfig, run
+    from petune.share import pull, push
     from petune.sites import Block, Site, Sites
     from petune.state import load
     from petune.tasks import Tasks
@@ -61,6 +62,8 @@ _HOMES = {
     "load": "state",
     "predict": "predict",
     "pretrain": "pretrain",
+    "pull": "share",
+    "push": "share",
     "run": "run",
     "tuners": "registry",
 }
@@ -97,6 +100,8 @@ __all__ = [
     "load",
     "predict",
     "pretrain",
+    "pull",
+    "push",
     "run",
     "tuners",
 ]
