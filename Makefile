@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: backbones demo test check format lint types faults clean
+.PHONY: backbones demo docs test check format lint types faults clean
 
 PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
 
@@ -33,6 +33,11 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation as a site, in runs/site; opened from a disk or a server, it asks nobody for anything
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e ".[docs]"
+	$(BIN)/python docs/tools/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs

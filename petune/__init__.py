@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from petune.registry import tuners
     from petune.results import RunResult
     from petune.run import RunConfig, run
+    from petune.share import pull, push
     from petune.sites import Block, Site, Sites
     from petune.state import load
     from petune.sweep import Sweep, SweepConfig, sweep
@@ -66,6 +67,8 @@ _HOMES = {
     "load": "state",
     "predict": "predict",
     "pretrain": "pretrain",
+    "pull": "share",
+    "push": "share",
     "run": "run",
     "sweep": "sweep",
     "tuners": "registry",
@@ -105,6 +108,8 @@ __all__ = [
     "load",
     "predict",
     "pretrain",
+    "pull",
+    "push",
     "run",
     "sweep",
     "tuners",

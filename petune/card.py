@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.counts import Counts
-from petune.text import in_markdown, visible
+from petune.text import in_markdown, visible, without_folders
 
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
@@ -47,6 +47,17 @@ def model_card(config: Mapping[str, Any], counts: Counts, *, with_peft: bool) ->
     )
 
 
+def public(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's metadata without the folders of this machine: of pictures, and of weights."""
+    shown = dict(metadata)
+    if isinstance(shown.get("dataset"), str):
+        shown["dataset"] = without_folders(shown["dataset"])
+    if isinstance(shown.get("backbone"), Mapping):
+        inner = shown["backbone"].items()
+        shown["backbone"] = {key: without_folders(v) if isinstance(v, str) else v for key, v in inner}
+    return shown
+
+
 class _Plain(str):
     """Text that is Markdown, or YAML, already."""
 
@@ -54,7 +65,8 @@ class _Plain(str):
 def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a run says of itself; anyone may save anything as metadata, and what is of another form is left out."""
     kinds = {"method": str, "dataset": str, "license": str, "backbone": Mapping, "training": Mapping, "test": Mapping}
-    known = {key: metadata.get(key) if isinstance(metadata.get(key), kind) else None for key, kind in kinds.items()}
+    shown = public(metadata)
+    known = {key: shown.get(key) if isinstance(shown.get(key), kind) else None for key, kind in kinds.items()}
     measured = known["test"] or {}
     if not all(isinstance(measured.get(key), int | float) for key in ("top1", "top5", "num_pictures")):
         known["test"] = None

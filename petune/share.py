@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from petune.card import public
 from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import MANIFEST, manifest_of, write_directory
 from petune.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
@@ -70,6 +72,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     place = adapter_place(Path(path).expanduser())
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
+    files[CONFIG_FILE] = _public(files[CONFIG_FILE])
     files[MANIFEST] = manifest_of(files)  # anew, since a model card may have been edited
     api = _api(repo)
     if not hf.get_token():
@@ -134,6 +137,16 @@ def pull(
     named = str(backbone.get("full_name") or "not said") if isinstance(backbone, Mapping) else "not said"
     size = sum(map(len, files.values()))
     return Pulled(repo, str(info.sha), str(target), size, str(saved.config["tuner"]), named)
+
+
+def _public(content: bytes) -> bytes:
+    """`adapter_config.json` without the folders of this machine; as it is where it names none."""
+    config = json.loads(content)
+    own = config if "format" in config else (config.get("auto_mapping") or {}).get("petune")
+    if own is None or public(own["metadata"]) == own["metadata"]:
+        return content
+    own["metadata"] = public(own["metadata"])
+    return (json.dumps(config, indent=1) + "\n").encode()
 
 
 class _Counted(io.BytesIO):

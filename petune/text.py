@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+_PLACE = re.compile(r"(folder:|hf:)?([/~].*)", flags=re.S)
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}|#~!$])")
 
 
@@ -32,6 +33,12 @@ def percent(value: float | None, digits: int = 2) -> str:
 def visible(text: str) -> str:
     """The text without control and bidirectional characters, which names may bring; lines stay."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def without_folders(text: str) -> str:
+    """`folder:/home/me/pets` → `folder:pets`: what others are to read does not say where it lay here."""
+    found = _PLACE.fullmatch(text)
+    return f"{found[1] or ''}{found[2].rstrip('/').rpartition('/')[2]}" if found else text
 
 
 def in_markdown(text: str) -> str:

@@ -191,7 +191,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
 
-def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, silence_s: float = 2.0) -> None:
     """Let petune and huggingface_hub ask that address, with little patience and a cache of their own."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -203,7 +203,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(hub, "SILENCE_S", 2.0)
+    monkeypatch.setattr(hub, "SILENCE_S", silence_s)
 
 
 @contextmanager

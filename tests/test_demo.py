@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -46,8 +52,8 @@ def both(digits: Path, other: Path) -> SideBySide:
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     test = load_dataset("digits").test
-    Image.fromarray(test.images[test.rows[0]]).save(tmp_path / "seven.png")
-    return tmp_path / "seven.png"
+    Image.fromarray(test.images[test.rows[0]]).save(tmp_path / "digit.png")
+    return tmp_path / "digit.png"
 
 
 def test_the_same_answers_as_alone(both: SideBySide, digits: Path, picture: Path) -> None:
@@ -64,7 +70,7 @@ def test_the_same_answers_as_alone(both: SideBySide, digits: Path, picture: Path
 
 def test_bad_pictures_are_named_without_advice_for_training(both: SideBySide, picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"^seven\.png must be a whole picture, but") as caught:
+    with pytest.raises(DataError, match=r"^digit\.png must be a whole picture, but") as caught:
         both(picture)
     assert "on_broken" not in str(caught.value)
 
@@ -84,11 +90,7 @@ def test_what_cannot_stand_side_by_side(digits: Path, other: Path, tmp_path: Pat
         SideBySide([digits, tmp_path / "headed"], device="cpu")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_port_that_is_taken(both: SideBySide) -> None:
-    import socket
-
-    pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -113,56 +115,58 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                  "--window-size=1280,900", f"--user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
         options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
 
 
+@pytest.fixture
+def url(digits: Path, other: Path, tmp_path: Path) -> Iterator[str]:
+    """Of the page, as the program serves it; Ctrl-C ends it."""
+    pytest.importorskip("gradio")
+    words = [sys.executable, "-m", "petune", "demo", digits, other.parent, "--device=cpu", "--port=0"]
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as served:
+        assert served.stdout
+        yield served.stdout.readline().strip()
+        served.send_signal(signal.SIGINT)
+        assert served.wait(30) == 130
+
+
 def hosts(browser: Any) -> set[str]:
     """Where the browser asked for anything."""
-    from urllib.parse import urlsplit
-
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     return {urlsplit(url).hostname or "" for url in sent if url.startswith(("http", "ws"))}
 
 
-@pytest.mark.filterwarnings("ignore")  # gradio, its server and selenium warn of much
-def test_the_page(both: SideBySide, picture: Path, browser: Any, tmp_path: Path) -> None:
-    pytest.importorskip("gradio")
-    from selenium.webdriver.common.by import By
+@pytest.mark.filterwarnings("ignore")  # selenium warns of much
+def test_the_page(url: str, both: SideBySide, picture: Path, browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    served = serve(both, port=0)
-    assert served.url.startswith("http://127.0.0.1:")
-
     def text() -> str:
-        return str(browser.find_element(By.TAG_NAME, "body").text)
+        return str(browser.find_element("tag name", "body").text)
 
-    def drop(file: Path, until: str, but: str = "\0") -> str:
-        browser.get(served.url)
-        WebDriverWait(browser, 40).until(lambda b: b.find_elements(By.CSS_SELECTOR, "#picture input[type=file]"))
-        browser.find_element(By.CSS_SELECTOR, "#picture input[type=file]").send_keys(str(file))
-        WebDriverWait(browser, 40).until(lambda b: until in text() and but not in text())
+    def drop(file: Path, until: str) -> str:
+        browser.get(url)
+        WebDriverWait(browser, 60).until(lambda b: b.find_elements("css selector", "#picture input[type=file]"))
+        browser.find_element("css selector", "#picture input[type=file]").send_keys(str(file))
+        WebDriverWait(browser, 60).until(lambda _: until in text())
         return text()
 
-    try:
-        shown = drop(picture, "ms for this picture")
-        _, (one, two) = both(picture)
-        for guess in (*one.top, *two.top):
-            assert guess.name in shown
-        assert shown.count("ms for this picture") == 2
-        assert browser.find_elements(By.CSS_SELECTOR, "img[src=x]") == []
-        browser.save_screenshot(str(tmp_path / "page.png"))
-        bad = tmp_path / "bad<b>.png"
-        bad.write_bytes(picture.read_bytes()[:60])
-        assert "must be a whole picture" in drop(bad, "must be a whole picture")
-        assert "ms for this picture" not in text()
-        browser.save_screenshot(str(tmp_path / "bad.png"))
-        huge = tmp_path / "huge.png"
-        Image.new("1", (20_000, 10_000)).save(huge)
-        assert "exceeds limit" in drop(huge, "huge.png must be a whole picture, but")
-        assert hosts(browser) == {"127.0.0.1"}
-    finally:
-        served.close()
+    assert url.startswith("http://127.0.0.1:")
+    shown = drop(picture, "ms for this picture")
+    _, answers = both(picture)
+    assert all(guess.name in shown for answer in answers for guess in answer.top)
+    assert shown.count("ms for this picture") == 2
+    assert browser.find_elements("css selector", "img[src=x]") == []
+    browser.save_screenshot(str(tmp_path / "page.png"))
+    bad = tmp_path / "bad<b>.png"
+    bad.write_bytes(picture.read_bytes()[:60])
+    assert "ms for this picture" not in drop(bad, "must be a whole picture")
+    browser.save_screenshot(str(tmp_path / "bad.png"))
+    huge = tmp_path / "huge.png"
+    Image.new("1", (20_000, 10_000)).save(huge)
+    assert "exceeds limit" in drop(huge, "huge.png must be a whole picture, but")
+    assert hosts(browser) == {"127.0.0.1"}

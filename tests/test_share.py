@@ -20,6 +20,7 @@ from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import write_directory
 from petune.share import pull, push
 from tests.fake_hub import TOKEN, Server, point_at, running
+from tests.program import call
 from tests.tiny import X, randomised, tiny
 
 # of httpx2, about how huggingface_hub 2.4 sends bytes
@@ -29,10 +30,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with running() as served:
-        point_at(served.url, tmp_path / "cache", monkeypatch)
+        point_at(served.url, tmp_path / "cache", monkeypatch, silence_s=7.0)  # a busy machine is no silent hub
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(share, "COMMIT_S", 2.0)
         monkeypatch.chdir(tmp_path)
         yield served
 
@@ -90,7 +90,7 @@ def test_what_peft_wrote_needs_no_manifest(hub: Server, tmp_path: Path) -> None:
 
 
 def asked_of(hub: Server, adapter: Path, what: str) -> PetuneError:
-    """What a command says, in under ten seconds; the fake hub's patience is set to 2 s."""
+    """What a command says, in under ten seconds."""
     started = time.monotonic()
     with pytest.raises(PetuneError) as caught:
         push(adapter, "me/flowers") if what == "push" else pull("me/flowers", "out")
@@ -99,6 +99,13 @@ def asked_of(hub: Server, adapter: Path, what: str) -> PetuneError:
     assert not Path("out").exists()
     assert left_over(Path()) == []
     return caught.value
+
+
+@pytest.fixture
+def impatient(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that hubs that hang are given up soon."""
+    monkeypatch.setattr("petune.hub.SILENCE_S", 2.0)
+    monkeypatch.setattr(share, "COMMIT_S", 2.0)
 
 
 PUSH_FAULTS = [
@@ -112,7 +119,9 @@ PUSH_FAULTS = [
 
 
 @pytest.mark.parametrize(("where", "fault", "message"), PUSH_FAULTS)
-def test_a_bad_hub_is_named_by_push(where: str, fault: str, message: str, hub: Server, adapter: Path) -> None:
+def test_a_bad_hub_is_named_by_push(
+    where: str, fault: str, message: str, hub: Server, adapter: Path, impatient: None
+) -> None:
     hub.fault = (where, fault)
     with pytest.raises(HubError, match=message):
         raise asked_of(hub, adapter, "push")
@@ -130,7 +139,9 @@ PULL_FAULTS = [
 
 
 @pytest.mark.parametrize(("where", "fault", "message"), PULL_FAULTS)
-def test_a_bad_hub_is_named_by_pull(where: str, fault: str, message: str, hub: Server, adapter: Path) -> None:
+def test_a_bad_hub_is_named_by_pull(
+    where: str, fault: str, message: str, hub: Server, adapter: Path, impatient: None
+) -> None:
     hub.repos["me/flowers"] = there(adapter)
     hub.fault = (where, fault)
     with pytest.raises(PetuneError, match=message):
@@ -162,6 +173,30 @@ def test_without_token_network_or_repository(hub: Server, adapter: Path, monkeyp
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
         raise asked_of(hub, adapter, "pull")
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "lora"])
+def test_folders_of_this_machine_stay_here(method: str, hub: Server, tmp_path: Path) -> None:
+    said = {"dataset": "folder:/home/me/secret/pets", "backbone": {"name": "vit", "weights": "/home/me/secret/w.pt"}}
+    petune.attach(tiny(), method).save(tmp_path / "a", metadata=said)
+    assert b"secret" in (tmp_path / "a" / "adapter_config.json").read_bytes()
+    push(tmp_path / "a", "me/flowers")
+    assert not [name for name, content in hub.repos["me/flowers"].items() if b"secret" in content]
+    pull("me/flowers")
+    config = json.loads(Path("flowers/adapter_config.json").read_bytes())
+    own = config if method == "adaptformer" else config["auto_mapping"]["petune"]
+    assert (own["metadata"]["dataset"], own["metadata"]["backbone"]["weights"]) == ("folder:pets", "w.pt")
+    petune.load(tiny(), "flowers")
+
+
+def test_the_commands(hub: Server, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = call("push", adapter, "me/flowers", capture=capsys)
+    assert (done.code, done.out.split()[0]) == (0, f"{hub.url}/me/flowers")
+    assert done.err == "others get it with: petune pull me/flowers\n"
+    done = call("pull", "me/flowers", "here", "--json", capture=capsys)
+    assert json.loads(done.out)["output"] == "here"
+    done = call("pull", "me/none", capture=capsys)
+    assert (done.code, done.err.count("\n")) == (4, 1)
 
 
 def test_wrong_names_and_foreign_directories(hub: Server, adapter: Path, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ def push(source: Source, repo: Repo, private: Private = False, update: Update = 
 
     HF_TOKEN or `hf auth login` gives the token, HF_ENDPOINT another hub; HF_HUB_OFFLINE is honoured.
     """
-    from petune.report import size
     from petune.share import push
+    from petune.text import size
 
     done = push(source, repo, private=private, update=update)
     if json:
@@ -50,8 +50,8 @@ def pull(
     json: Json = False,
 ) -> None:
     """Fetch an adapter from the Hugging Face Hub; it is read and checked before it is put in its place."""
-    from petune.report import size
     from petune.share import pull
+    from petune.text import size
 
     done = pull(repo, output, revision=revision, trust_code=trust_code)
     if json:

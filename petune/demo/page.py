@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def serve(demo: SideBySide, *, host: str = "127.0.0.1", port: int = 7860) -> Ser
         MissingExtra: gradio is not installed.
         UsageError: The port is taken, or the host is none of this machine's.
     """
+    listening = _free(host, port)
     # asked for at import: a count of starts, a look whether there is a newer version
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is up
@@ -50,25 +52,30 @@ def serve(demo: SideBySide, *, host: str = "127.0.0.1", port: int = 7860) -> Ser
     except ImportError:
         raise MissingExtra("petune demo", "demo") from None
     page = _page(gradio, demo)
-    try:
-        _, url, _ = page.launch(
-            server_name=host, server_port=port or _free_port(host), share=False, inbrowser=False, quiet=True,
-            prevent_thread_lock=True, ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
-            footer_links=[], max_file_size=LARGEST_UPLOAD, theme=gradio.themes.Default(**FONTS),
-        )  # fmt: skip
-    except OSError as error:
-        raise UsageError(
-            f"--host and --port must be free to listen on, but {host}:{port} is not: {error}. Name another --port, or 0"
-        ) from None
+    _, url, _ = page.launch(
+        server_name=host, server_port=listening, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
+        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[],
+        max_file_size=LARGEST_UPLOAD, theme=gradio.themes.Default(**FONTS),
+    )  # fmt: skip
     return Served(str(url), page)
 
 
-def _free_port(host: str) -> int:
-    import socket
+def _free(host: str, port: int) -> int:
+    """The port, or any that is free for 0.
 
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    Raises:
+        UsageError: It cannot be listened on.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise UsageError(
+            f"--host and --port must be free to listen on, but {host}:{port} is not: {error.strerror or error}. Name "
+            "another --port, or 0"
+        ) from None
 
 
 def _page(gradio: Any, demo: SideBySide) -> Any:
