@@ -1,4 +1,4 @@
-"""For mkdocs: pictures of results come along; other links that leave docs/ are text on the site, where they lead nowhere."""
+"""For mkdocs: pictures of results come along; other links that leave docs/ become text, since they lead nowhere."""
 
 from __future__ import annotations
 
