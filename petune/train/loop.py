@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,7 @@ from petune.train.mixing import Mixing, step_seed
 from petune.train.optim import create_optimizer, create_schedule
 from petune.train.precision import choose_attention, choose_precision
 from petune.train.probe import can_run_out, largest_that_fits
+from petune.train.progress import Fitted, Progress
 from petune.train.savings import made_cheaper
 from petune.train.shard import Sharded
 from petune.train.shared import Asked, share_step
@@ -39,40 +40,6 @@ if TYPE_CHECKING:
     from petune.attach import Attachment
 
 SAVE_EVERY_S = 600.0
-
-
-@dataclass
-class Progress:
-    """Where the run is; saved with every checkpoint."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    time_s: float = 0.0
-    train_time_s: float = 0.0
-    best_epoch: int = -1
-    best_top1: float = -1.0
-    best_top5: float = -1.0
-    log_bytes: int = 0
-    loss_sum: float = 0.0
-    micro_batch: int = 0
-    epochs: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What training yields; the model holds the chosen epoch's tensors."""
-
-    epoch: int
-    val: Accuracy | None
-    images_per_s: float
-    step_time_s: float
-    time_s: float
-    epochs: list[dict[str, float]]
-    precision: str
-    micro_batch_size: int
-    lr: float
-    num_processes: int
 
 
 class Trainer:
