@@ -61,16 +61,25 @@ class Started:
         return any(self.place.glob(pattern))
 
     def stop(self) -> tuple[int, float, str]:
-        """Ask; its exit code, how long it took (less the time it waited for a core that others had), its last line."""
-        asked, waited = time.monotonic(), self.waited_s()
+        """Ask; its exit code, how long it took (less the time others had the cores or the disk), its last line."""
+        asked = last = time.monotonic()
+        before = after = self.waited_s()
         self.process.terminate()
-        ended = waited
+        disk_s = 0.0
         while os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            ended = self.waited_s()
+            now, after = time.monotonic(), self.waited_s()
+            disk_s += now - last if self.waits_for_disk() else 0.0
+            last = now
             time.sleep(0.002)
-        seconds = time.monotonic() - asked - (ended - waited)
+        whole_s = time.monotonic() - asked
+        seconds = whole_s - (after - before) - disk_s
+        print(f"{whole_s:.2f} s, of it {after - before:.2f} s waiting for a core and {disk_s:.2f} s for the disk")
         _, err = self.process.communicate(timeout=WAIT_S)
         return self.process.returncode, seconds, err.strip().rpartition("\n")[2]
+
+    def waits_for_disk(self) -> bool:
+        status = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2]
+        return status.split()[0] == "D"
 
     def waited_s(self) -> float:
         return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
