@@ -19,6 +19,7 @@ from petune.results import RunResult
 from petune.run import RunConfig, Watch, prepare_backbone, prepare_data, preprocessing, run_result, with_recipe
 from petune.rundir import claimed, free_path
 from petune.train import Note, StopFlag, TrainConfig, Trainer, choose_device
+from petune.train.evaluate import load_accuracy
 from petune.tuner import Recipe
 from petune.weights import BACKBONE_FILE
 
@@ -72,6 +73,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         if RunResult.exists(place):
             return RunResult.read(place)
         with stop.at_once():
+            load_accuracy()
             device = choose_device(config.device)
             dataset = prepare_data(config)
             backbone = prepare_backbone(config, dataset, keep_head=True)

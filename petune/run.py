@@ -19,6 +19,7 @@ from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.rundir import claimed, free_path
 from petune.train import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
+from petune.train.evaluate import load_accuracy
 from petune.tuner import Recipe
 
 Watch = Callable[[Event], None]
@@ -87,6 +88,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         if RunResult.exists(place):
             return RunResult.read(place)
         with stop.at_once():
+            load_accuracy()
             device = choose_device(config.device)
             dataset = prepare_data(config)
             backbone = prepare_backbone(config, dataset)
