@@ -30,6 +30,7 @@ from petune.run import (
 )
 from petune.rundir import claimed, free_path
 from petune.train import Note, StopFlag, TrainConfig, Trainer, choose_device
+from petune.train.evaluate import load_accuracy
 from petune.tuner import Recipe
 from petune.weights import BACKBONE_FILE
 
@@ -90,6 +91,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             return finished
         watch = watch if group.leads else lambda event: None
         with stop.at_once(group):
+            load_accuracy()
             device = group.device(choose_device(config.device))
             dataset = group.in_turn(lambda: prepare_data(config))
             backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,13 @@ class Accuracy:
     top5: float
     loss: float
     num_pictures: int
+
+
+def load_accuracy() -> Any:
+    """torchmetrics' accuracy. A second of imports the first time: a run has them before it has anything to lose."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    return MulticlassAccuracy
 
 
 def evaluate(
@@ -51,10 +59,9 @@ def evaluate(
     Raises:
         Stopped: A signal came in between.
     """
-    from torchmetrics.classification import MulticlassAccuracy
-
-    top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
-    top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+    accuracy = load_accuracy()
+    top1 = accuracy(num_classes, average="micro").to(device)
+    top5 = accuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
     training = [module for module in model.modules() if module.training]
     model.eval()
     sums = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -61,19 +62,35 @@ class Started:
         return any(self.place.glob(pattern))
 
     def stop(self) -> tuple[int, float, str]:
-        """Ask; its exit code, how long it took (less the time it waited for a core that others had), its last line."""
-        asked, waited = time.monotonic(), self.waited_s()
+        """Ask; its exit code, how long it took (less the time others had the cores or the disk), its last line."""
+        asked = last = time.monotonic()
+        before, waits, disk_s = sum(self.waits().values()), self.waits(), 0.0
         self.process.terminate()
-        ended = waited
         while os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            ended = self.waited_s()
+            now = time.monotonic()
+            waits |= self.waits()
+            disk_s += now - last if self.states() & {"D"} else 0.0
+            last = now
             time.sleep(0.002)
-        seconds = time.monotonic() - asked - (ended - waited)
+        whole_s, core_s = time.monotonic() - asked, sum(waits.values()) - before
+        print(f"{whole_s:.2f} s, of it {core_s:.2f} s waiting for a core and {disk_s:.2f} s for the disk")
         _, err = self.process.communicate(timeout=WAIT_S)
-        return self.process.returncode, seconds, err.strip().rpartition("\n")[2]
+        return self.process.returncode, whole_s - core_s - disk_s, err.strip().rpartition("\n")[2]
 
-    def waited_s(self) -> float:
-        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) / 1e9
+    def read(self, name: str) -> dict[int, str]:
+        """A file of /proc for the process and for those it waits for (git tells it the commit)."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found = {}
+        for pid in (self.process.pid, *map(int, children)):
+            with contextlib.suppress(OSError):  # it has just ended
+                found[pid] = Path(f"/proc/{pid}/{name}").read_text()
+        return found
+
+    def waits(self) -> dict[int, float]:
+        return {pid: int(text.split()[1]) / 1e9 for pid, text in self.read("schedstat").items()}
+
+    def states(self) -> set[str]:
+        return {text.rpartition(")")[2].split()[0] for text in self.read("stat").values()}
 
 
 @dataclass(frozen=True)

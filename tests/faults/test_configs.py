@@ -60,7 +60,7 @@ def test_any_number_of_problems_is_one_message(made: str, config: type[Config]) 
     assert {*schemas} == {*keys(config)}
     tried = [0]
 
-    @settings(max_examples=tries(40, 1000), deadline=None, database=None)
+    @settings(max_examples=tries(20, 1000), deadline=None, database=None)
     @seed(4)
     @given(data=st.data())
     def each(data: st.DataObject) -> None:

@@ -97,7 +97,7 @@ def test_compare_killed(program: Program, tmp_path: Path) -> None:
     words = ("compare", *methods, *TINY, "--epochs=1", "--output")
     assert program.finish(*words, tmp_path / "whole") == 0
     expected = table(tmp_path / "whole")
-    wanted, kills, held = tries(2, 20), 0, 0
+    wanted, kills, held = tries(1, 20), 0, 0
     while kills < wanted:
         place = tmp_path / f"c{kills}"
         first = kills
