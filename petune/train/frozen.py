@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,8 +90,10 @@ def _bytes(x: Tensor) -> Any:
 
 
 def _written(parameters: Sequence[nn.Parameter], directory: Path) -> Any:
-    """The file, or None where it cannot be written."""
+    """The file, or None where it cannot be written, or checkpoints might want the room."""
     try:
+        if shutil.disk_usage(directory).free < 10 * sum(p.data.nbytes for p in parameters):
+            return None
         file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (it lives as long as the originals)
     except OSError:
         return None
