@@ -21,13 +21,9 @@ from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.rundir import claimed, free_path
 from petune.train import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
-<<<<<<< HEAD
+from petune.train.evaluate import load_accuracy
 from petune.tuner import Recipe, Tuner
 from petune.weights import load_adapters
-=======
-from petune.train.evaluate import load_accuracy
-from petune.tuner import Recipe
->>>>>>> partB
 
 Watch = Callable[[Event], None]
 
@@ -92,7 +88,6 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     tuner = tuner_of(config)
     group = join()
     if config.output is None or not RunResult.exists(config.output):
-<<<<<<< HEAD
         group.in_turn(lambda: check_weights(config.backbone, config.weights))
     place = group.same(lambda: config.output or free_path(Path("runs") / default_name(config)))
     claim = claimed(place, config, resume=config.resume, command="petune run --config config.yaml")
@@ -133,6 +128,7 @@ def trained(
     """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
     watch = watch if group.leads else lambda event: None
     with stop.at_once(group):
+        load_accuracy()
         device = group.device(choose_device(config.device))
         dataset = group.in_turn(lambda: prepare_data(config))
         backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
@@ -162,42 +158,6 @@ def tuner_of(config: RunConfig) -> Tuner[Any]:
     """The method with its options."""
     name, options = parse_method(config.method)
     return build_tuner(name, **options)
-=======
-        check_weights(config.backbone, config.weights)
-    place = config.output or free_path(Path("runs") / default_name(config))
-    with claimed(place, config, resume=config.resume, command="petune run --config config.yaml"), StopFlag() as stop:
-        if RunResult.exists(place):
-            return RunResult.read(place)
-        with stop.at_once():
-            load_accuracy()
-            device = choose_device(config.device)
-            dataset = prepare_data(config)
-            backbone = prepare_backbone(config, dataset)
-            watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
-            memory = PeakMemory(device)
-            torch.manual_seed(config.seed)  # adapters are initialised from it
-            attachment = attach(backbone.model.to(device), tuner, name=name, keep_original=False)
-            watch(Note(what_trains(attachment)))
-        preprocess = preprocessing(backbone, dataset)
-        trainer = Trainer(
-            attachment,
-            dataset,
-            preprocess,
-            with_recipe(config.train, tuner.recipe, dataset),
-            seed=config.seed,
-            device=device,
-            directory=place,
-            stop=stop,
-            on_event=watch,
-        )
-        fitted = trainer.fit()
-        test = trainer.evaluate("test")
-        peak = memory.bytes()
-        attachment.save(place / "adapter", metadata=_card(config, backbone, dataset, preprocess, test))
-        size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
-        result = run_result(config, backbone, attachment, fitted, test, place, peak, size)
-        return result.write(place)
->>>>>>> partB
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:

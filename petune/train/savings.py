@@ -37,7 +37,7 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
     with ExitStack() as stack:
         plan = _planned(trainer)  # with the backbone's own weights, which the features are then known by
         if trainer.precision == "bf16" and trainer.sharded is None:
-            stack.enter_context(frozen_in_bfloat16(trainer.model, lambda: _scores(trainer)))
+            stack.enter_context(frozen_in_bfloat16(trainer.model, lambda: _scores(trainer), trainer.directory))
         if trainer.train.grad_checkpointing:
             stack.enter_context(recomputed(trainer.att))
         trainer.choose_micro_batch()

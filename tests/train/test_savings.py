@@ -128,8 +128,12 @@ def test_nothing_is_recomputed_and_no_gradient_flows_below_the_lowest_tuner() ->
     assert not any(below)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str) -> None:
+PLACES = [("memory", "adaptformer"), ("no such directory", "lora"), *(("file", method) for method in METHODS)]
+
+
+@pytest.mark.parametrize(("place", "method"), PLACES)
+def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str, place: str, tmp_path: Path) -> None:
+    directory = {"memory": None, "file": tmp_path, "no such directory": tmp_path / "none"}[place]
     att = _attached(method)
     before = {key: t.clone() for key, t in att.model.state_dict().items()}
     identity, plain = fingerprint(att), _step(att, bf16=True)
@@ -139,7 +143,8 @@ def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str
             torch.manual_seed(0)
             return att.model(X)  # type: ignore[no-any-return]
 
-    with frozen_in_bfloat16(att.model, scores) as size:
+    with frozen_in_bfloat16(att.model, scores, directory) as size:
+        assert list(tmp_path.iterdir()) == []  # nothing that a kill could leave behind
         assert _same(_step(att, bf16=True), plain)
         assert all(p.dtype == torch.float32 for p in att.parameters())
         stored = [p for p in att.model.parameters() if p.dtype == torch.bfloat16]
