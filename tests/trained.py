@@ -10,7 +10,7 @@ import petune
 from petune.backbones import Backbone, create_backbone
 from tests.tiny import randomised
 
-NANO = {"depth": 2, "embed_dim": 48}
+NANO = {"depth": 1, "embed_dim": 48}
 SWIN = {"window_size": 4, "embed_dim": 24, "depths": [2], "num_heads": [2]}
 CLASSES = ("cat", "dog", "<owl>")
 
