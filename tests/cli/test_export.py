@@ -22,7 +22,7 @@ SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_clas
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 
-@pytest.mark.parametrize("method", ["lora:r=2", "bitfit", "ssf", "repadapter"])
+@pytest.mark.parametrize("method", ["lora:r=2", "dora:r=2", "bitfit", "norm", "ssf", "repadapter"])
 def test_the_plain_model_gives_the_same_scores(petune: Run, tiny: Words, tmp_path: Path, method: str) -> None:
     done = petune("run", "--method", method, *tiny, "--output", "here")
     assert done.code == 0, done.err
