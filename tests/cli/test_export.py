@@ -78,7 +78,7 @@ def test_onnx(petune: Run, tmp_path: Path) -> None:
     assert json.loads(props["petune"])["mean"] == [0.5] * 3
 
 
-@pytest.mark.parametrize("method", ["lora", "bitfit", "ssf", "repadapter"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "ssf", "repadapter", "dora", "norm"])
 def test_plain_weights(petune: Run, tmp_path: Path, method: str) -> None:
     _, att = saved_run(tmp_path / "a", method)
     expected = att.model.eval()(X)
