@@ -2,9 +2,10 @@
 
     python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
     python benchmarks/backbones.py --only beit      # some families; the rest stays as it was
-    python benchmarks/backbones.py --all            # the places of every timm variant, on the meta device; prints
+    python benchmarks/backbones.py --all            # the places of every timm variant, on the meta device; writes
+                                                    # results/variants.json
 
-About half an hour on two cores.
+About an hour each on one core.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from survey.variants import walk
 import petune
 
 HERE = Path(__file__).resolve().parent
-RESULTS, PAGE = HERE / "results" / "backbones.json", HERE.parent / "docs" / "backbones.md"
+RESULTS, VARIANTS = HERE / "results" / "backbones.json", HERE / "results" / "variants.json"
+PAGE = HERE.parent / "docs" / "backbones.md"
 
 
 def main() -> None:
@@ -38,9 +40,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.all:
-        walk()
+        VARIANTS.write_text(json.dumps(walk(), indent=1) + "\n")
+        write({})
     elif args.page:
-        PAGE.write_text(page(json.loads(RESULTS.read_text()), FAMILIES))
+        write({})
     else:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
         results = {family: survey(family, args.methods) for family in families}
@@ -55,7 +58,7 @@ def write(results: dict[str, object]) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
     RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page(merged, FAMILIES))
+    PAGE.write_text(page(merged, FAMILIES, json.loads(VARIANTS.read_text())))
 
 
 def survey(family: str, names: Iterable[str]) -> dict[str, object]:

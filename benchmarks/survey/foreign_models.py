@@ -15,8 +15,8 @@ _SWIN = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "image_size": 6
 
 TORCHVISION: dict[str, tuple[str, dict[str, Any]]] = {
     "torchvision vit": ("vit_b_32", {}),
-    "torchvision swin": ("swin_t", {}),
-    "torchvision swin_v2": ("swin_v2_t", {}),
+    "torchvision swin": ("swin_t", {"image_size": 64}),
+    "torchvision swin_v2": ("swin_v2_t", {"image_size": 64}),
     "torchvision maxvit": ("maxvit_t", {}),
     "torchvision resnet": ("resnet18", {}),
 }

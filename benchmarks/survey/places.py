@@ -46,7 +46,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> tuple[Any, ...]:
-    """What enters the block and `mid`, what leaves it, and what enters modules behind the MLP, with some outputs zero."""
+    """What enters block and `mid`, what leaves the block, what enters modules behind the MLP; some outputs are zero."""
     seen: dict[str, Tensor] = {}
     later: list[Tensor] = []
     scales: list[tuple[Tensor, Tensor]] = []

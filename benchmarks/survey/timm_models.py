@@ -101,7 +101,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "cpubone": ("cpubone_nano", {}),
     "shvit": ("shvit_s1", {"input_size": (3, 128, 128)}),
     "csatv2": ("csatv2", {"input_size": (3, 128, 128)}),
-    "byoanet (HaloNet)": ("halonet_h1", {}),
+    "byoanet (HaloNet)": ("halonet26t", {}),
     "… BoTNet": ("botnet26t_256", {"img_size": 128, "input_size": (3, 128, 128)}),
     "… LambdaNet": ("lambda_resnet26t", {"input_size": (3, 64, 64)}),
     "qwen3_vit": ("qwen3_vit_88m", {"depth": 3, "img_size": 64}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import timm
 import torch
@@ -10,29 +11,38 @@ import torch
 import petune
 
 
-def walk() -> None:
-    """Print a line a variant, and in the end those whose blocks are none or lack what methods need."""
-    strange: list[str] = []
+def walk() -> dict[str, Any]:
+    """Print a line a variant; return counts, time, what failed, and whose blocks lack the residual stream."""
+    begun, found = time.monotonic(), 0
+    failed: dict[str, str] = {}
+    without_mid: dict[str, str] = {}
     names = timm.list_models()
     for name in names:
         start = time.monotonic()
-        line = see(name)
-        if line is not None:
-            print(f"{name:56s} {line}  {time.monotonic() - start:.1f} s", flush=True)
-            if "failed" in line or "without mid" in line:
-                strange.append(f"{name}: {line}")
-    print(f"\n{len(names)} variants; these lack something:", *strange, sep="\n")
+        try:
+            blocks, lacking = see(name)
+        except Exception as error:  # the walk goes on
+            failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            print(f"{name:56s} failed: {failed[name]}", flush=True)
+            continue
+        found += blocks > 0
+        if lacking:
+            without_mid[name] = f"{lacking} of {blocks}"
+        if blocks:
+            print(f"{name:56s} {blocks} blocks, {lacking} without mid  {time.monotonic() - start:.1f} s", flush=True)
+    return {
+        "timm": timm.__version__,
+        "variants": len(names),
+        "with_attention": found,
+        "time_s": round(time.monotonic() - begun),
+        "failed": failed,
+        "without_mid": without_mid,
+    }
 
 
-def see(name: str) -> str | None:
-    """What petune finds in one variant; None where it has no attention."""
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, num_classes=3)
-        sites = petune.find_sites(model)
-    except Exception as error:  # the walk goes on
-        return f"failed: {type(error).__name__}: {str(error)[:200]}"
-    if not sites.blocks:
-        return None
-    lacking = sum(b.mid is None for b in sites.blocks)
-    return f"{len(sites.blocks)} blocks" + (f", {lacking} without mid" if lacking else "")
+def see(name: str) -> tuple[int, int]:
+    """How many blocks petune finds in one variant, and how many of them lack the stream between their halves."""
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, num_classes=3)
+    blocks = petune.find_sites(model).blocks
+    return len(blocks), sum(b.mid is None for b in blocks)

@@ -165,7 +165,9 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, after: int)
 
     The MLP is then no addition to the stream behind the attention, but what enters its norm is still what it reads.
     """
-    if norm is None or norm.start < after or not is_residual(trace, block):
+    added = [add for add in trace.adds if add.result is block.output and add.time > mlp.last.stop]
+    past = block.input is not None and any(add.other(block.input) is not None for add in added)
+    if norm is None or norm.start < after or not past:
         return None
     return norm if trace.maker(mlp.first.input) is norm else None
 
