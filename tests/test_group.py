@@ -215,6 +215,7 @@ def test_one_that_is_killed_does_not_leave_the_others_waiting(several: Several, 
     started = several.start(2, "run", "--method=full", *TINY, "--epochs=50", "--output", place)
     while not (place / "metrics.jsonl").exists():
         time.sleep(0.01)
+        assert all(process.is_alive() for process in started)
     started[1].kill()
     started[0].join(60)
     assert started[0].exitcode == 1

@@ -75,6 +75,7 @@ def test_ray_told_to_stop(program: Program, tmp_path: Path) -> None:
     process = program.start(*words, "--executor", "ray:address=local")
     while not any(file.stat().st_size for file in place.glob("*/metrics.jsonl")):
         time.sleep(0.05)
+        assert process.is_alive()
     os.kill(process.pid or 0, signal.SIGTERM)
     process.join(120)
     assert process.exitcode == 75
