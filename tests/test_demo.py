@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -123,15 +122,16 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def url(digits: Path, other: Path, tmp_path: Path) -> Iterator[str]:
-    """Of the page, as the program serves it; Ctrl-C ends it."""
+    """Of the page, as the program serves it."""
     pytest.importorskip("gradio")
     words = [sys.executable, "-m", "petune", "demo", digits, other.parent, "--device=cpu", "--port=0"]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as served:
         assert served.stdout
-        yield served.stdout.readline().strip()
-        served.send_signal(signal.SIGINT)
-        assert served.wait(30) == 130
+        try:
+            yield served.stdout.readline().strip()
+        finally:
+            served.terminate()  # SIGINT may be ignored: a shell's background jobs have it so
 
 
 def hosts(browser: Any) -> set[str]:
