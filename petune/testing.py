@@ -150,6 +150,7 @@ def _trains(t: Trial) -> str:
         with torch.no_grad():
             for p, value in trained:
                 p.copy_(value + strength * torch.randn_like(p))
+        forget_caches(t.model)
         t.tuned = logits(t.model, t.x)
         if t.tuned.isfinite().all():  # a deep model of random weights may leave all bounds
             break
