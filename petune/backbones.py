@@ -125,6 +125,8 @@ def create_backbone(
             model = build_foreign(name, num_classes, settings, pretrained=source == "hub")
         else:
             model = _create(alias.timm_name, settings, laid_over, num_classes)
+            if image_size is not None:  # not every model tells what it was built for (Hiera, MViT)
+                model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
     if head != "linear" and is_foreign(name):
         raise ConfigError(f"head {head} can only be given to timm's models, but the backbone is {name}")
     set_head(model, num_classes, head, seed)

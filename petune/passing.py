@@ -64,7 +64,11 @@ def is_plain(block: Block, seen: Seen) -> bool:
     if float(nearest.max()) > 1e-4 * float(behind.abs().max()):
         return False
     left = seen.left if block.is_module else mid.reshape_as(seen.left) + seen.left
-    return same(plain.thought(mid).reshape_as(left), left)
+    try:
+        behind = plain.thought(mid)
+    except RuntimeError:  # the MLP or its norm cannot be called with the stream as it is
+        return False
+    return behind.numel() == left.numel() and same(behind.reshape_as(left), left)
 
 
 class Leg:

@@ -144,14 +144,20 @@ def _trains(t: Trial) -> str:
         loss = nn.functional.cross_entropy(scores_of(t.model(t.x)), target) + t.att.extra_loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(t.att.parameters(), 1.0)  # a deep model of random weights would leave all bounds
         live |= {key for key, p in t.att.tuned.items() if p.grad is not None and p.grad.any()}
         optimizer.step()
         t.att.stepped(step)
-    with torch.no_grad():
-        for p in t.att.tuned.values():  # as after a long training, so that what it does is seen
-            p.add_(torch.randn_like(p), alpha=0.1)
     t.model.eval()
-    t.tuned = logits(t.model, t.x)
+    trained = [(p, p.detach().clone()) for p in t.att.tuned.values()]
+    for strength in (0.1, 0.01, 0.001):  # as after a long training, so that what it does is seen
+        with torch.no_grad():
+            for p, value in trained:
+                p.copy_(value + strength * torch.randn_like(p))
+        forget_caches(t.model)
+        t.tuned = logits(t.model, t.x)
+        if t.tuned.isfinite().all():  # a deep model of random weights may leave all bounds
+            break
     t.moved = _first(key for key, old in kept.items() if not torch.equal(frozen[key], old))
     dead = t.att.without_effect(set(before) - live)
     return f"{len(dead)} of {len(before)} never had a gradient other than zero, as {dead[0]}" if dead else ""

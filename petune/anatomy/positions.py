@@ -66,6 +66,9 @@ def admit_prompts(block: Block, sites: Sites, room: Room) -> list[Switch]:
                 switches.append(_padded_method(module, name, room))
         for name in BIAS_MLPS:
             if isinstance(getattr(module, name, None), nn.Module):
+                pairs = getattr(module, "relative_position_index", None)
+                if pairs is not None and pairs.numel() != room.tokens**2:
+                    raise refused(block, sites, "makes windows inside of its attention, where they cannot come in")
                 switches += _padded_window(module, name, room)
     return switches
 
