@@ -126,7 +126,8 @@ def create_backbone(
         else:
             model = _create(alias.timm_name, settings, laid_over, num_classes)
             if image_size is not None:  # not every model tells what it was built for (Hiera, MViT)
-                model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, image_size, image_size)}
+                config: Any = model.pretrained_cfg
+                model.__dict__["pretrained_cfg"] = {**config, "input_size": (3, image_size, image_size)}
     if head != "linear" and is_foreign(name):
         raise ConfigError(f"head {head} can only be given to timm's models, but the backbone is {name}")
     set_head(model, num_classes, head, seed)
@@ -286,6 +287,8 @@ def _create(timm_name: str, settings: dict[str, Any], overlay: dict[str, Any] | 
             **settings,
         )
     except (TypeError, AssertionError, ValueError, AttributeError) as error:
+        if "unexpected keyword argument 'img_size'" in str(error):  # a convolutional model takes any size
+            return _create(timm_name, {k: v for k, v in settings.items() if k != "img_size"}, overlay, num_classes)
         shown = ", ".join(f"{k}={v}" for k, v in settings.items())
         raise ConfigError(f"timm's {timm_name} cannot be built with {shown or 'no options'}: {error}") from None
     return model
