@@ -21,5 +21,5 @@ def test_the_image_size_is_the_input(name: str, options: dict[str, object], size
 
 
 def test_an_option_that_no_model_takes_is_named() -> None:
-    with pytest.raises(ConfigError, match="resnet18.*cannot be built with wat=1"):
+    with pytest.raises(ConfigError, match=r"resnet18.*cannot be built with wat=1"):
         create_backbone("resnet18", weights="none", num_classes=3, options={"wat": 1})
