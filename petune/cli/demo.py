@@ -25,7 +25,9 @@ Port = Annotated[int, typer.Option("--port", metavar="INT", min=0, max=65535, he
 def demo(
     sources: Sources, weights: Weights = None, device: Device = "auto", host: Host = "127.0.0.1", port: Port = 7860
 ) -> None:
-    """Serve a page: drop a picture, see the top-5 of several adapters on one backbone side by side.
+    """Serve a page to try adapters on pictures, side by side.
+
+    Drop a picture and see the top-5 of several adapters on one backbone.
 
     It answers this machine only, sends nothing anywhere and needs no network. Ctrl-C ends it.
     """

@@ -20,7 +20,10 @@ Output = Annotated[
 
 
 def report(directories: Directories, output: Output = Path("report.html"), json: Json = False) -> None:
-    """Write one HTML page of everything below DIR…: tables, charts, origin; no scripts, nothing fetched."""
+    """Write one HTML page of everything below DIR….
+
+    Tables, charts, and where the numbers come from. It has no scripts and fetches nothing.
+    """
     from petune.page import write_page
     from petune.text import size
 

@@ -27,7 +27,9 @@ TrustCode = Annotated[
 
 
 def push(source: Source, repo: Repo, private: Private = False, update: Update = False, json: Json = False) -> None:
-    """Put an adapter into a new repository of the Hugging Face Hub, with its model card.
+    """Put an adapter and its card on the Hugging Face Hub.
+
+    In a new repository, unless --update is given.
 
     HF_TOKEN or `hf auth login` gives the token, HF_ENDPOINT another hub; HF_HUB_OFFLINE is honoured.
     """
@@ -49,7 +51,10 @@ def pull(
     trust_code: TrustCode = False,
     json: Json = False,
 ) -> None:
-    """Fetch an adapter from the Hugging Face Hub; it is read and checked before it is put in its place."""
+    """Fetch an adapter from the Hugging Face Hub.
+
+    It is read and checked before it is put in its place.
+    """
     from petune.share import pull
     from petune.text import size
 
