@@ -204,7 +204,7 @@ def test_what_fails_on_one_before_training_is_said_by_the_leader(several: Severa
     data = (f"--dataset=folder:{tmp_path / 'pictures'}", "--train-per-class=2", "--batch-size=2")
     words = ("run", "--method=linear", *TINY, *data, "--output", tmp_path / "x")
     assert several.finish(2, *words, prelude=no_cache_for_the_second) == [4, 4]
-    assert "the cache /proc/nowhere/decoded cannot be written" in several.said(0)
+    assert "cannot be written" in several.said(0)
     assert "(process 2 of 2, on " in several.said(0)
     assert several.said(1) == ""
     assert not (tmp_path / "x").exists()

@@ -50,7 +50,7 @@ def test_entry_points(wheel: zipfile.ZipFile) -> None:
     points = configparser.ConfigParser()
     points.optionxform = str  # type: ignore[assignment,method-assign]
     points.read_string(_information(wheel, "entry_points.txt").decode())
-    assert dict(points["console_scripts"]) == {"petune": "petune.cli.main:main"}
+    assert dict(points["console_scripts"]) == {"petune": "petune.__main__:main"}
     assert {"adaptformer", "vpt", "lora", "linear", "full"} <= set(points["petune.tuners"])
     for target in (t for group in points.sections() for t in points[group].values()):
         module = target.partition(":")[0].replace(".", "/")

@@ -98,7 +98,7 @@ class Trainer:
             raise ConfigError(f"a batch must have a picture for each of {group.size} processes, but has {size}")
         self.part = group.part(size)
         self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
-        self.progress = Progress()
+        self.progress, self.saved = Progress(), time.perf_counter()
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
         self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
