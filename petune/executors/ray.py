@@ -12,8 +12,7 @@ from pydantic import Field
 
 from petune.config import Config
 from petune.errors import MissingExtra, Stopped, UsageError
-from petune.executors.trial import Failure, Outcome, Trial, Wanted, Watch, outcome_of
-from petune.results import RunResult
+from petune.executors.trial import RUN, Failure, Trial, Wanted, Watch, Work, outcome_of
 from petune.run import RunConfig
 from petune.train import Note, StopFlag
 
@@ -50,12 +49,15 @@ class RayExecutor:
             raise MissingExtra("--executor ray", "ray")
         self.options = options
 
-    def __call__(self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch) -> Iterator[tuple[int, Outcome]]:
+    def __call__(
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+    ) -> Iterator[tuple[int, Any]]:
         """Hand all runs to the cluster and yield them as they finish."""
         waiting = []
         for index, config in enumerate(configs):
-            if config.output is not None and RunResult.exists(config.output):
-                yield index, RunResult.read(config.output)
+            found = work.finished(config)
+            if found is not None:
+                yield index, found
             elif wanted(config):
                 waiting.append(index)
         if not waiting:
@@ -63,7 +65,7 @@ class RayExecutor:
         started = self._connect()  # it takes the signals, so it comes first
         try:
             with StopFlag() as stop:
-                yield from self._results({i: configs[i] for i in waiting}, stop, watch)
+                yield from self._results({i: configs[i] for i in waiting}, stop, watch, work)
         finally:
             if started:
                 _ray().shutdown()
@@ -82,9 +84,11 @@ class RayExecutor:
             raise UsageError(f"a Ray cluster must answer at {where}, but: {str(error).splitlines()[0]}") from None
         return True
 
-    def _results(self, configs: Mapping[int, RunConfig], stop: StopFlag, watch: Watch) -> Iterator[tuple[int, Outcome]]:
+    def _results(
+        self, configs: Mapping[int, RunConfig], stop: StopFlag, watch: Watch, work: Work
+    ) -> Iterator[tuple[int, Any]]:
         ray = _ray()
-        refs = {self._submit(config): index for index, config in configs.items()}
+        refs = {self._submit(config, work): index for index, config in configs.items()}
         watch(Note(f"{len(refs)} runs on a Ray cluster of {self._size()}"))
         while refs:
             if stop.signal_name is not None:
@@ -94,7 +98,7 @@ class RayExecutor:
             for ref in done:
                 index = refs.pop(ref)
                 try:
-                    outcome = outcome_of(ray.get(ref), configs[index])
+                    outcome: Any = outcome_of(ray.get(ref), configs[index], work)
                 except ray.exceptions.RayTaskError:
                     raise  # a bug in a run is one here
                 except ray.exceptions.RayError as error:
@@ -104,10 +108,10 @@ class RayExecutor:
                 watch(Note(f"{configs[index].output}: {ended}; {len(refs)} to go"))
                 yield index, outcome
 
-    def _submit(self, config: RunConfig) -> Any:
+    def _submit(self, config: RunConfig, work: Work) -> Any:
         need = self._need(config)
         remote = _ray().remote(_do).options(**need, max_retries=self.options.retries, retry_exceptions=[Stopped])
-        return remote.remote(Trial.of(config, self.options.cpus))
+        return remote.remote(Trial.of(config, self.options.cpus, work))
 
     def _need(self, config: RunConfig) -> dict[str, float]:
         """What a run asks of a node.
