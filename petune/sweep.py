@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from petune.backbones import check_weights
 from petune.compare import RunStarted
 from petune.config import Config, override, read_yaml
-from petune.errors import CheckpointError, ConfigError, PetuneError, Stopped, UsageError
+from petune.errors import CheckpointError, ConfigError, PetuneError, UsageError
 from petune.executors import Executor, Failure, Started, Work, choose_executor, serial
 from petune.files import replace_file
 from petune.measure import provenance
@@ -126,7 +127,7 @@ class Fit(Config):
 
     @classmethod
     def saved(cls, directory: Path) -> Self | None:
-        """What is there; None where there is nothing that can be read, and training ends at once from its checkpoint."""
+        """What is there; None where nothing can be read, and training from its last checkpoint says it again."""
         try:
             return cls.build(json.loads((directory / TRIAL_FILE).read_text(encoding="utf-8")), TRIAL_FILE)
         except (OSError, ValueError, ConfigError):
@@ -185,9 +186,10 @@ def sweep(
     place = config.output or Path("runs") / sweep_name(config)
     with claimed(place, _held(config, place), resume=True, command="petune sweep --config config.yaml"):
         table = _read(place, config, None if chosen is serial else AT_ONCE)
-        while batch := _next(table, whole=chosen is not serial):
-            table = _tried(table, batch, place, chosen, watch)
-        result = _tested(table, place, chosen, watch) if config.test and table.best is not None else None
+        with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
+            while batch := _next(table, whole=chosen is not serial):
+                table = _tried(table, batch, place, chosen, watch)
+            result = _tested(table, place, chosen, watch) if config.test and table.best is not None else None
         return _write(table.model_copy(update={"finished": True, "result": result}), place)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -48,6 +49,18 @@ class RayExecutor:
         if find_spec("ray") is None:
             raise MissingExtra("--executor ray", "ray")
         self.options = options
+        self._held: ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        """From here on a connection, once opened, is kept for the next call."""
+        self._held = ExitStack()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close it."""
+        if self._held is not None:
+            self._held.close()
+        self._held = None
 
     def __call__(
         self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
@@ -62,13 +75,11 @@ class RayExecutor:
                 waiting.append(index)
         if not waiting:
             return
-        started = self._connect()  # it takes the signals, so it comes first
-        try:
+        with ExitStack() as own:
+            if self._connect():  # it takes the signals, so it comes first
+                (self._held or own).callback(_ray().shutdown)
             with StopFlag() as stop:
                 yield from self._results({i: configs[i] for i in waiting}, stop, watch, work)
-        finally:
-            if started:
-                _ray().shutdown()
 
     def _connect(self) -> bool:
         """Whether this opened the connection, and must close it."""

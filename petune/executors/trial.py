@@ -64,7 +64,10 @@ RUN = Work(_run, _result)
 
 
 class Executor(Protocol):
-    """Does runs, and yields the index of each with what became of it, in any order."""
+    """Does runs, and yields the index of each with what became of it, in any order.
+
+    One that is a context manager, too, is entered by who calls it more than once, and may keep a connection meanwhile.
+    """
 
     def __call__(
         self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
