@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -85,7 +86,19 @@ def _covers(outer: Range | Sequence[Value], inner: Range | Sequence[Value]) -> b
     return set(map(repr, inner)) <= set(map(repr, outer))
 
 
-def propose(space: Space, tried: Sequence[tuple[Params, float | None]], trials: int, seed: int) -> Params | None:
+def is_whole(space: Space, trials: int) -> bool:
+    """Whether `trials` are enough for every combination."""
+    every = grid(space)
+    return every is not None and len(every) <= trials
+
+
+def propose(
+    space: Space,
+    tried: Sequence[tuple[Params, float | None]],
+    trials: int,
+    seed: int,
+    pending: Sequence[Params] = (),
+) -> Params | None:
     """What to try next, never the same twice: the whole grid where `trials` are enough for it, else by optuna's TPE.
 
     What comes depends on the arguments only, so a sweep that was cut off goes on as it would have.
@@ -95,6 +108,7 @@ def propose(space: Space, tried: Sequence[tuple[Params, float | None]], trials: 
         tried: Parameters so far with their value (higher is better), None for one that failed.
         trials: How many there will be in all.
         seed: Of the sampler.
+        pending: Parameters that are tried, whose value is not known; the sampler keeps away from them.
 
     Returns:
         None where everything has been tried.
@@ -102,12 +116,12 @@ def propose(space: Space, tried: Sequence[tuple[Params, float | None]], trials: 
     Raises:
         MissingExtra: optuna is needed and not installed.
     """
-    known = [params for params, _ in tried]
+    known = [*(params for params, _ in tried), *pending]
     every = grid(space)
     if every is not None and (len(every) <= trials or len(known) >= len(every)):
         return next((params for params in every if params not in known), None)
     for attempt in range(ATTEMPTS):
-        params = _sampled(space, tried, seed + 1000 * len(known) + 1_000_003 * attempt)
+        params = _sampled(space, tried, pending, seed + 1000 * len(known) + 1_000_003 * attempt)
         if params not in known:
             return params
     return next((params for params in every or () if params not in known), None)
@@ -119,14 +133,16 @@ def require_sampler(space: Space, trials: int) -> None:
     Raises:
         MissingExtra: It will, and is not installed.
     """
-    every = grid(space)
-    if every is None or len(every) > trials:
+    if not is_whole(space, trials):
         _optuna()
 
 
-def _sampled(space: Space, tried: Sequence[tuple[Params, float | None]], seed: int) -> Params:
+def _sampled(
+    space: Space, tried: Sequence[tuple[Params, float | None]], pending: Sequence[Params], seed: int
+) -> Params:
     optuna = _optuna()
-    sampler = optuna.samplers.TPESampler(seed=seed % 2**32)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        sampler = optuna.samplers.TPESampler(seed=seed % 2**32, constant_liar=bool(pending))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     distributions = {key: _distribution(optuna, dimension) for key, dimension in space.items()}
     for params, value in tried:
@@ -137,6 +153,9 @@ def _sampled(space: Space, tried: Sequence[tuple[Params, float | None]], seed: i
                 params=params, distributions=distributions, value=None if failed else value, state=state
             )
         )
+    for params in pending:
+        state = optuna.trial.TrialState.RUNNING
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, state=state))
     asked = study.ask(distributions)
     return {key: _rounded(asked.params[key]) for key in space}
 

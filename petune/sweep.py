@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,18 +14,23 @@ from pydantic import Field, field_validator, model_validator
 from petune.backbones import check_weights
 from petune.compare import RunStarted
 from petune.config import Config, override, read_yaml
-from petune.errors import CheckpointError, ConfigError, PetuneError, Stopped, UsageError
+from petune.errors import CheckpointError, ConfigError, PetuneError, UsageError
+from petune.executors import Executor, Failure, Started, Work, choose_executor, serial
 from petune.files import replace_file
 from petune.measure import provenance
 from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, parse_method, run, trained, tuner_of
 from petune.rundir import CONFIG_FILE, claimed
-from petune.space import Params, Range, Value, corners, propose, require_sampler, within
+from petune.space import Params, Range, Value, corners, is_whole, propose, require_sampler, within
 from petune.train import Event, Note, StopFlag
 
 TRIAL_FILE, TABLE_FILE = "trial.json", "sweep.json"
 TRAINING = "train."
+TRIAL_COMMAND = "petune run --config config.yaml"
+AT_ONCE = 4
+"""How many sampled trials an executor gets at a time: each of them is chosen without the values of the others."""
+Watch = Callable[[Event | RunStarted], None]
 
 
 class SweepConfig(Config):
@@ -35,6 +41,8 @@ class SweepConfig(Config):
             other key is an option of the method.
         trials: How many at most; a grid that has no more combinations is tried whole, in its order.
         test: Whether the best trial reads test when all are done; never before, and no other does.
+        at_once: How many are sampled, and done, before the next are; a grid that is tried whole is not divided but
+            by `serial`. None is what the sweep had before, else 1 with `serial` and 4 elsewhere.
         run: What all trials share: method, backbone, dataset, seed (also the sampler's) and the rest.
         output: The directory; None makes a name under `runs/`. Started again it goes on, with more trials or a wider
             `over` if these were changed.
@@ -43,6 +51,7 @@ class SweepConfig(Config):
     over: dict[str, Range | tuple[Value, ...]] = Field(min_length=1)
     trials: int = Field(20, ge=1, le=10_000)
     test: bool = True
+    at_once: int | None = Field(None, ge=1)
     run: RunConfig = RunConfig()
     output: Path | None = None
 
@@ -100,6 +109,31 @@ class Trial(Config):
     time_s: float | None = None
 
 
+class Fit(Config):
+    """What training without a test tells of a trial; saved as `trial.json`."""
+
+    val_top1: float
+    val_top5: float
+    epoch: int
+    lr: float
+    tuned: int
+    head: int
+    percent_of_backbone: float
+    images_per_s: float
+    time_s: float
+    backbone: str
+    weights: str
+    provenance: dict[str, Any]
+
+    @classmethod
+    def saved(cls, directory: Path) -> Self | None:
+        """What is there; None where nothing can be read, and training from its last checkpoint says it again."""
+        try:
+            return cls.build(json.loads((directory / TRIAL_FILE).read_text(encoding="utf-8")), TRIAL_FILE)
+        except (OSError, ValueError, ConfigError):
+            return None
+
+
 class Sweep(Config):
     """What a sweep yields; saved as `sweep.json`, from the first trial on.
 
@@ -129,33 +163,33 @@ class Sweep(Config):
 def sweep(
     config: SweepConfig | None = None,
     *,
-    watch: Callable[[Event | RunStarted], None] = lambda event: None,
+    executor: str | Executor = "serial",
+    watch: Watch = lambda event: None,
     **fields: Any,
 ) -> Sweep:
     """Try parameters, choose on val, test the best: `petune.sweep(over={"bottleneck": [8, 64]}, run={…})`.
 
     Args:
+        executor: Where the trials and the test are done, as `ray:cpus=2`; see `petune.executors`.
         config: What to search; without it `fields` make one.
         watch: Told when a trial begins, and of every step, epoch and note.
 
     Raises:
         UsageError: The directory holds another sweep, or is in use.
-        MissingExtra: optuna is needed and not installed.
+        MissingExtra: optuna, or the executor's package, is needed and not installed.
         Stopped: A signal came; started again the sweep goes on.
     """
     config = config or SweepConfig.build(fields, "petune.sweep(...)")
     require_sampler(config.over, config.trials)
     check_weights(config.run.backbone, config.run.weights)
+    chosen = choose_executor(executor) if isinstance(executor, str) else executor
     place = config.output or Path("runs") / sweep_name(config)
     with claimed(place, _held(config, place), resume=True, command="petune sweep --config config.yaml"):
-        table = _read(place, config)
-        while (params := _next(table)) is not None:
-            table = _tried(table, params, place, watch)
-        result = None
-        if config.test and table.best is not None:
-            watch(Note(f"trial {table.best} is the best on val and is tested"))
-            best = _in(place, table.best, config.trial(table.params))
-            result = run(best, watch=watch)
+        table = _read(place, config, None if chosen is serial else AT_ONCE)
+        with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
+            while batch := _next(table, whole=chosen is not serial):
+                table = _tried(table, batch, place, chosen, watch)
+            result = _tested(table, place, chosen, watch) if config.test and table.best is not None else None
         return _write(table.model_copy(update={"finished": True, "result": result}), place)
 
 
@@ -165,79 +199,130 @@ def sweep_name(config: SweepConfig) -> str:
 
 
 def _held(config: SweepConfig, place: Path) -> SweepConfig:
-    """What guards the directory: all but the number of trials and the space, which may grow."""
+    """What guards the directory: all but how many trials, at once too, and the space, which may grow."""
     held = config.model_copy(update={"run": config.run.model_copy(update={"output": None, "resume": False})})
     file = place / CONFIG_FILE
     if not file.exists():
         return held
     before = SweepConfig.build(read_yaml(file), str(file))
     over = before.over if within(before.over, config.over) else config.over
-    return held.model_copy(update={"trials": before.trials, "over": over})
+    return held.model_copy(update={"trials": before.trials, "at_once": before.at_once, "over": over})
 
 
-def _next(table: Sweep) -> Params | None:
-    """The parameters of the trial that was cut off, else new ones; None when there are enough."""
-    running = [row.params for row in table.rows if row.state == "running"]
-    if running:
-        return running[0]
-    if len(table.rows) >= table.config.trials:
-        return None
-    tried = [(row.params, row.val_top1) for row in table.rows]
-    return propose(table.config.over, tried, table.config.trials, table.config.run.seed)
+def _next(table: Sweep, whole: bool) -> tuple[Trial, ...]:
+    """The trials that were cut off, and with them new ones; none when there are enough.
+
+    A trial's parameters depend on the values of the batches before it, on the parameters before it in its own, and on
+    the seed; not on which trials of its batch are done, so a sweep that was cut off goes on as it would have.
+
+    Args:
+        table: So far.
+        whole: Whether the rest of a grid is one batch.
+    """
+    config, rows = table.config, list(table.rows)
+    batch = [row for row in rows if row.state == "running"]
+    size = config.at_once or 1
+    start = (batch[0].trial if batch else len(rows)) // size * size
+    end = config.trials if whole and is_whole(config.over, config.trials) else min(start + size, config.trials)
+    known = [(row.params, row.val_top1) for row in rows[:start]]
+    while len(rows) < end:
+        params = propose(config.over, known, config.trials, config.run.seed, [row.params for row in rows[start:]])
+        if params is None:
+            break
+        rows.append(Trial(trial=len(rows), params=params, state="running"))
+        batch.append(rows[-1])
+    return tuple(batch)
 
 
-def _tried(table: Sweep, params: Params, place: Path, watch: Callable[[Event | RunStarted], None]) -> Sweep:
-    """The table with this trial done; a failure of its own is a row."""
-    config, before = table.config, tuple(row for row in table.rows if row.state != "running")
-    number = len(before)
-    begun = Trial(trial=number, params=params, state="running")
-    table = _write(table.model_copy(update={"rows": (*before, begun), "finished": False}), place)
-    one = _in(place, number, config.trial(params))
-    total = max(config.trials, number + 1)
-    words = ", ".join(f"{key}={_written(value)}" for key, value in params.items())
-    watch(RunStarted(f"trial {number}: {words}", one.seed, number, total, False))
-    try:
-        row, more = _fit(one, begun, watch)
-    except (Stopped, UsageError):
-        raise
-    except PetuneError as error:
-        watch(Note(f"trial {number} failed: {error}"))
-        reason = f"{type(error).__name__}: {error}"
-        row, more = begun.model_copy(update={"state": "failed", "reason": reason}), {}
-    rows = (*before, row)
-    best = _best(rows)
-    table = _write(table.model_copy(update={"rows": rows, "best": best, **more}), place)
-    for done in rows:  # only the best one can still be tested
-        if done.trial != best and done.state == "done":
-            shutil.rmtree(_directory(place, done.trial) / "checkpoints", ignore_errors=True)
+def _tried(table: Sweep, batch: Sequence[Trial], place: Path, chosen: Executor, watch: Watch) -> Sweep:
+    """The table with these trials done; a failure of one is a row."""
+    config = table.config
+    rows = {row.trial: row for row in (*table.rows, *batch)}
+    table = _write(table.model_copy(update={"rows": tuple(rows.values()), "finished": False}), place)
+    total = max(config.trials, len(rows))
+    configs = [_in(place, row.trial, config.trial(row.params)) for row in batch]
+
+    def told(event: Event | Started) -> None:
+        if not isinstance(event, Started):
+            return watch(event)
+        row, one = batch[event.index], configs[event.index]
+        words = ", ".join(f"{key}={_written(value)}" for key, value in row.params.items())
+        return watch(RunStarted(f"trial {row.trial}: {words}", one.seed, row.trial, total, False))
+
+    for index, outcome in chosen(configs, lambda one: True, told, FIT):
+        row, more = batch[index], {}
+        if isinstance(outcome, Failure):
+            watch(Note(f"trial {row.trial} failed: {outcome.reason}"))
+            row = row.model_copy(update={"state": "failed", "reason": outcome.reason})
+        else:
+            facts = outcome.model_dump()
+            more = {key: facts.pop(key) for key in ("backbone", "weights", "provenance")}
+            row = row.model_copy(update={"state": "done", **facts})
+        rows[row.trial] = row
+        best = _best(list(rows.values()))
+        table = _write(table.model_copy(update={"rows": tuple(rows.values()), "best": best, **more}), place)
+        for done in rows.values():  # only the best one can still be tested
+            if done.trial != best and done.state == "done":
+                shutil.rmtree(_directory(place, done.trial) / "checkpoints", ignore_errors=True)
     return table
 
 
-def _fit(config: RunConfig, row: Trial, watch: Callable[[Event], None]) -> tuple[Trial, dict[str, Any]]:
-    """Train without reading test; the row, and what is known of all trials by it."""
+def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunResult:
+    """The best trial as a run of its own, which goes on to its test where it was trained."""
+    watch(Note(f"trial {table.best} is the best on val and is tested"))
+    best = _in(place, table.best or 0, table.config.trial(table.params))
+    if chosen is serial:
+        return run(best, watch=watch)  # its error is the sweep's
+
+    def told(event: Event | Started) -> None:
+        if not isinstance(event, Started):
+            watch(event)
+
+    for _, outcome in chosen([best], lambda one: True, told):
+        if isinstance(outcome, RunResult):
+            return outcome
+        raise PetuneError(f"trial {table.best} is the best on val, but its test failed: {outcome.reason}")
+    raise PetuneError(f"the executor must test trial {table.best}, but yielded nothing")
+
+
+def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:
+    """Train without reading test; the work of a trial."""
     place = config.output or Path()
-    with claimed(place, config, resume=True, command="petune run --config config.yaml"), StopFlag() as stop:
+    with claimed(place, config, resume=True, command=TRIAL_COMMAND), StopFlag() as stop:
+        saved = Fit.saved(place)
+        if saved is not None:
+            return saved
         done = trained(config, tuner_of(config), place, stop, watch)
         fitted, counts = done.fitted, done.attachment.counts
         if fitted.val is None:
             raise UsageError(f"a sweep chooses on a validation split, but {done.dataset.name} has none")
-        row = row.model_copy(
-            update={
-                "state": "done",
-                "val_top1": fitted.val.top1,
-                "val_top5": fitted.val.top5,
-                "epoch": fitted.epoch,
-                "lr": fitted.lr,
-                "tuned": counts.tuned,
-                "head": counts.head,
-                "percent_of_backbone": counts.percent_of_backbone,
-                "images_per_s": fitted.images_per_s,
-                "time_s": fitted.time_s,
-            }
+        fit = Fit(
+            val_top1=fitted.val.top1,
+            val_top5=fitted.val.top5,
+            epoch=fitted.epoch,
+            lr=fitted.lr,
+            tuned=counts.tuned,
+            head=counts.head,
+            percent_of_backbone=counts.percent_of_backbone,
+            images_per_s=fitted.images_per_s,
+            time_s=fitted.time_s,
+            backbone=done.backbone.full_name,
+            weights=done.backbone.weights,
+            provenance=provenance(done.trainer.device) | {"precision": fitted.precision},
         )
-        replace_file(place / TRIAL_FILE, (row.model_dump_json(indent=1) + "\n").encode())
-        where = provenance(done.trainer.device) | {"precision": fitted.precision}
-        return row, {"backbone": done.backbone.full_name, "weights": done.backbone.weights, "provenance": where}
+        replace_file(place / TRIAL_FILE, (fit.model_dump_json(indent=1) + "\n").encode())
+        return fit
+
+
+def _fitted(config: RunConfig) -> Fit | None:
+    place = config.output or Path()
+    if not (place / TRIAL_FILE).exists():
+        return None
+    with claimed(place, config, resume=True, command=TRIAL_COMMAND):  # it must be of this configuration
+        return Fit.saved(place)
+
+
+FIT = Work(_fit, _fitted)
 
 
 def _best(rows: Sequence[Trial]) -> int | None:
@@ -253,16 +338,18 @@ def _in(place: Path, number: int, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"output": _directory(place, number), "resume": True})
 
 
-def _read(place: Path, config: SweepConfig) -> Sweep:
-    """The table so far, for `config`, which may want more trials."""
+def _read(place: Path, config: SweepConfig, at_once: int | None) -> Sweep:
+    """The table so far, for `config`, which may want more trials; `at_once` where neither says it."""
     file = place / TABLE_FILE
     if not file.exists():
-        return Sweep(config=config, output=str(place))
+        own = config.model_copy(update={"at_once": config.at_once or at_once})
+        return Sweep(config=own, output=str(place))
     try:
         table = Sweep.build(json.loads(file.read_text(encoding="utf-8")), TABLE_FILE)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{file} must hold the trials of this sweep, but cannot be used: {error}") from None
-    return table.model_copy(update={"config": config, "output": str(place)})
+    own = config.model_copy(update={"at_once": config.at_once or table.config.at_once or at_once})
+    return table.model_copy(update={"config": own, "output": str(place)})
 
 
 def _write(table: Sweep, place: Path) -> Sweep:

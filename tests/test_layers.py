@@ -53,6 +53,7 @@ SIBLINGS = {
     ("sweep", "compare"): "the event that a run begins",
     ("compare", "report"): "many runs, one table",
     ("compare", "executors"): "which are done somewhere",
+    ("sweep", "executors"): "which are done somewhere, as runs are",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",
 }

@@ -113,3 +113,21 @@ def test_without_optuna_only_grids_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for space in ({"a": (1, 2, 3)}, {"lr": Range(low=0.1, high=0.2)}):
         with pytest.raises(MissingExtra, match=r"petune\[sweep\]"):
             require_sampler(space, 2)
+
+
+def test_a_batch_holds_nothing_twice_and_keeps_away_from_what_is_pending() -> None:
+    pytest.importorskip("optuna")
+    space = {"train.lr": Range(low=1e-4, high=1.0, log=True), "r": Range(low=1, high=2)}
+    tried = [({"train.lr": 10.0 ** (-number / 4), "r": 1 + number % 2}, 80.0 - number) for number in range(12)]
+    batch: list[dict[str, Any]] = []
+    while len(batch) < 6:
+        params = propose(space, tried, 30, 0, batch)
+        assert params == propose(space, tried, 30, 0, batch)
+        assert params is not None
+        assert params not in batch
+        batch.append(params)
+    few = {"deep": (True, False), "r": (1, 2)}
+    pending: list[dict[str, Any]] = []
+    while (params := propose(few, [], 3, 0, pending)) is not None:
+        pending.append(params)
+    assert sorted(map(str, pending)) == sorted(map(str, grid(few) or ()))

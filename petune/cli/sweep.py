@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.options import DryRun, Json, Settings, Track, configured
+from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
 from petune.cli.running import RUNS, watching
 from petune.cli.terminal import clean, say, show_json, show_table
 from petune.text import percent
@@ -28,6 +28,14 @@ Trials = Annotated[
     int | None,
     typer.Option("--trials", metavar="INT", help="How many at most; a grid that fits is tried whole.  [default: 20]"),
 ]
+AtOnce = Annotated[
+    int | None,
+    typer.Option(
+        "--at-once",
+        metavar="INT",
+        help="How many are sampled before the values of any of them are known.  [default: 1; 4 on an executor]",
+    ),
+]
 NoTest = Annotated[bool, typer.Option("--no-test", help="Leave test unread, also by the best one.")]
 
 
@@ -38,10 +46,12 @@ def sweep(
     *,
     over: Over = None,
     trials: Trials = None,
+    at_once: AtOnce = None,
     no_test: NoTest = False,
     json: Json = False,
     dry_run: DryRun = False,
     track: Track = None,
+    executor: Executor = "serial",
 ) -> None:
     """Search a method's options and training options.
 
@@ -49,7 +59,10 @@ def sweep(
     """
     from petune.sweep import SweepConfig
 
-    config = SweepConfig.build(_values(settings, method, over, trials, no_test), settings.source)
+    values = _values(settings, method, over, trials, no_test)
+    if at_once is not None:
+        values["at_once"] = at_once
+    config = SweepConfig.build(values, settings.source)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
         from petune.space import corners
@@ -57,24 +70,27 @@ def sweep(
         methods = dict.fromkeys(config.trial(params).method for params in corners(config.over))
         show_dry_run(config, list(methods), as_json=json)
     else:
-        _run(config, as_json=json, track=track)
+        _run(config, as_json=json, track=track, executor=executor)
 
 
-def _run(config: SweepConfig, *, as_json: bool, track: str | None) -> None:
-    from petune.errors import Stopped
+def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
+    from petune.errors import Stopped, UsageError
     from petune.sweep import sweep as sweep_config
     from petune.sweep import sweep_name
 
     place = config.output or RUNS / sweep_name(config)
+    if track and executor != "serial":
+        raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
     try:
         with watching(track, place) as watch:
-            table = sweep_config(config.model_copy(update={"output": place}), watch=watch)
+            table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
     except Stopped as error:
         if not (place / "config.yaml").exists():
             raise
         said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
+        elsewhere = "" if executor == "serial" else f" --executor {shlex.quote(executor)}"
         raise Stopped(f"{said}; the same command goes on, or:\n  petune sweep --config {where}/config.yaml "
-                      f"--output {where}") from None  # fmt: skip
+                      f"--output {where}{elsewhere}") from None  # fmt: skip
     if as_json:
         show_json(table.model_dump(mode="json"))
     else:

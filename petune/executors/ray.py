@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
 from petune.config import Config
 from petune.errors import MissingExtra, Stopped, UsageError
-from petune.executors.trial import Failure, Outcome, Trial, Wanted, Watch, outcome_of
-from petune.results import RunResult
+from petune.executors.trial import RUN, Failure, Trial, Wanted, Watch, Work, outcome_of
 from petune.run import RunConfig
 from petune.train import Note, StopFlag
 
@@ -49,24 +49,37 @@ class RayExecutor:
         if find_spec("ray") is None:
             raise MissingExtra("--executor ray", "ray")
         self.options = options
+        self._held: ExitStack | None = None
 
-    def __call__(self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch) -> Iterator[tuple[int, Outcome]]:
+    def __enter__(self) -> Self:
+        """From here on a connection, once opened, is kept for the next call."""
+        self._held = ExitStack()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close it."""
+        if self._held is not None:
+            self._held.close()
+        self._held = None
+
+    def __call__(
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+    ) -> Iterator[tuple[int, Any]]:
         """Hand all runs to the cluster and yield them as they finish."""
         waiting = []
         for index, config in enumerate(configs):
-            if config.output is not None and RunResult.exists(config.output):
-                yield index, RunResult.read(config.output)
+            found = work.finished(config)
+            if found is not None:
+                yield index, found
             elif wanted(config):
                 waiting.append(index)
         if not waiting:
             return
-        started = self._connect()  # it takes the signals, so it comes first
-        try:
+        with ExitStack() as own:
+            if self._connect():  # it takes the signals, so it comes first
+                (self._held or own).callback(_ray().shutdown)
             with StopFlag() as stop:
-                yield from self._results({i: configs[i] for i in waiting}, stop, watch)
-        finally:
-            if started:
-                _ray().shutdown()
+                yield from self._results({i: configs[i] for i in waiting}, stop, watch, work)
 
     def _connect(self) -> bool:
         """Whether this opened the connection, and must close it."""
@@ -82,9 +95,11 @@ class RayExecutor:
             raise UsageError(f"a Ray cluster must answer at {where}, but: {str(error).splitlines()[0]}") from None
         return True
 
-    def _results(self, configs: Mapping[int, RunConfig], stop: StopFlag, watch: Watch) -> Iterator[tuple[int, Outcome]]:
+    def _results(
+        self, configs: Mapping[int, RunConfig], stop: StopFlag, watch: Watch, work: Work
+    ) -> Iterator[tuple[int, Any]]:
         ray = _ray()
-        refs = {self._submit(config): index for index, config in configs.items()}
+        refs = {self._submit(config, work): index for index, config in configs.items()}
         watch(Note(f"{len(refs)} runs on a Ray cluster of {self._size()}"))
         while refs:
             if stop.signal_name is not None:
@@ -94,7 +109,7 @@ class RayExecutor:
             for ref in done:
                 index = refs.pop(ref)
                 try:
-                    outcome = outcome_of(ray.get(ref), configs[index])
+                    outcome: Any = outcome_of(ray.get(ref), configs[index], work)
                 except ray.exceptions.RayTaskError:
                     raise  # a bug in a run is one here
                 except ray.exceptions.RayError as error:
@@ -104,10 +119,10 @@ class RayExecutor:
                 watch(Note(f"{configs[index].output}: {ended}; {len(refs)} to go"))
                 yield index, outcome
 
-    def _submit(self, config: RunConfig) -> Any:
+    def _submit(self, config: RunConfig, work: Work) -> Any:
         need = self._need(config)
         remote = _ray().remote(_do).options(**need, max_retries=self.options.retries, retry_exceptions=[Stopped])
-        return remote.remote(Trial.of(config, self.options.cpus))
+        return remote.remote(Trial.of(config, self.options.cpus, work))
 
     def _need(self, config: RunConfig) -> dict[str, float]:
         """What a run asks of a node.

@@ -13,8 +13,7 @@ from pydantic import Field
 
 from petune.config import Config
 from petune.errors import MissingExtra, UsageError
-from petune.executors.trial import Failure, Outcome, Trial, Wanted, Watch, outcome_of
-from petune.results import RunResult
+from petune.executors.trial import RUN, Failure, Trial, Wanted, Watch, Work, outcome_of
 from petune.run import RunConfig
 from petune.train import Note, StopFlag
 
@@ -58,12 +57,15 @@ class SlurmExecutor:
             raise MissingExtra("--executor slurm", "slurm")
         self.options = options
 
-    def __call__(self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch) -> Iterator[tuple[int, Outcome]]:
+    def __call__(
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+    ) -> Iterator[tuple[int, Any]]:
         """Submit the runs, `at_once` at a time, and yield them as they finish."""
         waiting: list[int] = []
         for index, config in enumerate(configs):
-            if config.output is not None and RunResult.exists(config.output):
-                yield index, RunResult.read(config.output)
+            found = work.finished(config)
+            if found is not None:
+                yield index, found
             else:
                 waiting.append(index)
         submit: Any = self._submitter() if waiting else None
@@ -76,11 +78,11 @@ class SlurmExecutor:
                     while waiting and len(jobs) < self.options.at_once:
                         index = waiting.pop(0)
                         if wanted(configs[index]):
-                            jobs[index] = submit.submit(Job(Trial.of(configs[index], self.options.cpus)))
+                            jobs[index] = submit.submit(Job(Trial.of(configs[index], self.options.cpus, work)))
                             tried[index] += 1
                             watch(Note(f"{configs[index].output}: job {jobs[index].job_id}"))
                     for index in [i for i, job in jobs.items() if job.done()]:
-                        outcome = _outcome(jobs.pop(index), configs[index])
+                        outcome = _outcome(jobs.pop(index), configs[index], work)
                         if outcome is None and tried[index] <= self.options.retries:
                             watch(Note(f"{configs[index].output}: its job died and is submitted again"))
                             waiting.insert(0, index)
@@ -134,11 +136,11 @@ class Job:
         return DelayedSubmission(Job(self.trial))
 
 
-def _outcome(job: Any, config: RunConfig) -> Outcome | None:
+def _outcome(job: Any, config: RunConfig, work: Work) -> Config | Failure | None:
     """What became of a run; None where its job died."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
-        return outcome_of(job.result(), config)
+        return outcome_of(job.result(), config, work)
     except (FailedJobError, UncompletedJobError):
         return None

@@ -1,4 +1,4 @@
-"""One of many runs: done here, or in a worker that may be killed and started again."""
+"""One of many runs, or of other work on as many configurations: done here, or in a worker that may be killed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from petune.config import Config
 from petune.errors import PetuneError, ProcessLost, Stopped, UsageError
 from petune.results import RunResult
 from petune.run import RunConfig, run
@@ -37,16 +38,47 @@ Watch = Callable[[Event | Started], None]
 Wanted = Callable[[RunConfig], bool]
 
 
-class Executor(Protocol):
-    """Does runs, and yields the index of each with what became of it, in any order."""
+@dataclass(frozen=True)
+class Work:
+    """What is done with each configuration, by functions of a module: a worker is told their names.
 
-    def __call__(self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch) -> Iterator[tuple[int, Outcome]]:
-        """Do all `configs`.
+    Attributes:
+        do: Does it in the configuration's directory, or goes on with it there, and returns what came of it.
+        finished: What came of it before; None where that is not known yet.
+    """
+
+    do: Callable[[RunConfig, Callable[[Event], None]], Config]
+    finished: Callable[[RunConfig], Config | None]
+
+
+def _run(config: RunConfig, watch: Callable[[Event], None]) -> RunResult:
+    return run(config, watch=watch)
+
+
+def _result(config: RunConfig) -> RunResult | None:
+    return RunResult.read(config.output) if config.output is not None and RunResult.exists(config.output) else None
+
+
+RUN = Work(_run, _result)
+"""The whole run, test included."""
+
+
+class Executor(Protocol):
+    """Does runs, and yields the index of each with what became of it, in any order.
+
+    One that is a context manager, too, is entered by who calls it more than once, and may keep a connection meanwhile.
+    """
+
+    def __call__(
+        self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
+    ) -> Iterator[tuple[int, Any]]:
+        """Do all `configs`; what came of each is what `work` returned (of a run an `Outcome`), or a Failure.
 
         Args:
             configs: Each with a directory of its own, and to be resumed there.
             wanted: Asked before a run begins: whether it is still worth it.
             watch: Told what happens.
+            work: What is done with each; not again where it is finished.
 
         Raises:
             Stopped: A signal came; what was done is saved.
@@ -54,18 +86,18 @@ class Executor(Protocol):
         """
 
 
-def serial(configs: Sequence[RunConfig], wanted: Wanted, watch: Watch) -> Iterator[tuple[int, Outcome]]:
+def serial(configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN) -> Iterator[tuple[int, Any]]:
     """The executor that does one after the other in this process."""
     for index, config in enumerate(configs):
         if wanted(config):
             watch(Started(index))
-            yield index, attempt(config, watch)
+            yield index, attempt(config, watch, work)
 
 
-def attempt(config: RunConfig, watch: Callable[[Event], None]) -> Outcome:
-    """Do a run; what goes wrong with it alone is its outcome."""
+def attempt(config: RunConfig, watch: Callable[[Event], None], work: Work = RUN) -> Config | Failure:
+    """Do it; what goes wrong with this configuration alone is what came of it."""
     try:
-        return run(config, watch=watch)
+        return work.do(config, watch)
     except (Stopped, UsageError, ProcessLost):
         raise
     except PetuneError as error:
@@ -74,25 +106,27 @@ def attempt(config: RunConfig, watch: Callable[[Event], None]) -> Outcome:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run for a worker: plain data there and back.
+    """A run for a worker: plain data and names of functions there, plain data back.
 
     Attributes:
         config: As JSON.
         directory: Where it is to be done, so that relative paths mean the same.
         environment: Variables for it.
         threads: For torch.
+        work: What is done with it.
     """
 
     config: str
     directory: str
     environment: Mapping[str, str]
     threads: int
+    work: Work = RUN
 
     @classmethod
-    def of(cls, config: RunConfig, threads: int) -> Trial:
+    def of(cls, config: RunConfig, threads: int, work: Work = RUN) -> Trial:
         """The run, as it would be done here."""
         environment = {key: value for key, value in os.environ.items() if key.startswith(CARRIED)}
-        return cls(config.model_dump_json(), str(Path.cwd()), environment, threads)
+        return cls(config.model_dump_json(), str(Path.cwd()), environment, threads, work)
 
     def __call__(self) -> dict[str, Any]:
         """Do the run, or go on with it from its checkpoint, in this process.
@@ -111,14 +145,14 @@ class Trial:
             return {"usage": f"{problem}. Start petune in a shared one"}
         config = RunConfig.model_validate_json(self.config)
         try:
-            outcome = attempt(config, _noting(config))
+            outcome = attempt(config, _noting(config), self.work)
         except UsageError as error:
             return {"usage": str(error)}
-        return {"failed": outcome.reason} if isinstance(outcome, Failure) else {"done": outcome.model_dump(mode="json")}
+        return {"failed": outcome.reason} if isinstance(outcome, Failure) else {}
 
 
-def outcome_of(answer: Mapping[str, Any], config: RunConfig) -> Outcome:
-    """What a worker's answer means here.
+def outcome_of(answer: Mapping[str, Any], config: RunConfig, work: Work = RUN) -> Config | Failure:
+    """What a worker's answer means here: nothing said, it is done, and what came of it lies in the directory.
 
     Raises:
         UsageError: What the worker said; or its directory is not seen from here.
@@ -127,9 +161,10 @@ def outcome_of(answer: Mapping[str, Any], config: RunConfig) -> Outcome:
         raise UsageError(answer["usage"])
     if "failed" in answer:
         return Failure(answer["failed"])
-    if config.output is None or not RunResult.exists(config.output):
+    found = work.finished(config)
+    if found is None:
         raise UsageError(f"{config.output} must lie where all workers see it, but its result is not seen from here")
-    return RunResult.build(answer["done"], "a worker's answer")
+    return found
 
 
 def _noting(config: RunConfig) -> Callable[[Event], None]:

@@ -29,12 +29,18 @@ def table(place: Path) -> list[tuple[Any, ...]]:
     return [(row["method"], row["status"], row["top1"], row["top5_mean"], row["tuned"], row["lr"]) for row in rows]
 
 
-def kill_once(place: Path, tried: set[int]) -> bool:
+def trials(place: Path) -> tuple[Any, ...]:
+    table = json.loads((place / "sweep.json").read_text())
+    rows = [{k: v for k, v in row.items() if k not in {"time_s", "images_per_s"}} for row in table["rows"]]
+    return rows, table["best"], table["result"]["top1"], table["finished"]
+
+
+def kill_once(place: Path, tried: set[int], result: str = "result.json") -> bool:
     """Kill the worker of a run that has begun to train and is not finished; whether there was one."""
     for notes in place.glob("*/notes.txt"):
         pids = [int(pid) for pid in re.findall(r"done by process (\d+)", notes.read_text())]
         metrics = notes.with_name("metrics.jsonl")
-        busy = metrics.exists() and metrics.stat().st_size and not notes.with_name("result.json").exists()
+        busy = metrics.exists() and metrics.stat().st_size and not notes.with_name(result).exists()
         if busy and pids[-1] not in tried:
             os.kill(pids[-1], signal.SIGKILL)
             tried.add(pids[-1])
@@ -65,6 +71,52 @@ def test_workers_killed(name: str, program: Program, tmp_path: Path) -> None:
     held = len(killed) if table(place) == table(tmp_path / "here") else 0
     tally(f"SIGKILL of workers of `compare --executor {name}`", "retried; the table of serial runs", len(killed), held)
     assert len(killed) == KILLS
+
+
+@slow
+@pytest.mark.parametrize("name", WHERE)
+def test_workers_of_a_sweep_killed(name: str, program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("ray" if name == "ray" else "submitit")
+    pytest.importorskip("optuna")
+    words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--over=train.lr=1e-4..1e-1:log", "--trials=5",
+             "--at-once=3", "--output")  # fmt: skip
+    here = program.start(*words, tmp_path / "here")
+    here.join(400)
+    assert here.exitcode == 0
+    place = tmp_path / "there"
+    where = WHERE[name] + (str(tmp_path / "logs") if name == "slurm" else "")
+    process = program.start(*words, place, "--executor", where)
+    killed: set[int] = set()
+    while process.is_alive() and len(killed) < KILLS:
+        kill_once(place, killed, "trial.json")
+        time.sleep(0.05)
+    process.join(400)
+    assert process.exitcode == 0
+    held = len(killed) if trials(place) == trials(tmp_path / "here") else 0
+    tally(f"SIGKILL of workers of `sweep --executor {name}`", "retried; the table of serial trials", len(killed), held)
+    assert len(killed) == KILLS
+
+
+@slow
+def test_a_sweep_on_ray_told_to_stop_and_started_again(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--over=bottleneck=2,4,8", "--output")
+    here = program.start(*words, tmp_path / "here")
+    here.join(400)
+    place = tmp_path / "there"
+    process = program.start(*words, place, "--executor", "ray:address=local")
+    while not any(file.stat().st_size for file in place.glob("*/metrics.jsonl")):
+        time.sleep(0.05)
+        assert process.is_alive()
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(120)
+    assert process.exitcode == 75
+    assert "running" in [row["state"] for row in json.loads((place / "sweep.json").read_text())["rows"]]
+    again = program.start(*words, place, "--executor", "ray:address=local")
+    again.join(400)
+    assert again.exitcode == 0
+    held = trials(place) == trials(tmp_path / "here")
+    tally("SIGTERM of `sweep --executor ray`", "exit 75; started again, the table of serial trials", 1, int(held))
 
 
 @slow
