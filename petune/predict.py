@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from petune.arguments import PathText, check_arguments
 from petune.data import Preprocess, Split
 from petune.data.folder import CROP, pictures_below
 from petune.data.pictures import EXTENSIONS, decode_pictures, square_of
@@ -210,6 +211,15 @@ def predict(
     Raises:
         PetuneError: See `Predictor`.
     """
+    check_arguments(
+        "petune.predict",
+        path=(path, PathText),
+        top_k=(top_k, int),
+        batch_size=(batch_size, int),
+        weights=(weights, str | None),
+        device=(device, str),
+        precision=(precision, str),
+    )
     alone = not isinstance(pictures, Iterable) or isinstance(pictures, str | np.ndarray)
     several: Any = [pictures] if alone else pictures
     predictor = Predictor(path, weights=weights, device=device, precision=precision)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from petune.arguments import PathText, check_arguments
 from petune.card import public
 from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import MANIFEST, manifest_of, write_directory
@@ -69,6 +70,9 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     """
     import huggingface_hub as hf
 
+    check_arguments(
+        "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
+    )
     place = adapter_place(Path(path).expanduser())
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
@@ -112,6 +116,8 @@ def pull(
         HubError: No network, no such repository or revision, or not for you.
         CheckpointError: It holds no whole adapter; nothing was changed.
     """
+    optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
+    check_arguments("petune.pull", repo=(repo, str), trust_code=(trust_code, bool), **optional)
     target = Path(output).expanduser() if output is not None else Path(repo.rpartition("/")[2])
     _refuse_foreign(target)
     api = _api(repo)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from petune.arguments import check_watch
 from petune.backbones import check_weights
 from petune.compare import RunStarted
 from petune.config import Config, override, read_yaml
@@ -179,7 +180,8 @@ def sweep(
         MissingExtra: optuna, or the executor's package, is needed and not installed.
         Stopped: A signal came; started again the sweep goes on.
     """
-    config = config or SweepConfig.build(fields, "petune.sweep(...)")
+    check_watch("petune.sweep", watch)
+    config = SweepConfig.given(config, fields, "petune.sweep(...)")
     require_sampler(config.over, config.trials)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor) if isinstance(executor, str) else executor

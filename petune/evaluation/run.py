@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from petune.arguments import PathText, check_arguments
 from petune.config import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
@@ -57,6 +58,17 @@ def evaluate(
         UsageError: There is no such split.
         PetuneError: See `petune.Predictor`.
     """
+    check_arguments(
+        "petune.evaluate",
+        path=(path, PathText),
+        split=(split, str),
+        dataset=(dataset, str | None),
+        data_dir=(data_dir, PathText | None),
+        weights=(weights, str | None),
+        device=(device, str),
+        precision=(precision, str),
+        batch_size=(batch_size, int),
+    )
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, but is {batch_size}")
     predictor = Predictor(path, weights=weights, device=device, precision=precision)

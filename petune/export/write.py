@@ -10,7 +10,8 @@ from typing import Any, Literal
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from petune.errors import NotMergeable, UsageError
+from petune.arguments import PathText, check_arguments
+from petune.errors import NotMergeable, UnknownName, UsageError
 from petune.export.formats import Probe, onnx_file, probe_of, torch_file
 from petune.files import replace_file
 from petune.restore import Restored, restore
@@ -61,6 +62,9 @@ def export(path: str | Path, out: str | Path, *, to: Format | None = None, weigh
         ExportError: The format cannot hold the model, or computes something else.
         CheckpointError: See `petune.restore`, or the file cannot be written.
     """
+    check_arguments(
+        "petune.export", path=(path, PathText), out=(out, PathText), to=(to, str | None), weights=(weights, str | None)
+    )
     file = Path(out)
     to = _format(file, to)
     restored = restore(Path(path), weights)
@@ -78,6 +82,8 @@ def export(path: str | Path, out: str | Path, *, to: Format | None = None, weigh
 def _format(file: Path, to: Format | None) -> Format:
     by_name = {suffix: name for name, suffix in FORMATS.items()}
     found = to or by_name.get(file.suffix)
+    if to is not None and to not in FORMATS:
+        raise UnknownName("format", to, FORMATS)
     if found is None or file.suffix != FORMATS[found]:
         called = f"end in {FORMATS[found]}" if found else f"end in {', '.join(by_name)}"
         raise UsageError(f"the file to export to must {called}, but is {file}")
