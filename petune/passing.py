@@ -55,7 +55,13 @@ def is_plain(block: Block, seen: Seen) -> bool:
     stream, change, mid = seen.stream, seen.attended, seen.mid
     if block.mlp is None or not block.mlp.is_module or "BCHW" in (block.layout, block.mlp.layout):
         return False
-    if stream is None or change is None or mid is None or mid.numel() != stream.numel():
+    if (
+        stream is None
+        or change is None
+        or mid is None
+        or mid.shape[-1] != stream.shape[-1]
+        or mid.numel() != stream.numel()
+    ):
         return False
     plain, (entered, added, behind) = Plain(block), (t.flatten(0, -2) for t in (stream, change, mid))
     some = slice(0, None, max(1, len(behind) // 64))
