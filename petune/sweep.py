@@ -252,21 +252,28 @@ def _tried(table: Sweep, batch: Sequence[Trial], place: Path, chosen: Executor, 
         return watch(RunStarted(f"trial {row.trial}: {words}", one.seed, row.trial, total, False))
 
     for index, outcome in chosen(configs, lambda one: True, told, FIT):
-        row, more = batch[index], {}
+        row, more = _ended(batch[index], outcome)
         if isinstance(outcome, Failure):
             watch(Note(f"trial {row.trial} failed: {outcome.reason}"))
-            row = row.model_copy(update={"state": "failed", "reason": outcome.reason})
-        else:
-            facts = outcome.model_dump()
-            more = {key: facts.pop(key) for key in ("backbone", "weights", "provenance")}
-            row = row.model_copy(update={"state": "done", **facts})
         rows[row.trial] = row
         best = _best(list(rows.values()))
         table = _write(table.model_copy(update={"rows": tuple(rows.values()), "best": best, **more}), place)
         for done in rows.values():  # only the best one can still be tested
             if done.trial != best and done.state == "done":
                 shutil.rmtree(_directory(place, done.trial) / "checkpoints", ignore_errors=True)
+    lost = [row.trial for row in rows.values() if row.state == "running"]
+    if lost:
+        raise PetuneError(f"an executor must yield what became of every trial, but it did not of {lost}")
     return table
+
+
+def _ended(row: Trial, outcome: Fit | Failure) -> tuple[Trial, dict[str, Any]]:
+    """The row with what became of its trial, and what is known of all trials by it."""
+    if isinstance(outcome, Failure):
+        return row.model_copy(update={"state": "failed", "reason": outcome.reason}), {}
+    facts = outcome.model_dump()
+    more = {key: facts.pop(key) for key in ("backbone", "weights", "provenance")}
+    return row.model_copy(update={"state": "done", **facts}), more
 
 
 def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunResult:
@@ -284,7 +291,7 @@ def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunRes
         if isinstance(outcome, RunResult):
             return outcome
         raise PetuneError(f"trial {table.best} is the best on val, but its test failed: {outcome.reason}")
-    raise PetuneError(f"the executor must test trial {table.best}, but yielded nothing")
+    raise PetuneError(f"an executor must yield what became of the test of trial {table.best}, but yielded nothing")
 
 
 def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:

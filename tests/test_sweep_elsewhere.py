@@ -161,5 +161,7 @@ def test_a_lost_trial_is_a_row_and_a_lost_test_an_error(tmp_path: Path) -> None:
     assert table.rows[1].reason == LOST.reason
     with pytest.raises(PetuneError, match="its test failed: WorkerCrashedError"):
         sweep(config(tmp_path / "b", test=True), executor=Backwards(lost=0))
+    with pytest.raises(PetuneError, match=r"every trial, but it did not of \[0, 1, 2\]"):
+        sweep(config(tmp_path / "c"), executor=lambda *_: iter(()))
     half = config(tmp_path / "b", test=True)
     assert sweep(half, executor=Backwards()).result is not None
