@@ -202,6 +202,8 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, silence_s: 
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    # a thread that an earlier test left waiting would, on its retry, close the connections of all threads
+    monkeypatch.setattr("huggingface_hub.utils._http.close_session", lambda: None)
     monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 1.0)
     monkeypatch.setattr(hub, "SILENCE_S", silence_s)
 
