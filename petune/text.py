@@ -48,6 +48,11 @@ def in_markdown(text: str) -> str:
     return escaped.replace("://", ":&#8203;//")  # bare addresses become links, and trackers, without any markup
 
 
+def drawable(text: str) -> str:
+    """What matplotlib's font can draw."""
+    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)
+
+
 def html_table(rows: Iterable[Sequence[str]], columns: Sequence[str] = (), caption: str = "") -> str:
     """A table for a notebook; every text is escaped. Without `columns` the first cell of a row is its heading."""
 

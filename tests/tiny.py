@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import timm
 import torch
 from torch import nn
@@ -25,3 +30,14 @@ def randomised(att: petune.Attachment) -> petune.Attachment:
     for p in att.tuned.values():
         nn.init.normal_(p, std=0.2)
     return att
+
+
+def module_beside(test: str, name: str) -> ModuleType:
+    """The module `name` in the directory of a test, importable by that name from then on."""
+    spec = importlib.util.spec_from_file_location(name, Path(test).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from petune.evaluation.measures import Evaluation
+from petune.text import drawable
 
 Kind = Literal["svg", "png"]
 NAMED, NUMBERED = 40, 15
@@ -78,5 +79,5 @@ def _drawn(draw: Any, inches: tuple[float, float], kind: Kind) -> bytes:
 
 def _short(name: str) -> str:
     """What matplotlib's font can draw, at most 24 letters of it."""
-    plain = "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in name)
+    plain = drawable(name)
     return plain if len(plain) <= 24 else plain[:23] + "…"

@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from petune.text import drawable
+
 INK = "#010203"
 """Drawn with this colour, shown in the page's own: light on dark, dark on light."""
 COLOURS = ("#3b82d6", "#e07b39", "#3aa66b", "#d1495b", "#8e6bbf", "#a0764f", "#d972b0", "#7f8c8d", "#a8a033", "#2ba8b0")
@@ -59,7 +61,7 @@ def accuracy_chart(salt: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
         axes.margins(0.15, 0.12)
         axes.set_xlabel("trained parameters (tuned and head)")
         axes.set_ylabel("top-1 on test, percent")
-        points = [(x, row["top1_mean"], _plain(row["method"])) for x, row in zip(trained, rows, strict=True)]
+        points = [(x, row["top1_mean"], drawable(row["method"])) for x, row in zip(trained, rows, strict=True)]
         _label_points(figure, axes, points)
         return Chart(_svg(figure, f"accuracy {salt}"), "Top-1 on test over trained parameters")
 
@@ -89,7 +91,7 @@ def cost_charts(salt: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Wall time and peak memory as bars."""
     minutes = [row["time_s"] / 60 for row in rows]
     gigabytes = [row["peak_memory_bytes"] / 1e9 for row in rows]
-    names = [_plain(row["method"]) for row in rows]
+    names = [drawable(row["method"]) for row in rows]
     return [
         Chart(_bars(f"time {salt}", names, minutes, "minutes"), "Wall time, all seeds together"),
         Chart(_bars(f"memory {salt}", names, gigabytes, "GB"), "Peak memory"),
@@ -199,8 +201,3 @@ def _short(number: float) -> str:
         if number >= scale:
             return f"{number / scale:g}{unit}"
     return f"{number:g}"
-
-
-def _plain(text: str) -> str:
-    """What matplotlib's font can draw."""
-    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text)

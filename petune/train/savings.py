@@ -109,7 +109,7 @@ def _why_not(trainer: Trainer, prefix: Prefix) -> str:
         return f"{', '.join(changing)} shows other pictures each time; with --augment none they would be computed once"
     if train.grad_checkpointing:
         return "grad_checkpointing computes blocks again"
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if trainer.group.size > 1:
         return "several processes train"
     if not _same(trainer, prefix):
         return f"{trainer.att.sites.model} cannot be cut there: its scores or gradients would differ"

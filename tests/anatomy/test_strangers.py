@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,19 +11,9 @@ from survey.places import unproven_mids
 from torch import Tensor, nn
 
 import petune
+from tests.tiny import module_beside
 
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("strangers", Path(__file__).with_name("strangers.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["strangers"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-strangers = _load()
+strangers = module_beside(__file__, "strangers")
 REFUSED = {
     ("functional", "adaptformer"): r"needs the place 'mid' in every block, but block 0 \(body.0\) of Functional",
     ("functional", "lora"): "needs linear layers that are called, but Functional calls none",

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from survey.pairs import examine
@@ -14,19 +9,9 @@ from survey.places import unproven_mids
 from torch import nn
 
 import petune
+from tests.tiny import module_beside
 
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["toys"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-toys = _load()
+toys = module_beside(__file__, "toys")
 
 
 @pytest.mark.parametrize("name", toys.TOYS)

@@ -48,11 +48,10 @@ def kill_once(place: Path, tried: set[int], result: str = "result.json") -> bool
     return False
 
 
-@slow
-@pytest.mark.parametrize("name", WHERE)
-def test_workers_killed(name: str, program: Program, tmp_path: Path) -> None:
-    pytest.importorskip("ray" if name == "ray" else "submitit")
-    words = ("compare", *METHODS, *SMALL, "--epochs=8", "--output")
+def here_and_there(
+    name: str, program: Program, tmp_path: Path, words: tuple[str, ...], result: str = "result.json"
+) -> set[int]:
+    """Run the words in `here`, and in `there` by an executor whose workers are killed; which ones were."""
     here = program.start(*words, tmp_path / "here")
     here.join(400)
     assert here.exitcode == 0
@@ -61,10 +60,20 @@ def test_workers_killed(name: str, program: Program, tmp_path: Path) -> None:
     process = program.start(*words, place, "--executor", where)
     killed: set[int] = set()
     while process.is_alive() and len(killed) < KILLS:
-        kill_once(place, killed)
+        kill_once(place, killed, result)
         time.sleep(0.05)
     process.join(400)
     assert process.exitcode == 0
+    return killed
+
+
+@slow
+@pytest.mark.parametrize("name", WHERE)
+def test_workers_killed(name: str, program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("ray" if name == "ray" else "submitit")
+    words = ("compare", *METHODS, *SMALL, "--epochs=8", "--output")
+    killed = here_and_there(name, program, tmp_path, words)
+    place = tmp_path / "there"
     for metrics in place.glob("*/metrics.jsonl"):
         steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "step" in row]
         assert steps == sorted(set(steps))
@@ -80,18 +89,8 @@ def test_workers_of_a_sweep_killed(name: str, program: Program, tmp_path: Path) 
     pytest.importorskip("optuna")
     words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--over=train.lr=1e-4..1e-1:log", "--trials=5",
              "--at-once=3", "--output")  # fmt: skip
-    here = program.start(*words, tmp_path / "here")
-    here.join(400)
-    assert here.exitcode == 0
+    killed = here_and_there(name, program, tmp_path, words, "trial.json")
     place = tmp_path / "there"
-    where = WHERE[name] + (str(tmp_path / "logs") if name == "slurm" else "")
-    process = program.start(*words, place, "--executor", where)
-    killed: set[int] = set()
-    while process.is_alive() and len(killed) < KILLS:
-        kill_once(place, killed, "trial.json")
-        time.sleep(0.05)
-    process.join(400)
-    assert process.exitcode == 0
     held = len(killed) if trials(place) == trials(tmp_path / "here") else 0
     tally(f"SIGKILL of workers of `sweep --executor {name}`", "retried; the table of serial trials", len(killed), held)
     assert len(killed) == KILLS
