@@ -10,11 +10,10 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -74,6 +73,7 @@ def second_fails_at_its_third_step(rank: int) -> None:
 def one_of_several(rank: int, size: int, port: int, place: Path, prelude: Prelude, words: tuple[str, ...]) -> None:
     """A child: `petune WORDS` as process `rank` of `size`; what it prints goes to files in `place`."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # the launcher holds the store
     os.environ.update({name: str(value) for name, value in told.items()})
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -88,15 +88,18 @@ class Several:
         self.place = place
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
+        self.started: list[BaseProcess] = []
+        self.stores: list[torch.distributed.TCPStore] = []
 
     def start(self, size: int, *words: object, prelude: Prelude = nothing) -> list[BaseProcess]:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        # as torchrun does: a port that a child would bind itself could be taken meanwhile
+        self.stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
         plain = tuple(str(word) for word in words)
-        args = [(rank, size, port, self.place, prelude, plain) for rank in range(size)]
+        args = [(rank, size, self.stores[-1].port, self.place, prelude, plain) for rank in range(size)]
         started = [self.context.Process(target=one_of_several, args=a) for a in args]
         for process in started:
             process.start()
+        self.started += started
         return started
 
     def finish(self, size: int, *words: object, prelude: Prelude = nothing) -> list[int | None]:
@@ -105,15 +108,27 @@ class Several:
             process.join(120)
         return [process.exitcode for process in started]
 
+    def end(self) -> None:
+        """Nobody is left behind, waiting for others that do not come; what was said goes to a failed test's report."""
+        for process in self.started:
+            process.kill()
+            process.join()
+        for file in sorted(self.place.glob("err*")):
+            print(f"{file.name}: {file.read_text()}")
+
     def said(self, rank: int, stream: str = "err") -> str:
         return (self.place / f"{stream}{rank}").read_text()
 
 
 @pytest.fixture
-def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Several:
+def several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Several]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache-of-several"))
-    return Several(tmp_path)
+    found = Several(tmp_path)
+    yield found
+    found.end()
 
 
 def rows(place: Path) -> list[dict[str, float]]:
