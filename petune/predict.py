@@ -127,7 +127,13 @@ class Predictor:
     """
 
     def __init__(
-        self, path: str | Path, *, weights: str | None = None, device: str = "auto", precision: Precision = "fp32"
+        self,
+        path: str | Path,
+        *,
+        weights: str | None = None,
+        device: str = "auto",
+        precision: Precision = "fp32",
+        trust_code: bool = False,
     ) -> None:
         """Build the backbone of a run again and load its adapter.
 
@@ -136,13 +142,14 @@ class Predictor:
             weights: Where the backbone's weights are now; None takes them from where the run did.
             device: As in a run.
             precision: fp32 by default: in bf16 a picture's scores depend a little on the others of its batch.
+            trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
         Raises:
             CheckpointError, BackboneMismatch, WeightsUnavailable: See `petune.restore`.
             ConfigError: There is no such device.
         """
         self.device = choose_device(device)
-        restored = restore(Path(path), weights)
+        restored = restore(Path(path), weights, trust_code=trust_code)
         self.card, self.method = restored.card, restored.attachment.name
         self.classes = tuple(map(str, self.card["classes"]))
         self.inputs = Inputs.of(self.card)
@@ -196,6 +203,7 @@ def predict(
     weights: str | None = None,
     device: str = "auto",
     precision: Precision = "fp32",
+    trust_code: bool = False,
 ) -> list[Prediction]:
     """Name pictures with a trained model: `petune.predict("runs/pets", ["cat.jpg", "holidays/"])`.
 
@@ -206,7 +214,7 @@ def predict(
         pictures: Files, folders (all pictures below), open Pillow pictures, or uint8 (height, width, 3).
         top_k: How many classes to name; at most all there are.
         batch_size: Pictures a forward.
-        weights, device, precision: See `Predictor`.
+        weights, device, precision, trust_code: See `Predictor`.
 
     Raises:
         PetuneError: See `Predictor`.
@@ -219,10 +227,11 @@ def predict(
         weights=(weights, str | None),
         device=(device, str),
         precision=(precision, str),
+        trust_code=(trust_code, bool),
     )
     alone = not isinstance(pictures, Iterable) or isinstance(pictures, str | np.ndarray)
     several: Any = [pictures] if alone else pictures
-    predictor = Predictor(path, weights=weights, device=device, precision=precision)
+    predictor = Predictor(path, weights=weights, device=device, precision=precision, trust_code=trust_code)
     return predictor(several, top_k=top_k, batch_size=batch_size)
 
 

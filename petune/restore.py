@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from petune.attach import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.errors import CheckpointError
+from petune.foreign import is_foreign
 from petune.state import Saved, adapter_place, attach_saved, read_adapter
 
 
@@ -27,19 +29,20 @@ class Restored:
     card: dict[str, Any]
 
 
-def restore(path: Path, weights: str | None = None) -> Restored:
+def restore(path: Path, weights: str | None = None, *, trust_code: bool = False) -> Restored:
     """Build the backbone of a run again and load its adapter.
 
     Args:
         path: A run directory, or the adapter directory in it.
         weights: Where the backbone's weights are now; None takes them from where the run did.
+        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
     Raises:
-        CheckpointError: See `read_run`.
+        CheckpointError: See `read_run` and `refuse_code`.
         BackboneMismatch, WeightsUnavailable: The weights are others, or are not there any more.
     """
     saved = read_run(path)
-    backbone = plain_backbone(saved, weights)
+    backbone = plain_backbone(saved, weights, trust_code=trust_code)
     return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
 
 
@@ -62,17 +65,19 @@ def read_run(path: Path) -> Saved:
     return saved
 
 
-def plain_backbone(saved: Saved, weights: str | None = None) -> Backbone:
+def plain_backbone(saved: Saved, weights: str | None = None, *, trust_code: bool = False) -> Backbone:
     """The backbone that an adapter belongs to, nothing attached; `petune.Tasks` takes its model.
 
     Args:
         saved: Of `read_run`.
-        weights: As for `restore`.
+        weights, trust_code: As for `restore`.
 
     Raises:
         WeightsUnavailable: The weights are not there any more.
-        CheckpointError: What is said of the backbone cannot be read.
+        CheckpointError: What is said of the backbone cannot be read; see `refuse_code` too.
     """
+    if not trust_code:
+        refuse_code(saved, str(saved.place))
     card = saved.config["metadata"]
     said = card["backbone"]
     try:
@@ -81,3 +86,24 @@ def plain_backbone(saved: Saved, weights: str | None = None) -> Backbone:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from None
     return create_backbone(name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built)
+
+
+def refuse_code(saved: Saved, where: str) -> None:
+    """Refuse a backbone named `package.module:factory`: that is a call of any function, with any arguments.
+
+    Args:
+        saved: An adapter, perhaps somebody else's.
+        where: It came from.
+
+    Raises:
+        CheckpointError: Its backbone is built by code that does not come with petune, timm, torchvision, transformers.
+    """
+    backbone = saved.config["metadata"].get("backbone")
+    said = backbone if isinstance(backbone, Mapping) else {}
+    name, options = str(said.get("name", "")), said.get("options")
+    called = is_foreign(name) and not name.startswith(("hf:", "torchvision:"))
+    if called or (isinstance(options, Mapping) and options.get("trust_remote_code")):
+        raise CheckpointError(
+            f"{where} has its backbone built by {name}, code that using it would run here. If you know that code, add "
+            "--trust-code (in Python trust_code=True); else build the model yourself, and petune.load(model, directory)"
+        )

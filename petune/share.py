@@ -23,6 +23,7 @@ from petune.card import public
 from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import MANIFEST, manifest_of, write_directory
 from petune.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
+from petune.restore import refuse_code
 from petune.state import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter
 
 MOST_BYTES = {CONFIG_FILE: 8 << 20, TENSOR_FILE: 16 << 30, CARD_FILE: 1 << 20, MANIFEST: 1 << 20}
@@ -131,7 +132,7 @@ def pull(
         _download(repo, info.sha, listed, scratch)
         saved = _read(repo, scratch, listed)
         if not trust_code:
-            _refuse_code(repo, saved)
+            refuse_code(saved, repo)
         files = {name: (scratch / name).read_bytes() for name in listed if name != MANIFEST}
     except OSError as error:
         raise CheckpointError(f"cannot write beside {target}: {error.strerror or error}; name another place") from None
@@ -290,16 +291,3 @@ def _read(repo: str, place: Path, listed: Mapping[str, Any]) -> Saved:
         return read_adapter(place)
     except CheckpointError as error:
         raise CheckpointError(f"{str(error).replace(str(place), repo)}; nothing was changed here") from None
-
-
-def _refuse_code(repo: str, saved: Saved) -> None:
-    """A backbone named `package.module:factory` is a call of any function; options can ask for foreign code too."""
-    backbone = saved.config["metadata"].get("backbone")
-    said = backbone if isinstance(backbone, Mapping) else {}
-    name, options = str(said.get("name", "")), said.get("options")
-    called = ":" in name and not name.startswith(("hf:", "torchvision:"))
-    if called or (isinstance(options, Mapping) and options.get("trust_remote_code")):
-        raise CheckpointError(
-            f"{repo} has its backbone built by {name}, code that using it would run here. If you know that code, pull "
-            "with --trust-code; else build the model yourself"
-        )

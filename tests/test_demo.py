@@ -23,17 +23,9 @@ from petune.errors import BackboneMismatch, DataError, UsageError
 from petune.files import write_directory
 from petune.predict import Predictor
 from tests.program import call
+from tests.trained import changed
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-
-def changed(adapter: Path, to: Path, **said: Any) -> Path:
-    """A copy of an adapter whose `metadata` says something else."""
-    files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != "manifest.json"}
-    config = json.loads(files["adapter_config.json"])
-    config["metadata"].update(said)
-    write_directory(to, {**files, "adapter_config.json": json.dumps(config).encode()})
-    return to
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import petune
 from petune.backbones import Backbone, create_backbone
+from petune.files import write_directory
 from tests.tiny import randomised
 
 NANO = {"depth": 1, "embed_dim": 48}
@@ -36,3 +39,12 @@ def card(made: Backbone, name: str, options: dict[str, object]) -> dict[str, obj
         "preprocess": {"image_size": made.image_size, "mean": [0.5] * 3, "std": [0.5] * 3},
         "dataset": "folder:pets",
     }
+
+
+def changed(adapter: Path, to: Path, **said: Any) -> Path:
+    """A copy of an adapter whose `metadata` says something else."""
+    files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != "manifest.json"}
+    config = json.loads(files["adapter_config.json"])
+    config["metadata"].update(said)
+    write_directory(to, {**files, "adapter_config.json": json.dumps(config).encode()})
+    return to

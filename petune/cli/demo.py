@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from petune.cli.options import TrustCode
 from petune.cli.terminal import say, show
 
 Sources = Annotated[
@@ -23,7 +24,12 @@ Port = Annotated[int, typer.Option("--port", metavar="INT", min=0, max=65535, he
 
 
 def demo(
-    sources: Sources, weights: Weights = None, device: Device = "auto", host: Host = "127.0.0.1", port: Port = 7860
+    sources: Sources,
+    weights: Weights = None,
+    device: Device = "auto",
+    trust_code: TrustCode = False,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
 ) -> None:
     """Serve a page to try adapters on pictures, side by side.
 
@@ -33,7 +39,7 @@ def demo(
     """
     from petune.demo import SideBySide, serve
 
-    served = serve(SideBySide(sources, weights=weights, device=device), host=host, port=port)
+    served = serve(SideBySide(sources, weights=weights, device=device, trust_code=trust_code), host=host, port=port)
     show(served.url)
     say("Ctrl-C ends it")
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, TrustCode
 from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
 from petune.cli.terminal import one_line, say, show_facts, show_json, show_table
 
@@ -45,6 +45,7 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = 128,
+    trust_code: TrustCode = False,
     output: Output = None,
     format: Format = "svg",
     json: Json = False,
@@ -66,6 +67,7 @@ def evaluate(
         device=device,
         precision=precision,
         batch_size=batch_size,
+        trust_code=trust_code,
     )
     place = output or _place(source, split, dataset)
     files = write(found, place, format) if place is not None else []

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, TrustCode
 from petune.cli.predict import Source, Weights
 from petune.cli.terminal import one_line, show_facts, show_json
 
@@ -21,7 +21,14 @@ To = Annotated[
 ]
 
 
-def export(source: Source, file: File, to: To = None, weights: Weights = None, json: Json = False) -> None:
+def export(
+    source: Source,
+    file: File,
+    to: To = None,
+    weights: Weights = None,
+    trust_code: TrustCode = False,
+    json: Json = False,
+) -> None:
     """Write a trained model as torch.export, ONNX or plain weights.
 
     Adapters are folded into the weights where that is possible, and stay parts of the program where not; plain weights
@@ -30,7 +37,7 @@ def export(source: Source, file: File, to: To = None, weights: Weights = None, j
     from petune.export import export as export_model
     from petune.text import size
 
-    done = export_model(source.expanduser(), file, to=to, weights=weights)
+    done = export_model(source.expanduser(), file, to=to, weights=weights, trust_code=trust_code)
     if json:
         show_json(asdict(done))
         return

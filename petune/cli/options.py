@@ -117,6 +117,9 @@ Track = Annotated[
     ),
 ]
 
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Let the backbone be built by a function of the adapter's author.")
+]
 Executor = Annotated[
     str,
     typer.Option(

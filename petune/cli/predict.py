@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from petune.cli.options import TrustCode
 from petune.cli.terminal import clean, one_line, say, show, show_table
 from petune.text import percent
 
@@ -41,6 +42,7 @@ def predict(
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "fp32",
+    trust_code: TrustCode = False,
     json: JsonLines = False,
 ) -> None:
     """Name pictures with a trained model.
@@ -49,7 +51,9 @@ def predict(
     """
     from petune.predict import Predictor
 
-    predictor = Predictor(source.expanduser(), weights=weights, device=device, precision=precision)
+    predictor = Predictor(
+        source.expanduser(), weights=weights, device=device, precision=precision, trust_code=trust_code
+    )
     found = predictor.stream(pictures, top_k=top_k, batch_size=batch_size)
     broken = _lines(found) if json else _table(found)
     for one in broken:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, TrustCode
 from petune.cli.terminal import clean, one_line, say, show, show_json
 
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter directory.")]
@@ -20,9 +20,6 @@ Private = Annotated[bool, typer.Option("--private", help="The new repository is 
 Update = Annotated[bool, typer.Option("--update", help="Add a commit to a repository that exists.")]
 Revision = Annotated[
     str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit.  [default: the newest]")
-]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Take an adapter whose backbone is built by its author's own code.")
 ]
 
 

@@ -41,13 +41,21 @@ class SideBySide:
         notes: By name, what the page says of an adapter: its method, and how good it was on test.
     """
 
-    def __init__(self, paths: Sequence[str | Path], *, weights: str | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        weights: str | None = None,
+        device: str = "auto",
+        trust_code: bool = False,
+    ) -> None:
         """Build the backbone once, and load every adapter on it.
 
         Args:
             paths: Run directories, or adapter directories.
             weights: Where the backbone's weights are now; None takes them from where the first run did.
             device: As in a run.
+            trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
         Raises:
             UsageError: No path, or adapters of backbones that were built in other ways.
@@ -60,7 +68,7 @@ class SideBySide:
         first_name, first = next(iter(saved.items()))
         self.names = list(saved)
         self.device = choose_device(device)
-        built = plain_backbone(first, weights)
+        built = plain_backbone(first, weights, trust_code=trust_code)
         self.backbone = built.full_name
         self.tasks = Tasks(built.model.to(self.device))
         for name, one in saved.items():

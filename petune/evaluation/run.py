@@ -40,6 +40,7 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int = 128,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Evaluate a trained model: `petune.evaluate("runs/pets").classes`.
 
@@ -52,6 +53,7 @@ def evaluate(
         weights: Where the backbone's weights are now; None takes them from where the run did.
         device, precision: As in a run.
         batch_size: Pictures a forward.
+        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
     Raises:
         DataError: The pictures are missing or broken, or of other classes.
@@ -68,10 +70,11 @@ def evaluate(
         device=(device, str),
         precision=(precision, str),
         batch_size=(batch_size, int),
+        trust_code=(trust_code, bool),
     )
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, but is {batch_size}")
-    predictor = Predictor(path, weights=weights, device=device, precision=precision)
+    predictor = Predictor(path, weights=weights, device=device, precision=precision, trust_code=trust_code)
     own = dataset is None
     name = str(predictor.card.get("dataset")) if dataset is None else dataset
     if not own and name.startswith("folder:"):

@@ -41,7 +41,14 @@ class Exported:
     difference: float
 
 
-def export(path: str | Path, out: str | Path, *, to: Format | None = None, weights: str | None = None) -> Exported:
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    to: Format | None = None,
+    weights: str | None = None,
+    trust_code: bool = False,
+) -> Exported:
     """Write a trained model for use without petune: `petune.export("runs/pets", "pets.onnx")`.
 
     `.pt2` (torch.export) and `.onnx` take normalised pictures, float32 (batch, 3, S, S) with any batch size, and give
@@ -54,6 +61,7 @@ def export(path: str | Path, out: str | Path, *, to: Format | None = None, weigh
         out: The file to write; a new one.
         to: None is what the file's name says.
         weights: Where the backbone's weights are now; None takes them from where the run did.
+        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
     Raises:
         UsageError: `out` exists, or is not called as files of the format are.
@@ -62,12 +70,11 @@ def export(path: str | Path, out: str | Path, *, to: Format | None = None, weigh
         ExportError: The format cannot hold the model, or computes something else.
         CheckpointError: See `petune.restore`, or the file cannot be written.
     """
-    check_arguments(
-        "petune.export", path=(path, PathText), out=(out, PathText), to=(to, str | None), weights=(weights, str | None)
-    )
+    optional = {"to": (to, str | None), "weights": (weights, str | None), "trust_code": (trust_code, bool)}
+    check_arguments("petune.export", path=(path, PathText), out=(out, PathText), **optional)
     file = Path(out)
     to = _format(file, to)
-    restored = restore(Path(path), weights)
+    restored = restore(Path(path), weights, trust_code=trust_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name
     checks = probe_of(model, restored.backbone.image_size)
     reason = _merge(restored)

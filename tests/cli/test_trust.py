@@ -1,0 +1,60 @@
+"""Code that an adapter directory names runs only where it is trusted: not by importing it, not by calling it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.program import Run
+from tests.trained import changed
+
+FACTORY = """
+import pathlib, timm
+pathlib.Path("ran").touch()
+
+def make(num_classes):
+    return timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=48, depth=1, num_heads=4,
+                             num_classes=num_classes)
+"""
+USES = {
+    "predict": ("predict", "DIR", "zero.png"),
+    "eval": ("eval", "DIR", "--output=out"),
+    "export": ("export", "DIR", "out.pt2"),
+    "demo": ("demo", "DIR"),
+}
+
+
+@pytest.fixture
+def factory(petune: Run, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the working directory that leaves a file `ran`."""
+    Path("models_of_mine.py").write_text(FACTORY)
+    Image.new("RGB", (8, 8)).save("zero.png")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("models_of_mine", None)
+    return "models_of_mine:make"
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_function_named_by_an_adapter_is_not_called_unasked(
+    use: str, petune: Run, digits: Path, factory: str, tmp_path: Path
+) -> None:
+    said = {"name": factory, "image_size": 8, "patch_size": None, "options": {}, "head": "linear"}
+    place = changed(digits / "adapter", tmp_path / "from-elsewhere", backbone=said)
+    done = petune(*(place if word == "DIR" else word for word in USES[use]))
+    assert done.code == 4
+    assert f"has its backbone built by {factory}, code that using it would run here" in done.err
+    assert "--trust-code" in done.err
+    assert not Path("ran").exists()
+    assert "models_of_mine" not in sys.modules
+
+
+def test_ones_own_is_used_when_trusted(petune: Run, factory: str) -> None:
+    words = ("--backbone", factory, "--weights=none", "--dataset=digits", "--train-per-class=5", "--epochs=1")
+    done = petune("run", "--method=linear", *words, "--device=cpu", "--precision=fp32", "--output=mine")
+    assert done.code == 0, done.err
+    assert petune("predict", "mine", "zero.png", "--trust-code").code == 0
+    assert petune("eval", "mine", "--trust-code").code == 0
+    assert petune("export", "mine", "out.pt2", "--trust-code").code == 0
