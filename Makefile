@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: backbones demo docs test check format lint types faults clean
+.PHONY: backbones demo docs test check format lint types faults speed clean
 
 PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
 
@@ -42,8 +42,12 @@ docs: $(STAMP)  ## the documentation as a site, in runs/site; opened from a disk
 clean:
 	rm -rf $(VENV) runs
 
-faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (half an hour)
+faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (a quarter of an hour on an idle machine)
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e ".[ray]"
 	PETUNE_FAULTS=full $(BIN)/python -m pytest tests/faults -q
 
-backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (half an hour)
+speed: $(STAMP)  ## steps, memory and start beside the peers'; writes docs/speed.md (an idle machine, a quarter of an hour)
+	$(BIN)/python benchmarks/speed.py
+
+backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (an hour)
 	$(BIN)/python benchmarks/backbones.py

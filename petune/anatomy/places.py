@@ -28,7 +28,8 @@ def channel_axis(call: Call) -> int | None:
         if y.ndim == 4 and y.shape == x.shape and max(p.ndim for p in own) >= 2:
             return 1 if max(p.ndim for p in own) == 4 else -1
         width = y.shape[-1] if y.ndim == 3 and y.shape[1] == x.numel() // len(x) // y.shape[-1] else own[0].numel()
-        if (y.shape == x.shape or y.ndim == 3) and x.shape[1] != x.shape[-1] and width in (x.shape[1], x.shape[-1]):
+        same = y.ndim == 3 or y.numel() == x.numel()  # the tensor itself, or cut into windows
+        if same and x.shape[1] != x.shape[-1] and width in (x.shape[1], x.shape[-1]):
             return 1 if width == x.shape[1] else -1
     return None
 
