@@ -261,7 +261,7 @@ def _markdown(found: dict[str, Any]) -> str:
     if "memory" in found:
         whole = found["memory"]["full, fp32"]["peak_bytes"]
         rows = [
-            f"| {name} | {m['peak_bytes'] / 1e9:.2f} | {100 * m['peak_bytes'] / whole:.0f} % |"
+            f"| {name} | {m['peak_bytes'] / 1e9:.2f} | {100 * m['peak_bytes'] / whole:.1f} % |"
             for name, m in found["memory"].items()
         ]
         title = "Peak resident memory of a process that does two steps of ViT-B at 224, batch 32:"

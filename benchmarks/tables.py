@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/results.md from the committed results, or check that they are fresh.
+"""Write the tables of README.md, docs/results.md and docs/speed.md from the committed results, or check that they are fresh.
 
 python benchmarks/tables.py           # rewrites what stands between <!-- results:begin --> and <!-- results:end -->
 python benchmarks/tables.py --check   # exit code 1 where a page is stale; `make test` runs this
@@ -97,6 +97,13 @@ def side_by_side(pieces: Sequence[str], found: Found) -> list[str]:
     return markdown_table(("top-1", *pieces), rows)
 
 
+def speed() -> str:
+    """What benchmarks/speed.py wrote, and what is to be said of it."""
+    place = RESULTS / "speed"
+    _, text = (place / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
+    return f"{text}\n{(place / 'NOTE.md').read_text(encoding='utf-8').strip()}\n"
+
+
 def near_full(comparison: dict[str, Any]) -> str:
     """Which method comes within a point of full fine-tuning with the fewest trained parameters; empty without full."""
     rows = [row for row in comparison["rows"] if row["status"] == "done"]
@@ -172,9 +179,9 @@ def filled(page: Path, content: str) -> str:
 
 
 def main(check: bool) -> int:
-    """Rewrite, or check, both pages."""
-    found = comparisons()
-    pages = {ROOT / "README.md": readme(found), ROOT / "docs" / "results.md": overview(found, suites())}
+    """Rewrite, or check, the pages."""
+    found, docs = comparisons(), ROOT / "docs"
+    pages = {ROOT / "README.md": readme(found), docs / "results.md": overview(found, suites()), docs / "speed.md": speed()}
     stale = [page for page, content in pages.items() if filled(page, content) != page.read_text(encoding="utf-8")]
     for page in stale:
         if check:

@@ -17,7 +17,7 @@ from petune.passing import Leg, PassingPrompts, is_plain
 from petune.probe import Call, probe
 from petune.sites import Block, Site, Sites
 
-DEEP = "Give every block prompts of its own (vpt:deep=true)"
+DEEP = "Try prompts of each block's own (vpt:deep=true), or a method without prompts, such as adaptformer"
 
 
 class Edit:

@@ -13,6 +13,7 @@ from petune.anatomy.parts import (
     Mlp,
     attention_of,
     find_mlp,
+    is_norm,
     late_mid,
     mid_of,
     norm_of,
@@ -94,11 +95,28 @@ def _blocks_of(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[
         return _lone(trace, unit, units, model)
     inside = [u for u in units if u.call.within(holder)]
     if len(inside) == 1 and holder is not trace.root and holder.maps_tokens:
-        return [(holder.start, _describe(trace, unit, holder, model))]
+        inside_it = _span(trace, unit, holder, model) if _rearranges(trace, unit, holder) else None
+        return [inside_it or (holder.start, _describe(trace, unit, holder, model))]
     if holder.keeps_shape and any(u.holder is not holder for u in inside):
         return [(holder.start, _side_by_side(trace, unit, holder, model))]
     span = _span(trace, unit, holder, model)
     return [span] if span is not None else _lone(trace, unit, units, model)
+
+
+def _rearranges(trace: Trace, unit: Unit, holder: Call) -> bool:
+    """Whether a block ends by arranging its tokens anew: windows that it cut are joined (torchvision's MaxViT).
+
+    What is read between attention and MLP and what leaves the block then hold the tokens in different orders, which
+    shapes do not always tell: 64 windows of 64 tokens are a picture of 64 × 64.
+    """
+    assert unit.mlp is not None
+    mid = mid_of(trace, unit.mlp, unit.call.stop, holder.stop)
+    if mid is None or mid.input is None:
+        return False
+    sums = [a.result for a in trace.adds if a.time > unit.mlp.last.stop and a.other(mid.input) is not None]
+    makers = [c for c in holder.subtree() if c is not holder and c.output is holder.output]
+    weighed = any(is_norm(c) or list(c.module.parameters()) for c in makers)
+    return bool(sums) and all(s is not holder.output for s in sums) and not weighed
 
 
 def _side_by_side(trace: Trace, unit: Unit, holder: Call, model: str) -> Block:

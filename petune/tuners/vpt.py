@@ -54,6 +54,9 @@ class VPT(petune.Tuner[VPTConfig]):
     Prompts get no position embedding and stand behind the prefix tokens (class token, registers). Start:
     uniform(-v, v) with v = sqrt(6 / (3·patch_h·patch_w + D)); 0.0625 for ViT-B/16.
 
+    Where attention sees windows (Swin), every window gets the prompts. Shallow ones go as far as the tokens are the
+    same (`Edit.passage`): through all blocks of a plain ViT, through the first stage of one that merges tokens.
+
     Parameters: deep L·P·D for L blocks, shallow P·D.
 
     Differs from the paper: AdamW instead of SGD, since its rate transfers between backbones. With vit_nano on 10,000
