@@ -181,7 +181,11 @@ def filled(page: Path, content: str) -> str:
 def main(check: bool) -> int:
     """Rewrite, or check, the pages."""
     found, docs = comparisons(), ROOT / "docs"
-    pages = {ROOT / "README.md": readme(found), docs / "results.md": overview(found, suites()), docs / "speed.md": speed()}
+    pages = {
+        ROOT / "README.md": readme(found),
+        docs / "results.md": overview(found, suites()),
+        docs / "speed.md": speed(),
+    }
     stale = [page for page, content in pages.items() if filled(page, content) != page.read_text(encoding="utf-8")]
     for page in stale:
         if check:

@@ -107,16 +107,18 @@ def _rearranges(trace: Trace, unit: Unit, holder: Call) -> bool:
     """Whether a block ends by arranging its tokens anew: windows that it cut are joined (torchvision's MaxViT).
 
     What is read between attention and MLP and what leaves the block then hold the tokens in different orders, which
-    shapes do not always tell: 64 windows of 64 tokens are a picture of 64 × 64.
+    shapes do not always tell: 64 windows of 64 tokens are a picture of 64 × 64. A row of tokens that becomes a picture
+    keeps its order.
     """
     assert unit.mlp is not None
-    mid = mid_of(trace, unit.mlp, unit.call.stop, holder.stop)
-    if mid is None or mid.input is None:
+    mid, y = mid_of(trace, unit.mlp, unit.call.stop, holder.stop), holder.output
+    x = None if mid is None else mid.input
+    if x is None or y is None or x.numel() != y.numel() or (x.ndim < y.ndim and len(x) == len(y)):
         return False
-    sums = [a.result for a in trace.adds if a.time > unit.mlp.last.stop and a.other(mid.input) is not None]
-    makers = [c for c in holder.subtree() if c is not holder and c.output is holder.output]
+    sums = [a.result for a in trace.adds if a.time > unit.mlp.last.stop and a.other(x) is not None]
+    makers = [c for c in holder.subtree() if c is not holder and c.output is y]
     weighed = any(is_norm(c) or list(c.module.parameters()) for c in makers)
-    return bool(sums) and all(s is not holder.output for s in sums) and not weighed
+    return bool(sums) and all(s is not y for s in sums) and not weighed
 
 
 def _side_by_side(trace: Trace, unit: Unit, holder: Call, model: str) -> Block:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from petune.anatomy.trace import Call
 from petune.sites import Layout, Site
 
@@ -15,8 +17,8 @@ def is_conv(call: Call) -> bool:
 def channel_axis(call: Call) -> int | None:
     """Which axis of the (B, ., ., .) tensor that enters `call` holds the channels: 1, -1, or None if nothing tells.
 
-    The first weight that meets the tensor tells: a kernel wants channels second, a matrix wants them last, and a
-    norm has as many entries as there are channels.
+    The first weight that meets the tensor tells: a kernel wants channels second, a matrix and torch's LayerNorm want
+    them last, and another norm has as many entries as there are channels.
     """
     x = call.input
     assert x is not None
@@ -25,8 +27,11 @@ def channel_axis(call: Call) -> int | None:
         own = list(inner.module.parameters(recurse=False)) if inner.is_leaf else []
         if y is None or not own:
             continue
-        if y.ndim == 4 and y.shape == x.shape and max(p.ndim for p in own) >= 2:
-            return 1 if max(p.ndim for p in own) == 4 else -1
+        if y.ndim == 4 and y.shape == x.shape:
+            if max(p.ndim for p in own) >= 2:
+                return 1 if max(p.ndim for p in own) == 4 else -1
+            if type(inner.module) is nn.LayerNorm:  # some derived from it turn a picture round themselves
+                return -1
         width = y.shape[-1] if y.ndim == 3 and y.shape[1] == x.numel() // len(x) // y.shape[-1] else own[0].numel()
         same = y.ndim == 3 or y.numel() == x.numel()  # the tensor itself, or cut into windows
         if same and x.shape[1] != x.shape[-1] and width in (x.shape[1], x.shape[-1]):

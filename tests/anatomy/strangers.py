@@ -318,6 +318,39 @@ class Tied(nn.Module):
         return x
 
 
+class Windows(nn.Module):
+    """Works in windows of 2×2 and joins them at its end: 4 windows of 4 tokens have the shape of a picture of 4×4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = SimpleNamespace(n_embd=D, n_head=HEADS, bias=True)
+        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attn, self.mlp = CausalSelfAttention(config), GptMlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.turned(x).view(-1, 4, 4, D)
+        x = x + self.attn(self.ln_1(x).flatten(0, 1)).view(x.shape)
+        x = x + self.mlp(self.ln_2(x))
+        return self.turned(x)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Windows to rows, or rows to windows: (B, 16, D)."""
+        return x.reshape(-1, 2, 2, 2, 2, D).transpose(2, 3).reshape(-1, 16, D)
+
+
+class WindowViT(nn.Module):
+    """Pictures are what the mean of all patches says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = 16
+        self.stem, self.blocks = nn.Conv2d(3, D, 4, 4), nn.Sequential(*(Windows() for _ in range(DEPTH)))
+        self.ln, self.out = nn.LayerNorm(D), nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.ln(self.blocks(self.stem(x).flatten(2).mT)).mean(1))
+
+
 def _stack(make: Callable[[], nn.Module]) -> nn.Module:
     return ConvStemLast(nn.Sequential(*(make() for _ in range(DEPTH))))
 
@@ -333,6 +366,7 @@ STRANGERS: dict[str, Callable[[], nn.Module]] = {
     "keywords": lambda: ConvStemLast(Keywords()),
     "class attention": Cait,
     "sequence first": lambda: ConvStemLast(SequenceFirst()),
+    "windows joined at the end": WindowViT,
     "tied MLPs": lambda: ConvStemLast(Tied()),
 }
 
