@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from survey.models import FAMILIES, build
@@ -46,10 +47,12 @@ def main() -> None:
         write({})
     else:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
-        results = {family: survey(family, args.methods) for family in families}
-        if tuple(args.methods) == METHODS:
-            write(results)
-        count = [pair["state"] for row in results.values() for pair in row["methods"].values()]
+        count = []
+        for family in families:
+            row = survey(family, args.methods)
+            if tuple(args.methods) == METHODS:  # each at once: a survey that is cut off is not lost
+                write({family: row})
+            count += [pair["state"] for pair in row["methods"].values()]
         print(", ".join(f"{count.count(s)} {s}" for s in ("ok", "refused", "wrong")))
 
 
@@ -61,7 +64,7 @@ def write(results: dict[str, object]) -> None:
     PAGE.write_text(page(merged, FAMILIES, json.loads(VARIANTS.read_text())))
 
 
-def survey(family: str, names: Iterable[str]) -> dict[str, object]:
+def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
     """One row: what petune sees of the model, and every method on it."""
     start = time.monotonic()
     model = enliven(build(family))

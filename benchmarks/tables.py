@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/results.md and docs/speed.md from the committed results, or check that they are fresh.
+"""Write the tables of README.md and docs/ from the committed results, or check that they are fresh.
 
 python benchmarks/tables.py           # rewrites what stands between <!-- results:begin --> and <!-- results:end -->
 python benchmarks/tables.py --check   # exit code 1 where a page is stale; `make test` runs this
