@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml $(PLUGINS)
 demo: $(STAMP)  ## compare four methods on scikit-learn's digits, offline, with the backbone that comes with petune
 	$(BIN)/petune compare linear vpt adaptformer full --backbone vit_nano --dataset digits --epochs 4 --output runs/demo
 
-test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## every test, in two processes of one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) format lint types test  ## format, lint, types and tests
 

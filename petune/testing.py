@@ -25,6 +25,9 @@ from petune.tiny_models import tiny_timm
 from petune.tuner import Tuner
 
 
+DRAWS = 5  # how often a tuned tensor may have no gradient before it is said to have none
+
+
 class ContractViolation(AssertionError):
     """A property of the contract does not hold; the message names it."""
 
@@ -130,11 +133,34 @@ def _count(t: Trial) -> str:
 
 
 def _trains(t: Trial) -> str:
-    """Three steps; meant for what follows too."""
-    before = {key: p.detach().clone() for key, p in t.att.tuned.items()}
+    """Three steps; meant for what follows too.
+
+    What learns nothing is drawn anew: a ReLU of a narrow adapter may be silent for all tokens by chance, a factor whose
+    partner starts at zero too is so in every draw.
+    """
     ids = {id(v) for v in t.att.state().values()}
     frozen = {k: v for k, v in t.model.state_dict(keep_vars=True).items() if id(v) not in ids}
     kept = {key: v.detach().clone() for key, v in frozen.items()}
+    dead = _dead(t)
+    trained = [(p, p.detach().clone()) for p in t.att.tuned.values()]
+    for strength in (0.1, 0.01, 0.001):  # as after a long training, so that what it does is seen
+        with torch.no_grad():
+            for p, value in trained:
+                p.copy_(value + strength * torch.randn_like(p))
+        forget_caches(t.model)
+        t.tuned = logits(t.model, t.x)
+        if t.tuned.isfinite().all():  # a deep model of random weights may leave all bounds
+            break
+    t.moved = _first(key for key, old in kept.items() if not torch.equal(frozen[key], old))
+    for seed in range(1, DRAWS):
+        if dead:
+            torch.manual_seed(seed)
+            dead = sorted({*dead} & {*_dead(Trial(t.att.tuner, t.base, t.att.name))})
+    return f"{len(dead)} of {len(trained)} never had a gradient other than zero, as {dead[0]}" if dead else ""
+
+
+def _dead(t: Trial) -> list[str]:
+    """Do three steps; the tuned tensors that never had a gradient other than zero."""
     optimizer = torch.optim.SGD(t.att.parameters(), lr=0.1)
     target = torch.arange(len(t.x)) % 2
     t.att.train()
@@ -149,18 +175,7 @@ def _trains(t: Trial) -> str:
         optimizer.step()
         t.att.stepped(step)
     t.model.eval()
-    trained = [(p, p.detach().clone()) for p in t.att.tuned.values()]
-    for strength in (0.1, 0.01, 0.001):  # as after a long training, so that what it does is seen
-        with torch.no_grad():
-            for p, value in trained:
-                p.copy_(value + strength * torch.randn_like(p))
-        forget_caches(t.model)
-        t.tuned = logits(t.model, t.x)
-        if t.tuned.isfinite().all():  # a deep model of random weights may leave all bounds
-            break
-    t.moved = _first(key for key, old in kept.items() if not torch.equal(frozen[key], old))
-    dead = t.att.without_effect(set(before) - live)
-    return f"{len(dead)} of {len(before)} never had a gradient other than zero, as {dead[0]}" if dead else ""
+    return list(t.att.without_effect({*t.att.tuned} - live))
 
 
 def _frozen(t: Trial) -> str:
