@@ -142,6 +142,12 @@ def test_a_sound_one_works(fake: Fake) -> None:
     assert petune.check_tuner("fake")
 
 
+def test_ctrl_c_while_a_plugin_is_imported_is_ctrl_c(fake: Fake) -> None:
+    fake("petune-fake", {"fake": "petune_fake:Fake"}, "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        load_tuner("fake")
+
+
 def test_metadata_in_ruins(fake: Fake, tmp_path: Path) -> None:
     info = tmp_path / "site" / "ruin-1.dist-info"
     info.mkdir()
