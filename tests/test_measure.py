@@ -43,6 +43,22 @@ def test_flops_put_training_flags_back() -> None:
     assert [m.training for m in model.modules()] == [True, False, True]
 
 
+def test_flops_of_a_module_that_is_called_with_a_trained_parameter() -> None:
+    class ClassToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.fc = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 2)
+            self.token.requires_grad_(True)
+            self.fc.bias.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.token.expand(len(x), -1))
+
+    model = ClassToken()
+    assert forward_flops(model, (4,)) == 2 * 4 * 2
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False]
+
+
 PEAK = """
 import gc
 import numpy as np, torch

@@ -69,14 +69,12 @@ class Prompting:
         return self._seen[id(block.enter)]
 
     def prove(self, run: tuple[Block, ...], room: Room) -> None:
-        """Compare the blocks with hidden prompts to what they were without; not on the meta device.
+        """Compare the blocks with hidden prompts to what they were without; see `same` for the meta device.
 
         Raises:
             AttachError: They differ, or do not run.
         """
         seen, block = self._seen[id(run[0].enter)], run[0]
-        if next(self.model.parameters()).is_meta:
-            return
         alone = len(run) == 1 and block.is_module
         if room not in self._rooms:
             self._rooms.append(room)  # earlier blocks' prompts are in the model already: hide them too

@@ -72,3 +72,20 @@ def test_large_backbones_need_no_network_and_no_memory(petune: Run) -> None:
 @pytest.mark.parametrize("words", [("--epochs", "3"), ("--lr", "1")])
 def test_training_flags_are_not_its_own(words: tuple[str, str], petune: Run) -> None:
     assert petune("inspect", *words).code == 2
+
+
+SWIN = ("--set", "backbone_options.embed_dim=24", "--set", "backbone_options.depths=[2,2]",
+        "--set", "backbone_options.num_heads=[2,4]", "--set", "backbone_options.window_size=4")  # fmt: skip
+
+
+def test_prompts_that_pass_from_window_to_window_are_shown(petune: Run) -> None:
+    swin = ("--backbone=swin_tiny_patch4_window7_224", "--image-size=32", "--dataset=digits", *SWIN)
+    done = petune("inspect", "--method", "vpt:deep=false", *swin)
+    assert done.code == 0, done.err
+    assert f"tuned               {50 * 24:,}  (" in done.out
+
+
+def test_what_a_run_would_refuse_is_refused(petune: Run) -> None:
+    done = petune("inspect", "--method", "vpt", "--backbone=torchvision:swin_t", "--dataset=digits")
+    assert done.code == 1
+    assert "features.1.0 of SwinTransformer does not weigh its tokens one against another" in done.err
