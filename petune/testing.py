@@ -24,7 +24,6 @@ from petune.state import load
 from petune.tiny_models import tiny_timm
 from petune.tuner import Tuner
 
-
 DRAWS = 5  # how often a tuned tensor may have no gradient before it is said to have none
 
 

@@ -75,7 +75,7 @@ def _sdpa(
 
 
 def same(x: Tensor, y: Tensor) -> bool:
-    """Whether two outputs agree up to the rounding of their type; on the meta device, which has no numbers, in shape."""
+    """Whether two outputs agree up to the rounding of their type; in shape on the meta device, which has no numbers."""
     if x.is_meta:
         return x.shape == y.shape
     scale = float(x.abs().max().clamp(min=1e-6))
