@@ -89,11 +89,12 @@ def curve_charts(salt: str, curves: Sequence[Curve], order: Sequence[str] = ()) 
 
 def cost_charts(salt: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Wall time and peak memory as bars."""
-    minutes = [row["time_s"] / 60 for row in rows]
+    slow = any(row["time_s"] >= 120 for row in rows)
+    times, unit = [row["time_s"] / (60 if slow else 1) for row in rows], "minutes" if slow else "seconds"
     gigabytes = [row["peak_memory_bytes"] / 1e9 for row in rows]
     names = [drawable(row["method"]) for row in rows]
     return [
-        Chart(_bars(f"time {salt}", names, minutes, "minutes"), "Wall time, all seeds together"),
+        Chart(_bars(f"time {salt}", names, times, unit), "Wall time, all seeds together"),
         Chart(_bars(f"memory {salt}", names, gigabytes, "GB"), "Peak memory"),
     ]
 
@@ -118,7 +119,7 @@ def _curves(
                     axes.plot(x, y, dash, color=colours[curve.label], marker=mark, markersize=3, linewidth=1.3)
         axes.set_xlabel("epoch")
         axes.set_ylabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return _svg(figure, f"{unit} {salt}")
 
 
