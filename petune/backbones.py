@@ -189,11 +189,22 @@ def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
     if heads is None:
         found = _find_sites(model).head
         heads = found.modules if found is not None else ()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    for linear in heads:
-        if not isinstance(linear, nn.Linear | nn.Identity):
-            raise ConfigError(f"the classifier must be a linear layer, but is {type(linear).__name__}")
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and any(m is h for h in heads)}
+    several = isinstance(heads, tuple | nn.ModuleList)  # CrossViT has one for each scale
+    last = [_last_linear(head) for head in (heads if several else (heads,))]
+    return {n: m for n, m in model.named_modules() if any(m is linear for linear in last)}
+
+
+def _last_linear(head: nn.Module) -> nn.Linear | None:
+    """The linear layer that a classifier ends with; None in place of a classifier that was taken away."""
+    if isinstance(head, nn.Identity):
+        return None
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise ConfigError(
+            f"the classifier must be a linear layer, or end with one, but is a {type(head).__name__} without any. "
+            "Build the model yourself, and petune.attach(model, method)"
+        )
+    return linears[-1]
 
 
 def _resize_head(model: nn.Module, num_classes: int) -> None:
