@@ -179,9 +179,9 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
 
 
 def _for_classifying(config: Any) -> Any:
-    """ViT-MAE's own model hides random patches in every forward; its encoder's weights are those of a ViT.
+    """ViT-MAE's own model hides random patches in every forward; its encoder's weights are those of a plain ViT.
 
-    That is how transformers' documentation tells to classify with them.
+    Fine-tuning sees all patches (He et al., 2021, 2111.06377, section 4).
     """
     from transformers import ViTConfig
 

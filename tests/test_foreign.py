@@ -96,6 +96,24 @@ def test_a_model_without_a_classifier_gets_one(tmp_path: Path) -> None:
     assert petune.attach(model, "linear").counts.head == 48 * 5 + 5
 
 
+def test_the_encoder_of_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    decoder = {"decoder_hidden_size": 24, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = transformers.ViTMAEConfig(**shape, **decoder, image_size=32, patch_size=8)
+    saved = transformers.ViTMAEForPreTraining(config)
+    saved.save_pretrained(tmp_path)
+    model = create_backbone(f"hf:{tmp_path}", num_classes=5).model.eval()
+    x = torch.randn(2, 3, 32, 32)
+    saved.config.mask_ratio = 0.0
+    tokens = saved.vit.eval()(x)
+    seen = tokens.last_hidden_state[:, 1:].gather(1, tokens.ids_restore[..., None].expand(-1, -1, 48))  # in their places
+    torch.testing.assert_close(model.model.vit(x).last_hidden_state[:, 1:], seen, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(x), model(x))
+
+
 def test_torchvision() -> None:
     backbone = create_backbone("torchvision:resnet18", weights="none", num_classes=5)
     assert backbone.image_size == 224
