@@ -109,7 +109,7 @@ def test_the_encoder_of_a_masked_autoencoder_sees_all_patches(tmp_path: Path) ->
     x = torch.randn(2, 3, 32, 32)
     saved.config.mask_ratio = 0.0
     tokens = saved.vit.eval()(x)
-    seen = tokens.last_hidden_state[:, 1:].gather(1, tokens.ids_restore[..., None].expand(-1, -1, 48))  # in their places
+    seen = tokens.last_hidden_state[:, 1:].gather(1, tokens.ids_restore[..., None].expand(-1, -1, 48))
     torch.testing.assert_close(model.model.vit(x).last_hidden_state[:, 1:], seen, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(x), model(x))
 
