@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-METHODS = {"adaptformer": 100, "lora": 20, "vpt": 20}  # how many tasks
+METHODS = {"adaptformer": 100, "lora": 100, "vpt": 100}  # how many tasks
 CLASSES = 100
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results" / "tasks-vit_base.json", HERE.parent / "docs" / "many-tasks.md"
