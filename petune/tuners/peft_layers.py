@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ class Wrapped:
         active = {path: _active(layer) for path, layer in before.items()}
         edit.on_detach(self._undo(hasattr(self.model, "peft_config")))
         try:
-            self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, self.name)
+            with warnings.catch_warnings():  # of a second adapter: meant here, and `_check` looks at what came of it
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+                self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, self.name)
         except (ValueError, TypeError, RuntimeError) as error:
             kind = config.peft_type.value.lower()
             raise petune.AttachError(f"PEFT cannot put {kind} on {edit.sites.model}: {error}") from None

@@ -15,7 +15,6 @@ import petune
 from petune.errors import AttachError, UsageError
 from petune.tiny_models import tiny_timm
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
