@@ -239,7 +239,12 @@ class Peft(petune.Tuner[PeftConfig]):
         blocks = edit.sites.need_blocks()
         if self.config.type == "ln_tuning":
             norms = [s for b in blocks for s in (b.norm1, b.norm2)]
-            return [s for s in (*norms, edit.sites.norm) if s is not None and isinstance(s.module, nn.LayerNorm)]
+            known = [s for s in (*norms, edit.sites.norm) if s is not None and isinstance(s.module, nn.LayerNorm)]
+            if not known:
+                raise petune.AttachError(
+                    f"ln_tuning needs torch's LayerNorm, but {edit.sites.model} has others in its blocks; use norm"
+                )
+            return known
         places = self._places(edit)
         for site in places:
             edit.wake(site)

@@ -240,3 +240,9 @@ def _with_classes(count: int) -> nn.Module:
     built = model()
     built.head = nn.Linear(32, count)
     return built
+
+
+def test_ln_tuning_where_the_norms_are_others() -> None:
+    model = timm.create_model("test_vit4", num_classes=3)
+    with pytest.raises(petune.AttachError, match=r"needs torch.s LayerNorm, but VisionTransformer has others"):
+        petune.attach(model, "peft", type="ln_tuning")
