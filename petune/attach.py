@@ -73,6 +73,7 @@ def attach(
         tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
         _check_live(edit, tuner)
+        edit.settle()
     except BaseException:
         edit.undo()
         raise

@@ -313,6 +313,11 @@ class Edit:
         for holder, passed in reversed(self.holders):  # the innermost hook was put in last
             holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
 
+    def settle(self) -> None:
+        """Forget the forwards by which the tuner chose its places: they hold every activation of a picture."""
+        self._calls = None
+        self.prompting = Prompting(self.model, self.sites)
+
     def undo(self) -> None:
         """Undo everything, last first; the model is as it was."""
         for holder, _ in self.holders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import petune
 from petune.errors import AttachError, ConfigError, DeadSite, NotMergeable, SiteNotFound, UnknownName
+from petune.run import parse_method
 from tests.tiny import X, tiny
 
 METHODS = ["adaptformer", "vpt", "linear", "full"]
@@ -262,3 +264,23 @@ def test_what_a_backbone_never_uses_may_stay_as_it_is() -> None:
     steps(att, 1)
     with pytest.raises(DeadSite, match="1 got none, as mask_token"):
         att.check_gradients()
+
+
+@pytest.mark.parametrize("method", ["lora", "fact", "vpt", "vpt:deep=false", "adaptformer", "lst"])
+def test_no_activation_is_kept(method: str) -> None:
+    """A hundred tasks hold a hundred adapters, and nothing of the pictures that attaching looked at."""
+
+    def held(model: nn.Module) -> int:
+        gc.collect()
+        own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+        others = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.data_ptr() not in own]
+        return sum(t.numel() for t in others if t.ndim > 1)
+
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2),
+        num_heads=(2, 4), num_classes=3,
+    ) if method.startswith("vpt") else tiny()  # fmt: skip
+    name, options = parse_method(method)
+    before = held(model)
+    att = petune.attach(model, name, **options)
+    assert held(model) - before <= sum(p.numel() for p in att.head.values())  # the head's values from before
