@@ -238,8 +238,9 @@ class Peft(petune.Tuner[PeftConfig]):
         """
         blocks = edit.sites.need_blocks()
         if self.config.type == "ln_tuning":
-            norms = [s for b in blocks for s in (b.norm1, b.norm2)]
-            known = [s for s in (*norms, edit.sites.norm) if s is not None and isinstance(s.module, nn.LayerNorm)]
+            norms = [s for b in blocks for s in (b.norm1, b.norm2)] + [edit.sites.norm]
+            known = [s for s in norms if s is not None and isinstance(s.module, nn.LayerNorm)]
+            known = [s for s in known if s.module.weight is not None]  # one without has nothing to train (Qwen3's last)
             if not known:
                 raise petune.AttachError(
                     f"ln_tuning needs torch's LayerNorm, but {edit.sites.model} has others in its blocks; use norm"

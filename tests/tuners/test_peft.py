@@ -246,3 +246,10 @@ def test_ln_tuning_where_the_norms_are_others() -> None:
     model = timm.create_model("test_vit4", num_classes=3)
     with pytest.raises(petune.AttachError, match=r"needs torch.s LayerNorm, but VisionTransformer has others"):
         petune.attach(model, "peft", type="ln_tuning")
+
+
+def test_ln_tuning_leaves_a_norm_that_has_no_weight() -> None:
+    model = tiny_timm()
+    model.norm = nn.LayerNorm(model.embed_dim, elementwise_affine=False)
+    att = petune.attach(model, "peft", type="ln_tuning")
+    assert att.counts.tuned == len(att.sites.blocks) * 2 * 2 * model.embed_dim
