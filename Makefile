@@ -48,6 +48,7 @@ faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (a qua
 
 speed: $(STAMP)  ## steps, memory and start beside the peers'; writes docs/speed.md (an idle machine, a quarter of an hour)
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/tables.py
 
 backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (an hour)
 	$(BIN)/python benchmarks/backbones.py

@@ -17,12 +17,18 @@ from petune.errors import AttachError, ConfigError, MissingExtra, UnknownName, W
 from petune.hub import HubFile, hub_url, overlay
 from petune.network import reachable
 
+LIBRARIES = ("torchvision", "hf")
 TORCHVISION_SIDE = 224  # what its pretrained models were trained at; those without position embeddings do not say
 
 
 def is_foreign(name: str) -> bool:
     """Whether a backbone's name is one of those read here: `torchvision:NAME`, `hf:NAME`, `package.module:factory`."""
     return ":" in name
+
+
+def calls_a_function(name: str) -> bool:
+    """Whether building it calls `package.module:factory`, code that is neither petune's nor a known library's."""
+    return is_foreign(name) and name.partition(":")[0] not in LIBRARIES
 
 
 def build_foreign(name: str, num_classes: int, options: dict[str, Any], *, pretrained: bool) -> nn.Module:
@@ -41,8 +47,11 @@ def build_foreign(name: str, num_classes: int, options: dict[str, Any], *, pretr
         ConfigError: The builder does not take these options, or the import fails.
     """
     source, _, rest = name.partition(":")
-    build = {"torchvision": _torchvision, "hf": _transformers}.get(source)
-    model = build(rest, num_classes, options, pretrained) if build else _own(name, num_classes, options)
+    if calls_a_function(name):
+        model = _own(name, num_classes, options)
+    else:
+        build = _torchvision if source == "torchvision" else _transformers
+        model = build(rest, num_classes, options, pretrained)
     if "image_size" in options or not _tells_size(model):
         side = options.get("image_size", TORCHVISION_SIDE if source == "torchvision" else None)
         if side is not None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from petune.anatomy.forward import undisturbed
+
 PACKAGES = ("petune", "torch", "torchvision", "timm", "peft", "numpy")
 
 
@@ -24,17 +26,18 @@ def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
     parameter = next(model.parameters())
     x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    training = [m for m in model.modules() if m.training]
     trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
     for p in trained:  # the counter would ask a parameter that is a module's input (a class token) for its history
         p.requires_grad_(False)
     try:  # the counter does not see fused attention on CPU, so it is switched to plain products
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            undisturbed(model),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             model(x)
     finally:
-        for module in training:
-            module.training = True
         for p in trained:
             p.requires_grad_(True)
     return int(counter.get_total_flops())

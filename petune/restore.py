@@ -10,7 +10,7 @@ from typing import Any
 from petune.attach import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.errors import CheckpointError
-from petune.foreign import is_foreign
+from petune.foreign import calls_a_function
 from petune.state import Saved, adapter_place, attach_saved, read_adapter
 
 
@@ -101,8 +101,7 @@ def refuse_code(saved: Saved, where: str) -> None:
     backbone = saved.config["metadata"].get("backbone")
     said = backbone if isinstance(backbone, Mapping) else {}
     name, options = str(said.get("name", "")), said.get("options")
-    called = is_foreign(name) and not name.startswith(("hf:", "torchvision:"))
-    if called or (isinstance(options, Mapping) and options.get("trust_remote_code")):
+    if calls_a_function(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
         raise CheckpointError(
             f"{where} has its backbone built by {name}, code that using it would run here. If you know that code, add "
             "--trust-code (in Python trust_code=True); else build the model yourself, and petune.load(model, directory)"

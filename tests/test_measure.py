@@ -48,7 +48,6 @@ def test_flops_of_a_module_that_is_called_with_a_trained_parameter() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.token, self.fc = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 2)
-            self.token.requires_grad_(True)
             self.fc.bias.requires_grad_(False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

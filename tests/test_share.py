@@ -17,11 +17,11 @@ import torch
 import petune
 from petune import share
 from petune.errors import CheckpointError, HubError, PetuneError, UsageError
-from petune.files import write_directory
 from petune.share import pull, push
 from tests.fake_hub import TOKEN, Server, point_at, running
 from tests.program import call
 from tests.tiny import X, randomised, tiny
+from tests.trained import changed
 
 # of httpx2, about how huggingface_hub 2.4 sends bytes
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -241,11 +241,7 @@ CODE = [
 
 @pytest.mark.parametrize("backbone", CODE)
 def test_code_is_not_taken_unasked(backbone: dict[str, Any], hub: Server, adapter: Path) -> None:
-    files = there(adapter)
-    config = json.loads(files["adapter_config.json"])
-    config["metadata"]["backbone"] = backbone
-    del files["manifest.json"]
-    write_directory(adapter, {**files, "adapter_config.json": json.dumps(config).encode()})
+    changed(adapter, adapter, backbone=backbone)
     hub.repos["me/flowers"] = there(adapter)
     with pytest.raises(CheckpointError, match=r"code that using it would run here.*--trust-code"):
         raise asked_of(hub, adapter, "pull")

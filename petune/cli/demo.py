@@ -9,16 +9,12 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import TrustCode
+from petune.cli.predict import Device, Weights
 from petune.cli.terminal import say, show
 
 Sources = Annotated[
     list[Path], typer.Argument(metavar="DIR", help="Run or adapter directories, all of the same backbone.")
 ]
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", metavar="NAME|PATH", help="Where the backbone's weights are now.  [default: the run's]"),
-]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
 Host = Annotated[str, typer.Option("--host", metavar="ADDRESS", help="0.0.0.0 lets other machines in.")]
 Port = Annotated[int, typer.Option("--port", metavar="INT", min=0, max=65535, help="0 takes any that is free.")]
 
