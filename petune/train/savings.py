@@ -17,7 +17,9 @@ from petune.fingerprint import fingerprint
 from petune.train.events import Note
 from petune.train.features import Features, stays_equal, why_too_large
 from petune.train.frozen import frozen_in_bfloat16
+from petune.train.heap import heap_kept
 from petune.train.prefix import Prefix, find_prefix, worth_it
+from petune.train.products import PICTURES, fast_products
 from petune.train.recompute import recomputed
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
         if trainer.train.grad_checkpointing:
             stack.enter_context(recomputed(trainer.att))
         trainer.choose_micro_batch()
+        if trainer.device.type == "cpu":
+            _cheaper_on_cpu(trainer, stack)
         if plan is not None:
             _fill(trainer, *plan)
             stack.callback(_without_features, trainer)
@@ -49,6 +53,12 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
             stack.callback(setattr, trainer, "logits", trainer.model)
         yield
         shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)  # an exception leaves it there, for the resume
+
+
+def _cheaper_on_cpu(trainer: Trainer, stack: ExitStack) -> None:
+    stack.enter_context(heap_kept(lean=trainer.train.grad_checkpointing))
+    if not trainer.train.compile and not trainer.train.grad_checkpointing:  # whoever asks for that wants the memory
+        stack.enter_context(fast_products(trainer.model, lambda: _scores(trainer), trainer.progress.micro_batch))
 
 
 def pictures_of(trainer: Trainer) -> Callable[[int], Tensor]:
@@ -63,7 +73,7 @@ def pictures_of(trainer: Trainer) -> Callable[[int], Tensor]:
 
 def _scores(trainer: Trainer) -> Tensor:
     with undisturbed(trainer.model), torch.no_grad(), trainer.autocast():
-        scores: Tensor = trainer.model(pictures_of(trainer)(2))
+        scores: Tensor = trainer.model(pictures_of(trainer)(PICTURES))
     return scores
 
 

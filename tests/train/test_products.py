@@ -1,0 +1,182 @@
+"""oneDNN's products give torch's bits; a heap that is kept need not be faulted in again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.train import heap, products
+from petune.train.frozen import frozen_in_bfloat16
+from petune.train.heap import heap_kept
+from petune.train.products import PICTURES, fast_products
+from tests.tiny import X, randomised, tiny
+
+try:
+    products._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
+except (RuntimeError, AttributeError):  # pragma: no cover
+    pytest.skip("this processor, or this torch, has no such product", allow_module_level=True)
+
+LAYERS = 8  # of two blocks
+
+
+def _step(att: petune.Attachment, x: Tensor = X) -> list[Tensor | None]:
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = att.model(x)
+    out.float().square().sum().backward()
+    found = [out.detach(), *(p.grad for p in att.parameters())]
+    for p in att.parameters():
+        p.grad = None
+    return found
+
+
+def _scores(model: nn.Module) -> Callable[[], Tensor]:
+    def forward() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(0)
+            return model(X[:PICTURES])  # type: ignore[no-any-return]
+
+    return forward
+
+
+@contextmanager
+def _fast(att: petune.Attachment, batch_size: int = 2) -> Iterator[int]:
+    with ExitStack() as stack:
+        stack.enter_context(frozen_in_bfloat16(att.model, _scores(att.model)))
+        yield stack.enter_context(fast_products(att.model, _scores(att.model), batch_size))
+
+
+def _attached(method: str, **options: object) -> petune.Attachment:
+    torch.manual_seed(1)
+    att = randomised(petune.attach(tiny(drop_path_rate=0.2), method, **options))
+    att.train()
+    return att
+
+
+METHODS: dict[str, tuple[dict[str, object], int]] = {
+    "adaptformer": ({"bottleneck": 4, "dropout": 0.3}, LAYERS), "vpt": ({"num_prompts": 3}, LAYERS),
+    "lora": ({"r": 2}, LAYERS), "linear": ({}, LAYERS), "houlsby": ({}, LAYERS), "ssf": ({}, LAYERS),
+    "bitfit": ({}, 0), "full": ({}, 0), "partial": ({}, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("laid_out", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_worth_it", lambda layer, rows: laid_out)
+    options, layers = METHODS[method]
+    att = _attached(method, **options)
+    plain = _step(att)
+    with _fast(att) as count:
+        assert count == layers
+        for one, other in zip(_step(att), plain, strict=True):
+            assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
+    assert not [m for m in att.model.modules() if "forward" in vars(m)]
+    assert all(torch.equal(a, b) for a, b in zip(_step(att), plain, strict=True) if a is not None and b is not None)
+
+
+def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = products._worth_it
+    monkeypatch.setattr(products, "_worth_it", lambda layer, rows: seen.append(rows) or original(layer, rows))
+    with _fast(_attached("adaptformer"), batch_size=10):
+        assert set(seen) == {10 * 17}
+    large, small = nn.Linear(1024, 1024), nn.Linear(24, 24)
+    assert [original(layer, rows) for layer in (large, small) for rows in (100, 100_000)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("direction", ["_forward", "_backward"])
+def test_a_product_that_rounds_otherwise_is_not_taken(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(products, direction)
+    monkeypatch.setattr(products, direction, lambda *args: original(*args) * 1.01)
+    att = _attached("adaptformer")
+    plain = _step(att)
+    with _fast(att) as count:
+        assert count == 0
+        assert torch.equal(_step(att)[0], plain[0])  # type: ignore[arg-type]
+
+
+def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object) -> Tensor:
+        raise RuntimeError("mkldnn bf16 path needs a cpu with avx512")
+
+    monkeypatch.setattr(products, "_forward", missing)
+    with _fast(_attached("adaptformer")) as count:
+        assert count == 0
+    monkeypatch.setattr(products, "_has_kernels", lambda: False)
+    with _fast(_attached("adaptformer")) as count:
+        assert count == 0
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    att = _attached("adaptformer")
+    layer = att.model.blocks[0].mlp.fc1
+    own = layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    with _fast(att) as count:
+        assert count == LAYERS - 1
+        assert layer.forward is own
+    assert layer.forward is own
+
+
+def test_layers_come_back_after_an_error() -> None:
+    att = _attached("adaptformer")
+    with pytest.raises(KeyError), _fast(att):
+        raise KeyError
+    assert not [m for m in att.model.modules() if "forward" in vars(m)]
+
+
+def test_outside_of_autocast_a_layer_says_what_it_said() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 8)
+    with fast_products(model, lambda: model(x.bfloat16()), 2) as count:
+        assert count == 1
+        with pytest.raises(RuntimeError, match="same dtype"):
+            model(x)
+
+
+def _faults_of_twenty_megabytes() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(5 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="malloc is not glibc's, or set by the user")
+def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back() -> None:
+    with heap_kept(lean=False) as on:
+        assert on
+        torch.ones(5 << 20)
+        assert _faults_of_twenty_megabytes() < 20_000  # of 51,200
+    with heap_kept(lean=True) as on:
+        assert on
+        assert _faults_of_twenty_megabytes() > 40_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_MMAP_THRESHOLD_", "1048576"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")]
+)
+def test_what_the_user_has_set_stays(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with heap_kept(lean=False) as on:
+        assert not on
+
+
+def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    def never(name: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(ctypes, "CDLL", never)
+    monkeypatch.setattr(os, "confstr", unknown)
+    with heap_kept(lean=False) as on:
+        assert not on
