@@ -3,7 +3,8 @@
     python benchmarks/suite.py few-shot                      # all of benchmarks/suites/few-shot.yaml
     python benchmarks/suite.py few-shot --smoke              # the same at a size of a minute, offline
     python benchmarks/suite.py few-shot --only few-shot-10   # some pieces, or some methods, by name
-    python benchmarks/suite.py few-shot --keep               # and put what is finished into benchmarks/results/
+    python benchmarks/suite.py few-shot --seeds 0            # a first seed of each
+    python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in benchmarks/results/
 
 Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
 what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range or missing.
@@ -15,7 +16,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from pydantic import Field
 import petune
 from petune.cli.progress import Progress
 from petune.config import Config, read_yaml
+from petune.executors import RUN, Executor, Work
 from petune.files import replace_file
 from petune.report import markdown
 
@@ -128,14 +130,32 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     return merged
 
 
-def run_piece(piece: Piece, place: Path, methods: tuple[str, ...], watch: Any) -> dict[str, Any]:
+def run_piece(
+    piece: Piece, place: Path, methods: tuple[str, ...], watch: Any, executor: str | Executor = "serial"
+) -> dict[str, Any]:
     """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks."""
     pretraining = pretrain_config(piece, place)
     pretrained = petune.pretrain(pretraining, watch=watch).model_dump(mode="json") if pretraining else None
     rates = {method: chosen_rate(rate_config(piece, place, method), watch) for method in methods if piece.rates}
     lrs = {method: rate["lr"] for method, rate in rates.items()}
-    comparison = petune.compare(compare_config(piece, place, methods, lrs), watch=watch)
+    comparison = petune.compare(compare_config(piece, place, methods, lrs), executor=executor, watch=watch)
     return {"pretrain": pretrained, "rates": rates, "compare": comparison.model_dump(mode="json")}
+
+
+def only_finished(
+    configs: Sequence[petune.RunConfig], wanted: Any, watch: Any, work: Work = RUN
+) -> Iterator[tuple[int, Any]]:
+    """The executor that does nothing: what is finished is read, the rest is left out."""
+    for index, config in enumerate(configs):
+        found = work.finished(config)
+        if found is not None:
+            yield index, found
+
+
+def begun(place: Path, methods: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the methods that have a finished run in the comparison."""
+    done = {json.loads(file.read_text())["method"] for file in (place / "compare").glob("*/result.json")}
+    return tuple(method for method in methods if method in done)
 
 
 def pretrain_config(piece: Piece, place: Path) -> petune.PretrainConfig | None:
@@ -221,7 +241,12 @@ def main(words: list[str]) -> NoReturn:
     good = True
     with Progress() as watch:
         for piece, methods in chosen(suite, args.only).items():
-            done = run_piece(suite.pieces[piece], top / piece, methods, watch)
+            place, config = top / piece, suite.pieces[piece]
+            if args.finished and not (methods := begun(place, methods)):
+                continue
+            if args.seeds:
+                config = config.model_copy(update={"compare": config.compare | {"seeds": args.seeds}})
+            done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial")
             expected = {what: one for what, one in suite.expected.get(piece, {}).items()
                         if set(map(str.strip, what.split(" - "))) <= set(methods)}  # fmt: skip
             checks = checks_of(expected, done["compare"])
@@ -231,14 +256,14 @@ def main(words: list[str]) -> NoReturn:
                 "pretrain": done["pretrain"], "rates": done["rates"],
                 "checks": [asdict(check) | {"good": check.good} for check in checks],
             }  # fmt: skip
-            replace_file(top / piece / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
+            replace_file(place / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
             print(markdown(done["compare"]).partition("\n![")[0])
             for method, rate in done["rates"].items():
                 edge = "; AT THE EDGE of what was tried" if rate["edge"] else ""
                 print(f"{method}: rate {rate['lr']:g}, val {rate['tried']}{edge}")
             print("\n".join(map(str, checks)), flush=True)
             if args.keep:
-                keep(top / piece, piece)
+                keep(place, piece)
     raise SystemExit(0 if good else 1)
 
 
@@ -247,6 +272,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("name", choices=sorted(file.stem for file in SUITES.glob("*.yaml")))
     parser.add_argument("--smoke", action="store_true", help="the size of a minute, offline")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="pieces, or methods of them")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the suite's")
+    parser.add_argument("--finished", action="store_true", help="train nothing; take what is finished")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of runs/suites/NAME")
     parser.add_argument("--keep", action="store_true", help="copy the results to benchmarks/results/")
     args = parser.parse_args(words)

@@ -102,6 +102,13 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
         monkeypatch.setattr(suite, name.upper(), tmp_path / name)
         monkeypatch.setattr(tables, name.upper(), tmp_path / name)
     (tmp_path / "suites" / "tiny.yaml").write_text(TINY)
+    assert _run(capsys, "tiny", "--finished")[:2] == (0, "")  # nothing is
+    _, first, _ = _run(capsys, "tiny", "--only", "linear", "--seeds", "1")
+    assert "linear: rate 0.02" in first
+    _, read, err = _run(capsys, "tiny", "--finished")
+    assert "epoch" not in err  # it trains nothing
+    assert "linear: rate 0.02" in read
+    assert "bitfit" not in read  # whose difference from linear is not held to a range either
     code, out, err = _run(capsys, "tiny", "--keep")
     assert code == 1, err
     assert "expected 50 within 0 to 100: in range" in out
