@@ -4,7 +4,7 @@
     python benchmarks/suite.py few-shot --smoke              # the same at a size of a minute, offline
     python benchmarks/suite.py few-shot --only few-shot-10   # some pieces, or some methods, by name
     python benchmarks/suite.py few-shot --seeds 0            # a first seed of each
-    python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in benchmarks/results/
+    python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in results/
 
 Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
 what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range or missing.
