@@ -12,7 +12,7 @@ import yaml
 
 from petune.run import tuner_of
 
-NAMES = ("cifar-small", "few-shot", "seed")
+NAMES = ("cifar-small", "few-shot", "precision", "seed")
 TINY = """\
 command: python benchmarks/suite.py tiny
 expected:
