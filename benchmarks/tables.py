@@ -51,15 +51,24 @@ def readme(found: Found) -> str:
         return ""
     name, comparison = next(iter(found.items()))
     shared = comparison["config"]["run"]
-    seeds = len(comparison["config"]["seeds"])
     lines = [
         f"Measured: {shared['backbone']} on all of {shared['dataset']}, {shared['train']['epochs']} epochs, "
-        f"{seeds} seed{'s' if seeds > 1 else ''} "
+        f"{seeds(comparison)} "
         f"([command, machine and all columns](docs/results.md#{name.lower()})):",
         "",
         *table(comparison, SHOWN_IN_README),
     ]
     return "\n".join(lines)
+
+
+def seeds(comparison: dict[str, Any]) -> str:
+    """How many seeds, in words; not all of a suite need be run with as many."""
+    counts = {len(row["seeds"]) for row in comparison["rows"] if row["status"] == "done"}
+    if counts == {1}:
+        return "1 seed"
+    if len(counts) == 1:
+        return f"{counts.pop()} seeds, mean ± standard deviation"
+    return f"up to {max(counts)} seeds, mean ± standard deviation (no ±: one seed)"
 
 
 def overview(found: Found, all_suites: dict[str, Suite]) -> str:
