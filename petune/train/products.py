@@ -112,7 +112,8 @@ def _laid_out(weight: Tensor, rows: int) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # of rows that do not lie behind each other (a transposed input, the gradient of a mean) it reads the wrong ones
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return out
 
 

@@ -83,6 +83,36 @@ def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, mon
     assert all(torch.equal(a, b) for a, b in zip(_step(att), plain, strict=True) if a is not None and b is not None)
 
 
+class Turned(nn.Module):
+    """Multiplies rows that lie elsewhere in memory, forward (transposed, cut) and backward (the gradient of a mean)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).transpose(1, 2))
+        return self.third(y[:, 1:]).mean(1).sum(-1, keepdim=True)  # type: ignore[no-any-return]
+
+
+def test_rows_that_do_not_lie_behind_each_other() -> None:
+    torch.manual_seed(0)
+    model, x = Turned().requires_grad_(False), torch.randn(2, 6, 8, requires_grad=True)
+
+    def step() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        return out.detach(), torch.autograd.grad(out.sum(), x)[0]
+
+    def scores() -> Tensor:
+        return step()[0]
+
+    expected = step()
+    with frozen_in_bfloat16(model, scores), fast_products(model, scores, 2) as count:
+        assert count == 3
+        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+
+
 def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     original = products._worth_it
