@@ -98,7 +98,7 @@ def _product(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
+        if not torch.is_autocast_enabled("cpu") or not x.is_contiguous():  # then torch adds the bias after rounding
             return F.linear(x, layer.weight, layer.bias)
         product: Tensor = _Product.apply(x.to(torch.bfloat16), weight, bias, across)
         return product
@@ -112,13 +112,13 @@ def _laid_out(weight: Tensor, rows: int) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # of rows that do not lie behind each other (a transposed input, the gradient of a mean) it reads the wrong ones
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
 def _backward(grad: Tensor, across: Tensor) -> Tensor:
-    return _forward(grad, across, None) if across.is_mkldnn else grad @ across
+    # of rows that do not lie behind each other (the gradient of a mean) oneDNN's would read the wrong ones
+    return _forward(grad.contiguous(), across, None) if across.is_mkldnn else grad @ across
 
 
 class _Product(torch.autograd.Function):
