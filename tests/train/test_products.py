@@ -84,7 +84,7 @@ def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, mon
 
 
 class Turned(nn.Module):
-    """Multiplies rows that lie elsewhere in memory, forward (transposed, cut) and backward (the gradient of a mean)."""
+    """Multiplies rows that lie elsewhere in memory, forward (transposed, cut) and backward (the gradient of a sum)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,8 @@ class Turned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.second(self.first(x).transpose(1, 2))
-        return self.fourth(self.third(y[:, 1:])).mean(1).sum(-1, keepdim=True)  # type: ignore[no-any-return]
+        out: Tensor = self.fourth(self.third(y[:, 1:])).sum(1) * torch.arange(8.0)
+        return out
 
 
 def test_rows_that_do_not_lie_behind_each_other() -> None:
