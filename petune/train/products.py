@@ -117,8 +117,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, across: Tensor) -> Tensor:
-    # of rows that do not lie behind each other (the gradient of a sum) oneDNN's would read the wrong ones
-    return _forward(grad.contiguous(), across, None) if across.is_mkldnn else grad @ across
+    return _forward(grad, across, None) if across.is_mkldnn else grad @ across
 
 
 class _Product(torch.autograd.Function):
