@@ -152,10 +152,11 @@ def _verdict(check: Check) -> tuple[str, str]:
 def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
     note, record, where = RESULTS / name / "NOTE.md", RESULTS / name / "suite.json", f"../benchmarks/results/{name}"
     shared, origin = comparison["config"]["run"], comparison["provenance"]
+    suite = json.loads(record.read_text()) if record.exists() else {}
     lines = [
         f"## {name}",
         "",
-        f"    {' '.join(origin['argv'])}",
+        f"    {suite.get('command') or ' '.join(origin['argv'])}",
         "",
         f"`{shared['backbone']}`, weights `{comparison['weights']}`, on `{shared['dataset']}`; "
         f"{shared['train']['epochs']} epochs; seeds {', '.join(map(str, comparison['config']['seeds']))}.",
@@ -166,7 +167,7 @@ def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += [near_full(comparison), ""] if near_full(comparison) else []
-    lines += rates(json.loads(record.read_text())) if record.exists() else []
+    lines += rates(suite)
     lines += [note.read_text(encoding="utf-8").strip(), ""] if note.exists() else []
     return [
         *lines,
