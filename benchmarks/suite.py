@@ -7,7 +7,7 @@
     python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in results/
 
 Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
-what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range or missing.
+what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range.
 """
 
 from __future__ import annotations
@@ -136,9 +136,15 @@ def run_piece(
     """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks."""
     pretraining = pretrain_config(piece, place)
     pretrained = petune.pretrain(pretraining, watch=watch).model_dump(mode="json") if pretraining else None
-    rates = {method: chosen_rate(rate_config(piece, place, method), watch) for method in methods if piece.rates}
+    configs = {method: rate_config(piece, place, method) for method in methods if piece.rates}
+    rates = {method: chosen_rate(config, watch, executor) for method, config in configs.items()}
     lrs = {method: rate["lr"] for method, rate in rates.items()}
     comparison = petune.compare(compare_config(piece, place, methods, lrs), executor=executor, watch=watch)
+    other = [row.method for row in comparison.rows if row.method in lrs and row.lr not in {None, lrs[row.method]}]
+    if other:
+        raise SystemExit(
+            f"finished runs of {', '.join(other)} had another rate than was chosen; remove them in {place}"
+        )
     return {"pretrain": pretrained, "rates": rates, "compare": comparison.model_dump(mode="json")}
 
 
@@ -152,9 +158,10 @@ def only_finished(
             yield index, found
 
 
-def begun(place: Path, methods: tuple[str, ...]) -> tuple[str, ...]:
+def begun(place: Path, methods: tuple[str, ...], seeds: list[int]) -> tuple[str, ...]:
     """Those of the methods that have a finished run in the comparison."""
-    done = {json.loads(file.read_text())["method"] for file in (place / "compare").glob("*/result.json")}
+    results = [json.loads(file.read_text()) for file in (place / "compare").glob("*/result.json")]
+    done = {result["method"] for result in results if result["seed"] in seeds}
     return tuple(method for method in methods if method in done)
 
 
@@ -188,9 +195,9 @@ def _shared(piece: Piece, place: Path) -> dict[str, Any]:
     return piece.compare["run"] | weights
 
 
-def chosen_rate(config: petune.SweepConfig, watch: Any) -> dict[str, Any]:
+def chosen_rate(config: petune.SweepConfig, watch: Any, executor: str | Executor = "serial") -> dict[str, Any]:
     """The rate with the best top-1 on val; test is not read. `edge` says that it was the lowest or highest tried."""
-    table = petune.sweep(config, watch=watch)
+    table = petune.sweep(config, executor=executor, watch=watch)
     if table.best is None:
         raise SystemExit(f"no rate worked for {config.run.method}: {table.rows[0].reason}")
     lr = float(table.params["train.lr"])
@@ -242,10 +249,10 @@ def main(words: list[str]) -> NoReturn:
     with Progress() as watch:
         for piece, methods in chosen(suite, args.only).items():
             place, config = top / piece, suite.pieces[piece]
-            if args.finished and not (methods := begun(place, methods)):
+            seeds = args.seeds or config.compare["seeds"]
+            config = config.model_copy(update={"compare": config.compare | {"seeds": seeds}})
+            if args.finished and not (methods := begun(place, methods, seeds)):
                 continue
-            if args.seeds:
-                config = config.model_copy(update={"compare": config.compare | {"seeds": args.seeds}})
             done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial")
             expected = {what: one for what, one in suite.expected.get(piece, {}).items()
                         if set(map(str.strip, what.split(" - "))) <= set(methods)}  # fmt: skip

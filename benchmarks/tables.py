@@ -159,7 +159,7 @@ def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
         f"    {suite.get('command') or ' '.join(origin['argv'])}",
         "",
         f"`{shared['backbone']}`, weights `{comparison['weights']}`, on `{shared['dataset']}`; "
-        f"{shared['train']['epochs']} epochs; seeds {', '.join(map(str, comparison['config']['seeds']))}.",
+        f"{shared['train']['epochs']} epochs; {seeds(comparison)}.",
         "",
         *table(comparison, COLUMNS),
         "",

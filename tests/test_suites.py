@@ -105,6 +105,7 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
     assert _run(capsys, "tiny", "--finished")[:2] == (0, "")  # nothing is
     _, first, _ = _run(capsys, "tiny", "--only", "linear", "--seeds", "1")
     assert "linear: rate 0.02" in first
+    assert _run(capsys, "tiny", "--finished", "--seeds", "0")[:2] == (0, "")
     _, read, err = _run(capsys, "tiny", "--finished")
     assert "epoch" not in err  # it trains nothing
     assert "linear: rate 0.02" in read
@@ -128,6 +129,11 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
     assert "bitfit" not in again
     code, _, _ = _run(capsys, "tiny", "--only", "linaer")
     assert "--only takes pieces and methods of the suite, but not ['linaer']" in str(code)
+
+    (result,) = (tmp_path / "runs").rglob("compare/linear*seed1/result.json")
+    result.write_text(result.read_text().replace('"lr": 0.02', '"lr": 0.5'))
+    code, _, _ = _run(capsys, "tiny", "--finished", "--only", "linear", "--seeds", "1")
+    assert "finished runs of linear had another rate than was chosen" in str(code)
 
     page = tables.overview(tables.comparisons(), tables.suites())
     linear = next(row["top1_mean"] for row in kept["rows"] if row["method"] == "linear")

@@ -34,10 +34,10 @@ def heap_kept(lean: bool) -> Iterator[bool]:
         yield False
         return
     libc.mallopt(MMAP_THRESHOLD, LEAN if lean else LARGEST)
-    libc.mallopt(TRIM_THRESHOLD, -1)  # never
+    libc.mallopt(TRIM_THRESHOLD, LEAN if lean else -1)  # -1: never
     try:
         yield True
-    finally:  # where glibc's own thresholds end up
+    finally:  # where glibc's own thresholds end up; fixed from now on, which glibc cannot take back
         libc.mallopt(MMAP_THRESHOLD, LARGEST)
         libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
         libc.malloc_trim(0)

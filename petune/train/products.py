@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 PICTURES = 2
 FEW_ROWS, SMALL = 4096, 2**19
 """A weight is laid out twice more (once for each direction) where that is cheap: see `_worth_it`."""
+ROOM = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**34) // 16
+"""So many bytes at most, for all of them."""
 
 
 @contextmanager
@@ -34,24 +39,25 @@ def fast_products(model: nn.Module, forward: Callable[[], Tensor], batch_size: i
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _can(m)] if _has_kernels() else []
     rows, expected = _rows(layers, forward) if layers else ({}, torch.empty(0))
-    changed: list[nn.Linear] = []
+    room = ROOM
     try:
         for layer, count in rows.items():
-            product = _product(layer, count * batch_size // PICTURES)
-            if product is not None:
-                layer.forward = product  # type: ignore[method-assign, assignment]
-                changed.append(layer)
-        if changed and not torch.equal(forward(), expected):
-            _put_back(changed)
-        yield len(changed)
+            wanted = _worth_it(layer, count * batch_size // PICTURES) and 4 * layer.weight.numel() <= room
+            weights = _Weights.of(layer, count * batch_size // PICTURES, wanted)
+            if weights is not None:
+                room -= 4 * layer.weight.numel() if wanted else 0
+                _WEIGHTS[layer], layer.__class__ = weights, _Fast
+        if rows and not _equal(forward, expected):
+            _put_back(layers)
+        yield sum(type(layer) is _Fast for layer in layers)
     finally:
-        _put_back(changed)
+        _put_back(layers)
 
 
 def _put_back(layers: list[nn.Linear]) -> None:
     for layer in layers:
-        del layer.forward
-    layers.clear()
+        if _WEIGHTS.pop(layer, None) is not None:
+            layer.__class__ = nn.Linear
 
 
 def _has_kernels() -> bool:
@@ -68,10 +74,10 @@ def _rows(layers: list[nn.Linear], forward: Callable[[], Tensor]) -> tuple[dict[
     """How many rows each layer multiplies in one call, and the scores."""
     rows: dict[nn.Linear, int] = {}
 
-    def count(layer: Any, args: Any) -> None:
-        rows[layer] = args[0].numel() // layer.in_features
+    def count(layer: Any, args: Any, output: Tensor) -> None:
+        rows[layer] = output.numel() // layer.out_features
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
         return rows, forward()
     finally:
@@ -84,26 +90,63 @@ def _worth_it(layer: nn.Linear, rows: int) -> bool:
     return rows < FEW_ROWS or layer.weight.numel() < SMALL
 
 
-def _product(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor] | None:
-    """The layer's forward, or None where this processor has no such kernel or its bits differ."""
-    weight, bias, across = layer.weight.detach(), layer.bias, layer.weight.detach()
-    grad = torch.linspace(-1, 1, 2 * layer.out_features).view(2, -1).bfloat16()
+def _equal(forward: Callable[[], Tensor], expected: Tensor) -> bool:
     try:
-        if _worth_it(layer, rows):
-            weight = _laid_out(weight, rows)
-            across = _laid_out(across.t().contiguous(), rows)
-        if not torch.equal(_backward(grad, across), grad @ layer.weight):
-            return None
-    except RuntimeError:
-        return None
+        return torch.equal(forward(), expected)
+    except RuntimeError:  # this processor has no such kernel for these sizes
+        return False
 
-    def forward(x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled("cpu") or not x.is_contiguous():  # then torch adds the bias after rounding
-            return F.linear(x, layer.weight, layer.bias)
-        product: Tensor = _Product.apply(x.to(torch.bfloat16), weight, bias, across)
+
+class _Weights:
+    """A layer's weight as the kernel wants it in each direction; the second is laid out when a gradient first comes."""
+
+    def __init__(self, weight: Tensor, rows: int, lay_out: bool) -> None:
+        self.weight, self.rows, self.lay_out = weight, rows, lay_out
+        self.version = weight._version
+        self.along = _laid_out(weight, rows) if lay_out else weight
+        self._across: Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Linear, rows: int, lay_out: bool) -> _Weights | None:
+        """None where this processor has no such kernel or its bits differ."""
+        weight = layer.weight.detach()
+        x, grad = (torch.linspace(-1, 1, 2 * n).view(2, n).bfloat16() for n in (weight.shape[1], weight.shape[0]))
+        try:
+            made = cls(weight, rows, lay_out)
+            forth = torch.equal(_forward(x, made.along, layer.bias), F.linear(x, weight, layer.bias))
+            same = forth and torch.equal(made.backward(grad), grad @ weight)
+        except RuntimeError:
+            return None
+        made._across = None
+        return made if same else None
+
+    def fresh(self, layer: nn.Linear) -> bool:
+        """Whether the layer's weight is still that one."""
+        return layer.weight.data_ptr() == self.weight.data_ptr() and layer.weight._version == self.version
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """The gradient of the layer's input."""
+        if not self.lay_out:
+            return grad @ self.weight
+        if self._across is None:
+            self._across = _laid_out(self.weight.t().contiguous(), self.rows)
+        return _forward(grad, self._across, None)
+
+
+class _Fast(nn.Linear):
+    """What a layer is inside; a copy of it, or a layer with new weights, multiplies as torch does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weights = _WEIGHTS.get(self)
+        if weights is None or not torch.is_autocast_enabled("cpu") or not weights.fresh(self):
+            return super().forward(input)
+        if not input.is_contiguous():  # then torch adds the bias after rounding
+            return super().forward(input)
+        product: Tensor = _Product.apply(input.to(torch.bfloat16), weights, self.bias)
         return product
 
-    return forward
+
+_WEIGHTS: weakref.WeakKeyDictionary[nn.Linear, _Weights] = weakref.WeakKeyDictionary()
 
 
 def _laid_out(weight: Tensor, rows: int) -> Tensor:
@@ -116,18 +159,15 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _backward(grad: Tensor, across: Tensor) -> Tensor:
-    return _forward(grad, across, None) if across.is_mkldnn else grad @ across
-
-
 class _Product(torch.autograd.Function):
     """x W^T + b with a gradient to x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, across: Tensor) -> Tensor:
-        ctx.across = across
-        return _forward(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, weights: _Weights, bias: Tensor | None) -> Tensor:
+        ctx.weights = weights
+        return _forward(x, weights.along, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _backward(grads[0], ctx.across), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.weights.backward(grads[0]), None, None

@@ -44,21 +44,18 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
             stack.enter_context(recomputed(trainer.att))
         trainer.choose_micro_batch()
         if trainer.device.type == "cpu":
-            _cheaper_on_cpu(trainer, stack)
+            stack.enter_context(heap_kept(lean=trainer.train.grad_checkpointing))
         if plan is not None:
             _fill(trainer, *plan)
             stack.callback(_without_features, trainer)
         elif trainer.train.compile:
             trainer.logits = _compiled(trainer.model)
             stack.callback(setattr, trainer, "logits", trainer.model)
+        elif trainer.device.type == "cpu" and not trainer.train.grad_checkpointing:  # which is for memory
+            size = trainer.progress.micro_batch
+            stack.enter_context(fast_products(trainer.model, lambda: _scores(trainer), size))
         yield
         shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)  # an exception leaves it there, for the resume
-
-
-def _cheaper_on_cpu(trainer: Trainer, stack: ExitStack) -> None:
-    stack.enter_context(heap_kept(lean=trainer.train.grad_checkpointing))
-    if not trainer.train.compile and not trainer.train.grad_checkpointing:  # whoever asks for that wants the memory
-        stack.enter_context(fast_products(trainer.model, lambda: _scores(trainer), trainer.progress.micro_batch))
 
 
 def pictures_of(trainer: Trainer) -> Callable[[int], Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
+import pickle
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,6 +63,10 @@ def _attached(method: str, **options: object) -> petune.Attachment:
     return att
 
 
+def _changed(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, products._Fast)]
+
+
 METHODS: dict[str, tuple[dict[str, object], int]] = {
     "adaptformer": ({"bottleneck": 4, "dropout": 0.3}, LAYERS), "vpt": ({"num_prompts": 3}, LAYERS),
     "lora": ({"r": 2}, LAYERS), "linear": ({}, LAYERS), "houlsby": ({}, LAYERS), "ssf": ({}, LAYERS),
@@ -79,7 +85,7 @@ def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, mon
         assert count == layers
         for one, other in zip(_step(att), plain, strict=True):
             assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
-    assert not [m for m in att.model.modules() if "forward" in vars(m)]
+    assert _changed(att.model) == []
     assert all(torch.equal(a, b) for a, b in zip(_step(att), plain, strict=True) if a is not None and b is not None)
 
 
@@ -124,10 +130,26 @@ def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch)
     assert [original(layer, rows) for layer in (large, small) for rows in (100, 100_000)] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("direction", ["_forward", "_backward"])
-def test_a_product_that_rounds_otherwise_is_not_taken(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = getattr(products, direction)
-    monkeypatch.setattr(products, direction, lambda *args: original(*args) * 1.01)
+def _only_of_wide_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.ndim > 2:
+            raise RuntimeError("could not create a primitive descriptor")
+        return original(x, weight, bias)
+
+    return forward
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward", "with more rows"])
+def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, backward = products._forward, products._Weights.backward
+    if wrong == "forward":
+        monkeypatch.setattr(products, "_forward", lambda *args: original(*args) * 1.01)
+    elif wrong == "backward":
+        monkeypatch.setattr(products._Weights, "backward", lambda *args: backward(*args) * 1.01)
+    else:
+        monkeypatch.setattr(products, "_forward", _only_of_wide_rows(original))
     att = _attached("adaptformer")
     plain = _step(att)
     with _fast(att) as count:
@@ -157,11 +179,38 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     assert layer.forward is own
 
 
+def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16).requires_grad_(False), torch.randn(2, 8)
+    layer = model[0]
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        fast_products(model, lambda: layer(input=x), 2) as count,
+    ):
+        assert count == 1
+        plain = layer(input=x)
+        alone = copy.deepcopy(model)
+        layer.load_state_dict({"weight": torch.zeros(8, 8), "bias": torch.zeros(8)})
+        assert layer(x).abs().max() == 0
+        assert torch.equal(alone(x), plain)
+        assert torch.equal(pickle.loads(pickle.dumps(alone))(x), plain)
+    assert type(layer) is nn.Linear
+
+
+def test_weights_are_laid_out_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    original = products._Weights.of
+    monkeypatch.setattr(products._Weights, "of", lambda *args: kept.append(args[2]) or original(*args))
+    monkeypatch.setattr(products, "ROOM", 4 * 24 * 24 * (3 + 1 + 4))
+    with _fast(_attached("adaptformer")) as count:
+        assert count == LAYERS
+    assert kept == [True, True, True, *[False] * 5]
+
+
 def test_layers_come_back_after_an_error() -> None:
     att = _attached("adaptformer")
     with pytest.raises(KeyError), _fast(att):
         raise KeyError
-    assert not [m for m in att.model.modules() if "forward" in vars(m)]
+    assert _changed(att.model) == []
 
 
 def test_outside_of_autocast_a_layer_says_what_it_said() -> None:
