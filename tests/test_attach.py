@@ -273,7 +273,7 @@ def test_no_activation_is_kept(method: str) -> None:
     def held(model: nn.Module) -> int:
         gc.collect()
         own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
-        others = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.data_ptr() not in own]
+        others = [t for t in gc.get_objects() if type(t) in {Tensor, nn.Parameter} and t.data_ptr() not in own]
         return sum(t.numel() for t in others if t.ndim > 1)
 
     model = timm.create_model(
