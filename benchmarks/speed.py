@@ -128,7 +128,7 @@ def _flops(step: Callable[[], object]) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    def product(x: list[int], weight: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def product(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
 
     # the counter does not see fused attention on CPU, and does not know the product that petune takes there

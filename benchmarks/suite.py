@@ -7,7 +7,8 @@
     python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in results/
 
 Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
-what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range.
+what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range, or a
+method failed.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from petune.train.frozen import still_gives
+
 PICTURES = 2
 FEW_ROWS, SMALL = 4096, 2**19
 """A weight is laid out twice more (once for each direction) where that is cheap: see `_worth_it`."""
@@ -41,13 +43,13 @@ def fast_products(model: nn.Module, forward: Callable[[], Tensor], batch_size: i
     rows, expected = _rows(layers, forward) if layers else ({}, torch.empty(0))
     room = ROOM
     try:
-        for layer, count in rows.items():
-            wanted = _worth_it(layer, count * batch_size // PICTURES) and 4 * layer.weight.numel() <= room
-            weights = _Weights.of(layer, count * batch_size // PICTURES, wanted)
+        for layer, seen in rows.items():
+            count, size = seen * batch_size // PICTURES, 4 * layer.weight.numel()
+            weights = _Weights.of(layer, count, _worth_it(layer, count) and size <= room)
             if weights is not None:
-                room -= 4 * layer.weight.numel() if wanted else 0
+                room -= size if weights.lay_out else 0
                 _WEIGHTS[layer], layer.__class__ = weights, _Fast
-        if rows and not _equal(forward, expected):
+        if rows and not still_gives(expected, forward):
             _put_back(layers)
         yield sum(type(layer) is _Fast for layer in layers)
     finally:
@@ -90,13 +92,6 @@ def _worth_it(layer: nn.Linear, rows: int) -> bool:
     return rows < FEW_ROWS or layer.weight.numel() < SMALL
 
 
-def _equal(forward: Callable[[], Tensor], expected: Tensor) -> bool:
-    try:
-        return torch.equal(forward(), expected)
-    except RuntimeError:  # this processor has no such kernel for these sizes
-        return False
-
-
 class _Weights:
     """A layer's weight as the kernel wants it in each direction; the second is laid out when a gradient first comes."""
 
@@ -117,7 +112,7 @@ class _Weights:
             same = forth and torch.equal(made.backward(grad), grad @ weight)
         except RuntimeError:
             return None
-        made._across = None
+        made._across = None  # it may never be needed, as below the lowest adapter
         return made if same else None
 
     def fresh(self, layer: nn.Linear) -> bool:
@@ -138,9 +133,8 @@ class _Fast(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weights = _WEIGHTS.get(self)
-        if weights is None or not torch.is_autocast_enabled("cpu") or not weights.fresh(self):
-            return super().forward(input)
-        if not input.is_contiguous():  # then torch adds the bias after rounding
+        usable = weights is not None and torch.is_autocast_enabled("cpu") and weights.fresh(self)
+        if not usable or not input.is_contiguous():  # torch adds the bias to a cut or turned input after rounding
             return super().forward(input)
         product: Tensor = _Product.apply(input.to(torch.bfloat16), weights, self.bias)
         return product

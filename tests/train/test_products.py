@@ -19,8 +19,9 @@ import petune
 from petune.train import heap, products
 from petune.train.frozen import frozen_in_bfloat16
 from petune.train.heap import heap_kept
-from petune.train.products import PICTURES, fast_products
-from tests.tiny import X, randomised, tiny
+from petune.train.products import fast_products
+from tests.tiny import randomised, tiny
+from tests.train.steps import same, scores_of, step
 
 try:
     products._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
@@ -30,31 +31,11 @@ except (RuntimeError, AttributeError):  # pragma: no cover
 LAYERS = 8  # of two blocks
 
 
-def _step(att: petune.Attachment, x: Tensor = X) -> list[Tensor | None]:
-    torch.manual_seed(7)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = att.model(x)
-    out.float().square().sum().backward()
-    found = [out.detach(), *(p.grad for p in att.parameters())]
-    for p in att.parameters():
-        p.grad = None
-    return found
-
-
-def _scores(model: nn.Module) -> Callable[[], Tensor]:
-    def forward() -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            torch.manual_seed(0)
-            return model(X[:PICTURES])  # type: ignore[no-any-return]
-
-    return forward
-
-
 @contextmanager
 def _fast(att: petune.Attachment, batch_size: int = 2) -> Iterator[int]:
     with ExitStack() as stack:
-        stack.enter_context(frozen_in_bfloat16(att.model, _scores(att.model)))
-        yield stack.enter_context(fast_products(att.model, _scores(att.model), batch_size))
+        stack.enter_context(frozen_in_bfloat16(att.model, scores_of(att.model)))
+        yield stack.enter_context(fast_products(att.model, scores_of(att.model), batch_size))
 
 
 def _attached(method: str, **options: object) -> petune.Attachment:
@@ -81,13 +62,12 @@ def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, mon
     monkeypatch.setattr(products, "_worth_it", lambda layer, rows: laid_out)
     options, layers = METHODS[method]
     att = _attached(method, **options)
-    plain = _step(att)
+    plain = step(att, bf16=True)
     with _fast(att) as count:
         assert count == layers
-        for one, other in zip(_step(att), plain, strict=True):
-            assert one is other is None or torch.equal(one, other)  # type: ignore[arg-type]
+        assert same(step(att, bf16=True), plain)
     assert _changed(att.model) == []
-    assert all(torch.equal(a, b) for a, b in zip(_step(att), plain, strict=True) if a is not None and b is not None)
+    assert same(step(att, bf16=True), plain)
 
 
 class Turned(nn.Module):
@@ -107,18 +87,18 @@ def test_rows_that_do_not_lie_behind_each_other() -> None:
     torch.manual_seed(0)
     model, x = Turned().requires_grad_(False), torch.randn(2, 6, 8, requires_grad=True)
 
-    def step() -> tuple[Tensor, Tensor]:
+    def turned() -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             out = model(x)
         return out.detach(), torch.autograd.grad(out.sum(), x)[0]
 
     def scores() -> Tensor:
-        return step()[0]
+        return turned()[0]
 
-    expected = step()
+    expected = turned()
     with frozen_in_bfloat16(model, scores), fast_products(model, scores, 2) as count:
         assert count == 4
-        assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(turned(), expected, strict=True))
 
 
 def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +132,10 @@ def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
     else:
         monkeypatch.setattr(products, "_forward", _only_of_wide_rows(original))
     att = _attached("adaptformer")
-    plain = _step(att)
+    plain = step(att, bf16=True)
     with _fast(att) as count:
         assert count == 0
-        assert torch.equal(_step(att)[0], plain[0])  # type: ignore[arg-type]
+        assert torch.equal(step(att, bf16=True)[0], plain[0])  # type: ignore[arg-type]
 
 
 def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

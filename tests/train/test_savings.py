@@ -19,6 +19,7 @@ from petune.state import fingerprint
 from petune.train.frozen import frozen_in_bfloat16
 from petune.train.recompute import checkpointable, recomputed
 from tests.tiny import X, tiny
+from tests.train.steps import same, scores_of, step
 
 Make = Callable[..., Any]
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,25 +40,6 @@ def _attached(method: str, model: nn.Module | None = None, size: int = 16) -> pe
     return att
 
 
-def _step(att: petune.Attachment, x: Tensor = X, bf16: bool = False) -> list[Tensor | None]:
-    """Scores and gradients."""
-    torch.manual_seed(7)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        out = att.model(x)
-    scores = getattr(out, "logits", out)
-    scores.float().square().sum().backward()
-    found = [scores.detach(), *(p.grad for p in att.parameters())]
-    for p in att.parameters():
-        p.grad = None
-    return found
-
-
-def _same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    return all(
-        x is y is None or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)
-    )
-
-
 def _counted(module: nn.Module) -> list[None]:
     calls: list[None] = []
     original = module.forward
@@ -73,15 +55,15 @@ def _counted(module: nn.Module) -> list[None]:
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in {"linear", "lst"}])
 def test_recomputed_blocks_give_the_same_scores_and_gradients(method: str) -> None:
     att = _attached(method)
-    plain = _step(att)
+    plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
     with recomputed(att) as count:
-        again = [_step(att) for _ in range(2)]
+        again = [step(att) for _ in range(2)]
     assert count == 2
-    assert _same(again[0], plain)
-    assert _same(again[1], plain)  # nothing stayed behind in a holder
+    assert same(again[0], plain)
+    assert same(again[1], plain)  # nothing stayed behind in a holder
     assert len(calls) == 4
-    assert _same(_step(att), plain)
+    assert same(step(att), plain)
     att.detach()
     assert all(m._compiled_call_impl is None for m in att.model.modules())
 
@@ -110,10 +92,10 @@ def _transformers() -> nn.Module:
 @pytest.mark.parametrize("make", [_torchvision, _transformers])
 def test_recomputed_blocks_of_other_libraries(make: Callable[[], nn.Module]) -> None:
     att = _attached("adaptformer", make())
-    plain = _step(att)
+    plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
     with recomputed(att) as count:
-        assert _same(_step(att), plain)
+        assert same(step(att), plain)
     assert (count, len(calls)) == (2, 2)
 
 
@@ -123,7 +105,7 @@ def test_nothing_is_recomputed_and_no_gradient_flows_below_the_lowest_tuner() ->
     below: list[bool] = []
     att.sites.blocks[2].enter.register_forward_pre_hook(lambda m, args: below.append(args[0].requires_grad))
     with recomputed(att):
-        _step(att)
+        step(att)
     assert (len(frozen), len(trained)) == (1, 2)
     assert not any(below)
 
@@ -136,16 +118,11 @@ def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str
     directory = {"memory": None, "file": tmp_path, "no such directory": tmp_path / "none"}[place]
     att = _attached(method)
     before = {key: t.clone() for key, t in att.model.state_dict().items()}
-    identity, plain = fingerprint(att), _step(att, bf16=True)
+    identity, plain = fingerprint(att), step(att, bf16=True)
 
-    def scores() -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            torch.manual_seed(0)
-            return att.model(X)  # type: ignore[no-any-return]
-
-    with frozen_in_bfloat16(att.model, scores, directory) as size:
+    with frozen_in_bfloat16(att.model, scores_of(att.model), directory) as size:
         assert list(tmp_path.iterdir()) == []  # nothing that a kill could leave behind
-        assert _same(_step(att, bf16=True), plain)
+        assert same(step(att, bf16=True), plain)
         assert all(p.dtype == torch.float32 for p in att.parameters())
         stored = [p for p in att.model.parameters() if p.dtype == torch.bfloat16]
         assert sum(2 * p.numel() for p in stored) == size
@@ -171,11 +148,7 @@ def test_weights_that_are_read_otherwise_stay_as_they_are() -> None:
     torch.manual_seed(0)
     model = Reads(tiny()).requires_grad_(False)
 
-    def scores() -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return model(X)  # type: ignore[no-any-return]
-
-    with frozen_in_bfloat16(model, scores):
+    with frozen_in_bfloat16(model, scores_of(model)):
         assert model.inside.blocks[0].mlp.fc1.weight.dtype == torch.float32
         assert model.inside.blocks[0].mlp.fc2.weight.dtype == torch.bfloat16
         assert model.inside.norm.weight.dtype == model.inside.pos_embed.dtype == torch.float32
@@ -237,7 +210,7 @@ def test_a_run_in_bfloat16_saves_an_adapter_of_the_weights_as_they_came(tmp_path
 
 def test_recomputed_blocks_compile_into_one_graph() -> None:
     att, graphs = _attached("adaptformer"), list[str]()
-    plain = _step(att)
+    plain = step(att)
 
     def backend(graph: Any, inputs: Any) -> Any:
         graphs.append(graph.print_readable(print_output=False))
@@ -246,7 +219,7 @@ def test_recomputed_blocks_compile_into_one_graph() -> None:
     compiled = torch.compile(att.model, backend=backend, fullgraph=True)
     with recomputed(att), torch._dynamo.config.patch({"skip_fwd_side_effects_in_bwd_under_checkpoint": True}):
         att.model, model = compiled, att.model
-        found = _step(att)
+        found = step(att)
     att.model = model
     assert len(graphs) == 1
     assert "checkpoint" in graphs[0]
