@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, PositiveFloat
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -98,6 +99,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
             memory = PeakMemory(device)
             backbone_keys = set(backbone.model.state_dict())
+            torch.manual_seed(config.seed)  # adapters start the same whatever drew before
             attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
             _check_all_trains(attachment, config.method)
         preprocess = preprocessing(backbone, dataset)
@@ -154,7 +156,8 @@ def _check_all_trains(attachment: Attachment, method: str) -> None:
 def _save(model: nn.Module, place: Path, info: dict[str, Any], dtype: str) -> int:
     half = dtype == "fp16"
     tensors = {
-        key: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
+        # copied, since safetensors refuses weights that share memory
+        key: (t.half() if half and t.is_floating_point() else t).detach().to("cpu", copy=True).contiguous()
         for key, t in model.state_dict().items()
     }
     content = save_tensors(tensors, metadata={"petune": json.dumps(info)})

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from petune.errors import CheckpointError
+from petune.errors import CheckpointError, ConfigError
 from petune.files import verify_directory, write_directory
+from petune.train.config import TrainConfig
+from petune.train.optim import create_optimizer
 
 KEPT = 2
 FORMAT = 1
@@ -39,7 +41,7 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write `directory/step-N` and remove all but the newest two.
+    """Write `directory/step-N` and remove all but the one before, and what claims to come after (it is damaged).
 
     Raises:
         CheckpointError: It cannot be written, or a tensor is not finite (the last good one then stays).
@@ -61,8 +63,10 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
             "state.json": state,
         },
     )
-    for old in _paths(directory)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    older = [other for other in _paths(directory) if other.name < path.name]
+    for other in _paths(directory):
+        if other != path and other not in older[-(KEPT - 1) :]:
+            shutil.rmtree(other, ignore_errors=True)
     return path
 
 
@@ -81,6 +85,28 @@ def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
         else:
             return _read(path), problems
     return None, problems
+
+
+def check_optimizer(train: TrainConfig) -> None:
+    """Hold that the optimizer can do a step, and that a checkpoint can keep it, before an epoch is spent on it.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    parameters = {"matrix": nn.Parameter(torch.ones(4, 4)), "vector": nn.Parameter(torch.ones(4))}
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            optimizer = create_optimizer(parameters, set(), train)
+            optimizer.step()
+        _json(_split_optimizer(optimizer.state_dict())[1])
+    except (RuntimeError, CheckpointError) as error:
+        reason = str(error).splitlines()[0].removesuffix("; use another --optimizer")
+        raise ConfigError(
+            f"optimizer must do its step from gradients alone and keep tensors and numbers, but with "
+            f"{train.optimizer}: {reason}; use another --optimizer"
+        ) from None
 
 
 def _json(state: dict[str, Any]) -> bytes:

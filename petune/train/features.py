@@ -117,14 +117,18 @@ class Features:
 
 
 def why_too_large(prefix: Prefix, pictures: int, limit_gb: float, directory: Path) -> str:
-    """Why so many pictures' values may not be kept, with all sizes; empty where they may."""
+    """Why so many pictures' values may not be kept in `directory`, with all sizes; empty where they may."""
     each = prefix.bytes_per_picture()
-    need, free = each * pictures, shutil.disk_usage(directory).free
+    held = sum(512 * file.stat().st_blocks for file in directory.glob("*/*"))  # by a run that was stopped
+    need, free = each * pictures, shutil.disk_usage(directory.parent).free + held
     if need <= min(limit_gb * 1e9, 0.9 * free):
         return ""
+    advice = "make room there"
+    if need > limit_gb * 1e9:
+        advice = "change it with --set train.feature_cache_gb=GB"
     return (
         f"{pictures:,} pictures at {each / 1e3:,.1f} kB each need {need / 1e9:,.2f} GB in {directory}, but "
-        f"train.feature_cache_gb allows {limit_gb:g} GB and {free / 1e9:,.1f} GB are free"
+        f"train.feature_cache_gb allows {limit_gb:g} GB and {free / 1e9:,.1f} GB are free; {advice}"
     )
 
 

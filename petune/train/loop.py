@@ -21,7 +21,7 @@ from petune.data.batches import Batch, Preprocess, TrainBatches
 from petune.data.dataset import Dataset
 from petune.errors import CheckpointError, ConfigError, Diverged, Stopped
 from petune.group import ALONE, Group
-from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from petune.train.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
 from petune.train.config import TrainConfig
 from petune.train.evaluate import Accuracy, evaluate
 from petune.train.events import EpochEnded, Event, Log, Note, StepDone
@@ -90,15 +90,17 @@ class Trainer:
         no_decay = set(getattr(self.model, "no_weight_decay", set)())
         self.optimizer = create_optimizer(self.params, no_decay, train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
-        self.precision = choose_precision(train.precision, device)
-        choose_attention(self.model, device, self.precision)
+        wanted = group.same(lambda: choose_precision(train.precision, device))
+        self.plain_attention: list[nn.Module] = []
+        self.compute_in(choose_precision(wanted, device))
         classes, size = dataset.num_classes, self.batches.batch_size
         self.mixing = Mixing(train, classes, size, seed, device)
         if size < group.size:
             raise ConfigError(f"a batch must have a picture for each of {group.size} processes, but has {size}")
         self.part = group.part(size)
         self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
-        self.progress, self.saved = Progress(), time.perf_counter()
+        self.progress, self.saved = Progress(precision=self.precision), time.perf_counter()
+        check_optimizer(train)
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
         self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
@@ -112,14 +114,21 @@ class Trainer:
             Stopped: A signal came; a checkpoint of this very step is on disk.
             ProcessLost: Of several processes, one is gone.
         """
+        started = time.perf_counter()
         self._resume()
         with made_cheaper(self):
-            self._train()
+            self._train(started - self.progress.time_s)
         return self._fitted()
 
-    def _train(self) -> None:
-        started, before = time.perf_counter(), self.progress.time_s
-        self.saved = started
+    def compute_in(self, precision: Literal["fp32", "tf32", "bf16"]) -> None:
+        """Train in this number format, with the attention kernel that belongs to it."""
+        for module in self.plain_attention:
+            module.fused_attn = True  # type: ignore[assignment]
+        self.precision = precision
+        self.plain_attention = choose_attention(self.model, self.device, precision)
+
+    def _train(self, started: float) -> None:
+        self.saved = time.perf_counter()
         part = slice(None) if self.mixing.needs_whole_batch else self.part
         while self.progress.epoch < self.train.epochs:
             self.att.train()
@@ -128,7 +137,7 @@ class Trainer:
                 asked = self._step(batch)
                 now = time.perf_counter()
                 self.progress.train_time_s += now - mark
-                self.progress.time_s = before + now - started
+                self.progress.time_s = now - started
                 self.on_event(self._step_done())
                 if self.group.size == 1:
                     asked = self._asked()
@@ -138,7 +147,7 @@ class Trainer:
                         self.stop.leave()
                 mark = time.perf_counter()
             self._end_epoch()
-            self.progress.time_s = before + time.perf_counter() - started
+            self.progress.time_s = time.perf_counter() - started
             self._save()
             self.stop.check(self.group)
 
@@ -151,9 +160,11 @@ class Trainer:
         """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
         p, whole = self.progress, self.part.stop - self.part.start
         if not p.micro_batch or not can_run_out(self.device):
-            probed = can_run_out(self.device) and self.sharded is None  # one that runs out leaves the others waiting
-            fits = self.group.smallest(self._probe()) if probed else self.batches.batch_size
-            p.micro_batch = self.train.micro_batch_size or fits
+            fits = self.train.micro_batch_size or self.batches.batch_size
+            # sharded, one that runs out leaves the others waiting
+            if can_run_out(self.device) and self.sharded is None and not self.train.micro_batch_size:
+                fits = self.group.smallest(self._probe())
+            p.micro_batch = fits
             if p.micro_batch < whole:
                 self.on_event(Note(f"a step of {whole} pictures goes through the model {p.micro_batch} at a time"))
 
@@ -198,7 +209,7 @@ class Trainer:
         self.att.stepped(p.step)
         p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
         if p.step % self.train.log_every == 0:
-            p.log_bytes = self._write_log(step=p.step, epoch=p.epoch, loss=value, lr=lr, grad_norm=float(norm))
+            p.log_bytes = self._write_log(step=p.step, epoch=p.epoch + 1, loss=value, lr=lr, grad_norm=float(norm))
         return asked
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Asked]:
@@ -222,8 +233,9 @@ class Trainer:
         A micro-batch at a time. All shares are the whole batch, which is one share where one process trains.
         """
         total, whole = torch.zeros((), device=self.device), self.batches.batch_size
-        size = self.progress.micro_batch or len(x_BCHW)
-        pieces = zip(torch.split(x_BCHW, size), torch.split(target, size), strict=True)
+        count = math.ceil(len(x_BCHW) / (self.progress.micro_batch or len(x_BCHW)))
+        # of nearly one size: a last piece of a single picture would be none for BatchNorm
+        pieces = zip(torch.tensor_split(x_BCHW, count), torch.tensor_split(target, count), strict=True)
         for number, (x, y) in enumerate(pieces):
             with self.autocast():
                 logits_BC = self.logits(x)
@@ -312,9 +324,10 @@ class Trainer:
     def _newest(self) -> Checkpoint | None:
         """The newest valid checkpoint, and the log as long as it was then."""
         checkpoint, problems = newest_checkpoint(self.directory / "checkpoints")
+        instead = "going on from the one before" if checkpoint else "none is left: starting from the beginning"
         for problem in problems:
             self.log.note(problem)
-            self.on_event(Note(f"{problem}; going on from the one before"))
+            self.on_event(Note(f"{problem}; {instead}"))
         self.log.cut(checkpoint.progress["log_bytes"] if checkpoint else 0)
         return checkpoint
 
@@ -333,7 +346,10 @@ class Trainer:
         _copy_into(here, checkpoint.tensors)
         self.best = {key: t.to(self.device) for key, t in checkpoint.best.items()}
         self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.progress = Progress(**checkpoint.progress)
+        measured, self.progress = self.precision, Progress(**checkpoint.progress)
+        self.progress.precision = self.progress.precision or measured
+        if self.progress.precision != measured:  # `auto` may measure otherwise on a busy machine
+            self.compute_in(choose_precision(self.progress.precision, self.device))
 
     def _fitted(self) -> Fitted:
         p = self.progress

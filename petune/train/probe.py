@@ -47,6 +47,7 @@ def _problem(step: Callable[[int], object], size: int, parameters: Sequence[nn.P
     except torch.OutOfMemoryError as error:
         return str(error).splitlines()[0]
     finally:
-        if torch.cuda.is_available():
+        for device in {p.device for p in parameters if p.is_cuda}:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not the run's
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from petune.train.evaluate import Accuracy
 
@@ -22,6 +23,7 @@ class Progress:
     log_bytes: int = 0
     loss_sum: float = 0.0
     micro_batch: int = 0
+    precision: Literal["", "fp32", "tf32", "bf16"] = ""  # empty in checkpoints of older versions
     epochs: list[dict[str, float]] = field(default_factory=list)
 
 

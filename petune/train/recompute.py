@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from petune.errors import ConfigError
@@ -37,13 +38,33 @@ def recomputed(attachment: Attachment) -> Iterator[int]:
         )
     for block in blocks:
         # what nn.Module calls in place of its own call, hooks and all; torch's own module.compile() puts it here too
-        again = functools.partial(checkpoint, block._call_impl, use_reentrant=False)
+        twice = functools.partial(_contexts, block)
+        again = functools.partial(checkpoint, block._call_impl, use_reentrant=False, context_fn=twice)
         block._compiled_call_impl = again
     try:
         yield len(blocks)
     finally:
         for block in blocks:
             block._compiled_call_impl = None
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the forward, and of its repetition."""
+    return nullcontext(), _statistics_kept(block)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Running statistics are those of one forward: the repetition moves copies; autograd watches the originals."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm in norms:
+            norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def checkpointable(attachment: Attachment) -> list[nn.Module]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from petune.anatomy.forward import undisturbed
-from petune.errors import ConfigError
+from petune.errors import ConfigError, Diverged
 from petune.fingerprint import fingerprint
 from petune.train.events import Note
 from petune.train.features import Features, stays_equal, why_too_large
@@ -48,14 +48,20 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
         if plan is not None:
             _fill(trainer, *plan)
             stack.callback(_without_features, trainer)
+            if trainer.train.compile:
+                trainer.on_event(Note("nothing is compiled: with the frozen layers computed once, little is left"))
         elif trainer.train.compile:
             trainer.logits = _compiled(trainer.model)
             stack.callback(setattr, trainer, "logits", trainer.model)
         elif trainer.device.type == "cpu" and not trainer.train.grad_checkpointing:  # which is for memory
             size = trainer.progress.micro_batch
             stack.enter_context(fast_products(trainer.model, lambda: _scores(trainer), size))
-        yield
-        shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)  # an exception leaves it there, for the resume
+        try:
+            yield
+        except Diverged:  # another exception leaves them there, for the resume
+            shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)
+            raise
+        shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)
 
 
 def pictures_of(trainer: Trainer) -> Callable[[int], Tensor]:
@@ -120,8 +126,8 @@ def _why_not(trainer: Trainer, prefix: Prefix) -> str:
         return "several processes train"
     if not _same(trainer, prefix):
         return f"{trainer.att.sites.model} cannot be cut there: its scores or gradients would differ"
-    too_large = why_too_large(prefix, len(data.train) + len(data.val), train.feature_cache_gb, trainer.directory)
-    return too_large and f"{too_large}; change it with --set train.feature_cache_gb=GB"
+    place = trainer.directory / FEATURES
+    return why_too_large(prefix, len(data.train) + len(data.val), train.feature_cache_gb, place)
 
 
 def _same(trainer: Trainer, prefix: Prefix) -> bool:

@@ -5,8 +5,7 @@ What trains is left alone: it is small, every process has all of it, and its gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -44,7 +43,5 @@ class Sharded:
                 f"{attachment.sites.model}; leave it out"
             )
         attachment.fingerprint = fingerprint(attachment)  # what is spread cannot be read by the leader alone
-        self.num_parameters = sum(p.numel() for p in spread)
-        self.blocks: Sequence[Any] = [
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept) for block in blocks
-        ]
+        for block in blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)

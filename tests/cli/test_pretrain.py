@@ -11,7 +11,10 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
+import petune as library
+from petune.pretrain import _save
 from petune.restore import restore
 
 Run = Callable[..., Any]
@@ -73,3 +76,24 @@ def test_a_method_that_leaves_something_frozen_is_refused(petune: Run, tiny: Wor
     done = petune("pretrain", *tiny, "--set=method=adaptformer")
     assert done.code == 2
     assert "pretraining trains everything, but adaptformer leaves" in done.err
+
+
+def test_adapters_start_the_same_whatever_drew_before(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 12, "num_heads": 2}
+    train = {"epochs": 1, "precision": "fp32", "batch_size": 20}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        library.pretrain(
+            method="adaptformer:train_backbone=true", backbone_options=shape, dataset="digits", train_per_class=4,
+            device="cpu", train=train, output=tmp_path / str(seed),
+        )  # fmt: skip
+    one, two = (load_file(tmp_path / str(seed) / "backbone.safetensors") for seed in (1, 2))
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+
+
+def test_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    _save(model, tmp_path, {}, "fp32")
+    saved = load_file(tmp_path / "backbone.safetensors")
+    assert torch.equal(saved["0.weight"], saved["1.weight"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from petune.errors import CheckpointError
+from petune.errors import CheckpointError, ConfigError
 from petune.files import verify_directory, write_directory
-from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from petune.train.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
 from petune.train.config import TrainConfig
 from petune.train.optim import create_optimizer
 
@@ -156,3 +156,27 @@ def test_an_optimizer_that_cannot_be_saved_is_named_as_the_cause(tmp_path: Path)
     with pytest.raises(CheckpointError, match="an optimizer's state must be tensors and numbers"):
         save_checkpoint(tmp_path, Checkpoint({}, {}, state, {"step": 1}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_one_stays_though_damaged_ones_claim_to_be_newer(tmp_path: Path) -> None:
+    for step in (1, 4, 8):
+        save_checkpoint(tmp_path, _checkpoint(step))
+    for step in (4, 8):
+        (tmp_path / f"step-{step:09}" / "model.safetensors").write_bytes(b"damaged")
+    assert newest_checkpoint(tmp_path)[0] is None
+    save_checkpoint(tmp_path, _checkpoint(3, value=5.0))
+    assert float(_found(tmp_path).tensors["w"][0, 0]) == 5.0
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000003"]
+
+
+@pytest.mark.parametrize("name", ["adafactorbv", "adahessian"])
+def test_an_optimizer_that_cannot_be_kept_is_refused_before_training(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"optimizer must do its step .* with {name}: .*; use another --optimizer"):
+        check_optimizer(TrainConfig(lr=1e-3, weight_decay=0.0, optimizer=name))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "nmuon", "lamb", "lion"])
+def test_an_optimizer_is_tried_out_without_a_trace(name: str) -> None:
+    before = torch.get_rng_state()
+    check_optimizer(TrainConfig(lr=1e-3, weight_decay=0.0, optimizer=name))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ import torch
 from torch import nn
 
 import petune
-from petune.errors import ConfigError, Stopped
+from petune.errors import ConfigError, Diverged, Stopped
 from petune.train.events import Event, Note, StepDone
+from petune.train.features import Features, why_too_large
 from petune.train.prefix import find_prefix
 from petune.train.stop import StopFlag
 
@@ -263,3 +267,47 @@ def test_scores_and_gradients_of_the_rest_are_those_of_the_whole(method: str, po
             p.grad = None
     assert [torch.equal(a, b) for a, b in zip(*found, strict=True)] == [True] * len(found[0])
     assert not any("forward" in m.__dict__ for m in att.model.modules())
+
+
+def test_a_resume_counts_what_lies_there_already_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    att = _attachment("linear")
+    att.train()
+    prefix = find_prefix(att.model, lambda n: torch.randn(n, 3, 8, 8))
+    assert prefix is not None
+    need = 100 * prefix.bytes_per_picture()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=need // 2))
+    assert "GB are free; make room there" in why_too_large(prefix, 100, 1.0, tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.bin").write_bytes(bytes(need))
+    assert why_too_large(prefix, 100, 1.0, tmp_path) == ""
+    assert "change it with --set train.feature_cache_gb=GB" in why_too_large(prefix, 100, 1e-9, tmp_path)
+
+
+def test_a_diverged_run_leaves_no_features(make_trainer: Make) -> None:
+    trainer = make_trainer(_attachment("linear"), augment="none", lr=1e4, optimizer="sgd", epochs=30, grad_clip=None)
+    with torch.no_grad():
+        trainer.model.head.weight.mul_(1e38)
+    with pytest.raises(Diverged):
+        trainer.fit()
+    assert not (trainer.directory / "features").exists()
+
+
+def test_the_time_holds_the_computing_of_features(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Features.fill
+
+    def slow(self: Features, *args: Any) -> None:
+        time.sleep(0.3)
+        fill(self, *args)
+
+    monkeypatch.setattr(Features, "fill", slow)
+    assert make_trainer(_attachment("linear"), augment="none").fit().time_s > 0.6
+
+
+def test_what_is_not_compiled_is_told(make_trainer: Make) -> None:
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        notes.extend([event.text] if isinstance(event, Note) else [])
+
+    make_trainer(_attachment("linear"), augment="none", compile=True, on_event=watch).fit()
+    assert any("nothing is compiled" in note for note in notes)

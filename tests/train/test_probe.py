@@ -91,3 +91,18 @@ def test_one_picture_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"one picture does not: CUDA out of memory\. Use a smaller"):
         largest_that_fits(step, 12, [])
     assert sizes == [12, 6, 3, 1]
+
+
+def test_no_piece_is_a_single_picture(make_trainer: Make, toy: Make) -> None:
+    attachment, seen = toy(), list[int]()
+    attachment.model.body[2].register_forward_pre_hook(
+        lambda m, args: seen.append(len(args[0])) if m.training else None
+    )
+    make_trainer(attachment, batch_size=9, micro_batch_size=4, epochs=1).fit()  # 4, 4 and 1 are none for BatchNorm
+    assert set(seen) == {3}
+
+
+def test_a_size_that_is_given_is_not_looked_for(make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "can_run_out", lambda device: True)
+    monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: pytest.fail("probed"))
+    assert make_trainer(toy(), epochs=1, micro_batch_size=3).fit().micro_batch_size == 3

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from petune.errors import Stopped
+from petune.train import precision
 from petune.train.events import Event, Note, StepDone
 from petune.train.stop import StopFlag
 
@@ -190,3 +191,20 @@ def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, ma
     moved = {key for key, tensor in att.model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert moved == trained
     assert trained < set(before)
+
+
+@pytest.mark.parametrize("speedups", [(8.0, 1.0), (1.0, 8.0)])
+def test_a_resume_keeps_the_number_format_that_was_measured(
+    speedups: tuple[float, float], tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedups[0])
+    expected = _uninterrupted("adaptformer", make_trainer, toy, tmp_path / "whole", precision="auto")
+    stop = StopFlag()
+    trainer = make_trainer(
+        _attachment("adaptformer", toy, seed=1), directory=tmp_path / "b", stop=stop, on_event=_stop_at(3, stop),
+        precision="auto",
+    )  # fmt: skip
+    with pytest.raises(Stopped):
+        trainer.fit()
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedups[1])
+    _assert_equal(_resumed("adaptformer", make_trainer, toy, tmp_path / "b", precision="auto"), expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,19 @@ def test_a_compiled_run_trains_to_nearly_the_same(tmp_path: Path, make_trainer: 
         trainer = make_trainer(_vit8("adaptformer"), directory=tmp_path / str(on), compile=on, lr=0.01)
         losses.append([epoch["train_loss"] for epoch in trainer.fit().epochs])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_running_statistics_move_once_a_step() -> None:
+    states = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("levit_128s", num_classes=3, drop_path_rate=0.0, img_size=64)
+        att = petune.attach(model, "full", input_size=(3, 64, 64))
+        att.train()
+        x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        with recomputed(att) if again else nullcontext():
+            for _ in range(2):
+                step(att, x)
+        states.append(dict(att.model.named_buffers()))
+    assert any("running_mean" in key for key in states[0])
+    assert [key for key, t in states[0].items() if not torch.equal(t, states[1][key])] == []

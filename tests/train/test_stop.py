@@ -62,7 +62,8 @@ def test_a_device_that_is_not_here_is_refused(name: str) -> None:
 
 def test_devices_by_name() -> None:
     assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else choose_device("auto").type)
+    mps = torch.backends.mps.is_available()
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 
 
 @pytest.mark.parametrize(("speedup", "chosen"), [(0.003, "fp32"), (1.2, "fp32"), (1.5, "bf16"), (8.0, "bf16")])
