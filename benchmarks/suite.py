@@ -259,6 +259,7 @@ def main(words: list[str]) -> NoReturn:
                         if set(map(str.strip, what.split(" - "))) <= set(methods)}  # fmt: skip
             checks = checks_of(expected, done["compare"])
             good &= all(check.good for check in checks)
+            good &= all(row["status"] == "done" for row in done["compare"]["rows"])
             record = {
                 "suite": args.name, "piece": piece, "smoke": args.smoke, "command": suite.command, "about": suite.about,
                 "pretrain": done["pretrain"], "rates": done["rates"],

@@ -64,11 +64,13 @@ def readme(found: Found) -> str:
 def seeds(comparison: dict[str, Any]) -> str:
     """How many seeds, in words; not all of a suite need be run with as many."""
     counts = {len(row["seeds"]) for row in comparison["rows"] if row["status"] == "done"}
+    if not counts:
+        return "no seed"
     if counts == {1}:
         return "1 seed"
     if len(counts) == 1:
         return f"{counts.pop()} seeds, mean ± standard deviation"
-    return f"up to {max(counts)} seeds, mean ± standard deviation (no ±: one seed)"
+    return f"{min(counts)} to {max(counts)} seeds, mean ± standard deviation" + " (no ±: one seed)" * (1 in counts)
 
 
 def overview(found: Found, all_suites: dict[str, Suite]) -> str:
@@ -171,9 +173,16 @@ def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
     lines += [note.read_text(encoding="utf-8").strip(), ""] if note.exists() else []
     return [
         *lines,
-        f"Measured at commit {origin['git']['commit'][:7]}; machine and versions: [compare.md]({where}/compare.md).",
+        f"Measured at {commits(comparison)}; machine and versions: [compare.md]({where}/compare.md).",
         "",
     ]
+
+
+def commits(comparison: dict[str, Any]) -> str:
+    """The commits that the runs were done at, in words."""
+    origins = [one["provenance"] for one in (comparison.get("origins") or [comparison])]
+    names = list(dict.fromkeys(one["git"]["commit"][:7] for one in origins))
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def filled(page: Path, content: str) -> str:

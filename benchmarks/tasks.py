@@ -57,7 +57,9 @@ def measure(method: str, count: int) -> dict[str, Any]:
     rows = names[:4]
     with torch.no_grad():
         mixed_s = _seconds(lambda: tasks(x, rows))
-        wrong = max(float((tasks(x, rows)[n] - tasks.use(rows[n])(x[n : n + 1])[0]).abs().max()) for n in range(1))
+        mixed = tasks(x, rows)
+        alone = [tasks.use(name)(x[n : n + 1])[0] for n, name in enumerate(rows)]
+        wrong = max(float((a - b).abs().max()) for a, b in zip(mixed, alone, strict=True))
     tensors = _bytes([model, *(task.head for task in tasks.tasks.values())], tasks) - base
     return {
         "method": method, "tasks": count, "parameters": parameters, "file_bytes": file, "backbone_bytes": base,

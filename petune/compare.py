@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,19 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.arguments import check_watch
 from petune.config import Config
-from petune.errors import near_names
+from petune.errors import PetuneError, UsageError, near_names
 from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
 from petune.group import join
 from petune.report import COLUMNS, cells, markdown, picture
 from petune.results import RunResult
-from petune.run import RunConfig, default_name
+from petune.run import RunConfig, default_name, tuner_of
 from petune.rundir import claimed
 from petune.text import html_table
 from petune.train import Event, Note
+
+TABLE_FILE, COMPARE_FILE = "compare.json", "compare.yaml"
+"""The comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
 
 
 class CompareConfig(Config):
@@ -37,8 +41,8 @@ class CompareConfig(Config):
     """
 
     methods: tuple[str, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
-    lrs: dict[str, Annotated[float, Field(gt=0)]] = {}
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0,), min_length=1)
+    lrs: dict[str, Annotated[float, Field(gt=0, le=1e4)]] = {}
     run: RunConfig = RunConfig()
     output: Path | None = None
 
@@ -102,14 +106,27 @@ class Row(Config):
     time_s: float | None = None
 
 
+class Origin(Config):
+    """What was measured where: runs, as `vpt, seed 1`, and their provenance."""
+
+    runs: tuple[str, ...]
+    provenance: dict[str, Any]
+
+
 class Comparison(Config):
-    """The table; saved as `compare.json`, with `compare.md` and `compare.svg` beside it."""
+    """The table; saved as `compare.json`, with `compare.md` and `compare.svg` beside it.
+
+    Attributes:
+        provenance: Of the last run.
+        origins: Where not all runs have the same machine, threads, number format, versions and commit: of each.
+    """
 
     config: CompareConfig
     rows: tuple[Row, ...]
     backbone: str
     weights: str
     provenance: dict[str, Any]
+    origins: tuple[Origin, ...] = ()
     output: str
 
     def _repr_html_(self) -> str:
@@ -141,9 +158,11 @@ def compare(
     check_watch("petune.compare", watch)
     config = CompareConfig.given(config, fields, "petune.compare(...)")
     place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
-    command = "petune compare --config compare.yaml"
+    _check(config, place)
+    command = f"petune compare --config {COMPARE_FILE}"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
-    held = RunConfig.model_construct(**{**dict(config.run), "output": None, "resume": False})
+    unused = {key: RunConfig.model_fields[key].default for key in ("method", "seed", "output", "resume")}
+    held = RunConfig.model_construct(**{**dict(config.run), **unused})
     group = join()
     runs = [(method, _one(config, method, seed, place)) for method in config.methods for seed in config.seeds]
     failed: dict[str, str] = {}
@@ -157,6 +176,10 @@ def compare(
             watch(event)
 
     with group.led(claimed(place, held, resume=True, command=command)):
+        group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
+        left_out = group.same(lambda: _left_out(config, place))
+        if left_out:
+            watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
         results: dict[int, RunResult] = {}
         chosen = choose_executor(executor) if isinstance(executor, str) else executor
         # a method is failed with its first seed: the others would be for nothing
@@ -202,6 +225,43 @@ def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
     )
 
 
+def origins_of(results: Sequence[RunResult]) -> tuple[Origin, ...]:
+    """The places where the runs were measured; empty where it is one."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for result in results:
+        same = {key: result.provenance.get(key) for key in ("device", "threads", "precision", "versions", "git")}
+        runs, _ = found.setdefault(json.dumps(same, sort_keys=True), ([], same))
+        runs.append(f"{result.method}, seed {result.seed}")
+    origins = [Origin(runs=tuple(runs), provenance=provenance) for runs, provenance in found.values()]
+    return tuple(origins) if len(origins) > 1 else ()
+
+
+def _check(config: CompareConfig, place: Path) -> None:
+    """Hold what is known to be wrong before anything trains.
+
+    Raises:
+        UsageError: A method cannot be built, or the directory holds a run.
+    """
+    for method in config.methods:
+        try:
+            tuner_of(config.run.model_copy(update={"method": method}))
+        except UsageError:
+            raise
+        except PetuneError:  # a broken package: a row that says so
+            continue
+    if RunResult.exists(place) or (place / "metrics.jsonl").exists():
+        raise UsageError(f"a comparison needs a directory of its own, but {place} holds a run; name another --output")
+
+
+def _left_out(config: CompareConfig, place: Path) -> list[str]:
+    """Methods of the table that is there, which the one to come has no rows of."""
+    try:
+        rows = json.loads((place / TABLE_FILE).read_text(encoding="utf-8"))["rows"]
+        return [row["method"] for row in rows if row["method"] not in config.methods]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
 def _one(config: CompareConfig, method: str, seed: int, place: Path) -> RunConfig:
     """The run of a method with a seed, in its own directory under `place`."""
     one = config.run.model_copy(update={"method": method, "seed": seed, "resume": True, "output": None})
@@ -220,10 +280,11 @@ def _write(config: CompareConfig, rows: list[Row], finished: list[RunResult], pl
         backbone=finished[0].backbone_full_name if finished else config.run.backbone,
         weights=finished[0].weights if finished else config.run.weights,
         provenance=finished[-1].provenance if finished else {},
+        origins=origins_of(finished),
         output=str(place),
     )
     plain = comparison.model_dump(mode="json")
-    replace_file(place / "compare.json", (comparison.model_dump_json(indent=1) + "\n").encode())
+    replace_file(place / TABLE_FILE, (comparison.model_dump_json(indent=1) + "\n").encode())
     replace_file(place / "compare.md", markdown(plain).encode())
     replace_file(place / "compare.svg", picture(plain))
     return comparison

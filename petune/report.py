@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from petune.text import duration as duration
+from petune.text import in_markdown
 from petune.text import size as size
 from petune.text import visible as visible
 
@@ -61,7 +62,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     config, shared = comparison["config"], comparison["config"]["run"]
     seeds = ", ".join(map(str, config["seeds"]))
     lines = [
-        f"# {shared['backbone']} on {shared['dataset']}",
+        f"# {in_markdown(shared['backbone'])} on {in_markdown(shared['dataset'])}",
         "",
         f"Backbone `{_cell(comparison['backbone'])}`, weights `{_cell(comparison['weights'])}`; "
         f"{shared['train']['epochs']} epochs; seeds {seeds}. The epoch is chosen on a validation split, "
@@ -73,11 +74,18 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     lines += ["| " + " | ".join(_cell(c) for c in cells(row)) + " |" for row in comparison["rows"]]
     rates = ", ".join(f"{_cell(row['method'])} {row['lr']:g}" for row in comparison["rows"] if row["status"] == "done")
     lines += ["", f"Peak learning rates: {rates}."] if rates else []
-    where = comparison["provenance"]
-    if where:
-        versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
-        lines += ["", f"Measured on {where['device']}, {where['threads']} threads, {where['precision']}; {versions}."]
+    origins = comparison.get("origins") or []
+    if origins:
+        lines += ["", "Measured in several places:", ""]
+        lines += [f"- {in_markdown('; '.join(o['runs']))}: {_measured(o['provenance'])}" for o in origins]
+    elif comparison["provenance"]:
+        lines += ["", f"Measured on {_measured(comparison['provenance'])}"]
     return "\n".join([*lines, "", "![top-1 over trained parameters](compare.svg)", ""])
+
+
+def _measured(where: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+    return f"{in_markdown(where['device'])}, {where['threads']} threads, {where['precision']}; {versions}."
 
 
 def picture(comparison: Mapping[str, Any]) -> bytes:

@@ -80,7 +80,9 @@ def within(inner: Space, outer: Space) -> bool:
 
 def _covers(outer: Range | Sequence[Value], inner: Range | Sequence[Value]) -> bool:
     if isinstance(inner, Range):
-        return isinstance(outer, Range) and outer.low <= inner.low and inner.high <= outer.high
+        if not isinstance(outer, Range) or (outer.log, _whole(outer)) != (inner.log, _whole(inner)):
+            return False
+        return outer.low <= inner.low and inner.high <= outer.high
     if isinstance(outer, Range):
         return False
     return set(map(repr, inner)) <= set(map(repr, outer))
@@ -157,20 +159,26 @@ def _sampled(
         state = optuna.trial.TrialState.RUNNING
         study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, state=state))
     asked = study.ask(distributions)
-    return {key: _rounded(asked.params[key]) for key in space}
+    return {key: _rounded(asked.params[key], dimension) for key, dimension in space.items()}
 
 
-def _rounded(value: Any) -> Any:
-    """A sampled number as one reads it: four digits are more than any of these is known to."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def _rounded(value: Any, dimension: Range | Sequence[Value]) -> Any:
+    """A sampled number as one reads it: four digits are more than any of these is known to, but in a narrow range."""
+    if not isinstance(value, float) or not isinstance(dimension, Range):
+        return value
+    rounded = float(f"{value:.4g}")
+    return rounded if dimension.low <= rounded <= dimension.high else value
 
 
 def _distribution(optuna: Any, dimension: Range | Sequence[Value]) -> Any:
     if not isinstance(dimension, Range):
         return optuna.distributions.CategoricalDistribution(list(dimension))
-    whole = isinstance(dimension.low, int) and isinstance(dimension.high, int)
-    kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+    kind = optuna.distributions.IntDistribution if _whole(dimension) else optuna.distributions.FloatDistribution
     return kind(dimension.low, dimension.high, log=dimension.log)
+
+
+def _whole(dimension: Range) -> bool:
+    return isinstance(dimension.low, int) and isinstance(dimension.high, int)
 
 
 def _optuna() -> Any:

@@ -28,6 +28,7 @@ from petune.train import Event, Note, StopFlag
 
 TRIAL_FILE, TABLE_FILE = "trial.json", "sweep.json"
 TRAINING = "train."
+COMMAND = "petune sweep --config config.yaml"
 TRIAL_COMMAND = "petune run --config config.yaml"
 AT_ONCE = 4
 """How many sampled trials an executor gets at a time: each of them is chosen without the values of the others."""
@@ -60,7 +61,7 @@ class SweepConfig(Config):
     @classmethod
     def _each_once(cls, value: dict[str, Range | tuple[Value, ...]]) -> dict[str, Range | tuple[Value, ...]]:
         for key, dimension in value.items():
-            if not isinstance(dimension, Range) and (not dimension or len(set(map(repr, dimension))) < len(dimension)):
+            if not isinstance(dimension, Range) and (not dimension or len(set(dimension)) < len(dimension)):
                 raise ValueError(f"{key} must have values, each once, but has {list(dimension)}")
         return value
 
@@ -186,7 +187,9 @@ def sweep(
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor) if isinstance(executor, str) else executor
     place = config.output or Path("runs") / sweep_name(config)
-    with claimed(place, _held(config, place), resume=True, command="petune sweep --config config.yaml"):
+    with claimed(place, _held(config, place), resume=True, command=COMMAND):
+        asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
+        replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
         table = _read(place, config, None if chosen is serial else AT_ONCE)
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             while batch := _next(table, whole=chosen is not serial):
@@ -202,13 +205,17 @@ def sweep_name(config: SweepConfig) -> str:
 
 def _held(config: SweepConfig, place: Path) -> SweepConfig:
     """What guards the directory: all but how many trials, at once too, and the space, which may grow."""
-    held = config.model_copy(update={"run": config.run.model_copy(update={"output": None, "resume": False})})
+    held = config.model_copy(update={"run": _without_place(config.run)})
     file = place / CONFIG_FILE
     if not file.exists():
         return held
     before = SweepConfig.build(read_yaml(file), str(file))
     over = before.over if within(before.over, config.over) else config.over
     return held.model_copy(update={"trials": before.trials, "at_once": before.at_once, "over": over})
+
+
+def _without_place(run: RunConfig) -> RunConfig:
+    return run.model_copy(update={"output": None, "resume": False})
 
 
 def _next(table: Sweep, whole: bool) -> tuple[Trial, ...]:
@@ -366,6 +373,8 @@ def _write(table: Sweep, place: Path) -> Sweep:
     return table
 
 
-def _written(value: Value) -> str:
+def _written(value: Value | None) -> str:
     """The value as `parse_value` reads it back."""
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

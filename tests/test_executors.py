@@ -6,6 +6,7 @@ Workers of Ray and Slurm that are killed are in tests/faults/test_elsewhere.py.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from petune.compare import CompareConfig, RunStarted, compare
+from petune.config import read_yaml
 from petune.errors import ConfigError, MissingExtra, UnknownName, UsageError
-from petune.executors import Failure, Outcome, Started, choose_executor, run_all, serial
+from petune.executors import RUN, Failure, Outcome, Started, choose_executor, run_all, serial
 from petune.executors.trial import Trial, outcome_of
 from petune.results import RunResult
 from petune.run import RunConfig
+from petune.train import Note
 
 PLAIN = {
     "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 5, "device": "cpu",
@@ -115,3 +118,48 @@ def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="take --executor serial, not ray"):
         choose_executor("ray")
+
+
+@pytest.mark.parametrize("finished", [RUN.finished, lambda one: next(iter(serial([one], lambda _: True, print)))[1]])
+def test_a_finished_run_of_another_configuration_is_not_taken(finished: Any, tmp_path: Path) -> None:
+    done = run_all([config("linear", tmp_path / "a")])[0]
+    assert finished(config("linear", tmp_path / "a")) == done
+    with pytest.raises(UsageError, match="holds a run with another configuration"):
+        finished(config("linear", tmp_path / "a", train={**PLAIN["train"], "lr": 0.05}))
+
+
+def test_a_method_that_cannot_be_built_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    events: list[Any] = []
+    for method, said in (("adaptfomer", "did you mean 'adaptformer'"), ("adaptformer:bottleneck=0", "bottleneck")):
+        plain = CompareConfig.build({"methods": ("linear", method), "run": PLAIN, "output": tmp_path / "c"})
+        with pytest.raises(UsageError, match=said):
+            compare(plain, watch=events.append)
+    assert events == []
+
+
+@pytest.mark.parametrize("wrong", [{"seeds": (-1,)}, {"seeds": (2**31,)}, {"lrs": {"linear": 1e9}}])
+def test_seeds_and_rates_are_those_that_a_run_takes(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"seeds\.0|lrs\.linear"):
+        CompareConfig.build({"methods": ("linear",), **wrong})
+
+
+def test_a_comparison_says_what_was_measured_where_and_needs_its_own_directory(tmp_path: Path) -> None:
+    place, events = tmp_path / "c", list[Any]()
+    asked = CompareConfig.build({"methods": ("linear", "norm"), "run": PLAIN, "output": place})
+    assert compare(asked).origins == ()
+    file = place / "linear-vit_nano-digits-seed0" / "result.json"
+    result = json.loads(file.read_text())
+    result["provenance"]["threads"] = 64
+    file.write_text(json.dumps(result))
+    one, other = compare(asked).origins
+    assert (one.runs, one.provenance["threads"], other.runs) == (("linear, seed 0",), 64, ("norm, seed 0",))
+    text = (place / "compare.md").read_text()
+    assert "- linear, seed 0: " in text
+    assert ", 64 threads, fp32; petune " in text
+    again = CompareConfig.build({**asked.model_dump(), "methods": ("norm",)})
+    compare(again, watch=events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes == [f"the table will lack linear, not asked for now; finished runs stay in {place}"]
+    assert CompareConfig.build(read_yaml(place / "compare.yaml"), "compare.yaml") == again
+    with pytest.raises(UsageError, match=r"a comparison needs a directory of its own, but .* holds a run"):
+        compare(CompareConfig.build({**asked.model_dump(), "output": file.parent}))

@@ -57,6 +57,7 @@ SIBLINGS = {
     ("share", "restore"): "which code an adapter would have run",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",
+    ("page", "sweep"): "what a sweep wrote",
 }
 PUBLIC_ONLY = {"tuners"}  # written against `petune` itself, as a plugin is
 LONGEST = 400

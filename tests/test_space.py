@@ -131,3 +131,21 @@ def test_a_batch_holds_nothing_twice_and_keeps_away_from_what_is_pending() -> No
     while (params := propose(few, [], 3, 0, pending)) is not None:
         pending.append(params)
     assert sorted(map(str, pending)) == sorted(map(str, grid(few) or ()))
+
+
+def test_a_rounded_number_stays_in_its_range() -> None:
+    pytest.importorskip("optuna")
+    space = {"scale": Range(low=0.123456, high=0.123499)}
+    tried: list[tuple[dict[str, Any], float | None]] = []
+    for _ in range(3):
+        params = propose(space, tried, 5, 0)
+        assert params is not None
+        assert 0.123456 <= params["scale"] <= 0.123499
+        tried.append((params, 1.0))
+
+
+def test_a_range_of_another_kind_is_not_a_wider_one() -> None:
+    inner = {"scale": Range(low=1.0, high=2.0)}
+    assert within(inner, {"scale": Range(low=0.5, high=3.0)})
+    assert not within(inner, {"scale": Range(low=0.5, high=3.0, log=True)})
+    assert not within({"scale": Range(low=0.5, high=1.5)}, {"scale": Range(low=0, high=2)})

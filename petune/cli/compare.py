@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured, parse_seeds
 from petune.cli.running import RUNS, watching
 from petune.cli.terminal import clean, say, show, show_json, show_table
-from petune.errors import UsageError
+from petune.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison
@@ -56,8 +57,16 @@ def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, e
     place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
     if track and executor != "serial":
         raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
-    with watching(track, place) as watch:
-        comparison = compare_config(config, executor=executor, watch=watch)
+    try:
+        with watching(track, place) as watch:
+            comparison = compare_config(config, executor=executor, watch=watch)
+    except Stopped as error:
+        if not (place / "compare.yaml").exists():
+            raise
+        said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
+        elsewhere = "" if executor == "serial" else f" --executor {shlex.quote(executor)}"
+        raise Stopped(f"{said}; the same command goes on, or:\n  petune compare --config {where}/compare.yaml "
+                      f"--output {where}{elsewhere}") from None  # fmt: skip
     if as_json:
         show_json(comparison.model_dump(mode="json"))
     else:

@@ -13,6 +13,7 @@ from petune.config import Config
 from petune.errors import PetuneError, ProcessLost, Stopped, UsageError
 from petune.results import RunResult
 from petune.run import RunConfig, run
+from petune.rundir import claimed
 from petune.train import Event
 
 CARRIED = ("PETUNE_", "HF_", "TORCH_")
@@ -56,7 +57,10 @@ def _run(config: RunConfig, watch: Callable[[Event], None]) -> RunResult:
 
 
 def _result(config: RunConfig) -> RunResult | None:
-    return RunResult.read(config.output) if config.output is not None and RunResult.exists(config.output) else None
+    if config.output is None or not RunResult.exists(config.output):
+        return None
+    with claimed(config.output, config, resume=True, command="petune run --config config.yaml"):  # of just this run
+        return RunResult.read(config.output)
 
 
 RUN = Work(_run, _result)

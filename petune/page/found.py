@@ -14,6 +14,7 @@ from petune.config import read_yaml
 from petune.errors import CheckpointError, ConfigError, UsageError
 from petune.results import RunResult
 from petune.rundir import CONFIG_FILE, RESULT_FILE
+from petune.sweep import Sweep
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]
@@ -113,8 +114,13 @@ def _read_table(place: Path, kind: Kind, config: dict[str, Any]) -> Found:
             raise ValueError(f"it holds a {type(table).__name__}")
     except (OSError, ValueError) as error:
         return Found(place, kind, "broken", f"{file.name} cannot be read: {error}", config)
+    if kind == "sweep":
+        try:
+            table = Sweep.build(table, file.name).model_dump(mode="json")
+        except ConfigError as error:
+            return Found(place, kind, "broken", str(error), config)
     if table.get("finished") is False:
-        done = sum(isinstance(row, dict) and row.get("state") != "running" for row in table.get("rows", []))
+        done = sum(row["state"] != "running" for row in table["rows"])
         return Found(place, kind, "unfinished", f"{done} trials done; started again it goes on", config, table=table)
     return Found(place, kind, "done", "", config, table=table)
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from petune.compare import Comparison, summarise
+from petune.compare import Comparison, Origin, origins_of, summarise
 from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
 from petune.page.found import Found
 from petune.report import cells, trial_table
@@ -91,10 +91,11 @@ def _comparison(one: Found, runs: Sequence[Found]) -> Section:
         shared = comparison.config.run
         title, epochs = f"{shared.backbone} on {shared.dataset}", shared.train.epochs
         about = f"Comparison in {one.path}: {comparison.backbone}, weights {comparison.weights}."
-    commands = [f"petune compare --config {shlex.quote(str(one.path / 'config.yaml'))}"] if not comparison else []
+    commands = [f"petune compare --config {shlex.quote(str(one.path / 'compare.yaml'))}"] if not comparison else []
     facts = comparison.provenance if comparison else {}
+    origins = comparison.origins if comparison else ()
     config = comparison.config.model_dump(mode="json") if comparison else {}
-    return _section(title, about, runs, rows, facts, commands, config, epochs)
+    return _section(title, about, runs, rows, facts, commands, config, epochs, origins)
 
 
 def _loose(kind: str, what: str, runs: Sequence[Found]) -> Section:
@@ -103,8 +104,10 @@ def _loose(kind: str, what: str, runs: Sequence[Found]) -> Section:
     title = f"Pretraining {what}" if kind == "pretrain" else what
     places = ", ".join(str(run.path) for run in runs)
     commands = [f"petune {kind} --config {shlex.quote(str(run.path / 'config.yaml'))}" for run in runs if run.config]
-    facts = done[0].result.provenance if done and done[0].result else {}
-    return _section(title, f"Runs in {places}.", runs, rows, facts, commands, runs[0].config)
+    results = [run.result for run in done if run.result]
+    facts = results[0].provenance if results else {}
+    about = f"Runs in {places}."
+    return _section(title, about, runs, rows, facts, commands, runs[0].config, origins=origins_of(results))
 
 
 def _sweep(one: Found) -> Section:
@@ -128,6 +131,7 @@ def _section(
     commands: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     epochs: Any = "–",
+    origins: Sequence[Origin] = (),
 ) -> Section:
     done = [row for row in rows if row["status"] == "done"]
     charts = [accuracy_chart(f"{title} {about}", done), *cost_charts(f"{title} {about}", done)] if done else []
@@ -135,7 +139,12 @@ def _section(
     charts[1:1] = curve_charts(f"{title} {about}", curves, [row["method"] for row in done])
     commands = [*_argv(provenance or {}), *commands]
     lines = [_cells(row, runs, epochs) for row in rows]
-    return Section(title, about, COLUMNS, lines, charts, _facts(provenance or {}), commands, _yaml(config or {}))
+    facts = [fact for origin in origins for fact in _facts_of(origin)] or _facts(provenance or {})
+    return Section(title, about, COLUMNS, lines, charts, facts, commands, _yaml(config or {}))
+
+
+def _facts_of(origin: Origin) -> list[tuple[str, str]]:
+    return [("runs", "; ".join(origin.runs)), *_facts(origin.provenance)]
 
 
 def _label(run: Found) -> str:
@@ -144,15 +153,15 @@ def _label(run: Found) -> str:
 
 def _rows(runs: Iterable[Found]) -> list[dict[str, Any]]:
     """One row for the runs that differ in nothing but the seed."""
-    alike: dict[str, list[RunResult]] = {}
+    alike: dict[str, dict[int, RunResult]] = {}
     for run in runs:
         if run.result:
             config = {key: value for key, value in run.config.items() if key not in NOT_IN_KEY}
             key = json.dumps([run.result.method, run.result.lr, config], sort_keys=True, default=str)
-            alike.setdefault(key, []).append(run.result)
+            alike.setdefault(key, {}).setdefault(run.result.seed, run.result)  # run again, a seed tells nothing more
     return [
         summarise(results[0].method, results).model_dump() | {"epochs": results[0].epochs, "step": _step(results)}
-        for results in alike.values()
+        for results in (list(by_seed.values()) for by_seed in alike.values())
     ]
 
 

@@ -107,3 +107,24 @@ def test_only_a_page_of_ours_is_written_anew(petune: Run, runs: Path, tmp_path: 
     none = petune("report", "empty")
     assert none.code == 2
     assert "no directory below empty holds one" in none.err
+
+
+@pytest.mark.parametrize("damage", [{"rows": None}, {"rows": [{"params": None}]}, {"config": None}, {"finished": 3}])
+def test_a_damaged_sweep_is_broken_and_told(petune: Run, runs: Path, damage: dict[str, Any], tmp_path: Path) -> None:
+    place = runs / "swept"
+    place.mkdir()
+    (place / "config.yaml").write_text("# petune sweep --config config.yaml\ntrials: 2\n")
+    (place / "sweep.json").write_text(json.dumps(damage))
+    done = petune("report", "there", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["broken"] == 1
+    assert "sweep.json" in Tags((tmp_path / "report.html").read_text()).text
+
+
+def test_a_seed_that_ran_twice_counts_once(petune: Run, runs: Path, tmp_path: Path) -> None:
+    run = next((runs / "two").glob("linear-*seed0"))
+    for name in ("x", "x-2"):
+        shutil.copytree(run, tmp_path / "loose" / name)
+    assert petune("report", "loose").code == 0
+    page = Tags((tmp_path / "report.html").read_text())
+    assert "\u00b1" not in page.text.replace("mean ±", "")

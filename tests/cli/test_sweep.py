@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 import petune as library
-from petune.errors import Diverged, Stopped
+from petune.errors import ConfigError, Diverged, Stopped
+from petune.run import parse_method
+from petune.sweep import SweepConfig
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
@@ -102,6 +104,11 @@ def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, 
     wide = petune(*(word.replace("..1e-1", "..1") for word in words), "--trials", 4)
     assert wide.code == 0, wide.err
     assert json.loads(wide.out)["rows"][:3] == three["rows"]
+    narrow = petune(*words, "--trials", 4)  # its trials would lie outside
+    assert narrow.code == 2
+    assert "there holds a run with another configuration" in narrow.err
+    same = petune("sweep", "--config", "there/config.yaml", "--output", "there", "--json")  # as a stop advises
+    assert json.loads(same.out)["rows"] == json.loads(wide.out)["rows"]
     other = petune("sweep", "linear", "--over=train.lr=1e-3..1:log", *tiny, "--output", "there")
     assert other.code == 2
     assert "there holds a run with another configuration" in other.err
@@ -175,3 +182,15 @@ def test_the_function_takes_plain_values(tmp_path: Path, monkeypatch: pytest.Mon
         "vpt:num_prompts=2,deep=true",
         "vpt:num_prompts=2,deep=false",
     )
+
+
+@pytest.mark.parametrize("values", [(1, 1.0), (0, False, 0.5), (1, True)])
+def test_values_that_are_equal_are_refused(values: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match="scale must have values, each once"):
+        SweepConfig.build({"over": {"scale": values}, "run": {"method": "adaptformer"}})
+
+
+def test_an_option_that_is_none_stays_so() -> None:
+    config = SweepConfig.build({"over": {"bottleneck": (4,)}, "run": {"method": "adaptformer:scale=null"}})
+    method = config.trial({"bottleneck": 4}).method
+    assert parse_method(method) == ("adaptformer", {"scale": None, "bottleneck": 4})
