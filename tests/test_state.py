@@ -165,7 +165,7 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("elsewhere")
     before = sorted(tmp_path.rglob("*"))
     for place in ("run", "file", "link"):
-        with pytest.raises(UsageError, match="exists and is no adapter directory; it is left alone. Name another"):
+        with pytest.raises(UsageError, match=r"exists and is no adapter directory; it is left alone\. Name another"):
             att.save(tmp_path / place)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == (tmp_path / "run" / "adapter_config.json").read_text() == "mine"
