@@ -6,8 +6,14 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from petune.backbones import create_backbone
-from petune.weights import bundled
+from petune.errors import CheckpointError
+from petune.weights import Weights, bundled, load_into
 
 
 def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tmp_path: Path) -> None:
@@ -18,3 +24,20 @@ def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tm
 
     assert create_backbone("vit_nano", num_classes=2).weights == f"petune's vit_nano_cifar100 (sha256 {digest})"
     assert create_backbone("vit_nano", weights=str(copy), num_classes=2).weights == str(copy)
+
+
+class Deep(nn.Module):
+    """Layers and a classifier, both below the same name, as transformers' models have them."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
+        self.model.classifier = nn.Linear(2, 2)
+
+
+def test_layers_that_are_left_over_are_named_wherever_the_classifier_is() -> None:
+    head = {"model.classifier.weight", "model.classifier.bias"}
+    load_into(Deep(2), Weights(Deep(2).state_dict(), {}, "file"), head)
+    with pytest.raises(CheckpointError, match=r"2 left over: model\.layers\.1\.bias, model\.layers\.1\.weight"):
+        load_into(Deep(1), Weights(Deep(2).state_dict(), {}, "file"), head)
