@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import petune
 from petune.backbones import create_backbone
 from petune.errors import CheckpointError
 from petune.weights import Weights, bundled, load_into
@@ -41,3 +41,27 @@ def test_layers_that_are_left_over_are_named_wherever_the_classifier_is() -> Non
     load_into(Deep(2), Weights(Deep(2).state_dict(), {}, "file"), head)
     with pytest.raises(CheckpointError, match=r"2 left over: model\.layers\.1\.bias, model\.layers\.1\.weight"):
         load_into(Deep(1), Weights(Deep(2).state_dict(), {}, "file"), head)
+
+
+def test_statistics_of_a_file_that_does_not_say_them_are_timms_of_that_name(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_tiny", weights="none", num_classes=2, image_size=32, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    asked = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32, "options": shape}
+    timms = create_backbone("vit_tiny", **asked)
+    assert (timms.mean, timms.std) == ((0.5,) * 3, (0.5,) * 3)
+    unknown = create_backbone("vit_seed", **(asked | {"patch_size": 16, "options": shape | {"qkv_bias": True}}))
+    assert (unknown.mean, unknown.std) == (None, None)
+
+
+def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    notes: list[str] = []
+    petune.run(
+        method="linear", backbone="vit_nano", weights=str(tmp_path / "w.safetensors"), dataset="digits", image_size=8,
+        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        output=tmp_path / "run", watch=lambda event: notes.append(str(event)),
+    )  # fmt: skip
+    assert any("does not say what its pictures' mean and std were" in note for note in notes)
