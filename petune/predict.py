@@ -146,15 +146,15 @@ class Predictor:
 
         Raises:
             CheckpointError, BackboneMismatch, WeightsUnavailable: See `petune.restore`.
-            ConfigError: There is no such device.
+            ConfigError: There is no such device or precision.
         """
         self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
         restored = restore(Path(path), weights, trust_code=trust_code)
         self.card, self.method = restored.card, restored.attachment.name
         self.classes = tuple(map(str, self.card["classes"]))
         self.inputs = Inputs.of(self.card)
         self.model = restored.backbone.model.to(self.device).eval()
-        self.precision = choose_precision(precision, self.device)
         choose_attention(self.model, self.device, self.precision)
 
     def scores(self, x_BCHW: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from petune.data.cache import Allocate, decoded
 from petune.data.dataset import Dataset, OnBroken, Split, stratified
 from petune.data.pictures import OTHER_PICTURES, decode_pictures, extensions
-from petune.errors import DataError
+from petune.errors import DataError, UsageError
 
 FORMAT = 1
 CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
@@ -80,6 +80,25 @@ def picture_files(path: Path) -> dict[str, Files]:
     found = {part: _files(where) for part, where in _parts(path).items()}
     _check(path, found)
     return found
+
+
+def files_of_part(path: Path, part: str) -> tuple[str, Files]:
+    """The pictures to evaluate on, and which they are: of PATH/test or PATH/val, or `all` of a folder without either.
+
+    Raises:
+        DataError: No folder, no pictures, or a class folder without any.
+        UsageError: It has splits, and another one is asked for.
+    """
+    if not path.is_dir():
+        raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
+    names = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
+    splits = {n: path / name for n, several in names.items() for name in several if _has_folders(path / name)}
+    if part not in splits and splits.keys() - {"train"}:
+        raise UsageError(f"--split must be a folder of {path}, which has {' and '.join(splits)}, but is {part}")
+    read = part if part in splits else "all"
+    files = _files(splits.get(part, splits.get("train", path)))
+    _refuse_empty(path, {read: files})
+    return read, files
 
 
 def _parts(path: Path) -> dict[str, Path]:
@@ -161,24 +180,29 @@ def _has_folders(path: Path) -> bool:
     return path.is_dir() and bool(_visible_folders(path))
 
 
-def _check(path: Path, found: Mapping[str, Files]) -> None:
+def _refuse_empty(path: Path, found: Mapping[str, Files]) -> None:
     if not any(files for part in found.values() for files in part.values()):
         raise DataError(
             f"{path} must hold pictures as CLASS/*.jpg or train/CLASS/*.jpg, but has none; check the path "
             f"(read are {', '.join(sorted(extensions()))})"
         )
     for part, files in found.items():
-        missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))
-        if missing or extra:
-            said = [f"{part} lacks {', '.join(missing[:5])}"] if missing else []
-            said += [f"train lacks {', '.join(extra[:5])}"] if extra else []
-            raise DataError(f"the splits of {path} must have the same classes, but {' and '.join(said)}")
         empty = [name for name, pictures in files.items() if not pictures]
         if empty:
             raise DataError(
                 f"every class folder of {path} must hold a picture, but {part} has none for "
                 f"{', '.join(empty[:5])}; fill or remove it"
             )
+
+
+def _check(path: Path, found: Mapping[str, Files]) -> None:
+    _refuse_empty(path, found)
+    for part, files in found.items():
+        missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))
+        if missing or extra:
+            said = [f"{part} lacks {', '.join(missing[:5])}"] if missing else []
+            said += [f"train lacks {', '.join(extra[:5])}"] if extra else []
+            raise DataError(f"the splits of {path} must have the same classes, but {' and '.join(said)}")
     if len(found["train"]) < 2:
         raise DataError(f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}")
 
