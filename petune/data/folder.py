@@ -112,11 +112,10 @@ def _parts(path: Path) -> dict[str, Path]:
                 f"{path} must hold train/CLASS/* beside {lonely[0]}/, but has no class folders in train/; "
                 "add them, or put the class folders directly into it"
             )
-        names = [folder.name for folder in _visible_folders(path)]
-        if {name.casefold() for name in names} <= SPLIT_NAMES and any(_has_folders(path / name) for name in names):
-            raise DataError(
-                f"the splits of {path} must be called train/, val/ and test/, but are {', '.join(names)}; rename them"
-            )
+        folders = _visible_folders(path)
+        if {p.name.casefold() for p in folders} <= SPLIT_NAMES and any(_has_folders(p) for p in folders):
+            here = ", ".join(p.name for p in folders)
+            raise DataError(f"the splits of {path} must be called train/, val/ and test/, but are {here}; rename them")
         return {"train": path}
     parts = {"train": train, "test": path / "test"}
     val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
