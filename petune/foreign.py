@@ -217,10 +217,11 @@ def _made(cls: Any, name: str, config: Any, pretrained: bool, offline: bool) -> 
     asked = {"ignore_mismatched_sizes": True, "local_files_only": offline}
     model, told = cls.from_pretrained(name, config=config, output_loading_info=True, **asked)
     random = _random_keys(model, told)
-    if any("position_embedding" in key for key in random):
+    tables = {key: shape for key, shape, _ in told["mismatched_keys"] if key in random and "position_embedding" in key}
+    if tables:
         its_own = type(config).from_pretrained(name, local_files_only=offline)
         config = type(config).from_dict({**config.to_dict(), "image_size": its_own.image_size})
-        random -= _resampled(model, cls.from_pretrained(name, config=config, **asked), random)
+        random -= _resampled(model, cls.from_pretrained(name, config=config, **asked), tables)
     if random:
         shown = ", ".join(sorted(random)[:3]) + (", …" if len(random) > 3 else "")
         raise WeightsUnavailable(
@@ -244,21 +245,24 @@ def _random_keys(model: Any, told: Any) -> set[str]:
     return {key for key in unfilled if not key.endswith("mask_token")}
 
 
-def _resampled(model: nn.Module, original: nn.Module, keys: set[str]) -> set[str]:
+def _resampled(model: nn.Module, original: nn.Module, tables: dict[str, Any]) -> set[str]:
     """Fill position embeddings with those of the same model for pictures of its own size; return which were.
 
     Legend: N tokens, of which the first are no patches; D width.
+
+    Args:
+        tables: Their keys, and their shapes in the file.
     """
     from timm.layers import resample_abs_pos_embed
 
     here, there = model.state_dict(), original.state_dict()
     done = set()
-    for key in keys:
+    for key, shape in tables.items():
         wanted, found = here[key], there[key]
         sides = [(p, math.isqrt(wanted.shape[-2] - p)) for p in range(min(4, wanted.shape[-2], found.shape[-2]))]
         both = [(p, side) for p, side in sides if side**2 + p == wanted.shape[-2]
                 and math.isqrt(found.shape[-2] - p) ** 2 + p == found.shape[-2]]  # fmt: skip
-        if "position_embedding" in key and wanted.shape[-1] == found.shape[-1] and both:
+        if found.shape == shape and wanted.shape[-1] == found.shape[-1] and both:
             prefix, side = both[0]
             table_1ND = found.reshape(1, *found.shape[-2:])
             wanted.copy_(
