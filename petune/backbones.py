@@ -136,7 +136,7 @@ def create_backbone(
     if file is not None:
         kept = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
         load_into(model, file, set() if kept else _head_keys(model, sites.head))
-        mean, std = file.info.get("mean"), file.info.get("std")
+        mean, std = _file_statistics(file, alias)
     return Backbone(
         model.eval(),
         name,
@@ -314,6 +314,18 @@ def _head_keys(model: nn.Module, head: Site | None) -> set[str]:
 def _pretrained_statistics(model: nn.Module) -> Statistics | None:
     config: Any = getattr(model, "pretrained_cfg", None)
     return (tuple(config["mean"]), tuple(config["std"])) if config else None
+
+
+def _file_statistics(file: Weights, alias: Alias) -> Statistics | tuple[None, None]:
+    """What a file's weights were trained with: as it says, else as timm says of the weights it has under that name."""
+    import timm
+
+    if "mean" in file.info:
+        return file.info["mean"], file.info.get("std")
+    if file.info or is_foreign(alias.timm_name) or alias.default_weights != "hub":
+        return None, None
+    config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
+    return (config.mean, config.std) if config is not None and config.has_weights else (None, None)
 
 
 def _image_size(sites: Sites) -> int:

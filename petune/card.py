@@ -11,6 +11,7 @@ from petune.text import in_markdown, visible, without_folders
 
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+WEIGHTS = {"weights", "weights_option"}
 MANY_CLASSES = 20
 
 
@@ -54,7 +55,10 @@ def public(metadata: Mapping[str, Any]) -> dict[str, Any]:
         shown["dataset"] = without_folders(shown["dataset"])
     if isinstance(shown.get("backbone"), Mapping):
         inner = shown["backbone"].items()
-        shown["backbone"] = {key: without_folders(v) if isinstance(v, str) else v for key, v in inner}
+        shown["backbone"] = {
+            key: without_folders(v, is_path=key in WEIGHTS and not v.startswith("hf:")) if isinstance(v, str) else v
+            for key, v in inner
+        }
     return shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.anatomy import input_sizes_of
-from petune.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable
+from petune.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable, near_names
 from petune.hub import HubFile, hub_url, overlay
 from petune.network import reachable
 
@@ -170,6 +171,7 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
         config = AutoConfig.from_pretrained(name, local_files_only=offline)
         config = _for_classifying(getattr(config, "vision_config", None) or config)
         size = getattr(config, "image_size", None)
+        _check_options(name, config, options)
         config.update({**options, "num_labels": num_classes})
         # None where a file does not say, which transformers cannot read where a config has several models (DeiT)
         config.architectures = config.architectures or []
@@ -187,6 +189,16 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
         ) from error
 
 
+def _check_options(name: str, config: Any, options: dict[str, Any]) -> None:
+    """transformers takes any key and says nothing."""
+    for key in options:
+        if key != "image_size" and not hasattr(config, key):
+            raise ConfigError(
+                f"the options of hf:{name} must be keys of its {type(config).__name__}, but {key!r} is none"
+                f"{near_names(key, config.to_dict())}"
+            )
+
+
 def _for_classifying(config: Any) -> Any:
     """ViT-MAE's own model hides random patches in every forward; its encoder's weights are those of a plain ViT.
 
@@ -202,8 +214,59 @@ def _made(cls: Any, name: str, config: Any, pretrained: bool, offline: bool) -> 
         return cls.from_config(config)  # type: ignore[no-any-return]
     from transformers import AutoImageProcessor
 
-    model: nn.Module = cls.from_pretrained(name, config=config, ignore_mismatched_sizes=True, local_files_only=offline)
+    asked = {"ignore_mismatched_sizes": True, "local_files_only": offline}
+    model, told = cls.from_pretrained(name, config=config, output_loading_info=True, **asked)
+    random = _random_keys(model, told)
+    tables = {key: shape for key, shape, _ in told["mismatched_keys"] if key in random and "position_embedding" in key}
+    if tables:
+        its_own = type(config).from_pretrained(name, local_files_only=offline)
+        config = type(config).from_dict({**config.to_dict(), "image_size": its_own.image_size})
+        random -= _resampled(model, cls.from_pretrained(name, config=config, **asked), tables)
+    if random:
+        shown = ", ".join(sorted(random)[:3]) + (", …" if len(random) > 3 else "")
+        raise WeightsUnavailable(
+            f"the weights of hf:{name} must fill all but the classifier, but {len(random)} parts are missing there or "
+            f"have another shape: {shown}. Leave out the options that change the model, or give --weights none"
+        )
     with contextlib.suppress(OSError):  # a directory without preprocessing: the dataset's own statistics are taken
         seen = AutoImageProcessor.from_pretrained(name, local_files_only=offline)
         set_statistics(model, seen.image_mean, seen.image_std)
-    return model
+    return model  # type: ignore[no-any-return]
+
+
+def _random_keys(model: Any, told: Any) -> set[str]:
+    """What of a loaded model no weights filled, but for its classifier and a mask that only pretraining uses."""
+    unfilled = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is not model:
+        unfilled = {key for key in unfilled if key.startswith(prefix)}
+    elif "ForImageClassification" in type(model).__name__:
+        unfilled = {key for key in unfilled if "classifier" not in key.partition(".")[0]}
+    return {key for key in unfilled if not key.endswith("mask_token")}
+
+
+def _resampled(model: nn.Module, original: nn.Module, tables: dict[str, Any]) -> set[str]:
+    """Fill position embeddings with those of the same model for pictures of its own size; return which were.
+
+    Legend: N tokens, of which the first are no patches; D width.
+
+    Args:
+        tables: Their keys, and their shapes in the file.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    here, there = model.state_dict(), original.state_dict()
+    done = set()
+    for key, shape in tables.items():
+        wanted, found = here[key], there[key]
+        sides = [(p, math.isqrt(wanted.shape[-2] - p)) for p in range(min(4, wanted.shape[-2], found.shape[-2]))]
+        both = [(p, side) for p, side in sides if side**2 + p == wanted.shape[-2]
+                and math.isqrt(found.shape[-2] - p) ** 2 + p == found.shape[-2]]  # fmt: skip
+        if found.shape == shape and wanted.shape[-1] == found.shape[-1] and both:
+            prefix, side = both[0]
+            table_1ND = found.reshape(1, *found.shape[-2:])
+            wanted.copy_(
+                resample_abs_pos_embed(table_1ND, [side, side], num_prefix_tokens=prefix).reshape(wanted.shape)
+            )
+            done.add(key)
+    return done

@@ -20,7 +20,7 @@ from torch import Tensor
 from petune.arguments import PathText, check_arguments
 from petune.data import Preprocess, Split
 from petune.data.folder import CROP, pictures_below
-from petune.data.pictures import EXTENSIONS, decode_pictures, square_of
+from petune.data.pictures import decode_pictures, extensions, square_of
 from petune.errors import CheckpointError, DataError, UsageError
 from petune.probe import scores_of
 from petune.restore import restore
@@ -146,15 +146,15 @@ class Predictor:
 
         Raises:
             CheckpointError, BackboneMismatch, WeightsUnavailable: See `petune.restore`.
-            ConfigError: There is no such device.
+            ConfigError: There is no such device or precision.
         """
         self.device = choose_device(device)
+        self.precision = choose_precision(precision, self.device)
         restored = restore(Path(path), weights, trust_code=trust_code)
         self.card, self.method = restored.card, restored.attachment.name
         self.classes = tuple(map(str, self.card["classes"]))
         self.inputs = Inputs.of(self.card)
         self.model = restored.backbone.model.to(self.device).eval()
-        self.precision = choose_precision(precision, self.device)
         choose_attention(self.model, self.device, self.precision)
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def _one_by_one(pictures: Iterable[Picture]) -> Iterator[tuple[str, Loaded]]:
         below = pictures_below(place)
         yield from ((str(file), file) for file in below)
         if not below:
-            known = ", ".join(sorted(EXTENSIONS))
+            known = ", ".join(sorted(extensions()))
             yield str(place), DataError(f"{place} must hold pictures, but has none (read are {known})")
 
 

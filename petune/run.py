@@ -133,6 +133,10 @@ def trained(
         dataset = group.in_turn(lambda: prepare_data(config))
         backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
+        if backbone.file is not None and backbone.mean is None:
+            watch(
+                Note(f"{backbone.weights} does not say what its pictures' mean and std were; this dataset's are taken")
+            )
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters are initialised from it
         attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
@@ -201,8 +205,9 @@ def prepare_backbone(config: RunConfig, dataset: Dataset, *, keep_head: bool = F
 
 def preprocessing(backbone: Backbone, dataset: Dataset) -> Preprocess:
     """The statistics that the weights were trained with; the dataset's own where there are none."""
-    own = dataset.train.channel_statistics()
-    return Preprocess(backbone.image_size, backbone.mean or own[0], backbone.std or own[1])
+    if backbone.mean and backbone.std:
+        return Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    return Preprocess(backbone.image_size, *dataset.train.channel_statistics())
 
 
 def with_recipe(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:

@@ -24,7 +24,7 @@ from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import MANIFEST, manifest_of, write_directory
 from petune.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
 from petune.restore import refuse_code
-from petune.state import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter
+from petune.state import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter, refuse_foreign
 
 MOST_BYTES = {CONFIG_FILE: 8 << 20, TENSOR_FILE: 16 << 30, CARD_FILE: 1 << 20, MANIFEST: 1 << 20}
 """The files that are taken, and how large each may be."""
@@ -120,7 +120,7 @@ def pull(
     optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
     check_arguments("petune.pull", repo=(repo, str), trust_code=(trust_code, bool), **optional)
     target = Path(output).expanduser() if output is not None else Path(repo.rpartition("/")[2])
-    _refuse_foreign(target)
+    refuse_foreign(target)
     api = _api(repo)
     info = _asked(repo, lambda: api.model_info(repo, revision=revision, files_metadata=True), lambda: 0)
     listed = {file.rfilename: file for file in info.siblings or () if file.rfilename in MOST_BYTES}
@@ -233,19 +233,6 @@ def _reason(repo: str, error: BaseException) -> str:
         return f"{hub_url()} does not let this token do that with {repo} ({status}); use one that may write there"
     text = " ".join(str(inner).split())[:300]
     return f"{hub_url()} cannot be used for {repo} now: {type(inner).__name__}: {text}"
-
-
-def _refuse_foreign(target: Path) -> None:
-    """Only an adapter directory and nothing else is replaced.
-
-    Raises:
-        UsageError: There is something else.
-    """
-    if not target.exists() and not target.is_symlink():
-        return
-    names = {file.name for file in target.iterdir()} if target.is_dir() and not target.is_symlink() else {""}
-    if names and (CONFIG_FILE not in names or names - MOST_BYTES.keys()):
-        raise UsageError(f"{target} exists and is no adapter directory; it is left alone. Name another place")
 
 
 def _check_listing(repo: str, listed: Mapping[str, Any], names: list[str]) -> None:

@@ -18,8 +18,8 @@ from petune.anatomy.forward import forget_caches
 from petune.arguments import PathText, check_arguments
 from petune.attach import Attachment, attach, label_of
 from petune.card import model_card
-from petune.errors import BackboneMismatch, CheckpointError, PluginError
-from petune.files import verify_directory, write_directory
+from petune.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
+from petune.files import MANIFEST, verify_directory, write_directory
 from petune.fingerprint import fingerprint
 from petune.registry import build_tuner, load_tuner, tuners
 from petune.sites import Sites
@@ -35,12 +35,14 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
 
     Args:
         attachment: What to save.
-        path: The directory; what it held before is replaced.
+        path: The directory; an adapter that is there is replaced.
         metadata: Further plain data for the config: class names, preprocessing, results.
 
     Raises:
+        UsageError: `path` is something else: a file, or a directory that holds more than an adapter.
         CheckpointError: It cannot be written.
     """
+    refuse_foreign(path)
     config = describe(attachment) | {"metadata": dict(metadata or {})}
     foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
     # PEFT reads the same two files. Its own methods have its keys at the top, petune's in the one entry that is
@@ -53,6 +55,19 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         CARD_FILE: model_card(config, attachment.counts, with_peft=foreign is not None).encode(),
     }
     write_directory(path, files)
+
+
+def refuse_foreign(target: Path) -> None:
+    """Only an empty directory is replaced, or an adapter directory that holds nothing else.
+
+    Raises:
+        UsageError: There is something else.
+    """
+    if not target.exists() and not target.is_symlink():
+        return
+    names = {file.name for file in target.iterdir()} if target.is_dir() and not target.is_symlink() else {""}
+    if names and (CONFIG_FILE not in names or names - {CONFIG_FILE, TENSOR_FILE, CARD_FILE, MANIFEST}):
+        raise UsageError(f"{target} exists and is no adapter directory; it is left alone. Name another place")
 
 
 def describe(attachment: Attachment) -> dict[str, Any]:

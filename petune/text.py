@@ -6,7 +6,6 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-_PLACE = re.compile(r"(folder:|hf:)?([/~].*)", flags=re.S)
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}|#~!$])")
 
 
@@ -35,10 +34,17 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
-def without_folders(text: str) -> str:
-    """`folder:/home/me/pets` → `folder:pets`: what others are to read does not say where it lay here."""
-    found = _PLACE.fullmatch(text)
-    return f"{found[1] or ''}{found[2].rstrip('/').rpartition('/')[2]}" if found else text
+def without_folders(text: str, *, is_path: bool = False) -> str:
+    """`folder:/home/me/pets` → `folder:pets`: what others are to read does not say where it lay here.
+
+    Args:
+        is_path: Whether a text that could be a hub's `user/name` is a path; `../name` and `a/b/c` always are.
+    """
+    kind = next((kind for kind in ("folder:", "hf:") if text.startswith(kind)), "")
+    place = text.removeprefix(kind)
+    if is_path or kind == "folder:" or place.startswith(("/", "~", ".")) or place.count("/") > 1:
+        return f"{kind}{place.rstrip('/').rpartition('/')[2]}"
+    return text
 
 
 def in_markdown(text: str) -> str:

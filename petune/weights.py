@@ -115,8 +115,8 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
         tensors = resample(tensors, model)
     wanted = {key for key in here if key not in head_keys}
     missing = sorted(wanted - set(tensors))
-    heads = {key.split(".")[0] for key in head_keys} | {"head", "fc", "classifier"}
-    extra = sorted(k for k in set(tensors) - wanted if k not in head_keys and k.split(".")[0] not in heads)
+    heads = (*(key.rpartition(".")[0] + "." for key in head_keys), "head.", "fc.", "classifier.")
+    extra = sorted(k for k in set(tensors) - wanted if k not in head_keys and not k.startswith(heads))
     shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(here[k].shape)}" for k in sorted(wanted & set(tensors))
               if tensors[k].shape != here[k].shape]  # fmt: skip
     if missing or extra or shapes:

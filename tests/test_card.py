@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 
 import petune
+from petune.card import public
 from petune.restore import plain_backbone, read_run
-from petune.text import in_markdown
+from petune.text import in_markdown, without_folders
 from tests.tiny import X, randomised, tiny
 
 MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_pictures": 360}, "dataset": "digits", "method": "vpt:deep=false"}
@@ -129,3 +130,29 @@ def test_an_edited_card_is_no_damage(tmp_path: Path) -> None:
 
 def test_markdown_shows_it_as_it_is() -> None:
     assert in_markdown("a_b\n# <c>") == "a\\_b \\# &lt;c&gt;"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("folder:../clients/acme/pets", "folder:pets"),
+        ("folder:clients/pets/", "folder:pets"),
+        ("folder:/home/me/pets", "folder:pets"),
+        ("hf:../clients/acme", "hf:acme"),
+        ("hf:clients/acme/model", "hf:model"),
+        ("hf:facebook/dinov2-small", "hf:facebook/dinov2-small"),
+        ("timm/vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"),
+        ("cifar10", "cifar10"),
+    ],
+)
+def test_folders_are_taken_out_of_names(said: str, shown: str) -> None:
+    assert without_folders(said) == shown
+
+
+def test_weights_are_called_by_their_file() -> None:
+    weights = {"name": "hf:me/model", "weights": "secret/w.safetensors", "weights_option": "secret/w.safetensors"}
+    assert public({"backbone": weights, "dataset": "folder:secret/pets"}) == {
+        "backbone": {"name": "hf:me/model", "weights": "w.safetensors", "weights_option": "w.safetensors"},
+        "dataset": "folder:pets",
+    }
+    assert public({"backbone": {"weights": "hf:me/model"}}) == {"backbone": {"weights": "hf:me/model"}}

@@ -138,3 +138,43 @@ def test_a_classifier_is_exchanged_in_place() -> None:
     set_head(model, 6)
     assert model[3].out_features == 6
     assert not model[3].bias.any()
+
+
+@pytest.fixture
+def saved_vit(tmp_path: Path) -> str:
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    transformers.ViTForImageClassification(
+        transformers.ViTConfig(**shape, image_size=16, patch_size=8)
+    ).save_pretrained(tmp_path / "vit")
+    return f"hf:{tmp_path / 'vit'}"
+
+
+def test_position_embeddings_of_another_size_are_resampled_and_not_drawn(saved_vit: str) -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    key = "model.vit.embeddings.position_embeddings"
+    own = create_backbone(saved_vit, num_classes=3).model.state_dict()
+    large = [create_backbone(saved_vit, num_classes=3, image_size=32, seed=seed).model for seed in (0, 1)]
+    for model in large:
+        found = model.state_dict()
+        torch.testing.assert_close(found[key], resample_abs_pos_embed(own[key], [4, 4], num_prefix_tokens=1))
+        assert all(torch.equal(found[k], own[k]) for k in own if k != key and "classifier" not in k)
+    assert large[0](torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_parts_that_the_weights_do_not_fill_are_refused(saved_vit: str) -> None:
+    with pytest.raises(
+        WeightsUnavailable, match=r"must fill all but the classifier, but 32 parts .* give --weights none"
+    ):
+        create_backbone(saved_vit, num_classes=3, options={"num_hidden_layers": 4})
+    with pytest.raises(WeightsUnavailable, match=r"another shape: vit\.embeddings\.patch_embeddings"):
+        create_backbone(saved_vit, num_classes=3, patch_size=4)
+    create_backbone(saved_vit, num_classes=3, weights="none", options={"num_hidden_layers": 4})
+
+
+def test_options_that_a_config_does_not_know_are_refused(saved_vit: str) -> None:
+    with pytest.raises(ConfigError, match=r"keys of its ViTConfig.*did you mean.*'num_hidden_layers'"):
+        create_backbone(saved_vit, num_classes=3, options={"num_hidden_layer": 1})

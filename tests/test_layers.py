@@ -54,6 +54,7 @@ SIBLINGS = {
     ("compare", "report"): "many runs, one table",
     ("compare", "executors"): "which are done somewhere",
     ("sweep", "executors"): "which are done somewhere, as runs are",
+    ("export", "predict"): "what becomes of a picture first",
     ("share", "restore"): "which code an adapter would have run",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",

@@ -12,8 +12,9 @@ from petune.network import reachable
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture
@@ -46,6 +47,19 @@ def test_a_proxy_is_asked_instead_of_the_host(
     assert reachable("https://host.invalid/x")
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed_port}")
     assert not reachable("https://host.invalid/x")
+
+
+def test_a_proxy_without_a_scheme_and_hosts_that_go_without_one(
+    listening: int, closed_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", f"127.0.0.1:{listening}")
+    assert reachable("https://host.invalid/x")
+    monkeypatch.setenv("https_proxy", "127.0.0.1:port")
+    assert not reachable("https://host.invalid/x")
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed_port}")
+    assert not reachable(f"https://127.0.0.1:{listening}/x")
+    monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
+    assert reachable(f"https://127.0.0.1:{listening}/x")
 
 
 @pytest.mark.parametrize("url", ["https://host.invalid/x", "http://192.0.2.1/x", "not a url", ""])

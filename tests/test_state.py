@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune
-from petune.errors import BackboneMismatch, CheckpointError, PluginError
+from petune.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
+from petune.state import read_adapter
 from tests.tiny import X, tiny
 
 METHODS = ["adaptformer", "vpt", "vpt:shallow", "linear", "full"]
@@ -154,3 +155,21 @@ def test_saving_where_it_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         trained().save(tmp_path / "file" / "a")
+
+
+def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
+    att = trained("linear")
+    for name in ("run/checkpoint/model.safetensors", "run/adapter_config.json", "file"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to("elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("run", "file", "link"):
+        with pytest.raises(UsageError, match=r"exists and is no adapter directory; it is left alone\. Name another"):
+            att.save(tmp_path / place)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == (tmp_path / "run" / "adapter_config.json").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for metadata in ({}, {"classes": ["a"]}):
+        att.save(tmp_path / "empty", metadata=metadata)
+    assert read_adapter(tmp_path / "empty").config["metadata"] == {"classes": ["a"]}

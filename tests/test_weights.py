@@ -6,8 +6,14 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import pytest
+from safetensors.torch import save_file
+from torch import nn
+
+import petune
 from petune.backbones import create_backbone
-from petune.weights import bundled
+from petune.errors import CheckpointError
+from petune.weights import Weights, bundled, load_into
 
 
 def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tmp_path: Path) -> None:
@@ -18,3 +24,44 @@ def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tm
 
     assert create_backbone("vit_nano", num_classes=2).weights == f"petune's vit_nano_cifar100 (sha256 {digest})"
     assert create_backbone("vit_nano", weights=str(copy), num_classes=2).weights == str(copy)
+
+
+class Deep(nn.Module):
+    """Layers and a classifier, both below the same name, as transformers' models have them."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
+        self.model.classifier = nn.Linear(2, 2)
+
+
+def test_layers_that_are_left_over_are_named_wherever_the_classifier_is() -> None:
+    head = {"model.classifier.weight", "model.classifier.bias"}
+    load_into(Deep(2), Weights(Deep(2).state_dict(), {}, "file"), head)
+    with pytest.raises(CheckpointError, match=r"2 left over: model\.layers\.1\.bias, model\.layers\.1\.weight"):
+        load_into(Deep(1), Weights(Deep(2).state_dict(), {}, "file"), head)
+
+
+def test_statistics_of_a_file_that_does_not_say_them_are_timms_of_that_name(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_tiny", weights="none", num_classes=2, image_size=32, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    asked = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32, "options": shape}
+    timms = create_backbone("vit_tiny", **asked)
+    assert (timms.mean, timms.std) == ((0.5,) * 3, (0.5,) * 3)
+    unknown = create_backbone("vit_seed", **(asked | {"patch_size": 16, "options": shape | {"qkv_bias": True}}))
+    assert (unknown.mean, unknown.std) == (None, None)
+
+
+def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    notes: list[str] = []
+    petune.run(
+        method="linear", backbone="vit_nano", weights=str(tmp_path / "w.safetensors"), dataset="digits", image_size=8,
+        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        output=tmp_path / "run", watch=lambda event: notes.append(str(event)),
+    )  # fmt: skip
+    assert any("does not say what its pictures' mean and std were" in note for note in notes)

@@ -22,11 +22,12 @@ def _group() -> None:
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)], json: Json = False) -> None:
     """Decode every picture of a folder dataset; exit code 4 if any is broken or stands in two splits."""
     from petune.data.check import check_folder
+    from petune.data.folder import unread
 
     report = check_folder(folder.expanduser())
     if json:
         shared = [[str(a), str(b)] for a, b in report.shared]
-        show_json({"pictures": report.pictures, "broken": report.broken, "shared": shared})
+        show_json({"pictures": report.pictures, "broken": report.broken, "shared": shared, "left_out": report.left_out})
     else:
         parts = tuple(report.pictures)
         names = report.pictures[parts[0]]
@@ -36,6 +37,8 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
             show(clean(message))
         for file, twin in report.shared:
             show(clean(f"{file} is the same file as {twin}, in another split"))
+        if said := unread(report.left_out):
+            show(clean(said))
         show(
             "no fault found" if report.is_sound else f"{len(report.broken)} broken, {len(report.shared)} in two splits"
         )

@@ -69,7 +69,7 @@ def evaluate(
         batch_size=batch_size,
         trust_code=trust_code,
     )
-    place = output or _place(source, split, dataset)
+    place = output or _place(source, found.split, dataset)
     files = write(found, place, format) if place is not None else []
     if json:
         show_json(found.model_dump(mode="json"))

@@ -44,9 +44,11 @@ def decoded(key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]]
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     place = cache_dir() / "decoded" / digest
+    was_there = place.exists()
     split = _read(place, crop)
     if split is None:
-        shutil.rmtree(place, ignore_errors=True)  # there only if it is damaged
+        if was_there:  # damaged; what came since was finished by another process
+            shutil.rmtree(place, ignore_errors=True)
         _write(place, key, decode)
         split = _read(place, crop)
     if split is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from petune.data.folder import picture_files
+from petune.data.folder import left_out, picture_files
 from petune.data.pictures import decode_pictures
 
 
@@ -22,11 +22,13 @@ class FolderReport:
         broken: Messages for those that cannot be decoded.
         shared: Pictures of another split than train whose file is equal, byte for byte, to one in train or in a
             split before theirs: what is measured on them is memory.
+        left_out: Number of visible files that are not read, by what their names end in.
     """
 
     pictures: dict[str, dict[str, int]]
     broken: list[str]
     shared: list[tuple[Path, Path]]
+    left_out: dict[str, int]
 
     @property
     def is_sound(self) -> bool:
@@ -48,10 +50,11 @@ def check_folder(path: Path) -> FolderReport:
     for part, files in found.items():
         for name, paths in files.items():
             pictures[part][name] = len(paths)
-            broken += decode_pictures(paths, np.empty((len(paths), 8, 8, 3), np.uint8), skip=True).values()
-            for file in paths:
+            bad = decode_pictures(paths, np.empty((len(paths), 8, 8, 3), np.uint8), skip=True)
+            broken += bad.values()
+            for file in (file for i, file in enumerate(paths) if i not in bad):
                 digest = hashlib.sha256(file.read_bytes()).digest()
                 where, twin = first_seen.setdefault(digest, (part, file))
                 if where != part:
                     shared.append((file, twin))
-    return FolderReport(dict(pictures), broken, shared)
+    return FolderReport(dict(pictures), broken, shared, left_out(path))

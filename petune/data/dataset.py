@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from petune.errors import ConfigError, DataError
 
+CHUNK = 32
+"""Pictures that statistics take into memory at once."""
 OnBroken = Literal["error", "skip"]
 """What a picture that cannot be decoded is: an error, or left out."""
 
@@ -42,10 +44,16 @@ class Split:
         return len(self.rows)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the channels in [0, 1], of at most 10,000 pictures."""
+        """Mean and standard deviation of the channels in [0, 1], of evenly spaced pictures: fewer than 20,000."""
         chosen = self.rows[:: max(1, len(self) // 10_000)]
-        pixels = np.asarray(self.images[chosen]).reshape(-1, 3).astype(np.float32) / 255
-        mean, std = pixels.mean(0, dtype=np.float64), pixels.std(0, dtype=np.float64)
+        counts_C256 = np.zeros((3, 256), np.int64)  # a picture's pixels as float64 would be 24 times its file
+        for start in range(0, len(chosen), CHUNK):
+            pixels_NC = np.asarray(self.images[chosen[start : start + CHUNK]]).reshape(-1, 3)
+            counts_C256 += [np.bincount(channel, minlength=256) for channel in pixels_NC.T]
+        values_256 = (np.arange(256, dtype=np.float32) / 255).astype(np.float64)
+        shares_C256 = counts_C256 / counts_C256.sum(1, keepdims=True)
+        mean = shares_C256 @ values_256
+        std = np.sqrt((shares_C256 * (values_256 - mean[:, None]) ** 2).sum(1))
         return tuple(round(float(m), 6) for m in mean), tuple(round(max(float(s), 1e-3), 6) for s in std)
 
     def take(self, positions: NDArray[np.int64]) -> Split:

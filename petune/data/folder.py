@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +15,15 @@ from numpy.typing import NDArray
 
 from petune.data.cache import Allocate, decoded
 from petune.data.dataset import Dataset, OnBroken, Split, stratified
-from petune.data.pictures import EXTENSIONS, decode_pictures
-from petune.errors import DataError
+from petune.data.pictures import OTHER_PICTURES, decode_pictures, extensions
+from petune.errors import DataError, UsageError
 
 FORMAT = 1
 CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
 TEST_FRACTION = 0.2
 MOST_BROKEN, SKIPPED = 0.01, -1
 VAL_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = {"train", "training", "test", "testing", *VAL_NAMES}
 
 Files = Mapping[str, list[Path]]
 """Class name to its pictures, both in order."""
@@ -63,6 +66,8 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
     if skipped:
         shown = ", ".join(str(p.relative_to(path)) for p in skipped[:5]) + (", …" if len(skipped) > 5 else "")
         dataset = replace(dataset, source=f"{dataset.source}; {len(skipped)} broken skipped: {shown}")
+    if said := unread(left_out(path)):
+        dataset = replace(dataset, source=f"{dataset.source}; {said}")
     return dataset.checked()
 
 
@@ -77,6 +82,25 @@ def picture_files(path: Path) -> dict[str, Files]:
     return found
 
 
+def files_of_part(path: Path, part: str) -> tuple[str, Files]:
+    """The pictures to evaluate on, and which they are: of PATH/test or PATH/val, or `all` of a folder without either.
+
+    Raises:
+        DataError: No folder, no pictures, or a class folder without any.
+        UsageError: It has splits, and another one is asked for.
+    """
+    if not path.is_dir():
+        raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
+    names = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
+    splits = {n: path / name for n, several in names.items() for name in several if _has_folders(path / name)}
+    if part not in splits and splits.keys() - {"train"}:
+        raise UsageError(f"--split must be a folder of {path}, which has {' and '.join(splits)}, but is {part}")
+    read = part if part in splits else "all"
+    files = _files(splits.get(part, splits.get("train", path)))
+    _refuse_empty(path, {read: files})
+    return read, files
+
+
 def _parts(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
@@ -88,6 +112,10 @@ def _parts(path: Path) -> dict[str, Path]:
                 f"{path} must hold train/CLASS/* beside {lonely[0]}/, but has no class folders in train/; "
                 "add them, or put the class folders directly into it"
             )
+        folders = _visible_folders(path)
+        if {p.name.casefold() for p in folders} <= SPLIT_NAMES and any(_has_folders(p) for p in folders):
+            here = ", ".join(p.name for p in folders)
+            raise DataError(f"the splits of {path} must be called train/, val/ and test/, but are {here}; rename them")
         return {"train": path}
     parts = {"train": train, "test": path / "test"}
     val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
@@ -103,12 +131,44 @@ def _files(where: Path) -> Files:
 
 def pictures_below(folder: Path) -> list[Path]:
     """Every picture in a folder and the folders in it, in order of their paths; hidden ones are left out."""
-    found: list[Path] = []
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        shown = [Path(here, name) for name in names if not name.startswith(".")]
-        found += [file for file in shown if file.suffix.lower() in EXTENSIONS]
-    return sorted(found)
+    return sorted(file for file in files_below(folder) if file.suffix.lower() in extensions())
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every visible file; links are followed, but not to a folder that lies above them."""
+    above = {_identity(place) for place in Path(os.path.abspath(folder)).parents}
+    open_folders = [(folder, above)]
+    while open_folders:
+        here, above = open_folders.pop()
+        identity = _identity(here)
+        if identity is None or identity in above:
+            continue
+        with contextlib.suppress(OSError):  # one that may not be read
+            for path in (path for path in here.iterdir() if not path.name.startswith(".")):
+                if path.is_dir():
+                    open_folders.append((path, above | {identity}))
+                else:
+                    yield path
+
+
+def _identity(place: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        stat = place.stat()
+        return stat.st_dev, stat.st_ino
+    return None
+
+
+def left_out(path: Path) -> dict[str, int]:
+    """How many visible files of a folder dataset are not read as pictures, by what their names end in."""
+    folders = [folder for where in _parts(path).values() for folder in _visible_folders(where)]
+    suffixes = (file.suffix.lower() for folder in folders for file in files_below(folder))
+    return dict(sorted(Counter(suffix for suffix in suffixes if suffix not in extensions()).items()))
+
+
+def unread(by_suffix: Mapping[str, int]) -> str:
+    """What is said of pictures among what was left out; empty without any."""
+    kinds = [f"{count:,} {suffix}" for suffix, count in by_suffix.items() if suffix in OTHER_PICTURES]
+    return f"{', '.join(kinds)} left out (of a kind that is not read here; convert them)" if kinds else ""
 
 
 def _visible_folders(path: Path) -> list[Path]:
@@ -119,24 +179,29 @@ def _has_folders(path: Path) -> bool:
     return path.is_dir() and bool(_visible_folders(path))
 
 
-def _check(path: Path, found: Mapping[str, Files]) -> None:
+def _refuse_empty(path: Path, found: Mapping[str, Files]) -> None:
     if not any(files for part in found.values() for files in part.values()):
         raise DataError(
             f"{path} must hold pictures as CLASS/*.jpg or train/CLASS/*.jpg, but has none; check the path "
-            f"(read are {', '.join(sorted(EXTENSIONS))})"
+            f"(read are {', '.join(sorted(extensions()))})"
         )
     for part, files in found.items():
-        missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))
-        if missing or extra:
-            said = [f"{part} lacks {', '.join(missing[:5])}"] if missing else []
-            said += [f"train lacks {', '.join(extra[:5])}"] if extra else []
-            raise DataError(f"the splits of {path} must have the same classes, but {' and '.join(said)}")
         empty = [name for name, pictures in files.items() if not pictures]
         if empty:
             raise DataError(
                 f"every class folder of {path} must hold a picture, but {part} has none for "
                 f"{', '.join(empty[:5])}; fill or remove it"
             )
+
+
+def _check(path: Path, found: Mapping[str, Files]) -> None:
+    _refuse_empty(path, found)
+    for part, files in found.items():
+        missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))
+        if missing or extra:
+            said = [f"{part} lacks {', '.join(missing[:5])}"] if missing else []
+            said += [f"train lacks {', '.join(extra[:5])}"] if extra else []
+            raise DataError(f"the splits of {path} must have the same classes, but {' and '.join(said)}")
     if len(found["train"]) < 2:
         raise DataError(f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}")
 
@@ -144,8 +209,7 @@ def _check(path: Path, found: Mapping[str, Files]) -> None:
 def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]) -> Split:
     paths = [picture for pictures in files.values() for picture in pictures]
     labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
-    stats = [(p, p.stat()) for p in paths]
-    entries = [[str(p.relative_to(root)), s.st_size, s.st_mtime_ns] for p, s in stats]
+    entries = [[str(p.relative_to(root)), *_size_and_time(p)] for p in paths]
     key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries} | (
         {"skip": 1} if skip else {}
     )
@@ -165,6 +229,14 @@ def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]
     gone = split.labels == SKIPPED
     skipped += [paths[i] for i in np.flatnonzero(gone)]
     return split.take(np.flatnonzero(~gone)) if gone.any() else split
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Of a file, in bytes and ns; zero for a link to nowhere, which is found to be broken when it is decoded."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return 0, 0
 
 
 def _what(path: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,23 @@ from petune.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTENSIONS = frozenset(
+_ALWAYS = frozenset(
     [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
+OTHER_PICTURES = frozenset(
+    [".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".raf", ".svg", ".tga"]
+)
+"""Kinds of pictures that are not read (AVIF is where Pillow can); where there are any, it is said."""
 CHUNK = 32
 HOLDS_16_BIT = {"PNG", "PPM"}  # where mode "I" means 16 bit; in a TIFF it is 32 bit without a white point
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """What the names of pictures that are read end in."""
+    from PIL import features
+
+    return _ALWAYS | {".avif"} if features.check("avif") else _ALWAYS
 
 
 def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool = False) -> dict[int, str]:

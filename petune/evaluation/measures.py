@@ -104,7 +104,6 @@ def measured(scores_NC: Tensor, labels_N: Tensor, names: Sequence[str], **about:
     """
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
-        multiclass_calibration_error,
         multiclass_confusion_matrix,
     )
 
@@ -116,19 +115,28 @@ def measured(scores_NC: Tensor, labels_N: Tensor, names: Sequence[str], **about:
     def top(k: int) -> float:
         return 100 * float(multiclass_accuracy(scores_NC, labels_N, num_classes, average="micro", top_k=k))
 
-    error = multiclass_calibration_error(chances_NC, labels_N, num_classes, n_bins=NUM_BINS, norm="l1")
+    bins = bins_of(chances_NC, labels_N)
     return Evaluation(
         num_pictures=len(labels_N),
         top1=top(1),
         top5=top(min(5, num_classes)),
         balanced=sum(known) / len(known),
         loss=float(nn.functional.cross_entropy(scores_NC, labels_N)),
-        calibration_error=100 * float(error),
+        calibration_error=calibration_error(bins),
         classes=classes,
         confusion=tuple(tuple(row) for row in confusion.tolist()),
-        bins=bins_of(chances_NC, labels_N),
+        bins=bins,
         **about,
     )
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Mean distance of confidence and accuracy, by pictures, in percent.
+
+    Of torchmetrics' it differs where a probability is exactly 1, which has a bin of its own there.
+    """
+    total = sum(one.num_pictures for one in bins)
+    return 100 * sum(one.num_pictures * abs((one.confidence or 0) - (one.accuracy or 0)) for one in bins) / total
 
 
 def bins_of(chances_NC: Tensor, labels_N: Tensor) -> tuple[Bin, ...]:
@@ -140,7 +148,7 @@ def bins_of(chances_NC: Tensor, labels_N: Tensor) -> tuple[Bin, ...]:
     for number in range(NUM_BINS):
         inside = place_N == number
         count = int(inside.sum())
-        means = (float(confidence_N[inside].mean()), float(right_N[inside].mean())) if count else (None, None)
+        means = (float(confidence_N[inside].double().mean()), float(right_N[inside].mean())) if count else (None, None)
         bins.append(Bin(num_pictures=count, confidence=means[0], accuracy=means[1]))
     return tuple(bins)
 

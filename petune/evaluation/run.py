@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from petune.arguments import PathText, check_arguments
 from petune.config import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
-from petune.data.folder import picture_files
+from petune.data.folder import Files, files_of_part
 from petune.errors import DataError, UsageError, near_names
 from petune.evaluation.measures import Evaluation, gathered, measured
 from petune.evaluation.pictures import Kind, confusion_picture, reliability_picture
@@ -48,7 +48,8 @@ def evaluate(
         path: A run directory, or an adapter directory.
         split: `val` is the one that chose the run's epoch.
         dataset: `folder:PATH`, its class folders called as the run's classes are (some may be missing): of
-            PATH/test and PATH/val the split, of PATH/CLASS/* all pictures. None is the run's own dataset.
+            PATH/test and PATH/val the split, of PATH/CLASS/* all pictures, which is called split `all` in what is
+            returned. None is the run's own dataset.
         data_dir: Where CIFAR lies now; None is where it lay for the run.
         weights: Where the backbone's weights are now; None takes them from where the run did.
         device, precision: As in a run.
@@ -72,20 +73,23 @@ def evaluate(
         batch_size=(batch_size, int),
         trust_code=(trust_code, bool),
     )
+    if split not in get_args(Part):
+        raise UsageError(f"split must be {' or '.join(get_args(Part))}, but is {split!r}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, but is {batch_size}")
     predictor = Predictor(path, weights=weights, device=device, precision=precision, trust_code=trust_code)
     own = dataset is None
-    name = str(predictor.card.get("dataset")) if dataset is None else dataset
+    name, read = str(predictor.card.get("dataset")) if dataset is None else dataset, str(split)
     if not own and name.startswith("folder:"):
         place = Path(name.removeprefix("folder:")).expanduser()
-        source, batches = str(place), _of_folder(place, split, predictor, batch_size)
+        read, files = files_of_part(place, split)
+        source, batches = str(place), _of_folder(place, files, predictor, batch_size)
     else:
         data = prepare_data(_config(Path(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)
     scores_NC, labels_N = gathered([(predictor.scores(x), y) for x, y in batches])
     method = str(predictor.method)
-    about = {"method": method, "dataset": name, "split": split, "source": source, "precision": predictor.precision}
+    about = {"method": method, "dataset": name, "split": read, "source": source, "precision": predictor.precision}
     return measured(scores_NC, labels_N, predictor.classes, **about)
 
 
@@ -137,8 +141,8 @@ def _of_dataset(data: Dataset, part: Part, predictor: Predictor, batch_size: int
         yield batch.x_BCHW, batch.y_B
 
 
-def _of_folder(place: Path, part: Part, predictor: Predictor, batch_size: int) -> Batches:
-    files, labels = _labelled(place, part, predictor.classes)
+def _of_folder(place: Path, by_name: Files, predictor: Predictor, batch_size: int) -> Batches:
+    files, labels = _labelled(place, by_name, predictor.classes)
     for start in range(0, len(files), batch_size):
         squares, problems = predictor.inputs.squares(files[start : start + batch_size])
         if problems:
@@ -149,11 +153,7 @@ def _of_folder(place: Path, part: Part, predictor: Predictor, batch_size: int) -
         yield predictor.inputs.batch(squares, predictor.device), y
 
 
-def _labelled(place: Path, part: Part, classes: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
-    found = picture_files(place)
-    if part not in found and set(found) != {"train"}:
-        raise UsageError(f"--split must be a folder of {place}, which has {' and '.join(found)}, but is {part}")
-    by_name = found.get(part, found["train"])
+def _labelled(place: Path, by_name: Files, classes: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
     strange = [name for name in by_name if name not in classes]
     if strange:
         raise DataError(

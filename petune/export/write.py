@@ -14,6 +14,7 @@ from petune.arguments import PathText, check_arguments
 from petune.errors import NotMergeable, UnknownName, UsageError
 from petune.export.formats import Probe, onnx_file, probe_of, torch_file
 from petune.files import replace_file
+from petune.predict import Inputs
 from petune.restore import Restored, restore
 
 Format = Literal["torch", "onnx", "safetensors"]
@@ -119,13 +120,16 @@ def _content(to: Format, model: nn.Module, checks: Probe, info: str) -> tuple[by
 
 def _info(restored: Restored, method: str, merged: bool) -> dict[str, Any]:
     """What the file says of itself; `petune run --weights FILE` reads it too."""
-    card, backbone = restored.card, restored.backbone
+    card, backbone, inputs = restored.card, restored.backbone, Inputs.of(restored.card)
     return {
         "backbone": card["backbone"]["name"],
         "full_name": backbone.full_name,
         "image_size": backbone.image_size,
         "mean": card["preprocess"]["mean"],
         "std": card["preprocess"]["std"],
+        "stored_size": inputs.stored_size,
+        "crop": inputs.crop,
+        "interpolation": "bicubic",
         "classes": card["classes"],
         "method": method,
         "merged": merged,

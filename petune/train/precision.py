@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -37,8 +37,10 @@ def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32",
     On a GPU float32 is what it says, convolutions included, and `tf32` lets products of it be rounded.
 
     Raises:
-        ConfigError: `tf32`, and the device is no NVIDIA GPU.
+        ConfigError: There is no such format; or it is `tf32`, and the device is no NVIDIA GPU.
     """
+    if wanted not in get_args(Precision):
+        raise ConfigError(f"precision must be one of {', '.join(get_args(Precision))}, but is {wanted!r}")
     if wanted == "tf32" and device.type != "cuda":
         raise ConfigError(
             f"precision tf32 is a way of NVIDIA's GPUs, but the device is {device.type}; use fp32 or bf16"

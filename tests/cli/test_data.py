@@ -44,3 +44,12 @@ def test_a_folder_that_is_not_there(petune: Run) -> None:
     done = petune("data", "check", "nowhere")
     assert done.code == 4
     assert "nowhere is not there" in done.err
+
+
+def test_pictures_that_are_not_read_are_said(petune: Run, tmp_path: Path) -> None:
+    _fill(tmp_path / "pets")
+    (tmp_path / "pets" / "dog" / "photo.HEIC").write_bytes(b"x")
+    done = petune("data", "check", "pets")
+    assert done.code == 0, done.err
+    assert "1 .heic left out" in done.out
+    assert json.loads(petune("data", "check", "pets", "--json").out)["left_out"] == {".heic": 1}

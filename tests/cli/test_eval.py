@@ -15,7 +15,7 @@ from PIL import Image
 
 import petune as public
 from petune.data import load_dataset
-from petune.errors import ConfigError
+from petune.errors import ConfigError, DataError, UsageError
 from petune.evaluation import Evaluation, confusion_picture
 from petune.evaluation.measures import measured
 from petune.results import RunResult
@@ -95,6 +95,26 @@ def test_other_pictures_of_the_same_classes(petune: Run, digits: Path, folder: P
     assert petune("eval", "nowhere").code == 4
 
 
+def test_which_pictures_of_a_folder_are_read(digits: Path, folder: Path, tmp_path: Path) -> None:
+    def evaluated(place: str, split: str = "test") -> Evaluation:
+        return public.evaluate(
+            digits, dataset=f"folder:{tmp_path / place}", split=split, device="cpu", precision="fp32"
+        )
+
+    whole = evaluated("more")
+    assert (whole.split, whole.num_pictures) == ("all", len(list(folder.rglob("*.png"))))
+    (tmp_path / "parted").mkdir()
+    shutil.copytree(folder, tmp_path / "parted" / "test")
+    assert (evaluated("parted").split, evaluated("parted").top1) == ("test", whole.top1)
+    with pytest.raises(UsageError, match=r"--split must be a folder of .*parted, which has test, but is val"):
+        evaluated("parted", "val")
+    shutil.copytree(folder / "7", tmp_path / "one" / "7")
+    assert evaluated("one").num_pictures == len(list((folder / "7").iterdir()))
+    shutil.rmtree(tmp_path / "one" / "7")
+    with pytest.raises(DataError, match="one must hold pictures"):
+        evaluated("one")
+
+
 def test_calibration_by_hand() -> None:
     sure = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
     scores = torch.stack([sure, 1 - sure], 1).log()
@@ -107,6 +127,15 @@ def test_calibration_by_hand() -> None:
     assert (found.top1, found.top5, found.balanced) == pytest.approx((400 / 6, 100.0, 50.0))
     assert found.confusion == ((4, 0), (2, 0))
     assert (found.classes[1].mistaken_for, found.classes[1].mistakes, found.classes[1].accuracy) == ("a", 2, 0.0)
+
+
+def test_the_calibration_error_is_that_of_the_bins_also_where_a_score_is_exactly_one() -> None:
+    scores = torch.tensor([[99.0, -99.0], [99.0, -99.0], [3.5, 0.0]])
+    assert scores.softmax(-1)[0, 0] == 1
+    found = measured(scores, torch.tensor([0, 1, 0]), ("a", "b"), **ABOUT)
+    last = found.bins[-1]
+    assert (last.num_pictures, last.accuracy) == (3, pytest.approx(2 / 3))
+    assert found.calibration_error == pytest.approx(100 * abs((last.confidence or 0) - 2 / 3))
 
 
 def test_names_in_pictures_are_text() -> None:
@@ -125,3 +154,8 @@ def test_a_batch_size_that_means_nothing(digits: Path) -> None:
         public.evaluate(digits, batch_size=0)
     with pytest.raises(ConfigError):
         public.evaluate(digits, device="abacus")
+    with pytest.raises(UsageError, match="split must be test or val, but is 'bogus'"):
+        public.evaluate(digits, split="bogus")  # type: ignore[arg-type]
+    for call in (public.evaluate, public.Predictor):
+        with pytest.raises(ConfigError, match="precision must be one of auto, fp32, tf32, bf16, but is 'fp16'"):
+            call(digits, precision="fp16")

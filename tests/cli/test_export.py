@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -48,6 +49,33 @@ def test_a_torch_program(method: str, options: dict[str, object], merged: bool, 
     names = [key for key in program.state_dict() if "petune_" in key]
     assert bool(names) != merged
     assert not pickled_parts((tmp_path / "out.pt2").read_bytes())
+
+
+def test_a_file_says_what_becomes_of_a_picture_first(tmp_path: Path) -> None:
+    from PIL import Image
+    from torch.nn import functional as F
+
+    place, _ = saved_run(tmp_path / "a", "linear")
+    picture = torch.randint(0, 256, (90, 60, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    file = tmp_path / "p.png"
+    Image.fromarray(picture.numpy()).resize((300, 450), Image.Resampling.BICUBIC).save(file)
+    public.export(place, tmp_path / "out.pt2")
+    extra = {"petune": ""}
+    program = torch.export.load(tmp_path / "out.pt2", extra_files=extra).module()
+    said = json.loads(extra["petune"])
+    assert (said["stored_size"], said["crop"], said["interpolation"]) == (37, 0.875, "bicubic")
+
+    side, kept = said["stored_size"], int(said["stored_size"] * said["crop"])
+    square = Image.open(file).resize((side, side), Image.Resampling.BICUBIC, box=(0, 75, 300, 375), reducing_gap=3.0)
+    margin = (side - kept) // 2
+    x = torch.tensor(np.asarray(square)).permute(2, 0, 1)[None, :, margin : margin + kept, margin : margin + kept]
+    x = F.interpolate(x.float(), said["image_size"], mode=said["interpolation"], antialias=True).clamp(0, 255)
+    mean, std = (torch.tensor(said[key]).view(3, 1, 1) for key in ("mean", "std"))
+    scores = program((x / 255 - mean) / std).softmax(-1)[0]
+    top = public.predict(place, file, top_k=3, device="cpu")[0].top
+    assert {guess.name: guess.probability for guess in top} == pytest.approx(
+        dict(zip(said["classes"], scores.tolist(), strict=True)), abs=1e-5
+    )
 
 
 def test_swin_with_prompts(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
+from petune.backbones import Backbone
 from petune.data import NAMES, load_dataset
 from petune.data.dataset import Dataset, Split
 from petune.data.digits import load_digits
 from petune.errors import ConfigError, DataError, UnknownName
+from petune.run import preprocessing
 
 
 def _dataset(per_class: tuple[int, ...] = (10, 20, 30), crop: float = 1.0) -> Dataset:
@@ -98,6 +102,30 @@ def test_statistics_are_those_of_the_pixels() -> None:
     mean, std = split.channel_statistics()
     np.testing.assert_allclose(mean, (images[7:] / 255).mean((0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(std, (images[7:] / 255).std((0, 1, 2)), atol=1e-6)
+
+
+def test_statistics_take_a_few_pictures_into_memory_at_once() -> None:
+    tracemalloc.start()
+    images = np.random.default_rng(1).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
+    split = Split.of(images, np.zeros(200, dtype=np.int64))
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    mean, std = split.channel_statistics()
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < 2 * images.nbytes  # all of them as float64 would be eight times as much
+    pixels = images.reshape(-1, 3).astype(np.float32) / 255
+    assert mean == tuple(round(float(m), 6) for m in pixels.mean(0, dtype=np.float64))
+    assert std == tuple(round(float(s), 6) for s in pixels.std(0, dtype=np.float64))
+
+
+def test_statistics_are_counted_only_where_the_weights_do_not_say_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+    monkeypatch.setattr(Split, "channel_statistics", lambda self: counted.append(1) or ((0.1,) * 3, (0.2,) * 3))
+    backbone = Backbone(nn.Identity(), "b", "b", "w", 8, (0.5,) * 3, (0.4,) * 3)
+    assert preprocessing(backbone, _dataset()).std == (0.4,) * 3
+    assert not counted
+    assert preprocessing(replace(backbone, mean=None, std=None), _dataset()).mean == (0.1,) * 3
 
 
 def test_digits_are_complete_stratified_and_not_inverted() -> None:

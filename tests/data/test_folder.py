@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from petune.data import load_dataset
 from petune.data.folder import load_folder
@@ -216,3 +216,79 @@ def test_check_finds_what_is_broken_and_what_stands_in_two_splits(tmp_path: Path
     assert report.pictures == {"train": {"cat": 3, "dog": 2}, "test": {"cat": 2, "dog": 3}}
     assert [m.split(" must")[0] for m in report.broken] == [str(tmp_path / "train" / "dog" / "00.png")]
     assert report.shared == [(tmp_path / "test" / "dog" / "x.png", tmp_path / "train" / "cat" / "01.png")]
+
+
+def test_links_that_lead_back_up_do_not_multiply_pictures(tmp_path: Path) -> None:
+    from petune.data.folder import pictures_below
+
+    place, other = tmp_path / "pets", tmp_path / "elsewhere"
+    _fill(place, {"cat": 5, "dog": 5})
+    _fill(other, {"more": 3})
+    (place / "cat" / "back").symlink_to(place / "cat")
+    (place / "dog" / "up").symlink_to(place)
+    (place / "cat" / "more").symlink_to(other / "more")
+    assert [len(pictures_below(place / name)) for name in ("cat", "dog")] == [8, 5]
+    data = load_folder(place, 32)
+    assert len(data.train) + len(data.test) == 13
+
+
+def test_a_link_to_nowhere_is_a_broken_picture(tmp_path: Path) -> None:
+    from petune.data.check import check_folder
+
+    _fill(tmp_path, {"cat": 60, "dog": 60})
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png must be a whole picture"):
+        load_folder(tmp_path, 32)
+    assert "1 broken skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
+    report = check_folder(tmp_path)
+    assert len(report.broken) == 1
+    assert not report.shared
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
+def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+    for part in names:
+        _fill(tmp_path / part, {"cat": 3, "dog": 3})
+    with pytest.raises(DataError, match=r"must be called train/, val/ and test/, but are .*; rename them"):
+        load_folder(tmp_path, 32)
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_counted_and_said(tmp_path: Path) -> None:
+    from petune.data.check import check_folder
+
+    _fill(tmp_path, {"cat": 3, "dog": 3})
+    assert load_folder(tmp_path, 32).source.endswith("test split)")
+    for name in ("a.HEIC", "b.heic", "notes.txt", ".hidden.heic"):
+        (tmp_path / "dog" / name).write_bytes(b"x")
+    report = check_folder(tmp_path)
+    assert (report.left_out, report.is_sound) == ({".heic": 2, ".txt": 1}, True)
+    assert "; 2 .heic left out" in load_folder(tmp_path, 32).source
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 3, "dog": 3})
+    Image.new("RGB", (40, 40)).save(tmp_path / "cat" / "x.avif")
+    data = load_folder(tmp_path, 32)
+    assert len(data.train) + len(data.test) == 7
+
+
+def test_what_another_process_finished_meanwhile_is_not_deleted(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from petune.data import cache as module
+
+    _fill(tmp_path / "p", {"cat": 5, "dog": 5})
+    read, first = module._read, []
+
+    def read_too_early(place: Path, crop: float) -> object:
+        found = read(place, crop)
+        if not first:
+            first.append(place)
+            load_folder(tmp_path / "p", 32)  # the other process, just after we looked
+            (place / "theirs").touch()
+        return found
+
+    monkeypatch.setattr(module, "_read", read_too_early)
+    load_folder(tmp_path / "p", 32)
+    assert (first[0] / "theirs").exists()
