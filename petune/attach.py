@@ -104,7 +104,6 @@ class Attachment:
         self.model, self.tuner, self.name, self.sites = model, tuner, name, edit.sites
         self.edit, self._train_head, self.attached, self.enabled = edit, train_head, True, True
         self.fingerprint: str | None = None
-        self._trained: dict[str, Tensor] = {}  # while disabled: the values that are put in again
         head = edit.sites.need_head() if train_head else edit.sites.head
         self._head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self._head_modules for p in m.parameters()}
@@ -166,15 +165,29 @@ class Attachment:
         return sorted(silent - own if own - silent else silent)
 
     def state(self) -> dict[str, Tensor]:
-        """What is saved: tuned and head tensors, and the buffers that move with them, by state_dict key."""
+        """What is saved: tuned and head tensors, and the buffers that move with them, by state_dict key.
+
+        They are the model's own tensors; while the attachment is off, of what it trains in place those kept aside.
+        """
+        ledger = ledger_of(self.model)
+        live = self.live_state()
+        return live if ledger is None else {key: ledger.value(self.edit.name, key, t) for key, t in live.items()}
+
+    def live_state(self) -> dict[str, Tensor]:
+        """The tensors of `state` as they are in the model now, also while the attachment is off."""
         moving = {id(b) for m in self._moving_modules() for b in m.buffers()}
         buffers = {k: b for k, b in self.model.named_buffers() if id(b) in moving}
         return {**self.tuned, **self.head, **buffers}
 
     def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the adapter directory; see `petune.state.save`."""
+        """Write the adapter directory; see `petune.state.save`.
+
+        Raises:
+            AttachError: Detached or merged: what was trained is not there any more.
+        """
         from petune.state import save
 
+        self._need_attached()
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         save(self, Path(path), metadata)
 
@@ -204,13 +217,9 @@ class Attachment:
             return
         if on:
             self._switch(True)
-            _copy(self._changing(), self._trained)
-            forget_caches(self.model)
-            self._trained = {}
+            self._exchange(True)
         else:
-            trained = {key: t.detach().clone() for key, t in self._changing().items()}
-            self._put_back(self._changing())
-            self._trained = trained
+            self._exchange(False)
             self._switch(False)
         self.enabled = on
 
@@ -223,8 +232,8 @@ class Attachment:
             AttachError: See `disabled`.
         """
         self._need_attached()
-        inherited = open_ledger(self.model, self.sites).bequeath(self.edit.name)
-        self._put_back({key: t for key, t in self._changing().items() if key not in inherited})
+        self._exchange(False)
+        open_ledger(self.model, self.sites).bequeath(self.edit.name)
         self.edit.undo()
         self.attached = False
 
@@ -234,7 +243,7 @@ class Attachment:
         Raises:
             NotMergeable: An adapter is no change of weights; the reason is named and nothing was changed.
         """
-        self._need_attached()
+        self.switch(True)
         if self.edit.folds:
             self._fold()
         self.edit.undo()
@@ -272,19 +281,25 @@ class Attachment:
     def _changing(self) -> dict[str, Tensor]:
         """Tensors that were there before attaching and that training may change."""
         added = {id(t) for t in self.edit.added_tensors()}
-        return {key: t for key, t in self.state().items() if id(t) not in added}
+        return {key: t for key, t in self.live_state().items() if id(t) not in added}
 
-    def _put_back(self, changing: Mapping[str, Tensor]) -> None:
-        if self._originals is not None:
-            values = {key: value for key, (_, value) in self._originals.items()}
-            # a buffer of another shape was made anew by the model's own forward (ConViT): it is not ours to put back
-            _copy({key: t for key, t in changing.items() if t.shape == values[key].shape}, values)
-            forget_caches(self.model)
-        elif changing:
+    def _exchange(self, on: bool) -> None:
+        """Put in what was trained in place, or what the model has without it."""
+        changing = self._changing()
+        if changing and self._originals is None:
             raise AttachError(
                 f"giving back the model needs the values from before {self.name}, which were not kept; "
                 "attach with keep_original=True"
             )
+        open_ledger(self.model, self.sites).switch(self.edit.name, on, changing)
+        if changing:
+            forget_caches(self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        raise AttachError(
+            f"an attachment belongs to its own model, but {self.name} was to be copied. Copy the model, "
+            "copy.deepcopy(attachment.model), which keeps its adapters; or save it, and petune.load it on another"
+        )
 
     def _switch(self, on: bool) -> None:
         for holder, _ in self.edit.holders:
@@ -325,9 +340,3 @@ def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:
                 "be read without calling it). Use another method on this model"
             )
     _PROVEN.setdefault(edit.model, set()).add(proof)
-
-
-def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(sources[key])

@@ -255,3 +255,89 @@ def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
             assert out.shape == wanted.shape
             torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     assert torch.equal(scores(tasks.model, x), scores(windowed(3), x))
+
+
+def filled(att: petune.Attachment, value: float) -> petune.Attachment:
+    with torch.no_grad():
+        for p in att.parameters():
+            p.fill_(value)
+    return att
+
+
+@pytest.mark.parametrize("first_on", [True, False])
+def test_what_two_train_comes_back_in_any_order(first_on: bool) -> None:
+    built = model()
+    plain = scores(built)
+    a = filled(petune.attach(built, "linear", name="a"), 0.1)
+    of_a = scores(built)
+    b = filled(petune.attach(built, "linear", name="b"), 0.2)
+    of_b = scores(built)
+    a.switch(False)
+    assert torch.equal(scores(built), of_b)  # the last that is on has its way
+    b.switch(False)
+    assert torch.equal(scores(built), plain)
+    for att in (a, b) if first_on else (b, a):
+        att.switch(True)
+    assert torch.equal(scores(built), of_b)
+    b.switch(False)
+    assert torch.equal(scores(built), of_a)
+    filled(a, 0.3)
+    trained_later = scores(built)
+    b.switch(True)
+    b.detach()
+    assert torch.equal(scores(built), trained_later)
+    a.detach()
+    assert torch.equal(scores(built), plain)
+
+
+def test_one_that_is_off_while_another_comes_keeps_what_it_trained() -> None:
+    built = model()
+    plain = scores(built)
+    a = filled(petune.attach(built, "linear", name="a"), 0.1)
+    of_a = scores(built)
+    a.switch(False)
+    b = filled(petune.attach(built, "linear", name="b"), 0.2)
+    b.switch(False)
+    a.switch(True)
+    assert torch.equal(scores(built), of_a)
+    a.detach()
+    assert torch.equal(scores(built), plain)
+    b.switch(True)
+    b.detach()
+    assert torch.equal(scores(built), plain)
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "bitfit", "full"])
+def test_one_that_is_off_is_saved_as_trained(method: str, tmp_path: Path) -> None:
+    built = model()
+    att = filled(petune.attach(built, method), 0.05)
+    trained = scores(built)
+    with att.disabled():
+        att.save(tmp_path)
+    fresh = model()
+    petune.load(fresh, tmp_path)
+    assert torch.equal(scores(fresh), trained)
+    att.switch(False)
+    if method == "bitfit":
+        att.merge()
+        assert torch.equal(scores(built), trained)
+    else:
+        att.detach()
+    with pytest.raises(AttachError, match="detached or merged"):
+        att.save(tmp_path / "late")
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], tmp_path: Path) -> None:
+    built = model()
+    tasks = petune.Tasks(built)
+    tasks.load("bitfit", saved["bitfit"])
+    tasks.tasks["bitfit"].attachment.save(tmp_path)
+    fresh = model(3)
+    petune.load(fresh, tmp_path)
+    assert torch.equal(scores(fresh), scores(alone(saved["bitfit"], "bitfit")))
+
+
+def test_an_attachment_is_not_copied() -> None:
+    with pytest.raises(AttachError, match="Copy the model"):
+        copy.deepcopy(petune.attach(model(), "adaptformer"))
