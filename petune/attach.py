@@ -58,11 +58,14 @@ def attach(
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
     _refuse_compiled(model)
+    if next(model.parameters(), None) is None:
+        raise AttachError(f"a method is attached to a model with weights, but {type(model).__name__} has no parameter")
     tuner = build_tuner(method, **options)
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
     label = label_of(name)
     before = ledger_of(model)
     sites = sites or (before.sites if before else find_sites(model, input_size))
+    _refuse_others_sites(model, sites)
     if before is None:
         refuse_random(model, sites)
     ledger = open_ledger(model, sites)
@@ -72,6 +75,7 @@ def attach(
     try:
         tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
+        _refuse_idle(attachment)
         _check_live(edit, tuner)
         edit.settle()
     except BaseException:
@@ -117,11 +121,16 @@ class Attachment:
         self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
         ledger = open_ledger(model, self.sites)
         moving = tuple(self._moving_modules())
-        claim = Claim(tuple(self.parameters()), tuple(edit.added_tensors()), moving, self._originals)
+        claim = Claim((*self.tuned.values(), *self.head.values()), tuple(edit.added_tensors()), moving, self._originals)
         ledger.claim(edit.name, claim)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer takes: tuned and head."""
+        """What an optimizer takes: tuned and head.
+
+        Raises:
+            AttachError: The model has another tensor in the place of one of them.
+        """
+        self._need_own()
         return [*self.tuned.values(), *self.head.values()]
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -146,7 +155,9 @@ class Attachment:
 
         Raises:
             DeadSite: Some have none; they are named.
+            AttachError: See `parameters`.
         """
+        self._need_own()
         dead = self.without_effect({k for k, p in {**self.tuned, **self.head}.items() if p.grad is None})
         if dead:
             raise DeadSite(
@@ -183,11 +194,12 @@ class Attachment:
         """Write the adapter directory; see `petune.state.save`.
 
         Raises:
-            AttachError: Detached or merged: what was trained is not there any more.
+            AttachError: Detached or merged, or see `parameters`: what was trained is not there any more.
         """
         from petune.state import save
 
         self._need_attached()
+        self._need_own()
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         save(self, Path(path), metadata)
 
@@ -308,6 +320,21 @@ class Attachment:
         for switch in self.edit.switches if on else reversed(self.edit.switches):
             switch(on)
 
+    def _need_own(self) -> None:
+        """See that what trains is still the model's: it is remembered by identity."""
+        here = {id(p) for p in self.model.parameters()}
+        modules = {id(m) for m in self.model.modules()}
+        of_head = {id(p) for m in self._head_modules for p in m.parameters()}
+        in_use = not self.enabled or all(id(m) in modules for m in self._head_modules)  # a task's, while it is not
+        lost = [key for key, p in self.tuned.items() if self.attached and id(p) not in here]
+        lost += [key for key, p in self.head.items() if id(p) not in of_head or (self.attached and not in_use)]
+        if lost:
+            raise AttachError(
+                f"{self.name} trains the tensors that were there when it was attached, but the model has others for "
+                f"{len(lost)} of them, as {', '.join(lost[:3])}: load_state_dict(…, assign=True) or a new classifier "
+                "took their places. Change the model first and attach then; load values without assign=True"
+            )
+
     def _need_attached(self) -> None:
         if not self.attached:
             raise AttachError(f"{self.name} must be attached for this, but was detached or merged before")
@@ -320,6 +347,28 @@ def _refuse_compiled(model: nn.Module) -> None:
                 f"a tuner must be attached before compiling, but {path or 'the model'} is compiled and would not see "
                 "it. Attach to the model first, then torch.compile it"
             )
+
+
+def _refuse_others_sites(model: nn.Module, sites: Sites) -> None:
+    own = {id(m) for m in model.modules()}
+    places = [site for site in (*sites.blocks, sites.norm, sites.head) if site is not None]
+    strange = [site.where for site in places if any(id(m) not in own for m in site.modules)]
+    if strange:
+        raise AttachError(
+            f"sites must be of the model that is attached to, but {', '.join(strange[:3])} is another module than the "
+            f"model's: it is a copy, or was replaced (reset_classifier) after find_sites or while something was "
+            "attached. Detach what is attached, then attach without sites, or with find_sites(this model)"
+        )
+
+
+def _refuse_idle(attachment: Attachment) -> None:
+    """A method that finds nothing to train must not pass for a linear probe; one that wants none says so by `count`."""
+    if attachment.tuned or attachment.tuner.count(attachment.sites) == 0:
+        return
+    raise AttachError(
+        f"{attachment.name} must find something to train, but {attachment.sites.model} has nothing for it: there would "
+        "be a linear probe under another name. Use another method, or linear if only the classifier shall train"
+    )
 
 
 def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:

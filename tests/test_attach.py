@@ -286,3 +286,37 @@ def test_no_activation_is_kept(method: str) -> None:
     before = held(model)
     att = petune.attach(model, name, **options)
     assert held(model) - before <= sum(p.numel() for p in att.head.values())  # the head's values from before
+
+
+def test_a_method_that_finds_nothing_to_train_is_refused() -> None:
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(AttachError, match="must find something to train"):
+        petune.attach(model, Custom(lambda edit: None))
+    assert same(snapshot(model), before)
+
+
+def test_what_was_replaced_is_named() -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer")
+    model.load_state_dict({key: t.clone() for key, t in model.state_dict().items()}, assign=True)
+    for use in (att.parameters, att.check_gradients, lambda: att.save("nowhere")):
+        with pytest.raises(AttachError, match=r"others for 10 of them, as blocks\.0\.petune_adaptformer"):
+            use()
+    again = tiny()
+    att = petune.attach(again, "adaptformer")
+    again.reset_classifier(7)
+    with pytest.raises(AttachError, match=r"others for 2 of them, as head\.weight, head\.bias"):
+        att.parameters()
+    with pytest.raises(AttachError, match="head is another module"):
+        petune.attach(again, "linear")
+
+
+def test_sites_of_another_model_are_refused() -> None:
+    with pytest.raises(AttachError, match="sites must be of the model"):
+        petune.attach(tiny(), "linear", sites=petune.find_sites(tiny()))
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(AttachError, match="has no parameter"):
+        petune.attach(nn.Flatten(), "linear", input_size=(3, 16, 16))
