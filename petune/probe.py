@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.anatomy.forward import dtype_of, undisturbed
+from petune.anatomy.trace import scores_in, tensors_in
 from petune.errors import AttachError, PetuneError
 from petune.sites import Sites
 
@@ -112,8 +113,17 @@ def _random_state(device: torch.device) -> tuple[object, ...]:
 
 
 def scores_of(out: Any) -> Tensor:
-    """The scores in what a model returns, which may be an object that holds them (transformers)."""
-    scores: Tensor = getattr(out, "logits", out)
+    """The scores in what a model returns: a tensor, or what is called `logits` there, or the first tensor.
+
+    Raises:
+        AttachError: There is no tensor.
+    """
+    scores = next(tensors_in(scores_in(out)), None)
+    if scores is None:
+        raise AttachError(
+            f"a classifier must return a tensor of scores, or hold one as `logits` or first of a tuple or dict, but "
+            f"returned {type(out).__name__}"
+        )
     return scores
 
 
