@@ -263,7 +263,7 @@ class Attachment:
 
     def _fold(self) -> None:
         """Fold, and compare what the model makes of a picture before and after; put everything back if they differ."""
-        before = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
+        before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         expected = look(self.model, self.sites)
         switched = False
         try:
@@ -288,7 +288,9 @@ class Attachment:
             *self.edit.adopted_modules,
             *(self._head_modules if self._train_head else ()),
         ]
-        return [m for root in roots for m in root.modules()]
+        own = {id(m) for holder, _ in self.edit.holders for m in holder.modules()}
+        added = {id(m) for h in self.model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
+        return [m for root in roots for m in root.modules() if id(m) in own or id(m) not in added]
 
     def _changing(self) -> dict[str, Tensor]:
         """Tensors that were there before attaching and that training may change."""

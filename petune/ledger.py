@@ -55,6 +55,7 @@ class Ledger(nn.Module):
     Attributes:
         sites: Of the model before anything was attached to it.
         claims: By the attachment's name.
+        awake: Attentions that were told to call a layer, and the attachments that need it; see `Edit.wake`.
     """
 
     is_petune_holder = True
@@ -63,6 +64,7 @@ class Ledger(nn.Module):
         super().__init__()
         self.sites = sites
         self.claims: dict[str, Claim] = {}
+        self.awake: dict[nn.Module, set[str]] = {}
         self._train_before = model.__dict__.get("train")
         # in tuples, since a module as an attribute would make the model a child of its own child
         self._model = (model,)
@@ -126,6 +128,15 @@ class Ledger(nn.Module):
         tensor = (claim.originals or {}).get(key, (live,))[0]
         later = list(self.claims.values())[list(self.claims).index(name) :]
         return live if any(c.on and c.changes(key, tensor) for c in later) else kept
+
+    def wake(self, module: nn.Module, name: str, on: bool) -> None:
+        """Let an attention call its qkv layer as long as one attachment needs it."""
+        users = self.awake.setdefault(module, set())
+        if on:
+            users.add(name)
+        else:
+            users.discard(name)
+        module.qkv_bias_separate = bool(users)  # type: ignore[assignment]
 
     def bequeath(self, name: str) -> None:
         """Hand the original values of `name` to the attachment made after it that trains the same tensor."""

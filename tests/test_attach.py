@@ -320,3 +320,41 @@ def test_sites_of_another_model_are_refused() -> None:
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(AttachError, match="has no parameter"):
         petune.attach(nn.Flatten(), "linear", input_size=(3, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["adaptformer", "vpt"])
+def test_adapters_have_the_number_format_of_the_model(dtype: torch.dtype, method: str) -> None:
+    model = tiny().to(dtype)
+    att = petune.attach(model, method)
+    assert {p.dtype for p in att.parameters()} == {dtype}
+    assert model(X.to(dtype)).dtype == dtype
+
+
+def test_merging_a_model_with_state_of_its_own() -> None:
+    class Own(nn.Module):
+        image_size = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.inner(x)
+            return scores
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+    petune.attach(Own(), "lora").merge()
+
+
+def test_a_second_set_of_prompts_is_refused_for_what_it_is() -> None:
+    model = tiny()
+    first = petune.attach(model, "vpt")
+    with pytest.raises(AttachError, match="has prompts of another attachment"):
+        petune.attach(model, "vpt", name="other")
+    first.switch(False)
+    petune.attach(model, "vpt", name="other")

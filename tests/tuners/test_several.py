@@ -341,3 +341,48 @@ def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], t
 def test_an_attachment_is_not_copied() -> None:
     with pytest.raises(AttachError, match="Copy the model"):
         copy.deepcopy(petune.attach(model(), "adaptformer"))
+
+
+def beit() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    built = timm.create_model("beit_base_patch16_224", **shape).eval()
+    for p in built.parameters():
+        nn.init.normal_(p, std=0.1)
+    return built
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_two_need_called_is_called_until_the_last_goes(first: bool) -> None:
+    built = beit()
+    plain = scores(built)
+    atts = [petune.attach(built, "lora", name=name) for name in "ab"]
+    gone, stays = atts if first else reversed(atts)
+    filled(stays, 0.05)
+    with gone.disabled():
+        alive = scores(built)
+        with stays.disabled():
+            assert torch.equal(scores(built), plain)
+    gone.detach()
+    assert torch.equal(scores(built), alive)
+    with torch.no_grad():
+        for key, p in stays.tuned.items():
+            p.add_(torch.randn_like(p)) if "qkv" in key else None
+    assert not torch.equal(scores(built), alive)
+    stays.detach()
+    assert torch.equal(scores(built), plain)
+    assert not any(block.attn.qkv_bias_separate for block in built.blocks)
+
+
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_what_trains_the_backbone_leaves_others_adapters_alone(method: str, tmp_path: Path) -> None:
+    built = model()
+    other = petune.attach(built, "adaptformer")
+    att = petune.attach(built, method)
+    assert att.counts.tuned == petune.attach(model(), method).counts.tuned
+    assert att.tuned.keys().isdisjoint(other.tuned)
+    other.detach()
+    filled(att, 0.05).save(tmp_path)
+    fresh = model()
+    petune.load(fresh, tmp_path)
+    assert torch.equal(scores(fresh), scores(built))
