@@ -75,9 +75,9 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
     return calls
 
 
-def look(model: nn.Module, sites: Sites) -> Tensor:
-    """What the model makes of two random pictures, in eval mode; always the same ones."""
-    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
+def look(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
+    """What the model makes of `count` random pictures, in eval mode; always the same ones."""
+    x = torch.randn(count, *sites.input_size, generator=torch.Generator().manual_seed(0))
     return scores_of(_forward(model, x))
 
 

@@ -386,3 +386,61 @@ def test_what_trains_the_backbone_leaves_others_adapters_alone(method: str, tmp_
     fresh = model()
     petune.load(fresh, tmp_path)
     assert torch.equal(scores(fresh), scores(built))
+
+
+class Logarithms(nn.Module):
+    """A model that does something behind its classifier."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).log_softmax(-1)
+
+
+class TokensFirst(nn.Module):
+    """A model whose blocks see (tokens, pictures, width): as many tokens as there are pictures in a batch of 17."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = model()
+        self.patch_embed, self.cls_token, self.head = inner.patch_embed, inner.cls_token, inner.head
+        torch.manual_seed(0)
+        layer = {"d_model": inner.embed_dim, "nhead": 2, "dim_feedforward": 32, "norm_first": True}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(**layer) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed(x)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1).transpose(0, 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens[0])
+
+
+@pytest.mark.parametrize("kind", [Logarithms, TokensFirst])
+def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn.Module], tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return kind().eval()
+
+    tasks, singles = petune.Tasks(make()), []
+    for name in "ab":
+        built = make()
+        att = petune.attach(built, "houlsby")
+        with torch.no_grad():
+            for p in att.parameters():
+                p.add_(torch.randn_like(p), alpha=0.3)
+        att.save(tmp_path / name)
+        singles.append(built)
+        tasks.load(name, tmp_path / name)
+    tokens = 1 + next(m.num_patches for m in tasks.model.modules() if hasattr(m, "num_patches"))
+    x = torch.randn(tokens, 3, 16, 16)
+    with torch.no_grad():
+        mixed = tasks(x, ["ab"[row % 2] for row in range(tokens)])
+    for row, got in enumerate(mixed):
+        torch.testing.assert_close(got, scores(singles[row % 2], x[row : row + 1])[0])
