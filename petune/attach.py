@@ -58,11 +58,14 @@ def attach(
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
     _refuse_compiled(model)
+    if next(model.parameters(), None) is None:
+        raise AttachError(f"a method is attached to a model with weights, but {type(model).__name__} has no parameter")
     tuner = build_tuner(method, **options)
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
     label = label_of(name)
     before = ledger_of(model)
     sites = sites or (before.sites if before else find_sites(model, input_size))
+    _refuse_others_sites(model, sites)
     if before is None:
         refuse_random(model, sites)
     ledger = open_ledger(model, sites)
@@ -72,6 +75,7 @@ def attach(
     try:
         tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
+        _refuse_idle(attachment)
         _check_live(edit, tuner)
         edit.settle()
     except BaseException:
@@ -104,7 +108,6 @@ class Attachment:
         self.model, self.tuner, self.name, self.sites = model, tuner, name, edit.sites
         self.edit, self._train_head, self.attached, self.enabled = edit, train_head, True, True
         self.fingerprint: str | None = None
-        self._trained: dict[str, Tensor] = {}  # while disabled: the values that are put in again
         head = edit.sites.need_head() if train_head else edit.sites.head
         self._head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self._head_modules for p in m.parameters()}
@@ -118,11 +121,16 @@ class Attachment:
         self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
         ledger = open_ledger(model, self.sites)
         moving = tuple(self._moving_modules())
-        claim = Claim(tuple(self.parameters()), tuple(edit.added_tensors()), moving, self._originals)
+        claim = Claim((*self.tuned.values(), *self.head.values()), tuple(edit.added_tensors()), moving, self._originals)
         ledger.claim(edit.name, claim)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer takes: tuned and head."""
+        """What an optimizer takes: tuned and head.
+
+        Raises:
+            AttachError: The model has another tensor in the place of one of them.
+        """
+        self._need_own()
         return [*self.tuned.values(), *self.head.values()]
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -147,7 +155,9 @@ class Attachment:
 
         Raises:
             DeadSite: Some have none; they are named.
+            AttachError: See `parameters`.
         """
+        self._need_own()
         dead = self.without_effect({k for k, p in {**self.tuned, **self.head}.items() if p.grad is None})
         if dead:
             raise DeadSite(
@@ -166,15 +176,30 @@ class Attachment:
         return sorted(silent - own if own - silent else silent)
 
     def state(self) -> dict[str, Tensor]:
-        """What is saved: tuned and head tensors, and the buffers that move with them, by state_dict key."""
+        """What is saved: tuned and head tensors, and the buffers that move with them, by state_dict key.
+
+        They are the model's own tensors; while the attachment is off, of what it trains in place those kept aside.
+        """
+        ledger = ledger_of(self.model)
+        live = self.live_state()
+        return live if ledger is None else {key: ledger.value(self.edit.name, key, t) for key, t in live.items()}
+
+    def live_state(self) -> dict[str, Tensor]:
+        """The tensors of `state` as they are in the model now, also while the attachment is off."""
         moving = {id(b) for m in self._moving_modules() for b in m.buffers()}
         buffers = {k: b for k, b in self.model.named_buffers() if id(b) in moving}
         return {**self.tuned, **self.head, **buffers}
 
     def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the adapter directory; see `petune.state.save`."""
+        """Write the adapter directory; see `petune.state.save`.
+
+        Raises:
+            AttachError: Detached or merged, or see `parameters`: what was trained is not there any more.
+        """
         from petune.state import save
 
+        self._need_attached()
+        self._need_own()
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         save(self, Path(path), metadata)
 
@@ -204,13 +229,9 @@ class Attachment:
             return
         if on:
             self._switch(True)
-            _copy(self._changing(), self._trained)
-            forget_caches(self.model)
-            self._trained = {}
+            self._exchange(True)
         else:
-            trained = {key: t.detach().clone() for key, t in self._changing().items()}
-            self._put_back(self._changing())
-            self._trained = trained
+            self._exchange(False)
             self._switch(False)
         self.enabled = on
 
@@ -223,8 +244,8 @@ class Attachment:
             AttachError: See `disabled`.
         """
         self._need_attached()
-        inherited = open_ledger(self.model, self.sites).bequeath(self.edit.name)
-        self._put_back({key: t for key, t in self._changing().items() if key not in inherited})
+        self._exchange(False)
+        open_ledger(self.model, self.sites).bequeath(self.edit.name)
         self.edit.undo()
         self.attached = False
 
@@ -234,7 +255,7 @@ class Attachment:
         Raises:
             NotMergeable: An adapter is no change of weights; the reason is named and nothing was changed.
         """
-        self._need_attached()
+        self.switch(True)
         if self.edit.folds:
             self._fold()
         self.edit.undo()
@@ -242,7 +263,7 @@ class Attachment:
 
     def _fold(self) -> None:
         """Fold, and compare what the model makes of a picture before and after; put everything back if they differ."""
-        before = {key: t.detach().clone() for key, t in self.model.state_dict().items()}
+        before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         expected = look(self.model, self.sites)
         switched = False
         try:
@@ -267,24 +288,32 @@ class Attachment:
             *self.edit.adopted_modules,
             *(self._head_modules if self._train_head else ()),
         ]
-        return [m for root in roots for m in root.modules()]
+        own = {id(m) for holder, _ in self.edit.holders for m in holder.modules()}
+        added = {id(m) for h in self.model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
+        return [m for root in roots for m in root.modules() if id(m) in own or id(m) not in added]
 
     def _changing(self) -> dict[str, Tensor]:
         """Tensors that were there before attaching and that training may change."""
         added = {id(t) for t in self.edit.added_tensors()}
-        return {key: t for key, t in self.state().items() if id(t) not in added}
+        return {key: t for key, t in self.live_state().items() if id(t) not in added}
 
-    def _put_back(self, changing: Mapping[str, Tensor]) -> None:
-        if self._originals is not None:
-            values = {key: value for key, (_, value) in self._originals.items()}
-            # a buffer of another shape was made anew by the model's own forward (ConViT): it is not ours to put back
-            _copy({key: t for key, t in changing.items() if t.shape == values[key].shape}, values)
-            forget_caches(self.model)
-        elif changing:
+    def _exchange(self, on: bool) -> None:
+        """Put in what was trained in place, or what the model has without it."""
+        changing = self._changing()
+        if changing and self._originals is None:
             raise AttachError(
                 f"giving back the model needs the values from before {self.name}, which were not kept; "
                 "attach with keep_original=True"
             )
+        open_ledger(self.model, self.sites).switch(self.edit.name, on, changing)
+        if changing:
+            forget_caches(self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        raise AttachError(
+            f"an attachment belongs to its own model, but {self.name} was to be copied. Copy the model, "
+            "copy.deepcopy(attachment.model), which keeps its adapters; or save it, and petune.load it on another"
+        )
 
     def _switch(self, on: bool) -> None:
         for holder, _ in self.edit.holders:
@@ -292,6 +321,21 @@ class Attachment:
             holder.enabled = on
         for switch in self.edit.switches if on else reversed(self.edit.switches):
             switch(on)
+
+    def _need_own(self) -> None:
+        """See that what trains is still the model's: it is remembered by identity."""
+        here = {id(p) for p in self.model.parameters()}
+        modules = {id(m) for m in self.model.modules()}
+        of_head = {id(p) for m in self._head_modules for p in m.parameters()}
+        in_use = not self.enabled or all(id(m) in modules for m in self._head_modules)  # a task's, while it is not
+        lost = [key for key, p in self.tuned.items() if self.attached and id(p) not in here]
+        lost += [key for key, p in self.head.items() if id(p) not in of_head or (self.attached and not in_use)]
+        if lost:
+            raise AttachError(
+                f"{self.name} trains the tensors that were there when it was attached, but the model has others for "
+                f"{len(lost)} of them, as {', '.join(lost[:3])}: load_state_dict(…, assign=True) or a new classifier "
+                "took their places. Change the model first and attach then; load values without assign=True"
+            )
 
     def _need_attached(self) -> None:
         if not self.attached:
@@ -305,6 +349,28 @@ def _refuse_compiled(model: nn.Module) -> None:
                 f"a tuner must be attached before compiling, but {path or 'the model'} is compiled and would not see "
                 "it. Attach to the model first, then torch.compile it"
             )
+
+
+def _refuse_others_sites(model: nn.Module, sites: Sites) -> None:
+    own = {id(m) for m in model.modules()}
+    places = [site for site in (*sites.blocks, sites.norm, sites.head) if site is not None]
+    strange = [site.where for site in places if any(id(m) not in own for m in site.modules)]
+    if strange:
+        raise AttachError(
+            f"sites must be of the model that is attached to, but {', '.join(strange[:3])} is another module than the "
+            f"model's: it is a copy, or was replaced (reset_classifier) after find_sites or while something was "
+            "attached. Detach what is attached, then attach without sites, or with find_sites(this model)"
+        )
+
+
+def _refuse_idle(attachment: Attachment) -> None:
+    """A method that finds nothing to train must not pass for a linear probe; one that wants none says so by `count`."""
+    if attachment.tuned or attachment.tuner.count(attachment.sites) == 0:
+        return
+    raise AttachError(
+        f"{attachment.name} must find something to train, but {attachment.sites.model} has nothing for it: there would "
+        "be a linear probe under another name. Use another method, or linear if only the classifier shall train"
+    )
 
 
 def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:
@@ -325,9 +391,3 @@ def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:
                 "be read without calling it). Use another method on this model"
             )
     _PROVEN.setdefault(edit.model, set()).add(proof)
-
-
-def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(sources[key])

@@ -12,12 +12,13 @@ from petune.anatomy.positions import Room, admit_prompts, fills, is_inside, refu
 from petune.anatomy.prompting import Prompting
 from petune.errors import AttachError, NotMergeable, SiteNotFound
 from petune.hooks import After, Before, Branch, Gather, Holder, InnerPrompts, Prompts
-from petune.ledger import CONTAINERS, added_to, host_for
+from petune.ledger import CONTAINERS, added_to, host_for, open_ledger
 from petune.passing import Leg, PassingPrompts, is_plain
 from petune.probe import Call, probe
-from petune.sites import Block, Site, Sites
+from petune.sites import Block, Site, Sites, changeable, present, whole
 
 DEEP = "Try prompts of each block's own (vpt:deep=true), or a method without prompts, such as adaptformer"
+ALONE = "Attach one method with as many prompts, or switch the other off before (attachment.switch(False))"
 
 
 class Edit:
@@ -58,9 +59,9 @@ class Edit:
             adapter: Maps (..., D of enter) to (..., D of exit); for several places, a list of such tensors.
         """
         if isinstance(enter, Sequence):
-            self._gather(enter, self._changeable(exit, "branch"), adapter)
+            self._gather(enter, changeable(self.sites, exit, "branch"), adapter)
             return
-        enter, exit = self._present(enter, "branch"), self._changeable(exit, "branch")
+        enter, exit = present(self.sites, enter, "branch"), changeable(self.sites, exit, "branch")
         holder = Branch(adapter, enter.layout, exit.layout)
         self._put(holder, exit, enter, exit)
         self._hook(enter.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
@@ -69,14 +70,14 @@ class Edit:
 
     def before(self, site: Site | None, adapter: nn.Module) -> None:
         """Replace what enters `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
-        site = self._changeable(site, "before")
+        site = whole(changeable(self.sites, site, "before"), "before")
         holder = Before(adapter, site.layout)
         self._put(holder, site, site)
         self._hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
 
     def after(self, site: Site | None, adapter: nn.Module) -> None:
         """Replace what leaves `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
-        site = self._changeable(site, "after")
+        site = whole(changeable(self.sites, site, "after"), "after")
         holder = After(adapter, site.layout)
         self._put(holder, site, site)
         self._hook(site.exit.register_forward_hook(holder.leave, prepend=True))
@@ -101,6 +102,9 @@ class Edit:
                 f"a prompt adapter must have a whole number num_prompts of 1 or more, but that of "
                 f"{type(adapter).__name__} is {count!r}"
             )
+        own = {id(holder) for holder, _ in self.holders}
+        if any(isinstance(m, Prompts) and m.enabled and id(m) not in own for m in self.model.modules()):
+            raise refused(run[0], self.sites, "has prompts of another attachment, beside which none are proven", ALONE)
         if is_inside(run[0]):
             self._prompt_attention(run, adapter, count)
         else:
@@ -177,13 +181,15 @@ class Edit:
 
         Args:
             what: A module or site, whose parameters train and which goes to train mode (dropout, BatchNorm), or
-                single parameters, whose modules stay in eval mode.
+                single parameters, whose modules stay in eval mode. Other attachments' parameters are left out.
         """
+        if isinstance(what, Site):
+            whole(what, "train")
         for module in what.modules if isinstance(what, Site) else (what,) if isinstance(what, nn.Module) else ():
             self.train_modules.append(module)
-            self.trained += module.parameters()
+            self.trained += (p for p in module.parameters() if id(p) not in self._foreign)
         if not isinstance(what, nn.Module | Site):
-            self.trained += what
+            self.trained += (p for p in what if id(p) not in self._foreign)
 
     def adopt(self, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module] = ()) -> None:
         """Take over what was put into the model by hand: it trains, is saved, and counts as the tuner's.
@@ -218,7 +224,7 @@ class Edit:
             site: A place with extent.
             pointwise: Take 1×1 convolutions too, the linear layers of tokens that are laid out as a picture.
         """
-        site = self._present(site, "linears")
+        site = present(self.sites, site, "linears")
         calls = self._probed()
         first, last = calls.get(id(site.enter)), calls.get(id(site.exit))
         if first is None or last is None:
@@ -229,13 +235,13 @@ class Edit:
 
     def readers(self, site: Site | None) -> tuple[Site, ...]:
         """Those of `linears(site)` that are called with just the tensor that enters the site."""
-        site = self._present(site, "readers")
+        site = present(self.sites, site, "readers")
         calls = self._probed()
         return tuple(s for s in self.linears(site) if calls[id(s.enter)].input is calls[id(site.enter)].input)
 
     def unread(self, site: Site | None) -> tuple[Site, ...]:
         """Linear layers inside the modules of `site` that the forward never calls: their weights are read instead."""
-        site = self._present(site, "unread")
+        site = present(self.sites, site, "unread")
         inside = {id(m) for module in site.modules for m in module.modules()}
         linears = [m for m in self._matrices() if isinstance(m, nn.Linear)]
         return tuple(self.site(m) for m in linears if id(m) in inside and id(m) not in self._probed())
@@ -245,9 +251,10 @@ class Edit:
 
         The result is the same up to rounding; disabled and detached, the model reads it again.
         """
-        for module in self._present(site, "wake").enter.modules():
-            if getattr(module, "qkv_bias_separate", None) is False:
-                switch = functools.partial(setattr, module, "qkv_bias_separate")
+        ledger = open_ledger(self.model, self.sites)
+        for module in present(self.sites, site, "wake").enter.modules():
+            if getattr(module, "qkv_bias_separate", None) is False or module in ledger.awake:
+                switch = functools.partial(ledger.wake, module, self.name)
                 switch(True)
                 self.switches.append(switch)
                 self._undo.append(functools.partial(switch, False))
@@ -343,34 +350,15 @@ class Edit:
             self._calls = probe(self.model, self.sites, {id(m): m for m in watched}.values())
         return self._calls
 
-    def _present(self, site: Site | None, verb: str) -> Site:
-        if isinstance(site, Site):
-            return site
-        blocks = self.sites.need_blocks()
-        have = ", ".join(r for r in ("attn", "mlp", "norm1", "norm2", "mid") if getattr(blocks[0], r) is not None)
-        raise SiteNotFound(
-            f"{verb} was given a place that {self.sites.model} does not have; its blocks have: block, "
-            f"{have or 'no inner places'}. Ask for a place with block.need(name), or use another method"
-        )
-
-    def _changeable(self, site: Site | None, verb: str) -> Site:
-        site = self._present(site, verb)
-        if site.point:
-            raise AttachError(
-                f"{verb} changes what a module returns or receives, but {site.role!r} ({site.where}) is a tensor "
-                "between modules: it can only be read, as the first place of branch"
-            )
-        return site
-
     def _put(self, holder: Holder, beside: Site, *passed: Site) -> None:
-        """Register the holder beside its site, on the site's device, under a free name."""
+        """Register the holder beside its site, with the site's device and number format, under a free name."""
         host = self._host(beside)
         role = "" if isinstance(beside, Block) else f"_{beside.role}"
         base = f"petune_{self.name}{role}"
         attribute, number = base, 1
         while hasattr(host, attribute):
             attribute, number = f"{base}_{number}", number + 1
-        holder.to(device=next((p.device for p in self._weights(beside)), torch.device("cpu")))
+        holder.to(next((p for p in self._weights(beside) if p.is_floating_point()), torch.empty(0, device="cpu")))
         holder.train(self.model.training)
         host.add_module(attribute, holder)
         self._undo.append(lambda: delattr(host, attribute))

@@ -55,11 +55,21 @@ def fingerprint(attachment: Attachment) -> str:
 
 
 def _frozen(attachment: Attachment) -> dict[str, Tensor]:
-    moving = {id(t) for t in (*attachment.state().values(), *attachment.tuned.values())}
+    moving = {id(t) for t in (*attachment.live_state().values(), *attachment.tuned.values())}
     head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
     skipped = moving | head | added_to(attachment.model)
+    out = _classifier_keys(attachment)  # of a task that is not in use it is another module at the same place
     named: dict[str, Tensor] = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
-    return {key: named[key] for key in sorted(named) if id(named[key]) not in skipped}
+    return {key: named[key] for key in sorted(named) if id(named[key]) not in skipped and key not in out}
+
+
+def _classifier_keys(attachment: Attachment) -> set[str]:
+    head = attachment.sites.head
+    found: set[str] = set()
+    for path, module in ((head.path, head.enter), (head.exit_path, head.exit)) if head else ():
+        buffers = module.named_buffers() if attachment.head else ()
+        found |= {f"{path}.{name}" for name, _ in (*module.named_parameters(), *buffers)}
+    return found
 
 
 def _state(tensor: Tensor) -> Any:

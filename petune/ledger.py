@@ -5,9 +5,11 @@ Attachments may come and go in any order; flags and modes follow from the claims
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petune.errors import AttachError
@@ -17,7 +19,7 @@ ATTRIBUTE = "petune_ledger"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Claim:
     """What one attachment holds of the model.
 
@@ -26,12 +28,22 @@ class Claim:
         added: Parameters, and buffers, that were not there before.
         modules: Modules that go to train mode.
         originals: By key, what it trains in place and its value from before; None where that was not kept.
+        on: Whether it takes effect.
+        kept: By key, what it has trained, while the model has another value.
     """
 
     parameters: tuple[nn.Parameter, ...] = ()
     added: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     originals: dict[str, tuple[Tensor, Tensor]] | None = None
+    on: bool = True
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def changes(self, key: str, tensor: Tensor) -> bool:
+        """Whether it trains this tensor in place."""
+        if self.originals is None:
+            return any(p is tensor for p in self.parameters)
+        return key in self.originals and self.originals[key][0] is tensor
 
 
 class Ledger(nn.Module):
@@ -43,6 +55,7 @@ class Ledger(nn.Module):
     Attributes:
         sites: Of the model before anything was attached to it.
         claims: By the attachment's name.
+        awake: Attentions that were told to call a layer, and the attachments that need it; see `Edit.wake`.
     """
 
     is_petune_holder = True
@@ -51,6 +64,7 @@ class Ledger(nn.Module):
         super().__init__()
         self.sites = sites
         self.claims: dict[str, Claim] = {}
+        self.awake: dict[nn.Module, set[str]] = {}
         self._train_before = model.__dict__.get("train")
         # in tuples, since a module as an attribute would make the model a child of its own child
         self._model = (model,)
@@ -73,25 +87,73 @@ class Ledger(nn.Module):
 
     def claim(self, name: str, claim: Claim) -> None:
         """Let `name` train what it claims; all that nobody claims is frozen."""
+        self.claims[name] = Claim()
+        for key, (tensor, value) in (claim.originals or {}).items():
+            owner = self._owner(key, tensor)
+            if owner is not None:
+                owner.kept[key] = value
         self.claims[name] = claim
         self._freeze()
 
-    def bequeath(self, name: str) -> set[str]:
-        """Hand the original values of `name` to the attachments made after it that train the same tensors.
+    @torch.no_grad()
+    def switch(self, name: str, on: bool, live: Mapping[str, Tensor]) -> None:
+        """Let a claim take effect or not; what several train has the value of the last of them that does.
 
-        Returns:
-            The keys that another attachment now answers for.
+        Args:
+            name: Whose.
+            on: Whether.
+            live: What it changes in place, by key, as the model has it.
         """
-        names = list(self.claims)
-        mine = self.claims[name].originals or {}
-        inherited: set[str] = set()
-        for later in names[names.index(name) + 1 :]:
-            theirs = self.claims[later].originals or {}
-            for key in (mine.keys() & theirs.keys()) - inherited:
-                if theirs[key][0] is mine[key][0]:
-                    theirs[key] = mine[key]
-                    inherited.add(key)
-        return inherited
+        claim = self.claims[name]
+        tensors = {key: (claim.originals or {}).get(key, (live[key],))[0] for key in live}
+        before = {key: self._owner(key, tensor) for key, tensor in tensors.items()}
+        claim.on = on
+        for key, tensor in tensors.items():
+            was, now = before[key], self._owner(key, tensor)
+            if was is now:
+                continue
+            if was is not None:
+                was.kept[key] = live[key].detach().clone()
+            value = self._original(key, tensor) if now is None else now.kept.pop(key, None)
+            # a buffer of another shape was made anew by the model's own forward (ConViT): it is not ours to put back
+            if value is not None and value.shape == live[key].shape:
+                live[key].copy_(value)
+
+    def value(self, name: str, key: str, live: Tensor) -> Tensor:
+        """What the model has at `key` where `name` takes effect: `live`, unless it is off and none after it is on."""
+        claim = self.claims.get(name)
+        kept = claim.kept.get(key) if claim is not None else None
+        if claim is None or kept is None:
+            return live
+        tensor = (claim.originals or {}).get(key, (live,))[0]
+        later = list(self.claims.values())[list(self.claims).index(name) :]
+        return live if any(c.on and c.changes(key, tensor) for c in later) else kept
+
+    def wake(self, module: nn.Module, name: str, on: bool) -> None:
+        """Let an attention call its qkv layer as long as one attachment needs it."""
+        users = self.awake.setdefault(module, set())
+        if on:
+            users.add(name)
+        else:
+            users.discard(name)
+        module.qkv_bias_separate = bool(users)  # type: ignore[assignment]
+
+    def bequeath(self, name: str) -> None:
+        """Hand the original values of `name` to the attachment made after it that trains the same tensor."""
+        later = list(self.claims.values())[list(self.claims).index(name) + 1 :]
+        for key, (tensor, value) in (self.claims[name].originals or {}).items():
+            heir = next((c for c in later if c.originals is not None and c.changes(key, tensor)), None)
+            if heir is not None and heir.originals is not None:
+                heir.originals[key] = tensor, value
+
+    def _owner(self, key: str, tensor: Tensor) -> Claim | None:
+        """The last claim on a tensor that takes effect."""
+        return next((c for c in reversed(self.claims.values()) if c.on and c.changes(key, tensor)), None)
+
+    def _original(self, key: str, tensor: Tensor) -> Tensor | None:
+        """What a tensor was before the first claim on it."""
+        first = next((c for c in self.claims.values() if c.changes(key, tensor)), None)
+        return None if first is None or first.originals is None else first.originals[key][1]
 
     def close(self, name: str) -> None:
         """Strike out an attachment; with the last one the model is as it was before the first.

@@ -6,6 +6,7 @@ Shapes: B batch, C classes, S side of a stored picture in pixels.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -156,10 +157,11 @@ class Predictor:
         self.inputs = Inputs.of(self.card)
         self.model = restored.backbone.model.to(self.device).eval()
         choose_attention(self.model, self.device, self.precision)
+        self._alone = threading.Lock()  # an attached model keeps tensors beside its places while it runs
 
     def scores(self, x_BCHW: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, H, W) on the device to logits, float32 (B, C)."""
-        with torch.inference_mode(), self.autocast():
+        """Normalised pictures (B, 3, H, W) on the device to logits, float32 (B, C); one thread at a time."""
+        with self._alone, torch.inference_mode(), self.autocast():
             return scores_of(self.model(x_BCHW)).float()
 
     def autocast(self) -> torch.autocast:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.anatomy.forward import dtype_of, undisturbed
+from petune.anatomy.trace import scores_in, tensors_in
 from petune.errors import AttachError, PetuneError
 from petune.sites import Sites
 
@@ -74,9 +75,9 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
     return calls
 
 
-def look(model: nn.Module, sites: Sites) -> Tensor:
-    """What the model makes of two random pictures, in eval mode; always the same ones."""
-    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
+def look(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
+    """What the model makes of `count` random pictures, in eval mode; always the same ones."""
+    x = torch.randn(count, *sites.input_size, generator=torch.Generator().manual_seed(0))
     return scores_of(_forward(model, x))
 
 
@@ -112,8 +113,17 @@ def _random_state(device: torch.device) -> tuple[object, ...]:
 
 
 def scores_of(out: Any) -> Tensor:
-    """The scores in what a model returns, which may be an object that holds them (transformers)."""
-    scores: Tensor = getattr(out, "logits", out)
+    """The scores in what a model returns: a tensor, or what is called `logits` there, or the first tensor.
+
+    Raises:
+        AttachError: There is no tensor.
+    """
+    scores = next(tensors_in(scores_in(out)), None)
+    if scores is None:
+        raise AttachError(
+            f"a classifier must return a tensor of scores, or hold one as `logits` or first of a tuple or dict, but "
+            f"returned {type(out).__name__}"
+        )
     return scores
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from petune.errors import SiteNotFound
+from petune.errors import AttachError, SiteNotFound
 
 Layout = Literal["BNC", "BHWC", "BCHW"]
 """How a site lays out its tensor: B batch, N tokens, C (or D) channels, H and W rows and columns."""
@@ -192,3 +192,49 @@ class Sites:
             rows.append((f"block {block.index}", block))
             rows += [(f"  {role}", getattr(block, role)) for role in ROLES]
         return [*rows, ("norm", self.norm), ("head", self.head)]
+
+
+def present(sites: Sites, site: Site | None, verb: str) -> Site:
+    """The site that a verb was given.
+
+    Raises:
+        SiteNotFound: The model does not have it.
+    """
+    if isinstance(site, Site):
+        return site
+    blocks = sites.need_blocks()
+    have = ", ".join(role for role in ROLES if getattr(blocks[0], role) is not None)
+    raise SiteNotFound(
+        f"{verb} was given a place that {sites.model} does not have; its blocks have: block, "
+        f"{have or 'no inner places'}. Ask for a place with block.need(name), or use another method"
+    )
+
+
+def changeable(sites: Sites, site: Site | None, verb: str) -> Site:
+    """The same for a verb that changes something there.
+
+    Raises:
+        AttachError: It is a tensor between modules.
+    """
+    site = present(sites, site, verb)
+    if site.point:
+        raise AttachError(
+            f"{verb} changes what a module returns or receives, but {site.role!r} ({site.where}) is a tensor "
+            "between modules: it can only be read, as the first place of branch"
+        )
+    return site
+
+
+def whole(site: Site, verb: str) -> Site:
+    """The same for a verb that means all of a block.
+
+    Raises:
+        AttachError: The block is no module of its own: its modules do not hold what lies between them.
+    """
+    if isinstance(site, Block) and not site.is_module:
+        raise AttachError(
+            f"{verb} needs a block that is one module, but block {site.index} of {site.model} is the stretch "
+            f"{site.where} of its forward: only its ends would change. Use a method that edits attention or MLP, "
+            "or full"
+        )
+    return site

@@ -21,7 +21,7 @@ from petune.attach import Attachment
 from petune.errors import AttachError, UsageError
 from petune.hooks import After, Before, Branch, Holder, Prompts
 from petune.ledger import ledger_of
-from petune.probe import scores_of
+from petune.probe import look, scores_of
 from petune.sites import Site
 from petune.state import attach_saved, read_adapter
 
@@ -54,12 +54,14 @@ class Tasks:
             raise AttachError("tasks need a plain backbone, but something is attached to it; detach that first")
         self.model, self.tasks = model.eval(), dict[str, Task]()
         self._apart: set[str] = set()  # tasks that cannot share a forward on this model
+        self._by_row: dict[Any, bool] = {}  # whether edits at such places have a row for each picture
         self.active: str | None = None
         self.sites = find_sites(model)
         head = self.sites.need_head()
         if not head.is_module:
             raise AttachError(f"tasks exchange the classifier, but {self.sites.model} has several: {head.where}")
         self._head: Site = head
+        self._classifies_last = self._is_last()
 
     def load(self, name: str, path: str | Path) -> Task:
         """Load an adapter directory as the task `name`; it may have any number of classes.
@@ -79,9 +81,11 @@ class Tasks:
             self._put(head)
             attachment = attach_saved(self.model, saved, name=name, sites=sites)
             attachment.switch(False)
+            self.tasks[name] = Task(attachment, head)
+            if not self._has_rows(self.tasks[name]):
+                self._apart.add(name)
         finally:
             self._put(self._head.enter)
-        self.tasks[name] = Task(attachment, head)
         self.model.eval()
         return self.tasks[name]
 
@@ -143,7 +147,8 @@ class Tasks:
         """Which tasks can share a forward: those whose edits leave other rows alone."""
         kinds: dict[Any, set[str | None]] = {}
         for name in dict.fromkeys(names):
-            kind = () if name is None else name if name in self._apart else _kind(self._task(name))
+            alone = name in self._apart or not self._classifies_last
+            kind = () if name is None else name if alone else _kind(self._task(name))
             kinds.setdefault(kind, set()).add(name)
         return list(kinds.values())
 
@@ -175,6 +180,38 @@ class Tasks:
                 for row, score in zip(rows, head(capture.seen[rows]), strict=True):
                     out[row] = score
         return out
+
+    def _is_last(self) -> bool:
+        """Whether what the classifier returns is what the model returns, with nothing done to it."""
+        made: list[tuple[Any, Any]] = []
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            made.append((out, out.clone() if isinstance(out, Tensor) else out))
+
+        handle = self._head.enter.register_forward_hook(leave)
+        try:
+            scores = look(self.model, self.sites)
+        finally:
+            handle.remove()
+        if len(made) != 1 or not isinstance(made[0][0], Tensor):
+            return False
+        return made[0][0].data_ptr() == scores.data_ptr() and torch.equal(made[0][1], scores)
+
+    def _has_rows(self, task: Task) -> bool:
+        """Whether each place of a task has a row for each picture: for two and for three, so that no width is that."""
+        edit = task.attachment.edit
+        if not self._classifies_last or _kind(task) == id(task):
+            return True  # it has a forward of its own anyway
+        key = frozenset((type(h), *(id(m) for site in passed for m in site.modules)) for h, passed in edit.holders)
+        if key not in self._by_row or edit.row_switches:
+            try:
+                for count in (2, 3):
+                    with _rowwise([(task.attachment, list(range(count)))], count):
+                        look(self.model, self.sites, count)
+                self._by_row[key] = True
+            except AttachError:
+                self._by_row[key] = False
+        return self._by_row[key]
 
     @contextmanager
     def _using(self, name: str | None) -> Iterator[None]:

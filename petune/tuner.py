@@ -105,7 +105,8 @@ class Tuner(Generic[ConfigT]):
     def count(self, sites: Sites) -> int | None:
         """How many parameters the method adds to such a model, by the paper's formula; `check_tuner` counts them.
 
-        None, the default, says that there is no formula in terms of sites.
+        None, the default, says that there is no formula in terms of sites. 0 says that the method trains the
+        classifier alone: any other that finds nothing to train on a model is refused there.
         """
         return None
 

@@ -286,3 +286,75 @@ def test_no_activation_is_kept(method: str) -> None:
     before = held(model)
     att = petune.attach(model, name, **options)
     assert held(model) - before <= sum(p.numel() for p in att.head.values())  # the head's values from before
+
+
+def test_a_method_that_finds_nothing_to_train_is_refused() -> None:
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(AttachError, match="must find something to train"):
+        petune.attach(model, Custom(lambda edit: None))
+    assert same(snapshot(model), before)
+
+
+def test_what_was_replaced_is_named() -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer")
+    model.load_state_dict({key: t.clone() for key, t in model.state_dict().items()}, assign=True)
+    for use in (att.parameters, att.check_gradients, lambda: att.save("nowhere")):
+        with pytest.raises(AttachError, match=r"others for 10 of them, as blocks\.0\.petune_adaptformer"):
+            use()
+    again = tiny()
+    att = petune.attach(again, "adaptformer")
+    again.reset_classifier(7)
+    with pytest.raises(AttachError, match=r"others for 2 of them, as head\.weight, head\.bias"):
+        att.parameters()
+    with pytest.raises(AttachError, match="head is another module"):
+        petune.attach(again, "linear")
+
+
+def test_sites_of_another_model_are_refused() -> None:
+    with pytest.raises(AttachError, match="sites must be of the model"):
+        petune.attach(tiny(), "linear", sites=petune.find_sites(tiny()))
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with pytest.raises(AttachError, match="has no parameter"):
+        petune.attach(nn.Flatten(), "linear", input_size=(3, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["adaptformer", "vpt"])
+def test_adapters_have_the_number_format_of_the_model(dtype: torch.dtype, method: str) -> None:
+    model = tiny().to(dtype)
+    att = petune.attach(model, method)
+    assert {p.dtype for p in att.parameters()} == {dtype}
+    assert model(X.to(dtype)).dtype == dtype
+
+
+def test_merging_a_model_with_state_of_its_own() -> None:
+    class Own(nn.Module):
+        image_size = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.inner(x)
+            return scores
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+    petune.attach(Own(), "lora").merge()
+
+
+def test_a_second_set_of_prompts_is_refused_for_what_it_is() -> None:
+    model = tiny()
+    first = petune.attach(model, "vpt")
+    with pytest.raises(AttachError, match="has prompts of another attachment"):
+        petune.attach(model, "vpt", name="other")
+    first.switch(False)
+    petune.attach(model, "vpt", name="other")

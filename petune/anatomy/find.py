@@ -156,15 +156,19 @@ def _final_norm(trace: Trace, after: int, head: Site | None, model: str) -> Site
 
 
 def _head(model: nn.Module, trace: Trace, after: int, model_name: str) -> Site | None:
-    """The classifier: as the model tells (timm's get_classifier), else the matrix that makes its output."""
-    told = _told_head(model)
+    """The classifier: as the model tells (timm's get_classifier), else the matrix that makes its scores."""
+    told = _told_head(model, trace)
     if told is not None:
         return _head_site(told, model_name) if told else None
+    scores = trace.root.output
+    if scores is None:
+        return None
     matrices = [c for c in trace.calls if c.start > after and c.has_matrix and c.output is not None]
-    made = [c for c in matrices if c.output is not None and c.output.ndim == 2]
-    if not made and trace.root.output is not None:  # every token is classified, and one of them or their mean taken
-        classes = trace.root.output.shape[-1]
-        made = [c for c in matrices if c.output is not None and c.output.shape[-1] == classes and not is_conv(c)]
+    made = [c for c in matrices if c.output is scores]
+    if not made:  # something is done behind it: as many outputs as there are scores
+        outputs = [(c, c.output) for c in matrices if c.output is not None and c.output.shape[-1] == scores.shape[-1]]
+        # or every token is classified, and one of them or their mean taken
+        made = [c for c, y in outputs if y.ndim == 2] or [c for c, _ in outputs if not is_conv(c)]
     return _head_site([(made[-1].path, made[-1].module)], model_name) if made else None
 
 
@@ -176,7 +180,7 @@ def _head_site(heads: list[tuple[str, nn.Module]], model: str) -> Site:
     return Site(role="head", dim=int(dim), layout="BNC", model=model, **edges)
 
 
-def _told_head(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
+def _told_head(model: nn.Module, trace: Trace) -> list[tuple[str, nn.Module]] | None:
     """The classifiers that the model names itself; empty if it was built without, None if it cannot tell."""
     paths = {id(m): name for name, m in model.named_modules()}
     for module in model.modules():
@@ -186,6 +190,13 @@ def _told_head(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
             heads = told if isinstance(told, tuple | list) else (told,)
             known = [h for h in heads if isinstance(h, nn.Module) and id(h) in paths]
             found = [(paths[id(h)], h) for h in known if any(True for _ in h.parameters())]
-            if found or module is model:  # a part without a classifier says nothing of the whole
+            # a part without a classifier says nothing of the whole, nor one whose scores go on into another layer
+            if module is model or (found and _is_last(trace, {id(h) for _, h in found})):
                 return found
     return None
+
+
+def _is_last(trace: Trace, heads: set[int]) -> bool:
+    """Whether these are called, and no matrix is called behind them."""
+    stop = max((c.stop for c in trace.calls if id(c.module) in heads), default=trace.root.stop)
+    return stop < trace.root.stop and not any(c.start > stop and c.has_matrix for c in trace.calls)

@@ -165,7 +165,8 @@ class _Recorder(TorchFunctionMode):
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self.stack.pop()
-            call.output, call.stop = next(tensors_in(output), None), self.tick()
+            whole = scores_in(output) if call.parent is None else output
+            call.output, call.stop = next(tensors_in(whole), None), self.tick()
             self.weights = {k: w for k, w in self.weights.items() if w[2] is not call}
 
         self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -243,6 +244,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors_in(item)
+
+
+def scores_in(output: Any) -> Any:
+    """What a model calls its scores where it returns more than that: an attribute (transformers) or entry `logits`."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return getattr(output, "logits", output)
 
 
 def holds_tensor(value: Any) -> bool:

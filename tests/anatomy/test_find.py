@@ -116,3 +116,65 @@ def test_the_model_is_left_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["gcresnext26ts", "test_resnet", "skresnet18"])
 def test_a_gate_is_no_attention(name: str) -> None:
     assert petune.find_sites(timm.create_model(name)).blocks == ()
+
+
+class Around(nn.Module):
+    """A backbone without a classifier, and two layers on its features."""
+
+    image_size = 16
+
+    def __init__(self, returns: str) -> None:
+        super().__init__()
+        self.body, self.head, self.proj = plain(num_classes=0), nn.Linear(24, 3), nn.Linear(24, 8)
+        self.returns = returns
+
+    def forward(self, x: torch.Tensor) -> object:
+        z = self.body(x)
+        if self.returns == "log_softmax":
+            scores = self.head(z).log_softmax(-1)
+            self.proj(z)
+            return scores
+        if self.returns == "embedding first":
+            return {"embedding": self.proj(z), "logits": self.head(z)}
+        scores, embedding = self.head(z), self.proj(z)
+        return (scores, embedding) if self.returns == "tuple" else {"logits": scores, "embedding": embedding}
+
+
+@pytest.mark.parametrize("returns", ["tuple", "dict", "embedding first", "log_softmax"])
+def test_the_classifier_is_what_makes_the_scores(returns: str) -> None:
+    model = Around(returns).eval()
+    head = petune.find_sites(model).head
+    assert head is not None
+    assert head.path == "head"
+    att = petune.attach(model, "lora")
+    assert set(att.head) == {"head.weight", "head.bias"}
+    att.merge()
+
+
+def test_the_classifier_of_a_part_is_a_layer_like_others_where_one_follows() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = plain(num_classes=10), nn.Linear(10, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.body(x))
+
+    class Wrapped(Stacked):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.body(x)
+
+    heads = [petune.find_sites(model, (3, 16, 16)).head for model in (Stacked(), Wrapped())]
+    assert [head.path for head in heads if head is not None] == ["out", "body.head"]
+
+
+def test_where_nothing_makes_as_many_outputs_as_there_are_scores_there_is_no_classifier() -> None:
+    class Pairs(Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.body(x)
+            return torch.cat([self.head(z), self.proj(z)], -1)
+
+    model = Pairs("")
+    assert petune.find_sites(model).head is None
+    with pytest.raises(SiteNotFound, match="has none"):
+        petune.attach(model, "linear")

@@ -9,6 +9,7 @@ from survey.places import unproven_mids
 from torch import nn
 
 import petune
+import petune.errors
 from tests.tiny import module_beside
 
 toys = module_beside(__file__, "toys")
@@ -72,3 +73,15 @@ def test_positions_that_cannot_be_told_are_noticed() -> None:
     assert examine(model, "adaptformer").state == "ok"
     with pytest.raises(petune.PetuneError, match="knows the places of its tokens in a way that petune cannot tell"):
         petune.attach(model, "vpt")
+
+
+@pytest.mark.parametrize("verb", ["train", "before", "after"])
+def test_a_block_that_is_no_module_is_not_changed_at_its_ends(verb: str) -> None:
+    class Verb(petune.Tuner[petune.TunerConfig]):
+        def attach(self, edit: petune.Edit) -> None:
+            getattr(edit, verb)(edit.sites.blocks[0], *([] if verb == "train" else [nn.Identity()]))
+
+    model = toys.toy("ModuleList of pairs")
+    assert not petune.find_sites(model).blocks[0].is_module
+    with pytest.raises(petune.errors.AttachError, match=f"{verb} needs a block that is one module, but block 0"):
+        petune.attach(model, Verb())

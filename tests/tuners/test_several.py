@@ -255,3 +255,192 @@ def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
             assert out.shape == wanted.shape
             torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     assert torch.equal(scores(tasks.model, x), scores(windowed(3), x))
+
+
+def filled(att: petune.Attachment, value: float) -> petune.Attachment:
+    with torch.no_grad():
+        for p in att.parameters():
+            p.fill_(value)
+    return att
+
+
+@pytest.mark.parametrize("first_on", [True, False])
+def test_what_two_train_comes_back_in_any_order(first_on: bool) -> None:
+    built = model()
+    plain = scores(built)
+    a = filled(petune.attach(built, "linear", name="a"), 0.1)
+    of_a = scores(built)
+    b = filled(petune.attach(built, "linear", name="b"), 0.2)
+    of_b = scores(built)
+    a.switch(False)
+    assert torch.equal(scores(built), of_b)  # the last that is on has its way
+    b.switch(False)
+    assert torch.equal(scores(built), plain)
+    for att in (a, b) if first_on else (b, a):
+        att.switch(True)
+    assert torch.equal(scores(built), of_b)
+    b.switch(False)
+    assert torch.equal(scores(built), of_a)
+    filled(a, 0.3)
+    trained_later = scores(built)
+    b.switch(True)
+    b.detach()
+    assert torch.equal(scores(built), trained_later)
+    a.detach()
+    assert torch.equal(scores(built), plain)
+
+
+def test_one_that_is_off_while_another_comes_keeps_what_it_trained() -> None:
+    built = model()
+    plain = scores(built)
+    a = filled(petune.attach(built, "linear", name="a"), 0.1)
+    of_a = scores(built)
+    a.switch(False)
+    b = filled(petune.attach(built, "linear", name="b"), 0.2)
+    b.switch(False)
+    a.switch(True)
+    assert torch.equal(scores(built), of_a)
+    a.detach()
+    assert torch.equal(scores(built), plain)
+    b.switch(True)
+    b.detach()
+    assert torch.equal(scores(built), plain)
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "bitfit", "full"])
+def test_one_that_is_off_is_saved_as_trained(method: str, tmp_path: Path) -> None:
+    built = model()
+    att = filled(petune.attach(built, method), 0.05)
+    trained = scores(built)
+    with att.disabled():
+        att.save(tmp_path)
+    fresh = model()
+    petune.load(fresh, tmp_path)
+    assert torch.equal(scores(fresh), trained)
+    att.switch(False)
+    if method == "bitfit":
+        att.merge()
+        assert torch.equal(scores(built), trained)
+    else:
+        att.detach()
+    with pytest.raises(AttachError, match="detached or merged"):
+        att.save(tmp_path / "late")
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], tmp_path: Path) -> None:
+    built = model()
+    tasks = petune.Tasks(built)
+    tasks.load("bitfit", saved["bitfit"])
+    tasks.tasks["bitfit"].attachment.save(tmp_path)
+    fresh = model(3)
+    petune.load(fresh, tmp_path)
+    assert torch.equal(scores(fresh), scores(alone(saved["bitfit"], "bitfit")))
+
+
+def test_an_attachment_is_not_copied() -> None:
+    with pytest.raises(AttachError, match="Copy the model"):
+        copy.deepcopy(petune.attach(model(), "adaptformer"))
+
+
+def beit() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    built = timm.create_model("beit_base_patch16_224", **shape).eval()
+    for p in built.parameters():
+        nn.init.normal_(p, std=0.1)
+    return built
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_two_need_called_is_called_until_the_last_goes(first: bool) -> None:
+    built = beit()
+    plain = scores(built)
+    atts = [petune.attach(built, "lora", name=name) for name in "ab"]
+    gone, stays = atts if first else reversed(atts)
+    filled(stays, 0.05)
+    with gone.disabled():
+        alive = scores(built)
+        with stays.disabled():
+            assert torch.equal(scores(built), plain)
+    gone.detach()
+    assert torch.equal(scores(built), alive)
+    with torch.no_grad():
+        for key, p in stays.tuned.items():
+            p.add_(torch.randn_like(p)) if "qkv" in key else None
+    assert not torch.equal(scores(built), alive)
+    stays.detach()
+    assert torch.equal(scores(built), plain)
+    assert not any(block.attn.qkv_bias_separate for block in built.blocks)
+
+
+@pytest.mark.parametrize("method", ["full", "partial"])
+def test_what_trains_the_backbone_leaves_others_adapters_alone(method: str, tmp_path: Path) -> None:
+    built = model()
+    other = petune.attach(built, "adaptformer")
+    att = petune.attach(built, method)
+    assert att.counts.tuned == petune.attach(model(), method).counts.tuned
+    assert att.tuned.keys().isdisjoint(other.tuned)
+    other.detach()
+    filled(att, 0.05).save(tmp_path)
+    fresh = model()
+    petune.load(fresh, tmp_path)
+    assert torch.equal(scores(fresh), scores(built))
+
+
+class Logarithms(nn.Module):
+    """A model that does something behind its classifier."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).log_softmax(-1)
+
+
+class TokensFirst(nn.Module):
+    """A model whose blocks see (tokens, pictures, width): as many tokens as there are pictures in a batch of 17."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = model()
+        self.patch_embed, self.cls_token, self.head = inner.patch_embed, inner.cls_token, inner.head
+        torch.manual_seed(0)
+        layer = {"d_model": inner.embed_dim, "nhead": 2, "dim_feedforward": 32, "norm_first": True}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(**layer) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed(x)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1).transpose(0, 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(tokens[0])
+
+
+@pytest.mark.parametrize("kind", [Logarithms, TokensFirst])
+def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn.Module], tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return kind().eval()
+
+    tasks, singles = petune.Tasks(make()), []
+    for name in "ab":
+        built = make()
+        att = petune.attach(built, "houlsby")
+        with torch.no_grad():
+            for p in att.parameters():
+                p.add_(torch.randn_like(p), alpha=0.3)
+        att.save(tmp_path / name)
+        singles.append(built)
+        tasks.load(name, tmp_path / name)
+    tokens = 1 + next(m.num_patches for m in tasks.model.modules() if hasattr(m, "num_patches"))
+    x = torch.randn(tokens, 3, 16, 16)
+    with torch.no_grad():
+        mixed = tasks(x, ["ab"[row % 2] for row in range(tokens)])
+    for row, got in enumerate(mixed):
+        torch.testing.assert_close(got, scores(singles[row % 2], x[row : row + 1])[0])
