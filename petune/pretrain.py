@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from petune.arguments import check_watch
-from petune.attach import Attachment, attach
+from petune.attach import attach
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
@@ -67,6 +67,13 @@ class PretrainConfig(RunConfig):
     dtype: Literal["fp32", "fp16"] = "fp32"
     train: PretrainTraining = PretrainTraining.model_construct()
 
+    @model_validator(mode="after")
+    def _mean_with_std(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            given, missing = ("std", "mean") if self.mean is None else ("mean", "std")
+            raise ValueError(f"mean and std must be given together, but there is {given} without {missing}")
+        return self
+
 
 def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any) -> RunResult:
     """Train a backbone from scratch; `output` then holds `backbone.safetensors`.
@@ -99,7 +106,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             memory = PeakMemory(device)
             backbone_keys = set(backbone.model.state_dict())
             attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
-            _check_all_trains(attachment, config.method)
+            check_all_trains(attachment.counts.total - attachment.counts.trainable, config.method)
         preprocess = preprocessing(backbone, dataset)
         if config.mean and config.std:
             preprocess = replace(preprocess, mean=config.mean, std=config.std)
@@ -142,8 +149,12 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         return group.same(finish)
 
 
-def _check_all_trains(attachment: Attachment, method: str) -> None:
-    frozen = attachment.counts.total - attachment.counts.trainable
+def check_all_trains(frozen: int, method: str) -> None:
+    """Refuse a method that leaves parameters as they are.
+
+    Raises:
+        ConfigError: `frozen`, how many those are, is not 0.
+    """
     if frozen:
         raise ConfigError(
             f"pretraining trains everything, but {method} leaves {frozen:,} parameters as they are; use full, or a "

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured, parse_seeds
-from petune.cli.running import RUNS, watching
+from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured
+from petune.cli.running import RUNS, check_executor, check_tracker, watching
 from petune.cli.terminal import clean, say, show, show_json, show_table
 from petune.errors import UsageError
 
@@ -41,6 +41,8 @@ def compare(
     from petune.compare import CompareConfig
 
     config = CompareConfig.build(_values(settings, methods, seeds), settings.source)
+    check_tracker(track)
+    check_executor(executor, track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
 
@@ -54,8 +56,6 @@ def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, e
     from petune.compare import compare as compare_config
 
     place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
-    if track and executor != "serial":
-        raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
     with watching(track, place) as watch:
         comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:
@@ -86,11 +86,18 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     from petune.compare import CompareConfig
 
     own = CompareConfig.model_fields.keys()
+    unused = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"} & settings.assigned
+    if unused:
+        raise UsageError(
+            f"a comparison takes its methods as METHOD…, its seeds with --seeds and its directory with --output, and "
+            f"always goes on; --set {min(unused)} would change nothing, leave it out"
+        )
     values = settings.values(lambda key: key if _first(key) in own else f"run.{key}")
     if methods:
         values["methods"] = methods
-    if seeds is not None:
-        values["seeds"] = parse_seeds(seeds)
+    several = settings.seeds(seeds)
+    if several is not None:
+        values["seeds"] = several
     elif "seed" in settings.flags:
         values["seeds"] = (settings.flags["seed"],)
     return values

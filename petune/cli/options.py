@@ -159,6 +159,21 @@ class Settings:
             _put(values, place(key), value)
         return override(values, [place(a) for a in self.assignments])
 
+    def seeds(self, text: str | None) -> tuple[int, ...] | None:
+        """What `--seeds` says; None without it.
+
+        Raises:
+            UsageError: It is not a list of whole numbers, or one seed is given too.
+        """
+        if text is not None and ("seed" in self.flags or "seed" in self.assigned):
+            raise UsageError("give --seed for one run, or --seeds for several, not both")
+        return None if text is None else parse_seeds(text)
+
+    @property
+    def assigned(self) -> set[str]:
+        """The dotted keys that `--set` gives."""
+        return {assignment.partition("=")[0].strip() for assignment in self.assignments}
+
     @property
     def source(self) -> str:
         """Where the values come from, for messages."""

@@ -6,7 +6,7 @@ import shlex
 
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
-from petune.cli.running import place_of, resumable, watching
+from petune.cli.running import check_tracker, place_of, resumable, watching
 from petune.cli.terminal import say, show_json
 from petune.group import join
 
@@ -33,6 +33,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
     from petune.pretrain import pretrain as run_config
 
     config = PretrainConfig.build(settings.values(), settings.source)
+    check_tracker(track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
 

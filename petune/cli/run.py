@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured, parse_seeds
-from petune.cli.running import RUNS, place_of, resumable, watching
+from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured
+from petune.cli.running import RUNS, check_tracker, place_of, resumable, watching
 from petune.cli.terminal import show_facts, show_json
-from petune.errors import UsageError
 from petune.group import join
 
 if TYPE_CHECKING:
@@ -31,14 +30,14 @@ def run(
     from petune.run import RunConfig
 
     config = RunConfig.build(settings.values(), settings.source)
-    if seeds is not None and "seed" in settings.flags:
-        raise UsageError("give --seed for one run, or --seeds for several, not both")
+    several = settings.seeds(seeds)
+    check_tracker(track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
 
         show_dry_run(config, (config.method,), as_json=json)
-    elif seeds is not None:
-        _run_seeds(config, parse_seeds(seeds), json, track)
+    elif several is not None:
+        _run_seeds(config, several, json, track)
     else:
         _run_once(config, json, track)
 

@@ -88,6 +88,32 @@ def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunSt
                 tracker.close()
 
 
+def check_tracker(name: str | None) -> None:
+    """Say before anything else is done that a tracker cannot be had.
+
+    Raises:
+        UnknownName, MissingExtra: See `watching`.
+    """
+    if name:
+        from petune.train.track import check_tracker as check
+
+        check(name)
+
+
+def check_executor(name: str, track: str | None) -> None:
+    """Say before anything else is done that an executor cannot be had, or cannot be tracked.
+
+    Raises:
+        PetuneError: See `petune.executors.choose_executor`.
+        UsageError: A tracker follows the runs of this process only.
+    """
+    from petune.executors import choose_executor
+
+    choose_executor(name)
+    if track and name != "serial":
+        raise UsageError(f"--track follows the runs of this process, and --executor {name} has them elsewhere")
+
+
 class _Tracking:
     """A tracker that moves to the next run's directory when it begins."""
 

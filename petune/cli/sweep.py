@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
-from petune.cli.running import RUNS, watching
+from petune.cli.running import RUNS, check_executor, check_tracker, watching
 from petune.cli.terminal import clean, say, show_json, show_table
+from petune.errors import UsageError
 from petune.text import percent
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def sweep(
     if at_once is not None:
         values["at_once"] = at_once
     config = SweepConfig.build(values, settings.source)
+    check_tracker(track)
+    check_executor(executor, track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
         from petune.space import corners
@@ -74,13 +77,11 @@ def sweep(
 
 
 def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
-    from petune.errors import Stopped, UsageError
+    from petune.errors import Stopped
     from petune.sweep import sweep as sweep_config
     from petune.sweep import sweep_name
 
     place = config.output or RUNS / sweep_name(config)
-    if track and executor != "serial":
-        raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
     try:
         with watching(track, place) as watch:
             table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
@@ -131,7 +132,12 @@ def _values(
     if method is not None:
         values["run"] = {**values.get("run", {}), "method": method}
     if over:
-        values["over"] = {**(values.get("over") or {}), **dict(parse_over(text) for text in over)}
+        pairs = [parse_over(text) for text in over]
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--over takes all values of a key at once, {twice}=VALUE,VALUE,…, but {twice} came twice")
+        values["over"] = {**(values.get("over") or {}), **dict(pairs)}
     if trials is not None:
         values["trials"] = trials
     if no_test:

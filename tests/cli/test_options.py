@@ -135,3 +135,29 @@ def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
 
 def test_seeds() -> None:
     assert parse_seeds("0,1, 2") == (0, 1, 2)
+
+
+COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*SWEEP, "--over=bottleneck=2", "--over=bottleneck=4"), "--over takes all values of a key at once"),
+        ((*COMPARE, "--seed=1", "--seeds=2,3"), "give --seed for one run, or --seeds for several, not both"),
+        ((*COMPARE, "--set=seed=5"), "--set seed would change nothing"),
+        ((*COMPARE, "--set=run.method=vpt"), "--set run.method would change nothing"),
+        (("run", "--dry-run", "--seeds=0,1", "--set=seed=7"), "give --seed for one run, or --seeds for several"),
+        (("run", "--dry-run", "--seeds=banana"), "--seeds takes whole numbers"),
+        (("run", "--dry-run", "--track=nothing"), "no tracker is called 'nothing'"),
+        (("pretrain", "--dry-run", "--track=nothing"), "no tracker is called 'nothing'"),
+        ((*COMPARE, "--executor=banana"), "no executor is called 'banana'"),
+        ((*SWEEP, "--over=bottleneck=2", "--executor=banana"), "no executor is called 'banana'"),
+        (("pretrain", "--dry-run", "--set=method=linear"), "pretraining trains everything, but linear leaves"),
+        (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "there is mean without std"),
+    ],
+)
+def test_no_option_is_ignored_in_silence(words: tuple[str, ...], message: str, petune: Run) -> None:
+    done = petune(*words, "--backbone=vit_nano", "--dataset=digits")
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
