@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import datetime
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from petune.errors import ConfigError, near_names
 
@@ -74,28 +76,61 @@ class Config(BaseModel):
         return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False)
 
 
+def user_path(path: Path) -> Path:
+    """`path` with `~` as the home directory.
+
+    Raises:
+        ValueError: It is no UTF-8, which config.yaml could not hold.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a path must be UTF-8, which the files that name it are written in; choose another") from None
+    return Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
+
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
+"""A path of a configuration."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with `safe_load` (no objects, no code).
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or does not hold a mapping.
+        ConfigError: The file is missing, is not YAML, or does not hold a mapping whose keys are words.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, or nested without end
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping (key: value lines), but holds a {type(data).__name__}")
+    for key in _no_words(data):
+        raise ConfigError(f"the keys of {path} must be words, but YAML reads one as {key!r}; write it in quotes")
     return data
+
+
+def _no_words(value: object) -> Iterator[object]:
+    """Keys that are no text: YAML reads `1:` as a number and `on:` as true."""
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        yield from (key for key in value if not isinstance(key, str))
+        inner = value.values()
+    elif isinstance(value, list):
+        inner = value
+    for one in inner:
+        yield from _no_words(one)
 
 
 def parse_value(text: str) -> Any:
     """Read one override value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2026-13-45 is no date, 0x_ no number
+        return text
+    if isinstance(value, datetime.date):  # no key takes one; a directory may be called 2026-11-26
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; people mean a number
         try:

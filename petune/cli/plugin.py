@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, show, show_json
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def new(name: Name, place: Place = Path()) -> None:
     """Write a package with a working method, its test and its entry point."""
     from petune.scaffold import write_plugin
 
+    place = user_path(place)
     for path in write_plugin(name, place):
         show(str(path))
     root = place / f"petune-{name.replace('_', '-')}"
