@@ -21,6 +21,7 @@ from petune.results import RunResult
 from petune.run import (
     RunConfig,
     Watch,
+    directory_name,
     prepare_backbone,
     prepare_data,
     preprocessing,
@@ -89,8 +90,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
     tuner = tuner_of(config)
     group = join()
-    name = f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}"
-    place = group.same(lambda: config.output or free_path(Path("runs") / name))
+    place = group.same(lambda: config.output or free_path(Path("runs") / pretrain_name(config)))
     claim = claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml")
     with group.led(claim), StopFlag() as stop:
         finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
@@ -147,6 +147,11 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             return run_result(config, backbone, attachment, fitted, test, place, peak, size, flops).write(place)
 
         return group.same(finish)
+
+
+def pretrain_name(config: PretrainConfig) -> str:
+    """The directory name of a pretraining that names none."""
+    return directory_name("pretrain", config.backbone, config.dataset, f"seed{config.seed}")
 
 
 def check_all_trains(frozen: int, method: str) -> None:

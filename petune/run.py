@@ -170,7 +170,11 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 def default_name(config: RunConfig) -> str:
     """The directory name of a run that names none."""
-    words = (config.method, config.backbone, config.dataset, f"seed{config.seed}")
+    return directory_name(config.method, config.backbone, config.dataset, f"seed{config.seed}")
+
+
+def directory_name(*words: str) -> str:
+    """One name, never a path, from words that may hold anything: `folder:../pets` → `folder_.._pets`."""
     return "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in word) for word in words)
 
 

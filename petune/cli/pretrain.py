@@ -29,7 +29,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
     Everything trains, and the last epoch is kept.
     """
-    from petune.pretrain import RECIPE, PretrainConfig
+    from petune.pretrain import RECIPE, PretrainConfig, pretrain_name
     from petune.pretrain import pretrain as run_config
 
     config = PretrainConfig.build(settings.values(), settings.source)
@@ -39,8 +39,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
         show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    name = f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}"
-    place = join().same(lambda: place_of(config, name))
+    place = join().same(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
     config = config.model_copy(update={"output": place})
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

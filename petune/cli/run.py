@@ -39,14 +39,14 @@ def run(
     elif several is not None:
         _run_seeds(config, several, json, track)
     else:
-        _run_once(config, json, track)
+        _run_once(config, json, track, resume="resume" in settings.flags)
 
 
-def _run_once(config: RunConfig, as_json: bool, track: str | None) -> None:
+def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bool) -> None:
     from petune.run import default_name
     from petune.run import run as run_config
 
-    place = join().same(lambda: place_of(config, default_name(config)))
+    place = join().same(lambda: place_of(config, default_name(config), resume=resume))
     config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

@@ -20,19 +20,26 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 
-def place_of(config: RunConfig, name: str) -> Path:
+def place_of(config: RunConfig, name: str, *, resume: bool) -> Path:
     """The directory of a run: `--output`, else a free one under `runs/`, or with --resume the latest.
 
     Args:
         config: The run.
         name: What the directory is called without `--output`.
+        resume: Whether `--resume` was given, which wants something to go on in. `resume: true` in a configuration is
+            for jobs that a scheduler starts again: begin, or go on.
 
     Raises:
-        UsageError: `--resume`, and there is nothing to go on in.
+        UsageError: There is nothing to go on in.
     """
-    from petune.rundir import free_path, latest_path
+    from petune.rundir import CONFIG_FILE, free_path, latest_path
 
     if config.output is not None:
+        if resume and not (config.output / CONFIG_FILE).is_file():
+            raise UsageError(
+                f"--resume needs a run to go on in, but {config.output} holds none; begin one without --resume, or "
+                "begin or go on, as suits a job that is started again: --set resume=true"
+            )
         return config.output
     if not config.resume:
         return free_path(RUNS / name)

@@ -12,6 +12,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from petune.pretrain import PretrainConfig, pretrain_name
 from petune.restore import restore
 
 Run = Callable[..., Any]
@@ -28,6 +29,11 @@ def test_the_result_is_weights_for_run(petune: Run, tiny: Words, tmp_path: Path)
     tuned = petune("run", "--method", "linear", *tiny, "--weights", place, "--json")
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["weights"] == f"{place}/backbone.safetensors"
+
+
+def test_its_directory_lies_below_runs_whatever_the_dataset_is_called() -> None:
+    config = PretrainConfig(dataset="folder:../../../pets", backbone="package.module:factory")
+    assert pretrain_name(config) == "pretrain-package.module_factory-folder_.._.._.._pets-seed0"
 
 
 def test_its_defaults_hold_beside_flags(petune: Run) -> None:
