@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from petune.errors import ConfigError, near_names
 
@@ -190,8 +192,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or cls.__name__
         if item["type"] == "extra_forbidden":
-            known = _fields_at(cls, item["loc"][:-1])
-            problems.append(f"{where}: no such key{near_names(str(item['loc'][-1]), known)}")
+            *above, key = item["loc"]
+            problems.append(f"{where}: no such key{_near_keys(str(key), _fields_at(cls, above))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             came = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
@@ -200,9 +202,23 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
     return "\n  - ".join([head, *problems])
 
 
-def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    fields = cls.model_fields
+Fields = Mapping[str, FieldInfo]
+
+
+def _fields_at(cls: type[BaseModel], path: Iterable[int | str]) -> Fields:
+    fields: Fields = cls.model_fields
     for key in path:
-        below = fields[str(key)].annotation if str(key) in fields else None
-        fields = below.model_fields if isinstance(below, type) and issubclass(below, BaseModel) else {}
-    return list(fields)
+        fields = _below(fields[str(key)]) if str(key) in fields else {}
+    return fields
+
+
+def _below(field: FieldInfo) -> Fields:
+    kind = field.annotation
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def _near_keys(name: str, fields: Fields) -> str:
+    """As `near_names`; a key of the mappings below, as `epochs` of `train`, is meant where it is nearer."""
+    inner = {last: f"{key}.{last}" for key, field in fields.items() for last in _below(field)}
+    near = difflib.get_close_matches(name.casefold(), {*inner, *fields}, n=1, cutoff=0.8)
+    return f"; did you mean {inner[near[0]]!r}?" if near and near[0] not in fields else near_names(name, fields)

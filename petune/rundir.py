@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
         replace_file(file, f"# {command}\n{asked.to_yaml()}".encode())
         return
-    before, now = _filled(read_yaml(file), type(config)), config.model_dump(mode="json")
+    before, now = _leaves(_filled(read_yaml(file), type(config))), _leaves(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted({*before, *now} - UNCOMPARED)
@@ -114,7 +114,16 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         raise UsageError(
             f"{file.parent} holds a run with another configuration; a run goes on only as it began:\n  - "
             + "\n  - ".join(changed)
+            + "\nAsk for the same again, or name another --output"
         )
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` → `{"train.lr": 1}`; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
+    return found
 
 
 def _filled(values: dict[str, Any], kind: type[Config]) -> dict[str, Any]:

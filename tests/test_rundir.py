@@ -93,7 +93,26 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
         pass
     assert "  - seed: 0 before, 1 now" in str(caught.value).splitlines()
     assert "lr" not in str(caught.value)
-    assert "output" not in str(caught.value)
+    assert "output:" not in str(caught.value)
+
+
+class Nested(Config):
+    train: Settings = Settings()
+    options: dict[str, Any] = {}
+
+
+def test_of_a_mapping_the_keys_that_changed_are_named(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Nested(), resume=False, command=COMMAND):
+        pass
+    other = Nested(train=Settings(lr=1), options={"depth": 2})
+    with pytest.raises(UsageError) as caught, claimed(tmp_path / "run", other, resume=True, command=COMMAND):
+        pass
+    assert str(caught.value).splitlines()[1:] == [
+        "  - options: {} before, None now",
+        "  - options.depth: None before, 2 now",
+        "  - train.lr: 0.1 before, 1.0 now",
+        "Ask for the same again, or name another --output",
+    ]
 
 
 def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:

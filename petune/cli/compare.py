@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,8 @@ from petune.errors import UsageError
 if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison
 
+RATE = "lrs."
+"""How an assignment begins that gives a method its rate."""
 SPARE = ("% of all", "peak memory", "head", "adapter", "top-5", "images/s")
 """Columns that a narrow terminal does without; compare.md has them all."""
 
@@ -92,7 +95,11 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
             f"a comparison takes its methods as METHOD…, its seeds with --seeds and its directory with --output, and "
             f"always goes on; --set {min(unused)} would change nothing, leave it out"
         )
-    values = settings.values(lambda key: key if _first(key) in own else f"run.{key}")
+    rates = [a.removeprefix(RATE) for a in settings.assignments if a.startswith(RATE) and "=" in a]
+    others = replace(settings, assignments=tuple(a for a in settings.assignments if a.removeprefix(RATE) not in rates))
+    values = others.values(lambda key: key if _first(key) in own else f"run.{key}")
+    if rates and isinstance(values.setdefault("lrs", {}), dict):  # what else it may be is refused later
+        values["lrs"] |= _rates(rates)
     if methods:
         values["methods"] = methods
     several = settings.seeds(seeds)
@@ -101,6 +108,14 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     elif "seed" in settings.flags:
         values["seeds"] = (settings.flags["seed"],)
     return values
+
+
+def _rates(assignments: list[str]) -> dict[str, Any]:
+    """`vpt:deep=false=1e-3` → `{"vpt:deep=false": 0.001}`: a method may itself hold `=` and dots."""
+    from petune.config import parse_value
+
+    parts = [text.rpartition("=") for text in assignments]
+    return {method.strip(): parse_value(rate.strip()) for method, _, rate in parts}
 
 
 def _first(key: str) -> str:

@@ -141,6 +141,11 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
             2,
             "error: no method is called 'adaptfromer'; did you mean 'adaptformer' or",
         ),
+        (("--method", "LoRA"), 2, "error: no method is called 'LoRA'; did you mean 'lora'"),
+        (("--method", "vpt:deep"), 2, "error: options are written vpt:deep=VALUE, but the method is 'vpt:deep'"),
+        (("--method", "vpt:depp"), 2, "written vpt:OPTION=VALUE, but the method is 'vpt:depp'; did you mean 'deep'?"),
+        (("--set", "lr=3"), 2, "  - lr: no such key; did you mean 'train.lr'?"),
+        (("--set", "epocs=3"), 2, "  - epocs: no such key; did you mean 'train.epochs'?"),
         (("--backbone", "vit_bsae"), 2, "error: no backbone is called 'vit_bsae'; did you mean 'vit_base'"),
         (("--dataset", "cifr10"), 2, "error: no dataset is called 'cifr10'; did you mean 'cifar10'"),
         (
