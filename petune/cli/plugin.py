@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ plugin = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Begin a 
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The method's name: small letters, digits, underscores.")]
 Method = Annotated[str, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
-Place = Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put it.  [default: here]")]
+Place = Annotated[
+    Path, typer.Option("--in", metavar="DIR", help="Where to put it.  [default: here]", show_default=False)
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def new(name: Name, place: Place = Path()) -> None:
     for path in write_plugin(name, place):
         show(str(path))
     root = place / f"petune-{name.replace('_', '-')}"
-    show(f"\npip install -e {root}\npetune plugin check {name}")
+    show(f"\npip install -e {shlex.quote(str(root))}\npetune plugin check {name}")
 
 
 @plugin.command()
