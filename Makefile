@@ -39,8 +39,8 @@ docs: $(STAMP)  ## the documentation as a site, in runs/site; opened from a disk
 	$(BIN)/python docs/tools/pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-clean:
-	rm -rf $(VENV) runs
+clean:  ## the environment only; runs/ holds what was trained
+	rm -rf $(VENV)
 
 faults: $(STAMP)  ## every fault, tried often; writes docs/reliability.md (a quarter of an hour on an idle machine)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e ".[ray]"

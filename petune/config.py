@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import datetime
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from petune.errors import ConfigError, near_names
 
@@ -74,28 +78,61 @@ class Config(BaseModel):
         return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False)
 
 
+def user_path(path: Path) -> Path:
+    """`path` with `~` as the home directory.
+
+    Raises:
+        ValueError: It is no UTF-8, which config.yaml could not hold.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a path must be UTF-8, which the files that name it are written in; choose another") from None
+    return Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
+
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
+"""A path of a configuration."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with `safe_load` (no objects, no code).
 
     Raises:
-        ConfigError: The file is missing, is not YAML, or does not hold a mapping.
+        ConfigError: The file is missing, is not YAML, or does not hold a mapping whose keys are words.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, or nested without end
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping (key: value lines), but holds a {type(data).__name__}")
+    for key in _no_words(data):
+        raise ConfigError(f"the keys of {path} must be words, but YAML reads one as {key!r}; write it in quotes")
     return data
+
+
+def _no_words(value: object) -> Iterator[object]:
+    """Keys that are no text: YAML reads `1:` as a number and `on:` as true."""
+    inner: Iterable[object] = ()
+    if isinstance(value, dict):
+        yield from (key for key in value if not isinstance(key, str))
+        inner = value.values()
+    elif isinstance(value, list):
+        inner = value
+    for one in inner:
+        yield from _no_words(one)
 
 
 def parse_value(text: str) -> Any:
     """Read one override value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2026-13-45 is no date, 0x_ no number
+        return text
+    if isinstance(value, datetime.date):  # no key takes one; a directory may be called 2026-11-26
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; people mean a number
         try:
@@ -155,8 +192,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or cls.__name__
         if item["type"] == "extra_forbidden":
-            known = _fields_at(cls, item["loc"][:-1])
-            problems.append(f"{where}: no such key{near_names(str(item['loc'][-1]), known)}")
+            *above, key = item["loc"]
+            problems.append(f"{where}: no such key{_near_keys(str(key), _fields_at(cls, above))}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             came = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
@@ -165,9 +202,23 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
     return "\n  - ".join([head, *problems])
 
 
-def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    fields = cls.model_fields
+Fields = Mapping[str, FieldInfo]
+
+
+def _fields_at(cls: type[BaseModel], path: Iterable[int | str]) -> Fields:
+    fields: Fields = cls.model_fields
     for key in path:
-        below = fields[str(key)].annotation if str(key) in fields else None
-        fields = below.model_fields if isinstance(below, type) and issubclass(below, BaseModel) else {}
-    return list(fields)
+        fields = _below(fields[str(key)]) if str(key) in fields else {}
+    return fields
+
+
+def _below(field: FieldInfo) -> Fields:
+    kind = field.annotation
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def _near_keys(name: str, fields: Fields) -> str:
+    """As `near_names`; a key of the mappings below, as `epochs` of `train`, is meant where it is nearer."""
+    inner = {last: f"{key}.{last}" for key, field in fields.items() for last in _below(field)}
+    near = difflib.get_close_matches(name.casefold(), {*inner, *fields}, n=1, cutoff=0.8)
+    return f"; did you mean {inner[near[0]]!r}?" if near and near[0] not in fields else near_names(name, fields)

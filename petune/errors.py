@@ -139,7 +139,8 @@ class Stopped(PetuneError):
 def near_names(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x' or 'y'?` for the known names closest to `name`, or the known names themselves."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    small = {each.casefold(): each for each in names}
+    close = [small[each] for each in difflib.get_close_matches(name.casefold(), small, n=3, cutoff=0.5)]
     if close:
         return f"; did you mean {' or '.join(repr(c) for c in close)}?"
     shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from petune.arguments import check_watch
-from petune.attach import Attachment, attach
+from petune.attach import attach
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
@@ -22,6 +22,7 @@ from petune.results import RunResult
 from petune.run import (
     RunConfig,
     Watch,
+    directory_name,
     prepare_backbone,
     prepare_data,
     preprocessing,
@@ -68,6 +69,13 @@ class PretrainConfig(RunConfig):
     dtype: Literal["fp32", "fp16"] = "fp32"
     train: PretrainTraining = PretrainTraining.model_construct()
 
+    @model_validator(mode="after")
+    def _mean_with_std(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            given, missing = ("std", "mean") if self.mean is None else ("mean", "std")
+            raise ValueError(f"mean and std must be given together, but there is {given} without {missing}")
+        return self
+
 
 def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any) -> RunResult:
     """Train a backbone from scratch; `output` then holds `backbone.safetensors`.
@@ -83,8 +91,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
     tuner = tuner_of(config)
     group = join()
-    name = f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}"
-    place = group.same(lambda: config.output or free_path(Path("runs") / name))
+    place = group.same(lambda: config.output or free_path(Path("runs") / pretrain_name(config)))
     claim = claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml")
     with group.led(claim), StopFlag() as stop:
         finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
@@ -101,7 +108,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             backbone_keys = set(backbone.model.state_dict())
             torch.manual_seed(config.seed)  # adapters start the same whatever drew before
             attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
-            _check_all_trains(attachment, config.method)
+            check_all_trains(attachment.counts.total - attachment.counts.trainable, config.method)
         preprocess = preprocessing(backbone, dataset)
         if config.mean and config.std:
             preprocess = replace(preprocess, mean=config.mean, std=config.std)
@@ -144,8 +151,17 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         return group.same(finish)
 
 
-def _check_all_trains(attachment: Attachment, method: str) -> None:
-    frozen = attachment.counts.total - attachment.counts.trainable
+def pretrain_name(config: PretrainConfig) -> str:
+    """The directory name of a pretraining that names none."""
+    return directory_name("pretrain", config.backbone, config.dataset, f"seed{config.seed}")
+
+
+def check_all_trains(frozen: int, method: str) -> None:
+    """Refuse a method that leaves parameters as they are.
+
+    Raises:
+        ConfigError: `frozen`, how many those are, is not 0.
+    """
     if frozen:
         raise ConfigError(
             f"pretraining trains everything, but {method} leaves {frozen:,} parameters as they are; use full, or a "

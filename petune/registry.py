@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
-from petune.errors import PluginError, UnknownName
+from petune.errors import ConfigError, PluginError, UnknownName, near_names
 
 if TYPE_CHECKING:
     from petune.tuner import Tuner, TunerConfig
@@ -104,6 +104,10 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
         raise UnknownName("method", str(method), {t.name for t in tuners()}, "pass a name, a Tuner or its config")
     family, colon, kind = method.partition(":")
     cls = load_tuner(family)
+    if colon and "type" not in cls.Config.model_fields:
+        known = cls.Config.model_fields
+        option, near = (kind, "") if kind in known else ("OPTION", near_names(kind, known))
+        raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {method!r}{near}")
     given = {"type": kind, **options} if colon else options
     tuner = cls(cls.Config.build(given, f"the options of {method}"))
     tuner.method = family

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.arguments import check_watch
 from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
-from petune.config import Config, parse_options
+from petune.config import Config, UserPath, parse_options
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
 from petune.group import ALONE, Group, join
 from petune.measure import PeakMemory, forward_flops, provenance
@@ -47,7 +47,7 @@ class RunConfig(Config):
     backbone: str = "vit_base"
     weights: str = "default"
     dataset: str = "cifar10"
-    data_dir: Path | None = None
+    data_dir: UserPath | None = None
     image_size: int | None = Field(None, ge=1, le=4096)
     patch_size: int | None = Field(None, ge=1, le=512)
     backbone_options: dict[str, Any] = {}
@@ -57,7 +57,7 @@ class RunConfig(Config):
     train_per_class: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
-    output: Path | None = None
+    output: UserPath | None = None
     resume: bool = False
     train: TrainConfig = TrainConfig.model_construct()
 
@@ -174,7 +174,11 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 def default_name(config: RunConfig) -> str:
     """The directory name of a run that names none."""
-    words = (config.method, config.backbone, config.dataset, f"seed{config.seed}")
+    return directory_name(config.method, config.backbone, config.dataset, f"seed{config.seed}")
+
+
+def directory_name(*words: str) -> str:
+    """One name, never a path, from words that may hold anything: `folder:../pets` → `folder_.._pets`."""
     return "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in word) for word in words)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from petune.files import replace_file
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
 UNCOMPARED = {"output", "resume"}
 
 
@@ -36,11 +38,11 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         try:
             path.mkdir()
         except FileExistsError:
-            if not resume and any(path.iterdir()):
+            if not resume and any(p.name != LOCK_FILE for p in path.iterdir()):  # it was killed as it began
                 raise UsageError(
                     f"{path} exists already; go on in it with --resume, or name another --output"
                 ) from None
-        lock = (path / ".lock").open("w")
+        lock = (path / LOCK_FILE).open("w")
     except OSError as error:
         raise UsageError(f"the run directory {path} cannot be made or written: {error.strerror}") from None
     with lock:
@@ -55,7 +57,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
                 _remove_stumps(path)
             yield path
         except BaseException:
-            if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, ".lock"}:  # it failed before it began
+            if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:  # it failed before it began
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
@@ -86,11 +88,14 @@ def free_path(wanted: Path) -> Path:
 
 
 def latest_path(wanted: Path) -> Path | None:
-    """The last of `wanted`, `wanted-2`, `wanted-3`, … that exists."""
-    latest, number = None, 1
-    while (candidate := wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")).exists():
-        latest, number = candidate, number + 1
-    return latest
+    """The run of `wanted`, `wanted-2`, `wanted-3`, … that began last, whichever of them are gone."""
+
+    def began(file: Path) -> tuple[int, int]:
+        return file.stat().st_mtime_ns, int(file.parent.name.removeprefix(wanted.name)[1:] or 1)
+
+    name = re.compile(re.escape(wanted.name) + "(-[0-9]+)?")
+    files = [file for file in wanted.parent.glob(f"*/{CONFIG_FILE}") if name.fullmatch(file.parent.name)]
+    return max(files, key=began).parent if files else None
 
 
 def _keep_config(file: Path, config: Config, command: str) -> None:
@@ -99,7 +104,7 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
         replace_file(file, f"# {command}\n{asked.to_yaml()}".encode())
         return
-    before, now = _filled(read_yaml(file), type(config)), config.model_dump(mode="json")
+    before, now = _leaves(_filled(read_yaml(file), type(config))), _leaves(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted({*before, *now} - UNCOMPARED)
@@ -109,7 +114,16 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         raise UsageError(
             f"{file.parent} holds a run with another configuration; a run goes on only as it began:\n  - "
             + "\n  - ".join(changed)
+            + "\nAsk for the same again, or name another --output"
         )
+
+
+def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """`{"train": {"lr": 1}}` → `{"train.lr": 1}`; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
+    return found
 
 
 def _filled(values: dict[str, Any], kind: type[Config]) -> dict[str, Any]:

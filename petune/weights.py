@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def find_weights(path: Path) -> Path:
     Raises:
         WeightsUnavailable: There is no such file.
     """
+    path = Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
         what = f"{path} is a directory without {BACKBONE_FILE}" if path.is_dir() else f"there is no file {path}"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from petune.config import Config, override, parse_options, parse_value, read_yaml
+from petune.config import Config, UserPath, override, parse_options, parse_value, read_yaml
 from petune.errors import ConfigError
 
 
@@ -122,3 +122,34 @@ def test_yaml_that_is_no_plain_mapping_is_refused(content: str, message: str, tm
 def test_missing_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config file .*nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["1: x", "on: x", "train: {1: 2}", "a: [{null: 1}]"])
+def test_keys_that_yaml_does_not_read_as_words_are_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"the keys of .*a\.yaml must be words, but YAML reads one as (1|True|None);"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_date_that_is_none_is_not_valid_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("output: 2026-13-45")
+    with pytest.raises(ConfigError, match="is not valid YAML: month must be in"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["2026-13-45", "2026-11-26", "2026-11-26 10:00:00", "0x_", "[" * 5000])
+def test_what_yaml_reads_as_a_date_or_fails_to_read_is_text(text: str) -> None:
+    assert parse_value(text) == text
+
+
+class Placed(Config):
+    output: UserPath | None = None
+
+
+def test_paths_know_home_and_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Placed(output="~/x").output == Path("/home/me/x")  # type: ignore[arg-type]
+    assert Placed(output="~nobody-here/x").output == Path("~nobody-here/x")  # type: ignore[arg-type]
+    assert Placed().output is None
+    with pytest.raises(ConfigError, match="output: a path must be UTF-8"):
+        Placed(output=Path("o\udcff"))

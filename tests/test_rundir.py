@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,26 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
         pass
     assert "  - seed: 0 before, 1 now" in str(caught.value).splitlines()
     assert "lr" not in str(caught.value)
-    assert "output" not in str(caught.value)
+    assert "output:" not in str(caught.value)
+
+
+class Nested(Config):
+    train: Settings = Settings()
+    options: dict[str, Any] = {}
+
+
+def test_of_a_mapping_the_keys_that_changed_are_named(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run", Nested(), resume=False, command=COMMAND):
+        pass
+    other = Nested(train=Settings(lr=1), options={"depth": 2})
+    with pytest.raises(UsageError) as caught, claimed(tmp_path / "run", other, resume=True, command=COMMAND):
+        pass
+    assert str(caught.value).splitlines()[1:] == [
+        "  - options: {} before, None now",
+        "  - options.depth: None before, 2 now",
+        "  - train.lr: 0.1 before, 1.0 now",
+        "Ask for the same again, or name another --output",
+    ]
 
 
 def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:
@@ -125,14 +145,33 @@ def test_an_error_inside_is_not_taken_for_one_of_the_directory(tmp_path: Path) -
 
 
 def test_free_path_makes_what_it_returns(tmp_path: Path) -> None:
-    assert latest_path(tmp_path / "a" / "run") is None
     for name in ("run", "run-2", "run-3"):
         assert free_path(tmp_path / "a" / "run") == tmp_path / "a" / name
         assert (tmp_path / "a" / name).is_dir()
-        assert latest_path(tmp_path / "a" / "run") == tmp_path / "a" / name
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be made"):
         free_path(tmp_path / "file" / "run")
+
+
+def test_the_latest_of_a_name_is_the_run_that_began_last(tmp_path: Path) -> None:
+    wanted = tmp_path / "run"
+    assert latest_path(wanted) is None
+    for number, name in enumerate(("run", "run-2", "run-4", "run-x", "runs")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG_FILE).touch()
+        os.utime(tmp_path / name / CONFIG_FILE, (number, number))
+    (tmp_path / "run-5").mkdir()  # nothing began in it
+    assert latest_path(wanted) == tmp_path / "run-4"
+    os.utime(wanted / CONFIG_FILE, (9, 9))  # made anew where there was room
+    assert latest_path(wanted) == wanted
+    (wanted / CONFIG_FILE).unlink()
+    assert latest_path(wanted) == tmp_path / "run-4"
+
+
+def test_what_was_killed_as_it_began_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with claimed(tmp_path, Settings(), resume=False, command=COMMAND):
+        assert (tmp_path / CONFIG_FILE).exists()
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:

@@ -183,7 +183,12 @@ def _commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _help(command: Any, name: str) -> str:
-    context = command.context_class(command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
+    from petune.cli.main import app
+
+    names = app.info.context_settings["help_option_names"]
+    context = command.context_class(
+        command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH, help_option_names=names
+    )
     return f"```text\n{command.get_help(context).strip()}\n```"
 
 

@@ -9,16 +9,16 @@ import typer
 from petune.cli.options import Json
 from petune.cli.terminal import say, show, show_json, show_table
 
-Pattern = Annotated[str | None, typer.Argument(help="List timm's pretrained models that match, as 'vit*dinov2*'.")]
+Pattern = Annotated[str | None, typer.Argument(metavar="PATTERN", help="List what matches, as 'vit*dinov2*'.")]
 
 
 def backbones(pattern: Pattern = None, json: Json = False) -> None:
     """List the names that --backbone takes.
 
-    Without PATTERN the short names, with it timm's.
+    Without PATTERN the short names; with it those that match, and timm's pretrained models.
     """
     if pattern is not None:
-        _timm(pattern, json)
+        _matching(pattern, json)
         return
     from petune.backbones import ALIASES
 
@@ -44,17 +44,21 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
         )
         for name, alias in ALIASES.items()
     ]
-    show_table(("name", "timm model", "default weights", "about"), rows)
+    columns = ("name", "timm model", "default weights", "about")
+    show_table(columns, rows, spare=columns[1:3])  # those have no words to break a line between
     say("any timm name works too: petune backbones 'vit*'")
 
 
-def _timm(pattern: str, as_json: bool) -> None:
-    from petune.backbones import list_backbones
+def _matching(pattern: str, as_json: bool) -> None:
+    from fnmatch import fnmatchcase
 
-    names = list_backbones(pattern if any(c in pattern for c in "*?[") else f"*{pattern}*")
+    from petune.backbones import ALIASES, list_backbones
+
+    wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    names = [*(name for name in ALIASES if fnmatchcase(name, wanted)), *list_backbones(wanted)]
     if as_json:
         show_json(names)
     elif names:
         show("\n".join(names))
     else:
-        say(f"timm has no pretrained model that matches {pattern!r}")
+        say(f"no short name and no pretrained model of timm matches {pattern!r}")

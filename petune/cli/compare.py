@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured, parse_seeds
-from petune.cli.running import RUNS, watching
+from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured
+from petune.cli.running import RUNS, check_executor, check_tracker, watching
 from petune.cli.terminal import clean, say, show, show_json, show_table
 from petune.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison
 
+RATE = "lrs."
+"""How an assignment begins that gives a method its rate."""
 SPARE = ("% of all", "peak memory", "head", "adapter", "top-5", "images/s")
 """Columns that a narrow terminal does without; compare.md has them all."""
 
@@ -42,6 +45,8 @@ def compare(
     from petune.compare import CompareConfig
 
     config = CompareConfig.build(_values(settings, methods, seeds), settings.source)
+    check_tracker(track)
+    check_executor(executor, track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
 
@@ -55,8 +60,6 @@ def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, e
     from petune.compare import compare as compare_config
 
     place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
-    if track and executor != "serial":
-        raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
     try:
         with watching(track, place) as watch:
             comparison = compare_config(config, executor=executor, watch=watch)
@@ -95,14 +98,33 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     from petune.compare import CompareConfig
 
     own = CompareConfig.model_fields.keys()
-    values = settings.values(lambda key: key if _first(key) in own else f"run.{key}")
+    unused = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"} & settings.assigned
+    if unused:
+        raise UsageError(
+            f"a comparison takes its methods as METHOD…, its seeds with --seeds and its directory with --output, and "
+            f"always goes on; --set {min(unused)} would change nothing, leave it out"
+        )
+    rates = [a.removeprefix(RATE) for a in settings.assignments if a.startswith(RATE) and "=" in a]
+    others = replace(settings, assignments=tuple(a for a in settings.assignments if a.removeprefix(RATE) not in rates))
+    values = others.values(lambda key: key if _first(key) in own else f"run.{key}")
+    if rates and isinstance(values.setdefault("lrs", {}), dict):  # what else it may be is refused later
+        values["lrs"] |= _rates(rates)
     if methods:
         values["methods"] = methods
-    if seeds is not None:
-        values["seeds"] = parse_seeds(seeds)
+    several = settings.seeds(seeds)
+    if several is not None:
+        values["seeds"] = several
     elif "seed" in settings.flags:
         values["seeds"] = (settings.flags["seed"],)
     return values
+
+
+def _rates(assignments: list[str]) -> dict[str, Any]:
+    """`vpt:deep=false=1e-3` → `{"vpt:deep=false": 0.001}`: a method may itself hold `=` and dots."""
+    from petune.config import parse_value
+
+    parts = [text.rpartition("=") for text in assignments]
+    return {method.strip(): parse_value(rate.strip()) for method, _, rate in parts}
 
 
 def _first(key: str) -> str:

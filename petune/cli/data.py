@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, show, show_json, show_table
 
 data = typer.Typer(help="Look after pictures.", no_args_is_help=True, rich_markup_mode=None)
@@ -24,7 +24,7 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
     from petune.data.check import check_folder
     from petune.data.folder import unread
 
-    report = check_folder(folder.expanduser())
+    report = check_folder(user_path(folder))
     if json:
         shared = [[str(a), str(b)] for a, b in report.shared]
         show_json({"pictures": report.pictures, "broken": report.broken, "shared": shared, "left_out": report.left_out})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, user_path
 from petune.cli.terminal import show_json, show_table
 
 DataDir = Annotated[
@@ -21,7 +21,8 @@ def datasets(data_dir: DataDir = None, json: Json = False) -> None:
     from petune.data import NAMES
     from petune.data.lookup import find_dataset
 
-    found = [{"name": name, "about": about, "found": find_dataset(name, data_dir)} for name, about in NAMES.items()]
+    place = user_path(data_dir) if data_dir else None
+    found = [{"name": name, "about": about, "found": find_dataset(name, place)} for name, about in NAMES.items()]
     columns = ("name", "about", "found")
     if json:
         show_json(found)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from petune.cli.options import TrustCode
+from petune.cli.options import TrustCode, user_path
 from petune.cli.predict import Device, Weights
 from petune.cli.terminal import say, show
 
@@ -35,7 +35,8 @@ def demo(
     """
     from petune.demo import SideBySide, serve
 
-    served = serve(SideBySide(sources, weights=weights, device=device, trust_code=trust_code), host=host, port=port)
+    paths = [user_path(source) for source in sources]
+    served = serve(SideBySide(paths, weights=weights, device=device, trust_code=trust_code), host=host, port=port)
     show(served.url)
     say("Ctrl-C ends it")
     try:

@@ -30,12 +30,18 @@ def show_dry_run(
         methods: All methods of it.
         as_json: Print both as one JSON object on stdout.
         recipe: What is taken instead of the methods' own.
+
+    Raises:
+        ConfigError: A pretraining would leave parameters as they are.
     """
+    from petune.pretrain import PretrainConfig, check_all_trains
     from petune.run import RunConfig
 
     run = config if isinstance(config, RunConfig) else config.run
     structure, model = structure_of(run)
     plans = [plan_of(method, model, structure.sites, recipe) for method in methods]
+    if isinstance(config, PretrainConfig):
+        check_all_trains(plans[0].total - plans[0].tuned - plans[0].head, config.method)
     if as_json:
         plain = config.model_dump(mode="json")
         show_json({"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]})

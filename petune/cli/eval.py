@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json, TrustCode
+from petune.cli.options import Json, TrustCode, user_path
 from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
 from petune.cli.terminal import one_line, say, show_facts, show_json, show_table
 
@@ -57,19 +57,19 @@ def evaluate(
     from petune.evaluation import evaluate as evaluate_run
     from petune.evaluation import write
 
-    source = source.expanduser()
+    source = user_path(source)
     found = evaluate_run(
         source,
         split=split,
         dataset=dataset,
-        data_dir=data_dir,
+        data_dir=user_path(data_dir) if data_dir else None,
         weights=weights,
         device=device,
         precision=precision,
         batch_size=batch_size,
         trust_code=trust_code,
     )
-    place = output or _place(source, found.split, dataset)
+    place = user_path(output) if output else _place(source, found.split, dataset)
     files = write(found, place, format) if place is not None else []
     if json:
         show_json(found.model_dump(mode="json"))

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json, TrustCode
+from petune.cli.options import Json, TrustCode, user_path
 from petune.cli.predict import Source, Weights
 from petune.cli.terminal import one_line, show_facts, show_json
 
@@ -37,7 +37,7 @@ def export(
     from petune.export import export as export_model
     from petune.text import size
 
-    done = export_model(source.expanduser(), file, to=to, weights=weights, trust_code=trust_code)
+    done = export_model(user_path(source), user_path(file), to=to, weights=weights, trust_code=trust_code)
     if json:
         show_json(asdict(done))
         return

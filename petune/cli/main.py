@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -86,6 +88,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if args is None else args)
     debug = DEBUG in words
     try:
+        _prepare_streams()
         _refuse_several(words)
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
@@ -95,10 +98,39 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        lost = _output_lost() if isinstance(error, OSError) else None
+        if lost:
+            _tell(f"error: stdout must take what petune prints, but cannot be written: {lost}", debug)
+            sys.exit(1)
         where = "" if debug else f"; {DEBUG} shows the traceback"
         _tell(f"error: this is a bug in petune: {type(error).__name__}: {error}{where}", debug)
         sys.exit(1)
     sys.exit(0)
+
+
+def _prepare_streams() -> None:
+    """What a stream cannot encode is replaced there, and a closed stderr drops the talk.
+
+    Raises:
+        UsageError: stdout is closed.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (till the end)
+    if sys.stdout is None:
+        raise UsageError("stdout must be open for what petune prints, but is closed; redirect it: > /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _output_lost() -> str | None:
+    """Why stdout takes no more, as on a full disk; None if it does. Python will not complain again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror
+    return None
 
 
 def _refuse_several(words: Sequence[str]) -> None:

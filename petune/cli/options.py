@@ -153,11 +153,26 @@ class Settings:
         from petune.config import override, read_yaml
 
         values: dict[str, Any] = {}
-        for key, value in (read_yaml(self.config) if self.config else {}).items():
+        for key, value in (read_yaml(user_path(self.config)) if self.config else {}).items():
             _put(values, place(key), value)
         for key, value in self.flags.items():
             _put(values, place(key), value)
         return override(values, [place(a) for a in self.assignments])
+
+    def seeds(self, text: str | None) -> tuple[int, ...] | None:
+        """What `--seeds` says; None without it.
+
+        Raises:
+            UsageError: It is not a list of whole numbers, or one seed is given too.
+        """
+        if text is not None and ("seed" in self.flags or "seed" in self.assigned):
+            raise UsageError("give --seed for one run, or --seeds for several, not both")
+        return None if text is None else parse_seeds(text)
+
+    @property
+    def assigned(self) -> set[str]:
+        """The dotted keys that `--set` gives."""
+        return {assignment.partition("=")[0].strip() for assignment in self.assignments}
 
     @property
     def source(self) -> str:
@@ -188,7 +203,8 @@ def configured(
         @wraps(command)
         def typed(**given: Any) -> None:
             values = {flag.key: given.pop(flag.parameter) for flag in flags}
-            said = {key: value for key, value in values.items() if value is not None and value is not False}
+            paths = {key: user_path(value) for key, value in values.items() if isinstance(value, Path)}
+            said = {key: value for key, value in values.items() if value is not None and value is not False} | paths
             settings = Settings(given.pop("config"), said, tuple(given.pop("set") or ()))
             command(settings=settings, **given)
 
@@ -198,6 +214,20 @@ def configured(
         return typed
 
     return decorate
+
+
+def user_path(path: Path) -> Path:
+    """`path` with `~` as the home directory.
+
+    Raises:
+        UsageError: It is no UTF-8.
+    """
+    from petune.config import user_path as expanded
+
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise UsageError(f"{error}; got {str(path)!r}") from None
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, show, show_json
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ plugin = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Begin a 
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The method's name: small letters, digits, underscores.")]
 Method = Annotated[str, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
-Place = Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put it.  [default: here]")]
+Place = Annotated[
+    Path, typer.Option("--in", metavar="DIR", help="Where to put it.  [default: here]", show_default=False)
+]
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ def new(name: Name, place: Place = Path()) -> None:
     """Write a package with a working method, its test and its entry point."""
     from petune.scaffold import write_plugin
 
+    place = user_path(place)
     for path in write_plugin(name, place):
         show(str(path))
     root = place / f"petune-{name.replace('_', '-')}"
-    show(f"\npip install -e {root}\npetune plugin check {name}")
+    show(f"\npip install -e {shlex.quote(str(root))}\npetune plugin check {name}")
 
 
 @plugin.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from petune.cli.options import TrustCode
+from petune.cli.options import TrustCode, user_path
 from petune.cli.terminal import clean, one_line, say, show, show_table
 from petune.text import percent
 
@@ -51,9 +51,7 @@ def predict(
     """
     from petune.predict import Predictor
 
-    predictor = Predictor(
-        source.expanduser(), weights=weights, device=device, precision=precision, trust_code=trust_code
-    )
+    predictor = Predictor(user_path(source), weights=weights, device=device, precision=precision, trust_code=trust_code)
     found = predictor.stream(pictures, top_k=top_k, batch_size=batch_size)
     broken = _lines(found) if json else _table(found)
     for one in broken:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json as json_format
 import shlex
+from typing import TYPE_CHECKING
 
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
-from petune.cli.running import place_of, resumable, watching
+from petune.cli.running import check_tracker, place_of, resumable, watching
 from petune.cli.terminal import say, show_json
 from petune.group import join
+
+if TYPE_CHECKING:
+    from petune.pretrain import PretrainConfig
 
 DEFAULTS = {
     "backbone": "vit_nano",
@@ -29,17 +34,17 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
     Everything trains, and the last epoch is kept.
     """
-    from petune.pretrain import RECIPE, PretrainConfig
+    from petune.pretrain import RECIPE, PretrainConfig, pretrain_name
     from petune.pretrain import pretrain as run_config
 
     config = PretrainConfig.build(settings.values(), settings.source)
+    check_tracker(track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
 
         show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    name = f"pretrain-{config.backbone}-{config.dataset}-seed{config.seed}"
-    place = join().same(lambda: place_of(config, name))
+    place = join().same(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
     config = config.model_copy(update={"output": place})
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
@@ -47,5 +52,14 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
         show_json(result.model_dump(mode="json"))
     else:
         show_result(result)
-    same = "" if config.method == "full" else f" --method {shlex.quote(config.method)}"
-    say(f"use it with: --backbone {config.backbone} --weights {result.output}{same}")
+    say(f"use it with: {shlex.join(_words(config, result.output))}")
+
+
+def _words(config: PretrainConfig, output: str) -> list[str]:
+    """What `petune run` must be told for the same backbone with these weights."""
+    words = ["--backbone", config.backbone, "--weights", output]
+    for flag, side in (("--image-size", config.image_size), ("--patch-size", config.patch_size)):
+        words += [] if side is None else [flag, str(side)]
+    for key, value in config.backbone_options.items():
+        words += ["--set", f"backbone_options.{key}={json_format.dumps(value)}"]
+    return words if config.method == "full" else [*words, "--method", config.method]

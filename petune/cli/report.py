@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from petune.cli.options import Json
+from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, say, show, show_json
 
 Directories = Annotated[
@@ -27,7 +27,7 @@ def report(directories: Directories, output: Output = Path("report.html"), json:
     from petune.page import write_page
     from petune.text import size
 
-    page = write_page(directories, output)
+    page = write_page([user_path(directory) for directory in directories], user_path(output))
     if json:
         show_json(asdict(page))
         return

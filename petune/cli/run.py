@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured, parse_seeds
-from petune.cli.running import RUNS, place_of, resumable, watching
+from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured
+from petune.cli.running import RUNS, check_tracker, place_of, resumable, watching
 from petune.cli.terminal import show_facts, show_json
-from petune.errors import UsageError
 from petune.group import join
 
 if TYPE_CHECKING:
@@ -31,23 +30,23 @@ def run(
     from petune.run import RunConfig
 
     config = RunConfig.build(settings.values(), settings.source)
-    if seeds is not None and "seed" in settings.flags:
-        raise UsageError("give --seed for one run, or --seeds for several, not both")
+    several = settings.seeds(seeds)
+    check_tracker(track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
 
         show_dry_run(config, (config.method,), as_json=json)
-    elif seeds is not None:
-        _run_seeds(config, parse_seeds(seeds), json, track)
+    elif several is not None:
+        _run_seeds(config, several, json, track)
     else:
-        _run_once(config, json, track)
+        _run_once(config, json, track, resume="resume" in settings.flags)
 
 
-def _run_once(config: RunConfig, as_json: bool, track: str | None) -> None:
+def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bool) -> None:
     from petune.run import default_name
     from petune.run import run as run_config
 
-    place = join().same(lambda: place_of(config, default_name(config)))
+    place = join().same(lambda: place_of(config, default_name(config), resume=resume))
     config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

@@ -20,19 +20,26 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 
-def place_of(config: RunConfig, name: str) -> Path:
+def place_of(config: RunConfig, name: str, *, resume: bool) -> Path:
     """The directory of a run: `--output`, else a free one under `runs/`, or with --resume the latest.
 
     Args:
         config: The run.
         name: What the directory is called without `--output`.
+        resume: Whether `--resume` was given, which wants something to go on in. `resume: true` in a configuration is
+            for jobs that a scheduler starts again: begin, or go on.
 
     Raises:
-        UsageError: `--resume`, and there is nothing to go on in.
+        UsageError: There is nothing to go on in.
     """
-    from petune.rundir import free_path, latest_path
+    from petune.rundir import CONFIG_FILE, free_path, latest_path
 
     if config.output is not None:
+        if resume and not (config.output / CONFIG_FILE).is_file():
+            raise UsageError(
+                f"--resume needs a run to go on in, but {config.output} holds none; begin one without --resume, or "
+                "begin or go on, as suits a job that is started again: --set resume=true"
+            )
         return config.output
     if not config.resume:
         return free_path(RUNS / name)
@@ -86,6 +93,32 @@ def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunSt
         finally:
             if tracker is not None:
                 tracker.close()
+
+
+def check_tracker(name: str | None) -> None:
+    """Say before anything else is done that a tracker cannot be had.
+
+    Raises:
+        UnknownName, MissingExtra: See `watching`.
+    """
+    if name:
+        from petune.train.track import check_tracker as check
+
+        check(name)
+
+
+def check_executor(name: str, track: str | None) -> None:
+    """Say before anything else is done that an executor cannot be had, or cannot be tracked.
+
+    Raises:
+        PetuneError: See `petune.executors.choose_executor`.
+        UsageError: A tracker follows the runs of this process only.
+    """
+    from petune.executors import choose_executor
+
+    choose_executor(name)
+    if track and name != "serial":
+        raise UsageError(f"--track follows the runs of this process, and --executor {name} has them elsewhere")
 
 
 class _Tracking:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
-from petune.cli.running import RUNS, watching
+from petune.cli.running import RUNS, check_executor, check_tracker, watching
 from petune.cli.terminal import clean, say, show_json, show_table
+from petune.errors import ConfigError, UsageError
 from petune.text import percent
 
 if TYPE_CHECKING:
@@ -62,7 +63,12 @@ def sweep(
     values = _values(settings, method, over, trials, no_test)
     if at_once is not None:
         values["at_once"] = at_once
-    config = SweepConfig.build(values, settings.source)
+    try:
+        config = SweepConfig.build(values, settings.source)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_hint(str(error), values.get('over'))}") from None
+    check_tracker(track)
+    check_executor(executor, track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
         from petune.space import corners
@@ -74,13 +80,11 @@ def sweep(
 
 
 def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
-    from petune.errors import Stopped, UsageError
+    from petune.errors import Stopped
     from petune.sweep import sweep as sweep_config
     from petune.sweep import sweep_name
 
     place = config.output or RUNS / sweep_name(config)
-    if track and executor != "serial":
-        raise UsageError(f"--track follows the runs of this process, and --executor {executor} has them elsewhere")
     try:
         with watching(track, place) as watch:
             table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
@@ -121,7 +125,6 @@ def _values(
     settings: Settings, method: str | None, over: list[str] | None, trials: int | None, no_test: bool
 ) -> dict[str, Any]:
     """What belongs to the sweep stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.space import parse_over
     from petune.sweep import SweepConfig
 
     own = SweepConfig.model_fields.keys()
@@ -131,9 +134,36 @@ def _values(
     if method is not None:
         values["run"] = {**values.get("run", {}), "method": method}
     if over:
-        values["over"] = {**(values.get("over") or {}), **dict(parse_over(text) for text in over)}
+        values["over"] = {**(values.get("over") or {}), **_over(over)}
     if trials is not None:
         values["trials"] = trials
     if no_test:
         values["test"] = False
     return values
+
+
+def _over(texts: list[str]) -> dict[str, Any]:
+    """All of `--over`, by key.
+
+    Raises:
+        UsageError: A value is empty, or a key stands twice.
+    """
+    from petune.space import parse_over
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        if not all(word.strip() for word in text.partition("=")[2].split(",")):
+            raise UsageError(f"--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value; got {text!r}")
+        key, values = parse_over(text)
+        if key in found:
+            raise UsageError(f"--over takes all values of a key at once, {key}=VALUE,VALUE,…, but {key} came twice")
+        found[key] = values
+    return found
+
+
+def _hint(problem: str, over: Any) -> str:
+    """What to say of a training option that was taken for one of the method."""
+    from petune.train import TrainConfig
+
+    keys = [key for key in (over or {}) if key in TrainConfig.model_fields and f"{key}: no such key" in problem]
+    return f"\ntraining options are written --over train.{keys[0]}=…" if keys else ""

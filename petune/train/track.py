@@ -66,6 +66,19 @@ TRACKERS: dict[str, Callable[[Path], Any]] = {
 """Each is also the name of its package and of petune's extra."""
 
 
+def check_tracker(name: str) -> None:
+    """Say that there is no such tracker.
+
+    Raises:
+        UnknownName: No tracker of that name.
+        MissingExtra: Its package is not installed.
+    """
+    if name not in TRACKERS:
+        raise UnknownName("tracker", name, TRACKERS)
+    if find_spec(name) is None:
+        raise MissingExtra(f"--track {name}", name)
+
+
 class Tracker:
     """Logs loss, learning rate and rate every few steps, and every epoch's numbers.
 
@@ -74,15 +87,11 @@ class Tracker:
         directory: Where the logs go; made at the first event, so that a run can claim its directory before.
 
     Raises:
-        UnknownName: No tracker of that name.
-        MissingExtra: Its package is not installed.
+        UnknownName, MissingExtra: See `check_tracker`.
     """
 
     def __init__(self, name: str, directory: Path) -> None:
-        if name not in TRACKERS:
-            raise UnknownName("tracker", name, TRACKERS)
-        if find_spec(name) is None:
-            raise MissingExtra(f"--track {name}", name)
+        check_tracker(name)
         self._name, self._directory = name, directory
         self._tracker: Any = None
         self._step = 0

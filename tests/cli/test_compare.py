@@ -84,6 +84,12 @@ def test_a_method_may_have_a_rate_of_its_own(petune: Run, tiny: Words, tmp_path:
         for place in (tmp_path / "runs" / "compare-vit_nano-digits").glob(f"{method}-*")
     }
     assert rates == {"linear": 0.02, "full": 0.001}
+    done = petune("compare", "vpt:deep=false", "lora:lora_dropout=0.1", *tiny, "--set=lrs.vpt:deep=false=1e-3",
+                  "--set=lrs.lora:lora_dropout=0.1=0.5", "--dry-run")  # fmt: skip
+    assert yaml.safe_load(done.out)["lrs"] == {"vpt:deep=false": 0.001, "lora:lora_dropout=0.1": 0.5}, done.err
+    (tmp_path / "a.yaml").write_text("lrs: 3\n")
+    for words in (("--set=lrs.linear",), ("--config=a.yaml", "--set=lrs.linear=1")):
+        assert petune("compare", "linear", *tiny, *words).err.startswith("error: ")
     wrong = petune("compare", "linear", *tiny, "--set=lrs.linar=0.1")
     assert wrong.code == 2
     assert "lrs must name methods of the comparison, but 'linar'; did you mean 'linear'?" in wrong.err

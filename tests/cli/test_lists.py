@@ -75,7 +75,21 @@ def test_backbones_of_timm(petune: Run) -> None:
     assert json.loads(petune("backbones", "vit_tiny_patch16_224", "--json").out) == done.out.splitlines()
     none = petune("backbones", "nothing_like_it")
     assert (none.code, none.out) == (0, "")
-    assert none.err == "timm has no pretrained model that matches 'nothing_like_it'\n"
+    assert none.err == "no short name and no pretrained model of timm matches 'nothing_like_it'\n"
+    assert petune("backbones", "vit_nano").out.splitlines()[0] == "vit_nano"
+    assert petune("backbones", "vit_tin*").out.splitlines()[:2] == ["vit_tiny", "vit_tiny_patch16_224.augreg_in21k"]
+
+
+def test_help_says_each_default_once_and_arguments_in_capitals(petune: Run) -> None:
+    assert "Usage: petune backbones [OPTIONS] [PATTERN]\n" in petune("backbones", "-h").out
+    assert petune("plugin", "new", "-h").out.count("default") == 1
+
+
+def test_on_a_narrow_terminal_no_word_is_broken(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petune.cli.terminal.PIPE_WIDTH", 40)
+    done = petune("backbones")
+    assert {"vit_nano", "vit_large", "ImageNet-21k", "(AugReg),"} <= set(done.out.split())
+    assert done.err.startswith("left out for want of width: timm model, default weights\n")
 
 
 def test_datasets(petune: Run) -> None:

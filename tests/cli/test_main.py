@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -169,3 +170,34 @@ def test_a_signal_while_libraries_are_imported_is_75(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     assert "stopped by SIGTERM" in err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_what_a_terminal_cannot_encode_is_replaced(encoding: str, tmp_path: Path) -> None:
+    for name in ("кот", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    words = [sys.executable, "-m", "petune", "data", "check", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stderr) == (4, b"")
+    assert b"| ???   |" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize(("command", "to"), [("env --json", "/dev/full"), ("--help", "/dev/full"), ("env", "&-")])
+def test_an_output_that_cannot_be_written_is_one_line(command: str, to: str) -> None:
+    line = f"{sys.executable} -m petune {command} >{to}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if to == "&-" else 1)
+    reason = "be open for" if to == "&-" else "take what petune prints, but cannot be written: No space left on device"
+    assert done.stderr.startswith(f"error: stdout must {reason}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_closed_stderr_keeps_the_talk_from_stdout() -> None:
+    line = f"{sys.executable} -m petune backbones --json 2>&-"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[")
+    talk = subprocess.run(line.replace("--json", "zzz"), shell=True, capture_output=True, text=True, check=True)
+    assert talk.stdout == ""

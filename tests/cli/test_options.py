@@ -135,3 +135,51 @@ def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
 
 def test_seeds() -> None:
     assert parse_seeds("0,1, 2") == (0, 1, 2)
+
+
+COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*SWEEP, "--over=bottleneck=2", "--over=bottleneck=4"), "--over takes all values of a key at once"),
+        ((*COMPARE, "--seed=1", "--seeds=2,3"), "give --seed for one run, or --seeds for several, not both"),
+        ((*COMPARE, "--set=seed=5"), "--set seed would change nothing"),
+        ((*COMPARE, "--set=run.method=vpt"), "--set run.method would change nothing"),
+        (("run", "--dry-run", "--seeds=0,1", "--set=seed=7"), "give --seed for one run, or --seeds for several"),
+        (("run", "--dry-run", "--seeds=banana"), "--seeds takes whole numbers"),
+        (("run", "--dry-run", "--track=nothing"), "no tracker is called 'nothing'"),
+        (("pretrain", "--dry-run", "--track=nothing"), "no tracker is called 'nothing'"),
+        ((*COMPARE, "--executor=banana"), "no executor is called 'banana'"),
+        ((*SWEEP, "--over=bottleneck=2", "--executor=banana"), "no executor is called 'banana'"),
+        (("pretrain", "--dry-run", "--set=method=linear"), "pretraining trains everything, but linear leaves"),
+        (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "there is mean without std"),
+    ],
+)
+def test_no_option_is_ignored_in_silence(words: tuple[str, ...], message: str, petune: Run) -> None:
+    done = petune(*words, "--backbone=vit_nano", "--dataset=digits")
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+def test_paths_know_home(petune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("output: ~/y\ndata_dir: ~/data\n")
+    shown = yaml.safe_load(petune("run", "--config", "~/a.yaml", "--backbone=vit_nano", "--dry-run").out)
+    assert (shown["output"], shown["data_dir"]) == (f"{tmp_path}/y", f"{tmp_path}/data")
+    words = ("run", "--output=~/x", "--weights=~/none.safetensors", "--backbone=vit_nano", "--dataset=digits")
+    assert yaml.safe_load(petune(*words, "--dry-run").out)["output"] == f"{tmp_path}/x"
+    assert f"there is no file {tmp_path}/none.safetensors" in petune(*words).err
+    (tmp_path / "here").mkdir()
+    assert petune("plugin", "new", "mine", "--in", "~/here").code == 0
+    assert (tmp_path / "here" / "petune-mine" / "pyproject.toml").is_file()
+    assert f"{tmp_path}/there" in petune("report", "~/there", "--output=~/r.html").err
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_path_that_no_file_can_name_is_refused(petune: Run, tmp_path: Path) -> None:
+    done = petune("compare", "linear", "--output", "o\udcff", "--dataset=digits", "--backbone=vit_nano")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: a path must be UTF-8")
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune as library
-from petune.pretrain import _save
+from petune.pretrain import PretrainConfig, _save, pretrain_name
 from petune.restore import restore
 
 Run = Callable[..., Any]
@@ -26,11 +27,17 @@ def test_the_result_is_weights_for_run(petune: Run, tiny: Words, tmp_path: Path)
     assert done.code == 0, done.err
     place = json.loads(done.out)["output"]
     assert place == "runs/pretrain-vit_nano-digits-seed0"
-    assert done.err.endswith(f"use it with: --backbone vit_nano --weights {place}\n")
+    options = "--set backbone_options.depth=2 --set backbone_options.embed_dim=48"
+    assert done.err.endswith(f"use it with: --backbone vit_nano --weights {place} {options}\n")
     assert {"backbone.safetensors", "tensorboard"} <= {p.name for p in (tmp_path / place).iterdir()}
     tuned = petune("run", "--method", "linear", *tiny, "--weights", place, "--json")
     assert tuned.code == 0, tuned.err
     assert json.loads(tuned.out)["weights"] == f"{place}/backbone.safetensors"
+
+
+def test_its_directory_lies_below_runs_whatever_the_dataset_is_called() -> None:
+    config = PretrainConfig(dataset="folder:../../../pets", backbone="package.module:factory")
+    assert pretrain_name(config) == "pretrain-package.module_factory-folder_.._.._.._pets-seed0"
 
 
 def test_its_defaults_hold_beside_flags(petune: Run) -> None:
@@ -46,15 +53,19 @@ def test_it_has_no_method(petune: Run) -> None:
 
 def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path: Path) -> None:
     both = "adaptformer:variant=seed,bottleneck=2,train_backbone=true"
-    where = ("--set=mean=[0.5, 0.5, 0.5]", "--set=std=[0.2, 0.2, 0.2]", "--output=pre")
+    where = ("--set=mean=[0.5, 0.5, 0.5]", "--set=std=[0.2, 0.2, 0.2]", "--output=a pre", "--image-size=16")
     done = petune("pretrain", *tiny, f"--set=method={both}", *where)
     assert done.code == 0, done.err
-    assert done.err.endswith(f"use it with: --backbone vit_nano --weights pre --method {both}\n")
-    words = ("--weights=pre", "--json", "--lr=1e-9", "--set=train.optimizer=sgd")
+    said = done.err.splitlines()[-1].removeprefix("use it with: ")
+    assert shlex.split(said)[2:6] == ["--weights", "a pre", "--image-size", "16"]
+    assert said.endswith(f" --method {both}")
+    copied = shlex.split(said.partition(" --method")[0])  # the flags of a backbone, as they were said
+    tiny = (*copied, *(word for word in tiny if "backbone" not in word and "weights" not in word))
+    words = ("--json", "--lr=1e-9", "--set=train.optimizer=sgd")
     for method in ("adaptformer:variant=seed,bottleneck=2", both):
         tuned = petune("run", "--method", method, *tiny, *words, "--output", "out-" + method[-4:])
         assert tuned.code == 0, tuned.err
-    with safe_open(tmp_path / "pre" / "backbone.safetensors", "pt") as file:
+    with safe_open(tmp_path / "a pre" / "backbone.safetensors", "pt") as file:
         info = json.loads(file.metadata()["petune"])
         adapter = {key: file.get_tensor(key) for key in info["adapters"]}
     assert len(adapter) == 10  # 2 blocks: down, up, their biases, the scale

@@ -90,6 +90,19 @@ def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: W
     assert petune(*words, "--resume").out == second.out
 
 
+def test_resume_of_nothing_is_refused(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for command in ("run", "pretrain"):
+        for place in ("nowhere", "empty"):
+            done = petune(command, *tiny, "--output", place, "--resume")
+            assert (done.code, done.out) == (2, "")
+            assert f"--resume needs a run to go on in, but {place} holds none" in done.err
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+    begun = petune("run", "--method=linear", *tiny, "--output=nowhere", "--set=resume=true", "--json")
+    assert begun.code == 0, begun.err
+    assert petune("run", "--method=linear", *tiny, "--output=nowhere", "--resume", "--json").out == begun.out
+
+
 def test_seeds_give_mean_and_spread(petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--seeds", "0,1")
     assert done.code == 0, done.err
@@ -128,6 +141,11 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
             2,
             "error: no method is called 'adaptfromer'; did you mean 'adaptformer' or",
         ),
+        (("--method", "LoRA"), 2, "error: no method is called 'LoRA'; did you mean 'lora'"),
+        (("--method", "vpt:deep"), 2, "error: options are written vpt:deep=VALUE, but the method is 'vpt:deep'"),
+        (("--method", "vpt:depp"), 2, "written vpt:OPTION=VALUE, but the method is 'vpt:depp'; did you mean 'deep'?"),
+        (("--set", "lr=3"), 2, "  - lr: no such key; did you mean 'train.lr'?"),
+        (("--set", "epocs=3"), 2, "  - epocs: no such key; did you mean 'train.epochs'?"),
         (("--backbone", "vit_bsae"), 2, "error: no backbone is called 'vit_bsae'; did you mean 'vit_base'"),
         (("--dataset", "cifr10"), 2, "error: no dataset is called 'cifr10'; did you mean 'cifar10'"),
         (

@@ -148,6 +148,9 @@ def test_what_cannot_mean_anything_is_refused_before_the_first_trial(petune: Run
         ("train.lr=-1,1", "train.lr"),
         ("train.rate=1,2", "train.rate: no such key"),
         ("bottleneck=2,2", "each once"),
+        ("bottleneck=2,,4", "--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value"),
+        ("bottleneck=", "--over takes KEY=VALUE,VALUE,…"),
+        ("lr=1e-3,1e-2", "training options are written --over train.lr=…"),
     ]:
         done = petune("sweep", "adaptformer", f"--over={over}", *tiny)
         assert (done.code, said in done.err) == (2, True), done.err

@@ -35,7 +35,7 @@ class Started:
     begun: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        words = [str(PETUNE), *WORDS, "--output", str(self.place), "--resume"]
+        words = [str(PETUNE), *WORDS, "--output", str(self.place), "--set=resume=true"]
         self.process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.wait_for(self.has_handler)
         self.ready_s = time.monotonic() - self.begun
@@ -179,7 +179,7 @@ def test_asked_to_stop(
         code, seconds, said = run.stop()
         assert code in (0, 75), (code, said)
         assert code == 0 or "stopped by SIGTERM" in said or "--resume" in said, said
-        assert program.finish(*WORDS, "--output", run.place, "--resume") == 0
+        assert program.finish(*WORDS, "--output", run.place, "--set=resume=true") == 0
         same = digests(run.place) == whole.digests
         held += same and seconds < WITHIN_S
         print(f"moment {number}: exit {code} after {seconds:.2f} s, resumed {'the same' if same else 'different'}")

@@ -35,7 +35,7 @@ def is_as_undisturbed(place: Path, expected: dict[str, str]) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_while_training(method: str, program: Program, tmp_path: Path) -> None:
-    words = ("run", f"--method={method}", *TINY, *HARD, "--resume", "--output")
+    words = ("run", f"--method={method}", *TINY, *HARD, "--set=resume=true", "--output")
     assert program.finish(*words, tmp_path / "whole") == 0
     expected = digests(tmp_path / "whole")
     wanted, kills, held, runs = tries(2, 50), 0, 0, 0
@@ -71,7 +71,7 @@ def test_killed_while_decoding_and_training(threads: int, program: Program, phot
         *HARD,
         "--train-per-class=12",
         f"--dataset=folder:{photos}",
-        "--resume",
+        "--set=resume=true",
         "--output",
     )
     assert program.finish(*words, tmp_path / "whole", cores=1, cache=tmp_path / "cache") == 0

@@ -86,3 +86,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     write_plugin("once", tmp_path)
     with pytest.raises(UsageError, match="exists already"):
         write_plugin("once", tmp_path)
+
+
+def test_the_command_to_copy_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my plugins").mkdir()
+    done = call("plugin", "new", "mine", "--in", tmp_path / "my plugins", capture=capsys)
+    assert f"pip install -e '{tmp_path}/my plugins/petune-mine'\n" in done.out
