@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def attach(
     _refuse_compiled(model)
     if next(model.parameters(), None) is None:
         raise AttachError(f"a method is attached to a model with weights, but {type(model).__name__} has no parameter")
-    tuner = build_tuner(method, **options)
+    tuner = copy.copy(build_tuner(method, **options))  # what it keeps of this model is not another attachment's
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
     label = label_of(name)
     before = ledger_of(model)

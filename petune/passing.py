@@ -100,7 +100,9 @@ class Leg:
             return None
         x_BND = first_tensor(args, kwargs)
         if self.first:
-            holder.kept = holder.adapter(x_BND).to(x_BND.dtype).expand(holder.pictures, -1, -1)
+            prompts = holder.adapter(x_BND)
+            one_each = prompts[:: max(1, len(prompts) // holder.pictures)]  # of a picture's windows the first
+            holder.kept = one_each.to(x_BND.dtype).expand(holder.pictures, -1, -1)
         if holder.kept is None:
             raise RuntimeError(
                 "prompts go on from block to block, but none came from the block before. Blocks must be called in "

@@ -93,16 +93,27 @@ class PetuneModel(BaseTuner):
             raise UsageError(f"{config.tuner} is PEFT's own; use its config instead of PetuneConfig")
         if nn.Linear(1, 1).weight.is_meta:  # how PEFT's low_cpu_mem_usage takes effect
             raise UsageError("petune's tuners are attached to a model that has values; leave out low_cpu_mem_usage")
+        before = self.active_adapters if self.attachments else []
         self._activate([])
-        tuner = build_tuner(config.tuner, **config.config)
-        attachment = attach(model, tuner, name=adapter_name, train_head=config.train_head)
+        try:
+            tuner = build_tuner(config.tuner, **config.config)
+            attachment = attach(model, tuner, name=adapter_name, train_head=config.train_head)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            self._activate(before)
+            raise
         self.attachments[adapter_name] = attachment
         if config.geometry is None:  # a new one: which backbone it belongs to; a file says so already
             for key, value in describe(attachment).items():
                 setattr(config, key, value)
-        if config.inference_mode:
-            self.set_requires_grad(adapter_name, False)
+        self._keep_frozen()
         self.active_adapter = adapter_name
+
+    def _keep_frozen(self) -> None:
+        """What was loaded for inference does not train, whatever came or went."""
+        for name in self.attachments:
+            if self.peft_config[name].inference_mode:
+                self.set_requires_grad(name, False)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("petune puts adapters in by its own verbs, see inject_adapter")
@@ -122,6 +133,7 @@ class PetuneModel(BaseTuner):
         del self.peft_config[adapter_name]
         left = [name for name in was_active if name != adapter_name] or list(self.attachments)[:1]
         self._activate(left)
+        self._keep_frozen()
 
     def unload(self) -> nn.Module:
         """The backbone as it was, to the bit."""

@@ -33,5 +33,5 @@ class Norm(petune.Tuner[NormConfig]):
 def is_norm(module: nn.Module) -> bool:
     """Whether a module divides by a guarded deviation (hence its `eps`) and scales by vectors."""
     guarded = hasattr(module, "eps") or hasattr(module, "variance_epsilon")
-    leaf = next(module.children(), None) is None
-    return guarded and leaf and all(p.ndim == 1 for p in module.parameters())
+    own = [*module.parameters(recurse=False)]  # timm's with an activation hold it as a child
+    return guarded and len(own) == len([*module.parameters()]) and all(p.ndim == 1 for p in own)

@@ -96,6 +96,13 @@ class Wrapped:
                 f"PEFT must wrap the {len(wanted)} layers it is given, but left out {', '.join(missed[:3]) or 'all'}: "
                 f"{other}. Attach one PEFT type at a time, or several of the same"
             )
+        classifier = self.edit.sites.head
+        head = {id(inside) for module in (classifier.modules if classifier else ()) for inside in module.modules()}
+        twice = [path for path, layer in self.layers.items() if {id(layer), id(layer.get_base_layer())} & head]
+        if twice:
+            raise petune.AttachError(
+                f"the classifier trains as it is, but target_modules name {twice[0]}, its layer; leave it out"
+            )
         called = self.edit.called(self.layers.values())
         dead = [path for path, layer in self.layers.items() if id(layer) not in called]
         if dead:

@@ -9,8 +9,10 @@ Legend: B batch, N tokens, D width, M bottleneck, G groups.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import petune
@@ -30,6 +32,12 @@ class RepAdapterConfig(petune.TunerConfig):
     groups: int = Field(2, ge=1)
     scale: float = 1.0
     dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.bottleneck % self.groups:
+            raise ValueError(f"groups must divide bottleneck, but {self.bottleneck} is no multiple of {self.groups}")
+        return self
 
 
 class LinearAdapter(nn.Module):
@@ -88,6 +96,11 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Two adapters a block, on what enters attention and MLP."""
         for block in edit.sites.need_blocks():
+            if block.dim % self.config.groups:
+                raise petune.AttachError(
+                    f"groups must divide the width, but {block.path} of {edit.sites.model} is {block.dim} wide and "
+                    f"groups={self.config.groups}"
+                )
             for site in (block.need("attn"), block.need("mlp")):
                 readers = tuple(layer.module for layer in edit.readers(site))
                 edit.before(site, LinearAdapter(site.dim, self.config, readers))

@@ -43,9 +43,10 @@ class Prompt(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """The tokens of the block (B, N, D), which are not looked at, to the prompts (1, P, D)."""
-        prompts_1PD: Tensor = self.dropout(self.tokens)
-        return prompts_1PD
+        """The tokens of the block (B, N, D), which are not looked at, to prompts (1, P, D); with dropout (B, P, D)."""
+        drops = self.training and self.dropout.p > 0
+        prompts: Tensor = self.dropout(self.tokens.expand(len(x_BND), -1, -1)) if drops else self.tokens
+        return prompts
 
 
 class VPT(petune.Tuner[VPTConfig]):

@@ -4,6 +4,7 @@ y' = γ · y + β        γ ~ N(1, 0.02²), β ~ N(0, 0.02²) at the start
 """
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 import petune
@@ -12,7 +13,7 @@ import petune
 class SSFConfig(petune.TunerConfig):
     """Options of SSF: `init_std` is the spread of γ and β at the start."""
 
-    init_std: float = 0.02
+    init_std: float = Field(0.02, ge=0)
 
 
 class ScaleShift(nn.Module):
@@ -30,7 +31,7 @@ class ScaleShift(nn.Module):
     @torch.no_grad()
     def merge(self, layer: nn.Module) -> None:
         """γ · (W x + b) + β is a linear layer again, and a norm's g · x̂ + b is a norm."""
-        if layer.bias is None:
+        if getattr(layer, "bias", None) is None:
             raise petune.NotMergeable("SSF's shift needs a layer with a bias to go into")
         layer.weight.mul_(self.scale if layer.weight.ndim == 1 else self.scale[:, None])
         layer.bias.mul_(self.scale).add_(self.shift)

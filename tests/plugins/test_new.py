@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,3 +93,17 @@ def test_the_command_to_copy_is_quoted(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "my plugins").mkdir()
     done = call("plugin", "new", "mine", "--in", tmp_path / "my plugins", capture=capsys)
     assert f"pip install -e '{tmp_path}/my plugins/petune-mine'\n" in done.out
+
+
+@pytest.mark.parametrize("name", ["none", "true", "lambda", "adaptformer", "linear"])
+def test_names_that_belong_to_others_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"a method needs a name of its own, but {name} is"):
+        write_plugin(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plugin_may_be_called_as_its_adapter_does(tmp_path: Path) -> None:
+    write_plugin("scale", tmp_path)
+    names: dict[str, Any] = {"__name__": "petune_scale"}
+    exec(compile((tmp_path / "petune-scale" / "petune_scale.py").read_text(), "petune_scale.py", "exec"), names)
+    assert {"Scale", "ScaleConfig", "ScaleAdapter"} <= names.keys()

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 import petune
-from petune.errors import AttachError, NotMergeable
+from petune.errors import AttachError, ConfigError, NotMergeable
 from petune.tiny_models import tiny_models, tiny_timm
+from petune.tuners.norm import is_norm
+from petune.tuners.vpt import Prompt
+from tests.tiny import tiny
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 D = 24
@@ -316,3 +319,36 @@ def test_a_ladder_needs_one_width() -> None:
     )
     with pytest.raises(AttachError, match="one width"):
         petune.attach(swin, "lst")
+
+
+def test_prompts_are_dropped_for_each_picture() -> None:
+    torch.manual_seed(0)
+    prompt = Prompt(4, 8, 1.0, 0.5)
+    x = torch.zeros(3, 5, 8)
+    kept = prompt(x) != 0
+    assert kept.shape == (3, 4, 8)
+    assert not torch.equal(kept[0], kept[1])
+    assert prompt.eval()(x).shape == (1, 4, 8)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_dropped_prompts_in_windows(deep: bool) -> None:
+    size = {"img_size": 56, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 2)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **size)
+    att = petune.attach(model, "vpt", deep=deep, dropout=0.5)
+    att.train()
+    assert model(torch.randn(2, 3, 56, 56)).shape == (2, 3)
+
+
+def test_groups_must_divide() -> None:
+    with pytest.raises(ConfigError, match="groups must divide bottleneck"):
+        petune.attach(tiny(), "repadapter", bottleneck=1, groups=2)
+    with pytest.raises(AttachError, match="groups must divide the width"):
+        petune.attach(tiny(), "repadapter", bottleneck=5, groups=5)
+
+
+def test_norms_with_an_activation_train() -> None:
+    from timm.layers import BatchNormAct2d, GroupNormAct, LayerNormAct2d
+
+    assert all(is_norm(m) for m in (BatchNormAct2d(4), GroupNormAct(4, num_groups=2), LayerNormAct2d(4)))
+    assert not is_norm(torch.nn.Sequential(torch.nn.LayerNorm(4)))

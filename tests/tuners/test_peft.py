@@ -15,6 +15,7 @@ import petune
 from petune.errors import AttachError, BackboneMismatch, ConfigError
 from petune.tiny_models import tiny_timm, tiny_torchvision
 from petune.tuners.peft import REFUSED, peft_types
+from tests.tiny import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and its dependencies warn of much
 
@@ -253,3 +254,9 @@ def test_ln_tuning_leaves_a_norm_that_has_no_weight() -> None:
     model.norm = nn.LayerNorm(model.embed_dim, elementwise_affine=False)
     att = petune.attach(model, "peft", type="ln_tuning")
     assert att.counts.tuned == len(att.sites.blocks) * 2 * 2 * model.embed_dim
+
+
+@pytest.mark.parametrize("targets", [["qkv", "head"], "all-linear"])
+def test_the_classifier_is_never_a_target(targets: Any) -> None:
+    with pytest.raises(AttachError, match=r"the classifier trains as it is, but target_modules name .*head"):
+        petune.attach(tiny(), "lora", target_modules=targets)

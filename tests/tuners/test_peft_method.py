@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.errors import AttachError, BackboneMismatch, NotMergeable, UsageError
+from petune.errors import AttachError, BackboneMismatch, ConfigError, NotMergeable, UsageError
 from petune.peft_method import PetuneConfig, register
 from petune.tiny_models import tiny_models
 from tests.tiny import X, tiny
@@ -174,3 +174,27 @@ assert not any(type(finder).__name__ == "AfterPeft" for finder in sys.meta_path)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_that_fails_leaves_the_active_one_active() -> None:
+    model = peft.get_peft_model(tiny(), PetuneConfig(tuner="adaptformer"), "a")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    before = scores(model)
+    with pytest.raises(ConfigError):
+        model.add_adapter("b", PetuneConfig(tuner="adaptformer", config={"bottleneck": 0}))
+    assert torch.equal(scores(model), before)
+    model.add_adapter("b", PetuneConfig(tuner="vpt"))  # the name is free
+    assert torch.equal(scores(model), before)
+
+
+def test_what_is_loaded_for_inference_does_not_train(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        trained("adaptformer", tiny()).save(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), adapter_name="a")
+    model.load_adapter(str(tmp_path / "b"), adapter_name="b")
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == []
+    model.delete_adapter("b")
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == []

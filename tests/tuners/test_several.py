@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 import petune
 from petune.errors import AttachError, UsageError
+from petune.registry import build_tuner
 from petune.tiny_models import tiny_timm
+from tests.tiny import tiny
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -445,3 +447,17 @@ def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn
         mixed = tasks(x, ["ab"[row % 2] for row in range(tokens)])
     for row, got in enumerate(mixed):
         torch.testing.assert_close(got, scores(singles[row % 2], x[row : row + 1])[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "adaptformer", "l2sp", "peft:adalora"])
+def test_one_tuner_on_two_models_mixes_nothing(method: str, tmp_path: Path) -> None:
+    tuner = build_tuner(method)
+    first, second = petune.attach(tiny(), tuner, name="a"), petune.attach(tiny(seed=1), tuner, name="a")
+    first.save(tmp_path / "a")
+    again = petune.load(tiny(), tmp_path / "a")
+    assert again.counts.tuned == first.counts.tuned
+    first.model(X).sum().backward()
+    loss = first.extra_loss(0)
+    if isinstance(loss, torch.Tensor) and loss.requires_grad:
+        loss.backward()
+    assert all(p.grad is None for p in second.parameters())
