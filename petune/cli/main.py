@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -33,6 +34,7 @@ from petune.errors import PetuneError, UsageError
 from petune.group import is_said_elsewhere, leads, num_processes, this_process
 
 DEBUG = "--debug"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 SEVERAL = ("run", "compare", "pretrain")
 """Commands that torchrun may start: their processes do one run together."""
 
@@ -98,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        lost = _output_lost() if isinstance(error, OSError) else None
+        lost = _output_lost() if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
         if lost:
             _tell(f"error: stdout must take what petune prints, but cannot be written: {lost}", debug)
             sys.exit(1)
@@ -126,7 +128,7 @@ def _prepare_streams() -> None:
 def _output_lost() -> str | None:
     """Why stdout takes no more, as on a full disk; None if it does. Python will not complain again at its end."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # an unbuffered stream has forgotten what it could not write
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.strerror

@@ -185,10 +185,11 @@ def test_what_a_terminal_cannot_encode_is_replaced(encoding: str, tmp_path: Path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-@pytest.mark.parametrize(("command", "to"), [("env --json", "/dev/full"), ("--help", "/dev/full"), ("env", "&-")])
-def test_an_output_that_cannot_be_written_is_one_line(command: str, to: str) -> None:
-    line = f"{sys.executable} -m petune {command} >{to}"
-    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("command", "to"), [("methods", "/dev/full"), ("--help", "/dev/full"), ("env", "&-")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_cannot_be_written_is_one_line(unbuffered: str, command: str, to: str) -> None:
+    line, env = f"{sys.executable} -m petune {command} >{to}", {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == (2 if to == "&-" else 1)
     reason = "be open for" if to == "&-" else "take what petune prints, but cannot be written: No space left on device"
     assert done.stderr.startswith(f"error: stdout must {reason}")
