@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from petune.arguments import check_watch
-from petune.config import Config
+from petune.config import Config, UserPath
 from petune.errors import PetuneError, UsageError, near_names
 from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
@@ -44,7 +44,7 @@ class CompareConfig(Config):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0,), min_length=1)
     lrs: dict[str, Annotated[float, Field(gt=0, le=1e4)]] = {}
     run: RunConfig = RunConfig()
-    output: Path | None = None
+    output: UserPath | None = None
 
     @field_validator("methods", "seeds")
     @classmethod

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from petune.arguments import check_watch
 from petune.backbones import check_weights
 from petune.compare import RunStarted
-from petune.config import Config, override, read_yaml
+from petune.config import Config, UserPath, override, read_yaml
 from petune.errors import CheckpointError, ConfigError, PetuneError, UsageError
 from petune.executors import Executor, Failure, Started, Work, choose_executor, serial
 from petune.files import replace_file
@@ -55,7 +55,7 @@ class SweepConfig(Config):
     test: bool = True
     at_once: int | None = Field(None, ge=1)
     run: RunConfig = RunConfig()
-    output: Path | None = None
+    output: UserPath | None = None
 
     @field_validator("over")
     @classmethod

@@ -9,6 +9,7 @@ Legend: D width, R rank, I and O chunks of D inputs and outputs.
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import torch
@@ -71,13 +72,41 @@ class FacT(petune.Tuner[FacTConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """One core for every linear layer of attention and MLP whose sides are multiples of the width."""
         shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        fitted, skipped = 0, list[str]()
         for block in edit.sites.need_blocks():
             width, rank = block.dim, self.config.rank
             if width not in shared:
                 u, v = nn.Parameter(torch.empty(width, rank)), nn.Parameter(torch.zeros(width, rank))
                 shared[width] = (nn.init.xavier_uniform_(u), v)  # type: ignore[assignment]
-            for layer in (*edit.linears(block.attn), *edit.linears(block.mlp)):
+            for layer in _layers(edit, block):
                 out_dim, in_dim = cast(nn.Linear, layer.module).weight.shape
                 if in_dim % width == 0 and out_dim % width == 0:
                     shape = (in_dim // width, out_dim // width)
                     edit.branch(layer, layer, Factors(*shared[width], shape, self.config))
+                    fitted += 1
+                else:
+                    skipped.append(layer.path)
+        _say(edit, fitted, skipped)
+
+
+def _layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
+    """Linear layers of attention and MLP, called where the model can be told to call them."""
+    places = [site for site in (block.attn, block.mlp) if site is not None]
+    for site in places:
+        edit.wake(site)
+    return [layer for site in places for layer in edit.linears(site)]
+
+
+def _say(edit: petune.Edit, fitted: int, skipped: list[str]) -> None:
+    model, names = edit.sites.model, ", ".join(skipped[:3])
+    if not fitted:
+        raise petune.AttachError(
+            f"fact needs linear layers whose sides are multiples of the block's width, but {model} has none"
+            f"{f' (not {names})' if skipped else ''}. Use lora, or adaptformer"
+        )
+    if skipped:
+        warnings.warn(
+            f"{len(skipped)} linear layers of {model} get no fact, since their sides are no multiples of the width: "
+            f"{names}; the other {fitted} do",
+            stacklevel=3,
+        )
