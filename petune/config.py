@@ -115,15 +115,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _no_words(value: object) -> Iterator[object]:
-    """Keys that are no text: YAML reads `1:` as a number and `on:` as true."""
-    inner: Iterable[object] = ()
-    if isinstance(value, dict):
-        yield from (key for key in value if not isinstance(key, str))
-        inner = value.values()
-    elif isinstance(value, list):
-        inner = value
-    for one in inner:
-        yield from _no_words(one)
+    """Keys that are no text: YAML reads `1:` as a number and `on:` as true. What an alias repeats is looked at once."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, dict):
+            yield from (key for key in one if not isinstance(key, str))
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
 
 
 def parse_value(text: str) -> Any:
