@@ -107,9 +107,9 @@ class Row(Config):
 
 
 class Origin(Config):
-    """What was measured where: runs, as `vpt, seed 1`, and their provenance."""
+    """What was measured where: seeds by method, and their provenance."""
 
-    runs: tuple[str, ...]
+    runs: dict[str, tuple[int, ...]]
     provenance: dict[str, Any]
 
 
@@ -227,12 +227,12 @@ def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
 
 def origins_of(results: Sequence[RunResult]) -> tuple[Origin, ...]:
     """The places where the runs were measured; empty where it is one."""
-    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    found: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {}
     for result in results:
         same = {key: result.provenance.get(key) for key in ("device", "threads", "precision", "versions", "git")}
-        runs, _ = found.setdefault(json.dumps(same, sort_keys=True), ([], same))
-        runs.append(f"{result.method}, seed {result.seed}")
-    origins = [Origin(runs=tuple(runs), provenance=provenance) for runs, provenance in found.values()]
+        runs, _ = found.setdefault(json.dumps(same, sort_keys=True), ({}, same))
+        runs[result.method] = (*runs.get(result.method, ()), result.seed)
+    origins = [Origin(runs=runs, provenance=provenance) for runs, provenance in found.values()]
     return tuple(origins) if len(origins) > 1 else ()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from petune.text import duration as duration
@@ -77,15 +77,24 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     origins = comparison.get("origins") or []
     if origins:
         lines += ["", "Measured in several places:", ""]
-        lines += [f"- {in_markdown('; '.join(o['runs']))}: {_measured(o['provenance'])}" for o in origins]
+        lines += [f"- {in_markdown(seeds_by_method(o['runs']))}: {_measured(o['provenance'])}" for o in origins]
     elif comparison["provenance"]:
         lines += ["", f"Measured on {_measured(comparison['provenance'])}"]
     return "\n".join([*lines, "", "![top-1 over trained parameters](compare.svg)", ""])
 
 
+def seeds_by_method(runs: Mapping[str, Sequence[int]]) -> str:
+    """`linear (seeds 0, 1), vpt (seed 0)`."""
+    counted = {method: f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" for method, seeds in runs.items()}
+    return ", ".join(f"{method} ({seeds})" for method, seeds in counted.items())
+
+
 def _measured(where: Mapping[str, Any]) -> str:
+    commit = (where.get("git") or {}).get("commit", "")
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
-    return f"{in_markdown(where['device'])}, {where['threads']} threads, {where['precision']}; {versions}."
+    threads = f"{where['threads']} thread{'s' * (where['threads'] != 1)}"
+    at = f"; commit {commit[:7]}" if commit else ""
+    return f"{in_markdown(where['device'])}, {threads}, {where['precision']}; {versions}{at}."
 
 
 def picture(comparison: Mapping[str, Any]) -> bytes:

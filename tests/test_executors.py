@@ -152,9 +152,9 @@ def test_a_comparison_says_what_was_measured_where_and_needs_its_own_directory(t
     result["provenance"]["threads"] = 64
     file.write_text(json.dumps(result))
     one, other = compare(asked).origins
-    assert (one.runs, one.provenance["threads"], other.runs) == (("linear, seed 0",), 64, ("norm, seed 0",))
+    assert (one.runs, one.provenance["threads"], other.runs) == ({"linear": (0,)}, 64, {"norm": (0,)})
     text = (place / "compare.md").read_text()
-    assert "- linear, seed 0: " in text
+    assert "- linear (seed 0): " in text
     assert ", 64 threads, fp32; petune " in text
     again = CompareConfig.build({**asked.model_dump(), "methods": ("norm",)})
     compare(again, watch=events.append)

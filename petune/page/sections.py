@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from petune.compare import Comparison, Origin, origins_of, summarise
 from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
 from petune.page.found import Found
-from petune.report import cells, trial_table
+from petune.report import cells, seeds_by_method, trial_table
 from petune.results import RunResult
 
 COLUMNS = (
@@ -144,7 +144,7 @@ def _section(
 
 
 def _facts_of(origin: Origin) -> list[tuple[str, str]]:
-    return [("runs", "; ".join(origin.runs)), *_facts(origin.provenance)]
+    return [("runs", seeds_by_method(origin.runs)), *_facts(origin.provenance)]
 
 
 def _label(run: Found) -> str:

@@ -62,8 +62,8 @@ class FacT(petune.Tuner[FacTConfig]):
 
     Parameters: 2·D·r for each width, and 12·r² a block with an MLP of 4·D. ViT-B/16, r = 16: 61,440.
 
-    Differs from the paper: a model whose stages change the width has U and V for each. The paper starts U by
-    default and V at zero, so here too.
+    Differs from the paper: a model whose stages change the width has U and V for each. V starts at
+    zero as in the paper; U by Xavier and the cores by N(0, 1/r), where the authors' code has nn.Linear's default.
     """
 
     Config = FacTConfig
