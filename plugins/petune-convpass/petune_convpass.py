@@ -68,7 +68,8 @@ class Convpass(petune.Tuner[ConvpassConfig]):
 
     Parameters: 2·(2·D·H + H + D + 9·H² + H) a block. ViT-B/16, H = 8: 327,552.
 
-    Differs from the paper: GELU instead of QuickGELU.
+    Differs from the paper: GELU instead of QuickGELU; in a model with LayerScale (DINOv2) the adapters' outputs are
+    scaled by it, too, where the authors add them behind the sublayer.
     """
 
     Config = ConvpassConfig
