@@ -38,21 +38,21 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def trial_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of a `sweep.json`: the trials, best first, and what only the best one has, its test."""
-    trials = [row for row in sweep.get("rows", []) if isinstance(row, Mapping)]
-    names = list(dict.fromkeys(name for row in trials for name in row.get("params", {})))
-    tested = {sweep.get("best"): (sweep.get("result") or {}).get("top1")}
+    trials = sweep["rows"]
+    names = list(dict.fromkeys(name for row in trials for name in row["params"]))
+    tested = {sweep["best"]: (sweep["result"] or {}).get("top1")}
     rows = [
         [
-            str(row.get("trial")),
-            *(_value(row.get("params", {}).get(name)) for name in names),
-            "–" if row.get("tuned") is None else f"{row['tuned']:,}",
-            _accuracy(row.get("val_top1")),
-            _accuracy(tested.get(row.get("trial"))),
-            _value(row.get("epoch")),
-            "–" if row.get("time_s") is None else duration(row["time_s"]),
-            f"failed: {row.get('reason')}" if row.get("state") == "failed" else str(row.get("state")),
+            str(row["trial"]),
+            *(_value(row["params"].get(name)) for name in names),
+            "–" if row["tuned"] is None else f"{row['tuned']:,}",
+            _accuracy(row["val_top1"]),
+            _accuracy(tested.get(row["trial"])),
+            _value(row["epoch"]),
+            "–" if row["time_s"] is None else duration(row["time_s"]),
+            f"failed: {row['reason']}" if row["state"] == "failed" else row["state"],
         ]
-        for row in sorted(trials, key=lambda row: -(row.get("val_top1") or -1))
+        for row in sorted(trials, key=lambda row: -(row["val_top1"] or -1))
     ]
     return ["trial", *names, "tuned", "top-1 on val", "top-1 on test", "epoch", "time", "state"], rows
 

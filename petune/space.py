@@ -46,8 +46,8 @@ def parse_over(text: str) -> tuple[str, Range | tuple[Value, ...]]:
         ConfigError: It is neither.
     """
     key, equals, right = (part.strip() for part in text.partition("="))
-    if not (key and equals and right):
-        raise ConfigError(f"--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log]; got {text!r}")
+    if not (key and equals and all(word.strip() for word in right.split(","))):
+        raise ConfigError(f"--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value; got {text!r}")
     ends = re.fullmatch(r"([^,]+?)\.\.([^,]+?)(:log)?", right)
     if ends:
         low, high = parse_value(ends[1]), parse_value(ends[2])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured
-from petune.cli.running import RUNS, check_executor, check_tracker, watching
+from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
 from petune.cli.terminal import clean, say, show, show_json, show_table
-from petune.errors import Stopped, UsageError
+from petune.errors import UsageError
 
 if TYPE_CHECKING:
     from petune.compare import CompareConfig, Comparison
@@ -57,19 +56,12 @@ def compare(
 
 def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, executor: str = "serial") -> None:
     """Run it, print the table, and exit with 1 if a method failed."""
+    from petune.compare import COMPARE_FILE
     from petune.compare import compare as compare_config
 
     place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
-    try:
-        with watching(track, place) as watch:
-            comparison = compare_config(config, executor=executor, watch=watch)
-    except Stopped as error:
-        if not (place / "compare.yaml").exists():
-            raise
-        said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
-        elsewhere = "" if executor == "serial" else f" --executor {shlex.quote(executor)}"
-        raise Stopped(f"{said}; the same command goes on, or:\n  petune compare --config {where}/compare.yaml "
-                      f"--output {where}{elsewhere}") from None  # fmt: skip
+    with started_again("compare", place, COMPARE_FILE, executor), watching(track, place) as watch:
+        comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:
         show_json(comparison.model_dump(mode="json"))
     else:

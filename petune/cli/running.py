@@ -66,6 +66,27 @@ def resumable(command: str, place: Path) -> Iterator[None]:
 
 
 @contextmanager
+def started_again(command: str, place: Path, file: str, executor: str) -> Iterator[None]:
+    """Add to a stop of many runs that the same command goes on, and which one else does.
+
+    Args:
+        command: `compare` or `sweep`.
+        place: Its directory.
+        file: The configuration in it that goes on.
+        executor: As `--executor` names it.
+    """
+    try:
+        yield
+    except Stopped as error:
+        if not (place / file).exists():  # it had not begun
+            raise
+        said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
+        elsewhere = "" if executor == "serial" else f" --executor {shlex.quote(executor)}"
+        again = f"petune {command} --config {where}/{file} --output {where}{elsewhere}"
+        raise Stopped(f"{said}; the same command goes on, or:\n  {again}") from None
+
+
+@contextmanager
 def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunStarted], None]]:
     """Show progress, and log to a tracker if one is named.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
-from petune.cli.running import RUNS, check_executor, check_tracker, watching
+from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
 from petune.cli.terminal import clean, say, show_json, show_table
 from petune.errors import ConfigError, UsageError
 from petune.text import percent
@@ -80,21 +79,13 @@ def sweep(
 
 
 def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
-    from petune.errors import Stopped
+    from petune.rundir import CONFIG_FILE
     from petune.sweep import sweep as sweep_config
     from petune.sweep import sweep_name
 
     place = config.output or RUNS / sweep_name(config)
-    try:
-        with watching(track, place) as watch:
-            table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
-    except Stopped as error:
-        if not (place / "config.yaml").exists():
-            raise
-        said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
-        elsewhere = "" if executor == "serial" else f" --executor {shlex.quote(executor)}"
-        raise Stopped(f"{said}; the same command goes on, or:\n  petune sweep --config {where}/config.yaml "
-                      f"--output {where}{elsewhere}") from None  # fmt: skip
+    with started_again("sweep", place, CONFIG_FILE, executor), watching(track, place) as watch:
+        table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
     if as_json:
         show_json(table.model_dump(mode="json"))
     else:
@@ -146,14 +137,12 @@ def _over(texts: list[str]) -> dict[str, Any]:
     """All of `--over`, by key.
 
     Raises:
-        UsageError: A value is empty, or a key stands twice.
+        UsageError: See `petune.space.parse_over`, or a key stands twice.
     """
     from petune.space import parse_over
 
     found: dict[str, Any] = {}
     for text in texts:
-        if not all(word.strip() for word in text.partition("=")[2].split(",")):
-            raise UsageError(f"--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value; got {text!r}")
         key, values = parse_over(text)
         if key in found:
             raise UsageError(f"--over takes all values of a key at once, {key}=VALUE,VALUE,…, but {key} came twice")

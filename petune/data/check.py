@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from petune.data.folder import left_out, picture_files
+from petune.data.folder import picture_files
 from petune.data.pictures import decode_pictures
 
 
@@ -42,7 +42,7 @@ def check_folder(path: Path) -> FolderReport:
     Raises:
         DataError: The layout is wrong: see `petune.data.folder`.
     """
-    found = picture_files(path)
+    found, left_out = picture_files(path)
     first_seen: dict[bytes, tuple[str, Path]] = {}
     shared: list[tuple[Path, Path]] = []
     broken: list[str] = []
@@ -57,4 +57,4 @@ def check_folder(path: Path) -> FolderReport:
                 where, twin = first_seen.setdefault(digest, (part, file))
                 if where != part:
                     shared.append((file, twin))
-    return FolderReport(dict(pictures), broken, shared, left_out(path))
+    return FolderReport(dict(pictures), broken, shared, left_out)

@@ -45,7 +45,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
         DataError: No pictures, fewer than two classes, an empty class, classes that differ between
             splits, or a picture that cannot be decoded (with its path).
     """
-    found = picture_files(path)
+    found, others = picture_files(path)
     side = math.ceil(image_size / CROP)
     skipped: list[Path] = []
     splits = {part: _decode(path, files, side, on_broken == "skip", skipped) for part, files in found.items()}
@@ -66,20 +66,24 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
     if skipped:
         shown = ", ".join(str(p.relative_to(path)) for p in skipped[:5]) + (", …" if len(skipped) > 5 else "")
         dataset = replace(dataset, source=f"{dataset.source}; {len(skipped)} broken skipped: {shown}")
-    if said := unread(left_out(path)):
+    if said := unread(others):
         dataset = replace(dataset, source=f"{dataset.source}; {said}")
     return dataset.checked()
 
 
-def picture_files(path: Path) -> dict[str, Files]:
+def picture_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:
     """The pictures of a folder dataset by split and class, as `load_folder` would read them.
+
+    Returns:
+        Also how many visible files are not read as pictures, by what their names end in.
 
     Raises:
         DataError: As `load_folder`, but for what decoding would show.
     """
-    found = {part: _files(where) for part, where in _parts(path).items()}
+    others = Counter[str]()
+    found = {part: _files(where, others) for part, where in _parts(path).items()}
     _check(path, found)
-    return found
+    return found, dict(sorted(others.items()))
 
 
 def files_of_part(path: Path, part: str) -> tuple[str, Files]:
@@ -125,16 +129,28 @@ def _parts(path: Path) -> dict[str, Path]:
     return {part: p for part, p in (parts | {"val": val[0] if val else path / "val"}).items() if p.is_dir()}
 
 
-def _files(where: Path) -> Files:
-    return {folder.name: pictures_below(folder) for folder in _visible_folders(where)}
+def _files(where: Path, others: Counter[str] | None = None) -> Files:
+    return {folder.name: pictures_below(folder, others) for folder in _visible_folders(where)}
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """Every picture in a folder and the folders in it, in order of their paths; hidden ones are left out."""
-    return sorted(file for file in files_below(folder) if file.suffix.lower() in extensions())
+def pictures_below(folder: Path, others: Counter[str] | None = None) -> list[Path]:
+    """Every picture in a folder and the folders in it, in order of their paths; hidden ones are left out.
+
+    Args:
+        folder: Where to look.
+        others: Counts the other visible files, by what their names end in.
+    """
+    pictures = []
+    for file in _files_below(folder):
+        suffix = file.suffix.lower()
+        if suffix in extensions():
+            pictures.append(file)
+        elif others is not None:
+            others[suffix] += 1
+    return sorted(pictures)
 
 
-def files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path) -> Iterator[Path]:
     """Every visible file; links are followed, but not to a folder that lies above them."""
     above = {_identity(place) for place in Path(os.path.abspath(folder)).parents}
     open_folders = [(folder, above)]
@@ -143,12 +159,12 @@ def files_below(folder: Path) -> Iterator[Path]:
         identity = _identity(here)
         if identity is None or identity in above:
             continue
-        with contextlib.suppress(OSError):  # one that may not be read
-            for path in (path for path in here.iterdir() if not path.name.startswith(".")):
-                if path.is_dir():
-                    open_folders.append((path, above | {identity}))
+        with contextlib.suppress(OSError), os.scandir(here) as entries:  # suppressed: one that may not be read
+            for entry in (entry for entry in entries if not entry.name.startswith(".")):
+                if entry.is_dir():
+                    open_folders.append((Path(entry.path), above | {identity}))
                 else:
-                    yield path
+                    yield Path(entry.path)
 
 
 def _identity(place: Path) -> tuple[int, int] | None:
@@ -156,13 +172,6 @@ def _identity(place: Path) -> tuple[int, int] | None:
         stat = place.stat()
         return stat.st_dev, stat.st_ino
     return None
-
-
-def left_out(path: Path) -> dict[str, int]:
-    """How many visible files of a folder dataset are not read as pictures, by what their names end in."""
-    folders = [folder for where in _parts(path).values() for folder in _visible_folders(where)]
-    suffixes = (file.suffix.lower() for folder in folders for file in files_below(folder))
-    return dict(sorted(Counter(suffix for suffix in suffixes if suffix not in extensions()).items()))
 
 
 def unread(by_suffix: Mapping[str, int]) -> str:

@@ -116,12 +116,13 @@ def _read_table(place: Path, kind: Kind, config: dict[str, Any]) -> Found:
         return Found(place, kind, "broken", f"{file.name} cannot be read: {error}", config)
     if kind == "sweep":
         try:
-            table = Sweep.build(table, file.name).model_dump(mode="json")
+            sweep = Sweep.build(table, file.name)
         except ConfigError as error:
             return Found(place, kind, "broken", str(error), config)
-    if table.get("finished") is False:
-        done = sum(row["state"] != "running" for row in table["rows"])
-        return Found(place, kind, "unfinished", f"{done} trials done; started again it goes on", config, table=table)
+        table = sweep.model_dump(mode="json")
+        if not sweep.finished:
+            far = f"{sum(row.state != 'running' for row in sweep.rows)} trials done; started again it goes on"
+            return Found(place, kind, "unfinished", far, config, table=table)
     return Found(place, kind, "done", "", config, table=table)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from petune.compare import Comparison, Origin, origins_of, summarise
+from petune.compare import COMPARE_FILE, Comparison, Origin, origins_of, summarise
 from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
 from petune.page.found import Found
 from petune.report import cells, seeds_by_method, trial_table
@@ -91,7 +91,7 @@ def _comparison(one: Found, runs: Sequence[Found]) -> Section:
         shared = comparison.config.run
         title, epochs = f"{shared.backbone} on {shared.dataset}", shared.train.epochs
         about = f"Comparison in {one.path}: {comparison.backbone}, weights {comparison.weights}."
-    commands = [f"petune compare --config {shlex.quote(str(one.path / 'compare.yaml'))}"] if not comparison else []
+    commands = [f"petune compare --config {shlex.quote(str(one.path / COMPARE_FILE))}"] if not comparison else []
     facts = comparison.provenance if comparison else {}
     origins = comparison.origins if comparison else ()
     config = comparison.config.model_dump(mode="json") if comparison else {}
@@ -112,14 +112,13 @@ def _loose(kind: str, what: str, runs: Sequence[Found]) -> Section:
 
 def _sweep(one: Found) -> Section:
     """The trials, best first; only the best one has a test result."""
-    table = one.table or {}
-    columns, rows = trial_table(table)
-    config = table.get("config", {})
-    run = config.get("run", {})
-    title = f"Sweep of {run.get('method', '?')}: {run.get('backbone', '?')} on {run.get('dataset', '?')}"
+    assert one.table is not None
+    columns, rows = trial_table(one.table)
+    config, provenance = one.table["config"], one.table["provenance"]
+    run = config["run"]
+    title = f"Sweep of {run['method']}: {run['backbone']} on {run['dataset']}"
     about = f"Sweep in {one.path}, chosen on validation; only the best one has read test. Best first."
-    facts = _facts(table.get("provenance", {}))
-    return Section(title, about, columns, rows, [], facts, _argv(table.get("provenance", {})), _yaml(config))
+    return Section(title, about, columns, rows, [], _facts(provenance), _argv(provenance), _yaml(config))
 
 
 def _section(
