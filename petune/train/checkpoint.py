@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -66,8 +67,17 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     older = [other for other in _paths(directory) if other.name < path.name]
     for other in _paths(directory):
         if other != path and other not in older[-(KEPT - 1) :]:
-            shutil.rmtree(other, ignore_errors=True)
+            _remove(other)
     return path
+
+
+def _remove(path: Path) -> None:
+    """Take it away in one step for those who look; a kill leaves a stump, which the next start clears away."""
+    stump = path.with_name(f".{path.name}-outdated")
+    shutil.rmtree(stump, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(stump)
+    shutil.rmtree(stump, ignore_errors=True)
 
 
 def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
