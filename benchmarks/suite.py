@@ -5,6 +5,7 @@
     python benchmarks/suite.py few-shot --only few-shot-10   # some pieces, or some methods, by name
     python benchmarks/suite.py few-shot --seeds 0            # a first seed of each
     python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in results/
+    python benchmarks/suite.py few-shot --kept-rates --keep  # go on with what another machine kept there
 
 Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
 what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range, or a
@@ -15,25 +16,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from joined import joined
 from pydantic import Field
 
 import petune
 from petune.cli.progress import Progress
+from petune.compare import Comparison
 from petune.config import Config, read_yaml
 from petune.executors import RUN, Executor, Work
 from petune.files import replace_file
-from petune.report import markdown
+from petune.report import markdown, picture
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"
-KEPT = ("compare.json", "compare.md", "compare.svg", "suite.json")
 
 
 class Expected(Config):
@@ -132,13 +133,23 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 
 def run_piece(
-    piece: Piece, place: Path, methods: tuple[str, ...], watch: Any, executor: str | Executor = "serial"
+    piece: Piece,
+    place: Path,
+    methods: tuple[str, ...],
+    watch: Any,
+    executor: str | Executor = "serial",
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks."""
+    """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks.
+
+    Args:
+        known: Rates that were chosen before, by method, as this function returns them.
+    """
     pretraining = pretrain_config(piece, place)
     pretrained = petune.pretrain(pretraining, watch=watch).model_dump(mode="json") if pretraining else None
     configs = {method: rate_config(piece, place, method) for method in methods if piece.rates}
-    rates = {method: chosen_rate(config, watch, executor) for method, config in configs.items()}
+    known = known or {}
+    rates = {m: known.get(m) or chosen_rate(config, watch, executor) for m, config in configs.items()}
     lrs = {method: rate["lr"] for method, rate in rates.items()}
     comparison = petune.compare(compare_config(piece, place, methods, lrs), executor=executor, watch=watch)
     other = [row.method for row in comparison.rows if row.method in lrs and row.lr not in {None, lrs[row.method]}]
@@ -232,13 +243,52 @@ def chosen(suite: Suite, only: list[str]) -> dict[str, tuple[str, ...]]:
     return {piece: several for piece, several in wanted.items() if several}
 
 
-def keep(place: Path, piece: str) -> None:
-    """Copy the results of a piece to where results are committed."""
-    target = RESULTS / piece
-    target.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        source = place / name if name == "suite.json" else place / "compare" / name
-        shutil.copyfile(source, target / name)
+def kept(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
+    """What is committed of a piece: the table, and the rates that were chosen."""
+    place = RESULTS / piece
+    if not (place / "compare.json").exists():
+        return None, {}
+    table = Comparison.model_validate_json((place / "compare.json").read_bytes())
+    rates: dict[str, Any] = json.loads((place / "suite.json").read_bytes())["rates"]
+    return table, rates
+
+
+def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, Any]:
+    """Join the results of a piece to those that are committed, and write them there. Returns all of them."""
+    new, (old, rates) = Comparison.model_validate(done["compare"]), kept(piece)
+    table = new if old is None else joined(old, new, order)
+    rates |= done["rates"]
+    plain = table.model_dump(mode="json")
+    place = RESULTS / piece
+    place.mkdir(parents=True, exist_ok=True)
+    replace_file(place / "compare.json", (table.model_dump_json(indent=1) + "\n").encode())
+    replace_file(place / "compare.md", markdown(plain).encode())
+    replace_file(place / "compare.svg", picture(plain))
+    return done | {"compare": plain, "rates": {m: rates[m] for m in table.config.methods if m in rates}}
+
+
+def write_record(place: Path, suite: Suite, piece: str, args: argparse.Namespace, done: dict[str, Any]) -> list[Check]:
+    """suite.json: what a piece chose, and its numbers beside the expected ones. Returns those."""
+    methods = set(done["compare"]["config"]["methods"])
+    expected = {what: one for what, one in suite.expected.get(piece, {}).items()
+                if set(map(str.strip, what.split(" - "))) <= methods}  # fmt: skip
+    checks = checks_of(expected, done["compare"])
+    record = {
+        "suite": args.name, "piece": piece, "smoke": args.smoke, "command": suite.command, "about": suite.about,
+        "pretrain": done["pretrain"], "rates": done["rates"],
+        "checks": [asdict(check) | {"good": check.good} for check in checks],
+    }  # fmt: skip
+    replace_file(place / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
+    return checks
+
+
+def show(done: dict[str, Any], checks: Sequence[Check]) -> None:
+    """Print the table, the rates and the checks."""
+    print(markdown(done["compare"]).partition("\n![")[0])
+    for method, rate in done["rates"].items():
+        edge = "; AT THE EDGE of what was tried" if rate["edge"] else ""
+        print(f"{method}: rate {rate['lr']:g}, val {rate['tried']}{edge}")
+    print("\n".join(map(str, checks)), flush=True)
 
 
 def main(words: list[str]) -> NoReturn:
@@ -254,25 +304,15 @@ def main(words: list[str]) -> NoReturn:
             config = config.model_copy(update={"compare": config.compare | {"seeds": seeds}})
             if args.finished and not (methods := begun(place, methods, seeds)):
                 continue
-            done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial")
-            expected = {what: one for what, one in suite.expected.get(piece, {}).items()
-                        if set(map(str.strip, what.split(" - "))) <= set(methods)}  # fmt: skip
-            checks = checks_of(expected, done["compare"])
+            known = kept(piece)[1] if args.kept_rates else {}
+            done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial", known)
+            checks = write_record(place, suite, piece, args, done)
             good &= all(check.good for check in checks)
             good &= all(row["status"] == "done" for row in done["compare"]["rows"])
-            record = {
-                "suite": args.name, "piece": piece, "smoke": args.smoke, "command": suite.command, "about": suite.about,
-                "pretrain": done["pretrain"], "rates": done["rates"],
-                "checks": [asdict(check) | {"good": check.good} for check in checks],
-            }  # fmt: skip
-            replace_file(place / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
-            print(markdown(done["compare"]).partition("\n![")[0])
-            for method, rate in done["rates"].items():
-                edge = "; AT THE EDGE of what was tried" if rate["edge"] else ""
-                print(f"{method}: rate {rate['lr']:g}, val {rate['tried']}{edge}")
-            print("\n".join(map(str, checks)), flush=True)
+            show(done, checks)
             if args.keep:
-                keep(place, piece)
+                whole = keep(done, piece, config.compare["methods"])
+                write_record(RESULTS / piece, suite, piece, args, whole)
     raise SystemExit(0 if good else 1)
 
 
@@ -284,7 +324,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the suite's")
     parser.add_argument("--finished", action="store_true", help="train nothing; take what is finished")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of runs/suites/NAME")
-    parser.add_argument("--keep", action="store_true", help="copy the results to benchmarks/results/")
+    parser.add_argument("--keep", action="store_true", help="join the results to those in benchmarks/results/")
+    parser.add_argument("--kept-rates", action="store_true", help="choose no rate that was chosen for those already")
     args = parser.parse_args(words)
     if args.keep and args.smoke:
         parser.error("--keep is for results; a smoke run has none")

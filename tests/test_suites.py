@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import suite
 import tables
 import yaml
+from joined import joined
 
+from petune.compare import CompareConfig, Comparison, Row
 from petune.run import tuner_of
 
 NAMES = ("cifar-small", "few-shot", "precision", "seed")
@@ -140,6 +143,64 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
     assert f"| one | `linear` | 50 | 0 to 100 | {linear:.2f} | in range | nobody |" in page
     assert "| **out of range** |" in page
     assert f"- `bitfit`: {'**' if record['rates']['bitfit']['lr'] == 0.003 else ''}0.003 " in page
+
+
+def test_what_two_machines_measured_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(name: str) -> dict[str, dict[str, object]]:
+        kept = json.loads((tmp_path / name / "one" / "compare.json").read_text())
+        for row in kept["rows"]:
+            del row["images_per_s"], row["peak_memory_bytes"], row["time_s"]
+        return {row["method"]: row for row in kept["rows"]}
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("suites", "whole", "pieces"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(suite, "SUITES", tmp_path / "suites")
+    (tmp_path / "suites" / "tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "whole")
+    _run(capsys, "tiny", "--output", "one", "--seeds", "0", "1", "2", "--keep")
+
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "pieces")
+    _run(capsys, "tiny", "--output", "a", "--seeds", "0", "1", "--only", "linear", "--keep")
+    shutil.rmtree("a")  # another machine
+    _, shown, err = _run(capsys, "tiny", "--output", "b", "--seeds", "2", "--only", "linear", "--kept-rates", "--keep")
+    assert "trial" not in err
+    assert "linear: rate 0.02" in shown
+    _run(capsys, "tiny", "--output", "c", "--seeds", "0", "1", "2", "--only", "bitfit", "--keep")
+    whole, both = rows("whole"), rows("pieces")
+    assert list(whole) == list(both) == ["linear", "bitfit"]
+    for method, row in whole.items():
+        assert {key: pytest.approx(both[method][key]) for key in row} == row, method
+    record = json.loads((tmp_path / "pieces" / "one" / "suite.json").read_text())
+    assert record == json.loads((tmp_path / "whole" / "one" / "suite.json").read_text())
+
+    words = ("tiny", "--only", "linear", "--kept-rates", "--keep")
+    code, _, _ = _run(capsys, *words, "--output", "d", "--seeds", "2", "3")
+    assert "linear: seeds (0, 1, 2) are kept and (2, 3) were measured, which cannot be joined" in str(code)
+    assert rows("pieces") == both
+    (tmp_path / "suites" / "tiny.yaml").write_text(TINY.replace("epochs: 2, precision", "epochs: 1, precision"))
+    code, _, _ = _run(capsys, *words, "--output", "e", "--seeds", "3")
+    assert "only runs of one recipe and one backbone can be joined" in str(code)
+
+
+def test_a_joined_table_says_which_run_was_measured_where() -> None:
+    def table(device: str, **seeds: tuple[int, ...]) -> Comparison:
+        rows = tuple(
+            Row(method=m, status="done", seeds=s, top1=(50.0,) * len(s), top1_mean=50, top5_mean=90)
+            for m, s in seeds.items()
+        )
+        config = CompareConfig.build({"methods": tuple(seeds), "seeds": (0,)}, "test")
+        place = {"device": device, "threads": 1, "precision": "bf16", "versions": {}, "git": None}
+        return Comparison(config=config, rows=rows, backbone="b", weights="w", provenance=place, output="o")
+
+    one = joined(table("a", linear=(0, 1), vpt=(0,), full=(0, 1)), table("b", vpt=(1,), full=(0, 1)), ["full", "vpt"])
+    assert [origin.runs for origin in one.origins] == [{"linear": (0, 1), "vpt": (0,)}, {"vpt": (1,), "full": (0, 1)}]
+    assert [row.method for row in one.rows] == ["full", "vpt", "linear"]
+    same = joined(table("a", linear=(0, 1)), table("a", linear=(2,)), ["linear"])
+    assert (same.origins, same.config.seeds, same.rows[0].seeds) == ((), (0, 1, 2), (0, 1, 2))
+    assert joined(table("a", linear=(0, 1)), table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
 
 
 def test_the_nearest_to_full_is_named() -> None:

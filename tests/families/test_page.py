@@ -55,7 +55,8 @@ def test_the_results_still_hold(family: str) -> None:
     assert len(sites.blocks) == RESULTS[family]["blocks"]
     assert unproven_mids(model, sites) == []
     for method in ("adaptformer", "vpt", "vpt:deep=false"):
-        assert examine(model, method).state == RESULTS[family]["methods"][method]["state"], (family, method)
+        outcome = examine(model, method)
+        assert outcome.state == RESULTS[family]["methods"][method]["state"], (family, method, outcome.detail)
 
 
 @pytest.mark.parametrize("family", ["swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"])

@@ -1,0 +1,105 @@
+"""Join what was measured of one comparison on two machines: no run is lost, and none counted twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from petune.compare import Comparison, Origin, Row
+
+SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
+PLACES = {"output", "data_dir", "resume", "method", "seed"}
+
+
+def joined(old: Comparison, new: Comparison, order: Sequence[str]) -> Comparison:
+    """The rows of both, in that order. A method that both have with other seeds gets one row of all its seeds.
+
+    Raises:
+        SystemExit: They are of other recipes or weights, or a method has other rates or sizes, or some of its seeds
+            in both.
+    """
+    recipes = [one.config.run.model_dump(mode="json", exclude=PLACES) for one in (old, new)]
+    if recipes[0] != recipes[1] or (old.backbone, old.weights) != (new.backbone, new.weights):
+        raise SystemExit("only runs of one recipe and one backbone can be joined, but the kept results have another")
+    rows, origins = {row.method: row for row in old.rows}, [*_origins(old)]
+    used: set[str] = set()
+    for row in new.rows:
+        before = rows.get(row.method)
+        if before is None or set(before.seeds) <= set(row.seeds):  # measured again, whole
+            rows[row.method] = row
+            origins = [_without(origin, row.method) for origin in origins]
+        elif set(row.seeds) <= set(before.seeds):  # a part of what is kept, or a failure
+            continue
+        else:
+            rows[row.method] = _one_row(before, row)
+        used.add(row.method)
+    origins += [_only(origin, used) for origin in _origins(new)]
+    methods = tuple(sorted(rows, key=lambda method: order.index(method) if method in order else len(order)))
+    lrs = {method: lr for method in methods if (lr := rows[method].lr) is not None}
+    seeds = tuple(sorted({seed for row in rows.values() for seed in row.seeds}))
+    config = new.config.model_copy(update={"methods": methods, "seeds": seeds, "lrs": lrs})
+    places = _merged([origin for origin in origins if origin.runs])
+    shown = tuple(places) if len(places) > 1 else ()
+    return new.model_copy(update={"config": config, "rows": tuple(rows[m] for m in methods), "origins": shown})
+
+
+def _one_row(a: Row, b: Row) -> Row:
+    """One row of the seeds of two; mean and standard deviation as from all of them."""
+    if set(a.seeds) & set(b.seeds):
+        raise SystemExit(
+            f"{a.method}: seeds {a.seeds} are kept and {b.seeds} were measured, "
+            "which cannot be joined; measure all of them, or with --seeds only those that are missing"
+        )
+    if other := [name for name in SAME if getattr(a, name) != getattr(b, name)]:
+        raise SystemExit(f"{a.method}: the kept row has another {', '.join(other)}; see --kept-rates")
+    n, m = len(a.seeds), len(b.seeds)
+    top1 = dict(zip((*a.seeds, *b.seeds), (*a.top1, *b.top1), strict=True))
+    seeds = tuple(sorted(top1))
+
+    def mean(name: str) -> float | None:
+        x, y = getattr(a, name), getattr(b, name)
+        return None if x is None or y is None else (n * x + m * y) / (n + m)
+
+    def spread(name: str) -> float:
+        """From the sums of squares about each mean, and the distance of the means."""
+        x, y = getattr(a, f"{name}_mean"), getattr(b, f"{name}_mean")
+        squares = sum((k - 1) * (getattr(row, f"{name}_std") or 0.0) ** 2 for k, row in ((n, a), (m, b)))
+        return math.sqrt((squares + n * m / (n + m) * (x - y) ** 2) / (n + m - 1))
+
+    means = {name: mean(name) for name in ("top1_mean", "top5_mean", "val_top1_mean", "images_per_s")}
+    spreads = {f"{name}_std": spread(name) for name in ("top1", "top5")}
+    used = {
+        "peak_memory_bytes": max(a.peak_memory_bytes or 0, b.peak_memory_bytes or 0),
+        "time_s": (a.time_s or 0.0) + (b.time_s or 0.0),
+    }
+    return b.model_copy(update={"seeds": seeds, "top1": tuple(top1[s] for s in seeds)} | means | spreads | used)
+
+
+def _origins(comparison: Comparison) -> tuple[Origin, ...]:
+    """Where it was measured, also where that is one place."""
+    if comparison.origins:
+        return comparison.origins
+    keys = ("device", "threads", "precision", "versions", "git")
+    runs = {row.method: row.seeds for row in comparison.rows if row.seeds}
+    return (Origin(runs=runs, provenance={key: comparison.provenance.get(key) for key in keys}),)
+
+
+def _without(origin: Origin, method: str) -> Origin:
+    return _only(origin, set(origin.runs) - {method})
+
+
+def _only(origin: Origin, methods: set[str]) -> Origin:
+    return origin.model_copy(update={"runs": {m: seeds for m, seeds in origin.runs.items() if m in methods}})
+
+
+def _merged(origins: Sequence[Origin]) -> list[Origin]:
+    """One for each place."""
+    found: list[Origin] = []
+    for origin in origins:
+        same = next((one for one in found if one.provenance == origin.provenance), None)
+        if same is None:
+            found.append(origin)
+        else:
+            runs = {m: (*same.runs.get(m, ()), *origin.runs.get(m, ())) for m in {**same.runs, **origin.runs}}
+            found[found.index(same)] = same.model_copy(update={"runs": runs})
+    return found
