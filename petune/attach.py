@@ -151,11 +151,11 @@ class Attachment:
         term = self.tuner.loss(step)
         return 0.0 if term is None else term
 
-    def check_gradients(self) -> None:
-        """After the first backward: every adapter and head parameter has a gradient.
+    def check_gradients(self, *, under_way: bool = False) -> None:
+        """After a backward: every adapter and head parameter has a gradient, once `under_way` some other than zero.
 
         Raises:
-            DeadSite: Some have none; they are named.
+            DeadSite: Some have none, they are named; or all adapters have zeros, so that nothing of them would train.
             AttachError: See `parameters`.
         """
         self._need_own()
@@ -165,6 +165,11 @@ class Attachment:
                 f"every parameter of {self.name} must get a gradient, but {len(dead)} got none, as "
                 f"{', '.join(dead[:3])}: {self.sites.model} does not use "
                 "them in its output. Use another method on this model"
+            )
+        if under_way and self.tuned and not any(p.grad is not None and p.grad.any() for p in self.tuned.values()):
+            raise DeadSite(
+                f"{self.name} must learn, but all gradients of its {len(self.tuned)} tensors are zero: it does nothing "
+                f"in {self.sites.model}. Look at its options (a scale of 0, a dropout of 1) or use another method"
             )
 
     def without_effect(self, silent: set[str]) -> list[str]:

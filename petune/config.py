@@ -5,17 +5,19 @@ from __future__ import annotations
 import datetime
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from petune.errors import ConfigError, near_names
 
 LONGEST_SHOWN = 120
+UNION_MEMBER = re.compile(r"(constrained-\w+|literal\[.*\]|function-.*|float|int|str|bool)")
 
 
 class Config(BaseModel):
@@ -33,6 +35,15 @@ class Config(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_explain(error, type(self), "")) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("must be a number")
+        return value
 
     # So that pydantic validates a configuration inside another one as it does without an __init__: all at once
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -76,6 +87,11 @@ class Config(BaseModel):
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         # PyYAML writes some separators (U+0085, U+2028) as they are and reads them as a space: those it must escape
         return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a union names, or the only one."""
+    return {annotation, *get_args(annotation)}
 
 
 def user_path(path: Path) -> Path:
@@ -191,16 +207,20 @@ def _shown(value: object) -> str:
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
-    problems = []
+    found: dict[str, list[str]] = {}
+    came: dict[str, str] = {}
     for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"]) or cls.__name__
+        *above, last = item["loc"] or (cls.__name__,)
+        union = bool(above) and UNION_MEMBER.fullmatch(str(last))  # one problem, said by each member
+        where = ".".join(str(part) for part in (above if union else (*above, last)))
         if item["type"] == "extra_forbidden":
-            *above, key = item["loc"]
-            problems.append(f"{where}: no such key{_near_keys(str(key), _fields_at(cls, above))}")
+            message = f"no such key{_near_keys(str(last), _fields_at(cls, above))}"
         else:
             message = item["msg"].removeprefix("Value error, ")
-            came = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
-            problems.append(f"{where}: {message[:1].lower()}{message[1:]}{came}")
+            message = f"{message[:1].lower()}{message[1:]}"
+            came[where] = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
+        found.setdefault(where, []).append(message)
+    problems = [f"{where}: {' or '.join(said)}{came.get(where, '')}" for where, said in found.items()]
     head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
     return "\n  - ".join([head, *problems])
 

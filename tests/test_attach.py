@@ -267,6 +267,24 @@ def test_what_a_backbone_never_uses_may_stay_as_it_is() -> None:
         att.check_gradients()
 
 
+def test_an_adapter_that_does_nothing_is_told() -> None:
+    class Off(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 0 * super().forward(x)
+
+    att = petune.attach(
+        tiny(), Custom(lambda edit: edit.branch(edit.sites.blocks[0], edit.sites.blocks[0], Off(24, 24)))
+    )
+    steps(att)
+    att.check_gradients()
+    with pytest.raises(DeadSite, match="all gradients of its 2 tensors are zero: it does nothing in "):
+        att.check_gradients(under_way=True)
+    att.detach()
+    live = petune.attach(tiny(), "adaptformer")
+    steps(live)
+    live.check_gradients(under_way=True)
+
+
 @pytest.mark.parametrize("method", ["lora", "fact", "vpt", "vpt:deep=false", "adaptformer", "lst"])
 def test_no_activation_is_kept(method: str) -> None:
     """A hundred tasks hold a hundred adapters, and nothing of the pictures that attaching looked at."""

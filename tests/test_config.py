@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from petune.config import Config, UserPath, override, parse_options, parse_value, read_yaml
 from petune.errors import ConfigError
@@ -44,6 +45,30 @@ def test_all_problems_in_one_message_with_near_names() -> None:
 def test_nan_and_infinity_are_refused(value: float) -> None:
     with pytest.raises(ConfigError, match="finite"):
         Inner.build({"lr": value})
+
+
+def test_a_union_is_one_problem() -> None:
+    class Other(Config):
+        scale: Annotated[float, Field(gt=0)] | Literal["learnable"] | None = None
+
+    with pytest.raises(ConfigError) as caught:
+        Other.build({"scale": 0})
+    assert str(caught.value) == (
+        "1 problem in Other:\n  - scale: input should be greater than 0 or input should be 'learnable' (got 0)"
+    )
+
+
+def test_truth_is_no_number() -> None:
+    class Other(Config):
+        count: int | None = None
+        flag: bool = False
+        either: bool | int = 0
+
+    assert Other(flag=True, either=True, count=None).either is True
+    with pytest.raises(ConfigError, match=r"count: must be a number \(got True\)"):
+        Other.build({"count": True})
+    with pytest.raises(ConfigError, match=r"lr: must be a number \(got False\)"):
+        Inner(lr=False)
 
 
 @given(

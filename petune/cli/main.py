@@ -35,6 +35,8 @@ from petune.group import is_said_elsewhere, leads, num_processes, this_process
 
 DEBUG = "--debug"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+NO_MEMORY = ("MemoryError", "OutOfMemoryError")
+LESS_MEMORY = "use --grad-checkpointing, a smaller --batch-size or --set train.micro_batch_size=N, or a smaller method"
 SEVERAL = ("run", "compare", "pretrain")
 """Commands that torchrun may start: their processes do one run together."""
 
@@ -103,6 +105,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         lost = _output_lost() if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
         if lost:
             _tell(f"error: stdout must take what petune prints, but cannot be written: {lost}", debug)
+            sys.exit(1)
+        if type(error).__name__ in NO_MEMORY or "can't allocate memory" in str(error):  # torch says so by RuntimeError
+            why = str(error).strip().partition("\n")[0]
+            _tell(f"error: memory must suffice, but ran out ({why}); {LESS_MEMORY}", debug)
             sys.exit(1)
         where = "" if debug else f"; {DEBUG} shows the traceback"
         _tell(f"error: this is a bug in petune: {type(error).__name__}: {error}{where}", debug)

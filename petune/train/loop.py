@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from petune.attach import Attachment
 
 SAVE_EVERY_S = 600.0
+UNDER_WAY = 5  # by then heads and adapters that start at zero have left it
 
 
 class Trainer:
@@ -201,8 +202,8 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         loss, asked = self._gradients(batch)
-        if p.step == 0:
-            self.att.check_gradients()
+        if p.step in {0, UNDER_WAY}:
+            self.att.check_gradients(under_way=p.step > 0 and self.sharded is None)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
         value = self._finite(loss, norm, lr, batch)
         self.optimizer.step()

@@ -9,7 +9,7 @@ Legend: B batch, N tokens, D width, M bottleneck.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +33,7 @@ class AdaptFormerConfig(petune.TunerConfig):
     """
 
     bottleneck: int = Field(64, ge=1)
-    scale: float | Literal["learnable"] | None = None
+    scale: Annotated[float, Field(gt=0)] | Literal["learnable"] | None = None
     dropout: float = Field(0.1, ge=0, lt=1)
     input: Literal["residual", "norm"] | None = None
     variant: Literal["official", "seed"] = "official"

@@ -29,7 +29,7 @@ class FacTConfig(petune.TunerConfig):
     """
 
     rank: int = Field(16, ge=1)
-    scale: float = 1.0
+    scale: float = Field(1.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
 
 

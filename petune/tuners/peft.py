@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 import petune
@@ -117,9 +117,9 @@ class LoraConfig(PeftConfig):
     """
 
     type: str = "lora"
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(8, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class RepAdapterConfig(petune.TunerConfig):
 
     bottleneck: int = Field(8, ge=1)
     groups: int = Field(2, ge=1)
-    scale: float = 1.0
+    scale: float = Field(1.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ class ConvpassConfig(petune.TunerConfig):
     """
 
     hidden_dim: int = Field(8, ge=1)
-    scale: float = 1.0
+    scale: float = Field(1.0, gt=0)
     dropout: float = Field(0.1, ge=0, lt=1)
 
 

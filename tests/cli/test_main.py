@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from petune import errors
 from petune.cli import main as program
@@ -140,6 +141,23 @@ def test_a_bug_is_called_a_bug(petune: Run, monkeypatch: pytest.MonkeyPatch) -> 
     done = petune("env")
     expected = "error: this is a bug in petune: KeyError: 'x'; --debug shows the traceback\n"
     assert (done.code, done.out, done.err) == (1, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "CUDA out of memory."),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory"),
+        (MemoryError(), "memory must suffice, but ran out ();"),
+    ],
+)
+def test_no_memory_is_no_bug(error: Exception, why: str, petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _failing(monkeypatch, error)
+    done = petune("env")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: memory must suffice, but ran out (")
+    assert why in done.err
+    assert done.err.endswith("a smaller --batch-size or --set train.micro_batch_size=N, or a smaller method\n")
 
 
 def test_ctrl_c_is_130(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import petune
+from petune.errors import ConfigError
 from petune.tiny_models import tiny_models
 
 NAMES = [t.name for t in petune.tuners() if t.name != "peft"]  # which needs a type: see test_peft
@@ -29,3 +30,20 @@ def test_vpt_variants(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("options", [{"variant": "seed"}, {"input": "norm"}, {"scale": "learnable"}])
 def test_adaptformer_variants(options: dict[str, object]) -> None:
     petune.check_tuner("adaptformer", **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("adaptformer", {"scale": 0}, "scale.*: input should be greater than 0"),
+        ("fact", {"scale": 0.0}, "scale.*: input should be greater than 0"),
+        ("repadapter", {"scale": 0}, "scale.*: input should be greater than 0"),
+        ("convpass", {"scale": 0}, "scale.*: input should be greater than 0"),
+        ("lora", {"lora_alpha": 0}, "lora_alpha: input should be greater than 0"),
+        ("lora", {"lora_dropout": 1}, "lora_dropout: input should be less than 1"),
+        ("dora", {"r": 0}, "r: input should be greater than or equal to 1"),
+    ],
+)
+def test_options_that_would_switch_a_method_off_are_refused(method: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        petune.check_tuner(method, **options)
