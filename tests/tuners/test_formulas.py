@@ -353,6 +353,13 @@ def test_norms_with_an_activation_train() -> None:
     assert all(is_norm(m) for m in (BatchNormAct2d(4), GroupNormAct(4, num_groups=2), LayerNormAct2d(4)))
     assert not is_norm(torch.nn.Sequential(torch.nn.LayerNorm(4)))
 
+    class RMSNorm(torch.nn.Module):  # hand-written, its epsilon a constant
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4))
+
+    assert is_norm(RMSNorm())
+
 
 def test_fact_says_what_it_leaves_out() -> None:
     odd = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2,
