@@ -14,6 +14,9 @@ from torch import nn
 
 from petune.arguments import check_watch
 from petune.attach import attach
+from petune.backbones import Backbone
+from petune.data.batches import Preprocess
+from petune.data.dataset import Dataset
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
@@ -32,7 +35,7 @@ from petune.run import (
 )
 from petune.rundir import claimed, free_path
 from petune.train import Note, StopFlag, TrainConfig, Trainer, choose_device
-from petune.train.evaluate import load_accuracy
+from petune.train.evaluate import Accuracy, load_accuracy
 from petune.tuner import Recipe
 from petune.weights import BACKBONE_FILE
 
@@ -109,9 +112,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             torch.manual_seed(config.seed)  # adapters start the same whatever drew before
             attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
             check_all_trains(attachment.counts.total - attachment.counts.trainable, config.method)
-        preprocess = preprocessing(backbone, dataset)
-        if config.mean and config.std:
-            preprocess = replace(preprocess, mean=config.mean, std=config.std)
+        preprocess = _preprocessing(config, backbone, dataset)
         trainer = Trainer(
             attachment,
             dataset,
@@ -127,20 +128,9 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         )
         fitted = trainer.fit()
         test = trainer.evaluate("test")
-        info = {
-            "backbone": config.backbone,
-            "full_name": backbone.full_name,
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "image_size": preprocess.image_size,
-            "classes": dataset.classes,
-            "adapters": sorted(set(attachment.model.state_dict()) - backbone_keys),
-            "method": config.method,
-            "top1": test.top1,
-            "top5": test.top5,
-            "config": config.model_dump(mode="json"),
-            "provenance": provenance(device),
-        }
+        adapters = sorted(set(attachment.model.state_dict()) - backbone_keys)
+        info = _described(config, backbone, preprocess, dataset, test) | {"adapters": adapters}
+        info |= {"provenance": provenance(device)}
         peak = memory.bytes()
         flops = forward_flops(attachment.model, (3, backbone.image_size, backbone.image_size))
 
@@ -167,6 +157,29 @@ def check_all_trains(frozen: int, method: str) -> None:
             f"pretraining trains everything, but {method} leaves {frozen:,} parameters as they are; use full, or a "
             "method that trains the backbone too"
         )
+
+
+def _preprocessing(config: PretrainConfig, backbone: Backbone, dataset: Dataset) -> Preprocess:
+    usual = preprocessing(backbone, dataset)
+    return replace(usual, mean=config.mean, std=config.std) if config.mean and config.std else usual
+
+
+def _described(
+    config: PretrainConfig, backbone: Backbone, preprocess: Preprocess, dataset: Dataset, test: Accuracy
+) -> dict[str, Any]:
+    """What the weights file says of itself."""
+    return {
+        "backbone": config.backbone,
+        "full_name": backbone.full_name,
+        "mean": preprocess.mean,
+        "std": preprocess.std,
+        "image_size": preprocess.image_size,
+        "classes": dataset.classes,
+        "method": config.method,
+        "top1": test.top1,
+        "top5": test.top5,
+        "config": config.model_dump(mode="json"),
+    }
 
 
 def _save(model: nn.Module, place: Path, info: dict[str, Any], dtype: str) -> int:
