@@ -11,16 +11,25 @@ SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
 PLACES = {"output", "data_dir", "resume", "method", "seed"}
 
 
-def joined(old: Comparison, new: Comparison, order: Sequence[str]) -> Comparison:
+def joined(old: Comparison, new: Comparison, order: Sequence[str], one_backbone: bool = True) -> Comparison:
     """The rows of both, in that order. A method that both have with other seeds gets one row of all its seeds.
+
+    Args:
+        one_backbone: Whether their weights are of one pretraining, which paths do not tell.
 
     Raises:
         SystemExit: They are of other recipes or weights, or a method has other rates or sizes, or some of its seeds
             in both.
     """
+    again = {row.method: set(row.seeds) for row in new.rows}
+    if all(set(row.seeds) <= again.get(row.method, set()) for row in old.rows):
+        return new
     recipes = [one.config.run.model_dump(mode="json", exclude=PLACES) for one in (old, new)]
-    if recipes[0] != recipes[1] or (old.backbone, old.weights) != (new.backbone, new.weights):
-        raise SystemExit("only runs of one recipe and one backbone can be joined, but the kept results have another")
+    if not one_backbone or recipes[0] != recipes[1] or (old.backbone, old.weights) != (new.backbone, new.weights):
+        raise SystemExit(
+            "only runs of one recipe and one backbone can be joined, but the kept results have another; "
+            "measure all methods and seeds that are kept again, and they are replaced"
+        )
     rows, origins = {row.method: row for row in old.rows}, [*_origins(old)]
     used: set[str] = set()
     for row in new.rows:
@@ -35,7 +44,8 @@ def joined(old: Comparison, new: Comparison, order: Sequence[str]) -> Comparison
         used.add(row.method)
     origins += [_only(origin, used) for origin in _origins(new)]
     methods = tuple(sorted(rows, key=lambda method: order.index(method) if method in order else len(order)))
-    lrs = {method: lr for method in methods if (lr := rows[method].lr) is not None}
+    given = {*old.config.lrs, *new.config.lrs}
+    lrs = {method: lr for method in methods if method in given and (lr := rows[method].lr) is not None}
     seeds = tuple(sorted({seed for row in rows.values() for seed in row.seeds}))
     config = new.config.model_copy(update={"methods": methods, "seeds": seeds, "lrs": lrs})
     places = _merged([origin for origin in origins if origin.runs])

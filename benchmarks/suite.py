@@ -244,27 +244,28 @@ def chosen(suite: Suite, only: list[str]) -> dict[str, tuple[str, ...]]:
 
 
 def kept(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
-    """What is committed of a piece: the table, and the rates that were chosen."""
+    """What is committed of a piece: the table, and what stands in its suite.json; None and nothing at first."""
     place = RESULTS / piece
     if not (place / "compare.json").exists():
-        return None, {}
-    table = Comparison.model_validate_json((place / "compare.json").read_bytes())
-    rates: dict[str, Any] = json.loads((place / "suite.json").read_bytes())["rates"]
-    return table, rates
+        return None, {"rates": {}, "pretrain": None}
+    record: dict[str, Any] = json.loads((place / "suite.json").read_bytes())
+    return Comparison.model_validate_json((place / "compare.json").read_bytes()), record
 
 
 def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, Any]:
     """Join the results of a piece to those that are committed, and write them there. Returns all of them."""
-    new, (old, rates) = Comparison.model_validate(done["compare"]), kept(piece)
-    table = new if old is None else joined(old, new, order)
-    rates |= done["rates"]
+    new, (old, record) = Comparison.model_validate(done["compare"]), kept(piece)
+    table = new if old is None else joined(old, new, order, record["pretrain"] == done["pretrain"])
+    lrs = {row.method: row.lr for row in table.rows}
+    both = [*record["rates"].items(), *done["rates"].items()]
     plain = table.model_dump(mode="json")
     place = RESULTS / piece
     place.mkdir(parents=True, exist_ok=True)
     replace_file(place / "compare.json", (table.model_dump_json(indent=1) + "\n").encode())
     replace_file(place / "compare.md", markdown(plain).encode())
     replace_file(place / "compare.svg", picture(plain))
-    return done | {"compare": plain, "rates": {m: rates[m] for m in table.config.methods if m in rates}}
+    rates = {method: rate for method, rate in both if rate["lr"] == lrs.get(method)}
+    return done | {"compare": plain, "rates": {method: rates[method] for method in lrs if method in rates}}
 
 
 def write_record(place: Path, suite: Suite, piece: str, args: argparse.Namespace, done: dict[str, Any]) -> list[Check]:
@@ -304,7 +305,7 @@ def main(words: list[str]) -> NoReturn:
             config = config.model_copy(update={"compare": config.compare | {"seeds": seeds}})
             if args.finished and not (methods := begun(place, methods, seeds)):
                 continue
-            known = kept(piece)[1] if args.kept_rates else {}
+            known = kept(piece)[1]["rates"] if args.kept_rates else {}
             done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial", known)
             checks = write_record(place, suite, piece, args, done)
             good &= all(check.good for check in checks)

@@ -180,6 +180,8 @@ def test_what_two_machines_measured_is_joined(
     code, _, _ = _run(capsys, *words, "--output", "d", "--seeds", "2", "3")
     assert "linear: seeds (0, 1, 2) are kept and (2, 3) were measured, which cannot be joined" in str(code)
     assert rows("pieces") == both
+    _run(capsys, "tiny", "--output", "one", "--seeds", "1", "--only", "linear", "--keep")  # a part of what is kept
+    assert rows("pieces") == both
     (tmp_path / "suites" / "tiny.yaml").write_text(TINY.replace("epochs: 2, precision", "epochs: 1, precision"))
     code, _, _ = _run(capsys, *words, "--output", "e", "--seeds", "3")
     assert "only runs of one recipe and one backbone can be joined" in str(code)
@@ -201,6 +203,10 @@ def test_a_joined_table_says_which_run_was_measured_where() -> None:
     same = joined(table("a", linear=(0, 1)), table("a", linear=(2,)), ["linear"])
     assert (same.origins, same.config.seeds, same.rows[0].seeds) == ((), (0, 1, 2), (0, 1, 2))
     assert joined(table("a", linear=(0, 1)), table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
+    again = table("b", vpt=(0, 1), linear=(0,))
+    assert joined(table("a", vpt=(1,), linear=(0,)), again, [], one_backbone=False) == again
+    with pytest.raises(SystemExit, match="of one recipe and one backbone"):
+        joined(table("a", vpt=(2,)), again, [], one_backbone=False)
 
 
 def test_the_nearest_to_full_is_named() -> None:
