@@ -11,57 +11,82 @@ SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
 PLACES = {"output", "data_dir", "resume", "method", "seed"}
 
 
-def joined(old: Comparison, new: Comparison, order: Sequence[str], one_backbone: bool = True) -> Comparison:
+def joined(old: Comparison, new: Comparison, order: Sequence[str], one_backbone: bool | None = None) -> Comparison:
     """The rows of both, in that order. A method that both have with other seeds gets one row of all its seeds.
 
     Args:
-        one_backbone: Whether their weights are of one pretraining, which paths do not tell.
+        one_backbone: Whether their weights are of one pretraining, which paths do not tell; None where there is none.
 
     Raises:
-        SystemExit: They are of other recipes or weights, or a method has other rates or sizes, or some of its seeds
+        ValueError: They are of other recipes or weights, or a method has other rates or sizes, or some of its seeds
             in both.
     """
     again = {row.method: set(row.seeds) for row in new.rows}
-    if all(set(row.seeds) <= again.get(row.method, set()) for row in old.rows):
+    if all(row.method in again and set(row.seeds) <= again[row.method] for row in old.rows):
         return new
-    recipes = [one.config.run.model_dump(mode="json", exclude=PLACES) for one in (old, new)]
-    if not one_backbone or recipes[0] != recipes[1] or (old.backbone, old.weights) != (new.backbone, new.weights):
-        raise SystemExit(
-            "only runs of one recipe and one backbone can be joined, but the kept results have another; "
-            "measure all methods and seeds that are kept again, and they are replaced"
-        )
-    rows, origins = {row.method: row for row in old.rows}, [*_origins(old)]
-    used: set[str] = set()
-    for row in new.rows:
-        before = rows.get(row.method)
-        if before is None or set(before.seeds) <= set(row.seeds):  # measured again, whole
-            rows[row.method] = row
-            origins = [_without(origin, row.method) for origin in origins]
-        elif set(row.seeds) <= set(before.seeds):  # a part of what is kept, or a failure
-            continue
-        else:
-            rows[row.method] = _one_row(before, row)
-        used.add(row.method)
+    if not any(again.values()):  # all failed: not even the backbone's name is known
+        return old
+    _need_one_recipe(old, new, one_backbone)
+    rows, used = _rows(old, new)
+    origins = [_without(origin, {m for m in used if rows[m] in new.rows}) for origin in _origins(old)]
     origins += [_only(origin, used) for origin in _origins(new)]
     methods = tuple(sorted(rows, key=lambda method: order.index(method) if method in order else len(order)))
     given = {*old.config.lrs, *new.config.lrs}
     lrs = {method: lr for method in methods if method in given and (lr := rows[method].lr) is not None}
     seeds = tuple(sorted({seed for row in rows.values() for seed in row.seeds}))
-    config = new.config.model_copy(update={"methods": methods, "seeds": seeds, "lrs": lrs})
     places = _merged([origin for origin in origins if origin.runs])
-    shown = tuple(places) if len(places) > 1 else ()
-    return new.model_copy(update={"config": config, "rows": tuple(rows[m] for m in methods), "origins": shown})
+    latest = new if any(rows[method].seeds for method in used) else old
+    return latest.model_copy(
+        update={
+            "config": latest.config.model_copy(update={"methods": methods, "seeds": seeds, "lrs": lrs}),
+            "rows": tuple(rows[method] for method in methods),
+            "origins": tuple(places) if len(places) > 1 else (),
+        }
+    )
+
+
+def _rows(old: Comparison, new: Comparison) -> tuple[dict[str, Row], set[str]]:
+    """The rows by method, and of which methods runs of `new` are in them."""
+    rows, used = {row.method: row for row in old.rows}, set[str]()
+    for row in new.rows:
+        before = rows.get(row.method)
+        if before is None or set(before.seeds) <= set(row.seeds):  # measured again, whole
+            rows[row.method] = row
+        elif not row.seeds:  # a failure
+            continue
+        elif set(row.seeds) <= set(before.seeds):
+            _need_one_size(before, row)
+            continue
+        else:
+            rows[row.method] = _one_row(before, row)
+        used.add(row.method)
+    return rows, used
+
+
+def _need_one_recipe(old: Comparison, new: Comparison, one_backbone: bool | None) -> None:
+    paths = PLACES if one_backbone is None else {*PLACES, "weights"}
+    shared = [one.config.run.model_dump(mode="json", exclude=paths) for one in (old, new)]
+    weights = old.weights == new.weights if one_backbone is None else one_backbone
+    if shared[0] != shared[1] or old.backbone != new.backbone or not weights:
+        raise ValueError(
+            "only runs of one recipe and one backbone can be joined, but the kept results have another; "
+            "measure all methods and seeds that are kept again, and they are replaced"
+        )
+
+
+def _need_one_size(a: Row, b: Row) -> None:
+    if other := [name for name in SAME if getattr(a, name) != getattr(b, name)]:
+        raise ValueError(f"{a.method}: the kept row has another {', '.join(other)}; see --kept-rates")
 
 
 def _one_row(a: Row, b: Row) -> Row:
     """One row of the seeds of two; mean and standard deviation as from all of them."""
     if set(a.seeds) & set(b.seeds):
-        raise SystemExit(
+        raise ValueError(
             f"{a.method}: seeds {a.seeds} are kept and {b.seeds} were measured, "
             "which cannot be joined; measure all of them, or with --seeds only those that are missing"
         )
-    if other := [name for name in SAME if getattr(a, name) != getattr(b, name)]:
-        raise SystemExit(f"{a.method}: the kept row has another {', '.join(other)}; see --kept-rates")
+    _need_one_size(a, b)
     n, m = len(a.seeds), len(b.seeds)
     top1 = dict(zip((*a.seeds, *b.seeds), (*a.top1, *b.top1), strict=True))
     seeds = tuple(sorted(top1))
@@ -94,8 +119,8 @@ def _origins(comparison: Comparison) -> tuple[Origin, ...]:
     return (Origin(runs=runs, provenance={key: comparison.provenance.get(key) for key in keys}),)
 
 
-def _without(origin: Origin, method: str) -> Origin:
-    return _only(origin, set(origin.runs) - {method})
+def _without(origin: Origin, methods: set[str]) -> Origin:
+    return _only(origin, set(origin.runs) - methods)
 
 
 def _only(origin: Origin, methods: set[str]) -> Origin:

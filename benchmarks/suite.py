@@ -177,6 +177,25 @@ def begun(place: Path, methods: tuple[str, ...], seeds: list[int]) -> tuple[str,
     return tuple(method for method in methods if method in done)
 
 
+def swept(piece: Piece, place: Path, method: str) -> bool:
+    """Whether the rate of the method was chosen here."""
+    output = rate_config(piece, place, method).output
+    return output is not None and (output / "sweep.json").exists()
+
+
+def need_finished(piece: Piece, place: Path, methods: tuple[str, ...], known: Mapping[str, Any]) -> None:
+    """Hold that nothing is left to train, so that --finished trains nothing.
+
+    Raises:
+        SystemExit: A pretraining or a choice of rates is missing.
+    """
+    if piece.pretrain and not (place / "pretrain" / "result.json").exists():
+        raise SystemExit(f"--finished needs a finished pretraining, but there is none in {place / 'pretrain'}")
+    without = [m for m in methods if piece.rates and m not in known and not swept(piece, place, m)]
+    if without:
+        raise SystemExit(f"--finished needs rates, but {place} and results/ have none of {', '.join(without)}")
+
+
 def pretrain_config(piece: Piece, place: Path) -> petune.PretrainConfig | None:
     """The pretraining of the piece, if it has one."""
     if piece.pretrain is None:
@@ -255,7 +274,8 @@ def kept(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
 def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, Any]:
     """Join the results of a piece to those that are committed, and write them there. Returns all of them."""
     new, (old, record) = Comparison.model_validate(done["compare"]), kept(piece)
-    table = new if old is None else joined(old, new, order, record["pretrain"] == done["pretrain"])
+    same = record["pretrain"] == done["pretrain"] if done["pretrain"] else None
+    table = new if old is None else joined(old, new, order, same)
     lrs = {row.method: row.lr for row in table.rows}
     both = [*record["rates"].items(), *done["rates"].items()]
     plain = table.model_dump(mode="json")
@@ -305,15 +325,22 @@ def main(words: list[str]) -> NoReturn:
             config = config.model_copy(update={"compare": config.compare | {"seeds": seeds}})
             if args.finished and not (methods := begun(place, methods, seeds)):
                 continue
-            known = kept(piece)[1]["rates"] if args.kept_rates else {}
+            known = kept(piece)[1]["rates"] if args.kept_rates or args.finished else {}
+            if args.finished:  # rates that were chosen here come first
+                known = {m: rate for m, rate in known.items() if args.kept_rates or not swept(config, place, m)}
+                need_finished(config, place, methods, known)
             done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial", known)
             checks = write_record(place, suite, piece, args, done)
             good &= all(check.good for check in checks)
             good &= all(row["status"] == "done" for row in done["compare"]["rows"])
             show(done, checks)
             if args.keep:
-                whole = keep(done, piece, config.compare["methods"])
-                write_record(RESULTS / piece, suite, piece, args, whole)
+                try:
+                    whole = keep(done, piece, config.compare["methods"])
+                    write_record(RESULTS / piece, suite, piece, args, whole)
+                except ValueError as error:  # the other pieces go on
+                    print(f"{piece} is not kept: {error}", file=sys.stderr)
+                    good = False
     raise SystemExit(0 if good else 1)
 
 

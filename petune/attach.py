@@ -152,7 +152,7 @@ class Attachment:
         return 0.0 if term is None else term
 
     def check_gradients(self, *, under_way: bool = False) -> None:
-        """After a backward: every adapter and head parameter has a gradient, once `under_way` some other than zero.
+        """After a backward: every adapter and head parameter has a gradient, once `under_way` not all zero.
 
         Raises:
             DeadSite: Some have none, they are named; or all adapters have zeros, so that nothing of them would train.
@@ -166,10 +166,11 @@ class Attachment:
                 f"{', '.join(dead[:3])}: {self.sites.model} does not use "
                 "them in its output. Use another method on this model"
             )
-        if under_way and self.tuned and not any(p.grad is not None and p.grad.any() for p in self.tuned.values()):
+        moving = [any(p.grad is not None and p.grad.any() for p in part.values()) for part in (self.tuned, self.head)]
+        if under_way and self.tuned and moving == [False, True]:  # where the head rests too, all is learned
             raise DeadSite(
-                f"{self.name} must learn, but all gradients of its {len(self.tuned)} tensors are zero: it does nothing "
-                f"in {self.sites.model}. Look at its options (a scale of 0, a dropout of 1) or use another method"
+                f"{self.name} must learn, but all gradients of its {len(self.tuned)} tensors are zero. Look at its "
+                "options (a scale of 0, a dropout of 1) or use another method"
             )
 
     def without_effect(self, silent: set[str]) -> list[str]:

@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -40,9 +41,8 @@ class Config(BaseModel):
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would read true as 1."""
-        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError("must be a number")
+        if _truth_for_numbers(cls.model_fields[str(info.field_name)].annotation, value):
+            raise ValueError("true and false are no numbers")
         return value
 
     # So that pydantic validates a configuration inside another one as it does without an __init__: all at once
@@ -89,9 +89,32 @@ class Config(BaseModel):
         return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False)
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The types that a union names, or the only one."""
-    return {annotation, *get_args(annotation)}
+def _truth_for_numbers(kind: Any, value: Any) -> bool:
+    """Whether a number is asked for, here or within, and true or false came."""
+    members = list(_members(kind))
+    if isinstance(value, bool):
+        return bool not in members and (int in members or float in members)
+    within = [inner for member in members for inner in get_args(member) if inner is not ...]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return bool(within) and any(_truth_for_numbers(within[-1], item) for item in items)
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """The types of a union, or the only one."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        yield from _members(inner[0])
+    elif _is_union(kind):
+        for member in inner:
+            yield from _members(member)
+    elif origin is Literal:
+        yield from map(type, inner)
+    else:
+        yield kind
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)
 
 
 def user_path(path: Path) -> Path:
@@ -211,7 +234,9 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
     came: dict[str, str] = {}
     for item in error.errors(include_url=False):
         *above, last = item["loc"] or (cls.__name__,)
-        union = bool(above) and UNION_MEMBER.fullmatch(str(last))  # one problem, said by each member
+        field = _fields_at(cls, above[:-1]).get(str(above[-1])) if above else None
+        # one problem, said by each member
+        union = field is not None and _is_union(field.annotation) and UNION_MEMBER.fullmatch(str(last))
         where = ".".join(str(part) for part in (above if union else (*above, last)))
         if item["type"] == "extra_forbidden":
             message = f"no such key{_near_keys(str(last), _fields_at(cls, above))}"
@@ -220,7 +245,7 @@ def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
             message = f"{message[:1].lower()}{message[1:]}"
             came[where] = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
         found.setdefault(where, []).append(message)
-    problems = [f"{where}: {' or '.join(said)}{came.get(where, '')}" for where, said in found.items()]
+    problems = [f"{where}: {' or '.join(dict.fromkeys(said))}{came.get(where, '')}" for where, said in found.items()]
     head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
     return "\n  - ".join([head, *problems])
 

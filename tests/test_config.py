@@ -58,17 +58,34 @@ def test_a_union_is_one_problem() -> None:
     )
 
 
-def test_truth_is_no_number() -> None:
-    class Other(Config):
-        count: int | None = None
-        flag: bool = False
-        either: bool | int = 0
+class Numbers(Config):
+    count: int | None = None
+    flag: bool = False
+    either: bool | int = 0
+    off: Literal[False] | float = 1.0
+    scale: Annotated[float, Field(gt=0)] | Literal["learnable"] | None = None
+    lrs: dict[str, float] = {}
+    seeds: tuple[int, ...] = ()
+    mean: tuple[float, float] | None = None
+    flags: dict[str, bool] = {}
 
-    assert Other(flag=True, either=True, count=None).either is True
-    with pytest.raises(ConfigError, match=r"count: must be a number \(got True\)"):
-        Other.build({"count": True})
-    with pytest.raises(ConfigError, match=r"lr: must be a number \(got False\)"):
-        Inner(lr=False)
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("count", True), ("scale", False), ("lrs", {"full": True}), ("seeds", [0, True]), ("mean", (0.5, False))],
+)
+def test_truth_is_no_number(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: true and false are no numbers"):
+        Numbers.build({key: value})
+
+
+def test_truth_stays_where_it_is_asked_for() -> None:
+    taken = Numbers(flag=True, either=True, off=False, flags={"a": True}, seeds=(1,), mean=(0.5, 0.5))
+    assert (taken.either, taken.off, taken.flags) == (True, False, {"a": True})
+    with pytest.raises(ConfigError, match="seeds: input should be a valid tuple"):
+        Numbers.build({"seeds": True})
+    with pytest.raises(ConfigError, match=r"lrs\.float: .*number"):
+        Numbers.build({"lrs": {"float": "x"}})
 
 
 @given(

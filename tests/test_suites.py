@@ -177,14 +177,21 @@ def test_what_two_machines_measured_is_joined(
     assert record == json.loads((tmp_path / "whole" / "one" / "suite.json").read_text())
 
     words = ("tiny", "--only", "linear", "--kept-rates", "--keep")
-    code, _, _ = _run(capsys, *words, "--output", "d", "--seeds", "2", "3")
-    assert "linear: seeds (0, 1, 2) are kept and (2, 3) were measured, which cannot be joined" in str(code)
+    code, _, err = _run(capsys, *words, "--output", "d", "--seeds", "2", "3")
+    assert code == 1
+    assert "one is not kept: linear: seeds (0, 1, 2) are kept and (2, 3) were measured, which cannot be joined" in err
     assert rows("pieces") == both
     _run(capsys, "tiny", "--output", "one", "--seeds", "1", "--only", "linear", "--keep")  # a part of what is kept
     assert rows("pieces") == both
     (tmp_path / "suites" / "tiny.yaml").write_text(TINY.replace("epochs: 2, precision", "epochs: 1, precision"))
-    code, _, _ = _run(capsys, *words, "--output", "e", "--seeds", "3")
-    assert "only runs of one recipe and one backbone can be joined" in str(code)
+    code, _, err = _run(capsys, *words, "--output", "e", "--seeds", "3")
+    assert code == 1
+    assert "only runs of one recipe and one backbone can be joined" in err
+    _, shown, err = _run(capsys, "tiny", "--output", "e", "--seeds", "3", "--only", "linear", "--finished")
+    assert "linear: rate 0.02" in shown  # the kept one, since none was chosen there
+    (tmp_path / "pieces" / "one" / "compare.json").unlink()
+    code, _, _ = _run(capsys, "tiny", "--output", "e", "--seeds", "3", "--only", "linear", "--finished")
+    assert "--finished needs rates, but e/one and results/ have none of linear" in str(code)
 
 
 def test_a_joined_table_says_which_run_was_measured_where() -> None:
@@ -205,8 +212,18 @@ def test_a_joined_table_says_which_run_was_measured_where() -> None:
     assert joined(table("a", linear=(0, 1)), table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
     again = table("b", vpt=(0, 1), linear=(0,))
     assert joined(table("a", vpt=(1,), linear=(0,)), again, [], one_backbone=False) == again
-    with pytest.raises(SystemExit, match="of one recipe and one backbone"):
+    with pytest.raises(ValueError, match="of one recipe and one backbone"):
         joined(table("a", vpt=(2,)), again, [], one_backbone=False)
+    part = joined(table("a", linear=(0, 1)), table("b", linear=(1,)), [])
+    assert part.provenance["device"] == "a"  # where all that is shown was measured
+    failed = table("b", full=())
+    assert joined(table("a", linear=(0,)), failed, []) == table("a", linear=(0,))
+    broken = joined(table("a", linear=(0,), vpt=()), table("b", linear=(0,)), [])
+    assert [row.method for row in broken.rows] == ["linear", "vpt"]
+    other = table("b", linear=(1,))
+    other = other.model_copy(update={"rows": (other.rows[0].model_copy(update={"lr": 0.5}),)})
+    with pytest.raises(ValueError, match="linear: the kept row has another lr; see --kept-rates"):
+        joined(table("a", linear=(0, 1)), other, [])
 
 
 def test_the_nearest_to_full_is_named() -> None:

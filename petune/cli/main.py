@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ from petune.group import is_said_elsewhere, leads, num_processes, this_process
 
 DEBUG = "--debug"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-NO_MEMORY = ("MemoryError", "OutOfMemoryError")
-LESS_MEMORY = "use --grad-checkpointing, a smaller --batch-size or --set train.micro_batch_size=N, or a smaller method"
+NO_MEMORY = re.compile(r"out of memory|annot allocate memory|can't allocate memory|ALLOC_FAILED")
+LESS_MEMORY = "use smaller batches or a smaller model; a training also takes --grad-checkpointing"
 SEVERAL = ("run", "compare", "pretrain")
 """Commands that torchrun may start: their processes do one run together."""
 
@@ -106,8 +107,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if lost:
             _tell(f"error: stdout must take what petune prints, but cannot be written: {lost}", debug)
             sys.exit(1)
-        if type(error).__name__ in NO_MEMORY or "can't allocate memory" in str(error):  # torch says so by RuntimeError
-            why = str(error).strip().partition("\n")[0]
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):  # torch says so by RuntimeError
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
             _tell(f"error: memory must suffice, but ran out ({why}); {LESS_MEMORY}", debug)
             sys.exit(1)
         where = "" if debug else f"; {DEBUG} shows the traceback"

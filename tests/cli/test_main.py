@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -148,7 +149,9 @@ def test_a_bug_is_called_a_bug(petune: Run, monkeypatch: pytest.MonkeyPatch) -> 
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "CUDA out of memory."),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory"),
-        (MemoryError(), "memory must suffice, but ran out ();"),
+        (MemoryError(), "memory must suffice, but ran out (MemoryError);"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "MPS backend out of memory"),
     ],
 )
 def test_no_memory_is_no_bug(error: Exception, why: str, petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +160,7 @@ def test_no_memory_is_no_bug(error: Exception, why: str, petune: Run, monkeypatc
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: memory must suffice, but ran out (")
     assert why in done.err
-    assert done.err.endswith("a smaller --batch-size or --set train.micro_batch_size=N, or a smaller method\n")
+    assert done.err.endswith("a training also takes --grad-checkpointing\n")
 
 
 def test_ctrl_c_is_130(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
