@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from petune.compare import Comparison, Origin, Row
+from petune.compare import ORIGIN_KEYS, Comparison, Origin, Row
 
 SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
 PLACES = {"output", "data_dir", "resume", "method", "seed"}
@@ -114,9 +114,8 @@ def _origins(comparison: Comparison) -> tuple[Origin, ...]:
     """Where it was measured, also where that is one place."""
     if comparison.origins:
         return comparison.origins
-    keys = ("device", "threads", "precision", "versions", "git")
     runs = {row.method: row.seeds for row in comparison.rows if row.seeds}
-    return (Origin(runs=runs, provenance={key: comparison.provenance.get(key) for key in keys}),)
+    return (Origin(runs=runs, provenance={key: comparison.provenance.get(key) for key in ORIGIN_KEYS}),)
 
 
 def _without(origin: Origin, methods: set[str]) -> Origin:

@@ -27,11 +27,13 @@ from pydantic import Field
 
 import petune
 from petune.cli.progress import Progress
-from petune.compare import Comparison
+from petune.compare import Comparison, write_table
 from petune.config import Config, read_yaml
 from petune.executors import RUN, Executor, Work
 from petune.files import replace_file
-from petune.report import markdown, picture
+from petune.report import markdown
+from petune.results import RunResult
+from petune.sweep import TABLE_FILE as SWEEP_TABLE
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"
@@ -180,7 +182,7 @@ def begun(place: Path, methods: tuple[str, ...], seeds: list[int]) -> tuple[str,
 def swept(piece: Piece, place: Path, method: str) -> bool:
     """Whether the rate of the method was chosen here."""
     output = rate_config(piece, place, method).output
-    return output is not None and (output / "sweep.json").exists()
+    return output is not None and (output / SWEEP_TABLE).exists()
 
 
 def need_finished(piece: Piece, place: Path, methods: tuple[str, ...], known: Mapping[str, Any]) -> None:
@@ -189,7 +191,7 @@ def need_finished(piece: Piece, place: Path, methods: tuple[str, ...], known: Ma
     Raises:
         SystemExit: A pretraining or a choice of rates is missing.
     """
-    if piece.pretrain and not (place / "pretrain" / "result.json").exists():
+    if piece.pretrain and not RunResult.exists(place / "pretrain"):
         raise SystemExit(f"--finished needs a finished pretraining, but there is none in {place / 'pretrain'}")
     without = [m for m in methods if piece.rates and m not in known and not swept(piece, place, m)]
     if without:
@@ -278,13 +280,11 @@ def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, An
     table = new if old is None else joined(old, new, order, same)
     lrs = {row.method: row.lr for row in table.rows}
     both = [*record["rates"].items(), *done["rates"].items()]
-    plain = table.model_dump(mode="json")
     place = RESULTS / piece
     place.mkdir(parents=True, exist_ok=True)
-    replace_file(place / "compare.json", (table.model_dump_json(indent=1) + "\n").encode())
-    replace_file(place / "compare.md", markdown(plain).encode())
-    replace_file(place / "compare.svg", picture(plain))
+    write_table(table, place)
     rates = {method: rate for method, rate in both if rate["lr"] == lrs.get(method)}
+    plain = table.model_dump(mode="json")
     return done | {"compare": plain, "rates": {method: rates[method] for method in lrs if method in rates}}
 
 

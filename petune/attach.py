@@ -166,8 +166,8 @@ class Attachment:
                 f"{', '.join(dead[:3])}: {self.sites.model} does not use "
                 "them in its output. Use another method on this model"
             )
-        moving = [any(p.grad is not None and p.grad.any() for p in part.values()) for part in (self.tuned, self.head)]
-        if under_way and self.tuned and moving == [False, True]:  # where the head rests too, all is learned
+        parts = (self.tuned, self.head) if under_way and self.tuned else ()  # where the head rests too, all is learned
+        if [any(p.grad is not None and p.grad.any() for p in part.values()) for part in parts] == [False, True]:
             raise DeadSite(
                 f"{self.name} must learn, but all gradients of its {len(self.tuned)} tensors are zero. Look at its "
                 "options (a scale of 0, a dropout of 1) or use another method"

@@ -106,6 +106,10 @@ class Row(Config):
     time_s: float | None = None
 
 
+ORIGIN_KEYS = ("device", "threads", "precision", "versions", "git")
+"""What of the provenance tells one Origin from another."""
+
+
 class Origin(Config):
     """What was measured where: seeds by method, and their provenance."""
 
@@ -229,7 +233,7 @@ def origins_of(results: Sequence[RunResult]) -> tuple[Origin, ...]:
     """The places where the runs were measured; empty where it is one."""
     found: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {}
     for result in results:
-        same = {key: result.provenance.get(key) for key in ("device", "threads", "precision", "versions", "git")}
+        same = {key: result.provenance.get(key) for key in ORIGIN_KEYS}
         runs, _ = found.setdefault(json.dumps(same, sort_keys=True), ({}, same))
         runs[result.method] = (*runs.get(result.method, ()), result.seed)
     origins = [Origin(runs=runs, provenance=provenance) for runs, provenance in found.values()]
@@ -283,8 +287,13 @@ def _write(config: CompareConfig, rows: list[Row], finished: list[RunResult], pl
         origins=origins_of(finished),
         output=str(place),
     )
+    write_table(comparison, place)
+    return comparison
+
+
+def write_table(comparison: Comparison, place: Path) -> None:
+    """Write `compare.json`, `compare.md` and `compare.svg` into a directory that is there."""
     plain = comparison.model_dump(mode="json")
     replace_file(place / TABLE_FILE, (comparison.model_dump_json(indent=1) + "\n").encode())
     replace_file(place / "compare.md", markdown(plain).encode())
     replace_file(place / "compare.svg", picture(plain))
-    return comparison

@@ -129,8 +129,8 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         fitted = trainer.fit()
         test = trainer.evaluate("test")
         adapters = sorted(set(attachment.model.state_dict()) - backbone_keys)
-        info = _described(config, backbone, preprocess, dataset, test) | {"adapters": adapters}
-        info |= {"provenance": provenance(device)}
+        info = _described(config, backbone, preprocess, dataset, test)
+        info |= {"adapters": adapters, "provenance": provenance(device)}
         peak = memory.bytes()
         flops = forward_flops(attachment.model, (3, backbone.image_size, backbone.image_size))
 

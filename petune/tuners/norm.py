@@ -32,7 +32,7 @@ class Norm(petune.Tuner[NormConfig]):
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module divides by a guarded deviation (hence its `eps`, or its name) and scales by vectors."""
-    guarded = any(hasattr(module, name) for name in ("eps", "variance_epsilon"))
-    guarded |= "norm" in type(module).__name__.lower()
+    named = "norm" in type(module).__name__.lower()
+    guarded = hasattr(module, "eps") or hasattr(module, "variance_epsilon") or named
     own = [*module.parameters(recurse=False)]  # timm's with an activation hold it as a child
     return guarded and len(own) == len([*module.parameters()]) and all(p.ndim == 1 for p in own)
