@@ -65,7 +65,10 @@ def _rows(old: Comparison, new: Comparison) -> tuple[dict[str, Row], set[str]]:
 
 def _need_one_recipe(old: Comparison, new: Comparison, one_backbone: bool | None) -> None:
     paths = PLACES if one_backbone is None else {*PLACES, "weights"}
-    shared = [one.config.run.model_dump(mode="json", exclude=paths) for one in (old, new)]
+    # The precision is the machine's, too: each place of the table names its own, and suites/precision.yaml shows that
+    # accuracy does not depend on it.
+    apart = dict.fromkeys(paths, True) | {"train": {"precision"}}
+    shared = [one.config.run.model_dump(mode="json", exclude=apart) for one in (old, new)]
     weights = old.weights == new.weights if one_backbone is None else one_backbone
     if shared[0] != shared[1] or old.backbone != new.backbone or not weights:
         raise ValueError(
