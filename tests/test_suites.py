@@ -226,6 +226,24 @@ def test_a_joined_table_says_which_run_was_measured_where() -> None:
         joined(table("a", linear=(0, 1)), other, [])
 
 
+def test_the_precision_is_the_machines_and_the_recipe_is_not() -> None:
+    def table(device: str, precision: str, seed: int, epochs: int = 4, chosen: str = "auto") -> Comparison:
+        run = {"train": {"precision": chosen, "epochs": epochs}}
+        config = CompareConfig.build({"methods": ("linear",), "seeds": (seed,), "run": run}, "test")
+        row = Row(method="linear", status="done", seeds=(seed,), top1=(50.0,), top1_mean=50, top5_mean=90)
+        place = {"device": device, "threads": 1, "precision": precision, "versions": {}, "git": None}
+        return Comparison(config=config, rows=(row,), backbone="b", weights="w", provenance=place, output="o")
+
+    one = joined(table("new", "bf16", 0, chosen="bf16"), table("old", "fp32", 1), [])
+    assert one.rows[0].seeds == (0, 1)
+    assert [(o.runs, o.provenance["precision"]) for o in one.origins] == [
+        ({"linear": (0,)}, "bf16"),
+        ({"linear": (1,)}, "fp32"),
+    ]
+    with pytest.raises(ValueError, match="of one recipe and one backbone"):
+        joined(table("new", "bf16", 0), table("old", "fp32", 1, epochs=5), [])
+
+
 def test_the_nearest_to_full_is_named() -> None:
     def row(method: str, percent: float, top1: float) -> dict[str, object]:
         return {"method": method, "status": "done", "percent_of_backbone": percent, "top1_mean": top1}
