@@ -57,6 +57,20 @@ def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32",
     return "bf16" if _bf16_speedup_on_cpu() >= 1.5 else "fp32"
 
 
+def why_slow(precision: str, device: torch.device) -> str:
+    """What to know of bfloat16 on a CPU without it: said when it was asked for, or comes from another machine's run.
+
+    Returns:
+        Empty where nothing is wrong.
+    """
+    if precision != "bf16" or device.type != "cpu" or (speedup := _bf16_speedup_on_cpu()) > 0.7:
+        return ""
+    return (
+        f"a product in bfloat16 takes {1 / speedup:.2g} times as long as in float32 on this processor; "
+        "precision auto or fp32 is faster here"
+    )
+
+
 @cache
 def _bf16_speedup_on_cpu() -> float:
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}

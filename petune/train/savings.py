@@ -18,6 +18,7 @@ from petune.train.events import Note
 from petune.train.features import Features, stays_equal, why_too_large
 from petune.train.frozen import frozen_in_bfloat16
 from petune.train.heap import heap_kept
+from petune.train.precision import why_slow
 from petune.train.prefix import Prefix, find_prefix, worth_it
 from petune.train.products import PICTURES, fast_products
 from petune.train.recompute import recomputed
@@ -37,6 +38,8 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
         Stopped: A signal came while features were computed.
     """
     with ExitStack() as stack:
+        if slow := why_slow(trainer.precision, trainer.device):
+            trainer.on_event(Note(slow))
         plan = _planned(trainer)  # with the backbone's own weights, which the features are then known by
         if trainer.precision == "bf16" and trainer.sharded is None:
             stack.enter_context(frozen_in_bfloat16(trainer.model, lambda: _scores(trainer), trainer.directory))

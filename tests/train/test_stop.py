@@ -6,14 +6,19 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from petune.errors import ConfigError, Stopped
 from petune.train import precision
+from petune.train.events import Event, Note
 from petune.train.precision import choose_device, choose_precision
 from petune.train.stop import StopFlag
+
+Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -78,6 +83,23 @@ def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "speedup", "said"),
+    [("bf16", 0.02, "takes 50 times as long"), ("bf16", 0.9, ""), ("bf16", 8.0, ""), ("fp32", 0.02, "")],
+)
+def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
+    wanted: str, speedup: float, said: str, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedup)
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        notes.extend([event.text] if isinstance(event, Note) else [])
+
+    make_trainer(toy(0), precision=wanted, on_event=watch).fit()
+    assert [said in note for note in notes] == ([True] if said else [])
 
 
 def test_tf32_is_for_gpus() -> None:
