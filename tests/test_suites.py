@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -194,54 +195,53 @@ def test_what_two_machines_measured_is_joined(
     assert "--finished needs rates, but e/one and results/ have none of linear" in str(code)
 
 
-def test_a_joined_table_says_which_run_was_measured_where() -> None:
-    def table(device: str, **seeds: tuple[int, ...]) -> Comparison:
-        rows = tuple(
-            Row(method=m, status="done", seeds=s, top1=(50.0,) * len(s), top1_mean=50, top5_mean=90)
-            for m, s in seeds.items()
-        )
-        config = CompareConfig.build({"methods": tuple(seeds), "seeds": (0,)}, "test")
-        place = {"device": device, "threads": 1, "precision": "bf16", "versions": {}, "git": None}
-        return Comparison(config=config, rows=rows, backbone="b", weights="w", provenance=place, output="o")
+def _table(
+    device: str, train: Mapping[str, object] | None = None, precision: str = "bf16", **seeds: tuple[int, ...]
+) -> Comparison:
+    rows = tuple(
+        Row(method=m, status="done", seeds=s, top1=(50.0,) * len(s), top1_mean=50, top5_mean=90)
+        for m, s in seeds.items()
+    )
+    run = {"train": dict(train or {})}
+    config = CompareConfig.build({"methods": tuple(seeds), "seeds": (0,), "run": run}, "test")
+    place = {"device": device, "threads": 1, "precision": precision, "versions": {}, "git": None}
+    return Comparison(config=config, rows=rows, backbone="b", weights="w", provenance=place, output="o")
 
-    one = joined(table("a", linear=(0, 1), vpt=(0,), full=(0, 1)), table("b", vpt=(1,), full=(0, 1)), ["full", "vpt"])
+
+def test_a_joined_table_says_which_run_was_measured_where() -> None:
+    one = joined(_table("a", linear=(0, 1), vpt=(0,), full=(0, 1)), _table("b", vpt=(1,), full=(0, 1)), ["full", "vpt"])
     assert [origin.runs for origin in one.origins] == [{"linear": (0, 1), "vpt": (0,)}, {"vpt": (1,), "full": (0, 1)}]
     assert [row.method for row in one.rows] == ["full", "vpt", "linear"]
-    same = joined(table("a", linear=(0, 1)), table("a", linear=(2,)), ["linear"])
+    same = joined(_table("a", linear=(0, 1)), _table("a", linear=(2,)), ["linear"])
     assert (same.origins, same.config.seeds, same.rows[0].seeds) == ((), (0, 1, 2), (0, 1, 2))
-    assert joined(table("a", linear=(0, 1)), table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
-    again = table("b", vpt=(0, 1), linear=(0,))
-    assert joined(table("a", vpt=(1,), linear=(0,)), again, [], one_backbone=False) == again
+    assert joined(_table("a", linear=(0, 1)), _table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
+    again = _table("b", vpt=(0, 1), linear=(0,))
+    assert joined(_table("a", vpt=(1,), linear=(0,)), again, [], one_backbone=False) == again
     with pytest.raises(ValueError, match="of one recipe and one backbone"):
-        joined(table("a", vpt=(2,)), again, [], one_backbone=False)
-    part = joined(table("a", linear=(0, 1)), table("b", linear=(1,)), [])
+        joined(_table("a", vpt=(2,)), again, [], one_backbone=False)
+    part = joined(_table("a", linear=(0, 1)), _table("b", linear=(1,)), [])
     assert part.provenance["device"] == "a"  # where all that is shown was measured
-    failed = table("b", full=())
-    assert joined(table("a", linear=(0,)), failed, []) == table("a", linear=(0,))
-    broken = joined(table("a", linear=(0,), vpt=()), table("b", linear=(0,)), [])
+    failed = _table("b", full=())
+    assert joined(_table("a", linear=(0,)), failed, []) == _table("a", linear=(0,))
+    broken = joined(_table("a", linear=(0,), vpt=()), _table("b", linear=(0,)), [])
     assert [row.method for row in broken.rows] == ["linear", "vpt"]
-    other = table("b", linear=(1,))
+    other = _table("b", linear=(1,))
     other = other.model_copy(update={"rows": (other.rows[0].model_copy(update={"lr": 0.5}),)})
     with pytest.raises(ValueError, match="linear: the kept row has another lr; see --kept-rates"):
-        joined(table("a", linear=(0, 1)), other, [])
+        joined(_table("a", linear=(0, 1)), other, [])
 
 
 def test_the_precision_is_the_machines_and_the_recipe_is_not() -> None:
-    def table(device: str, precision: str, seed: int, epochs: int = 4, chosen: str = "auto") -> Comparison:
-        run = {"train": {"precision": chosen, "epochs": epochs}}
-        config = CompareConfig.build({"methods": ("linear",), "seeds": (seed,), "run": run}, "test")
-        row = Row(method="linear", status="done", seeds=(seed,), top1=(50.0,), top1_mean=50, top5_mean=90)
-        place = {"device": device, "threads": 1, "precision": precision, "versions": {}, "git": None}
-        return Comparison(config=config, rows=(row,), backbone="b", weights="w", provenance=place, output="o")
-
-    one = joined(table("new", "bf16", 0, chosen="bf16"), table("old", "fp32", 1), [])
+    new = _table("new", {"precision": "bf16", "epochs": 4}, linear=(0,))
+    old = _table("old", {"precision": "auto", "epochs": 4}, precision="fp32", linear=(1,))
+    one = joined(new, old, [])
     assert one.rows[0].seeds == (0, 1)
     assert [(o.runs, o.provenance["precision"]) for o in one.origins] == [
         ({"linear": (0,)}, "bf16"),
         ({"linear": (1,)}, "fp32"),
     ]
     with pytest.raises(ValueError, match="of one recipe and one backbone"):
-        joined(table("new", "bf16", 0), table("old", "fp32", 1, epochs=5), [])
+        joined(new, _table("old", {"precision": "auto", "epochs": 5}, precision="fp32", linear=(1,)), [])
 
 
 def test_the_nearest_to_full_is_named() -> None:
