@@ -70,6 +70,15 @@ def second_fails_at_its_third_step(rank: int) -> None:
     torch.nn.functional.cross_entropy = failing
 
 
+def dropout_drops_all(rank: int) -> None:
+    real = torch.nn.functional.dropout
+
+    def dropping(x: torch.Tensor, p: float = 0.5, *args: Any, **options: Any) -> torch.Tensor:
+        return x * 0 if p else real(x, p, *args, **options)
+
+    torch.nn.functional.dropout = dropping
+
+
 def one_of_several(rank: int, size: int, port: int, place: Path, prelude: Prelude, words: tuple[str, ...]) -> None:
     """A child: `petune WORDS` as process `rank` of `size`; what it prints goes to files in `place`."""
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
@@ -172,6 +181,14 @@ def test_frozen_blocks_may_be_spread(several: Several, tmp_path: Path) -> None:
     configs = [(tmp_path / name / "adapter" / "adapter_config.json").read_text() for name in ("one", "two")]
     assert configs[0] == configs[1]  # the fingerprint of the frozen weights included
     assert list((tmp_path / "two" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("words", [("--set=train.shard=true",), ("--epochs=1", "--batch-size=60")])
+def test_an_adapter_that_does_nothing_is_found(words: tuple[str, ...], several: Several, tmp_path: Path) -> None:
+    """Also where the blocks are spread, and in a run of three steps."""
+    run = ("run", "--method=lora:lora_dropout=0.5", *TINY, *words, "--output", tmp_path / "x")
+    assert several.finish(2, *run, prelude=dropout_drops_all) == [1, 1]
+    assert "lora must learn, but all gradients of its" in several.said(0)
 
 
 def test_a_signal_to_one_stops_all_and_another_number_goes_on(several: Several, tmp_path: Path) -> None:

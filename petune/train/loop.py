@@ -202,8 +202,8 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
         loss, asked = self._gradients(batch)
-        if p.step in {0, UNDER_WAY}:
-            self.att.check_gradients(under_way=p.step > 0 and self.sharded is None)
+        if p.step in {0, max(2, min(UNDER_WAY, self.total_steps - 1))}:  # a warm-up's first step may move nothing
+            self.att.check_gradients(under_way=p.step > 0)
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
         value = self._finite(loss, norm, lr, batch)
         self.optimizer.step()
