@@ -6,6 +6,7 @@ Shapes: B batch, C classes, S side of a stored picture in pixels.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from petune.arguments import PathText, check_arguments
 from petune.data import Preprocess, Split
-from petune.data.folder import CROP, pictures_below
+from petune.data.folder import CROP
+from petune.data.layout import pictures_below
 from petune.data.pictures import decode_pictures, extensions, square_of
 from petune.errors import CheckpointError, DataError, UsageError
 from petune.probe import scores_of
@@ -243,11 +245,11 @@ def _one_by_one(pictures: Iterable[Picture]) -> Iterator[tuple[str, Loaded]]:
         if not isinstance(picture, str | Path):
             yield f"picture {number}", picture
             continue
-        place = Path(picture).expanduser()
+        place = Path(os.path.expanduser(picture))
         if not place.is_dir():
             yield str(place), place
             continue
-        below = pictures_below(place)
+        below = pictures_below(place, unread=True)
         yield from ((str(file), file) for file in below)
         if not below:
             known = ", ".join(sorted(extensions()))

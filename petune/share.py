@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -74,7 +75,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     check_arguments(
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
-    place = adapter_place(Path(path).expanduser())
+    place = adapter_place(Path(os.path.expanduser(path)))
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
     files[CONFIG_FILE] = _public(files[CONFIG_FILE])
@@ -119,7 +120,7 @@ def pull(
     """
     optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
     check_arguments("petune.pull", repo=(repo, str), trust_code=(trust_code, bool), **optional)
-    target = Path(output).expanduser() if output is not None else Path(repo.rpartition("/")[2])
+    target = Path(os.path.expanduser(output)) if output is not None else Path(repo.rpartition("/")[2])
     refuse_foreign(target)
     api = _api(repo)
     info = _asked(repo, lambda: api.model_info(repo, revision=revision, files_metadata=True), lambda: 0)

@@ -22,7 +22,7 @@ def _group() -> None:
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)], json: Json = False) -> None:
     """Decode every picture of a folder dataset; exit code 4 if any is broken or stands in two splits."""
     from petune.data.check import check_folder
-    from petune.data.folder import unread
+    from petune.data.layout import unread
 
     report = check_folder(user_path(folder))
     if json:

@@ -35,8 +35,9 @@ def load_dataset(
     place = data_dir or (Path(os.environ["PETUNE_DATA"]) if os.environ.get("PETUNE_DATA") else None)
     if name.startswith("folder:"):
         from petune.data.folder import load_folder
+        from petune.data.layout import folder_of
 
-        return load_folder(Path(name.removeprefix("folder:")).expanduser(), image_size, on_broken)
+        return load_folder(folder_of(name), image_size, on_broken)
     if name in {"cifar10", "cifar100"}:
         from petune.data.cifar import load_cifar
 

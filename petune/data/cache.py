@@ -28,7 +28,7 @@ Allocate = Callable[[int, int], NDArray[np.uint8]]
 def cache_dir() -> Path:
     """`PETUNE_CACHE`, or `petune` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("PETUNE_CACHE") or Path(base) / "petune").expanduser()
+    return Path(os.path.expanduser(os.environ.get("PETUNE_CACHE") or Path(base) / "petune"))
 
 
 def decoded(key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]], crop: float = 1.0) -> Split:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from petune.data.folder import picture_files
+from petune.data.layout import picture_files
 from petune.data.pictures import decode_pictures
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from petune.data.cache import cache_dir
 from petune.data.cifar import parquet_files, published
-from petune.data.folder import _parts, _visible_folders
+from petune.data.layout import folder_of, parts_of, visible_folders
 from petune.errors import DataError, UnknownName
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
@@ -46,8 +46,8 @@ def count_classes(name: str) -> int:
         from petune.data import NAMES
 
         raise UnknownName("dataset", name, NAMES, "pictures in folders are folder:PATH")
-    path = Path(name.removeprefix("folder:")).expanduser()
-    classes = len(_visible_folders(_parts(path)["train"]))
+    path = folder_of(name)
+    classes = len(visible_folders(parts_of(path)["train"]))
     if classes < 2:
         raise DataError(f"{path} must hold at least two class folders, but has {classes}")
     return classes

@@ -56,7 +56,7 @@ def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool
                 out[i] = decode_picture(paths[i], out.shape[1])
             except DataError as error:
                 if not skip:
-                    raise DataError(f"{error}. Mend it, take it away, or --set on_broken=skip") from None
+                    raise DataError(f"{error}. Mend it, take it away, or --set on_broken=skip (at most 1 %)") from None
                 out[i], broken[i] = 0, str(error)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -82,6 +82,8 @@ def decode_picture(path: Path, side: int) -> NDArray[np.uint8]:
             return square_of(opened, side)
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is bad
         reason = " ".join(str(error).split()) or type(error).__name__
+        if path.suffix.lower() in OTHER_PICTURES:
+            reason += " (convert it, this kind is not read)"
         raise DataError(f"{path} must be a whole picture, but: {reason}") from None
 
 

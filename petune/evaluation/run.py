@@ -15,7 +15,7 @@ from petune.arguments import PathText, check_arguments
 from petune.config import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
-from petune.data.folder import Files, files_of_part
+from petune.data.layout import Files, files_of_part, folder_of
 from petune.errors import DataError, UsageError, near_names
 from petune.evaluation.measures import Evaluation, gathered, measured
 from petune.evaluation.pictures import Kind, confusion_picture, reliability_picture
@@ -81,9 +81,9 @@ def evaluate(
     own = dataset is None
     name, read = str(predictor.card.get("dataset")) if dataset is None else dataset, str(split)
     if not own and name.startswith("folder:"):
-        place = Path(name.removeprefix("folder:")).expanduser()
-        read, files = files_of_part(place, split)
-        source, batches = str(place), _of_folder(place, files, predictor, batch_size)
+        place = folder_of(name)
+        read, files, said = files_of_part(place, split)
+        source, batches = "; ".join(filter(None, (str(place), said))), _of_folder(place, files, predictor, batch_size)
     else:
         data = prepare_data(_config(Path(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)

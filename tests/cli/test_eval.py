@@ -108,7 +108,12 @@ def test_which_pictures_of_a_folder_are_read(digits: Path, folder: Path, tmp_pat
     assert (evaluated("parted").split, evaluated("parted").top1) == ("test", whole.top1)
     with pytest.raises(UsageError, match=r"--split must be a folder of .*parted, which has test, but is val"):
         evaluated("parted", "val")
+    (tmp_path / "parted" / "test").rename(tmp_path / "parted" / "valid")
+    assert [evaluated("parted", split).top1 for split in ("test", "val")] == [whole.top1] * 2  # as a run would
     shutil.copytree(folder / "7", tmp_path / "one" / "7")
+    (tmp_path / "one" / "7" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    assert "; 1 .heic left out" in evaluated("one").source
+    (tmp_path / "one" / "7" / "IMG_1.HEIC").unlink()
     assert evaluated("one").num_pictures == len(list((folder / "7").iterdir()))
     shutil.rmtree(tmp_path / "one" / "7")
     with pytest.raises(DataError, match="one must hold pictures"):

@@ -63,6 +63,17 @@ def test_one_line_a_picture_and_a_broken_one_among_them(petune: Run, digits: Pat
         assert one == {"class": other["class"], "probability": pytest.approx(other["probability"], abs=1e-5)}
 
 
+def test_what_is_not_read_is_named(petune: Run, digits: Path, pictures: list[Path]) -> None:
+    """A kind that is not read, in a folder, and a name that looks like another user's home."""
+    pictures[0].with_name("IMG_1.HEIC").write_bytes(b"ftypheic")
+    done = petune("predict", digits, "pictures", "~nobody.png", "--top-k", 1)
+    assert done.code == 4
+    assert "pictures/IMG_1.HEIC must be a whole picture" in done.err
+    assert "(convert it, this kind is not read)" in done.err
+    assert "error: ~nobody.png must be a whole picture" in done.err
+    assert "5 pictures named, 2 could not be read" in done.err
+
+
 def test_the_table(petune: Run, digits: Path, pictures: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = petune("predict", digits / "adapter", *pictures[:2], "empty", "--top-k", 3)

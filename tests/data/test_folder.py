@@ -219,7 +219,7 @@ def test_check_finds_what_is_broken_and_what_stands_in_two_splits(tmp_path: Path
 
 
 def test_links_that_lead_back_up_do_not_multiply_pictures(tmp_path: Path) -> None:
-    from petune.data.folder import pictures_below
+    from petune.data.layout import pictures_below
 
     place, other = tmp_path / "pets", tmp_path / "elsewhere"
     _fill(place, {"cat": 5, "dog": 5})
@@ -245,11 +245,25 @@ def test_a_link_to_nowhere_is_a_broken_picture(tmp_path: Path) -> None:
     assert not report.shared
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
-def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("seg_test", "seg_train")])
+@pytest.mark.parametrize("beside", [{}, {"sample": 3}])
+def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], beside: dict[str, int], tmp_path: Path) -> None:
+    _fill(tmp_path, beside)
     for part in names:
         _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match=r"must be called train/, val/ and test/, but are .*; rename them"):
+    with pytest.raises(DataError, match=r"must be called train/, val/ and test/ .* but it has [^ ]*, [^ ]*; rename"):
+        load_folder(tmp_path, 32)
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    _fill(tmp_path, {"Train": 3, "Test": 3})
+    _fill(tmp_path / "crash-test" / "monday", {"cat": 3})
+    assert load_folder(tmp_path, 32).classes == ("Test", "Train", "crash-test")
+
+
+def test_class_folders_have_names_that_can_be_written(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 3, "d\udcfcg": 3})
+    with pytest.raises(DataError, match=r"must have UTF-8 names, but .* has 'd\\udcfcg'; rename it"):
         load_folder(tmp_path, 32)
 
 
