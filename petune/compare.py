@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.arguments import check_watch
 from petune.config import Config, UserPath
+from petune.data.held import hold_pictures
 from petune.errors import PetuneError, UsageError, near_names
 from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
@@ -181,6 +182,7 @@ def compare(
 
     with group.led(claimed(place, held, resume=True, command=command)):
         group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
+        group.same(lambda: hold_pictures(place, config.run.dataset))
         left_out = group.same(lambda: _left_out(config, place))
         if left_out:
             watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))

@@ -17,6 +17,7 @@ from petune.attach import attach
 from petune.backbones import Backbone
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset
+from petune.data.held import hold_pictures
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
@@ -104,6 +105,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         with stop.at_once(group):
             load_accuracy()
             device = group.device(choose_device(config.device))
+            group.same(lambda: hold_pictures(place, config.dataset))
             dataset = group.in_turn(lambda: prepare_data(config))
             backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=True))
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))

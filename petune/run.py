@@ -15,6 +15,7 @@ from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.config import Config, UserPath, parse_options
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
+from petune.data.held import digests, hold_pictures
 from petune.group import ALONE, Group, join
 from petune.measure import PeakMemory, forward_flops, provenance
 from petune.registry import build_tuner
@@ -101,7 +102,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         flops = forward_flops(done.attachment.model, (3, done.backbone.image_size, done.backbone.image_size))
 
         def finish() -> RunResult:
-            card = _card(config, done.backbone, done.dataset, done.trainer.preprocess, done.fitted, test)
+            card = _card(config, done, test, place)
             done.attachment.save(place / "adapter", metadata=card)
             size = (place / "adapter" / "adapter_model.safetensors").stat().st_size
             result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size, flops)
@@ -130,6 +131,7 @@ def trained(
     with stop.at_once(group):
         load_accuracy()
         device = group.device(choose_device(config.device))
+        group.same(lambda: hold_pictures(place, config.dataset))
         dataset = group.in_turn(lambda: prepare_data(config))
         backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
@@ -281,10 +283,9 @@ def run_result(
     )
 
 
-def _card(
-    config: RunConfig, backbone: Backbone, dataset: Dataset, preprocess: Preprocess, fitted: Fitted, test: Accuracy
-) -> dict[str, Any]:
+def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict[str, Any]:
     """What the adapter directory says beyond the adapter: enough to build the backbone again and to name classes."""
+    backbone, dataset, preprocess, fitted = done.backbone, done.dataset, done.trainer.preprocess, done.fitted
     return {
         "method": config.method,
         "backbone": {
@@ -308,6 +309,7 @@ def _card(
             "crop": dataset.test.crop,
         },
         "dataset": dataset.name,
+        "pictures": digests(place),
         "training": {
             "val_top1": fitted.val.top1 if fitted.val else None,
             "epochs": len(fitted.epochs),

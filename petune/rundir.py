@@ -17,6 +17,9 @@ from petune.files import replace_file
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
+PICTURES_FILE = "pictures.json"
+BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, PICTURES_FILE}
+"""What a run that failed before its first step leaves: nothing worth keeping."""
 UNCOMPARED = {"output", "resume"}
 
 
@@ -57,7 +60,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
                 _remove_stumps(path)
             yield path
         except BaseException:
-            if fresh and {p.name for p in path.iterdir()} <= {CONFIG_FILE, LOCK_FILE}:  # it failed before it began
+            if fresh and {p.name for p in path.iterdir()} <= BEFORE_IT_BEGINS:
                 shutil.rmtree(path, ignore_errors=True)
             raise
 

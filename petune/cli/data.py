@@ -20,14 +20,16 @@ def _group() -> None:
 
 @data.command()
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)], json: Json = False) -> None:
-    """Decode every picture of a folder dataset; exit code 4 if any is broken or stands in two splits."""
+    """Decode every picture of a folder dataset; exit code 4 if any is broken or in two splits or classes."""
     from petune.data.check import check_folder
     from petune.data.layout import unread
 
     report = check_folder(user_path(folder))
     if json:
-        shared = [[str(a), str(b)] for a, b in report.shared]
-        show_json({"pictures": report.pictures, "broken": report.broken, "shared": shared, "left_out": report.left_out})
+        pairs = {"shared": report.shared, "doubtful": report.doubtful}
+        found = {what: [[str(a), str(b)] for a, b in several] for what, several in pairs.items()}
+        show_json({"pictures": report.pictures, "broken": report.broken, **found, "copies": report.copies,
+                   "left_out": report.left_out})  # fmt: skip
     else:
         parts = tuple(report.pictures)
         names = report.pictures[parts[0]]
@@ -37,10 +39,13 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
             show(clean(message))
         for file, twin in report.shared:
             show(clean(f"{file} is the same file as {twin}, in another split"))
+        for file, twin in report.doubtful:
+            show(clean(f"{file} is the same file as {twin}, in another class"))
+        if report.copies:
+            show(f"{report.copies} copies in the same class; a split that is cut never parts them")
         if said := unread(report.left_out):
             show(clean(said))
-        show(
-            "no fault found" if report.is_sound else f"{len(report.broken)} broken, {len(report.shared)} in two splits"
-        )
+        counts = ((report.broken, "broken"), (report.shared, "in two splits"), (report.doubtful, "in two classes"))
+        show("no fault found" if report.is_sound else ", ".join(f"{len(found)} {what}" for found, what in counts))
     if not report.is_sound:
         raise typer.Exit(4)

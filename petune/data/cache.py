@@ -23,6 +23,8 @@ LOCK = ".lock"
 ELSEWHERE = "set PETUNE_CACHE to another folder"
 Allocate = Callable[[int, int], NDArray[np.uint8]]
 """(number of pictures N, side S) to an array (N, S, S, 3) that lies on disk, so it may exceed the memory."""
+Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
+"""Fills the pictures it allocates (once) and returns their labels and rows, int64 (N,); see `Split`."""
 
 
 def cache_dir() -> Path:
@@ -31,12 +33,12 @@ def cache_dir() -> Path:
     return Path(os.path.expanduser(os.environ.get("PETUNE_CACHE") or Path(base) / "petune"))
 
 
-def decoded(key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]], crop: float = 1.0) -> Split:
+def decoded(key: dict[str, Any], decode: Decode, crop: float = 1.0) -> Split:
     """The split that `decode` makes, decoded now or by an earlier run with the same key.
 
     Args:
         key: All that the pixels depend on (files with size and time, size of the pictures, format number).
-        decode: Fills the pictures it allocates (once) and returns their labels, int64 (N,).
+        decode: See `Decode`.
         crop: See `Split`.
 
     Raises:
@@ -66,12 +68,13 @@ def _read(place: Path, crop: float) -> Split | None:
     try:
         images = np.load(place / "images.npy", mmap_mode="r")
         labels = np.load(place / "labels.npy")
+        rows = np.load(place / "rows.npy")
     except (OSError, ValueError, EOFError):
         return None
-    return Split.of(images, labels, crop) if len(images) == len(labels) else None
+    return Split(images, labels, rows, crop) if len(images) == len(labels) == len(rows) else None
 
 
-def _write(place: Path, key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]]) -> None:
+def _write(place: Path, key: dict[str, Any], decode: Decode) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with (place.parent / LOCK).open("a") as lock:
@@ -87,9 +90,10 @@ def _write(place: Path, key: dict[str, Any], decode: Callable[[Allocate], NDArra
             raise DataError(f"the cache {place} cannot be written ({error}); {ELSEWHERE}") from None
 
 
-def _fill(place: Path, key: dict[str, Any], decode: Callable[[Allocate], NDArray[np.int64]]) -> None:
-    labels = decode(lambda count, side: _allocate(place / "images.npy", count, side))
+def _fill(place: Path, key: dict[str, Any], decode: Decode) -> None:
+    labels, rows = decode(lambda count, side: _allocate(place / "images.npy", count, side))
     np.save(place / "labels.npy", labels)
+    np.save(place / "rows.npy", rows)
     (place / "key.json").write_text(json.dumps(key, indent=1))
 
 

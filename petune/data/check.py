@@ -22,18 +22,22 @@ class FolderReport:
         broken: Messages for those that cannot be decoded.
         shared: Pictures of another split than train whose file is equal, byte for byte, to one in train or in a
             split before theirs: what is measured on them is memory.
+        doubtful: Likewise pictures of a split whose file is one of another class there, too: one label is wrong.
+        copies: How many are one of the same split and class; none of these is ever cut from what it is a copy of.
         left_out: Number of visible files that are not read, by what their names end in.
     """
 
     pictures: dict[str, dict[str, int]]
     broken: list[str]
     shared: list[tuple[Path, Path]]
+    doubtful: list[tuple[Path, Path]]
+    copies: int
     left_out: dict[str, int]
 
     @property
     def is_sound(self) -> bool:
         """Whether nothing was found."""
-        return not self.broken and not self.shared
+        return not self.broken and not self.shared and not self.doubtful
 
 
 def check_folder(path: Path) -> FolderReport:
@@ -43,8 +47,10 @@ def check_folder(path: Path) -> FolderReport:
         DataError: The layout is wrong: see `petune.data.folder`.
     """
     found, left_out = picture_files(path)
-    first_seen: dict[bytes, tuple[str, Path]] = {}
+    first_seen: dict[bytes, tuple[str, str, Path]] = {}
     shared: list[tuple[Path, Path]] = []
+    doubtful: list[tuple[Path, Path]] = []
+    copies = 0
     broken: list[str] = []
     pictures: dict[str, dict[str, int]] = defaultdict(dict)
     for part, files in found.items():
@@ -54,7 +60,11 @@ def check_folder(path: Path) -> FolderReport:
             broken += bad.values()
             for file in (file for i, file in enumerate(paths) if i not in bad):
                 digest = hashlib.sha256(file.read_bytes()).digest()
-                where, twin = first_seen.setdefault(digest, (part, file))
+                where, kind, twin = first_seen.setdefault(digest, (part, name, file))
                 if where != part:
                     shared.append((file, twin))
-    return FolderReport(dict(pictures), broken, shared, left_out)
+                elif kind != name:
+                    doubtful.append((file, twin))
+                else:
+                    copies += twin != file
+    return FolderReport(dict(pictures), broken, shared, doubtful, copies, left_out)

@@ -128,7 +128,7 @@ def _from_parquet(name: str, files: dict[str, list[Path]]) -> Dataset:
     return _dataset(name, classes, str(files["train"][0].parent), parts["train"], parts["test"])
 
 
-def _decode_parquet(paths: list[Path], column: str, allocate: Allocate) -> NDArray[np.int64]:
+def _decode_parquet(paths: list[Path], column: str, allocate: Allocate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     import pyarrow.parquet as pq
     from PIL import Image
 
@@ -152,7 +152,7 @@ def _decode_parquet(paths: list[Path], column: str, allocate: Allocate) -> NDArr
             raise DataError(
                 f"{paths[0].parent}: picture {row} must be whole, {SIDE}x{SIDE}, but: {error}. Fetch it again"
             ) from None
-    return np.asarray(labels, dtype=np.int64)
+    return np.asarray(labels, dtype=np.int64), np.arange(len(labels))
 
 
 def _no_parquet(path: Path, column: str, error: Exception) -> DataError:

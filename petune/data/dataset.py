@@ -26,7 +26,8 @@ class Split:
     Attributes:
         images: uint8, (N, H, W, 3), usually memory-mapped: index it, do not copy it.
         labels: int64, (N,), from 0 to the number of classes - 1.
-        rows: int64, (N,), where each picture of this split lies in `images` (a split may share its array).
+        rows: int64, (N,), where each picture of this split lies in `images` (a split may share its array): copies of
+            one file where the first of them does.
         crop: Share of the side that a model gets to see; below 1 where pictures were stored with a margin.
     """
 
@@ -102,7 +103,7 @@ class Dataset:
             names = ", ".join(self.classes[i] for i in empty[:5])
             raise DataError(f"{self.name}: every class must have training pictures, but {names} have none")
         if not len(self.test):
-            raise DataError(f"{self.name} must have test pictures, but has none; a class needs two to give one")
+            raise DataError(f"{self.name} must have test pictures, but has none; a class needs two different ones")
         return self
 
     def with_val(self, fraction: float, seed: int) -> Dataset:
@@ -114,7 +115,7 @@ class Dataset:
         """
         if len(self.val):
             return self
-        held_out = stratified(self.train.labels, fraction, seed)
+        held_out = stratified(self.train.labels, self.train.rows, fraction, seed)
         if not held_out.any() or held_out.all():
             raise ConfigError(
                 f"val_fraction={fraction} of {len(self.train)} training pictures leaves an empty split; "
@@ -135,16 +136,18 @@ class Dataset:
         return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))
 
 
-def stratified(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
+def stratified(labels: NDArray[np.int64], rows: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """True for a share of each class, drawn by `seed`: at least one picture, and never a whole class.
 
-    A class of a single picture keeps it, so it has none that is True.
+    A class of a single picture keeps it, so it has none that is True. Copies, of equal rows, count as one and are
+    True together: what is measured on a picture that was trained on is memory.
     """
-    held_out = np.zeros(len(labels), dtype=bool)
-    for order in _shuffled_by_class(labels, seed):
+    _, first, of_first = np.unique(rows, return_index=True, return_inverse=True)
+    held_out = np.zeros(len(first), dtype=bool)
+    for order in _shuffled_by_class(labels[first], seed):
         count = min(max(1, round(len(order) * fraction)), len(order) - 1)
         held_out[order[:count]] = True
-    return held_out
+    return held_out[of_first]
 
 
 def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:

@@ -21,7 +21,7 @@ def load_digits() -> Dataset:
     grey_NHW = np.rint(bunch.images * (255 / BRIGHTEST)).astype(np.uint8)
     images = np.repeat(grey_NHW[..., None], 3, axis=-1)
     everything = Split.of(images, bunch.target.astype(np.int64))
-    in_test = stratified(everything.labels, TEST_FRACTION, seed=0)
+    in_test = stratified(everything.labels, everything.rows, TEST_FRACTION, seed=0)
     return Dataset(
         name="digits",
         classes=tuple(str(digit) for digit in bunch.target_names),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from petune.data.layout import Files, picture_files, unread
 from petune.data.pictures import decode_pictures
 from petune.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
 TEST_FRACTION = 0.2
 MOST_BROKEN, SKIPPED = 0.01, -1
@@ -49,7 +52,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
     elif "val" in splits:
         dataset = replace(dataset, test=splits["val"], source=f"{path} (its val folder is the test split)")
     else:
-        cut = stratified(train.labels, TEST_FRACTION, seed=0)
+        cut = stratified(train.labels, train.rows, TEST_FRACTION, seed=0)
         dataset = replace(
             dataset,
             train=train.take(np.flatnonzero(~cut)),
@@ -59,6 +62,8 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
     if skipped:
         shown = ", ".join(str(p.relative_to(path)) for p in skipped[:5]) + (", …" if len(skipped) > 5 else "")
         dataset = replace(dataset, source=f"{dataset.source}; {len(skipped)} broken skipped: {shown}")
+    if copies := len(train) - len(np.unique(train.rows)):
+        dataset = replace(dataset, source=f"{dataset.source}; {copies} copies of others, in the same split as those")
     if said := unread(others):
         dataset = replace(dataset, source=f"{dataset.source}; {said}")
     return dataset.checked()
@@ -67,12 +72,12 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
 def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]) -> Split:
     paths = [picture for pictures in files.values() for picture in pictures]
     labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
-    entries = [[str(p.relative_to(root)), *_size_and_time(p)] for p in paths]
+    entries = [[str(p.relative_to(root)), *size_and_time(p)] for p in paths]
     key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries} | (
         {"skip": 1} if skip else {}
     )
 
-    def decode(allocate: Allocate) -> NDArray[np.int64]:
+    def decode(allocate: Allocate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         broken = decode_pictures(paths, allocate(len(paths), side), skip=skip)
         if len(broken) > MOST_BROKEN * len(paths):
             raise DataError(
@@ -81,7 +86,7 @@ def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]
             )
         marked = labels.copy()
         marked[list(broken)] = SKIPPED
-        return marked
+        return marked, _rows(paths)
 
     split = decoded(key, decode, CROP)
     gone = split.labels == SKIPPED
@@ -89,7 +94,21 @@ def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]
     return split.take(np.flatnonzero(~gone)) if gone.any() else split
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def _rows(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """Where each picture lies: a copy, byte for byte, where the first one does; no split is cut between them."""
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for i, path in enumerate(paths):
+        by_size[size_and_time(path)[0]].append(i)
+    rows = np.arange(len(paths))
+    for alike in (several for several in by_size.values() if len(several) > 1):
+        first: dict[bytes, int] = {}
+        for i in alike:
+            with contextlib.suppress(OSError), paths[i].open("rb") as file:
+                rows[i] = first.setdefault(hashlib.file_digest(file, "sha256").digest(), i)
+    return rows
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
     """Of a file, in bytes and ns; zero for a link to nowhere, which is found to be broken when it is decoded."""
     with contextlib.suppress(OSError):
         stat = path.stat()

@@ -99,7 +99,7 @@ def parts_of(path: Path) -> dict[str, Path]:
 
 
 def _called_otherwise(path: Path) -> list[Path]:
-    """Folders of folders that look like splits, as Train/ and Test/, or seg_train/ and seg_test/; else they were classes."""
+    """Folders of class folders that look like splits, as Train/ and Test/, or seg_train/ and seg_test/."""
     above = [p for p in visible_folders(path) if _has_folders(p)]
     alike = [p for p in above if SPLIT_NAMES.intersection(re.split("[^a-z]+", p.name.casefold()))]
     return alike if len(alike) > 1 or any(p.name.casefold() in SPLIT_NAMES for p in alike) else []
@@ -184,7 +184,7 @@ def _refuse_empty(path: Path, found: Mapping[str, Files]) -> None:
 def _check(path: Path, found: Mapping[str, Files]) -> None:
     for name in dict.fromkeys(name for files in found.values() for name in files):
         if name.encode(errors="replace").decode() != name:  # a byte that is no UTF-8, which no result could hold
-            raise DataError(f"class folders must have UTF-8 names, but {path} has {ascii(name)}; rename it")
+            raise DataError(f"class folders must have UTF-8 names, but {path} has {name!a}; rename it")
     _refuse_empty(path, found)
     for part, files in found.items():
         missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))

@@ -15,6 +15,7 @@ from petune.arguments import PathText, check_arguments
 from petune.config import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
+from petune.data.held import refuse_trained_on
 from petune.data.layout import Files, files_of_part, folder_of
 from petune.errors import DataError, UsageError, near_names
 from petune.evaluation.measures import Evaluation, gathered, measured
@@ -85,6 +86,8 @@ def evaluate(
         read, files, said = files_of_part(place, split)
         source, batches = "; ".join(filter(None, (str(place), said))), _of_folder(place, files, predictor, batch_size)
     else:
+        if own:
+            refuse_trained_on(name, predictor.card.get("pictures") or {})
         data = prepare_data(_config(Path(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)
     scores_NC, labels_N = gathered([(predictor.scores(x), y) for x, y in batches])

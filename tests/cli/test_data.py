@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,25 @@ def test_a_broken_picture_is_exit_code_4(petune: Run, tmp_path: Path) -> None:
     done = petune("data", "check", "pets")
     assert done.code == 4
     assert "pets/dog/0.png must be a whole picture" in done.out
-    assert done.out.endswith("1 broken, 0 in two splits\n")
+    assert done.out.endswith("1 broken, 0 in two splits, 0 in two classes\n")
     found = json.loads(petune("data", "check", "pets", "--json").out)
     assert found["pictures"]["train"]["cat"] == 2
     assert len(found["broken"]) == 1
+
+
+def test_copies_within_train_are_said_and_those_of_another_class_are_a_fault(petune: Run, tmp_path: Path) -> None:
+    _fill(tmp_path / "pets")
+    shutil.copy(tmp_path / "pets" / "cat" / "0.png", tmp_path / "pets" / "cat" / "0 (1).png")
+    done = petune("data", "check", "pets")
+    assert done.code == 0, done.err
+    assert done.out.endswith("1 copies in the same class; a split that is cut never parts them\nno fault found\n")
+    shutil.copy(tmp_path / "pets" / "dog" / "0.png", tmp_path / "pets" / "cat" / "x.png")
+    done = petune("data", "check", "pets")
+    assert done.code == 4
+    assert "pets/dog/0.png is the same file as pets/cat/x.png, in another class\n" in done.out
+    assert done.out.endswith("0 broken, 0 in two splits, 1 in two classes\n")
+    found = json.loads(petune("data", "check", "pets", "--json").out)
+    assert (found["copies"], found["doubtful"]) == (1, [["pets/dog/0.png", "pets/cat/x.png"]])
 
 
 def test_a_folder_that_is_not_there(petune: Run) -> None:

@@ -45,6 +45,15 @@ def test_val_stays_what_it_was_in_earlier_versions() -> None:
     assert _dataset((5, 5)).with_val(0.4, seed=0).val.rows.tolist() == [1, 2, 6, 9]
 
 
+def test_copies_are_never_on_both_sides_of_a_cut() -> None:
+    toy = _dataset()
+    twice = replace(toy, train=replace(toy.train, rows=toy.train.rows // 2 * 2))  # each picture and its copy
+    for seed in range(5):
+        cut = twice.with_val(0.2, seed)
+        assert not set(cut.val.rows) & set(cut.train.rows)
+        assert np.bincount(cut.val.labels).tolist() == [2, 4, 6]
+
+
 def test_a_val_split_that_came_with_the_data_is_kept() -> None:
     dataset = replace(_dataset(), val=_dataset().train.take(np.array([1, 2])))
     assert dataset.with_val(0.5, seed=0) is dataset

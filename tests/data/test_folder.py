@@ -98,11 +98,11 @@ def test_decoded_once_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
 
 def test_two_folders_with_equal_listings_are_not_mixed_up(tmp_path: Path) -> None:
     for name, value in (("a", 10), ("b", 20)):
-        for label in ("cat", "dog"):
+        for number, label in enumerate(("cat", "dog")):
             for i in range(2):
                 file = tmp_path / name / label / f"{i}.bmp"  # BMP files of one shape have one size
                 file.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("L", (40, 40), value).save(file)
+                Image.new("L", (40, 40), value + 2 * number + i).save(file)
                 os.utime(file, (0, 0))
     first, second = (load_folder(tmp_path / name, 32) for name in "ab")
     assert first.train.images[0, 0, 0, 0] == 10
@@ -253,6 +253,20 @@ def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], beside: di
         _fill(tmp_path / part, {"cat": 3, "dog": 3})
     with pytest.raises(DataError, match=r"must be called train/, val/ and test/ .* but it has [^ ]*, [^ ]*; rename"):
         load_folder(tmp_path, 32)
+
+
+def test_copies_stay_on_one_side_of_every_cut(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 30, "dog": 30})
+    for picture in [*tmp_path.glob("*/*.png")]:
+        shutil.copy(picture, picture.with_suffix(".copy.png"))
+    for again in range(2):  # decoded, and from the cache
+        data = load_folder(tmp_path, 32).with_val(0.2, seed=again)
+        assert "; 60 copies of others, in the same split as those" in data.source
+        rows = [set(split.rows) for split in (data.train, data.val, data.test)]
+        assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
+        assert [len(split) for split in (data.train, data.val, data.test)] == [76, 20, 24]
+        for split in (data.train, data.val, data.test):
+            assert np.array_equal(split.images[split.rows][:, 0, 0, 0] // 50, split.labels)
 
 
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
