@@ -242,13 +242,20 @@ def chosen_rate(config: petune.SweepConfig, watch: Any, executor: str | Executor
 
 def checks_of(expected: Mapping[str, Expected], comparison: Mapping[str, Any]) -> list[Check]:
     """Every expected number beside the measured one."""
-    top1 = {row["method"]: row["top1_mean"] for row in comparison["rows"]}
+    rows = {row["method"]: row for row in comparison["rows"] if row["status"] == "done"}
     checks = []
     for what, one in expected.items():
-        terms = [top1.get(name.strip()) for name in what.split(" - ")]
-        value = None if None in terms else terms[0] - sum(terms[1:])
+        first, *other = [rows.get(name.strip()) for name in what.split(" - ")]
+        value = difference(first, other[0]) if other else first["top1_mean"] if first else None
         checks.append(Check(what, value, one.top1, *one.range))
     return checks
+
+
+def difference(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> float | None:
+    """By how much the first row's top-1 is higher, over the seeds of both; None where there are none."""
+    tops = [dict(zip(row["seeds"], row["top1"], strict=True)) if row else {} for row in (one, other)]
+    seeds = tops[0].keys() & tops[1].keys()
+    return sum(tops[0][seed] - tops[1][seed] for seed in seeds) / len(seeds) if seeds else None
 
 
 def chosen(suite: Suite, only: list[str]) -> dict[str, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import SUITES, Check, Suite, checks_of, read_suite
+from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
 from petune.report import COLUMNS, cells
 
@@ -118,18 +118,23 @@ def speed() -> str:
 def near_full(comparison: dict[str, Any]) -> str:
     """Which method comes within a point of full fine-tuning with the fewest trained parameters; empty without full."""
     rows = [row for row in comparison["rows"] if row["status"] == "done"]
-    full = next((row["top1_mean"] for row in rows if row["method"] == "full"), None)
-    if full is None:
+    full = next((row for row in rows if row["method"] == "full"), None)
+    others = [(difference(full, row), row) for row in rows if row is not full] if full else []
+    gaps = [(gap, row) for gap, row in others if gap is not None]
+    if full is None or not gaps:
         return ""
-    near = [row for row in rows if row["method"] != "full" and row["top1_mean"] >= full - 1]
+    near = [(gap, row) for gap, row in gaps if gap <= 1]
     if not near:
-        best = max((row for row in rows if row["method"] != "full"), key=lambda row: row["top1_mean"], default=None)
-        gap = "" if best is None else f"; the nearest, `{best['method']}`, lacks {full - best['top1_mean']:.2f}"
-        return f"No method comes within a point of full fine-tuning ({full:.2f}){gap}."
-    least = min(near, key=lambda row: row["percent_of_backbone"])
+        gap, best = min(gaps, key=lambda one: one[0])
+        return (
+            f"No method comes within a point of full fine-tuning ({full['top1_mean']:.2f}); the nearest, "
+            f"`{best['method']}`, lacks {gap:.2f} on the seeds of both."
+        )
+    gap, least = min(near, key=lambda one: one[1]["percent_of_backbone"])
     return (
-        f"Within a point of full fine-tuning ({full:.2f}) with the fewest trained parameters: `{least['method']}`, "
-        f"{least['top1_mean']:.2f} with {least['percent_of_backbone']:.2f} %."
+        f"Within a point of full fine-tuning ({full['top1_mean']:.2f}), on the seeds of both, with the fewest trained "
+        f"parameters: `{least['method']}`, {abs(gap):.2f} {'below' if gap > 0 else 'above'} with "
+        f"{least['percent_of_backbone']:.2f} %."
     )
 
 
@@ -181,7 +186,7 @@ def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
 def commits(comparison: dict[str, Any]) -> str:
     """The commits that the runs were done at, in words."""
     origins = [one["provenance"] for one in (comparison.get("origins") or [comparison])]
-    names = list(dict.fromkeys(one["git"]["commit"][:7] for one in origins))
+    names = list(dict.fromkeys(one["git"]["commit"][:7] + "+" * one["git"]["dirty"] for one in origins))
     return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
 
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from petune.arguments import check_watch
+from petune.began import hold_beginning
 from petune.config import Config, UserPath
-from petune.data.held import hold_pictures
 from petune.errors import PetuneError, UsageError, near_names
 from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
@@ -182,7 +182,7 @@ def compare(
 
     with group.led(claimed(place, held, resume=True, command=command)):
         group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
-        group.same(lambda: hold_pictures(place, config.run.dataset))
+        group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights))
         left_out = group.same(lambda: _left_out(config, place))
         if left_out:
             watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
@@ -206,6 +206,14 @@ def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
     if reason or not results:
         return Row(method=method, status="failed", reason=reason or "no run finished")
     first = results[0]
+    unlike = [r for r in results if (r.lr, r.tuned, r.head) != (first.lr, first.tuned, first.head)]
+    if unlike:
+        reason = (
+            f"seeds {first.seed} and {unlike[0].seed} must be alike, but {first.tuned:,} and {unlike[0].tuned:,} "
+            f"parameters train at rates of {first.lr:g} and {unlike[0].lr:g}: the method's package has changed between "
+            f"them. Take away {first.output} or {unlike[0].output}"
+        )
+        return Row(method=method, status="failed", reason=reason)
     top1, top5 = tuple(r.top1 for r in results), tuple(r.top5 for r in results)
     vals = [r.val_top1 for r in results if r.val_top1 is not None]
     return Row(

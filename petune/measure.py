@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "git": _git_state(),
+        "git": git_state(),
         "argv": sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -112,7 +113,10 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git_state() -> dict[str, Any] | None:
+@cache
+def git_state() -> dict[str, Any] | None:
+    """Of petune's checkout, when first asked: a process runs what it imported, whatever is committed meanwhile."""
+
     def git(*words: str) -> str:
         where = Path(__file__).parent
         done = subprocess.run(["git", *words], cwd=where, check=True, capture_output=True, text=True)

@@ -15,18 +15,19 @@ from torch import nn
 from petune.arguments import check_watch
 from petune.attach import attach
 from petune.backbones import Backbone
+from petune.began import hold_beginning
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset
-from petune.data.held import hold_pictures
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
-from petune.measure import PeakMemory, forward_flops, provenance
+from petune.measure import PeakMemory, forward_flops, git_state, provenance
 from petune.results import RunResult
 from petune.run import (
     RunConfig,
     Watch,
     directory_name,
+    filled_in,
     prepare_backbone,
     prepare_data,
     preprocessing,
@@ -102,11 +103,13 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         if finished is not None:
             return finished
         watch = watch if group.leads else lambda event: None
+        git_state()
         with stop.at_once(group):
             load_accuracy()
             device = group.device(choose_device(config.device))
-            group.same(lambda: hold_pictures(place, config.dataset))
             dataset = group.in_turn(lambda: prepare_data(config))
+            train = with_recipe(config.train, RECIPE, dataset)
+            group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train)))
             backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=True))
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
             memory = PeakMemory(device)
@@ -119,7 +122,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             attachment,
             dataset,
             preprocess,
-            with_recipe(config.train, RECIPE, dataset),
+            train,
             seed=config.seed,
             device=device,
             directory=place,
@@ -127,13 +130,14 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             choose="last",
             on_event=watch,
             group=group,
+            peak_bytes=memory.bytes,
         )
         fitted = trainer.fit()
         test = trainer.evaluate("test")
         adapters = sorted(set(attachment.model.state_dict()) - backbone_keys)
         info = _described(config, backbone, preprocess, dataset, test)
         info |= {"adapters": adapters, "provenance": provenance(device)}
-        peak = memory.bytes()
+        peak = max(memory.bytes(), trainer.progress.peak_bytes)
         flops = forward_flops(attachment.model, (3, backbone.image_size, backbone.image_size))
 
         def finish() -> RunResult:

@@ -13,7 +13,7 @@ from petune.text import visible as visible
 
 COLUMNS = (
     "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
-    "time",
+    "time a run",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         _spread(row["top5_mean"], row["top5_std"]),
         f"{row['images_per_s']:,.0f}",
         size(row["peak_memory_bytes"]),
-        duration(row["time_s"]),
+        duration(row["time_s"] / len(row["seeds"])),
     ]
 
 
@@ -93,7 +93,8 @@ def _measured(where: Mapping[str, Any]) -> str:
     commit = (where.get("git") or {}).get("commit", "")
     versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
     threads = f"{where['threads']} thread{'s' * (where['threads'] != 1)}"
-    at = f"; commit {commit[:7]}" if commit else ""
+    dirty = " with changes that are not committed" if (where.get("git") or {}).get("dirty") else ""
+    at = f"; commit {commit[:7]}{dirty}" if commit else ""
     return f"{in_markdown(where['device'])}, {threads}, {where['precision']}; {versions}{at}."
 
 

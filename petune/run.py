@@ -13,11 +13,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.arguments import check_watch
 from petune.attach import Attachment, attach
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
+from petune.began import hold_beginning
 from petune.config import Config, UserPath, parse_options
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
-from petune.data.held import digests, hold_pictures
+from petune.data.held import digests
 from petune.group import ALONE, Group, join
-from petune.measure import PeakMemory, forward_flops, provenance
+from petune.measure import PeakMemory, forward_flops, git_state, provenance
 from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.rundir import claimed, free_path
@@ -98,7 +99,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
             return finished
         done = trained(config, tuner, place, stop, watch, group)
         test = done.trainer.evaluate("test")
-        peak = done.memory.bytes()
+        peak = max(done.memory.bytes(), done.trainer.progress.peak_bytes)
         flops = forward_flops(done.attachment.model, (3, done.backbone.image_size, done.backbone.image_size))
 
         def finish() -> RunResult:
@@ -128,11 +129,13 @@ def trained(
 ) -> Trained:
     """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
     watch = watch if group.leads else lambda event: None
+    git_state()
     with stop.at_once(group):
         load_accuracy()
         device = group.device(choose_device(config.device))
-        group.same(lambda: hold_pictures(place, config.dataset))
         dataset = group.in_turn(lambda: prepare_data(config))
+        train = with_recipe(config.train, tuner.recipe, dataset)
+        group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train)))
         backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         if backbone.file is not None and backbone.mean is None:
@@ -149,13 +152,14 @@ def trained(
         attachment,
         dataset,
         preprocessing(backbone, dataset),
-        with_recipe(config.train, tuner.recipe, dataset),
+        train,
         seed=config.seed,
         device=device,
         directory=place,
         stop=stop,
         on_event=watch,
         group=group,
+        peak_bytes=memory.bytes,
     )
     return Trained(dataset, backbone, attachment, trainer, trainer.fit(), memory)
 
@@ -225,6 +229,11 @@ def with_recipe(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainCo
         "augment": dataset.augment if train.augment == "auto" else train.augment,
     }
     return train.model_copy(update=filled)
+
+
+def filled_in(train: TrainConfig) -> dict[str, Any]:
+    """What `with_recipe` fills in, by name."""
+    return train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
 
 
 def what_trains(att: Attachment) -> str:

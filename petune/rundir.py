@@ -17,8 +17,8 @@ from petune.files import replace_file
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
-PICTURES_FILE = "pictures.json"
-BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, PICTURES_FILE}
+BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
+BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
 UNCOMPARED = {"output", "resume"}
 

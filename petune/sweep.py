@@ -13,9 +13,9 @@ from pydantic import Field, field_validator, model_validator
 
 from petune.arguments import check_watch
 from petune.backbones import check_weights
+from petune.began import hold_beginning
 from petune.compare import RunStarted
 from petune.config import Config, UserPath, override, read_yaml
-from petune.data.held import hold_pictures
 from petune.errors import CheckpointError, ConfigError, PetuneError, UsageError
 from petune.executors import Executor, Failure, Started, Work, choose_executor, serial
 from petune.files import replace_file
@@ -191,7 +191,7 @@ def sweep(
     with claimed(place, _held(config, place), resume=True, command=COMMAND):
         asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
         replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
-        hold_pictures(place, config.run.dataset)
+        hold_beginning(place, config.run.dataset, config.run.weights)
         table = _read(place, config, None if chosen is serial else AT_ONCE)
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             while batch := _next(table, whole=chosen is not serial):

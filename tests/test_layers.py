@@ -18,7 +18,7 @@ LEVELS = {
     "attach": 3, "fingerprint": 3, "state": 3, "testing": 3, "tuners": 3,
     "backbones": 4, "foreign": 4, "weights": 4, "hub": 4, "data": 4, "pytest_plugin": 4, "scaffold": 4, "tasks": 4,
     "peft_method": 4,
-    "train": 5, "measure": 5, "restore": 5, "share": 5,
+    "began": 5, "train": 5, "measure": 5, "restore": 5, "share": 5,
     "export": 6, "predict": 6, "run": 6, "pretrain": 6,
     "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7, "executors": 7, "demo": 7,
     "cli": 8,

@@ -245,13 +245,23 @@ def test_the_precision_is_the_machines_and_the_recipe_is_not() -> None:
 
 
 def test_the_nearest_to_full_is_named() -> None:
-    def row(method: str, percent: float, top1: float) -> dict[str, object]:
-        return {"method": method, "status": "done", "percent_of_backbone": percent, "top1_mean": top1}
+    def row(method: str, percent: float, **top1: float) -> dict[str, object]:
+        mean = sum(top1.values()) / len(top1)
+        seeds = {"seeds": [int(seed[1:]) for seed in top1], "top1": [*top1.values()], "top1_mean": mean}
+        return {"method": method, "status": "done", "percent_of_backbone": percent, **seeds}
 
-    rows = [row("a", 1.0, 78.9), row("b", 2.0, 79.2), row("c", 3.0, 79.9), row("full", 100.0, 80.0)]
-    assert "`b`, 79.20 with 2.00 %" in tables.near_full({"rows": rows})
+    rows = [row("a", 1.0, s0=78.9), row("b", 2.0, s0=79.4), row("c", 3.0, s0=79.9), row("full", 100.0, s0=80, s1=70)]
+    assert "(75.00), on the seeds of both, with the fewest trained parameters: `b`, 0.60 below with 2.00 %" in (
+        tables.near_full({"rows": rows})
+    )
     assert "the nearest, `a`, lacks 1.10" in tables.near_full({"rows": [rows[0], rows[3]]})
-    assert tables.near_full({"rows": rows[:3]}) == ""
+    assert tables.near_full({"rows": rows[:3]}) == tables.near_full({"rows": [row("a", 1.0, s2=78.9), rows[3]]}) == ""
+
+
+def test_a_difference_is_of_the_same_seeds() -> None:
+    one, other = {"seeds": [0, 1], "top1": [80.0, 50.0]}, {"seeds": [2, 0], "top1": [10.0, 79.0]}
+    assert suite.difference(one, other) == 1.0
+    assert suite.difference(one, None) is suite.difference(one, {"seeds": [2], "top1": [10.0]}) is None
 
 
 def test_a_stale_page_is_seen(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from petune.results import RunResult
 
 COLUMNS = (
     "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
-    "epochs", "images/s", "step", "peak memory", "time",
+    "epochs", "images/s", "step", "peak memory", "time a run",
 )  # fmt: skip
 NOT_IN_KEY = {"seed", "output", "resume"}
 

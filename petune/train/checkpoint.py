@@ -111,7 +111,7 @@ def check_optimizer(train: TrainConfig) -> None:
             optimizer = create_optimizer(parameters, set(), train)
             optimizer.step()
         _json(_split_optimizer(optimizer.state_dict())[1])
-    except (RuntimeError, CheckpointError) as error:
+    except (RuntimeError, CheckpointError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].removesuffix("; use another --optimizer")
         raise ConfigError(
             f"optimizer must do its step from gradients alone and keep tensors and numbers, but with "

@@ -55,6 +55,7 @@ class Trainer:
         directory: Holds `checkpoints/` and `metrics.jsonl`.
         on_event: Told of every step and epoch.
         group: The processes that train together; each takes its part of every batch, and one writes.
+        peak_bytes: Says how much memory was needed so far, for the checkpoint.
 
     Raises:
         ConfigError: A batch is smaller than the group.
@@ -74,6 +75,7 @@ class Trainer:
         choose: Literal["best", "last"] = "best",
         on_event: Callable[[Event], None] = lambda event: None,
         group: Group = ALONE,
+        peak_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.att, self.model, self.dataset, self.preprocess = (
             attachment,
@@ -82,13 +84,14 @@ class Trainer:
             preprocess,
         )
         self.train, self.seed, self.device, self.directory = train, seed, device, directory
-        self.stop, self.choose, self.group = stop, choose, group
+        self.stop, self.choose, self.group, self.peak_bytes = stop, choose, group, peak_bytes
         self.on_event = on_event if group.leads else lambda event: None
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
         attachment.begin(self.total_steps)
         self.params = {**attachment.tuned, **attachment.head}
         no_decay = set(getattr(self.model, "no_weight_decay", set)())
+        check_optimizer(train)
         self.optimizer = create_optimizer(self.params, no_decay, train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
         wanted = group.same(lambda: choose_precision(train.precision, device))
@@ -101,7 +104,6 @@ class Trainer:
         self.part = group.part(size)
         self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
         self.progress, self.saved = Progress(precision=self.precision), time.perf_counter()
-        check_optimizer(train)
         self.best: dict[str, Tensor] = {}
         self.log = Log(directory / "metrics.jsonl")
         self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
@@ -314,6 +316,7 @@ class Trainer:
         return written
 
     def _save(self) -> None:
+        self.progress.peak_bytes = max(self.progress.peak_bytes, self.peak_bytes())
         with self.group.together():
             if self.group.leads:
                 save_checkpoint(

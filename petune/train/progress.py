@@ -23,6 +23,7 @@ class Progress:
     log_bytes: int = 0
     loss_sum: float = 0.0
     micro_batch: int = 0
+    peak_bytes: int = 0  # of the process that trained before a resume
     precision: Literal["", "fp32", "tf32", "bf16"] = ""  # empty in checkpoints of older versions
     epochs: list[dict[str, float]] = field(default_factory=list)
 
