@@ -112,7 +112,7 @@ def check_optimizer(train: TrainConfig) -> None:
             optimizer.step()
         _json(_split_optimizer(optimizer.state_dict())[1])
     except (RuntimeError, CheckpointError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].removesuffix("; use another --optimizer")
+        reason = (str(error) or type(error).__name__).splitlines()[0].removesuffix("; use another --optimizer")
         raise ConfigError(
             f"optimizer must do its step from gradients alone and keep tensors and numbers, but with "
             f"{train.optimizer}: {reason}; use another --optimizer"

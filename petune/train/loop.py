@@ -27,7 +27,7 @@ from petune.train.evaluate import Accuracy, evaluate
 from petune.train.events import EpochEnded, Event, Log, Note, StepDone
 from petune.train.features import Features
 from petune.train.mixing import Mixing, step_seed
-from petune.train.optim import create_optimizer, create_schedule
+from petune.train.optim import create_optimizer, create_schedule, without_decay
 from petune.train.precision import choose_attention, choose_precision
 from petune.train.probe import can_run_out, largest_that_fits
 from petune.train.progress import Fitted, Progress
@@ -90,9 +90,8 @@ class Trainer:
         self.total_steps = len(self.batches) * train.epochs
         attachment.begin(self.total_steps)
         self.params = {**attachment.tuned, **attachment.head}
-        no_decay = set(getattr(self.model, "no_weight_decay", set)())
         check_optimizer(train)
-        self.optimizer = create_optimizer(self.params, no_decay, train)
+        self.optimizer = create_optimizer(self.params, without_decay(self.model), train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
         wanted = group.same(lambda: choose_precision(train.precision, device))
         self.plain_attention: list[nn.Module] = []

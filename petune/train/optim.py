@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from petune.ledger import added_to
 from petune.train.config import TrainConfig
 
 
@@ -19,15 +20,16 @@ def create_optimizer(
     """An optimizer over exactly `parameters`.
 
     Args:
-        parameters: Names to parameters. Vectors and scalars get weight decay with `decay_vectors` only.
-        no_decay: Further names without it (timm's `no_weight_decay()`: position embedding, class token).
+        parameters: Names to parameters. Vectors and scalars get weight decay with `decay_vectors` only, those
+            that PEFT's types write as a matrix of one row or column (IA3's factors, which start at 1) included.
+        no_decay: Further names without it; see `without_decay`.
         train: With `lr`, `weight_decay` and `optimizer` filled in.
     """
     import timm.optim
 
     if "muon" in str(train.optimizer):
         _orthogonalise_in_float32()
-    plain = {n for n, p in parameters.items() if (p.ndim <= 1 or n in no_decay) and not train.decay_vectors}
+    plain = {n for n, p in parameters.items() if (_is_vector(p) or n in no_decay) and not train.decay_vectors}
     decayed = [p for n, p in parameters.items() if n not in plain]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": train.weight_decay},
@@ -41,6 +43,19 @@ def create_optimizer(
         **_fused(str(train.optimizer), parameters.values()),
     )
     return optimizer
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """Names of position embedding and class token: as timm's `no_weight_decay` says, else by shape, (1, N, D)."""
+    said = getattr(model, "no_weight_decay", None)
+    if callable(said):
+        return set(said())
+    added = added_to(model)
+    return {n for n, p in model.named_parameters() if p.ndim == 3 and len(p) == 1 and id(p) not in added}
+
+
+def _is_vector(p: nn.Parameter) -> bool:
+    return p.ndim <= 1 or (p.ndim == 2 and 1 in p.shape)
 
 
 def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
+import petune
 from petune.train.config import TrainConfig
-from petune.train.optim import create_optimizer, create_schedule
+from petune.train.optim import create_optimizer, create_schedule, without_decay
 
 TRAIN = TrainConfig(lr=0.5, weight_decay=0.1, optimizer="sgd")
 
@@ -34,6 +37,26 @@ def test_only_matrices_decay_and_not_those_the_model_names() -> None:
         "pos_embed": 0,
     }
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
+
+
+def test_vectors_that_are_written_as_matrices_do_not_decay() -> None:
+    """Factors of PEFT's IA3 start at 1: decay would pull what they multiply to zero."""
+    parameters = {"ia3_l": nn.Parameter(torch.ones(1, 6)), "lora_E": nn.Parameter(torch.ones(6, 1))}
+    (group,) = create_optimizer(parameters, set(), TRAIN).param_groups
+    assert group["weight_decay"] == 0
+
+
+def test_tokens_and_positions_of_any_model_do_not_decay() -> None:
+    """Of timm's by its own list; of torchvision's and others by their shape, but not the prompts that VPT adds."""
+    model = VisionTransformer(
+        image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=2
+    )
+    positions = {"class_token", "encoder.pos_embedding"}
+    assert without_decay(model) == positions
+    petune.attach(model, "vpt", num_prompts=2)
+    assert without_decay(model) == positions
+    timms = timm.create_model("vit_tiny_patch16_224", depth=1)
+    assert without_decay(timms) == timms.no_weight_decay()  # type: ignore[operator]
 
 
 def test_everything_decays_where_asked_for() -> None:
