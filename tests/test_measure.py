@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from petune.measure import device_name, forward_flops, installed_version, provenance
+from petune.measure import device_name, forward_flops, git_state, installed_version, provenance
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,13 @@ def test_provenance_names_versions_device_and_threads() -> None:
 def test_provenance_takes_no_foreign_repository_for_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("petune.measure.__file__", str(tmp_path / "petune" / "measure.py"))
     (tmp_path / "petune").mkdir()
-    assert provenance(CPU)["git"] is None
+    assert git_state.__wrapped__() is None
+
+
+def test_the_commit_is_the_one_that_the_process_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = provenance(CPU)["git"]
+    monkeypatch.setattr("petune.measure.subprocess", None)  # whatever is committed meanwhile
+    assert provenance(CPU)["git"] == began
 
 
 def test_a_package_that_is_not_there_has_no_version() -> None:
