@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         if finished is not None:
             return finished
         watch = watch if group.leads else lambda event: None
-        git_state()
+        git_state()  # of the code that trains, whatever is committed meanwhile
         with stop.at_once(group):
             load_accuracy()
             device = group.device(choose_device(config.device))

@@ -129,7 +129,7 @@ def trained(
 ) -> Trained:
     """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
     watch = watch if group.leads else lambda event: None
-    git_state()
+    git_state()  # of the code that trains, whatever is committed meanwhile
     with stop.at_once(group):
         load_accuracy()
         device = group.device(choose_device(config.device))
