@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from petune.data.held import hold_pictures
 from petune.errors import CheckpointError, WeightsUnavailable
-from petune.files import replace_file
-from petune.rundir import BEGAN_FILE
+from petune.rundir import BEGAN_FILE, note, noted
 from petune.weights import find_weights
 
 
@@ -31,7 +28,7 @@ def hold_beginning(place: Path, dataset: str, weights: str, recipe: Mapping[str,
         CheckpointError: The weights or the recipe did.
     """
     hold_pictures(place, dataset)
-    before, now = _noted(place), {"weights": _digest(weights), **(recipe or {})}
+    before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
     changed = [key for key in now if key in before and now[key] not in ("", before[key])]
     if "weights" in changed:
         raise CheckpointError(
@@ -45,25 +42,15 @@ def hold_beginning(place: Path, dataset: str, weights: str, recipe: Mapping[str,
             f"Ask for {' and '.join(f'train.{key}' for key in changed)} by --set in another --output, or install what "
             "there was"
         )
-    noted = {key: value for key, value in {**now, **before}.items() if value not in ("", None)}
-    if noted != before:
-        replace_file(place / BEGAN_FILE, (json.dumps(noted, indent=1) + "\n").encode())
-
-
-def _noted(place: Path) -> dict[str, Any]:
-    try:
-        noted: dict[str, Any] = json.loads((place / BEGAN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # new, or begun by a petune that noted nothing
-        return {}
-    return noted
+    known = {key: value for key, value in {**now, **before}.items() if value not in ("", None)}
+    if known != before:
+        note(place / BEGAN_FILE, known)
 
 
 def _digest(weights: str) -> str:
     """SHA-256 of the file that the weights are; empty where they are none."""
-    if not Path(os.path.expanduser(weights)).exists():
-        return ""
     try:
         with find_weights(Path(weights)).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (WeightsUnavailable, OSError):  # which is said where they are read
+    except (WeightsUnavailable, OSError):  # no file, as `none`; what is wrong with one is said where it is read
         return ""

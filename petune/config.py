@@ -117,6 +117,11 @@ def _is_union(kind: Any) -> bool:
     return get_origin(kind) in (Union, UnionType)
 
 
+def expanded(path: str | Path) -> Path:
+    """`path` with `~` as the home directory."""
+    return Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
+
+
 def user_path(path: Path) -> Path:
     """`path` with `~` as the home directory.
 
@@ -127,7 +132,7 @@ def user_path(path: Path) -> Path:
         str(path).encode()
     except UnicodeEncodeError:
         raise ValueError("a path must be UTF-8, which the files that name it are written in; choose another") from None
-    return Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
+    return expanded(path)
 
 
 UserPath = Annotated[Path, AfterValidator(user_path)]

@@ -6,7 +6,6 @@ Shapes: B batch, C classes, S side of a stored picture in pixels.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.arguments import PathText, check_arguments
+from petune.config import expanded
 from petune.data import Preprocess, Split
 from petune.data.folder import CROP
 from petune.data.layout import pictures_below
@@ -245,7 +245,7 @@ def _one_by_one(pictures: Iterable[Picture]) -> Iterator[tuple[str, Loaded]]:
         if not isinstance(picture, str | Path):
             yield f"picture {number}", picture
             continue
-        place = Path(os.path.expanduser(picture))
+        place = expanded(picture)
         if not place.is_dir():
             yield str(place), place
             continue

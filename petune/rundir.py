@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,24 @@ BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
 BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
 UNCOMPARED = {"output", "resume"}
+
+
+def noted(file: Path) -> dict[str, Any]:
+    """What a directory noted of its beginning; empty where it is new, or was begun by a petune that noted nothing."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def note(file: Path, what: Mapping[str, Any]) -> None:
+    """Write what `noted` reads.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    replace_file(file, (json.dumps(what, indent=1) + "\n").encode())
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from petune.arguments import PathText, check_arguments
 from petune.card import public
+from petune.config import expanded
 from petune.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.files import MANIFEST, manifest_of, write_directory
 from petune.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
@@ -75,7 +75,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     check_arguments(
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
-    place = adapter_place(Path(os.path.expanduser(path)))
+    place = adapter_place(expanded(path))
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
     files[CONFIG_FILE] = _public(files[CONFIG_FILE])
@@ -120,7 +120,7 @@ def pull(
     """
     optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
     check_arguments("petune.pull", repo=(repo, str), trust_code=(trust_code, bool), **optional)
-    target = Path(os.path.expanduser(output)) if output is not None else Path(repo.rpartition("/")[2])
+    target = expanded(output) if output is not None else Path(repo.rpartition("/")[2])
     refuse_foreign(target)
     api = _api(repo)
     info = _asked(repo, lambda: api.model_info(repo, revision=revision, files_metadata=True), lambda: 0)

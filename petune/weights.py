@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from petune.config import expanded
 from petune.errors import CheckpointError, WeightsUnavailable
 
 BUNDLED = Path(__file__).with_name("pretrained")
@@ -69,7 +69,7 @@ def find_weights(path: Path) -> Path:
     Raises:
         WeightsUnavailable: There is no such file.
     """
-    path = Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
+    path = expanded(path)
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
         what = f"{path} is a directory without {BACKBONE_FILE}" if path.is_dir() else f"there is no file {path}"

@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from petune.config import expanded
 from petune.data.dataset import Split
 from petune.errors import DataError
 
@@ -30,7 +31,7 @@ Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
 def cache_dir() -> Path:
     """`PETUNE_CACHE`, or `petune` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.environ.get("PETUNE_CACHE") or Path(base) / "petune"))
+    return expanded(os.environ.get("PETUNE_CACHE") or Path(base) / "petune")
 
 
 def decoded(key: dict[str, Any], decode: Decode, crop: float = 1.0) -> Split:

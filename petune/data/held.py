@@ -11,8 +11,7 @@ from typing import Any
 from petune.data.folder import size_and_time
 from petune.data.layout import folder_of, parts_of, picture_files
 from petune.errors import DataError
-from petune.files import replace_file
-from petune.rundir import PICTURES_FILE
+from petune.rundir import PICTURES_FILE, note, noted
 
 Held = dict[str, dict[str, str]]
 """Split, then class, to the number of pictures and a digest of their names and sizes, as `61 3f0c…`."""
@@ -46,9 +45,9 @@ def hold_pictures(place: Path, dataset: str) -> None:
     Raises:
         DataError: They changed.
     """
-    now, before = pictures_of(dataset), _noted(place)
-    if now and not before:  # new, or begun by a petune that noted nothing
-        replace_file(place / PICTURES_FILE, (json.dumps(now, indent=1) + "\n").encode())
+    now, before = pictures_of(dataset), noted(place / PICTURES_FILE)
+    if now and not before:
+        note(place / PICTURES_FILE, now)
     elif now and (changed := _changed(before, now)):
         raise DataError(
             f"the pictures of {dataset} must be those that {place} began with, since val and test are drawn from them, "
@@ -58,7 +57,7 @@ def hold_pictures(place: Path, dataset: str) -> None:
 
 def digests(place: Path) -> dict[str, str]:
     """One digest a split of what `hold_pictures` noted there, for the record."""
-    return {part: _digest(classes) for part, classes in _noted(place).items()}
+    return {part: _digest(classes) for part, classes in noted(place / PICTURES_FILE).items()}
 
 
 def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
@@ -78,14 +77,6 @@ def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
             "among its test pictures now, but they changed. Put them back, or name pictures that it never saw: "
             "--dataset folder:PATH"
         )
-
-
-def _noted(place: Path) -> Held:
-    try:
-        noted: Held = json.loads((place / PICTURES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return noted
 
 
 def _said(pictures: Sequence[Path], place: Path) -> str:

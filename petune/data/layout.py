@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from petune.config import expanded
 from petune.data.pictures import OTHER_PICTURES, extensions
 from petune.errors import DataError, UsageError
 
@@ -21,7 +22,7 @@ Files = Mapping[str, list[Path]]
 
 def folder_of(dataset: str) -> Path:
     """The PATH of `folder:PATH`, with `~` as the home directory."""
-    return Path(os.path.expanduser(dataset.removeprefix("folder:")))  # Path.expanduser fails where no such user is
+    return expanded(dataset.removeprefix("folder:"))
 
 
 def picture_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petune.config import expanded
 from petune.errors import BackboneMismatch, DataError, UsageError
 from petune.predict import Guess, Inputs
 from petune.probe import scores_of
@@ -115,7 +115,7 @@ class SideBySide:
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
     """The last part of each path that tells it from the others, `adapter` being none."""
-    parts = [[p for p in Path(os.path.expanduser(path)).resolve().parts if p != "adapter"] for path in paths]
+    parts = [[p for p in expanded(path).resolve().parts if p != "adapter"] for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
