@@ -11,7 +11,8 @@ from petune.peft_hook import when_peft_is_imported
 
 if TYPE_CHECKING:
     from petune.anatomy import find_sites
-    from petune.attach import Attachment, attach
+    from petune.attach import attach
+    from petune.attachment import Attachment
     from petune.compare import CompareConfig, Comparison, compare
     from petune.counts import Counts
     from petune.edit import Edit
@@ -35,7 +36,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AttachError": "errors",
-    "Attachment": "attach",
+    "Attachment": "attachment",
     "Block": "sites",
     "CompareConfig": "compare",
     "Comparison": "compare",

@@ -11,10 +11,10 @@ from torch import nn
 from petune.anatomy.positions import Room, admit_prompts, fills, is_inside, refused
 from petune.anatomy.prompting import Prompting
 from petune.errors import AttachError, NotMergeable, SiteNotFound
-from petune.hooks import After, Before, Branch, Gather, Holder, InnerPrompts, Prompts
+from petune.hooks import After, Before, Branch, Gather, Holder, InnerPrompts, Prompts, once
 from petune.ledger import CONTAINERS, added_to, host_for, open_ledger
 from petune.passing import Leg, PassingPrompts, is_plain
-from petune.probe import Call, probe
+from petune.probe import Call, is_pointwise, probe
 from petune.sites import Block, Site, Sites, changeable, present, whole
 
 DEEP = "Try prompts of each block's own (vpt:deep=true), or a method without prompts, such as adaptformer"
@@ -102,9 +102,7 @@ class Edit:
                 f"a prompt adapter must have a whole number num_prompts of 1 or more, but that of "
                 f"{type(adapter).__name__} is {count!r}"
             )
-        own = {id(holder) for holder, _ in self.holders}
-        if any(isinstance(m, Prompts) and m.enabled and id(m) not in own for m in self.model.modules()):
-            raise refused(run[0], self.sites, "has prompts of another attachment, beside which none are proven", ALONE)
+        self._refuse_others_prompts(run[0])
         if is_inside(run[0]):
             self._prompt_attention(run, adapter, count)
         else:
@@ -172,9 +170,15 @@ class Edit:
     def _admit(self, run: tuple[Block, ...], room: Room) -> None:
         for block in run:
             for switch in admit_prompts(block, self.sites, room):
-                switch(True)
-                self.switches.append(switch)
-                self._undo.append(functools.partial(switch, False))
+                told = once(switch, on=False)
+                told(True)
+                self.switches.append(told)
+                self._undo.append(functools.partial(told, False))
+
+    def _refuse_others_prompts(self, block: Site) -> None:
+        own = {id(holder) for holder, _ in self.holders}
+        if any(isinstance(m, Prompts) and m.enabled and id(m) not in own for m in self.model.modules()):
+            raise refused(block, self.sites, "has prompts of another attachment, beside which none are proven", ALONE)
 
     def train(self, what: nn.Module | Site | Iterable[nn.Parameter]) -> None:
         """Unfreeze parameters the backbone already has.
@@ -206,8 +210,11 @@ class Edit:
         self._undo.append(fn)
 
     def on_switch(self, fn: Callable[[bool], None]) -> None:
-        """Call `fn(False)` where the attachment is disabled, `fn(True)` where it is enabled again."""
-        self.switches.append(fn)
+        """Call `fn(False)` where the attachment is disabled, `fn(True)` where it is enabled again.
+
+        It may raise AttachError for True, before it changes anything: the attachment then stays disabled.
+        """
+        self.switches.append(once(fn, on=True))
 
     def on_rows(self, fn: Callable[[list[int] | None, int], None]) -> None:
         """Let what was done by hand take effect in some rows of a batch: `fn(rows, batch size)`; None is all rows."""
@@ -320,6 +327,16 @@ class Edit:
         for holder, passed in reversed(self.holders):  # the innermost hook was put in last
             holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
 
+    def check_switch(self) -> None:
+        """See that the edit may be enabled again.
+
+        Raises:
+            AttachError: It has prompts, and so has another attachment that is on.
+        """
+        for holder, passed in self.holders:
+            if isinstance(holder, Prompts):
+                self._refuse_others_prompts(passed[0])
+
     def settle(self) -> None:
         """Forget the forwards by which the tuner chose its places: they hold every activation of a picture."""
         self._calls = None
@@ -379,8 +396,3 @@ class Edit:
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a 1×1 convolution: one matrix for every pixel."""
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

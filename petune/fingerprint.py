@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.attach import Attachment
-from petune.ledger import added_to, named_parameters
+from petune.attachment import Attachment
+from petune.ledger import added_to, ledger_of, named_parameters
 
 SAMPLES = 64  # values of each tensor that are compared beside its version
 KEPT = 4  # digests a model: methods that train the backbone's own tensors leave those out, each its own
@@ -40,6 +40,9 @@ def fingerprint(attachment: Attachment) -> str:
     To read a whole backbone takes long where many adapters are loaded on it, so what was found is kept beside the model
     until a tensor is another one, lies elsewhere or was written to. PyTorch counts what is written to a tensor, but not
     what goes through its `.data`: for that a few values of each are compared too.
+
+    Raises:
+        AttachError: A later attachment trains some of them in place, and did not keep their values.
     """
     frozen = _frozen(attachment)
     states = [_state(tensor) for tensor in frozen.values()]
@@ -60,7 +63,28 @@ def _frozen(attachment: Attachment) -> dict[str, Tensor]:
     skipped = moving | head | added_to(attachment.model)
     out = _classifier_keys(attachment)  # of a task that is not in use it is another module at the same place
     named: dict[str, Tensor] = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
-    return {key: named[key] for key in sorted(named) if id(named[key]) not in skipped and key not in out}
+    frozen = {key: named[key] for key in sorted(named) if id(named[key]) not in skipped and key not in out}
+    return _beneath(attachment, frozen)
+
+
+def head_fingerprint(attachment: Attachment) -> str | None:
+    """The same of the classifier's tensors, for an attachment that does not train it; None where there is no other."""
+    head = attachment.sites.head
+    if attachment.head or head is None:
+        return None
+    named: dict[str, Tensor] = {}
+    for path, module in ((head.path, head.enter), (head.exit_path, head.exit)):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            named[f"{path}.{name}"] = tensor
+    return _digest(_beneath(attachment, {key: named[key] for key in sorted(named)}))
+
+
+def _beneath(attachment: Attachment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what later attachments have trained in place: they are not there yet when this one is loaded."""
+    ledger = ledger_of(attachment.model)
+    if ledger is None or attachment.edit.name not in ledger.claims:
+        return tensors
+    return {key: ledger.beneath(attachment.edit.name, key, tensor) for key, tensor in tensors.items()}
 
 
 def _classifier_keys(attachment: Attachment) -> set[str]:

@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, D width, P prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -256,3 +256,16 @@ def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
             )
         y = y.reshape(rows)
     return y.movedim(-1, 1) if layout == "BCHW" else y
+
+
+def once(switch: Callable[[bool], None], *, on: bool) -> Callable[[bool], None]:
+    """A switch that is `on` at first, and does nothing where it is so already: what is off may be detached too."""
+    now = on
+
+    def told(on: bool) -> None:
+        nonlocal now
+        if on != now:
+            switch(on)
+            now = on
+
+    return told

@@ -5,7 +5,7 @@ Attachments may come and go in any order; flags and modes follow from the claims
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,25 @@ class Ledger(nn.Module):
         later = list(self.claims.values())[list(self.claims).index(name) :]
         return live if any(c.on and c.changes(key, tensor) for c in later) else kept
 
+    def beneath(self, name: str, key: str, live: Tensor) -> Tensor:
+        """What the model has at `key` without what attachments made after `name` have trained there in place.
+
+        Raises:
+            AttachError: The value was not kept.
+        """
+        at = list(self.claims).index(name) + 1
+        upto, later = list(self.claims.values())[:at], list(self.claims.values())[at:]
+        if not any(c.on and c.changes(key, live) for c in later):
+            return live
+        owner = next((c for c in reversed(upto) if c.on and c.changes(key, live)), None)
+        value = self._original(key, live) if owner is None else owner.kept.get(key)
+        if value is None:
+            raise AttachError(
+                f"{name} belongs to the backbone as it was before another attachment trained {key}, but that value was "
+                "not kept; attach what trains the backbone's own tensors with keep_original=True"
+            )
+        return value
+
     def wake(self, module: nn.Module, name: str, on: bool) -> None:
         """Let an attention call its qkv layer as long as one attachment needs it."""
         users = self.awake.setdefault(module, set())
@@ -238,5 +257,21 @@ def added_to(model: nn.Module) -> set[int]:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by state_dict key: also where a library has moved a module and hides that in state_dict."""
-    keys = {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}  # of tied ones the first
+    keys = _keys(model)
     return {keys.get(id(p), name): p for name, p in model.named_parameters()}
+
+
+def buffer_places(model: nn.Module, modules: Iterable[nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """By state_dict key, in which of `modules` and under which name a buffer is: it may be made anew, or be taken out
+    of the model with its module."""
+    keys, wanted = _keys(model), set(modules)
+    return {
+        keys.get(id(buffer), f"{path}.{name}" if path else name): (module, name)
+        for path, module in model.named_modules()
+        if module in wanted
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def _keys(model: nn.Module) -> dict[int, str]:
+    return {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}  # of tied ones the first

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from petune.errors import AttachError, BackboneMismatch, UsageError
 
 if TYPE_CHECKING:
-    from petune.attach import Attachment
+    from petune.attachment import Attachment
 
 PREFIX = "base_model.model."
 

@@ -137,3 +137,8 @@ def _hooks(module: nn.Module, enter: Any, leave: Any) -> tuple[Any, Any]:
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave, prepend=True),
     )
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a 1×1 convolution: one matrix for every pixel."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

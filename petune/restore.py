@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petune.attach import Attachment
+from petune.attachment import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.errors import CheckpointError
 from petune.foreign import calls_a_function

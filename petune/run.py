@@ -11,7 +11,8 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from petune.arguments import check_watch
-from petune.attach import Attachment, attach
+from petune.attach import attach
+from petune.attachment import Attachment
 from petune.backbones import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.began import hold_beginning
 from petune.config import Config, UserPath, parse_options

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from petune.anatomy.forward import forget_caches
 from petune.arguments import PathText, check_arguments
-from petune.attach import Attachment, attach, label_of
+from petune.attach import attach, label_of
+from petune.attachment import Attachment
 from petune.card import model_card
 from petune.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
 from petune.files import MANIFEST, verify_directory, write_directory
-from petune.fingerprint import fingerprint
+from petune.fingerprint import fingerprint, head_fingerprint
+from petune.ledger import ledger_of
 from petune.registry import build_tuner, load_tuner, tuners
 from petune.sites import Sites
 from petune.tuner import Tuner
@@ -83,6 +85,7 @@ def describe(attachment: Attachment) -> dict[str, Any]:
         "train_head": bool(attachment.head),
         "geometry": geometry(attachment.sites),
         "fingerprint": attachment.fingerprint or fingerprint(attachment),
+        "head_fingerprint": head_fingerprint(attachment),
     }
 
 
@@ -105,7 +108,7 @@ def load(
 
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
-        CheckpointError: The directory is damaged, incomplete or from a newer petune.
+        CheckpointError: The directory is damaged, incomplete or from a newer petune; or `tuner` has other options.
         PluginError: The tuner's package is missing or broken.
     """
     kinds = {"name": (name, str | None), "tuner": (tuner, Tuner | None), "sites": (sites, Sites | None)}
@@ -138,6 +141,8 @@ def attach_saved(
             f"{config.get('distribution') or 'a package that is not recorded'} {config.get('version') or ''}".rstrip()
             + "; install that package"
         )
+    if tuner is not None:
+        _check_options(tuner, config, place)
     attachment = attach(
         model,
         tuner or build_tuner(config["tuner"], **config["config"]),
@@ -155,6 +160,16 @@ def attach_saved(
             target.copy_(tensors[key])
     forget_caches(model)
     return attachment
+
+
+def _check_options(tuner: Tuner[Any], config: Mapping[str, Any], place: Path) -> None:
+    here, there = tuner.config.model_dump(mode="json"), config["config"]
+    differs = [f"{key} {value!r} (here {here.get(key)!r})" for key, value in there.items() if here.get(key) != value]
+    if differs:
+        raise CheckpointError(
+            f"{place} must be loaded with the options it was saved with, but the tuner has another "
+            f"{', '.join(differs)}; build {type(tuner).__name__} with those of the file"
+        )
 
 
 def geometry(sites: Sites) -> dict[str, Any]:
@@ -252,8 +267,17 @@ def check_fits(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str,
     if set(state) != set(tensors):
         key = sorted(set(state) ^ set(tensors))[0]
         raise BackboneMismatch(f"{place} must hold exactly the tensors of {att.name}; {key} is on one side only")
+    weights = config["metadata"].get("backbone", {}).get("weights", "not recorded")
     if config["fingerprint"] is not None and fingerprint(att) != config["fingerprint"]:
+        ledger = ledger_of(att.model)
+        alone = ledger is None or len(ledger.claims) == 1
+        stacked = "" if alone else ", and what is stacked in the order in which it was attached"
         raise BackboneMismatch(
             f"{place} belongs to a backbone of the same shape with other weights; load the weights it was trained on "
-            f"({config['metadata'].get('backbone', {}).get('weights', 'not recorded')})"
+            f"({weights}){stacked}"
+        )
+    if config.get("head_fingerprint") not in {None, head_fingerprint(att)}:
+        raise BackboneMismatch(
+            f"{place} was trained under a classifier that stays as it is (train_head=False), not under this model's; "
+            f"load the one it was trained under ({weights})"
         )

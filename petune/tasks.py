@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from petune.anatomy import find_sites
 from petune.arguments import PathText, check_arguments
-from petune.attach import Attachment
+from petune.attachment import Attachment
 from petune.errors import AttachError, UsageError
 from petune.hooks import After, Before, Branch, Holder, Prompts
 from petune.ledger import ledger_of
@@ -281,11 +281,12 @@ def _rowwise(tasks: list[tuple[Attachment, list[int]]], batch_size: int) -> Iter
                     place = (id(passed[0].enter), id(passed[-1].exit))
                     leader = leaders.setdefault(place, (holder, []))
                     leader[1].append((holder.adapter, index))
-                    holder.enabled = leader[0] is holder
+                    holder.enabled = False  # until all are there: no two attachments have prompts at once
                 else:
                     parts = [(holder.adapter, index)]
                     _stand_in(stack, holder, _Rows(parts, batch_size, isinstance(holder, After | Before)))
         for holder, parts in leaders.values():
+            holder.enabled = True
             _stand_in(stack, holder, _Rows(parts, batch_size, replaces=False))
         yield
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petune.errors import AttachError
-from petune.sites import Block, Sites
+from petune.sites import Block, Site, Sites
 
 Switch = Callable[[bool], None]
 
@@ -74,7 +74,7 @@ def admit_prompts(block: Block, sites: Sites, room: Room) -> list[Switch]:
 
 
 def refused(
-    block: Block, sites: Sites, reason: str, advice: str = "Use a method without prompts, such as adaptformer"
+    block: Site, sites: Sites, reason: str, advice: str = "Use a method without prompts, such as adaptformer"
 ) -> AttachError:
     """The error that says why a block takes no prompts."""
     return AttachError(

@@ -10,7 +10,7 @@ from petune.cli.terminal import count, flops
 from petune.text import percent
 
 if TYPE_CHECKING:
-    from petune.attach import Attachment
+    from petune.attachment import Attachment
     from petune.run import RunConfig
     from petune.sites import Sites
     from petune.tuner import Recipe

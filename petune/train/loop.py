@@ -37,7 +37,7 @@ from petune.train.shared import Asked, share_step
 from petune.train.stop import StopFlag
 
 if TYPE_CHECKING:
-    from petune.attach import Attachment
+    from petune.attachment import Attachment
 
 SAVE_EVERY_S = 600.0
 UNDER_WAY = 5  # by then heads and adapters that start at zero have left it

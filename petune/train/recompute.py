@@ -15,7 +15,7 @@ from petune.errors import ConfigError
 from petune.hooks import Branch, Gather
 
 if TYPE_CHECKING:
-    from petune.attach import Attachment
+    from petune.attachment import Attachment
 
 
 @contextmanager

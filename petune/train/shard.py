@@ -14,7 +14,7 @@ from petune.fingerprint import fingerprint
 from petune.group import Group
 
 if TYPE_CHECKING:
-    from petune.attach import Attachment
+    from petune.attachment import Attachment
 
 
 class Sharded:

@@ -222,8 +222,7 @@ class Peft(petune.Tuner[PeftConfig]):
     def _bare(self, edit: petune.Edit) -> list[petune.Site]:
         """Attentions of torch that hold q, k and v as one bare weight, which PEFT's plain LoRA can change too."""
         options = self.config.options
-        known = {f.name for f in dataclasses.fields(peft_types()[self.config.type])}
-        if "target_parameters" not in known or options.get("use_dora") or options.get("lora_dropout"):
+        if self.config.type != "lora" or options.get("use_dora") or options.get("lora_dropout"):
             return []
         inside = [m for site in self._places(edit) for m in site.enter.modules()]
         fused = [m for m in inside if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]

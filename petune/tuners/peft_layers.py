@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import petune
 
 PREFIX = "base_model.model."
+ONE_TYPE = "Attach one PEFT type at a time, or several of the same"
 
 
 class Wrapped:
@@ -30,13 +31,13 @@ class Wrapped:
         self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
         modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
         before = dict(_layers(self.model))
-        active = {path: _active(layer) for path, layer in before.items()}
+        active = {layer: _active(layer) for layer in before.values()}
         edit.on_detach(self._undo(hasattr(self.model, "peft_config")))
         try:
             with warnings.catch_warnings():  # of a second adapter: meant here, and `_check` looks at what came of it
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
                 self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, self.name)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             kind = config.peft_type.value.lower()
             raise petune.AttachError(f"PEFT cannot put {kind} on {edit.sites.model}: {error}") from None
         self.layers = {path: layer for path, layer in _layers(self.model) if self.name in _adapters(layer)}
@@ -55,30 +56,30 @@ class Wrapped:
         edit.adopt(new, [m for m in self.model.modules() if m not in modules and m not in wrappers])
         for layer in self.layers.values():
             _name_as_before(layer)
-        for path, layer in self.layers.items():  # PEFT has switched off what was there before
-            _activate(layer, {*active.get(path, ()), self.name})
+        for layer in {**active, **dict.fromkeys(self.layers.values())}:  # PEFT has switched off what was there before
+            _activate(layer, active.get(layer, set()) | (_adapters(layer) & {self.name}))
+        self._refuse_nested()
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
         if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
             edit.on_rows(self._rows)
 
     def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's."""
-        from peft import get_peft_model_state_dict
+        """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's.
 
-        shell = nn.Module()  # what a PeftModel looks like, around the same tensors
-        shell.base_model = self.tuner
-        names = {name for layer in self.layers.values() for name in _adapters(layer)}
-        held = copy.copy(self.config)
-        held.rank_pattern = None  # the layers have the ranks of AdaLoRA's already
-        shell.peft_config = dict.fromkeys(sorted(names), held)  # type: ignore[assignment]
-        tensors = get_peft_model_state_dict(shell, state_dict=shell.state_dict(), adapter_name=self.name)
+        Raises:
+            AttachError: PEFT leaves out some of what trains.
+        """
+        own = {id(t) for m in self.edit.adopted_modules for t in m.buffers()} | {id(p) for p in self.edit.adopted}
+        tensors = self._chosen(own)
         mine = {t.data_ptr() for t in tensors.values()}
-        adopted = {id(p) for p in self.edit.adopted}
-        buffers = {id(b) for m in self.edit.adopted_modules for b in m.buffers()}
-        beside = {
-            key: t.detach() for key, t in state.items() if id(t) not in adopted | buffers and t.data_ptr() not in mine
-        }
+        lost = [p for p in self.edit.adopted if p.data_ptr() not in mine]
+        if lost:
+            raise petune.AttachError(
+                f"PEFT must save all that {self.config.peft_type.value} trains, but left out {len(lost)} of "
+                f"{len(self.edit.adopted)} tensors; nothing was written"
+            )
+        beside = {key: t.detach() for key, t in state.items() if id(t) not in own and t.data_ptr() not in mine}
         config = self.config.to_dict() | {"inference_mode": True}
         if not isinstance(config["target_modules"], str):
             config["target_modules"] = sorted(config["target_modules"])
@@ -89,12 +90,18 @@ class Wrapped:
 
     def _check(self, wanted: list[str], before: dict[str, Any]) -> None:
         missed = [path for path in wanted if path not in self.layers]
-        if missed or not self.layers:
-            held = bool(missed) and missed[0] in before
-            other = f"{missed[0]} holds another PEFT type already" if held else "they are of a kind it does not know"
+        kinds = {name: config.peft_type for name, config in getattr(self.model, "peft_config", {}).items()}
+        others = [
+            path
+            for path, layer in self.layers.items()
+            if {kinds.get(n) for n in _adapters(layer)} != {kinds.get(self.name)}
+        ]
+        if missed or others or not self.layers:
+            held = [path for path in (*others, *missed) if path in before]
+            other = f"{held[0]} holds another PEFT type already" if held else "they are of a kind it does not know"
             raise petune.AttachError(
-                f"PEFT must wrap the {len(wanted)} layers it is given, but left out {', '.join(missed[:3]) or 'all'}: "
-                f"{other}. Attach one PEFT type at a time, or several of the same"
+                f"PEFT must wrap the {len(wanted)} layers it is given, but left out "
+                f"{', '.join((others or missed)[:3]) or 'all'}: {other}. {ONE_TYPE}"
             )
         classifier = self.edit.sites.head
         head = {id(inside) for module in (classifier.modules if classifier else ()) for inside in module.modules()}
@@ -126,7 +133,45 @@ class Wrapped:
 
         self.edit.on_switch(switch)
 
+    def _chosen(self, own: set[int]) -> dict[str, Tensor]:
+        """What PEFT saves, of what is our own: it chooses by names, which other types may share."""
+        from peft import get_peft_model_state_dict
+
+        shell = nn.Module()  # what a PeftModel looks like, around the same tensors
+        shell.base_model = self.tuner
+        held = copy.copy(self.config)
+        held.rank_pattern = None  # the layers have the ranks of AdaLoRA's already
+        shell.peft_config = {self.name: held}  # type: ignore[assignment]
+        others = {id(t) for t in (*self.model.parameters(), *self.model.buffers())} - own  # FRoD has some beside it
+        saved = {id(t) for t in shell.state_dict(keep_vars=True).values()} - others
+        named = (*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False))
+        given = {key: t for key, t in named if id(t) in saved}
+        tensors = get_peft_model_state_dict(shell, state_dict=given, adapter_name=self.name)
+        return {self._own_key(key): t.detach() for key, t in tensors.items()}
+
+    def _own_key(self, key: str) -> str:
+        """A key as it was before another type's layer was put around one of these."""
+        first = {layer: path for path, layer in self.layers.items()}
+        for path, layer in _layers(self.model):
+            if layer in first and key.startswith(f"{PREFIX}{path}."):
+                return f"{PREFIX}{first[layer]}{key.removeprefix(PREFIX + path)}"
+        return key
+
+    def _refuse_nested(self) -> None:
+        """Layers of two types around each other: one may read the weight past the other, so only one is on."""
+        mine = set(self.layers.values())
+        for path, outer in _layers(self.model):
+            nested = list(_nested(outer))
+            if mine & {*nested} and any(_active(layer) for layer in nested if layer not in mine):
+                kind = self.config.peft_type.value.lower()
+                raise petune.AttachError(
+                    f"{kind} must be the only PEFT type that is on at a layer, but {path} has another that is on. "
+                    f"{ONE_TYPE}, or switch the other off before"
+                )
+
     def _switch(self, on: bool) -> None:
+        if on:
+            self._refuse_nested()
         for layer in self.layers.values():
             _activate(layer, _active(layer) | {self.name} if on else _active(layer) - {self.name})
 
@@ -178,6 +223,13 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _nested(layer: Any) -> Iterator[Any]:
+    """A layer of PEFT's, and those of other types inside it."""
+    while hasattr(layer, "base_layer"):
+        yield layer
+        layer = layer.base_layer
 
 
 def _adapters(layer: Any) -> set[str]:

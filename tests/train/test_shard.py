@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from petune.attach import Attachment, attach
+from petune.attach import attach
+from petune.attachment import Attachment
 from petune.errors import ConfigError
 from petune.group import Group
 from petune.state import fingerprint

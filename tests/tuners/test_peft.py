@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import petune
 from petune.errors import AttachError, BackboneMismatch, ConfigError
+from petune.state import file_tensors
 from petune.tiny_models import tiny_timm, tiny_torchvision
 from petune.tuners.peft import REFUSED, peft_types
 from tests.tiny import tiny
@@ -260,3 +262,67 @@ def test_ln_tuning_leaves_a_norm_that_has_no_weight() -> None:
 def test_the_classifier_is_never_a_target(targets: Any) -> None:
     with pytest.raises(AttachError, match=r"the classifier trains as it is, but target_modules name .*head"):
         petune.attach(tiny(), "lora", target_modules=targets)
+
+
+KINDS = ["lora", "ia3", "oft", "boft", "hra", "adalora"]
+LAST = {"adalora"}  # PEFT puts it only on a model without others
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(a, b) for a, b in itertools.permutations(KINDS, 2) if b not in LAST], ids="+".join
+)
+def test_types_around_each_other_take_turns(first: str, second: str) -> None:
+    built = model()
+    plain = scores(built)
+    one = randomised(petune.attach(built, f"peft:{first}", train_head=False))
+    if first != "hra":  # it reads the weights itself, so that others see no layer that is called
+        with pytest.raises(AttachError, match="Attach one PEFT type at a time"):
+            petune.attach(built, f"peft:{second}", train_head=False)
+    alone, held = scores(built), {key: t.clone() for key, t in file_tensors(one).items()}
+    assert not torch.equal(alone, plain)
+    one.switch(False)
+    two = randomised(petune.attach(built, f"peft:{second}", train_head=False))
+    turned = scores(built)
+    assert file_tensors(two).keys() == file_tensors(petune.attach(model(), f"peft:{second}", train_head=False)).keys()
+    with pytest.raises(AttachError, match="only PEFT type that is on"):
+        one.switch(True)
+    assert torch.equal(scores(built), turned)
+    two.switch(False)
+    one.switch(True)
+    assert torch.equal(scores(built), alone)
+    again = file_tensors(one)
+    assert again.keys() == held.keys()
+    assert all(torch.equal(again[key], t) for key, t in held.items())
+    two.detach()
+    assert torch.equal(scores(built), alone)
+    one.detach()
+    assert torch.equal(scores(built), plain)
+
+
+def test_types_at_different_layers_hold_their_own(tmp_path: Path) -> None:
+    built = model()
+    atts = [randomised(petune.attach(built, f"peft:{kind}", name=kind)) for kind in ("lora", "ln_tuning")]
+    for att in atts:
+        att.save(tmp_path / att.name)
+    fresh = model()
+    first, second = [petune.load(fresh, tmp_path / att.name, name=att.name) for att in atts]
+    assert torch.equal(scores(fresh), scores(built))
+    assert not [key for key in file_tensors(first) if "ln_tuning" in key]
+    assert not [key for key in file_tensors(second) if "lora_" in key]
+
+
+def test_what_peft_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    att = petune.attach(model(), "lora")
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda *args, **kwargs: {})
+    with pytest.raises(AttachError, match="left out 16 of 16 tensors; nothing was written"):
+        att.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_adalora_leaves_the_bare_weight_of_torch_attention() -> None:
+    with pytest.raises(AttachError, match="adalora needs linear layers that are called"):
+        petune.attach(tiny_torchvision(), "peft:adalora", targets="attn")
+    with pytest.warns(UserWarning, match="without calling them"):
+        att = petune.attach(tiny_torchvision(), "peft:adalora")
+    att.model.train()(X).sum().backward()
+    att.check_gradients()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.errors import AttachError, UsageError
+from petune.errors import AttachError, BackboneMismatch, UsageError
 from petune.registry import build_tuner
 from petune.tiny_models import tiny_timm
 from tests.tiny import tiny
@@ -72,7 +72,30 @@ def test_stacked_train_together_and_come_off_in_any_order(stack: tuple[str, str]
     assert not hasattr(built, "peft_config")
 
 
-def test_stacked_is_saved_and_loaded_in_turn(tmp_path: Path) -> None:
+IN_TURN = [
+    ("adaptformer", "bitfit"),
+    ("bitfit", "adaptformer"),
+    ("partial", "norm"),
+    ("norm", "partial"),
+    ("lora", "full"),
+]
+
+
+@pytest.mark.parametrize("stack", IN_TURN, ids="+".join)
+def test_stacked_is_saved_and_loaded_in_turn(stack: tuple[str, str], tmp_path: Path) -> None:
+    built = model()
+    atts = [petune.attach(built, name) for name in stack]
+    for _ in range(2):
+        step(*atts)
+    for att in atts:
+        att.save(tmp_path / att.name)
+    fresh = model()
+    for name in stack:
+        petune.load(fresh, tmp_path / name)
+    assert torch.equal(scores(fresh), scores(built))
+
+
+def test_stacked_is_not_loaded_in_another_order(tmp_path: Path) -> None:
     built = model()
     atts = [petune.attach(built, name) for name in ("adaptformer", "bitfit")]
     step(*atts)
@@ -80,8 +103,17 @@ def test_stacked_is_saved_and_loaded_in_turn(tmp_path: Path) -> None:
         att.save(tmp_path / att.name)
     fresh = model()
     petune.load(fresh, tmp_path / "bitfit")
-    petune.load(fresh, tmp_path / "adaptformer")
-    assert torch.equal(scores(fresh), scores(built))
+    with pytest.raises(BackboneMismatch, match="in the order in which it was attached"):
+        petune.load(fresh, tmp_path / "adaptformer")
+
+
+def test_what_a_later_one_has_not_kept_is_not_guessed(tmp_path: Path) -> None:
+    built = model()
+    first = petune.attach(built, "adaptformer")
+    petune.attach(built, "bitfit", keep_original=False)
+    with pytest.raises(AttachError, match="keep_original=True"):
+        first.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_counts_leave_others_out() -> None:

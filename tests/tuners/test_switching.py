@@ -1,0 +1,222 @@
+"""On, off, merged and detached in any order: nothing is done twice, and what cannot be given back is said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.errors import AttachError, BackboneMismatch, CheckpointError, NotMergeable
+from petune.tuners.adaptformer import AdaptFormer
+from tests.tiny import randomised, tiny
+
+X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+WIDTHS = {"embed_dim": 24, "depth": 2, "num_heads": 2}
+POSITIONS: dict[str, dict[str, Any]] = {  # one for each way in which attentions are told of prompts
+    "beit_base_patch16_224": WIDTHS,
+    "eva02_tiny_patch14_224": {**WIDTHS, "patch_size": 16},
+    "vit_relpos_small_patch16_224": WIDTHS,
+    "swin_tiny_patch4_window7_224": {"window_size": 4, "embed_dim": 24, "depths": [2], "num_heads": [2]},
+    "swinv2_tiny_window8_256": {"window_size": 4, "embed_dim": 24, "depths": [2], "num_heads": [2]},
+}
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    made: nn.Module = timm.create_model(name, img_size=64, num_classes=3, **POSITIONS[name])
+    nn.init.normal_(made.get_classifier().weight)
+    for module in made.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)  # Swin-V2 starts with blocks that add nothing
+    return made.eval()
+
+
+@torch.no_grad()
+def scores(model: nn.Module, x: Tensor = X) -> Tensor:
+    return model.eval()(x)
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_prompts_that_are_off_come_off(name: str, tmp_path: Path) -> None:
+    model = built(name)
+    plain, state = scores(model), copy.deepcopy(model.state_dict())
+    att = randomised(petune.attach(model, "vpt", num_prompts=2))
+    prompted = scores(model)
+    assert not torch.equal(prompted, plain)
+    att.save(tmp_path / "a")
+    for _ in range(2):
+        att.switch(False)
+        assert torch.equal(scores(model), plain)
+        att.switch(True)
+        assert torch.equal(scores(model), prompted)
+    att.switch(False)
+    att.detach()
+    assert torch.equal(scores(model), plain)
+    assert list(model.state_dict()) == list(state)
+    tasks = petune.Tasks(model)
+    tasks.load("one", tmp_path / "a")
+    tasks.load("two", tmp_path / "a")
+    tasks.remove("one")
+    assert torch.equal(scores(tasks.use("two")), prompted)
+    tasks.remove("two")
+    assert torch.equal(scores(model), plain)
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_prompts_of_two_take_turns(name: str) -> None:
+    model = built(name)
+    plain = scores(model)
+    first = randomised(petune.attach(model, "vpt", num_prompts=2))
+    one = scores(model)
+    first.switch(False)
+    second = randomised(petune.attach(model, "vpt", num_prompts=3, name="second"))
+    two = scores(model)
+    with pytest.raises(AttachError, match="prompts of another attachment"):
+        first.switch(True)
+    assert not first.enabled
+    assert torch.equal(scores(model), two)
+    second.switch(False)
+    first.switch(True)
+    assert torch.equal(scores(model), one)
+    second.detach()
+    assert torch.equal(scores(model), one)
+    first.detach()
+    assert torch.equal(scores(model), plain)
+
+
+class WithBatchNorm(nn.Module):
+    """A classifier that normalises as MAE's linear probe does."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(24), nn.Linear(24, classes)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.norm(x_BD))
+        return out
+
+
+def with_batch_norm(seed: int = 0) -> nn.Module:
+    model = tiny()
+    torch.manual_seed(seed)
+    model.head = WithBatchNorm(5)
+    return model.eval()
+
+
+def test_tasks_have_the_statistics_of_their_classifiers(tmp_path: Path) -> None:
+    x, names = X[..., :16, :16], ["a", "b"]
+    alone = {}
+    for seed, name in enumerate(names):
+        att = randomised(petune.attach(with_batch_norm(), "adaptformer"))
+        statistics = att.model.head.norm
+        statistics.running_mean.fill_(seed + 1.0)
+        statistics.running_var.fill_(seed + 2.0)
+        att.save(tmp_path / name)
+        alone[name] = scores(att.model, x)
+    tasks = petune.Tasks(with_batch_norm())
+    for name in names:
+        tasks.load(name, tmp_path / name)
+    with torch.no_grad():
+        mixed = tasks(x, names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row])
+        tasks.use(name)
+        assert torch.equal(scores(tasks.model, x), alone[name])
+    tasks.use(None)
+    tasks.tasks["b"].attachment.save(tmp_path / "again")  # not in use
+    again = with_batch_norm()
+    petune.load(again, tmp_path / "again")
+    assert torch.equal(scores(again, x), alone["b"])
+
+
+class Folds(nn.Module):
+    """A change of the site's bias that can be folded."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+    def merge(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            module.bias.add_(self.shift)
+
+
+class Shift(petune.Tuner[petune.TunerConfig]):
+    """Folds into the bias that bitfit trains."""
+
+    Config = petune.TunerConfig
+
+    def attach(self, edit: petune.Edit) -> None:
+        fc2 = edit.linears(edit.sites.blocks[0].mlp)[-1]
+        edit.after(fc2, Folds(24))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_nothing_is_folded_into_what_another_gives_back(first: bool) -> None:
+    model, x = tiny(), X[..., :16, :16]
+    order: list[Callable[[], petune.Attachment]] = [
+        lambda: petune.attach(model, Shift(), name="shift"),
+        lambda: petune.attach(model, "bitfit"),
+    ]
+    made = [make() for make in (order if first else order[::-1])]
+    shift, bitfit = made if first else made[::-1]
+    randomised(shift)
+    before = scores(model, x)
+    with pytest.raises(NotMergeable, match="bitfit trains in place"):
+        shift.merge()
+    assert torch.equal(scores(model, x), before)
+    assert shift.attached
+    assert shift.enabled
+    shift.switch(False)
+    with pytest.raises(NotMergeable, match="Merge or detach bitfit first"):
+        shift.merge()
+    assert not shift.enabled
+    shift.switch(True)
+    bitfit.merge()
+    shift.merge()
+    torch.testing.assert_close(scores(model, x), before)
+    assert not hasattr(model, "petune_ledger")
+
+
+def test_a_classifier_that_does_not_train_belongs_to_the_file(tmp_path: Path) -> None:
+    randomised(petune.attach(tiny(), "adaptformer", train_head=False)).save(tmp_path / "a")
+    assert petune.load(tiny(), tmp_path / "a").head == {}
+    other, wider = tiny(), tiny()
+    nn.init.normal_(other.head.weight)
+    wider.reset_classifier(7)
+    for wrong in (other, wider):
+        with pytest.raises(BackboneMismatch, match=r"train_head=False"):
+            petune.load(wrong, tmp_path / "a")
+    trained = tiny()
+    petune.attach(trained, "linear")
+    nn.init.normal_(trained.head.weight)
+    with pytest.raises(BackboneMismatch, match=r"train_head=False"):
+        petune.load(trained, tmp_path / "a")
+
+
+def test_a_tuner_must_have_the_options_of_the_file(tmp_path: Path) -> None:
+    randomised(petune.attach(tiny(), "adaptformer", bottleneck=4)).save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"scale None \(here 1\.0\).*build AdaptFormer with those"):
+        petune.load(tiny(), tmp_path / "a", tuner=AdaptFormer(bottleneck=4, scale=1.0))
+    assert petune.load(tiny(), tmp_path / "a", tuner=AdaptFormer(bottleneck=4)).attached
+
+
+@pytest.mark.parametrize("method", ["bitfit", "adaptformer"])
+def test_what_was_assigned_cannot_be_given_back_without_a_word(method: str) -> None:
+    att = petune.attach(tiny(), method)
+    att.model.load_state_dict(att.model.state_dict(), assign=True)
+    for give_back in (att.detach, lambda: att.switch(False), lambda: att.disabled().__enter__()):
+        with pytest.raises(AttachError, match="assign=True"):
+            give_back()
+    assert att.attached
+    assert att.enabled
