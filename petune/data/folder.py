@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from petune.data.cache import Allocate, decoded
 from petune.data.dataset import Dataset, OnBroken, Split, stratified
-from petune.data.layout import Files, picture_files, unread
+from petune.data.layout import Files, picture_files, size_and_time, unread
 from petune.data.pictures import decode_pictures
 from petune.errors import DataError
 
@@ -106,11 +106,3 @@ def _rows(paths: Sequence[Path]) -> NDArray[np.int64]:
             with contextlib.suppress(OSError), paths[i].open("rb") as file:
                 rows[i] = first.setdefault(hashlib.file_digest(file, "sha256").digest(), i)
     return rows
-
-
-def size_and_time(path: Path) -> tuple[int, int]:
-    """Of a file, in bytes and ns; zero for a link to nowhere, which is found to be broken when it is decoded."""
-    with contextlib.suppress(OSError):
-        stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns
-    return 0, 0

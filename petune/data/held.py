@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from petune.data.folder import size_and_time
-from petune.data.layout import folder_of, parts_of, picture_files
+from petune.data.layout import folder_of, parts_of, picture_files, size_and_time
 from petune.errors import DataError
 from petune.rundir import PICTURES_FILE, note, noted
 

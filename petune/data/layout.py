@@ -152,6 +152,14 @@ def _identity(place: Path) -> tuple[int, int] | None:
     return None
 
 
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Of a file, in bytes and ns; zero for a link to nowhere, which is found to be broken when it is decoded."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return 0, 0
+
+
 def unread(by_suffix: Mapping[str, int]) -> str:
     """What is said of pictures among what was left out; empty without any."""
     kinds = [f"{count:,} {suffix}" for suffix, count in by_suffix.items() if suffix in OTHER_PICTURES]
