@@ -50,6 +50,8 @@ class SSF(petune.Tuner[SSFConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """One γ and β behind every linear layer and every norm."""
         for block in edit.sites.need_blocks():
+            edit.wake(block.attn)  # timm's EVA and BeiT read the weight of qkv unless they are told to call it
+        for block in edit.sites.blocks:
             for layer in (*edit.linears(block.attn), *edit.linears(block.mlp)):
                 edit.after(layer, ScaleShift(layer.module.out_features, self.config.init_std))
             for norm in (block.norm1, block.norm2):

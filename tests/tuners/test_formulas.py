@@ -180,6 +180,18 @@ def test_ssf() -> None:
     same(att, forward(att.model, attn, mlp))  # the norms are modules, so theirs are applied
 
 
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_ssf_wakes_the_layers_that_are_read(name: str) -> None:
+    shape = {"img_size": 32, "patch_size": 16, "embed_dim": D, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model(name, **shape).eval()
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    plain = model(x)
+    att = petune.attach(model, "ssf")
+    assert [key for key in att.tuned if "qkv" in key or "q_proj" in key]
+    att.detach()
+    assert torch.equal(model(x), plain)
+
+
 def test_convpass() -> None:
     att = attached("convpass", hidden_dim=4, scale=0.5)
 
