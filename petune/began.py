@@ -10,23 +10,33 @@ from typing import Any
 from petune.data.held import hold_pictures
 from petune.errors import CheckpointError, WeightsUnavailable
 from petune.rundir import BEGAN_FILE, note, noted
+from petune.tuner import TunerConfig
 from petune.weights import find_weights
 
 
-def hold_beginning(place: Path, dataset: str, weights: str, recipe: Mapping[str, Any] | None = None) -> None:
+def hold_beginning(
+    place: Path,
+    dataset: str,
+    weights: str,
+    recipe: Mapping[str, Any] | None = None,
+    methods: Mapping[str, TunerConfig] | None = None,
+) -> None:
     """Note in a directory what it begins with, or hold that it is still the same.
 
-    That is the pictures of a folder, the bytes of a weights file, and what a method's recipe fills in.
+    That is the pictures of a folder, the bytes of a weights file, and what a method's package fills in.
 
     Args:
         place: Of a run, or of many runs that are to be compared.
         dataset, weights: As in a configuration.
         recipe: Learning rate and so on, by name; a run's.
+        methods: All options, those not asked for too, by the method as it is written.
 
     Raises:
         DataError: The pictures changed.
-        CheckpointError: The weights or the recipe did.
+        CheckpointError: The weights, the recipe or the options did.
     """
+    for method, options in (methods or {}).items():
+        _hold_options(place, method, options.model_dump(mode="json"))
     hold_pictures(place, dataset)
     before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
     changed = [key for key in now if key in before and now[key] not in ("", before[key])]
@@ -45,6 +55,21 @@ def hold_beginning(place: Path, dataset: str, weights: str, recipe: Mapping[str,
     known = {key: value for key, value in {**now, **before}.items() if value not in ("", None)}
     if known != before:
         note(place / BEGAN_FILE, known)
+
+
+def _hold_options(place: Path, method: str, now: Mapping[str, Any]) -> None:
+    """An option that was not there yet changes nothing, if its default is what was done before."""
+    noted_before = noted(place / BEGAN_FILE)
+    known = noted_before.get("options") or {}
+    before = known.get(method, {})
+    changed = [f"{key} was {value!r} and is {now.get(key)!r}" for key, value in before.items() if now.get(key) != value]
+    if changed:
+        raise CheckpointError(
+            f"{place} must go on with the options of {method} that it began with, but {', '.join(changed)}: the "
+            "method's package has changed. Ask for them in another --output, or install what there was"
+        )
+    if method not in known:
+        note(place / BEGAN_FILE, {**noted_before, "options": {**known, method: dict(now)}})
 
 
 def _digest(weights: str) -> str:

@@ -24,6 +24,7 @@ from petune.run import RunConfig, default_name, tuner_of
 from petune.rundir import claimed
 from petune.text import html_table
 from petune.train import Event, Note
+from petune.tuner import TunerConfig
 
 TABLE_FILE, COMPARE_FILE = "compare.json", "compare.yaml"
 """The comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
@@ -163,7 +164,7 @@ def compare(
     check_watch("petune.compare", watch)
     config = CompareConfig.given(config, fields, "petune.compare(...)")
     place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
-    _check(config, place)
+    options = _checked(config, place)
     command = f"petune compare --config {COMPARE_FILE}"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
     unused = {key: RunConfig.model_fields[key].default for key in ("method", "seed", "output", "resume")}
@@ -182,7 +183,7 @@ def compare(
 
     with group.led(claimed(place, held, resume=True, command=command)):
         group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
-        group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights))
+        group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
         left_out = group.same(lambda: _left_out(config, place))
         if left_out:
             watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
@@ -250,21 +251,23 @@ def origins_of(results: Sequence[RunResult]) -> tuple[Origin, ...]:
     return tuple(origins) if len(origins) > 1 else ()
 
 
-def _check(config: CompareConfig, place: Path) -> None:
-    """Hold what is known to be wrong before anything trains.
+def _checked(config: CompareConfig, place: Path) -> dict[str, TunerConfig]:
+    """Hold what is known to be wrong before anything trains; return the methods' options.
 
     Raises:
         UsageError: A method cannot be built, or the directory holds a run.
     """
+    options: dict[str, TunerConfig] = {}
     for method in config.methods:
         try:
-            tuner_of(config.run.model_copy(update={"method": method}))
+            options[method] = tuner_of(config.run.model_copy(update={"method": method})).config
         except UsageError:
             raise
         except PetuneError:  # a broken package: a row that says so
             continue
     if RunResult.exists(place) or (place / "metrics.jsonl").exists():
         raise UsageError(f"a comparison needs a directory of its own, but {place} holds a run; name another --output")
+    return options
 
 
 def _left_out(config: CompareConfig, place: Path) -> list[str]:

@@ -109,7 +109,8 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             device = group.device(choose_device(config.device))
             dataset = group.in_turn(lambda: prepare_data(config))
             train = with_recipe(config.train, RECIPE, dataset)
-            group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train)))
+            options = {config.method: tuner.config}
+            group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train), options))
             backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=True))
             watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
             memory = PeakMemory(device)

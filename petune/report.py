@@ -74,6 +74,12 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     lines += ["| " + " | ".join(_cell(c) for c in cells(row)) + " |" for row in comparison["rows"]]
     rates = ", ".join(f"{_cell(row['method'])} {row['lr']:g}" for row in comparison["rows"] if row["status"] == "done")
     lines += ["", f"Peak learning rates: {rates}."] if rates else []
+    fewer = {
+        r["method"]: r["seeds"]
+        for r in comparison["rows"]
+        if r["status"] == "done" and len(r["seeds"]) < len(config["seeds"])
+    }
+    lines += ["", f"With fewer seeds: {in_markdown(seeds_by_method(fewer))}."] if fewer else []
     origins = comparison.get("origins") or []
     if origins:
         lines += ["", "Measured in several places:", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from petune.tuner import Recipe, Tuner
 from petune.weights import load_adapters
 
 Watch = Callable[[Event], None]
+LONGEST_NAME = 180  # bytes of a directory; file systems allow 255
 
 
 class RunConfig(Config):
@@ -136,7 +138,8 @@ def trained(
         device = group.device(choose_device(config.device))
         dataset = group.in_turn(lambda: prepare_data(config))
         train = with_recipe(config.train, tuner.recipe, dataset)
-        group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train)))
+        options = {config.method: tuner.config}
+        group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train), options))
         backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         if backbone.file is not None and backbone.mean is None:
@@ -186,7 +189,11 @@ def default_name(config: RunConfig) -> str:
 
 def directory_name(*words: str) -> str:
     """One name, never a path, from words that may hold anything: `folder:../pets` → `folder_.._pets`."""
-    return "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in word) for word in words)
+    name = "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in word) for word in words)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    cut = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def prepare_data(config: RunConfig) -> Dataset:

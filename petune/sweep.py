@@ -16,7 +16,7 @@ from petune.backbones import check_weights
 from petune.began import hold_beginning
 from petune.compare import RunStarted
 from petune.config import Config, UserPath, override, read_yaml
-from petune.errors import CheckpointError, ConfigError, PetuneError, UsageError
+from petune.errors import CheckpointError, ConfigError, DataError, HubError, PetuneError, UsageError, WeightsUnavailable
 from petune.executors import Executor, Failure, Started, Work, choose_executor, serial
 from petune.files import replace_file
 from petune.measure import provenance
@@ -33,6 +33,7 @@ COMMAND = "petune sweep --config config.yaml"
 TRIAL_COMMAND = "petune run --config config.yaml"
 AT_ONCE = 4
 """How many sampled trials an executor gets at a time: each of them is chosen without the values of the others."""
+NOT_OF_THE_TRIAL = {error.__name__ for error in (DataError, WeightsUnavailable, HubError, CheckpointError)}
 Watch = Callable[[Event | RunStarted], None]
 
 
@@ -192,7 +193,7 @@ def sweep(
         asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
         replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
         hold_beginning(place, config.run.dataset, config.run.weights)
-        table = _read(place, config, None if chosen is serial else AT_ONCE)
+        table = _again(_read(place, config, None if chosen is serial else AT_ONCE))
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             while batch := _next(table, whole=chosen is not serial):
                 table = _tried(table, batch, place, chosen, watch)
@@ -206,14 +207,15 @@ def sweep_name(config: SweepConfig) -> str:
 
 
 def _held(config: SweepConfig, place: Path) -> SweepConfig:
-    """What guards the directory: all but how many trials, at once too, and the space, which may grow."""
+    """What guards the directory: all but how many trials, at once too, the test, and the space, which may grow."""
     held = config.model_copy(update={"run": _without_place(config.run)})
     file = place / CONFIG_FILE
     if not file.exists():
         return held
     before = SweepConfig.build(read_yaml(file), str(file))
     over = before.over if within(before.over, config.over) else config.over
-    return held.model_copy(update={"trials": before.trials, "at_once": before.at_once, "over": over})
+    grown = {"trials": before.trials, "test": before.test, "at_once": before.at_once, "over": over}
+    return held.model_copy(update=grown)
 
 
 def _without_place(run: RunConfig) -> RunConfig:
@@ -249,7 +251,8 @@ def _tried(table: Sweep, batch: Sequence[Trial], place: Path, chosen: Executor, 
     """The table with these trials done; a failure of one is a row."""
     config = table.config
     rows = {row.trial: row for row in (*table.rows, *batch)}
-    table = _write(table.model_copy(update={"rows": tuple(rows.values()), "finished": False}), place)
+    # the test that is there is of the best trial so far
+    table = _write(table.model_copy(update={"rows": tuple(rows.values()), "finished": False, "result": None}), place)
     total = max(config.trials, len(rows))
     configs = [_in(place, row.trial, config.trial(row.params)) for row in batch]
 
@@ -368,6 +371,17 @@ def _read(place: Path, config: SweepConfig, at_once: int | None) -> Sweep:
         raise CheckpointError(f"{file} must hold the trials of this sweep, but cannot be used: {error}") from None
     own = config.model_copy(update={"at_once": config.at_once or table.config.at_once or at_once})
     return table.model_copy(update={"config": own, "output": str(place)})
+
+
+def _again(table: Sweep) -> Sweep:
+    """With what failed for data, weights or disk to be tried again: that is not the trial's fault."""
+    rows = [
+        row.model_copy(update={"state": "running", "reason": ""})
+        if row.state == "failed" and row.reason.partition(":")[0] in NOT_OF_THE_TRIAL
+        else row
+        for row in table.rows
+    ]
+    return table.model_copy(update={"rows": tuple(rows)})
 
 
 def _write(table: Sweep, place: Path) -> Sweep:

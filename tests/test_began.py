@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import petune
 from petune.errors import CheckpointError
+from petune.run import directory_name
 from petune.tuners.adaptformer import AdaptFormer
 
 OPTIONS = {"depth": 1, "embed_dim": 24}
@@ -62,6 +63,34 @@ def test_a_recipe_that_changed_is_seen(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows["linear"].status == "done"
     assert "seeds 0 and 1 must be alike, but" in rows["adaptformer"].reason
     assert "rates of 0.005 and 0.0001" in rows["adaptformer"].reason
+
+
+def test_options_that_changed_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that another version of the method's package has: a run, and a comparison, would mix the two."""
+    run = {**RUN, "weights": "none"}
+    petune.run(**run, output=tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    table = {"methods": ("adaptformer", "linear"), "run": run, "output": tmp_path / "table"}
+    petune.compare(**table, seeds=(0,))
+
+    class Newer(AdaptFormer.Config):  # type: ignore[misc,name-defined]
+        dropout: float = 0.25
+        another: int = 0
+
+    monkeypatch.setattr(AdaptFormer, "Config", Newer)
+    said = r"options of adaptformer that it began with, but dropout was 0\.1 and is 0\.25: the method's package"
+    with pytest.raises(CheckpointError, match=said):
+        petune.run(**run, output=tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match=said):
+        petune.compare(**table, seeds=(0, 1))
+    assert petune.compare(**{**table, "methods": ("linear",)}, seeds=(0, 1)).rows[0].status == "done"
+
+
+def test_a_name_fits_a_directory(tmp_path: Path) -> None:
+    long = [directory_name("linear", "folder:" + "ä" * 300 + end, "seed0") for end in "ab"]
+    assert len({*long}) == 2
+    assert all(len(name.encode()) < 200 for name in long)
+    assert directory_name("vpt:deep=false", "seed0") == "vpt_deep=false-seed0"
 
 
 def test_the_peak_of_memory_is_that_of_training_too(tmp_path: Path) -> None:

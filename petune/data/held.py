@@ -59,6 +59,24 @@ def digests(place: Path) -> dict[str, str]:
     return {part: _digest(classes) for part, classes in noted(place / PICTURES_FILE).items()}
 
 
+def same_pictures(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
+    """Whether a dataset is a run's own, or a copy of its folder: some of it was trained on.
+
+    Args:
+        dataset, own: As in a configuration.
+        before: What `digests` said of the run's.
+    """
+    if not (dataset.startswith("folder:") and own.startswith("folder:")):
+        return dataset == own
+    if folder_of(dataset).resolve() == folder_of(own).resolve():
+        return True
+    try:
+        now = pictures_of(dataset)
+    except DataError:  # no folder to train on, as test/ alone
+        return False
+    return bool(before) and {part: _digest(classes) for part, classes in now.items()} == dict(before)
+
+
 def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
     """Hold that the run's own test and val pictures can still be told from those it trained on.
 

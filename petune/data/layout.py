@@ -91,12 +91,25 @@ def parts_of(path: Path) -> dict[str, Path]:
                 f"{here}; rename them, or move them away"
             )
         return {"train": path}
+    _refuse_other_splits(path)
     parts = {"train": train, "test": path / "test"}
     val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
     if len(val) > 1:
         names = " and ".join(p.name for p in val)
         raise DataError(f"{path} must hold one validation folder, but has {names}; merge them")
     return {part: p for part, p in (parts | {"val": val[0] if val else path / "val"}).items() if p.is_dir()}
+
+
+def _refuse_other_splits(path: Path) -> None:
+    """Beside train/, a folder such as testing/ would be left out, and val/ be taken for the test split."""
+    read = {"train", "test", *VAL_NAMES}
+    others = [p.name for p in visible_folders(path) if p.name not in read and p.name.casefold() in SPLIT_NAMES]
+    others = [name for name in others if _has_folders(path / name)]
+    if others:
+        raise DataError(
+            f"the splits of {path} must be called train/, val/ and test/, but beside train/ it has "
+            f"{', '.join(others)}; rename or move it away"
+        )
 
 
 def _called_otherwise(path: Path) -> list[Path]:

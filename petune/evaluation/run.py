@@ -15,7 +15,7 @@ from petune.arguments import PathText, check_arguments
 from petune.config import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
-from petune.data.held import refuse_trained_on
+from petune.data.held import refuse_trained_on, same_pictures
 from petune.data.layout import Files, files_of_part, folder_of
 from petune.errors import DataError, UsageError, near_names
 from petune.evaluation.measures import Evaluation, gathered, measured
@@ -50,7 +50,8 @@ def evaluate(
         split: `val` is the one that chose the run's epoch.
         dataset: `folder:PATH`, its class folders called as the run's classes are (some may be missing): of
             PATH/test and PATH/val the split, of PATH/CLASS/* all pictures, which is called split `all` in what is
-            returned. None is the run's own dataset.
+            returned. None is the run's own dataset, and where it is named, or a copy of its folder is, its own split
+            is read too: no picture that it trained on.
         data_dir: Where CIFAR lies now; None is where it lay for the run.
         weights: Where the backbone's weights are now; None takes them from where the run did.
         device, precision: As in a run.
@@ -79,8 +80,9 @@ def evaluate(
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, but is {batch_size}")
     predictor = Predictor(path, weights=weights, device=device, precision=precision, trust_code=trust_code)
-    own = dataset is None
-    name, read = str(predictor.card.get("dataset")) if dataset is None else dataset, str(split)
+    trained_on = str(predictor.card.get("dataset"))
+    own = dataset is None or same_pictures(dataset, trained_on, predictor.card.get("pictures") or {})
+    name, read = trained_on if dataset is None else dataset, str(split)
     if not own and name.startswith("folder:"):
         place = folder_of(name)
         read, files, said = files_of_part(place, split)

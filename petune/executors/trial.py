@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from petune.config import Config
-from petune.errors import PetuneError, ProcessLost, Stopped, UsageError
+from petune.errors import ConfigError, PetuneError, ProcessLost, Stopped, UsageError
+from petune.group import join
 from petune.results import RunResult
 from petune.run import RunConfig, run
 from petune.rundir import claimed
 from petune.train import Event
 
+TRACEBACK = ".traceback.txt"
 CARRIED = ("PETUNE_", "HF_", "TORCH_")
 """Environment variables that a worker gets from here, by how they begin: where data and weights lie."""
 
@@ -102,10 +106,27 @@ def attempt(config: RunConfig, watch: Callable[[Event], None], work: Work = RUN)
     """Do it; what goes wrong with this configuration alone is what came of it."""
     try:
         return work.do(config, watch)
+    except ConfigError as error:  # of a method's own, as a batch that does not fit beside it
+        return Failure(f"{type(error).__name__}: {error}")
     except (Stopped, UsageError, ProcessLost):
         raise
     except PetuneError as error:
         return Failure(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if join().size > 1:  # the others wait for this process, and cannot be told
+            raise
+        return Failure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}{_kept_traceback(config)}")
+
+
+def _kept_traceback(config: RunConfig) -> str:
+    """Where the traceback of what is handled now was written, to be said behind the error."""
+    if config.output is None:
+        return ""
+    file = config.output.with_name(f"{config.output.name}{TRACEBACK}")  # beside it: a run that had not begun is gone
+    with contextlib.suppress(OSError):
+        file.write_text(traceback.format_exc(), encoding="utf-8")
+        return f" (traceback: {file})"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,16 @@ def find(paths: Sequence[Path]) -> list[Found]:
 
 def _places(top: Path) -> Iterator[Path]:
     known = {CONFIG_FILE, RESULT_FILE, METRICS_FILE, *TABLES.values()}
-    for directory, below, files in os.walk(top):
-        below[:] = sorted(name for name in below if name not in PARTS and not name.startswith("."))
-        if known & set(files):
-            yield Path(directory)
+    seen: set[Path] = set()
+    for directory, below, files in os.walk(top, followlinks=True):
+        place = Path(directory)
+        here = place.resolve()
+        ours = bool(known & set(files))
+        parts = PARTS if ours else set()  # elsewhere a run may be called so
+        below[:] = [] if here in seen else sorted(n for n in below if n not in parts and not n.startswith("."))
+        if ours and here not in seen:
+            yield place
+        seen.add(here)
 
 
 def _read(place: Path) -> Found:

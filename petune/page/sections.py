@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_
 from petune.page.found import Found
 from petune.report import cells, seeds_by_method, trial_table
 from petune.results import RunResult
+from petune.rundir import BEGAN_FILE, PICTURES_FILE, noted
 
 COLUMNS = (
     "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
@@ -50,10 +52,10 @@ class Section:
 
 
 def sections_of(found: Sequence[Found]) -> list[Section]:
-    """Comparisons and sweeps as they are, pretrainings together, other runs by backbone and dataset."""
+    """Comparisons and sweeps as they are, pretrainings together, other runs by backbone, its weights and dataset."""
     tables = {one.path.resolve(): one for one in found if one.kind in {"compare", "sweep"}}
     inside: dict[Any, list[Found]] = {place: [] for place in tables}
-    groups: dict[tuple[str, str], list[Found]] = {}
+    groups: dict[tuple[str, ...], list[Found]] = {}
     for run in found:
         if run.kind not in {"run", "pretrain"}:
             continue
@@ -61,16 +63,22 @@ def sections_of(found: Sequence[Found]) -> list[Section]:
         if run.kind == "run" and above in tables:
             inside[above].append(run)
         elif run.epochs or run.result:
-            groups.setdefault((run.kind, _what(run)), []).append(run)
+            groups.setdefault((run.kind, _what(run), *_backbone(run)), []).append(run)
     shown = [_comparison(one, inside[place]) for place, one in tables.items() if one.kind == "compare"]
     shown += [_sweep(one) for one in tables.values() if one.kind == "sweep" and one.table]
-    shown += [_loose(kind, what, runs) for (kind, what), runs in groups.items()]
+    shown += [_loose(kind, what, runs) for (kind, what, *_), runs in groups.items()]
     return [section for section in shown if section.rows or section.charts]
 
 
 def _what(run: Found) -> str:
     source: Mapping[str, Any] = run.result.model_dump() if run.result else run.config
     return f"{source.get('backbone', '?')} on {source.get('dataset', '?')}"
+
+
+def _backbone(run: Found) -> tuple[str, ...]:
+    """What makes it another backbone than one of the same name."""
+    fixed = ("weights", "image_size", "patch_size", "backbone_options", "head")
+    return tuple(str(run.config.get(key, "")) for key in fixed)
 
 
 def _comparison(one: Found, runs: Sequence[Found]) -> Section:
@@ -101,13 +109,16 @@ def _comparison(one: Found, runs: Sequence[Found]) -> Section:
 def _loose(kind: str, what: str, runs: Sequence[Found]) -> Section:
     rows = _rows(runs)
     done = [run for run in runs if run.result]
+    built = {f"{r.backbone_full_name}, weights {r.weights}" for run in done if (r := run.result)}
     title = f"Pretraining {what}" if kind == "pretrain" else what
     places = ", ".join(str(run.path) for run in runs)
     commands = [f"petune {kind} --config {shlex.quote(str(run.path / 'config.yaml'))}" for run in runs if run.config]
     results = [run.result for run in done if run.result]
     facts = results[0].provenance if results else {}
-    about = f"Runs in {places}."
-    return _section(title, about, runs, rows, facts, commands, runs[0].config, origins=origins_of(results))
+    chosen = " The last epoch is kept." if kind == "pretrain" else ""
+    about = f"{'; '.join([*sorted(built), f'runs in {places}'])}.{chosen}"
+    config = {key: value for key, value in runs[0].config.items() if all(run.config.get(key) == value for run in runs)}
+    return _section(title, about, runs, rows, facts, commands, config, origins=origins_of(results))
 
 
 def _sweep(one: Found) -> Section:
@@ -117,7 +128,7 @@ def _sweep(one: Found) -> Section:
     config, provenance = one.table["config"], one.table["provenance"]
     run = config["run"]
     title = f"Sweep of {run['method']}: {run['backbone']} on {run['dataset']}"
-    about = f"Sweep in {one.path}, chosen on validation; only the best one has read test. Best first."
+    about = f"Sweep in {one.path}, chosen on validation; only the best one reads test. Best first."
     return Section(title, about, columns, rows, [], _facts(provenance), _argv(provenance), _yaml(config))
 
 
@@ -134,7 +145,8 @@ def _section(
 ) -> Section:
     done = [row for row in rows if row["status"] == "done"]
     charts = [accuracy_chart(f"{title} {about}", done), *cost_charts(f"{title} {about}", done)] if done else []
-    curves = [Curve(_label(run), run.epochs) for run in runs if run.epochs]
+    labels = _labels(runs)
+    curves = [Curve(labels[run.path], run.epochs) for run in runs if run.epochs]
     charts[1:1] = curve_charts(f"{title} {about}", curves, [row["method"] for row in done])
     commands = [*_argv(provenance or {}), *commands]
     lines = [_cells(row, runs, epochs) for row in rows]
@@ -150,18 +162,47 @@ def _label(run: Found) -> str:
     return run.result.method if run.result else str(run.config.get("method", run.path.name))
 
 
-def _rows(runs: Iterable[Found]) -> list[dict[str, Any]]:
-    """One row for the runs that differ in nothing but the seed."""
+def _labels(runs: Sequence[Found]) -> dict[Path, str]:
+    """Of each run its method, and in which of its settings it differs from other runs of the method."""
+    settings = {run.path: dict(_flat(run.config)) for run in runs}
+    labels = {}
+    for run in runs:
+        alike = [settings[other.path] for other in runs if _label(other) == _label(run)]
+        keys = dict.fromkeys(key for other in alike for key in other)
+        differs = [key for key in keys if len({str(other.get(key)) for other in alike}) > 1 and key != "method"]
+        said = ", ".join(f"{key.removeprefix('train.')}={settings[run.path].get(key)}" for key in differs)
+        labels[run.path] = f"{_label(run)} ({said})" if said else _label(run)
+    return labels
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings that make runs unlike, nested ones as `train.lr`."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        elif above or key not in NOT_IN_KEY:
+            yield f"{above}{key}", value
+
+
+def _rows(runs: Sequence[Found]) -> list[dict[str, Any]]:
+    """One row for the runs that differ in nothing but the seed, what they began with (`petune.began`) included."""
     alike: dict[str, dict[int, RunResult]] = {}
+    names: dict[str, str] = {}
+    labels = _labels(runs)
     for run in runs:
         if run.result:
             config = {key: value for key, value in run.config.items() if key not in NOT_IN_KEY}
-            key = json.dumps([run.result.method, run.result.lr, config], sort_keys=True, default=str)
+            began = [noted(run.path / file) for file in (PICTURES_FILE, BEGAN_FILE)]
+            fixed = [run.result.method, run.result.lr, run.result.weights, config, began]
+            key = json.dumps(fixed, sort_keys=True, default=str)
             alike.setdefault(key, {}).setdefault(run.result.seed, run.result)  # run again, a seed tells nothing more
-    return [
-        summarise(results[0].method, results).model_dump() | {"epochs": results[0].epochs, "step": _step(results)}
-        for results in (list(by_seed.values()) for by_seed in alike.values())
-    ]
+            names.setdefault(key, labels[run.path])
+    rows = []
+    for key, by_seed in alike.items():
+        results = list(by_seed.values())
+        row = summarise(names[key], results).model_dump()
+        rows.append(row | {"epochs": results[0].epochs, "step": _step(results)})
+    return rows
 
 
 def _step(results: Sequence[RunResult]) -> float | None:

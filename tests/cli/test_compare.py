@@ -52,6 +52,37 @@ def test_a_method_that_fails_is_a_row_with_its_reason(
     assert reason == "full failed: Diverged: loss is nan"
 
 
+def test_what_goes_wrong_with_one_method_leaves_the_others_their_rows(
+    petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from petune.tuners.bitfit import BitFit
+
+    def wrong(*args: Any) -> Any:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(BitFit, "attach", wrong)
+    words = ("--set=train.augment=none", "--set=train.cache_features=always")
+    done = petune("compare", "full", "bitfit", "linear", *tiny, *words)
+    assert done.code == 1
+    assert "linear | " in done.out.replace("  ", " ").replace("  ", " ")
+    said = " ".join(done.out.split())
+    assert "full failed: ConfigError: cache_features=always" in said, said
+    assert "bitfit failed: RuntimeError: no such kernel (traceback: " in said
+    kept = next(tmp_path.rglob("bitfit-*.traceback.txt"))
+    assert "and more" in kept.read_text()
+    assert (kept.parent / "compare.json").exists()
+
+
+def test_a_seed_is_missing_by_name(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    from petune.report import markdown
+
+    assert petune("compare", "linear", "bitfit", *tiny, "--output", "there").code == 0
+    table = json.loads((tmp_path / "there" / "compare.json").read_text())
+    table["config"]["seeds"] = [0, 1]
+    table["rows"][0]["seeds"] = [0, 1]
+    assert "With fewer seeds: bitfit (seed 0)." in markdown(table)
+
+
 def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("val_fraction: 0.2\ntrain: {batch_size: 32}\n")
     words = ("--config", "run.yaml", "--set", "train.grad_clip=5", "--set", "seeds=[4]", "--output", "there")

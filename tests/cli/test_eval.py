@@ -38,6 +38,8 @@ def test_the_numbers_of_the_run_again(petune: Run, digits: Path, tmp_path: Path)
         assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
     val = public.evaluate(digits, split="val", device="cpu", precision="fp32")
     assert val.top1 == pytest.approx(result.val_top1)
+    named = public.evaluate(digits, split="val", dataset="digits", device="cpu", precision="fp32")
+    assert (named.top1, named.num_pictures) == (val.top1, val.num_pictures)
 
 
 def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import petune as library
 
@@ -119,6 +120,50 @@ def test_a_damaged_sweep_is_broken_and_told(petune: Run, runs: Path, damage: dic
     assert done.code == 0, done.err
     assert json.loads(done.out)["broken"] == 1
     assert "sweep.json" in Tags((tmp_path / "report.html").read_text()).text
+
+
+def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
+    """A copy of a run that says other things of itself."""
+    shutil.copytree(run, to)
+    config = yaml.safe_load((to / "config.yaml").read_text())
+    result = json.loads((to / "result.json").read_text())
+    (to / "config.yaml").write_text(yaml.safe_dump({**config, "seed": seed, **settings}))
+    weights = settings.get("weights", result["weights"])
+    (to / "result.json").write_text(json.dumps({**result, "seed": seed, "weights": weights}))
+    return to
+
+
+def test_runs_on_other_pictures_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:
+    run = next((runs / "two").glob("linear-*seed0"))
+    (_like(run, tmp_path / "loose" / "a") / "pictures.json").write_text('{"train": {"cat": "61 3f0c"}}')
+    (_like(run, tmp_path / "loose" / "b", seed=1) / "pictures.json").write_text('{"train": {"cat": "62 77aa"}}')
+    assert petune("report", "loose").code == 0
+    page = Tags((tmp_path / "report.html").read_text())
+    assert "±" not in page.text.replace("mean ±", "")
+
+
+def test_runs_that_differ_are_told_apart(petune: Run, runs: Path, tmp_path: Path) -> None:
+    run = next((runs / "two").glob("linear-*seed0"))
+    _like(run, tmp_path / "loose" / "a")
+    _like(run, tmp_path / "loose" / "b", train_per_class=5)
+    _like(run, tmp_path / "loose" / "c", weights="other.safetensors")
+    assert petune("report", "loose").code == 0
+    page = Tags((tmp_path / "report.html").read_text())
+    assert page.tags.count("section") == 2
+    assert "linear (train_per_class=20)" in page.text
+    assert "linear (train_per_class=5)" in page.text
+    assert "weights other.safetensors; runs in" in page.text
+
+
+def test_no_run_is_left_out_for_its_name_or_a_link(petune: Run, runs: Path, tmp_path: Path) -> None:
+    run = next((runs / "two").glob("linear-*seed0"))
+    _like(run, tmp_path / "loose" / "adapter", seed=3)
+    _like(run, tmp_path / "disk" / "big", seed=4)
+    (tmp_path / "loose" / "big").symlink_to(tmp_path / "disk" / "big")
+    (tmp_path / "loose" / "loop").symlink_to(tmp_path / "loose")
+    done = petune("report", "loose", "--json")
+    assert (done.code, json.loads(done.out)["done"]) == (0, 2)
+    assert "3, 4" in Tags((tmp_path / "report.html").read_text()).text
 
 
 def test_a_seed_that_ran_twice_counts_once(petune: Run, runs: Path, tmp_path: Path) -> None:

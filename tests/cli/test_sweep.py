@@ -141,6 +141,50 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
     assert "failed: Diverged: loss is nan" in html
 
 
+def test_what_is_not_the_trials_fault_is_tried_again(
+    petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from petune.errors import DataError
+
+    original = sys.modules["petune.sweep"].trained  # type: ignore[attr-defined]
+
+    def failing(config: Any, *rest: Any) -> Any:
+        if config.train.lr == 0.5:
+            raise DataError("the cache cannot be written")
+        return original(config, *rest)
+
+    words = ("sweep", "linear", "--over=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["petune.sweep"], "trained", failing)
+        assert petune(*words).code == 0
+    assert [row["state"] for row in _table(tmp_path)["rows"]] == ["failed", "done"]
+    assert petune(*words).code == 0
+    assert [row["state"] for row in _table(tmp_path)["rows"]] == ["done", "done"]
+    assert petune(*words[:-1]).code == 0  # tested after all
+    assert _table(tmp_path)["result"]["top1"] >= 0
+
+
+def test_a_test_is_shown_beside_the_trial_that_read_it(
+    petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ("sweep", "linear", *tiny, "--output", "there")
+    assert petune(*words, "--over=train.lr=1e-6").code == 0
+    assert _table(tmp_path)["result"] is not None
+
+    def stopped(*args: Any, **rest: Any) -> Any:
+        raise Stopped("a signal came")
+
+    monkeypatch.setattr(sys.modules["petune.sweep"], "_tested", stopped)
+    assert petune(*words, "--over=train.lr=1e-6,0.3").code == 75
+    table = _table(tmp_path)
+    assert (table["best"], table["result"], table["finished"]) == (1, None, False)
+
+
+def _table(place: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((place / "there" / "sweep.json").read_text())
+    return table
+
+
 def test_what_cannot_mean_anything_is_refused_before_the_first_trial(petune: Run, tiny: Words, tmp_path: Path) -> None:
     for over, said in [
         ("botleneck=2,4", "did you mean 'bottleneck'"),

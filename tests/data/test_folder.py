@@ -320,3 +320,13 @@ def test_what_another_process_finished_meanwhile_is_not_deleted(
     monkeypatch.setattr(module, "_read", read_too_early)
     load_folder(tmp_path / "p", 32)
     assert (first[0] / "theirs").exists()
+
+
+@pytest.mark.parametrize("name", ["testing", "Validation", "Test"])
+def test_a_split_beside_train_is_not_left_out(name: str, tmp_path: Path) -> None:
+    for part in ("train", name, "val"):
+        _fill(tmp_path / part, {"cat": 3, "dog": 3})
+    with pytest.raises(DataError, match=rf"beside train/ it has {name}; rename or move it away"):
+        load_folder(tmp_path, 32)
+    (tmp_path / name).rename(tmp_path / "notes")
+    load_folder(tmp_path, 32)

@@ -74,6 +74,20 @@ def test_a_copied_folder_holds_the_same_and_other_datasets_hold_nothing(pets: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_named_its_own_pictures_is_not_tested_on_those_it_trained_on(pets: Path, tmp_path: Path) -> None:
+    run = {**RUN, "dataset": f"folder:{pets}", "output": tmp_path / "run"}
+    done = petune.run(**run)
+    shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
+    for name in (pets, f"{pets}/../pets", tmp_path / "copy"):
+        found = petune.evaluate(tmp_path / "run", dataset=f"folder:{name}", device="cpu", precision="fp32")
+        assert (found.split, found.num_pictures, found.top1) == ("test", found.num_pictures, done.top1)
+        assert found.num_pictures < 20
+    shutil.copytree(pets, tmp_path / "other" / "test")
+    shutil.rmtree(tmp_path / "other" / "test" / "cat")
+    other = petune.evaluate(tmp_path / "run", dataset=f"folder:{tmp_path / 'other'}", device="cpu", precision="fp32")
+    assert other.num_pictures == 10
+
+
 @pytest.mark.parametrize("change", [_add, _rename, _part])
 def test_nothing_goes_on_with_other_pictures(change: Callable[[Path], None], pets: Path, tmp_path: Path) -> None:
     """Neither a run, its evaluation, a comparison nor a sweep; what is there stays, and serves when they are back."""
