@@ -47,7 +47,7 @@ class Attachment:
         named = named_parameters(model)
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
-        self._buffers = buffer_places(model, self._moving_modules())
+        self._buffers = buffer_places(model, self._moving_modules(), edit.adopted_buffers)
         self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
         changing = self._changing() if keep_original else {}
         self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
@@ -198,6 +198,7 @@ class Attachment:
         """
         was = self.enabled
         self.switch(True)
+        self._need_own(self._changing())
         if self.edit.folds:
             try:
                 self._fold()

@@ -36,7 +36,7 @@ def hold_beginning(
         CheckpointError: The weights, the recipe or the options did.
     """
     for method, options in (methods or {}).items():
-        _hold_options(place, method, options.model_dump(mode="json"))
+        _hold_options(place, method, options.plain())
     hold_pictures(place, dataset)
     before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
     changed = [key for key in now if key in before and now[key] not in ("", before[key])]

@@ -17,6 +17,7 @@ from petune.passing import Leg, PassingPrompts, is_plain
 from petune.probe import Call, is_pointwise, probe
 from petune.sites import Block, Site, Sites, changeable, present, whole
 
+Named = Iterable[tuple[nn.Module, str]]
 DEEP = "Try prompts of each block's own (vpt:deep=true), or a method without prompts, such as adaptformer"
 ALONE = "Attach one method with as many prompts, or switch the other off before (attachment.switch(False))"
 
@@ -31,7 +32,7 @@ class Edit:
         holders: The adapters put in so far, with the places each needs to be passed.
         trained: The backbone's own parameters that were unfrozen.
         train_modules: The backbone's own modules that go to train mode.
-        adopted, adopted_modules: What was put in by hand and is the tuner's.
+        adopted, adopted_modules, adopted_buffers: What was put in by hand and is the tuner's.
         switches: Called with False where the attachment is disabled, with True where it is enabled again.
     """
 
@@ -45,6 +46,7 @@ class Edit:
         self.row_switches: list[Callable[[list[int] | None, int], None]] = []
         self.adopted: list[nn.Parameter] = []
         self.adopted_modules: list[nn.Module] = []
+        self.adopted_buffers: list[tuple[nn.Module, str]] = []
         self._foreign = added_to(model)  # other attachments' parameters
         self._merges: list[Callable[[], object]] = []
         self._calls: dict[int, Call] | None = None
@@ -195,15 +197,17 @@ class Edit:
         if not isinstance(what, nn.Module | Site):
             self.trained += (p for p in what if id(p) not in self._foreign)
 
-    def adopt(self, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module] = ()) -> None:
+    def adopt(self, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module] = (), buffers: Named = ()) -> None:
         """Take over what was put into the model by hand: it trains, is saved, and counts as the tuner's.
 
         Args:
             parameters: New ones.
             modules: New modules that go to train mode (dropout), whose buffers are saved.
+            buffers: Single ones that are saved, by the module that holds them and their names there.
         """
         self.adopted += parameters
         self.adopted_modules += modules
+        self.adopted_buffers += buffers
 
     def on_detach(self, fn: Callable[[], object]) -> None:
         """Call `fn` on detach, to undo something that was done by hand. Last done is first undone."""
@@ -307,7 +311,8 @@ class Edit:
     def added_tensors(self) -> list[torch.Tensor]:
         """The same, and their buffers."""
         modules = [*(holder for holder, _ in self.holders), *self.adopted_modules]
-        return [*self.added_parameters(), *(b for m in modules for b in m.buffers())]
+        single = [b for m, name in self.adopted_buffers if (b := m._buffers.get(name)) is not None]
+        return [*self.added_parameters(), *(b for m in modules for b in m.buffers()), *single]
 
     def merge(self, name: str) -> None:
         """Fold every adapter into the weights of its site; to undo and, where folding fails, to put the weights back
@@ -328,11 +333,7 @@ class Edit:
             holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
 
     def check_switch(self) -> None:
-        """See that the edit may be enabled again.
-
-        Raises:
-            AttachError: It has prompts, and so has another attachment that is on.
-        """
+        """See that the edit may be enabled again; AttachError where it has prompts beside another's that are on."""
         for holder, passed in self.holders:
             if isinstance(holder, Prompts):
                 self._refuse_others_prompts(passed[0])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.anatomy.positions import REPLACED
 from petune.attachment import Attachment
 from petune.ledger import added_to, ledger_of, named_parameters
 
@@ -63,6 +64,7 @@ def _frozen(attachment: Attachment) -> dict[str, Tensor]:
     skipped = moving | head | added_to(attachment.model)
     out = _classifier_keys(attachment)  # of a task that is not in use it is another module at the same place
     named: dict[str, Tensor] = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
+    named |= _replaced(attachment.model)
     frozen = {key: named[key] for key in sorted(named) if id(named[key]) not in skipped and key not in out}
     return _beneath(attachment, frozen)
 
@@ -76,7 +78,19 @@ def head_fingerprint(attachment: Attachment) -> str | None:
     for path, module in ((head.path, head.enter), (head.exit_path, head.exit)):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             named[f"{path}.{name}"] = tensor
-    return _digest(_beneath(attachment, {key: named[key] for key in sorted(named)}))
+    moving = {id(t) for t in attachment.live_state().values()}  # `full` moves its statistics, and saves them
+    still = {key: named[key] for key in sorted(named) if id(named[key]) not in moving}
+    return _digest(_beneath(attachment, still))
+
+
+def _replaced(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that have another value while prompts are there, as they are without (`petune.anatomy.positions`)."""
+    return {
+        f"{path}.{name}": value
+        for path, module in model.named_modules()
+        for name, value in getattr(module, REPLACED, {}).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _beneath(attachment: Attachment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -137,10 +137,10 @@ class Ledger(nn.Module):
         """
         at = list(self.claims).index(name) + 1
         upto, later = list(self.claims.values())[:at], list(self.claims.values())[at:]
-        if not any(c.on and c.changes(key, live) for c in later):
+        # what an earlier one trains too is saved by it as it is now, see `value`
+        if any(c.on and c.changes(key, live) for c in upto) or not any(c.on and c.changes(key, live) for c in later):
             return live
-        owner = next((c for c in reversed(upto) if c.on and c.changes(key, live)), None)
-        value = self._original(key, live) if owner is None else owner.kept.get(key)
+        value = self._original(key, live)
         if value is None:
             raise AttachError(
                 f"{name} belongs to the backbone as it was before another attachment trained {key}, but that value was "
@@ -261,16 +261,22 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {keys.get(id(p), name): p for name, p in model.named_parameters()}
 
 
-def buffer_places(model: nn.Module, modules: Iterable[nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """By state_dict key, in which of `modules` and under which name a buffer is: it may be made anew, or be taken out
-    of the model with its module."""
-    keys, wanted = _keys(model), set(modules)
-    return {
-        keys.get(id(buffer), f"{path}.{name}" if path else name): (module, name)
-        for path, module in model.named_modules()
-        if module in wanted
-        for name, buffer in module.named_buffers(recurse=False)
-    }
+def buffer_places(
+    model: nn.Module, modules: Iterable[nn.Module], single: Iterable[tuple[nn.Module, str]]
+) -> dict[str, tuple[nn.Module, str]]:
+    """By state_dict key, the module and the name there of the buffers in `modules`, and of `single` ones.
+
+    A buffer may be made anew, or be taken out of the model with its module.
+    """
+    keys, wanted, more = _keys(model), set(modules), set(single)
+    places: dict[str, tuple[nn.Module, str]] = {}
+    seen: set[int] = set()  # several modules may share one
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in seen and (module in wanted or (module, name) in more):
+                seen.add(id(buffer))
+                places[keys.get(id(buffer), f"{path}.{name}" if path else name)] = module, name
+    return places
 
 
 def _keys(model: nn.Module) -> dict[int, str]:

@@ -33,7 +33,7 @@ class PetuneConfig(PeftConfig):
         tuner: The method's name: `adaptformer`.
         config: Its options.
         train_head: Whether the classifier trains, and is saved, too.
-        format, distribution, version, geometry, fingerprint, metadata: See `petune.state`.
+        format, distribution, version, geometry, fingerprint, head_fingerprint, metadata: See `petune.state`.
     """
 
     tuner: str = ""
@@ -44,6 +44,7 @@ class PetuneConfig(PeftConfig):
     version: str | None = None
     geometry: dict[str, Any] | None = None
     fingerprint: str | None = None
+    head_fingerprint: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

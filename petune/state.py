@@ -81,7 +81,7 @@ def describe(attachment: Attachment) -> dict[str, Any]:
         "tuner": method,
         "distribution": origin.distribution if origin else None,
         "version": origin.version if origin else None,
-        "config": attachment.tuner.config.model_dump(mode="json"),
+        "config": attachment.tuner.config.plain(),
         "train_head": bool(attachment.head),
         "geometry": geometry(attachment.sites),
         "fingerprint": attachment.fingerprint or fingerprint(attachment),
@@ -163,7 +163,7 @@ def attach_saved(
 
 
 def _check_options(tuner: Tuner[Any], config: Mapping[str, Any], place: Path) -> None:
-    here, there = tuner.config.model_dump(mode="json"), config["config"]
+    here, there = tuner.config.plain(), config["config"]
     differs = [f"{key} {value!r} (here {here.get(key)!r})" for key, value in there.items() if here.get(key) != value]
     if differs:
         raise CheckpointError(

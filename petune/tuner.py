@@ -36,6 +36,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from pydantic_core import to_jsonable_python
+
 from petune.config import Config
 
 if TYPE_CHECKING:
@@ -47,6 +49,12 @@ if TYPE_CHECKING:
 
 class TunerConfig(Config):
     """Options of a tuner: pydantic fields with a type and a default. Unknown keys and wrong types are refused."""
+
+    def plain(self) -> dict[str, Any]:
+        """All options as JSON has them; sets in an order of their own, the same in every process."""
+        values = self.model_dump()
+        ordered = {k: sorted(v, key=str) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        return dict(to_jsonable_python(ordered))
 
 
 @dataclass(frozen=True)

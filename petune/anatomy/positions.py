@@ -30,6 +30,10 @@ METHODS = ("_get_rel_pos_bias", "get_bias", "get_attention_biases")
 BIAS_MLPS = ("cpb_mlp", "meta_mlp", "continuous_position_bias_mlp")
 
 
+REPLACED = "petune_replaced"
+"""Attribute of a module: what it has without prompts, by name, while they are there."""
+
+
 @dataclass(frozen=True)
 class Room:
     """Where the prompts are: `count` of them from `index` on, among `tokens` others."""
@@ -253,6 +257,7 @@ def _replaced(module: Any, values: dict[str, Any]) -> Switch:
     before = {name: getattr(module, name) for name in values}
 
     def switch(on: bool) -> None:
+        module.__dict__[REPLACED] = before if on else {}
         for name, value in (values if on else before).items():
             setattr(module, name, value)
 

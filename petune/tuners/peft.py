@@ -54,6 +54,7 @@ NOT_HERE = {
     "modules_to_save": "the classifier trains anyway; attach partial or norm beside it to train more",
     "inference_mode": "what is attached trains",
     "task_type": "the task is to classify pictures",
+    "save_only_topk_weights": "the file must hold all that trains",
     **dict.fromkeys(LAYERS, "PEFT looks at it only where target_modules is given too"),
 }
 CHANGES_WEIGHTS = "init_lora_weights"

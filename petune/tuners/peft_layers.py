@@ -32,7 +32,9 @@ class Wrapped:
         modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
         before = dict(_layers(self.model))
         active = {layer: _active(layer) for layer in before.values()}
-        edit.on_detach(self._undo(hasattr(self.model, "peft_config")))
+        buffers = {(module, name) for module in modules for name in module._buffers}
+        self.done = False
+        edit.on_detach(self._undo(hasattr(self.model, "peft_config"), active))
         try:
             with warnings.catch_warnings():  # of a second adapter: meant here, and `_check` looks at what came of it
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
@@ -51,14 +53,13 @@ class Wrapped:
             config.inference_mode = True  # what trains is petune's to say, and PEFT would allow but one a model
             if config.rank_pattern:  # as PEFT has left it after a training: fewer ranks
                 self.tuner.resize_modules_by_rank_pattern(config.rank_pattern, self.name)
-        new = [p for p in self.model.parameters() if id(p) not in parameters]
-        wrappers = {layer for _, layer in _layers(self.model)}
-        edit.adopt(new, [m for m in self.model.modules() if m not in modules and m not in wrappers])
+        self._adopt(modules, parameters, buffers)
         for layer in self.layers.values():
             _name_as_before(layer)
         for layer in {**active, **dict.fromkeys(self.layers.values())}:  # PEFT has switched off what was there before
             _activate(layer, active.get(layer, set()) | (_adapters(layer) & {self.name}))
         self._refuse_nested()
+        self.done = True
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
         if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
@@ -70,7 +71,7 @@ class Wrapped:
         Raises:
             AttachError: PEFT leaves out some of what trains.
         """
-        own = {id(t) for m in self.edit.adopted_modules for t in m.buffers()} | {id(p) for p in self.edit.adopted}
+        own = {id(t) for t in self.edit.added_tensors()}
         tensors = self._chosen(own)
         mine = {t.data_ptr() for t in tensors.values()}
         lost = [p for p in self.edit.adopted if p.data_ptr() not in mine]
@@ -132,6 +133,19 @@ class Wrapped:
                 handles.pop().remove()
 
         self.edit.on_switch(switch)
+
+    def _adopt(self, modules: set[nn.Module], parameters: set[int], buffers: set[tuple[nn.Module, str]]) -> None:
+        """Take over what was not there before; adapters of one type share the dictionaries of a layer's buffers."""
+        from peft.tuners._buffer_dict import BufferDict
+
+        new = [p for p in self.model.parameters() if id(p) not in parameters]
+        layers = {layer for _, layer in _layers(self.model)}
+        parts = [
+            m for m in self.model.modules() if m not in modules and m not in layers and not isinstance(m, BufferDict)
+        ]
+        held = [(m, name) for m in self.model.modules() for name in m._buffers if (m, name) not in buffers]
+        shared = [(layer, name) for layer in self.layers.values() for name in layer._buffers]  # BOFT's permutation
+        self.edit.adopt(new, parts, dict.fromkeys([*held, *shared]))
 
     def _chosen(self, own: set[int]) -> dict[str, Tensor]:
         """What PEFT saves, of what is our own: it chooses by names, which other types may share."""
@@ -197,10 +211,11 @@ class Wrapped:
                 ) from None
             layer.merged_adapters.clear()  # for good: other adapters of the layer go on
 
-    def _undo(self, had_config: bool) -> Callable[[], None]:
+    def _undo(self, had_config: bool, before: Mapping[Any, set[str]]) -> Callable[[], None]:
         held = [(m, list(m._parameters)) for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)]
 
         def undo() -> None:
+            active = {layer: _active(layer) for _, layer in _layers(self.model)} if self.done else before
             for path, layer in _layers(self.model):
                 others = _adapters(layer) - {self.name}
                 if others and self.name in _adapters(layer):
@@ -208,6 +223,8 @@ class Wrapped:
                 elif not others:
                     parent, _, attribute = path.rpartition(".")
                     setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
+            for _, layer in _layers(self.model):  # PEFT switches on or off what is left
+                _activate(layer, set(active.get(layer, ())) - {self.name})
             for module, names in held:  # PEFT takes a bare weight out and puts it in again in every forward
                 for name in names:
                     module._parameters[name] = module._parameters.pop(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import petune
 from petune.errors import AttachError, BackboneMismatch, ConfigError
+from petune.registry import build_tuner
 from petune.state import file_tensors
 from petune.tiny_models import tiny_timm, tiny_torchvision
 from petune.tuners.peft import REFUSED, peft_types
@@ -158,6 +160,7 @@ def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None
         ({}, "there are adalora, adamss, beft"),
         ({"type": "lora", "init_lora_weights": "pissa"}, "change the backbone"),
         ({"type": "lora", "bias": "all"}, "attach bitfit beside it"),
+        ({"type": "vblora", "save_only_topk_weights": True}, "the file must hold all that trains"),
         ({"type": "lora", "modules_to_save": ["norm"]}, "the classifier trains anyway"),
         ({"type": "lora", "layers_to_transform": [0]}, "only where target_modules is given"),
         ({"type": "lora", "task_type": "SEQ_CLS"}, "classify pictures"),
@@ -326,3 +329,56 @@ def test_adalora_leaves_the_bare_weight_of_torch_attention() -> None:
         att = petune.attach(tiny_torchvision(), "peft:adalora")
     att.model.train()(X).sum().backward()
     att.check_gradients()
+
+
+def test_what_is_off_stays_off_when_another_goes() -> None:
+    built = model()
+    plain = scores(built)
+    first = randomised(petune.attach(built, "lora", name="a", train_head=False))
+    alone = scores(built)
+    first.switch(False)
+    petune.attach(built, "lora", name="b", train_head=False).detach()
+    assert torch.equal(scores(built), plain)
+    first.switch(True)
+    assert torch.equal(scores(built), alone)
+    for targets in (["head"], ["qkv", "head"]):  # refused behind PEFT's back, which has switched the first off
+        with pytest.raises(AttachError, match="the classifier trains as it is"):
+            petune.attach(built, "lora", name="b", target_modules=targets)
+        assert torch.equal(scores(built), alone)
+
+
+@pytest.mark.parametrize("kind", ["adalora", "adamss", "boft", "delora", "lora", "osf"])
+def test_two_of_a_type_are_saved_apart(kind: str, tmp_path: Path) -> None:
+    """Adapters of one type share the dictionaries in which PEFT holds a layer's buffers."""
+    built = model()
+    first = randomised(petune.attach(built, f"peft:{kind}", name="a", train_head=False))
+    alone = scores(built)
+    second = randomised(petune.attach(built, f"peft:{kind}", name="b", train_head=False))
+    first.save(tmp_path / "a")
+    first.switch(False)
+    other = scores(built)
+    second.save(tmp_path / "b")
+    first.detach()
+    assert torch.equal(scores(built), other)
+    second.save(tmp_path / "later")
+    for name, wanted in (("a", alone), ("b", other), ("later", other)):
+        fresh = model()
+        petune.load(fresh, tmp_path / name)
+        assert torch.equal(scores(fresh), wanted), name
+
+
+def test_constants_of_a_type_are_not_the_backbone(tmp_path: Path) -> None:
+    built = model()
+    below = randomised(petune.attach(built, "adaptformer"))
+    petune.attach(built, "peft:boft")
+    below.save(tmp_path / "a")
+    assert petune.load(model(), tmp_path / "a").attached
+
+
+def test_a_set_of_layers_is_the_same_in_every_process(tmp_path: Path) -> None:
+    names = {"qkv", "proj", "fc1", "fc2"}
+    petune.attach(model(), "lora", target_modules=names).save(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["auto_mapping"]["petune"]["config"][
+        "target_modules"
+    ] == sorted(names)
+    assert petune.load(model(), tmp_path / "a", tuner=build_tuner("lora", target_modules=names)).attached

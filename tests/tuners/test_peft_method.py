@@ -198,3 +198,17 @@ def test_what_is_loaded_for_inference_does_not_train(tmp_path: Path) -> None:
     assert [key for key, p in model.named_parameters() if p.requires_grad] == []
     model.delete_adapter("b")
     assert [key for key, p in model.named_parameters() if p.requires_grad] == []
+
+
+@pytest.mark.filterwarnings("error:Unexpected keyword")
+def test_a_classifier_that_does_not_train_belongs_to_the_file(tmp_path: Path) -> None:
+    trained("adaptformer", tiny(), train_head=False).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"))
+    theirs.save_pretrained(str(tmp_path / "b"))
+    other = tiny()
+    nn.init.normal_(other.head.weight)
+    with pytest.raises(BackboneMismatch, match="train_head=False"):
+        peft.PeftModel.from_pretrained(other, str(tmp_path / "a"))
+    with pytest.raises(BackboneMismatch, match="train_head=False"):
+        petune.load(other, tmp_path / "b")
+    assert petune.load(tiny(), tmp_path / "b").attached

@@ -78,20 +78,24 @@ IN_TURN = [
     ("partial", "norm"),
     ("norm", "partial"),
     ("lora", "full"),
+    ("bitfit", "adaptformer", "bitfit"),
+    ("bitfit", "adaptformer", "full"),
+    ("full", "lora", "bitfit"),
 ]
 
 
 @pytest.mark.parametrize("stack", IN_TURN, ids="+".join)
-def test_stacked_is_saved_and_loaded_in_turn(stack: tuple[str, str], tmp_path: Path) -> None:
+def test_stacked_is_saved_and_loaded_in_turn(stack: tuple[str, ...], tmp_path: Path) -> None:
     built = model()
-    atts = [petune.attach(built, name) for name in stack]
+    names = [f"{method}{place}" for place, method in enumerate(stack)]
+    atts = [petune.attach(built, method, name=name) for method, name in zip(stack, names, strict=True)]
     for _ in range(2):
         step(*atts)
     for att in atts:
         att.save(tmp_path / att.name)
     fresh = model()
-    for name in stack:
-        petune.load(fresh, tmp_path / name)
+    for name in names:
+        petune.load(fresh, tmp_path / name, name=name)
     assert torch.equal(scores(fresh), scores(built))
 
 

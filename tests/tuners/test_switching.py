@@ -220,3 +220,39 @@ def test_what_was_assigned_cannot_be_given_back_without_a_word(method: str) -> N
             give_back()
     assert att.attached
     assert att.enabled
+    if att.tuner.method == "bitfit":
+        with pytest.raises(AttachError, match="assign=True"):
+            att.merge()
+
+
+def test_statistics_that_full_moves_are_not_those_of_a_still_classifier(tmp_path: Path) -> None:
+    att = petune.attach(with_batch_norm(), "full", train_head=False)
+    att.train()(X[..., :16, :16])
+    assert att.model.head.norm.running_mean.any()
+    wanted = scores(att.model, X[..., :16, :16])
+    att.save(tmp_path / "a")
+    fresh = with_batch_norm()
+    petune.load(fresh, tmp_path / "a")
+    assert torch.equal(scores(fresh, X[..., :16, :16]), wanted)
+
+
+def test_prompts_that_are_off_belong_to_the_same_backbone(tmp_path: Path) -> None:
+    """Swin-V2 holds in a buffer which pairs of tokens there are."""
+    name = "swinv2_tiny_window8_256"
+    att = randomised(petune.attach(built(name), "vpt", num_prompts=2))
+    prompted = scores(att.model)
+    att.save(tmp_path / "on")
+    with att.disabled():
+        att.save(tmp_path / "off")
+    for place in ("on", "off"):
+        fresh = built(name)
+        petune.load(fresh, tmp_path / place)
+        assert torch.equal(scores(fresh), prompted)
+
+
+def test_a_buffer_that_modules_share_is_saved_once() -> None:
+    model = tiny()
+    table = torch.ones(3)
+    for block in model.blocks:
+        block.register_buffer("table", table, persistent=False)
+    assert [key for key in petune.attach(model, "full").state() if "table" in key] == ["blocks.0.table"]
