@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import petune
 
 PREFIX = "base_model.model."
+SHARES = {"FROD", "RANDLORA", "VERA"}
 ONE_TYPE = "Attach one PEFT type at a time, or several of the same"
 
 
@@ -29,6 +30,7 @@ class Wrapped:
 
         self.edit, self.model, self.config = edit, edit.model, config
         self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
+        self._refuse_shared()
         modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
         before = dict(_layers(self.model))
         active = {layer: _active(layer) for layer in before.values()}
@@ -88,6 +90,15 @@ class Wrapped:
         config["modules_to_save"] = head or None
         plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
         return plain, {**tensors, **{PREFIX + key: t for key, t in beside.items()}}
+
+    def _refuse_shared(self) -> None:
+        kind = self.config.peft_type
+        there = [config.peft_type for config in getattr(self.model, "peft_config", {}).values()]
+        if kind.value in SHARES and kind in there:
+            raise petune.AttachError(
+                f"one adapter of {kind.value.lower()} is possible on a model, since PEFT keeps with the first what all "
+                "of them project by, but there is one already. Detach it first, or use lora"
+            )
 
     def _check(self, wanted: list[str], before: dict[str, Any]) -> None:
         missed = [path for path in wanted if path not in self.layers]

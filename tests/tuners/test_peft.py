@@ -367,6 +367,18 @@ def test_two_of_a_type_are_saved_apart(kind: str, tmp_path: Path) -> None:
         assert torch.equal(scores(fresh), wanted), name
 
 
+@pytest.mark.parametrize("kind", ["frod", "randlora"])
+def test_types_that_share_their_projections_come_one_at_a_time(kind: str) -> None:
+    built = model()
+    first = randomised(petune.attach(built, f"peft:{kind}", name="a", train_head=False))
+    alone = scores(built)
+    with pytest.raises(AttachError, match=f"one adapter of {kind} is possible"):
+        petune.attach(built, f"peft:{kind}", name="b", train_head=False)
+    assert torch.equal(scores(built), alone)
+    first.detach()
+    assert petune.attach(built, f"peft:{kind}", name="b", train_head=False).attached
+
+
 def test_constants_of_a_type_are_not_the_backbone(tmp_path: Path) -> None:
     built = model()
     below = randomised(petune.attach(built, "adaptformer"))
