@@ -15,7 +15,7 @@ from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.ledger import ledger_of, open_ledger
 from petune.probe import probe, refuse_random
-from petune.registry import build_tuner
+from petune.registry import blamed, build_tuner
 from petune.sites import Sites
 from petune.tuner import Tuner, TunerConfig
 
@@ -69,7 +69,8 @@ def attach(
     edit = Edit(model, sites, label)
     edit.on_detach(lambda: ledger.close(label))
     try:
-        tuner.attach(edit)
+        with blamed(tuner.method, type(tuner), "was attached"):
+            tuner.attach(edit)
         attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
         _refuse_idle(attachment)
         _check_live(edit, tuner)

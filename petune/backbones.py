@@ -122,7 +122,8 @@ def create_backbone(
     laid_over = _hub_overlay(name, alias) if source == "hub" and not is_foreign(name) else None
     with _seeded(seed):
         if is_foreign(name):
-            model = build_foreign(name, num_classes, settings, pretrained=source == "hub")
+            # transformers gives weights as they are stored; what is lower than that, `train.precision` says
+            model = build_foreign(name, num_classes, settings, pretrained=source == "hub").float()
         else:
             model = _create(alias.timm_name, settings, laid_over, num_classes)
             if image_size is not None:  # not every model tells what it was built for (Hiera, MViT)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,8 +231,24 @@ def _made(cls: Any, name: str, config: Any, pretrained: bool, offline: bool) -> 
         )
     with contextlib.suppress(OSError):  # a directory without preprocessing: the dataset's own statistics are taken
         seen = AutoImageProcessor.from_pretrained(name, local_files_only=offline)
-        set_statistics(model, seen.image_mean, seen.image_std)
+        _set_processor(model, name, seen)
     return model  # type: ignore[no-any-return]
+
+
+def _set_processor(model: nn.Module, name: str, processor: Any) -> None:
+    """Pictures as transformers would give them: scaled to 0…1, then normalised or not."""
+    if getattr(processor, "do_flip_channel_order", False):
+        warnings.warn(
+            f"the weights of hf:{name} were trained on pictures with blue, green and red in this order, but petune "
+            "gives red, green and blue: they are worth less here",
+            stacklevel=2,
+        )
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if not getattr(processor, "do_normalize", True):
+        mean, std = 0.0, 1.0
+    if mean is not None and std is not None:
+        both = [(value,) * 3 if isinstance(value, int | float) else tuple(value) for value in (mean, std)]
+        set_statistics(model, *both)
 
 
 def _random_keys(model: Any, told: Any) -> set[str]:

@@ -114,15 +114,26 @@ def _whole(path: Path, what: str) -> Path:
     if path.suffix != ".safetensors":
         return path
     try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise WeightsUnavailable(
+            f"{what} must be readable, but {path} is not ({error.strerror}); it is left alone. Give --weights PATH, or "
+            "another cache by HF_HOME"
+        ) from None
+    try:
         with safe_open(path, framework="pt"):
             return path
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        for file in {path.resolve(), path}:
-            file.unlink(missing_ok=True)
+    except SafetensorError as error:
+        size, left = path.stat().st_size, "it was deleted. Try again"
+        try:
+            for damaged in {path.resolve(), path}:
+                damaged.unlink(missing_ok=True)
+        except OSError as refused:
+            left = f"it cannot be deleted ({refused.strerror}). Delete it and try again"
         raise WeightsUnavailable(
-            f"{what} must be a whole safetensors file, but {path} of {size:,} bytes is not ({error}); it was deleted. "
-            "Try again, or give --weights PATH"
+            f"{what} must be a whole safetensors file, but {path} of {size:,} bytes is not ({error}); {left}, or give "
+            "--weights PATH"
         ) from None
 
 

@@ -10,11 +10,12 @@ import contextlib
 import inspect
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
-from petune.errors import ConfigError, PluginError, UnknownName, near_names
+from petune.errors import ConfigError, PetuneError, PluginError, UnknownName, near_names
 
 if TYPE_CHECKING:
     from petune.tuner import Tuner, TunerConfig
@@ -109,9 +110,32 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
         option, near = (kind, "") if kind in known else ("OPTION", near_names(kind, known))
         raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {method!r}{near}")
     given = {"type": kind, **options} if colon else options
-    tuner = cls(cls.Config.build(given, f"the options of {method}"))
+    config = cls.Config.build(given, f"the options of {method}")
+    with blamed(family, cls, "was made"):
+        tuner = cls(config)
     tuner.method = family
     return tuner
+
+
+@contextlib.contextmanager
+def blamed(method: str | None, cls: type[Tuner[Any]], when: str) -> Iterator[None]:
+    """What a registered tuner of another package raises, but for petune's own errors, is that package's to mend.
+
+    Raises:
+        PluginError: It raised; the method, its package and the error are named.
+    """
+    try:
+        yield
+    except PetuneError:
+        raise
+    except Exception as error:
+        origin = next((one for one in tuners() if one.name == method and one.distribution != OWN), None)
+        if origin is None or cls.__module__.partition(".")[0] == OWN:
+            raise
+        raise PluginError(
+            f"the method {method!r} of {origin.distribution} {origin.version} failed when it {when}: "
+            f"{type(error).__name__}: {error}. Update or remove {origin.distribution}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ LOCK_FILE = ".lock"
 BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
 BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
-UNCOMPARED = {"output", "resume"}
+UNCOMPARED = {"output", "resume", "train.eval_batch_size"}
+"""What a run may go on without: where it lies, and how many pictures are evaluated at a time, which may not fit."""
 
 
 def noted(file: Path) -> dict[str, Any]:

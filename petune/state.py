@@ -152,12 +152,12 @@ def attach_saved(
     )
     try:
         check_fits(attachment, config, tensors, place)
-    except CheckpointError:
+        with torch.no_grad():
+            for key, target in file_tensors(attachment).items():
+                target.copy_(tensors[key])
+    except BaseException:
         attachment.detach()
         raise
-    with torch.no_grad():
-        for key, target in file_tensors(attachment).items():
-            target.copy_(tensors[key])
     forget_caches(model)
     return attachment
 
@@ -267,7 +267,8 @@ def check_fits(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str,
     if set(state) != set(tensors):
         key = sorted(set(state) ^ set(tensors))[0]
         raise BackboneMismatch(f"{place} must hold exactly the tensors of {att.name}; {key} is on one side only")
-    weights = config["metadata"].get("backbone", {}).get("weights", "not recorded")
+    described = config["metadata"].get("backbone")
+    weights = described.get("weights", "not recorded") if isinstance(described, Mapping) else "not recorded"
     if config["fingerprint"] is not None and fingerprint(att) != config["fingerprint"]:
         ledger = ledger_of(att.model)
         alone = ledger is None or len(ledger.claims) == 1

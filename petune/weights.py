@@ -97,6 +97,8 @@ def read_weights(path: Path) -> Weights:
             info = json.loads(metadata.get("petune", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} must be a safetensors file, but: {error}") from None
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{file} must say in its metadata what petune wrote, but `petune` is {info!r} there")
     return Weights(tensors, info, _named(file))
 
 
@@ -136,14 +138,12 @@ def _named(file: Path) -> str:
 
 
 def _read_torch(file: Path) -> dict[str, Tensor]:
-    import pickle
-
     import torch
 
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # what the unpickler stumbles over in a file that is none: KeyError, IndexError, …
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(
             f"{file} must hold tensors only (it is read without running code), but: {reason}"
         ) from None

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import petune
 from petune.data import load_dataset
 from petune.demo import SideBySide, serve
 from petune.errors import BackboneMismatch, DataError, UsageError
@@ -79,6 +80,22 @@ def test_what_cannot_stand_side_by_side(digits: Path, other: Path, tmp_path: Pat
     changed(digits / "adapter", tmp_path / "headed", backbone=said)
     with pytest.raises(UsageError, match="one kind of classifier, but run has linear and headed bn_linear"):
         SideBySide([digits, tmp_path / "headed"], device="cpu")
+
+
+def test_methods_of_every_kind_share_a_backbone_but_not_one_that_was_built_otherwise(
+    digits: Path, tmp_path: Path
+) -> None:
+    """Fingerprints of methods that train the backbone's own tensors leave those out; heads are in no tensor."""
+    shape: dict[str, Any] = {"depth": 2, "embed_dim": 48}
+    run: dict[str, Any] = {
+        "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 3, "device": "cpu",
+        "train": {"epochs": 1, "precision": "fp32"},
+    }  # fmt: skip
+    petune.run(**run, method="bitfit", backbone_options=shape, output=tmp_path / "bitfit")
+    assert SideBySide([digits, tmp_path / "bitfit"], device="cpu").names == ["run", "bitfit"]
+    petune.run(**run, method="bitfit", backbone_options={**shape, "num_heads": 6}, output=tmp_path / "heads")
+    with pytest.raises(BackboneMismatch, match=r"share one backbone, but run belongs to .* and heads to .*num_heads=6"):
+        SideBySide([digits, tmp_path / "heads"], device="cpu")
 
 
 def test_a_port_that_is_taken(both: SideBySide) -> None:

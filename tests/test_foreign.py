@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,3 +180,43 @@ def test_parts_that_the_weights_do_not_fill_are_refused(saved_vit: str) -> None:
 def test_options_that_a_config_does_not_know_are_refused(saved_vit: str) -> None:
     with pytest.raises(ConfigError, match=r"keys of its ViTConfig.*did you mean.*'num_hidden_layers'"):
         create_backbone(saved_vit, num_classes=3, options={"num_hidden_layer": 1})
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_that_are_stored_in_half_train_in_float32(saved_vit: str, stored: torch.dtype) -> None:
+    import transformers
+
+    place = saved_vit.removeprefix("hf:")
+    transformers.ViTForImageClassification.from_pretrained(place).to(stored).save_pretrained(place)
+    for weights in ("default", "none"):
+        model = create_backbone(saved_vit, weights=weights, num_classes=3).model
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean"),
+    [
+        ({}, (0.5, 0.5, 0.5)),
+        ({"do_normalize": False}, (0.0, 0.0, 0.0)),
+        ({"image_mean": 0.25, "image_std": 0.5}, (0.25, 0.25, 0.25)),
+        ({"image_mean": None}, None),
+    ],
+)
+def test_pictures_are_normalised_as_the_processor_does(
+    saved_vit: str, settings: dict[str, Any], mean: tuple[float, ...] | None
+) -> None:
+    import transformers
+
+    place = Path(saved_vit.removeprefix("hf:"))
+    transformers.ViTImageProcessor().save_pretrained(place)
+    file = place / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    assert create_backbone(saved_vit, num_classes=3).mean == mean
+
+
+def test_pictures_with_blue_first_are_said(saved_vit: str) -> None:
+    import transformers
+
+    transformers.MobileViTImageProcessor().save_pretrained(saved_vit.removeprefix("hf:"))
+    with pytest.warns(UserWarning, match="blue, green and red in this order"):
+        assert create_backbone(saved_vit, num_classes=3).std == (1.0, 1.0, 1.0)

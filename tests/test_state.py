@@ -173,3 +173,21 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
     for metadata in ({}, {"classes": ["a"]}):
         att.save(tmp_path / "empty", metadata=metadata)
     assert read_adapter(tmp_path / "empty").config["metadata"] == {"classes": ["a"]}
+
+
+def test_metadata_of_any_kind_loads_and_what_fails_is_taken_off_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained().save(tmp_path / "a", metadata={"backbone": "vit_tiny"})
+    model = tiny()
+    before = list(model.state_dict())
+
+    def wrong(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("petune.state.check_fits", wrong)
+        with pytest.raises(MemoryError):
+            petune.load(model, tmp_path / "a")
+    assert list(model.state_dict()) == before
+    assert petune.load(model, tmp_path / "a").attached

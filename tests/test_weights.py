@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import petune
+from petune import hub
 from petune.backbones import create_backbone
-from petune.errors import CheckpointError
-from petune.weights import Weights, bundled, load_into
+from petune.errors import CheckpointError, WeightsUnavailable
+from petune.weights import Weights, bundled, load_into, read_weights
 
 
 def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tmp_path: Path) -> None:
@@ -65,3 +67,41 @@ def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
         output=tmp_path / "run", watch=lambda event: notes.append(str(event)),
     )  # fmt: skip
     assert any("does not say what its pictures' mean and std were" in note for note in notes)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"", b"<html>", b"\x80\x02."])
+def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "t.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"t\.pt must hold tensors only"):
+        read_weights(tmp_path / "t.pt")
+
+
+def test_metadata_that_petune_did_not_write_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", metadata={"petune": "null"})
+    with pytest.raises(CheckpointError, match=r"`petune` is None there"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+def test_only_what_was_read_and_found_damaged_is_taken_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"a": torch.ones(1)}, file)
+    assert hub._whole(file, "the cached weights") == file
+
+    def refused(self: Path, *args: object, **rest: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:  # root may read everything
+        patched.setattr(Path, "open", refused)
+        with pytest.raises(WeightsUnavailable, match=r"is not \(Permission denied\); it is left alone"):
+            hub._whole(file, "the cached weights")
+    assert file.exists()
+    file.write_bytes(b"damaged")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refused)
+        with pytest.raises(WeightsUnavailable, match=r"cannot be deleted \(Permission denied\)"):
+            hub._whole(file, "the cached weights")
+    with pytest.raises(WeightsUnavailable, match="it was deleted"):
+        hub._whole(file, "the cached weights")
+    assert not file.exists()

@@ -37,7 +37,10 @@ from petune.group import is_said_elsewhere, leads, num_processes, this_process
 DEBUG = "--debug"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 NO_MEMORY = re.compile(r"out of memory|annot allocate memory|can't allocate memory|ALLOC_FAILED")
-LESS_MEMORY = "use smaller batches or a smaller model; a training also takes --grad-checkpointing"
+LESS_MEMORY = (
+    "use smaller batches or a smaller model; a training also takes --grad-checkpointing, and where only its evaluation "
+    "does not fit, it goes on with --resume and a smaller train.eval_batch_size"
+)
 SEVERAL = ("run", "compare", "pretrain")
 """Commands that torchrun may start: their processes do one run together."""
 

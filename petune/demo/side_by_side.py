@@ -74,7 +74,10 @@ class SideBySide:
         self.tasks = Tasks(built.model.to(self.device))
         for name, one in saved.items():
             _same_backbone(first_name, first, name, one)
-            self.tasks.load(name, one.place)
+            try:
+                self.tasks.load(name, one.place)
+            except BackboneMismatch:  # of the same shape, with other weights
+                raise _unlike(first_name, first, name, one) from None
         self._inputs = {name: Inputs.of(one.config["metadata"]) for name, one in saved.items()}
         self._classes = {name: [str(c) for c in one.config["metadata"]["classes"]] for name, one in saved.items()}
         self.notes = {name: _note(one) for name, one in saved.items()}
@@ -124,23 +127,28 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _same_backbone(first_name: str, first: Saved, name: str, other: Saved) -> None:
-    """The same to the bit, and the same kind of classifier, which `Tasks` makes after the first one's.
+    """Built the same way, and with the same kind of classifier, which `Tasks` makes after the first one's.
 
     Raises:
         BackboneMismatch, UsageError: It is not; both are named.
     """
     here, there = first.config["metadata"]["backbone"], other.config["metadata"]["backbone"]
-    if first.config["fingerprint"] != other.config["fingerprint"]:
-        raise BackboneMismatch(
-            f"adapters side by side share one backbone, but {first_name} belongs to {here.get('full_name')} (weights "
-            f"{here.get('weights')}) and {name} to {there.get('full_name')} (weights {there.get('weights')}): start a "
-            "demo for each"
-        )
+    if any(here.get(key) != there.get(key) for key in ("name", "full_name", "options", "image_size", "patch_size")):
+        raise _unlike(first_name, first, name, other)
     if here.get("head") != there.get("head"):
         raise UsageError(
             f"adapters side by side need one kind of classifier, but {first_name} has {here.get('head')} and {name} "
             f"{there.get('head')}: start a demo for each"
         )
+
+
+def _unlike(first_name: str, first: Saved, name: str, other: Saved) -> BackboneMismatch:
+    here, there = first.config["metadata"]["backbone"], other.config["metadata"]["backbone"]
+    return BackboneMismatch(
+        f"adapters side by side share one backbone, but {first_name} belongs to {here.get('full_name')} (weights "
+        f"{here.get('weights')}) and {name} to {there.get('full_name')} (weights {there.get('weights')}): start a "
+        "demo for each"
+    )
 
 
 def _note(saved: Saved) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import traceback
@@ -104,6 +105,7 @@ def serial(configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Wor
 
 def attempt(config: RunConfig, watch: Callable[[Event], None], work: Work = RUN) -> Config | Failure:
     """Do it; what goes wrong with this configuration alone is what came of it."""
+    gc.collect()  # models of runs before, which would count in this one's peak memory
     try:
         return work.do(config, watch)
     except ConfigError as error:  # of a method's own, as a batch that does not fit beside it

@@ -283,7 +283,7 @@ class Trainer:
     def _validate(self) -> Accuracy:
         try:
             val = self.evaluate("val")
-        except Stopped:
+        except (Stopped, torch.OutOfMemoryError):
             self._save()  # with the epoch's last step done, so that a resume goes on with this evaluation
             raise
         if not math.isfinite(val.loss):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -36,6 +37,25 @@ def largest_that_fits(step: Callable[[int], object], batch_size: int, parameters
             "--backbone or --image-size, or --device cpu"
         )
     return size
+
+
+@contextmanager
+def statistics_need_two() -> Iterator[None]:
+    """Say of a batch, or a last piece of one, that is a single picture why BatchNorm in a classifier cannot use it.
+
+    Raises:
+        ConfigError: That came up.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            "BatchNorm that trains needs two pictures or more at a time, but a batch, or what train.micro_batch_size "
+            f"leaves of one, has a single picture ({error}). Use another train.batch_size or train.micro_batch_size, "
+            "or --head linear"
+        ) from error
 
 
 def _problem(step: Callable[[int], object], size: int, parameters: Sequence[nn.Parameter]) -> str:

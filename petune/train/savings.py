@@ -20,6 +20,7 @@ from petune.train.frozen import frozen_in_bfloat16
 from petune.train.heap import heap_kept
 from petune.train.precision import why_slow
 from petune.train.prefix import Prefix, find_prefix, worth_it
+from petune.train.probe import statistics_need_two
 from petune.train.products import PICTURES, fast_products
 from petune.train.recompute import recomputed
 
@@ -38,6 +39,7 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
         Stopped: A signal came while features were computed.
     """
     with ExitStack() as stack:
+        stack.enter_context(statistics_need_two())
         if slow := why_slow(trainer.precision, trainer.device):
             trainer.on_event(Note(slow))
         plan = _planned(trainer)  # with the backbone's own weights, which the features are then known by

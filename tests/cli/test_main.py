@@ -160,7 +160,7 @@ def test_no_memory_is_no_bug(error: Exception, why: str, petune: Run, monkeypatc
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: memory must suffice, but ran out (")
     assert why in done.err
-    assert done.err.endswith("a training also takes --grad-checkpointing\n")
+    assert done.err.endswith("it goes on with --resume and a smaller train.eval_batch_size\n")
 
 
 def test_ctrl_c_is_130(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:

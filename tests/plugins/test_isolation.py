@@ -18,6 +18,7 @@ import petune
 from petune.errors import PluginError, UnknownName
 from petune.registry import load_tuner, tuners
 from tests.program import Run, call
+from tests.tiny import tiny
 
 Fake = Callable[..., None]
 SOUND = "import petune\nclass Fake(petune.Tuner[petune.TunerConfig]):\n    def attach(self, edit): pass\n"
@@ -157,3 +158,21 @@ def test_metadata_in_ruins(fake: Fake, tmp_path: Path) -> None:
     assert (record.distribution, record.version) == ("?", "?")
     with pytest.raises(PluginError, match="ruin"):
         load_tuner("ruin")
+
+
+FAULTY = SOUND.replace("pass", "edit.sites.blocks[0].width")
+UNMADE = SOUND + "    def __init__(self, config=None, **options): 1 / 0\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(FAULTY, "was attached: AttributeError: .*'width'"), (UNMADE, "was made: ZeroDivisionError")],
+    ids=["attach", "init"],
+)
+def test_what_a_tuner_raises_is_its_packages_to_mend(fake: Fake, code: str, said: str) -> None:
+    fake("petune-bad", {"bad": "petune_fake_bad:Fake"}, code)
+    model = tiny()
+    before = list(model.state_dict())
+    with pytest.raises(PluginError, match=rf"the method 'bad' of petune-bad 1\.5 failed when it {said}"):
+        petune.attach(model, "bad")
+    assert list(model.state_dict()) == before
