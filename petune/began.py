@@ -35,10 +35,11 @@ def hold_beginning(
         DataError: The pictures changed.
         CheckpointError: The weights, the recipe or the options did.
     """
-    for method, options in (methods or {}).items():
-        _hold_options(place, method, options.plain())
     hold_pictures(place, dataset)
     before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
+    options = {method: asked.plain() for method, asked in (methods or {}).items()} | before.get("options", {})
+    for method, asked in (methods or {}).items():
+        _hold_options(place, method, options[method], asked.plain())
     changed = [key for key in now if key in before and now[key] not in ("", before[key])]
     if "weights" in changed:
         raise CheckpointError(
@@ -52,24 +53,19 @@ def hold_beginning(
             f"Ask for {' and '.join(f'train.{key}' for key in changed)} by --set in another --output, or install what "
             "there was"
         )
-    known = {key: value for key, value in {**now, **before}.items() if value not in ("", None)}
+    known = {key: value for key, value in {**now, **before, "options": options}.items() if value not in ("", None, {})}
     if known != before:
         note(place / BEGAN_FILE, known)
 
 
-def _hold_options(place: Path, method: str, now: Mapping[str, Any]) -> None:
+def _hold_options(place: Path, method: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """An option that was not there yet changes nothing, if its default is what was done before."""
-    noted_before = noted(place / BEGAN_FILE)
-    known = noted_before.get("options") or {}
-    before = known.get(method, {})
     changed = [f"{key} was {value!r} and is {now.get(key)!r}" for key, value in before.items() if now.get(key) != value]
     if changed:
         raise CheckpointError(
             f"{place} must go on with the options of {method} that it began with, but {', '.join(changed)}: the "
             "method's package has changed. Ask for them in another --output, or install what there was"
         )
-    if method not in known:
-        note(place / BEGAN_FILE, {**noted_before, "options": {**known, method: dict(now)}})
 
 
 def _digest(weights: str) -> str:

@@ -257,7 +257,10 @@ def _replaced(module: Any, values: dict[str, Any]) -> Switch:
     before = {name: getattr(module, name) for name in values}
 
     def switch(on: bool) -> None:
-        module.__dict__[REPLACED] = before if on else {}
+        if on:
+            module.__dict__[REPLACED] = before
+        else:
+            module.__dict__.pop(REPLACED, None)
         for name, value in (values if on else before).items():
             setattr(module, name, value)
 

@@ -180,7 +180,7 @@ def test_ctrl_c_stops_with_75_and_says_how_to_go_on(tiny: Words, tmp_path: Path)
     words = [sys.executable, "-m", "petune", "run", "--method", "linear", *tiny, "--epochs", "200", "--json"]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         metrics = tmp_path / "runs" / "linear-vit_nano-digits-seed0" / "metrics.jsonl"
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
