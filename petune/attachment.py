@@ -47,12 +47,12 @@ class Attachment:
         named = named_parameters(model)
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
-        self._buffers = buffer_places(model, self._moving_modules(), edit.adopted_buffers)
+        moving = tuple(self._moving_modules())
+        self._buffers = buffer_places(model, moving, edit.adopted_buffers)
         self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
         changing = self._changing() if keep_original else {}
         self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
         ledger = open_ledger(model, self.sites)
-        moving = tuple(self._moving_modules())
         claim = Claim((*self.tuned.values(), *self.head.values()), tuple(edit.added_tensors()), moving, self._originals)
         ledger.claim(edit.name, claim)
 
@@ -158,20 +158,17 @@ class Attachment:
         """Disable the attachment, or enable it again; what it trains in place is exchanged too.
 
         Raises:
-            AttachError: See `disabled` and `parameters`; or prompts of another attachment are on. Nothing has changed.
+            AttachError: See `disabled` and `parameters`; or what another attachment has on is in the way, as prompts.
+                Nothing has changed.
         """
         self._need_attached()
         check_arguments("switch", on=(on, bool))
         if on == self.enabled:
             return
-        if on:
-            self.edit.check_switch()
+        for check in self.edit.checks if on else ():
+            check()
         changing = self._exchangeable()
-        try:
-            self._switch(on)
-        except AttachError:
-            self._switch(not on)
-            raise
+        self._switch(on)
         self._exchange(on, changing)
         self.enabled = on
 
@@ -212,12 +209,10 @@ class Attachment:
         """Fold, and compare what the model makes of a picture before and after; put everything back if they differ."""
         before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         expected = look(self.model, self.sites)
-        switched = False
         try:
             self.edit.merge(self.name)
             self._refuse_shared(before)
             self._switch(False)
-            switched = True
             change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
                 raise NotMergeable(
@@ -225,8 +220,7 @@ class Attachment:
                 )
         except BaseException:
             self.model.load_state_dict(before, strict=False)
-            if switched:  # twice on would pad twice
-                self._switch(True)
+            self._switch(True)
             raise
 
     def _refuse_shared(self, before: Mapping[str, Tensor]) -> None:

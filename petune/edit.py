@@ -34,6 +34,7 @@ class Edit:
         train_modules: The backbone's own modules that go to train mode.
         adopted, adopted_modules, adopted_buffers: What was put in by hand and is the tuner's.
         switches: Called with False where the attachment is disabled, with True where it is enabled again.
+        checks: Called before it is enabled again; see `before_enabled`.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, name: str) -> None:
@@ -42,6 +43,7 @@ class Edit:
         self.trained: list[nn.Parameter] = []
         self.train_modules: list[nn.Module] = []
         self.switches: list[Callable[[bool], None]] = []
+        self.checks: list[Callable[[], object]] = []
         self.prompting = Prompting(model, sites)
         self.row_switches: list[Callable[[list[int] | None, int], None]] = []
         self.adopted: list[nn.Parameter] = []
@@ -105,6 +107,7 @@ class Edit:
                 f"{type(adapter).__name__} is {count!r}"
             )
         self._refuse_others_prompts(run[0])
+        self.before_enabled(functools.partial(self._refuse_others_prompts, run[0]))
         if is_inside(run[0]):
             self._prompt_attention(run, adapter, count)
         else:
@@ -214,11 +217,12 @@ class Edit:
         self._undo.append(fn)
 
     def on_switch(self, fn: Callable[[bool], None]) -> None:
-        """Call `fn(False)` where the attachment is disabled, `fn(True)` where it is enabled again.
-
-        It may raise AttachError for True, before it changes anything: the attachment then stays disabled.
-        """
+        """Call `fn(False)` where the attachment is disabled, `fn(True)` where it is enabled again."""
         self.switches.append(once(fn, on=True))
+
+    def before_enabled(self, check: Callable[[], object]) -> None:
+        """Call `check` before the attachment is enabled again; it raises AttachError where that must not be."""
+        self.checks.append(check)
 
     def on_rows(self, fn: Callable[[list[int] | None, int], None]) -> None:
         """Let what was done by hand take effect in some rows of a batch: `fn(rows, batch size)`; None is all rows."""
@@ -331,12 +335,6 @@ class Edit:
             fold()
         for holder, passed in reversed(self.holders):  # the innermost hook was put in last
             holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
-
-    def check_switch(self) -> None:
-        """See that the edit may be enabled again; AttachError where it has prompts beside another's that are on."""
-        for holder, passed in self.holders:
-            if isinstance(holder, Prompts):
-                self._refuse_others_prompts(passed[0])
 
     def settle(self) -> None:
         """Forget the forwards by which the tuner chose its places: they hold every activation of a picture."""

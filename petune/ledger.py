@@ -268,15 +268,14 @@ def buffer_places(
 
     A buffer may be made anew, or be taken out of the model with its module.
     """
-    keys, wanted, more = _keys(model), set(modules), set(single)
-    places: dict[str, tuple[nn.Module, str]] = {}
-    seen: set[int] = set()  # several modules may share one
+    wanted, more = set(modules), set(single)
+    found: dict[int, tuple[str, nn.Module, str]] = {}  # several modules may share one
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if id(buffer) not in seen and (module in wanted or (module, name) in more):
-                seen.add(id(buffer))
-                places[keys.get(id(buffer), f"{path}.{name}" if path else name)] = module, name
-    return places
+            if module in wanted or (module, name) in more:
+                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, module, name))
+    keys = _keys(model) if found else {}
+    return {keys.get(identity, path): (module, name) for identity, (path, module, name) in found.items()}
 
 
 def _keys(model: nn.Module) -> dict[int, str]:

@@ -127,7 +127,7 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
         replace_file(file, f"# {command}\n{asked.to_yaml()}".encode())
         return
-    before, now = _leaves(_filled(read_yaml(file), type(config))), _leaves(config.model_dump(mode="json"))
+    before, now = leaves(_filled(read_yaml(file), type(config))), leaves(config.model_dump(mode="json"))
     changed = [
         f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
         for key in sorted({*before, *now} - UNCOMPARED)
@@ -141,11 +141,11 @@ def _keep_config(file: Path, config: Config, command: str) -> None:
         )
 
 
-def _leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """`{"train": {"lr": 1}}` → `{"train.lr": 1}`; an empty mapping is a value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _leaves(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
+        found |= leaves(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
     return found
 
 

@@ -56,7 +56,7 @@ def hold_pictures(place: Path, dataset: str) -> None:
 
 def digests(place: Path) -> dict[str, str]:
     """One digest a split of what `hold_pictures` noted there, for the record."""
-    return {part: _digest(classes) for part, classes in noted(place / PICTURES_FILE).items()}
+    return _digests(noted(place / PICTURES_FILE))
 
 
 def same_pictures(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
@@ -74,7 +74,7 @@ def same_pictures(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
         now = pictures_of(dataset)
     except DataError:  # no folder to train on, as test/ alone
         return False
-    return bool(before) and {part: _digest(classes) for part, classes in now.items()} == dict(before)
+    return bool(before) and _digests(now) == dict(before)
 
 
 def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
@@ -98,6 +98,10 @@ def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
 
 def _said(pictures: Sequence[Path], place: Path) -> str:
     return f"{len(pictures)} {_digest([(str(p.relative_to(place)), size_and_time(p)[0]) for p in pictures])}"
+
+
+def _digests(held: Mapping[str, Any]) -> dict[str, str]:
+    return {part: _digest(classes) for part, classes in held.items()}
 
 
 def _digest(what: Any) -> str:

@@ -108,11 +108,10 @@ def attempt(config: RunConfig, watch: Callable[[Event], None], work: Work = RUN)
     gc.collect()  # models of runs before, which would count in this one's peak memory
     try:
         return work.do(config, watch)
-    except ConfigError as error:  # of a method's own, as a batch that does not fit beside it
-        return Failure(f"{type(error).__name__}: {error}")
-    except (Stopped, UsageError, ProcessLost):
-        raise
     except PetuneError as error:
+        of_all = isinstance(error, (Stopped, UsageError, ProcessLost))
+        if of_all and not isinstance(error, ConfigError):  # which may be of this method alone
+            raise
         return Failure(f"{type(error).__name__}: {error}")
     except Exception as error:
         if join().size > 1:  # the others wait for this process, and cannot be told

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_
 from petune.page.found import Found
 from petune.report import cells, seeds_by_method, trial_table
 from petune.results import RunResult
-from petune.rundir import BEGAN_FILE, PICTURES_FILE, noted
+from petune.rundir import BEGAN_FILE, PICTURES_FILE, leaves, noted
 
 COLUMNS = (
     "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
@@ -164,7 +164,7 @@ def _label(run: Found) -> str:
 
 def _labels(runs: Sequence[Found]) -> dict[Path, str]:
     """Of each run its method, and in which of its settings it differs from other runs of the method."""
-    settings = {run.path: dict(_flat(run.config)) for run in runs}
+    settings = {run.path: leaves(_settings(run)) for run in runs}
     labels = {}
     for run in runs:
         alike = [settings[other.path] for other in runs if _label(other) == _label(run)]
@@ -175,32 +175,24 @@ def _labels(runs: Sequence[Found]) -> dict[Path, str]:
     return labels
 
 
-def _flat(config: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings that make runs unlike, nested ones as `train.lr`."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        elif above or key not in NOT_IN_KEY:
-            yield f"{above}{key}", value
+def _settings(run: Found) -> dict[str, Any]:
+    return {key: value for key, value in run.config.items() if key not in NOT_IN_KEY}
 
 
 def _rows(runs: Sequence[Found]) -> list[dict[str, Any]]:
     """One row for the runs that differ in nothing but the seed, what they began with (`petune.began`) included."""
-    alike: dict[str, dict[int, RunResult]] = {}
-    names: dict[str, str] = {}
+    alike: dict[tuple[str, str], dict[int, RunResult]] = {}
     labels = _labels(runs)
     for run in runs:
         if run.result:
-            config = {key: value for key, value in run.config.items() if key not in NOT_IN_KEY}
             began = [noted(run.path / file) for file in (PICTURES_FILE, BEGAN_FILE)]
-            fixed = [run.result.method, run.result.lr, run.result.weights, config, began]
-            key = json.dumps(fixed, sort_keys=True, default=str)
+            fixed = [run.result.lr, run.result.weights, _settings(run), began]
+            key = labels[run.path], json.dumps(fixed, sort_keys=True, default=str)
             alike.setdefault(key, {}).setdefault(run.result.seed, run.result)  # run again, a seed tells nothing more
-            names.setdefault(key, labels[run.path])
     rows = []
-    for key, by_seed in alike.items():
+    for (label, _), by_seed in alike.items():
         results = list(by_seed.values())
-        row = summarise(names[key], results).model_dump()
+        row = summarise(label, results).model_dump()
         rows.append(row | {"epochs": results[0].epochs, "step": _step(results)})
     return rows
 

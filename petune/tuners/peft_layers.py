@@ -62,6 +62,7 @@ class Wrapped:
             _activate(layer, active.get(layer, set()) | (_adapters(layer) & {self.name}))
         self._refuse_nested()
         self.done = True
+        edit.before_enabled(self._refuse_nested)
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
         if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
@@ -195,8 +196,6 @@ class Wrapped:
                 )
 
     def _switch(self, on: bool) -> None:
-        if on:
-            self._refuse_nested()
         for layer in self.layers.values():
             _activate(layer, _active(layer) | {self.name} if on else _active(layer) - {self.name})
 
