@@ -33,7 +33,7 @@ class PetuneConfig(PeftConfig):
         tuner: The method's name: `adaptformer`.
         config: Its options.
         train_head: Whether the classifier trains, and is saved, too.
-        format, distribution, version, geometry, fingerprint, head_fingerprint, metadata: See `petune.state`.
+        format, distribution, version, geometry, fingerprint, head_fingerprint, behaviour, metadata: See `petune.state`.
     """
 
     tuner: str = ""
@@ -45,6 +45,7 @@ class PetuneConfig(PeftConfig):
     geometry: dict[str, Any] | None = None
     fingerprint: str | None = None
     head_fingerprint: str | None = None
+    behaviour: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -233,9 +234,12 @@ class PetuneModel(BaseTuner):
         cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor], unwanted_adapter_names: Any
     ) -> dict[str, Tensor]:
         """The tensors by the keys of petune's file: not out of `state_dict`, which has another adapter's where one that
-        trains the backbone's own values is switched off."""
+        trains the backbone's own values is switched off. And what the adapter computes now, for the config."""
+        from petune.behaviour import behaviour
+
         shell: PetuneModel = model.base_model
         with shell._temporarily_active(adapter_name):
+            config.behaviour = behaviour(shell.attachments[adapter_name])
             return {key: tensor.detach().clone() for (key, tensor), _ in _keys(shell.attachments[adapter_name])}
 
     @classmethod
@@ -246,20 +250,23 @@ class PetuneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """petune's checks, then the file's tensors by the model's keys.
+        """petune's checks, for which the tensors are filled in already, then the file's tensors by the model's keys.
 
         Raises:
             BackboneMismatch: Another backbone, or another number of classes; the adapter is taken off again.
         """
         from dataclasses import asdict
 
-        from petune.state import check_fits
+        from petune.state import check_fits, fill
 
-        attachment = model.base_model.attachments[adapter_name]
+        shell: PetuneModel = model.base_model
+        attachment, said, place = shell.attachments[adapter_name], asdict(config), Path(f"the adapter {adapter_name}")
         try:
-            check_fits(attachment, asdict(config), state_dict, Path(f"the adapter {adapter_name}"))
+            check_fits(attachment, said, state_dict, place)
+            with shell._temporarily_active(adapter_name):
+                fill(attachment, said, state_dict, place)
         except BackboneMismatch:
-            model.base_model.delete_adapter(adapter_name)
+            shell.delete_adapter(adapter_name)
             raise
         return {PREFIX + ours: state_dict[key] for (key, _), ours in _keys(attachment)}
 

@@ -18,6 +18,7 @@ from petune.anatomy.forward import forget_caches
 from petune.arguments import PathText, check_arguments
 from petune.attach import attach, label_of
 from petune.attachment import Attachment
+from petune.behaviour import behaviour, moved_by
 from petune.card import model_card
 from petune.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
 from petune.files import MANIFEST, verify_directory, write_directory
@@ -86,6 +87,7 @@ def describe(attachment: Attachment) -> dict[str, Any]:
         "geometry": geometry(attachment.sites),
         "fingerprint": attachment.fingerprint or fingerprint(attachment),
         "head_fingerprint": head_fingerprint(attachment),
+        "behaviour": behaviour(attachment),
     }
 
 
@@ -152,13 +154,10 @@ def attach_saved(
     )
     try:
         check_fits(attachment, config, tensors, place)
-        with torch.no_grad():
-            for key, target in file_tensors(attachment).items():
-                target.copy_(tensors[key])
+        fill(attachment, config, tensors, place)
     except BaseException:
         attachment.detach()
         raise
-    forget_caches(model)
     return attachment
 
 
@@ -282,3 +281,38 @@ def check_fits(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str,
             f"{place} was trained under a classifier that stays as it is (train_head=False), not under this model's; "
             f"load the one it was trained under ({weights})"
         )
+
+
+def fill(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Copy a file's tensors in, and see that the model then computes what it did when they were saved.
+
+    Args:
+        config, tensors, place: As `check_fits` has found them right.
+
+    Raises:
+        BackboneMismatch: It does not.
+    """
+    with torch.no_grad():
+        for key, target in file_tensors(att).items():
+            target.copy_(tensors[key])
+    forget_caches(att.model)
+    saved = config.get("behaviour")
+    if saved is None:
+        return
+    moved = moved_by(att, saved, json.dumps([config[key] for key in ("fingerprint", "tuner", "config")]))
+    if moved:
+        largest = max(map(abs, saved["scores"]))
+        raise BackboneMismatch(
+            f"{place} belongs to a backbone with the same tensors that computes something else: scores of a test "
+            f"picture, up to {largest:.3g} when it was saved, are off by {moved:.3g} here. Build the backbone as for "
+            "training (number of heads, activation, normalisation, pooling)"
+            f"{_other_version(config, att.tuner.method)}"
+        )
+
+
+def _other_version(config: Mapping[str, Any], method: str | None) -> str:
+    here = next((t for t in tuners() if t.name == method), None)
+    there = f"{config.get('distribution')} {config.get('version')}"
+    if here is None or f"{here.distribution} {here.version}" == there:
+        return ""
+    return f"; or the method changed: it was saved with {there}, here is {here.distribution} {here.version}"

@@ -79,15 +79,21 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's mode and every random state as before afterwards."""
+    """Eval mode inside; every module's mode and every random state as before afterwards.
+
+    Autocast keeps no copy of a weight: it would still use it when the weight has another value.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    kept = torch.is_autocast_cache_enabled()
     try:
         for module, _ in modes:
             module.training = False
+        torch.set_autocast_cache_enabled(False)
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
             yield
     finally:
+        torch.set_autocast_cache_enabled(kept)
         for module, training in modes:
             module.training = training
 
