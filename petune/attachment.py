@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petune.anatomy.forward import forget_caches
 from petune.arguments import PathText, check_arguments
+from petune.config import expanded
 from petune.counts import count_parameters
 from petune.edit import Edit
 from petune.errors import AttachError, DeadSite, NotMergeable
@@ -138,7 +139,7 @@ class Attachment:
         self._need_attached()
         self._need_own()
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
-        save(self, Path(path), metadata)
+        save(self, expanded(path), metadata)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

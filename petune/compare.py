@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from petune.arguments import check_watch
 from petune.began import hold_beginning
@@ -106,6 +106,14 @@ class Row(Config):
     images_per_s: float | None = None
     peak_memory_bytes: int | None = None
     time_s: float | None = None
+
+    @model_validator(mode="after")
+    def _done_has_numbers(self) -> Self:
+        alone = {"top1_std", "top5_std", "val_top1_mean"}  # of one seed, and of a run without val
+        missing = [key for key, value in self if value in (None, ()) and key not in alone]
+        if self.status == "done" and missing:
+            raise ValueError(f"a method that is done must have {', '.join(missing)}")
+        return self
 
 
 ORIGIN_KEYS = ("device", "threads", "precision", "versions", "git")

@@ -9,6 +9,7 @@ from typing import Any
 
 from petune.attachment import Attachment
 from petune.backbones import Backbone, create_backbone
+from petune.config import expanded
 from petune.errors import CheckpointError
 from petune.foreign import calls_a_function
 from petune.state import Saved, adapter_place, attach_saved, read_adapter
@@ -55,7 +56,7 @@ def read_run(path: Path) -> Saved:
     Raises:
         CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
     """
-    place = adapter_place(path)
+    place = adapter_place(expanded(path))
     saved = read_adapter(place)
     if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
         raise CheckpointError(

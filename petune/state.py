@@ -20,6 +20,7 @@ from petune.attach import attach, label_of
 from petune.attachment import Attachment
 from petune.behaviour import behaviour, moved_by
 from petune.card import model_card
+from petune.config import expanded
 from petune.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
 from petune.files import MANIFEST, verify_directory, write_directory
 from petune.fingerprint import fingerprint, head_fingerprint
@@ -115,7 +116,7 @@ def load(
     """
     kinds = {"name": (name, str | None), "tuner": (tuner, Tuner | None), "sites": (sites, Sites | None)}
     check_arguments("petune.load", model=(model, nn.Module), path=(path, PathText), **kinds)
-    return attach_saved(model, read_adapter(Path(path)), name=name, tuner=tuner, sites=sites)
+    return attach_saved(model, read_adapter(expanded(path)), name=name, tuner=tuner, sites=sites)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from petune.anatomy import find_sites
 from petune.arguments import PathText, check_arguments
 from petune.attachment import Attachment
+from petune.config import expanded
 from petune.errors import AttachError, UsageError
 from petune.hooks import After, Before, Branch, Holder, Prompts
 from petune.ledger import ledger_of
@@ -74,7 +75,7 @@ class Tasks:
         if name in self.tasks:
             raise UsageError(f"each task needs a name of its own, but {name!r} is loaded already")
         self.use(None)
-        saved = read_adapter(Path(path))
+        saved = read_adapter(expanded(path))
         head = _fitting(self._head, saved.tensors)
         sites = replace(self.sites, head=replace(self._head, enter=head, exit=head))
         try:

@@ -70,14 +70,13 @@ def evaluate(
         trust_code=trust_code,
     )
     place = user_path(output) if output else _place(source, found.split, dataset)
-    files = write(found, place, format) if place is not None else []
     if json:
         show_json(found.model_dump(mode="json"))
     else:
         _show(found)
     if place is None:
         say("an adapter directory is left as it is: with --output DIR, eval.json and pictures are written there")
-    for file in files:
+    for file in write(found, place, format) if place is not None else []:  # after the numbers, which are not lost so
         say(one_line(f"wrote {file}"))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.arguments import PathText, check_arguments
-from petune.config import read_yaml
+from petune.config import expanded, read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
 from petune.data.held import refuse_trained_on, same_pictures
@@ -90,7 +90,7 @@ def evaluate(
     else:
         if own:
             refuse_trained_on(name, predictor.card.get("pictures") or {})
-        data = prepare_data(_config(Path(path), predictor.card, name, own, data_dir, split))
+        data = prepare_data(_config(expanded(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)
     scores_NC, labels_N = gathered([(predictor.scores(x), y) for x, y in batches])
     method = str(predictor.method)

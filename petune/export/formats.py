@@ -132,7 +132,10 @@ def onnx_file(model: nn.Module, checks: Probe, info: str) -> tuple[bytes, float]
     onnx.helper.set_model_props(proto, {"petune": info})
     onnx.checker.check_model(proto)
     content: bytes = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a class of its own for each status
+        raise ExportError(f"onnxruntime cannot run this model: {_first_line(error)}; use --to torch") from error
 
     def compute(x_B3SS: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: x_B3SS.numpy()})[0])

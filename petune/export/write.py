@@ -11,6 +11,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from petune.arguments import PathText, check_arguments
+from petune.config import expanded
 from petune.errors import NotMergeable, UnknownName, UsageError
 from petune.export.formats import Probe, onnx_file, probe_of, torch_file
 from petune.files import replace_file
@@ -73,7 +74,7 @@ def export(
     """
     optional = {"to": (to, str | None), "weights": (weights, str | None), "trust_code": (trust_code, bool)}
     check_arguments("petune.export", path=(path, PathText), out=(out, PathText), **optional)
-    file = Path(out)
+    file = expanded(out)
     to = _format(file, to)
     restored = restore(Path(path), weights, trust_code=trust_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name

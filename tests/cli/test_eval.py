@@ -61,6 +61,13 @@ def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "alone").glob("eval*"))
 
 
+def test_numbers_that_cannot_be_written_are_shown(petune: Run, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    done = petune("eval", digits, "--device", "cpu", "--precision", "fp32", "--output", "out", "--json")
+    assert (done.code, "cannot write" in done.err) == (4, True)
+    assert json.loads(done.out)["top1"] == pytest.approx(RunResult.read(digits).top1)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Pictures of three of the ten classes, in no order of the model's."""

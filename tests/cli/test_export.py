@@ -186,6 +186,25 @@ def test_pickles_are_seen(tmp_path: Path) -> None:
     assert found == [next(n for n in zipfile.ZipFile(tmp_path / "p.pt2").namelist() if "sample_inputs" in n)]
 
 
+def test_what_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import onnxruntime
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no kernel\nand more")
+
+    place, _ = saved_run(tmp_path / "a", "linear")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(ExportError, match=r"cannot run this model: .* no kernel; use --to torch$"):
+        public.export(place, tmp_path / "out.onnx")
+
+
+def test_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved_run(tmp_path / "a", "linear")
+    public.export("~/a", "~/out.pt2")
+    assert (tmp_path / "out.pt2").is_file()
+
+
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(public.PetuneError, match=r"petune\[onnx\]"):

@@ -133,6 +133,21 @@ def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
     return to
 
 
+@pytest.mark.parametrize("damage", [{"seeds": []}, {"top1_mean": None}])
+def test_a_damaged_comparison_is_told(petune: Run, runs: Path, damage: dict[str, Any], tmp_path: Path) -> None:
+    file = runs / "two" / "compare.json"
+    table = json.loads(file.read_text())
+    table["rows"][0] |= damage
+    file.write_text(json.dumps(table))
+    done = petune("report", "there", "--output", "page.html")
+    assert done.code == 0, done.err
+    text = Tags((tmp_path / "page.html").read_text()).text
+    assert (
+        f"compare.json cannot be used: rows.0: Value error, a method that is done must have {next(iter(damage))}"
+        in text
+    )
+
+
 def test_runs_on_other_pictures_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
     (_like(run, tmp_path / "loose" / "a") / "pictures.json").write_text('{"train": {"cat": "61 3f0c"}}')
