@@ -165,6 +165,8 @@ def trained(
         group=group,
         peak_bytes=memory.bytes,
     )
+    if note := trainer.batches.note():
+        watch(Note(note))
     return Trained(dataset, backbone, attachment, trainer, trainer.fit(), memory)
 
 

@@ -89,6 +89,17 @@ class TrainBatches:
     def __len__(self) -> int:
         return len(self.split) // self.batch_size  # the ragged last batch is dropped
 
+    def note(self) -> str:
+        """What to know where more than a tenth of the pictures is left out of an epoch; empty else."""
+        pictures, left = len(self.split), len(self.split) % self.batch_size
+        if left <= pictures / 10:
+            return ""
+        better = pictures // (len(self) + 1)
+        return (
+            f"each epoch trains on {pictures - left:,} of {pictures:,} pictures, others each time, since {left:,} fill "
+            f"no batch of {self.batch_size}; --set train.batch_size={better} uses {better * (len(self) + 1):,}"
+        )
+
     def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
         """The batches of one epoch from batch `start` on, and of each batch only the pictures of `part`.
 

@@ -44,10 +44,14 @@ def test_a_run_prints_its_result_and_talks_on_stderr(
     done = petune("run", "--method", "linear", *tiny)
     assert done.code == 0, done.err
     assert plain(done.out).replace("GB", "MB") == RESULT
-    first, second, third = done.err.splitlines()
+    first, second, note, last = done.err.splitlines()
     assert first == f"{BACKBONE}, weights none; digits from scikit-learn"
     assert second == "0 tuned and 490 head parameters train (0.782 % of backbone and head, 0.782 % of all)"
-    assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", third)
+    assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", last)
+    assert note == (
+        "each epoch trains on 128 of 150 pictures, others each time, since 22 fill no batch of 128; "
+        "--set train.batch_size=75 uses 150"
+    )
     place = tmp_path / "runs" / "linear-vit_nano-digits-seed0"
     assert {"config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoints"} <= set(os.listdir(place))
 

@@ -158,3 +158,12 @@ def test_places_of_pictures_in_place_of_pictures() -> None:
         assert torch.equal(a.y_B, b.y_B)
     found = [b.x_BCHW for b in eval_batches(_split(17), PLAIN, 5, CPU, positions_only=True)]
     assert torch.equal(torch.cat(found), torch.arange(17))
+
+
+def test_what_a_large_rest_leaves_out_is_told() -> None:
+    assert _batches(_split(7), 100).note() == ""
+    assert _batches(_split(101), 10).note() == ""
+    note = _batches(_split(255), 128).note()
+    assert note.startswith("each epoch trains on 128 of 255 pictures, others each time, since 127 fill no batch of 128;")
+    assert note.endswith("--set train.batch_size=127 uses 254")
+    assert len(_batches(_split(255), 127)) == 2
