@@ -7,8 +7,9 @@ same ones, and so has a method whose package changed. Whoever loads an adapter m
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,65 +20,94 @@ from petune.ledger import ledger_of
 from petune.probe import look
 
 KEPT = 8  # scores: another backbone moves all of them
-TOLERANCE = 0.01
-"""Of the largest score. On vit_nano float32 in another order moves 1e-6, TF32 1e-3, QuickGELU 5 %, other heads 14 %."""
-TOLERANCE_IN_HALF = 0.1  # bfloat16 moves 1 %
-NUDGE = 1e-4  # of the picture: what moves the scores much more than that has choices in its forward, as of tokens
+BITS, BITS_IN_HALF = 8, 6
+"""Every layer's output is rounded to these, to learn how far other machines' rounding may move the scores.
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+bfloat16 has 8 bits, TF32 11 and float32 24.
+"""
+DRAWS = 3  # of two scores, rounding may by chance move neither
+AUTOCAST = 10.0  # the tolerance's factor where autocast rounds to bfloat16 itself
 
 
 def behaviour(attachment: Attachment) -> dict[str, Any] | None:
     """The first scores of the test picture, and how far they may move.
 
     Returns:
-        Plain data; None where it cannot be told: the attachment is off, another one is on too, the weights are spread
-        over processes, a score is not finite.
+        Plain data; None where it cannot be told: another attachment is on, the weights are spread over processes, a
+        score is not finite.
     """
     if attachment.fingerprint is not None or not _alone(attachment):
         return None
-    scores = _scores(attachment)
+    with _on(attachment):
+        scores = _scores(attachment)
+        moved = max(_moved_by_rounding(attachment, scores, fewer) / 2**fewer for fewer in range(DRAWS))
     largest = float(scores.abs().max())
-    if not math.isfinite(largest):
+    if not math.isfinite(largest + moved):
         return None
-    moved = float((_scores(attachment, NUDGE) - scores).abs().max())
-    allowed = max(_tolerance(attachment.model) * largest, 10 * moved)
-    return {"scores": [_rounded(score) for score in scores.tolist()], "tolerance": _rounded(allowed)}
+    allowed = max(moved, 1e-5 * largest)
+    return {"scores": [_short(score) for score in scores.tolist()], "tolerance": _short(allowed)}
 
 
-def moved_by(attachment: Attachment, saved: Mapping[str, Any], kind: str) -> float:
-    """How far the scores of the test picture are from the saved ones; 0.0 where that is within the tolerance.
+def moved_by(attachment: Attachment, saved: Mapping[str, Any]) -> float:
+    """How far the scores of the test picture are from the saved ones; 0.0 within the tolerance, or beside others.
 
     Args:
         attachment: With the saved tensors in place.
         saved: Of `behaviour`.
-        kind: Backbone, method and options; once one adapter of a kind was right on a model, others are.
     """
-    known = _KNOWN.setdefault(attachment.model, set())
-    if kind in known or not _alone(attachment):
+    if not _alone(attachment):
         return 0.0
     scores = torch.tensor(saved["scores"], dtype=torch.float64)
     moved = float((_scores(attachment) - scores).abs().max())
-    if not moved <= max(saved["tolerance"], _tolerance(attachment.model) * float(scores.abs().max())):
-        return moved
-    known.add(kind)
-    return 0.0
+    return 0.0 if moved <= saved["tolerance"] * (AUTOCAST if _in_autocast(attachment.model) else 1) else moved
 
 
 def _alone(attachment: Attachment) -> bool:
     ledger = ledger_of(attachment.model)
-    return ledger is not None and [name for name, claim in ledger.claims.items() if claim.on] == [attachment.edit.name]
+    return ledger is not None and not any(c.on for name, c in ledger.claims.items() if name != attachment.edit.name)
 
 
-def _scores(attachment: Attachment, nudge: float = 0.0) -> Tensor:
-    return look(attachment.model, attachment.sites, 1, nudge).flatten()[:KEPT].double().cpu()
+@contextmanager
+def _on(attachment: Attachment) -> Iterator[None]:
+    was = attachment.enabled
+    attachment.switch(True)
+    try:
+        yield
+    finally:
+        attachment.switch(was)
 
 
-def _tolerance(model: nn.Module) -> float:
-    first = next(model.parameters())
-    half = first.dtype in {torch.float16, torch.bfloat16} or torch.is_autocast_enabled(first.device.type)
-    return TOLERANCE_IN_HALF if half else TOLERANCE
+def _moved_by_rounding(attachment: Attachment, scores: Tensor, fewer_bits: int) -> float:
+    """How far the scores move where what every layer but the classifier gives is rounded."""
+    model, head = attachment.model, attachment.sites.head
+    half = next(model.parameters()).dtype in {torch.float16, torch.bfloat16} or _in_autocast(model)
+    left_out = {m for bound in head.modules for m in bound.modules()} if head is not None else set()
+    layers = [m for m in model.modules() if m not in left_out and not any(True for _ in m.children())]
+    hook: Callable[..., Any] = partial(_round, (BITS_IN_HALF if half else BITS) - fewer_bits)
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        return float((_scores(attachment) - scores).abs().max())
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _rounded(value: float) -> float:
+def _round(bits: int, module: nn.Module, args: Any, out: Any) -> Tensor | None:
+    """`out` to so many bits: what is added and taken off again takes the lower ones with it."""
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        return None
+    exact = out.double()
+    shifted = exact * (2.0 ** (53 - bits) + 1)
+    return (shifted - (shifted - exact)).to(out.dtype)
+
+
+def _scores(attachment: Attachment) -> Tensor:
+    return look(attachment.model, attachment.sites, 1).flatten()[:KEPT].double().cpu()
+
+
+def _in_autocast(model: nn.Module) -> bool:
+    return torch.is_autocast_enabled(next(model.parameters()).device.type)
+
+
+def _short(value: float) -> float:
     return float(f"{value:.6g}")

@@ -76,16 +76,13 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
     return calls
 
 
-def look(model: nn.Module, sites: Sites, count: int = 2, nudge: float = 0.0) -> Tensor:
+def look(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
     """What the model makes of `count` made-up pictures, in eval mode.
 
     They are always the same: a formula's, since a generator's numbers may be others in a later PyTorch.
-
-    Args:
-        nudge: The part by which they are brightened.
     """
     places = torch.arange(count * math.prod(sites.input_size), dtype=torch.float64)
-    x = torch.sin(places**2 / 10).reshape(count, *sites.input_size) * (1 + nudge)
+    x = torch.sin(places**2 / 10).reshape(count, *sites.input_size)
     return scores_of(_forward(model, x))
 
 

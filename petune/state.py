@@ -300,7 +300,7 @@ def fill(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     saved = config.get("behaviour")
     if saved is None:
         return
-    moved = moved_by(att, saved, json.dumps([config[key] for key in ("fingerprint", "tuner", "config")]))
+    moved = moved_by(att, saved)
     if moved:
         largest = max(map(abs, saved["scores"]))
         raise BackboneMismatch(

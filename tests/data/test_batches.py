@@ -164,6 +164,8 @@ def test_what_a_large_rest_leaves_out_is_told() -> None:
     assert _batches(_split(7), 100).note() == ""
     assert _batches(_split(101), 10).note() == ""
     note = _batches(_split(255), 128).note()
-    assert note.startswith("each epoch trains on 128 of 255 pictures, others each time, since 127 fill no batch of 128;")
+    assert note.startswith(
+        "each epoch trains on 128 of 255 pictures, others each time, since 127 fill no batch of 128;"
+    )
     assert note.endswith("--set train.batch_size=127 uses 254")
     assert len(_batches(_split(255), 127)) == 2
