@@ -20,6 +20,8 @@ from petune.ledger import Claim, added_to, buffer_places, ledger_of, named_param
 from petune.probe import look
 from petune.tuner import Tuner
 
+MUST_BE_EQUAL = "must compute the same when folded"
+
 
 class Attachment:
     """A tuner on a model.
@@ -216,9 +218,7 @@ class Attachment:
             self._switch(False)
             change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
-                raise NotMergeable(
-                    f"{self.name} must compute the same when folded, but its output moves by {change:.2g}"
-                )
+                raise NotMergeable(f"{self.name} {MUST_BE_EQUAL}, but its output moves by {change:.2g}")
         except BaseException:
             self.model.load_state_dict(before, strict=False)
             self._switch(True)

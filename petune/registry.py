@@ -108,6 +108,9 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     if colon and "type" not in cls.Config.model_fields:
         known = cls.Config.model_fields
         option, near = (kind, "") if kind in known else ("OPTION", near_names(kind, known))
+        if "=" in kind:  # how the command line has them, and configurations
+            keyword = f'"{family}", {kind.partition("=")[0]}=VALUE'
+            raise ConfigError(f"in Python options are keywords, {keyword}, but the method is {method!r}")
         raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {method!r}{near}")
     given = {"type": kind, **options} if colon else options
     config = cls.Config.build(given, f"the options of {method}")

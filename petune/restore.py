@@ -10,7 +10,7 @@ from typing import Any
 from petune.attachment import Attachment
 from petune.backbones import Backbone, create_backbone
 from petune.config import expanded
-from petune.errors import CheckpointError
+from petune.errors import CheckpointError, WeightsUnavailable
 from petune.foreign import calls_a_function
 from petune.state import Saved, adapter_place, attach_saved, read_adapter
 
@@ -86,7 +86,17 @@ def plain_backbone(saved: Saved, weights: str | None = None, *, trust_code: bool
         name, source = said["name"], weights or said.get("weights_option", "default")
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from None
-    return create_backbone(name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built)
+    try:
+        return create_backbone(
+            name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built
+        )
+    except WeightsUnavailable as error:
+        if weights is not None:
+            raise
+        raise WeightsUnavailable(
+            f"the weights that {saved.place} was trained on must be there; say where they are by --weights (in Python "
+            f"weights=…). {error}"
+        ) from error
 
 
 def refuse_code(saved: Saved, where: str) -> None:

@@ -27,7 +27,7 @@ from petune.rundir import claimed, free_path
 from petune.train import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
 from petune.train.evaluate import load_accuracy
 from petune.tuner import Recipe, Tuner
-from petune.weights import load_adapters
+from petune.weights import from_anywhere, load_adapters
 
 Watch = Callable[[Event], None]
 LONGEST_NAME = 180  # bytes of a directory; file systems allow 255
@@ -312,7 +312,7 @@ def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict
             "full_name": backbone.full_name,
             "hub_id": backbone.hub_id,
             "weights": backbone.weights,
-            "weights_option": config.weights,
+            "weights_option": from_anywhere(config.weights),
             "seed": config.seed,
             "image_size": config.image_size,
             "patch_size": config.patch_size,

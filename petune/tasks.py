@@ -177,7 +177,7 @@ class Tasks:
             self.model(x)
             out: list[Tensor] = [x] * len(names)
             for name, rows in chosen.items():  # while the tasks are on: off, their classifiers are untrained
-                head = self._head.enter if name is None else self.tasks[name].head
+                head = self._head.enter if name is None else _like(self.tasks[name].head, self._head.enter)
                 for row, score in zip(rows, head(capture.seen[rows]), strict=True):
                     out[row] = score
         return out
@@ -228,7 +228,15 @@ class Tasks:
         return self.tasks[name]
 
     def _put(self, head: nn.Module) -> None:
-        self.model.set_submodule(self._head.path, head)
+        self.model.set_submodule(self._head.path, _like(head, self.model.get_submodule(self._head.path)))
+
+
+def _like(head: nn.Module, other: nn.Module) -> nn.Module:
+    """A classifier where the other one is, and in its type: only the one in place moves with the model."""
+    mine, its = next(head.parameters(), None), next(other.parameters(), None)
+    if mine is not None and its is not None and (mine.device, mine.dtype) != (its.device, its.dtype):
+        head.to(its.device, its.dtype)
+    return head
 
 
 class _Capture(nn.Module):

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from petune.anatomy.forward import forget_caches
 from petune.arguments import check_arguments
 from petune.attach import attach
+from petune.attachment import MUST_BE_EQUAL, Attachment
+from petune.errors import BackboneMismatch, NotMergeable
 from petune.probe import scores_of
 from petune.registry import build_tuner
 from petune.state import load
@@ -49,6 +51,7 @@ class Trial:
         plain: What `base` makes of them.
         tuned: What the trained model makes of them.
         moved: What is wrong with the frozen tensors after training.
+        effective: Whether the scores depend on what trains.
     """
 
     def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str) -> None:
@@ -56,7 +59,7 @@ class Trial:
         self.att = attach(copy.deepcopy(self.base), tuner, name=name)
         self.x = torch.randn(4, *self.att.sites.input_size, generator=torch.Generator().manual_seed(0))
         self.plain = logits(self.base, self.x)
-        self.tuned, self.moved = torch.empty(0), "it could not be trained"
+        self.tuned, self.moved, self.effective = torch.empty(0), "it could not be trained", False
 
     @property
     def model(self) -> nn.Module:
@@ -142,6 +145,7 @@ def _trains(t: Trial) -> str:
     kept = {key: v.detach().clone() for key, v in frozen.items()}
     dead = _dead(t)
     trained = [(p, p.detach().clone()) for p in t.att.tuned.values()]
+    before = logits(t.model, t.x)
     for strength in (0.1, 0.01, 0.001):  # as after a long training, so that what it does is seen
         with torch.no_grad():
             for p, value in trained:
@@ -150,6 +154,7 @@ def _trains(t: Trial) -> str:
         t.tuned = logits(t.model, t.x)
         if t.tuned.isfinite().all():  # a deep model of random weights may leave all bounds
             break
+    t.effective = not trained or not torch.equal(t.tuned, before)
     t.moved = _first(key for key, old in kept.items() if not torch.equal(frozen[key], old))
     for seed in range(1, DRAWS):
         if dead:
@@ -179,6 +184,10 @@ def _dead(t: Trial) -> list[str]:
 
 def _frozen(t: Trial) -> str:
     return t.moved
+
+
+def _effective(t: Trial) -> str:
+    return "" if t.effective else "with other values of the tuned tensors the scores in eval mode are the same"
 
 
 def _repeatable(t: Trial) -> str:
@@ -222,12 +231,26 @@ def _disabled(t: Trial) -> str:
         return _same(logits(t.model, t.x), logits(plain, t.x), "the output is not the backbone's")
 
 
-def _reloaded(t: Trial) -> str:
-    fresh = copy.deepcopy(t.base)
+def _again(t: Trial) -> Attachment:
     with tempfile.TemporaryDirectory() as place:
         t.att.save(f"{place}/adapter")
-        load(fresh, f"{place}/adapter", tuner=t.att.tuner)
-    return _same(logits(fresh.eval(), t.x), t.tuned, "something that the output depends on is not saved")
+        return load(copy.deepcopy(t.base), f"{place}/adapter", tuner=t.att.tuner)
+
+
+def _reloaded(t: Trial) -> str:
+    try:
+        fresh = _again(t).model.eval()
+    except BackboneMismatch:  # it computes something else already where it is loaded
+        return "something that the output depends on is not saved"
+    return _same(logits(fresh, t.x), t.tuned, "something that the output depends on is not saved")
+
+
+def _folded(t: Trial) -> str:
+    try:
+        _again(t).merge()
+    except NotMergeable as error:
+        return str(error) if MUST_BE_EQUAL in str(error) else ""
+    return ""
 
 
 def _detached(t: Trial) -> str:
@@ -252,6 +275,7 @@ PROPERTIES: tuple[tuple[str, Callable[[Trial], str]], ...] = (
     ("the count is the formula's, where there is one", _count),
     ("every tuned tensor learns", _trains),
     ("frozen tensors and buffers stay to the bit", _frozen),
+    ("what trains takes effect in eval mode", _effective),
     ("two evaluations are equal", _repeatable),
     ("nothing is kept between forwards", _stateless),
     ("pictures of a batch do not mix", _unmixed),
@@ -259,6 +283,7 @@ PROPERTIES: tuple[tuple[str, Callable[[Trial], str]], ...] = (
     ("disabled is the backbone to the bit", _disabled),
     ("enabled again is as before", _repeatable),
     ("saved and loaded is the same to the bit", _reloaded),
+    ("folded it computes the same, where it folds", _folded),
     ("detach gives the model back to the bit", _detached),
 )
 

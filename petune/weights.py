@@ -63,6 +63,13 @@ def bundled(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def from_anywhere(weights: str) -> str:
+    """The option `--weights` so that it means the same in any directory: a path that is there becomes absolute."""
+    path = expanded(weights)
+    named = weights in {"default", "none"} or bundled(weights) is not None
+    return weights if named or not path.exists() else str(path.absolute())
+
+
 def find_weights(path: Path) -> Path:
     """The file that `--weights PATH` means: `path`, or the one in a pretraining run's directory.
 

@@ -240,6 +240,10 @@ def test_wrong_methods_and_options() -> None:
         petune.attach(tiny(), "adaptformr")
     with pytest.raises(ConfigError, match="bottlneck: no such key; did you mean 'bottleneck'"):
         petune.attach(tiny(), "adaptformer", bottlneck=3)
+    with pytest.raises(
+        ConfigError, match=r'options are keywords, "vpt", deep=VALUE, but the method is \'vpt:deep=false\''
+    ):
+        petune.attach(tiny(), "vpt:deep=false")
     with pytest.raises(AttachError, match="input_size"):
         petune.attach(nn.Sequential(nn.Linear(3, 3)), "linear")
 

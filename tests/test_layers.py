@@ -48,6 +48,7 @@ SIBLINGS = {
     ("state", "attach"): "load attaches first",
     ("state", "attachment"): "and save describes one",
     ("testing", "attach"): "the contract is about attaching",
+    ("testing", "attachment"): "about switching and folding",
     ("testing", "state"): "and about saving",
     ("backbones", "weights"): "a backbone has weights",
     ("backbones", "foreign"): "some are not timm's",

@@ -15,6 +15,7 @@ import petune
 from petune import hub
 from petune.backbones import create_backbone
 from petune.errors import CheckpointError, WeightsUnavailable
+from petune.restore import restore
 from petune.weights import Weights, bundled, load_into, read_weights
 
 
@@ -67,6 +68,26 @@ def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
         output=tmp_path / "run", watch=lambda event: notes.append(str(event)),
     )  # fmt: skip
     assert any("does not say what its pictures' mean and std were" in note for note in notes)
+
+
+def test_an_adapter_finds_a_relative_weights_file_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    petune.run(
+        method="linear", backbone="vit_nano", weights="./w.safetensors", dataset="digits", image_size=8,
+        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        output=tmp_path / "run",
+    )  # fmt: skip
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert restore(tmp_path / "run").attachment.attached
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(WeightsUnavailable, match=r"the weights that .* was trained on must be there.*weights"):
+        restore(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", [b"hello world\n", b"", b"<html>", b"\x80\x02."])

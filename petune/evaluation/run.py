@@ -83,6 +83,11 @@ def evaluate(
     trained_on = str(predictor.card.get("dataset"))
     own = dataset is None or same_pictures(dataset, trained_on, predictor.card.get("pictures") or {})
     name, read = trained_on if dataset is None else dataset, str(split)
+    if dataset is None and name.startswith("folder:") and not folder_of(name).exists():
+        raise DataError(
+            f"the pictures of {path} must be there, but it was trained on {name}, which is not, as seen from here; "
+            "name the folder where it is now: --dataset folder:PATH"
+        )
     if not own and name.startswith("folder:"):
         place = folder_of(name)
         read, files, said = files_of_part(place, split)

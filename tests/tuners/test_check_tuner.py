@@ -71,6 +71,32 @@ class DropsInEval(Low):
         return nn.functional.dropout(super().forward(x), 0.5, training=True)
 
 
+class OnlyInTraining(Low):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else torch.zeros_like(x)
+
+
+class Scales(nn.Module):
+    """What the MLP gives, scaled; `merge` forgets its bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def merge(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            module.fc2.weight.mul_(self.scale[:, None])
+
+
+class FoldsWrongly(Sound):
+    def attach(self, edit: petune.Edit) -> None:
+        for block in edit.sites.need_blocks():
+            edit.after(block.need("mlp"), Scales(block.dim))
+
+
 class Mixes(Low):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x - x.mean(dim=0, keepdim=True))
@@ -186,6 +212,8 @@ CASES: list[tuple[Any, str]] = [
     (broken(KeepsState), "two evaluations are equal"),
     (broken(KeepsActivation), "nothing is kept between forwards"),
     (broken(DropsInEval), "two evaluations are equal"),
+    (broken(OnlyInTraining), "what trains takes effect in eval mode"),
+    (FoldsWrongly(), "folded it computes the same"),
     (broken(Mixes), "pictures of a batch do not mix"),
     (broken(NotIdentity), "identity at the start"),
     (broken(InPlace), "two evaluations are equal"),
@@ -209,7 +237,7 @@ def name_of(case: tuple[Any, str]) -> str:
 
 @pytest.mark.parametrize("tuner", [Sound(), ByHand()], ids=["Sound", "ByHand"])
 def test_the_sound_ones_pass(tuner: Sound) -> None:
-    assert len(petune.check_tuner(tuner)) == 14
+    assert len(petune.check_tuner(tuner)) == 16
 
 
 def test_every_property_catches_one_that_passes_all_before_it() -> None:

@@ -64,7 +64,7 @@ def test_the_docs_list_every_type() -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_type_keeps_the_contract(kind: str) -> None:
-    assert len(petune.check_tuner(f"peft:{kind}", model())) == 14
+    assert len(petune.check_tuner(f"peft:{kind}", model())) == 16
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -190,6 +190,28 @@ def test_tasks_by_name(saved: dict[str, Path]) -> None:
     assert list(built.state_dict()) == keys
 
 
+@pytest.mark.parametrize("active", ["pets", None])
+@torch.no_grad()
+def test_classifiers_follow_a_model_that_moved(saved: dict[str, Path], active: str | None) -> None:
+    tasks = petune.Tasks(model())
+    for name in ("pets", "vpt", "bitfit"):
+        tasks.load(name, saved[name])
+    tasks.use(active)
+    tasks.model.double()
+    tasks.use(None)
+    mix = ["pets", None, "vpt", "bitfit", "pets"]
+    for row, out in zip(mix, tasks(X[:5].double(), mix), strict=True):
+        wanted = scores(model() if row is None else alone(saved[row], row).eval(), X[:5])[mix.index(row)]
+        if mix.count(row) == 1:
+            torch.testing.assert_close(out.float(), wanted, atol=1e-5, rtol=1e-5)
+    for name in ("bitfit", "pets", "vpt"):
+        torch.testing.assert_close(
+            scores(tasks.use(name), X.double()).float(), scores(alone(saved[name], name)), atol=1e-5, rtol=1e-5
+        )
+        tasks.remove(name)
+    torch.testing.assert_close(scores(tasks.model, X.double()).float(), scores(model()), atol=1e-5, rtol=1e-5)
+
+
 MIXES = [
     ("pets", "cars", None),
     ("lora", "lora2", None),
