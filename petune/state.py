@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from petune.anatomy import find_sites
 from petune.anatomy.forward import forget_caches
 from petune.arguments import PathText, check_arguments
 from petune.attach import attach, label_of
@@ -21,7 +23,7 @@ from petune.attachment import Attachment
 from petune.behaviour import behaviour, moved_by
 from petune.card import model_card
 from petune.config import expanded
-from petune.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
+from petune.errors import BackboneMismatch, CheckpointError, PetuneError, PluginError, UsageError
 from petune.files import MANIFEST, verify_directory, write_directory
 from petune.fingerprint import fingerprint, head_fingerprint
 from petune.ledger import ledger_of
@@ -107,7 +109,7 @@ def load(
         path: The adapter directory.
         name: The attachment's name; the tuner's by default.
         tuner: The method, for one that is not registered; its options must be those of the file.
-        sites: Of the model; found now if None.
+        sites: Of the model; found now if None, for pictures of the size that the file says.
 
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
@@ -151,7 +153,7 @@ def attach_saved(
         tuner or build_tuner(config["tuner"], **config["config"]),
         name=name or config["tuner"],
         train_head=config["train_head"],
-        sites=sites,
+        sites=sites or _sites_as_saved(model, config["geometry"]),
     )
     try:
         check_fits(attachment, config, tensors, place)
@@ -160,6 +162,16 @@ def attach_saved(
         attachment.detach()
         raise
     return attachment
+
+
+def _sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None) -> Sites | None:
+    """The sites for pictures of the size that the adapter was made for, where they are as in its file."""
+    if saved is None or ledger_of(model) is not None:
+        return None
+    with contextlib.suppress(PetuneError, KeyError, TypeError):  # which is then said by who looks without the file
+        sites = find_sites(model, tuple(saved["input"]))
+        return sites if geometry(sites) == saved else None
+    return None
 
 
 def _check_options(tuner: Tuner[Any], config: Mapping[str, Any], place: Path) -> None:

@@ -110,6 +110,28 @@ def test_another_backbone_is_refused_by_name_and_left_as_it_was(what: str, tmp_p
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_the_size_of_pictures_is_the_files(tmp_path: Path) -> None:
+    class Silent(nn.Module):
+        """Does not tell how large its pictures are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.inner(images)
+            return scores
+
+    dynamic = tiny(dynamic_img_size=True)
+    for number, (model, side) in enumerate([(Silent(), 16), (dynamic, 32), (dynamic, 16)]):
+        att = petune.attach(model, "vpt", input_size=(3, side, side))
+        att.save(tmp_path / str(number))
+        att.detach()
+        again = petune.load(model, tmp_path / str(number))
+        assert again.sites.input_size == (3, side, side)
+        again.detach()
+
+
 def test_damage_and_newer_formats_are_named(tmp_path: Path) -> None:
     place = tmp_path / "a"
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):

@@ -82,6 +82,10 @@ def test_a_run_named_its_own_pictures_is_not_tested_on_those_it_trained_on(pets:
         found = petune.evaluate(tmp_path / "run", dataset=f"folder:{name}", device="cpu", precision="fp32")
         assert (found.split, found.num_pictures, found.top1) == ("test", found.num_pictures, done.top1)
         assert found.num_pictures < 20
+    pets.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"run must be there, but it was trained on folder:.*pets, which is not"):
+        petune.evaluate(tmp_path / "run")
+    (tmp_path / "moved").rename(pets)
     shutil.copytree(pets, tmp_path / "other" / "test")
     shutil.rmtree(tmp_path / "other" / "test" / "cat")
     other = petune.evaluate(tmp_path / "run", dataset=f"folder:{tmp_path / 'other'}", device="cpu", precision="fp32")
