@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.attachment import Attachment
+from petune.errors import CheckpointError
 from petune.ledger import ledger_of
 from petune.probe import look
 
@@ -54,12 +55,21 @@ def moved_by(attachment: Attachment, saved: Mapping[str, Any]) -> float:
     Args:
         attachment: With the saved tensors in place.
         saved: Of `behaviour`.
+
+    Raises:
+        CheckpointError: `saved` is nothing that `behaviour` returned.
     """
     if not _alone(attachment):
         return 0.0
-    scores = torch.tensor(saved["scores"], dtype=torch.float64)
-    moved = float((_scores(attachment) - scores).abs().max())
-    return 0.0 if moved <= saved["tolerance"] * (AUTOCAST if _in_autocast(attachment.model) else 1) else moved
+    here = _scores(attachment)
+    try:
+        scores, tolerance = torch.tensor(saved["scores"], dtype=torch.float64), float(saved["tolerance"])
+        if scores.shape != here.shape:
+            raise ValueError(f"there are {scores.numel()} scores, and {here.numel()} of this model")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"behaviour must be as petune wrote it, but cannot be read: {error!r}") from None
+    moved = float((here - scores).abs().max())
+    return 0.0 if moved <= tolerance * (AUTOCAST if _in_autocast(attachment.model) else 1) else moved
 
 
 def _alone(attachment: Attachment) -> bool:

@@ -17,7 +17,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from petune.errors import AttachError, BackboneMismatch, UsageError
+from petune.errors import AttachError, PetuneError, UsageError
 
 if TYPE_CHECKING:
     from petune.attachment import Attachment
@@ -253,7 +253,7 @@ class PetuneModel(BaseTuner):
         """petune's checks, for which the tensors are filled in already, then the file's tensors by the model's keys.
 
         Raises:
-            BackboneMismatch: Another backbone, or another number of classes; the adapter is taken off again.
+            BackboneMismatch, CheckpointError: See `petune.load`; the adapter is taken off again.
         """
         from dataclasses import asdict
 
@@ -265,7 +265,7 @@ class PetuneModel(BaseTuner):
             check_fits(attachment, said, state_dict, place)
             with shell._temporarily_active(adapter_name):
                 fill(attachment, said, state_dict, place)
-        except BackboneMismatch:
+        except PetuneError:
             shell.delete_adapter(adapter_name)
             raise
         return {PREFIX + ours: state_dict[key] for (key, _), ours in _keys(attachment)}

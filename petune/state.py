@@ -304,6 +304,7 @@ def fill(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
     Raises:
         BackboneMismatch: It does not.
+        CheckpointError: What the file says of that cannot be read.
     """
     with torch.no_grad():
         for key, target in file_tensors(att).items():
@@ -312,7 +313,10 @@ def fill(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     saved = config.get("behaviour")
     if saved is None:
         return
-    moved = moved_by(att, saved)
+    try:
+        moved = moved_by(att, saved)
+    except CheckpointError as error:
+        raise CheckpointError(f"{place / CONFIG_FILE}: {error}") from None
     if moved:
         largest = max(map(abs, saved["scores"]))
         raise BackboneMismatch(

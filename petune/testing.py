@@ -240,8 +240,8 @@ def _again(t: Trial) -> Attachment:
 def _reloaded(t: Trial) -> str:
     try:
         fresh = _again(t).model.eval()
-    except BackboneMismatch:  # it computes something else already where it is loaded
-        return "something that the output depends on is not saved"
+    except BackboneMismatch as error:  # mostly since it computes something else where it is loaded
+        return f"something that the output depends on is not saved ({error})"
     return _same(logits(fresh, t.x), t.tuned, "something that the output depends on is not saved")
 
 

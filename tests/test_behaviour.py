@@ -14,7 +14,7 @@ from torch import nn
 
 import petune
 from petune.behaviour import behaviour
-from petune.errors import BackboneMismatch
+from petune.errors import BackboneMismatch, CheckpointError
 from petune.probe import look
 from petune.state import attach_saved, read_adapter
 from tests.tiny import X, randomised, tiny
@@ -99,6 +99,19 @@ def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: t
         rounded = look(model, att.sites, 1).flatten().double()
     off = float((rounded - exact).abs().max())
     assert off < said["tolerance"] < float(exact.abs().max()) / 6
+
+
+@pytest.mark.parametrize(
+    "damage", [[], {}, {"scores": "abc", "tolerance": 1}, {"scores": [1.0], "tolerance": 1}, {"scores": None}, "x", 3]
+)
+def test_what_cannot_be_read_is_one_error(damage: Any, tmp_path: Path) -> None:
+    randomised(petune.attach(tiny(), "adaptformer")).save(tmp_path / "a")
+    saved = read_adapter(tmp_path / "a")
+    saved.config["behaviour"] = damage
+    model = tiny()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: behaviour must be as petune wrote it"):
+        attach_saved(model, saved)
+    assert list(model.state_dict()) == list(tiny().state_dict())
 
 
 def test_a_large_bias_hides_nothing(tmp_path: Path) -> None:
