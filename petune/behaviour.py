@@ -34,8 +34,8 @@ def behaviour(attachment: Attachment) -> dict[str, Any] | None:
     """The first scores of the test picture, and how far they may move.
 
     Returns:
-        Plain data; None where it cannot be told: another attachment is on, the weights are spread over processes, a
-        score is not finite.
+        Plain data; None where it cannot be told: another attachment is on, another task's classifier is in place, the
+        weights are spread over processes, a score is not finite.
     """
     if attachment.fingerprint is not None or not _alone(attachment):
         return None
@@ -73,8 +73,12 @@ def moved_by(attachment: Attachment, saved: Mapping[str, Any]) -> float:
 
 
 def _alone(attachment: Attachment) -> bool:
-    ledger = ledger_of(attachment.model)
-    return ledger is not None and not any(c.on for name, c in ledger.claims.items() if name != attachment.edit.name)
+    """Whether the scores can be those of this attachment and no other, under its own classifier."""
+    ledger, head = ledger_of(attachment.model), attachment.sites.head
+    here = {*attachment.model.modules()}
+    if ledger is None or (head is not None and not here.issuperset(head.modules)):  # a task of Tasks, not in use
+        return False
+    return not any(claim.on for name, claim in ledger.claims.items() if name != attachment.edit.name)
 
 
 @contextmanager
