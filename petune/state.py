@@ -49,7 +49,7 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
         CheckpointError: It cannot be written.
     """
     refuse_foreign(path)
-    config = describe(attachment) | {"metadata": dict(metadata or {})}
+    config = describe(attachment) | {"behaviour": behaviour(attachment), "metadata": dict(metadata or {})}
     foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
     # PEFT reads the same two files. Its own methods have its keys at the top, petune's in the one entry that is
     # free-form there; for a method of petune's all of them are at the top (see petune.peft_method)
@@ -90,7 +90,6 @@ def describe(attachment: Attachment) -> dict[str, Any]:
         "geometry": geometry(attachment.sites),
         "fingerprint": attachment.fingerprint or fingerprint(attachment),
         "head_fingerprint": head_fingerprint(attachment),
-        "behaviour": behaviour(attachment),
     }
 
 
