@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from petune.arguments import check_watch
+from petune.backbones import check_weights
 from petune.began import hold_beginning
 from petune.config import Config, UserPath
 from petune.errors import PetuneError, UsageError, near_names
@@ -21,7 +22,7 @@ from petune.group import join
 from petune.report import COLUMNS, cells, markdown, picture
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, tuner_of
-from petune.rundir import claimed
+from petune.rundir import CONFIG_FILE, METRICS_FILE, claimed, hold_config
 from petune.text import html_table
 from petune.train import Event, Note
 from petune.tuner import TunerConfig
@@ -166,10 +167,12 @@ def compare(
 
     Raises:
         MissingExtra: The executor's package is not installed.
-        UsageError: The directory holds another comparison, or is in use.
+        WeightsUnavailable: The backbone's are not to be had.
+        UsageError: The directory holds another comparison, or is in use, or one of its runs was asked for otherwise.
         Stopped: A signal came; started again the comparison goes on.
     """
     check_watch("petune.compare", watch)
+    chosen = choose_executor(executor)
     config = CompareConfig.given(config, fields, "petune.compare(...)")
     place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
     options = _checked(config, place)
@@ -189,14 +192,16 @@ def compare(
         else:
             watch(event)
 
+    if not all(one.output and RunResult.exists(one.output) for _, one in runs):
+        group.in_turn(lambda: check_weights(config.run.backbone, config.run.weights))
     with group.led(claimed(place, held, resume=True, command=command)):
+        group.same(lambda: _hold_runs([one for _, one in runs]))
         group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
         group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
         left_out = group.same(lambda: _left_out(config, place))
         if left_out:
             watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
         results: dict[int, RunResult] = {}
-        chosen = choose_executor(executor) if isinstance(executor, str) else executor
         # a method is failed with its first seed: the others would be for nothing
         for index, outcome in chosen([one for _, one in runs], lambda one: one.method not in failed, started):
             method, one = runs[index]
@@ -263,7 +268,7 @@ def _checked(config: CompareConfig, place: Path) -> dict[str, TunerConfig]:
     """Hold what is known to be wrong before anything trains; return the methods' options.
 
     Raises:
-        UsageError: A method cannot be built, or the directory holds a run.
+        UsageError: A method cannot be built, or the directory holds a run, or a table that came from elsewhere.
     """
     options: dict[str, TunerConfig] = {}
     for method in config.methods:
@@ -273,18 +278,33 @@ def _checked(config: CompareConfig, place: Path) -> dict[str, TunerConfig]:
             raise
         except PetuneError:  # a broken package: a row that says so
             continue
-    if RunResult.exists(place) or (place / "metrics.jsonl").exists():
+    if RunResult.exists(place) or (place / METRICS_FILE).exists():
         raise UsageError(f"a comparison needs a directory of its own, but {place} holds a run; name another --output")
+    foreign = [n for n in (TABLE_FILE, COMPARE_FILE, "compare.md", "compare.svg") if (place / n).exists()]
+    if foreign and not (place / CONFIG_FILE).exists():
+        raise UsageError(f"{place}/{foreign[0]} was not made by a comparison there, and is kept; name another --output")
     return options
 
 
+def _hold_runs(runs: Sequence[RunConfig]) -> None:
+    """Hold that those of them that have begun were asked for alike, before another one trains."""
+    for one in runs:
+        if one.output is not None:
+            hold_config(one.output, one)
+
+
 def _left_out(config: CompareConfig, place: Path) -> list[str]:
-    """Methods of the table that is there, which the one to come has no rows of."""
+    """Methods and seeds of the table that is there, which the one to come will not have."""
     try:
         rows = json.loads((place / TABLE_FILE).read_text(encoding="utf-8"))["rows"]
-        return [row["method"] for row in rows if row["method"] not in config.methods]
+        gone = {row["method"]: [seed for seed in row["seeds"] if seed not in config.seeds] for row in rows}
     except (OSError, ValueError, LookupError, TypeError):
         return []
+    return [
+        f"{method} (seed {', '.join(map(str, seeds))})" if method in config.methods else method
+        for method, seeds in gone.items()
+        if seeds or method not in config.methods
+    ]
 
 
 def _one(config: CompareConfig, method: str, seed: int, place: Path) -> RunConfig:

@@ -17,10 +17,15 @@ from petune.files import replace_file
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
+METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
 BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
 BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
+WITHOUT_RUNS = BEFORE_IT_BEGINS - {LOCK_FILE} | {
+    "compare.yaml", "compare.json", "compare.md", "compare.svg", "sweep.json"
+}  # fmt: skip
+"""What is written anew where a comparison or sweep begins again in a directory in which nothing has trained."""
 UNCOMPARED = {"output", "resume", "train.eval_batch_size"}
 """What a run may go on without: where it lies, and how many pictures are evaluated at a time, which may not fit."""
 
@@ -49,7 +54,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
 
     Args:
         path: The directory.
-        config: Written as `config.yaml`; a directory to go on in must hold an equal one.
+        config: Written as `config.yaml`; a directory to go on in must hold an equal one, if anything has trained in it.
         resume: Whether an existing directory may be gone on in.
         command: Stands on top of `config.yaml`.
 
@@ -65,6 +70,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
                 raise UsageError(
                     f"{path} exists already; go on in it with --resume, or name another --output"
                 ) from None
+        ours = (path / LOCK_FILE).exists()
         lock = (path / LOCK_FILE).open("w")
     except OSError as error:
         raise UsageError(f"the run directory {path} cannot be made or written: {error.strerror}") from None
@@ -75,7 +81,9 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
             raise UsageError(f"{path} is in use by another petune process; name another --output") from None
         fresh = not (path / CONFIG_FILE).exists()
         try:
-            _keep_config(path / CONFIG_FILE, config, command)
+            if ours and not fresh and not _has_trained(path):
+                _begin_anew(path, config)
+            _keep_config(path, config, command)
             if not fresh:
                 _remove_stumps(path)
             yield path
@@ -83,6 +91,12 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
             if fresh and {p.name for p in path.iterdir()} <= BEFORE_IT_BEGINS:
                 shutil.rmtree(path, ignore_errors=True)
             raise
+
+
+def _begin_anew(path: Path, config: Config) -> None:
+    """Take away what binds a directory in which nothing has trained to the pictures and options of then."""
+    for name in WITHOUT_RUNS if _changes(path, config) else (BEGAN_FILE, PICTURES_FILE):
+        (path / name).unlink(missing_ok=True)
 
 
 def _remove_stumps(path: Path) -> None:
@@ -121,21 +135,41 @@ def latest_path(wanted: Path) -> Path | None:
     return max(files, key=began).parent if files else None
 
 
-def _keep_config(file: Path, config: Config, command: str) -> None:
-    if not file.exists():
-        fields = type(config).model_fields
-        asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
-        replace_file(file, f"# {command}\n{asked.to_yaml()}".encode())
-        return
-    before, now = leaves(_filled(read_yaml(file), type(config))), leaves(config.model_dump(mode="json"))
-    changed = [
-        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
-        for key in sorted({*before, *now} - UNCOMPARED)
-        if before.get(key) != now.get(key)
-    ]
+def hold_config(path: Path, config: Config) -> None:
+    """Hold that what has trained in a directory, if anything has, was asked for as `config` asks.
+
+    Raises:
+        UsageError: It was not; with every value that differs.
+    """
+    if (path / CONFIG_FILE).exists() and _has_trained(path):
+        _refuse(path, _changes(path, config))
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether anything is there that took time: every run has directories of its own, and so has what holds runs."""
+    return any(p.is_dir() or p.name in (RESULT_FILE, METRICS_FILE) for p in path.iterdir())
+
+
+def _keep_config(path: Path, config: Config, command: str) -> None:
+    if (path / CONFIG_FILE).exists():
+        return _refuse(path, _changes(path, config))
+    fields = type(config).model_fields
+    asked = config.model_copy(update={key: fields[key].default for key in UNCOMPARED & fields.keys()})
+    return replace_file(path / CONFIG_FILE, f"# {command}\n{asked.to_yaml()}".encode())
+
+
+def _changes(path: Path, config: Config) -> list[str]:
+    """What differs between the configuration in a directory and this one."""
+    before = leaves(_filled(read_yaml(path / CONFIG_FILE), type(config)))
+    now = leaves(config.model_dump(mode="json"))
+    keys = sorted({*before, *now} - UNCOMPARED)
+    return [f"{k}: {before.get(k)!r} before, {now.get(k)!r} now" for k in keys if before.get(k) != now.get(k)]
+
+
+def _refuse(path: Path, changed: list[str]) -> None:
     if changed:
         raise UsageError(
-            f"{file.parent} holds a run with another configuration; a run goes on only as it began:\n  - "
+            f"{path} holds a run with another configuration; a run goes on only as it began:\n  - "
             + "\n  - ".join(changed)
             + "\nAsk for the same again, or name another --output"
         )

@@ -24,7 +24,7 @@ from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, parse_method, run, trained, tuner_of
 from petune.rundir import CONFIG_FILE, claimed
-from petune.space import Params, Range, Value, corners, is_whole, propose, require_sampler, within
+from petune.space import Params, Range, Value, corners, grid, is_whole, propose, require_sampler, within
 from petune.train import Event, Note, StopFlag
 
 TRIAL_FILE, TABLE_FILE = "trial.json", "sweep.json"
@@ -187,7 +187,7 @@ def sweep(
     config = SweepConfig.given(config, fields, "petune.sweep(...)")
     require_sampler(config.over, config.trials)
     check_weights(config.run.backbone, config.run.weights)
-    chosen = choose_executor(executor) if isinstance(executor, str) else executor
+    chosen = choose_executor(executor)
     place = config.output or Path("runs") / sweep_name(config)
     with claimed(place, _held(config, place), resume=True, command=COMMAND):
         asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
@@ -197,7 +197,8 @@ def sweep(
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             while batch := _next(table, whole=chosen is not serial):
                 table = _tried(table, batch, place, chosen, watch)
-            result = _tested(table, place, chosen, watch) if config.test and table.best is not None else None
+            test = table.best is not None and (config.test or RunResult.exists(_directory(place, table.best)))
+            result = _tested(table, place, chosen, watch) if test else None
         return _write(table.model_copy(update={"finished": True, "result": result}), place)
 
 
@@ -253,7 +254,7 @@ def _tried(table: Sweep, batch: Sequence[Trial], place: Path, chosen: Executor, 
     rows = {row.trial: row for row in (*table.rows, *batch)}
     # the test that is there is of the best trial so far
     table = _write(table.model_copy(update={"rows": tuple(rows.values()), "finished": False, "result": None}), place)
-    total = max(config.trials, len(rows))
+    total = max(min(config.trials, len(grid(config.over) or range(config.trials))), len(rows))
     configs = [_in(place, row.trial, config.trial(row.params)) for row in batch]
 
     def told(event: Event | Started) -> None:

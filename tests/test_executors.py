@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import petune
 from petune.compare import CompareConfig, RunStarted, compare
 from petune.config import read_yaml
 from petune.errors import ConfigError, MissingExtra, UnknownName, UsageError
@@ -103,7 +104,9 @@ def test_a_comparison_takes_outcomes_in_any_order(tmp_path: Path) -> None:
 
 
 def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_executor("serial") is serial
+    assert choose_executor("serial") is choose_executor(serial) is serial
+    with pytest.raises(UsageError, match="serial takes no options, but came serial:cpus=2"):
+        choose_executor("serial:cpus=2")
     with pytest.raises(UnknownName, match="no executor is called 'rai'; did you mean 'ray'"):
         choose_executor("rai")
     monkeypatch.setattr(importlib.import_module("petune.executors.ray"), "find_spec", lambda name: True)
@@ -135,6 +138,14 @@ def test_a_method_that_cannot_be_built_is_refused_before_anything_trains(tmp_pat
         with pytest.raises(UsageError, match=said):
             compare(plain, watch=events.append)
     assert events == []
+
+
+def test_what_is_no_executor_is_refused_before_a_directory_is_made(tmp_path: Path) -> None:
+    for function, more in ((petune.compare, {"methods": ("linear",)}), (petune.sweep, {"over": {"train.lr": [0.1]}})):
+        wrong: Any = {"executor": 3, "output": tmp_path / "c", "run": PLAIN, **more}
+        with pytest.raises(UsageError, match="executor must be serial, ray, slurm or a function as those, not 3"):
+            function(**wrong)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": (-1,)}, {"seeds": (2**31,)}, {"lrs": {"linear": 1e9}}])

@@ -13,7 +13,7 @@ import pytest
 from petune.config import Config, read_yaml
 from petune.errors import CheckpointError, UsageError
 from petune.results import RunResult
-from petune.rundir import CONFIG_FILE, claimed, free_path, latest_path
+from petune.rundir import CONFIG_FILE, LOCK_FILE, METRICS_FILE, claimed, free_path, hold_config, latest_path
 
 COMMAND = "petune run --config config.yaml"
 
@@ -77,6 +77,7 @@ def test_an_option_that_is_newer_than_the_directory_counts_as_its_default(tmp_pa
     with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         pass
     (tmp_path / "run" / CONFIG_FILE).write_text("seed: 0\n")
+    (tmp_path / "run" / METRICS_FILE).touch()
     with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
         pass
     with pytest.raises(UsageError, match=r"lr: 0\.1 before, 0\.2 now"):
@@ -84,8 +85,11 @@ def test_an_option_that_is_newer_than_the_directory_counts_as_its_default(tmp_pa
 
 
 def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
-        pass
+    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
+        (place / "checkpoints").mkdir()
+    hold_config(place, Settings(output=tmp_path))
+    with pytest.raises(UsageError, match="seed: 0 before, 1 now"):
+        hold_config(place, Settings(seed=1))
     with (
         pytest.raises(UsageError) as caught,
         claimed(tmp_path / "run", Settings(seed=1, output=tmp_path), resume=True, command=COMMAND),
@@ -96,14 +100,35 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
     assert "output:" not in str(caught.value)
 
 
+def test_where_nothing_trained_another_configuration_begins_anew(tmp_path: Path) -> None:
+    names = {"began.json", "pictures.json", "compare.json", "sweep.json"}
+    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
+        for name in names:
+            (place / name).touch()
+        (place / "notes").write_text("mine")
+    with claimed(place, Settings(), resume=True, command=COMMAND):
+        assert {p.name for p in place.iterdir()} & names == {"compare.json", "sweep.json"}  # of the same question
+    hold_config(place, Settings(seed=1))
+    with claimed(place, Settings(seed=1), resume=True, command=COMMAND):
+        assert {p.name for p in place.iterdir()} == {CONFIG_FILE, LOCK_FILE, "notes"}
+    assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=1)
+
+
+def test_a_configuration_that_somebody_wrote_is_kept(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text("seed: 3\n")
+    with pytest.raises(UsageError, match="seed: 3 before, 0 now"):
+        claimed(tmp_path, Settings(), resume=True, command=COMMAND).__enter__()
+    assert (tmp_path / CONFIG_FILE).read_text() == "seed: 3\n"
+
+
 class Nested(Config):
     train: Settings = Settings()
     options: dict[str, Any] = {}
 
 
 def test_of_a_mapping_the_keys_that_changed_are_named(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Nested(), resume=False, command=COMMAND):
-        pass
+    with claimed(tmp_path / "run", Nested(), resume=False, command=COMMAND) as place:
+        (place / "checkpoints").mkdir()
     other = Nested(train=Settings(lr=1), options={"depth": 2})
     with pytest.raises(UsageError) as caught, claimed(tmp_path / "run", other, resume=True, command=COMMAND):
         pass

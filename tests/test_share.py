@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +44,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def adapter(tmp_path: Path) -> Path:
     randomised(petune.attach(tiny(), "adaptformer")).save(tmp_path / "a", metadata={"classes": list("abcde")})
     return tmp_path / "a"
+
+
+def test_it_works_in_a_process_that_imported_nothing_before(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "petune", "pull", "me/pets"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    assert "HF_HUB_OFFLINE is set" in done.stderr
 
 
 def there(place: Path) -> dict[str, bytes]:

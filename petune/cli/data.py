@@ -28,7 +28,8 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
     if json:
         pairs = {"shared": report.shared, "doubtful": report.doubtful}
         found = {what: [[str(a), str(b)] for a, b in several] for what, several in pairs.items()}
-        show_json({"pictures": report.pictures, "broken": report.broken, **found, "copies": report.copies,
+        show_json({"pictures": report.pictures, "broken": report.broken, **found, "untested": report.untested,
+                   "unvalidated": report.unvalidated, "copies": report.copies,
                    "left_out": report.left_out})  # fmt: skip
     else:
         parts = tuple(report.pictures)
@@ -43,6 +44,9 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
             show(clean(f"{file} is the same file as {twin}, in another class"))
         if report.copies:
             show(f"{report.copies} copies in the same class; a split that is cut never parts them")
+        for split, lacking in (("test", report.untested), ("val", report.unvalidated)):
+            if lacking:
+                show(clean(f"too few different pictures to give the {split} split one: {', '.join(lacking)}"))
         if said := unread(report.left_out):
             show(clean(said))
         counts = ((report.broken, "broken"), (report.shared, "in two splits"), (report.doubtful, "in two classes"))

@@ -94,10 +94,12 @@ class TrainBatches:
         pictures, left = len(self.split), len(self.split) % self.batch_size
         if left <= pictures / 10:
             return ""
-        better = pictures // (len(self) + 1)
+        sizes = range(self.batch_size - 1, self.batch_size // 2, -1)
+        better = next((size for size in sizes if pictures % size <= pictures / 10), None)
+        advice = f"; --set train.batch_size={better} uses {pictures - pictures % better:,}" if better else ""
         return (
             f"each epoch trains on {pictures - left:,} of {pictures:,} pictures, others each time, since {left:,} fill "
-            f"no batch of {self.batch_size}; --set train.batch_size={better} uses {better * (len(self) + 1):,}"
+            f"no batch of {self.batch_size}{advice}"
         )
 
     def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:

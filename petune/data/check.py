@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ class FolderReport:
         shared: Pictures of another split than train whose file is equal, byte for byte, to one in train or in a
             split before theirs: what is measured on them is memory.
         doubtful: Likewise pictures of a split whose file is one of another class there, too: one label is wrong.
+        untested, unvalidated: Classes that have too few different pictures to give one to the test or val split, where
+            that will be cut from train.
         copies: How many are one of the same split and class; none of these is ever cut from what it is a copy of.
         left_out: Number of visible files that are not read, by what their names end in.
     """
@@ -31,6 +33,8 @@ class FolderReport:
     broken: list[str]
     shared: list[tuple[Path, Path]]
     doubtful: list[tuple[Path, Path]]
+    untested: list[str]
+    unvalidated: list[str]
     copies: int
     left_out: dict[str, int]
 
@@ -67,4 +71,9 @@ def check_folder(path: Path) -> FolderReport:
                     doubtful.append((file, twin))
                 else:
                     copies += twin != file
-    return FolderReport(dict(pictures), broken, shared, doubtful, copies, left_out)
+    different = Counter(name for part, name, _ in first_seen.values() if part == "train")
+    cuts_test = pictures.keys() == {"train"}
+    untested = [name for name in found["train"] if cuts_test and different[name] < 2]
+    brings_val = {"val", "test"} <= pictures.keys()
+    unvalidated = [name for name in found["train"] if not brings_val and different[name] < 2 + cuts_test]
+    return FolderReport(dict(pictures), broken, shared, doubtful, untested, unvalidated, copies, left_out)

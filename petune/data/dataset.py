@@ -118,11 +118,21 @@ class Dataset:
         held_out = stratified(self.train.labels, self.train.rows, fraction, seed)
         if not held_out.any() or held_out.all():
             raise ConfigError(
-                f"val_fraction={fraction} of {len(self.train)} training pictures leaves an empty split; "
-                f"{self.num_classes} classes need at least {2 * self.num_classes} pictures"
+                f"val_fraction={fraction} of {len(self.train)} training pictures leaves an empty split; a class must "
+                "have two that differ to give one, besides what was taken for test. Add some, or bring a val folder"
             )
         positions = np.arange(len(self.train))
-        return replace(self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out]))
+        cut = replace(self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out]))
+        return cut.said_to_lack("val")
+
+    def said_to_lack(self, part: Literal["val", "test"]) -> Dataset:
+        """The dataset, whose `source` names the classes that a split has no picture of: it says nothing of them."""
+        split = self.val if part == "val" else self.test
+        lacking = [self.classes[i] for i in np.flatnonzero(np.bincount(split.labels, minlength=self.num_classes) == 0)]
+        if not lacking:
+            return self
+        shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        return replace(self, source=f"{self.source}; no {part} picture of {shown}")
 
     def with_train_per_class(self, count: int, seed: int) -> Dataset:
         """Keep `count` training pictures a class, drawn by `seed` (few-shot)."""

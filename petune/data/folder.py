@@ -64,6 +64,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
         dataset = replace(dataset, source=f"{dataset.source}; {len(skipped)} broken skipped: {shown}")
     if copies := len(train) - len(np.unique(train.rows)):
         dataset = replace(dataset, source=f"{dataset.source}; {copies} copies of others, in the same split as those")
+    dataset = dataset.said_to_lack("test")
     if said := unread(others):
         dataset = replace(dataset, source=f"{dataset.source}; {said}")
     return dataset.checked()

@@ -37,24 +37,31 @@ def run_all(
     places = [config.output for config in configs]
     if None in places or len(set(places)) < len(places) or not all(config.resume for config in configs):
         raise UsageError("each of many runs needs an output of its own, and resume=True")
-    chosen = choose_executor(executor) if isinstance(executor, str) else executor
+    chosen = choose_executor(executor)
     outcomes: list[Outcome | None] = [None] * len(configs)
     for index, outcome in chosen(configs, wanted, watch):
         outcomes[index] = outcome
     return outcomes
 
 
-def choose_executor(text: str) -> Executor:
-    """The executor called `text`, options in place.
+def choose_executor(text: str | Executor) -> Executor:
+    """The executor called `text`, options in place; one that is an executor already is returned.
 
     Raises:
         UnknownName: There is none of that name.
         MissingExtra: Its package is not installed.
         ConfigError: An option is wrong.
-        UsageError: A launcher started several processes, which do one run at a time.
+        UsageError: It is neither text nor a function, or a launcher started several processes, which do one run at a
+            time.
     """
+    if not isinstance(text, str):
+        if not callable(text):
+            raise UsageError(f"executor must be {', '.join(EXECUTORS)} or a function as those, not {text!r}")
+        return text
     name, options = parse_method(text)
-    if name == "serial" and not options:
+    if name == "serial":
+        if options:
+            raise UsageError(f"the executor serial takes no options, but came {text}")
         return serial
     if num_processes() > 1:
         raise UsageError(f"several processes that do each run together take --executor serial, not {text}")

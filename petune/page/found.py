@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from petune.compare import Comparison
 from petune.config import read_yaml
 from petune.errors import CheckpointError, ConfigError, UsageError
 from petune.results import RunResult
-from petune.rundir import CONFIG_FILE, RESULT_FILE
+from petune.rundir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
 from petune.sweep import Sweep
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]
 TABLES: dict[Kind, str] = {"compare": "compare.json", "sweep": "sweep.json"}
-METRICS_FILE, TRIAL_FILE = "metrics.jsonl", "trial.json"
+TRIAL_FILE = "trial.json"
 PARTS = {"adapter", "checkpoints", "tensorboard"}
 """Directories of a run that hold no runs."""
 
@@ -120,15 +121,14 @@ def _read_table(place: Path, kind: Kind, config: dict[str, Any]) -> Found:
             raise ValueError(f"it holds a {type(table).__name__}")
     except (OSError, ValueError) as error:
         return Found(place, kind, "broken", f"{file.name} cannot be read: {error}", config)
-    if kind == "sweep":
-        try:
-            sweep = Sweep.build(table, file.name)
-        except ConfigError as error:
-            return Found(place, kind, "broken", str(error), config)
-        table = sweep.model_dump(mode="json")
-        if not sweep.finished:
-            far = f"{sum(row.state != 'running' for row in sweep.rows)} trials done; started again it goes on"
-            return Found(place, kind, "unfinished", far, config, table=table)
+    try:
+        whole = (Sweep if kind == "sweep" else Comparison).build(table, file.name)
+    except ConfigError as error:
+        return Found(place, kind, "broken", str(error), config)
+    table = whole.model_dump(mode="json")
+    if isinstance(whole, Sweep) and not whole.finished:
+        far = f"{sum(row.state != 'running' for row in whole.rows)} trials done; started again it goes on"
+        return Found(place, kind, "unfinished", far, config, table=table)
     return Found(place, kind, "done", "", config, table=table)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from petune.compare import COMPARE_FILE, Comparison, Origin, origins_of, summarise
 from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
@@ -82,13 +81,8 @@ def _backbone(run: Found) -> tuple[str, ...]:
 
 
 def _comparison(one: Found, runs: Sequence[Found]) -> Section:
-    """The rows of compare.json; of methods that are not in it (yet), the runs."""
-    try:
-        comparison = Comparison.model_validate(one.table) if one.table else None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        return _section(one.path.name, f"compare.json cannot be used: {where}: {problem['msg']}", runs, [])
+    """The rows of compare.json; of methods that are not in it (yet), or where it is damaged, the runs."""
+    comparison = Comparison.model_validate(one.table) if one.table else None
     rows = [row.model_dump() for row in comparison.rows] if comparison else []
     known = {row["method"] for row in rows}
     rows += _rows([run for run in runs if run.result and run.result.method not in known])
@@ -205,7 +199,7 @@ def _cells(row: Mapping[str, Any], runs: Sequence[Found], epochs: Any) -> list[s
     if row["status"] == "failed":
         return [row["method"], f"failed: {row['reason']}"]
     method, tuned, head, of_backbone, of_all, adapter, top1, top5, rate, memory, time = cells(row)
-    alike = [run.result for run in runs if run.result and run.result.method == method]
+    alike = [r.result for r in runs if r.result and r.result.method == method and r.result.seed in row["seeds"]]
     step = row["step"] if "step" in row else _step(alike)
     val, lr = row["val_top1_mean"], row["lr"]
     return [

@@ -83,6 +83,46 @@ def test_a_seed_is_missing_by_name(petune: Run, tiny: Words, tmp_path: Path) -> 
     assert "With fewer seeds: bitfit (seed 0)." in markdown(table)
 
 
+def test_what_failed_before_anything_trained_may_be_corrected(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    words = ("compare", "linear", *tiny, "--output", "there")
+    none = petune(*words, "--weights", "typo.safetensors")
+    assert none.code == 4
+    assert "typo.safetensors" in none.err
+    assert not (tmp_path / "there").exists()
+    assert petune(*words, "--dataset", "folder:typo").code == 1
+    assert (tmp_path / "there" / "compare.json").exists()
+    assert petune(*words).code == 0
+    assert petune(*words, "--val-fraction", "0.2").code == 2  # now something has
+
+
+def test_a_rate_that_a_run_did_not_have_is_refused_before_anything_trains(
+    petune: Run, tiny: Words, tmp_path: Path
+) -> None:
+    assert petune("compare", "linear", *tiny, "--output", "there").code == 0
+    kept = (tmp_path / "there" / "compare.yaml").read_text()
+    done = petune("compare", "bitfit", "linear", *tiny, "--output", "there", "--set", "lrs.linear=0.02")
+    assert done.code == 2
+    assert "there/linear-vit_nano-digits-seed0 holds a run with another configuration" in done.err
+    assert "train.lr: None before, 0.02 now" in done.err
+    assert not list((tmp_path / "there").glob("bitfit*"))
+    assert (tmp_path / "there" / "compare.yaml").read_text() == kept
+    assert petune("compare", "--config", "there/compare.yaml", "--output", "there").code == 0
+
+
+def test_seeds_that_are_not_asked_for_again_are_named_and_tables_from_elsewhere_kept(
+    petune: Run, tiny: Words, tmp_path: Path
+) -> None:
+    assert petune("compare", "linear", *tiny, "--output", "there", "--seeds", "0,1").code == 0
+    done = petune("compare", "linear", *tiny, "--output", "there")
+    assert "the table will lack linear (seed 1), not asked for now; finished runs stay in there\n" in done.err
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "compare.md").write_text("mine")
+    done = petune("compare", "linear", *tiny, "--output", "kept")
+    assert done.code == 2
+    assert "kept/compare.md was not made by a comparison there, and is kept; name another --output" in done.err
+    assert (tmp_path / "kept" / "compare.md").read_text() == "mine"
+
+
 def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("val_fraction: 0.2\ntrain: {batch_size: 32}\n")
     words = ("--config", "run.yaml", "--set", "train.grad_clip=5", "--set", "seeds=[4]", "--output", "there")

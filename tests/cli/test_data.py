@@ -46,7 +46,8 @@ def test_copies_within_train_are_said_and_those_of_another_class_are_a_fault(pet
     shutil.copy(tmp_path / "pets" / "cat" / "0.png", tmp_path / "pets" / "cat" / "0 (1).png")
     done = petune("data", "check", "pets")
     assert done.code == 0, done.err
-    assert done.out.endswith("1 copies in the same class; a split that is cut never parts them\nno fault found\n")
+    assert "1 copies in the same class; a split that is cut never parts them\n" in done.out
+    assert done.out.endswith("no fault found\n")
     shutil.copy(tmp_path / "pets" / "dog" / "0.png", tmp_path / "pets" / "cat" / "x.png")
     done = petune("data", "check", "pets")
     assert done.code == 4
@@ -54,6 +55,21 @@ def test_copies_within_train_are_said_and_those_of_another_class_are_a_fault(pet
     assert done.out.endswith("0 broken, 0 in two splits, 1 in two classes\n")
     found = json.loads(petune("data", "check", "pets", "--json").out)
     assert (found["copies"], found["doubtful"]) == (1, [["pets/dog/0.png", "pets/cat/x.png"]])
+
+
+def test_classes_too_small_for_every_split_are_named(petune: Run, tmp_path: Path) -> None:
+    _fill(tmp_path / "pets")
+    shutil.copy(tmp_path / "pets" / "cat" / "0.png", tmp_path / "pets" / "cat" / "1.png")
+    Image.new("L", (9, 9), 99).save(tmp_path / "pets" / "dog" / "2.png")
+    done = petune("data", "check", "pets")
+    assert done.code == 0, done.err
+    assert "too few different pictures to give the test split one: cat\n" in done.out
+    assert "too few different pictures to give the val split one: cat, d[31mg\n" in done.out
+    (tmp_path / "split").mkdir()
+    shutil.copytree(tmp_path / "pets", tmp_path / "split" / "train")
+    shutil.copytree(tmp_path / "pets", tmp_path / "split" / "test")
+    found = json.loads(petune("data", "check", "split", "--json").out)
+    assert (found["untested"], found["unvalidated"]) == ([], ["cat"])
 
 
 def test_a_folder_that_is_not_there(petune: Run) -> None:

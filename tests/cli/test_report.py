@@ -133,19 +133,24 @@ def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
     return to
 
 
-@pytest.mark.parametrize("damage", [{"seeds": []}, {"top1_mean": None}])
-def test_a_damaged_comparison_is_told(petune: Run, runs: Path, damage: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [({"seeds": []}, "must have seeds"), ({"top1_mean": None}, "must have top1_mean"), (None, "config: field req")],
+)
+def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(
+    petune: Run, runs: Path, damage: dict[str, Any] | None, said: str, tmp_path: Path
+) -> None:
     file = runs / "two" / "compare.json"
     table = json.loads(file.read_text())
-    table["rows"][0] |= damage
-    file.write_text(json.dumps(table))
-    done = petune("report", "there", "--output", "page.html")
+    table["rows"][0] |= damage or {}
+    file.write_text(json.dumps({} if damage is None else table))
+    done = petune("report", "there", "--output", "page.html", "--json")
     assert done.code == 0, done.err
-    text = Tags((tmp_path / "page.html").read_text()).text
-    assert (
-        f"compare.json cannot be used: rows.0: Value error, a method that is done must have {next(iter(damage))}"
-        in text
-    )
+    assert json.loads(done.out)["broken"] == 1
+    page = Tags((tmp_path / "page.html").read_text())
+    assert "in compare.json:" in page.text
+    assert said in page.text
+    assert "linear" in page.text
 
 
 def test_runs_on_other_pictures_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp
         again = petune("sweep", "adaptformer", *OVER, *tiny, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out) == table
+    assert json.loads(petune("sweep", "adaptformer", *OVER, *tiny, "--json", "--no-test").out)["result"] == result
+    assert "[1/4] trial 0" in done.err
     # the best one is what `petune run` would have given
     config = place / f"trial-{best['trial']:03d}" / "config.yaml"
     alone = petune("run", "--config", config, "--output", "alone", "--json")

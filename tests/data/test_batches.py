@@ -169,3 +169,6 @@ def test_what_a_large_rest_leaves_out_is_told() -> None:
     )
     assert note.endswith("--set train.batch_size=127 uses 254")
     assert len(_batches(_split(255), 127)) == 2
+    assert _batches(_split(27), 8).note().endswith("fill no batch of 8; --set train.batch_size=5 uses 25")
+    assert _batches(_split(27), 5).note() == ""
+    assert _batches(_split(11), 4).note().endswith("since 3 fill no batch of 4")  # 3 leaves 2, fewer is no batch

@@ -64,6 +64,11 @@ def test_a_class_of_two_gives_one_and_a_class_of_one_gives_none() -> None:
     assert np.bincount(cut.val.labels, minlength=3).tolist() == [1, 0, 5]
 
 
+def test_a_class_that_a_split_has_no_picture_of_is_named() -> None:
+    assert _dataset((2, 2, 50)).with_val(0.1, seed=0).source == _dataset().source
+    assert _dataset((2, 1, 50)).with_val(0.1, seed=0).source.endswith("; no val picture of b")
+
+
 def test_a_val_split_that_would_be_empty_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"val_fraction=0\.5 of 2 training pictures leaves an empty split"):
         _dataset((1, 1)).with_val(0.5, seed=0)
