@@ -26,7 +26,7 @@ from petune.train.config import TrainConfig
 from petune.train.evaluate import Accuracy, evaluate
 from petune.train.events import EpochEnded, Event, Log, Note, StepDone
 from petune.train.features import Features
-from petune.train.mixing import Mixing, step_seed
+from petune.train.mixing import Mixing, seed_step
 from petune.train.optim import create_optimizer, create_schedule, without_decay
 from petune.train.precision import choose_attention, choose_precision
 from petune.train.probe import can_run_out, largest_that_fits
@@ -198,7 +198,7 @@ class Trainer:
 
     def _step(self, batch: Batch) -> Asked:
         p = self.progress
-        torch.manual_seed(step_seed(self.seed, p.step, self.group.rank))
+        seed_step(self.device, self.seed, p.step, self.group.rank)
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)

@@ -50,15 +50,15 @@ class StandIn:
     leaves: tuple[Leaf, ...]
     spec: TreeSpec
 
-    def output(self, kept: Sequence[Tensor], batch: int, device: torch.device) -> Any:
-        """What the module would have returned, as far as anybody reads it."""
+    def output(self, kept: Sequence[Tensor], rows: int, device: torch.device) -> Any:
+        """What the module would have returned, as far as anybody reads it; blanks for so many pictures else."""
         values = []
         for leaf in self.leaves:
             if leaf.shape is None:
                 values.append(leaf.value)
             elif leaf.kept is None:
                 blank = torch.zeros((), dtype=leaf.dtype, device=device)
-                values.append(blank.expand(leaf.factor * batch, *leaf.shape))
+                values.append(blank.expand(leaf.factor * rows, *leaf.shape))
             else:
                 values.append(kept[leaf.kept])
         return tree_unflatten(values, self.spec)
@@ -82,6 +82,8 @@ class Prefix:
         entries: Modules that get what was kept.
         kept: Shape (without the batch) and dtype of what is kept of each picture.
         image_shape: Of a picture, (channels, height, width).
+        lean: Whether what nobody reads is given for one picture, whatever the batch: what a model's own code makes of
+            it then costs nothing. A model may need it for as many as there are.
     """
 
     model: nn.Module
@@ -89,6 +91,7 @@ class Prefix:
     entries: tuple[Entry, ...]
     kept: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     image_shape: tuple[int, ...]
+    lean: bool = False
 
     def bytes_per_picture(self) -> int:
         """How much is kept of one picture."""
@@ -96,9 +99,9 @@ class Prefix:
 
     def forward(self, kept: Sequence[Tensor]) -> Tensor:
         """The model's output from what was kept, (B, …) each."""
-        batch, device = len(kept[0]), kept[0].device
-        x_BCHW = torch.zeros((), device=device).expand(batch, *self.image_shape)
-        instead = {s.module: _returning(s.output(kept, batch, device)) for s in self.stand_ins}
+        rows, device = 1 if self.lean else len(kept[0]), kept[0].device
+        x_BCHW = torch.zeros((), device=device).expand(rows, *self.image_shape)
+        instead = {s.module: _returning(s.output(kept, rows, device)) for s in self.stand_ins}
         instead |= {e.module: _entered_by(kept[e.kept], e.module.forward) for e in self.entries}
         with forwards(instead):
             out: Tensor = self.model(x_BCHW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,19 +93,22 @@ def _planned(trainer: Trainer) -> tuple[Prefix, str] | None:
     begun = (trainer.directory / FEATURES).exists()
     if wanted == "never" or not epochs_left or (wanted == "auto" and epochs_left == 1 and not begun):
         return None
-    prefix = _prefix(trainer)
+    prefix, proven = _prefix(trainer), None
     if prefix is None:
         reason = f"{getattr(trainer.att, 'name', 'the method')} trains too far down: no large part of the model stays"
     else:
         reason = _why_not(trainer, prefix)
+        proven = None if reason else _proven(trainer, prefix)
+        if not (reason or proven):
+            reason = f"{trainer.att.sites.model} cannot be cut there: its scores or gradients would differ"
     if reason and wanted == "always":
         raise ConfigError(f"cache_features=always cannot be done: {reason}; leave it at auto")
     if prefix is None:
         return None
-    if reason:
+    if proven is None:
         trainer.on_event(Note(f"the frozen layers are computed anew in every epoch: {reason}"))
         return None
-    return prefix, f"{fingerprint(trainer.att)} {trainer.precision} {trainer.device.type} torch {torch.__version__}"
+    return proven, f"{fingerprint(trainer.att)} {trainer.precision} {trainer.device.type} torch {torch.__version__}"
 
 
 def _prefix(trainer: Trainer) -> Prefix | None:
@@ -129,10 +133,13 @@ def _why_not(trainer: Trainer, prefix: Prefix) -> str:
         return "grad_checkpointing computes blocks again"
     if trainer.group.size > 1:
         return "several processes train"
-    if not _same(trainer, prefix):
-        return f"{trainer.att.sites.model} cannot be cut there: its scores or gradients would differ"
     place = trainer.directory / FEATURES
     return why_too_large(prefix, len(data.train) + len(data.val), train.feature_cache_gb, place)
+
+
+def _proven(trainer: Trainer, prefix: Prefix) -> Prefix | None:
+    """The prefix, lean where the model makes do with that, once its scores and gradients are those of the whole."""
+    return next((one for one in (replace(prefix, lean=True), prefix) if _same(trainer, one)), None)
 
 
 def _same(trainer: Trainer, prefix: Prefix) -> bool:

@@ -248,6 +248,44 @@ def test_a_model_that_cannot_be_cut_is_found_out(make_trainer: Make) -> None:
     assert "Skips cannot be cut there: its scores or gradients would differ" in notes[0]
 
 
+class Counts(nn.Module):
+    """Its own code asks how many pictures there are of what a frozen module gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = timm.create_model("vit_tiny_patch16_224", **SIZE)
+        self.head = nn.Linear(SIZE["embed_dim"], 3)
+        self.inside.reset_classifier(0)
+        self.norm = nn.LayerNorm(SIZE["embed_dim"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inside(x)
+        out: torch.Tensor = self.head(self.norm(x).reshape(len(x), -1))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "lean"), [(Counts, False), (lambda: timm.create_model("vit_tiny_patch16_224", **SIZE), True)]
+)
+def test_blanks_are_of_one_picture_where_a_model_makes_do_with_it(
+    model: Callable[[], nn.Module], lean: bool, make_trainer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used, found, fill = set[bool](), [], Features.fill
+
+    def noting(self: Features, *args: Any) -> None:
+        used.add(self.prefix.lean)
+        fill(self, *args)
+
+    monkeypatch.setattr(Features, "fill", noting)
+    for wanted in ("never", "always"):
+        torch.manual_seed(0)
+        att = petune.attach(model(), "linear", input_size=(3, 8, 8))
+        make_trainer(att, directory=tmp_path / wanted, augment="none", cache_features=wanted).fit()
+        found.append(torch.cat([p.detach().flatten() for p in att.parameters()]))
+    assert torch.equal(*found)
+    assert used == {lean}
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_and_gradients_of_the_rest_are_those_of_the_whole(method: str, pool: str) -> None:
