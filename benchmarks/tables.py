@@ -109,10 +109,13 @@ def side_by_side(pieces: Sequence[str], found: Found) -> list[str]:
 
 
 def speed() -> str:
-    """What benchmarks/speed.py wrote, and what is to be said of it."""
-    place = RESULTS / "speed"
-    _, text = (place / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
-    return f"{text}\n{(place / 'NOTE.md').read_text(encoding='utf-8').strip()}\n"
+    """What is to be said of speed, and what benchmarks/speed.py wrote on each machine."""
+    texts = [(RESULTS / "speed" / "NOTE.md").read_text(encoding="utf-8").strip(), ""]
+    for place in sorted(RESULTS.glob("speed*")):
+        device = json.loads((place / "speed.json").read_text(encoding="utf-8"))["provenance"]["device"]
+        _, text = (place / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
+        texts += [f"### {device}", "", text]
+    return "\n".join(texts)
 
 
 def near_full(comparison: dict[str, Any]) -> str:
