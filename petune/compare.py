@@ -19,7 +19,7 @@ from petune.errors import PetuneError, UsageError, near_names
 from petune.executors import Executor, Started, choose_executor
 from petune.files import replace_file
 from petune.group import join
-from petune.report import COLUMNS, cells, markdown, picture
+from petune.report import COLUMNS, cells, markdown, picture, seeds_by_method
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, tuner_of
 from petune.rundir import CONFIG_FILE, METRICS_FILE, claimed, hold_config
@@ -27,8 +27,10 @@ from petune.text import html_table
 from petune.train import Event, Note
 from petune.tuner import TunerConfig
 
-TABLE_FILE, COMPARE_FILE = "compare.json", "compare.yaml"
+TABLE_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.svg"
+COMPARE_FILE = "compare.yaml"
 """The comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
+FILES = (TABLE_FILE, COMPARE_FILE, PAGE_FILE, PICTURE_FILE)
 
 
 class CompareConfig(Config):
@@ -194,7 +196,7 @@ def compare(
 
     if not all(one.output and RunResult.exists(one.output) for _, one in runs):
         group.in_turn(lambda: check_weights(config.run.backbone, config.run.weights))
-    with group.led(claimed(place, held, resume=True, command=command)):
+    with group.led(claimed(place, held, resume=True, command=command, tables=FILES)):
         group.same(lambda: _hold_runs([one for _, one in runs]))
         group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
         group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
@@ -280,7 +282,7 @@ def _checked(config: CompareConfig, place: Path) -> dict[str, TunerConfig]:
             continue
     if RunResult.exists(place) or (place / METRICS_FILE).exists():
         raise UsageError(f"a comparison needs a directory of its own, but {place} holds a run; name another --output")
-    foreign = [n for n in (TABLE_FILE, COMPARE_FILE, "compare.md", "compare.svg") if (place / n).exists()]
+    foreign = [n for n in FILES if (place / n).exists()]
     if foreign and not (place / CONFIG_FILE).exists():
         raise UsageError(f"{place}/{foreign[0]} was not made by a comparison there, and is kept; name another --output")
     return options
@@ -301,7 +303,7 @@ def _left_out(config: CompareConfig, place: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError):
         return []
     return [
-        f"{method} (seed {', '.join(map(str, seeds))})" if method in config.methods else method
+        seeds_by_method({method: seeds}) if method in config.methods else method
         for method, seeds in gone.items()
         if seeds or method not in config.methods
     ]
@@ -336,5 +338,5 @@ def write_table(comparison: Comparison, place: Path) -> None:
     """Write `compare.json`, `compare.md` and `compare.svg` into a directory that is there."""
     plain = comparison.model_dump(mode="json")
     replace_file(place / TABLE_FILE, (comparison.model_dump_json(indent=1) + "\n").encode())
-    replace_file(place / "compare.md", markdown(plain).encode())
-    replace_file(place / "compare.svg", picture(plain))
+    replace_file(place / PAGE_FILE, markdown(plain).encode())
+    replace_file(place / PICTURE_FILE, picture(plain))

@@ -6,7 +6,7 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,6 @@ LOCK_FILE = ".lock"
 BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
 BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
-WITHOUT_RUNS = BEFORE_IT_BEGINS - {LOCK_FILE} | {
-    "compare.yaml", "compare.json", "compare.md", "compare.svg", "sweep.json"
-}  # fmt: skip
-"""What is written anew where a comparison or sweep begins again in a directory in which nothing has trained."""
 UNCOMPARED = {"output", "resume", "train.eval_batch_size"}
 """What a run may go on without: where it lies, and how many pictures are evaluated at a time, which may not fit."""
 
@@ -49,7 +45,7 @@ def note(file: Path, what: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterator[Path]:
+def claimed(path: Path, config: Config, *, resume: bool, command: str, tables: Collection[str] = ()) -> Iterator[Path]:
     """Make `path` and hold it, or go on in it. An empty directory is as good as none.
 
     Args:
@@ -57,6 +53,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         config: Written as `config.yaml`; a directory to go on in must hold an equal one, if anything has trained in it.
         resume: Whether an existing directory may be gone on in.
         command: Stands on top of `config.yaml`.
+        tables: Files that tell of the runs in it; with another configuration none of them is kept, either.
 
     Raises:
         UsageError: It exists (without `resume`), holds another configuration, or another process holds it.
@@ -82,7 +79,7 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
         fresh = not (path / CONFIG_FILE).exists()
         try:
             if ours and not fresh and not _has_trained(path):
-                _begin_anew(path, config)
+                _begin_anew(path, config, tables)
             _keep_config(path, config, command)
             if not fresh:
                 _remove_stumps(path)
@@ -93,9 +90,10 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str) -> Iterat
             raise
 
 
-def _begin_anew(path: Path, config: Config) -> None:
+def _begin_anew(path: Path, config: Config, tables: Collection[str]) -> None:
     """Take away what binds a directory in which nothing has trained to the pictures and options of then."""
-    for name in WITHOUT_RUNS if _changes(path, config) else (BEGAN_FILE, PICTURES_FILE):
+    told = (CONFIG_FILE, *tables) if _changes(path, config) else ()
+    for name in (BEGAN_FILE, PICTURES_FILE, *told):
         (path / name).unlink(missing_ok=True)
 
 

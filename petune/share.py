@@ -175,10 +175,10 @@ def _api(repo: str) -> Any:
         UsageError, HubError: See `push`.
     """
     import huggingface_hub as hf
-    from huggingface_hub import utils  # a module that the package alone does not always bring along
+    import huggingface_hub.utils  # which the package alone does not always bring along
     from huggingface_hub.errors import HFValidationError
 
-    tools: Any = utils
+    tools: Any = hf.utils
     try:
         tools.validate_repo_id(repo)
     except HFValidationError as error:

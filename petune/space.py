@@ -94,6 +94,12 @@ def is_whole(space: Space, trials: int) -> bool:
     return every is not None and len(every) <= trials
 
 
+def most(space: Space, trials: int) -> int:
+    """How many trials there can be: `trials`, or every combination where these are fewer."""
+    every = grid(space)
+    return trials if every is None else min(trials, len(every))
+
+
 def propose(
     space: Space,
     tried: Sequence[tuple[Params, float | None]],

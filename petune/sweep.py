@@ -24,7 +24,7 @@ from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, parse_method, run, trained, tuner_of
 from petune.rundir import CONFIG_FILE, claimed
-from petune.space import Params, Range, Value, corners, grid, is_whole, propose, require_sampler, within
+from petune.space import Params, Range, Value, corners, is_whole, most, propose, require_sampler, within
 from petune.train import Event, Note, StopFlag
 
 TRIAL_FILE, TABLE_FILE = "trial.json", "sweep.json"
@@ -189,7 +189,7 @@ def sweep(
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     place = config.output or Path("runs") / sweep_name(config)
-    with claimed(place, _held(config, place), resume=True, command=COMMAND):
+    with claimed(place, _held(config, place), resume=True, command=COMMAND, tables=(TABLE_FILE,)):
         asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
         replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
         hold_beginning(place, config.run.dataset, config.run.weights)
@@ -254,7 +254,7 @@ def _tried(table: Sweep, batch: Sequence[Trial], place: Path, chosen: Executor, 
     rows = {row.trial: row for row in (*table.rows, *batch)}
     # the test that is there is of the best trial so far
     table = _write(table.model_copy(update={"rows": tuple(rows.values()), "finished": False, "result": None}), place)
-    total = max(min(config.trials, len(grid(config.over) or range(config.trials))), len(rows))
+    total = max(most(config.over, config.trials), len(rows))
     configs = [_in(place, row.trial, config.trial(row.params)) for row in batch]
 
     def told(event: Event | Started) -> None:

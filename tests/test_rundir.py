@@ -106,10 +106,11 @@ def test_where_nothing_trained_another_configuration_begins_anew(tmp_path: Path)
         for name in names:
             (place / name).touch()
         (place / "notes").write_text("mine")
-    with claimed(place, Settings(), resume=True, command=COMMAND):
+    tables = ("compare.json", "sweep.json")
+    with claimed(place, Settings(), resume=True, command=COMMAND, tables=tables):
         assert {p.name for p in place.iterdir()} & names == {"compare.json", "sweep.json"}  # of the same question
     hold_config(place, Settings(seed=1))
-    with claimed(place, Settings(seed=1), resume=True, command=COMMAND):
+    with claimed(place, Settings(seed=1), resume=True, command=COMMAND, tables=tables):
         assert {p.name for p in place.iterdir()} == {CONFIG_FILE, LOCK_FILE, "notes"}
     assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=1)
 

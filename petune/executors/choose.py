@@ -44,8 +44,8 @@ def run_all(
     return outcomes
 
 
-def choose_executor(text: str | Executor) -> Executor:
-    """The executor called `text`, options in place; one that is an executor already is returned.
+def choose_executor(executor: str | Executor) -> Executor:
+    """The executor of that name, options in place; one that is an executor already is returned.
 
     Raises:
         UnknownName: There is none of that name.
@@ -54,17 +54,17 @@ def choose_executor(text: str | Executor) -> Executor:
         UsageError: It is neither text nor a function, or a launcher started several processes, which do one run at a
             time.
     """
-    if not isinstance(text, str):
-        if not callable(text):
-            raise UsageError(f"executor must be {', '.join(EXECUTORS)} or a function as those, not {text!r}")
-        return text
-    name, options = parse_method(text)
+    if not isinstance(executor, str):
+        if not callable(executor):
+            raise UsageError(f"executor must be {', '.join(EXECUTORS)} or a function as those, not {executor!r}")
+        return executor
+    name, options = parse_method(executor)
     if name == "serial":
         if options:
-            raise UsageError(f"the executor serial takes no options, but came {text}")
+            raise UsageError(f"the executor serial takes no options, but came {executor}")
         return serial
     if num_processes() > 1:
-        raise UsageError(f"several processes that do each run together take --executor serial, not {text}")
+        raise UsageError(f"several processes that do each run together take --executor serial, not {executor}")
     if name == "ray" or name.startswith("ray://"):
         from petune.executors.ray import RayExecutor, RayOptions
 

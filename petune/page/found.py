@@ -15,12 +15,11 @@ from petune.config import read_yaml
 from petune.errors import CheckpointError, ConfigError, UsageError
 from petune.results import RunResult
 from petune.rundir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from petune.sweep import Sweep
+from petune.sweep import TRIAL_FILE, Sweep
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]
 TABLES: dict[Kind, str] = {"compare": "compare.json", "sweep": "sweep.json"}
-TRIAL_FILE = "trial.json"
 PARTS = {"adapter", "checkpoints", "tensorboard"}
 """Directories of a run that hold no runs."""
 

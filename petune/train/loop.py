@@ -21,6 +21,7 @@ from petune.data.batches import Batch, Preprocess, TrainBatches
 from petune.data.dataset import Dataset
 from petune.errors import CheckpointError, ConfigError, Diverged, Stopped
 from petune.group import ALONE, Group
+from petune.rundir import METRICS_FILE
 from petune.train.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
 from petune.train.config import TrainConfig
 from petune.train.evaluate import Accuracy, evaluate
@@ -104,7 +105,7 @@ class Trainer:
         self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
         self.progress, self.saved = Progress(precision=self.precision), time.perf_counter()
         self.best: dict[str, Tensor] = {}
-        self.log = Log(directory / "metrics.jsonl")
+        self.log = Log(directory / METRICS_FILE)
         self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
         self.features: Features | None = None
 
