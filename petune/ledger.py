@@ -82,7 +82,10 @@ class Ledger(nn.Module):
             AttachError: The name is taken.
         """
         if name in self.claims:
-            raise AttachError(f"each attachment needs a name of its own, but {name!r} is attached already; pass name=…")
+            raise AttachError(
+                f"each attachment needs a name of its own, but {name!r} is attached already: detach it, or stack "
+                "another beside it with name=…"
+            )
         self.claims[name] = Claim()
 
     def claim(self, name: str, claim: Claim) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 import petune
 from petune.backbones import create_backbone, input_side
 from petune.errors import ConfigError, MissingExtra, UnknownName, WeightsUnavailable
+from tests.fake_hub import running
 
 OWN = """
 import timm
@@ -220,3 +223,69 @@ def test_pictures_with_blue_first_are_said(saved_vit: str) -> None:
     transformers.MobileViTImageProcessor().save_pretrained(saved_vit.removeprefix("hf:"))
     with pytest.warns(UserWarning, match="blue, green and red in this order"):
         assert create_backbone(saved_vit, num_classes=3).std == (1.0, 1.0, 1.0)
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+
+
+def _timms(place: Path, num_classes: int) -> nn.Module:
+    import timm
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **SMALL).eval()
+    save_for_hf(model, str(place), model_args=SMALL, safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize("num_classes", [0, 7])
+def test_a_directory_in_timms_layout(num_classes: int, tmp_path: Path) -> None:
+    """As foundation models are published for `timm.create_model("hf-hub:…")`, many of them without a classifier."""
+    saved = _timms(tmp_path, num_classes)
+    backbone = create_backbone(f"hf:{tmp_path}", num_classes=5)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone.model.forward_features(x), saved.forward_features(x))
+    assert petune.attach(backbone.model, "adaptformer", bottleneck=4).counts.head == 24 * 5 + 5
+    assert (backbone.image_size, backbone.mean, backbone.weights) == (32, (0.5,) * 3, f"hf:{tmp_path}")
+    assert create_backbone(f"hf:{tmp_path}", num_classes=5, image_size=64).image_size == 64
+    assert input_side(f"hf:{tmp_path}", None, {}) == 32
+
+
+def test_a_directory_in_timms_layout_fills_the_whole_model_or_is_refused(tmp_path: Path) -> None:
+    _timms(tmp_path, 7)
+    with pytest.raises(WeightsUnavailable, match=r"must fill timm's vit_tiny_patch16_224 with depth=3, but: .*s\.2"):
+        create_backbone(f"hf:{tmp_path}", num_classes=5, options={"depth": 3})
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'depht'"):
+        create_backbone(f"hf:{tmp_path}", num_classes=5, options={"depht": 3})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsUnavailable, match="No suitable checkpoints"):
+        create_backbone(f"hf:{tmp_path}", num_classes=5)
+    assert create_backbone(f"hf:{tmp_path}", num_classes=5, weights="none").weights == "none"
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "architecture": "vit_tiny_patch16_225"}))
+    with pytest.raises(UnknownName, match="did you mean 'vit_tiny_patch16_224'"):
+        create_backbone(f"hf:{tmp_path}", num_classes=5, weights="none")
+
+
+BUILD = """
+from petune.backbones import create_backbone
+backbone = create_backbone("hf:lab/foundation", num_classes=5)
+print(backbone.hub_id, backbone.model.pos_embed.sum().item())
+"""
+
+
+def test_a_repository_in_timms_layout_comes_from_the_hub_and_then_from_the_cache(tmp_path: Path) -> None:
+    saved = _timms(tmp_path / "made", 0)
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "HF_HUB_OFFLINE"}
+
+    def built(**more: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", BUILD]
+        there = {**env, "HF_HOME": str(tmp_path / "cache"), **more}
+        return subprocess.run(words, capture_output=True, text=True, env=there, check=False)
+
+    with running() as hub:
+        hub.repos["lab/foundation"] = {f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()}
+        first = built(HF_ENDPOINT=hub.url)
+        assert first.returncode == 0, first.stderr
+    again = built(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert first.stdout == again.stdout == f"lab/foundation {saved.pos_embed.sum().item()}\n"

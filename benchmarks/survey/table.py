@@ -9,8 +9,25 @@ from typing import Any
 HEAD = """\
 # Backbones
 
-Which method works on which family of backbones. Made by `make backbones`, which builds a small model of every family
-with random weights, attaches every method, and checks each pair:
+`--backbone`, and `petune.RunConfig(backbone=…)`, take
+
+| name | is |
+| --- | --- |
+| `vit_nano`, `vit_base`, … | petune's short names: `petune backbones` lists them |
+| `vit_small_patch14_reg4_dinov2` | any model of timm's; with a tag, as `….lvd142m`, those weights |
+| `torchvision:vit_b_16` | a model of torchvision's |
+| `hf:facebook/dinov2-small`, `hf:DIR` | a repository of the Hugging Face Hub, or a directory |
+| `my_package.models:make` | a function of your own that returns a model |
+
+A repository may have transformers' layout or timm's, what `timm.create_model("hf-hub:…")` reads, as many foundation
+models for pathology have; both need `pip install "petune[transformers]"`. A function of your own is given `num_classes`
+and `image_size` where it takes them. `--image-size` and `--set backbone_options.KEY=VALUE` go to whatever builds the
+model. Weights of a library or the Hub fill everything but the classifier, or it is an error.
+
+## Which method works on which
+
+Made by `make backbones`, which builds a small model of every family with random weights, attaches every method, and
+checks each pair:
 
 - the model computes the same at the start, where the method claims it; the tuned count is the method's formula;
 - every adapter is called in a forward, every tuned tensor gets a gradient and moves, nothing else changes by a bit;
