@@ -33,7 +33,8 @@ from petune.executors import RUN, Executor, Work
 from petune.files import replace_file
 from petune.report import markdown
 from petune.results import RunResult
-from petune.sweep import TABLE_FILE as SWEEP_TABLE
+from petune.run import directory_name
+from petune.trials import TABLE_FILE as SWEEP_TABLE
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"
@@ -209,10 +210,9 @@ def rate_config(piece: Piece, place: Path, method: str) -> petune.SweepConfig:
     """The sweep of a method's rate, from the lowest to the highest."""
     assert piece.rates is not None
     values = sorted(piece.rates.values.get(method) or piece.rates.values["default"])
-    name = "".join(c if c.isalnum() or c in "._=" else "_" for c in method)
     run = laid_over(_shared(piece, place), piece.rates.run) | {"method": method}
     fields = {"over": {"train.lr": values}, "trials": len(values), "test": False, "run": run}
-    return petune.SweepConfig.build(fields | {"output": place / "rates" / name}, f"rates of {method}")
+    return petune.SweepConfig.build(fields | {"output": place / "rates" / directory_name(method)}, f"rates of {method}")
 
 
 def compare_config(

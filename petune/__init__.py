@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from petune.share import pull, push
     from petune.sites import Block, Site, Sites
     from petune.state import load
-    from petune.sweep import Sweep, SweepConfig, sweep
+    from petune.sweep import sweep
     from petune.tasks import Tasks
     from petune.testing import ContractViolation, check_tuner
+    from petune.trials import Sweep, SweepConfig
     from petune.tuner import Recipe, Tuner, TunerConfig
 
 __version__ = "0.1.0"
@@ -54,8 +55,8 @@ _HOMES = {
     "RunResult": "results",
     "Site": "sites",
     "Sites": "sites",
-    "Sweep": "sweep",
-    "SweepConfig": "sweep",
+    "Sweep": "trials",
+    "SweepConfig": "trials",
     "Tasks": "tasks",
     "Tuner": "tuner",
     "TunerConfig": "tuner",

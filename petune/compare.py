@@ -21,7 +21,7 @@ from petune.files import replace_file
 from petune.group import join
 from petune.report import COLUMNS, cells, markdown, picture, seeds_by_method
 from petune.results import RunResult
-from petune.run import RunConfig, default_name, tuner_of
+from petune.run import RunConfig, default_name, directory_name, tuner_of
 from petune.rundir import CONFIG_FILE, METRICS_FILE, claimed, hold_config
 from petune.text import html_table
 from petune.train import Event, Note
@@ -176,7 +176,7 @@ def compare(
     check_watch("petune.compare", watch)
     chosen = choose_executor(executor)
     config = CompareConfig.given(config, fields, "petune.compare(...)")
-    place = config.output or Path("runs") / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
+    place = config.output or Path("runs") / compare_name(config)
     options = _checked(config, place)
     command = f"petune compare --config {COMPARE_FILE}"
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
@@ -184,6 +184,30 @@ def compare(
     held = RunConfig.model_construct(**{**dict(config.run), **unused})
     group = join()
     runs = [(method, _one(config, method, seed, place)) for method in config.methods for seed in config.seeds]
+    if not all(one.output and RunResult.exists(one.output) for _, one in runs):
+        group.in_turn(lambda: check_weights(config.run.backbone, config.run.weights))
+    with group.led(claimed(place, held, resume=True, command=command, tables=FILES)):
+        group.same(lambda: _hold_runs([one for _, one in runs]))
+        group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
+        group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
+        left_out = group.same(lambda: _left_out(config, place))
+        if left_out:
+            watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
+        finished, failed = _done(runs, chosen, watch)
+        rows = [_row(method, finished, failed.get(method, "")) for method in config.methods]
+        return group.same(lambda: _write(config, rows, finished, place))
+
+
+def compare_name(config: CompareConfig) -> str:
+    """The directory name of a comparison that names none."""
+    return directory_name("compare", config.run.backbone, config.run.dataset)
+
+
+def _done(
+    runs: Sequence[tuple[str, RunConfig]], chosen: Executor, watch: Callable[[Event | RunStarted], None]
+) -> tuple[list[RunResult], dict[str, str]]:
+    """Do the runs: the results of those that finished, in their order, and the reasons of the methods that failed."""
+    results: dict[int, RunResult] = {}
     failed: dict[str, str] = {}
 
     def started(event: Event | Started) -> None:
@@ -194,27 +218,15 @@ def compare(
         else:
             watch(event)
 
-    if not all(one.output and RunResult.exists(one.output) for _, one in runs):
-        group.in_turn(lambda: check_weights(config.run.backbone, config.run.weights))
-    with group.led(claimed(place, held, resume=True, command=command, tables=FILES)):
-        group.same(lambda: _hold_runs([one for _, one in runs]))
-        group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
-        group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
-        left_out = group.same(lambda: _left_out(config, place))
-        if left_out:
-            watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
-        results: dict[int, RunResult] = {}
-        # a method is failed with its first seed: the others would be for nothing
-        for index, outcome in chosen([one for _, one in runs], lambda one: one.method not in failed, started):
-            method, one = runs[index]
-            if isinstance(outcome, RunResult):
-                results[index] = outcome
-            else:
-                failed.setdefault(method, outcome.reason)
-                watch(Note(f"{method}, seed {one.seed} failed: {outcome.reason}"))
-        finished = [results[index] for index in sorted(results)]
-        rows = [_row(method, finished, failed.get(method, "")) for method in config.methods]
-        return group.same(lambda: _write(config, rows, finished, place))
+    # a method is failed with its first seed: the others would be for nothing
+    for index, outcome in chosen([one for _, one in runs], lambda one: one.method not in failed, started):
+        method, one = runs[index]
+        if isinstance(outcome, RunResult):
+            results[index] = outcome
+        else:
+            failed.setdefault(method, outcome.reason)
+            watch(Note(f"{method}, seed {one.seed} failed: {outcome.reason}"))
+    return [results[index] for index in sorted(results)], failed
 
 
 def summarise(method: str, results: Sequence[RunResult], reason: str = "") -> Row:

@@ -25,6 +25,9 @@ ALONE = "Attach one method with as many prompts, or switch the other off before 
 class Edit:
     """What one tuner does to one model. A tuner gets it in `attach` and calls its verbs.
 
+    A verb that is given a place raises SiteNotFound where the model does not have it, and AttachError where the place
+    cannot be changed so, as a tensor between modules.
+
     Attributes:
         model: The model that is edited; look, but change it only by the verbs.
         sites: Its places.
@@ -34,7 +37,7 @@ class Edit:
         train_modules: The backbone's own modules that go to train mode.
         adopted, adopted_modules, adopted_buffers: What was put in by hand and is the tuner's.
         switches: Called with False where the attachment is disabled, with True where it is enabled again.
-        checks: Called before it is enabled again; see `before_enabled`.
+        checks, row_switches: See `before_enabled` and `on_rows`.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, name: str) -> None:

@@ -7,37 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import Field, PositiveFloat, model_validator
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from petune.arguments import check_watch
-from petune.attach import attach
+from petune.attachment import Attachment
 from petune.backbones import Backbone
-from petune.began import hold_beginning
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset
 from petune.errors import ConfigError
 from petune.files import replace_file
 from petune.group import join
-from petune.measure import PeakMemory, forward_flops, git_state, provenance
+from petune.measure import forward_flops, provenance
 from petune.results import RunResult
 from petune.run import (
     RunConfig,
     Watch,
     directory_name,
-    filled_in,
-    prepare_backbone,
-    prepare_data,
+    prepared,
     preprocessing,
     run_result,
+    statistics_note,
     tuner_of,
-    with_recipe,
 )
 from petune.rundir import claimed, free_path
-from petune.train import Note, StopFlag, TrainConfig, Trainer, choose_device
-from petune.train.evaluate import Accuracy, load_accuracy
+from petune.train import Accuracy, Note, StopFlag, TrainConfig, Trainer
 from petune.tuner import Recipe
 from petune.weights import BACKBONE_FILE
 
@@ -103,42 +98,34 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         if finished is not None:
             return finished
         watch = watch if group.leads else lambda event: None
-        git_state()  # of the code that trains, whatever is committed meanwhile
-        with stop.at_once(group):
-            load_accuracy()
-            device = group.device(choose_device(config.device))
-            dataset = group.in_turn(lambda: prepare_data(config))
-            train = with_recipe(config.train, RECIPE, dataset)
-            options = {config.method: tuner.config}
-            group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train), options))
-            backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=True))
-            watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
-            memory = PeakMemory(device)
-            backbone_keys = set(backbone.model.state_dict())
-            torch.manual_seed(config.seed)  # adapters start the same whatever drew before
-            attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
-            check_all_trains(attachment.counts.total - attachment.counts.trainable, config.method)
+        ready = prepared(config, tuner, RECIPE, place, stop, watch, group, keep_head=True)
+        attachment, backbone, dataset = ready.attachment, ready.backbone, ready.dataset
+        check_all_trains(attachment.counts.total - attachment.counts.trainable, config.method)
+        adapters = _adapters(attachment)
+        if config.mean is None and (note := statistics_note(backbone)):
+            watch(Note(note))
         preprocess = _preprocessing(config, backbone, dataset)
         trainer = Trainer(
             attachment,
             dataset,
             preprocess,
-            train,
+            ready.train,
             seed=config.seed,
-            device=device,
+            device=ready.device,
             directory=place,
             stop=stop,
             choose="last",
             on_event=watch,
             group=group,
-            peak_bytes=memory.bytes,
+            peak_bytes=ready.memory.bytes,
         )
+        if note := trainer.batches.note():
+            watch(Note(note))
         fitted = trainer.fit()
         test = trainer.evaluate("test")
-        adapters = sorted(set(attachment.model.state_dict()) - backbone_keys)
         info = _described(config, backbone, preprocess, dataset, test)
-        info |= {"adapters": adapters, "provenance": provenance(device)}
-        peak = max(memory.bytes(), trainer.progress.peak_bytes)
+        info |= {"adapters": adapters, "provenance": provenance(ready.device)}
+        peak = max(ready.memory.bytes(), trainer.progress.peak_bytes)
         flops = forward_flops(attachment.model, (3, backbone.image_size, backbone.image_size))
 
         def finish() -> RunResult:
@@ -164,6 +151,12 @@ def check_all_trains(frozen: int, method: str) -> None:
             f"pretraining trains everything, but {method} leaves {frozen:,} parameters as they are; use full, or a "
             "method that trains the backbone too"
         )
+
+
+def _adapters(attachment: Attachment) -> list[str]:
+    """The keys of what was not there before attaching."""
+    added = {id(t) for t in attachment.edit.added_tensors()}
+    return sorted(key for key, t in attachment.model.state_dict(keep_vars=True).items() if id(t) in added)
 
 
 def _preprocessing(config: PretrainConfig, backbone: Backbone, dataset: Dataset) -> Preprocess:

@@ -44,6 +44,7 @@ class RunConfig(Config):
         val_fraction: Share of train cut off for choosing the epoch, where the dataset brings no val split.
         train_per_class: Keep only so many training pictures a class (few-shot); None keeps all.
         seed: Of the head, the adapters, the order, the augmentation and dropout. The val split has its own.
+        device: `auto` takes a GPU where there is one; else as torch writes it: `cpu`, `cuda:1`, `mps`.
         output: The run directory; None makes one under `runs/`.
         resume: Go on in an existing `output`.
     """
@@ -116,6 +117,18 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """All that a training needs: the options filled in, the pictures, the model with the method on it."""
+
+    train: TrainConfig
+    dataset: Dataset
+    backbone: Backbone
+    attachment: Attachment
+    device: torch.device
+    memory: PeakMemory
+
+
+@dataclass(frozen=True)
 class Trained:
     """A run up to its test, which has not been read; the model holds the epoch chosen on val."""
 
@@ -132,33 +145,18 @@ def trained(
 ) -> Trained:
     """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
     watch = watch if group.leads else lambda event: None
-    git_state()  # of the code that trains, whatever is committed meanwhile
-    with stop.at_once(group):
-        load_accuracy()
-        device = group.device(choose_device(config.device))
-        dataset = group.in_turn(lambda: prepare_data(config))
-        train = with_recipe(config.train, tuner.recipe, dataset)
-        options = {config.method: tuner.config}
-        group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train), options))
-        backbone = group.in_turn(lambda: prepare_backbone(config, dataset))
-        watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
-        if backbone.file is not None and backbone.mean is None:
-            watch(
-                Note(f"{backbone.weights} does not say what its pictures' mean and std were; this dataset's are taken")
-            )
-        memory = PeakMemory(device)
-        torch.manual_seed(config.seed)  # adapters are initialised from it
-        attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
-        if backbone.file is not None and backbone.file.adapters:
-            load_adapters(attachment.model, backbone.file, config.method)
-        watch(Note(what_trains(attachment)))
+    ready = prepared(config, tuner, tuner.recipe, place, stop, watch, group)
+    dataset, backbone, attachment, memory = ready.dataset, ready.backbone, ready.attachment, ready.memory
+    if note := statistics_note(backbone):
+        watch(Note(note))
+    watch(Note(what_trains(attachment)))
     trainer = Trainer(
         attachment,
         dataset,
         preprocessing(backbone, dataset),
-        train,
+        ready.train,
         seed=config.seed,
-        device=device,
+        device=ready.device,
         directory=place,
         stop=stop,
         on_event=watch,
@@ -168,6 +166,43 @@ def trained(
     if note := trainer.batches.note():
         watch(Note(note))
     return Trained(dataset, backbone, attachment, trainer, trainer.fit(), memory)
+
+
+def prepared(
+    config: RunConfig,
+    tuner: Tuner[Any],
+    recipe: Recipe,
+    place: Path,
+    stop: StopFlag,
+    watch: Watch,
+    group: Group,
+    *,
+    keep_head: bool = False,
+) -> Prepared:
+    """Read the pictures, build the backbone with its weights, attach; a signal stops this at once."""
+    git_state()  # of the code that trains, whatever is committed meanwhile
+    with stop.at_once(group):
+        load_accuracy()
+        device = group.device(choose_device(config.device))
+        dataset = group.in_turn(lambda: prepare_data(config))
+        train = with_recipe(config.train, recipe, dataset)
+        options = {config.method: tuner.config}
+        group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train), options))
+        backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=keep_head))
+        watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
+        memory = PeakMemory(device)
+        torch.manual_seed(config.seed)  # adapters start the same whatever drew before
+        attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+        if backbone.file is not None and backbone.file.adapters:
+            load_adapters(attachment.model, backbone.file, config.method)
+    return Prepared(train, dataset, backbone, attachment, device, memory)
+
+
+def statistics_note(backbone: Backbone) -> str | None:
+    """What to tell of a weights file that does not say how its pictures were normalised."""
+    if backbone.file is None or backbone.mean is not None:
+        return None
+    return f"{backbone.weights} does not say what its pictures' mean and std were; this dataset's are taken"
 
 
 def tuner_of(config: RunConfig) -> Tuner[Any]:

@@ -20,7 +20,7 @@ LEVELS = {
     "peft_method": 4, "timm_repository": 4,
     "began": 5, "train": 5, "measure": 5, "restore": 5, "share": 5,
     "export": 6, "predict": 6, "run": 6, "pretrain": 6,
-    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7, "executors": 7, "demo": 7,
+    "compare": 7, "report": 7, "page": 7, "evaluation": 7, "sweep": 7, "trials": 7, "executors": 7, "demo": 7,
     "cli": 8,
     "peft_hook": 9, "__main__": 9,
 }  # fmt: skip
@@ -65,7 +65,8 @@ SIBLINGS = {
     ("share", "restore"): "which code an adapter would have run",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",
-    ("page", "sweep"): "what a sweep wrote",
+    ("sweep", "trials"): "what it asks for and keeps",
+    ("page", "trials"): "what a sweep wrote",
 }
 PUBLIC_ONLY = {"tuners"}  # written against `petune` itself, as a plugin is
 LONGEST = 400

@@ -21,7 +21,8 @@ from petune.executors import RUN, Failure, Work, serial
 from petune.executors.trial import Trial, outcome_of
 from petune.run import RunConfig
 from petune.space import Range
-from petune.sweep import FIT, Fit, Sweep, SweepConfig, sweep
+from petune.sweep import FIT, sweep
+from petune.trials import Fit, Sweep, SweepConfig
 
 PLAIN = {
     "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 5,

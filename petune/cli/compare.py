@@ -56,10 +56,10 @@ def compare(
 
 def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, executor: str = "serial") -> None:
     """Run it, print the table, and exit with 1 if a method failed."""
-    from petune.compare import COMPARE_FILE
+    from petune.compare import COMPARE_FILE, compare_name
     from petune.compare import compare as compare_config
 
-    place = config.output or RUNS / f"compare-{config.run.backbone}-{config.run.dataset}".replace("/", "_")
+    place = config.output or RUNS / compare_name(config)
     with started_again("compare", place, COMPARE_FILE, executor), watching(track, place) as watch:
         comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:

@@ -12,7 +12,7 @@ from petune.cli.terminal import say, show, show_facts, show_json
 if TYPE_CHECKING:
     from petune.compare import CompareConfig
     from petune.run import RunConfig
-    from petune.sweep import SweepConfig
+    from petune.trials import SweepConfig
     from petune.tuner import Recipe
 
 

@@ -13,7 +13,7 @@ from petune.errors import ConfigError, UsageError
 from petune.text import percent
 
 if TYPE_CHECKING:
-    from petune.sweep import Sweep, SweepConfig
+    from petune.trials import Sweep, SweepConfig
 
 Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
 Over = Annotated[
@@ -57,7 +57,7 @@ def sweep(
 
     The best trial is chosen on a validation split, and it alone reads test, once. Started again, it goes on.
     """
-    from petune.sweep import SweepConfig
+    from petune.trials import SweepConfig
 
     values = _values(settings, method, over, trials, no_test)
     if at_once is not None:
@@ -116,7 +116,7 @@ def _values(
     settings: Settings, method: str | None, over: list[str] | None, trials: int | None, no_test: bool
 ) -> dict[str, Any]:
     """What belongs to the sweep stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.sweep import SweepConfig
+    from petune.trials import SweepConfig
 
     own = SweepConfig.model_fields.keys()
     values = settings.values(

@@ -15,7 +15,7 @@ from petune.config import read_yaml
 from petune.errors import CheckpointError, ConfigError, UsageError
 from petune.results import RunResult
 from petune.rundir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from petune.sweep import TRIAL_FILE, Sweep
+from petune.trials import TRIAL_FILE, Sweep
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]

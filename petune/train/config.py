@@ -23,6 +23,7 @@ class TrainConfig(Config):
         micro_batch_size: Pictures that go through the model at once; a step adds up their gradients, so the step is
             the same (but for BatchNorm). None finds out on a GPU what fits, once before training; checkpoints
             and result.json hold it.
+        eval_batch_size: Pictures at once where val and test are read; a resume may have another.
         lr: Peak learning rate; None takes the method's recipe. Not scaled by the batch size.
         weight_decay: Applied to matrices only; None takes the recipe.
         decay_vectors: Apply it to biases, norms, position embedding and class token too, as plain torch does.

@@ -98,7 +98,7 @@ class Trainer:
         self.plain_attention: list[nn.Module] = []
         self.compute_in(choose_precision(wanted, device))
         classes, size = dataset.num_classes, self.batches.batch_size
-        self.mixing = Mixing(train, classes, size, seed, device)
+        self.mixing = Mixing(train, classes, size, seed)
         if size < group.size:
             raise ConfigError(f"a batch must have a picture for each of {group.size} processes, but has {size}")
         self.part = group.part(size)

@@ -40,7 +40,7 @@ class Mixing:
         ConfigError: An odd batch was to be mixed.
     """
 
-    def __init__(self, train: TrainConfig, num_classes: int, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, train: TrainConfig, num_classes: int, batch_size: int, seed: int) -> None:
         self.seed, self.mixup = seed, None
         self.smoothing = train.label_smoothing
         if not (train.mixup or train.cutmix):

@@ -1,8 +1,9 @@
 """Ladder side-tuning (Sung et al., NeurIPS 2022, arXiv 2206.06522): a small network beside the backbone.
 
-    h_0 = x_0 W_0,   h_i = f_i(g_i · h_{i-1} + (1 - g_i) · x_i W_i),   x_L = x_L + h_L W_up
+    h_0 = x_0 W_0,   h_i = f_i(g_i · h_{i-1} + (1 - g_i) · x_i W_i) for i = 1…L-1,   x_L = x_L + h_{L-1} W_up
 
-x_i is what enters block i and carries no gradient: backward runs through the ladder only, never the backbone.
+x_i is what enters block i of 0…L-1, x_L what leaves the last. The ladder reads x_i without gradient: backward runs
+through the ladder only, never the backbone.
 
 Legend: B batch, N tokens, D width, S width of the ladder.
 """
@@ -77,7 +78,10 @@ class LST(petune.Tuner[LSTConfig]):
     Parameters: (L - 1)·(D·S + 1 + 2·e·S² + (e + 4)·S) + 2·D·S + S + D for L blocks, S = D/8 and e = 4.
 
     Differs from the paper: rungs are MLPs on the tokens instead of small transformer blocks, since the side input
-    has been mixed over the tokens by the backbone already; they start anew instead of from pruned weights.
+    has been mixed over the tokens by the backbone already; they start anew instead of from pruned weights. L - 1 rungs
+    read what enters the blocks 1…L-1, where the authors' code has L that read what leaves each; the ladder is added to
+    the backbone's output instead of standing in for it, so that the start is the identity; the gates have no
+    temperature, and there is no norm before W_up.
     """
 
     Config = LSTConfig

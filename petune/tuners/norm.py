@@ -1,4 +1,5 @@
-"""Norm tuning (Basu et al., "Strong Baselines for PEFT of Vision Transformers", AAAI 2024, arXiv 2304.03613).
+"""Norm tuning (LN-Tune: Basu et al., "Strong Baselines for Parameter-Efficient Few-Shot Fine-Tuning", AAAI 2024,
+arXiv 2304.01917).
 
 LayerNorm(x) = g · x̂ + b        g and b train, all else is frozen
 """
@@ -19,7 +20,8 @@ class Norm(petune.Tuner[NormConfig]):
 
     Parameters: 4·D a block (two norms), 2·D for the final one. ViT-B/16: 38,400.
 
-    Differs from the paper: running statistics of a BatchNorm stay as they are, as all that is frozen.
+    Differs from the paper: every kind of normalisation trains, not LayerNorm alone; running statistics of a BatchNorm
+    stay as they are, as all that is frozen.
     """
 
     Config = NormConfig

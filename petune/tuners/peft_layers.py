@@ -26,8 +26,6 @@ class Wrapped:
     """
 
     def __init__(self, edit: petune.Edit, config: Any, wanted: list[str]) -> None:
-        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
         self.edit, self.model, self.config = edit, edit.model, config
         self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
         self._refuse_shared()
@@ -37,13 +35,7 @@ class Wrapped:
         buffers = {(module, name) for module in modules for name in module._buffers}
         self.done = False
         edit.on_detach(self._undo(hasattr(self.model, "peft_config"), active))
-        try:
-            with warnings.catch_warnings():  # of a second adapter: meant here, and `_check` looks at what came of it
-                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-                self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](self.model, config, self.name)
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            kind = config.peft_type.value.lower()
-            raise petune.AttachError(f"PEFT cannot put {kind} on {edit.sites.model}: {error}") from None
+        self.tuner = self._put_in()
         self.layers = {path: layer for path, layer in _layers(self.model) if self.name in _adapters(layer)}
         for layer in self.layers.values():
             if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
@@ -62,6 +54,23 @@ class Wrapped:
             _activate(layer, active.get(layer, set()) | (_adapters(layer) & {self.name}))
         self._refuse_nested()
         self.done = True
+        self._tell(edit)
+
+    def _put_in(self) -> Any:
+        """Let PEFT wrap the layers; returns its tuner."""
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        try:
+            with warnings.catch_warnings():  # of a second adapter: meant here, and `_check` looks at what came of it
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+                return PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type](self.model, self.config, self.name)
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            kind = self.config.peft_type.value.lower()
+            raise petune.AttachError(f"PEFT cannot put {kind} on {self.edit.sites.model}: {error}") from None
+
+    def _tell(self, edit: petune.Edit) -> None:
+        """What is to happen when the attachment is switched, merged, or on for some rows of a batch."""
+        config = self.config
         edit.before_enabled(self._refuse_nested)
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)

@@ -81,6 +81,12 @@ def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path
     other = petune("run", "--method", "linear", *tiny, *words, "--output", "other")
     assert other.code == 4
     assert f"was pretrained with the adapters of {both}, so that the method must have the same" in other.err
+    further = petune("pretrain", *tiny, *words, f"--set=method={both}", "--output", "further")  # goes on with them
+    assert further.code == 0, further.err
+    after = load_file(tmp_path / "further" / "backbone.safetensors")
+    assert [key for key, tensor in adapter.items() if not torch.allclose(after[key], tensor, atol=1e-6)] == []
+    without = petune("pretrain", *tiny, *words, "--output", "without")
+    assert f"was pretrained with the adapters of {both}, so that the method must have the same" in without.err
 
 
 def test_a_method_that_leaves_something_frozen_is_refused(petune: Run, tiny: Words) -> None:

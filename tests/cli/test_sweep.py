@@ -14,7 +14,7 @@ import yaml
 import petune as library
 from petune.errors import ConfigError, Diverged, Stopped
 from petune.run import parse_method
-from petune.sweep import SweepConfig
+from petune.trials import SweepConfig
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
@@ -63,6 +63,21 @@ def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp
     config = place / f"trial-{best['trial']:03d}" / "config.yaml"
     alone = petune("run", "--config", config, "--output", "alone", "--json")
     assert json.loads(alone.out)["top1"] == result["top1"]
+
+
+def test_a_trial_that_the_method_refuses_is_a_row(petune: Run, tiny: Words) -> None:
+    over = ("--over=bottleneck=6,8", "--over=groups=3,2")  # the corners fit together: 6 in 3 groups, and 8 in 2
+    done = petune("sweep", "repadapter", *over, *tiny, "--no-test", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert [(*row["params"].values(), row["state"]) for row in rows] == [
+        (6, 3, "done"), (6, 2, "done"), (8, 3, "failed"), (8, 2, "done"),
+    ]  # fmt: skip
+    assert rows[2]["reason"].startswith("ConfigError: ")
+    assert "groups" in rows[2]["reason"]
+    assert f"trial 2 failed: {rows[2]['reason']}" in " ".join(done.err.split())
+    again = petune("sweep", "repadapter", *over, *tiny, "--no-test", "--json")
+    assert json.loads(again.out)["rows"] == rows
 
 
 def test_stopped_in_a_trial_it_ends_with_the_same_table(

@@ -221,6 +221,16 @@ def test_l2sp_is_the_distance() -> None:
     torch.testing.assert_close(att.extra_loss(0), moved + 2 * size)
 
 
+def test_l2sp_pulls_at_the_backbone_alone() -> None:
+    model = tiny_timm()
+    below = petune.attach(model, "adaptformer", bottleneck=2)
+    att = petune.attach(model, "l2sp", alpha=2.0, beta=0.0)
+    with torch.no_grad():
+        for p in below.tuned.values():
+            p.add_(1.0)
+    assert att.extra_loss(0) == 0.0
+
+
 def test_what_bitfit_norm_and_partial_train() -> None:
     assert {key.rpartition(".")[2] for key in attached("bitfit").tuned} == {"bias"}
     assert not any("head" in key for key in attached("bitfit").tuned)
