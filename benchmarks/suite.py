@@ -34,7 +34,7 @@ from petune.files import replace_file
 from petune.report import markdown
 from petune.results import RunResult
 from petune.run import directory_name
-from petune.trials import TABLE_FILE as SWEEP_TABLE
+from petune.rundir import SWEEP_TABLE
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"

@@ -135,8 +135,8 @@ def near_full(comparison: dict[str, Any]) -> str:
         )
     gap, least = min(near, key=lambda one: one[1]["percent_of_backbone"])
     return (
-        f"Within a point of full fine-tuning ({full['top1_mean']:.2f}), on the seeds of both, with the fewest trained "
-        f"parameters: `{least['method']}`, {abs(gap):.2f} {'below' if gap > 0 else 'above'} with "
+        f"Not more than a point below full fine-tuning ({full['top1_mean']:.2f}) on the seeds of both, with the fewest "
+        f"trained parameters: `{least['method']}`, {abs(gap):.2f} {'below' if gap > 0 else 'above'} with "
         f"{least['percent_of_backbone']:.2f} %."
     )
 

@@ -22,15 +22,15 @@ from petune.group import join
 from petune.report import COLUMNS, cells, markdown, picture, seeds_by_method
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, directory_name, tuner_of
-from petune.rundir import CONFIG_FILE, METRICS_FILE, claimed, hold_config
+from petune.rundir import COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, claimed, hold_config
 from petune.text import html_table
 from petune.train import Event, Note
 from petune.tuner import TunerConfig
 
-TABLE_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.svg"
+PAGE_FILE, PICTURE_FILE = "compare.md", "compare.svg"
 COMPARE_FILE = "compare.yaml"
 """The comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
-FILES = (TABLE_FILE, COMPARE_FILE, PAGE_FILE, PICTURE_FILE)
+FILES = (COMPARE_TABLE, COMPARE_FILE, PAGE_FILE, PICTURE_FILE)
 
 
 class CompareConfig(Config):
@@ -179,6 +179,7 @@ def compare(
     place = config.output or Path("runs") / compare_name(config)
     options = _checked(config, place)
     command = f"petune compare --config {COMPARE_FILE}"
+    asked = config.model_copy(update={"output": None})  # where the file lies, wherever that is moved to
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
     unused = {key: RunConfig.model_fields[key].default for key in ("method", "seed", "output", "resume")}
     held = RunConfig.model_construct(**{**dict(config.run), **unused})
@@ -188,7 +189,7 @@ def compare(
         group.in_turn(lambda: check_weights(config.run.backbone, config.run.weights))
     with group.led(claimed(place, held, resume=True, command=command, tables=FILES)):
         group.same(lambda: _hold_runs([one for _, one in runs]))
-        group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{config.to_yaml()}".encode()))
+        group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{asked.to_yaml()}".encode()))
         group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
         left_out = group.same(lambda: _left_out(config, place))
         if left_out:
@@ -310,7 +311,7 @@ def _hold_runs(runs: Sequence[RunConfig]) -> None:
 def _left_out(config: CompareConfig, place: Path) -> list[str]:
     """Methods and seeds of the table that is there, which the one to come will not have."""
     try:
-        rows = json.loads((place / TABLE_FILE).read_text(encoding="utf-8"))["rows"]
+        rows = json.loads((place / COMPARE_TABLE).read_text(encoding="utf-8"))["rows"]
         gone = {row["method"]: [seed for seed in row["seeds"] if seed not in config.seeds] for row in rows}
     except (OSError, ValueError, LookupError, TypeError):
         return []
@@ -349,6 +350,6 @@ def _write(config: CompareConfig, rows: list[Row], finished: list[RunResult], pl
 def write_table(comparison: Comparison, place: Path) -> None:
     """Write `compare.json`, `compare.md` and `compare.svg` into a directory that is there."""
     plain = comparison.model_dump(mode="json")
-    replace_file(place / TABLE_FILE, (comparison.model_dump_json(indent=1) + "\n").encode())
+    replace_file(place / COMPARE_TABLE, (comparison.model_dump_json(indent=1) + "\n").encode())
     replace_file(place / PAGE_FILE, markdown(plain).encode())
     replace_file(place / PICTURE_FILE, picture(plain))

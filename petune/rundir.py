@@ -18,6 +18,7 @@ from petune.files import replace_file
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+COMPARE_TABLE, SWEEP_TABLE, TRIAL_FILE = "compare.json", "sweep.json", "trial.json"
 LOCK_FILE = ".lock"
 BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
 BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
@@ -131,6 +132,25 @@ def latest_path(wanted: Path) -> Path | None:
     name = re.compile(re.escape(wanted.name) + "(-[0-9]+)?")
     files = [file for file in wanted.parent.glob(f"*/{CONFIG_FILE}") if name.fullmatch(file.parent.name)]
     return max(files, key=began).parent if files else None
+
+
+def why_no_adapter(path: Path) -> str:
+    """What a directory is that was taken for a finished run, and what to do."""
+    config = path / CONFIG_FILE
+    for table, what in ((COMPARE_TABLE, "comparison"), (SWEEP_TABLE, "sweep")):
+        if (path / table).exists():
+            runs = ", ".join(sorted(str(file.parent) for file in path.glob(f"*/{RESULT_FILE}")))
+            return f"{path} is a {what}, whose runs have adapters; name one that is finished: {runs or 'none is'}"
+    if (path / RESULT_FILE).exists():
+        return f"{path} is a run without an adapter; a pretraining is for --weights"
+    if (path / TRIAL_FILE).exists():
+        return f"{path} is a trial that did not read test, and has no adapter; run it: petune run --config {config}"
+    if config.exists():
+        again = f"petune run --config {config} --output {path} --resume"
+        return f"{path} is a run that is not finished; go on: {again}"
+    if not path.exists():
+        return f"an adapter directory must be there, but there is no {path}"
+    return f"{path} must be an adapter directory, but holds no adapter_config.json"
 
 
 def hold_config(path: Path, config: Config) -> None:

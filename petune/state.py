@@ -28,6 +28,7 @@ from petune.files import MANIFEST, verify_directory, write_directory
 from petune.fingerprint import fingerprint, head_fingerprint
 from petune.ledger import ledger_of
 from petune.registry import build_tuner, load_tuner, tuners
+from petune.rundir import why_no_adapter
 from petune.sites import Sites
 from petune.tuner import Tuner
 
@@ -221,7 +222,7 @@ def read_adapter(place: Path) -> Saved:
         CheckpointError: See `load`.
     """
     if not (place / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{place} must be an adapter directory, but holds no {CONFIG_FILE}")
+        raise CheckpointError(why_no_adapter(place))
     try:
         config = json.loads((place / CONFIG_FILE).read_bytes())
         whole = "format" in config or config.get("peft_type") == "PETUNE"

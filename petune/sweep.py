@@ -19,12 +19,10 @@ from petune.files import replace_file
 from petune.measure import provenance
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, run, trained, tuner_of
-from petune.rundir import CONFIG_FILE, claimed
+from petune.rundir import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE, claimed
 from petune.space import is_whole, most, propose, require_sampler, within
 from petune.train import Event, Note, StopFlag
 from petune.trials import (
-    TABLE_FILE,
-    TRIAL_FILE,
     Fit,
     Sweep,
     SweepConfig,
@@ -68,7 +66,7 @@ def sweep(
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     place = config.output or Path("runs") / sweep_name(config)
-    with claimed(place, _held(config, place), resume=True, command=COMMAND, tables=(TABLE_FILE,)):
+    with claimed(place, _held(config, place), resume=True, command=COMMAND, tables=(SWEEP_TABLE,)):
         asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
         replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
         hold_beginning(place, config.run.dataset, config.run.weights)
@@ -189,7 +187,8 @@ def _ended(row: Trial, outcome: Fit | Failure) -> tuple[Trial, dict[str, Any]]:
 
 def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunResult:
     """The best trial as a run of its own, which goes on to its test where it was trained."""
-    watch(Note(f"trial {table.best} is the best on val and is tested"))
+    tested = RunResult.exists(_directory(place, table.best or 0))
+    watch(Note(f"trial {table.best} is the best on val and {'was tested before' if tested else 'is tested'}"))
     best = _in(place, table.best or 0, table.config.trial(table.params))
     if chosen is serial:
         return run(best, watch=watch)  # its error is the sweep's

@@ -15,9 +15,9 @@ from petune.files import replace_file
 from petune.registry import build_tuner
 from petune.results import RunResult
 from petune.run import RunConfig, parse_method
+from petune.rundir import SWEEP_TABLE, TRIAL_FILE
 from petune.space import Params, Range, Value, corners
 
-TRIAL_FILE, TABLE_FILE = "trial.json", "sweep.json"
 TRAINING = "train."
 NOT_OF_THE_TRIAL = {error.__name__ for error in (DataError, WeightsUnavailable, HubError, CheckpointError)}
 
@@ -157,12 +157,12 @@ def best_of(rows: Sequence[Trial]) -> int | None:
 
 def read_table(place: Path, config: SweepConfig, at_once: int | None) -> Sweep:
     """The table so far, for `config`, which may want more trials; `at_once` where neither says it."""
-    file = place / TABLE_FILE
+    file = place / SWEEP_TABLE
     if not file.exists():
         own = config.model_copy(update={"at_once": config.at_once or at_once})
         return Sweep(config=own, output=str(place))
     try:
-        table = Sweep.build(json.loads(file.read_text(encoding="utf-8")), TABLE_FILE)
+        table = Sweep.build(json.loads(file.read_text(encoding="utf-8")), SWEEP_TABLE)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{file} must hold the trials of this sweep, but cannot be used: {error}") from None
     own = config.model_copy(update={"at_once": config.at_once or table.config.at_once or at_once})
@@ -182,7 +182,7 @@ def with_another_try(table: Sweep) -> Sweep:
 
 def write_table(table: Sweep, place: Path) -> Sweep:
     """Write `sweep.json`, and return what was written."""
-    replace_file(place / TABLE_FILE, (table.model_dump_json(indent=1) + "\n").encode())
+    replace_file(place / SWEEP_TABLE, (table.model_dump_json(indent=1) + "\n").encode())
     return table
 
 

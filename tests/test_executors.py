@@ -171,6 +171,6 @@ def test_a_comparison_says_what_was_measured_where_and_needs_its_own_directory(t
     compare(again, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes == [f"the table will lack linear, not asked for now; finished runs stay in {place}"]
-    assert CompareConfig.build(read_yaml(place / "compare.yaml"), "compare.yaml") == again
+    assert CompareConfig.build(read_yaml(place / "compare.yaml") | {"output": place}, "compare.yaml") == again
     with pytest.raises(UsageError, match=r"a comparison needs a directory of its own, but .* holds a run"):
         compare(CompareConfig.build({**asked.model_dump(), "output": file.parent}))

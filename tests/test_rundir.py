@@ -12,6 +12,7 @@ import pytest
 
 from petune.config import Config, read_yaml
 from petune.errors import CheckpointError, UsageError
+from petune.restore import restore
 from petune.results import RunResult
 from petune.rundir import CONFIG_FILE, LOCK_FILE, METRICS_FILE, claimed, free_path, hold_config, latest_path
 
@@ -250,6 +251,34 @@ def test_a_result_that_is_none_is_an_error(text: str, tmp_path: Path) -> None:
 
 STUMPS = (".adapter-ab_d1234", "checkpoints/.step-000000012-x1y2z3w4")
 OTHERS = (".pre-commit", ".adapter-mine", ".adapter-ab_d1234-old", "checkpoints/step-000000012")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (("compare.json", "a/result.json", "b/config.yaml"), "is a comparison, whose runs have adapters; name one that "
+         "is finished: here/a"),
+        (("sweep.json",), "is a sweep, whose runs have adapters; name one that is finished: none is"),
+        (("config.yaml", "trial.json"), "is a trial that did not read test, and has no adapter; run it: petune run "
+         "--config here/config.yaml"),
+        (("config.yaml", "metrics.jsonl"), "is a run that is not finished; go on: petune run --config here/config.yaml "
+         "--output here --resume"),
+        (("config.yaml", "result.json"), "is a run without an adapter; a pretraining is for --weights"),
+        (("cat.jpg",), "must be an adapter directory, but holds no adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_what_has_no_adapter_is_called_by_its_name(
+    files: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="an adapter directory must be there, but there is no here"):
+        restore("here")
+    for file in files:
+        (tmp_path / "here" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "here" / file).touch()
+    with pytest.raises(CheckpointError) as caught:
+        restore("here")
+    assert str(caught.value) == f"here {said}"
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:

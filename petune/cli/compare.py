@@ -87,7 +87,8 @@ def show_comparison(comparison: Comparison) -> None:
 
 def _values(settings: Settings, methods: list[str] | None, seeds: str | None) -> dict[str, Any]:
     """What belongs to the comparison stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.compare import CompareConfig
+    from petune.compare import COMPARE_FILE, CompareConfig
+    from petune.rundir import CONFIG_FILE
 
     own = CompareConfig.model_fields.keys()
     unused = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"} & settings.assigned
@@ -101,6 +102,8 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     values = others.values(lambda key: key if _first(key) in own else f"run.{key}")
     if rates and isinstance(values.setdefault("lrs", {}), dict):  # what else it may be is refused later
         values["lrs"] |= _rates(rates)
+    if (place := settings.own_directory(COMPARE_FILE, CONFIG_FILE)) is not None:
+        values["output"] = place
     if methods:
         values["methods"] = methods
     several = settings.seeds(seeds)

@@ -153,11 +153,25 @@ class Settings:
         from petune.config import override, read_yaml
 
         values: dict[str, Any] = {}
+        if self.config is not None:
+            _refuse_shared(user_path(self.config))
         for key, value in (read_yaml(user_path(self.config)) if self.config else {}).items():
             _put(values, place(key), value)
         for key, value in self.flags.items():
             _put(values, place(key), value)
         return override(values, [place(a) for a in self.assignments])
+
+    def own_directory(self, name: str, beside: str) -> Path | None:
+        """The directory whose own configuration was given, which is gone on in wherever it lies; else None.
+
+        Args:
+            name: What the configuration is called there.
+            beside: A file that such a directory has, too.
+        """
+        if self.config is None or "output" in self.flags or "output" in self.assigned:
+            return None
+        file = user_path(self.config)
+        return file.parent if file.name == name and (file.parent / beside).is_file() else None
 
     def seeds(self, text: str | None) -> tuple[int, ...] | None:
         """What `--seeds` says; None without it.
@@ -240,6 +254,16 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise UsageError(f"--seeds takes whole numbers with commas, as 0,1,2; got {text!r}") from None
+
+
+def _refuse_shared(file: Path) -> None:
+    """What the runs of a comparison have in common would pass for a run of the default method."""
+    own = file.parent / "compare.yaml"
+    if file.name == "config.yaml" and own.is_file():
+        raise UsageError(
+            f"{file} is what the runs of a comparison have in common; the comparison itself is {own}, and each of its "
+            "runs has a configuration of its own"
+        )
 
 
 def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:

@@ -32,4 +32,4 @@ def report(directories: Directories, output: Output = Path("report.html"), json:
         show_json(asdict(page))
         return
     show(clean(f"{page.output}  {size(page.bytes)}"))
-    say(f"{page.done} finished, {page.unfinished} unfinished, {page.broken} broken")
+    say(f"directories: {page.done} finished, {page.unfinished} unfinished, {page.broken} broken")

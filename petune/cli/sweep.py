@@ -116,12 +116,15 @@ def _values(
     settings: Settings, method: str | None, over: list[str] | None, trials: int | None, no_test: bool
 ) -> dict[str, Any]:
     """What belongs to the sweep stays on top, everything else goes to the runs, as in `petune run`."""
+    from petune.rundir import CONFIG_FILE, SWEEP_TABLE
     from petune.trials import SweepConfig
 
     own = SweepConfig.model_fields.keys()
     values = settings.values(
         lambda key: key if key.partition("=")[0].partition(".")[0].strip() in own else f"run.{key}"
     )
+    if (place := settings.own_directory(CONFIG_FILE, SWEEP_TABLE)) is not None:
+        values["output"] = place
     if method is not None:
         values["run"] = {**values.get("run", {}), "method": method}
     if over:

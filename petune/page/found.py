@@ -14,12 +14,12 @@ from petune.compare import Comparison
 from petune.config import read_yaml
 from petune.errors import CheckpointError, ConfigError, UsageError
 from petune.results import RunResult
-from petune.rundir import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from petune.trials import TRIAL_FILE, Sweep
+from petune.rundir import COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
+from petune.trials import Sweep
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]
-TABLES: dict[Kind, str] = {"compare": "compare.json", "sweep": "sweep.json"}
+TABLES: dict[Kind, str] = {"compare": COMPARE_TABLE, "sweep": SWEEP_TABLE}
 PARTS = {"adapter", "checkpoints", "tensorboard"}
 """Directories of a run that hold no runs."""
 

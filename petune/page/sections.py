@@ -6,7 +6,7 @@ import json
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,11 @@ def sections_of(found: Sequence[Found]) -> list[Section]:
             inside[above].append(run)
         elif run.epochs or run.result:
             groups.setdefault((run.kind, _what(run), *_backbone(run)), []).append(run)
-    shown = [_comparison(one, inside[place]) for place, one in tables.items() if one.kind == "compare"]
+    shown = []
+    for place, one in tables.items():
+        if one.kind == "compare":
+            own, others = _of_table(one, inside[place])
+            shown += [_comparison(one, own), *([_beside(one, others)] if others else [])]
     shown += [_sweep(one) for one in tables.values() if one.kind == "sweep" and one.table]
     shown += [_loose(kind, what, runs) for (kind, what, *_), runs in groups.items()]
     return [section for section in shown if section.rows or section.charts]
@@ -80,12 +84,25 @@ def _backbone(run: Found) -> tuple[str, ...]:
     return tuple(str(run.config.get(key, "")) for key in fixed)
 
 
+def _of_table(one: Found, runs: Sequence[Found]) -> tuple[list[Found], list[Found]]:
+    """The runs that a comparison's table is of, with those on their way; and finished ones that it leaves out."""
+    rows = one.table["rows"] if one.table else []
+    known = {(row["method"], seed) for row in rows for seed in row["seeds"]}
+    left = [run for run in runs if rows and run.result and (run.result.method, run.result.seed) not in known]
+    return [run for run in runs if run not in left], left
+
+
+def _beside(one: Found, runs: Sequence[Found]) -> Section:
+    loose = _loose("run", _what(runs[0]), runs)
+    return replace(
+        loose, title=f"{loose.title}, not in the table", about=f"Beside the table in {one.path}: {loose.about}"
+    )
+
+
 def _comparison(one: Found, runs: Sequence[Found]) -> Section:
-    """The rows of compare.json; of methods that are not in it (yet), or where it is damaged, the runs."""
+    """The rows of compare.json; where there is none (yet), or it is damaged, the runs."""
     comparison = Comparison.model_validate(one.table) if one.table else None
-    rows = [row.model_dump() for row in comparison.rows] if comparison else []
-    known = {row["method"] for row in rows}
-    rows += _rows([run for run in runs if run.result and run.result.method not in known])
+    rows = [row.model_dump() for row in comparison.rows] if comparison else _rows([run for run in runs if run.result])
     title = _what(runs[0]) if runs else one.path.name
     about = f"Comparison in {one.path}."
     epochs: Any = "–"

@@ -261,8 +261,9 @@ class Trainer:
     def _diverged(self, what: str) -> Diverged:
         last, _ = newest_checkpoint(self.directory / "checkpoints")
         return Diverged(
-            f"loss and gradient must stay finite, but at step {self.progress.step} {what}. Lower --lr; the "
-            f"last good checkpoint is {'of step ' + str(last.progress['step']) if last else 'not there yet'}"
+            f"loss and gradient must stay finite, but at step {self.progress.step} {what}. Lower its "
+            "learning rate (--lr, in a comparison --set lrs.METHOD=…); "
+            + (f"the last good checkpoint is of step {last.progress['step']}" if last else "there is no checkpoint yet")
         )
 
     def _end_epoch(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,32 @@ def test_seeds_that_are_not_asked_for_again_are_named_and_tables_from_elsewhere_
     assert done.code == 2
     assert "kept/compare.md was not made by a comparison there, and is kept; name another --output" in done.err
     assert (tmp_path / "kept" / "compare.md").read_text() == "mine"
+
+
+def test_a_directory_that_was_moved_or_copied_is_gone_on_in_where_it_lies(
+    petune: Run, tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert petune("compare", "linear", *tiny, "--output", "first").code == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = petune("compare", "--config", "moved/compare.yaml")
+    assert "[1/1] linear, seed 0: finished before\n" in again.err
+    assert "output: moved\n" in again.err
+    assert not (tmp_path / "first").exists()
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "linear-vit_nano-digits-seed0")
+    monkeypatch.chdir(tmp_path / "copy")
+    inside = petune("compare", "--config", "compare.yaml", "--json")  # as its first line says
+    assert "finished before" not in inside.err
+    assert (tmp_path / "copy" / "linear-vit_nano-digits-seed0" / "result.json").is_file()
+    assert petune("compare", "--config", "compare.yaml", "--output", "../new", "--dry-run").code == 0
+
+
+def test_what_the_runs_have_in_common_is_no_configuration_of_a_run(petune: Run, tiny: Words) -> None:
+    assert petune("compare", "linear", *tiny, "--output", "there").code == 0
+    for command in ("run", "compare"):
+        done = petune(command, "--config", "there/config.yaml", "--dry-run")
+        assert done.code == 2
+        assert "what the runs of a comparison have in common; the comparison itself is there/compare.yaml" in done.err
 
 
 def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Path) -> None:

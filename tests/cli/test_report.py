@@ -156,6 +156,18 @@ def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(
     assert "linear" in page.text
 
 
+def test_finished_runs_that_a_table_leaves_out_have_one_of_their_own(petune: Run, runs: Path, tmp_path: Path) -> None:
+    """Means over other seeds are no rows of the same table."""
+    narrowed = petune("compare", "linear", "--config", "there/two/compare.yaml", "--seeds", "0", "--json")
+    assert narrowed.code == 0, narrowed.err
+    assert "directories: 5 finished, 0 unfinished, 0 broken" in petune("report", "there").err
+    own, beside = (tmp_path / "report.html").read_text().split("not in the table</h2>")
+    cells = [re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", part) for part in (own, beside)]
+    assert ("bitfit" in cells[0], "bitfit" in cells[1]) == (False, True)
+    assert "0, 1" in cells[1]
+    assert "linear" in cells[1]  # its seed 1
+
+
 def test_runs_on_other_pictures_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
     (_like(run, tmp_path / "loose" / "a") / "pictures.json").write_text('{"train": {"cat": "61 3f0c"}}')

@@ -111,6 +111,17 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
     assert list(tmp_path.glob("*/*/result.json")) == []
 
 
+def test_a_sweep_that_was_moved_is_gone_on_in_where_it_lies(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    assert petune("sweep", "linear", "--over=train.lr=0.01,0.1", *tiny, "--output", "first").code == 0
+    (tmp_path / "first").rename(tmp_path / "moved")
+    again = petune("sweep", "--config", "moved/config.yaml")
+    assert again.code == 0, again.err
+    assert "output: moved\n" in again.err
+    assert "is the best on val and was tested before" in again.err
+    assert "epoch 1/1" not in again.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     words = ("sweep", "linear", "--over=train.lr=1e-4..1e-1:log", *tiny, "--no-test", "--output", "there", "--json")
