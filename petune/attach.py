@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from petune.arguments import check_arguments
 from petune.attachment import Attachment
 from petune.edit import Edit
 from petune.errors import AlreadyCompiled, AttachError, DeadSite
-from petune.ledger import ledger_of, open_ledger
+from petune.ledger import Ledger, ledger_of, open_ledger
 from petune.probe import probe, refuse_random
 from petune.registry import blamed, build_tuner
 from petune.sites import Sites
@@ -60,10 +61,12 @@ def attach(
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
     label = label_of(name)
     before = ledger_of(model)
+    _refuse_parts(model, before)
     sites = sites or (before.sites if before else find_sites(model, input_size))
     _refuse_others_sites(model, sites)
     if before is None:
         refuse_random(model, sites)
+        _tell_beside_head(sites, train_head)
     ledger = open_ledger(model, sites)
     ledger.open(label)
     edit = Edit(model, sites, label)
@@ -93,6 +96,28 @@ def _refuse_compiled(model: nn.Module) -> None:
                 f"a tuner must be attached before compiling, but {path or 'the model'} is compiled and would not see "
                 "it. Attach to the model first, then torch.compile it"
             )
+
+
+def _refuse_parts(model: nn.Module, ledger: Ledger | None) -> None:
+    """One model has one ledger: two would freeze each other's parameters."""
+    ledgers = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, Ledger)}
+    others = [path or "the whole that it is a part of" for path, m in ledgers.items() if m.model is not model]
+    shared = ledger is None and any(hasattr(m, "is_petune_holder") for m in model.modules())
+    if others or shared:
+        raise AttachError(
+            "all that is attached to a model must be attached to the same module, but something is already, to "
+            f"{others[0] if others else 'another model that shares a part of it'}. Attach to that one, or detach first"
+        )
+
+
+def _tell_beside_head(sites: Sites, train_head: bool) -> None:
+    if train_head and sites.head is not None and sites.beside_head:
+        warnings.warn(
+            f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone, "
+            f"and stay as they are unless the method trains them: {', '.join(sites.beside_head)}. If they are new, name "
+            'what holds them and the classifier, in petune.load too: sites=petune.find_sites(model, head="…")',
+            stacklevel=3,
+        )
 
 
 def _refuse_others_sites(model: nn.Module, sites: Sites) -> None:

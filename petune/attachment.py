@@ -140,12 +140,16 @@ class Attachment:
 
         self._need_attached()
         self._need_own()
+        self._need_same_head()
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         save(self, expanded(path), metadata)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model computes what it did before attaching, bit for bit.
+
+        What trains in place, the classifier above all, is exchanged: not between a forward and its backward. To learn
+        from the backbone's own scores, ask for them first.
 
         Raises:
             AttachError: The attachment trains backbone or head, and was made with keep_original=False.
@@ -301,6 +305,15 @@ class Attachment:
                 f"{self.name} trains the tensors that were there when it was attached, but the model has others for "
                 f"{len(lost)} of them, as {', '.join(lost[:3])}: load_state_dict(…, assign=True) or a new classifier "
                 "took their places. Change the model first and attach then; load values without assign=True"
+            )
+
+    def _need_same_head(self) -> None:
+        """See that a classifier which stays as it is is the one under which the attachment was made."""
+        modules = set(self.sites.head.modules) if self.sites.head is not None and not self.head else set()
+        if self.enabled and not modules <= {*self.model.modules()}:
+            raise AttachError(
+                f"{self.name} belongs to the classifier that was there when it was attached (train_head=False), but "
+                f"{self.sites.model} has another in its place. Change the classifier first and attach then"
             )
 
     def _need_attached(self) -> None:

@@ -27,7 +27,6 @@ BITS, BITS_IN_HALF = 8, 6
 bfloat16 has 8 bits, TF32 11 and float32 24.
 """
 DRAWS = 3  # of two scores, rounding may by chance move neither
-AUTOCAST = 10.0  # the tolerance's factor where autocast rounds to bfloat16 itself
 
 
 def behaviour(attachment: Attachment) -> dict[str, Any] | None:
@@ -69,7 +68,7 @@ def moved_by(attachment: Attachment, saved: Mapping[str, Any]) -> float:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"behaviour must be as petune wrote it, but cannot be read: {error!r}") from None
     moved = float((here - scores).abs().max())
-    return 0.0 if moved <= tolerance * (AUTOCAST if _in_autocast(attachment.model) else 1) else moved
+    return 0.0 if moved <= tolerance else moved
 
 
 def _alone(attachment: Attachment) -> bool:
@@ -94,7 +93,7 @@ def _on(attachment: Attachment) -> Iterator[None]:
 def _moved_by_rounding(attachment: Attachment, scores: Tensor, fewer_bits: int) -> float:
     """How far the scores move where what every layer but the classifier gives is rounded."""
     model, head = attachment.model, attachment.sites.head
-    half = next(model.parameters()).dtype in {torch.float16, torch.bfloat16} or _in_autocast(model)
+    half = next(model.parameters()).dtype in {torch.float16, torch.bfloat16}
     left_out = {m for bound in head.modules for m in bound.modules()} if head is not None else set()
     layers = [m for m in model.modules() if m not in left_out and not any(True for _ in m.children())]
     hook: Callable[..., Any] = partial(_round, (BITS_IN_HALF if half else BITS) - fewer_bits)
@@ -117,10 +116,6 @@ def _round(bits: int, module: nn.Module, args: Any, out: Any) -> Tensor | None:
 
 def _scores(attachment: Attachment) -> Tensor:
     return look(attachment.model, attachment.sites, 1).flatten()[:KEPT].double().cpu()
-
-
-def _in_autocast(model: nn.Module) -> bool:
-    return torch.is_autocast_enabled(next(model.parameters()).device.type)
 
 
 def _short(value: float) -> float:

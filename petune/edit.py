@@ -354,8 +354,8 @@ class Edit:
     def _gather(self, enters: Sequence[Site], exit: Site, adapter: nn.Module) -> None:
         holder = Gather(adapter, tuple(site.layout for site in enters), exit.layout)
         self._put(holder, exit, *enters, exit)
-        for site in enters:
-            self._hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+        for place, site in enumerate(enters):
+            self._hook(site.enter.register_forward_pre_hook(holder.enter if place else holder.begin, with_kwargs=True))
         self._hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
 
     def _matrices(self) -> list[nn.Module]:

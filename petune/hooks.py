@@ -75,8 +75,13 @@ class Gather(Holder):
         self.enter_layouts, self.exit_layout = enter_layouts, exit_layout
         self.kept: list[Tensor] = []
 
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Pre-hook of the first of ENTERS: what a forward left behind that did not reach EXIT is dropped."""
+        self.kept = []
+        self.enter(module, args, kwargs)
+
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Pre-hook of each of ENTERS, which are entered in their order."""
+        """Pre-hook of the others of ENTERS, which are entered in their order."""
         if self.enabled:
             self.kept.append(first_tensor(args, kwargs))
 

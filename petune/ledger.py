@@ -71,6 +71,11 @@ class Ledger(nn.Module):
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
 
+    @property
+    def model(self) -> nn.Module:
+        """Whose ledger it is."""
+        return self._model[0]
+
     def forward(self, x: Any) -> Any:
         """A model whose forward calls all of its children calls this one too: it changes nothing."""
         return x

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.anatomy.forward import dtype_of, undisturbed
+from petune.anatomy.forward import dtype_of, undisturbed, without_autocast
 from petune.anatomy.trace import scores_in, tensors_in
 from petune.errors import AttachError, PetuneError
 from petune.sites import Sites
@@ -79,7 +79,8 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
 def look(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
     """What the model makes of `count` made-up pictures, in eval mode.
 
-    They are always the same: a formula's, since a generator's numbers may be others in a later PyTorch.
+    They are always the same: a formula's, since a generator's numbers may be others in a later PyTorch. It computes in
+    its own number format, whatever autocast is on.
     """
     places = torch.arange(count * math.prod(sites.input_size), dtype=torch.float64)
     x = torch.sin(places**2 / 10).reshape(count, *sites.input_size)
@@ -95,7 +96,7 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
     """
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()).device, dtype_of(model))
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), without_autocast(model), torch.no_grad():
         before = _random_state(x.device)
         first = scores_of(model(x))
         if _random_state(x.device) == before:
@@ -133,7 +134,7 @@ def scores_of(out: Any) -> Tensor:
 
 
 def _forward(model: nn.Module, x: Tensor) -> Any:
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), without_autocast(model), torch.no_grad():
         return model(x.to(next(model.parameters()).device, dtype_of(model)))
 
 

@@ -123,6 +123,7 @@ class Sites:
         blocks: The transformer blocks from input to output; empty for a model without attention.
         norm: The final normalisation.
         head: The classifier.
+        beside_head: Paths of further layers that pooled features go through; they count as backbone.
         num_prefix_tokens: Tokens before the patches (CLS, registers, distillation).
         embed_dim: Width of the tokens in the last block, 0 without blocks.
         grid_size: Patches as (rows, columns) where the first block is entered; None if unknown.
@@ -137,6 +138,7 @@ class Sites:
     num_prefix_tokens: int
     embed_dim: int
     grid_size: tuple[int, int] | None
+    beside_head: tuple[str, ...] = ()
 
     def need_blocks(self) -> tuple[Block, ...]:
         """The blocks.

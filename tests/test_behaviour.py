@@ -87,6 +87,23 @@ def test_rounding_passes(tmp_path: Path) -> None:
             assert torch.equal(model(X), inside), "autocast kept a weight from before it was loaded"
 
 
+@pytest.mark.parametrize("method", ["adaptformer", "linear", "vpt", "bitfit"])
+def test_a_forward_that_enters_autocast_itself_is_the_same_backbone(method: str, tmp_path: Path) -> None:
+    """As accelerate's does, whose model is saved from, loaded into, and attached to."""
+
+    def prepared() -> nn.Module:
+        model = sharpened()
+        plain = model.forward
+        model.forward = lambda x: torch.autocast("cpu", torch.bfloat16)(plain)(x)  # type: ignore[method-assign]
+        return model
+
+    for made, other in ((prepared, sharpened), (sharpened, prepared)):
+        att = randomised(petune.attach(made(), method))
+        att.save(tmp_path / made.__name__)
+        said = behaviour(petune.load(other(), tmp_path / made.__name__))
+        assert said == behaviour(att)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: torch.dtype) -> None:
     att = randomised(petune.attach(sharpened().to(dtype), "adaptformer"))
@@ -94,9 +111,10 @@ def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: t
     assert said is not None
     assert len(said["scores"]) == 5
     exact = torch.tensor(said["scores"], dtype=torch.float64)
-    with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32):
-        model = att.model if dtype == torch.float32 else att.model.float()
-        rounded = look(model, att.sites, 1).flatten().double()
+    places = torch.arange(3 * 16 * 16, dtype=torch.float64)
+    picture = torch.sin(places**2 / 10).reshape(1, 3, 16, 16).float()
+    with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32), torch.no_grad():
+        rounded = (att.model if dtype == torch.float32 else att.model.float())(picture).flatten().double()
     off = float((rounded - exact).abs().max())
     assert off < said["tolerance"] < float(exact.abs().max()) / 6
 

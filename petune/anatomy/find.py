@@ -19,7 +19,7 @@ from petune.errors import AttachError
 from petune.sites import Block, Layout, Site, Sites
 
 
-def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Sites:
+def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None, *, head: str | None = None) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
 
     The model is run once, without gradient and in eval mode, on the meta device where that is possible; its
@@ -28,12 +28,13 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     Args:
         model: Any image classifier: timm, torchvision, transformers, hand-written.
         input_size: (channels, height, width); by default what the model tells about itself.
+        head: Path of the module that is the classifier, where that is more than the layer that makes the scores.
 
     Returns:
         All sites. A model without attention has empty `blocks`.
 
     Raises:
-        AttachError: The model does not tell its input size, or its forward fails at that size.
+        AttachError: The model does not tell its input size, or its forward fails at that size; it has no such `head`.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
@@ -49,7 +50,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None)
     finally:
         for holder, was in zip(holders, enabled, strict=True):
             holder.enabled = was
-    return _sites(model, trace, size)
+    return _sites(model, trace, size, head)
 
 
 def _first_that_runs(
@@ -61,14 +62,14 @@ def _first_that_runs(
     return record(model, sizes[-1], added), sizes[-1]
 
 
-def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int]) -> Sites:
+def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path: str | None) -> Sites:
     name = type(model).__name__
     blocks = find_blocks(trace, name)
     calls = _block_calls(trace, blocks)
     first = calls[0] if calls else None
     last_stop = max((c.stop for c in calls), default=0)
     grid, prefix = _grid_and_prefix(model, trace, first, size)
-    head = _head(model, trace, last_stop, name)
+    head = _head(model, trace, last_stop, name) if head_path is None else _given_head(model, head_path, name)
     return Sites(
         model=name,
         input_size=size,
@@ -76,6 +77,7 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int]) -> Sites:
         blocks=blocks,
         norm=_final_norm(trace, last_stop, head, name) if blocks else None,
         head=head,
+        beside_head=_beside_head(model, trace, last_stop, head),
         num_prefix_tokens=prefix,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
@@ -170,6 +172,22 @@ def _head(model: nn.Module, trace: Trace, after: int, model_name: str) -> Site |
         # or every token is classified, and one of them or their mean taken
         made = [c for c, y in outputs if y.ndim == 2] or [c for c, _ in outputs if not is_conv(c)]
     return _head_site([(made[-1].path, made[-1].module)], model_name) if made else None
+
+
+def _given_head(model: nn.Module, path: str, name: str) -> Site:
+    module = dict(model.named_modules()).get(path)
+    if module is None or next(module.parameters(), None) is None:
+        raise AttachError(f"head must be the path of a module of {name} with parameters, but is {path!r}")
+    return _head_site([(path, module)], name)
+
+
+def _beside_head(model: nn.Module, trace: Trace, after: int, head: Site | None) -> tuple[str, ...]:
+    """Matrices behind the blocks that pooled features go through, but for the classifier; empty where a model tells."""
+    if head is None or _told_head(model, trace) is not None:
+        return ()
+    own = {id(m) for bound in head.modules for m in bound.modules()}
+    matrices = [c for c in trace.calls if c.start > after and c.has_matrix and id(c.module) not in own]
+    return tuple(c.path for c in matrices if c.output is not None and c.output.ndim == 2)
 
 
 def _head_site(heads: list[tuple[str, nn.Module]], model: str) -> Site:

@@ -99,6 +99,30 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes in its own number format, also where its forward enters autocast (accelerate's).
+
+    A model of several formats is left alone: it may need autocast to run at all.
+    """
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if len(kinds) > 1 or device == "meta":
+        yield
+        return
+
+    def off(module: nn.Module, args: Any) -> None:
+        torch.set_autocast_enabled(device, False)  # till its own autocast is left
+
+    handles = [m.register_forward_pre_hook(off) for m in model.modules() if m is not model]
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def _caches_restored(model: nn.Module) -> Iterator[None]:
     """Undo what a forward stored on modules, so that no meta tensor stays behind in a model's own cache."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
@@ -116,10 +140,11 @@ def _caches_restored(model: nn.Module) -> Iterator[None]:
 
 
 def forget_caches(model: nn.Module) -> None:
-    """Let modules that keep a product of their weights in eval mode (LeViT, TinyViT) drop it: the weights changed.
+    """Let what keeps a product of the weights drop it, since they changed: autocast, and modules as LeViT's, TinyViT's.
 
-    They do so when told to train, which is why they have a `train` of their own.
+    These do so when told to train, which is why they have a `train` of their own.
     """
+    torch.clear_autocast_cache()
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         if type(module).train is not nn.Module.train:

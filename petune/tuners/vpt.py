@@ -56,7 +56,8 @@ class VPT(petune.Tuner[VPTConfig]):
     uniform(-v, v) with v = sqrt(6 / (3·patch_h·patch_w + D)); 0.0625 for ViT-B/16.
 
     Where attention sees windows (Swin), every window gets the prompts. Shallow ones go as far as the tokens are the
-    same (`Edit.passage`): through all blocks of a plain ViT, through the first stage of one that merges tokens.
+    same (`Edit.passage`): through all blocks of a plain ViT, through the first stage of one that merges tokens. Between
+    the blocks they are tokens like others: a model's intermediate features hold them.
 
     Parameters: deep L·P·D for L blocks, shallow P·D.
 

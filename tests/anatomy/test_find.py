@@ -146,7 +146,8 @@ def test_the_classifier_is_what_makes_the_scores(returns: str) -> None:
     head = petune.find_sites(model).head
     assert head is not None
     assert head.path == "head"
-    att = petune.attach(model, "lora")
+    with pytest.warns(UserWarning, match="stay as they are unless the method trains them: proj"):
+        att = petune.attach(model, "lora")
     assert set(att.head) == {"head.weight", "head.bias"}
     att.merge()
 
