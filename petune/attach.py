@@ -114,8 +114,8 @@ def _tell_beside_head(sites: Sites, train_head: bool) -> None:
     if train_head and sites.head is not None and sites.beside_head:
         warnings.warn(
             f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone, "
-            f"and stay as they are unless the method trains them: {', '.join(sites.beside_head)}. If they are new, name "
-            'what holds them and the classifier, in petune.load too: sites=petune.find_sites(model, head="…")',
+            f"and stay as they are unless the method trains them: {', '.join(sites.beside_head)}. If they are new, "
+            'name what holds them and the classifier, in petune.load too: sites=petune.find_sites(model, head="…")',
             stacklevel=3,
         )
 
