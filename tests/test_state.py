@@ -134,7 +134,7 @@ def test_the_size_of_pictures_is_the_files(tmp_path: Path) -> None:
 
 def test_damage_and_newer_formats_are_named(tmp_path: Path) -> None:
     place = tmp_path / "a"
-    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(CheckpointError, match="an adapter directory must be there, but there is no"):
         petune.load(tiny(), place)
     att = trained()
     att.save(place)

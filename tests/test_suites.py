@@ -257,7 +257,7 @@ def test_the_nearest_to_full_is_named() -> None:
         return {"method": method, "status": "done", "percent_of_backbone": percent, **seeds}
 
     rows = [row("a", 1.0, s0=78.9), row("b", 2.0, s0=79.4), row("c", 3.0, s0=79.9), row("full", 100.0, s0=80, s1=70)]
-    assert "(75.00), on the seeds of both, with the fewest trained parameters: `b`, 0.60 below with 2.00 %" in (
+    assert "(75.00) on the seeds of both, with the fewest trained parameters: `b`, 0.60 below with 2.00 %" in (
         tables.near_full({"rows": rows})
     )
     assert "the nearest, `a`, lacks 1.10" in tables.near_full({"rows": [rows[0], rows[3]]})
