@@ -309,8 +309,7 @@ class Attachment:
 
     def _need_same_head(self) -> None:
         """See that a classifier which stays as it is is the one under which the attachment was made."""
-        modules = set(self.sites.head.modules) if self.sites.head is not None and not self.head else set()
-        if self.enabled and not modules <= {*self.model.modules()}:
+        if self.enabled and not self.head and not {*self._head_modules} <= {*self.model.modules()}:
             raise AttachError(
                 f"{self.name} belongs to the classifier that was there when it was attached (train_head=False), but "
                 f"{self.sites.model} has another in its place. Change the classifier first and attach then"

@@ -22,14 +22,12 @@ from petune.group import join
 from petune.report import COLUMNS, cells, markdown, picture, seeds_by_method
 from petune.results import RunResult
 from petune.run import RunConfig, default_name, directory_name, tuner_of
-from petune.rundir import COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, claimed, hold_config
+from petune.rundir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, claimed, hold_config
 from petune.text import html_table
 from petune.train import Event, Note
 from petune.tuner import TunerConfig
 
 PAGE_FILE, PICTURE_FILE = "compare.md", "compare.svg"
-COMPARE_FILE = "compare.yaml"
-"""The comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
 FILES = (COMPARE_TABLE, COMPARE_FILE, PAGE_FILE, PICTURE_FILE)
 
 

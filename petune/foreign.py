@@ -18,7 +18,7 @@ from petune.anatomy import input_sizes_of
 from petune.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable, near_names
 from petune.hub import HubFile, hub_url, overlay
 from petune.network import reachable
-from petune.timm_repository import build_timms, is_timms
+from petune.timm_repository import build_timms, timms_architecture
 
 LIBRARIES = ("torchvision", "hf")
 TORCHVISION_SIDE = 224  # what its pretrained models were trained at; those without position embeddings do not say
@@ -172,8 +172,8 @@ def _transformers(name: str, num_classes: int, options: dict[str, Any], pretrain
     size = None
     try:
         described = Path(cached_file(name, "config.json", local_files_only=offline))
-        if is_timms(described):
-            return build_timms(name, described, num_classes, options, pretrained=pretrained)
+        if (timms := timms_architecture(described)) is not None:
+            return build_timms(name, timms, described.parent, num_classes, options, pretrained=pretrained)
         config = AutoConfig.from_pretrained(name, local_files_only=offline)
         config = _for_classifying(getattr(config, "vision_config", None) or config)
         size = getattr(config, "image_size", None)

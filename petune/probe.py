@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.anatomy.forward import dtype_of, undisturbed, without_autocast
+from petune.anatomy.forward import dtype_of, looking
 from petune.anatomy.trace import scores_in, tensors_in
 from petune.errors import AttachError, PetuneError
 from petune.sites import Sites
@@ -96,7 +96,7 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
     """
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()).device, dtype_of(model))
-    with undisturbed(model), without_autocast(model), torch.no_grad():
+    with looking(model):
         before = _random_state(x.device)
         first = scores_of(model(x))
         if _random_state(x.device) == before:
@@ -134,7 +134,7 @@ def scores_of(out: Any) -> Tensor:
 
 
 def _forward(model: nn.Module, x: Tensor) -> Any:
-    with undisturbed(model), without_autocast(model), torch.no_grad():
+    with looking(model):
         return model(x.to(next(model.parameters()).device, dtype_of(model)))
 
 

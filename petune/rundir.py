@@ -18,6 +18,8 @@ from petune.files import replace_file
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+COMPARE_FILE = "compare.yaml"
+"""A comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
 COMPARE_TABLE, SWEEP_TABLE, TRIAL_FILE = "compare.json", "sweep.json", "trial.json"
 LOCK_FILE = ".lock"
 BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"

@@ -12,20 +12,21 @@ from petune.errors import ConfigError, UnknownName, WeightsUnavailable
 from petune.hub import HubFile, overlay
 
 
-def is_timms(config_file: Path) -> bool:
-    """Whether a `config.json` names a model of timm's, not one of transformers'."""
+def timms_architecture(config_file: Path) -> str | None:
+    """Which model of timm's a `config.json` names; None where it is transformers'."""
     said = json.loads(config_file.read_bytes())
-    return "architecture" in said and "model_type" not in said
+    return None if "model_type" in said else said.get("architecture")
 
 
 def build_timms(
-    name: str, config_file: Path, num_classes: int, options: dict[str, Any], *, pretrained: bool
+    name: str, architecture: str, place: Path, num_classes: int, options: dict[str, Any], *, pretrained: bool
 ) -> nn.Module:
     """Build the model that a repository, or a directory, describes.
 
     Args:
         name: Of the repository or directory.
-        config_file: Its `config.json`; the weights lie beside it, or are fetched to there.
+        architecture: As its `config.json` says.
+        place: Where that lies; the weights are beside it, or are fetched to there.
         num_classes: Of the classifier.
         options: Arguments of timm's, and `image_size`.
         pretrained: Load the weights: all of them, position embeddings resampled, or none.
@@ -37,10 +38,8 @@ def build_timms(
     """
     import timm
 
-    architecture = str(json.loads(config_file.read_bytes())["architecture"])
     if not timm.is_model(architecture):
-        raise UnknownName("model of timm's", architecture, timm.list_models(), f"so says {config_file}")
-    place = config_file.parent
+        raise UnknownName("model of timm's", architecture, timm.list_models(), f"so says {place / 'config.json'}")
     if pretrained and not Path(name).is_dir():
         place = Path(overlay(f"hf:{name}", HubFile(name))["file"]).parent
     settings = {"img_size" if key == "image_size" else key: value for key, value in options.items()}

@@ -99,7 +99,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_autocast(model: nn.Module) -> Iterator[None]:
+def looking(model: nn.Module) -> Iterator[None]:
+    """For a forward whose numbers are compared: undisturbed, without gradient, in the model's own number format."""
+    with undisturbed(model), _without_autocast(model), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes in its own number format, also where its forward enters autocast (accelerate's).
 
     A model of several formats is left alone: it may need autocast to run at all.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.anatomy.forward import dtype_of, undisturbed, without_autocast
+from petune.anatomy.forward import dtype_of, looking
 from petune.anatomy.positions import Room, is_inside, refused
 from petune.anatomy.proof import HiddenPrompts, same
 from petune.anatomy.trace import tensors_in
@@ -79,12 +79,7 @@ class Prompting:
         if room not in self._rooms:
             self._rooms.append(room)  # earlier blocks' prompts are in the model already: hide them too
         try:
-            with (
-                undisturbed(self.model),
-                without_autocast(self.model),
-                torch.no_grad(),
-                contextlib.ExitStack() as stack,
-            ):
+            with looking(self.model), contextlib.ExitStack() as stack:
                 modes = [stack.enter_context(HiddenPrompts(r)) for r in self._rooms]
                 output = block.enter(*seen.args, **seen.kwargs) if alone else self.model(self._picture())
         except Exception as error:
@@ -102,7 +97,7 @@ class Prompting:
     def _look(self) -> Any:
         handles = [h for block in self.sites.blocks for h in self._watch(block)]
         try:
-            with undisturbed(self.model), without_autocast(self.model), torch.no_grad():
+            with looking(self.model):
                 return self.model(self._picture())
         finally:
             for handle in handles:

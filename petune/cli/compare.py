@@ -56,8 +56,9 @@ def compare(
 
 def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, executor: str = "serial") -> None:
     """Run it, print the table, and exit with 1 if a method failed."""
-    from petune.compare import COMPARE_FILE, compare_name
     from petune.compare import compare as compare_config
+    from petune.compare import compare_name
+    from petune.rundir import COMPARE_FILE
 
     place = config.output or RUNS / compare_name(config)
     with started_again("compare", place, COMPARE_FILE, executor), watching(track, place) as watch:
@@ -87,8 +88,8 @@ def show_comparison(comparison: Comparison) -> None:
 
 def _values(settings: Settings, methods: list[str] | None, seeds: str | None) -> dict[str, Any]:
     """What belongs to the comparison stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.compare import COMPARE_FILE, CompareConfig
-    from petune.rundir import CONFIG_FILE
+    from petune.compare import CompareConfig
+    from petune.rundir import COMPARE_FILE, CONFIG_FILE
 
     own = CompareConfig.model_fields.keys()
     unused = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"} & settings.assigned

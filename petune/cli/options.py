@@ -154,9 +154,10 @@ class Settings:
 
         values: dict[str, Any] = {}
         if self.config is not None:
-            _refuse_shared(user_path(self.config))
-        for key, value in (read_yaml(user_path(self.config)) if self.config else {}).items():
-            _put(values, place(key), value)
+            file = user_path(self.config)
+            _refuse_shared(file)
+            for key, value in read_yaml(file).items():
+                _put(values, place(key), value)
         for key, value in self.flags.items():
             _put(values, place(key), value)
         return override(values, [place(a) for a in self.assignments])
@@ -258,8 +259,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def _refuse_shared(file: Path) -> None:
     """What the runs of a comparison have in common would pass for a run of the default method."""
-    own = file.parent / "compare.yaml"
-    if file.name == "config.yaml" and own.is_file():
+    from petune.rundir import COMPARE_FILE, CONFIG_FILE
+
+    own = file.parent / COMPARE_FILE
+    if file.name == CONFIG_FILE and own.is_file():
         raise UsageError(
             f"{file} is what the runs of a comparison have in common; the comparison itself is {own}, and each of its "
             "runs has a configuration of its own"

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from petune.compare import COMPARE_FILE, Comparison, Origin, origins_of, summarise
+from petune.compare import Comparison, Origin, origins_of, summarise
 from petune.page.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
 from petune.page.found import Found
 from petune.report import cells, seeds_by_method, trial_table
 from petune.results import RunResult
-from petune.rundir import BEGAN_FILE, PICTURES_FILE, leaves, noted
+from petune.rundir import BEGAN_FILE, COMPARE_FILE, PICTURES_FILE, leaves, noted
 
 COLUMNS = (
     "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
@@ -67,7 +67,9 @@ def sections_of(found: Sequence[Found]) -> list[Section]:
     for place, one in tables.items():
         if one.kind == "compare":
             own, others = _of_table(one, inside[place])
-            shown += [_comparison(one, own), *([_beside(one, others)] if others else [])]
+            shown.append(_comparison(one, own))
+            if others:
+                shown.append(_beside(one, others))
     shown += [_sweep(one) for one in tables.values() if one.kind == "sweep" and one.table]
     shown += [_loose(kind, what, runs) for (kind, what, *_), runs in groups.items()]
     return [section for section in shown if section.rows or section.charts]
@@ -88,8 +90,11 @@ def _of_table(one: Found, runs: Sequence[Found]) -> tuple[list[Found], list[Foun
     """The runs that a comparison's table is of, with those on their way; and finished ones that it leaves out."""
     rows = one.table["rows"] if one.table else []
     known = {(row["method"], seed) for row in rows for seed in row["seeds"]}
-    left = [run for run in runs if rows and run.result and (run.result.method, run.result.seed) not in known]
-    return [run for run in runs if run not in left], left
+
+    def belongs(run: Found) -> bool:
+        return not rows or run.result is None or (run.result.method, run.result.seed) in known
+
+    return [run for run in runs if belongs(run)], [run for run in runs if not belongs(run)]
 
 
 def _beside(one: Found, runs: Sequence[Found]) -> Section:

@@ -54,7 +54,7 @@ class Wrapped:
             _activate(layer, active.get(layer, set()) | (_adapters(layer) & {self.name}))
         self._refuse_nested()
         self.done = True
-        self._tell(edit)
+        self._tell()
 
     def _put_in(self) -> Any:
         """Let PEFT wrap the layers; returns its tuner."""
@@ -68,9 +68,9 @@ class Wrapped:
             kind = self.config.peft_type.value.lower()
             raise petune.AttachError(f"PEFT cannot put {kind} on {self.edit.sites.model}: {error}") from None
 
-    def _tell(self, edit: petune.Edit) -> None:
+    def _tell(self) -> None:
         """What is to happen when the attachment is switched, merged, or on for some rows of a batch."""
-        config = self.config
+        edit, config = self.edit, self.config
         edit.before_enabled(self._refuse_nested)
         edit.on_switch(self._switch)
         edit.on_merge(self._merge)
