@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from petune.compare import ORIGIN_KEYS, Comparison, Origin, Row
+from petune.runner.compare import ORIGIN_KEYS, Comparison, Origin, Row
 
 SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
 PLACES = {"output", "data_dir", "resume", "method", "seed"}

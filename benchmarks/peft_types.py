@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import petune
-from petune.errors import NotMergeable
-from petune.tiny_models import tiny_timm
+from petune.base.errors import NotMergeable
+from petune.plugin_dev.tiny_models import tiny_timm
 from petune.tuners.peft import REFUSED, peft_types
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "peft.md"

@@ -32,9 +32,9 @@ import torch
 from speed_peers import CPU, EXTRA, PEERS, SIZES, Size, petune_step, trainer_of
 from torch.nn import functional as F
 
-from petune.files import replace_file
-from petune.measure import provenance
-from petune.train.precision import choose_precision
+from petune.base.files import replace_file
+from petune.runner.provenance import provenance
+from petune.training.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
 PETUNE, BY_HAND, INJECTED = "petune adaptformer", "hand-written, bare loop", "injected, bare loop"
@@ -202,7 +202,7 @@ def _memory_here(name: str, quick: bool) -> dict[str, int]:
     """Peak resident memory of this process after two steps, and before any: VmHWM."""
     from speed_peers import full
 
-    from petune.measure import PeakMemory
+    from petune.runner.provenance import PeakMemory
 
     peak = PeakMemory(CPU)
     before = peak.bytes()

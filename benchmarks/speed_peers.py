@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 import petune
 from petune.data import Dataset, Preprocess, Split
-from petune.train import StopFlag, TrainConfig, Trainer
-from petune.train.frozen import frozen_in_bfloat16
-from petune.train.precision import choose_attention, choose_precision
-from petune.train.savings import made_cheaper
+from petune.training import StopFlag, TrainConfig, Trainer
+from petune.training.precision import choose_attention, choose_precision
+from petune.training.speed.bf16_weights import frozen_in_bfloat16
+from petune.training.speed.speedups import made_cheaper
 
 Step = Callable[[], object]
 CPU = torch.device("cpu")

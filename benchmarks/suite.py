@@ -26,15 +26,15 @@ from joined import joined
 from pydantic import Field
 
 import petune
+from petune.base.config import Config, read_yaml
+from petune.base.files import replace_file
 from petune.cli.progress import Progress
-from petune.compare import Comparison, write_table
-from petune.config import Config, read_yaml
-from petune.executors import RUN, Executor, Work
-from petune.files import replace_file
-from petune.report import markdown
-from petune.results import RunResult
-from petune.run import directory_name
-from petune.rundir import SWEEP_TABLE
+from petune.runner.compare import Comparison, write_table
+from petune.runner.executors import RUN, Executor, Work
+from petune.runner.report.tables import markdown
+from petune.runner.result import RunResult
+from petune.runner.run import directory_name
+from petune.runner.run_dir import SWEEP_TABLE
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"

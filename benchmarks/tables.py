@@ -15,7 +15,7 @@ from typing import Any
 
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
-from petune.report import COLUMNS, cells
+from petune.runner.report.tables import COLUMNS, cells
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

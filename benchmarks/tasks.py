@@ -114,7 +114,7 @@ def run(methods: Iterable[str]) -> dict[str, Any]:
     """Every method in a process of its own, and what the machine was; rows of others stay."""
     import torch
 
-    from petune.measure import provenance
+    from petune.runner.provenance import provenance
 
     rows = {row["method"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
     for method in methods:

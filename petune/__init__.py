@@ -7,73 +7,73 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from petune.peft_hook import when_peft_is_imported
+from petune.injector.peft_hook import when_peft_is_imported
 
 if TYPE_CHECKING:
-    from petune.anatomy import find_sites
-    from petune.attach import attach
-    from petune.attachment import Attachment
-    from petune.compare import CompareConfig, Comparison, compare
-    from petune.counts import Counts
-    from petune.edit import Edit
-    from petune.errors import AttachError, NotMergeable, PetuneError
-    from petune.evaluation import Evaluation, evaluate
-    from petune.export import Exported, export
-    from petune.predict import Predictor, predict
-    from petune.pretrain import PretrainConfig, pretrain
-    from petune.registry import tuners
-    from petune.results import RunResult
-    from petune.run import RunConfig, run
-    from petune.share import pull, push
-    from petune.sites import Block, Site, Sites
-    from petune.state import load
-    from petune.sweep import sweep
-    from petune.tasks import Tasks
-    from petune.testing import ContractViolation, check_tuner
-    from petune.trials import Sweep, SweepConfig
-    from petune.tuner import Recipe, Tuner, TunerConfig
+    from petune.base.errors import AttachError, NotMergeable, PetuneError
+    from petune.injector.attach import attach
+    from petune.injector.attachment import Attachment
+    from petune.injector.counts import Counts
+    from petune.injector.edit import Edit
+    from petune.injector.load import load
+    from petune.injector.registry import tuners
+    from petune.injector.tuner import Recipe, Tuner, TunerConfig
+    from petune.plugin_dev.contract import ContractViolation, check_tuner
+    from petune.runner.compare import CompareConfig, Comparison, compare
+    from petune.runner.pretrain import PretrainConfig, pretrain
+    from petune.runner.result import RunResult
+    from petune.runner.run import RunConfig, run
+    from petune.runner.sweep.search import sweep
+    from petune.runner.sweep.trials import Sweep, SweepConfig
+    from petune.serving.adapter_bank import Tasks
+    from petune.serving.evaluation import Evaluation, evaluate
+    from petune.serving.export import Exported, export
+    from petune.serving.predict import Predictor, predict
+    from petune.serving.share import pull, push
+    from petune.sites.find import find_sites
+    from petune.sites.site import Block, Site, Sites
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AttachError": "errors",
-    "Attachment": "attachment",
-    "Block": "sites",
-    "CompareConfig": "compare",
-    "Comparison": "compare",
-    "ContractViolation": "testing",
-    "Counts": "counts",
-    "Edit": "edit",
-    "Evaluation": "evaluation",
-    "Exported": "export",
-    "NotMergeable": "errors",
-    "PetuneError": "errors",
-    "Predictor": "predict",
-    "PretrainConfig": "pretrain",
-    "Recipe": "tuner",
-    "RunConfig": "run",
-    "RunResult": "results",
-    "Site": "sites",
-    "Sites": "sites",
-    "Sweep": "trials",
-    "SweepConfig": "trials",
-    "Tasks": "tasks",
-    "Tuner": "tuner",
-    "TunerConfig": "tuner",
-    "attach": "attach",
-    "check_tuner": "testing",
-    "compare": "compare",
-    "evaluate": "evaluation",
-    "export": "export",
-    "find_sites": "anatomy",
-    "load": "state",
-    "predict": "predict",
-    "pretrain": "pretrain",
-    "pull": "share",
-    "push": "share",
-    "run": "run",
-    "sweep": "sweep",
-    "tuners": "registry",
+    "AttachError": "base.errors",
+    "Attachment": "injector.attachment",
+    "Block": "sites.site",
+    "CompareConfig": "runner.compare",
+    "Comparison": "runner.compare",
+    "ContractViolation": "plugin_dev.contract",
+    "Counts": "injector.counts",
+    "Edit": "injector.edit",
+    "Evaluation": "serving.evaluation",
+    "Exported": "serving.export",
+    "NotMergeable": "base.errors",
+    "PetuneError": "base.errors",
+    "Predictor": "serving.predict",
+    "PretrainConfig": "runner.pretrain",
+    "Recipe": "injector.tuner",
+    "RunConfig": "runner.run",
+    "RunResult": "runner.result",
+    "Site": "sites.site",
+    "Sites": "sites.site",
+    "Sweep": "runner.sweep.trials",
+    "SweepConfig": "runner.sweep.trials",
+    "Tasks": "serving.adapter_bank",
+    "Tuner": "injector.tuner",
+    "TunerConfig": "injector.tuner",
+    "attach": "injector.attach",
+    "check_tuner": "plugin_dev.contract",
+    "compare": "runner.compare",
+    "evaluate": "serving.evaluation",
+    "export": "serving.export",
+    "find_sites": "sites.find",
+    "load": "injector.load",
+    "predict": "serving.predict",
+    "pretrain": "runner.pretrain",
+    "pull": "serving.share",
+    "push": "serving.share",
+    "run": "runner.run",
+    "sweep": "runner.sweep.search",
+    "tuners": "injector.registry",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ import setuptools  # noqa: F401
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a second, of AdaptFormer on digits; to be read, not written."""
-    from petune.run import run
+    from petune.runner.run import run
 
     place = tmp_path_factory.mktemp("digits") / "run"
     run(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from petune.compare import CompareConfig, Comparison, Row
-from petune.evaluation.measures import measured
-from petune.results import RunResult
-from petune.run import RunConfig
-from petune.text import html_table
+from petune.base.text import html_table
+from petune.runner.compare import CompareConfig, Comparison, Row
+from petune.runner.result import RunResult
+from petune.runner.run import RunConfig
+from petune.serving.evaluation.measures import measured
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 EVIL = "<img src=x onerror=alert(1)>\u202e"

@@ -26,9 +26,9 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 
 ORDERS = {
-    "submodule first": "import petune.attach, petune.run, petune.compare, petune.pretrain",
-    "name from submodule": "from petune.run import RunConfig; from petune.attach import Attachment",
-    "function first": "petune.attach; petune.run; import petune.attach, petune.run",
+    "submodule first": "import petune.injector.attach, petune.runner.run, petune.runner.compare, petune.runner.pretrain",
+    "name from submodule": "from petune.runner.run import RunConfig; from petune.injector.attach import Attachment",
+    "function first": "petune.injector.attach; petune.runner.run; import petune.injector.attach, petune.runner.run",
     "whole program": "import petune.cli.main, petune.cli.run, petune.cli.compare, petune.cli.pretrain",
 }
 

@@ -13,8 +13,8 @@ import tables
 import yaml
 from joined import joined
 
-from petune.compare import CompareConfig, Comparison, Row
-from petune.run import tuner_of
+from petune.runner.compare import CompareConfig, Comparison, Row
+from petune.runner.run import tuner_of
 
 NAMES = ("cifar-small", "few-shot", "precision", "seed")
 TINY = """\

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import petune
-from petune.backbones import Backbone, create_backbone
-from petune.files import write_directory
+from petune.backbones.create import Backbone, create_backbone
+from petune.base.files import write_directory
 from tests.tiny import randomised
 
 NANO = {"depth": 1, "embed_dim": 48}

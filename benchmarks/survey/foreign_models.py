@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from petune.foreign import build_foreign
+from petune.backbones.other_libraries import build_foreign
 
 _SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 _COLUMN = {**_SMALL, "image_size": 64, "patch_size": 16}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.anatomy.proof import HiddenPrompts
-from petune.hooks import Branch, Prompts
-from petune.registry import build_tuner
-from petune.run import parse_method
+from petune.injector.hooks.base import Branch, Prompts
+from petune.injector.hooks.hidden_prompts import HiddenPrompts
+from petune.injector.registry import build_tuner
+from petune.runner.run import parse_method
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.sites import Block, Site
+from petune.sites.site import Block, Site
 
 
 def unproven_mids(model: nn.Module, sites: petune.Sites) -> list[str]:

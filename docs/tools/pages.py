@@ -21,7 +21,7 @@ ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
 import petune  # noqa: E402
-from petune.registry import load_tuner  # noqa: E402
+from petune.injector.registry import load_tuner  # noqa: E402
 
 MADE = "<!-- written by docs/tools/pages.py -->\n"
 KINDS = {

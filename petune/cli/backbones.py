@@ -20,7 +20,7 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
     if pattern is not None:
         _matching(pattern, json)
         return
-    from petune.backbones import ALIASES
+    from petune.backbones.create import ALIASES
 
     if json:
         found = [
@@ -52,7 +52,7 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
 def _matching(pattern: str, as_json: bool) -> None:
     from fnmatch import fnmatchcase
 
-    from petune.backbones import ALIASES, list_backbones
+    from petune.backbones.create import ALIASES, list_backbones
 
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     names = [*(name for name in ALIASES if fnmatchcase(name, wanted)), *list_backbones(wanted)]

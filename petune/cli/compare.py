@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petune.base.errors import UsageError
 from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured
 from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
 from petune.cli.terminal import clean, say, show, show_json, show_table
-from petune.errors import UsageError
 
 if TYPE_CHECKING:
-    from petune.compare import CompareConfig, Comparison
+    from petune.runner.compare import CompareConfig, Comparison
 
 RATE = "lrs."
 """How an assignment begins that gives a method its rate."""
@@ -41,7 +41,7 @@ def compare(
 
     Started again, it skips the runs that are finished.
     """
-    from petune.compare import CompareConfig
+    from petune.runner.compare import CompareConfig
 
     config = CompareConfig.build(_values(settings, methods, seeds), settings.source)
     check_tracker(track)
@@ -56,9 +56,9 @@ def compare(
 
 def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, executor: str = "serial") -> None:
     """Run it, print the table, and exit with 1 if a method failed."""
-    from petune.compare import compare as compare_config
-    from petune.compare import compare_name
-    from petune.rundir import COMPARE_FILE
+    from petune.runner.compare import compare as compare_config
+    from petune.runner.compare import compare_name
+    from petune.runner.run_dir import COMPARE_FILE
 
     place = config.output or RUNS / compare_name(config)
     with started_again("compare", place, COMPARE_FILE, executor), watching(track, place) as watch:
@@ -73,7 +73,7 @@ def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, e
 
 def show_comparison(comparison: Comparison) -> None:
     """Print the table, and where its files are."""
-    from petune.report import COLUMNS, cells
+    from petune.runner.report.tables import COLUMNS, cells
 
     say(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
     rows = [(cells(row.model_dump(mode="json")), row) for row in comparison.rows]
@@ -88,8 +88,8 @@ def show_comparison(comparison: Comparison) -> None:
 
 def _values(settings: Settings, methods: list[str] | None, seeds: str | None) -> dict[str, Any]:
     """What belongs to the comparison stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.compare import CompareConfig
-    from petune.rundir import COMPARE_FILE, CONFIG_FILE
+    from petune.runner.compare import CompareConfig
+    from petune.runner.run_dir import COMPARE_FILE, CONFIG_FILE
 
     own = CompareConfig.model_fields.keys()
     unused = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"} & settings.assigned
@@ -117,7 +117,7 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
 
 def _rates(assignments: list[str]) -> dict[str, Any]:
     """`vpt:deep=false=1e-3` → `{"vpt:deep=false": 0.001}`: a method may itself hold `=` and dots."""
-    from petune.config import parse_value
+    from petune.base.config import parse_value
 
     parts = [text.rpartition("=") for text in assignments]
     return {method.strip(): parse_value(rate.strip()) for method, _, rate in parts}

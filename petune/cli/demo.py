@@ -33,7 +33,7 @@ def demo(
 
     It answers this machine only, sends nothing anywhere and needs no network. Ctrl-C ends it.
     """
-    from petune.demo import SideBySide, serve
+    from petune.serving.demo import SideBySide, serve
 
     paths = [user_path(source) for source in sources]
     served = serve(SideBySide(paths, weights=weights, device=device, trust_code=trust_code), host=host, port=port)

@@ -10,10 +10,10 @@ from petune.cli.structure import plan_of, structure_of
 from petune.cli.terminal import say, show, show_facts, show_json
 
 if TYPE_CHECKING:
-    from petune.compare import CompareConfig
-    from petune.run import RunConfig
-    from petune.trials import SweepConfig
-    from petune.tuner import Recipe
+    from petune.injector.tuner import Recipe
+    from petune.runner.compare import CompareConfig
+    from petune.runner.run import RunConfig
+    from petune.runner.sweep.trials import SweepConfig
 
 
 def show_dry_run(
@@ -34,8 +34,8 @@ def show_dry_run(
     Raises:
         ConfigError: A pretraining would leave parameters as they are.
     """
-    from petune.pretrain import PretrainConfig, check_all_trains
-    from petune.run import RunConfig
+    from petune.runner.pretrain import PretrainConfig, check_all_trains
+    from petune.runner.run import RunConfig
 
     run = config if isinstance(config, RunConfig) else config.run
     structure, model = structure_of(run)

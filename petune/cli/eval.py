@@ -12,7 +12,7 @@ from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
 from petune.cli.terminal import one_line, say, show_facts, show_json, show_table
 
 if TYPE_CHECKING:
-    from petune.evaluation import Evaluation
+    from petune.serving.evaluation import Evaluation
 
 MOST = 30
 """Classes that are shown; all of them are in eval.json."""
@@ -54,8 +54,8 @@ def evaluate(
 
     Writes eval.json, a confusion picture and a reliability diagram.
     """
-    from petune.evaluation import evaluate as evaluate_run
-    from petune.evaluation import write
+    from petune.serving.evaluation import evaluate as evaluate_run
+    from petune.serving.evaluation import write
 
     source = user_path(source)
     found = evaluate_run(
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def _place(source: Path, split: str, dataset: str | None) -> Path | None:
-    from petune.rundir import RESULT_FILE
+    from petune.runner.run_dir import RESULT_FILE
 
     if not (source / RESULT_FILE).is_file():
         return None
@@ -90,7 +90,7 @@ def _place(source: Path, split: str, dataset: str | None) -> Path | None:
 
 
 def _show(found: Evaluation) -> None:
-    from petune.evaluation import COLUMNS
+    from petune.serving.evaluation import COLUMNS
 
     shown = found.classes
     if len(shown) > MOST:

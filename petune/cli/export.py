@@ -34,8 +34,8 @@ def export(
     Adapters are folded into the weights where that is possible, and stay parts of the program where not; plain weights
     (.safetensors) need the former. What was written is run, and compared with the model.
     """
-    from petune.export import export as export_model
-    from petune.text import size
+    from petune.base.text import size
+    from petune.serving.export import export as export_model
 
     done = export_model(user_path(source), user_path(file), to=to, weights=weights, trust_code=trust_code)
     if json:

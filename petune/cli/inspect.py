@@ -10,7 +10,7 @@ from petune.cli.structure import plan_of, structure_of
 from petune.cli.terminal import clean, say, show, show_facts, show_json
 
 if TYPE_CHECKING:
-    from petune.sites import Site, Sites
+    from petune.sites.site import Site, Sites
 
 FLAGS = ("method", "backbone", "dataset", "image-size", "patch-size", "head")
 DEFAULTS = {"method": "none: the backbone alone"}
@@ -22,7 +22,7 @@ def inspect(settings: Settings, *, json: Json = False) -> None:
 
     The backbone is built without its weights, and nothing is trained.
     """
-    from petune.run import RunConfig
+    from petune.runner.run import RunConfig
 
     values = settings.values()
     config = RunConfig.build(values, settings.source)

@@ -13,6 +13,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from petune.base.distributed import is_said_elsewhere, leads, num_processes, this_process
+from petune.base.errors import PetuneError, UsageError
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
 from petune.cli.data import data
@@ -31,8 +33,6 @@ from petune.cli.run import run
 from petune.cli.share import pull, push
 from petune.cli.sweep import sweep
 from petune.cli.terminal import clean, say
-from petune.errors import PetuneError, UsageError
-from petune.group import is_said_elsewhere, leads, num_processes, this_process
 
 DEBUG = "--debug"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)

@@ -14,7 +14,7 @@ Load = Annotated[bool, typer.Option("--load", help="Import each one, so that a b
 
 def methods(json: Json = False, load: Load = False) -> None:
     """List the installed methods, broken ones too."""
-    from petune.registry import check_loads, tuners
+    from petune.injector.registry import check_loads, tuners
 
     found = [
         {

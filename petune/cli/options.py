@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from petune.errors import UsageError
+from petune.base.errors import UsageError
 
 METAVARS = {str: "NAME", int: "INT", float: "FLOAT", Path: "DIR", bool: None}
 
@@ -150,7 +150,7 @@ class Settings:
         Args:
             place: From a RunConfig key to where it stands in the configuration to build.
         """
-        from petune.config import override, read_yaml
+        from petune.base.config import override, read_yaml
 
         values: dict[str, Any] = {}
         if self.config is not None:
@@ -237,7 +237,7 @@ def user_path(path: Path) -> Path:
     Raises:
         UsageError: It is no UTF-8.
     """
-    from petune.config import user_path as expanded
+    from petune.base.config import user_path as expanded
 
     try:
         return expanded(path)
@@ -259,7 +259,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def _refuse_shared(file: Path) -> None:
     """What the runs of a comparison have in common would pass for a run of the default method."""
-    from petune.rundir import COMPARE_FILE, CONFIG_FILE
+    from petune.runner.run_dir import COMPARE_FILE, CONFIG_FILE
 
     own = file.parent / COMPARE_FILE
     if file.name == CONFIG_FILE and own.is_file():

@@ -14,7 +14,7 @@ from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, show, show_json
 
 if TYPE_CHECKING:
-    from petune.testing import Finding
+    from petune.plugin_dev.contract import Finding
 
 plugin = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Begin a method of your own, or check one.")
 
@@ -37,7 +37,7 @@ class Checked:
 @plugin.command()
 def new(name: Name, place: Place = Path()) -> None:
     """Write a package with a working method, its test and its entry point."""
-    from petune.scaffold import write_plugin
+    from petune.plugin_dev.scaffold import write_plugin
 
     place = user_path(place)
     for path in write_plugin(name, place):
@@ -61,10 +61,10 @@ def check(method: Method, json: Json = False) -> None:
 
 
 def _check(method: str) -> Iterator[Checked]:
-    from petune.errors import AttachError
-    from petune.run import parse_method
-    from petune.testing import examine
-    from petune.tiny_models import tiny_models
+    from petune.base.errors import AttachError
+    from petune.plugin_dev.contract import examine
+    from petune.plugin_dev.tiny_models import tiny_models
+    from petune.runner.run import parse_method
 
     name, options = parse_method(method)
     for library, build in tiny_models().items():

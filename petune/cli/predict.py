@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from petune.base.text import percent
 from petune.cli.options import TrustCode, user_path
 from petune.cli.terminal import clean, one_line, say, show, show_table
-from petune.text import percent
 
 if TYPE_CHECKING:
-    from petune.predict import Prediction
+    from petune.serving.predict import Prediction
 
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter directory.")]
 Pictures = Annotated[
@@ -49,7 +49,7 @@ def predict(
 
     A picture that cannot be read is named, the others are not harmed; the exit code is then 4.
     """
-    from petune.predict import Predictor
+    from petune.serving.predict import Predictor
 
     predictor = Predictor(user_path(source), weights=weights, device=device, precision=precision, trust_code=trust_code)
     found = predictor.stream(pictures, top_k=top_k, batch_size=batch_size)

@@ -6,14 +6,14 @@ import json as json_format
 import shlex
 from typing import TYPE_CHECKING
 
+from petune.base.distributed import join
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
 from petune.cli.running import check_tracker, place_of, resumable, watching
 from petune.cli.terminal import say, show_json
-from petune.group import join
 
 if TYPE_CHECKING:
-    from petune.pretrain import PretrainConfig
+    from petune.runner.pretrain import PretrainConfig
 
 DEFAULTS = {
     "backbone": "vit_nano",
@@ -34,8 +34,8 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
     Everything trains, and the last epoch is kept.
     """
-    from petune.pretrain import RECIPE, PretrainConfig, pretrain_name
-    from petune.pretrain import pretrain as run_config
+    from petune.runner.pretrain import RECIPE, PretrainConfig, pretrain_name
+    from petune.runner.pretrain import pretrain as run_config
 
     config = PretrainConfig.build(settings.values(), settings.source)
     check_tracker(track)

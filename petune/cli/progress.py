@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 from petune.cli.terminal import clean, say
 
 if TYPE_CHECKING:
-    from petune.compare import RunStarted
-    from petune.train import EpochEnded, Event, StepDone
+    from petune.runner.compare import RunStarted
+    from petune.training import EpochEnded, Event, StepDone
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -42,7 +42,7 @@ class Progress:
 
     def __call__(self, event: Event | RunStarted) -> None:
         """Show the event."""
-        from petune.train import EpochEnded, Note, StepDone
+        from petune.training import EpochEnded, Note, StepDone
 
         if isinstance(event, StepDone):
             self._step(event)
@@ -83,7 +83,7 @@ class Progress:
             self.line(f"{self._label}step {event.step}/{event.total_steps}  {state}{self._left(event)}")
 
     def _left(self, event: StepDone) -> str:
-        from petune.text import duration
+        from petune.base.text import duration
 
         began, first = self._began or (0.0, event.step)
         if event.step == first:

@@ -24,8 +24,8 @@ def report(directories: Directories, output: Output = Path("report.html"), json:
 
     Tables, charts, and where the numbers come from. It has no scripts and fetches nothing.
     """
-    from petune.page import write_page
-    from petune.text import size
+    from petune.base.text import size
+    from petune.runner.report.page import write_page
 
     page = write_page([user_path(directory) for directory in directories], user_path(output))
     if json:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from petune.base.distributed import join
 from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured
 from petune.cli.running import RUNS, check_tracker, place_of, resumable, watching
 from petune.cli.terminal import show_facts, show_json
-from petune.group import join
 
 if TYPE_CHECKING:
-    from petune.results import RunResult
-    from petune.run import RunConfig
+    from petune.runner.result import RunResult
+    from petune.runner.run import RunConfig
 
 
 @configured()
@@ -27,7 +27,7 @@ def run(
 
     The epoch is chosen on a validation split; config, metrics, result and adapter lie in the run directory.
     """
-    from petune.run import RunConfig
+    from petune.runner.run import RunConfig
 
     config = RunConfig.build(settings.values(), settings.source)
     several = settings.seeds(seeds)
@@ -43,8 +43,8 @@ def run(
 
 
 def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bool) -> None:
-    from petune.run import default_name
-    from petune.run import run as run_config
+    from petune.runner.run import default_name
+    from petune.runner.run import run as run_config
 
     place = join().same(lambda: place_of(config, default_name(config), resume=resume))
     config = config.model_copy(update={"output": place})
@@ -58,8 +58,8 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bo
 
 def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, track: str | None) -> None:
     from petune.cli.compare import run_comparison
-    from petune.compare import CompareConfig
-    from petune.run import default_name
+    from petune.runner.compare import CompareConfig
+    from petune.runner.run import default_name
 
     name = default_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
     place = config.output or RUNS / name

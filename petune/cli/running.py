@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from petune.base.distributed import leads
+from petune.base.errors import Stopped, UsageError
 from petune.cli.progress import Progress
-from petune.errors import Stopped, UsageError
-from petune.group import leads
 
 if TYPE_CHECKING:
-    from petune.compare import RunStarted
-    from petune.run import RunConfig
-    from petune.train import Event
+    from petune.runner.compare import RunStarted
+    from petune.runner.run import RunConfig
+    from petune.training import Event
 
 RUNS = Path("runs")
 
@@ -32,7 +32,7 @@ def place_of(config: RunConfig, name: str, *, resume: bool) -> Path:
     Raises:
         UsageError: There is nothing to go on in.
     """
-    from petune.rundir import CONFIG_FILE, free_path, latest_path
+    from petune.runner.run_dir import CONFIG_FILE, free_path, latest_path
 
     if config.output is not None:
         if resume and not (config.output / CONFIG_FILE).is_file():
@@ -123,7 +123,7 @@ def check_tracker(name: str | None) -> None:
         UnknownName, MissingExtra: See `watching`.
     """
     if name:
-        from petune.train.track import check_tracker as check
+        from petune.training.track import check_tracker as check
 
         check(name)
 
@@ -135,7 +135,7 @@ def check_executor(name: str, track: str | None) -> None:
         PetuneError: See `petune.executors.choose_executor`.
         UsageError: A tracker follows the runs of this process only.
     """
-    from petune.executors import choose_executor
+    from petune.runner.executors import choose_executor
 
     choose_executor(name)
     if track and name != "serial":
@@ -146,14 +146,14 @@ class _Tracking:
     """A tracker that moves to the next run's directory when it begins."""
 
     def __init__(self, name: str, place: Path) -> None:
-        from petune.train.track import Tracker
+        from petune.training.track import Tracker
 
         self._name, self._place = name, place / name
         self._tracker = Tracker(name, self._place)
 
     def __call__(self, event: Event | RunStarted) -> None:
-        from petune.compare import RunStarted
-        from petune.train.track import Tracker
+        from petune.runner.compare import RunStarted
+        from petune.training.track import Tracker
 
         if isinstance(event, RunStarted):
             self.close()

@@ -30,8 +30,8 @@ def push(source: Source, repo: Repo, private: Private = False, update: Update = 
 
     HF_TOKEN or `hf auth login` gives the token, HF_ENDPOINT another hub; HF_HUB_OFFLINE is honoured.
     """
-    from petune.share import push
-    from petune.text import size
+    from petune.base.text import size
+    from petune.serving.share import push
 
     done = push(source, repo, private=private, update=update)
     if json:
@@ -52,8 +52,8 @@ def pull(
 
     It is read and checked before it is put in its place.
     """
-    from petune.share import pull
-    from petune.text import size
+    from petune.base.text import size
+    from petune.serving.share import pull
 
     done = pull(repo, output, revision=revision, trust_code=trust_code)
     if json:

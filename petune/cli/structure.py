@@ -6,14 +6,14 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from petune.base.text import percent
 from petune.cli.terminal import count, flops
-from petune.text import percent
 
 if TYPE_CHECKING:
-    from petune.attachment import Attachment
-    from petune.run import RunConfig
-    from petune.sites import Sites
-    from petune.tuner import Recipe
+    from petune.injector.attachment import Attachment
+    from petune.injector.tuner import Recipe
+    from petune.runner.run import RunConfig
+    from petune.sites.site import Sites
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def structure_of(config: RunConfig) -> tuple[Structure, Any]:
     """The backbone's structure and its model, on the meta device: shapes only, nothing is read."""
     import torch
 
-    from petune.anatomy import find_sites
-    from petune.backbones import create_backbone
+    from petune.backbones.create import create_backbone
     from petune.data.lookup import count_classes
-    from petune.measure import forward_flops
+    from petune.runner.provenance import forward_flops
+    from petune.sites.find import find_sites
 
     with torch.device("meta"):
         backbone = create_backbone(
@@ -97,10 +97,10 @@ def plan_of(method: str, model: Any, sites: Sites, recipe: Recipe | None = None)
     """
     import torch
 
-    from petune.attach import attach
-    from petune.measure import forward_flops
-    from petune.registry import build_tuner
-    from petune.run import parse_method
+    from petune.injector.attach import attach
+    from petune.injector.registry import build_tuner
+    from petune.runner.provenance import forward_flops
+    from petune.runner.run import parse_method
 
     name, options = parse_method(method)
     tuner = build_tuner(name, **options)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petune.base.errors import ConfigError, UsageError
+from petune.base.text import percent
 from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
 from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
 from petune.cli.terminal import clean, say, show_json, show_table
-from petune.errors import ConfigError, UsageError
-from petune.text import percent
 
 if TYPE_CHECKING:
-    from petune.trials import Sweep, SweepConfig
+    from petune.runner.sweep.trials import Sweep, SweepConfig
 
 Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="A registered method, options in place.")]
 Over = Annotated[
@@ -57,7 +57,7 @@ def sweep(
 
     The best trial is chosen on a validation split, and it alone reads test, once. Started again, it goes on.
     """
-    from petune.trials import SweepConfig
+    from petune.runner.sweep.trials import SweepConfig
 
     values = _values(settings, method, over, trials, no_test)
     if at_once is not None:
@@ -70,7 +70,7 @@ def sweep(
     check_executor(executor, track)
     if dry_run:
         from petune.cli.dry_run import show_dry_run
-        from petune.space import corners
+        from petune.runner.sweep.space import corners
 
         methods = dict.fromkeys(config.trial(params).method for params in corners(config.over))
         show_dry_run(config, list(methods), as_json=json)
@@ -79,9 +79,9 @@ def sweep(
 
 
 def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
-    from petune.rundir import CONFIG_FILE
-    from petune.sweep import sweep as sweep_config
-    from petune.sweep import sweep_name
+    from petune.runner.run_dir import CONFIG_FILE
+    from petune.runner.sweep.search import sweep as sweep_config
+    from petune.runner.sweep.search import sweep_name
 
     place = config.output or RUNS / sweep_name(config)
     with started_again("sweep", place, CONFIG_FILE, executor), watching(track, place) as watch:
@@ -96,7 +96,7 @@ def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str
 
 def show_sweep(table: Sweep) -> None:
     """Print the trials, best first, and how to run the best one."""
-    from petune.report import trial_table
+    from petune.runner.report.tables import trial_table
 
     run = table.config.run
     say(f"{table.backbone or run.backbone}, weights {table.weights or run.weights}, on {run.dataset}")
@@ -116,8 +116,8 @@ def _values(
     settings: Settings, method: str | None, over: list[str] | None, trials: int | None, no_test: bool
 ) -> dict[str, Any]:
     """What belongs to the sweep stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.rundir import CONFIG_FILE, SWEEP_TABLE
-    from petune.trials import SweepConfig
+    from petune.runner.run_dir import CONFIG_FILE, SWEEP_TABLE
+    from petune.runner.sweep.trials import SweepConfig
 
     own = SweepConfig.model_fields.keys()
     values = settings.values(
@@ -142,7 +142,7 @@ def _over(texts: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: See `petune.space.parse_over`, or a key stands twice.
     """
-    from petune.space import parse_over
+    from petune.runner.sweep.space import parse_over
 
     found: dict[str, Any] = {}
     for text in texts:
@@ -155,7 +155,7 @@ def _over(texts: list[str]) -> dict[str, Any]:
 
 def _hint(problem: str, over: Any) -> str:
     """What to say of a training option that was taken for one of the method."""
-    from petune.train import TrainConfig
+    from petune.training import TrainConfig
 
     keys = [key for key in (over or {}) if key in TrainConfig.model_fields and f"{key}: no such key" in problem]
     return f"\ntraining options are written --over train.{keys[0]}=…" if keys else ""

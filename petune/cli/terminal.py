@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from petune.group import leads
+from petune.base.distributed import leads
 
 PIPE_WIDTH = 200
 """Columns of a table that goes to a file or a pipe, where no terminal says how many there are."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from petune.base.errors import UnknownName
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, OnBroken, Split
-from petune.errors import UnknownName
 
 NAMES = {
     "cifar10": "60,000 pictures of 10 classes, 32x32",

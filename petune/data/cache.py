@@ -16,9 +16,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.config import expanded
+from petune.base.config import expanded
+from petune.base.errors import DataError
 from petune.data.dataset import Split
-from petune.errors import DataError
 
 LOCK = ".lock"
 ELSEWHERE = "set PETUNE_CACHE to another folder"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from petune.data.images import decode_pictures
 from petune.data.layout import picture_files
-from petune.data.pictures import decode_pictures
 
 
 @dataclass(frozen=True)

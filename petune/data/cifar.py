@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from petune.base.errors import DataError
+from petune.base.network import reachable
 from petune.data.cache import Allocate, cache_dir, decoded, file_key
 from petune.data.dataset import Dataset, Split
-from petune.errors import DataError
-from petune.network import reachable
 
 FORMAT = 1
 SIDE = 32

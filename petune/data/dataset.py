@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.errors import ConfigError, DataError
+from petune.base.errors import ConfigError, DataError
 
 CHUNK = 32
 """Pictures that statistics take into memory at once."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from petune.base.errors import DataError
 from petune.data.cache import Allocate, decoded
 from petune.data.dataset import Dataset, OnBroken, Split, stratified
+from petune.data.images import decode_pictures
 from petune.data.layout import Files, picture_files, size_and_time, unread
-from petune.data.pictures import decode_pictures
-from petune.errors import DataError
 
 FORMAT = 2
 CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from petune.config import expanded
-from petune.data.pictures import OTHER_PICTURES, extensions
-from petune.errors import DataError, UsageError
+from petune.base.config import expanded
+from petune.base.errors import DataError, UsageError
+from petune.data.images import OTHER_PICTURES, extensions
 
 VAL_NAMES = ("val", "valid", "validation")
 SPLIT_NAMES = {"train", "training", "test", "testing", *VAL_NAMES}

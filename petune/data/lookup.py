@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from petune.base.errors import DataError, UnknownName
 from petune.data.cache import cache_dir
 from petune.data.cifar import parquet_files, published
 from petune.data.layout import folder_of, parts_of, visible_folders
-from petune.errors import DataError, UnknownName
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from petune.errors import Diverged
+from petune.base.errors import Diverged
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
@@ -37,14 +37,14 @@ def test_one_table_and_finished_runs_are_skipped(petune: Run, tiny: Words, tmp_p
 def test_a_method_that_fails_is_a_row_with_its_reason(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from petune.run import run as original
+    from petune.runner.run import run as original
 
     def failing(config: Any, **rest: Any) -> Any:
         if config.method == "full":
             raise Diverged("loss is nan")
         return original(config, **rest)
 
-    monkeypatch.setattr(sys.modules["petune.executors.trial"], "run", failing)
+    monkeypatch.setattr(sys.modules["petune.runner.executors.trial"], "run", failing)
     done = petune("compare", "linear", "full", *tiny)
     assert done.code == 1
     *_, row, reason = done.out.strip().splitlines()
@@ -75,7 +75,7 @@ def test_what_goes_wrong_with_one_method_leaves_the_others_their_rows(
 
 
 def test_a_seed_is_missing_by_name(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    from petune.report import markdown
+    from petune.runner.report.tables import markdown
 
     assert petune("compare", "linear", "bitfit", *tiny, "--output", "there").code == 0
     table = json.loads((tmp_path / "there" / "compare.json").read_text())

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 import petune as public
+from petune.base.errors import ConfigError, DataError, UsageError
 from petune.data import load_dataset
-from petune.errors import ConfigError, DataError, UsageError
-from petune.evaluation import Evaluation, confusion_picture
-from petune.evaluation.measures import measured
-from petune.results import RunResult
+from petune.runner.result import RunResult
+from petune.serving.evaluation import Evaluation, confusion_picture
+from petune.serving.evaluation.measures import measured
 
 Run = Callable[..., Any]
 ABOUT = {"method": "m", "dataset": "d", "split": "test", "source": "s", "precision": "fp32"}

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune as public
-from petune.errors import ExportError
-from petune.export.formats import onnx_file, pickled_parts, probe_of, torch_file
+from petune.base.errors import ExportError
+from petune.serving.export.formats import onnx_file, pickled_parts, probe_of, torch_file
 from tests.trained import CLASSES, saved_run
 
 Run = Callable[..., Any]
@@ -147,7 +147,7 @@ def test_what_cannot_be_is_refused(petune: Run, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_does_not_know_its_backbone(petune: Run, tmp_path: Path) -> None:
-    from petune.tiny_models import tiny_timm
+    from petune.plugin_dev.tiny_models import tiny_timm
 
     public.attach(tiny_timm(), "bitfit").save(tmp_path / "a")
     done = petune("export", "a", "plain.safetensors")

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 import yaml
 
+from petune.base.config import parse_value
+from petune.base.errors import ConfigError, UsageError
 from petune.cli.options import FLAGS, Flag, Settings, parse_seeds
 from petune.cli.pretrain import DEFAULTS as PRETRAIN_DEFAULTS
-from petune.config import parse_value
-from petune.errors import ConfigError, UsageError
-from petune.pretrain import RECIPE, PretrainConfig
-from petune.run import RunConfig
+from petune.runner.pretrain import RECIPE, PretrainConfig
+from petune.runner.run import RunConfig
 
 Run = Callable[..., Any]
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import petune as public
+from petune.base.files import write_directory
 from petune.data import load_dataset
 from petune.data.batches import eval_batches
-from petune.files import write_directory
-from petune.predict import Inputs, Predictor
+from petune.serving.predict import Inputs, Predictor
 
 Run = Callable[..., Any]
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune as library
-from petune.pretrain import PretrainConfig, _save, pretrain_name
-from petune.restore import restore
+from petune.runner.pretrain import PretrainConfig, _save, pretrain_name
+from petune.serving.restore import restore
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from petune.base.text import percent
 from petune.cli.progress import Progress
 from petune.cli.terminal import clean, count, flops, show_table
-from petune.compare import RunStarted
-from petune.text import percent
-from petune.train import EpochEnded, Note, StepDone
+from petune.runner.compare import RunStarted
+from petune.training import EpochEnded, Note, StepDone
 
 
 def _step(step: int) -> StepDone:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from petune.results import RunResult
+from petune.runner.result import RunResult
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import petune as library
-from petune.errors import ConfigError, Diverged, Stopped
-from petune.run import parse_method
-from petune.trials import SweepConfig
+from petune.base.errors import ConfigError, Diverged, Stopped
+from petune.runner.run import parse_method
+from petune.runner.sweep.trials import SweepConfig
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
@@ -53,7 +53,7 @@ def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp
         raise AssertionError("nothing is run twice")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["petune.run"], "trained", never)
+        patch.setattr(sys.modules["petune.runner.run"], "trained", never)
         again = petune("sweep", "adaptformer", *OVER, *tiny, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out) == table
@@ -85,7 +85,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
 ) -> None:
     words = ("sweep", "adaptformer", *OVER, *tiny, "--no-test")
     whole = json.loads(petune(*words, "--output", "whole", "--json").out)
-    original, begun = sys.modules["petune.sweep"].trained, []  # type: ignore[attr-defined]
+    original, begun = sys.modules["petune.runner.sweep.search"].trained, []  # type: ignore[attr-defined]
 
     def stopping(config: Any, *rest: Any) -> Any:
         begun.append(config.output.name)
@@ -93,7 +93,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
             raise Stopped("stopped by SIGTERM; what was done is saved, resume it with --resume")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.sweep"], "trained", stopping)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", stopping)
     stopped = petune(*words, "--output", "cut off")
     assert stopped.code == 75
     assert "petune sweep --config 'cut off'/config.yaml --output 'cut off'" in stopped.err
@@ -145,7 +145,7 @@ def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, 
 def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, begun = sys.modules["petune.sweep"].trained, []  # type: ignore[attr-defined]
+    original, begun = sys.modules["petune.runner.sweep.search"].trained, []  # type: ignore[attr-defined]
 
     def failing(config: Any, *rest: Any) -> Any:
         begun.append(config.train.lr)
@@ -153,7 +153,7 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
             raise Diverged("loss is nan")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.sweep"], "trained", failing)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", failing)
     words = ("sweep", "linear", "--over=train.lr=0.5,0.01", *tiny)
     done = petune(*words)
     assert done.code == 0, done.err
@@ -172,9 +172,9 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
 def test_what_is_not_the_trials_fault_is_tried_again(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from petune.errors import DataError
+    from petune.base.errors import DataError
 
-    original = sys.modules["petune.sweep"].trained  # type: ignore[attr-defined]
+    original = sys.modules["petune.runner.sweep.search"].trained  # type: ignore[attr-defined]
 
     def failing(config: Any, *rest: Any) -> Any:
         if config.train.lr == 0.5:
@@ -183,7 +183,7 @@ def test_what_is_not_the_trials_fault_is_tried_again(
 
     words = ("sweep", "linear", "--over=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["petune.sweep"], "trained", failing)
+        patched.setattr(sys.modules["petune.runner.sweep.search"], "trained", failing)
         assert petune(*words).code == 0
     assert [row["state"] for row in _table(tmp_path)["rows"]] == ["failed", "done"]
     assert petune(*words).code == 0
@@ -202,7 +202,7 @@ def test_a_test_is_shown_beside_the_trial_that_read_it(
     def stopped(*args: Any, **rest: Any) -> Any:
         raise Stopped("a signal came")
 
-    monkeypatch.setattr(sys.modules["petune.sweep"], "_tested", stopped)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "_tested", stopped)
     assert petune(*words, "--over=train.lr=1e-6,0.3").code == 75
     table = _table(tmp_path)
     assert (table["best"], table["result"], table["finished"]) == (1, None, False)

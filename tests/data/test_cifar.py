@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from petune.base.errors import DataError
 from petune.data import load_dataset
 from petune.data.cifar import load_cifar
-from petune.errors import DataError
 
 NAMES = [f"class{i}" for i in range(10)]
 REAL = Path(os.environ.get("PETUNE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")

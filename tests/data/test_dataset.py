@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from torch import nn
 
-from petune.backbones import Backbone
+from petune.backbones.create import Backbone
+from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data import NAMES, load_dataset
 from petune.data.dataset import Dataset, Split
 from petune.data.digits import load_digits
-from petune.errors import ConfigError, DataError, UnknownName
-from petune.run import preprocessing
+from petune.runner.run import preprocessing
 
 
 def _dataset(per_class: tuple[int, ...] = (10, 20, 30), crop: float = 1.0) -> Dataset:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from petune.base.errors import DataError
 from petune.data import load_dataset
 from petune.data.folder import load_folder
-from petune.errors import DataError
 
 
 def _fill(place: Path, counts: dict[str, int], start: int = 0) -> None:

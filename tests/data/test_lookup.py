@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from petune.base.errors import DataError, UnknownName
 from petune.data.lookup import NUM_CLASSES, count_classes, find_dataset
-from petune.errors import DataError, UnknownName
 
 
 def test_classes_of_named_datasets() -> None:

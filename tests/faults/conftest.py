@@ -88,7 +88,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["petune.run", "petune.compare", "petune.cli.main", "timm", "sklearn.datasets", "torchmetrics"]
+        ["petune.runner.run", "petune.runner.compare", "petune.cli.main", "timm", "sklearn.datasets", "torchmetrics"]
     )
     started = Program(context)
     place = tmp_path_factory.mktemp("first")

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from petune.base.errors import DataError
 from petune.data.cifar import load_cifar
 from petune.data.dataset import Dataset
-from petune.errors import DataError
 from tests.faults.conftest import tally, tries
 
 GZ, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"

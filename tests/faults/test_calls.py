@@ -12,11 +12,11 @@ import typer
 from torch import nn
 
 import petune
+from petune.base.errors import PetuneError
 from petune.cli.main import app, main
-from petune.errors import PetuneError
 from petune.tuners.adaptformer import AdaptFormer
 from tests.faults.conftest import tally
-from tests.test_state import trained
+from tests.injector.test_load import trained
 from tests.tiny import tiny
 
 

@@ -11,11 +11,11 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 import petune
-from petune.compare import CompareConfig
-from petune.config import Config
-from petune.errors import ConfigError, PetuneError
-from petune.pretrain import PretrainConfig
-from petune.run import RunConfig
+from petune.base.config import Config
+from petune.base.errors import ConfigError, PetuneError
+from petune.runner.compare import CompareConfig
+from petune.runner.pretrain import PretrainConfig
+from petune.runner.run import RunConfig
 from tests.faults.conftest import tally, tries
 from tests.faults.test_nonsense import CONFIGS, keys, nested
 

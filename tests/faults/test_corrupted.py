@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune
-from petune.errors import CheckpointError
-from petune.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from petune.base.errors import CheckpointError
+from petune.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from tests.faults.conftest import TINY, WAIT_S, Program, tally, tries
-from tests.test_state import trained
+from tests.injector.test_load import trained
 from tests.tiny import X, tiny
 
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from petune.compare import CompareConfig, compare
+from petune.base.errors import PetuneError
 from petune.data.folder import load_folder
-from petune.errors import PetuneError
-from petune.export import export
-from petune.run import run
+from petune.runner.compare import CompareConfig, compare
+from petune.runner.run import run
+from petune.serving.export import export
 from tests.faults.conftest import digests, tally, tries
 from tests.faults.test_together import tiny_config
 

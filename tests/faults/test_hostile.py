@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 import petune
-from petune.config import read_yaml
+from petune.backbones.weights import read_weights
+from petune.base.config import read_yaml
+from petune.base.errors import CheckpointError, ConfigError, PetuneError
+from petune.base.files import write_directory
 from petune.data import load_dataset
-from petune.errors import CheckpointError, ConfigError, PetuneError
-from petune.files import write_directory
-from petune.weights import read_weights
 from tests.faults.conftest import tally
-from tests.test_state import trained
+from tests.injector.test_load import trained
 from tests.tiny import tiny
 
 MARK = "executed"

@@ -12,12 +12,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from petune.base.config import Config
+from petune.base.errors import ConfigError
 from petune.cli.main import main
-from petune.compare import CompareConfig
-from petune.config import Config
-from petune.errors import ConfigError
-from petune.pretrain import PretrainConfig
-from petune.run import RunConfig
+from petune.runner.compare import CompareConfig
+from petune.runner.pretrain import PretrainConfig
+from petune.runner.run import RunConfig
 
 CONFIGS: tuple[type[Config], ...] = (RunConfig, PretrainConfig, CompareConfig)
 NONSENSE = st.recursive(

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 import petune
+from petune.base.errors import CheckpointError, DataError
 from petune.data.folder import load_folder
-from petune.errors import CheckpointError, DataError
 from petune.tuners.adaptformer import AdaptFormer
-from tests.data.test_pictures import BROKEN
+from tests.data.test_images import BROKEN
 from tests.faults.conftest import tally
 from tests.faults.page import HERE
-from tests.test_state import WRONG, _resealed, trained
+from tests.injector.test_load import WRONG, _resealed, trained
 from tests.tiny import tiny
 
 ROOT = HERE.parents[1]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from petune.errors import PetuneError
-from petune.results import RunResult
-from petune.run import RunConfig, run
+from petune.base.errors import PetuneError
+from petune.runner.result import RunResult
+from petune.runner.run import RunConfig, run
 from tests.faults.conftest import TINY, WAIT_S, Program, tally, tries
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import petune
-from petune.errors import AttachError
-from petune.tiny_models import tiny_timm
+from petune.base.errors import AttachError
+from petune.plugin_dev.tiny_models import tiny_timm
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and its dependencies warn of much
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))

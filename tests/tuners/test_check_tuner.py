@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.testing import PROPERTIES, ContractViolation
+from petune.plugin_dev.contract import PROPERTIES, ContractViolation
 
 
 class Low(nn.Module):

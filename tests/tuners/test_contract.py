@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import petune
-from petune.errors import ConfigError
-from petune.tiny_models import tiny_models
+from petune.base.errors import ConfigError
+from petune.plugin_dev.tiny_models import tiny_models
 
 NAMES = [t.name for t in petune.tuners() if t.name != "peft"]  # which needs a type: see test_peft
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 import petune
-from petune.errors import AttachError, ConfigError, NotMergeable
-from petune.tiny_models import tiny_models, tiny_timm
+from petune.base.errors import AttachError, ConfigError, NotMergeable
+from petune.plugin_dev.tiny_models import tiny_models, tiny_timm
 from petune.tuners.norm import is_norm
 from petune.tuners.vpt import Prompt
 from tests.tiny import tiny

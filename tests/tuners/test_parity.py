@@ -54,7 +54,7 @@ def test_counts_of_vit_base() -> None:
 
 
 def test_counts_of_the_seed_study() -> None:
-    from petune.backbones import create_backbone
+    from petune.backbones.create import create_backbone
 
     pretrained = create_backbone("vit_seed", weights="none", num_classes=100).model
     left_out = pretrained.pos_embed.numel() + pretrained.cls_token.numel()  # by the study's printed size
@@ -67,7 +67,7 @@ def test_counts_of_the_seed_study() -> None:
 
 
 def test_a_compiled_model_is_refused() -> None:
-    from petune.errors import AlreadyCompiled
+    from petune.base.errors import AlreadyCompiled
 
     model = torch.compile(tiny(depth=3), backend="eager")
     with pytest.raises(AlreadyCompiled, match="before compiling"):

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import petune
-from petune.errors import AttachError, BackboneMismatch, ConfigError
-from petune.registry import build_tuner
-from petune.state import file_tensors
-from petune.tiny_models import tiny_timm, tiny_torchvision
+from petune.base.errors import AttachError, BackboneMismatch, ConfigError
+from petune.injector.load import file_tensors
+from petune.injector.registry import build_tuner
+from petune.plugin_dev.tiny_models import tiny_timm, tiny_torchvision
 from petune.tuners.peft import REFUSED, peft_types
 from tests.tiny import tiny
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.errors import AttachError, BackboneMismatch, UsageError
-from petune.registry import build_tuner
-from petune.tiny_models import tiny_timm
+from petune.base.errors import AttachError, BackboneMismatch, UsageError
+from petune.injector.registry import build_tuner
+from petune.plugin_dev.tiny_models import tiny_timm
 from tests.tiny import tiny
 
 X = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))

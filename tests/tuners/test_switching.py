@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.errors import AttachError, BackboneMismatch, CheckpointError, NotMergeable
+from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, NotMergeable
 from petune.tuners.adaptformer import AdaptFormer
 from tests.tiny import randomised, tiny
 

@@ -1,6 +1,0 @@
-"""A web page to try adapters on: `petune demo DIR…`."""
-
-from petune.demo.page import Served, serve
-from petune.demo.side_by_side import Answer, SideBySide
-
-__all__ = ["Answer", "Served", "SideBySide", "serve"]

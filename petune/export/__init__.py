@@ -1,5 +1,0 @@
-"""A trained model without petune: as a torch.export program, as ONNX, or as the backbone's own weights."""
-
-from petune.export.write import FORMATS, Exported, Format, export
-
-__all__ = ["FORMATS", "Exported", "Format", "export"]

@@ -1,0 +1,1 @@
+"""The hooks that the verbs of `Edit` install."""

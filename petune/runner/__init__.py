@@ -1,0 +1,1 @@
+"""The benchmark runner: everything that fills a run directory, and tables of it."""

@@ -1,0 +1,1 @@
+"""Tables, figures and one HTML page of runs, comparisons and sweeps."""

@@ -1,0 +1,77 @@
+"""What a run began with that its configuration does not say: it goes on with the same, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from petune.backbones.weights import find_weights
+from petune.base.errors import CheckpointError, WeightsUnavailable
+from petune.data.manifest import hold_pictures
+from petune.injector.tuner import TunerConfig
+from petune.runner.run_dir import BEGAN_FILE, note, noted
+
+
+def hold_beginning(
+    place: Path,
+    dataset: str,
+    weights: str,
+    recipe: Mapping[str, Any] | None = None,
+    methods: Mapping[str, TunerConfig] | None = None,
+) -> None:
+    """Note in a directory what it begins with, or hold that it is still the same.
+
+    That is the pictures of a folder, the bytes of a weights file, and what a method's package fills in.
+
+    Args:
+        place: Of a run, or of many runs that are to be compared.
+        dataset, weights: As in a configuration.
+        recipe: Learning rate and so on, by name; a run's.
+        methods: All options, those not asked for too, by the method as it is written.
+
+    Raises:
+        DataError: The pictures changed.
+        CheckpointError: The weights, the recipe or the options did.
+    """
+    hold_pictures(place, dataset)
+    before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
+    options = {method: asked.plain() for method, asked in (methods or {}).items()} | before.get("options", {})
+    for method, asked in (methods or {}).items():
+        _hold_options(place, method, options[method], asked.plain())
+    changed = [key for key in now if key in before and now[key] not in ("", before[key])]
+    if "weights" in changed:
+        raise CheckpointError(
+            f"{weights} must be the weights that {place} began with, but the file holds others now. Put them back, or "
+            "name another --output"
+        )
+    if changed:
+        said = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
+        raise CheckpointError(
+            f"{place} must go on with the recipe that it began with, but {said}: the method's package has changed. "
+            f"Ask for {' and '.join(f'train.{key}' for key in changed)} by --set in another --output, or install what "
+            "there was"
+        )
+    known = {key: value for key, value in {**now, **before, "options": options}.items() if value not in ("", None, {})}
+    if known != before:
+        note(place / BEGAN_FILE, known)
+
+
+def _hold_options(place: Path, method: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """An option that was not there yet changes nothing, if its default is what was done before."""
+    changed = [f"{key} was {value!r} and is {now.get(key)!r}" for key, value in before.items() if now.get(key) != value]
+    if changed:
+        raise CheckpointError(
+            f"{place} must go on with the options of {method} that it began with, but {', '.join(changed)}: the "
+            "method's package has changed. Ask for them in another --output, or install what there was"
+        )
+
+
+def _digest(weights: str) -> str:
+    """SHA-256 of the file that the weights are; empty where they are none."""
+    try:
+        with find_weights(Path(weights)).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (WeightsUnavailable, OSError):  # no file, as `none`; what is wrong with one is said where it is read
+        return ""

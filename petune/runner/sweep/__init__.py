@@ -1,0 +1,1 @@
+"""Search options of a method on validation data."""

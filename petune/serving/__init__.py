@@ -1,0 +1,1 @@
+"""Use what was trained: predict, evaluate, export, share, demo, many adapters on one backbone."""

@@ -1,0 +1,119 @@
+"""From an adapter directory that a run wrote back to the model: the backbone built again, the adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from petune.backbones.create import Backbone, create_backbone
+from petune.backbones.other_libraries import calls_a_function
+from petune.base.config import expanded
+from petune.base.errors import CheckpointError, WeightsUnavailable
+from petune.injector.attachment import Attachment
+from petune.injector.load import Saved, adapter_place, attach_saved, read_adapter
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained model.
+
+    Attributes:
+        backbone: With the adapter on its model.
+        attachment: The adapter.
+        card: What the run said of itself: backbone, classes, preprocess, dataset, test.
+    """
+
+    backbone: Backbone
+    attachment: Attachment
+    card: dict[str, Any]
+
+
+def restore(path: Path, weights: str | None = None, *, trust_code: bool = False) -> Restored:
+    """Build the backbone of a run again and load its adapter.
+
+    Args:
+        path: A run directory, or the adapter directory in it.
+        weights: Where the backbone's weights are now; None takes them from where the run did.
+        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
+
+    Raises:
+        CheckpointError: See `read_run` and `refuse_code`.
+        BackboneMismatch, WeightsUnavailable: The weights are others, or are not there any more.
+    """
+    saved = read_run(path)
+    backbone = plain_backbone(saved, weights, trust_code=trust_code)
+    return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
+
+
+def read_run(path: Path) -> Saved:
+    """The adapter of a run, which says in its `metadata` which backbone it belongs to and what its classes are.
+
+    Args:
+        path: A run directory, or the adapter directory in it.
+
+    Raises:
+        CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
+    """
+    place = adapter_place(expanded(path))
+    saved = read_adapter(place)
+    if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
+        raise CheckpointError(
+            f"{place} must say which backbone it belongs to, as adapters of `petune run` do, but does not. Build the "
+            "model yourself, and petune.load(model, directory)"
+        )
+    return saved
+
+
+def plain_backbone(saved: Saved, weights: str | None = None, *, trust_code: bool = False) -> Backbone:
+    """The backbone that an adapter belongs to, nothing attached; `petune.Tasks` takes its model.
+
+    Args:
+        saved: Of `read_run`.
+        weights, trust_code: As for `restore`.
+
+    Raises:
+        WeightsUnavailable: The weights are not there any more.
+        CheckpointError: What is said of the backbone cannot be read; see `refuse_code` too.
+    """
+    if not trust_code:
+        refuse_code(saved, str(saved.place))
+    card = saved.config["metadata"]
+    said = card["backbone"]
+    try:
+        built = {key: said[key] for key in ("image_size", "patch_size", "options", "head")}
+        name, source = said["name"], weights or said.get("weights_option", "default")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from None
+    try:
+        return create_backbone(
+            name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built
+        )
+    except WeightsUnavailable as error:
+        if weights is not None:
+            raise
+        raise WeightsUnavailable(
+            f"the weights that {saved.place} was trained on must be there; say where they are by --weights (in Python "
+            f"weights=…). {error}"
+        ) from error
+
+
+def refuse_code(saved: Saved, where: str) -> None:
+    """Refuse a backbone named `package.module:factory`: that is a call of any function, with any arguments.
+
+    Args:
+        saved: An adapter, perhaps somebody else's.
+        where: It came from.
+
+    Raises:
+        CheckpointError: Its backbone is built by code that does not come with petune, timm, torchvision, transformers.
+    """
+    backbone = saved.config["metadata"].get("backbone")
+    said = backbone if isinstance(backbone, Mapping) else {}
+    name, options = str(said.get("name", "")), said.get("options")
+    if calls_a_function(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
+        raise CheckpointError(
+            f"{where} has its backbone built by {name}, code that using it would run here. If you know that code, add "
+            "--trust-code (in Python trust_code=True); else build the model yourself, and petune.load(model, directory)"
+        )

@@ -1,0 +1,1 @@
+"""Find the parts of any ViT by structure: one traced forward, never a class name."""

@@ -1,0 +1,158 @@
+"""The model card: what the hub reads, what people read, what runs; names from outside are text and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+import petune
+from petune.adapters.card import public
+from petune.base.text import in_markdown, without_folders
+from petune.serving.restore import plain_backbone, read_run
+from tests.tiny import X, randomised, tiny
+
+MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_pictures": 360}, "dataset": "digits", "method": "vpt:deep=false"}
+
+
+def card(place: Path, tuner: str = "adaptformer", /, **metadata: Any) -> str:
+    petune.attach(tiny(), tuner).save(place, metadata=metadata)
+    return (place / "README.md").read_text(encoding="utf-8")
+
+
+def head(text: str) -> dict[str, Any]:
+    """The front matter, as the hub's own parser finds it."""
+    from huggingface_hub import ModelCard
+
+    found = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
+    assert found
+    parsed: dict[str, Any] = yaml.safe_load(found[1])
+    assert ModelCard(text).data.to_dict()["library_name"] == parsed["library_name"]
+    return parsed
+
+
+def examples(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def test_the_head_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
+    assert set(head(card(tmp_path / "a"))) == {"library_name", "pipeline_tag", "tags"}
+    known = {"backbone": {"hub_id": "timm/vit", "full_name": "vit"}, "license": "mit", **MEASURED, "dataset": "cifar10"}
+    said = head(card(tmp_path / "b", **known))
+    assert (said["base_model"], said["license"], said["datasets"]) == ("timm/vit", "mit", ["uoft-cs/cifar10"])
+    result = said["model-index"][0]["results"][0]
+    assert [metric["value"] for metric in result["metrics"]] == [0.8125, 0.995]
+
+
+def test_the_hub_reads_the_results(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    found = ModelCard(card(tmp_path / "a", **MEASURED)).data.eval_results
+    assert [(one.dataset_name, one.metric_value) for one in found] == [("digits", 0.8125), ("digits", 0.995)]
+
+
+def test_peft_is_named_where_it_loads_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny()
+    att = randomised(petune.attach(model, "lora", r=2))
+    att.save("adapter")
+    tuned = model(X)
+    text = Path("adapter/README.md").read_text(encoding="utf-8")
+    assert head(text)["library_name"] == "peft"
+    own, by_peft = examples(text)
+    for code, expected in ((own, "attachment.model"), (by_peft, "tuned")):
+        names: dict[str, Any] = {"model": tiny()}
+        exec(code, names)
+        assert torch.equal(eval(expected, names).eval()(X), tuned)
+
+
+def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").symlink_to(digits / "adapter")
+    Image.new("L", (8, 8), 90).save("picture.png")
+    text = Path("adapter/README.md").read_text(encoding="utf-8")
+    result = json.loads((digits / "result.json").read_text())
+    assert f"| top-1 on test | {result['top1']:.2f} % |" in text
+    assert f"| top-1 on validation, which chose the epoch | {result['val_top1']:.2f} % |" in text
+    assert f"| trained | {result['tuned']:,} of the method, {result['head']:,} of the classifier:" in text
+    whole, own = examples(text)
+    names: dict[str, Any] = {}
+    exec(whole, names)
+    assert capsys.readouterr().out.startswith("picture.png (Guess(name='")
+    plain = names["predictor"].model
+    again = plain_backbone(read_run(digits)).model
+    inner: dict[str, Any] = {"model": again}
+    exec(own, inner)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again.eval()(x), plain.cpu()(x))
+
+
+NASTY = "<script>alert(1)</script> | **x** [y](http://evil.example) `z`\n---\nlicense: evil\u202e\x1b[31m"
+
+
+def test_names_from_outside_are_text(tmp_path: Path) -> None:
+    text = card(tmp_path / "a", classes=[NASTY, "cat"], method=NASTY, license=NASTY, dataset=NASTY,
+                backbone={"full_name": NASTY, "weights": NASTY, "hub_id": NASTY}, training={"seed": NASTY},
+                test=MEASURED["test"])  # fmt: skip
+    said = head(text)
+    assert said["license"].startswith("<script>")
+    assert "\n" not in said["license"]
+    body = text.split("\n---\n", 1)[1]
+    assert "<script" not in body
+    assert "http://" not in body
+    assert not re.search(r"(?<!\\)[*`\[|](?=\*x|y\]|z)", body)
+    assert not any(c in text for c in "\u202e\x1b")
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
+
+
+@pytest.mark.parametrize("odd", [{"test": "good"}, {"test": {"top1": None}}, {"classes": 7}, {"backbone": "vit"}])
+def test_metadata_of_another_form_is_no_error(odd: dict[str, Any], tmp_path: Path) -> None:
+    assert "Measured" not in card(tmp_path / "a", **odd)
+
+
+def test_an_edited_card_is_no_damage(tmp_path: Path) -> None:
+    card(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("mine")
+    petune.load(tiny(), tmp_path / "a")
+    (tmp_path / "a" / "README.md").unlink()
+    model: nn.Module = tiny()
+    petune.load(model, tmp_path / "a")
+
+
+def test_markdown_shows_it_as_it_is() -> None:
+    assert in_markdown("a_b\n# <c>") == "a\\_b \\# &lt;c&gt;"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("folder:../clients/acme/pets", "folder:pets"),
+        ("folder:clients/pets/", "folder:pets"),
+        ("folder:/home/me/pets", "folder:pets"),
+        ("hf:../clients/acme", "hf:acme"),
+        ("hf:clients/acme/model", "hf:model"),
+        ("hf:facebook/dinov2-small", "hf:facebook/dinov2-small"),
+        ("timm/vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"),
+        ("cifar10", "cifar10"),
+    ],
+)
+def test_folders_are_taken_out_of_names(said: str, shown: str) -> None:
+    assert without_folders(said) == shown
+
+
+def test_weights_are_called_by_their_file() -> None:
+    weights = {"name": "hf:me/model", "weights": "secret/w.safetensors", "weights_option": "secret/w.safetensors"}
+    assert public({"backbone": weights, "dataset": "folder:secret/pets"}) == {
+        "backbone": {"name": "hf:me/model", "weights": "w.safetensors", "weights_option": "w.safetensors"},
+        "dataset": "folder:pets",
+    }
+    assert public({"backbone": {"weights": "hf:me/model"}}) == {"backbone": {"weights": "hf:me/model"}}

@@ -1,0 +1,221 @@
+"""The test picture: a backbone, or a method, of the same tensors that computes something else is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import petune
+from petune.adapters.reference_logits import behaviour
+from petune.base.errors import BackboneMismatch, CheckpointError
+from petune.injector.load import attach_saved, read_adapter
+from petune.sites.probe import look
+from tests.tiny import X, randomised, tiny
+
+METHODS = ["adaptformer", "vpt", "bitfit", "linear", "lora"]
+
+
+def sharpened(**options: Any) -> nn.Module:
+    """Attention as trained ones have it: an untrained one averages, and it does not matter over how many heads."""
+    model = tiny(**options)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(20)
+            block.mlp.fc2.weight.mul_(20)
+    return model
+
+
+def pooled(pool: str) -> nn.Module:
+    model = sharpened()
+    model.global_pool = pool
+    return model
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "heads": lambda: sharpened(num_heads=3),
+    "activation": lambda: sharpened(act_layer="relu"),
+    "pooling": lambda: pooled("avg"),
+    "normalisation": lambda: sharpened(norm_layer=_coarse),
+}
+
+
+def _coarse(dim: int, **options: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, **options | {"eps": 0.1})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_computation_with_the_same_tensors_is_refused(method: str, other: str, tmp_path: Path) -> None:
+    randomised(petune.attach(sharpened(), method)).save(tmp_path / "a")
+    model = OTHERS[other]()
+    keys, scores = list(model.state_dict()), model(X)
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        petune.load(model, tmp_path / "a")
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(X), scores)
+    assert petune.load(sharpened(), tmp_path / "a").attached
+
+
+def test_a_changed_method_is_named_with_both_versions(tmp_path: Path) -> None:
+    randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
+    saved = read_adapter(tmp_path / "a")
+    saved.config["behaviour"]["scores"][0] += 1
+    with pytest.raises(BackboneMismatch, match=r"as for training \(.*pooling\)$"):
+        attach_saved(sharpened(), saved)
+    saved.config["version"] = "0.0.1"
+    with pytest.raises(
+        BackboneMismatch, match=r"the method changed: it was saved with petune 0\.0\.1, here is petune "
+    ):
+        attach_saved(sharpened(), saved)
+
+
+def test_rounding_passes(tmp_path: Path) -> None:
+    randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
+    for coarse in (torch.float16, torch.bfloat16):  # float16 is as coarse as TF32
+        with torch.autocast("cpu", coarse):
+            model = sharpened()
+            petune.load(model, tmp_path / "a")
+            inside = model(X)
+        with torch.autocast("cpu", coarse):
+            assert torch.equal(model(X), inside), "autocast kept a weight from before it was loaded"
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "linear", "vpt", "bitfit"])
+def test_a_forward_that_enters_autocast_itself_is_the_same_backbone(method: str, tmp_path: Path) -> None:
+    """As accelerate's does, whose model is saved from, loaded into, and attached to."""
+
+    def prepared() -> nn.Module:
+        model = sharpened()
+        plain = model.forward
+        model.forward = lambda x: torch.autocast("cpu", torch.bfloat16)(plain)(x)  # type: ignore[method-assign]
+        return model
+
+    for made, other in ((prepared, sharpened), (sharpened, prepared)):
+        att = randomised(petune.attach(made(), method))
+        att.save(tmp_path / made.__name__)
+        said = behaviour(petune.load(other(), tmp_path / made.__name__))
+        assert said == behaviour(att)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: torch.dtype) -> None:
+    att = randomised(petune.attach(sharpened().to(dtype), "adaptformer"))
+    said = behaviour(att)
+    assert said is not None
+    assert len(said["scores"]) == 5
+    exact = torch.tensor(said["scores"], dtype=torch.float64)
+    places = torch.arange(3 * 16 * 16, dtype=torch.float64)
+    picture = torch.sin(places**2 / 10).reshape(1, 3, 16, 16).float()
+    with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32), torch.no_grad():
+        rounded = (att.model if dtype == torch.float32 else att.model.float())(picture).flatten().double()
+    off = float((rounded - exact).abs().max())
+    assert off < said["tolerance"] < float(exact.abs().max()) / 6
+
+
+@pytest.mark.parametrize(
+    "damage", [[], {}, {"scores": "abc", "tolerance": 1}, {"scores": [1.0], "tolerance": 1}, {"scores": None}, "x", 3]
+)
+def test_what_cannot_be_read_is_one_error(damage: Any, tmp_path: Path) -> None:
+    randomised(petune.attach(tiny(), "adaptformer")).save(tmp_path / "a")
+    saved = read_adapter(tmp_path / "a")
+    saved.config["behaviour"] = damage
+    model = tiny()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: behaviour must be as petune wrote it"):
+        attach_saved(model, saved)
+    assert list(model.state_dict()) == list(tiny().state_dict())
+
+
+def test_a_large_bias_hides_nothing(tmp_path: Path) -> None:
+    def model(heads: int) -> nn.Module:
+        built = sharpened(num_heads=heads)
+        nn.init.constant_(built.head.bias, -100.0)
+        return built
+
+    randomised(petune.attach(model(2), "adaptformer", train_head=False)).save(tmp_path / "a")
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        petune.load(model(3), tmp_path / "a")
+
+
+def test_a_forward_with_choices_allows_for_them() -> None:
+    class Choosing(nn.Module):
+        """Takes whichever of two roads a hair decides."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = timm.create_model("test_vit", num_classes=5)
+            self.limit = torch.inf
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.inner(x)
+            return scores + (scores.sum() > self.limit)
+
+    torch.manual_seed(0)
+    model = Choosing().eval()
+    nn.init.normal_(model.inner.head.weight)
+    att = petune.attach(model, "linear", input_size=(3, 160, 160))
+    plain = behaviour(att)
+    model.limit = float(look(model, att.sites, 1).sum()) + 1e-4
+    above = behaviour(att)
+    model.limit -= 2e-4
+    below = behaviour(att)
+    assert plain is not None
+    assert above is not None
+    assert below is not None
+    assert max(above["tolerance"], below["tolerance"]) > 0.9 > 0.1 > plain["tolerance"]
+
+
+def test_beside_others_it_cannot_be_told_and_what_is_off_is_told_as_on(tmp_path: Path) -> None:
+    first = randomised(petune.attach(sharpened(), "adaptformer"))
+    alone = behaviour(first)
+    second = petune.attach(first.model, "linear")
+    assert behaviour(first) is None
+    second.switch(False)
+    first.switch(False)
+    assert behaviour(first) == alone
+    assert not first.enabled
+    first.save(tmp_path / "a")
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        petune.load(OTHERS["heads"](), tmp_path / "a")
+
+
+def test_scores_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
+    att = petune.attach(tiny(), "adaptformer")
+    with torch.no_grad():
+        next(iter(att.tuned.values())).fill_(torch.nan)
+    att.save(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["behaviour"] is None
+    assert petune.load(tiny(), tmp_path / "a").attached
+
+
+def test_a_model_that_passed_once_is_looked_at_again(tmp_path: Path) -> None:
+    randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "two")
+    randomised(petune.attach(sharpened(num_heads=3), "adaptformer")).save(tmp_path / "three")
+    tasks = petune.Tasks(sharpened())
+    tasks.load("a", tmp_path / "two")
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        tasks.load("b", tmp_path / "three")
+    tasks.load("b", tmp_path / "two")
+    model = sharpened()
+    petune.load(model, tmp_path / "two").detach()
+    for block in model.blocks:
+        block.attn.num_heads, block.attn.head_dim, block.attn.scale = 3, 8, 8**-0.5
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        petune.load(model, tmp_path / "two")
+
+
+def test_through_peft_too(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
+    assert torch.equal(
+        peft.PeftModel.from_pretrained(sharpened(), str(tmp_path / "a"))(X),
+        petune.load(sharpened(), tmp_path / "a").model(X),
+    )
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        peft.PeftModel.from_pretrained(OTHERS["heads"](), str(tmp_path / "a"))

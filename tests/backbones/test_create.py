@@ -1,0 +1,42 @@
+"""Backbones by name: sizes that models are built for, and sizes that any convolution takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import petune
+from petune.backbones.create import create_backbone
+from petune.base.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [("resnet18", {}, 32), ("hiera_tiny_224", {"embed_dim": 24, "stages": (1, 1, 2, 1)}, 64)],
+)
+def test_the_image_size_is_the_input(name: str, options: dict[str, object], size: int) -> None:
+    backbone = create_backbone(name, weights="none", num_classes=3, image_size=size, options=options)
+    assert backbone.image_size == size
+    with torch.no_grad():
+        assert backbone.model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
+
+
+def test_an_option_that_no_model_takes_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"resnet18.*cannot be built with wat=1"):
+        create_backbone("resnet18", weights="none", num_classes=3, options={"wat": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "width"),
+    [
+        ("crossvit_9_240", {"embed_dim": (8, 16), "num_heads": (2, 2), "depth": ((1, 1, 0),)}, 8 + 16),  # one a scale
+        ("samvit_base_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "neck_chans": 16}, 16),  # inside
+    ],
+)
+@pytest.mark.parametrize("head", ["linear", "bn_linear"])
+def test_classifiers_that_are_parts_of_a_head(name: str, options: dict[str, object], width: int, head: str) -> None:
+    backbone = create_backbone(name, weights="none", num_classes=5, options=options, head=head)
+    att = petune.attach(backbone.model, "linear")
+    sizes = [p.numel() for key, p in att.head.items() if key.endswith("weight")]
+    assert sum(sizes) == 5 * width
+    assert backbone.model.eval()(torch.randn(2, 3, *att.sites.input_size[1:])).shape == (2, 5)

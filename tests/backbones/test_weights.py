@@ -1,0 +1,128 @@
+"""Where weights come from, as a run's record says it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import petune
+from petune import hub
+from petune.backbones.create import create_backbone
+from petune.backbones.weights import Weights, bundled, load_into, read_weights
+from petune.base.errors import CheckpointError, WeightsUnavailable
+from petune.serving.restore import restore
+
+
+def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tmp_path: Path) -> None:
+    file = bundled("cifar100")
+    assert file is not None
+    copy = shutil.copy(file, tmp_path / "mine.safetensors")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+
+    assert create_backbone("vit_nano", num_classes=2).weights == f"petune's vit_nano_cifar100 (sha256 {digest})"
+    assert create_backbone("vit_nano", weights=str(copy), num_classes=2).weights == str(copy)
+
+
+class Deep(nn.Module):
+    """Layers and a classifier, both below the same name, as transformers' models have them."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
+        self.model.classifier = nn.Linear(2, 2)
+
+
+def test_layers_that_are_left_over_are_named_wherever_the_classifier_is() -> None:
+    head = {"model.classifier.weight", "model.classifier.bias"}
+    load_into(Deep(2), Weights(Deep(2).state_dict(), {}, "file"), head)
+    with pytest.raises(CheckpointError, match=r"2 left over: model\.layers\.1\.bias, model\.layers\.1\.weight"):
+        load_into(Deep(1), Weights(Deep(2).state_dict(), {}, "file"), head)
+
+
+def test_statistics_of_a_file_that_does_not_say_them_are_timms_of_that_name(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_tiny", weights="none", num_classes=2, image_size=32, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    asked = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32, "options": shape}
+    timms = create_backbone("vit_tiny", **asked)
+    assert (timms.mean, timms.std) == ((0.5,) * 3, (0.5,) * 3)
+    unknown = create_backbone("vit_seed", **(asked | {"patch_size": 16, "options": shape | {"qkv_bias": True}}))
+    assert (unknown.mean, unknown.std) == (None, None)
+
+
+def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    notes: list[str] = []
+    petune.run(
+        method="linear", backbone="vit_nano", weights=str(tmp_path / "w.safetensors"), dataset="digits", image_size=8,
+        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        output=tmp_path / "run", watch=lambda event: notes.append(str(event)),
+    )  # fmt: skip
+    assert any("does not say what its pictures' mean and std were" in note for note in notes)
+
+
+def test_an_adapter_finds_a_relative_weights_file_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    petune.run(
+        method="linear", backbone="vit_nano", weights="./w.safetensors", dataset="digits", image_size=8,
+        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        output=tmp_path / "run",
+    )  # fmt: skip
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert restore(tmp_path / "run").attachment.attached
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(WeightsUnavailable, match=r"the weights that .* was trained on must be there.*weights"):
+        restore(tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"", b"<html>", b"\x80\x02."])
+def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "t.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"t\.pt must hold tensors only"):
+        read_weights(tmp_path / "t.pt")
+
+
+def test_metadata_that_petune_did_not_write_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", metadata={"petune": "null"})
+    with pytest.raises(CheckpointError, match=r"`petune` is None there"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+def test_only_what_was_read_and_found_damaged_is_taken_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"a": torch.ones(1)}, file)
+    assert hub._whole(file, "the cached weights") == file
+
+    def refused(self: Path, *args: object, **rest: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:  # root may read everything
+        patched.setattr(Path, "open", refused)
+        with pytest.raises(WeightsUnavailable, match=r"is not \(Permission denied\); it is left alone"):
+            hub._whole(file, "the cached weights")
+    assert file.exists()
+    file.write_bytes(b"damaged")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refused)
+        with pytest.raises(WeightsUnavailable, match=r"cannot be deleted \(Permission denied\)"):
+            hub._whole(file, "the cached weights")
+    with pytest.raises(WeightsUnavailable, match="it was deleted"):
+        hub._whole(file, "the cached weights")
+    assert not file.exists()

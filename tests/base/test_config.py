@@ -1,0 +1,197 @@
+"""Configuration: strictness, YAML round trip, overrides, one message for all problems."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+
+from petune.base.config import Config, UserPath, override, parse_options, parse_value, read_yaml
+from petune.base.errors import ConfigError
+
+
+class Inner(Config):
+    lr: float = 0.1
+    epochs: int = 3
+    name: str | None = None
+
+
+class Outer(Config):
+    seed: int = 0
+    train: Inner = Inner()
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Outer().seed = 1  # type: ignore[misc]
+
+
+def test_all_problems_in_one_message_with_near_names() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Outer.build({"sed": 1, "train": {"learning_rate": 1, "epoch": 2, "lr": "fast"}}, "run.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 problems in run.yaml:"
+    assert "  - sed: no such key; did you mean 'seed'?" in lines
+    assert "  - train.epoch: no such key; did you mean 'epochs'?" in lines
+    assert any(line.startswith("  - train.lr: input should be a valid number") for line in lines)
+    assert any("train.learning_rate" in line for line in lines)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match="finite"):
+        Inner.build({"lr": value})
+
+
+def test_a_union_is_one_problem() -> None:
+    class Other(Config):
+        scale: Annotated[float, Field(gt=0)] | Literal["learnable"] | None = None
+
+    with pytest.raises(ConfigError) as caught:
+        Other.build({"scale": 0})
+    assert str(caught.value) == (
+        "1 problem in Other:\n  - scale: input should be greater than 0 or input should be 'learnable' (got 0)"
+    )
+
+
+class Numbers(Config):
+    count: int | None = None
+    flag: bool = False
+    either: bool | int = 0
+    off: Literal[False] | float = 1.0
+    scale: Annotated[float, Field(gt=0)] | Literal["learnable"] | None = None
+    lrs: dict[str, float] = {}
+    seeds: tuple[int, ...] = ()
+    mean: tuple[float, float] | None = None
+    flags: dict[str, bool] = {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("count", True), ("scale", False), ("lrs", {"full": True}), ("seeds", [0, True]), ("mean", (0.5, False))],
+)
+def test_truth_is_no_number(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: true and false are no numbers"):
+        Numbers.build({key: value})
+
+
+def test_truth_stays_where_it_is_asked_for() -> None:
+    taken = Numbers(flag=True, either=True, off=False, flags={"a": True}, seeds=(1,), mean=(0.5, 0.5))
+    assert (taken.either, taken.off, taken.flags) == (True, False, {"a": True})
+    with pytest.raises(ConfigError, match="seeds: input should be a valid tuple"):
+        Numbers.build({"seeds": True})
+    with pytest.raises(ConfigError, match=r"lrs\.float: .*number"):
+        Numbers.build({"lrs": {"float": "x"}})
+
+
+@given(
+    seed=st.integers(-(2**40), 2**40),
+    lr=st.floats(allow_nan=False, allow_infinity=False),
+    name=st.none()
+    | st.sampled_from(["\x85", "\u2028", "a: b", "yes", "~"])
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20),
+)
+def test_yaml_round_trip(seed: int, lr: float, name: str | None, tmp_path_factory: pytest.TempPathFactory) -> None:
+    config = Outer(seed=seed, train=Inner(lr=lr, name=name))
+    file = tmp_path_factory.getbasetemp() / "config.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert Outer.build(read_yaml(file)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("1e-3", 1e-3), ("0.5", 0.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]),
+     ("a b", "a b"), ("[1,", "[1,"), ("", None)],
+)  # fmt: skip
+def test_override_values_are_read_as_people_mean_them(text: str, value: object) -> None:
+    read = parse_value(text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+def test_override_goes_deep_and_leaves_the_original_alone() -> None:
+    values = {"seed": 1, "train": {"lr": 0.1}}
+    assert override(values, ["train.lr=0.5", "train.name=x", "new.key=1"]) == {
+        "seed": 1,
+        "train": {"lr": 0.5, "name": "x"},
+        "new": {"key": 1},
+    }
+    assert values == {"seed": 1, "train": {"lr": 0.1}}
+
+
+def test_override_does_not_write_into_deeper_mappings() -> None:
+    values = {"a": {"b": {"c": 1}}}
+    assert override(values, ["a.b.c=2"]) == {"a": {"b": {"c": 2}}}
+    assert values == {"a": {"b": {"c": 1}}}
+
+
+@pytest.mark.parametrize("assignment", ["seed", "=1", "a..b=1", ".a=1"])
+def test_malformed_overrides_are_refused(assignment: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set takes key\.key=value"):
+        override({}, [assignment])
+
+
+def test_override_through_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'seed' holds 1 and has no keys below it"):
+        override({"seed": 1}, ["seed.x=2"])
+
+
+def test_options_in_place() -> None:
+    assert parse_options("deep=false, num_prompts=10,") == {"deep": False, "num_prompts": 10}
+    with pytest.raises(ConfigError, match="'deep' is not of that form"):
+        parse_options("deep")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n", "must hold a mapping"),
+        ("a: [", "not valid YAML"),
+        ("!!python/object:os.system x", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_no_plain_mapping_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(file)
+
+
+def test_missing_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config file .*nowhere\.yaml"):
+        read_yaml(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["1: x", "on: x", "train: {1: 2}", "a: [{null: 1}]"])
+def test_keys_that_yaml_does_not_read_as_words_are_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"the keys of .*a\.yaml must be words, but YAML reads one as (1|True|None);"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_date_that_is_none_is_not_valid_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("output: 2026-13-45")
+    with pytest.raises(ConfigError, match="is not valid YAML: month must be in"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["2026-13-45", "2026-11-26", "2026-11-26 10:00:00", "0x_", "[" * 5000])
+def test_what_yaml_reads_as_a_date_or_fails_to_read_is_text(text: str) -> None:
+    assert parse_value(text) == text
+
+
+class Placed(Config):
+    output: UserPath | None = None
+
+
+def test_paths_know_home_and_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Placed(output="~/x").output == Path("/home/me/x")  # type: ignore[arg-type]
+    assert Placed(output="~nobody-here/x").output == Path("~nobody-here/x")  # type: ignore[arg-type]
+    assert Placed().output is None
+    with pytest.raises(ConfigError, match="output: a path must be UTF-8"):
+        Placed(output=Path("o\udcff"))

@@ -1,0 +1,322 @@
+"""Several processes do one run: the same result as one, whatever happens to any of them.
+
+The processes are children of a fork server that has torch and timm imported, with the environment that torchrun gives.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from petune.base.distributed import ALONE, NAMES, Group, is_said_elsewhere, join, leads
+from petune.base.errors import ConfigError, DataError, Stopped, UnknownName
+from petune.cli.main import main
+from petune.runner.result import RunResult
+
+TINY = (
+    "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
+    "--dataset=digits", "--train-per-class=20", "--epochs=2", "--batch-size=15", "--device=cpu", "--precision=fp32",
+    "--set=train.log_every=1", "--set=train.eval_batch_size=50",
+)  # fmt: skip
+LINES = 24 + 2  # of metrics.jsonl: a step each, an epoch each
+PRELOAD = ["petune.runner.run", "petune.runner.compare", "petune.cli.main", "timm", "sklearn.datasets", "torchmetrics"]
+Prelude = Callable[[int], None]
+
+
+def nothing(rank: int) -> None:
+    """Every process is as it should be."""
+
+
+def no_cache_for_the_second(rank: int) -> None:
+    os.environ["PETUNE_CACHE"] = "/proc/nowhere" if rank == 1 else os.environ["PETUNE_CACHE"]
+
+
+def full_disk(rank: int) -> None:
+    real, calls = os.fsync, [0]
+
+    def failing(number: int) -> None:
+        calls[0] += 1
+        if calls[0] > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(number)
+
+    os.fsync = failing
+
+
+def second_fails_at_its_third_step(rank: int) -> None:
+    real, calls = torch.nn.functional.cross_entropy, [0]
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if rank == 1 and calls[0] == 3:
+            raise RuntimeError("out of everything")
+        return real(*args, **options)
+
+    torch.nn.functional.cross_entropy = failing
+
+
+def dropout_drops_all(rank: int) -> None:
+    real = torch.nn.functional.dropout
+
+    def dropping(x: torch.Tensor, p: float = 0.5, *args: Any, **options: Any) -> torch.Tensor:
+        return x * 0 if p else real(x, p, *args, **options)
+
+    torch.nn.functional.dropout = dropping
+
+
+def one_of_several(rank: int, size: int, port: int, place: Path, prelude: Prelude, words: tuple[str, ...]) -> None:
+    """A child: `petune WORDS` as process `rank` of `size`; what it prints goes to files in `place`."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # the launcher holds the store
+    os.environ.update({name: str(value) for name, value in told.items()})
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(place / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    prelude(rank)
+    main(words)
+
+
+class Several:
+    """Starts `petune WORDS` as so many processes together."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOAD)
+        self.started: list[BaseProcess] = []
+        self.stores: list[torch.distributed.TCPStore] = []
+
+    def start(self, size: int, *words: object, prelude: Prelude = nothing) -> list[BaseProcess]:
+        # as torchrun does: a port that a child would bind itself could be taken meanwhile
+        self.stores.append(torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        plain = tuple(str(word) for word in words)
+        args = [(rank, size, self.stores[-1].port, self.place, prelude, plain) for rank in range(size)]
+        started = [self.context.Process(target=one_of_several, args=a) for a in args]
+        for process in started:
+            process.start()
+        self.started += started
+        return started
+
+    def finish(self, size: int, *words: object, prelude: Prelude = nothing) -> list[int | None]:
+        started = self.start(size, *words, prelude=prelude)
+        for process in started:
+            process.join(120)
+        return [process.exitcode for process in started]
+
+    def end(self) -> None:
+        """Nobody is left behind, waiting for others that do not come; what was said goes to a failed test's report."""
+        for process in self.started:
+            process.kill()
+            process.join()
+        for file in sorted(self.place.glob("err*")):
+            print(f"{file.name}: {file.read_text()}")
+
+    def said(self, rank: int, stream: str = "err") -> str:
+        return (self.place / f"{stream}{rank}").read_text()
+
+
+@pytest.fixture
+def several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Several]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path_factory.getbasetemp() / "cache-of-several"))
+    found = Several(tmp_path)
+    yield found
+    found.end()
+
+
+def rows(place: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+
+
+def farthest(a: Path, b: Path) -> float:
+    """The largest difference of what two runs trained: their newest checkpoints and adapters."""
+    files = ("adapter/adapter_model.safetensors", max(a.glob("checkpoints/*")).relative_to(a) / "model.safetensors")
+    pairs = [(load_file(a / file), load_file(b / file)) for file in files]
+    assert all(x.keys() == y.keys() for x, y in pairs)
+    return max(float((x[key].float() - y[key].float()).abs().max()) for x, y in pairs for key in x)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert farthest(a, b) < 1e-5
+    one, other = RunResult.read(a), RunResult.read(b)
+    assert (one.top1, one.top5, one.val_top1, one.epoch) == (other.top1, other.top5, other.val_top1, other.epoch)
+    for mine, theirs in zip(rows(a), rows(b), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("adaptformer:dropout=0", ()), ("full", ("--mixup=0.4", "--batch-size=16"))]
+)
+def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several: Several, tmp_path: Path) -> None:
+    whole = ("run", "--method", method, *TINY, *words, "--output")
+    assert several.finish(1, *whole, tmp_path / "one") == [0]
+    assert several.finish(2, *whole, tmp_path / "two") == [0, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert RunResult.read(tmp_path / "two").provenance["num_processes"] == 2
+    assert "top-1 on test" in several.said(0, "out")
+    assert several.said(1) == several.said(1, "out") == ""
+
+
+def test_frozen_blocks_may_be_spread(several: Several, tmp_path: Path) -> None:
+    words = ("run", "--method=adaptformer:dropout=0", *TINY, "--set=train.eval_batch_size=71", "--output")
+    assert several.finish(1, *words, tmp_path / "one") == [0]
+    assert several.finish(2, *words, tmp_path / "two", "--set=train.shard=true", "--track=tensorboard") == [0, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    configs = [json.loads((tmp_path / n / "adapter" / "adapter_config.json").read_text()) for n in ("one", "two")]
+    assert [config.pop("behaviour") is None for config in configs] == [False, True]  # no process has a whole model
+    assert configs[0] == configs[1]  # the fingerprint of the frozen weights included
+    assert list((tmp_path / "two" / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("words", [("--set=train.shard=true",), ("--epochs=1", "--batch-size=60")])
+def test_an_adapter_that_does_nothing_is_found(words: tuple[str, ...], several: Several, tmp_path: Path) -> None:
+    """Also where the blocks are spread, and in a run of three steps."""
+    run = ("run", "--method=lora:lora_dropout=0.5", *TINY, *words, "--output", tmp_path / "x")
+    assert several.finish(2, *run, prelude=dropout_drops_all) == [1, 1]
+    assert "lora must learn, but all gradients of its" in several.said(0)
+
+
+def test_a_signal_to_one_stops_all_and_another_number_goes_on(several: Several, tmp_path: Path) -> None:
+    words = ("run", "--method=adaptformer:dropout=0", *TINY, "--output")
+    assert several.finish(1, *words, tmp_path / "one") == [0]
+    place = tmp_path / "two"
+    started = several.start(2, *words, place)
+    while not (place / "metrics.jsonl").exists() or len(rows(place)) < 3:
+        time.sleep(0.01)
+        assert all(process.is_alive() for process in started)
+    for _ in range(2):  # a launcher sends it once more
+        os.kill(started[1].pid or 0, signal.SIGTERM)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [75, 75]
+    done = len(rows(place))
+    assert done < LINES
+    assert "stopped by a signal to another process" in several.said(0)
+    assert several.finish(3, *words, place, "--resume") == [0] * 3
+    assert_same_run(tmp_path / "one", place)
+
+
+@pytest.mark.parametrize(
+    ("prelude", "codes", "message"),
+    [
+        (full_disk, [4, 4], "No space left on device"),
+        (second_fails_at_its_third_step, [1, 1], "process 2 failed: RuntimeError: out of everything"),
+    ],
+)
+def test_what_fails_on_one_ends_all(
+    prelude: Prelude, codes: list[int], message: str, several: Several, tmp_path: Path
+) -> None:
+    words = ("run", "--method=linear", *TINY, "--output", tmp_path / "x")
+    assert several.finish(2, *words, prelude=prelude) == codes
+    assert message in several.said(0)
+    assert "error" not in several.said(1) or "bug in petune: RuntimeError: out of everything" in several.said(1)
+    assert several.finish(1, *words, "--resume") == [0]
+
+
+def test_what_fails_on_one_before_training_is_said_by_the_leader(several: Several, tmp_path: Path) -> None:
+    for number in range(12):
+        picture = tmp_path / "pictures" / f"class{number % 2}" / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(picture)
+    data = (f"--dataset=folder:{tmp_path / 'pictures'}", "--train-per-class=2", "--batch-size=2")
+    words = ("run", "--method=linear", *TINY, *data, "--output", tmp_path / "x")
+    assert several.finish(2, *words, prelude=no_cache_for_the_second) == [4, 4]
+    assert "cannot be written" in several.said(0)
+    assert "(process 2 of 2, on " in several.said(0)
+    assert several.said(1) == ""
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_that_is_killed_does_not_leave_the_others_waiting(several: Several, tmp_path: Path) -> None:
+    place = tmp_path / "x"
+    started = several.start(2, "run", "--method=full", *TINY, "--epochs=50", "--output", place)
+    while not (place / "metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert all(process.is_alive() for process in started)
+    started[1].kill()
+    started[0].join(60)
+    assert started[0].exitcode == 1
+    assert "process 1 of 2 lost the others" in several.said(0)
+
+
+def test_a_comparison_is_one_table(several: Several, tmp_path: Path) -> None:
+    words = ("compare", "linear", "bitfit", *TINY, "--epochs=1", "--json", "--output", tmp_path / "x")
+    assert several.finish(2, *words) == [0, 0]
+    found = json.loads(several.said(0, "out"))
+    assert [(row["method"], row["status"]) for row in found["rows"]] == [("linear", "done"), ("bitfit", "done")]
+    assert several.said(1) == several.said(1, "out") == ""
+
+
+def test_what_cannot_be_shared_is_refused(several: Several, tmp_path: Path) -> None:
+    assert several.finish(2, "methods") == [2, 2]
+    assert several.said(0).startswith("error: only run, compare, pretrain are done by several processes together")
+    assert several.said(1) == ""
+
+
+def test_torchrun(several: Several, tmp_path: Path) -> None:
+    words = ("run", "--method=linear", *TINY, "--epochs=1", "--output")
+    assert several.finish(1, *words, tmp_path / "one") == [0]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "petune"]
+    done = subprocess.run(
+        [*launch, *map(str, words), str(tmp_path / "two")], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("top-1 on test") == 1
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 3), (2, 2), (1, 4), (128, 1)])
+def test_parts_are_all_and_differ_by_one(count: int, size: int) -> None:
+    parts = [range(count)[Group(rank, size).part(count)] for rank in range(size)]
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_alone_nothing_changes() -> None:
+    assert join() is ALONE
+    assert leads()
+    assert ALONE.agree(True)
+    assert not ALONE.agree(False)
+    assert ALONE.same(lambda: 3) == ALONE.in_turn(lambda: 3) == ALONE.smallest(3) == 3
+    with pytest.raises(DataError), ALONE.together():
+        raise DataError("x")
+    with pytest.raises(DataError):
+        ALONE.agree(failed=[DataError("x")])
+
+
+def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, own, alike = UnknownName("method", "x", ["y"]), DataError("x"), Stopped("x")
+    assert not is_said_elsewhere(wrong)
+    for what, value in (("size", 4), ("rank", 3), ("local", 1)):
+        monkeypatch.setenv(NAMES[what][0], str(value))
+    assert [is_said_elsewhere(e) for e in (wrong, own, alike)] == [True, False, True]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first one of a second machine, where files may differ
+    assert not is_said_elsewhere(wrong)
+
+
+def test_devices_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Group(1, 2, 1)
+    assert group.device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ConfigError, match="several processes need cpu or cuda"):
+        group.device(torch.device("mps"))
+    with pytest.raises(ConfigError, match="must be cuda, not cuda:0"):
+        group.device(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="each process needs a GPU of its own"):
+        group.device(torch.device("cuda"))

@@ -1,0 +1,195 @@
+"""Directories are whole or not there; damage is found; a failed write leaves the old one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from petune import files
+from petune.base.errors import CheckpointError
+from petune.base.files import MANIFEST, replace_file, verify_directory, write_directory
+
+CONTENT = {"a.bin": bytes(range(256)) * 4, "b.bin": bytes(reversed(range(256))) * 4, "c.json": b"{}"}
+
+
+def _fails_at(number: int, monkeypatch: pytest.MonkeyPatch, name: str = "fsync") -> None:
+    calls, real = [0], getattr(os, name)
+
+    def call(*args: object) -> object:
+        calls[0] += 1
+        if calls[0] == number:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def test_what_is_written_verifies_and_nothing_else_is_left(tmp_path: Path) -> None:
+    write_directory(tmp_path / "deep" / "x", CONTENT)
+    verify_directory(tmp_path / "deep" / "x")
+    assert {p.name for p in (tmp_path / "deep").iterdir()} == {"x"}
+    assert {p.name for p in (tmp_path / "deep" / "x").iterdir()} == {*CONTENT, MANIFEST}
+    assert {n: (tmp_path / "deep" / "x" / n).read_bytes() for n in CONTENT} == CONTENT
+
+
+def test_a_second_write_replaces_the_whole_directory(tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    write_directory(tmp_path / "x", {"d.bin": b"new"})
+    verify_directory(tmp_path / "x")
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"d.bin", MANIFEST}
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_every_bit_flip_is_found(tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        file = tmp_path / "x" / list(CONTENT)[generator.integers(3)]
+        good = file.read_bytes()
+        bad = bytearray(good)
+        bad[generator.integers(len(bad))] ^= 1 << int(generator.integers(8))
+        file.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+            verify_directory(tmp_path / "x")
+        file.write_bytes(good)
+    verify_directory(tmp_path / "x")
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023])
+def test_truncation_is_found(size: int, tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    os.truncate(tmp_path / "x" / "a.bin", size)
+    with pytest.raises(CheckpointError, match=rf"a\.bin is damaged: {size:,} bytes where 1,024 were written"):
+        verify_directory(tmp_path / "x")
+
+
+def test_swapped_files_of_the_same_size_are_found(tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    (tmp_path / "x" / "a.bin").write_bytes(CONTENT["b.bin"])
+    (tmp_path / "x" / "b.bin").write_bytes(CONTENT["a.bin"])
+    with pytest.raises(CheckpointError, match="damaged"):
+        verify_directory(tmp_path / "x")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    (tmp_path / "x" / "b.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"must hold b\.bin"):
+        verify_directory(tmp_path / "x")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": [1]}', '{"files": {"a.bin": 3}}', '{"files": null}', "\x00"])
+def test_a_damaged_manifest_is_an_error_not_a_crash(text: str, tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    (tmp_path / "x" / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        verify_directory(tmp_path / "x")
+
+
+def test_a_manifest_cannot_reach_outside_its_directory(tmp_path: Path) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes(b"secret")
+    text = (tmp_path / "x" / MANIFEST).read_text().replace('"a.bin"', '"../outside.bin"')
+    (tmp_path / "x" / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match="outside"):
+        verify_directory(tmp_path / "x")
+
+
+@pytest.mark.parametrize("number", range(1, len(CONTENT) + 2))
+def test_a_full_disk_leaves_the_old_directory(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    _fails_at(number, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"No space left on device \(needs 9 bytes, [\d,]+ are free\)"):
+        write_directory(tmp_path / "x", {"a.bin": b"abc", "b.bin": b"def", "c.json": b"ghi"})
+    monkeypatch.undo()
+    verify_directory(tmp_path / "x")
+    assert (tmp_path / "x" / "a.bin").read_bytes() == CONTENT["a.bin"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_failed_rename_puts_the_old_directory_back(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_directory(tmp_path / "x", CONTENT)
+    monkeypatch.setattr(files, "_exchange", lambda new, path: False)
+    _fails_at(number, monkeypatch, "rename")
+    with pytest.raises(CheckpointError, match="untouched"):
+        write_directory(tmp_path / "x", {"a.bin": b"abc"})
+    monkeypatch.undo()
+    verify_directory(tmp_path / "x")
+    assert (tmp_path / "x" / "a.bin").read_bytes() == CONTENT["a.bin"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_killed_at_any_point_leaves_a_directory_that_verifies(
+    in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x"
+    if not in_one_step:
+        monkeypatch.setattr(files, "_exchange", lambda new, path: False)
+    elif not sys.platform.startswith("linux"):
+        pytest.skip("only Linux swaps two directories in one step")
+    for point in range(1, 12):
+        write_directory(target, CONTENT)
+        child = os.fork()
+        if child == 0:
+            _die_at(point)
+            write_directory(target, {"a.bin": b"n" * 10, "b.bin": b"e" * 10})
+            os._exit(0)
+        os.waitpid(child, 0)
+        if in_one_step:
+            assert _verifies(target), f"nothing in its place after a kill at call {point}"
+        # between its two renames the old directory lies beside the place it had
+        whole = [p for p in tmp_path.iterdir() if _verifies(p)]
+        assert whole, f"nothing can be loaded after a kill at call {point}"
+        assert _verifies(target) or not target.exists(), f"half a directory after a kill at call {point}"
+
+
+def _die_at(point: int) -> None:
+    calls = [0]
+
+    def dying(real: object) -> object:
+        def call(*args: object, **kwargs: object) -> object:
+            calls[0] += 1
+            if calls[0] == point:
+                os._exit(9)
+            return real(*args, **kwargs)  # type: ignore[operator]
+
+        return call
+
+    for name in ("fsync", "rename", "chmod", "open"):
+        setattr(files.os, name, dying(getattr(os, name)))
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        verify_directory(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def test_replace_file_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "result.json"
+    replace_file(file, b"old")
+    _fails_at(1, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"cannot write .*result\.json: No space left"):
+        replace_file(file, b"new")
+    monkeypatch.undo()
+    assert file.read_bytes() == b"old"
+    replace_file(file, b"new")
+    assert file.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_place_that_cannot_be_a_directory_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write_directory(tmp_path / "file" / "x", CONTENT)

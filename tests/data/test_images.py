@@ -1,0 +1,216 @@
+"""Every kind of picture becomes the right RGB square; a bad one is named by its path."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from petune.base.errors import DataError
+from petune.data.images import decode_picture, decode_pictures
+
+RED, HALF = (255, 0, 0), 128
+
+
+def _plain(mode: str, colour: object, size: tuple[int, int] = (40, 40)) -> Image.Image:
+    return Image.new(mode, size, colour)  # type: ignore[arg-type]
+
+
+def _grey_16(path: Path, value: int) -> None:
+    Image.fromarray(np.full((40, 40), value, dtype=np.uint16)).save(path)
+
+
+def _palette(path: Path) -> None:
+    image = _plain("P", 1)
+    image.putpalette([0, 255, 0, 255, 0, 0])
+    image.save(path)
+
+
+def _palette_with_clear(path: Path) -> None:
+    image = _plain("P", 0)
+    image.putpalette([0, 255, 0, 255, 0, 0])
+    image.save(path, transparency=0)
+
+
+def _palette_with_alphas(path: Path) -> None:
+    image = _plain("P", 1)
+    image.putpalette([0, 255, 0, 255, 0, 0])
+    image.save(path, transparency=b"\x00\x80")
+
+
+def _animated(path: Path) -> None:
+    _plain("RGB", RED).save(path, save_all=True, append_images=[_plain("RGB", (0, 0, 255))], duration=50)
+
+
+def _rgb_16(path: Path) -> None:
+    rows = b"".join(b"\x00" + struct.pack(">HHH", 65535, 128 * 257, 0) * 40 for _ in range(40))
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 40, 40, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def _pgm_16(path: Path) -> None:
+    path.write_bytes(b"P5\n40 40\n65535\n" + struct.pack(">H", 128 * 257) * 1600)
+
+
+def _big_endian_16(path: Path) -> None:
+    Image.frombytes("I;16B", (40, 40), struct.pack(">H", 128 * 257) * 1600).save(path)
+
+
+KINDS: dict[str, tuple[Callable[[Path], object], tuple[int, int, int]]] = {
+    "rgb.png": (lambda p: _plain("RGB", RED).save(p), RED),
+    "rgb.jpg": (lambda p: _plain("RGB", RED).save(p, quality=100), RED),
+    "rgb.webp": (lambda p: _plain("RGB", RED).save(p, lossless=True), RED),
+    "rgb.bmp": (lambda p: _plain("RGB", RED).save(p), RED),
+    "grey.png": (lambda p: _plain("L", HALF).save(p), (HALF,) * 3),
+    "grey.jpg": (lambda p: _plain("L", HALF).save(p), (HALF,) * 3),
+    "bilevel.png": (lambda p: _plain("1", 1).save(p), (255,) * 3),
+    "palette.gif": (_palette, RED),
+    "palette-clear.png": (_palette_with_clear, (255,) * 3),
+    "palette-alphas.png": (_palette_with_alphas, (255, 127, 127)),
+    "clear-black.png": (lambda p: _plain("RGBA", (0, 0, 0, 0)).save(p), (255,) * 3),
+    "half-red.png": (lambda p: _plain("RGBA", (255, 0, 0, 128)).save(p), (255, 127, 127)),
+    "grey-alpha.png": (lambda p: _plain("LA", (0, 128)).save(p), (127,) * 3),
+    "colour-key.png": (lambda p: _plain("RGB", (0, 255, 0)).save(p, transparency=(0, 255, 0)), (255,) * 3),
+    "cmyk.jpg": (lambda p: _plain("CMYK", (0, 255, 255, 0)).save(p, quality=100), RED),
+    "cmyk.tif": (lambda p: _plain("CMYK", (0, 255, 255, 0)).save(p), RED),
+    "grey16.png": (lambda p: _grey_16(p, 128 * 257), (128,) * 3),
+    "white16.png": (lambda p: _grey_16(p, 65535), (255,) * 3),
+    "dark16.tif": (lambda p: _grey_16(p, 257), (1,) * 3),
+    "grey16-big-endian.tif": (_big_endian_16, (128,) * 3),
+    "grey16.pgm": (_pgm_16, (128,) * 3),
+    "rgb16.png": (_rgb_16, (255, 128, 0)),
+    "animated.gif": (_animated, RED),
+    "animated.webp": (_animated, RED),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture(name: str, tmp_path: Path) -> None:
+    write, colour = KINDS[name]
+    write(tmp_path / name)
+    square = decode_picture(tmp_path / name, 16)
+    assert square.shape == (16, 16, 3)
+    assert square.dtype == np.uint8
+    assert np.abs(square.astype(int) - colour).max() <= 2
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_orientation_of_the_camera_is_applied(suffix: str, tmp_path: Path) -> None:
+    stored = np.zeros((40, 40, 3), dtype=np.uint8)
+    stored[:20] = 255  # white above; orientation 6 means: turn by 90 degrees clockwise to see it upright
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif)
+    seen = decode_picture(tmp_path / f"x.{suffix}", 40)
+    assert seen[:, 25:].min() > 200
+    assert seen[:, :15].max() < 50
+
+
+def test_orientation_of_a_16_bit_picture_is_applied(tmp_path: Path) -> None:
+    stored = np.zeros((40, 40), dtype=np.uint16)
+    stored[:20] = 65535
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
+    seen = decode_picture(tmp_path / "x.png", 40)
+    assert seen[:, 25:].min() > 200
+    assert seen[:, :15].max() < 50
+
+
+@pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (31, 30), (30, 299), (30, 30)])
+def test_the_centre_is_kept_and_the_shorter_side_fills_the_square(width: int, height: int, tmp_path: Path) -> None:
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    edge = min(width, height)
+    top, left = (height - edge) // 2, (width - edge) // 2
+    picture[top : top + edge, left : left + edge] = 200
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    square = decode_picture(tmp_path / "x.png", 10)
+    assert np.abs(square[2:-2, 2:-2].astype(int) - 200).max() <= 2
+
+
+def test_scaling_down_is_antialiased(tmp_path: Path) -> None:
+    stripes = np.zeros((256, 256, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    assert np.abs(decode_picture(tmp_path / "x.png", 16).astype(int) - 127).max() < 20
+
+
+def test_a_large_jpeg_decoded_at_a_fraction_stays_close_to_the_whole(tmp_path: Path) -> None:
+    y, x = np.mgrid[:800, :1000] / 6
+    waves = np.stack([np.sin(x), np.sin(y), np.cos(x + y)], -1) * 100 + 128
+    Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
+    whole = Image.open(tmp_path / "x.jpg").resize((96, 96), Image.Resampling.BICUBIC, box=(100, 0, 900, 800))
+    assert np.abs(decode_picture(tmp_path / "x.jpg", 96).astype(int) - np.asarray(whole)).max() <= 3
+
+
+def _noise(form: str) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+BROKEN = {
+    "empty.png": b"",
+    "text.jpg": b"<html>404 not found</html>",
+    "half.jpg": _noise("JPEG")[:2000],
+    "half.png": _noise("PNG")[:6000],
+    "half.gif": _noise("GIF")[:1000],
+    "half.webp": _noise("WEBP")[:1000],
+    "half.bmp": _noise("BMP")[:6000],
+    "bad-crc.png": _noise("PNG")[:5000] + b"\x00\x01\x02\x03" + _noise("PNG")[5004:],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_picture_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(BROKEN[name])
+    with pytest.raises(DataError, match="must be a whole picture") as caught:
+        decode_picture(tmp_path / name, 16)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("F", 0.5), ("I", 70_000)])
+def test_a_kind_without_a_white_point_is_refused_not_guessed(mode: str, value: float, tmp_path: Path) -> None:
+    _plain(mode, value).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=f"mode {mode} has no defined white"):
+        decode_picture(tmp_path / "x.tif", 16)
+
+
+@pytest.mark.parametrize("limit", [1000, 3000], ids=["an error of Pillow", "a warning of Pillow"])
+def test_a_decompression_bomb_is_an_error(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    _plain("RGB", RED, (64, 64)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match=r"bomb\.png must be a whole picture, but: .*decompression bomb"):
+        decode_pictures([tmp_path / "bomb.png"], np.empty((1, 16, 16, 3), dtype=np.uint8))
+
+
+def test_many_pictures_land_in_their_own_rows(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(70)]
+    for i, path in enumerate(paths):
+        _plain("L", i, (8, 8)).save(path)
+    out = np.empty((70, 4, 4, 3), dtype=np.uint8)
+    decode_pictures(paths, out)
+    assert np.array_equal(out[:, 0, 0, 0], np.arange(70))
+    assert (out == out[:, :1, :1, :1]).all()
+
+
+def test_of_several_broken_pictures_the_first_in_order_is_named(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i:03}.png" for i in range(100)]
+    for path in paths:
+        _plain("L", 0, (8, 8)).save(path)
+    for i in (40, 90):
+        paths[i].write_bytes(b"")
+    with pytest.raises(DataError, match=r"040\.png"):
+        decode_pictures(paths, np.empty((100, 4, 4, 3), dtype=np.uint8))

@@ -1,0 +1,215 @@
+"""Saved adapters: equal to the bit when loaded, and refused on any other backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import petune
+from petune.base.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
+from petune.injector.load import read_adapter
+from tests.tiny import X, tiny
+
+METHODS = ["adaptformer", "vpt", "vpt:shallow", "linear", "full"]
+
+
+def trained(method: str = "adaptformer", model: nn.Module | None = None) -> petune.Attachment:
+    name, _, shallow = method.partition(":")
+    att = petune.attach(model or tiny(), name, **({"deep": False} if shallow else {}))
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+    att.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(att.model(X), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    att.model.eval()
+    return att
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loaded_on_a_fresh_model_it_is_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
+    att = trained(method)
+    att.save(tmp_path / "a", metadata={"classes": list("abcde")})
+    fresh = tiny()
+    again = petune.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(X), att.model(X))
+    assert again.counts == att.counts
+    assert again.tuner.config == att.tuner.config
+    again.save(tmp_path / "b", metadata={"classes": list("abcde")})
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    again.detach()
+    assert torch.equal(fresh(X), tiny()(X))
+
+
+def test_what_is_saved_is_what_trains_and_small(tmp_path: Path) -> None:
+    att = trained()
+    att.save(tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert set(tensors) == {*att.tuned, *att.head}
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["format"], config["tuner"], config["distribution"]) == (1, "adaptformer", "petune")
+    assert config["geometry"]["depth"] == 2
+
+
+def test_buffers_of_the_head_are_saved(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        built = tiny()
+        built.head = nn.Sequential(nn.BatchNorm1d(24, affine=False), built.head)
+        return built
+
+    att = trained("linear", model())
+    att.save(tmp_path / "a")
+    assert "head.0.running_mean" in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    fresh = model()
+    petune.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(X), att.model(X))
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "depth": (lambda: tiny(depth=3), "depth 2 .this model: 3"),
+    "width": (lambda: tiny(embed_dim=32), "width 24 .this model: 32"),
+    "patch": (lambda: tiny(patch_size=8), r"grid \[4, 4\] .this model: \[2, 2\]"),
+    "prefix": (lambda: tiny(class_token=False, global_pool="avg"), "prefix_tokens 1 .this model: 0"),
+    "classes": (lambda: tiny(num_classes=7), "another number of classes"),
+    "weights": (lambda: tiny(seed=1), "same shape with other weights"),
+    "one bit of one weight": (lambda: _nudged(), "same shape with other weights"),
+}
+
+
+def _nudged() -> nn.Module:
+    model = tiny()
+    with torch.no_grad():
+        w = model.blocks[1].mlp.fc1.weight
+        w[3, 4] = torch.nextafter(w[3, 4], torch.tensor(9.0))
+    return model
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_another_backbone_is_refused_by_name_and_left_as_it_was(what: str, tmp_path: Path) -> None:
+    trained().save(tmp_path / "a")
+    build, message = WRONG[what]
+    model = build()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(BackboneMismatch, match=message):
+        petune.load(model, tmp_path / "a")
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_size_of_pictures_is_the_files(tmp_path: Path) -> None:
+    class Silent(nn.Module):
+        """Does not tell how large its pictures are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            scores: torch.Tensor = self.inner(images)
+            return scores
+
+    dynamic = tiny(dynamic_img_size=True)
+    for number, (model, side) in enumerate([(Silent(), 16), (dynamic, 32), (dynamic, 16)]):
+        att = petune.attach(model, "vpt", input_size=(3, side, side))
+        att.save(tmp_path / str(number))
+        att.detach()
+        again = petune.load(model, tmp_path / str(number))
+        assert again.sites.input_size == (3, side, side)
+        again.detach()
+
+
+def test_damage_and_newer_formats_are_named(tmp_path: Path) -> None:
+    place = tmp_path / "a"
+    with pytest.raises(CheckpointError, match="an adapter directory must be there, but there is no"):
+        petune.load(tiny(), place)
+    att = trained()
+    att.save(place)
+    file = place / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged"):
+        petune.load(tiny(), place)
+    att.save(place)
+    petune.load(tiny(), place)
+
+
+def _resealed(place: Path, change: Callable[[dict[str, object]], object]) -> None:
+    from petune.base.files import write_directory
+
+    files = {p.name: p.read_bytes() for p in place.iterdir() if p.name != "manifest.json"}
+    config = json.loads(files["adapter_config.json"])
+    change(config)
+    write_directory(place, {**files, "adapter_config.json": json.dumps(config).encode()})
+
+
+def test_a_newer_format_and_an_unknown_tuner_say_what_to_do(tmp_path: Path) -> None:
+    trained().save(tmp_path / "a")
+    _resealed(tmp_path / "a", lambda c: c.update(format=99))
+    with pytest.raises(CheckpointError, match="format 99, newer than 1; upgrade: pip install -U petune"):
+        petune.load(tiny(), tmp_path / "a")
+    _resealed(tmp_path / "a", lambda c: c.update(format=1, tuner="mytuner"))
+    with pytest.raises(PluginError, match="needs the method 'mytuner', which is not installed here; it was saved with"):
+        petune.load(tiny(), tmp_path / "a")
+    _resealed(tmp_path / "a", lambda c: c.pop("format"))
+    with pytest.raises(CheckpointError, match="that petune wrote"):
+        petune.load(tiny(), tmp_path / "a")
+    _resealed(tmp_path / "a", lambda c: (c.update(format=1), c.pop("fingerprint")))
+    with pytest.raises(CheckpointError, match="but lacks fingerprint"):
+        petune.load(tiny(), tmp_path / "a")
+
+
+def test_saving_where_it_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        trained().save(tmp_path / "file" / "a")
+
+
+def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
+    att = trained("linear")
+    for name in ("run/checkpoint/model.safetensors", "run/adapter_config.json", "file"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to("elsewhere")
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("run", "file", "link"):
+        with pytest.raises(UsageError, match=r"exists and is no adapter directory; it is left alone\. Name another"):
+            att.save(tmp_path / place)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == (tmp_path / "run" / "adapter_config.json").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for metadata in ({}, {"classes": ["a"]}):
+        att.save(tmp_path / "empty", metadata=metadata)
+    assert read_adapter(tmp_path / "empty").config["metadata"] == {"classes": ["a"]}
+
+
+def test_metadata_of_any_kind_loads_and_what_fails_is_taken_off_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained().save(tmp_path / "a", metadata={"backbone": "vit_tiny"})
+    model = tiny()
+    before = list(model.state_dict())
+
+    def wrong(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("petune.injector.load.check_fits", wrong)
+        with pytest.raises(MemoryError):
+            petune.load(model, tmp_path / "a")
+    assert list(model.state_dict()) == before
+    assert petune.load(model, tmp_path / "a").attached

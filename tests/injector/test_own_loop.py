@@ -1,0 +1,112 @@
+"""Attachments in training code of one's own: own models, autocast, parts and wholes, forwards that are cut short."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.base.errors import AttachError
+from tests.tiny import X, randomised, tiny
+
+
+def body() -> nn.Module:
+    model = tiny()
+    model.reset_classifier(0)
+    return model
+
+
+class Own(nn.Module):
+    """A backbone with a classifier of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = body()
+        torch.manual_seed(0)
+        self.head = nn.Sequential(nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def test_layers_before_the_classifier_are_told_and_may_belong_to_it(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"the classifier of Own is head\.2\. Further layers .* trains them: head\.0\. "
+    ):
+        assert list(petune.attach(Own(), "adaptformer").head) == ["head.2.weight", "head.2.bias"]
+    model = Own().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        petune.attach(Own(), "adaptformer", train_head=False)
+        att = randomised(petune.attach(model, "adaptformer", sites=petune.find_sites(model, head="head")))
+    assert list(att.head) == ["head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"]
+    att.save(tmp_path / "a")
+    other = Own().eval()
+    nn.init.zeros_(other.head[0].weight)  # a new one is another one
+    petune.load(other, tmp_path / "a", sites=petune.find_sites(other, head="head"))
+    assert torch.equal(other(X), model(X))
+    with pytest.raises(AttachError, match=r"head must be the path of a module of Own with parameters, but is 'hed'"):
+        petune.find_sites(model, head="hed")
+
+
+def test_a_part_and_its_whole_are_not_both_attached_to() -> None:
+    net = nn.Sequential(body(), nn.Linear(24, 5))
+    inner = petune.attach(net[0], "adaptformer", train_head=False)
+    with pytest.raises(AttachError, match="attached to the same module, but something is already, to 0"):
+        petune.attach(net, "linear")
+    assert all(p.requires_grad for p in inner.parameters())
+    inner.detach()
+    petune.attach(net, "linear")
+    with pytest.raises(AttachError, match="something is already, to the whole that it is a part of"):
+        petune.attach(net[0], "adaptformer", train_head=False)
+    petune.attach(net, "adaptformer")
+
+
+def test_a_backbone_in_two_models_is_attached_to_in_one() -> None:
+    one = nn.Sequential(body(), nn.Linear(24, 5))
+    two = nn.Sequential(nn.Identity(), one[0], nn.Linear(24, 5))
+    att = petune.attach(one, "adaptformer")
+    with pytest.raises(AttachError, match="attached to the same module, but something is already, to"):
+        petune.attach(two, "adaptformer")
+    assert all(p.requires_grad for p in att.parameters())
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "bitfit", "full"])
+def test_switched_inside_autocast_it_is_the_backbone(method: str) -> None:
+    model = tiny()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(X)
+    att = randomised(petune.attach(model, method))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with_it = model(X)
+        with att.disabled():
+            assert torch.equal(model(X), before)
+        assert torch.equal(model(X), with_it)
+
+
+def test_a_forward_that_was_cut_short_leaves_nothing_to_the_next() -> None:
+    model = tiny()
+    randomised(petune.attach(model, "lst"))
+    whole = model(X)
+
+    def full_memory(module: nn.Module, args: object) -> None:
+        raise MemoryError
+
+    handle = model.blocks[1].mlp.register_forward_pre_hook(full_memory)
+    with pytest.raises(MemoryError):
+        model(X)
+    handle.remove()
+    torch.testing.assert_close(model(X[:1]), whole[:1])
+
+
+def test_another_classifier_than_the_one_it_was_made_under_is_not_saved(tmp_path: Path) -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer", train_head=False)
+    model.reset_classifier(7)
+    with pytest.raises(AttachError, match=r"the classifier that was there when it was attached \(train_head=False\)"):
+        att.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,214 @@
+"""petune's tuners as PEFT methods: what petune has saved loads with PEFT, equal to the bit, and the other way round."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.base.errors import AttachError, BackboneMismatch, ConfigError, NotMergeable, UsageError
+from petune.injector.peft_type import PetuneConfig, register
+from petune.plugin_dev.tiny_models import tiny_models
+from tests.tiny import X, tiny
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
+]
+NAMES = [t.name for t in petune.tuners() if t.name not in {"peft", "lora", "dora"}]
+PAIRS = [
+    *(("timm", name) for name in NAMES),
+    *((library, name) for library in [*tiny_models()][1:] for name in ("adaptformer", "vpt", "bitfit", "convpass")),
+]
+
+
+@torch.no_grad()
+def scores(of: nn.Module, x: Tensor = X) -> Tensor:
+    out = of.eval()(x)
+    return getattr(out, "logits", out)
+
+
+def trained(name: str, model: nn.Module, seed: int = 2, **options: Any) -> petune.Attachment:
+    torch.manual_seed(seed)
+    att = petune.attach(model, name, **options)
+    with torch.no_grad():
+        for p in att.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    return att
+
+
+@pytest.mark.parametrize(("library", "name"), PAIRS)
+def test_saved_by_petune_loaded_by_peft_saved_by_peft_loaded_by_petune(name: str, library: str, tmp_path: Path) -> None:
+    build = tiny_models()[library]
+    plain = build()
+    try:
+        att = trained(name, build())
+    except AttachError as refused:
+        pytest.skip(str(refused))
+    att.save(tmp_path / "a", metadata={"classes": ["x", "y", "z"]})
+    theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "a"))
+    wanted = scores(att.model)
+    assert torch.equal(scores(theirs), wanted)
+    assert not torch.equal(wanted, scores(plain))
+    assert not any(p.requires_grad for p in theirs.base_model.attachments["default"].parameters())
+    with theirs.disable_adapter():
+        assert torch.equal(scores(theirs), scores(plain))
+    theirs.save_pretrained(tmp_path / "b")
+    again = petune.load(build(), tmp_path / "b")
+    assert torch.equal(scores(again.model), wanted)
+    assert torch.equal(scores(theirs.unload()), scores(plain))
+
+
+def test_begun_and_trained_with_peft(tmp_path: Path) -> None:
+    built = peft.get_peft_model(tiny(), PetuneConfig(tuner="adaptformer", config={"bottleneck": 3}))
+    trainable, total = built.get_nb_trainable_parameters()
+    assert trainable == petune.attach(tiny(), "adaptformer", bottleneck=3).counts.tuned + 24 * 5 + 5
+    assert total > trainable
+    optimizer = torch.optim.SGD([p for p in built.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(built.train()(X), torch.tensor([1, 2])).backward()
+        optimizer.step()
+    built.save_pretrained(tmp_path / "a")
+    loaded = petune.load(tiny(), tmp_path / "a")
+    assert torch.equal(scores(loaded.model), scores(built))
+    assert loaded.tuner.config.model_dump()["bottleneck"] == 3
+    resumed = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), is_trainable=True)
+    assert resumed.get_nb_trainable_parameters() == (trainable, total)
+    assert isinstance(peft.PeftConfig.from_pretrained(str(tmp_path / "a")), PetuneConfig)
+
+
+def test_several_adapters_are_switched(tmp_path: Path) -> None:
+    wanted = {}
+    for number, name in enumerate(["adaptformer", "vpt", "bitfit"]):
+        att = trained(name, tiny(), seed=number)
+        att.save(tmp_path / name)
+        wanted[name] = scores(att.model)
+    model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "adaptformer"), "adaptformer")
+    for name in ("vpt", "bitfit"):
+        model.load_adapter(str(tmp_path / name), name)
+        assert torch.equal(scores(model), wanted["adaptformer"])  # loading one more does not switch
+    for name in ("bitfit", "vpt", "adaptformer", "bitfit"):
+        model.set_adapter(name)
+        assert torch.equal(scores(model), wanted[name])
+        held = {id(p) for p in model.base_model.attachments[name].parameters()}
+        assert {id(p) for p in model.parameters() if p.requires_grad} == held
+    with model.disable_adapter():
+        assert torch.equal(scores(model), scores(tiny()))
+    model.delete_adapter("bitfit")
+    assert torch.equal(scores(model), wanted["adaptformer"])
+    model.save_pretrained(tmp_path / "all")
+    for name in ("adaptformer", "vpt"):
+        assert torch.equal(scores(petune.load(tiny(), tmp_path / "all" / name).model), wanted[name])
+    back = model.unload()
+    assert torch.equal(scores(back), scores(tiny()))
+    assert list(back.state_dict()) == list(tiny().state_dict())
+    assert not hasattr(back, "peft_config")
+
+
+def test_merged(tmp_path: Path) -> None:
+    att = trained("repadapter", tiny())
+    att.save(tmp_path / "a")
+    merged = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a")).merge_and_unload()
+    torch.testing.assert_close(scores(merged), scores(att.model), atol=1e-5, rtol=1e-5)
+    assert list(merged.state_dict()) == list(tiny().state_dict())
+    trained("vpt", tiny()).save(tmp_path / "b")
+    model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "b"))
+    with pytest.raises(NotMergeable):
+        model.merge_and_unload()
+    with pytest.raises(UsageError, match="for good"):
+        model.merge_adapter()
+
+
+def test_petunes_checks_stay(tmp_path: Path) -> None:
+    trained("adaptformer", tiny()).save(tmp_path / "a")
+    other = tiny(seed=5)
+    before = scores(other)
+    with pytest.raises(BackboneMismatch, match="other weights"):
+        peft.PeftModel.from_pretrained(other, str(tmp_path / "a"))
+    assert torch.equal(scores(other), before)
+    assert not any("petune" in key for key in other.state_dict())
+    with pytest.raises(BackboneMismatch, match="number of classes"):
+        peft.PeftModel.from_pretrained(tiny(num_classes=7), str(tmp_path / "a"))
+    with pytest.raises(petune.PetuneError, match="PEFT's own"):
+        peft.get_peft_model(tiny(), PetuneConfig(tuner="lora"))
+    with pytest.raises(petune.PetuneError, match="adaptformer"):
+        peft.get_peft_model(tiny(), PetuneConfig(tuner="adaptfromer"))
+    with pytest.raises(petune.PetuneError, match="low_cpu_mem_usage"):
+        peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), low_cpu_mem_usage=True)
+    model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"))
+    with pytest.raises(UsageError, match=r"petune\.Tasks"):
+        model(X, adapter_names=["default", "__base__"])
+
+
+def test_the_enum_is_whole() -> None:
+    register()  # a second time
+    member = peft.PeftType("PETUNE")
+    assert member is peft.PeftType.PETUNE is peft.PeftType["PETUNE"] is list(peft.PeftType)[-1]
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert (member, member.value, f"{member.name}", repr(member)) == (
+        "PETUNE", "PETUNE", "PETUNE", "<PeftType.PETUNE: 'PETUNE'>",
+    )  # fmt: skip
+    assert len(set(peft.PeftType)) == len(list(peft.PeftType)) == len(peft.PeftType)
+
+
+@pytest.mark.parametrize("order", ["import petune, peft", "import peft, petune"])
+def test_in_either_order_and_import_stays_cheap(order: str) -> None:
+    code = f"""
+import importlib.util, sys
+{order.partition(",")[0]}
+assert ("peft" in sys.modules) == ("{order}".startswith("import peft"))
+importlib.util.find_spec("peft")  # to look for it is not to import it
+import {order.partition(", ")[2]}
+import peft
+assert peft.PeftType("PETUNE") in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+assert not any(type(finder).__name__ == "AfterPeft" for finder in sys.meta_path)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_that_fails_leaves_the_active_one_active() -> None:
+    model = peft.get_peft_model(tiny(), PetuneConfig(tuner="adaptformer"), "a")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    before = scores(model)
+    with pytest.raises(ConfigError):
+        model.add_adapter("b", PetuneConfig(tuner="adaptformer", config={"bottleneck": 0}))
+    assert torch.equal(scores(model), before)
+    model.add_adapter("b", PetuneConfig(tuner="vpt"))  # the name is free
+    assert torch.equal(scores(model), before)
+
+
+def test_what_is_loaded_for_inference_does_not_train(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        trained("adaptformer", tiny()).save(tmp_path / name)
+    model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), adapter_name="a")
+    model.load_adapter(str(tmp_path / "b"), adapter_name="b")
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == []
+    model.delete_adapter("b")
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == []
+
+
+@pytest.mark.filterwarnings("error:Unexpected keyword")
+def test_a_classifier_that_does_not_train_belongs_to_the_file(tmp_path: Path) -> None:
+    trained("adaptformer", tiny(), train_head=False).save(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"))
+    theirs.save_pretrained(str(tmp_path / "b"))
+    other = tiny()
+    nn.init.normal_(other.head.weight)
+    with pytest.raises(BackboneMismatch, match="train_head=False"):
+        peft.PeftModel.from_pretrained(other, str(tmp_path / "a"))
+    with pytest.raises(BackboneMismatch, match="train_head=False"):
+        petune.load(other, tmp_path / "b")
+    assert petune.load(tiny(), tmp_path / "b").attached

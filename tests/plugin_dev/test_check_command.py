@@ -1,0 +1,80 @@
+"""`petune plugin check`: a line a property, exit code 1 where one does not hold; and the fixture for authors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from petune.cli.main import main
+from petune.plugin_dev.contract import PROPERTIES
+
+pytest_plugins = ("pytester",)
+
+BROKEN = """
+import petune, torch
+from torch import nn
+class Mean(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.g = nn.Parameter(torch.zeros(dim))
+    def forward(self, x):
+        return x + self.g * x.mean(0, keepdim=True)
+class Fake(petune.Tuner[petune.TunerConfig]):
+    def attach(self, edit):
+        for block in edit.sites.need_blocks():
+            edit.after(block, Mean(block.dim))
+"""
+REFUSES = """
+import petune
+class Fake(petune.Tuner[petune.TunerConfig]):
+    def attach(self, edit):
+        raise petune.AttachError("it wants another model")
+"""
+
+
+def check(*words: str) -> object:
+    with pytest.raises(SystemExit) as stopped:
+        main(["plugin", "check", *words])
+    return stopped.value.code
+
+
+def test_a_line_a_property(capfd: pytest.CaptureFixture[str]) -> None:
+    assert check("adaptformer:bottleneck=2") == 0  # of two ReLUs, both may be dead: it is drawn again
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "timm"
+    assert lines[1 : len(PROPERTIES) + 1] == [f"  ok       {name}" for name, _ in PROPERTIES]
+    assert "BROKEN" not in "".join(lines)
+
+
+def test_a_broken_one(fake: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    fake("petune-fake", {"fake": "petune_fake:Fake"}, BROKEN)
+    assert check("fake") == 1
+    out = capfd.readouterr().out
+    assert out.count("  BROKEN   pictures of a batch do not mix: a picture alone differs by") >= 2
+    assert check("fake", "--json") == 1
+    found = json.loads(capfd.readouterr().out)
+    assert [f["name"] for f in found[0]["findings"] if f["problem"]] == ["pictures of a batch do not mix"]
+
+
+def test_one_that_refuses_every_model_is_not_proven(
+    fake: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake("petune-fake", {"fake": "petune_fake:Fake"}, REFUSES)
+    assert check("fake") == 1
+    assert "refused  it wants another model" in capfd.readouterr().out
+
+
+def test_the_fixture_fails_and_skips_as_it_should(fake: Callable[..., None], pytester: pytest.Pytester) -> None:
+    fake("petune-fake", {"fake": "petune_fake:Fake", "shy": "petune_fake_shy:Fake"}, BROKEN)
+    fake("petune-fake-shy", {"unused": "petune_fake_shy:Fake"}, REFUSES)
+    pytester.makepyfile(
+        "def test_broken(petune_contract): petune_contract('fake')\n"
+        "def test_refused(petune_contract): petune_contract('shy')\n"
+        "def test_sound(petune_contract): petune_contract('linear')\n"
+    )
+    result = pytester.runpytest("-p", "no:cacheprovider")
+    kinds = result.parseoutcomes()
+    assert kinds["failed"] == kinds["skipped"] == kinds["passed"] >= 2
+    result.stdout.fnmatch_lines(["*pictures of a batch do not mix: a picture alone differs*"])

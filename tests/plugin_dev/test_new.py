@@ -1,0 +1,109 @@
+"""`petune plugin new`: the package installs, registers, passes its own tests and the contract, and trains as it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petune.base.errors import UsageError
+from petune.cli.main import main
+from petune.plugin_dev.contract import PROPERTIES
+from petune.plugin_dev.scaffold import FILES, TEMPLATES, write_plugin
+from petune.plugin_dev.tiny_models import tiny_models
+from petune.serving.restore import restore
+from tests.program import call
+
+RUN = (
+    "run", "--method", "my_scale", "--backbone", "vit_tiny_patch16_224", "--weights", "none", "--dataset", "digits",
+    "--image-size", "32", "--patch-size", "4", "--epochs", "1", "--batch-size", "64", "--output", "out", "--json",
+    "--set", "backbone_options.depth=2", "--set", "backbone_options.embed_dim=48", "--set", "train_per_class=8",
+)  # fmt: skip
+
+
+def pip() -> list[str] | None:
+    """How to run pip; None where there is none, or no hatchling to build with."""
+    have = importlib.util.find_spec("pip") and importlib.util.find_spec("hatchling")
+    return [sys.executable, "-m", "pip"] if have else None
+
+
+def test_every_template_is_used() -> None:
+    assert {path.name for path in TEMPLATES.iterdir()} == set(FILES.values())
+
+
+# looking for pip makes setuptools look whether its own distutils is in place, and say so
+@pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils:UserWarning")
+def test_the_package_works_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fake: Callable[..., None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["plugin", "new", "my_scale"])
+    assert stopped.value.code == 0
+    assert "petune plugin check my_scale" in capfd.readouterr().out
+    root = tmp_path / "petune-my-scale"
+    site = tmp_path / "site"
+    command = pip()
+    if command:
+        words = ("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", site, root)
+        subprocess.run([*command, *words], check=True)
+    else:  # what an installer does, by hand
+        project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+        fake(project["name"], project["entry-points"]["petune.tuners"], (root / "petune_my_scale.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error"]
+    done = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout
+    rows = {row["name"]: row for row in json.loads(call("methods", "--load", "--json", capture=capfd).out)}
+    assert (rows["my_scale"]["distribution"], rows["my_scale"]["state"]) == ("petune-my-scale", "ok")
+    checked = json.loads(call("plugin", "check", "my_scale:shift=false", "--json", capture=capfd).out)
+    assert [len(one["findings"]) for one in checked] == [len(PROPERTIES)] * len(tiny_models())
+    assert not any(finding["problem"] for one in checked for finding in one["findings"])
+    ran = call(*RUN, capture=capfd)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["tuned"] == 2 * 2 * 48
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (config["tuner"], config["distribution"], config["version"]) == ("my_scale", "petune-my-scale", "0.1.0")
+    att = restore(tmp_path / "out").attachment
+    assert att.counts.tuned == 2 * 2 * 48
+
+
+@pytest.mark.parametrize("name", ["", "Scale", "1scale", "my-scale", "a__b", "../evil", "a/b", "scale "])
+def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="small letters"):
+        write_plugin(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    write_plugin("once", tmp_path)
+    with pytest.raises(UsageError, match="exists already"):
+        write_plugin("once", tmp_path)
+
+
+def test_the_command_to_copy_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my plugins").mkdir()
+    done = call("plugin", "new", "mine", "--in", tmp_path / "my plugins", capture=capsys)
+    assert f"pip install -e '{tmp_path}/my plugins/petune-mine'\n" in done.out
+
+
+@pytest.mark.parametrize("name", ["none", "true", "lambda", "adaptformer", "linear"])
+def test_names_that_belong_to_others_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"a method needs a name of its own, but {name} is"):
+        write_plugin(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plugin_may_be_called_as_its_adapter_does(tmp_path: Path) -> None:
+    write_plugin("scale", tmp_path)
+    names: dict[str, Any] = {"__name__": "petune_scale"}
+    exec(compile((tmp_path / "petune-scale" / "petune_scale.py").read_text(), "petune_scale.py", "exec"), names)
+    assert {"Scale", "ScaleConfig", "ScaleAdapter"} <= names.keys()

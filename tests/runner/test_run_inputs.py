@@ -1,0 +1,104 @@
+"""What a run began with that its configuration does not say: the bytes of its weights, the recipe of its method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import petune
+from petune.base.errors import CheckpointError
+from petune.runner.run import directory_name
+from petune.tuners.adaptformer import AdaptFormer
+
+OPTIONS = {"depth": 1, "embed_dim": 24}
+RUN = {
+    "backbone": "vit_nano", "dataset": "digits", "train_per_class": 3, "device": "cpu", "backbone_options": OPTIONS,
+    "train": {"epochs": 1, "batch_size": 10, "precision": "fp32"},
+}  # fmt: skip
+
+
+def _weights(file: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10, **OPTIONS)
+    save_file(model.state_dict(), file)
+    return str(file)
+
+
+def test_other_weights_in_the_same_file_are_no_way_to_go_on(tmp_path: Path) -> None:
+    """Of a run, a comparison and a sweep, whose parts would otherwise stand on two backbones."""
+    run = {**RUN, "weights": _weights(tmp_path / "w.safetensors", 1)}
+    done = petune.run(**run, method="linear", output=tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    petune.compare(methods=("linear",), run=run, output=tmp_path / "table")
+    sweep = {"run": {**run, "method": "linear"}, "over": {"train.lr": [0.1, 0.01]}, "output": tmp_path / "sweep"}
+    petune.sweep(**sweep, trials=1, test=False)
+
+    _weights(tmp_path / "w.safetensors", 2)
+    began = r"w\.safetensors must be the weights that .* began with, but the file holds others now"
+    with pytest.raises(CheckpointError, match=began):
+        petune.run(**run, method="linear", output=tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match=began):
+        petune.compare(methods=("linear", "bitfit"), run=run, output=tmp_path / "table")
+    with pytest.raises(CheckpointError, match=began):
+        petune.sweep(**sweep, trials=2, test=False)
+    _weights(tmp_path / "w.safetensors", 1)
+    assert petune.run(**run, method="linear", output=tmp_path / "run", resume=True).top1 == done.top1
+
+
+def test_a_recipe_that_changed_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {**RUN, "weights": "none", "train": {**RUN["train"], "weight_decay": 0.0}}  # type: ignore[dict-item]
+    petune.run(**run, output=tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    table = {"methods": ("adaptformer", "linear"), "run": run, "output": tmp_path / "table"}
+    petune.compare(**table, seeds=(0,))
+
+    monkeypatch.setattr(AdaptFormer, "recipe", petune.Recipe(lr=1e-4))
+    with pytest.raises(CheckpointError, match=r"run must go on with the recipe .*, but lr was 0\.005 and is 0\.0001"):
+        petune.run(**run, output=tmp_path / "run", resume=True)
+    rows = {row.method: row for row in petune.compare(**table, seeds=(0, 1)).rows}
+    assert rows["linear"].status == "done"
+    assert "seeds 0 and 1 must be alike, but" in rows["adaptformer"].reason
+    assert "rates of 0.005 and 0.0001" in rows["adaptformer"].reason
+
+
+def test_options_that_changed_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default that another version of the method's package has: a run, and a comparison, would mix the two."""
+    run = {**RUN, "weights": "none"}
+    petune.run(**run, output=tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    table = {"methods": ("adaptformer", "linear"), "run": run, "output": tmp_path / "table"}
+    petune.compare(**table, seeds=(0,))
+
+    class Newer(AdaptFormer.Config):  # type: ignore[misc,name-defined]
+        dropout: float = 0.25
+        another: int = 0
+
+    monkeypatch.setattr(AdaptFormer, "Config", Newer)
+    said = r"options of adaptformer that it began with, but dropout was 0\.1 and is 0\.25: the method's package"
+    with pytest.raises(CheckpointError, match=said):
+        petune.run(**run, output=tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match=said):
+        petune.compare(**table, seeds=(0, 1))
+    assert petune.compare(**{**table, "methods": ("linear",)}, seeds=(0, 1)).rows[0].status == "done"
+
+
+def test_a_name_fits_a_directory(tmp_path: Path) -> None:
+    long = [directory_name("linear", "folder:" + "ä" * 300 + end, "seed0") for end in "ab"]
+    assert len({*long}) == 2
+    assert all(len(name.encode()) < 200 for name in long)
+    assert directory_name("vpt:deep=false", "seed0") == "vpt_deep=false-seed0"
+
+
+def test_the_peak_of_memory_is_that_of_training_too(tmp_path: Path) -> None:
+    """Also where another process goes on with the test alone, as a sweep does."""
+    run = {**RUN, "weights": "none", "train": {**RUN["train"], "epochs": 1}}  # type: ignore[dict-item]
+    ballast = [torch.ones(600_000_000, dtype=torch.uint8)]
+    done = petune.run(**run, output=tmp_path / "run")
+    ballast.clear()
+    (tmp_path / "run" / "result.json").unlink()
+    again = petune.run(**run, output=tmp_path / "run", resume=True)
+    assert again.peak_memory_bytes > done.peak_memory_bytes - 100_000_000

@@ -1,0 +1,168 @@
+"""Sweeps whose trials an executor does: the table of one done here, in whatever order they end, also when cut off.
+
+Workers of Ray and Slurm that are killed are in tests/faults/test_elsewhere.py.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petune.base.errors import PetuneError, Stopped, UsageError
+from petune.runner.compare import RunStarted
+from petune.runner.executors import RUN, Failure, Work, serial
+from petune.runner.executors.trial import Trial, outcome_of
+from petune.runner.run import RunConfig
+from petune.runner.sweep.search import FIT, sweep
+from petune.runner.sweep.space import Range
+from petune.runner.sweep.trials import Fit, Sweep, SweepConfig
+
+PLAIN = {
+    "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 5,
+    "device": "cpu", "backbone_options": {"depth": 1, "embed_dim": 48},
+    "train": {"epochs": 1, "batch_size": 16, "precision": "fp32"},
+}  # fmt: skip
+GRID = {"train.lr": (0.001, 0.02, 0.3)}
+LRS = {"train.lr": Range(low=1e-4, high=1.0, log=True)}
+LOST = Failure("WorkerCrashedError: gone (3 retries)")
+
+
+def config(place: Path, **fields: Any) -> SweepConfig:
+    return SweepConfig.build({"over": GRID, "run": PLAIN, "test": False, "output": place, **fields})
+
+
+def plain(table: Sweep) -> list[dict[str, Any]]:
+    return [row.model_dump(exclude={"time_s", "images_per_s"}) for row in table.rows]
+
+
+class InProcess:
+    """An executor whose worker shares nothing with this process but the disk."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def __call__(
+        self, configs: Sequence[RunConfig], wanted: Any, watch: Any, work: Work = RUN
+    ) -> Iterator[tuple[int, Any]]:
+        jobs = [self.pool.submit(Trial.of(one, 1, work)) for one in configs]
+        for index, job in enumerate(jobs):
+            yield index, outcome_of(job.result(), configs[index], work)
+
+
+class Backwards:
+    """Does the last one first, keeps what it was given, and is cut off before or after the answer number `stop`."""
+
+    def __init__(self, stop: int | None = None, *, said: bool = True, lost: int | None = None) -> None:
+        self.stop, self.said, self.lost = stop, said, lost
+        self.batches: list[list[str]] = []
+        self.done = 0
+
+    def __call__(
+        self, configs: Sequence[RunConfig], wanted: Any, watch: Any, work: Work = RUN
+    ) -> Iterator[tuple[int, Any]]:
+        self.batches.append([one.output.name for one in configs if one.output is not None])
+        for index, outcome in serial(configs[::-1], wanted, lambda event: None, work):
+            self.done += 1
+            if self.done == self.stop and not self.said:
+                raise Stopped("stopped by SIGTERM")
+            at = len(configs) - 1 - index
+            yield at, LOST if at == self.lost else outcome
+            if self.done == self.stop:
+                raise Stopped("stopped by SIGTERM")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The directories that are trained in, in their order."""
+    original: Any = sys.modules["petune.runner.sweep.search"].trained  # type: ignore[attr-defined]
+    seen: list[str] = []
+
+    def noting(one: RunConfig, *rest: Any) -> Any:
+        seen.append(str(one.output and one.output.name))
+        return original(one, *rest)
+
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", noting)
+    return seen
+
+
+def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
+    two = {"over": {"train.lr": (0.001, 0.02)}, "test": True}
+    here = sweep(config(tmp_path / "here", **two))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        there = sweep(config(tmp_path / "there", **two), executor=InProcess(pool))
+    assert plain(there) == plain(here)
+    assert there.finished
+    assert (there.best, there.backbone, there.weights) == (here.best, here.backbone, here.weights)
+    assert there.result is not None
+    assert here.result is not None
+    assert (there.result.top1, there.result.val_top1) == (here.result.top1, here.result.val_top1)
+    place = tmp_path / "there"
+    assert [file.parent.name for file in place.glob("*/result.json")] == [f"trial-{there.best:03d}"]
+    assert [file.parent.name for file in place.glob("*/checkpoints")] == [f"trial-{there.best:03d}"]
+    one = here.config.trial({"train.lr": 0.02}).model_copy(update={"output": place / "trial-001", "resume": True})
+    assert (
+        FIT.finished(one)
+        == Fit.saved(place / "trial-001")
+        != FIT.finished(one.model_copy(update={"output": place / "no"}))
+    )
+    with pytest.raises(UsageError, match="holds a run with another configuration"):
+        FIT.finished(one.model_copy(update={"seed": 1}))
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_grid_is_handed_over_whole_and_nothing_done_is_done_again(
+    said: bool, tmp_path: Path, trained: list[str]
+) -> None:
+    first = Backwards(2, said=said)
+    with pytest.raises(Stopped):
+        sweep(config(tmp_path), executor=first)
+    half = Sweep.build(json.loads((tmp_path / "sweep.json").read_text()))
+    assert [row.state for row in half.rows] == ["running", "done" if said else "running", "done"]
+    assert half.best in (1, 2)
+    assert not half.finished
+    again = Backwards()
+    table = sweep(config(tmp_path), executor=again)
+    assert first.batches == [["trial-000", "trial-001", "trial-002"]]
+    assert again.batches == [["trial-000"] if said else ["trial-000", "trial-001"]]
+    assert trained == ["trial-002", "trial-001", "trial-000"]
+    assert [row.state for row in table.rows] == ["done"] * 3
+    assert sweep(config(tmp_path), executor=(idle := Backwards())) == table
+    assert (idle.batches, len(trained)) == ([], 3)
+
+
+def test_sampled_in_batches_it_ends_alike_wherever_it_is_done_and_cut_off(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    fields = {"over": LRS, "trials": 5, "at_once": 2}
+    whole = sweep(config(tmp_path / "whole", **fields), executor=(executor := Backwards()))
+    assert executor.batches == [["trial-000", "trial-001"], ["trial-002", "trial-003"], ["trial-004"]]
+    assert len({row.params["train.lr"] for row in whole.rows}) == 5
+    events: list[Any] = []
+    here = sweep(config(tmp_path / "here", **fields), watch=events.append)
+    assert plain(here) == plain(whole)
+    assert [event.index for event in events if isinstance(event, RunStarted)] == [0, 1, 2, 3, 4]
+    with pytest.raises(Stopped):
+        sweep(config(tmp_path / "cut", **fields), executor=Backwards(3))
+    assert plain(sweep(config(tmp_path / "cut", **fields), executor=Backwards())) == plain(whole)
+    # in the middle of a batch there were enough, and then more are wanted
+    sweep(config(tmp_path / "more", **{**fields, "trials": 3}), executor=Backwards())
+    more = sweep(config(tmp_path / "more", over=LRS, trials=5))  # at_once as before
+    assert (more.config.at_once, plain(more)) == (2, plain(whole))
+
+
+def test_a_lost_trial_is_a_row_and_a_lost_test_an_error(tmp_path: Path) -> None:
+    table = sweep(config(tmp_path / "a"), executor=Backwards(lost=1))
+    assert [row.state for row in table.rows] == ["done", "failed", "done"]
+    assert table.rows[1].reason == LOST.reason
+    with pytest.raises(PetuneError, match="its test failed: WorkerCrashedError"):
+        sweep(config(tmp_path / "b", test=True), executor=Backwards(lost=0))
+    with pytest.raises(PetuneError, match=r"every trial, but it did not of \[0, 1, 2\]"):
+        sweep(config(tmp_path / "c"), executor=lambda *_: iter(()))
+    half = config(tmp_path / "b", test=True)
+    assert sweep(half, executor=Backwards()).result is not None

@@ -1,0 +1,181 @@
+"""Adapters side by side: the same answers as alone; the page in a browser, bad pictures on it, nothing from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import petune
+from petune.base.errors import BackboneMismatch, DataError, UsageError
+from petune.base.files import write_directory
+from petune.data import load_dataset
+from petune.serving.demo import SideBySide, serve
+from petune.serving.predict import Predictor
+from tests.program import call
+from tests.trained import changed
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def other(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' adapter under other names, some of which are markup."""
+    names = ["<img src=x onerror=alert(1)>", *"abcdefghi"]
+    return changed(digits / "adapter", tmp_path_factory.mktemp("b") / "letters" / "adapter", classes=names)
+
+
+@pytest.fixture(scope="module")
+def both(digits: Path, other: Path) -> SideBySide:
+    return SideBySide([digits, other.parent], device="cpu")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    test = load_dataset("digits").test
+    Image.fromarray(test.images[test.rows[0]]).save(tmp_path / "digit.png")
+    return tmp_path / "digit.png"
+
+
+def test_the_same_answers_as_alone(both: SideBySide, digits: Path, picture: Path) -> None:
+    assert both.names == ["run", "letters"]
+    square, (one, two) = both(picture)
+    assert square.shape == (320, 320, 3)
+    (alone,) = Predictor(digits, device="cpu")([picture])
+    assert [g.name for g in one.top] == [g.name for g in alone.top]
+    np.testing.assert_allclose([g.probability for g in one.top], [g.probability for g in alone.top], rtol=1e-5)
+    assert [g.probability for g in two.top] == [g.probability for g in one.top]
+    assert one.time_s > 0
+    assert "adaptformer:bottleneck=4 for digits, " in both.notes["run"]
+
+
+def test_bad_pictures_are_named_without_advice_for_training(both: SideBySide, picture: Path) -> None:
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"^digit\.png must be a whole picture, but") as caught:
+        both(picture)
+    assert "on_broken" not in str(caught.value)
+
+
+def test_what_cannot_stand_side_by_side(digits: Path, other: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="given twice"):
+        SideBySide([digits, digits / "adapter"])
+    config = json.loads((other / "adapter_config.json").read_text())
+    files = {file.name: file.read_bytes() for file in other.iterdir() if file.name != "manifest.json"}
+    config["fingerprint"] = "0" * 64
+    write_directory(tmp_path / "far", {**files, "adapter_config.json": json.dumps(config).encode()})
+    with pytest.raises(BackboneMismatch, match=r"share one backbone, but run belongs to .* and far to .* start a demo"):
+        SideBySide([digits, tmp_path / "far"], device="cpu")
+    said = config["metadata"]["backbone"] | {"head": "bn_linear"}
+    changed(digits / "adapter", tmp_path / "headed", backbone=said)
+    with pytest.raises(UsageError, match="one kind of classifier, but run has linear and headed bn_linear"):
+        SideBySide([digits, tmp_path / "headed"], device="cpu")
+
+
+def test_methods_of_every_kind_share_a_backbone_but_not_one_that_was_built_otherwise(
+    digits: Path, tmp_path: Path
+) -> None:
+    """Fingerprints of methods that train the backbone's own tensors leave those out; heads are in no tensor."""
+    shape: dict[str, Any] = {"depth": 2, "embed_dim": 48}
+    run: dict[str, Any] = {
+        "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 3, "device": "cpu",
+        "train": {"epochs": 1, "precision": "fp32"},
+    }  # fmt: skip
+    petune.run(**run, method="bitfit", backbone_options=shape, output=tmp_path / "bitfit")
+    assert SideBySide([digits, tmp_path / "bitfit"], device="cpu").names == ["run", "bitfit"]
+    petune.run(**run, method="bitfit", backbone_options={**shape, "num_heads": 6}, output=tmp_path / "heads")
+    with pytest.raises(BackboneMismatch, match=r"share one backbone, but run belongs to .* and heads to .*num_heads=6"):
+        SideBySide([digits, tmp_path / "heads"], device="cpu")
+
+
+def test_a_port_that_is_taken(both: SideBySide) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"127.0.0.1:{port} is not: .*Name another --port, or 0"):
+            serve(both, port=port)
+
+
+def test_the_command_names_what_is_wrong(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = call("demo", digits, digits / "adapter", capture=capsys)
+    assert (done.code, "given twice" in done.err) == (2, True)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Chromium that reports every request it makes."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                 "--window-size=1280,900", f"--user-data-dir={tmp_path / 'profile'}"):  # fmt: skip
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def url(digits: Path, other: Path, tmp_path: Path) -> Iterator[str]:
+    """Of the page, as the program serves it."""
+    pytest.importorskip("gradio")
+    words = [sys.executable, "-m", "petune", "demo", digits, other.parent, "--device=cpu", "--port=0"]
+    environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as served:
+        assert served.stdout
+        try:
+            yield served.stdout.readline().strip()
+        finally:
+            served.terminate()  # SIGINT may be ignored: a shell's background jobs have it so
+
+
+def hosts(browser: Any) -> set[str]:
+    """Where the browser asked for anything."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return {urlsplit(url).hostname or "" for url in sent if url.startswith(("http", "ws"))}
+
+
+@pytest.mark.filterwarnings("ignore")  # selenium warns of much
+def test_the_page(url: str, both: SideBySide, picture: Path, browser: Any, tmp_path: Path) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def text() -> str:
+        return str(browser.find_element("tag name", "body").text)
+
+    def drop(file: Path, until: str) -> str:
+        browser.get(url)
+        WebDriverWait(browser, 60).until(lambda b: b.find_elements("css selector", "#picture input[type=file]"))
+        browser.find_element("css selector", "#picture input[type=file]").send_keys(str(file))
+        WebDriverWait(browser, 60).until(lambda _: until in text())
+        return text()
+
+    assert url.startswith("http://127.0.0.1:")
+    shown = drop(picture, "ms for this picture")
+    _, answers = both(picture)
+    assert all(guess.name in shown for answer in answers for guess in answer.top)
+    assert shown.count("ms for this picture") == 2
+    assert browser.find_elements("css selector", "img[src=x]") == []
+    browser.save_screenshot(str(tmp_path / "page.png"))
+    bad = tmp_path / "bad<b>.png"
+    bad.write_bytes(picture.read_bytes()[:60])
+    assert "ms for this picture" not in drop(bad, "must be a whole picture")
+    browser.save_screenshot(str(tmp_path / "bad.png"))
+    huge = tmp_path / "huge.png"
+    Image.new("1", (20_000, 10_000)).save(huge)
+    assert "exceeds limit" in drop(huge, "huge.png must be a whole picture, but")
+    assert hosts(browser) == {"127.0.0.1"}

@@ -1,0 +1,131 @@
+"""A toy problem, a model that trains as a whole, and trainers over both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from petune.data.batches import Preprocess
+from petune.data.dataset import Dataset, Split
+from petune.training.config import TrainConfig
+from petune.training.events import Event
+from petune.training.loop import Trainer
+from petune.training.stop import StopFlag
+
+SIDE, CLASSES = 8, 3
+DEFAULTS = {
+    "epochs": 2, "batch_size": 6, "eval_batch_size": 16, "lr": 0.05, "weight_decay": 0.01,
+    "optimizer": "adamw", "warmup": 0.0, "augment": "seed", "precision": "fp32", "log_every": 2,
+}  # fmt: skip
+
+
+class Toy(nn.Module):
+    """Dropout and BatchNorm on top of a linear layer: all that a resume can get wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 12), nn.BatchNorm1d(12), nn.Dropout(0.3))
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits_BC: Tensor = self.head(self.body(x_BCHW))
+        return logits_BC
+
+
+@dataclass
+class Everything:
+    """What Trainer asks of an Attachment, for a model that trains as a whole."""
+
+    model: nn.Module
+    tuned: dict[str, nn.Parameter] = field(default_factory=dict)
+    head: dict[str, nn.Parameter] = field(default_factory=dict)
+    sites: Any = field(default_factory=lambda: SimpleNamespace(blocks=()))
+    checks: int = 0
+
+    def __post_init__(self) -> None:
+        parameters = dict(self.model.named_parameters())
+        self.head = {key: p for key, p in parameters.items() if key.startswith("head.")}
+        self.tuned = {key: p for key, p in parameters.items() if key not in self.head}
+
+    def train(self) -> None:
+        self.model.train()
+
+    def check_gradients(self, *, under_way: bool = False) -> None:
+        self.checks += 1
+
+    def extra_loss(self, step: int) -> Tensor | float:
+        return 0.0
+
+    def begin(self, total_steps: int) -> None: ...
+
+    def stepped(self, step: int) -> None: ...
+
+
+def toy_attachment(seed: int = 0) -> Everything:
+    """The toy with its initial values from `seed`."""
+    torch.manual_seed(seed)
+    return Everything(Toy())
+
+
+def toy_dataset() -> Dataset:
+    """26 training, 9 val and 12 test pictures; the class is the quadrant that is bright, with noise."""
+
+    def split(count: int, seed: int) -> Split:
+        generator = np.random.default_rng(seed)
+        labels = np.arange(count) % CLASSES
+        images = generator.integers(0, 100, (count, SIDE, SIDE, 3), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[4 * (label // 2) :, 4 * (label % 2) :] += 60
+        return Split.of(images, labels)
+
+    return Dataset("toy", ("a", "b", "c"), "made", "none", split(26, 0), split(9, 1), split(12, 2)).checked()
+
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> MakeTrainer:
+    """`make_trainer(attachment, directory=…, stop=…, on_event=…, choose=…, lr=…, …)`."""
+
+    def make(
+        attachment: Any,
+        *,
+        directory: Path = tmp_path,
+        dataset: Dataset | None = None,
+        stop: StopFlag | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+        choose: Any = "best",
+        seed: int = 3,
+        **train: Any,
+    ) -> Trainer:
+        data = toy_dataset() if dataset is None else dataset
+        directory.mkdir(exist_ok=True)
+        return Trainer(
+            attachment,
+            data,
+            Preprocess(SIDE, *data.train.channel_statistics()),
+            TrainConfig.build(DEFAULTS | train),
+            seed=seed,
+            device=torch.device("cpu"),
+            directory=directory,
+            stop=stop or StopFlag(),
+            choose=choose,
+            on_event=on_event,
+        )
+
+    return make
+
+
+@pytest.fixture
+def toy() -> Callable[[int], Everything]:
+    """Makes the toy attachment; the argument is the seed of its initial values."""
+    return toy_attachment

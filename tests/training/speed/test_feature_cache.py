@@ -1,0 +1,351 @@
+"""Cached features: the frozen part runs once, and the run is the same to the bit, stopped, killed or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import petune
+from petune.base.errors import ConfigError, Diverged, Stopped
+from petune.training.events import Event, Note, StepDone
+from petune.training.speed.feature_cache import Features, why_too_large
+from petune.training.speed.frozen_prefix import find_prefix
+from petune.training.stop import StopFlag
+
+Make = Callable[..., Any]
+SIZE = {"img_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 12, "num_heads": 2, "num_classes": 3}
+METHODS: dict[str, dict[str, Any]] = {"linear": {}, "partial": {}, "lst": {"reduction": 2}}
+FEW_KEPT = {
+    "linear": 12 * 4,
+    "partial": 5 * 12 * 4,
+}  # bytes a picture: what enters the head, what enters the last block
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def _attachment(method: str, *, pool: str = "token", options: dict[str, Any] | None = None) -> petune.Attachment:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", global_pool=pool, drop_rate=0.2, drop_path_rate=0.2, **SIZE)
+    torch.manual_seed(1)
+    return petune.attach(model, method, **(METHODS.get(method, {}) if options is None else options))
+
+
+def _count(module: nn.Module) -> list[int]:
+    """How many pictures go through the module, from now on."""
+    seen: list[int] = []
+    module.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    original = module.forward
+
+    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(x))
+        return original(x, *args, **kwargs)
+
+    module._forward_hooks.clear()
+    module.forward = forward  # type: ignore[method-assign]
+    return seen
+
+
+def _trained(make: Make, directory: Path, method: str, **settings: Any) -> tuple[dict[str, Any], bytes, Any]:
+    att = _attachment(method)
+    fitted = make(att, directory=directory, augment="none", **settings).fit()
+    return dict(att.model.state_dict()), (directory / "metrics.jsonl").read_bytes(), fitted.epochs
+
+
+def _assert_same(a: Any, b: Any) -> None:
+    assert a[1:] == b[1:]
+    assert [key for key in a[0] if not torch.equal(a[0][key], b[0][key])] == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_with_features_equals_one_without_to_the_bit(
+    method: str, precision: str, tmp_path: Path, make_trainer: Make
+) -> None:
+    settings = {"epochs": 3, "precision": precision, "log_every": 1}
+    without = _trained(make_trainer, tmp_path / "a", method, cache_features="never", **settings)
+    _assert_same(_trained(make_trainer, tmp_path / "b", method, cache_features="always", **settings), without)
+    assert not (tmp_path / "b" / "features").exists()
+
+
+def test_each_picture_goes_through_the_frozen_part_once(make_trainer: Make) -> None:
+    att = _attachment("linear")
+    trainer = make_trainer(att, augment="none", epochs=10)
+    seen = _count(att.model.blocks[1])
+    trainer.fit()
+    train, val = len(trainer.dataset.train), len(trainer.dataset.val)
+    assert train + val <= sum(seen) < 1.3 * (train + val) + 20  # 20: a padded batch each, and the proofs on a few
+    trainer.evaluate("test")
+    assert sum(seen) > train + val + len(trainer.dataset.test) - 1
+
+
+@pytest.mark.parametrize("method", FEW_KEPT)
+def test_little_is_kept_of_a_picture(method: str) -> None:
+    att = _attachment(method)
+    att.train()
+    prefix = find_prefix(att.model, lambda n: torch.randn(n, 3, 8, 8))
+    assert prefix is not None
+    assert prefix.bytes_per_picture() == FEW_KEPT[method]
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "vpt", "bitfit", "full"])
+def test_what_trains_from_below_has_no_frozen_prefix(method: str, make_trainer: Make) -> None:
+    att = _attachment(method, options={})
+    trainer = make_trainer(att, augment="none")
+    trainer.fit()
+    with pytest.raises(ConfigError, match="trains too far down: no large part"):
+        make_trainer(
+            _attachment(method, options={}),
+            directory=trainer.directory / "2",
+            augment="none",
+            cache_features="always",
+        ).fit()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"augment": "shift"}, "augment=shift shows other pictures each time; with --augment none"),
+        ({"augment": "none", "mixup": 0.5}, "mixup=0.5 shows other pictures"),
+        ({"augment": "none", "feature_cache_gb": 1e-6}, "35 pictures at 0.0 kB each need 0.00 GB"),
+        ({"augment": "none", "grad_checkpointing": True}, "grad_checkpointing computes blocks again"),
+    ],
+)
+def test_where_it_cannot_be_done_the_run_says_why_and_goes_on(
+    settings: dict[str, Any], reason: str, tmp_path: Path, make_trainer: Make
+) -> None:
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        notes.extend([event.text] if isinstance(event, Note) else [])
+
+    fitted = make_trainer(_attachment("linear"), on_event=watch, **settings).fit()
+    assert len(fitted.epochs) == 2
+    assert len(notes) == 1
+    assert notes[0].startswith("the frozen layers are computed anew in every epoch: ")
+    assert reason in notes[0]
+    with pytest.raises(ConfigError, match="cache_features=always cannot be done"):
+        make_trainer(_attachment("linear"), directory=tmp_path / "2", cache_features="always", **settings).fit()
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, make_trainer: Make) -> None:
+    (tmp_path / "features").write_text("in the way")
+    notes: list[str] = []
+    fitted = make_trainer(
+        _attachment("linear"), augment="none", on_event=lambda e: notes.extend([e.text] if isinstance(e, Note) else [])
+    ).fit()
+    assert len(fitted.epochs) == 2
+    assert "cannot be written" in notes[0]
+
+
+@pytest.mark.parametrize("method", ["linear", "lst"])
+def test_stopped_or_killed_at_any_step_and_resumed(method: str, tmp_path: Path, make_trainer: Make) -> None:
+    expected = _trained(make_trainer, tmp_path / "whole", method)
+    for step in (1, 6):
+        stop = StopFlag()
+
+        def watch(event: Event, at: int = step, flag: StopFlag = stop) -> None:
+            if isinstance(event, StepDone) and event.step == at:
+                flag.signal_name = "SIGTERM"
+
+        place = tmp_path / f"stopped-{step}"
+        with pytest.raises(Stopped):
+            _trained_with(make_trainer, place, method, stop=stop, on_event=watch)
+        assert (place / "features" / "train" / "mark.json").exists()
+        seen = _resumed_counting(make_trainer, place, method, expected)
+        assert seen < 20  # the proofs, and no picture of the splits
+
+        def kill(event: Event, at: int = step) -> None:
+            if isinstance(event, StepDone) and event.step == at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            _trained_with(make_trainer, tmp_path / f"killed-{step}", method, on_event=kill)
+        _resumed_counting(make_trainer, tmp_path / f"killed-{step}", method, expected)
+
+
+def _trained_with(make: Make, place: Path, method: str, **hooks: Any) -> None:
+    make(_attachment(method), directory=place, augment="none", **hooks).fit()
+
+
+def _resumed_counting(make: Make, place: Path, method: str, expected: Any) -> int:
+    att = _attachment(method)
+    trainer = make(att, directory=place, augment="none")
+    seen = _count(att.model.blocks[1])
+    fitted = trainer.fit()
+    del att.model.blocks[1].__dict__["forward"]
+    state = dict(att.model.state_dict())
+    _assert_same((state, (place / "metrics.jsonl").read_bytes(), fitted.epochs), expected)
+    return sum(seen)
+
+
+def test_stopped_while_features_are_computed(tmp_path: Path, make_trainer: Make) -> None:
+    expected = _trained(make_trainer, tmp_path / "whole", "linear")
+    stop, att = StopFlag(), _attachment("linear")
+    trainer = make_trainer(att, directory=tmp_path / "b", augment="none", stop=stop)
+    calls: list[int] = []
+
+    def after_some(module: nn.Module, args: Any, out: Any) -> None:
+        calls.append(len(args[0]))
+        if calls.count(6) == 3:  # the batches of six are those of the training split
+            stop.signal_name = "SIGTERM"
+
+    handle = att.model.blocks[0].register_forward_hook(after_some)
+    with pytest.raises(Stopped, match="--resume"):
+        trainer.fit()
+    handle.remove()
+    assert json.loads((tmp_path / "b" / "features" / "train" / "mark.json").read_text())["done"] == 18
+    assert _resumed_counting(make_trainer, tmp_path / "b", "linear", expected) < 26 + 9 + 20 - 18 + 16
+
+
+def test_features_of_other_weights_are_not_used(tmp_path: Path, make_trainer: Make) -> None:
+    def kill(event: Event) -> None:
+        if isinstance(event, StepDone):
+            raise Killed
+
+    with pytest.raises(Killed):
+        _trained_with(make_trainer, tmp_path / "b", "linear", on_event=kill)
+    found, wanted = [], []
+    for place, into in ((tmp_path / "b", found), (tmp_path / "c", wanted)):
+        att = _attachment("linear")
+        with torch.no_grad():
+            att.model.blocks[0].mlp.fc1.weight.mul_(1.5)
+        into += make_trainer(att, directory=place, augment="none").fit().epochs
+    assert found == wanted
+
+
+class Skips(nn.Module):
+    """What trains reads a frozen module's state from aside: no cut can know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = timm.create_model("vit_tiny_patch16_224", **SIZE)
+        self.first = self.inside.patch_embed
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.inside(x)
+        return out * float(x.detach().abs().mean())
+
+
+def test_a_model_that_cannot_be_cut_is_found_out(make_trainer: Make) -> None:
+    torch.manual_seed(0)
+    att = petune.attach(Skips(), "linear", input_size=(3, 8, 8))
+    notes: list[str] = []
+    make_trainer(att, augment="none", on_event=lambda e: notes.extend([e.text] if isinstance(e, Note) else [])).fit()
+    assert len(notes) == 1
+    assert "Skips cannot be cut there: its scores or gradients would differ" in notes[0]
+
+
+class Counts(nn.Module):
+    """Its own code asks how many pictures there are of what a frozen module gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = timm.create_model("vit_tiny_patch16_224", **SIZE)
+        self.head = nn.Linear(SIZE["embed_dim"], 3)
+        self.inside.reset_classifier(0)
+        self.norm = nn.LayerNorm(SIZE["embed_dim"])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inside(x)
+        out: torch.Tensor = self.head(self.norm(x).reshape(len(x), -1))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "lean"), [(Counts, False), (lambda: timm.create_model("vit_tiny_patch16_224", **SIZE), True)]
+)
+def test_blanks_are_of_one_picture_where_a_model_makes_do_with_it(
+    model: Callable[[], nn.Module], lean: bool, make_trainer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used, found, fill = set[bool](), [], Features.fill
+
+    def noting(self: Features, *args: Any) -> None:
+        used.add(self.prefix.lean)
+        fill(self, *args)
+
+    monkeypatch.setattr(Features, "fill", noting)
+    for wanted in ("never", "always"):
+        torch.manual_seed(0)
+        att = petune.attach(model(), "linear", input_size=(3, 8, 8))
+        make_trainer(att, directory=tmp_path / wanted, augment="none", cache_features=wanted).fit()
+        found.append(torch.cat([p.detach().flatten() for p in att.parameters()]))
+    assert torch.equal(*found)
+    assert used == {lean}
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_and_gradients_of_the_rest_are_those_of_the_whole(method: str, pool: str) -> None:
+    att = _attachment(method, pool=pool)
+    for p in att.tuned.values():
+        nn.init.normal_(p, std=0.2)
+    att.train()
+    prefix = find_prefix(att.model, lambda n: torch.randn(n, 3, 8, 8))
+    assert prefix is not None
+    x, found = torch.randn(4, 3, 8, 8), []
+    for forward in (lambda: att.model(x), lambda: prefix.forward(prefix.compute(x))):
+        torch.manual_seed(2)
+        scores = forward()
+        scores.square().sum().backward()
+        found.append([scores, *(p.grad for p in att.parameters())])
+        for p in att.parameters():
+            p.grad = None
+    assert [torch.equal(a, b) for a, b in zip(*found, strict=True)] == [True] * len(found[0])
+    assert not any("forward" in m.__dict__ for m in att.model.modules())
+
+
+def test_a_resume_counts_what_lies_there_already_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    att = _attachment("linear")
+    att.train()
+    prefix = find_prefix(att.model, lambda n: torch.randn(n, 3, 8, 8))
+    assert prefix is not None
+    need = 100 * prefix.bytes_per_picture()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=need // 2))
+    assert "GB are free; make room there" in why_too_large(prefix, 100, 1.0, tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.bin").write_bytes(bytes(need))
+    assert why_too_large(prefix, 100, 1.0, tmp_path) == ""
+    assert "change it with --set train.feature_cache_gb=GB" in why_too_large(prefix, 100, 1e-9, tmp_path)
+
+
+def test_a_diverged_run_leaves_no_features(make_trainer: Make) -> None:
+    trainer = make_trainer(_attachment("linear"), augment="none", lr=1e4, optimizer="sgd", epochs=30, grad_clip=None)
+    with torch.no_grad():
+        trainer.model.head.weight.mul_(1e38)
+    with pytest.raises(Diverged):
+        trainer.fit()
+    assert not (trainer.directory / "features").exists()
+
+
+def test_the_time_holds_the_computing_of_features(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Features.fill
+
+    def slow(self: Features, *args: Any) -> None:
+        time.sleep(0.3)
+        fill(self, *args)
+
+    monkeypatch.setattr(Features, "fill", slow)
+    assert make_trainer(_attachment("linear"), augment="none").fit().time_s > 0.6
+
+
+def test_what_is_not_compiled_is_told(make_trainer: Make) -> None:
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        notes.extend([event.text] if isinstance(event, Note) else [])
+
+    make_trainer(_attachment("linear"), augment="none", compile=True, on_event=watch).fit()
+    assert any("nothing is compiled" in note for note in notes)

@@ -1,0 +1,247 @@
+"""oneDNN's products give torch's bits; a heap that is kept need not be faulted in again."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.training import heap, products
+from petune.training.speed.bf16_weights import frozen_in_bfloat16
+from petune.training.speed.malloc import heap_kept
+from petune.training.speed.onednn_linear import fast_products
+from tests.tiny import randomised, tiny
+from tests.training.steps import same, scores_of, step
+
+try:
+    products._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
+except (RuntimeError, AttributeError):  # pragma: no cover
+    pytest.skip("this processor, or this torch, has no such product", allow_module_level=True)
+
+LAYERS = 8  # of two blocks
+
+
+@contextmanager
+def _fast(att: petune.Attachment, batch_size: int = 2) -> Iterator[int]:
+    with ExitStack() as stack:
+        stack.enter_context(frozen_in_bfloat16(att.model, scores_of(att.model)))
+        yield stack.enter_context(fast_products(att.model, scores_of(att.model), batch_size))
+
+
+def _attached(method: str, **options: object) -> petune.Attachment:
+    torch.manual_seed(1)
+    att = randomised(petune.attach(tiny(drop_path_rate=0.2), method, **options))
+    att.train()
+    return att
+
+
+def _changed(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, products._Fast)]
+
+
+METHODS: dict[str, tuple[dict[str, object], int]] = {
+    "adaptformer": ({"bottleneck": 4, "dropout": 0.3}, LAYERS), "vpt": ({"num_prompts": 3}, LAYERS),
+    "lora": ({"r": 2}, LAYERS), "linear": ({}, LAYERS), "houlsby": ({}, LAYERS), "ssf": ({}, LAYERS),
+    "bitfit": ({}, 0), "full": ({}, 0), "partial": ({}, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("laid_out", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_worth_it", lambda layer, rows: laid_out)
+    options, layers = METHODS[method]
+    att = _attached(method, **options)
+    plain = step(att, bf16=True)
+    with _fast(att) as count:
+        assert count == layers
+        assert same(step(att, bf16=True), plain)
+    assert _changed(att.model) == []
+    assert same(step(att, bf16=True), plain)
+
+
+class Turned(nn.Module):
+    """Multiplies rows that lie elsewhere in memory, forward (transposed, cut) and backward (the gradient of a sum)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = (nn.Linear(n, 8) for n in (8, 6, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.first(x).transpose(1, 2))
+        out: Tensor = self.fourth(self.third(y[:, 1:])).sum(1) * torch.arange(8.0)
+        return out
+
+
+def test_rows_that_do_not_lie_behind_each_other() -> None:
+    torch.manual_seed(0)
+    model, x = Turned().requires_grad_(False), torch.randn(2, 6, 8, requires_grad=True)
+
+    def turned() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        return out.detach(), torch.autograd.grad(out.sum(), x)[0]
+
+    def scores() -> Tensor:
+        return turned()[0]
+
+    expected = turned()
+    with frozen_in_bfloat16(model, scores), fast_products(model, scores, 2) as count:
+        assert count == 4
+        assert all(torch.equal(a, b) for a, b in zip(turned(), expected, strict=True))
+
+
+def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = products._worth_it
+    monkeypatch.setattr(products, "_worth_it", lambda layer, rows: seen.append(rows) or original(layer, rows))
+    with _fast(_attached("adaptformer"), batch_size=10):
+        assert set(seen) == {10 * 17}
+    large, small = nn.Linear(1024, 1024), nn.Linear(24, 24)
+    assert [original(layer, rows) for layer in (large, small) for rows in (100, 100_000)] == [True, False, True, True]
+
+
+def _only_of_wide_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.ndim > 2:
+            raise RuntimeError("could not create a primitive descriptor")
+        return original(x, weight, bias)
+
+    return forward
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward", "with more rows"])
+def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, backward = products._forward, products._Weights.backward
+    if wrong == "forward":
+        monkeypatch.setattr(products, "_forward", lambda *args: original(*args) * 1.01)
+    elif wrong == "backward":
+        monkeypatch.setattr(products._Weights, "backward", lambda *args: backward(*args) * 1.01)
+    else:
+        monkeypatch.setattr(products, "_forward", _only_of_wide_rows(original))
+    att = _attached("adaptformer")
+    plain = step(att, bf16=True)
+    with _fast(att) as count:
+        assert count == 0
+        assert torch.equal(step(att, bf16=True)[0], plain[0])  # type: ignore[arg-type]
+
+
+def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*args: object) -> Tensor:
+        raise RuntimeError("mkldnn bf16 path needs a cpu with avx512")
+
+    monkeypatch.setattr(products, "_forward", missing)
+    with _fast(_attached("adaptformer")) as count:
+        assert count == 0
+    monkeypatch.setattr(products, "_has_kernels", lambda: False)
+    with _fast(_attached("adaptformer")) as count:
+        assert count == 0
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    att = _attached("adaptformer")
+    layer = att.model.blocks[0].mlp.fc1
+    own = layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    with _fast(att) as count:
+        assert count == LAYERS - 1
+        assert layer.forward is own
+    assert layer.forward is own
+
+
+def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16).requires_grad_(False), torch.randn(2, 8)
+    layer = model[0]
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        fast_products(model, lambda: layer(input=x), 2) as count,
+    ):
+        assert count == 1
+        plain = layer(input=x)
+        alone = copy.deepcopy(model)
+        layer.load_state_dict({"weight": torch.zeros(8, 8), "bias": torch.zeros(8)})
+        assert layer(x).abs().max() == 0
+        assert torch.equal(alone(x), plain)
+        assert torch.equal(pickle.loads(pickle.dumps(alone))(x), plain)
+    assert type(layer) is nn.Linear
+
+
+def test_weights_are_laid_out_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+    original = products._Weights.of
+    monkeypatch.setattr(products._Weights, "of", lambda *args: kept.append(args[2]) or original(*args))
+    monkeypatch.setattr(products, "ROOM", 4 * 24 * 24 * (3 + 1 + 4))
+    with _fast(_attached("adaptformer")) as count:
+        assert count == LAYERS
+    assert kept == [True, True, True, *[False] * 5]
+
+
+def test_layers_come_back_after_an_error() -> None:
+    att = _attached("adaptformer")
+    with pytest.raises(KeyError), _fast(att):
+        raise KeyError
+    assert _changed(att.model) == []
+
+
+def test_outside_of_autocast_a_layer_says_what_it_said() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(2, 8)
+    with fast_products(model, lambda: model(x.bfloat16()), 2) as count:
+        assert count == 1
+        with pytest.raises(RuntimeError, match="same dtype"):
+            model(x)
+
+
+FAULTS = """
+import resource, sys, torch
+from petune.training.speed.malloc import heap_kept
+with heap_kept(lean=sys.argv[1] == "lean") as on:
+    torch.ones(5 << 20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(5 << 20)
+    print(on, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(heap._glibc() is None, reason="malloc is not glibc's, or set by the user")
+@pytest.mark.parametrize(("kind", "low", "high"), [("kept", 0, 20_000), ("lean", 40_000, 10**6)])
+def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back(kind: str, low: int, high: int) -> None:
+    # of 51,200 pages; in a process of its own, since a heap with room is used whatever the thresholds
+    done = subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True)
+    on, faults = done.stdout.split()
+    assert on == "True"
+    assert low <= int(faults) <= high
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_MMAP_THRESHOLD_", "1048576"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")]
+)
+def test_what_the_user_has_set_stays(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with heap_kept(lean=False) as on:
+        assert not on
+
+
+def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    def never(name: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(ctypes, "CDLL", never)
+    monkeypatch.setattr(os, "confstr", unknown)
+    with heap_kept(lean=False) as on:
+        assert not on

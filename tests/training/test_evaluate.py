@@ -1,0 +1,96 @@
+"""Evaluation counts every picture once, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from petune.base.errors import Stopped
+from petune.data.batches import Preprocess
+from petune.data.dataset import Split
+from petune.training.evaluate import Accuracy, evaluate
+from petune.training.stop import StopFlag
+
+CPU = torch.device("cpu")
+PLAIN = Preprocess(1, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+NO_CAST = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+
+
+class Table(nn.Module):
+    """Looks up fixed logits by the picture's red value."""
+
+    def __init__(self, logits_NC: Tensor) -> None:
+        super().__init__()
+        self.logits_NC, self.seen, self.modes = logits_NC, list[int](), list[bool]()
+        self.part = nn.Dropout()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        rows = x_BCHW[:, 0, 0, 0].round().long()
+        self.seen += rows.tolist()
+        self.modes.append(self.part.training)
+        return self.logits_NC[rows]
+
+
+def _toy(count: int, classes: int) -> tuple[Table, Split]:
+    generator = torch.Generator().manual_seed(0)
+    images = np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    labels = torch.randint(classes, (count,), generator=generator).numpy()
+    return Table(torch.randn(count, classes, generator=generator)), Split.of(images, labels)
+
+
+def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, stop: StopFlag | None = None) -> Accuracy:
+    return evaluate(
+        model,
+        split,
+        PLAIN,
+        num_classes=classes,
+        batch_size=batch_size,
+        device=CPU,
+        autocast=NO_CAST,
+        stop=stop,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 100])
+@pytest.mark.parametrize("classes", [2, 4, 5, 10])
+def test_accuracies_and_loss_are_those_of_a_hand_count(classes: int, batch_size: int) -> None:
+    model, split = _toy(50, classes)
+    result = _evaluate(model, split, classes, batch_size)
+    labels = torch.from_numpy(split.labels)
+    ranks = (model.logits_NC > model.logits_NC.gather(1, labels[:, None])).sum(1)
+    assert result.top1 == pytest.approx(100 * float((ranks == 0).float().mean()), abs=1e-4)
+    assert result.top5 == pytest.approx(100 * float((ranks < 5).float().mean()), abs=1e-4)
+    assert result.loss == pytest.approx(float(nn.functional.cross_entropy(model.logits_NC, labels)), rel=1e-5)
+    assert result.num_pictures == 50
+    assert model.seen == list(range(50))
+
+
+def test_the_model_evaluates_in_eval_mode_and_gets_its_flags_back() -> None:
+    model, split = _toy(10, 3)
+    model.other = nn.Linear(1, 1).eval()
+    before = [module.training for module in model.modules()]
+    _evaluate(model, split, 3, 4)
+    assert model.modes == [False] * 3
+    assert [module.training for module in model.modules()] == before == [True, True, False]
+
+
+def test_a_signal_stops_it_and_the_flags_come_back() -> None:
+    model, split = _toy(10, 3)
+    stop = StopFlag()
+    stop.signal_name = "SIGTERM"
+    with pytest.raises(Stopped, match="SIGTERM"):
+        _evaluate(model, split, 3, 4, stop)
+    assert model.training
+    assert model.seen == []
+
+
+def test_an_error_in_the_model_puts_the_flags_back() -> None:
+    model, split = _toy(10, 3)
+    model.logits_NC = torch.empty(0, 3)
+    with suppress(IndexError):
+        _evaluate(model, split, 3, 4)
+    assert all(module.training for module in model.modules())

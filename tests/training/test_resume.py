@@ -1,0 +1,210 @@
+"""A run that was stopped, killed or damaged, and resumed, equals the uninterrupted one to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from petune.base.errors import Stopped
+from petune.training import precision
+from petune.training.events import Event, Note, StepDone
+from petune.training.stop import StopFlag
+
+Make = Callable[..., Any]
+METHODS: dict[str, dict[str, Any]] = {
+    "adaptformer": {"bottleneck": 4, "dropout": 0.3}, "vpt": {"num_prompts": 3, "dropout": 0.3},
+    "lora": {"r": 2, "lora_dropout": 0.3}, "peft:adalora": {"init_r": 4, "target_r": 2, "tfinal": 2},
+    "bitfit": {}, "full": {}, "toy": {},
+}  # fmt: skip
+STEPS = 8  # two epochs of four
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is saved on the way out."""
+
+
+def _attachment(method: str, toy: Make, seed: int) -> Any:
+    """The same backbone every time; the seed is only that of the adapters, which a resume must replace."""
+    if method == "toy":
+        return toy(seed)
+    from petune.injector.attach import attach
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, depth=2, embed_dim=12, num_heads=2, num_classes=3,
+        drop_path_rate=0.2,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return attach(model, method, **METHODS[method])
+
+
+def _stop_at(step: int, stop: StopFlag) -> Callable[[Event], None]:
+    def watch(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            stop.signal_name = "SIGTERM"
+
+    return watch
+
+
+def _kill_at(step: int) -> Callable[[Event], None]:
+    def watch(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == step:
+            raise Killed
+
+    return watch
+
+
+def _outcome(att: Any, fitted: Any, directory: Path) -> tuple[dict[str, Tensor], bytes, Any]:
+    state = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}
+    return state, (directory / "metrics.jsonl").read_bytes(), (fitted.epochs, fitted.epoch, fitted.val.top1)
+
+
+def _assert_equal(found: Any, expected: Any) -> None:
+    assert found[1:] == expected[1:]
+    assert found[0].keys() == expected[0].keys()
+    different = [key for key, tensor in expected[0].items() if not torch.equal(found[0][key], tensor)]
+    assert different == []
+
+
+def _uninterrupted(method: str, make: Make, toy: Make, directory: Path, **train: Any) -> Any:
+    att = _attachment(method, toy, seed=1)
+    np.random.seed(1)
+    return _outcome(att, make(att, directory=directory, **train).fit(), directory)
+
+
+def _resumed(method: str, make: Make, toy: Make, directory: Path, **train: Any) -> Any:
+    att = _attachment(method, toy, seed=99)
+    np.random.seed(99)  # another process would find other generators
+    torch.manual_seed(99)
+    return _outcome(att, make(att, directory=directory, **train).fit(), directory)
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_at_any_step(
+    method: str, mixing: dict[str, float], tmp_path: Path, make_trainer: Make, toy: Make
+) -> None:
+    expected = _uninterrupted(method, make_trainer, toy, tmp_path / "whole", **mixing)
+    for step in range(1, STEPS + 1):
+        directory, stop = tmp_path / f"stopped-{step}", StopFlag()
+        trainer = make_trainer(
+            _attachment(method, toy, seed=1),
+            directory=directory,
+            stop=stop,
+            on_event=_stop_at(step, stop),
+            **mixing,
+        )
+        with pytest.raises(Stopped, match="resume it with --resume"):
+            trainer.fit()
+        assert sorted(p.name for p in (directory / "checkpoints").iterdir())[-1] == f"step-{step:09}"
+        _assert_equal(_resumed(method, make_trainer, toy, directory, **mixing), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nmuon", "lamb"])
+def test_stopped_with_other_optimizers(optimizer: str, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", optimizer=optimizer)
+    stop = StopFlag()
+    trainer = make_trainer(toy(1), directory=tmp_path / "b", stop=stop, on_event=_stop_at(3, stop), optimizer=optimizer)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    _assert_equal(_resumed("toy", make_trainer, toy, tmp_path / "b", optimizer=optimizer), expected)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_killed_at_any_step_logs_each_step_once(step: int, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", log_every=1)
+    with pytest.raises(Killed):
+        make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(step), log_every=1).fit()
+    seed = 99 if step > 4 else 1  # before the first checkpoint there is nothing but the same start
+    att = toy(seed)
+    found = _outcome(att, make_trainer(att, directory=tmp_path / "b", log_every=1).fit(), tmp_path / "b")
+    _assert_equal(found, expected)
+
+
+def test_stopped_in_the_midst_of_validation(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole")
+    stop, att = StopFlag(), toy(1)
+    trainer = make_trainer(att, directory=tmp_path / "b", stop=stop, eval_batch_size=4)
+
+    def in_eval(module: torch.nn.Module, _: Any) -> None:
+        if not module.training:
+            stop.signal_name = "SIGINT"
+
+    handle = att.model.register_forward_pre_hook(in_eval)
+    with pytest.raises(Stopped, match="SIGINT"):
+        trainer.fit()
+    handle.remove()
+    steps: list[int] = []
+    att = toy(99)
+    trainer = make_trainer(
+        att,
+        directory=tmp_path / "b",
+        on_event=lambda e: steps.append(e.step) if isinstance(e, StepDone) else None,
+    )
+    _assert_equal(_outcome(att, trainer.fit(), tmp_path / "b"), expected)
+    assert steps == [5, 6, 7, 8]  # no step of the first epoch was done twice
+
+
+def test_a_damaged_newest_checkpoint_costs_an_epoch_and_is_told(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", epochs=3)
+    with pytest.raises(Killed):
+        make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(10), epochs=3).fit()
+    file = tmp_path / "b" / "checkpoints" / "step-000000008" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    notes: list[str] = []
+    att = toy(99)
+    trainer = make_trainer(
+        att,
+        directory=tmp_path / "b",
+        epochs=3,
+        on_event=lambda e: notes.append(e.text) if isinstance(e, Note) else None,
+    )
+    _assert_equal(_outcome(att, trainer.fit(), tmp_path / "b"), expected)
+    assert len(notes) == 1
+    assert str(file) in notes[0]
+    assert str(file) in (tmp_path / "b" / "notes.txt").read_text()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole")
+    att, steps = toy(99), list[Event]()
+    found = _outcome(
+        att, make_trainer(att, directory=tmp_path / "whole", on_event=steps.append).fit(), tmp_path / "whole"
+    )
+    _assert_equal(found, expected)
+    assert steps == []
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "vpt", "lora", "bitfit"])
+def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, make_trainer: Make, toy: Make) -> None:
+    att = _attachment(method, toy, seed=1)
+    before = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}
+    make_trainer(att, choose="last").fit()
+    trained = {*att.tuned, *att.head}
+    moved = {key for key, tensor in att.model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert moved == trained
+    assert trained < set(before)
+
+
+@pytest.mark.parametrize("speedups", [(8.0, 1.0), (1.0, 8.0)])
+def test_a_resume_keeps_the_number_format_that_was_measured(
+    speedups: tuple[float, float], tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedups[0])
+    expected = _uninterrupted("adaptformer", make_trainer, toy, tmp_path / "whole", precision="auto")
+    stop = StopFlag()
+    trainer = make_trainer(
+        _attachment("adaptformer", toy, seed=1), directory=tmp_path / "b", stop=stop, on_event=_stop_at(3, stop),
+        precision="auto",
+    )  # fmt: skip
+    with pytest.raises(Stopped):
+        trainer.fit()
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedups[1])
+    _assert_equal(_resumed("adaptformer", make_trainer, toy, tmp_path / "b", precision="auto"), expected)

@@ -1,0 +1,130 @@
+"""Signals ask to stop; a second one leaves at once; devices and number formats are chosen or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from petune.base.errors import ConfigError, Stopped
+from petune.training import precision
+from petune.training.events import Event, Note
+from petune.training.precision import choose_device, choose_precision
+from petune.training.stop import StopFlag
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_check_raises(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopFlag() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        assert stop.signal_name == number.name
+        with pytest.raises(Stopped, match=f"stopped by {number.name}; what was done is saved"):
+            stop.check()
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with StopFlag():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_another_thread_may_use_it() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with StopFlag() as stop:
+            stop.check()
+            found.append(stop.signal_name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta:x"])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda"):
+        choose_device(name)
+
+
+def test_devices_by_name() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    mps = torch.backends.mps.is_available()
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
+@pytest.mark.parametrize(("speedup", "chosen"), [(0.003, "fp32"), (1.2, "fp32"), (1.5, "bf16"), (8.0, "bf16")])
+def test_auto_takes_bfloat16_only_where_it_is_faster(
+    speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedup)
+    assert choose_precision("auto", torch.device("cpu")) == chosen
+
+
+def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "speedup", "said"),
+    [("bf16", 0.02, "takes 50 times as long"), ("bf16", 0.9, ""), ("bf16", 8.0, ""), ("fp32", 0.02, "")],
+)
+def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
+    wanted: str, speedup: float, said: str, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedup)
+    notes: list[str] = []
+
+    def watch(event: Event) -> None:
+        notes.extend([event.text] if isinstance(event, Note) else [])
+
+    make_trainer(toy(0), precision=wanted, on_event=watch).fit()
+    assert [said in note for note in notes] == ([True] if said else [])
+
+
+def test_tf32_is_for_gpus() -> None:
+    with pytest.raises(ConfigError, match="precision tf32 is a way of NVIDIA's GPUs, but the device is cpu"):
+        choose_precision("tf32", torch.device("cpu"))
+
+
+def _interrupted(reached: list[str]) -> None:
+    with StopFlag() as stop, stop.at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("the next line")
+
+
+def test_before_training_a_signal_does_not_wait() -> None:
+    reached: list[str] = []
+    with pytest.raises(Stopped, match="stopped by SIGTERM before it trained"):
+        _interrupted(reached)
+    assert not reached
+
+
+def _swallowed() -> None:
+    with StopFlag() as stop, stop.at_once(), contextlib.suppress(BaseException):  # as some libraries' imports do
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_swallowed_interrupt_still_stops() -> None:
+    with pytest.raises(Stopped, match="before it trained"):
+        _swallowed()
