@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from petune import hub
+from petune.base import hub
 
 TOKEN = "hf_right"
 

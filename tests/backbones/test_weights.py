@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import petune
-from petune import hub
 from petune.backbones.create import create_backbone
 from petune.backbones.weights import Weights, bundled, load_into, read_weights
+from petune.base import hub
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.serving.restore import restore
 

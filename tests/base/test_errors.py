@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from petune import errors
+from petune.base import errors
 from petune.base.errors import MissingExtra, PetuneError, UnknownName, near_names
 
 EXIT_CODES = {

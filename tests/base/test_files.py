@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from petune import files
+from petune.base import files
 from petune.base.errors import CheckpointError
 from petune.base.files import MANIFEST, replace_file, verify_directory, write_directory
 

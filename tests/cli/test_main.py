@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from petune import errors
+from petune.base import errors
 from petune.cli import main as program
 
 Run = Callable[..., Any]

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import petune
-from petune import share
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
+from petune.serving import share
 from petune.serving.share import pull, push
 from tests.fake_hub import TOKEN, Server, point_at, running
 from tests.program import call

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.training import heap, products
+from petune.training.speed import malloc, onednn_linear
 from petune.training.speed.bf16_weights import frozen_in_bfloat16
 from petune.training.speed.malloc import heap_kept
 from petune.training.speed.onednn_linear import fast_products
@@ -24,7 +24,7 @@ from tests.tiny import randomised, tiny
 from tests.training.steps import same, scores_of, step
 
 try:
-    products._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
+    onednn_linear._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
 except (RuntimeError, AttributeError):  # pragma: no cover
     pytest.skip("this processor, or this torch, has no such product", allow_module_level=True)
 
@@ -46,7 +46,7 @@ def _attached(method: str, **options: object) -> petune.Attachment:
 
 
 def _changed(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, products._Fast)]
+    return [m for m in model.modules() if isinstance(m, onednn_linear._Fast)]
 
 
 METHODS: dict[str, tuple[dict[str, object], int]] = {
@@ -59,7 +59,7 @@ METHODS: dict[str, tuple[dict[str, object], int]] = {
 @pytest.mark.parametrize("laid_out", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_worth_it", lambda layer, rows: laid_out)
+    monkeypatch.setattr(onednn_linear, "_worth_it", lambda layer, rows: laid_out)
     options, layers = METHODS[method]
     att = _attached(method, **options)
     plain = step(att, bf16=True)
@@ -103,8 +103,8 @@ def test_rows_that_do_not_lie_behind_each_other() -> None:
 
 def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = products._worth_it
-    monkeypatch.setattr(products, "_worth_it", lambda layer, rows: seen.append(rows) or original(layer, rows))
+    original = onednn_linear._worth_it
+    monkeypatch.setattr(onednn_linear, "_worth_it", lambda layer, rows: seen.append(rows) or original(layer, rows))
     with _fast(_attached("adaptformer"), batch_size=10):
         assert set(seen) == {10 * 17}
     large, small = nn.Linear(1024, 1024), nn.Linear(24, 24)
@@ -124,13 +124,13 @@ def _only_of_wide_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]
 def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, backward = products._forward, products._Weights.backward
+    original, backward = onednn_linear._forward, onednn_linear._Weights.backward
     if wrong == "forward":
-        monkeypatch.setattr(products, "_forward", lambda *args: original(*args) * 1.01)
+        monkeypatch.setattr(onednn_linear, "_forward", lambda *args: original(*args) * 1.01)
     elif wrong == "backward":
-        monkeypatch.setattr(products._Weights, "backward", lambda *args: backward(*args) * 1.01)
+        monkeypatch.setattr(onednn_linear._Weights, "backward", lambda *args: backward(*args) * 1.01)
     else:
-        monkeypatch.setattr(products, "_forward", _only_of_wide_rows(original))
+        monkeypatch.setattr(onednn_linear, "_forward", _only_of_wide_rows(original))
     att = _attached("adaptformer")
     plain = step(att, bf16=True)
     with _fast(att) as count:
@@ -142,10 +142,10 @@ def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) ->
     def missing(*args: object) -> Tensor:
         raise RuntimeError("mkldnn bf16 path needs a cpu with avx512")
 
-    monkeypatch.setattr(products, "_forward", missing)
+    monkeypatch.setattr(onednn_linear, "_forward", missing)
     with _fast(_attached("adaptformer")) as count:
         assert count == 0
-    monkeypatch.setattr(products, "_has_kernels", lambda: False)
+    monkeypatch.setattr(onednn_linear, "_has_kernels", lambda: False)
     with _fast(_attached("adaptformer")) as count:
         assert count == 0
 
@@ -179,9 +179,9 @@ def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
 
 def test_weights_are_laid_out_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
-    original = products._Weights.of
-    monkeypatch.setattr(products._Weights, "of", lambda *args: kept.append(args[2]) or original(*args))
-    monkeypatch.setattr(products, "ROOM", 4 * 24 * 24 * (3 + 1 + 4))
+    original = onednn_linear._Weights.of
+    monkeypatch.setattr(onednn_linear._Weights, "of", lambda *args: kept.append(args[2]) or original(*args))
+    monkeypatch.setattr(onednn_linear, "ROOM", 4 * 24 * 24 * (3 + 1 + 4))
     with _fast(_attached("adaptformer")) as count:
         assert count == LAYERS
     assert kept == [True, True, True, *[False] * 5]
@@ -215,7 +215,7 @@ with heap_kept(lean=sys.argv[1] == "lean") as on:
 """
 
 
-@pytest.mark.skipif(heap._glibc() is None, reason="malloc is not glibc's, or set by the user")
+@pytest.mark.skipif(malloc._glibc() is None, reason="malloc is not glibc's, or set by the user")
 @pytest.mark.parametrize(("kind", "low", "high"), [("kept", 0, 20_000), ("lean", 40_000, 10**6)])
 def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back(kind: str, low: int, high: int) -> None:
     # of 51,200 pages; in a process of its own, since a heap with room is used whatever the thresholds
