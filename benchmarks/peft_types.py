@@ -25,7 +25,7 @@ def rows() -> Iterator[tuple[str, str, str, str]]:
             yield kind, f"refused: {REFUSED[kind]}", "", ""
         else:
             att = petune.attach(tiny_timm(embed_dim=32), f"peft:{kind}")
-            start = "yes" if att.tuner.identity_at_start else "no"
+            start = "yes" if att.tuner.identity_at_init else "no"
             yield kind, f"works: {_layers(att)}", start, _folds(att)
     assert peft_types().keys() <= {member.value.lower() for member in peft.PeftType}
 

@@ -150,13 +150,13 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high, "count": len(values)}
 
 
-def _linear_probe(size: Size, pictures: int) -> dict[str, float]:
-    """Ten epochs of a linear probe, validation included, over one forward of all these pictures."""
+def _linear_probe(size: Size, images: int) -> dict[str, float]:
+    """Ten epochs of a linear probe, validation included, over one forward of all these images."""
     import torchmetrics.classification  # noqa: F401  (a second that is no training)
 
     with tempfile.TemporaryDirectory() as directory:
         settings = {"augment": "none", "epochs": 10, "cache_features": "always", "eval_batch_size": size.batch_size}
-        trainer = trainer_of(size, "linear", Path(directory), pictures=pictures, val=pictures // 8, **settings)
+        trainer = trainer_of(size, "linear", Path(directory), images=images, val=images // 8, **settings)
         forwards = [_timed(lambda: (trainer.evaluate("val"), _evaluate_train(trainer)))]
         fit_s = _timed(trainer.fit)
         forwards.append(_timed(lambda: (trainer.evaluate("val"), _evaluate_train(trainer))))
@@ -173,9 +173,9 @@ def _evaluate_train(trainer: Any) -> None:
 
 
 def _input_share(size: Size) -> dict[str, float]:
-    """Pictures from the memory-mapped array to augmented, normalised batches, over petune's whole step."""
+    """Images from the memory-mapped array to augmented, normalised batches, over petune's whole step."""
     with tempfile.TemporaryDirectory() as directory, petune_step(size) as step:
-        trainer = trainer_of(size, "linear", Path(directory), pictures=20 * size.batch_size)
+        trainer = trainer_of(size, "linear", Path(directory), images=20 * size.batch_size)
         batches = iter(trainer.batches.epoch(0))
         next(batches)
         step()

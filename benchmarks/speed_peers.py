@@ -20,8 +20,8 @@ import petune
 from petune.data import Dataset, Preprocess, Split
 from petune.training import StopFlag, TrainConfig, Trainer
 from petune.training.precision import choose_attention, choose_precision
-from petune.training.speed.bf16_weights import frozen_in_bfloat16
-from petune.training.speed.speedups import made_cheaper
+from petune.training.speed.bf16_weights import store_in_bf16
+from petune.training.speed.speedups import apply_speedups
 
 Step = Callable[[], object]
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ class Size:
         return model
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, S, S) and labels (B,)."""
+        """Images (B, 3, S, S) and labels (B,)."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.batch_size, 3, self.img_size, self.img_size, generator=generator)
         return x, torch.randint(0, CLASSES, (self.batch_size,), generator=generator)
@@ -74,7 +74,7 @@ SIZES = {
 
 
 def dataset_of(size: Size, count: int, val: int = 0) -> Dataset:
-    """Noise in the shape of pictures."""
+    """Noise in the shape of images."""
 
     def split(n: int, seed: int) -> Split:
         generator = np.random.default_rng(seed)
@@ -85,11 +85,9 @@ def dataset_of(size: Size, count: int, val: int = 0) -> Dataset:
     return Dataset("noise", names, "made", "light", split(count, 0), split(val, 1), split(CLASSES, 2))
 
 
-def trainer_of(
-    size: Size, method: str, directory: Path, *, pictures: int = 0, val: int = 0, **settings: Any
-) -> Trainer:
+def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val: int = 0, **settings: Any) -> Trainer:
     """petune's own trainer on noise, configured as `petune run` does by default."""
-    data = dataset_of(size, pictures or 2 * size.batch_size, val)
+    data = dataset_of(size, images or 2 * size.batch_size, val)
     recipe = {"lr": 1e-4, "weight_decay": 0.01, "optimizer": "adamw", "augment": "light", "batch_size": size.batch_size}
     att = petune.attach(size.model(), method, keep_original=False)
     return Trainer(
@@ -110,7 +108,7 @@ def petune_step(size: Size, method: str = "adaptformer", **settings: Any) -> Ite
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_of(size, method, Path(directory), **settings)
         batch = next(iter(trainer.batches.epoch(0)))
-        with made_cheaper(trainer):
+        with apply_speedups(trainer):
             trainer.att.train()
             yield lambda: trainer._step(batch)
 
@@ -168,12 +166,12 @@ def bare(size: Size, make: Callable[[Size], nn.Module], stored: bool) -> Iterato
     bf16 = precision == "bf16"
     x = size.batch()[0][:2]
 
-    def scores() -> Tensor:
+    def logits() -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.random.fork_rng():
             torch.manual_seed(0)
             return model(x)
 
-    with frozen_in_bfloat16(model, scores) if stored and bf16 else contextlib.nullcontext():
+    with store_in_bf16(model, logits) if stored and bf16 else contextlib.nullcontext():
         yield _plain(model, size, bf16)
 
 

@@ -45,7 +45,7 @@ def measure(method: str, count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         parameters = _save(copy.deepcopy(model), method, count, Path(place))  # of a copy: nothing is known of this one
         file = (Path(place) / "0" / "adapter_model.safetensors").stat().st_size
-        tasks, x = petune.Tasks(model), torch.randn(4, 3, 224, 224)
+        tasks, x = petune.AdapterBank(model), torch.randn(4, 3, 224, 224)
         with torch.no_grad():
             plain_s = _seconds(lambda: model(x))
         base, before = _bytes([model]), held().rss
@@ -106,7 +106,7 @@ def _tensors(modules: Iterable[Any], tasks: Any) -> Iterator[Any]:
         yield from module.buffers()
     for task in tasks.tasks.values() if tasks else ():
         att = task.attachment
-        yield from att.model.petune_ledger.claims[att.edit.name].kept.values()
+        yield from att.model.petune_trainable_state.claims[att.edit.name].kept.values()
         yield from (value for _, value in (att._originals or {}).values())
 
 
@@ -132,7 +132,7 @@ def table(results: dict[str, Any]) -> str:
     first = results["rows"][0]
     head = (
         "method", "parameters", "file", "tasks", "they hold", "of it tensors", "load one", "load all",
-        "switch", "4 pictures, 4 tasks", "4 pictures, bare",
+        "switch", "4 images, 4 tasks", "4 images, bare",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for r in results["rows"]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from petune.runner.run import RunConfig, run
     from petune.runner.sweep.search import sweep
     from petune.runner.sweep.trials import Sweep, SweepConfig
-    from petune.serving.adapter_bank import Tasks
+    from petune.serving.adapter_bank import AdapterBank
     from petune.serving.evaluation import Evaluation, evaluate
     from petune.serving.export import Exported, export
     from petune.serving.predict import Predictor, predict
@@ -57,7 +57,7 @@ _HOMES = {
     "Sites": "sites.site",
     "Sweep": "runner.sweep.trials",
     "SweepConfig": "runner.sweep.trials",
-    "Tasks": "serving.adapter_bank",
+    "AdapterBank": "serving.adapter_bank",
     "Tuner": "injector.tuner",
     "TunerConfig": "injector.tuner",
     "attach": "injector.attach",
@@ -77,6 +77,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterBank",
     "AttachError",
     "Attachment",
     "Block",
@@ -98,7 +99,6 @@ __all__ = [
     "Sites",
     "Sweep",
     "SweepConfig",
-    "Tasks",
     "Tuner",
     "TunerConfig",
     "attach",

@@ -20,7 +20,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights="none",
         backbone_options={"depth": 2, "embed_dim": 48},
         dataset="digits",
-        train_per_class=20,
+        shots=20,
         device="cpu",
         train={"epochs": 1, "precision": "fp32", "lr": 0.01},
         output=place,

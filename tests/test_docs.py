@@ -44,7 +44,7 @@ def _ids(pairs: list[tuple[Path, str]]) -> list[str]:
     return [f"{page.name}-{number}" for number, (page, _) in enumerate(pairs)]
 
 
-def _pictures(folder: Path) -> None:
+def _images(folder: Path) -> None:
     for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
         (folder / place).mkdir(parents=True)
         for number in range(4):
@@ -72,7 +72,7 @@ def test_commands_are_taken(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    _pictures(tmp_path / "pets")
+    _images(tmp_path / "pets")
     words = shlex.split(command, comments=True)[1:]
     if words[0] not in CHECKED_DRY:
         return taken(words)

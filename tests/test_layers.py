@@ -61,7 +61,7 @@ SIBLINGS = {
     ("compare", "report"): "many runs, one table",
     ("compare", "executors"): "which are done somewhere",
     ("sweep", "executors"): "which are done somewhere, as runs are",
-    ("export", "predict"): "what becomes of a picture first",
+    ("export", "predict"): "what becomes of an image first",
     ("share", "restore"): "which code an adapter would have run",
     ("page", "compare"): "what a comparison wrote",
     ("page", "report"): "its cells, beside others",

@@ -32,9 +32,9 @@ def test_the_hand_written_model_is_the_injected_one_to_the_bit(bf16: bool, fused
                     setattr(module, name, fused)
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            scores = model(x)
-        torch.nn.functional.cross_entropy(scores.float(), y).backward()
-        found.append([scores, *(p.grad for p in model.parameters() if p.requires_grad)])
+            logits = model(x)
+        torch.nn.functional.cross_entropy(logits.float(), y).backward()
+        found.append([logits, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert len(found[0]) == len(found[1])
     names = [sorted(p.sum().item() for p in grads[1:]) for grads in found]
     assert torch.equal(found[0][0], found[1][0])

@@ -36,7 +36,7 @@ pieces:
         backbone_options: {depth: 2, embed_dim: 48}
         dataset: digits
         device: cpu
-        train_per_class: 10
+        shots: 10
         train: {epochs: 2, precision: fp32, batch_size: 32}
 smoke: {expected: {linear: {top1: 1, range: [0, 2]}}, compare: {seeds: [0]}, pretrain: {epochs: 1}}
 """
@@ -73,20 +73,21 @@ def test_a_suite_opens_with_command_and_expectations_and_all_of_it_can_be_built(
 
 
 def test_the_seed_study_is_its_recipe() -> None:
-    piece = suite.read_suite("seed").pieces["seed"]
+    piece = suite.read_suite("paddle_study").pieces["paddle_study"]
     pretraining = suite.pretrain_config(piece, Path("p"))
     moving = suite.compare_config(piece, Path("p"), tuple(piece.compare["methods"]), {}).run
     assert pretraining is not None
     assert (pretraining.train.epochs, moving.train.epochs) == (80, 10)
     for config in (pretraining, moving):
         train = config.train
-        assert config.backbone == "vit_seed"
+        assert config.backbone == "vit_paddle_study"
         assert (train.optimizer, train.lr, train.weight_decay, train.decay_vectors) == ("momentum", 0.01, 5e-4, True)
         assert (train.batch_size, train.warmup_steps(31_000), train.schedule) == (128, 2000, "cosine")
         assert (train.augment, train.label_smoothing, train.mixup, train.grad_clip) == ("seed", 0, 0, None)
     assert (pretraining.mean, pretraining.std) == ((0.5071, 0.4865, 0.4409), (0.1942, 0.1918, 0.1958))
     assert tuner_of(pretraining).config.model_dump() == {
-        "bottleneck": 64, "scale": None, "dropout": 0.1, "input": None, "variant": "seed", "train_backbone": True,
+        "bottleneck": 64, "scale": None, "dropout": 0.1, "input": None, "variant": "paddle_study",
+        "train_backbone": True,
     }  # fmt: skip
 
 

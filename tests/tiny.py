@@ -17,7 +17,7 @@ X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def tiny(seed: int = 0, **options: object) -> nn.Module:
-    """A timm ViT of 2 blocks, width 24 and 5 classes for 16×16 pictures; its head is not zero, as timm starts it."""
+    """A timm ViT of 2 blocks, width 24 and 5 classes for 16×16 images; its head is not zero, as timm starts it."""
     torch.manual_seed(seed)
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", **{**shape, **options}).eval()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from petune.backbones.other_libraries import build_foreign
+from petune.backbones.other_libraries import build_other_library
 
 _SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 _COLUMN = {**_SMALL, "image_size": 64, "patch_size": 16}
@@ -43,7 +43,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_torchvision(family: str) -> nn.Module:
     """A torchvision model as `--backbone torchvision:NAME` builds it."""
     name, options = TORCHVISION[family]
-    return build_foreign(f"torchvision:{name}", 3, options, pretrained=False)
+    return build_other_library(f"torchvision:{name}", 3, options, pretrained=False)
 
 
 def build_transformers(family: str) -> nn.Module:
@@ -53,4 +53,4 @@ def build_transformers(family: str) -> nn.Module:
     config, options = TRANSFORMERS[family]
     with tempfile.TemporaryDirectory() as place:
         getattr(transformers, config)(**options).save_pretrained(place)
-        return build_foreign(f"hf:{place}", 3, {}, pretrained=False)
+        return build_other_library(f"hf:{place}", 3, {}, pretrained=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from survey.foreign_models import TORCHVISION, TRANSFORMERS, build_torchvision, build_transformers
+from survey.other_library_models import TORCHVISION, TRANSFORMERS, build_torchvision, build_transformers
 from survey.timm_models import TIMM
 
 FAMILIES = {family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.injector.hooks.base import Branch, Prompts
+from petune.injector.hooks.base import Parallel, Prompts
 from petune.injector.hooks.hidden_prompts import HiddenPrompts
 from petune.injector.registry import build_tuner
 from petune.runner.run import parse_method
@@ -84,23 +84,23 @@ def _prove(model: nn.Module, name: str, options: dict[str, Any]) -> int:
     mine = copy.deepcopy(model).eval()
     for parameter in list(mine.parameters())[::2]:
         parameter.requires_grad_(False)  # detach must give flags back, and not set them all alike
-    before = _picture_of(mine)
+    before = _image_of(mine)
     torch.manual_seed(0)
     try:
         att = petune.attach(mine, build_tuner(name, **options), name=name)
     except petune.PetuneError:
-        _same(before, _picture_of(mine), "a refused model is as it was")
+        _same(before, _image_of(mine), "a refused model is as it was")
         raise
     x = torch.randn(2, *att.sites.input_size, generator=torch.Generator().manual_seed(1))
     done = sum(check(att, model, x) for check in (_counts, _branches, _prompts))
     att.detach()
-    _same(before, _picture_of(mine), "detach gives back keys, flags, hooks, modes and values")
+    _same(before, _image_of(mine), "detach gives back keys, flags, hooks, modes and values")
     for parameter in mine.parameters():
         parameter.requires_grad_(True)
     return done + 1 + len(petune.check_tuner(build_tuner(name, **options), mine))
 
 
-def _picture_of(model: nn.Module) -> dict[str, Any]:
+def _image_of(model: nn.Module) -> dict[str, Any]:
     """Everything of a model that an edit could leave changed."""
     hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
     plain = {
@@ -187,7 +187,7 @@ FORMULAS: dict[str, Formula] = {
 
 def _branches(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
     """Every third adapter alone: what it changes at EXIT is `adapter(what entered ENTER)`, seen by our own hooks."""
-    edits = [h for h in att.model.modules() if isinstance(h, Branch)]
+    edits = [h for h in att.model.modules() if isinstance(h, Parallel)]
     for holder in edits:
         for parameter in holder.adapter.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
@@ -212,7 +212,7 @@ def _branches(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
     return int(bool(edits))
 
 
-def _hooked(model: nn.Module, holder: Branch) -> tuple[nn.Module, nn.Module]:
+def _hooked(model: nn.Module, holder: Parallel) -> tuple[nn.Module, nn.Module]:
     """The modules that the holder's two hooks sit on."""
 
     def of(hooks: Any) -> bool:

@@ -31,7 +31,7 @@ checks each pair:
 
 - the model computes the same at the start, where the method claims it; the tuned count is the method's formula;
 - every adapter is called in a forward, every tuned tensor gets a gradient and moves, nothing else changes by a bit;
-- pictures of a batch do not mix; disabled and detached, the model is as it was; saved and loaded, it is the same;
+- images of a batch do not mix; disabled and detached, the model is as it was; saved and loaded, it is the same;
 - AdaptFormer's change of a block is the adapter's output for what hooks of the survey's own saw enter, and the place
   it reads is the residual stream: with the MLP silenced, it leaves the block as it is;
 - prompts that are hidden from every attention leave the model as it was: no position was falsified.

@@ -1,6 +1,6 @@
 """The timm models of the survey: every family with attention by its smallest variant, made smaller where it can be.
 
-What is overridden is size alone (depth, width, picture); the code that runs is the family's.
+What is overridden is size alone (depth, width, image); the code that runs is the family's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For mkdocs: pictures of results come along; other links that leave docs/ become text, since they lead nowhere."""
+"""For mkdocs: images of results come along; other links that leave docs/ become text, since they lead nowhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """All files of docs/, and the pictures of benchmarks/results/."""
-    for picture in sorted(RESULTS.glob("*/*.svg")):
-        place = f"figures/{picture.parent.name}-{picture.name}"
-        files.append(File.generated(config, place, abs_src_path=str(picture)))
+    """All files of docs/, and the images of benchmarks/results/."""
+    for image in sorted(RESULTS.glob("*/*.svg")):
+        place = f"figures/{image.parent.name}-{image.name}"
+        files.append(File.generated(config, place, abs_src_path=str(image)))
     return files
 
 
@@ -23,7 +23,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """The page without links to files outside docs/."""
     depth = page.file.src_uri.count("/")
     up = r"(?:\.\./){" + str(depth + 1) + "}"
-    pictures = re.compile(rf"\({up}benchmarks/results/([^/)]+)/([^/)]+\.svg)\)")
-    markdown = pictures.sub(rf"({'../' * depth}figures/\1-\2)", markdown)
+    images = re.compile(rf"\({up}benchmarks/results/([^/)]+)/([^/)]+\.svg)\)")
+    markdown = images.sub(rf"({'../' * depth}figures/\1-\2)", markdown)
     outside = re.compile(rf"\[([^\]]+)\]\({up}[^)]*\)")
     return outside.sub(lambda found: found[1] if "`" in found[1] else f"`{found[1]}`", markdown)

@@ -63,8 +63,7 @@ def method_page(name: str) -> str:
         "## Numbers",
         f"On ViT-B/16 at 224 it trains {count_on_vit_base(name):,} parameters, without the classifier's. Its recipe, "
         f"where nothing else is given: {recipe.optimizer}, peak learning rate {recipe.lr:g} at a batch of 128, weight "
-        f"decay {recipe.weight_decay:g}."
-        + ("" if tuner.identity_at_start else " It is not the identity at the start."),
+        f"decay {recipe.weight_decay:g}." + ("" if tuner.identity_at_init else " It is not the identity at the start."),
         "## Options",
         _options(tuner.Config),
         "## Proof",
@@ -133,7 +132,7 @@ def count_on_vit_base(name: str) -> int:
     import torch
 
     model, sites = _model_and_sites()
-    counted = load_tuner(name)().count(sites)
+    counted = load_tuner(name)().num_parameters(sites)
     if counted is not None:
         return counted
     with torch.device("meta"), warnings.catch_warnings():

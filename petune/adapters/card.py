@@ -49,7 +49,7 @@ def model_card(config: Mapping[str, Any], counts: Counts, *, with_peft: bool) ->
 
 
 def public(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's metadata without the folders of this machine: of pictures, and of weights."""
+    """An adapter's metadata without the folders of this machine: of images, and of weights."""
     shown = dict(metadata)
     if isinstance(shown.get("dataset"), str):
         shown["dataset"] = without_folders(shown["dataset"])
@@ -72,7 +72,7 @@ def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
     shown = public(metadata)
     known = {key: shown.get(key) if isinstance(shown.get(key), kind) else None for key, kind in kinds.items()}
     measured = known["test"] or {}
-    if not all(isinstance(measured.get(key), int | float) for key in ("top1", "top5", "num_pictures")):
+    if not all(isinstance(measured.get(key), int | float) for key in ("top1", "top5", "num_images")):
         known["test"] = None
     classes = metadata.get("classes")
     known["classes"] = classes if isinstance(classes, list | tuple) else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.position_bias import REPLACED
-from petune.injector.trainable import added_to, ledger_of, named_parameters
+from petune.injector.trainable import added_to, named_parameters, trainable_state_of
 
 SAMPLES = 64  # values of each tensor that are compared beside its version
 KEPT = 4  # digests a model: methods that train the backbone's own tensors leave those out, each its own
@@ -95,7 +95,7 @@ def _replaced(model: nn.Module) -> dict[str, Tensor]:
 
 def _beneath(attachment: Attachment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what later attachments have trained in place: they are not there yet when this one is loaded."""
-    ledger = ledger_of(attachment.model)
+    ledger = trainable_state_of(attachment.model)
     if ledger is None or attachment.edit.name not in ledger.claims:
         return tensors
     return {key: ledger.beneath(attachment.edit.name, key, tensor) for key, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What a model computes, told by its scores of one made-up picture.
+"""What a model computes, told by its logits of one made-up image.
 
 Tensors do not say everything: a backbone with another number of heads, another activation or another pooling has the
 same ones, and so has a method whose package changed. Whoever loads an adapter must get what was saved.
@@ -17,39 +17,39 @@ from torch import Tensor, nn
 
 from petune.base.errors import CheckpointError
 from petune.injector.attachment import Attachment
-from petune.injector.trainable import ledger_of
+from petune.injector.trainable import trainable_state_of
 from petune.sites.probe import look
 
-KEPT = 8  # scores: another backbone moves all of them
+KEPT = 8  # logits: another backbone moves all of them
 BITS, BITS_IN_HALF = 8, 6
-"""Every layer's output is rounded to these, to learn how far other machines' rounding may move the scores.
+"""Every layer's output is rounded to these, to learn how far other machines' rounding may move the logits.
 
 bfloat16 has 8 bits, TF32 11 and float32 24.
 """
-DRAWS = 3  # of two scores, rounding may by chance move neither
+DRAWS = 3  # of two logits, rounding may by chance move neither
 
 
 def behaviour(attachment: Attachment) -> dict[str, Any] | None:
-    """The first scores of the test picture, and how far they may move.
+    """The first logits of the test image, and how far they may move.
 
     Returns:
         Plain data; None where it cannot be told: another attachment is on, another task's classifier is in place, the
-        weights are spread over processes, a score is not finite.
+        weights are spread over processes, a logit is not finite.
     """
     if attachment.fingerprint is not None or not _alone(attachment):
         return None
     with _on(attachment):
-        scores = _scores(attachment)
-        moved = max(_moved_by_rounding(attachment, scores, fewer) / 2**fewer for fewer in range(DRAWS))
-    largest = float(scores.abs().max())
+        logits = _logits(attachment)
+        moved = max(_moved_by_rounding(attachment, logits, fewer) / 2**fewer for fewer in range(DRAWS))
+    largest = float(logits.abs().max())
     if not math.isfinite(largest + moved):
         return None
     allowed = max(moved, 1e-5 * largest)
-    return {"scores": [_short(score) for score in scores.tolist()], "tolerance": _short(allowed)}
+    return {"logits": [_short(logit) for logit in logits.tolist()], "tolerance": _short(allowed)}
 
 
-def moved_by(attachment: Attachment, saved: Mapping[str, Any]) -> float:
-    """How far the scores of the test picture are from the saved ones; 0.0 within the tolerance, or beside others.
+def max_abs_diff(attachment: Attachment, saved: Mapping[str, Any]) -> float:
+    """How far the logits of the test image are from the saved ones; 0.0 within the tolerance, or beside others.
 
     Args:
         attachment: With the saved tensors in place.
@@ -60,22 +60,22 @@ def moved_by(attachment: Attachment, saved: Mapping[str, Any]) -> float:
     """
     if not _alone(attachment):
         return 0.0
-    here = _scores(attachment)
+    here = _logits(attachment)
     try:
-        scores, tolerance = torch.tensor(saved["scores"], dtype=torch.float64), float(saved["tolerance"])
-        if scores.shape != here.shape:
-            raise ValueError(f"there are {scores.numel()} scores, and {here.numel()} of this model")
+        logits, tolerance = torch.tensor(saved["logits"], dtype=torch.float64), float(saved["tolerance"])
+        if logits.shape != here.shape:
+            raise ValueError(f"there are {logits.numel()} logits, and {here.numel()} of this model")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"behaviour must be as petune wrote it, but cannot be read: {error!r}") from None
-    moved = float((here - scores).abs().max())
+    moved = float((here - logits).abs().max())
     return 0.0 if moved <= tolerance else moved
 
 
 def _alone(attachment: Attachment) -> bool:
-    """Whether the scores can be those of this attachment and no other, under its own classifier."""
-    ledger, head = ledger_of(attachment.model), attachment.sites.head
+    """Whether the logits can be those of this attachment and no other, under its own classifier."""
+    ledger, head = trainable_state_of(attachment.model), attachment.sites.head
     here = {*attachment.model.modules()}
-    if ledger is None or (head is not None and not here.issuperset(head.modules)):  # a task of Tasks, not in use
+    if ledger is None or (head is not None and not here.issuperset(head.modules)):  # a task of AdapterBank, not in use
         return False
     return not any(claim.on for name, claim in ledger.claims.items() if name != attachment.edit.name)
 
@@ -90,8 +90,8 @@ def _on(attachment: Attachment) -> Iterator[None]:
         attachment.switch(was)
 
 
-def _moved_by_rounding(attachment: Attachment, scores: Tensor, fewer_bits: int) -> float:
-    """How far the scores move where what every layer but the classifier gives is rounded."""
+def _moved_by_rounding(attachment: Attachment, logits: Tensor, fewer_bits: int) -> float:
+    """How far the logits move where what every layer but the classifier gives is rounded."""
     model, head = attachment.model, attachment.sites.head
     half = next(model.parameters()).dtype in {torch.float16, torch.bfloat16}
     left_out = {m for bound in head.modules for m in bound.modules()} if head is not None else set()
@@ -99,7 +99,7 @@ def _moved_by_rounding(attachment: Attachment, scores: Tensor, fewer_bits: int) 
     hook: Callable[..., Any] = partial(_round, (BITS_IN_HALF if half else BITS) - fewer_bits)
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        return float((_scores(attachment) - scores).abs().max())
+        return float((_logits(attachment) - logits).abs().max())
     finally:
         for handle in handles:
             handle.remove()
@@ -114,7 +114,7 @@ def _round(bits: int, module: nn.Module, args: Any, out: Any) -> Tensor | None:
     return (shifted - (shifted - exact)).to(out.dtype)
 
 
-def _scores(attachment: Attachment) -> Tensor:
+def _logits(attachment: Attachment) -> Tensor:
     return look(attachment.model, attachment.sites, 1).flatten()[:KEPT].double().cpu()
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from petune.backbones.other_libraries import build_foreign, is_foreign
+from petune.backbones.other_libraries import build_other_library, is_other_library
 from petune.backbones.weights import Weights, bundled, find_weights, load_into, read_weights
 from petune.base.errors import AttachError, ConfigError, UnknownName
 from petune.base.hub import HubFile, overlay
@@ -38,14 +38,14 @@ def _augreg(size: str, millions: int) -> Alias:
 
 
 _NANO = {"img_size": 32, "patch_size": 4, "depth": 6}
-_SEED = {"img_size": 32, "patch_size": 3, "qkv_bias": False, "norm_eps": 1e-5}
+_PADDLE_STUDY = {"img_size": 32, "patch_size": 3, "qkv_bias": False, "norm_eps": 1e-5}
 ALIASES = {
     "vit_nano": Alias("vit_tiny_patch16_224", _NANO, "cifar100", "width 192, 6 blocks, 32×32, patch 4, 2.7 M"),
     "vit_tiny": _augreg("tiny", 6),
     "vit_small": _augreg("small", 22),
     "vit_base": _augreg("base", 86),
     "vit_large": _augreg("large", 304),
-    "vit_seed": Alias("vit_base_patch16_224", _SEED, "none given", "the seed study's ViT-B, 32×32, patch 3, 86 M"),
+    "vit_paddle_study": Alias("vit_base_patch16_224", _PADDLE_STUDY, "none given", "the Paddle study's ViT-B, 32×32"),
 }
 
 
@@ -114,22 +114,22 @@ def create_backbone(
         ConfigError: The model does not take these options.
     """
     alias = _alias(name)
-    asked = {"image_size" if is_foreign(name) else "img_size": image_size, "patch_size": patch_size}
+    asked = {"image_size" if is_other_library(name) else "img_size": image_size, "patch_size": patch_size}
     settings = alias.options | {k: v for k, v in asked.items() if v is not None} | (options or {})
     source = alias.default_weights if weights == "default" else weights
     path = _weights_file(name, source)
     file = read_weights(path) if path is not None else None
-    laid_over = _hub_overlay(name, alias) if source == "hub" and not is_foreign(name) else None
+    laid_over = _hub_overlay(name, alias) if source == "hub" and not is_other_library(name) else None
     with _seeded(seed):
-        if is_foreign(name):
+        if is_other_library(name):
             # transformers gives weights as they are stored; what is lower than that, `train.precision` says
-            model = build_foreign(name, num_classes, settings, pretrained=source == "hub").float()
+            model = build_other_library(name, num_classes, settings, pretrained=source == "hub").float()
         else:
             model = _create(alias.timm_name, settings, laid_over, num_classes)
             if image_size is not None:  # not every model tells what it was built for (Hiera, MViT)
                 config: Any = model.pretrained_cfg
                 model.__dict__["pretrained_cfg"] = {**config, "input_size": (3, image_size, image_size)}
-    if head != "linear" and is_foreign(name):
+    if head != "linear" and is_other_library(name):
         raise ConfigError(f"head {head} can only be given to timm's models, but the backbone is {name}")
     set_head(model, num_classes, head, seed)
     mean, std = (_pretrained_statistics(model) if source == "hub" else None) or (None, None)
@@ -156,7 +156,7 @@ def check_weights(name: str, weights: str) -> None:
     Raises:
         WeightsUnavailable: They are not cached and the hub cannot be reached, or there is no such file.
     """
-    if is_foreign(name):
+    if is_other_library(name):
         return
     alias = ALIASES.get(name)
     if alias is None:
@@ -227,9 +227,9 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
     settings = alias.options | options
     if "img_size" in settings:
         return int(settings["img_size"])
-    if is_foreign(name):
+    if is_other_library(name):
         with torch.device("meta"):
-            return _image_size(_find_sites(build_foreign(name, 2, settings, pretrained=False)))
+            return _image_size(_find_sites(build_other_library(name, 2, settings, pretrained=False)))
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
     return int(config.input_size[-1]) if config is not None else 224
 
@@ -243,7 +243,7 @@ def list_backbones(pattern: str = "*") -> list[str]:
 
 
 def _alias(name: str) -> Alias:
-    if is_foreign(name):  # the factory of a user's own model loads what it wants
+    if is_other_library(name):  # the factory of a user's own model loads what it wants
         return Alias(name, {}, "hub" if name.startswith(("hf:", "torchvision:")) else "none", "")
     return ALIASES.get(name) or _timm_alias(name)
 
@@ -323,7 +323,7 @@ def _file_statistics(file: Weights, alias: Alias) -> Statistics | tuple[None, No
 
     if "mean" in file.info:
         return file.info["mean"], file.info.get("std")
-    if file.info or is_foreign(alias.timm_name) or alias.default_weights != "hub":
+    if file.info or is_other_library(alias.timm_name) or alias.default_weights != "hub":
         return None, None
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
     return (config.mean, config.std) if config is not None and config.has_weights else (None, None)

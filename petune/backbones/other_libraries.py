@@ -24,18 +24,18 @@ LIBRARIES = ("torchvision", "hf")
 TORCHVISION_SIDE = 224  # what its pretrained models were trained at; those without position embeddings do not say
 
 
-def is_foreign(name: str) -> bool:
+def is_other_library(name: str) -> bool:
     """Whether a backbone's name is one of those read here: `torchvision:NAME`, `hf:NAME`, `package.module:factory`."""
     return ":" in name
 
 
 def calls_a_function(name: str) -> bool:
     """Whether building it calls `package.module:factory`, code that is neither petune's nor a known library's."""
-    return is_foreign(name) and name.partition(":")[0] not in LIBRARIES
+    return is_other_library(name) and name.partition(":")[0] not in LIBRARIES
 
 
-def build_foreign(name: str, num_classes: int, options: dict[str, Any], *, pretrained: bool) -> nn.Module:
-    """Build a model that maps pictures to logits, and that tells its picture's size as `image_size`.
+def build_other_library(name: str, num_classes: int, options: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    """Build a model that maps images to logits, and that tells its image's size as `image_size`.
 
     Args:
         name: `torchvision:vit_b_16`, `hf:facebook/dinov2-small` or `hf:DIR` with a `config.json`, `my.package:make`.
@@ -241,10 +241,10 @@ def _made(cls: Any, name: str, config: Any, pretrained: bool, offline: bool) -> 
 
 
 def _set_processor(model: nn.Module, name: str, processor: Any) -> None:
-    """Pictures as transformers would give them: scaled to 0…1, then normalised or not."""
+    """Images as transformers would give them: scaled to 0…1, then normalised or not."""
     if getattr(processor, "do_flip_channel_order", False):
         warnings.warn(
-            f"the weights of hf:{name} were trained on pictures with blue, green and red in this order, but petune "
+            f"the weights of hf:{name} were trained on images with blue, green and red in this order, but petune "
             "gives red, green and blue: they are worth less here",
             stacklevel=2,
         )
@@ -268,7 +268,7 @@ def _random_keys(model: Any, told: Any) -> set[str]:
 
 
 def _resampled(model: nn.Module, original: nn.Module, tables: dict[str, Any]) -> set[str]:
-    """Fill position embeddings with those of the same model for pictures of its own size; return which were.
+    """Fill position embeddings with those of the same model for images of its own size; return which were.
 
     Legend: N tokens, of which the first are no patches; D width.
 

@@ -110,7 +110,7 @@ class Group:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def agree(self, flag: bool = False, failed: Sequence[Exception] = ()) -> bool:
+    def any_rank(self, flag: bool = False, failed: Sequence[Exception] = ()) -> bool:
         """Meet the others: whether any of them raises `flag`.
 
         Args:
@@ -141,7 +141,7 @@ class Group:
         failed: list[Exception] = []
         with self.keeping(failed):
             yield
-        self.agree(failed=failed)
+        self.any_rank(failed=failed)
 
     @contextmanager
     def keeping(self, failed: list[Exception]) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Group:
                 raise
             failed.append(error)
 
-    def same(self, work: Callable[[], T]) -> T:
+    def broadcast(self, work: Callable[[], T]) -> T:
         """What `work` yields on the leader, which alone does it; to all."""
         if self.size == 1:
             return work()
@@ -168,7 +168,7 @@ class Group:
         result: T = found[0]
         return result
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def main_first(self, work: Callable[[], T]) -> T:
         """What `work` yields on each; the first process of a machine does it first, and the others find its cache."""
         found: list[T] = []
         for mine in (self.local_rank == 0, self.local_rank != 0):
@@ -180,7 +180,7 @@ class Group:
         return found[0]
 
     @contextmanager
-    def led(self, context: AbstractContextManager[object]) -> Iterator[None]:
+    def on_main(self, context: AbstractContextManager[object]) -> Iterator[None]:
         """Enter `context` on the leader alone; where it cannot be entered, that fails everywhere."""
         with ExitStack() as held:
             with self.together():

@@ -1,4 +1,4 @@
-"""`petune data check`: look through a folder of pictures."""
+"""`petune data check`: look through a folder of images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import typer
 from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, show, show_json, show_table
 
-data = typer.Typer(help="Look after pictures.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(help="Look after images.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @data.callback()
 def _group() -> None:
-    """Look after pictures."""
+    """Look after images."""
 
 
 @data.command()
 def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)], json: Json = False) -> None:
-    """Decode every picture of a folder dataset; exit code 4 if any is broken or in two splits or classes."""
+    """Decode every image of a folder dataset; exit code 4 if any is broken or in two splits or classes."""
     from petune.data.check import check_folder
     from petune.data.layout import unread
 
@@ -28,13 +28,13 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
     if json:
         pairs = {"shared": report.shared, "doubtful": report.doubtful}
         found = {what: [[str(a), str(b)] for a, b in several] for what, several in pairs.items()}
-        show_json({"pictures": report.pictures, "broken": report.broken, **found, "untested": report.untested,
+        show_json({"images": report.images, "broken": report.broken, **found, "untested": report.untested,
                    "unvalidated": report.unvalidated, "copies": report.copies,
                    "left_out": report.left_out})  # fmt: skip
     else:
-        parts = tuple(report.pictures)
-        names = report.pictures[parts[0]]
-        rows = [[name, *[str(report.pictures[part][name]) for part in parts]] for name in names]
+        parts = tuple(report.images)
+        names = report.images[parts[0]]
+        rows = [[name, *[str(report.images[part][name]) for part in parts]] for name in names]
         show_table(("class", *parts), rows, right=parts)
         for message in report.broken:
             show(clean(message))
@@ -46,7 +46,7 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
             show(f"{report.copies} copies in the same class; a split that is cut never parts them")
         for split, lacking in (("test", report.untested), ("val", report.unvalidated)):
             if lacking:
-                show(clean(f"too few different pictures to give the {split} split one: {', '.join(lacking)}"))
+                show(clean(f"too few different images to give the {split} split one: {', '.join(lacking)}"))
         if said := unread(report.left_out):
             show(clean(said))
         counts = ((report.broken, "broken"), (report.shared, "in two splits"), (report.doubtful, "in two classes"))

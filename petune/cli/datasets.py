@@ -1,4 +1,4 @@
-"""`petune datasets`: names that --dataset takes, and whether their pictures are here."""
+"""`petune datasets`: names that --dataset takes, and whether their images are here."""
 
 from __future__ import annotations
 

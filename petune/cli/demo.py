@@ -23,20 +23,22 @@ def demo(
     sources: Sources,
     weights: Weights = None,
     device: Device = "auto",
-    trust_code: TrustCode = False,
+    trust_remote_code: TrustCode = False,
     host: Host = "127.0.0.1",
     port: Port = 7860,
 ) -> None:
-    """Serve a page to try adapters on pictures, side by side.
+    """Serve a page to try adapters on images, side by side.
 
-    Drop a picture and see the top-5 of several adapters on one backbone.
+    Drop an image and see the top-5 of several adapters on one backbone.
 
     It answers this machine only, sends nothing anywhere and needs no network. Ctrl-C ends it.
     """
     from petune.serving.demo import SideBySide, serve
 
     paths = [user_path(source) for source in sources]
-    served = serve(SideBySide(paths, weights=weights, device=device, trust_code=trust_code), host=host, port=port)
+    served = serve(
+        SideBySide(paths, weights=weights, device=device, trust_remote_code=trust_remote_code), host=host, port=port
+    )
     show(served.url)
     say("Ctrl-C ends it")
     try:

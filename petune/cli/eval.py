@@ -25,15 +25,15 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         metavar="NAME",
-        help="Other pictures of the same classes: folder:PATH.  [default: the run's]",
+        help="Other images of the same classes: folder:PATH.  [default: the run's]",
     ),
 ]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where CIFAR lies now.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", metavar="DIR", help="Where eval.json and pictures go.  [default: eval-SPLIT in the run]"),
+    typer.Option("--output", metavar="DIR", help="Where eval.json and images go.  [default: eval-SPLIT in the run]"),
 ]
-Format = Annotated[Literal["svg", "png"], typer.Option("--format", metavar="svg|png", help="Of the pictures.")]
+Format = Annotated[Literal["svg", "png"], typer.Option("--format", metavar="svg|png", help="Of the images.")]
 
 
 def evaluate(
@@ -45,14 +45,14 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = 128,
-    trust_code: TrustCode = False,
+    trust_remote_code: TrustCode = False,
     output: Output = None,
     format: Format = "svg",
     json: Json = False,
 ) -> None:
     """Accuracy by class, what is mistaken for what, and calibration.
 
-    Writes eval.json, a confusion picture and a reliability diagram.
+    Writes eval.json, a confusion image and a reliability diagram.
     """
     from petune.serving.evaluation import evaluate as evaluate_run
     from petune.serving.evaluation import write
@@ -67,7 +67,7 @@ def evaluate(
         device=device,
         precision=precision,
         batch_size=batch_size,
-        trust_code=trust_code,
+        trust_remote_code=trust_remote_code,
     )
     place = user_path(output) if output else _place(source, found.split, dataset)
     if json:
@@ -75,7 +75,7 @@ def evaluate(
     else:
         _show(found)
     if place is None:
-        say("an adapter directory is left as it is: with --output DIR, eval.json and pictures are written there")
+        say("an adapter directory is left as it is: with --output DIR, eval.json and images are written there")
     for file in write(found, place, format) if place is not None else []:  # after the numbers, which are not lost so
         say(one_line(f"wrote {file}"))
 

@@ -26,7 +26,7 @@ def export(
     file: File,
     to: To = None,
     weights: Weights = None,
-    trust_code: TrustCode = False,
+    trust_remote_code: TrustCode = False,
     json: Json = False,
 ) -> None:
     """Write a trained model as torch.export, ONNX or plain weights.
@@ -37,7 +37,7 @@ def export(
     from petune.base.text import size
     from petune.serving.export import export as export_model
 
-    done = export_model(user_path(source), user_path(file), to=to, weights=weights, trust_code=trust_code)
+    done = export_model(user_path(source), user_path(file), to=to, weights=weights, trust_remote_code=trust_remote_code)
     if json:
         show_json(asdict(done))
         return
@@ -46,6 +46,6 @@ def export(
             ("output", f"{one_line(done.output)}  {size(done.bytes)}"),
             ("method", one_line(done.method)),
             ("adapters", "folded into the weights" if done.merged else f"parts of the program ({done.reason})"),
-            ("off by", f"{done.difference:.1e} of the largest score, in batches of 1, 2 and 5"),
+            ("off by", f"{done.difference:.1e} of the largest logit, in batches of 1, 2 and 5"),
         )
     )

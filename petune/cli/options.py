@@ -76,7 +76,7 @@ FLAGS = (
     Flag("patch-size", int, "Side of a patch, pixels.", "the backbone's"),
     Flag("head", str, "bn_linear: a BatchNorm before the classifier.", "linear", "linear|bn_linear"),
     _train("epochs", int, "Passes over the training split.", "10"),
-    _train("batch-size", int, "Pictures a step.", "128"),
+    _train("batch-size", int, "Images a step.", "128"),
     _train("lr", float, "Peak learning rate; not scaled by the batch size.", RECIPE),
     _train("weight-decay", float, "Of matrices only.", RECIPE),
     _train("optimizer", str, "A name of timm's optimizer factory.", RECIPE),
@@ -89,7 +89,7 @@ FLAGS = (
     _train("compile", bool, "Compile the forward by torch.compile."),
     _train("cache-features", str, "Compute frozen layers once.", "auto", "auto|always|never"),
     Flag("val-fraction", float, "Share of train that chooses the epoch.", "0.1"),
-    Flag("train-per-class", int, "Keep so many training pictures a class.", "all"),
+    Flag("train-per-class", int, "Keep so many training images a class.", "all"),
     Flag("seed", int, "Of head, adapters, order, augmentation, dropout.", "0"),
     Flag("device", str, "auto, cpu, cuda, cuda:N or mps.", "auto"),
     Flag("output", Path, "The run directory.", "a new one under runs/"),
@@ -111,14 +111,14 @@ DryRun = Annotated[
 Track = Annotated[
     str | None,
     typer.Option(
-        "--track",
+        "--tracker",
         metavar="NAME",
         help="Log training curves: tensorboard, wandb (offline) or mlflow, in --output/NAME; trackio, in its database.",
     ),
 ]
 
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Let the backbone be built by a function of the adapter's author.")
+    bool, typer.Option("--trust-remote-code", help="Let the backbone be built by a function of the adapter's author.")
 ]
 Executor = Annotated[
     str,

@@ -1,4 +1,4 @@
-"""`petune predict`: what a trained model says of pictures."""
+"""`petune predict`: what a trained model says of images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from petune.serving.predict import Prediction
 
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter directory.")]
-Pictures = Annotated[
-    list[Path], typer.Argument(metavar="PICTURE", help="Picture files, or folders: all pictures below them.")
-]
-TopK = Annotated[int, typer.Option("--top-k", metavar="INT", min=1, help="So many classes a picture.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="INT", min=1, help="Pictures a forward.")]
+Images = Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders: all images below them.")]
+TopK = Annotated[int, typer.Option("--top-k", metavar="INT", min=1, help="So many classes an image.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="INT", min=1, help="Images a forward.")]
 Weights = Annotated[
     str | None,
     typer.Option("--weights", metavar="NAME|PATH", help="Where the backbone's weights are now.  [default: the run's]"),
@@ -31,28 +29,30 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
     typer.Option("--precision", metavar="auto|fp32|bf16", help="auto: the one measured to be faster here."),
 ]
-JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, a line a picture, and only that.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, a line an image, and only that.")]
 
 
 def predict(
     source: Source,
-    pictures: Pictures,
+    images: Images,
     top_k: TopK = 5,
     batch_size: BatchSize = 64,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "fp32",
-    trust_code: TrustCode = False,
+    trust_remote_code: TrustCode = False,
     json: JsonLines = False,
 ) -> None:
-    """Name pictures with a trained model.
+    """Name images with a trained model.
 
-    A picture that cannot be read is named, the others are not harmed; the exit code is then 4.
+    An image that cannot be read is named, the others are not harmed; the exit code is then 4.
     """
     from petune.serving.predict import Predictor
 
-    predictor = Predictor(user_path(source), weights=weights, device=device, precision=precision, trust_code=trust_code)
-    found = predictor.stream(pictures, top_k=top_k, batch_size=batch_size)
+    predictor = Predictor(
+        user_path(source), weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
+    )
+    found = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     broken = _lines(found) if json else _table(found)
     for one in broken:
         say(clean(f"error: {one.problem}"))
@@ -63,7 +63,7 @@ def predict(
 def _lines(found: Iterable[Prediction]) -> list[Prediction]:
     broken = []
     for one in found:
-        line: dict[str, Any] = {"picture": one.picture}
+        line: dict[str, Any] = {"image": one.image}
         if one.problem:
             line["error"] = one.problem
             broken.append(one)
@@ -80,11 +80,11 @@ def _table(found: Iterable[Prediction]) -> list[Prediction]:
             broken.append(one)
         else:
             first, *others = [(one_line(guess.name), percent(100 * guess.probability, 1)) for guess in one.top]
-            rows.append([one_line(one.picture), *first, ", ".join(" ".join(pair) for pair in others)])
+            rows.append([one_line(one.image), *first, ", ".join(" ".join(pair) for pair in others)])
     if rows:
-        columns = ("picture", "class", "probability", "next")
+        columns = ("image", "class", "probability", "next")
         narrow = not any(row[-1] for row in rows)
         show_table(columns[:-1] if narrow else columns, [r[:-1] if narrow else r for r in rows], right=columns[2:3],
                    spare=() if narrow else columns[3:])  # fmt: skip
-    say(f"{len(rows)} pictures named" + (f", {len(broken)} could not be read" if broken else ""))
+    say(f"{len(rows)} images named" + (f", {len(broken)} could not be read" if broken else ""))
     return broken

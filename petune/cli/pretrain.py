@@ -44,7 +44,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
         show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    place = join().same(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
+    place = join().broadcast(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
     config = config.model_copy(update={"output": place})
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

@@ -46,7 +46,7 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bo
     from petune.runner.run import default_name
     from petune.runner.run import run as run_config
 
-    place = join().same(lambda: place_of(config, default_name(config), resume=resume))
+    place = join().broadcast(lambda: place_of(config, default_name(config), resume=resume))
     config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

@@ -32,7 +32,7 @@ def place_of(config: RunConfig, name: str, *, resume: bool) -> Path:
     Raises:
         UsageError: There is nothing to go on in.
     """
-    from petune.runner.run_dir import CONFIG_FILE, free_path, latest_path
+    from petune.runner.run_dir import CONFIG_FILE, latest_path, unique_path
 
     if config.output is not None:
         if resume and not (config.output / CONFIG_FILE).is_file():
@@ -42,7 +42,7 @@ def place_of(config: RunConfig, name: str, *, resume: bool) -> Path:
             )
         return config.output
     if not config.resume:
-        return free_path(RUNS / name)
+        return unique_path(RUNS / name)
     latest = latest_path(RUNS / name)
     if latest is None:
         raise UsageError(f"--resume needs a run to go on in, but there is no {RUNS / name}; give --output DIR")
@@ -139,7 +139,7 @@ def check_executor(name: str, track: str | None) -> None:
 
     choose_executor(name)
     if track and name != "serial":
-        raise UsageError(f"--track follows the runs of this process, and --executor {name} has them elsewhere")
+        raise UsageError(f"--tracker follows the runs of this process, and --executor {name} has them elsewhere")
 
 
 class _Tracking:

@@ -45,7 +45,7 @@ def pull(
     repo: Repo,
     output: Output = None,
     revision: Revision = None,
-    trust_code: TrustCode = False,
+    trust_remote_code: TrustCode = False,
     json: Json = False,
 ) -> None:
     """Fetch an adapter from the Hugging Face Hub.
@@ -55,7 +55,7 @@ def pull(
     from petune.base.text import size
     from petune.serving.share import pull
 
-    done = pull(repo, output, revision=revision, trust_code=trust_code)
+    done = pull(repo, output, revision=revision, trust_remote_code=trust_remote_code)
     if json:
         show_json(asdict(done))
         return

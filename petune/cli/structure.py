@@ -23,7 +23,7 @@ class Structure:
     Attributes:
         full_name: As a run would report it.
         sites: What petune sees.
-        forward_flops: Of one picture.
+        forward_flops: Of one image.
     """
 
     full_name: str
@@ -55,7 +55,7 @@ class Plan:
             ("tuned", f"{count(self.tuned)}  (with the head {of})"),
             ("head", count(self.head)),
             ("all parameters", count(self.total)),
-            ("forward", f"{flops(self.forward_flops)} a picture"),
+            ("forward", f"{flops(self.forward_flops)} an image"),
             ("without the method", f"{flops(bare_flops)} (the method adds {more})"),
             ("recipe", self.recipe),
             *(("warning", text) for text in self.warnings),

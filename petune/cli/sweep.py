@@ -19,7 +19,7 @@ Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="A register
 Over = Annotated[
     list[str] | None,
     typer.Option(
-        "--over",
+        "--search",
         metavar="KEY=VALUES",
         help="bottleneck=8,16,64 or train.lr=1e-4..1e-2:log: an option of the method, or train.…; repeatable.",
     ),
@@ -31,7 +31,7 @@ Trials = Annotated[
 AtOnce = Annotated[
     int | None,
     typer.Option(
-        "--at-once",
+        "--parallel-trials",
         metavar="INT",
         help="How many are sampled before the values of any of them are known.  [default: 1; 4 on an executor]",
     ),
@@ -137,7 +137,7 @@ def _values(
 
 
 def _over(texts: list[str]) -> dict[str, Any]:
-    """All of `--over`, by key.
+    """All of `--search`, by key.
 
     Raises:
         UsageError: See `petune.space.parse_over`, or a key stands twice.
@@ -148,7 +148,7 @@ def _over(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         key, values = parse_over(text)
         if key in found:
-            raise UsageError(f"--over takes all values of a key at once, {key}=VALUE,VALUE,…, but {key} came twice")
+            raise UsageError(f"--search takes all values of a key at once, {key}=VALUE,VALUE,…, but {key} came twice")
         found[key] = values
     return found
 
@@ -158,4 +158,4 @@ def _hint(problem: str, over: Any) -> str:
     from petune.training import TrainConfig
 
     keys = [key for key in (over or {}) if key in TrainConfig.model_fields and f"{key}: no such key" in problem]
-    return f"\ntraining options are written --over train.{keys[0]}=…" if keys else ""
+    return f"\ntraining options are written --search train.{keys[0]}=…" if keys else ""

@@ -10,10 +10,10 @@ from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, OnBroken, Split
 
 NAMES = {
-    "cifar10": "60,000 pictures of 10 classes, 32x32",
-    "cifar100": "60,000 pictures of 100 classes, 32x32",
+    "cifar10": "60,000 images of 10 classes, 32x32",
+    "cifar100": "60,000 images of 100 classes, 32x32",
     "digits": "scikit-learn's 1,797 handwritten digits, 8x8, no download",
-    "folder:PATH": "your pictures: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/",
+    "folder:PATH": "your images: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/",
 }
 
 
@@ -25,7 +25,7 @@ def load_dataset(
     Args:
         name: A key of `NAMES`.
         data_dir: Where CIFAR lies; without it `PETUNE_DATA`, then the cache directory.
-        image_size: Side in pixels that pictures of a folder will be used at.
+        image_size: Side in pixels that images of a folder will be used at.
         on_broken: For a folder: see `petune.data.folder`.
 
     Raises:
@@ -46,7 +46,7 @@ def load_dataset(
         from petune.data.digits import load_digits
 
         return load_digits()
-    raise UnknownName("dataset", name, NAMES, "pictures in folders are folder:PATH")
+    raise UnknownName("dataset", name, NAMES, "images in folders are folder:PATH")
 
 
 __all__ = ["NAMES", "Dataset", "OnBroken", "Preprocess", "Split", "load_dataset"]

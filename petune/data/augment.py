@@ -1,9 +1,9 @@
-"""Augmentation of a whole batch at once, each picture from its own row of random numbers.
+"""Augmentation of a whole batch at once, each image from its own row of random numbers.
 
-The numbers depend on (seed, epoch, index of the picture) and on nothing else, so the number of workers, the
-batch size and a resume in mid-epoch leave every picture as it would have been.
+The numbers depend on (seed, epoch, index of the image) and on nothing else, so the number of workers, the
+batch size and a resume in mid-epoch leave every image as it would have been.
 
-Legend: B batch, C channels, H height, W width, K random numbers a picture.
+Legend: B batch, C channels, H height, W width, K random numbers an image.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ NUM_DRAWS = 8  # columns: shift y, shift x, flip, brightness?, brightness, contr
 Draws = Tensor  # float32 in [0, 1), (B, K)
 
 
-def draws(seed: int, epoch: int, num_pictures: int) -> NDArray[np.float32]:
+def draws(seed: int, epoch: int, num_images: int) -> NDArray[np.float32]:
     """The table of random numbers of one epoch, (N, K) in [0, 1)."""
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch << 8 | 1]))
-    return generator.random((num_pictures, NUM_DRAWS), dtype=np.float32)
+    return generator.random((num_images, NUM_DRAWS), dtype=np.float32)
 
 
-def order(seed: int, epoch: int, num_pictures: int) -> NDArray[np.int64]:
+def order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
     """The order of one epoch, a permutation of 0..N-1."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch << 8])).permutation(num_pictures)
+    return np.random.Generator(np.random.Philox(key=[seed, epoch << 8])).permutation(num_images)
 
 
 def shift(x_BCHW: Tensor, u: Draws) -> Tensor:
@@ -88,7 +88,7 @@ PRESETS: dict[str, tuple[Callable[[Tensor, Draws], Tensor], ...]] = {
 
 
 def augment(x_BCHW: Tensor, preset: str, u: Draws) -> Tensor:
-    """Apply a preset to pictures in 0..255."""
+    """Apply a preset to images in 0..255."""
     for step in PRESETS[preset]:
         x_BCHW = step(x_BCHW, u)
     return x_BCHW

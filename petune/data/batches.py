@@ -25,7 +25,7 @@ class Preprocess:
     """What the backbone wants to see.
 
     Attributes:
-        image_size: Side of the square picture, in pixels.
+        image_size: Side of the square image, in pixels.
         mean, std: Of the channels, for pixels in [0, 1].
     """
 
@@ -34,7 +34,7 @@ class Preprocess:
     std: tuple[float, ...]
 
     def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Pictures in 0..255 at `image_size`, float32 (B, 3, H, W), less the margin they were stored with."""
+        """Images in 0..255 at `image_size`, float32 (B, 3, H, W), less the margin they were stored with."""
         raw = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
         x_BCHW = moved(raw, device).permute(0, 3, 1, 2).float()
         if split.crop < 1:
@@ -48,7 +48,7 @@ class Preprocess:
         return x_BCHW
 
     def blank(self, device: torch.device) -> Tensor:
-        """One picture without content, float32 (1, 3, H, W)."""
+        """One image without content, float32 (1, 3, H, W)."""
         return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
 
     def normalise(self, x_BCHW: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalised pictures (B, 3, H, W), labels (B,), and where in the split each picture lies."""
+    """Normalised images (B, 3, H, W), labels (B,), and where in the split each image lies."""
 
     x_BCHW: Tensor
     y_B: Tensor
@@ -70,7 +70,7 @@ class TrainBatches:
     """Shuffled, augmented batches; any batch of any epoch can be asked for, so a resume repeats nothing.
 
     Attributes:
-        positions_only: Give the places of the pictures in the split, int64 (B,), in place of the pictures.
+        positions_only: Give the places of the images in the split, int64 (B,), in place of the images.
     """
 
     def __init__(
@@ -90,20 +90,20 @@ class TrainBatches:
         return len(self.split) // self.batch_size  # the ragged last batch is dropped
 
     def note(self) -> str:
-        """What to know where more than a tenth of the pictures is left out of an epoch; empty else."""
-        pictures, left = len(self.split), len(self.split) % self.batch_size
-        if left <= pictures / 10:
+        """What to know where more than a tenth of the images is left out of an epoch; empty else."""
+        images, left = len(self.split), len(self.split) % self.batch_size
+        if left <= images / 10:
             return ""
         sizes = range(self.batch_size - 1, self.batch_size // 2, -1)
-        better = next((size for size in sizes if pictures % size <= pictures / 10), None)
-        advice = f"; --set train.batch_size={better} uses {pictures - pictures % better:,}" if better else ""
+        better = next((size for size in sizes if images % size <= images / 10), None)
+        advice = f"; --set train.batch_size={better} uses {images - images % better:,}" if better else ""
         return (
-            f"each epoch trains on {pictures - left:,} of {pictures:,} pictures, others each time, since {left:,} fill "
+            f"each epoch trains on {images - left:,} of {images:,} images, others each time, since {left:,} fill "
             f"no batch of {self.batch_size}{advice}"
         )
 
     def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on, and of each batch only the pictures of `part`.
+        """The batches of one epoch from batch `start` on, and of each batch only the images of `part`.
 
         For a GPU each is made while the one before is in use.
         """
@@ -115,10 +115,10 @@ class TrainBatches:
         table = draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
             chosen = positions[step * self.batch_size : (step + 1) * self.batch_size][part]
-            x = torch.from_numpy(chosen) if self.positions_only else self._pictures(chosen, table)
+            x = torch.from_numpy(chosen) if self.positions_only else self._images(chosen, table)
             yield Batch(x, _labels(self.split, chosen, self.device), chosen)
 
-    def _pictures(self, chosen: NDArray[np.int64], table: NDArray[np.float32]) -> Tensor:
+    def _images(self, chosen: NDArray[np.int64], table: NDArray[np.float32]) -> Tensor:
         u = moved(torch.from_numpy(table[chosen]), self.device)
         x_BCHW = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
         return self.preprocess.normalise(x_BCHW)
@@ -127,7 +127,7 @@ class TrainBatches:
 def eval_batches(
     split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, *, positions_only: bool = False
 ) -> Iterator[Batch]:
-    """All pictures of a split in order, the ragged last batch included; or only their places, as in TrainBatches."""
+    """All images of a split in order, the ragged last batch included; or only their places, as in TrainBatches."""
     for start in range(0, len(split), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(split)))
         if positions_only:

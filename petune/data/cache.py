@@ -1,4 +1,4 @@
-"""Pictures are decoded once; the result lies in the cache directory as arrays that are memory-mapped."""
+"""Images are decoded once; the result lies in the cache directory as arrays that are memory-mapped."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from petune.data.dataset import Split
 LOCK = ".lock"
 ELSEWHERE = "set PETUNE_CACHE to another folder"
 Allocate = Callable[[int, int], NDArray[np.uint8]]
-"""(number of pictures N, side S) to an array (N, S, S, 3) that lies on disk, so it may exceed the memory."""
+"""(number of images N, side S) to an array (N, S, S, 3) that lies on disk, so it may exceed the memory."""
 Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
-"""Fills the pictures it allocates (once) and returns their labels and rows, int64 (N,); see `Split`."""
+"""Fills the images it allocates (once) and returns their labels and rows, int64 (N,); see `Split`."""
 
 
 def cache_dir() -> Path:
@@ -38,7 +38,7 @@ def decoded(key: dict[str, Any], decode: Decode, crop: float = 1.0) -> Split:
     """The split that `decode` makes, decoded now or by an earlier run with the same key.
 
     Args:
-        key: All that the pixels depend on (files with size and time, size of the pictures, format number).
+        key: All that the pixels depend on (files with size and time, size of the images, format number).
         decode: See `Decode`.
         crop: See `Split`.
 
@@ -116,7 +116,7 @@ def _allocate(path: Path, count: int, side: int) -> NDArray[np.uint8]:
     # A full disk must be noticed here: writing to a mapped file without room ends the process (SIGBUS).
     if need > have:
         raise DataError(
-            f"the decoded pictures need {need:,} bytes in {path.parent.parent}, but only {have:,} are free; "
+            f"the decoded images need {need:,} bytes in {path.parent.parent}, but only {have:,} are free; "
             f"make room or {ELSEWHERE}"
         )
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, side, side, 3))

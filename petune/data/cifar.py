@@ -132,25 +132,25 @@ def _decode_parquet(paths: list[Path], column: str, allocate: Allocate) -> tuple
     import pyarrow.parquet as pq
     from PIL import Image
 
-    pictures: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     labels: list[int] = []
     for path in paths:
         try:
             table = pq.read_table(path)
-            pictures += table["img" if "img" in table.column_names else "image"].to_pylist()
+            images += table["img" if "img" in table.column_names else "image"].to_pylist()
             labels += np.asarray(table[column].to_pylist()).astype(np.int64, casting="same_kind").tolist()
         except Exception as error:  # Arrow has errors of its own below RuntimeError, MemoryError and others
             raise _no_parquet(path, column, error) from None
-    images = allocate(len(pictures), SIDE)
-    for row, picture in enumerate(pictures):
+    pixels = allocate(len(images), SIDE)
+    for row, image in enumerate(images):
         try:
-            opened = Image.open(io.BytesIO(picture["bytes"]))
+            opened = Image.open(io.BytesIO(image["bytes"]))
             if opened.size != (SIDE, SIDE):
                 raise ValueError(f"it is {opened.width}x{opened.height}")
-            images[row] = np.asarray(opened.convert("RGB"))
-        except Exception as error:  # Pillow raises a dozen types, and each means that this picture is bad
+            pixels[row] = np.asarray(opened.convert("RGB"))
+        except Exception as error:  # Pillow raises a dozen types, and each means that this image is bad
             raise DataError(
-                f"{paths[0].parent}: picture {row} must be whole, {SIDE}x{SIDE}, but: {error}. Fetch it again"
+                f"{paths[0].parent}: image {row} must be whole, {SIDE}x{SIDE}, but: {error}. Fetch it again"
             ) from None
     return np.asarray(labels, dtype=np.int64), np.arange(len(labels))
 

@@ -1,6 +1,6 @@
-"""What a dataset is to the rest of petune: uint8 pictures in memory-mapped arrays, labels, class names.
+"""What a dataset is to the rest of petune: uint8 images in memory-mapped arrays, labels, class names.
 
-Legend: N pictures, H height, W width.
+Legend: N images, H height, W width.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from numpy.typing import NDArray
 from petune.base.errors import ConfigError, DataError
 
 CHUNK = 32
-"""Pictures that statistics take into memory at once."""
+"""Images that statistics take into memory at once."""
 OnBroken = Literal["error", "skip"]
-"""What a picture that cannot be decoded is: an error, or left out."""
+"""What an image that cannot be decoded is: an error, or left out."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures and labels of one split.
+    """Images and labels of one split.
 
     Attributes:
         images: uint8, (N, H, W, 3), usually memory-mapped: index it, do not copy it.
         labels: int64, (N,), from 0 to the number of classes - 1.
-        rows: int64, (N,), where each picture of this split lies in `images` (a split may share its array): copies of
+        rows: int64, (N,), where each image of this split lies in `images` (a split may share its array): copies of
             one file where the first of them does.
-        crop: Share of the side that a model gets to see; below 1 where pictures were stored with a margin.
+        crop: Share of the side that a model gets to see; below 1 where images were stored with a margin.
     """
 
     images: NDArray[np.uint8]
@@ -45,9 +45,9 @@ class Split:
         return len(self.rows)
 
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the channels in [0, 1], of evenly spaced pictures: fewer than 20,000."""
+        """Mean and standard deviation of the channels in [0, 1], of evenly spaced images: fewer than 20,000."""
         chosen = self.rows[:: max(1, len(self) // 10_000)]
-        counts_C256 = np.zeros((3, 256), np.int64)  # a picture's pixels as float64 would be 24 times its file
+        counts_C256 = np.zeros((3, 256), np.int64)  # an image's pixels as float64 would be 24 times its file
         for start in range(0, len(chosen), CHUNK):
             pixels_NC = np.asarray(self.images[chosen[start : start + CHUNK]]).reshape(-1, 3)
             counts_C256 += [np.bincount(channel, minlength=256) for channel in pixels_NC.T]
@@ -58,7 +58,7 @@ class Split:
         return tuple(round(float(m), 6) for m in mean), tuple(round(max(float(s), 1e-3), 6) for s in std)
 
     def take(self, positions: NDArray[np.int64]) -> Split:
-        """The split with only these positions, sharing the pictures."""
+        """The split with only these positions, sharing the images."""
         return replace(self, labels=self.labels[positions], rows=self.rows[positions])
 
 
@@ -69,8 +69,8 @@ class Dataset:
     Attributes:
         name: As on the command line, for example `cifar10` or `folder:pets`.
         classes: Class names in label order.
-        source: Where the pictures were read from, for the record.
-        augment: The preset that suits these pictures.
+        source: Where the images were read from, for the record.
+        augment: The preset that suits these images.
         train, val, test: The splits; `val` is empty until `with_val` has cut one.
     """
 
@@ -90,7 +90,7 @@ class Dataset:
         """The dataset itself, once its labels make sense.
 
         Raises:
-            DataError: Fewer than two classes, a class without training pictures, or a label out of range.
+            DataError: Fewer than two classes, a class without training images, or a label out of range.
         """
         if self.num_classes < 2:
             raise DataError(f"{self.name} must have at least two classes, but has {list(self.classes)}")
@@ -101,9 +101,9 @@ class Dataset:
         empty = np.flatnonzero(np.bincount(self.train.labels, minlength=self.num_classes) == 0)
         if len(empty):
             names = ", ".join(self.classes[i] for i in empty[:5])
-            raise DataError(f"{self.name}: every class must have training pictures, but {names} have none")
+            raise DataError(f"{self.name}: every class must have training images, but {names} have none")
         if not len(self.test):
-            raise DataError(f"{self.name} must have test pictures, but has none; a class needs two different ones")
+            raise DataError(f"{self.name} must have test images, but has none; a class needs two different ones")
         return self
 
     def with_val(self, fraction: float, seed: int) -> Dataset:
@@ -111,14 +111,14 @@ class Dataset:
 
         Args:
             fraction: Share of train, strictly between 0 and 1.
-            seed: Decides which pictures; the same seed always cuts the same ones.
+            seed: Decides which images; the same seed always cuts the same ones.
         """
         if len(self.val):
             return self
         held_out = stratified(self.train.labels, self.train.rows, fraction, seed)
         if not held_out.any() or held_out.all():
             raise ConfigError(
-                f"val_fraction={fraction} of {len(self.train)} training pictures leaves an empty split; a class must "
+                f"val_fraction={fraction} of {len(self.train)} training images leaves an empty split; a class must "
                 "have two that differ to give one, besides what was taken for test. Add some, or bring a val folder"
             )
         positions = np.arange(len(self.train))
@@ -126,31 +126,31 @@ class Dataset:
         return cut.said_to_lack("val")
 
     def said_to_lack(self, part: Literal["val", "test"]) -> Dataset:
-        """The dataset, whose `source` names the classes that a split has no picture of: it says nothing of them."""
+        """The dataset, whose `source` names the classes that a split has no image of: it says nothing of them."""
         split = self.val if part == "val" else self.test
         lacking = [self.classes[i] for i in np.flatnonzero(np.bincount(split.labels, minlength=self.num_classes) == 0)]
         if not lacking:
             return self
         shown = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
-        return replace(self, source=f"{self.source}; no {part} picture of {shown}")
+        return replace(self, source=f"{self.source}; no {part} image of {shown}")
 
-    def with_train_per_class(self, count: int, seed: int) -> Dataset:
-        """Keep `count` training pictures a class, drawn by `seed` (few-shot)."""
+    def with_shots(self, count: int, seed: int) -> Dataset:
+        """Keep `count` training images a class, drawn by `seed` (few-shot)."""
         smallest = int(np.bincount(self.train.labels, minlength=self.num_classes).min())
         if count > smallest:
             raise ConfigError(
-                f"train_per_class must be at most {smallest}, since the smallest class of {self.name} has no "
-                f"more pictures, but is {count}"
+                f"shots must be at most {smallest}, since the smallest class of {self.name} has no "
+                f"more images, but is {count}"
             )
         kept = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
         return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))
 
 
 def stratified(labels: NDArray[np.int64], rows: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """True for a share of each class, drawn by `seed`: at least one picture, and never a whole class.
+    """True for a share of each class, drawn by `seed`: at least one image, and never a whole class.
 
-    A class of a single picture keeps it, so it has none that is True. Copies, of equal rows, count as one and are
-    True together: what is measured on a picture that was trained on is memory.
+    A class of a single image keeps it, so it has none that is True. Copies, of equal rows, count as one and are
+    True together: what is measured on an image that was trained on is memory.
     """
     _, first, of_first = np.unique(rows, return_index=True, return_inverse=True)
     held_out = np.zeros(len(first), dtype=bool)

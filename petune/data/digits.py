@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits (UCI, 1998): 1,797 grey 8×8 pictures that need no download."""
+"""scikit-learn's handwritten digits (UCI, 1998): 1,797 grey 8×8 images that need no download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from petune.data.dataset import Dataset, Split, stratified
 
 TEST_FRACTION = 0.2
-BRIGHTEST = 16  # the pictures count ink in 4×4 cells, so they go from 0 to 16
+BRIGHTEST = 16  # the images count ink in 4×4 cells, so they go from 0 to 16
 
 
 def load_digits() -> Dataset:

@@ -1,4 +1,4 @@
-"""Your own pictures: a folder of class folders, with or without train, val and test above them."""
+"""Your own images: a folder of class folders, with or without train, val and test above them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.data.cache import Allocate, decoded
 from petune.data.dataset import Dataset, OnBroken, Split, stratified
-from petune.data.images import decode_pictures
-from petune.data.layout import Files, picture_files, size_and_time, unread
+from petune.data.images import decode_images
+from petune.data.layout import Files, image_files, size_and_time, unread
 
 FORMAT = 2
 CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
@@ -33,15 +33,15 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
 
     Args:
         path: The folder.
-        image_size: Side in pixels that the pictures will be used at; they are stored with a margin around it.
-        on_broken: What a picture that cannot be decoded is: an `error`, or `skip` takes it away before anything is
+        image_size: Side in pixels that the images will be used at; they are stored with a margin around it.
+        on_broken: What an image that cannot be decoded is: an `error`, or `skip` takes it away before anything is
             drawn, says so in `source`, and is an error above 1 % of a split.
 
     Raises:
-        DataError: No pictures, fewer than two classes, an empty class, classes that differ between
-            splits, or a picture that cannot be decoded (with its path).
+        DataError: No images, fewer than two classes, an empty class, classes that differ between
+            splits, or an image that cannot be decoded (with its path).
     """
-    found, others = picture_files(path)
+    found, others = image_files(path)
     side = math.ceil(image_size / CROP)
     skipped: list[Path] = []
     splits = {part: _decode(path, files, side, on_broken == "skip", skipped) for part, files in found.items()}
@@ -71,18 +71,18 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
 
 
 def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]) -> Split:
-    paths = [picture for pictures in files.values() for picture in pictures]
-    labels = np.repeat(np.arange(len(files)), [len(pictures) for pictures in files.values()])
+    paths = [image for images in files.values() for image in images]
+    labels = np.repeat(np.arange(len(files)), [len(images) for images in files.values()])
     entries = [[str(p.relative_to(root)), *size_and_time(p)] for p in paths]
     key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries} | (
         {"skip": 1} if skip else {}
     )
 
     def decode(allocate: Allocate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        broken = decode_pictures(paths, allocate(len(paths), side), skip=skip)
+        broken = decode_images(paths, allocate(len(paths), side), skip=skip)
         if len(broken) > MOST_BROKEN * len(paths):
             raise DataError(
-                f"at most {MOST_BROKEN:.0%} of the pictures may be broken and skipped, but {len(broken)} of "
+                f"at most {MOST_BROKEN:.0%} of the images may be broken and skipped, but {len(broken)} of "
                 f"{len(paths)} are, first: {next(iter(broken.values()))}. `petune data check {root}` lists them all"
             )
         marked = labels.copy()
@@ -96,7 +96,7 @@ def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]
 
 
 def _rows(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Where each picture lies: a copy, byte for byte, where the first one does; no split is cut between them."""
+    """Where each image lies: a copy, byte for byte, where the first one does; no split is cut between them."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for i, path in enumerate(paths):
         by_size[size_and_time(path)[0]].append(i)

@@ -1,4 +1,4 @@
-"""From picture files to uint8 RGB squares: orientation, transparency, CMYK, 16 bit; broken ones are named."""
+"""From image files to uint8 RGB squares: orientation, transparency, CMYK, 16 bit; broken ones are named."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 _ALWAYS = frozenset(
     [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
-OTHER_PICTURES = frozenset(
+OTHER_IMAGES = frozenset(
     [".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".raf", ".svg", ".tga"]
 )
-"""Kinds of pictures that are not read (AVIF is where Pillow can); where there are any, it is said."""
+"""Kinds of images that are not read (AVIF is where Pillow can); where there are any, it is said."""
 CHUNK = 32
 HOLDS_16_BIT = {"PNG", "PPM"}  # where mode "I" means 16 bit; in a TIFF it is 32 bit without a white point
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """What the names of pictures that are read end in."""
+    """What the names of images that are read end in."""
     from PIL import features
 
     return _ALWAYS | {".avif"} if features.check("avif") else _ALWAYS
 
 
-def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool = False) -> dict[int, str]:
+def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool = False) -> dict[int, str]:
     """Decode `paths` into `out`, uint8 (N, S, S, 3), with a thread a core (Pillow decodes without the GIL).
 
     Returns:
-        With `skip`, the positions of the pictures that cannot be decoded, and why; they stay black.
+        With `skip`, the positions of the images that cannot be decoded, and why; they stay black.
 
     Raises:
-        DataError: Without `skip`: the first picture, in order, that cannot be decoded, with its path.
+        DataError: Without `skip`: the first image, in order, that cannot be decoded, with its path.
     """
     from PIL.Image import DecompressionBombWarning
 
@@ -53,7 +53,7 @@ def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool
     def decode(start: int) -> None:
         for i in range(start, min(start + CHUNK, len(paths))):
             try:
-                out[i] = decode_picture(paths[i], out.shape[1])
+                out[i] = decode_image(paths[i], out.shape[1])
             except DataError as error:
                 if not skip:
                     raise DataError(f"{error}. Mend it, take it away, or --set on_broken=skip (at most 1 %)") from None
@@ -68,8 +68,8 @@ def decode_pictures(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool
     return dict(sorted(broken.items()))
 
 
-def decode_picture(path: Path, side: int) -> NDArray[np.uint8]:
-    """The centred square of a picture at `side` pixels; see `square_of`.
+def decode_image(path: Path, side: int) -> NDArray[np.uint8]:
+    """The centred square of an image at `side` pixels; see `square_of`.
 
     Raises:
         DataError: It is broken, truncated, a decompression bomb, or of a kind without a defined white.
@@ -82,13 +82,13 @@ def decode_picture(path: Path, side: int) -> NDArray[np.uint8]:
             return square_of(opened, side)
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is bad
         reason = " ".join(str(error).split()) or type(error).__name__
-        if path.suffix.lower() in OTHER_PICTURES:
+        if path.suffix.lower() in OTHER_IMAGES:
             reason += " (convert it, this kind is not read)"
-        raise DataError(f"{path} must be a whole picture, but: {reason}") from None
+        raise DataError(f"{path} must be a whole image, but: {reason}") from None
 
 
 def square_of(opened: Image, side: int) -> NDArray[np.uint8]:
-    """The centred square of a picture at `side` pixels, uint8 (S, S, 3), bicubic with antialiasing.
+    """The centred square of an image at `side` pixels, uint8 (S, S, 3), bicubic with antialiasing.
 
     Raises:
         ValueError: It is of a kind without a defined white.
@@ -122,7 +122,7 @@ def _to_rgb(image: Image) -> Image:
 
     if not image.has_transparency_data:
         return image.convert("RGB")
-    # On white, as a page or a viewer shows it: most such pictures are cut-outs and logos made for a white
+    # On white, as a page or a viewer shows it: most such images are cut-outs and logos made for a white
     # ground, and dropping alpha instead would show colours that nobody sees.
     seen = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")

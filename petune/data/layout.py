@@ -1,4 +1,4 @@
-"""Where the pictures of a folder lie: class folders, with or without train, val and test above them."""
+"""Where the images of a folder lie: class folders, with or without train, val and test above them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from petune.base.config import expanded
 from petune.base.errors import DataError, UsageError
-from petune.data.images import OTHER_PICTURES, extensions
+from petune.data.images import OTHER_IMAGES, extensions
 
 VAL_NAMES = ("val", "valid", "validation")
 SPLIT_NAMES = {"train", "training", "test", "testing", *VAL_NAMES}
 
 Files = Mapping[str, list[Path]]
-"""Class name to its pictures, both in order."""
+"""Class name to its images, both in order."""
 
 
 def folder_of(dataset: str) -> Path:
@@ -25,11 +25,11 @@ def folder_of(dataset: str) -> Path:
     return expanded(dataset.removeprefix("folder:"))
 
 
-def picture_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:
-    """The pictures of a folder dataset by split and class, as `load_folder` would read them.
+def image_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:
+    """The images of a folder dataset by split and class, as `load_folder` would read them.
 
     Returns:
-        Also how many visible files are not read as pictures, by what their names end in.
+        Also how many visible files are not read as images, by what their names end in.
 
     Raises:
         DataError: As `load_folder`, but for what decoding would show.
@@ -41,15 +41,15 @@ def picture_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:
 
 
 def files_of_part(path: Path, part: str) -> tuple[str, Files, str]:
-    """The pictures to evaluate on: of PATH/test or PATH/val, or all of a folder without either.
+    """The images to evaluate on: of PATH/test or PATH/val, or all of a folder without either.
 
     As in `load_folder`, val is the test split of a folder that has no other.
 
     Returns:
-        Which they are (`all` where the folder has no splits), the pictures, and what is said of files left out.
+        Which they are (`all` where the folder has no splits), the images, and what is said of files left out.
 
     Raises:
-        DataError: No folder, no pictures, or a class folder without any.
+        DataError: No folder, no images, or a class folder without any.
         UsageError: It has splits, and another one is asked for.
     """
     if not path.is_dir():
@@ -76,7 +76,7 @@ def parts_of(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
     train = path / "train"
-    if not _has_folders(train):  # a class may be called train: it then holds pictures only
+    if not _has_folders(train):  # a class may be called train: it then holds images only
         lonely = [name for name in ("test", *VAL_NAMES) if _has_folders(path / name)]
         if lonely:
             raise DataError(
@@ -120,25 +120,25 @@ def _called_otherwise(path: Path) -> list[Path]:
 
 
 def _files(where: Path, others: Counter[str] | None = None) -> Files:
-    return {folder.name: pictures_below(folder, others) for folder in visible_folders(where)}
+    return {folder.name: images_below(folder, others) for folder in visible_folders(where)}
 
 
-def pictures_below(folder: Path, others: Counter[str] | None = None, *, unread: bool = False) -> list[Path]:
-    """Every picture in a folder and the folders in it, in order of their paths; hidden ones are left out.
+def images_below(folder: Path, others: Counter[str] | None = None, *, unread: bool = False) -> list[Path]:
+    """Every image in a folder and the folders in it, in order of their paths; hidden ones are left out.
 
     Args:
         folder: Where to look.
         others: Counts the other visible files, by what their names end in.
-        unread: Whether pictures of kinds that are not read belong to it, to be named as such.
+        unread: Whether images of kinds that are not read belong to it, to be named as such.
     """
-    pictures, kinds = [], extensions() | OTHER_PICTURES if unread else extensions()
+    images, kinds = [], extensions() | OTHER_IMAGES if unread else extensions()
     for file in _files_below(folder):
         suffix = file.suffix.lower()
         if suffix in kinds:
-            pictures.append(file)
+            images.append(file)
         elif others is not None:
             others[suffix] += 1
-    return sorted(pictures)
+    return sorted(images)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -174,8 +174,8 @@ def size_and_time(path: Path) -> tuple[int, int]:
 
 
 def unread(by_suffix: Mapping[str, int]) -> str:
-    """What is said of pictures among what was left out; empty without any."""
-    kinds = [f"{count:,} {suffix}" for suffix, count in by_suffix.items() if suffix in OTHER_PICTURES]
+    """What is said of images among what was left out; empty without any."""
+    kinds = [f"{count:,} {suffix}" for suffix, count in by_suffix.items() if suffix in OTHER_IMAGES]
     return f"{', '.join(kinds)} left out (of a kind that is not read here; convert them)" if kinds else ""
 
 
@@ -191,14 +191,14 @@ def _has_folders(path: Path) -> bool:
 def _refuse_empty(path: Path, found: Mapping[str, Files]) -> None:
     if not any(files for part in found.values() for files in part.values()):
         raise DataError(
-            f"{path} must hold pictures as CLASS/*.jpg or train/CLASS/*.jpg, but has none; check the path "
+            f"{path} must hold images as CLASS/*.jpg or train/CLASS/*.jpg, but has none; check the path "
             f"(read are {', '.join(sorted(extensions()))})"
         )
     for part, files in found.items():
-        empty = [name for name, pictures in files.items() if not pictures]
+        empty = [name for name, images in files.items() if not images]
         if empty:
             raise DataError(
-                f"every class folder of {path} must hold a picture, but {part} has none for "
+                f"every class folder of {path} must hold an image, but {part} has none for "
                 f"{', '.join(empty[:5])}; fill or remove it"
             )
 

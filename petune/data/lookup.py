@@ -1,4 +1,4 @@
-"""What is known of a dataset without decoding a picture: where it lies, how many classes it has."""
+"""What is known of a dataset without decoding an image: where it lies, how many classes it has."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def count_classes(name: str) -> int:
     if not name.startswith("folder:"):
         from petune.data import NAMES
 
-        raise UnknownName("dataset", name, NAMES, "pictures in folders are folder:PATH")
+        raise UnknownName("dataset", name, NAMES, "images in folders are folder:PATH")
     path = folder_of(name)
     classes = len(visible_folders(parts_of(path)["train"]))
     if classes < 2:

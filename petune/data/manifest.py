@@ -1,4 +1,4 @@
-"""Which pictures of a folder a run began with: val and test are drawn from them, and anew where they change."""
+"""Which images of a folder a run began with: val and test are drawn from them, and anew where they change."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from petune.base.errors import DataError
-from petune.data.layout import folder_of, parts_of, picture_files, size_and_time
-from petune.runner.run_dir import PICTURES_FILE, note, noted
+from petune.data.layout import folder_of, image_files, parts_of, size_and_time
+from petune.runner.run_dir import IMAGES_FILE, note, noted
 
 Held = dict[str, dict[str, str]]
-"""Split, then class, to the number of pictures and a digest of their names and sizes, as `61 3f0c…`."""
+"""Split, then class, to the number of images and a digest of their names and sizes, as `61 3f0c…`."""
 
 
-def pictures_of(dataset: str) -> Held:
-    """What a folder holds now, in a moment: no picture is read. A folder that was copied holds the same.
+def images_of(dataset: str) -> Held:
+    """What a folder holds now, in a moment: no image is read. A folder that was copied holds the same.
 
     Args:
         dataset: As in a configuration; what is no folder, or not here, holds nothing.
@@ -27,15 +27,15 @@ def pictures_of(dataset: str) -> Held:
     """
     if not dataset.startswith("folder:") or not folder_of(dataset).is_dir():
         return {}
-    places, (found, _) = parts_of(folder_of(dataset)), picture_files(folder_of(dataset))
+    places, (found, _) = parts_of(folder_of(dataset)), image_files(folder_of(dataset))
     return {
-        part: {name: _said(pictures, places[part] / name) for name, pictures in files.items()}
+        part: {name: _said(images, places[part] / name) for name, images in files.items()}
         for part, files in found.items()
     }
 
 
-def hold_pictures(place: Path, dataset: str) -> None:
-    """Note in the directory `place` which pictures it begins with, or hold that they are still the same.
+def check_manifest(place: Path, dataset: str) -> None:
+    """Note in the directory `place` which images it begins with, or hold that they are still the same.
 
     Args:
         place: Of a run, or of many runs that are to be compared.
@@ -44,22 +44,22 @@ def hold_pictures(place: Path, dataset: str) -> None:
     Raises:
         DataError: They changed.
     """
-    now, before = pictures_of(dataset), noted(place / PICTURES_FILE)
+    now, before = images_of(dataset), noted(place / IMAGES_FILE)
     if now and not before:
-        note(place / PICTURES_FILE, now)
+        note(place / IMAGES_FILE, now)
     elif now and (changed := _changed(before, now)):
         raise DataError(
-            f"the pictures of {dataset} must be those that {place} began with, since val and test are drawn from them, "
+            f"the images of {dataset} must be those that {place} began with, since val and test are drawn from them, "
             f"but {changed}. Put them back, or name another --output"
         )
 
 
 def digests(place: Path) -> dict[str, str]:
-    """One digest a split of what `hold_pictures` noted there, for the record."""
-    return _digests(noted(place / PICTURES_FILE))
+    """One digest a split of what `check_manifest` noted there, for the record."""
+    return _digests(noted(place / IMAGES_FILE))
 
 
-def same_pictures(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
+def same_images(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
     """Whether a dataset is a run's own, or a copy of its folder: some of it was trained on.
 
     Args:
@@ -71,33 +71,33 @@ def same_pictures(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
     if folder_of(dataset).resolve() == folder_of(own).resolve():
         return True
     try:
-        now = pictures_of(dataset)
+        now = images_of(dataset)
     except DataError:  # no folder to train on, as test/ alone
         return False
     return bool(before) and _digests(now) == dict(before)
 
 
 def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
-    """Hold that the run's own test and val pictures can still be told from those it trained on.
+    """Hold that the run's own test and val images can still be told from those it trained on.
 
     Args:
         dataset: The run's.
         before: What `digests` said then.
 
     Raises:
-        DataError: The training pictures changed, or there are other splits.
+        DataError: The training images changed, or there are other splits.
     """
-    now = pictures_of(dataset)
+    now = images_of(dataset)
     if before and now and (now.keys() != before.keys() or _digest(now["train"]) != before.get("train")):
         raise DataError(
-            f"the training pictures of {dataset} must be those that the run had, since otherwise some of them may be "
-            "among its test pictures now, but they changed. Put them back, or name pictures that it never saw: "
+            f"the training images of {dataset} must be those that the run had, since otherwise some of them may be "
+            "among its test images now, but they changed. Put them back, or name images that it never saw: "
             "--dataset folder:PATH"
         )
 
 
-def _said(pictures: Sequence[Path], place: Path) -> str:
-    return f"{len(pictures)} {_digest([(str(p.relative_to(place)), size_and_time(p)[0]) for p in pictures])}"
+def _said(images: Sequence[Path], place: Path) -> str:
+    return f"{len(images)} {_digest([(str(p.relative_to(place)), size_and_time(p)[0]) for p in images])}"
 
 
 def _digests(held: Mapping[str, Any]) -> dict[str, str]:

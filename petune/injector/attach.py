@@ -14,7 +14,7 @@ from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.injector.attachment import Attachment
 from petune.injector.edit import Edit
 from petune.injector.registry import blamed, build_tuner
-from petune.injector.trainable import Ledger, ledger_of, open_ledger
+from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.find import find_sites
 from petune.sites.probe import probe, refuse_random
@@ -60,14 +60,14 @@ def attach(
     tuner = copy.copy(build_tuner(method, **options))  # what it keeps of this model is not another attachment's
     name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
     label = label_of(name)
-    before = ledger_of(model)
+    before = trainable_state_of(model)
     _refuse_parts(model, before)
     sites = sites or (before.sites if before else find_sites(model, input_size))
     _refuse_others_sites(model, sites)
     if before is None:
         refuse_random(model, sites)
         _tell_beside_head(sites, train_head)
-    ledger = open_ledger(model, sites)
+    ledger = open_trainable_state(model, sites)
     ledger.open(label)
     edit = Edit(model, sites, label)
     edit.on_detach(lambda: ledger.close(label))
@@ -98,9 +98,9 @@ def _refuse_compiled(model: nn.Module) -> None:
             )
 
 
-def _refuse_parts(model: nn.Module, ledger: Ledger | None) -> None:
+def _refuse_parts(model: nn.Module, ledger: TrainableState | None) -> None:
     """One model has one ledger: two would freeze each other's parameters."""
-    ledgers = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, Ledger)}
+    ledgers = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, TrainableState)}
     others = [path or "the whole that it is a part of" for path, m in ledgers.items() if m.model is not model]
     shared = ledger is None and any(hasattr(m, "is_petune_holder") for m in model.modules())
     if others or shared:
@@ -134,7 +134,7 @@ def _refuse_others_sites(model: nn.Module, sites: Sites) -> None:
 
 def _refuse_idle(attachment: Attachment) -> None:
     """A method that finds nothing to train must not pass for a linear probe; one that wants none says so by `count`."""
-    if attachment.tuned or attachment.tuner.count(attachment.sites) == 0:
+    if attachment.tuned or attachment.tuner.num_parameters(attachment.sites) == 0:
         return
     raise AttachError(
         f"{attachment.name} must find something to train, but {attachment.sites.model} has nothing for it: there would "

@@ -15,7 +15,14 @@ from petune.base.config import expanded
 from petune.base.errors import AttachError, DeadSite, NotMergeable
 from petune.injector.counts import count_parameters
 from petune.injector.edit import Edit
-from petune.injector.trainable import Claim, added_to, buffer_places, ledger_of, named_parameters, open_ledger
+from petune.injector.trainable import (
+    Claim,
+    added_to,
+    buffer_places,
+    named_parameters,
+    open_trainable_state,
+    trainable_state_of,
+)
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches
 from petune.sites.probe import look
@@ -55,7 +62,7 @@ class Attachment:
         self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
         changing = self._changing() if keep_original else {}
         self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
-        ledger = open_ledger(model, self.sites)
+        ledger = open_trainable_state(model, self.sites)
         claim = Claim((*self.tuned.values(), *self.head.values()), tuple(edit.added_tensors()), moving, self._originals)
         ledger.claim(edit.name, claim)
 
@@ -72,15 +79,15 @@ class Attachment:
         """`model.train(mode)`; what is frozen stays in eval mode either way."""
         return self.model.train(mode)
 
-    def begin(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """Tell the tuner how many steps the training has, before the first and before a resume."""
-        self.tuner.begin(total_steps)
+        self.tuner.on_train_start(total_steps)
 
-    def stepped(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         """Tell the tuner that the optimizer has done this step (from 0), while the gradients are still there."""
-        self.tuner.stepped(step)
+        self.tuner.on_step_end(step)
 
-    def extra_loss(self, step: int) -> Tensor | float:
+    def loss(self, step: int) -> Tensor | float:
         """The tuner's own term of the loss at this step, 0.0 where it has none."""
         term = self.tuner.loss(step)
         return 0.0 if term is None else term
@@ -121,7 +128,7 @@ class Attachment:
 
         They are the model's own tensors; while the attachment is off, of what it trains in place those kept aside.
         """
-        ledger = ledger_of(self.model)
+        ledger = trainable_state_of(self.model)
         live = self.live_state()
         return live if ledger is None else {key: ledger.value(self.edit.name, key, t) for key, t in live.items()}
 
@@ -149,7 +156,7 @@ class Attachment:
         """Inside, the model computes what it did before attaching, bit for bit.
 
         What trains in place, the classifier above all, is exchanged: not between a forward and its backward. To learn
-        from the backbone's own scores, ask for them first.
+        from the backbone's own logits, ask for them first.
 
         Raises:
             AttachError: The attachment trains backbone or head, and was made with keep_original=False.
@@ -189,7 +196,7 @@ class Attachment:
         """
         self._need_attached()
         self._exchange(False, self._exchangeable())
-        open_ledger(self.model, self.sites).bequeath(self.edit.name)
+        open_trainable_state(self.model, self.sites).bequeath(self.edit.name)
         self.edit.undo()
         self.attached = False
 
@@ -213,7 +220,7 @@ class Attachment:
         self.attached = False
 
     def _fold(self) -> None:
-        """Fold, and compare what the model makes of a picture before and after; put everything back if they differ."""
+        """Fold, and compare what the model makes of an image before and after; put everything back if they differ."""
         before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         expected = look(self.model, self.sites)
         try:
@@ -233,7 +240,7 @@ class Attachment:
         folded = [
             key for key, t in self.model.state_dict().items() if key in before and not torch.equal(t, before[key])
         ]
-        ledger = open_ledger(self.model, self.sites)
+        ledger = open_trainable_state(self.model, self.sites)
         for key in folded:
             other = next(
                 (n for n, c in ledger.claims.items() if n != self.edit.name and key in (c.originals or {})), None
@@ -273,7 +280,7 @@ class Attachment:
 
     def _exchange(self, on: bool, changing: dict[str, Tensor]) -> None:
         """Put in what was trained in place, or what the model has without it."""
-        open_ledger(self.model, self.sites).switch(self.edit.name, on, changing)
+        open_trainable_state(self.model, self.sites).switch(self.edit.name, on, changing)
         if changing:
             forget_caches(self.model)
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from petune.base.errors import AttachError, NotMergeable, SiteNotFound
-from petune.injector.hooks.base import After, Before, Branch, Gather, Holder, InnerPrompts, Prompts, once
+from petune.injector.hooks.base import After, Before, Gather, Holder, InnerPrompts, Parallel, Prompts, once
 from petune.injector.hooks.position_bias import Room, admit_prompts, fills, is_inside, refused
 from petune.injector.hooks.prompt_check import Prompting
-from petune.injector.hooks.prompt_windows import Leg, PassingPrompts, is_plain
-from petune.injector.trainable import CONTAINERS, added_to, host_for, open_ledger
+from petune.injector.hooks.prompt_windows import WindowHook, WindowPrompts, is_plain
+from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
 from petune.sites.probe import Call, is_pointwise, probe
 from petune.sites.site import Block, Site, Sites, changeable, present, whole
 
@@ -57,7 +57,7 @@ class Edit:
         self._calls: dict[int, Call] | None = None
         self._undo: list[Callable[[], object]] = []
 
-    def branch(self, enter: Site | Sequence[Site] | None, exit: Site | None, adapter: nn.Module) -> None:
+    def parallel(self, enter: Site | Sequence[Site] | None, exit: Site | None, adapter: nn.Module) -> None:
         """Add `adapter(what enters ENTER)` to what leaves EXIT.
 
         Args:
@@ -66,10 +66,10 @@ class Edit:
             adapter: Maps (..., D of enter) to (..., D of exit); for several places, a list of such tensors.
         """
         if isinstance(enter, Sequence):
-            self._gather(enter, changeable(self.sites, exit, "branch"), adapter)
+            self._gather(enter, changeable(self.sites, exit, "parallel"), adapter)
             return
-        enter, exit = present(self.sites, enter, "branch"), changeable(self.sites, exit, "branch")
-        holder = Branch(adapter, enter.layout, exit.layout)
+        enter, exit = present(self.sites, enter, "parallel"), changeable(self.sites, exit, "parallel")
+        holder = Parallel(adapter, enter.layout, exit.layout)
         self._put(holder, exit, enter, exit)
         self._hook(enter.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
         # innermost of all hooks, so that it meets the tokens as ENTER saw them; also after an exception
@@ -116,7 +116,7 @@ class Edit:
         else:
             self._prompt_tokens(run, adapter, count)
 
-    def passage(self) -> tuple[Block, ...]:
+    def prompt_span(self) -> tuple[Block, ...]:
         """The first block and those behind it with the same tokens: how far prompts go that enter the model there.
 
         It is all blocks, unless tokens are pooled or merged in between.
@@ -165,10 +165,10 @@ class Edit:
             if not plain or any(not is_inside(b) for b in run):
                 why = "has no way out for them: they stay in its attention, and cannot go on to the next block"
                 raise refused(block, self.sites, why, DEEP)
-        holder = PassingPrompts(adapter, room, {}, None)
+        holder = WindowPrompts(adapter, room, {}, None)
         self._put(holder, run[0], *(b.need("attn") for b in run))
         for block in run:
-            leg, attn = Leg(holder, block, fills(block), (block is run[0], block is run[-1])), block.need("attn")
+            leg, attn = WindowHook(holder, block, fills(block), (block is run[0], block is run[-1])), block.need("attn")
             self._hook(attn.enter.register_forward_pre_hook(leg.enter, with_kwargs=True, prepend=True))
             self._hook(attn.exit.register_forward_hook(leg.leave))
         # first of all hooks, for the attention may be what enters the block
@@ -203,7 +203,9 @@ class Edit:
         if not isinstance(what, nn.Module | Site):
             self.trained += (p for p in what if id(p) not in self._foreign)
 
-    def adopt(self, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module] = (), buffers: Named = ()) -> None:
+    def add_parameters(
+        self, parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module] = (), buffers: Named = ()
+    ) -> None:
         """Take over what was put into the model by hand: it trains, is saved, and counts as the tuner's.
 
         Args:
@@ -235,14 +237,14 @@ class Edit:
         """Call `fn` on merge, to fold in what was done by hand; it raises NotMergeable before it changes anything."""
         self._merges.append(fn)
 
-    def linears(self, site: Site | None, *, pointwise: bool = False) -> tuple[Site, ...]:
+    def linear_layers(self, site: Site | None, *, pointwise: bool = False) -> tuple[Site, ...]:
         """The backbone's Linear layers that the forward calls within `site`, in their order; found by one forward.
 
         Args:
             site: A place with extent.
-            pointwise: Take 1×1 convolutions too, the linear layers of tokens that are laid out as a picture.
+            pointwise: Take 1×1 convolutions too, the linear layers of tokens that are laid out as an image.
         """
-        site = present(self.sites, site, "linears")
+        site = present(self.sites, site, "linear_layers")
         calls = self._probed()
         first, last = calls.get(id(site.enter)), calls.get(id(site.exit))
         if first is None or last is None:
@@ -251,28 +253,28 @@ class Edit:
         inside = [m for m in inside if first.start <= calls[id(m)].start and calls[id(m)].stop <= last.stop]
         return tuple(self.site(m) for m in sorted(inside, key=lambda m: calls[id(m)].start))
 
-    def readers(self, site: Site | None) -> tuple[Site, ...]:
+    def input_linears(self, site: Site | None) -> tuple[Site, ...]:
         """Those of `linears(site)` that are called with just the tensor that enters the site."""
-        site = present(self.sites, site, "readers")
+        site = present(self.sites, site, "input_linears")
         calls = self._probed()
-        return tuple(s for s in self.linears(site) if calls[id(s.enter)].input is calls[id(site.enter)].input)
+        return tuple(s for s in self.linear_layers(site) if calls[id(s.enter)].input is calls[id(site.enter)].input)
 
-    def unread(self, site: Site | None) -> tuple[Site, ...]:
+    def uncalled_linears(self, site: Site | None) -> tuple[Site, ...]:
         """Linear layers inside the modules of `site` that the forward never calls: their weights are read instead."""
-        site = present(self.sites, site, "unread")
+        site = present(self.sites, site, "uncalled_linears")
         inside = {id(m) for module in site.modules for m in module.modules()}
         linears = [m for m in self._matrices() if isinstance(m, nn.Linear)]
         return tuple(self.site(m) for m in linears if id(m) in inside and id(m) not in self._probed())
 
-    def wake(self, site: Site | None) -> None:
+    def use_qkv_module(self, site: Site | None) -> None:
         """Tell attentions that can either read or call their qkv layer to call it, as adapters need (timm: EVA, BEiT).
 
         The result is the same up to rounding; disabled and detached, the model reads it again.
         """
-        ledger = open_ledger(self.model, self.sites)
-        for module in present(self.sites, site, "wake").enter.modules():
+        ledger = open_trainable_state(self.model, self.sites)
+        for module in present(self.sites, site, "use_qkv_module").enter.modules():
             if getattr(module, "qkv_bias_separate", None) is False or module in ledger.awake:
-                switch = functools.partial(ledger.wake, module, self.name)
+                switch = functools.partial(ledger.use_qkv_module, module, self.name)
                 switch(True)
                 self.switches.append(switch)
                 self._undo.append(functools.partial(switch, False))
@@ -340,7 +342,7 @@ class Edit:
             holder.adapter.merge(passed[-1].exit)  # type: ignore[operator]
 
     def settle(self) -> None:
-        """Forget the forwards by which the tuner chose its places: they hold every activation of a picture."""
+        """Forget the forwards by which the tuner chose its places: they hold every activation of an image."""
         self._calls = None
         self.prompting = Prompting(self.model, self.sites)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from petune.adapters.card import model_card
 from petune.adapters.fingerprint import fingerprint, head_fingerprint
-from petune.adapters.reference_logits import behaviour, moved_by
+from petune.adapters.reference_logits import behaviour, max_abs_diff
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expanded
 from petune.base.errors import BackboneMismatch, CheckpointError, PetuneError, PluginError, UsageError
@@ -25,7 +25,7 @@ from petune.base.files import MANIFEST, verify_directory, write_directory
 from petune.injector.attach import attach, label_of
 from petune.injector.attachment import Attachment
 from petune.injector.registry import build_tuner, load_tuner, tuners
-from petune.injector.trainable import ledger_of
+from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
 from petune.runner.run_dir import why_no_adapter
 from petune.sites.find import find_sites
@@ -51,7 +51,7 @@ def save(attachment: Attachment, path: Path, metadata: Mapping[str, Any] | None 
     """
     refuse_foreign(path)
     config = describe(attachment) | {"behaviour": behaviour(attachment), "metadata": dict(metadata or {})}
-    foreign, _ = attachment.tuner.pack(attachment.state()) or (None, None)
+    foreign, _ = attachment.tuner.to_external(attachment.state()) or (None, None)
     # PEFT reads the same two files. Its own methods have its keys at the top, petune's in the one entry that is
     # free-form there; for a method of petune's all of them are at the top (see petune.peft_method)
     written = {"peft_type": "PETUNE"} | config if foreign is None else foreign | {"auto_mapping": {"petune": config}}
@@ -109,7 +109,7 @@ def load(
         path: The adapter directory.
         name: The attachment's name; the tuner's by default.
         tuner: The method, for one that is not registered; its options must be those of the file.
-        sites: Of the model; found now if None, for pictures of the size that the file says.
+        sites: Of the model; found now if None, for images of the size that the file says.
 
     Raises:
         BackboneMismatch: Another geometry, other weights, another number of classes; the model is as it was.
@@ -165,8 +165,8 @@ def attach_saved(
 
 
 def _sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None) -> Sites | None:
-    """The sites for pictures of the size that the adapter was made for, where they are as in its file."""
-    if saved is None or ledger_of(model) is not None:
+    """The sites for images of the size that the adapter was made for, where they are as in its file."""
+    if saved is None or trainable_state_of(model) is not None:
         return None
     with contextlib.suppress(PetuneError, KeyError, TypeError):  # which is then said by who looks without the file
         sites = find_sites(model, tuple(saved["input"]))
@@ -198,7 +198,7 @@ def geometry(sites: Sites) -> dict[str, Any]:
 
 def file_tensors(attachment: Attachment) -> dict[str, Tensor]:
     """The tensors that a file fills, by the file's keys: adapters are called by their method, whatever their name."""
-    packed = attachment.tuner.pack(attachment.state())
+    packed = attachment.tuner.to_external(attachment.state())
     if packed is not None:
         return packed[1]
     method = label_of(attachment.tuner.method or attachment.name)
@@ -247,7 +247,7 @@ def read_adapter(place: Path) -> Saved:
 def _of_peft(config: dict[str, Any]) -> dict[str, Any]:
     """What petune would have written for an adapter that PEFT wrote: without geometry and fingerprint."""
     reader: Any = load_tuner("peft")
-    unpacked: dict[str, Any] = reader.unpack(config)
+    unpacked: dict[str, Any] = reader.from_external(config)
     return {"format": FORMAT, "metadata": {}, "geometry": None, "fingerprint": None, **unpacked}
 
 
@@ -282,7 +282,7 @@ def check_fits(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str,
     described = config["metadata"].get("backbone")
     weights = described.get("weights", "not recorded") if isinstance(described, Mapping) else "not recorded"
     if config["fingerprint"] is not None and fingerprint(att) != config["fingerprint"]:
-        ledger = ledger_of(att.model)
+        ledger = trainable_state_of(att.model)
         alone = ledger is None or len(ledger.claims) == 1
         stacked = "" if alone else ", and what is stacked in the order in which it was attached"
         raise BackboneMismatch(
@@ -314,14 +314,14 @@ def fill(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     if saved is None:
         return
     try:
-        moved = moved_by(att, saved)
+        moved = max_abs_diff(att, saved)
     except CheckpointError as error:
         raise CheckpointError(f"{place / CONFIG_FILE}: {error}") from None
     if moved:
-        largest = max(map(abs, saved["scores"]))
+        largest = max(map(abs, saved["logits"]))
         raise BackboneMismatch(
-            f"{place} belongs to a backbone with the same tensors that computes something else: scores of a test "
-            f"picture, up to {largest:.3g} when it was saved, are off by {moved:.3g} here. Build the backbone as for "
+            f"{place} belongs to a backbone with the same tensors that computes something else: logits of a test "
+            f"image, up to {largest:.3g} when it was saved, are off by {moved:.3g} here. Build the backbone as for "
             "training (number of heads, activation, normalisation, pooling)"
             f"{_other_version(config, att.tuner.method)}"
         )

@@ -167,7 +167,7 @@ class PetuneModel(BaseTuner):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1:
             raise UsageError(
-                f"one adapter of petune can be active here, not {names}; see petune.Tasks for a mixed batch"
+                f"one adapter of petune can be active here, not {names}; see petune.AdapterBank for a mixed batch"
             )
         self._activate(names)
         self.set_requires_grad(list(self.attachments), False)
@@ -202,7 +202,7 @@ class PetuneModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise UsageError("petune mixes tasks in one batch by petune.Tasks, not by adapter_names")
+            raise UsageError("petune mixes tasks in one batch by petune.AdapterBank, not by adapter_names")
         yield
 
     @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError
 from petune.sites.site import Sites
 
-ATTRIBUTE = "petune_ledger"
+ATTRIBUTE = "petune_trainable_state"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -46,7 +46,7 @@ class Claim:
         return key in self.originals and self.originals[key][0] is tensor
 
 
-class Ledger(nn.Module):
+class TrainableState(nn.Module):
     """Keeps frozen parts frozen and in eval mode: stands in for the model's `train`, and holds no parameter.
 
     It is a submodule of the model and its bound method is the model's `train` attribute, so copies of the model
@@ -55,7 +55,7 @@ class Ledger(nn.Module):
     Attributes:
         sites: Of the model before anything was attached to it.
         claims: By the attachment's name.
-        awake: Attentions that were told to call a layer, and the attachments that need it; see `Edit.wake`.
+        awake: Attentions that were told to call a layer, and the attachments that need it; see `Edit.use_qkv_module`.
     """
 
     is_petune_holder = True
@@ -156,7 +156,7 @@ class Ledger(nn.Module):
             )
         return value
 
-    def wake(self, module: nn.Module, name: str, on: bool) -> None:
+    def use_qkv_module(self, module: nn.Module, name: str, on: bool) -> None:
         """Let an attention call its qkv layer as long as one attachment needs it."""
         users = self.awake.setdefault(module, set())
         if on:
@@ -227,20 +227,20 @@ class Ledger(nn.Module):
         self.set_train(model.training)
 
 
-def open_ledger(model: nn.Module, sites: Sites) -> Ledger:
+def open_trainable_state(model: nn.Module, sites: Sites) -> TrainableState:
     """The model's ledger, a new one for a model without."""
-    ledger = ledger_of(model)
+    ledger = trainable_state_of(model)
     if ledger is None:
-        ledger = Ledger(model, sites)
+        ledger = TrainableState(model, sites)
         host_for(model).add_module(ATTRIBUTE, ledger)
         model.train = ledger.set_train  # type: ignore[method-assign]
     return ledger
 
 
-def ledger_of(model: nn.Module) -> Ledger | None:
+def trainable_state_of(model: nn.Module) -> TrainableState | None:
     """The model's ledger, if something is attached to it."""
     ledger = getattr(host_for(model), ATTRIBUTE, None)
-    return ledger if isinstance(ledger, Ledger) else None
+    return ledger if isinstance(ledger, TrainableState) else None
 
 
 def host_for(module: nn.Module) -> nn.Module:
@@ -257,7 +257,7 @@ def host_for(module: nn.Module) -> nn.Module:
 
 def added_to(model: nn.Module) -> set[int]:
     """Identities of all parameters and buffers that attachments have added to the model."""
-    ledger = ledger_of(model)
+    ledger = trainable_state_of(model)
     added = {id(p) for claim in ledger.claims.values() for p in claim.added} if ledger else set()
     holders = [m for m in model.modules() if hasattr(m, "is_petune_holder")]
     return added | {id(t) for h in holders for t in (*h.parameters(), *h.buffers())}

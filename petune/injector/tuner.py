@@ -24,7 +24,7 @@ there, and petune does the rest: registers, freezes, checks, saves, undoes. A wh
 `petune.check_tuner("ssf")` then proves the contract on a small model.
 
 An adapter is a plain nn.Module. It is given (..., D) tensors, channels last whatever the model's layout, and must
-treat every picture on its own. Two optional attributes on it:
+treat every image on its own. Two optional attributes on it:
 
 - `merge(module)`: fold the change into the weights of `module`, the site it is attached to (`Attachment.merge`).
 - `why_not_mergeable`: the reason, as words for the message, where there is no `merge`.
@@ -81,14 +81,14 @@ class Tuner(Generic[ConfigT]):
     Attributes:
         Config: The class of its options; `petune.attach(model, "name", option=value)` builds it.
         recipe: Its training defaults.
-        identity_at_start: Whether the model computes the same as before right after attaching.
+        identity_at_init: Whether the model computes the same as before right after attaching.
         method: The name it was built by; empty for one that was made by hand.
         config: The options of this instance.
     """
 
     Config: ClassVar[type[TunerConfig]] = TunerConfig
     recipe: Recipe = Recipe()
-    identity_at_start: bool = True
+    identity_at_init: bool = True
     method: str = ""
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
@@ -110,7 +110,7 @@ class Tuner(Generic[ConfigT]):
         """
         raise NotImplementedError(f"{type(self).__name__} must define attach(self, edit)")
 
-    def count(self, sites: Sites) -> int | None:
+    def num_parameters(self, sites: Sites) -> int | None:
         """How many parameters the method adds to such a model, by the paper's formula; `check_tuner` counts them.
 
         None, the default, says that there is no formula in terms of sites. 0 says that the method trains the
@@ -118,7 +118,7 @@ class Tuner(Generic[ConfigT]):
         """
         return None
 
-    def pack(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    def to_external(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         """Config and tensors in another library's format, if what is saved is to be read by it; see `petune.state`.
 
         Args:
@@ -129,10 +129,10 @@ class Tuner(Generic[ConfigT]):
         """
         return None
 
-    def begin(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """Told before a training, and again before it is resumed, how many steps it has; most methods do not care."""
 
-    def stepped(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         """Told after every step (from 0) of the optimizer, while its gradients are still there.
 
         What is remembered from step to step must be buffers of the model, so that a resumed run goes on to the bit.

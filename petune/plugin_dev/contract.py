@@ -24,7 +24,7 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import Tuner
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.sites.forward import forget_caches
-from petune.sites.probe import scores_of
+from petune.sites.probe import logits_of
 
 DRAWS = 5  # how often a tuned tensor may have no gradient before it is said to have none
 
@@ -47,11 +47,11 @@ class Trial:
     Attributes:
         base: The model without the tuner.
         att: The tuner on a copy of it.
-        x: Four pictures.
+        x: Four images.
         plain: What `base` makes of them.
         tuned: What the trained model makes of them.
         moved: What is wrong with the frozen tensors after training.
-        effective: Whether the scores depend on what trains.
+        effective: Whether the logits depend on what trains.
     """
 
     def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str) -> None:
@@ -108,8 +108,8 @@ def examine(tuner: str | Tuner[Any], model: nn.Module | None = None, **options: 
 
 @torch.no_grad()
 def logits(model: nn.Module, x: Tensor) -> Tensor:
-    """The scores of a batch, also from a model that returns an object that holds them."""
-    return scores_of(model(x))
+    """The logits of a batch, also from a model that returns an object that holds them."""
+    return logits_of(model(x))
 
 
 def _keys(t: Trial) -> str:
@@ -123,14 +123,14 @@ def _untouched(t: Trial) -> str:
 
 
 def _identity(t: Trial) -> str:
-    if not t.att.tuner.identity_at_start:
+    if not t.att.tuner.identity_at_init:
         return ""
     change = float((logits(t.model, t.x) - t.plain).abs().max())
-    return "" if change < 1e-5 else f"the output moves by {change:.2g}; if that is meant, set identity_at_start = False"
+    return "" if change < 1e-5 else f"the output moves by {change:.2g}; if that is meant, set identity_at_init = False"
 
 
 def _count(t: Trial) -> str:
-    formula, counted = t.att.tuner.count(t.att.sites), t.att.counts.tuned
+    formula, counted = t.att.tuner.num_parameters(t.att.sites), t.att.counts.tuned
     return "" if formula in (None, counted) else f"{counted:,} parameters, by the formula of count() {formula:,}"
 
 
@@ -168,16 +168,16 @@ def _dead(t: Trial) -> list[str]:
     optimizer = torch.optim.SGD(t.att.parameters(), lr=0.1)
     target = torch.arange(len(t.x)) % 2
     t.att.train()
-    t.att.begin(3)
+    t.att.on_train_start(3)
     live: set[str] = set()
     for step in range(3):
-        loss = nn.functional.cross_entropy(scores_of(t.model(t.x)), target) + t.att.extra_loss(step)
+        loss = nn.functional.cross_entropy(logits_of(t.model(t.x)), target) + t.att.loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(t.att.parameters(), 1.0)  # a deep model of random weights would leave all bounds
         live |= {key for key, p in t.att.tuned.items() if p.grad is not None and p.grad.any()}
         optimizer.step()
-        t.att.stepped(step)
+        t.att.on_step_end(step)
     t.model.eval()
     return list(t.att.without_effect({*t.att.tuned} - live))
 
@@ -187,7 +187,7 @@ def _frozen(t: Trial) -> str:
 
 
 def _effective(t: Trial) -> str:
-    return "" if t.effective else "with other values of the tuned tensors the scores in eval mode are the same"
+    return "" if t.effective else "with other values of the tuned tensors the logits in eval mode are the same"
 
 
 def _repeatable(t: Trial) -> str:
@@ -196,7 +196,7 @@ def _repeatable(t: Trial) -> str:
 
 def _stateless(t: Trial) -> str:
     logits(t.model, t.x.flip(-1) + 1)
-    changed = _same(logits(t.model, t.x), t.tuned, "the output depends on the pictures of the forward before")
+    changed = _same(logits(t.model, t.x), t.tuned, "the output depends on the images of the forward before")
     own = {f"{path}.{k}" for path, m in t.base.named_modules() for k in vars(m)}
     for path, module in t.model.named_modules():
         kept = [k for k, v in vars(module).items() if isinstance(v, Tensor) and f"{path}.{k}" not in own]
@@ -210,11 +210,11 @@ def _unmixed(t: Trial) -> str:
         exact = copy.deepcopy(t.model).double()
         forget_caches(exact)
         change = _mixing(exact, t.x.double())
-    return "" if change < 1e-5 else f"a picture alone differs by {change:.2g} from the same one in a batch"
+    return "" if change < 1e-5 else f"an image alone differs by {change:.2g} from the same one in a batch"
 
 
 def _mixing(model: nn.Module, x: Tensor) -> float:
-    """How much the scores of pictures alone differ from those in a batch, relative to the largest above one."""
+    """How much the logits of images alone differ from those in a batch, relative to the largest above one."""
     together, alone = logits(model, x), torch.cat([logits(model, x[i : i + 1]) for i in range(len(x))])
     return float((alone - together).abs().max() / together.abs().max().clamp(min=1))
 
@@ -271,14 +271,14 @@ def _detached(t: Trial) -> str:
 PROPERTIES: tuple[tuple[str, Callable[[Trial], str]], ...] = (
     ("backbone keys are unchanged", _keys),
     ("attaching changes no value of the backbone", _untouched),
-    ("identity at the start, where that is claimed", _identity),
+    ("identity at the start, where that is open_run_dir", _identity),
     ("the count is the formula's, where there is one", _count),
     ("every tuned tensor learns", _trains),
     ("frozen tensors and buffers stay to the bit", _frozen),
     ("what trains takes effect in eval mode", _effective),
     ("two evaluations are equal", _repeatable),
     ("nothing is kept between forwards", _stateless),
-    ("pictures of a batch do not mix", _unmixed),
+    ("images of a batch do not mix", _unmixed),
     ("a deep copy computes the same", _copied),
     ("disabled is the backbone to the bit", _disabled),
     ("enabled again is as before", _repeatable),

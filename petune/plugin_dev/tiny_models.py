@@ -16,7 +16,7 @@ def tiny_models() -> dict[str, Callable[[], nn.Module]]:
 
 
 def tiny_timm(**options: Any) -> nn.Module:
-    """A ViT of two blocks for pictures of 16 pixels, class token, three classes."""
+    """A ViT of two blocks for images of 16 pixels, class token, three classes."""
     import timm
 
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}

@@ -20,15 +20,15 @@ from petune.base.files import replace_file
 from petune.base.text import html_table
 from petune.injector.tuner import TunerConfig
 from petune.runner.executors import Executor, Started, choose_executor
-from petune.runner.report.tables import COLUMNS, cells, markdown, picture, seeds_by_method
+from petune.runner.report.tables import COLUMNS, cells, image, markdown, seeds_by_method
 from petune.runner.result import RunResult
 from petune.runner.run import RunConfig, default_name, directory_name, tuner_of
-from petune.runner.run_dir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, claimed, hold_config
-from petune.runner.run_inputs import hold_beginning
+from petune.runner.run_dir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, check_config, open_run_dir
+from petune.runner.run_inputs import check_inputs
 from petune.training import Event, Note
 
-PAGE_FILE, PICTURE_FILE = "compare.md", "compare.svg"
-FILES = (COMPARE_TABLE, COMPARE_FILE, PAGE_FILE, PICTURE_FILE)
+PAGE_FILE, IMAGE_FILE = "compare.md", "compare.svg"
+FILES = (COMPARE_TABLE, COMPARE_FILE, PAGE_FILE, IMAGE_FILE)
 
 
 class CompareConfig(Config):
@@ -184,17 +184,17 @@ def compare(
     group = join()
     runs = [(method, _one(config, method, seed, place)) for method in config.methods for seed in config.seeds]
     if not all(one.output and RunResult.exists(one.output) for _, one in runs):
-        group.in_turn(lambda: check_weights(config.run.backbone, config.run.weights))
-    with group.led(claimed(place, held, resume=True, command=command, tables=FILES)):
-        group.same(lambda: _hold_runs([one for _, one in runs]))
-        group.same(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{asked.to_yaml()}".encode()))
-        group.same(lambda: hold_beginning(place, config.run.dataset, config.run.weights, methods=options))
-        left_out = group.same(lambda: _left_out(config, place))
+        group.main_first(lambda: check_weights(config.run.backbone, config.run.weights))
+    with group.on_main(open_run_dir(place, held, resume=True, command=command, tables=FILES)):
+        group.broadcast(lambda: _hold_runs([one for _, one in runs]))
+        group.broadcast(lambda: replace_file(place / COMPARE_FILE, f"# {command}\n{asked.to_yaml()}".encode()))
+        group.broadcast(lambda: check_inputs(place, config.run.dataset, config.run.weights, methods=options))
+        left_out = group.broadcast(lambda: _left_out(config, place))
         if left_out:
             watch(Note(f"the table will lack {', '.join(left_out)}, not asked for now; finished runs stay in {place}"))
         finished, failed = _done(runs, chosen, watch)
         rows = [_row(method, finished, failed.get(method, "")) for method in config.methods]
-        return group.same(lambda: _write(config, rows, finished, place))
+        return group.broadcast(lambda: _write(config, rows, finished, place))
 
 
 def compare_name(config: CompareConfig) -> str:
@@ -303,7 +303,7 @@ def _hold_runs(runs: Sequence[RunConfig]) -> None:
     """Hold that those of them that have begun were asked for alike, before another one trains."""
     for one in runs:
         if one.output is not None:
-            hold_config(one.output, one)
+            check_config(one.output, one)
 
 
 def _left_out(config: CompareConfig, place: Path) -> list[str]:
@@ -350,4 +350,4 @@ def write_table(comparison: Comparison, place: Path) -> None:
     plain = comparison.model_dump(mode="json")
     replace_file(place / COMPARE_TABLE, (comparison.model_dump_json(indent=1) + "\n").encode())
     replace_file(place / PAGE_FILE, markdown(plain).encode())
-    replace_file(place / PICTURE_FILE, picture(plain))
+    replace_file(place / IMAGE_FILE, image(plain))

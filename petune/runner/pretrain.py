@@ -33,7 +33,7 @@ from petune.runner.run import (
     statistics_note,
     tuner_of,
 )
-from petune.runner.run_dir import claimed, free_path
+from petune.runner.run_dir import open_run_dir, unique_path
 from petune.training import Accuracy, Note, StopFlag, TrainConfig, Trainer
 
 # Muon orthogonalises the momentum of every matrix (Jordan et al., 2024). After one epoch of CIFAR-100 at equal
@@ -55,7 +55,7 @@ class PretrainConfig(RunConfig):
         weights: `none` starts from random weights; a path goes on from there, with its head where the classes agree.
         method: What trains, which must be everything: `full`, or adapters that are there from the start, with the
             backbone (`adaptformer:train_backbone=true`). Such weights are for runs with the same adapters.
-        mean, std: What pictures are normalised by, also in runs with these weights; None measures the training split.
+        mean, std: What images are normalised by, also in runs with these weights; None measures the training split.
         dtype: Number format of `backbone.safetensors`.
     """
 
@@ -91,10 +91,10 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
     tuner = tuner_of(config)
     group = join()
-    place = group.same(lambda: config.output or free_path(Path("runs") / pretrain_name(config)))
-    claim = claimed(place, config, resume=config.resume, command="petune pretrain --config config.yaml")
-    with group.led(claim), StopFlag() as stop:
-        finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
+    place = group.broadcast(lambda: config.output or unique_path(Path("runs") / pretrain_name(config)))
+    claim = open_run_dir(place, config, resume=config.resume, command="petune pretrain --config config.yaml")
+    with group.on_main(claim), StopFlag() as stop:
+        finished = group.broadcast(lambda: RunResult.read(place) if RunResult.exists(place) else None)
         if finished is not None:
             return finished
         watch = watch if group.leads else lambda event: None
@@ -132,7 +132,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
             size = _save(attachment.model, place, info, config.dtype)
             return run_result(config, backbone, attachment, fitted, test, place, peak, size, flops).write(place)
 
-        return group.same(finish)
+        return group.broadcast(finish)
 
 
 def pretrain_name(config: PretrainConfig) -> str:

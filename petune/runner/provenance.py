@@ -21,7 +21,7 @@ PACKAGES = ("petune", "torch", "torchvision", "timm", "peft", "numpy")
 
 
 def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """FLOPs of one picture's forward (a multiply-add counts two), by torch's counter."""
+    """FLOPs of one image's forward (a multiply-add counts two), by torch's counter."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -24,8 +24,8 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.provenance import PeakMemory, forward_flops, git_state, provenance
 from petune.runner.result import RunResult
-from petune.runner.run_dir import claimed, free_path
-from petune.runner.run_inputs import hold_beginning
+from petune.runner.run_dir import open_run_dir, unique_path
+from petune.runner.run_inputs import check_inputs
 from petune.training import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
 from petune.training.evaluate import load_accuracy
 
@@ -40,9 +40,9 @@ class RunConfig(Config):
         method: A registered tuner, options in place allowed: `vpt:deep=false,num_prompts=10`.
         backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
         dataset, data_dir: See `petune.data`.
-        on_broken: `skip` leaves out pictures of a folder that cannot be decoded (at most 1 %); else they are an error.
+        on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); else they are an error.
         val_fraction: Share of train cut off for choosing the epoch, where the dataset brings no val split.
-        train_per_class: Keep only so many training pictures a class (few-shot); None keeps all.
+        shots: Keep only so many training images a class (few-shot); None keeps all.
         seed: Of the head, the adapters, the order, the augmentation and dropout. The val split has its own.
         device: `auto` takes a GPU where there is one; else as torch writes it: `cpu`, `cuda:1`, `mps`.
         output: The run directory; None makes one under `runs/`.
@@ -60,7 +60,7 @@ class RunConfig(Config):
     head: HeadKind = "linear"
     on_broken: OnBroken = "error"
     val_fraction: float = Field(0.1, gt=0, lt=1)
-    train_per_class: int | None = Field(None, ge=1)
+    shots: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"
     output: UserPath | None = None
@@ -69,10 +69,10 @@ class RunConfig(Config):
 
     @field_validator("patch_size")
     @classmethod
-    def _not_above_the_picture(cls, value: int | None, info: ValidationInfo) -> int | None:
+    def _not_above_the_image(cls, value: int | None, info: ValidationInfo) -> int | None:
         side = info.data.get("image_size")
         if value is not None and side is not None and value > side:
-            raise ValueError(f"a patch must not be larger than the picture, whose image_size is {side}")
+            raise ValueError(f"a patch must not be larger than the image, whose image_size is {side}")
         return value
 
 
@@ -94,11 +94,11 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     tuner = tuner_of(config)
     group = join()
     if config.output is None or not RunResult.exists(config.output):
-        group.in_turn(lambda: check_weights(config.backbone, config.weights))
-    place = group.same(lambda: config.output or free_path(Path("runs") / default_name(config)))
-    claim = claimed(place, config, resume=config.resume, command="petune run --config config.yaml")
-    with group.led(claim), StopFlag() as stop:
-        finished = group.same(lambda: RunResult.read(place) if RunResult.exists(place) else None)
+        group.main_first(lambda: check_weights(config.backbone, config.weights))
+    place = group.broadcast(lambda: config.output or unique_path(Path("runs") / default_name(config)))
+    claim = open_run_dir(place, config, resume=config.resume, command="petune run --config config.yaml")
+    with group.on_main(claim), StopFlag() as stop:
+        finished = group.broadcast(lambda: RunResult.read(place) if RunResult.exists(place) else None)
         if finished is not None:
             return finished
         done = trained(config, tuner, place, stop, watch, group)
@@ -113,12 +113,12 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
             result = run_result(config, done.backbone, done.attachment, done.fitted, test, place, peak, size, flops)
             return result.write(place)
 
-        return group.same(finish)
+        return group.broadcast(finish)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a training needs: the options filled in, the pictures, the model with the method on it."""
+    """All that a training needs: the options filled in, the images, the model with the method on it."""
 
     train: TrainConfig
     dataset: Dataset
@@ -179,16 +179,16 @@ def prepared(
     *,
     keep_head: bool = False,
 ) -> Prepared:
-    """Read the pictures, build the backbone with its weights, attach; a signal stops this at once."""
+    """Read the images, build the backbone with its weights, attach; a signal stops this at once."""
     git_state()  # of the code that trains, whatever is committed meanwhile
     with stop.at_once(group):
         load_accuracy()
         device = group.device(choose_device(config.device))
-        dataset = group.in_turn(lambda: prepare_data(config))
+        dataset = group.main_first(lambda: prepare_data(config))
         train = with_recipe(config.train, recipe, dataset)
         options = {config.method: tuner.config}
-        group.same(lambda: hold_beginning(place, config.dataset, config.weights, filled_in(train), options))
-        backbone = group.in_turn(lambda: prepare_backbone(config, dataset, keep_head=keep_head))
+        group.broadcast(lambda: check_inputs(place, config.dataset, config.weights, filled_in(train), options))
+        backbone = group.main_first(lambda: prepare_backbone(config, dataset, keep_head=keep_head))
         watch(Note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}"))
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same whatever drew before
@@ -199,10 +199,10 @@ def prepared(
 
 
 def statistics_note(backbone: Backbone) -> str | None:
-    """What to tell of a weights file that does not say how its pictures were normalised."""
+    """What to tell of a weights file that does not say how its images were normalised."""
     if backbone.file is None or backbone.mean is not None:
         return None
-    return f"{backbone.weights} does not say what its pictures' mean and std were; this dataset's are taken"
+    return f"{backbone.weights} does not say what its images' mean and std were; this dataset's are taken"
 
 
 def tuner_of(config: RunConfig) -> Tuner[Any]:
@@ -238,8 +238,8 @@ def prepare_data(config: RunConfig) -> Dataset:
     side = input_side(config.backbone, config.image_size, config.backbone_options)
     dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken)
     dataset = dataset.with_val(config.val_fraction, seed=0)
-    if config.train_per_class is not None:
-        dataset = dataset.with_train_per_class(config.train_per_class, config.seed)
+    if config.shots is not None:
+        dataset = dataset.with_shots(config.shots, config.seed)
     return dataset
 
 
@@ -363,7 +363,7 @@ def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict
             "crop": dataset.test.crop,
         },
         "dataset": dataset.name,
-        "pictures": digests(place),
+        "images": digests(place),
         "training": {
             "val_top1": fitted.val.top1 if fitted.val else None,
             "epochs": len(fitted.epochs),
@@ -372,5 +372,5 @@ def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict
             "seed": config.seed,
             "precision": fitted.precision,
         },
-        "test": {"top1": test.top1, "top5": test.top5, "num_pictures": test.num_pictures},
+        "test": {"top1": test.top1, "top5": test.top5, "num_images": test.num_images},
     }

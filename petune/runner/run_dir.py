@@ -22,11 +22,11 @@ COMPARE_FILE = "compare.yaml"
 """A comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
 COMPARE_TABLE, SWEEP_TABLE, TRIAL_FILE = "compare.json", "sweep.json", "trial.json"
 LOCK_FILE = ".lock"
-BEGAN_FILE, PICTURES_FILE = "began.json", "pictures.json"
-BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, PICTURES_FILE}
+BEGAN_FILE, IMAGES_FILE = "began.json", "images.json"
+BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, IMAGES_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
 UNCOMPARED = {"output", "resume", "train.eval_batch_size"}
-"""What a run may go on without: where it lies, and how many pictures are evaluated at a time, which may not fit."""
+"""What a run may go on without: where it lies, and how many images are evaluated at a time, which may not fit."""
 
 
 def noted(file: Path) -> dict[str, Any]:
@@ -48,7 +48,9 @@ def note(file: Path, what: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def claimed(path: Path, config: Config, *, resume: bool, command: str, tables: Collection[str] = ()) -> Iterator[Path]:
+def open_run_dir(
+    path: Path, config: Config, *, resume: bool, command: str, tables: Collection[str] = ()
+) -> Iterator[Path]:
     """Make `path` and hold it, or go on in it. An empty directory is as good as none.
 
     Args:
@@ -94,9 +96,9 @@ def claimed(path: Path, config: Config, *, resume: bool, command: str, tables: C
 
 
 def _begin_anew(path: Path, config: Config, tables: Collection[str]) -> None:
-    """Take away what binds a directory in which nothing has trained to the pictures and options of then."""
+    """Take away what binds a directory in which nothing has trained to the images and options of then."""
     told = (CONFIG_FILE, *tables) if _changes(path, config) else ()
-    for name in (BEGAN_FILE, PICTURES_FILE, *told):
+    for name in (BEGAN_FILE, IMAGES_FILE, *told):
         (path / name).unlink(missing_ok=True)
 
 
@@ -107,7 +109,7 @@ def _remove_stumps(path: Path) -> None:
             shutil.rmtree(stump, ignore_errors=True)
 
 
-def free_path(wanted: Path) -> Path:
+def unique_path(wanted: Path) -> Path:
     """Make and return `wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist.
 
     Raises:
@@ -155,7 +157,7 @@ def why_no_adapter(path: Path) -> str:
     return f"{path} must be an adapter directory, but holds no adapter_config.json"
 
 
-def hold_config(path: Path, config: Config) -> None:
+def check_config(path: Path, config: Config) -> None:
     """Hold that what has trained in a directory, if anything has, was asked for as `config` asks.
 
     Raises:

@@ -9,12 +9,12 @@ from typing import Any
 
 from petune.backbones.weights import find_weights
 from petune.base.errors import CheckpointError, WeightsUnavailable
-from petune.data.manifest import hold_pictures
+from petune.data.manifest import check_manifest
 from petune.injector.tuner import TunerConfig
 from petune.runner.run_dir import BEGAN_FILE, note, noted
 
 
-def hold_beginning(
+def check_inputs(
     place: Path,
     dataset: str,
     weights: str,
@@ -23,7 +23,7 @@ def hold_beginning(
 ) -> None:
     """Note in a directory what it begins with, or hold that it is still the same.
 
-    That is the pictures of a folder, the bytes of a weights file, and what a method's package fills in.
+    That is the images of a folder, the bytes of a weights file, and what a method's package fills in.
 
     Args:
         place: Of a run, or of many runs that are to be compared.
@@ -32,10 +32,10 @@ def hold_beginning(
         methods: All options, those not asked for too, by the method as it is written.
 
     Raises:
-        DataError: The pictures changed.
+        DataError: The images changed.
         CheckpointError: The weights, the recipe or the options did.
     """
-    hold_pictures(place, dataset)
+    check_manifest(place, dataset)
     before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
     options = {method: asked.plain() for method, asked in (methods or {}).items()} | before.get("options", {})
     for method, asked in (methods or {}).items():

@@ -19,11 +19,11 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expanded
 from petune.base.errors import AttachError, UsageError
 from petune.injector.attachment import Attachment
-from petune.injector.hooks.base import After, Before, Branch, Holder, Prompts
+from petune.injector.hooks.base import After, Before, Holder, Parallel, Prompts
 from petune.injector.load import attach_saved, read_adapter
-from petune.injector.trainable import ledger_of
+from petune.injector.trainable import trainable_state_of
 from petune.sites.find import find_sites
-from petune.sites.probe import look, scores_of
+from petune.sites.probe import logits_of, look
 from petune.sites.site import Site
 
 
@@ -35,8 +35,8 @@ class Task:
     head: nn.Module
 
 
-class Tasks:
-    """Tasks by name on one model, in eval mode.
+class AdapterBank:
+    """AdapterBank by name on one model, in eval mode.
 
     Attributes:
         model: The backbone with its own classifier.
@@ -50,12 +50,12 @@ class Tasks:
         Raises:
             AttachError: The model has something attached already, or its classifier is not one module.
         """
-        check_arguments("petune.Tasks", model=(model, nn.Module))
-        if ledger_of(model) is not None:
+        check_arguments("petune.AdapterBank", model=(model, nn.Module))
+        if trainable_state_of(model) is not None:
             raise AttachError("tasks need a plain backbone, but something is attached to it; detach that first")
         self.model, self.tasks = model.eval(), dict[str, Task]()
         self._apart: set[str] = set()  # tasks that cannot share a forward on this model
-        self._by_row: dict[Any, bool] = {}  # whether edits at such places have a row for each picture
+        self._by_row: dict[Any, bool] = {}  # whether edits at such places have a row for each image
         self.active: str | None = None
         self.sites = find_sites(model)
         head = self.sites.need_head()
@@ -127,7 +127,7 @@ class Tasks:
             names: The task of each row; None is the backbone's own.
 
         Returns:
-            Scores of each row, (C,) for its task.
+            Logits of each row, (C,) for its task.
         """
         if len(names) != len(x):
             raise UsageError(f"every row needs a task, but there are {len(x)} rows and {len(names)} names")
@@ -137,9 +137,9 @@ class Tasks:
         try:
             for together in self._passes(names):
                 rows = [row for row, name in enumerate(names) if name in together]
-                scores = self._shared(x[rows], [names[row] for row in rows])
-                for row, score in zip(rows, scores, strict=True):
-                    out[row] = score
+                logits = self._shared(x[rows], [names[row] for row in rows])
+                for row, logit in zip(rows, logits, strict=True):
+                    out[row] = logit
         finally:
             self.use(before)
         return out
@@ -154,7 +154,7 @@ class Tasks:
         return list(kinds.values())
 
     def _shared(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
-        """One forward, or, where a place has no row for each picture (windows), one for every task, from then on."""
+        """One forward, or, where a place has no row for each image (windows), one for every task, from then on."""
         try:
             return self._forward(x, names)
         except AttachError:
@@ -167,7 +167,7 @@ class Tasks:
         chosen = {name: [row for row, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
         if len(chosen) == 1:
             with self._using(next(iter(chosen))):
-                return list(scores_of(self.model(x)))
+                return list(logits_of(self.model(x)))
         capture = _Capture()
         with ExitStack() as stack:
             stack.callback(self._put, self._head.enter)
@@ -178,8 +178,8 @@ class Tasks:
             out: list[Tensor] = [x] * len(names)
             for name, rows in chosen.items():  # while the tasks are on: off, their classifiers are untrained
                 head = self._head.enter if name is None else _like(self.tasks[name].head, self._head.enter)
-                for row, score in zip(rows, head(capture.seen[rows]), strict=True):
-                    out[row] = score
+                for row, logit in zip(rows, head(capture.seen[rows]), strict=True):
+                    out[row] = logit
         return out
 
     def _is_last(self) -> bool:
@@ -191,15 +191,15 @@ class Tasks:
 
         handle = self._head.enter.register_forward_hook(leave)
         try:
-            scores = look(self.model, self.sites)
+            logits = look(self.model, self.sites)
         finally:
             handle.remove()
         if len(made) != 1 or not isinstance(made[0][0], Tensor):
             return False
-        return made[0][0].data_ptr() == scores.data_ptr() and torch.equal(made[0][1], scores)
+        return made[0][0].data_ptr() == logits.data_ptr() and torch.equal(made[0][1], logits)
 
     def _has_rows(self, task: Task) -> bool:
-        """Whether each place of a task has a row for each picture: for two and for three, so that no width is that."""
+        """Whether each place of a task has a row for each image: for two and for three, so that no width is that."""
         edit = task.attachment.edit
         if not self._classifies_last or _kind(task) == id(task):
             return True  # it has a forward of its own anyway
@@ -260,8 +260,8 @@ class _Rows(nn.Module):
         """(B, ...) to what the adapters make of it, (B, ...)."""
         if len(x) != self.batch_size:
             raise AttachError(
-                f"one batch of several tasks needs a row for each picture at every place, but there are {len(x)} for "
-                f"{self.batch_size} pictures"
+                f"one batch of several tasks needs a row for each image at every place, but there are {len(x)} for "
+                f"{self.batch_size} images"
             )
         out: Tensor | None = x if self.replaces else None
         for adapter, rows in self.parts:
@@ -311,7 +311,7 @@ def _kind(task: Task) -> Any:
     prompts = [(h.num_prompts, p[0].path, p[-1].exit_path) for h, p in edit.holders if isinstance(h, Prompts)]
     alone = (
         edit.trained  # the backbone's own values differ
-        or not all(type(holder) in {Branch, Before, After, Prompts} for holder, _ in edit.holders)
+        or not all(type(holder) in {Parallel, Before, After, Prompts} for holder, _ in edit.holders)
         or (edit.adopted and not edit.row_switches)
         or (edit.switches and (prompts or not edit.adopted))  # the attention is told of the prompts
     )

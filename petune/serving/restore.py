@@ -30,20 +30,20 @@ class Restored:
     card: dict[str, Any]
 
 
-def restore(path: Path, weights: str | None = None, *, trust_code: bool = False) -> Restored:
+def restore(path: Path, weights: str | None = None, *, trust_remote_code: bool = False) -> Restored:
     """Build the backbone of a run again and load its adapter.
 
     Args:
         path: A run directory, or the adapter directory in it.
         weights: Where the backbone's weights are now; None takes them from where the run did.
-        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
+        trust_remote_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
     Raises:
         CheckpointError: See `read_run` and `refuse_code`.
         BackboneMismatch, WeightsUnavailable: The weights are others, or are not there any more.
     """
     saved = read_run(path)
-    backbone = plain_backbone(saved, weights, trust_code=trust_code)
+    backbone = plain_backbone(saved, weights, trust_remote_code=trust_remote_code)
     return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
 
 
@@ -66,18 +66,18 @@ def read_run(path: Path) -> Saved:
     return saved
 
 
-def plain_backbone(saved: Saved, weights: str | None = None, *, trust_code: bool = False) -> Backbone:
-    """The backbone that an adapter belongs to, nothing attached; `petune.Tasks` takes its model.
+def plain_backbone(saved: Saved, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
+    """The backbone that an adapter belongs to, nothing attached; `petune.AdapterBank` takes its model.
 
     Args:
         saved: Of `read_run`.
-        weights, trust_code: As for `restore`.
+        weights, trust_remote_code: As for `restore`.
 
     Raises:
         WeightsUnavailable: The weights are not there any more.
         CheckpointError: What is said of the backbone cannot be read; see `refuse_code` too.
     """
-    if not trust_code:
+    if not trust_remote_code:
         refuse_code(saved, str(saved.place))
     card = saved.config["metadata"]
     said = card["backbone"]
@@ -115,5 +115,6 @@ def refuse_code(saved: Saved, where: str) -> None:
     if calls_a_function(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
         raise CheckpointError(
             f"{where} has its backbone built by {name}, code that using it would run here. If you know that code, add "
-            "--trust-code (in Python trust_code=True); else build the model yourself, and petune.load(model, directory)"
+            "--trust-remote-code (in Python trust_remote_code=True); else build the model yourself, and "
+            "petune.load(model, directory)"
         )

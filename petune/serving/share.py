@@ -103,7 +103,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
 
 
 def pull(
-    repo: str, output: str | Path | None = None, *, revision: str | None = None, trust_code: bool = False
+    repo: str, output: str | Path | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Pulled:
     """Fetch an adapter directory from the Hugging Face Hub.
 
@@ -111,7 +111,8 @@ def pull(
         repo: `user/name`.
         output: Where to put it; the repository's name here by default. An adapter that is there is replaced.
         revision: A branch, tag or commit; the newest by default.
-        trust_code: Take an adapter whose backbone is built by a function of its author's own, which petune would call.
+        trust_remote_code: Accept an adapter whose backbone is built by its author's own function, which petune
+            would call.
 
     Raises:
         UsageError: `output` is something else, or `repo` is no name of a repository.
@@ -119,7 +120,7 @@ def pull(
         CheckpointError: It holds no whole adapter; nothing was changed.
     """
     optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
-    check_arguments("petune.pull", repo=(repo, str), trust_code=(trust_code, bool), **optional)
+    check_arguments("petune.pull", repo=(repo, str), trust_remote_code=(trust_remote_code, bool), **optional)
     target = expanded(output) if output is not None else Path(repo.rpartition("/")[2])
     refuse_foreign(target)
     api = _api(repo)
@@ -132,7 +133,7 @@ def pull(
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         _download(repo, info.sha, listed, scratch)
         saved = _read(repo, scratch, listed)
-        if not trust_code:
+        if not trust_remote_code:
             refuse_code(saved, repo)
         files = {name: (scratch / name).read_bytes() for name in listed if name != MANIFEST}
     except OSError as error:

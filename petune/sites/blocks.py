@@ -107,7 +107,7 @@ def _rearranges(trace: Trace, unit: Unit, holder: Call) -> bool:
     """Whether a block ends by arranging its tokens anew: windows that it cut are joined (torchvision's MaxViT).
 
     What is read between attention and MLP and what leaves the block then hold the tokens in different orders, which
-    shapes do not always tell: 64 windows of 64 tokens are a picture of 64 × 64. A row of tokens that becomes a picture
+    shapes do not always tell: 64 windows of 64 tokens are an image of 64 × 64. A row of tokens that becomes an image
     keeps its order.
     """
     assert unit.mlp is not None

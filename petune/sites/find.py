@@ -28,7 +28,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     Args:
         model: Any image classifier: timm, torchvision, transformers, hand-written.
         input_size: (channels, height, width); by default what the model tells about itself.
-        head: Path of the module that is the classifier, where that is more than the layer that makes the scores.
+        head: Path of the module that is the classifier, where that is more than the layer that makes the logits.
 
     Returns:
         All sites. A model without attention has empty `blocks`.
@@ -158,17 +158,17 @@ def _final_norm(trace: Trace, after: int, head: Site | None, model: str) -> Site
 
 
 def _head(model: nn.Module, trace: Trace, after: int, model_name: str) -> Site | None:
-    """The classifier: as the model tells (timm's get_classifier), else the matrix that makes its scores."""
+    """The classifier: as the model tells (timm's get_classifier), else the matrix that makes its logits."""
     told = _told_head(model, trace)
     if told is not None:
         return _head_site(told, model_name) if told else None
-    scores = trace.root.output
-    if scores is None:
+    logits = trace.root.output
+    if logits is None:
         return None
     matrices = [c for c in trace.calls if c.start > after and c.has_matrix and c.output is not None]
-    made = [c for c in matrices if c.output is scores]
-    if not made:  # something is done behind it: as many outputs as there are scores
-        outputs = [(c, c.output) for c in matrices if c.output is not None and c.output.shape[-1] == scores.shape[-1]]
+    made = [c for c in matrices if c.output is logits]
+    if not made:  # something is done behind it: as many outputs as there are logits
+        outputs = [(c, c.output) for c in matrices if c.output is not None and c.output.shape[-1] == logits.shape[-1]]
         # or every token is classified, and one of them or their mean taken
         made = [c for c, y in outputs if y.ndim == 2] or [c for c, _ in outputs if not is_conv(c)]
     return _head_site([(made[-1].path, made[-1].module)], model_name) if made else None
@@ -208,7 +208,7 @@ def _told_head(model: nn.Module, trace: Trace) -> list[tuple[str, nn.Module]] | 
             heads = told if isinstance(told, tuple | list) else (told,)
             known = [h for h in heads if isinstance(h, nn.Module) and id(h) in paths]
             found = [(paths[id(h)], h) for h in known if any(True for _ in h.parameters())]
-            # a part without a classifier says nothing of the whole, nor one whose scores go on into another layer
+            # a part without a classifier says nothing of the whole, nor one whose logits go on into another layer
             if module is model or (found and _is_last(trace, {id(h) for _, h in found})):
                 return found
     return None

@@ -22,15 +22,15 @@ def dry_forward(
 
     The forward runs on the meta device (shapes without numbers: milliseconds, no copy of weights). Where a
     model computes with tensors that are neither parameter nor buffer, this fails, and it runs in earnest on
-    one black picture. Modes and random state are as before afterwards.
+    one black image. Modes and random state are as before afterwards.
 
     Args:
-        model: Any model that maps a batch of pictures to something.
+        model: Any model that maps a batch of images to something.
         input_size: (channels, height, width).
         watch: Makes a fresh context manager for each try.
 
     Raises:
-        AttachError: The model's own forward fails on a picture of that size.
+        AttachError: The model's own forward fails on an image of that size.
     """
     with undisturbed(model), torch.no_grad():
         try:
@@ -42,7 +42,7 @@ def dry_forward(
         except Exception as error:
             size = "x".join(map(str, input_size))
             raise AttachError(
-                f"the forward of {type(model).__name__} must run on a {size} picture, but it raised "
+                f"the forward of {type(model).__name__} must run on a {size} image, but it raised "
                 f"{type(error).__name__}: {error}. Pass input_size=(channels, height, width) if that is not "
                 "its size"
             ) from error
@@ -73,7 +73,7 @@ def _in_earnest(model: nn.Module, input_size: tuple[int, int, int], watch: Any) 
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What pictures must be converted to."""
+    """What images must be converted to."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What size of picture a model wants."""
+"""What size of image a model wants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from petune.base.errors import AttachError
 def input_sizes_of(model: nn.Module) -> list[tuple[int, int, int]]:
     """(channels, height, width) as the model itself tells: the size it was built with before its weights' size.
 
-    Channels are those of the first convolution, or three where that one does not see the picture itself.
+    Channels are those of the first convolution, or three where that one does not see the image itself.
 
     Raises:
         AttachError: The model does not tell.
@@ -35,7 +35,7 @@ def _size(model: nn.Module) -> tuple[int, int]:
         if size is not None:
             return size
     raise AttachError(
-        f"petune runs a model once to see its parts, but {type(model).__name__} does not tell its picture size. "
+        f"petune runs a model once to see its parts, but {type(model).__name__} does not tell its image size. "
         "Pass input_size=(channels, height, width), for example input_size=(3, 224, 224)"
     )
 

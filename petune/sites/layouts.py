@@ -30,7 +30,7 @@ def channel_axis(call: Call) -> int | None:
         if y.ndim == 4 and y.shape == x.shape:
             if max(p.ndim for p in own) >= 2:
                 return 1 if max(p.ndim for p in own) == 4 else -1
-            if type(inner.module) is nn.LayerNorm:  # some derived from it turn a picture round themselves
+            if type(inner.module) is nn.LayerNorm:  # some derived from it turn an image round themselves
                 return -1
         width = y.shape[-1] if y.ndim == 3 and y.shape[1] == x.numel() // len(x) // y.shape[-1] else own[0].numel()
         same = y.ndim == 3 or y.numel() == x.numel()  # the tensor itself, or cut into windows

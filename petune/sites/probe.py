@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError, PetuneError
 from petune.sites.forward import dtype_of, looking
 from petune.sites.site import Sites
-from petune.sites.trace import scores_in, tensors_in
+from petune.sites.trace import logits_in, tensors_in
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Call:
 
 
 def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[int, Call]:
-    """Run the model on one black picture in eval mode.
+    """Run the model on one black image in eval mode.
 
     Args:
         model: Modes and random state are as before afterwards.
@@ -77,34 +77,34 @@ def probe(model: nn.Module, sites: Sites, watched: Iterable[nn.Module]) -> dict[
 
 
 def look(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
-    """What the model makes of `count` made-up pictures, in eval mode.
+    """What the model makes of `count` made-up images, in eval mode.
 
     They are always the same: a formula's, since a generator's numbers may be others in a later PyTorch. It computes in
     its own number format, whatever autocast is on.
     """
     places = torch.arange(count * math.prod(sites.input_size), dtype=torch.float64)
     x = torch.sin(places**2 / 10).reshape(count, *sites.input_size)
-    return scores_of(_forward(model, x))
+    return logits_of(_forward(model, x))
 
 
 def refuse_random(model: nn.Module, sites: Sites) -> None:
-    """See that the model draws no random numbers in eval mode, or none that its scores depend on.
+    """See that the model draws no random numbers in eval mode, or none that its logits depend on.
 
     Raises:
-        AttachError: Two forwards of the same pictures differ, as those of a masked autoencoder do: it hides other
+        AttachError: Two forwards of the same images differ, as those of a masked autoencoder do: it hides other
             patches each time.
     """
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()).device, dtype_of(model))
     with looking(model):
         before = _random_state(x.device)
-        first = scores_of(model(x))
+        first = logits_of(model(x))
         if _random_state(x.device) == before:
             return
-        second = scores_of(model(x))
+        second = logits_of(model(x))
     if not torch.equal(first, second):
         raise AttachError(
-            f"a backbone in eval mode must give a picture the same scores each time, but {sites.model} draws random "
+            f"a backbone in eval mode must give an image the same logits each time, but {sites.model} draws random "
             f"numbers in its forward, and two differ by {float((second - first).abs().max()):.2g}. If it is dropout, "
             "let it ask self.training; if it hides or shuffles patches for pretraining (a masked autoencoder), build "
             "the classifier on its plain encoder, as transformers' ViTForImageClassification for ViT-MAE"
@@ -118,19 +118,19 @@ def _random_state(device: torch.device) -> tuple[object, ...]:
     return torch.get_rng_state().numpy().tobytes(), cuda, random.getstate(), drawn
 
 
-def scores_of(out: Any) -> Tensor:
-    """The scores in what a model returns: a tensor, or what is called `logits` there, or the first tensor.
+def logits_of(out: Any) -> Tensor:
+    """The logits in what a model returns: a tensor, or what is called `logits` there, or the first tensor.
 
     Raises:
         AttachError: There is no tensor.
     """
-    scores = next(tensors_in(scores_in(out)), None)
-    if scores is None:
+    logits = next(tensors_in(logits_in(out)), None)
+    if logits is None:
         raise AttachError(
-            f"a classifier must return a tensor of scores, or hold one as `logits` or first of a tuple or dict, but "
+            f"a classifier must return a tensor of logits, or hold one as `logits` or first of a tuple or dict, but "
             f"returned {type(out).__name__}"
         )
-    return scores
+    return logits
 
 
 def _forward(model: nn.Module, x: Tensor) -> Any:

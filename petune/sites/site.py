@@ -79,7 +79,7 @@ class Block(Site):
         norm2: The normalisation that belongs to the MLP.
         mid: The residual stream after attention and before the MLP's norm.
         takes_extra: Names of further tensors the block is called with (rotary tables, masks).
-        num_windows: How many windows of one picture the attention is called with at once; 1 without windows.
+        num_windows: How many windows of one image the attention is called with at once; 1 without windows.
         norm_first: Whether norm1 comes before the attention.
         biases: Modules within the block that return a number for each pair of tokens (relative positions).
     """
@@ -118,8 +118,8 @@ class Sites:
 
     Attributes:
         model: The model's class name.
-        input_size: (channels, height, width) of the picture the model was traced with.
-        patch_embed: From picture to tokens; None where it was not found.
+        input_size: (channels, height, width) of the image the model was traced with.
+        patch_embed: From image to tokens; None where it was not found.
         blocks: The transformer blocks from input to output; empty for a model without attention.
         norm: The final normalisation.
         head: The classifier.

@@ -165,7 +165,7 @@ class _Recorder(TorchFunctionMode):
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self.stack.pop()
-            whole = scores_in(output) if call.parent is None else output
+            whole = logits_in(output) if call.parent is None else output
             call.output, call.stop = next(tensors_in(whole), None), self.tick()
             self.weights = {k: w for k, w in self.weights.items() if w[2] is not call}
 
@@ -217,7 +217,7 @@ def record(model: nn.Module, input_size: tuple[int, int, int], skip: set[nn.Modu
     """Trace one forward of `model`, leaving out the modules in `skip`.
 
     Raises:
-        AttachError: The forward fails on a picture of that size.
+        AttachError: The forward fails on an image of that size.
     """
 
     @contextlib.contextmanager
@@ -246,8 +246,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def scores_in(output: Any) -> Any:
-    """What a model calls its scores where it returns more than that: an attribute (transformers) or entry `logits`."""
+def logits_in(output: Any) -> Any:
+    """What a model calls its logits where it returns more than that: an attribute (transformers) or entry `logits`."""
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     return getattr(output, "logits", output)

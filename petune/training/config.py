@@ -11,7 +11,7 @@ from petune.base.config import Config
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 CacheFeatures = Literal["auto", "always", "never"]
-Augment = Literal["auto", "none", "shift", "light", "seed", "crop"]
+Augment = Literal["auto", "none", "shift", "light", "paddle_study", "crop"]
 
 
 class TrainConfig(Config):
@@ -19,11 +19,11 @@ class TrainConfig(Config):
 
     Attributes:
         epochs: Passes over the training split.
-        batch_size: Pictures a step; the ragged last batch is dropped.
-        micro_batch_size: Pictures that go through the model at once; a step adds up their gradients, so the step is
+        batch_size: Images a step; the ragged last batch is dropped.
+        micro_batch_size: Images that go through the model at once; a step adds up their gradients, so the step is
             the same (but for BatchNorm). None finds out on a GPU what fits, once before training; checkpoints
             and result.json hold it.
-        eval_batch_size: Pictures at once where val and test are read; a resume may have another.
+        eval_batch_size: Images at once where val and test are read; a resume may have another.
         lr: Peak learning rate; None takes the method's recipe. Not scaled by the batch size.
         weight_decay: Applied to matrices only; None takes the recipe.
         decay_vectors: Apply it to biases, norms, position embedding and class token too, as plain torch does.
@@ -40,11 +40,11 @@ class TrainConfig(Config):
             a forward more.
         compile: Compile the training step's forward by torch.compile; it takes a minute, and pays on a GPU or for many
             steps. Rounding differs from that of a run without.
-        cache_features: What the frozen layers below the first trained one make of each picture is computed once and
-            kept in the run directory till the run ends. `auto` does so where the pictures stay the same from epoch to
+        cache_features: What the frozen layers below the first trained one make of each image is computed once and
+            kept in the run directory till the run ends. `auto` does so where the images stay the same from epoch to
             epoch (augment none, no mixup or cutmix) and there is room; `always` is an error where it cannot be done.
         feature_cache_gb: The most that may take, in 10⁹ bytes.
-        val_every: Epochs between two evaluations on val; the last epoch always has one. Where training pictures are
+        val_every: Epochs between two evaluations on val; the last epoch always has one. Where training images are
             few, most of the time would go there.
         shard: Of several processes each holds a part of the frozen blocks (FSDP2) and gathers a block when it runs.
         log_every: Steps between lines of metrics.jsonl.

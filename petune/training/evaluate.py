@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of a model on a split; each picture counted once."""
+"""Top-1 and top-5 of a model on a split; each image counted once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from petune.training.stop import StopFlag
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percentages over `num_pictures` pictures. With fewer than five classes top5 is the top-C accuracy."""
+    """Percentages over `num_images` images. With fewer than five classes top5 is the top-C accuracy."""
 
     top1: float
     top5: float
     loss: float
-    num_pictures: int
+    num_images: int
 
 
 def load_accuracy() -> Any:
@@ -54,7 +54,7 @@ def evaluate(
     the model (`sharded`), each does as many forwards as the others.
 
     Args:
-        by_position: Gives the scores of pictures by their places in the split, in place of the model's own forward.
+        by_position: Gives the logits of images by their places in the split, in place of the model's own forward.
 
     Raises:
         Stopped: A signal came in between.
@@ -88,7 +88,7 @@ def evaluate(
     finally:
         for module in training:
             module.training = True
-    group.agree(failed=failed)
+    group.any_rank(failed=failed)
     loss, count = group.add_up(sums).tolist()
     # the metrics add up their own counts over the processes
     return Accuracy(100 * float(top1.compute()), 100 * float(top5.compute()), loss / count, len(split))

@@ -34,7 +34,7 @@ from petune.training.progress import Fitted, Progress
 from petune.training.shard import Sharded
 from petune.training.shared import Asked, share_step
 from petune.training.speed.feature_cache import Features
-from petune.training.speed.speedups import made_cheaper
+from petune.training.speed.speedups import apply_speedups
 from petune.training.stop import StopFlag
 
 if TYPE_CHECKING:
@@ -89,18 +89,18 @@ class Trainer:
         self.on_event = on_event if group.leads else lambda event: None
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
-        attachment.begin(self.total_steps)
+        attachment.on_train_start(self.total_steps)
         self.params = {**attachment.tuned, **attachment.head}
         check_optimizer(train)
         self.optimizer = create_optimizer(self.params, without_decay(self.model), train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
-        wanted = group.same(lambda: choose_precision(train.precision, device))
+        wanted = group.broadcast(lambda: choose_precision(train.precision, device))
         self.plain_attention: list[nn.Module] = []
         self.compute_in(choose_precision(wanted, device))
         classes, size = dataset.num_classes, self.batches.batch_size
         self.mixing = Mixing(train, classes, size, seed)
         if size < group.size:
-            raise ConfigError(f"a batch must have a picture for each of {group.size} processes, but has {size}")
+            raise ConfigError(f"a batch must have an image for each of {group.size} processes, but has {size}")
         self.part = group.part(size)
         self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
         self.progress, self.saved = Progress(precision=self.precision), time.perf_counter()
@@ -119,7 +119,7 @@ class Trainer:
         """
         started = time.perf_counter()
         self._resume()
-        with made_cheaper(self):
+        with apply_speedups(self):
             self._train(started - self.progress.time_s)
         return self._fitted()
 
@@ -169,7 +169,7 @@ class Trainer:
                 fits = self.group.smallest(self._probe())
             p.micro_batch = fits
             if p.micro_batch < whole:
-                self.on_event(Note(f"a step of {whole} pictures goes through the model {p.micro_batch} at a time"))
+                self.on_event(Note(f"a step of {whole} images goes through the model {p.micro_batch} at a time"))
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -209,7 +209,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
         value = self._finite(loss, norm, lr, batch)
         self.optimizer.step()
-        self.att.stepped(p.step)
+        self.att.on_step_end(p.step)
         p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
         if p.step % self.train.log_every == 0:
             p.log_bytes = self._write_log(step=p.step, epoch=p.epoch + 1, loss=value, lr=lr, grad_norm=float(norm))
@@ -231,13 +231,13 @@ class Trainer:
         return loss, asked
 
     def _backward(self, x_BCHW: Tensor, target: Tensor) -> Tensor:
-        """Add these pictures' share of the gradients of the batch's mean loss, and return that share of the loss.
+        """Add these images' share of the gradients of the batch's mean loss, and return that share of the loss.
 
         A micro-batch at a time. All shares are the whole batch, which is one share where one process trains.
         """
         total, whole = torch.zeros((), device=self.device), self.batches.batch_size
         count = math.ceil(len(x_BCHW) / (self.progress.micro_batch or len(x_BCHW)))
-        # of nearly one size: a last piece of a single picture would be none for BatchNorm
+        # of nearly one size: a last piece of a single image would be none for BatchNorm
         pieces = zip(torch.tensor_split(x_BCHW, count), torch.tensor_split(target, count), strict=True)
         for number, (x, y) in enumerate(pieces):
             with self.autocast():
@@ -245,7 +245,7 @@ class Trainer:
             loss = F.cross_entropy(logits_BC.float(), y, label_smoothing=self.mixing.smoothing)
             loss = loss * (len(x) / whole)
             if number == 0:  # once a step
-                loss = loss + self.att.extra_loss(self.progress.step) * (len(x_BCHW) / whole)
+                loss = loss + self.att.loss(self.progress.step) * (len(x_BCHW) / whole)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -255,7 +255,7 @@ class Trainer:
         if math.isfinite(value) and math.isfinite(float(norm)):
             return value
         raise self._diverged(
-            f"the loss is {value} and the gradient norm {float(norm)} (lr {lr:.3g}, pictures {_shown(batch.positions)})"
+            f"the loss is {value} and the gradient norm {float(norm)} (lr {lr:.3g}, images {_shown(batch.positions)})"
         )
 
     def _diverged(self, what: str) -> Diverged:
@@ -337,11 +337,11 @@ class Trainer:
         return checkpoint
 
     def _resume(self) -> None:
-        checkpoint = self.group.same(self._newest)
+        checkpoint = self.group.broadcast(self._newest)
         here = self._tensors()
         if checkpoint is None:
             if self.group.size > 1:  # the processes' own may differ in the last bit
-                _copy_into(here, self.group.same(lambda: {key: t.detach().cpu() for key, t in here.items()}))
+                _copy_into(here, self.group.broadcast(lambda: {key: t.detach().cpu() for key, t in here.items()}))
             return
         if {k: t.shape for k, t in here.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
             raise CheckpointError(

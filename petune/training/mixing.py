@@ -30,11 +30,11 @@ def seed_step(device: torch.device, seed: int, step: int, rank: int = 0) -> None
 
 
 class Mixing:
-    """Mixes the pictures of a batch, or leaves them alone where neither mixup nor cutmix is asked for.
+    """Mixes the images of a batch, or leaves them alone where neither mixup nor cutmix is asked for.
 
     Args:
         train: `mixup`, `cutmix` and `label_smoothing`, which timm then spreads itself.
-        batch_size: As trained with; timm mixes each picture with its mirror place, so it must be even.
+        batch_size: As trained with; timm mixes each image with its mirror place, so it must be even.
 
     Raises:
         ConfigError: An odd batch was to be mixed.
@@ -59,11 +59,11 @@ class Mixing:
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether pictures are mixed with others of their batch."""
+        """Whether images are mixed with others of their batch."""
         return self.mixup is not None
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) and their targets: labels (B,), or shares (B, C) where they are mixed."""
+        """Images (B, 3, H, W) and their targets: labels (B,), or shares (B, C) where they are mixed."""
         if self.mixup is None:
             return batch.x_BCHW, batch.y_B
         state = np.random.get_state()

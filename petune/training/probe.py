@@ -20,12 +20,12 @@ def largest_that_fits(step: Callable[[int], object], batch_size: int, parameters
     """The largest of batch_size, its half, its quarter, … for which `step(size)` does not run out of memory.
 
     Args:
-        step: Forward and backward of so many pictures.
-        batch_size: Pictures of an optimizer step.
+        step: Forward and backward of so many images.
+        batch_size: Images of an optimizer step.
         parameters: What trains; room for an optimizer's two moments is held meanwhile.
 
     Raises:
-        ConfigError: Not even one picture fits.
+        ConfigError: Not even one image fits.
     """
     size, reason = batch_size, _problem(step, batch_size, parameters)
     while reason and size > 1:
@@ -33,7 +33,7 @@ def largest_that_fits(step: Callable[[int], object], batch_size: int, parameters
         reason = _problem(step, size, parameters)
     if reason:
         raise ConfigError(
-            f"a training step must fit the device's memory, but one picture does not: {reason} Use a smaller "
+            f"a training step must fit the device's memory, but one image does not: {reason} Use a smaller "
             "--backbone or --image-size, or --device cpu"
         )
     return size
@@ -41,7 +41,7 @@ def largest_that_fits(step: Callable[[int], object], batch_size: int, parameters
 
 @contextmanager
 def statistics_need_two() -> Iterator[None]:
-    """Say of a batch, or a last piece of one, that is a single picture why BatchNorm in a classifier cannot use it.
+    """Say of a batch, or a last piece of one, that is a single image why BatchNorm in a classifier cannot use it.
 
     Raises:
         ConfigError: That came up.
@@ -52,14 +52,14 @@ def statistics_need_two() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            "BatchNorm that trains needs two pictures or more at a time, but a batch, or what train.micro_batch_size "
-            f"leaves of one, has a single picture ({error}). Use another train.batch_size or train.micro_batch_size, "
+            "BatchNorm that trains needs two images or more at a time, but a batch, or what train.micro_batch_size "
+            f"leaves of one, has a single image ({error}). Use another train.batch_size or train.micro_batch_size, "
             "or --head linear"
         ) from error
 
 
 def _problem(step: Callable[[int], object], size: int, parameters: Sequence[nn.Parameter]) -> str:
-    """Why a step of `size` pictures does not fit, or nothing."""
+    """Why a step of `size` images does not fit, or nothing."""
     try:
         moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
         step(size)

@@ -33,9 +33,9 @@ def share_step(
     Args:
         group: More than one process.
         parameters: What trains, in the same order everywhere.
-        model: Its running statistics (BatchNorm) become their mean, since each process saw other pictures.
-        loss: Of this process's pictures, over the number of all.
-        share: This process's part of the batch's pictures, in 0..1.
+        model: Its running statistics (BatchNorm) become their mean, since each process saw other images.
+        loss: Of this process's images, over the number of all.
+        share: This process's part of the batch's images, in 0..1.
         asked: What this process asks for.
         failed: What went wrong on this process.
 
@@ -49,7 +49,7 @@ def share_step(
     group.add_up_gradients(parameters, [said, loss, *moving])
     any_failed, stop, save = (bool(flag) for flag in said.tolist())
     if any_failed:
-        group.agree(failed=failed)
+        group.any_rank(failed=failed)
     return Asked(stop, save)
 
 

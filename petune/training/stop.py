@@ -63,7 +63,7 @@ class StopFlag:
         self._check_begun(group)
 
     def _check_begun(self, group: Group) -> None:
-        if group.agree(self.signal_name is not None):
+        if group.any_rank(self.signal_name is not None):
             name = self.signal_name or "a signal to another process"
             raise Stopped(f"stopped by {name} before it trained; nothing is lost, start it again")
 
@@ -74,7 +74,7 @@ class StopFlag:
             group: Who stops together.
             failed: What went wrong on this process, to be raised on all.
         """
-        if group.agree(self.signal_name is not None, failed):
+        if group.any_rank(self.signal_name is not None, failed):
             self.leave()
 
     def leave(self) -> NoReturn:

@@ -76,7 +76,7 @@ def check_tracker(name: str) -> None:
     if name not in TRACKERS:
         raise UnknownName("tracker", name, TRACKERS)
     if find_spec(name) is None:
-        raise MissingExtra(f"--track {name}", name)
+        raise MissingExtra(f"--tracker {name}", name)
 
 
 class Tracker:

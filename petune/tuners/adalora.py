@@ -2,8 +2,8 @@
 
     AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512):    y = W x + (α/r) · B diag(E) A x     E zero at the start
 
-Every step each triplet (a row of A, of E, a column of B) gets a score from value times gradient, smoothed; those of the
-lowest scores are set to zero, until `target_r` a layer are left on average. What the allocator remembers between steps
+Every step each triplet (a row of A, of E, a column of B) gets a logit from value times gradient, smoothed; those of the
+lowest logits are set to zero, until `target_r` a layer are left on average. What the allocator remembers between steps
 is kept in buffers of the model, where a checkpoint finds it.
 """
 
@@ -67,9 +67,9 @@ class Budget:
         for path, layer in wrapped.layers.items():
             layer.add_module(attribute, self.memory[path])
             edit.on_detach(functools.partial(delattr, layer, attribute))
-        edit.adopt([], self.memory.values())
+        edit.add_parameters([], self.memory.values())
 
-    def begin(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """Lay the schedule over so many steps.
 
         Raises:
@@ -105,7 +105,9 @@ class Budget:
         import peft.tuners.adalora as theirs
 
         if not self.total_steps:
-            raise petune.AttachError("AdaLoRA must know how many steps it trains; call att.begin(total_steps) before")
+            raise petune.AttachError(
+                "AdaLoRA needs the number of training steps: call att.on_train_start(total_steps) first"
+            )
         config = copy.copy(self.wrapped.config)
         config.total_step = self.total_steps
         if sum(len(f["lora_E"]) for f in self.factors.values()) <= config.target_r * len(self.factors):

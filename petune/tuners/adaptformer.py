@@ -36,7 +36,7 @@ class AdaptFormerConfig(petune.TunerConfig):
     scale: Annotated[float, Field(gt=0)] | Literal["learnable"] | None = None
     dropout: float = Field(0.1, ge=0, lt=1)
     input: Literal["residual", "norm"] | None = None
-    variant: Literal["official", "seed"] = "official"
+    variant: Literal["official", "paddle_study"] = "official"
     train_backbone: bool = False
 
 
@@ -69,7 +69,7 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
     Differs from the paper: figure and equation show norm2's output as the input; the authors' code reads the raw
     residual stream and they say that the code is right, so that is the default here.
 
-    Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 pictures of CIFAR-10 (2
+    Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 images of CIFAR-10 (2
     epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2.
     """
 
@@ -80,18 +80,18 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         """One adapter a block, from the residual stream before the MLP to the block's output."""
         if self.config.train_backbone:
             edit.train(edit.model)
-        config, seed = self.config, self.config.variant == "seed"
+        config, seed = self.config, self.config.variant == "paddle_study"
         scale = config.scale if config.scale is not None else "learnable" if seed else 0.1
         source = config.input or ("norm" if seed else "residual")
         for block in edit.sites.need_blocks():
             enter = block.need("mid" if source == "residual" else "mlp")
             leave = block.need("mlp") if seed else block
-            edit.branch(enter, leave, BottleneckAdapter(block.dim, config.bottleneck, config.dropout, scale))
+            edit.parallel(enter, leave, BottleneckAdapter(block.dim, config.bottleneck, config.dropout, scale))
 
-    def count(self, sites: petune.Sites) -> int | None:
+    def num_parameters(self, sites: petune.Sites) -> int | None:
         """2·D·M + M + D a block, and its scale where that is learnable; no formula for a backbone that trains too."""
         if self.config.train_backbone:
             return None
         m, learnable = self.config.bottleneck, self.config.scale == "learnable"
-        learnable |= self.config.scale is None and self.config.variant == "seed"
+        learnable |= self.config.scale is None and self.config.variant == "paddle_study"
         return sum(2 * block.dim * m + m + block.dim + learnable for block in sites.blocks)

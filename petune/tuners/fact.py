@@ -82,7 +82,7 @@ class FacT(petune.Tuner[FacTConfig]):
                 out_dim, in_dim = cast(nn.Linear, layer.module).weight.shape
                 if in_dim % width == 0 and out_dim % width == 0:
                     shape = (in_dim // width, out_dim // width)
-                    edit.branch(layer, layer, Factors(*shared[width], shape, self.config))
+                    edit.parallel(layer, layer, Factors(*shared[width], shape, self.config))
                     fitted += 1
                 else:
                     skipped.append(layer.path)
@@ -93,8 +93,8 @@ def _layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
     """Linear layers of attention and MLP, called where the model can be told to call them."""
     places = [site for site in (block.attn, block.mlp) if site is not None]
     for site in places:
-        edit.wake(site)
-    return [layer for site in places for layer in edit.linears(site)]
+        edit.use_qkv_module(site)
+    return [layer for site in places for layer in edit.linear_layers(site)]
 
 
 def _say(edit: petune.Edit, fitted: int, skipped: list[str]) -> None:

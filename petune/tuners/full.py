@@ -15,7 +15,7 @@ class Full(petune.Tuner[FullConfig]):
     Parameters: all. The other methods are measured against it.
 
     Recipe: within the published 1e-5 to 1e-3 (AdamW); the default suits ViT-B, and small backbones want more. With
-    vit_nano on 10,000 pictures of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.64 at 3e-4 and 71.42 at
+    vit_nano on 10,000 images of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.64 at 3e-4 and 71.42 at
     1e-3: compare it there with `--set lrs.full=1e-3`.
     """
 

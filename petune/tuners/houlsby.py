@@ -63,7 +63,7 @@ class Houlsby(petune.Tuner[HoulsbyConfig]):
             for site in (block.need("attn"), block.need("mlp")):
                 edit.after(site, SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout))
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """2·(2·D·M + M + D) a block."""
         m = self.config.bottleneck
         return sum(2 * (2 * block.dim * m + m + block.dim) for block in sites.blocks)

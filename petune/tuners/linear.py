@@ -14,7 +14,7 @@ class Linear(petune.Tuner[LinearConfig]):
 
     Parameters: D·C + C for C classes. Differs from the usual protocol: features are computed under augmentation.
 
-    Recipe: with vit_nano on 10,000 pictures of CIFAR-10 (2 epochs, batch 128, AdamW, seed 0) top-1 on val was 67.02 at
+    Recipe: with vit_nano on 10,000 images of CIFAR-10 (2 epochs, batch 128, AdamW, seed 0) top-1 on val was 67.02 at
     5e-3 and 67.12 at 2e-2.
     """
 
@@ -25,6 +25,6 @@ class Linear(petune.Tuner[LinearConfig]):
         """Nothing to edit; the head must exist."""
         edit.sites.need_head()
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """None beside the head."""
         return 0

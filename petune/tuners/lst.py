@@ -96,9 +96,9 @@ class LST(petune.Tuner[LSTConfig]):
                 f"a ladder needs blocks of one width, but those of {edit.sites.model} have {sorted(set(dims))}; "
                 "use adaptformer or lora"
             )
-        edit.branch(blocks, blocks[-1], Ladder(dims, dims[-1], self.config))
+        edit.parallel(blocks, blocks[-1], Ladder(dims, dims[-1], self.config))
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """The formula above."""
         dim, e = sites.blocks[-1].dim, self.config.expansion
         s = max(1, dim // self.config.reduction)

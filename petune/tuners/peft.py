@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from petune.tuners.adalora import Budget
 
 REFUSED = {
-    "lily": "its router averages over the batch, so that the score of a picture depends on the others",
+    "lily": "its router averages over the batch, so that the logit of an image depends on the others",
     "xlora": "it mixes adapters that exist already",
-    "poly": "it needs the task of every picture",
+    "poly": "it needs the task of every image",
     "trainable_tokens": "it trains word embeddings",
     "shadow": "it needs a language model",
     "cartridge": "it needs a language model",
@@ -53,7 +53,7 @@ LAYERS = ("layers_to_transform", "layers_pattern")
 NOT_HERE = {
     "modules_to_save": "the classifier trains anyway; attach partial or norm beside it to train more",
     "inference_mode": "what is attached trains",
-    "task_type": "the task is to classify pictures",
+    "task_type": "the task is to classify images",
     "save_only_topk_weights": "the file must hold all that trains",
     **dict.fromkeys(LAYERS, "PEFT looks at it only where target_modules is given too"),
 }
@@ -153,7 +153,7 @@ class Peft(petune.Tuner[PeftConfig]):
     def __init__(self, config: PeftConfig | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         starts = [v for k, v in self.config.options.items() if k.startswith("init_") or k == "init_weights"]
-        self.identity_at_start = self.config.type not in NOT_IDENTITY and False not in starts
+        self.identity_at_init = self.config.type not in NOT_IDENTITY and False not in starts
 
     def attach(self, edit: petune.Edit) -> None:
         """Let PEFT put its layers around the targets, and take over what it has added."""
@@ -174,12 +174,12 @@ class Peft(petune.Tuner[PeftConfig]):
 
             self.budget = Budget(edit, self.wrapped)
 
-    def begin(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """AdaLoRA shares out its ranks over so many steps, unless the option total_step says otherwise."""
         if self.budget is not None:
-            self.budget.begin(self.config.options.get("total_step", total_steps))
+            self.budget.on_train_start(self.config.options.get("total_step", total_steps))
 
-    def stepped(self, step: int) -> None:
+    def on_step_end(self, step: int) -> None:
         """AdaLoRA takes away ranks."""
         if self.budget is not None:
             self.budget.allocate(step + 1)
@@ -188,12 +188,12 @@ class Peft(petune.Tuner[PeftConfig]):
         """AdaLoRA keeps its factors near orthogonal; no other type has a term of its own."""
         return None if self.budget is None else self.budget.regularity()
 
-    def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_external(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's own config and tensors, the classifier among them, for the adapter directory."""
-        return self.wrapped.pack(state)
+        return self.wrapped.to_external(state)
 
     @classmethod
-    def unpack(cls, peft_config: dict[str, Any]) -> dict[str, Any]:
+    def from_external(cls, peft_config: dict[str, Any]) -> dict[str, Any]:
         """From a config that PEFT wrote to the one that petune would have."""
         kind = str(peft_config["peft_type"]).lower()
         known = {f.name: f for f in dataclasses.fields(peft_types()[kind])} if kind in peft_types() else {}
@@ -248,16 +248,16 @@ class Peft(petune.Tuner[PeftConfig]):
             return known
         places = self._places(edit)
         for site in places:
-            edit.wake(site)
+            edit.use_qkv_module(site)
         # a side of the stream's width: not the small network that makes a table of positions (Swin-V2)
         targets = [
             layer
             for site in places
-            for layer in edit.linears(site, pointwise=self.config.type == "lora")
+            for layer in edit.linear_layers(site, pointwise=self.config.type == "lora")
             if site.dim in cast(nn.Linear, layer.module).weight.shape
         ]
         targets = list({id(layer.module): layer for layer in targets}.values())
-        unread = [layer for site in places for layer in edit.unread(site)]
+        unread = [layer for site in places for layer in edit.uncalled_linears(site)]
         model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in unread[:3]))
         if not targets and not others:
             raise petune.AttachError(
@@ -289,7 +289,7 @@ class Peft(petune.Tuner[PeftConfig]):
         elif kind == "waveft":
             fitting["n_frequency"] = min(default["n_frequency"], min(sides) ** 2)
         elif kind == "ia3":
-            last = [edit.linears(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
+            last = [edit.linear_layers(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
             chosen = {_path(site) for site in targets}
             fitting["feedforward_modules"] = [_path(s) for found in last for s in found if _path(s) in chosen]
         return {"target_modules": names, **_completed(kind, options), **fitting, **options}

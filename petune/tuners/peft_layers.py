@@ -77,7 +77,7 @@ class Wrapped:
         if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
             edit.on_rows(self._rows)
 
-    def pack(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_external(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's.
 
         Raises:
@@ -166,7 +166,7 @@ class Wrapped:
         ]
         held = [(m, name) for m in self.model.modules() for name in m._buffers if (m, name) not in buffers]
         shared = [(layer, name) for layer in self.layers.values() for name in layer._buffers]  # BOFT's permutation
-        self.edit.adopt(new, parts, dict.fromkeys([*held, *shared]))
+        self.edit.add_parameters(new, parts, dict.fromkeys([*held, *shared]))
 
     def _chosen(self, own: set[int]) -> dict[str, Tensor]:
         """What PEFT saves, of what is our own: it chooses by names, which other types may share."""
@@ -315,8 +315,8 @@ def _find(layer: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
 def _tell_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if len(args[0]) != layer.petune_batch_size:
         raise petune.AttachError(
-            f"one batch of several tasks needs a row for each picture in every layer, but there are {len(args[0])} for "
-            f"{layer.petune_batch_size} pictures"
+            f"one batch of several tasks needs a row for each image in every layer, but there are {len(args[0])} for "
+            f"{layer.petune_batch_size} images"
         )
     names = ["__base__"] * len(args[0])
     for name, rows in layer.petune_rows.items():

@@ -33,7 +33,7 @@ class Pfeiffer(petune.Tuner[PfeifferConfig]):
             adapter = SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout)
             edit.after(block.need("mlp"), adapter)
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """2·D·M + M + D a block."""
         m = self.config.bottleneck
         return sum(2 * block.dim * m + m + block.dim for block in sites.blocks)

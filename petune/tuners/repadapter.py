@@ -102,10 +102,10 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
                     f"groups={self.config.groups}"
                 )
             for site in (block.need("attn"), block.need("mlp")):
-                readers = tuple(layer.module for layer in edit.readers(site))
+                readers = tuple(layer.module for layer in edit.input_linears(site))
                 edit.before(site, LinearAdapter(site.dim, self.config, readers))
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """2·(D·M + M + D·M/G + D) a block."""
         m, g = self.config.bottleneck, self.config.groups
         return sum(2 * (b.dim * m + m + b.dim * m // g + b.dim) for b in sites.blocks)

@@ -32,7 +32,7 @@ class VPTConfig(petune.TunerConfig):
 
 
 class Prompt(nn.Module):
-    """P tokens, the same for every picture."""
+    """P tokens, the same for every image."""
 
     why_not_mergeable = "prompts are tokens, not a change of weights"
 
@@ -56,18 +56,18 @@ class VPT(petune.Tuner[VPTConfig]):
     uniform(-v, v) with v = sqrt(6 / (3·patch_h·patch_w + D)); 0.0625 for ViT-B/16.
 
     Where attention sees windows (Swin), every window gets the prompts. Shallow ones go as far as the tokens are the
-    same (`Edit.passage`): through all blocks of a plain ViT, through the first stage of one that merges tokens. Between
-    the blocks they are tokens like others: a model's intermediate features hold them.
+    same (`Edit.prompt_span`): through all blocks of a plain ViT, through the first stage of one that merges tokens.
+    Between the blocks they are tokens like others: a model's intermediate features hold them.
 
     Parameters: deep L·P·D for L blocks, shallow P·D.
 
     Differs from the paper: AdamW instead of SGD, since its rate transfers between backbones. With vit_nano on 10,000
-    pictures of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.28 at 1e-2 and 68.84 at 3e-2.
+    images of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.28 at 1e-2 and 68.84 at 3e-2.
     """
 
     Config = VPTConfig
     recipe = petune.Recipe(lr=1e-2)
-    identity_at_start = False
+    identity_at_init = False
 
     def attach(self, edit: petune.Edit) -> None:
         """Prompts for every block, or for all blocks together."""
@@ -82,9 +82,9 @@ class VPT(petune.Tuner[VPTConfig]):
             for block in blocks:
                 edit.prompt(block, prompt(block.dim))
         else:
-            edit.prompt(edit.passage(), prompt(blocks[0].dim))
+            edit.prompt(edit.prompt_span(), prompt(blocks[0].dim))
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """L·P·D for deep, P·D for shallow."""
         blocks = sites.blocks if self.config.deep else sites.blocks[:1]
         return sum((self.config.num_prompts or (10 if self.config.deep else 50)) * block.dim for block in blocks)

@@ -86,9 +86,9 @@ class Convpass(petune.Tuner[ConvpassConfig]):
             )
         for block in blocks:
             for site in (block.need("attn"), block.need("mlp")):
-                edit.branch(site, site, Bypass(block.dim, grid, edit.sites.num_prefix_tokens, self.config))
+                edit.parallel(site, site, Bypass(block.dim, grid, edit.sites.num_prefix_tokens, self.config))
 
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         """2·(2·D·H + H + D + 9·H² + H) a block."""
         h = self.config.hidden_dim
         return sum(2 * (2 * block.dim * h + block.dim + 2 * h + 9 * h * h) for block in sites.blocks)

@@ -45,14 +45,14 @@ class SSF(petune.Tuner[SSFConfig]):
 
     Config = SSFConfig
     recipe = petune.Recipe(lr=5e-3, weight_decay=0.0)
-    identity_at_start = False
+    identity_at_init = False
 
     def attach(self, edit: petune.Edit) -> None:
         """One γ and β behind every linear layer and every norm."""
         for block in edit.sites.need_blocks():
-            edit.wake(block.attn)  # timm's EVA and BeiT read the weight of qkv unless they are told to call it
+            edit.use_qkv_module(block.attn)  # timm's EVA and BeiT else read its weight
         for block in edit.sites.blocks:
-            for layer in (*edit.linears(block.attn), *edit.linears(block.mlp)):
+            for layer in (*edit.linear_layers(block.attn), *edit.linear_layers(block.mlp)):
                 edit.after(layer, ScaleShift(layer.module.out_features, self.config.init_std))
             for norm in (block.norm1, block.norm2):
                 if norm is not None:

@@ -19,7 +19,7 @@ from petune.base.text import in_markdown, without_folders
 from petune.serving.restore import plain_backbone, read_run
 from tests.tiny import X, randomised, tiny
 
-MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_pictures": 360}, "dataset": "digits", "method": "vpt:deep=false"}
+MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_images": 360}, "dataset": "digits", "method": "vpt:deep=false"}
 
 
 def card(place: Path, tuner: str = "adaptformer", /, **metadata: Any) -> str:
@@ -77,7 +77,7 @@ def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypat
                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("adapter").symlink_to(digits / "adapter")
-    Image.new("L", (8, 8), 90).save("picture.png")
+    Image.new("L", (8, 8), 90).save("image.png")
     text = Path("adapter/README.md").read_text(encoding="utf-8")
     result = json.loads((digits / "result.json").read_text())
     assert f"| top-1 on test | {result['top1']:.2f} % |" in text
@@ -86,7 +86,7 @@ def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypat
     whole, own = examples(text)
     names: dict[str, Any] = {}
     exec(whole, names)
-    assert capsys.readouterr().out.startswith("picture.png (Guess(name='")
+    assert capsys.readouterr().out.startswith("image.png (Guess(name='")
     plain = names["predictor"].model
     again = plain_backbone(read_run(digits)).model
     inner: dict[str, Any] = {"model": again}

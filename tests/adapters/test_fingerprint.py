@@ -109,7 +109,7 @@ def test_what_has_not_changed_is_read_once(reads: list[int], tmp_path: Any) -> N
         att.save(tmp_path / name)
         att.detach()
     assert len(reads) == 1
-    tasks = petune.Tasks(model)
+    tasks = petune.AdapterBank(model)
     for number, name in enumerate(["adaptformer", "vpt", "lora", "adaptformer", "vpt"]):
         tasks.load(str(number), tmp_path / name)
         tasks.use(str(number))

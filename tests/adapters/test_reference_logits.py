@@ -1,4 +1,4 @@
-"""The test picture: a backbone, or a method, of the same tensors that computes something else is refused."""
+"""The test image: a backbone, or a method, of the same tensors that computes something else is refused."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def _coarse(dim: int, **options: Any) -> nn.LayerNorm:
 def test_another_computation_with_the_same_tensors_is_refused(method: str, other: str, tmp_path: Path) -> None:
     randomised(petune.attach(sharpened(), method)).save(tmp_path / "a")
     model = OTHERS[other]()
-    keys, scores = list(model.state_dict()), model(X)
+    keys, logits = list(model.state_dict()), model(X)
     with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
         petune.load(model, tmp_path / "a")
     assert list(model.state_dict()) == keys
-    assert torch.equal(model(X), scores)
+    assert torch.equal(model(X), logits)
     assert petune.load(sharpened(), tmp_path / "a").attached
 
 
 def test_a_changed_method_is_named_with_both_versions(tmp_path: Path) -> None:
     randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
     saved = read_adapter(tmp_path / "a")
-    saved.config["behaviour"]["scores"][0] += 1
+    saved.config["behaviour"]["logits"][0] += 1
     with pytest.raises(BackboneMismatch, match=r"as for training \(.*pooling\)$"):
         attach_saved(sharpened(), saved)
     saved.config["version"] = "0.0.1"
@@ -109,18 +109,18 @@ def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: t
     att = randomised(petune.attach(sharpened().to(dtype), "adaptformer"))
     said = behaviour(att)
     assert said is not None
-    assert len(said["scores"]) == 5
-    exact = torch.tensor(said["scores"], dtype=torch.float64)
+    assert len(said["logits"]) == 5
+    exact = torch.tensor(said["logits"], dtype=torch.float64)
     places = torch.arange(3 * 16 * 16, dtype=torch.float64)
-    picture = torch.sin(places**2 / 10).reshape(1, 3, 16, 16).float()
+    image = torch.sin(places**2 / 10).reshape(1, 3, 16, 16).float()
     with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32), torch.no_grad():
-        rounded = (att.model if dtype == torch.float32 else att.model.float())(picture).flatten().double()
+        rounded = (att.model if dtype == torch.float32 else att.model.float())(image).flatten().double()
     off = float((rounded - exact).abs().max())
     assert off < said["tolerance"] < float(exact.abs().max()) / 6
 
 
 @pytest.mark.parametrize(
-    "damage", [[], {}, {"scores": "abc", "tolerance": 1}, {"scores": [1.0], "tolerance": 1}, {"scores": None}, "x", 3]
+    "damage", [[], {}, {"logits": "abc", "tolerance": 1}, {"logits": [1.0], "tolerance": 1}, {"logits": None}, "x", 3]
 )
 def test_what_cannot_be_read_is_one_error(damage: Any, tmp_path: Path) -> None:
     randomised(petune.attach(tiny(), "adaptformer")).save(tmp_path / "a")
@@ -153,8 +153,8 @@ def test_a_forward_with_choices_allows_for_them() -> None:
             self.limit = torch.inf
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            scores: torch.Tensor = self.inner(x)
-            return scores + (scores.sum() > self.limit)
+            logits: torch.Tensor = self.inner(x)
+            return logits + (logits.sum() > self.limit)
 
     torch.manual_seed(0)
     model = Choosing().eval()
@@ -185,7 +185,7 @@ def test_beside_others_it_cannot_be_told_and_what_is_off_is_told_as_on(tmp_path:
         petune.load(OTHERS["heads"](), tmp_path / "a")
 
 
-def test_scores_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
     att = petune.attach(tiny(), "adaptformer")
     with torch.no_grad():
         next(iter(att.tuned.values())).fill_(torch.nan)
@@ -197,7 +197,7 @@ def test_scores_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
 def test_a_model_that_passed_once_is_looked_at_again(tmp_path: Path) -> None:
     randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "two")
     randomised(petune.attach(sharpened(num_heads=3), "adaptformer")).save(tmp_path / "three")
-    tasks = petune.Tasks(sharpened())
+    tasks = petune.AdapterBank(sharpened())
     tasks.load("a", tmp_path / "two")
     with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
         tasks.load("b", tmp_path / "three")

@@ -205,7 +205,7 @@ def test_weights_that_are_stored_in_half_train_in_float32(saved_vit: str, stored
         ({"image_mean": None}, None),
     ],
 )
-def test_pictures_are_normalised_as_the_processor_does(
+def test_images_are_normalised_as_the_processor_does(
     saved_vit: str, settings: dict[str, Any], mean: tuple[float, ...] | None
 ) -> None:
     import transformers
@@ -217,7 +217,7 @@ def test_pictures_are_normalised_as_the_processor_does(
     assert create_backbone(saved_vit, num_classes=3).mean == mean
 
 
-def test_pictures_with_blue_first_are_said(saved_vit: str) -> None:
+def test_images_with_blue_first_are_said(saved_vit: str) -> None:
     import transformers
 
     transformers.MobileViTImageProcessor().save_pretrained(saved_vit.removeprefix("hf:"))

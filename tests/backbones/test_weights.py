@@ -53,7 +53,7 @@ def test_statistics_of_a_file_that_does_not_say_them_are_timms_of_that_name(tmp_
     asked = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32, "options": shape}
     timms = create_backbone("vit_tiny", **asked)
     assert (timms.mean, timms.std) == ((0.5,) * 3, (0.5,) * 3)
-    unknown = create_backbone("vit_seed", **(asked | {"patch_size": 16, "options": shape | {"qkv_bias": True}}))
+    unknown = create_backbone("vit_paddle_study", **(asked | {"patch_size": 16, "options": shape | {"qkv_bias": True}}))
     assert (unknown.mean, unknown.std) == (None, None)
 
 
@@ -64,10 +64,10 @@ def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
     notes: list[str] = []
     petune.run(
         method="linear", backbone="vit_nano", weights=str(tmp_path / "w.safetensors"), dataset="digits", image_size=8,
-        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        backbone_options=shape, shots=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
         output=tmp_path / "run", watch=lambda event: notes.append(str(event)),
     )  # fmt: skip
-    assert any("does not say what its pictures' mean and std were" in note for note in notes)
+    assert any("does not say what its images' mean and std were" in note for note in notes)
 
 
 def test_an_adapter_finds_a_relative_weights_file_from_anywhere(
@@ -79,7 +79,7 @@ def test_an_adapter_finds_a_relative_weights_file_from_anywhere(
     monkeypatch.chdir(tmp_path)
     petune.run(
         method="linear", backbone="vit_nano", weights="./w.safetensors", dataset="digits", image_size=8,
-        backbone_options=shape, train_per_class=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
+        backbone_options=shape, shots=2, train={"epochs": 1, "batch_size": 10}, device="cpu",
         output=tmp_path / "run",
     )  # fmt: skip
     (tmp_path / "elsewhere").mkdir()

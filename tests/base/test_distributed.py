@@ -30,7 +30,7 @@ from petune.runner.result import RunResult
 
 TINY = (
     "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
-    "--dataset=digits", "--train-per-class=20", "--epochs=2", "--batch-size=15", "--device=cpu", "--precision=fp32",
+    "--dataset=digits", "--shots=20", "--epochs=2", "--batch-size=15", "--device=cpu", "--precision=fp32",
     "--set=train.log_every=1", "--set=train.eval_batch_size=50",
 )  # fmt: skip
 LINES = 24 + 2  # of metrics.jsonl: a step each, an epoch each
@@ -176,7 +176,7 @@ def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several
 def test_frozen_blocks_may_be_spread(several: Several, tmp_path: Path) -> None:
     words = ("run", "--method=adaptformer:dropout=0", *TINY, "--set=train.eval_batch_size=71", "--output")
     assert several.finish(1, *words, tmp_path / "one") == [0]
-    assert several.finish(2, *words, tmp_path / "two", "--set=train.shard=true", "--track=tensorboard") == [0, 0]
+    assert several.finish(2, *words, tmp_path / "two", "--set=train.shard=true", "--tracker=tensorboard") == [0, 0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
     configs = [json.loads((tmp_path / n / "adapter" / "adapter_config.json").read_text()) for n in ("one", "two")]
     assert [config.pop("behaviour") is None for config in configs] == [False, True]  # no process has a whole model
@@ -231,10 +231,10 @@ def test_what_fails_on_one_ends_all(
 
 def test_what_fails_on_one_before_training_is_said_by_the_leader(several: Several, tmp_path: Path) -> None:
     for number in range(12):
-        picture = tmp_path / "pictures" / f"class{number % 2}" / f"{number}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (number, 0, 0)).save(picture)
-    data = (f"--dataset=folder:{tmp_path / 'pictures'}", "--train-per-class=2", "--batch-size=2")
+        image = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(image)
+    data = (f"--dataset=folder:{tmp_path / 'images'}", "--shots=2", "--batch-size=2")
     words = ("run", "--method=linear", *TINY, *data, "--output", tmp_path / "x")
     assert several.finish(2, *words, prelude=no_cache_for_the_second) == [4, 4]
     assert "cannot be written" in several.said(0)
@@ -291,13 +291,13 @@ def test_parts_are_all_and_differ_by_one(count: int, size: int) -> None:
 def test_alone_nothing_changes() -> None:
     assert join() is ALONE
     assert leads()
-    assert ALONE.agree(True)
-    assert not ALONE.agree(False)
-    assert ALONE.same(lambda: 3) == ALONE.in_turn(lambda: 3) == ALONE.smallest(3) == 3
+    assert ALONE.any_rank(True)
+    assert not ALONE.any_rank(False)
+    assert ALONE.broadcast(lambda: 3) == ALONE.main_first(lambda: 3) == ALONE.smallest(3) == 3
     with pytest.raises(DataError), ALONE.together():
         raise DataError("x")
     with pytest.raises(DataError):
-        ALONE.agree(failed=[DataError("x")])
+        ALONE.any_rank(failed=[DataError("x")])
 
 
 def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

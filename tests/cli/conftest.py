@@ -13,7 +13,7 @@ from tests.program import Done, Run, call
 TINY = (
     "--backbone=vit_nano", "--weights=none",
     "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
-    "--dataset=digits", "--train-per-class=20", "--epochs=1", "--device=cpu", "--precision=fp32",
+    "--dataset=digits", "--shots=20", "--epochs=1", "--device=cpu", "--precision=fp32",
 )  # fmt: skip
 
 

@@ -29,15 +29,15 @@ def test_a_sound_folder(petune: Run, tmp_path: Path) -> None:
     assert "\x1b" not in done.out
 
 
-def test_a_broken_picture_is_exit_code_4(petune: Run, tmp_path: Path) -> None:
+def test_a_broken_image_is_exit_code_4(petune: Run, tmp_path: Path) -> None:
     _fill(tmp_path / "pets")
     (tmp_path / "pets" / "dog" / "0.png").write_bytes(b"GIF89a")
     done = petune("data", "check", "pets")
     assert done.code == 4
-    assert "pets/dog/0.png must be a whole picture" in done.out
+    assert "pets/dog/0.png must be a whole image" in done.out
     assert done.out.endswith("1 broken, 0 in two splits, 0 in two classes\n")
     found = json.loads(petune("data", "check", "pets", "--json").out)
-    assert found["pictures"]["train"]["cat"] == 2
+    assert found["images"]["train"]["cat"] == 2
     assert len(found["broken"]) == 1
 
 
@@ -48,7 +48,7 @@ def test_copies_within_train_are_said_and_those_of_another_class_are_a_fault(pet
     assert done.code == 0, done.err
     assert done.out.endswith(
         "1 copies in the same class; a split that is cut never parts them\n"
-        "too few different pictures to give the val split one: cat, d[31mg, dog\nno fault found\n"
+        "too few different images to give the val split one: cat, d[31mg, dog\nno fault found\n"
     )
     shutil.copy(tmp_path / "pets" / "dog" / "0.png", tmp_path / "pets" / "cat" / "x.png")
     done = petune("data", "check", "pets")
@@ -65,8 +65,8 @@ def test_classes_too_small_for_every_split_are_named(petune: Run, tmp_path: Path
     Image.new("L", (9, 9), 99).save(tmp_path / "pets" / "dog" / "2.png")
     done = petune("data", "check", "pets")
     assert done.code == 0, done.err
-    assert "too few different pictures to give the test split one: cat\n" in done.out
-    assert "too few different pictures to give the val split one: cat, d[31mg\n" in done.out
+    assert "too few different images to give the test split one: cat\n" in done.out
+    assert "too few different images to give the val split one: cat, d[31mg\n" in done.out
     (tmp_path / "split").mkdir()
     shutil.copytree(tmp_path / "pets", tmp_path / "split" / "train")
     shutil.copytree(tmp_path / "pets", tmp_path / "split" / "test")
@@ -80,7 +80,7 @@ def test_a_folder_that_is_not_there(petune: Run) -> None:
     assert "nowhere is not there" in done.err
 
 
-def test_pictures_that_are_not_read_are_said(petune: Run, tmp_path: Path) -> None:
+def test_images_that_are_not_read_are_said(petune: Run, tmp_path: Path) -> None:
     _fill(tmp_path / "pets")
     (tmp_path / "pets" / "dog" / "photo.HEIC").write_bytes(b"x")
     done = petune("data", "check", "pets")

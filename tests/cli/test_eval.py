@@ -1,4 +1,4 @@
-"""`petune eval`: the run's own numbers again, numbers by class, calibration, other pictures of the same classes."""
+"""`petune eval`: the run's own numbers again, numbers by class, calibration, other images of the same classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import petune as public
 from petune.base.errors import ConfigError, DataError, UsageError
 from petune.data import load_dataset
 from petune.runner.result import RunResult
-from petune.serving.evaluation import Evaluation, confusion_picture
+from petune.serving.evaluation import Evaluation, confusion_plot
 from petune.serving.evaluation.measures import measured
 
 Run = Callable[..., Any]
@@ -30,16 +30,16 @@ def test_the_numbers_of_the_run_again(petune: Run, digits: Path, tmp_path: Path)
     assert done.code == 0, done.err
     found = Evaluation.build(json.loads(done.out))
     assert (found.top1, found.top5) == pytest.approx((result.top1, result.top5))
-    assert found.num_pictures == sum(one.num_pictures for one in found.classes) == len(load_dataset("digits").test)
+    assert found.num_images == sum(one.num_images for one in found.classes) == len(load_dataset("digits").test)
     right = sum(found.confusion[c][c] for c in range(10))
-    assert 100 * right / found.num_pictures == pytest.approx(found.top1)
+    assert 100 * right / found.num_images == pytest.approx(found.top1)
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == json.loads(done.out)
     for name in ("confusion.svg", "reliability.svg"):
         assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
     val = public.evaluate(digits, split="val", device="cpu", precision="fp32")
     assert val.top1 == pytest.approx(result.val_top1)
     named = public.evaluate(digits, split="val", dataset="digits", device="cpu", precision="fp32")
-    assert (named.top1, named.num_pictures) == (val.top1, val.num_pictures)
+    assert (named.top1, named.num_images) == (val.top1, val.num_images)
 
 
 def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:
     done = petune("eval", "run", "--device", "cpu", "--format", "png")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0].replace(" ", "") == "|class|pictures|accuracy|mistakenmostfor|"
+    assert lines[0].replace(" ", "") == "|class|images|accuracy|mistakenmostfor|"
     assert [line.split("|")[1].strip() for line in lines[2:12]] == [str(digit) for digit in range(10)]
     assert "calibration error" in done.out
     assert (tmp_path / "run" / "eval-test" / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -70,7 +70,7 @@ def test_numbers_that_cannot_be_written_are_shown(petune: Run, digits: Path, tmp
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures of three of the ten classes, in no order of the model's."""
+    """Images of three of the ten classes, in no order of the model's."""
     test = load_dataset("digits").test
     for i in range(60):
         if (label := int(test.labels[i])) in {7, 2, 5}:
@@ -80,21 +80,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "more"
 
 
-def test_other_pictures_of_the_same_classes(petune: Run, digits: Path, folder: Path, tmp_path: Path) -> None:
+def test_other_images_of_the_same_classes(petune: Run, digits: Path, folder: Path, tmp_path: Path) -> None:
     done = petune("eval", digits, "--dataset", "folder:more", "--device", "cpu", "--output", "out", "--json")
     assert done.code == 0, done.err
     found = Evaluation.build(json.loads(done.out))
     files = sorted(folder.rglob("*.png"))
     named = public.predict(digits, files, top_k=1, device="cpu")
-    right = [one.top[0].name == Path(one.picture).parent.name for one in named]
-    assert found.num_pictures == len(files)
+    right = [one.top[0].name == Path(one.image).parent.name for one in named]
+    assert found.num_images == len(files)
     assert found.top1 == pytest.approx(100 * sum(right) / len(right))
-    assert [one.name for one in found.classes if one.num_pictures] == ["2", "5", "7"]
+    assert [one.name for one in found.classes if one.num_images] == ["2", "5", "7"]
     assert next(one for one in found.classes if one.name == "0").accuracy is None
 
-    (folder / "7" / "x.png").write_bytes(b"no picture")
+    (folder / "7" / "x.png").write_bytes(b"no image")
     broken = petune("eval", digits, "--dataset", "folder:more", "--output", "none")
-    assert (broken.code, "x.png must be a whole picture" in broken.err) == (4, True)
+    assert (broken.code, "x.png must be a whole image" in broken.err) == (4, True)
     (folder / "7").rename(folder / "seven")
     strange = petune("eval", digits, "--dataset", "folder:more", "--output", "none")
     assert (strange.code, "'seven' is none" in strange.err) == (4, True)
@@ -104,14 +104,14 @@ def test_other_pictures_of_the_same_classes(petune: Run, digits: Path, folder: P
     assert petune("eval", "nowhere").code == 4
 
 
-def test_which_pictures_of_a_folder_are_read(digits: Path, folder: Path, tmp_path: Path) -> None:
+def test_which_images_of_a_folder_are_read(digits: Path, folder: Path, tmp_path: Path) -> None:
     def evaluated(place: str, split: str = "test") -> Evaluation:
         return public.evaluate(
             digits, dataset=f"folder:{tmp_path / place}", split=split, device="cpu", precision="fp32"
         )
 
     whole = evaluated("more")
-    assert (whole.split, whole.num_pictures) == ("all", len(list(folder.rglob("*.png"))))
+    assert (whole.split, whole.num_images) == ("all", len(list(folder.rglob("*.png"))))
     (tmp_path / "parted").mkdir()
     shutil.copytree(folder, tmp_path / "parted" / "test")
     assert (evaluated("parted").split, evaluated("parted").top1) == ("test", whole.top1)
@@ -123,20 +123,20 @@ def test_which_pictures_of_a_folder_are_read(digits: Path, folder: Path, tmp_pat
     (tmp_path / "one" / "7" / "IMG_1.HEIC").write_bytes(b"ftypheic")
     assert "; 1 .heic left out" in evaluated("one").source
     (tmp_path / "one" / "7" / "IMG_1.HEIC").unlink()
-    assert evaluated("one").num_pictures == len(list((folder / "7").iterdir()))
+    assert evaluated("one").num_images == len(list((folder / "7").iterdir()))
     shutil.rmtree(tmp_path / "one" / "7")
-    with pytest.raises(DataError, match="one must hold pictures"):
+    with pytest.raises(DataError, match="one must hold images"):
         evaluated("one")
 
 
 def test_calibration_by_hand() -> None:
     sure = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
-    scores = torch.stack([sure, 1 - sure], 1).log()
-    found = measured(scores, torch.tensor([0, 0, 0, 1, 0, 1]), ("a", "b"), **ABOUT)
+    logits = torch.stack([sure, 1 - sure], 1).log()
+    found = measured(logits, torch.tensor([0, 0, 0, 1, 0, 1]), ("a", "b"), **ABOUT)
     assert found.calibration_error == pytest.approx(100 * (4 / 6 * abs(0.9 - 0.75) + 2 / 6 * abs(0.6 - 0.5)), abs=1e-4)
-    filled = [one for one in found.bins if one.num_pictures]
-    assert [(one.num_pictures, one.accuracy) for one in filled] == [(2, 0.5), (4, 0.75)]
-    weights = [one.num_pictures / 6 * abs((one.confidence or 0) - (one.accuracy or 0)) for one in filled]
+    filled = [one for one in found.bins if one.num_images]
+    assert [(one.num_images, one.accuracy) for one in filled] == [(2, 0.5), (4, 0.75)]
+    weights = [one.num_images / 6 * abs((one.confidence or 0) - (one.accuracy or 0)) for one in filled]
     assert 100 * sum(weights) == pytest.approx(found.calibration_error, abs=1e-4)
     assert (found.top1, found.top5, found.balanced) == pytest.approx((400 / 6, 100.0, 50.0))
     assert found.confusion == ((4, 0), (2, 0))
@@ -144,23 +144,23 @@ def test_calibration_by_hand() -> None:
 
 
 def test_the_calibration_error_is_that_of_the_bins_also_where_a_score_is_exactly_one() -> None:
-    scores = torch.tensor([[99.0, -99.0], [99.0, -99.0], [3.5, 0.0]])
-    assert scores.softmax(-1)[0, 0] == 1
-    found = measured(scores, torch.tensor([0, 1, 0]), ("a", "b"), **ABOUT)
+    logits = torch.tensor([[99.0, -99.0], [99.0, -99.0], [3.5, 0.0]])
+    assert logits.softmax(-1)[0, 0] == 1
+    found = measured(logits, torch.tensor([0, 1, 0]), ("a", "b"), **ABOUT)
     last = found.bins[-1]
-    assert (last.num_pictures, last.accuracy) == (3, pytest.approx(2 / 3))
+    assert (last.num_images, last.accuracy) == (3, pytest.approx(2 / 3))
     assert found.calibration_error == pytest.approx(100 * abs((last.confidence or 0) - 2 / 3))
 
 
-def test_names_in_pictures_are_text() -> None:
+def test_names_in_images_are_text() -> None:
     names = ("<script>", "$x^2$\x1b" + 40 * "y")
     found = measured(torch.eye(2), torch.tensor([0, 1]), names, **ABOUT)
-    picture = confusion_picture(found)
-    assert ET.fromstring(picture) is not None
-    assert b"<script>" not in picture
-    assert b"$x^2$?" in picture
+    image = confusion_plot(found)
+    assert ET.fromstring(image) is not None
+    assert b"<script>" not in image
+    assert b"$x^2$?" in image
     many = tuple(map(str, range(60)))
-    assert confusion_picture(measured(torch.eye(60), torch.arange(60), many, **ABOUT), "png").startswith(b"\x89PNG")
+    assert confusion_plot(measured(torch.eye(60), torch.arange(60), many, **ABOUT), "png").startswith(b"\x89PNG")
 
 
 def test_a_batch_size_that_means_nothing(digits: Path) -> None:

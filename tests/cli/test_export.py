@@ -51,14 +51,14 @@ def test_a_torch_program(method: str, options: dict[str, object], merged: bool, 
     assert not pickled_parts((tmp_path / "out.pt2").read_bytes())
 
 
-def test_a_file_says_what_becomes_of_a_picture_first(tmp_path: Path) -> None:
+def test_a_file_says_what_becomes_of_a_image_first(tmp_path: Path) -> None:
     from PIL import Image
     from torch.nn import functional as F
 
     place, _ = saved_run(tmp_path / "a", "linear")
-    picture = torch.randint(0, 256, (90, 60, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    image = torch.randint(0, 256, (90, 60, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     file = tmp_path / "p.png"
-    Image.fromarray(picture.numpy()).resize((300, 450), Image.Resampling.BICUBIC).save(file)
+    Image.fromarray(image.numpy()).resize((300, 450), Image.Resampling.BICUBIC).save(file)
     public.export(place, tmp_path / "out.pt2")
     extra = {"petune": ""}
     program = torch.export.load(tmp_path / "out.pt2", extra_files=extra).module()
@@ -71,10 +71,10 @@ def test_a_file_says_what_becomes_of_a_picture_first(tmp_path: Path) -> None:
     x = torch.tensor(np.asarray(square)).permute(2, 0, 1)[None, :, margin : margin + kept, margin : margin + kept]
     x = F.interpolate(x.float(), said["image_size"], mode=said["interpolation"], antialias=True).clamp(0, 255)
     mean, std = (torch.tensor(said[key]).view(3, 1, 1) for key in ("mean", "std"))
-    scores = program((x / 255 - mean) / std).softmax(-1)[0]
+    logits = program((x / 255 - mean) / std).softmax(-1)[0]
     top = public.predict(place, file, top_k=3, device="cpu")[0].top
     assert {guess.name: guess.probability for guess in top} == pytest.approx(
-        dict(zip(said["classes"], scores.tolist(), strict=True)), abs=1e-5
+        dict(zip(said["classes"], logits.tolist(), strict=True)), abs=1e-5
     )
 
 
@@ -98,10 +98,10 @@ def test_onnx(petune: Run, tmp_path: Path) -> None:
     assert (said["format"], said["merged"], said["difference"] < 1e-4) == ("onnx", False, True)
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
     assert [(i.name, i.shape) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
-    assert [(o.name, o.shape) for o in session.get_outputs()] == [("scores", ["batch", 3])]
+    assert [(o.name, o.shape) for o in session.get_outputs()] == [("logits", ["batch", 3])]
     for x in (X, X[:1]):
-        scores = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
-        torch.testing.assert_close(scores, att.model.eval()(x), atol=1e-4, rtol=1e-4)
+        logits = torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+        torch.testing.assert_close(logits, att.model.eval()(x), atol=1e-4, rtol=1e-4)
     props = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
     assert json.loads(props["petune"])["mean"] == [0.5] * 3
 
@@ -163,10 +163,10 @@ class Fickle(nn.Module):
         self.linear, self.trouble = nn.Linear(3 * 4 * 4, 2), trouble
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.linear(x.flatten(1))
-        if self.trouble == "branch" and bool(scores.sum() > 0):
-            return -scores
-        return scores.relu() if self.trouble == "traced" and torch.compiler.is_exporting() else scores
+        logits: torch.Tensor = self.linear(x.flatten(1))
+        if self.trouble == "branch" and bool(logits.sum() > 0):
+            return -logits
+        return logits.relu() if self.trouble == "traced" and torch.compiler.is_exporting() else logits
 
 
 def test_a_file_that_computes_something_else_is_never_written() -> None:
@@ -174,7 +174,7 @@ def test_a_file_that_computes_something_else_is_never_written() -> None:
     model = Fickle("traced")
     with pytest.raises(ExportError, match="off by"):
         torch_file(model, probe_of(model, 4), "{}")
-    branching = Fickle("branch")
+    branching = Fickle("parallel")
     with pytest.raises(ExportError, match="must trace the model"):
         torch_file(branching, probe_of(branching, 4), "{}")
 

@@ -30,7 +30,7 @@ method              linear
 tuned               0  (with the head 0.411 % of all parameters, 0.411 % of backbone and head)
 head                1,930
 all parameters      469,258
-forward             61.936 MFLOPs a picture
+forward             61.936 MFLOPs an image
 without the method  61.936 MFLOPs (the method adds 0.00 %)
 """
 

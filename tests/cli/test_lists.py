@@ -15,12 +15,12 @@ Run = Callable[..., Any]
 
 DATASETS = [
     ["name", "about", "found"],
-    ["cifar10", "60,000 pictures of 10 classes, 32x32", "-"],
-    ["cifar100", "60,000 pictures of 100 classes, 32x32", "-"],
+    ["cifar10", "60,000 images of 10 classes, 32x32", "-"],
+    ["cifar100", "60,000 images of 100 classes, 32x32", "-"],
     ["digits", "scikit-learn's 1,797 handwritten digits, 8x8, no download", "scikit-learn"],
     [
         "folder:PATH",
-        "your pictures: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/",
+        "your images: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/",
         "-",
     ],
 ]
@@ -63,7 +63,7 @@ def test_backbones(petune: Run) -> None:
         "vit_small",
         "vit_base",
         "vit_large",
-        "vit_seed",
+        "vit_paddle_study",
     ]
     assert json.loads(petune("backbones", "--json").out)[0]["timm_name"] == "vit_tiny_patch16_224"
 

@@ -40,17 +40,17 @@ Commands:
   pretrain   Train a backbone from scratch, for --weights.
   report     Write one HTML page of everything below DIR….
   inspect    Show a backbone's places and what a method would train.
-  predict    Name pictures with a trained model.
+  predict    Name images with a trained model.
   eval       Accuracy by class, what is mistaken for what, and calibration.
   export     Write a trained model as torch.export, ONNX or plain weights.
-  demo       Serve a page to try adapters on pictures, side by side.
+  demo       Serve a page to try adapters on images, side by side.
   push       Put an adapter and its card on the Hugging Face Hub.
   pull       Fetch an adapter from the Hugging Face Hub.
   methods    List the installed methods, broken ones too.
   backbones  List the names that --backbone takes.
   datasets   List the names that --dataset takes, and what is here.
   env        Show versions, device, directories and precision.
-  data       Look after pictures.
+  data       Look after images.
   plugin     Begin a method of your own, or check one.
 """
 HEAVY = ("torch", "timm", "peft", "numpy", "accelerate", "sklearn", "matplotlib")

@@ -100,7 +100,7 @@ def test_all_problems_come_in_one_message(petune: Run) -> None:
     assert done.err == (
         "error: 4 problems in the command line:\n"
         "  - train.lr: input should be greater than 0 (got -3.0)\n"
-        "  - train.augment: input should be 'auto', 'none', 'shift', 'light', 'seed' or 'crop' (got 'foo')\n"
+        "  - train.augment: input should be 'auto', 'none', 'shift', 'light', 'paddle_study' or 'crop' (got 'foo')\n"
         "  - train.epohcs: no such key; did you mean 'epochs'?\n"
         "  - data_dri: no such key; did you mean 'data_dir' or 'dataset'?\n"
     )
@@ -143,16 +143,16 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*SWEEP, "--over=bottleneck=2", "--over=bottleneck=4"), "--over takes all values of a key at once"),
+        ((*SWEEP, "--search=bottleneck=2", "--search=bottleneck=4"), "--search takes all values of a key at once"),
         ((*COMPARE, "--seed=1", "--seeds=2,3"), "give --seed for one run, or --seeds for several, not both"),
         ((*COMPARE, "--set=seed=5"), "--set seed would change nothing"),
         ((*COMPARE, "--set=run.method=vpt"), "--set run.method would change nothing"),
         (("run", "--dry-run", "--seeds=0,1", "--set=seed=7"), "give --seed for one run, or --seeds for several"),
         (("run", "--dry-run", "--seeds=banana"), "--seeds takes whole numbers"),
-        (("run", "--dry-run", "--track=nothing"), "no tracker is called 'nothing'"),
-        (("pretrain", "--dry-run", "--track=nothing"), "no tracker is called 'nothing'"),
+        (("run", "--dry-run", "--tracker=nothing"), "no tracker is called 'nothing'"),
+        (("pretrain", "--dry-run", "--tracker=nothing"), "no tracker is called 'nothing'"),
         ((*COMPARE, "--executor=banana"), "no executor is called 'banana'"),
-        ((*SWEEP, "--over=bottleneck=2", "--executor=banana"), "no executor is called 'banana'"),
+        ((*SWEEP, "--search=bottleneck=2", "--executor=banana"), "no executor is called 'banana'"),
         (("pretrain", "--dry-run", "--set=method=linear"), "pretraining trains everything, but linear leaves"),
         (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "there is mean without std"),
     ],

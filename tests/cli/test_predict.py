@@ -1,4 +1,4 @@
-"""`petune predict`: the scores of the test split from files, bad pictures that harm no other, names from outside."""
+"""`petune predict`: the logits of the test split from files, bad images that harm no other, names from outside."""
 
 from __future__ import annotations
 
@@ -23,80 +23,80 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
-    """The first pictures of the test split as files, some of them deeper."""
+def images(tmp_path: Path) -> list[Path]:
+    """The first images of the test split as files, some of them deeper."""
     test = load_dataset("digits").test
-    (tmp_path / "pictures" / "deeper").mkdir(parents=True)
-    files = [tmp_path / "pictures" / ("deeper" if i > 2 else "") / f"{i}.png" for i in range(5)]
+    (tmp_path / "images" / "deeper").mkdir(parents=True)
+    files = [tmp_path / "images" / ("deeper" if i > 2 else "") / f"{i}.png" for i in range(5)]
     for i, file in enumerate(files):
         Image.fromarray(test.images[test.rows[i]]).save(file)
     return files
 
 
-def test_files_get_the_scores_of_the_test_split(digits: Path, pictures: list[Path]) -> None:
+def test_files_get_the_logits_of_the_test_split(digits: Path, images: list[Path]) -> None:
     predictor = Predictor(digits, device="cpu")
     test = load_dataset("digits").test
     batch = next(eval_batches(test, predictor.inputs.preprocess, 5, torch.device("cpu")))
-    expected = predictor.scores(batch.x_BCHW).softmax(-1)
-    for found, row in zip(predictor(pictures, top_k=10, batch_size=2), expected, strict=True):
+    expected = predictor.logits(batch.x_BCHW).softmax(-1)
+    for found, row in zip(predictor(images, top_k=10, batch_size=2), expected, strict=True):
         assert found.problem == ""
         assert [guess.probability for guess in found.top] == sorted((g.probability for g in found.top), reverse=True)
         by_class = [dict(found.top)[str(digit)] for digit in range(10)]
         torch.testing.assert_close(torch.tensor(by_class), row, atol=1e-6, rtol=1e-5)
 
 
-def test_one_line_a_picture_and_a_broken_one_among_them(petune: Run, digits: Path, pictures: list[Path]) -> None:
-    bad = pictures[0].with_name("2x.png")
-    bad.write_bytes(pictures[0].read_bytes()[:60])
-    done = petune("predict", digits, "pictures", "nowhere.png", "--top-k", 2, "--batch-size", 3, "--json")
+def test_one_line_a_image_and_a_broken_one_among_them(petune: Run, digits: Path, images: list[Path]) -> None:
+    bad = images[0].with_name("2x.png")
+    bad.write_bytes(images[0].read_bytes()[:60])
+    done = petune("predict", digits, "images", "nowhere.png", "--top-k", 2, "--batch-size", 3, "--json")
     assert done.code == 4
     lines = [json.loads(line) for line in done.out.splitlines()]
     names = ["0.png", "1.png", "2.png", "2x.png", "deeper/3.png", "deeper/4.png"]
-    assert [line["picture"] for line in lines] == [*(f"pictures/{name}" for name in names), "nowhere.png"]
+    assert [line["image"] for line in lines] == [*(f"images/{name}" for name in names), "nowhere.png"]
     assert ["error" in line for line in lines] == [False, False, False, True, False, False, True]
     assert all(len(line["top"]) == 2 for line in lines if "top" in line)
-    assert "2x.png must be a whole picture" in done.err
+    assert "2x.png must be a whole image" in done.err
     assert "nowhere.png" in done.err
-    alone = petune("predict", digits, pictures[4], "--top-k", 2, "--json")
+    alone = petune("predict", digits, images[4], "--top-k", 2, "--json")
     assert alone.code == 0
     for one, other in zip(json.loads(alone.out)["top"], lines[5]["top"], strict=True):
         assert one == {"class": other["class"], "probability": pytest.approx(other["probability"], abs=1e-5)}
 
 
-def test_what_is_not_read_is_named(petune: Run, digits: Path, pictures: list[Path]) -> None:
+def test_what_is_not_read_is_named(petune: Run, digits: Path, images: list[Path]) -> None:
     """A kind that is not read, in a folder, and a name that looks like another user's home."""
-    pictures[0].with_name("IMG_1.HEIC").write_bytes(b"ftypheic")
-    done = petune("predict", digits, "pictures", "~nobody.png", "--top-k", 1)
+    images[0].with_name("IMG_1.HEIC").write_bytes(b"ftypheic")
+    done = petune("predict", digits, "images", "~nobody.png", "--top-k", 1)
     assert done.code == 4
-    assert "pictures/IMG_1.HEIC must be a whole picture" in done.err
+    assert "images/IMG_1.HEIC must be a whole image" in done.err
     assert "(convert it, this kind is not read)" in done.err
-    assert "error: ~nobody.png must be a whole picture" in done.err
-    assert "5 pictures named, 2 could not be read" in done.err
+    assert "error: ~nobody.png must be a whole image" in done.err
+    assert "5 images named, 2 could not be read" in done.err
 
 
-def test_the_table(petune: Run, digits: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    done = petune("predict", digits / "adapter", *pictures[:2], "empty", "--top-k", 3)
+    done = petune("predict", digits / "adapter", *images[:2], "empty", "--top-k", 3)
     assert done.code == 4
     heading, _, *rows = done.out.splitlines()
-    assert heading.replace(" ", "") == "|picture|class|probability|next|"
+    assert heading.replace(" ", "") == "|image|class|probability|next|"
     assert len(rows) == 2
-    assert "2 pictures named, 1 could not be read" in done.err
-    assert "empty must hold pictures" in done.err
-    one = petune("predict", digits, pictures[0], "--top-k", 1)
-    assert one.out.splitlines()[0].replace(" ", "") == "|picture|class|probability|"
+    assert "2 images named, 1 could not be read" in done.err
+    assert "empty must hold images" in done.err
+    one = petune("predict", digits, images[0], "--top-k", 1)
+    assert one.out.splitlines()[0].replace(" ", "") == "|image|class|probability|"
 
 
 def test_names_from_outside_cannot_write_to_the_terminal(
-    petune: Run, digits: Path, pictures: list[Path], tmp_path: Path
+    petune: Run, digits: Path, images: list[Path], tmp_path: Path
 ) -> None:
     copy = tmp_path / "evil"
     config = json.loads((digits / "adapter" / "adapter_config.json").read_text())
     config["metadata"]["classes"] = [f"\x1b[31m{i}\u202e\nx" for i in range(10)]
     files = {p.name: p.read_bytes() for p in (digits / "adapter").iterdir() if p.name != "manifest.json"}
     write_directory(copy, files | {"adapter_config.json": json.dumps(config).encode()})
-    shutil.copy(pictures[0], "a\x1b[2J\nb.png")
-    (tmp_path / "c\x1b]0;title\x07.png").write_bytes(b"no picture")
+    shutil.copy(images[0], "a\x1b[2J\nb.png")
+    (tmp_path / "c\x1b]0;title\x07.png").write_bytes(b"no image")
     done = petune("predict", copy, "a\x1b[2J\nb.png", "c\x1b]0;title\x07.png")
     assert done.code == 4
     assert not {"\x1b", "\u202e", "\x07"} & set(done.out + done.err)
@@ -104,26 +104,26 @@ def test_names_from_outside_cannot_write_to_the_terminal(
     assert "a[2J b.png" in done.out
 
 
-def test_from_python(digits: Path, pictures: list[Path]) -> None:
-    array = np.asarray(Image.open(pictures[0]))
+def test_from_python(digits: Path, images: list[Path]) -> None:
+    array = np.asarray(Image.open(images[0]))
     of_file, of_array, of_image, wrong = public.predict(
-        digits, [pictures[0], array, Image.open(pictures[0]), array.astype(np.float32)], top_k=99, device="cpu"
+        digits, [images[0], array, Image.open(images[0]), array.astype(np.float32)], top_k=99, device="cpu"
     )
     assert of_file.top == of_array.top == of_image.top
     assert len(of_file.top) == 10
-    assert (of_array.picture, wrong.picture) == ("picture 1", "picture 3")
+    assert (of_array.image, wrong.image) == ("image 1", "image 3")
     assert "uint8" in wrong.problem
-    assert public.predict(digits, str(pictures[0]), top_k=1, device="cpu")[0].top[0] == of_file.top[0]
-    assert len(public.predict(digits, pictures[0].parent, device="cpu")) == 5
+    assert public.predict(digits, str(images[0]), top_k=1, device="cpu")[0].top[0] == of_file.top[0]
+    assert len(public.predict(digits, images[0].parent, device="cpu")) == 5
 
 
-def test_what_directories_say_of_their_pictures() -> None:
+def test_what_directories_say_of_their_images() -> None:
     said = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
     assert Inputs.of({"preprocess": said, "dataset": "folder:pets"}).stored_size == 256
     assert Inputs.of({"preprocess": said, "dataset": "cifar10"}).stored_size == 32
     recorded = Inputs.of({"preprocess": said | {"stored_size": 64, "crop": 1.0}, "dataset": "folder:pets"})
     assert (recorded.stored_size, recorded.crop) == (64, 1.0)
-    with pytest.raises(public.PetuneError, match="must say what its pictures were brought to"):
+    with pytest.raises(public.PetuneError, match="must say what its images were brought to"):
         Inputs.of({"preprocess": {"image_size": 224}})
 
 

@@ -23,7 +23,7 @@ Words = tuple[str, ...]
 
 
 def test_the_result_is_weights_for_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    done = petune("pretrain", *tiny, "--json", "--track", "tensorboard")
+    done = petune("pretrain", *tiny, "--json", "--tracker", "tensorboard")
     assert done.code == 0, done.err
     place = json.loads(done.out)["output"]
     assert place == "runs/pretrain-vit_nano-digits-seed0"
@@ -52,7 +52,7 @@ def test_it_has_no_method(petune: Run) -> None:
 
 
 def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    both = "adaptformer:variant=seed,bottleneck=2,train_backbone=true"
+    both = "adaptformer:variant=paddle_study,bottleneck=2,train_backbone=true"
     where = ("--set=mean=[0.5, 0.5, 0.5]", "--set=std=[0.2, 0.2, 0.2]", "--output=a pre", "--image-size=16")
     done = petune("pretrain", *tiny, f"--set=method={both}", *where)
     assert done.code == 0, done.err
@@ -62,7 +62,7 @@ def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path
     copied = shlex.split(said.partition(" --method")[0])  # the flags of a backbone, as they were said
     tiny = (*copied, *(word for word in tiny if "backbone" not in word and "weights" not in word))
     words = ("--json", "--lr=1e-9", "--set=train.optimizer=sgd")
-    for method in ("adaptformer:variant=seed,bottleneck=2", both):
+    for method in ("adaptformer:variant=paddle_study,bottleneck=2", both):
         tuned = petune("run", "--method", method, *tiny, *words, "--output", "out-" + method[-4:])
         assert tuned.code == 0, tuned.err
     with safe_open(tmp_path / "a pre" / "backbone.safetensors", "pt") as file:
@@ -75,7 +75,7 @@ def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path
     for key, tensor in adapter.items():  # at a rate of next to nothing they are where the pretraining left them
         assert torch.allclose(saved[key], tensor, atol=1e-6)
         assert tensor.any() or not key.endswith(("weight", "scale"))
-    assert restore(tmp_path / "out-ck=2").card["test"]["num_pictures"] == 359
+    assert restore(tmp_path / "out-ck=2").card["test"]["num_images"] == 359
     config = json.loads((tmp_path / "out-ck=2" / "adapter" / "adapter_config.json").read_text())
     assert config["metadata"]["preprocess"]["std"] == [0.2] * 3
     other = petune("run", "--method", "linear", *tiny, *words, "--output", "other")
@@ -101,7 +101,7 @@ def test_adapters_start_the_same_whatever_drew_before(tmp_path: Path) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         library.pretrain(
-            method="adaptformer:train_backbone=true", backbone_options=shape, dataset="digits", train_per_class=4,
+            method="adaptformer:train_backbone=true", backbone_options=shape, dataset="digits", shots=4,
             device="cpu", train=train, output=tmp_path / str(seed),
         )  # fmt: skip
     one, two = (load_file(tmp_path / str(seed) / "backbone.safetensors") for seed in (1, 2))

@@ -42,7 +42,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("compared") / "two"
     run = {
         "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 48}, "device": "cpu",
-        "dataset": "digits", "train_per_class": 20, "train": {"epochs": 1, "precision": "fp32"},
+        "dataset": "digits", "shots": 20, "train": {"epochs": 1, "precision": "fp32"},
     }  # fmt: skip
     values = {"methods": ("linear", "bitfit"), "seeds": (0, 1), "run": run, "output": place}
     library.compare(library.CompareConfig.build(values))
@@ -168,10 +168,10 @@ def test_finished_runs_that_a_table_leaves_out_have_one_of_their_own(petune: Run
     assert "linear" in cells[1]  # its seed 1
 
 
-def test_runs_on_other_pictures_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:
+def test_runs_on_other_images_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
-    (_like(run, tmp_path / "loose" / "a") / "pictures.json").write_text('{"train": {"cat": "61 3f0c"}}')
-    (_like(run, tmp_path / "loose" / "b", seed=1) / "pictures.json").write_text('{"train": {"cat": "62 77aa"}}')
+    (_like(run, tmp_path / "loose" / "a") / "images.json").write_text('{"train": {"cat": "61 3f0c"}}')
+    (_like(run, tmp_path / "loose" / "b", seed=1) / "images.json").write_text('{"train": {"cat": "62 77aa"}}')
     assert petune("report", "loose").code == 0
     page = Tags((tmp_path / "report.html").read_text())
     assert "±" not in page.text.replace("mean ±", "")
@@ -180,13 +180,13 @@ def test_runs_on_other_pictures_or_weights_are_not_averaged(petune: Run, runs: P
 def test_runs_that_differ_are_told_apart(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
     _like(run, tmp_path / "loose" / "a")
-    _like(run, tmp_path / "loose" / "b", train_per_class=5)
+    _like(run, tmp_path / "loose" / "b", shots=5)
     _like(run, tmp_path / "loose" / "c", weights="other.safetensors")
     assert petune("report", "loose").code == 0
     page = Tags((tmp_path / "report.html").read_text())
     assert page.tags.count("section") == 2
-    assert "linear (train_per_class=20)" in page.text
-    assert "linear (train_per_class=5)" in page.text
+    assert "linear (shots=20)" in page.text
+    assert "linear (shots=5)" in page.text
     assert "weights other.safetensors; runs in" in page.text
 
 

@@ -49,7 +49,7 @@ def test_a_run_prints_its_result_and_talks_on_stderr(
     assert second == "0 tuned and 490 head parameters train (0.782 % of backbone and head, 0.782 % of all)"
     assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", last)
     assert note == (
-        "each epoch trains on 128 of 200 pictures, others each time, since 72 fill no batch of 128; "
+        "each epoch trains on 128 of 200 images, others each time, since 72 fill no batch of 128; "
         "--set train.batch_size=100 uses 200"
     )
     place = tmp_path / "runs" / "linear-vit_nano-digits-seed0"
@@ -161,7 +161,7 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
         (("--weights", "/no/where"), 4, "error: --weights takes default, none"),
         (("--device", "cuda:7"), 2, "error: device must be auto, cpu, cuda"),
         (
-            ("--track", "tensorbord"),
+            ("--tracker", "tensorbord"),
             2,
             "error: no tracker is called 'tensorbord'; did you mean 'tensorboard'",
         ),
@@ -175,7 +175,7 @@ def test_wrong_names_are_one_message(words: Words, code: int, message: str, petu
 
 
 def test_track_logs_curves_beside_the_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    done = petune("run", "--method", "linear", *tiny, "--track", "tensorboard", "--output", "here")
+    done = petune("run", "--method", "linear", *tiny, "--tracker", "tensorboard", "--output", "here")
     assert done.code == 0, done.err
     assert list((tmp_path / "here" / "tensorboard").glob("events.out.tfevents.*"))
 

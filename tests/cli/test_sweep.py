@@ -18,7 +18,7 @@ from petune.runner.sweep.trials import SweepConfig
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
-OVER = ("--over=bottleneck=2,4", "--over=train.lr=0.001,0.02")
+OVER = ("--search=bottleneck=2,4", "--search=train.lr=0.001,0.02")
 WHERE = "sweep-adaptformer-vit_nano-digits-seed0"
 
 
@@ -66,7 +66,7 @@ def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp
 
 
 def test_a_trial_that_the_method_refuses_is_a_row(petune: Run, tiny: Words) -> None:
-    over = ("--over=bottleneck=6,8", "--over=groups=3,2")  # the corners fit together: 6 in 3 groups, and 8 in 2
+    over = ("--search=bottleneck=6,8", "--search=groups=3,2")  # the corners fit together: 6 in 3 groups, and 8 in 2
     done = petune("sweep", "repadapter", *over, *tiny, "--no-test", "--json")
     assert done.code == 0, done.err
     rows = json.loads(done.out)["rows"]
@@ -112,7 +112,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
 
 
 def test_a_sweep_that_was_moved_is_gone_on_in_where_it_lies(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    assert petune("sweep", "linear", "--over=train.lr=0.01,0.1", *tiny, "--output", "first").code == 0
+    assert petune("sweep", "linear", "--search=train.lr=0.01,0.1", *tiny, "--output", "first").code == 0
     (tmp_path / "first").rename(tmp_path / "moved")
     again = petune("sweep", "--config", "moved/config.yaml")
     assert again.code == 0, again.err
@@ -124,7 +124,7 @@ def test_a_sweep_that_was_moved_is_gone_on_in_where_it_lies(petune: Run, tiny: W
 
 def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    words = ("sweep", "linear", "--over=train.lr=1e-4..1e-1:log", *tiny, "--no-test", "--output", "there", "--json")
+    words = ("sweep", "linear", "--search=train.lr=1e-4..1e-1:log", *tiny, "--no-test", "--output", "there", "--json")
     two = json.loads(petune(*words, "--trials", 2).out)
     three = json.loads(petune(*words, "--trials", 3).out)
     assert three["rows"][:2] == two["rows"]
@@ -137,7 +137,7 @@ def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, 
     assert "there holds a run with another configuration" in narrow.err
     same = petune("sweep", "--config", "there/config.yaml", "--output", "there", "--json")  # as a stop advises
     assert json.loads(same.out)["rows"] == json.loads(wide.out)["rows"]
-    other = petune("sweep", "linear", "--over=train.lr=1e-3..1:log", *tiny, "--output", "there")
+    other = petune("sweep", "linear", "--search=train.lr=1e-3..1:log", *tiny, "--output", "there")
     assert other.code == 2
     assert "there holds a run with another configuration" in other.err
 
@@ -154,13 +154,13 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
         return original(config, *rest)
 
     monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", failing)
-    words = ("sweep", "linear", "--over=train.lr=0.5,0.01", *tiny)
+    words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny)
     done = petune(*words)
     assert done.code == 0, done.err
     assert "trial 0 failed: Diverged: loss is nan" in done.err
     assert petune(*words).code == 0
     assert begun == [0.5, 0.01]
-    none = petune("sweep", "linear", "--over=train.lr=0.5", *tiny, "--output", "none")
+    none = petune("sweep", "linear", "--search=train.lr=0.5", *tiny, "--output", "none")
     assert none.code == 1
     page = petune("report", "runs", "none")
     assert page.code == 0
@@ -181,7 +181,7 @@ def test_what_is_not_the_trials_fault_is_tried_again(
             raise DataError("the cache cannot be written")
         return original(config, *rest)
 
-    words = ("sweep", "linear", "--over=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
+    words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["petune.runner.sweep.search"], "trained", failing)
         assert petune(*words).code == 0
@@ -196,14 +196,14 @@ def test_a_test_is_shown_beside_the_trial_that_read_it(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     words = ("sweep", "linear", *tiny, "--output", "there")
-    assert petune(*words, "--over=train.lr=1e-6").code == 0
+    assert petune(*words, "--search=train.lr=1e-6").code == 0
     assert _table(tmp_path)["result"] is not None
 
     def stopped(*args: Any, **rest: Any) -> Any:
         raise Stopped("a signal came")
 
     monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "_tested", stopped)
-    assert petune(*words, "--over=train.lr=1e-6,0.3").code == 75
+    assert petune(*words, "--search=train.lr=1e-6,0.3").code == 75
     table = _table(tmp_path)
     assert (table["best"], table["result"], table["finished"]) == (1, None, False)
 
@@ -220,11 +220,11 @@ def test_what_cannot_mean_anything_is_refused_before_the_first_trial(petune: Run
         ("train.lr=-1,1", "train.lr"),
         ("train.rate=1,2", "train.rate: no such key"),
         ("bottleneck=2,2", "each once"),
-        ("bottleneck=2,,4", "--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value"),
-        ("bottleneck=", "--over takes KEY=VALUE,VALUE,…"),
-        ("lr=1e-3,1e-2", "training options are written --over train.lr=…"),
+        ("bottleneck=2,,4", "--search takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value"),
+        ("bottleneck=", "--search takes KEY=VALUE,VALUE,…"),
+        ("lr=1e-3,1e-2", "training options are written --search train.lr=…"),
     ]:
-        done = petune("sweep", "adaptformer", f"--over={over}", *tiny)
+        done = petune("sweep", "adaptformer", f"--search={over}", *tiny)
         assert (done.code, said in done.err) == (2, True), done.err
     none = petune("sweep", "adaptformer", *tiny)
     assert none.code == 2
@@ -233,7 +233,7 @@ def test_what_cannot_mean_anything_is_refused_before_the_first_trial(petune: Run
 
 
 def test_dry_run_shows_a_config_that_it_takes(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    done = petune("sweep", "adaptformer", "--over=bottleneck=2,4", "--trials=7", *tiny, "--dry-run")
+    done = petune("sweep", "adaptformer", "--search=bottleneck=2,4", "--trials=7", *tiny, "--dry-run")
     assert done.code == 0, done.err
     shown = yaml.safe_load(done.out)
     assert (shown["over"], shown["trials"], shown["run"]["method"]) == ({"bottleneck": [2, 4]}, 7, "adaptformer")
@@ -248,7 +248,7 @@ def test_the_function_takes_plain_values(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     run = {
         "method": "vpt:num_prompts=2", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "device": "cpu",
-        "backbone_options": {"depth": 2, "embed_dim": 48}, "train_per_class": 5, "train": {"epochs": 1},
+        "backbone_options": {"depth": 2, "embed_dim": 48}, "shots": 5, "train": {"epochs": 1},
     }  # fmt: skip
     table = library.sweep(over={"deep": [True, False]}, run=run, output=tmp_path / "s", test=False)
     assert table.params in ({"deep": True}, {"deep": False})

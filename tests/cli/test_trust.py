@@ -46,15 +46,15 @@ def test_a_function_named_by_an_adapter_is_not_called_unasked(
     done = petune(*(place if word == "DIR" else word for word in USES[use]))
     assert done.code == 4
     assert f"has its backbone built by {factory}, code that using it would run here" in done.err
-    assert "--trust-code" in done.err
+    assert "--trust-remote-code" in done.err
     assert not Path("ran").exists()
     assert "models_of_mine" not in sys.modules
 
 
 def test_ones_own_is_used_when_trusted(petune: Run, factory: str) -> None:
-    words = ("--backbone", factory, "--weights=none", "--dataset=digits", "--train-per-class=5", "--epochs=1")
+    words = ("--backbone", factory, "--weights=none", "--dataset=digits", "--shots=5", "--epochs=1")
     done = petune("run", "--method=linear", *words, "--device=cpu", "--precision=fp32", "--output=mine")
     assert done.code == 0, done.err
-    assert petune("predict", "mine", "zero.png", "--trust-code").code == 0
-    assert petune("eval", "mine", "--trust-code").code == 0
-    assert petune("export", "mine", "out.pt2", "--trust-code").code == 0
+    assert petune("predict", "mine", "zero.png", "--trust-remote-code").code == 0
+    assert petune("eval", "mine", "--trust-remote-code").code == 0
+    assert petune("export", "mine", "out.pt2", "--trust-remote-code").code == 0

@@ -1,4 +1,4 @@
-"""Augmentation: what a picture becomes depends on (seed, epoch, index) alone, as the formulas say."""
+"""Augmentation: what an image becomes depends on (seed, epoch, index) alone, as the formulas say."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from petune.data.augment import (
 )
 
 
-def _pictures(count: int = 6, size: int = 16) -> Tensor:
+def _images(count: int = 6, size: int = 16) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).float()
 
 
@@ -58,8 +58,8 @@ def test_order_is_a_permutation_decided_by_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_picture_does_not_depend_on_its_batch(preset: str) -> None:
-    x, u = _pictures(6), torch.from_numpy(draws(3, 1, 6))
+def test_a_image_does_not_depend_on_its_batch(preset: str) -> None:
+    x, u = _images(6), torch.from_numpy(draws(3, 1, 6))
     together = augment(x, preset, u)
     for size in (1, 2, 4):
         parts = [augment(x[i : i + size], preset, u[i : i + size]) for i in range(0, 6, size)]
@@ -67,8 +67,8 @@ def test_a_picture_does_not_depend_on_its_batch(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
-def test_presets_change_pictures_within_their_range(preset: str) -> None:
-    x = _pictures(32)
+def test_presets_change_images_within_their_range(preset: str) -> None:
+    x = _images(32)
     result = augment(x, preset, torch.from_numpy(draws(0, 0, 32)))
     changed = (result != x).flatten(1).any(1)
     assert changed.float().mean() > 0.7
@@ -78,7 +78,7 @@ def test_presets_change_pictures_within_their_range(preset: str) -> None:
 
 
 def test_none_is_the_identity() -> None:
-    x = _pictures()
+    x = _images()
     assert torch.equal(augment(x, "none", _draws(6)), x)
 
 
@@ -87,8 +87,8 @@ def _numpy_crop(x: NDArray[np.float32], top: int, left: int, pad: int) -> NDArra
     return np.pad(x, ((0, 0), (pad, pad), (pad, pad)))[:, top : top + size, left : left + size]
 
 
-def test_shift_is_a_crop_of_the_padded_picture() -> None:
-    x = _pictures(200, size=32)
+def test_shift_is_a_crop_of_the_padded_image() -> None:
+    x = _images(200, size=32)
     u = torch.from_numpy(draws(0, 0, 200))
     result = shift(x, u).numpy()
     tops, lefts = (u[:, :2].numpy() * 9).astype(int).T
@@ -98,12 +98,12 @@ def test_shift_is_a_crop_of_the_padded_picture() -> None:
 
 
 def test_shift_by_the_padding_is_the_identity() -> None:
-    x = _pictures(1, size=32)
+    x = _images(1, size=32)
     assert torch.equal(shift(x, _draws(1)), x)
 
 
 def test_flip_mirrors_below_one_half() -> None:
-    x = _pictures(2)
+    x = _images(2)
     result = flip(x, _draws(2, flip=[0.49, 0.5]))
     assert torch.equal(result[0], x[0].flip(2))
     assert torch.equal(result[1], x[1])
@@ -112,7 +112,7 @@ def test_flip_mirrors_below_one_half() -> None:
 @pytest.mark.parametrize("u_brightness", [0.0, 0.3, 0.99])
 @pytest.mark.parametrize("u_contrast", [0.0, 0.3, 0.99])
 def test_jitter_is_torchvisions(u_brightness: float, u_contrast: float) -> None:
-    x = _pictures(1)
+    x = _images(1)
     u = _draws(1, brightness_on=0.1, brightness=u_brightness, contrast_on=0.1, contrast=u_contrast)
     expected = TF.adjust_brightness(x / 255, 0.9 + 0.2 * u_brightness)
     expected = TF.adjust_contrast(expected, 0.9 + 0.2 * u_contrast)
@@ -120,19 +120,19 @@ def test_jitter_is_torchvisions(u_brightness: float, u_contrast: float) -> None:
 
 
 def test_jitter_switched_off_is_the_identity() -> None:
-    x = _pictures(1)
+    x = _images(1)
     u = _draws(1, brightness_on=0.5, brightness=0.9, contrast_on=0.5, contrast=0.9)
     torch.testing.assert_close(jitter(x, u), x, atol=1e-4, rtol=0)
 
 
 def test_rotate_by_nothing_is_the_identity() -> None:
-    x = _pictures(3)
+    x = _images(3)
     assert torch.equal(rotate(x, _draws(3, angle=0.5)), x)
 
 
 @pytest.mark.parametrize(("u", "turns"), [(1.0, 1), (0.0, -1)])
 def test_rotate_by_a_right_angle_is_a_turn(u: float, turns: int) -> None:
-    x = _pictures(2)
+    x = _images(2)
     assert torch.equal(rotate(x, _draws(2, angle=u), degrees=90), torch.rot90(x, turns, (2, 3)))
 
 
@@ -145,8 +145,8 @@ def test_rotate_stays_within_fifteen_degrees_and_is_black_outside() -> None:
     assert float((corner != expected).float().mean()) < 0.01
 
 
-def test_the_whole_picture_is_a_crop_too() -> None:
-    x = _pictures(2)
+def test_the_whole_image_is_a_crop_too() -> None:
+    x = _images(2)
     torch.testing.assert_close(resized_crop(x, _draws(2, brightness_on=1.0)), x, atol=1e-2, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""Batches: resumable in mid-epoch, each picture once, pixels as the backbone wants them."""
+"""Batches: resumable in mid-epoch, each image once, pixels as the backbone wants them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_epoch_resumed_in_the_middle_goes_on_equal(start: int) -> None:
         assert np.array_equal(a.positions, b.positions)
 
 
-def test_a_picture_is_augmented_alike_whatever_the_batch_size() -> None:
+def test_a_image_is_augmented_alike_whatever_the_batch_size() -> None:
     split, seen = _split(12), {}
     for size in (1, 3, 4, 12):
         for batch in _batches(split, size).epoch(1):
@@ -75,7 +75,7 @@ def test_labels_and_pixels_belong_together() -> None:
             assert np.array_equal(x.permute(1, 2, 0).round().numpy(), split.images[split.rows[position]])
 
 
-def test_evaluation_sees_every_picture_once_in_order() -> None:
+def test_evaluation_sees_every_image_once_in_order() -> None:
     split = _split(11)
     batches = list(eval_batches(split, PLAIN, 4, CPU))
     assert [len(b.y_B) for b in batches] == [4, 4, 3]
@@ -109,7 +109,7 @@ def test_a_stored_margin_is_cut_off_in_the_middle(image_size: int) -> None:
 
 
 @pytest.mark.parametrize("image_size", [4, 6, 7, 8, 12, 16])
-def test_pictures_without_a_margin_are_scaled_not_cropped(image_size: int) -> None:
+def test_images_without_a_margin_are_scaled_not_cropped(image_size: int) -> None:
     ramp = np.broadcast_to(np.arange(0, 160, 20, dtype=np.uint8)[None, :, None], (8, 8, 3))[None]
     split = Split.of(np.ascontiguousarray(ramp), np.zeros(1, dtype=np.int64))
     pixels = Preprocess(image_size, (0.0,) * 3, (1.0,) * 3).pixels(split, np.array([0]), CPU)
@@ -149,7 +149,7 @@ def test_an_error_in_a_batch_made_ahead_arrives_and_a_loop_may_end_early() -> No
     unfinished.close()
 
 
-def test_places_of_pictures_in_place_of_pictures() -> None:
+def test_places_of_images_in_place_of_images() -> None:
     batches = _batches(_split(17), 5)
     whole = list(batches.epoch(1))
     batches.positions_only = True
@@ -164,9 +164,7 @@ def test_what_a_large_rest_leaves_out_is_told() -> None:
     assert _batches(_split(7), 100).note() == ""
     assert _batches(_split(101), 10).note() == ""
     note = _batches(_split(255), 128).note()
-    assert note.startswith(
-        "each epoch trains on 128 of 255 pictures, others each time, since 127 fill no batch of 128;"
-    )
+    assert note.startswith("each epoch trains on 128 of 255 images, others each time, since 127 fill no batch of 128;")
     assert note.endswith("--set train.batch_size=127 uses 254")
     assert len(_batches(_split(255), 127)) == 2
     assert _batches(_split(27), 8).note().endswith("fill no batch of 8; --set train.batch_size=5 uses 25")

@@ -26,7 +26,7 @@ NAMES = [f"class{i}" for i in range(10)]
 REAL = Path(os.environ.get("PETUNE_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 
 
-def _pictures(count: int, seed: int = 0, side: int = 32) -> NDArray[np.uint8]:
+def _images(count: int, seed: int = 0, side: int = 32) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
 
 
@@ -36,9 +36,9 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, pictures: list[bytes], labels: list[int], column: str = "label", named: bool = True) -> None:
+def _write(path: Path, images: list[bytes], labels: list[int], column: str = "label", named: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"bytes": content, "path": "x.png"} for content in pictures]
+    rows = [{"bytes": content, "path": "x.png"} for content in images]
     table = pa.table({"img": rows, column: labels})
     if named:
         info = {"info": {"features": {column: {"names": NAMES, "_type": "ClassLabel"}}}}
@@ -48,13 +48,13 @@ def _write(path: Path, pictures: list[bytes], labels: list[int], column: str = "
 
 def _layout(place: Path, images: NDArray[np.uint8], named: bool = True) -> None:
     labels = [i % 10 for i in range(len(images))]
-    content = [_png(picture) for picture in images]
+    content = [_png(image) for image in images]
     _write(place / "cifar10" / "train.parquet", content, labels, named=named)
     _write(place / "cifar10" / "test.parquet", content[::-1], labels[::-1], named=named)
 
 
 def test_parquet_is_read_to_the_pixel(tmp_path: Path) -> None:
-    images = _pictures(20)
+    images = _images(20)
     _layout(tmp_path, images)
     data = load_cifar("cifar10", tmp_path)
     assert np.array_equal(data.train.images, images)
@@ -66,8 +66,8 @@ def test_parquet_is_read_to_the_pixel(tmp_path: Path) -> None:
 
 
 def test_sharded_parquet_is_read_in_order(tmp_path: Path) -> None:
-    images = _pictures(20)
-    content, labels = [_png(picture) for picture in images], [i % 10 for i in range(20)]
+    images = _images(20)
+    content, labels = [_png(image) for image in images], [i % 10 for i in range(20)]
     for start in (0, 10):
         name = f"train-{start // 10:05}-of-00002.parquet"
         _write(tmp_path / "cifar10" / "data" / name, content[start : start + 10], labels[start : start + 10])
@@ -76,29 +76,29 @@ def test_sharded_parquet_is_read_in_order(tmp_path: Path) -> None:
 
 
 def test_without_names_the_classes_are_numbers(tmp_path: Path) -> None:
-    _layout(tmp_path, _pictures(10), named=False)
+    _layout(tmp_path, _images(10), named=False)
     assert load_cifar("cifar10", tmp_path).classes == tuple("0123456789")
 
 
 def test_the_folder_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _layout(tmp_path, _pictures(10))
+    _layout(tmp_path, _images(10))
     monkeypatch.setenv("PETUNE_DATA", str(tmp_path))
     assert len(load_dataset("cifar10").train) == 10
 
 
 def test_decoded_once_and_again_when_the_file_changes(tmp_path: Path, cache: Path) -> None:
-    _layout(tmp_path, _pictures(10))
+    _layout(tmp_path, _images(10))
     load_cifar("cifar10", tmp_path)
     before = {p: p.stat().st_mtime_ns for p in cache.glob("decoded/*/images.npy")}
     load_cifar("cifar10", tmp_path)
     assert {p: p.stat().st_mtime_ns for p in cache.glob("decoded/*/images.npy")} == before
-    _layout(tmp_path, _pictures(10, seed=1))
-    assert np.array_equal(load_cifar("cifar10", tmp_path).train.images, _pictures(10, seed=1))
+    _layout(tmp_path, _images(10, seed=1))
+    assert np.array_equal(load_cifar("cifar10", tmp_path).train.images, _images(10, seed=1))
 
 
 @pytest.mark.parametrize("damage", [b"", b"not numpy", None])
 def test_a_damaged_cache_is_decoded_again(damage: bytes | None, tmp_path: Path, cache: Path) -> None:
-    images = _pictures(10)
+    images = _images(10)
     _layout(tmp_path, images)
     load_cifar("cifar10", tmp_path)
     for file in cache.glob("decoded/*/images.npy"):
@@ -107,8 +107,8 @@ def test_a_damaged_cache_is_decoded_again(damage: bytes | None, tmp_path: Path, 
 
 
 def test_nothing_half_written_stays_in_the_cache(tmp_path: Path, cache: Path) -> None:
-    _layout(tmp_path, _pictures(10))
-    _write(tmp_path / "cifar10" / "train.parquet", [_png(_pictures(1)[0])[:-30]] * 10, list(range(10)))
+    _layout(tmp_path, _images(10))
+    _write(tmp_path / "cifar10" / "train.parquet", [_png(_images(1)[0])[:-30]] * 10, list(range(10)))
     with pytest.raises(DataError):
         load_cifar("cifar10", tmp_path)
     assert [p.name for p in (cache / "decoded").iterdir()] == [".lock"]
@@ -117,33 +117,33 @@ def test_nothing_half_written_stays_in_the_cache(tmp_path: Path, cache: Path) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no picture", "picture 0 must be whole"),
-        (_png(_pictures(1, side=31)[0]), "picture 0 must be whole, 32x32"),
+        (b"no image", "image 0 must be whole"),
+        (_png(_images(1, side=31)[0]), "image 0 must be whole, 32x32"),
     ],
 )
-def test_a_broken_or_foreign_picture_is_an_error(content: bytes, message: str, tmp_path: Path) -> None:
-    _layout(tmp_path, _pictures(10))
+def test_a_broken_or_foreign_image_is_an_error(content: bytes, message: str, tmp_path: Path) -> None:
+    _layout(tmp_path, _images(10))
     _write(tmp_path / "cifar10" / "train.parquet", [content] * 10, list(range(10)))
     with pytest.raises(DataError, match=message):
         load_cifar("cifar10", tmp_path)
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
-    _layout(tmp_path, _pictures(10))
+    _layout(tmp_path, _images(10))
     (tmp_path / "cifar10" / "train.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(DataError, match=r"train\.parquet must be Parquet"):
         load_cifar("cifar10", tmp_path)
 
 
 def test_parquet_without_the_label_column_is_refused(tmp_path: Path) -> None:
-    _layout(tmp_path, _pictures(10))
-    _write(tmp_path / "cifar10" / "train.parquet", [_png(_pictures(1)[0])], [0], column="other")
+    _layout(tmp_path, _images(10))
+    _write(tmp_path / "cifar10" / "train.parquet", [_png(_images(1)[0])], [0], column="other")
     with pytest.raises(DataError, match="'label' column"):
         load_cifar("cifar10", tmp_path)
 
 
 def _batch(count: int) -> bytes:
-    pixels = _pictures(count).transpose(0, 3, 1, 2).reshape(count, -1)
+    pixels = _images(count).transpose(0, 3, 1, 2).reshape(count, -1)
     return pickle.dumps({"data": pixels, "labels": [i % 10 for i in range(count)], "batch_label": "x"})
 
 
@@ -189,7 +189,7 @@ def test_the_published_archive_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]})
     data = load_cifar("cifar10", tmp_path)
     assert (len(data.train), len(data.test), data.classes) == (50, 10, tuple(NAMES))
-    assert np.array_equal(data.test.images, _pictures(10))
+    assert np.array_equal(data.test.images, _images(10))
 
 
 def test_an_unreachable_download_is_an_error_within_three_seconds(

@@ -47,7 +47,7 @@ def test_val_stays_what_it_was_in_earlier_versions() -> None:
 
 def test_copies_are_never_on_both_sides_of_a_cut() -> None:
     toy = _dataset()
-    twice = replace(toy, train=replace(toy.train, rows=toy.train.rows // 2 * 2))  # each picture and its copy
+    twice = replace(toy, train=replace(toy.train, rows=toy.train.rows // 2 * 2))  # each image and its copy
     for seed in range(5):
         cut = twice.with_val(0.2, seed)
         assert not set(cut.val.rows) & set(cut.train.rows)
@@ -64,32 +64,32 @@ def test_a_class_of_two_gives_one_and_a_class_of_one_gives_none() -> None:
     assert np.bincount(cut.val.labels, minlength=3).tolist() == [1, 0, 5]
 
 
-def test_a_class_that_a_split_has_no_picture_of_is_named() -> None:
+def test_a_class_that_a_split_has_no_image_of_is_named() -> None:
     assert _dataset((2, 2, 50)).with_val(0.1, seed=0).source == _dataset().source
-    assert _dataset((2, 1, 50)).with_val(0.1, seed=0).source.endswith("; no val picture of b")
+    assert _dataset((2, 1, 50)).with_val(0.1, seed=0).source.endswith("; no val image of b")
 
 
 def test_a_val_split_that_would_be_empty_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"val_fraction=0\.5 of 2 training pictures leaves an empty split"):
+    with pytest.raises(ConfigError, match=r"val_fraction=0\.5 of 2 training images leaves an empty split"):
         _dataset((1, 1)).with_val(0.5, seed=0)
 
 
 def test_few_shot_draws_the_same_count_from_each_class() -> None:
-    few = _dataset().with_train_per_class(4, seed=3)
+    few = _dataset().with_shots(4, seed=3)
     assert np.bincount(few.train.labels).tolist() == [4, 4, 4]
-    assert few.train.rows.tolist() == _dataset().with_train_per_class(4, seed=3).train.rows.tolist()
-    assert few.train.rows.tolist() != _dataset().with_train_per_class(4, seed=4).train.rows.tolist()
+    assert few.train.rows.tolist() == _dataset().with_shots(4, seed=3).train.rows.tolist()
+    assert few.train.rows.tolist() != _dataset().with_shots(4, seed=4).train.rows.tolist()
     assert np.array_equal(_dataset().train.labels[few.train.rows], few.train.labels)
 
 
 def test_few_shot_of_few_shot_is_nested_in_train_not_val() -> None:
     cut = _dataset().with_val(0.2, seed=0)
-    assert not set(cut.with_train_per_class(8, seed=1).train.rows) & set(cut.val.rows)
+    assert not set(cut.with_shots(8, seed=1).train.rows) & set(cut.val.rows)
 
 
-def test_more_shots_than_pictures_are_refused() -> None:
-    with pytest.raises(ConfigError, match="train_per_class must be at most 10"):
-        _dataset().with_train_per_class(11, seed=0)
+def test_more_shots_than_images_are_refused() -> None:
+    with pytest.raises(ConfigError, match="shots must be at most 10"):
+        _dataset().with_shots(11, seed=0)
 
 
 def test_a_part_keeps_the_margin() -> None:
@@ -103,9 +103,9 @@ def test_what_makes_no_sense_is_refused() -> None:
         replace(good, classes=("a",)).checked()
     with pytest.raises(DataError, match=r"toy/train: labels must lie in 0\.\.1, not 0\.\.2"):
         replace(good, classes=("a", "b")).checked()
-    with pytest.raises(DataError, match="every class must have training pictures, but d have none"):
+    with pytest.raises(DataError, match="every class must have training images, but d have none"):
         replace(good, classes=("a", "b", "c", "d")).checked()
-    with pytest.raises(DataError, match="must have test pictures"):
+    with pytest.raises(DataError, match="must have test images"):
         replace(good, test=good.train.take(np.arange(0))).checked()
 
 
@@ -118,7 +118,7 @@ def test_statistics_are_those_of_the_pixels() -> None:
     np.testing.assert_allclose(std, (images[7:] / 255).std((0, 1, 2)), atol=1e-6)
 
 
-def test_statistics_take_a_few_pictures_into_memory_at_once() -> None:
+def test_statistics_take_a_few_images_into_memory_at_once() -> None:
     tracemalloc.start()
     images = np.random.default_rng(1).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
     split = Split.of(images, np.zeros(200, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Folders of pictures: every sensible layout is read, every other one is refused with its reason."""
+"""Folders of images: every sensible layout is read, every other one is refused with its reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from petune.data.folder import load_folder
 
 
 def _fill(place: Path, counts: dict[str, int], start: int = 0) -> None:
-    """Classes with pictures whose grey value tells which class (tens) and which picture (ones) they are."""
+    """Classes with images whose grey value tells which class (tens) and which image (ones) they are."""
     for label, (name, count) in enumerate(counts.items()):
         (place / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -62,10 +62,10 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert load_folder(tmp_path, 32).classes == ("bus", "test", "train")
 
 
-def test_what_is_no_picture_or_hidden_is_ignored_and_folders_go_deep(tmp_path: Path) -> None:
+def test_what_is_no_image_or_hidden_is_ignored_and_folders_go_deep(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 5, "dog": 5})
     for name in ("notes.txt", ".hidden.png", "Thumbs.db"):
-        (tmp_path / "cat" / name).write_bytes(b"not a picture")
+        (tmp_path / "cat" / name).write_bytes(b"not an image")
     _fill(tmp_path / ".cache", {"cat": 1})
     _fill(tmp_path / "cat", {".trash": 1, "deeper": 3})
     (tmp_path / "README.md").touch()
@@ -75,7 +75,7 @@ def test_what_is_no_picture_or_hidden_is_ignored_and_folders_go_deep(tmp_path: P
     assert np.bincount(np.concatenate([data.train.labels, data.test.labels])).tolist() == [8, 6]
 
 
-def test_pictures_are_stored_with_a_margin_on_disk(tmp_path: Path) -> None:
+def test_images_are_stored_with_a_margin_on_disk(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 5, "dog": 5})
     for size, side in ((32, 37), (224, 256)):
         data = load_dataset(f"folder:{tmp_path}", image_size=size)
@@ -85,7 +85,7 @@ def test_pictures_are_stored_with_a_margin_on_disk(tmp_path: Path) -> None:
 
 
 def test_decoded_once_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
-    place = tmp_path / "pictures"
+    place = tmp_path / "images"
     _fill(place, {"cat": 5, "dog": 5})
     load_folder(place, 32)
     before = {p: p.stat().st_mtime_ns for p in cache.rglob("images.npy")}
@@ -109,10 +109,10 @@ def test_two_folders_with_equal_listings_are_not_mixed_up(tmp_path: Path) -> Non
     assert second.train.images[0, 0, 0, 0] == 20
 
 
-def test_a_broken_picture_stops_with_its_path(tmp_path: Path, cache: Path) -> None:
+def test_a_broken_image_stops_with_its_path(tmp_path: Path, cache: Path) -> None:
     _fill(tmp_path / "p", {"cat": 5, "dog": 5})
     (tmp_path / "p" / "dog" / "03.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(DataError, match=r"dog/03\.png must be a whole picture"):
+    with pytest.raises(DataError, match=r"dog/03\.png must be a whole image"):
         load_folder(tmp_path / "p", 32)
     assert not list(cache.rglob("*.npy"))
 
@@ -136,15 +136,15 @@ def test_a_cache_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ({}, None, "must hold pictures as CLASS/"),
-        ({"cat": 0, "dog": 0}, None, "must hold pictures as CLASS/"),
+        ({}, None, "must hold images as CLASS/"),
+        ({"cat": 0, "dog": 0}, None, "must hold images as CLASS/"),
         ({"cat": 3}, None, "two class folders or more, but has only cat"),
         ({"cat": 3, "dog": 0}, None, "train has none for dog"),
         ({"cat": 3, "dog": 3}, {"cat": 3}, "test lacks dog"),
         ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 3, "emu": 3}, "train lacks emu"),
         ({"cat": 3, "dog": 3}, {"cat": 3, "dogs": 3}, "test lacks dog and train lacks dogs"),
         ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 0}, "test has none for dog"),
-        ({"cat": 1, "dog": 1}, None, "must have test pictures"),
+        ({"cat": 1, "dog": 1}, None, "must have test images"),
     ],
 )
 def test_folders_that_make_no_sense_are_refused(
@@ -185,20 +185,20 @@ def _with_broken(place: Path, broken: int, good: int = 100) -> None:
         file.write_bytes(file.read_bytes()[:-30])
 
 
-def test_broken_pictures_are_skipped_where_asked_for_and_named(tmp_path: Path) -> None:
+def test_broken_images_are_skipped_where_asked_for_and_named(tmp_path: Path) -> None:
     _with_broken(tmp_path, 2)
-    with pytest.raises(DataError, match=r"00\.png must be a whole picture.*--set on_broken=skip"):
+    with pytest.raises(DataError, match=r"00\.png must be a whole image.*--set on_broken=skip"):
         load_folder(tmp_path, 32)
     for _ in range(2):  # decoded, and from the cache
         data = load_dataset(f"folder:{tmp_path}", image_size=32, on_broken="skip")
         assert len(data.train) + len(data.test) == 198
         assert "2 broken skipped: cat/00.png, cat/01.png" in data.source
         assert {int(x) for x in data.train.images[data.train.rows][:, 0, 0, 0]}.isdisjoint({0, 1})
-    with pytest.raises(DataError, match=r"00\.png must be a whole picture"):
+    with pytest.raises(DataError, match=r"00\.png must be a whole image"):
         load_folder(tmp_path, 32)
 
 
-def test_too_many_broken_pictures_are_an_error_all_the_same(tmp_path: Path) -> None:
+def test_too_many_broken_images_are_an_error_all_the_same(tmp_path: Path) -> None:
     _with_broken(tmp_path, 3)
     with pytest.raises(DataError, match=r"at most 1% .* 3 of 200 are, first: .*00\.png .*petune data check"):
         load_folder(tmp_path, 32, "skip")
@@ -211,15 +211,15 @@ def test_check_finds_what_is_broken_and_what_stands_in_two_splits(tmp_path: Path
     _fill(tmp_path / "test", {"cat": 2, "dog": 2}, start=20)
     assert check_folder(tmp_path).is_sound
     shutil.copy(tmp_path / "train" / "cat" / "01.png", tmp_path / "test" / "dog" / "x.png")
-    (tmp_path / "train" / "dog" / "00.png").write_bytes(b"no picture")
+    (tmp_path / "train" / "dog" / "00.png").write_bytes(b"no image")
     report = check_folder(tmp_path)
-    assert report.pictures == {"train": {"cat": 3, "dog": 2}, "test": {"cat": 2, "dog": 3}}
+    assert report.images == {"train": {"cat": 3, "dog": 2}, "test": {"cat": 2, "dog": 3}}
     assert [m.split(" must")[0] for m in report.broken] == [str(tmp_path / "train" / "dog" / "00.png")]
     assert report.shared == [(tmp_path / "test" / "dog" / "x.png", tmp_path / "train" / "cat" / "01.png")]
 
 
-def test_links_that_lead_back_up_do_not_multiply_pictures(tmp_path: Path) -> None:
-    from petune.data.layout import pictures_below
+def test_links_that_lead_back_up_do_not_multiply_images(tmp_path: Path) -> None:
+    from petune.data.layout import images_below
 
     place, other = tmp_path / "pets", tmp_path / "elsewhere"
     _fill(place, {"cat": 5, "dog": 5})
@@ -227,17 +227,17 @@ def test_links_that_lead_back_up_do_not_multiply_pictures(tmp_path: Path) -> Non
     (place / "cat" / "back").symlink_to(place / "cat")
     (place / "dog" / "up").symlink_to(place)
     (place / "cat" / "more").symlink_to(other / "more")
-    assert [len(pictures_below(place / name)) for name in ("cat", "dog")] == [8, 5]
+    assert [len(images_below(place / name)) for name in ("cat", "dog")] == [8, 5]
     data = load_folder(place, 32)
     assert len(data.train) + len(data.test) == 13
 
 
-def test_a_link_to_nowhere_is_a_broken_picture(tmp_path: Path) -> None:
+def test_a_link_to_nowhere_is_a_broken_image(tmp_path: Path) -> None:
     from petune.data.check import check_folder
 
     _fill(tmp_path, {"cat": 60, "dog": 60})
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(DataError, match=r"gone\.png must be a whole picture"):
+    with pytest.raises(DataError, match=r"gone\.png must be a whole image"):
         load_folder(tmp_path, 32)
     assert "1 broken skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
     report = check_folder(tmp_path)
@@ -257,8 +257,8 @@ def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], beside: di
 
 def test_copies_stay_on_one_side_of_every_cut(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 30, "dog": 30})
-    for picture in [*tmp_path.glob("*/*.png")]:
-        shutil.copy(picture, picture.with_suffix(".copy.png"))
+    for image in [*tmp_path.glob("*/*.png")]:
+        shutil.copy(image, image.with_suffix(".copy.png"))
     for again in range(2):  # decoded, and from the cache
         data = load_folder(tmp_path, 32).with_val(0.2, seed=again)
         assert "; 60 copies of others, in the same split as those" in data.source
@@ -281,7 +281,7 @@ def test_class_folders_have_names_that_can_be_written(tmp_path: Path) -> None:
         load_folder(tmp_path, 32)
 
 
-def test_pictures_of_a_kind_that_is_not_read_are_counted_and_said(tmp_path: Path) -> None:
+def test_images_of_a_kind_that_is_not_read_are_counted_and_said(tmp_path: Path) -> None:
     from petune.data.check import check_folder
 
     _fill(tmp_path, {"cat": 3, "dog": 3})

@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the right RGB square; a bad one is named by its path."""
+"""Every kind of image becomes the right RGB square; a bad one is named by its path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from petune.base.errors import DataError
-from petune.data.images import decode_picture, decode_pictures
+from petune.data.images import decode_image, decode_images
 
 RED, HALF = (255, 0, 0), 128
 
@@ -96,10 +96,10 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[int, int, int]]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_picture(name: str, tmp_path: Path) -> None:
+def test_every_kind_of_image(name: str, tmp_path: Path) -> None:
     write, colour = KINDS[name]
     write(tmp_path / name)
-    square = decode_picture(tmp_path / name, 16)
+    square = decode_image(tmp_path / name, 16)
     assert square.shape == (16, 16, 3)
     assert square.dtype == np.uint8
     assert np.abs(square.astype(int) - colour).max() <= 2
@@ -112,30 +112,30 @@ def test_orientation_of_the_camera_is_applied(suffix: str, tmp_path: Path) -> No
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(stored).save(tmp_path / f"x.{suffix}", exif=exif)
-    seen = decode_picture(tmp_path / f"x.{suffix}", 40)
+    seen = decode_image(tmp_path / f"x.{suffix}", 40)
     assert seen[:, 25:].min() > 200
     assert seen[:, :15].max() < 50
 
 
-def test_orientation_of_a_16_bit_picture_is_applied(tmp_path: Path) -> None:
+def test_orientation_of_a_16_bit_image_is_applied(tmp_path: Path) -> None:
     stored = np.zeros((40, 40), dtype=np.uint16)
     stored[:20] = 65535
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(stored).save(tmp_path / "x.png", exif=exif)
-    seen = decode_picture(tmp_path / "x.png", 40)
+    seen = decode_image(tmp_path / "x.png", 40)
     assert seen[:, 25:].min() > 200
     assert seen[:, :15].max() < 50
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 30), (30, 90), (31, 30), (30, 299), (30, 30)])
 def test_the_centre_is_kept_and_the_shorter_side_fills_the_square(width: int, height: int, tmp_path: Path) -> None:
-    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    image = np.zeros((height, width, 3), dtype=np.uint8)
     edge = min(width, height)
     top, left = (height - edge) // 2, (width - edge) // 2
-    picture[top : top + edge, left : left + edge] = 200
-    Image.fromarray(picture).save(tmp_path / "x.png")
-    square = decode_picture(tmp_path / "x.png", 10)
+    image[top : top + edge, left : left + edge] = 200
+    Image.fromarray(image).save(tmp_path / "x.png")
+    square = decode_image(tmp_path / "x.png", 10)
     assert np.abs(square[2:-2, 2:-2].astype(int) - 200).max() <= 2
 
 
@@ -143,7 +143,7 @@ def test_scaling_down_is_antialiased(tmp_path: Path) -> None:
     stripes = np.zeros((256, 256, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "x.png")
-    assert np.abs(decode_picture(tmp_path / "x.png", 16).astype(int) - 127).max() < 20
+    assert np.abs(decode_image(tmp_path / "x.png", 16).astype(int) - 127).max() < 20
 
 
 def test_a_large_jpeg_decoded_at_a_fraction_stays_close_to_the_whole(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_large_jpeg_decoded_at_a_fraction_stays_close_to_the_whole(tmp_path: P
     waves = np.stack([np.sin(x), np.sin(y), np.cos(x + y)], -1) * 100 + 128
     Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
     whole = Image.open(tmp_path / "x.jpg").resize((96, 96), Image.Resampling.BICUBIC, box=(100, 0, 900, 800))
-    assert np.abs(decode_picture(tmp_path / "x.jpg", 96).astype(int) - np.asarray(whole)).max() <= 3
+    assert np.abs(decode_image(tmp_path / "x.jpg", 96).astype(int) - np.asarray(whole)).max() <= 3
 
 
 def _noise(form: str) -> bytes:
@@ -174,10 +174,10 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_picture_is_named(name: str, tmp_path: Path) -> None:
+def test_a_broken_image_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(BROKEN[name])
-    with pytest.raises(DataError, match="must be a whole picture") as caught:
-        decode_picture(tmp_path / name, 16)
+    with pytest.raises(DataError, match="must be a whole image") as caught:
+        decode_image(tmp_path / name, 16)
     assert str(tmp_path / name) in str(caught.value)
 
 
@@ -185,32 +185,32 @@ def test_a_broken_picture_is_named(name: str, tmp_path: Path) -> None:
 def test_a_kind_without_a_white_point_is_refused_not_guessed(mode: str, value: float, tmp_path: Path) -> None:
     _plain(mode, value).save(tmp_path / "x.tif")
     with pytest.raises(DataError, match=f"mode {mode} has no defined white"):
-        decode_picture(tmp_path / "x.tif", 16)
+        decode_image(tmp_path / "x.tif", 16)
 
 
 @pytest.mark.parametrize("limit", [1000, 3000], ids=["an error of Pillow", "a warning of Pillow"])
 def test_a_decompression_bomb_is_an_error(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     _plain("RGB", RED, (64, 64)).save(tmp_path / "bomb.png")
-    with pytest.raises(DataError, match=r"bomb\.png must be a whole picture, but: .*decompression bomb"):
-        decode_pictures([tmp_path / "bomb.png"], np.empty((1, 16, 16, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"bomb\.png must be a whole image, but: .*decompression bomb"):
+        decode_images([tmp_path / "bomb.png"], np.empty((1, 16, 16, 3), dtype=np.uint8))
 
 
-def test_many_pictures_land_in_their_own_rows(tmp_path: Path) -> None:
+def test_many_images_land_in_their_own_rows(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(70)]
     for i, path in enumerate(paths):
         _plain("L", i, (8, 8)).save(path)
     out = np.empty((70, 4, 4, 3), dtype=np.uint8)
-    decode_pictures(paths, out)
+    decode_images(paths, out)
     assert np.array_equal(out[:, 0, 0, 0], np.arange(70))
     assert (out == out[:, :1, :1, :1]).all()
 
 
-def test_of_several_broken_pictures_the_first_in_order_is_named(tmp_path: Path) -> None:
+def test_of_several_broken_images_the_first_in_order_is_named(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i:03}.png" for i in range(100)]
     for path in paths:
         _plain("L", 0, (8, 8)).save(path)
     for i in (40, 90):
         paths[i].write_bytes(b"")
     with pytest.raises(DataError, match=r"040\.png"):
-        decode_pictures(paths, np.empty((100, 4, 4, 3), dtype=np.uint8))
+        decode_images(paths, np.empty((100, 4, 4, 3), dtype=np.uint8))

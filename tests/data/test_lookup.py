@@ -1,4 +1,4 @@
-"""What is known of a dataset without decoding a picture."""
+"""What is known of a dataset without decoding an image."""
 
 from __future__ import annotations
 

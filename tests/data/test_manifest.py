@@ -1,4 +1,4 @@
-"""The pictures that a run began with: what is drawn from them must not change beneath it."""
+"""The images that a run began with: what is drawn from them must not change beneath it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 
 import petune
 from petune.base.errors import DataError, PetuneError
-from petune.data.manifest import hold_pictures, pictures_of
-from petune.runner.run_dir import PICTURES_FILE
+from petune.data.manifest import check_manifest, images_of
+from petune.runner.run_dir import IMAGES_FILE
 
-CHANGED = r"the pictures of folder:.* must be those that .* began with, .* but "
+CHANGED = r"the images of folder:.* must be those that .* began with, .* but "
 RUN = {
     "method": "linear", "backbone": "vit_nano", "weights": "none", "device": "cpu",
     "backbone_options": {"depth": 1, "embed_dim": 24}, "train": {"epochs": 2, "batch_size": 8, "precision": "fp32"},
@@ -60,28 +60,28 @@ CHANGES = [
 @pytest.mark.parametrize(("change", "said"), CHANGES)
 def test_what_changed_is_said(change: Callable[[Path], None], said: str, pets: Path, tmp_path: Path) -> None:
     for _ in range(2):
-        hold_pictures(tmp_path / "run", f"folder:{pets}")
+        check_manifest(tmp_path / "run", f"folder:{pets}")
     change(pets)
     with pytest.raises(DataError, match=CHANGED + said):
-        hold_pictures(tmp_path / "run", f"folder:{pets}")
+        check_manifest(tmp_path / "run", f"folder:{pets}")
 
 
 def test_a_copied_folder_holds_the_same_and_other_datasets_hold_nothing(pets: Path, tmp_path: Path) -> None:
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert pictures_of(f"folder:{tmp_path / 'copy'}") == pictures_of(f"folder:{pets}") != {}
+    assert images_of(f"folder:{tmp_path / 'copy'}") == images_of(f"folder:{pets}") != {}
     for name in ("digits", "cifar10", "folder:nowhere"):
-        hold_pictures(tmp_path / "run", name)
+        check_manifest(tmp_path / "run", name)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_named_its_own_pictures_is_not_tested_on_those_it_trained_on(pets: Path, tmp_path: Path) -> None:
+def test_a_run_named_its_own_images_is_not_tested_on_those_it_trained_on(pets: Path, tmp_path: Path) -> None:
     run = {**RUN, "dataset": f"folder:{pets}", "output": tmp_path / "run"}
     done = petune.run(**run)
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
     for name in (pets, f"{pets}/../pets", tmp_path / "copy"):
         found = petune.evaluate(tmp_path / "run", dataset=f"folder:{name}", device="cpu", precision="fp32")
-        assert (found.split, found.num_pictures, found.top1) == ("test", found.num_pictures, done.top1)
-        assert found.num_pictures < 20
+        assert (found.split, found.num_images, found.top1) == ("test", found.num_images, done.top1)
+        assert found.num_images < 20
     pets.rename(tmp_path / "moved")
     with pytest.raises(DataError, match=r"run must be there, but it was trained on folder:.*pets, which is not"):
         petune.evaluate(tmp_path / "run")
@@ -89,11 +89,11 @@ def test_a_run_named_its_own_pictures_is_not_tested_on_those_it_trained_on(pets:
     shutil.copytree(pets, tmp_path / "other" / "test")
     shutil.rmtree(tmp_path / "other" / "test" / "cat")
     other = petune.evaluate(tmp_path / "run", dataset=f"folder:{tmp_path / 'other'}", device="cpu", precision="fp32")
-    assert other.num_pictures == 10
+    assert other.num_images == 10
 
 
 @pytest.mark.parametrize("change", [_add, _rename, _part])
-def test_nothing_goes_on_with_other_pictures(change: Callable[[Path], None], pets: Path, tmp_path: Path) -> None:
+def test_nothing_goes_on_with_other_images(change: Callable[[Path], None], pets: Path, tmp_path: Path) -> None:
     """Neither a run, its evaluation, a comparison nor a sweep; what is there stays, and serves when they are back."""
     run = {**RUN, "dataset": f"folder:{pets}"}
     done = petune.run(**run, output=tmp_path / "run")
@@ -112,12 +112,12 @@ def test_nothing_goes_on_with_other_pictures(change: Callable[[Path], None], pet
         petune.compare(methods=("linear", "bitfit"), **table)
     with pytest.raises(DataError, match=CHANGED):
         petune.sweep(**sweep, trials=2)
-    with pytest.raises(PetuneError, match=r"the training pictures of folder:.* must be those that the run had"):
+    with pytest.raises(PetuneError, match=r"the training images of folder:.* must be those that the run had"):
         petune.evaluate(tmp_path / "run", device="cpu")
 
     shutil.rmtree(pets)
     (tmp_path / "aside").rename(pets)
     assert petune.run(**run, output=tmp_path / "run", resume=True).top1 == done.top1
     assert [row.status for row in petune.compare(methods=("linear", "bitfit"), **table).rows] == ["done"] * 2
-    assert (tmp_path / "run" / PICTURES_FILE).read_bytes() == (tmp_path / "table" / PICTURES_FILE).read_bytes()
+    assert (tmp_path / "run" / IMAGES_FILE).read_bytes() == (tmp_path / "table" / IMAGES_FILE).read_bytes()
     assert petune.evaluate(tmp_path / "run", device="cpu", precision="fp32").top1 == done.top1

@@ -63,14 +63,14 @@ def attend(block: Any, x: Tensor, rope: Tensor | None, index: int, count: int) -
         sin, cos = rope.chunk(2, -1)
         half = getattr(a, "rotate_half", False)
         q, k = (torch.cat([t[:, :, :first], rotated(t[:, :, first:], sin, cos, half)], 2) for t in (q, k))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5)
+    logits = q @ k.mT * (q.shape[-1] ** -0.5)
     if getattr(a, "relative_position_bias_table", None) is not None:
         real = [i for i in range(x.shape[1]) if not index <= i < index + count]
         area = len(real)
         bias = a.relative_position_bias_table[a.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
         rows = torch.tensor(real)
-        scores[:, :, rows[:, None], rows[None]] += bias
-    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        logits[:, :, rows[:, None], rows[None]] += bias
+    y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
     y = a.norm(y) if isinstance(getattr(a, "norm", None), nn.Module) else y
     return a.proj(y)
 

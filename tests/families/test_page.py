@@ -61,7 +61,7 @@ def test_the_results_still_hold(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr"])
 @pytest.mark.parametrize("deep", [True, False])
-def test_prompts_in_windows_do_not_mix_pictures(family: str, deep: bool) -> None:
+def test_prompts_in_windows_do_not_mix_images(family: str, deep: bool) -> None:
     """A batch turned around gives the outputs turned around, though its windows lie in one tensor."""
     model = enliven(build(family))
     att = petune.attach(model, "vpt", num_prompts=4, deep=deep)

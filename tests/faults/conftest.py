@@ -25,7 +25,7 @@ from tests.faults.page import Row, write_page
 FULL = os.environ.get("PETUNE_FAULTS") == "full"
 TINY = (
     "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
-    "--dataset=digits", "--train-per-class=20", "--epochs=3", "--batch-size=16", "--device=cpu", "--precision=fp32",
+    "--dataset=digits", "--shots=20", "--epochs=3", "--batch-size=16", "--device=cpu", "--precision=fp32",
     "--set=train.eval_batch_size=64",
 )  # fmt: skip
 WAIT_S = 600  # a machine may be busy

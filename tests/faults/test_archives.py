@@ -192,9 +192,9 @@ COLUMNS: dict[str, Any] = {
     "labels of another type": {"label": ["one"] * 10},
     "labels with a fraction": {"label": [0.5] * 10},
     "labels out of range": {"label": [99] * 10},
-    "pictures that are missing": {"img": [None] * 10},
-    "pictures of another type": {"img": list(range(10))},
-    "pictures without bytes": {"img": [{"path": "x.png"}] * 10},
+    "images that are missing": {"img": [None] * 10},
+    "images of another type": {"img": list(range(10))},
+    "images without bytes": {"img": [{"path": "x.png"}] * 10},
     "class names of another type": {"names": [1, 2]},
 }
 

@@ -16,7 +16,7 @@ from tests.faults.conftest import FULL, Program, tally
 
 SMALL = (
     "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
-    "--dataset=digits", "--train-per-class=20", "--batch-size=16", "--device=cpu", "--precision=fp32",
+    "--dataset=digits", "--shots=20", "--batch-size=16", "--device=cpu", "--precision=fp32",
     "--set=train.log_every=1",
 )  # fmt: skip
 METHODS, KILLS = ("linear", "adaptformer", "full"), 2
@@ -87,8 +87,8 @@ def test_workers_killed(name: str, program: Program, tmp_path: Path) -> None:
 def test_workers_of_a_sweep_killed(name: str, program: Program, tmp_path: Path) -> None:
     pytest.importorskip("ray" if name == "ray" else "submitit")
     pytest.importorskip("optuna")
-    words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--over=train.lr=1e-4..1e-1:log", "--trials=5",
-             "--at-once=3", "--output")  # fmt: skip
+    words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--search=train.lr=1e-4..1e-1:log", "--trials=5",
+             "--parallel-trials=3", "--output")  # fmt: skip
     killed = here_and_there(name, program, tmp_path, words, "trial.json")
     place = tmp_path / "there"
     held = len(killed) if trials(place) == trials(tmp_path / "here") else 0
@@ -99,7 +99,7 @@ def test_workers_of_a_sweep_killed(name: str, program: Program, tmp_path: Path) 
 @slow
 def test_a_sweep_on_ray_told_to_stop_and_started_again(program: Program, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--over=bottleneck=2,4,8", "--output")
+    words = ("sweep", "adaptformer", *SMALL, "--epochs=8", "--search=bottleneck=2,4,8", "--output")
     here = program.start(*words, tmp_path / "here")
     here.join(400)
     place = tmp_path / "there"

@@ -1,4 +1,4 @@
-"""Pictures of random bytes, and good ones with a few bytes changed: a picture comes out, or one error with the path."""
+"""Images of random bytes, and good ones with a few bytes changed: an image comes out, or one error with the path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from petune.data.images import decode_pictures
+from petune.data.images import decode_images
 from tests.faults.conftest import tally, tries
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -39,7 +39,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "random"])
-def test_mutated_pictures(kind: str, tmp_path: Path) -> None:
+def test_mutated_images(kind: str, tmp_path: Path) -> None:
     chance, count = random.Random(kind), tries(60, 2000)
     paths = []
     for number in range(count):
@@ -49,13 +49,13 @@ def test_mutated_pictures(kind: str, tmp_path: Path) -> None:
     out = np.full((count, 16, 16, 3), 7, np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        broken = decode_pictures(paths, out, skip=True)
+        broken = decode_images(paths, out, skip=True)
     named = sum(str(paths[i]) in message and "\n" not in message for i, message in broken.items())
     black = sum(not out[i].any() for i in broken)
     held = count - len(broken) + min(named, black)
     tally(
-        f"{kind} pictures of {'random bytes' if kind == 'random' else 'changed bytes'}",
-        "a picture, or one error with its path",
+        f"{kind} images of {'random bytes' if kind == 'random' else 'changed bytes'}",
+        "an image, or one error with its path",
         count,
         held,
     )

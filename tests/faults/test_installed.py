@@ -58,7 +58,7 @@ def test_it_works_far_from_the_tree(place: Path) -> None:
     done = subprocess.run([python, "-c", code], cwd=place / "empty", capture_output=True, text=True, check=True)
     assert done.stdout.startswith(str(place / "venv"))
     assert "adaptformer" in _petune(place, "methods")
-    small = ("--backbone", "vit_nano", "--image-size", "16", "--dataset", "digits", "--train-per-class", "5")
+    small = ("--backbone", "vit_nano", "--image-size", "16", "--dataset", "digits", "--shots", "5")
     _petune(place, "run", *small, "--epochs", "1", "--batch-size", "16", "--device", "cpu", "--output", "r")
     assert "calibration error" in _petune(place, "eval", "r", "--device", "cpu")
     assert "off by" in _petune(place, "export", "r", "r.pt2")

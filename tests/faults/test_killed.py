@@ -50,7 +50,7 @@ def test_killed_while_training(method: str, program: Program, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes of pictures that take a while to decode."""
+    """Four classes of images that take a while to decode."""
     place, chance = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number in range(4):
         (place / f"class{number}").mkdir()
@@ -69,7 +69,7 @@ def test_killed_while_decoding_and_training(threads: int, program: Program, phot
         "--method=adaptformer",
         *TINY,
         *HARD,
-        "--train-per-class=12",
+        "--shots=12",
         f"--dataset=folder:{photos}",
         "--set=resume=true",
         "--output",

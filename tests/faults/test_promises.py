@@ -1,4 +1,4 @@
-"""Backbones that an adapter does not belong to, pictures that are none, and the page that says what is held where."""
+"""Backbones that an adapter does not belong to, images that are none, and the page that says what is held where."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_adapter_of_another_backbone(tmp_path: Path) -> None:
     tally(f"an adapter on a wrong backbone: {kinds}", "refused by name, the model as it was", tried, held + 3)
 
 
-def test_pictures_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
     pets, held = tmp_path / "pets", 0
     for number in range(16):
@@ -66,7 +66,7 @@ def test_pictures_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         held += "\n" not in str(caught.value)
         bad.unlink()
     assert len(load_folder(pets, 16).train) == 12
-    tally(f"kinds of bad picture in a folder: {', '.join(kinds)}", "one error with its path", len(kinds), held)
+    tally(f"kinds of bad image in a folder: {', '.join(kinds)}", "one error with its path", len(kinds), held)
 
 
 def test_the_page_names_tests_that_are_there() -> None:

@@ -42,7 +42,7 @@ def tiny_config(place: Path, **fields: Any) -> RunConfig:
     train = {"epochs": 1, "batch_size": 16, "precision": "fp32", "log_every": 1}
     plain = {"method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "device": "cpu"}
     return RunConfig.build(
-        {**plain, "backbone_options": options, "train_per_class": 5, "train": train, "output": place, **fields}
+        {**plain, "backbone_options": options, "shots": 5, "train": train, "output": place, **fields}
     )
 
 

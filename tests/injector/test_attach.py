@@ -277,7 +277,7 @@ def test_an_adapter_that_does_nothing_is_told() -> None:
             return 0 * super().forward(x)
 
     att = petune.attach(
-        tiny(), Custom(lambda edit: edit.branch(edit.sites.blocks[0], edit.sites.blocks[0], Off(24, 24)))
+        tiny(), Custom(lambda edit: edit.parallel(edit.sites.blocks[0], edit.sites.blocks[0], Off(24, 24)))
     )
     steps(att)
     att.check_gradients()
@@ -293,7 +293,7 @@ def test_an_adapter_that_does_nothing_is_told() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "fact", "vpt", "vpt:deep=false", "adaptformer", "lst"])
 def test_no_activation_is_kept(method: str) -> None:
-    """A hundred tasks hold a hundred adapters, and nothing of the pictures that attaching looked at."""
+    """A hundred tasks hold a hundred adapters, and nothing of the images that attaching looked at."""
 
     def held(model: nn.Module) -> int:
         gc.collect()
@@ -364,8 +364,8 @@ def test_merging_a_model_with_state_of_its_own() -> None:
             self.inner = tiny()
 
         def forward(self, x: Tensor) -> Tensor:
-            scores: Tensor = self.inner(x)
-            return scores
+            logits: Tensor = self.inner(x)
+            return logits
 
         def get_extra_state(self) -> dict[str, int]:
             return {"version": 1}

@@ -110,17 +110,17 @@ def test_another_backbone_is_refused_by_name_and_left_as_it_was(what: str, tmp_p
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_size_of_pictures_is_the_files(tmp_path: Path) -> None:
+def test_the_size_of_images_is_the_files(tmp_path: Path) -> None:
     class Silent(nn.Module):
-        """Does not tell how large its pictures are."""
+        """Does not tell how large its images are."""
 
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny()
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            scores: torch.Tensor = self.inner(images)
-            return scores
+            logits: torch.Tensor = self.inner(images)
+            return logits
 
     dynamic = tiny(dynamic_img_size=True)
     for number, (model, side) in enumerate([(Silent(), 16), (dynamic, 32), (dynamic, 16)]):

@@ -31,7 +31,7 @@ PAIRS = [
 
 
 @torch.no_grad()
-def scores(of: nn.Module, x: Tensor = X) -> Tensor:
+def logits(of: nn.Module, x: Tensor = X) -> Tensor:
     out = of.eval()(x)
     return getattr(out, "logits", out)
 
@@ -55,16 +55,16 @@ def test_saved_by_petune_loaded_by_peft_saved_by_peft_loaded_by_petune(name: str
         pytest.skip(str(refused))
     att.save(tmp_path / "a", metadata={"classes": ["x", "y", "z"]})
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "a"))
-    wanted = scores(att.model)
-    assert torch.equal(scores(theirs), wanted)
-    assert not torch.equal(wanted, scores(plain))
+    wanted = logits(att.model)
+    assert torch.equal(logits(theirs), wanted)
+    assert not torch.equal(wanted, logits(plain))
     assert not any(p.requires_grad for p in theirs.base_model.attachments["default"].parameters())
     with theirs.disable_adapter():
-        assert torch.equal(scores(theirs), scores(plain))
+        assert torch.equal(logits(theirs), logits(plain))
     theirs.save_pretrained(tmp_path / "b")
     again = petune.load(build(), tmp_path / "b")
-    assert torch.equal(scores(again.model), wanted)
-    assert torch.equal(scores(theirs.unload()), scores(plain))
+    assert torch.equal(logits(again.model), wanted)
+    assert torch.equal(logits(theirs.unload()), logits(plain))
 
 
 def test_begun_and_trained_with_peft(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_begun_and_trained_with_peft(tmp_path: Path) -> None:
         optimizer.step()
     built.save_pretrained(tmp_path / "a")
     loaded = petune.load(tiny(), tmp_path / "a")
-    assert torch.equal(scores(loaded.model), scores(built))
+    assert torch.equal(logits(loaded.model), logits(built))
     assert loaded.tuner.config.model_dump()["bottleneck"] == 3
     resumed = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), is_trainable=True)
     assert resumed.get_nb_trainable_parameters() == (trainable, total)
@@ -91,25 +91,25 @@ def test_several_adapters_are_switched(tmp_path: Path) -> None:
     for number, name in enumerate(["adaptformer", "vpt", "bitfit"]):
         att = trained(name, tiny(), seed=number)
         att.save(tmp_path / name)
-        wanted[name] = scores(att.model)
+        wanted[name] = logits(att.model)
     model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "adaptformer"), "adaptformer")
     for name in ("vpt", "bitfit"):
         model.load_adapter(str(tmp_path / name), name)
-        assert torch.equal(scores(model), wanted["adaptformer"])  # loading one more does not switch
+        assert torch.equal(logits(model), wanted["adaptformer"])  # loading one more does not switch
     for name in ("bitfit", "vpt", "adaptformer", "bitfit"):
         model.set_adapter(name)
-        assert torch.equal(scores(model), wanted[name])
+        assert torch.equal(logits(model), wanted[name])
         held = {id(p) for p in model.base_model.attachments[name].parameters()}
         assert {id(p) for p in model.parameters() if p.requires_grad} == held
     with model.disable_adapter():
-        assert torch.equal(scores(model), scores(tiny()))
+        assert torch.equal(logits(model), logits(tiny()))
     model.delete_adapter("bitfit")
-    assert torch.equal(scores(model), wanted["adaptformer"])
+    assert torch.equal(logits(model), wanted["adaptformer"])
     model.save_pretrained(tmp_path / "all")
     for name in ("adaptformer", "vpt"):
-        assert torch.equal(scores(petune.load(tiny(), tmp_path / "all" / name).model), wanted[name])
+        assert torch.equal(logits(petune.load(tiny(), tmp_path / "all" / name).model), wanted[name])
     back = model.unload()
-    assert torch.equal(scores(back), scores(tiny()))
+    assert torch.equal(logits(back), logits(tiny()))
     assert list(back.state_dict()) == list(tiny().state_dict())
     assert not hasattr(back, "peft_config")
 
@@ -118,7 +118,7 @@ def test_merged(tmp_path: Path) -> None:
     att = trained("repadapter", tiny())
     att.save(tmp_path / "a")
     merged = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a")).merge_and_unload()
-    torch.testing.assert_close(scores(merged), scores(att.model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(merged), logits(att.model), atol=1e-5, rtol=1e-5)
     assert list(merged.state_dict()) == list(tiny().state_dict())
     trained("vpt", tiny()).save(tmp_path / "b")
     model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "b"))
@@ -131,10 +131,10 @@ def test_merged(tmp_path: Path) -> None:
 def test_petunes_checks_stay(tmp_path: Path) -> None:
     trained("adaptformer", tiny()).save(tmp_path / "a")
     other = tiny(seed=5)
-    before = scores(other)
+    before = logits(other)
     with pytest.raises(BackboneMismatch, match="other weights"):
         peft.PeftModel.from_pretrained(other, str(tmp_path / "a"))
-    assert torch.equal(scores(other), before)
+    assert torch.equal(logits(other), before)
     assert not any("petune" in key for key in other.state_dict())
     with pytest.raises(BackboneMismatch, match="number of classes"):
         peft.PeftModel.from_pretrained(tiny(num_classes=7), str(tmp_path / "a"))
@@ -145,7 +145,7 @@ def test_petunes_checks_stay(tmp_path: Path) -> None:
     with pytest.raises(petune.PetuneError, match="low_cpu_mem_usage"):
         peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"), low_cpu_mem_usage=True)
     model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "a"))
-    with pytest.raises(UsageError, match=r"petune\.Tasks"):
+    with pytest.raises(UsageError, match=r"petune\.AdapterBank"):
         model(X, adapter_names=["default", "__base__"])
 
 
@@ -182,12 +182,12 @@ def test_an_adapter_that_fails_leaves_the_active_one_active() -> None:
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p), alpha=0.1)
-    before = scores(model)
+    before = logits(model)
     with pytest.raises(ConfigError):
         model.add_adapter("b", PetuneConfig(tuner="adaptformer", config={"bottleneck": 0}))
-    assert torch.equal(scores(model), before)
+    assert torch.equal(logits(model), before)
     model.add_adapter("b", PetuneConfig(tuner="vpt"))  # the name is free
-    assert torch.equal(scores(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_what_is_loaded_for_inference_does_not_train(tmp_path: Path) -> None:

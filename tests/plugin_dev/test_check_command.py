@@ -52,10 +52,10 @@ def test_a_broken_one(fake: Callable[..., None], capfd: pytest.CaptureFixture[st
     fake("petune-fake", {"fake": "petune_fake:Fake"}, BROKEN)
     assert check("fake") == 1
     out = capfd.readouterr().out
-    assert out.count("  BROKEN   pictures of a batch do not mix: a picture alone differs by") >= 2
+    assert out.count("  BROKEN   images of a batch do not mix: an image alone differs by") >= 2
     assert check("fake", "--json") == 1
     found = json.loads(capfd.readouterr().out)
-    assert [f["name"] for f in found[0]["findings"] if f["problem"]] == ["pictures of a batch do not mix"]
+    assert [f["name"] for f in found[0]["findings"] if f["problem"]] == ["images of a batch do not mix"]
 
 
 def test_one_that_refuses_every_model_is_not_proven(
@@ -77,4 +77,4 @@ def test_the_fixture_fails_and_skips_as_it_should(fake: Callable[..., None], pyt
     result = pytester.runpytest("-p", "no:cacheprovider")
     kinds = result.parseoutcomes()
     assert kinds["failed"] == kinds["skipped"] == kinds["passed"] >= 2
-    result.stdout.fnmatch_lines(["*pictures of a batch do not mix: a picture alone differs*"])
+    result.stdout.fnmatch_lines(["*images of a batch do not mix: an image alone differs*"])

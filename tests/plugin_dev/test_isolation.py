@@ -22,7 +22,7 @@ from tests.tiny import tiny
 
 Fake = Callable[..., None]
 SOUND = "import petune\nclass Fake(petune.Tuner[petune.TunerConfig]):\n    def attach(self, edit): pass\n"
-SOUND += "    def count(self, sites): return 0\n"
+SOUND += "    def num_parameters(self, sites): return 0\n"
 DRY = ("run", "--method", "adaptformer", "--backbone", "vit_nano", "--weights", "none", "--dataset", "digits",
        "--dry-run", "--set", "backbone_options.depth=1")  # fmt: skip
 

@@ -25,7 +25,7 @@ from tests.program import call
 RUN = (
     "run", "--method", "my_scale", "--backbone", "vit_tiny_patch16_224", "--weights", "none", "--dataset", "digits",
     "--image-size", "32", "--patch-size", "4", "--epochs", "1", "--batch-size", "64", "--output", "out", "--json",
-    "--set", "backbone_options.depth=2", "--set", "backbone_options.embed_dim=48", "--set", "train_per_class=8",
+    "--set", "backbone_options.depth=2", "--set", "backbone_options.embed_dim=48", "--set", "shots=8",
 )  # fmt: skip
 
 

@@ -13,7 +13,15 @@ import pytest
 from petune.base.config import Config, read_yaml
 from petune.base.errors import CheckpointError, UsageError
 from petune.runner.result import RunResult
-from petune.runner.run_dir import CONFIG_FILE, LOCK_FILE, METRICS_FILE, claimed, free_path, hold_config, latest_path
+from petune.runner.run_dir import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    check_config,
+    latest_path,
+    open_run_dir,
+    unique_path,
+)
 from petune.serving.restore import restore
 
 COMMAND = "petune run --config config.yaml"
@@ -29,8 +37,8 @@ class Settings(Config):
 def _start(path: Path, resume: bool, barrier: Barrier, results: Any) -> None:
     barrier.wait(20)
     try:
-        with claimed(path, Settings(), resume=resume, command=COMMAND):
-            results.put("claimed")
+        with open_run_dir(path, Settings(), resume=resume, command=COMMAND):
+            results.put("open_run_dir")
             barrier.wait(20)  # hold it until all have tried
     except UsageError as error:
         results.put(str(error))
@@ -48,7 +56,7 @@ def test_of_eight_starts_in_one_directory_exactly_one_claims_it(resume: bool, tm
     said = [results.get(timeout=20) for _ in processes]
     for process in processes:
         process.join(timeout=20)
-    assert said.count("claimed") == 1
+    assert said.count("open_run_dir") == 1
     # without resume, one that finds the directory while it is still empty meets the lock
     expected = ("is in use by another petune process",) if resume else ("exists already", "is in use by another")
     assert sum(any(words in text for words in expected) for text in said) == 7
@@ -56,44 +64,44 @@ def test_of_eight_starts_in_one_directory_exactly_one_claims_it(resume: bool, tm
 
 
 def test_the_config_is_written_with_the_command_on_top(tmp_path: Path) -> None:
-    with claimed(tmp_path / "a" / "run", Settings(seed=3), resume=False, command=COMMAND) as place:
+    with open_run_dir(tmp_path / "a" / "run", Settings(seed=3), resume=False, command=COMMAND) as place:
         text = (place / CONFIG_FILE).read_text()
     assert text.startswith(f"# {COMMAND}\n")
     assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=3)
 
 
 def test_an_existing_directory_is_gone_on_in_only_when_asked(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         pass
     with (
         pytest.raises(UsageError, match=r"exists already; go on in it with --resume"),
-        claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND),
+        open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND),
     ):
         pass
-    with claimed(tmp_path / "run", Settings(resume=True), resume=True, command=COMMAND) as place:
+    with open_run_dir(tmp_path / "run", Settings(resume=True), resume=True, command=COMMAND) as place:
         assert place == tmp_path / "run"
 
 
 def test_an_option_that_is_newer_than_the_directory_counts_as_its_default(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         pass
     (tmp_path / "run" / CONFIG_FILE).write_text("seed: 0\n")
     (tmp_path / "run" / METRICS_FILE).touch()
-    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+    with open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND):
         pass
     with pytest.raises(UsageError, match=r"lr: 0\.1 before, 0\.2 now"):
-        claimed(tmp_path / "run", Settings(lr=0.2), resume=True, command=COMMAND).__enter__()
+        open_run_dir(tmp_path / "run", Settings(lr=0.2), resume=True, command=COMMAND).__enter__()
 
 
 def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
         (place / "checkpoints").mkdir()
-    hold_config(place, Settings(output=tmp_path))
+    check_config(place, Settings(output=tmp_path))
     with pytest.raises(UsageError, match="seed: 0 before, 1 now"):
-        hold_config(place, Settings(seed=1))
+        check_config(place, Settings(seed=1))
     with (
         pytest.raises(UsageError) as caught,
-        claimed(tmp_path / "run", Settings(seed=1, output=tmp_path), resume=True, command=COMMAND),
+        open_run_dir(tmp_path / "run", Settings(seed=1, output=tmp_path), resume=True, command=COMMAND),
     ):
         pass
     assert "  - seed: 0 before, 1 now" in str(caught.value).splitlines()
@@ -102,16 +110,16 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
 
 
 def test_where_nothing_trained_another_configuration_begins_anew(tmp_path: Path) -> None:
-    names = {"began.json", "pictures.json", "compare.json", "sweep.json"}
-    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
+    names = {"began.json", "images.json", "compare.json", "sweep.json"}
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
         for name in names:
             (place / name).touch()
         (place / "notes").write_text("mine")
     tables = ("compare.json", "sweep.json")
-    with claimed(place, Settings(), resume=True, command=COMMAND, tables=tables):
+    with open_run_dir(place, Settings(), resume=True, command=COMMAND, tables=tables):
         assert {p.name for p in place.iterdir()} & names == {"compare.json", "sweep.json"}  # of the same question
-    hold_config(place, Settings(seed=1))
-    with claimed(place, Settings(seed=1), resume=True, command=COMMAND, tables=tables):
+    check_config(place, Settings(seed=1))
+    with open_run_dir(place, Settings(seed=1), resume=True, command=COMMAND, tables=tables):
         assert {p.name for p in place.iterdir()} == {CONFIG_FILE, LOCK_FILE, "notes"}
     assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=1)
 
@@ -119,7 +127,7 @@ def test_where_nothing_trained_another_configuration_begins_anew(tmp_path: Path)
 def test_a_configuration_that_somebody_wrote_is_kept(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text("seed: 3\n")
     with pytest.raises(UsageError, match="seed: 3 before, 0 now"):
-        claimed(tmp_path, Settings(), resume=True, command=COMMAND).__enter__()
+        open_run_dir(tmp_path, Settings(), resume=True, command=COMMAND).__enter__()
     assert (tmp_path / CONFIG_FILE).read_text() == "seed: 3\n"
 
 
@@ -129,10 +137,10 @@ class Nested(Config):
 
 
 def test_of_a_mapping_the_keys_that_changed_are_named(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Nested(), resume=False, command=COMMAND) as place:
+    with open_run_dir(tmp_path / "run", Nested(), resume=False, command=COMMAND) as place:
         (place / "checkpoints").mkdir()
     other = Nested(train=Settings(lr=1), options={"depth": 2})
-    with pytest.raises(UsageError) as caught, claimed(tmp_path / "run", other, resume=True, command=COMMAND):
+    with pytest.raises(UsageError) as caught, open_run_dir(tmp_path / "run", other, resume=True, command=COMMAND):
         pass
     assert str(caught.value).splitlines()[1:] == [
         "  - options: {} before, None now",
@@ -144,12 +152,12 @@ def test_of_a_mapping_the_keys_that_changed_are_named(tmp_path: Path) -> None:
 
 def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:
     with (
-        claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+        open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND),
         pytest.raises(UsageError, match="in use"),
-        claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+        open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND),
     ):
         pass
-    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+    with open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND):
         pass
 
 
@@ -158,7 +166,7 @@ def test_a_place_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "run", tmp_path / "file"):
         with (
             pytest.raises(UsageError, match=r"cannot be made or written"),
-            claimed(path, Settings(), resume=True, command=COMMAND),
+            open_run_dir(path, Settings(), resume=True, command=COMMAND),
         ):
             pass
 
@@ -166,18 +174,18 @@ def test_a_place_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 def test_an_error_inside_is_not_taken_for_one_of_the_directory(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="inside"),
-        claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND),
+        open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND),
     ):
         raise OSError("inside")
 
 
 def test_free_path_makes_what_it_returns(tmp_path: Path) -> None:
     for name in ("run", "run-2", "run-3"):
-        assert free_path(tmp_path / "a" / "run") == tmp_path / "a" / name
+        assert unique_path(tmp_path / "a" / "run") == tmp_path / "a" / name
         assert (tmp_path / "a" / name).is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be made"):
-        free_path(tmp_path / "file" / "run")
+        unique_path(tmp_path / "file" / "run")
 
 
 def test_the_latest_of_a_name_is_the_run_that_began_last(tmp_path: Path) -> None:
@@ -197,16 +205,16 @@ def test_the_latest_of_a_name_is_the_run_that_began_last(tmp_path: Path) -> None
 
 def test_what_was_killed_as_it_began_is_no_run(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
-    with claimed(tmp_path, Settings(), resume=False, command=COMMAND):
+    with open_run_dir(tmp_path, Settings(), resume=False, command=COMMAND):
         assert (tmp_path / CONFIG_FILE).exists()
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
-    with claimed(tmp_path, Settings(), resume=False, command=COMMAND):
+    with open_run_dir(tmp_path, Settings(), resume=False, command=COMMAND):
         assert (tmp_path / CONFIG_FILE).exists()
     with (
         pytest.raises(UsageError, match="exists already"),
-        claimed(tmp_path, Settings(), resume=False, command=COMMAND),
+        open_run_dir(tmp_path, Settings(), resume=False, command=COMMAND),
     ):
         pass
 
@@ -282,10 +290,10 @@ def test_what_has_no_adapter_is_called_by_its_name(
 
 
 def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    with claimed(tmp_path / "run", Settings(), resume=False, command=COMMAND):
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         for name in (*STUMPS, *OTHERS):
             (tmp_path / "run" / name).mkdir(parents=True)
-    with claimed(tmp_path / "run", Settings(), resume=True, command=COMMAND):
+    with open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND):
         left = {name for name in (*STUMPS, *OTHERS) if (tmp_path / "run" / name).exists()}
     assert left == set(OTHERS)
 
@@ -293,5 +301,5 @@ def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp
 def test_a_folder_that_was_no_run_keeps_all_that_it_holds(tmp_path: Path) -> None:
     for name in STUMPS:
         (tmp_path / name).mkdir(parents=True)
-    with claimed(tmp_path, Settings(), resume=True, command=COMMAND):
+    with open_run_dir(tmp_path, Settings(), resume=True, command=COMMAND):
         assert all((tmp_path / name).exists() for name in STUMPS)

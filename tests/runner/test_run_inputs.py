@@ -16,7 +16,7 @@ from petune.tuners.adaptformer import AdaptFormer
 
 OPTIONS = {"depth": 1, "embed_dim": 24}
 RUN = {
-    "backbone": "vit_nano", "dataset": "digits", "train_per_class": 3, "device": "cpu", "backbone_options": OPTIONS,
+    "backbone": "vit_nano", "dataset": "digits", "shots": 3, "device": "cpu", "backbone_options": OPTIONS,
     "train": {"epochs": 1, "batch_size": 10, "precision": "fp32"},
 }  # fmt: skip
 

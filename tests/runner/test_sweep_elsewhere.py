@@ -25,7 +25,7 @@ from petune.runner.sweep.space import Range
 from petune.runner.sweep.trials import Fit, Sweep, SweepConfig
 
 PLAIN = {
-    "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 5,
+    "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "shots": 5,
     "device": "cpu", "backbone_options": {"depth": 1, "embed_dim": 48},
     "train": {"epochs": 1, "batch_size": 16, "precision": "fp32"},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adapters side by side: the same answers as alone; the page in a browser, bad pictures on it, nothing from outside."""
+"""Adapters side by side: the same answers as alone; the page in a browser, bad images on it, nothing from outside."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def both(digits: Path, other: Path) -> SideBySide:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     test = load_dataset("digits").test
     Image.fromarray(test.images[test.rows[0]]).save(tmp_path / "digit.png")
     return tmp_path / "digit.png"
 
 
-def test_the_same_answers_as_alone(both: SideBySide, digits: Path, picture: Path) -> None:
+def test_the_same_answers_as_alone(both: SideBySide, digits: Path, image: Path) -> None:
     assert both.names == ["run", "letters"]
-    square, (one, two) = both(picture)
+    square, (one, two) = both(image)
     assert square.shape == (320, 320, 3)
-    (alone,) = Predictor(digits, device="cpu")([picture])
+    (alone,) = Predictor(digits, device="cpu")([image])
     assert [g.name for g in one.top] == [g.name for g in alone.top]
     np.testing.assert_allclose([g.probability for g in one.top], [g.probability for g in alone.top], rtol=1e-5)
     assert [g.probability for g in two.top] == [g.probability for g in one.top]
@@ -60,10 +60,10 @@ def test_the_same_answers_as_alone(both: SideBySide, digits: Path, picture: Path
     assert "adaptformer:bottleneck=4 for digits, " in both.notes["run"]
 
 
-def test_bad_pictures_are_named_without_advice_for_training(both: SideBySide, picture: Path) -> None:
-    picture.write_bytes(picture.read_bytes()[:60])
-    with pytest.raises(DataError, match=r"^digit\.png must be a whole picture, but") as caught:
-        both(picture)
+def test_bad_images_are_named_without_advice_for_training(both: SideBySide, image: Path) -> None:
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"^digit\.png must be a whole image, but") as caught:
+        both(image)
     assert "on_broken" not in str(caught.value)
 
 
@@ -88,7 +88,7 @@ def test_methods_of_every_kind_share_a_backbone_but_not_one_that_was_built_other
     """Fingerprints of methods that train the backbone's own tensors leave those out; heads are in no tensor."""
     shape: dict[str, Any] = {"depth": 2, "embed_dim": 48}
     run: dict[str, Any] = {
-        "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 3, "device": "cpu",
+        "backbone": "vit_nano", "weights": "none", "dataset": "digits", "shots": 3, "device": "cpu",
         "train": {"epochs": 1, "precision": "fp32"},
     }  # fmt: skip
     petune.run(**run, method="bitfit", backbone_options=shape, output=tmp_path / "bitfit")
@@ -151,7 +151,7 @@ def hosts(browser: Any) -> set[str]:
 
 
 @pytest.mark.filterwarnings("ignore")  # selenium warns of much
-def test_the_page(url: str, both: SideBySide, picture: Path, browser: Any, tmp_path: Path) -> None:
+def test_the_page(url: str, both: SideBySide, image: Path, browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     def text() -> str:
@@ -159,23 +159,23 @@ def test_the_page(url: str, both: SideBySide, picture: Path, browser: Any, tmp_p
 
     def drop(file: Path, until: str) -> str:
         browser.get(url)
-        WebDriverWait(browser, 60).until(lambda b: b.find_elements("css selector", "#picture input[type=file]"))
-        browser.find_element("css selector", "#picture input[type=file]").send_keys(str(file))
+        WebDriverWait(browser, 60).until(lambda b: b.find_elements("css selector", "#image input[type=file]"))
+        browser.find_element("css selector", "#image input[type=file]").send_keys(str(file))
         WebDriverWait(browser, 60).until(lambda _: until in text())
         return text()
 
     assert url.startswith("http://127.0.0.1:")
-    shown = drop(picture, "ms for this picture")
-    _, answers = both(picture)
+    shown = drop(image, "ms for this image")
+    _, answers = both(image)
     assert all(guess.name in shown for answer in answers for guess in answer.top)
-    assert shown.count("ms for this picture") == 2
+    assert shown.count("ms for this image") == 2
     assert browser.find_elements("css selector", "img[src=x]") == []
     browser.save_screenshot(str(tmp_path / "page.png"))
     bad = tmp_path / "bad<b>.png"
-    bad.write_bytes(picture.read_bytes()[:60])
-    assert "ms for this picture" not in drop(bad, "must be a whole picture")
+    bad.write_bytes(image.read_bytes()[:60])
+    assert "ms for this image" not in drop(bad, "must be a whole image")
     browser.save_screenshot(str(tmp_path / "bad.png"))
     huge = tmp_path / "huge.png"
     Image.new("1", (20_000, 10_000)).save(huge)
-    assert "exceeds limit" in drop(huge, "huge.png must be a whole picture, but")
+    assert "exceeds limit" in drop(huge, "huge.png must be a whole image, but")
     assert hosts(browser) == {"127.0.0.1"}

@@ -253,6 +253,6 @@ CODE = [
 def test_code_is_not_taken_unasked(backbone: dict[str, Any], hub: Server, adapter: Path) -> None:
     changed(adapter, adapter, backbone=backbone)
     hub.repos["me/flowers"] = there(adapter)
-    with pytest.raises(CheckpointError, match=r"code that using it would run here.*--trust-code"):
+    with pytest.raises(CheckpointError, match=r"code that using it would run here.*--trust-remote-code"):
         raise asked_of(hub, adapter, "pull")
-    assert pull("me/flowers", "trusted", trust_code=True).output == "trusted"
+    assert pull("me/flowers", "trusted", trust_remote_code=True).output == "trusted"

@@ -191,12 +191,12 @@ class Switch(nn.Module):
         self.down = nn.Parameter(torch.randn(2, 2 * D, D) * 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = torch.sigmoid(self.router(x))
-        best = scores.argmax(-1)
+        logits = torch.sigmoid(self.router(x))
+        best = logits.argmax(-1)
         hidden = F.relu(torch.einsum("bnd,edh->bneh", x, self.up))
         out = torch.einsum("bneh,ehd->bned", hidden, self.down)
         picked = out.gather(2, best[..., None, None].expand(-1, -1, 1, D)).squeeze(2)
-        return picked * scores.gather(-1, best[..., None])
+        return picked * logits.gather(-1, best[..., None])
 
 
 class MoeBlock(nn.Module):
@@ -319,7 +319,7 @@ class Tied(nn.Module):
 
 
 class Windows(nn.Module):
-    """Works in windows of 2×2 and joins them at its end: 4 windows of 4 tokens have the shape of a picture of 4×4."""
+    """Works in windows of 2×2 and joins them at its end: 4 windows of 4 tokens have the shape of an image of 4×4."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,7 +339,7 @@ class Windows(nn.Module):
 
 
 class WindowViT(nn.Module):
-    """Pictures are what the mean of all patches says."""
+    """Images are what the mean of all patches says."""
 
     def __init__(self) -> None:
         super().__init__()

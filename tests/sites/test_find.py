@@ -74,14 +74,14 @@ def test_a_part_without_a_classifier_says_nothing_of_the_whole() -> None:
 
 def test_the_size_must_be_told_where_the_model_does_not() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(AttachError, match=r"does not tell its picture size. Pass input_size="):
+    with pytest.raises(AttachError, match=r"does not tell its image size. Pass input_size="):
         petune.find_sites(model)
     assert petune.find_sites(model, input_size=(3, 8, 8)).head is not None
-    with pytest.raises(AttachError, match="must run on a 5x8x8 picture"):
+    with pytest.raises(AttachError, match="must run on a 5x8x8 image"):
         petune.find_sites(model, input_size=(5, 8, 8))
 
 
-def test_the_first_convolution_may_not_see_the_picture() -> None:
+def test_the_first_convolution_may_not_see_the_image() -> None:
     assert petune.find_sites(timm.create_model("tresnet_m")).input_size == (3, 224, 224)
 
 
@@ -131,17 +131,17 @@ class Around(nn.Module):
     def forward(self, x: torch.Tensor) -> object:
         z = self.body(x)
         if self.returns == "log_softmax":
-            scores = self.head(z).log_softmax(-1)
+            logits = self.head(z).log_softmax(-1)
             self.proj(z)
-            return scores
+            return logits
         if self.returns == "embedding first":
             return {"embedding": self.proj(z), "logits": self.head(z)}
-        scores, embedding = self.head(z), self.proj(z)
-        return (scores, embedding) if self.returns == "tuple" else {"logits": scores, "embedding": embedding}
+        logits, embedding = self.head(z), self.proj(z)
+        return (logits, embedding) if self.returns == "tuple" else {"logits": logits, "embedding": embedding}
 
 
 @pytest.mark.parametrize("returns", ["tuple", "dict", "embedding first", "log_softmax"])
-def test_the_classifier_is_what_makes_the_scores(returns: str) -> None:
+def test_the_classifier_is_what_makes_the_logits(returns: str) -> None:
     model = Around(returns).eval()
     head = petune.find_sites(model).head
     assert head is not None
@@ -169,7 +169,7 @@ def test_the_classifier_of_a_part_is_a_layer_like_others_where_one_follows() -> 
     assert [head.path for head in heads if head is not None] == ["out", "body.head"]
 
 
-def test_where_nothing_makes_as_many_outputs_as_there_are_scores_there_is_no_classifier() -> None:
+def test_where_nothing_makes_as_many_outputs_as_there_are_logits_there_is_no_classifier() -> None:
     class Pairs(Around):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             z = self.body(x)

@@ -70,7 +70,7 @@ class Masked(nn.Module):
 @pytest.mark.parametrize("method", ["linear", "vpt"])
 def test_a_backbone_that_draws_in_eval_is_refused(draw: str, method: str) -> None:
     model = Masked(draw)
-    with pytest.raises(petune.AttachError, match=r"same scores each time, but Masked draws random numbers .* encoder"):
+    with pytest.raises(petune.AttachError, match=r"same logits each time, but Masked draws random numbers .* encoder"):
         petune.attach(model, method)
     assert not any(hasattr(m, "petune") for m in model.modules())
 

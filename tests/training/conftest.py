@@ -23,7 +23,7 @@ from petune.training.stop import StopFlag
 SIDE, CLASSES = 8, 3
 DEFAULTS = {
     "epochs": 2, "batch_size": 6, "eval_batch_size": 16, "lr": 0.05, "weight_decay": 0.01,
-    "optimizer": "adamw", "warmup": 0.0, "augment": "seed", "precision": "fp32", "log_every": 2,
+    "optimizer": "adamw", "warmup": 0.0, "augment": "paddle_study", "precision": "fp32", "log_every": 2,
 }  # fmt: skip
 
 
@@ -61,12 +61,12 @@ class Everything:
     def check_gradients(self, *, under_way: bool = False) -> None:
         self.checks += 1
 
-    def extra_loss(self, step: int) -> Tensor | float:
+    def loss(self, step: int) -> Tensor | float:
         return 0.0
 
-    def begin(self, total_steps: int) -> None: ...
+    def on_train_start(self, total_steps: int) -> None: ...
 
-    def stepped(self, step: int) -> None: ...
+    def on_step_end(self, step: int) -> None: ...
 
 
 def toy_attachment(seed: int = 0) -> Everything:
@@ -76,7 +76,7 @@ def toy_attachment(seed: int = 0) -> Everything:
 
 
 def toy_dataset() -> Dataset:
-    """26 training, 9 val and 12 test pictures; the class is the quadrant that is bright, with noise."""
+    """26 training, 9 val and 12 test images; the class is the quadrant that is bright, with noise."""
 
     def split(count: int, seed: int) -> Split:
         generator = np.random.default_rng(seed)

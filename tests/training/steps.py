@@ -12,13 +12,13 @@ from tests.tiny import X
 
 
 def step(att: petune.Attachment, x: Tensor = X, bf16: bool = False) -> list[Tensor | None]:
-    """Scores and gradients."""
+    """Logits and gradients."""
     torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = att.model(x)
-    scores = getattr(out, "logits", out)
-    scores.float().square().sum().backward()
-    found = [scores.detach(), *(p.grad for p in att.parameters())]
+    logits = getattr(out, "logits", out)
+    logits.float().square().sum().backward()
+    found = [logits.detach(), *(p.grad for p in att.parameters())]
     for p in att.parameters():
         p.grad = None
     return found
@@ -31,12 +31,12 @@ def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     )
 
 
-def scores_of(model: nn.Module) -> Callable[[], Tensor]:
-    """Gives the scores under autocast, always the same ones."""
+def logits_of(model: nn.Module) -> Callable[[], Tensor]:
+    """Gives the logits under autocast, always the same ones."""
 
-    def scores() -> Tensor:
+    def logits() -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             torch.manual_seed(0)
             return model(X)  # type: ignore[no-any-return]
 
-    return scores
+    return logits

@@ -1,4 +1,4 @@
-"""Evaluation counts every picture once, and leaves the model as it was."""
+"""Evaluation counts every image once, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_CAST = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
 
 
 class Table(nn.Module):
-    """Looks up fixed logits by the picture's red value."""
+    """Looks up fixed logits by the image's red value."""
 
     def __init__(self, logits_NC: Tensor) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def test_accuracies_and_loss_are_those_of_a_hand_count(classes: int, batch_size:
     assert result.top1 == pytest.approx(100 * float((ranks == 0).float().mean()), abs=1e-4)
     assert result.top5 == pytest.approx(100 * float((ranks < 5).float().mean()), abs=1e-4)
     assert result.loss == pytest.approx(float(nn.functional.cross_entropy(model.logits_NC, labels)), rel=1e-5)
-    assert result.num_pictures == 50
+    assert result.num_images == 50
     assert model.seen == list(range(50))
 
 

@@ -1,4 +1,4 @@
-"""What does not fit: an evaluation loses no training, a single picture has no statistics, old models are let go."""
+"""What does not fit: an evaluation loses no training, a single image has no statistics, old models are let go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from petune.runner.run import RunConfig
 from petune.training.loop import Trainer
 
 RUN: dict[str, Any] = {
-    "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "train_per_class": 3,
+    "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "shots": 3,
     "device": "cpu", "backbone_options": {"depth": 1, "embed_dim": 24},
 }  # fmt: skip
 TRAIN = {"epochs": 2, "batch_size": 10, "precision": "fp32", "augment": "none"}
@@ -54,8 +54,8 @@ def test_an_evaluation_that_does_not_fit_goes_on_from_the_trained_epoch(
 
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 1}, {"batch_size": 6, "micro_batch_size": 1}])
-def test_a_single_picture_has_no_statistics(sizes: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="BatchNorm that trains needs two pictures or more at a time"):
+def test_a_single_image_has_no_statistics(sizes: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="BatchNorm that trains needs two images or more at a time"):
         petune.run(**RUN, head="bn_linear", train={**TRAIN, **sizes}, output=tmp_path / "run")
 
 

@@ -45,7 +45,7 @@ def test_a_step_in_pieces_is_the_same_step(
 
 
 class Hungry(nn.Module):
-    """Runs out of memory above two pictures, as a GPU does."""
+    """Runs out of memory above two images, as a GPU does."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 2 and self.training:
@@ -75,25 +75,25 @@ def test_a_resume_keeps_the_size(
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: 2)
     first = make_trainer(without_noise(toy()), on_event=told.append, epochs=1)
     assert first.fit().micro_batch_size == 2
-    assert [e.text for e in told if isinstance(e, Note)] == ["a step of 6 pictures goes through the model 2 at a time"]
+    assert [e.text for e in told if isinstance(e, Note)] == ["a step of 6 images goes through the model 2 at a time"]
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: 1)
     again = make_trainer(without_noise(toy()), epochs=1)
     assert again.fit().micro_batch_size == 2
 
 
-def test_one_picture_that_does_not_fit_is_an_error() -> None:
+def test_one_image_that_does_not_fit_is_an_error() -> None:
     sizes: list[int] = []
 
     def step(size: int) -> None:
         sizes.append(size)
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
-    with pytest.raises(ConfigError, match=r"one picture does not: CUDA out of memory\. Use a smaller"):
+    with pytest.raises(ConfigError, match=r"one image does not: CUDA out of memory\. Use a smaller"):
         largest_that_fits(step, 12, [])
     assert sizes == [12, 6, 3, 1]
 
 
-def test_no_piece_is_a_single_picture(make_trainer: Make, toy: Make) -> None:
+def test_no_piece_is_a_single_image(make_trainer: Make, toy: Make) -> None:
     attachment, seen = toy(), list[int]()
     attachment.model.body[2].register_forward_pre_hook(
         lambda m, args: seen.append(len(args[0])) if m.training else None

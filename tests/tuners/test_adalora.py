@@ -29,13 +29,13 @@ def ours(**options: Any) -> petune.Attachment:
 def train(att: petune.Attachment, steps: range = range(STEPS)) -> petune.Attachment:
     optimizer = torch.optim.SGD(att.parameters(), lr=0.5)
     att.train()
-    att.begin(STEPS)
+    att.on_train_start(STEPS)
     for step in steps:
-        loss = nn.functional.cross_entropy(att.model(X), Y) + att.extra_loss(step)
+        loss = nn.functional.cross_entropy(att.model(X), Y) + att.loss(step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        att.stepped(step)
+        att.on_step_end(step)
     return att
 
 
@@ -86,7 +86,7 @@ class _Out:
 
 
 @torch.no_grad()
-def scores(of: nn.Module) -> torch.Tensor:
+def logits(of: nn.Module) -> torch.Tensor:
     return of.eval()(X)
 
 
@@ -96,14 +96,14 @@ def ranks(att: petune.Attachment) -> int:
 
 def test_trained_as_peft_trains_it(tmp_path: Path) -> None:
     att, model = train(ours()), theirs()
-    torch.testing.assert_close(scores(att.model), scores(model), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(scores(att.model), scores(tiny_timm()), atol=1e-2)
+    torch.testing.assert_close(logits(att.model), logits(model), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(att.model), logits(tiny_timm()), atol=1e-2)
     model.save_pretrained(tmp_path / "theirs")  # with fewer ranks a layer, as their pattern says
     loaded = petune.load(tiny_timm(), tmp_path / "theirs")
-    torch.testing.assert_close(scores(loaded.model), scores(model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(loaded.model), logits(model), atol=1e-5, rtol=1e-5)
     loaded.save(tmp_path / "again")
     for reader in (petune.load(tiny_timm(), tmp_path / "again").model, _by_peft(tmp_path / "again")):
-        assert torch.equal(scores(reader), scores(loaded.model))
+        assert torch.equal(logits(reader), logits(loaded.model))
 
 
 def test_the_budget_is_kept_and_saved(tmp_path: Path) -> None:
@@ -116,11 +116,11 @@ def test_the_budget_is_kept_and_saved(tmp_path: Path) -> None:
     train(att, range(4, STEPS))
     assert ranks(att) == 2 * layers
     att.save(tmp_path / "a")
-    assert torch.equal(scores(petune.load(tiny_timm(), tmp_path / "a").model), scores(att.model))
-    assert torch.equal(scores(_by_peft(tmp_path / "a")), scores(att.model))
-    before, scale = scores(att.model), float(scores(att.model).abs().max())
+    assert torch.equal(logits(petune.load(tiny_timm(), tmp_path / "a").model), logits(att.model))
+    assert torch.equal(logits(_by_peft(tmp_path / "a")), logits(att.model))
+    before, scale = logits(att.model), float(logits(att.model).abs().max())
     att.merge()
-    torch.testing.assert_close(scores(att.model), before, atol=1e-5 * scale, rtol=0)
+    torch.testing.assert_close(logits(att.model), before, atol=1e-5 * scale, rtol=0)
 
 
 def test_an_adapter_within_the_budget_goes_on_training() -> None:
@@ -148,7 +148,7 @@ def test_what_cannot_be_kept_is_refused() -> None:
     with pytest.raises(AttachError, match="must leave some of all 8"):
         ours(tfinal=7).begin(8)
     with pytest.raises(AttachError, match=r"call att.begin\(total_steps\)"):
-        ours().stepped(0)
+        ours().on_step_end(0)
 
 
 def _by_peft(place: Path) -> nn.Module:

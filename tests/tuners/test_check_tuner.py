@@ -31,7 +31,7 @@ class Sound(petune.Tuner[petune.TunerConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         for block in edit.sites.need_blocks():
-            edit.branch(block.mid, block, self.adapter(block.dim))
+            edit.parallel(block.mid, block, self.adapter(block.dim))
 
 
 def broken(adapter: type[nn.Module]) -> Sound:
@@ -134,7 +134,7 @@ class TrainsByHand(Sound):
 
 
 class WrongCount(Sound):
-    def count(self, sites: petune.Sites) -> int:
+    def num_parameters(self, sites: petune.Sites) -> int:
         return 2 * 2 * sites.embed_dim * len(sites.blocks)  # forgot the biases
 
 
@@ -188,7 +188,7 @@ class ByHand(Sound):
         block = edit.model.blocks[0]
         block.shift, on = nn.Parameter(torch.zeros(edit.sites.embed_dim)), [True]
         handle = block.register_forward_hook(lambda m, _, y: y + m.shift if on[0] else y)
-        edit.adopt([block.shift])
+        edit.add_parameters([block.shift])
         edit.on_detach(handle.remove)
         edit.on_detach(lambda: delattr(block, "shift"))
         self.switched(edit, on)
@@ -214,7 +214,7 @@ CASES: list[tuple[Any, str]] = [
     (broken(DropsInEval), "two evaluations are equal"),
     (broken(OnlyInTraining), "what trains takes effect in eval mode"),
     (FoldsWrongly(), "folded it computes the same"),
-    (broken(Mixes), "pictures of a batch do not mix"),
+    (broken(Mixes), "images of a batch do not mix"),
     (broken(NotIdentity), "identity at the start"),
     (broken(InPlace), "two evaluations are equal"),
     (TouchesBackbone(), "attaching changes no value of the backbone"),

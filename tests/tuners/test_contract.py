@@ -27,7 +27,7 @@ def test_vpt_variants(options: dict[str, object]) -> None:
     petune.check_tuner("vpt", **options)
 
 
-@pytest.mark.parametrize("options", [{"variant": "seed"}, {"input": "norm"}, {"scale": "learnable"}])
+@pytest.mark.parametrize("options", [{"variant": "paddle_study"}, {"input": "norm"}, {"scale": "learnable"}])
 def test_adaptformer_variants(options: dict[str, object]) -> None:
     petune.check_tuner("adaptformer", **options)
 

@@ -218,7 +218,7 @@ def test_l2sp_is_the_distance() -> None:
     pairs = zip(model.named_parameters(), start.parameters(), strict=True)
     moved = sum((p - q).square().sum() for (name, p), q in pairs if not name.startswith("head"))
     size = sum(p.square().sum() for p in model.head.parameters())
-    torch.testing.assert_close(att.extra_loss(0), moved + 2 * size)
+    torch.testing.assert_close(att.loss(0), moved + 2 * size)
 
 
 def test_l2sp_pulls_at_the_backbone_alone() -> None:
@@ -228,7 +228,7 @@ def test_l2sp_pulls_at_the_backbone_alone() -> None:
     with torch.no_grad():
         for p in below.tuned.values():
             p.add_(1.0)
-    assert att.extra_loss(0) == 0.0
+    assert att.loss(0) == 0.0
 
 
 def test_what_bitfit_norm_and_partial_train() -> None:
@@ -270,7 +270,7 @@ def test_counts_on_vit_base(method: str) -> None:
         vit = timm.create_model("vit_base_patch16_224", num_classes=10)
         att = petune.attach(vit, method, keep_original=False)
     assert att.counts.tuned == COUNTS[method]
-    assert att.tuner.count(att.sites) in (None, COUNTS[method])
+    assert att.tuner.num_parameters(att.sites) in (None, COUNTS[method])
 
 
 @pytest.mark.parametrize("library", sorted(tiny_models()))
@@ -283,19 +283,19 @@ def test_merged_is_the_same(library: str, method: str) -> None:
         nn.init.normal_(p, mean=float(p.detach().mean()), std=0.1)
     keys = list(tiny_models()[library]().state_dict())
     with torch.no_grad():
-        before = scores(att.model.eval())
+        before = logits(att.model.eval())
         if library == "torchvision" and method == "repadapter":  # its qkv is no Linear layer
             with pytest.raises(NotMergeable, match="no linear layer reads"):
                 att.merge()
-            assert torch.equal(scores(att.model), before)
+            assert torch.equal(logits(att.model), before)
             return
         att.merge()
-        torch.testing.assert_close(scores(att.model), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(att.model), before, atol=1e-5, rtol=1e-5)
     assert list(att.model.state_dict()) == keys
     assert not att.attached
 
 
-def scores(model: nn.Module) -> Tensor:
+def logits(model: nn.Module) -> Tensor:
     out = model(X)
     return getattr(out, "logits", out)
 
@@ -343,7 +343,7 @@ def test_a_ladder_needs_one_width() -> None:
         petune.attach(swin, "lst")
 
 
-def test_prompts_are_dropped_for_each_picture() -> None:
+def test_prompts_are_dropped_for_each_image() -> None:
     torch.manual_seed(0)
     prompt = Prompt(4, 8, 1.0, 0.5)
     x = torch.zeros(3, 5, 8)

@@ -56,13 +56,15 @@ def test_counts_of_vit_base() -> None:
 def test_counts_of_the_seed_study() -> None:
     from petune.backbones.create import create_backbone
 
-    pretrained = create_backbone("vit_seed", weights="none", num_classes=100).model
+    pretrained = create_backbone("vit_paddle_study", weights="none", num_classes=100).model
     left_out = pretrained.pos_embed.numel() + pretrained.cls_token.numel()  # by the study's printed size
     assert left_out == 77_568 + 768
-    adapted = petune.attach(pretrained, "adaptformer", variant="seed", keep_original=False)  # there from pretraining on
+    adapted = petune.attach(
+        pretrained, "adaptformer", variant="paddle_study", keep_original=False
+    )  # there from pretraining on
     assert adapted.counts.total == 86_316_400 + left_out
-    model = create_backbone("vit_seed", weights="none", num_classes=10).model
-    counts = petune.attach(model, "adaptformer", variant="seed", keep_original=False).counts
+    model = create_backbone("vit_paddle_study", weights="none", num_classes=10).model
+    counts = petune.attach(model, "adaptformer", variant="paddle_study", keep_original=False).counts
     assert (counts.tuned, counts.trainable) == (1_189_644, 1_197_334)
 
 

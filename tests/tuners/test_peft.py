@@ -40,7 +40,7 @@ def randomised(att: petune.Attachment) -> petune.Attachment:
 
 
 @torch.no_grad()
-def scores(of: nn.Module) -> torch.Tensor:
+def logits(of: nn.Module) -> torch.Tensor:
     return of.eval()(X)
 
 
@@ -74,7 +74,7 @@ def test_what_is_saved_loads_with_peft(kind: str, tmp_path: Path) -> None:
     fresh = model()
     nn.init.zeros_(fresh.head.weight)  # a new head, as before the training
     theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "a"))
-    assert torch.equal(scores(theirs), scores(att.model))
+    assert torch.equal(logits(theirs), logits(att.model))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -89,20 +89,20 @@ def test_what_peft_has_trained_loads_here(kind: str, tmp_path: Path) -> None:
         for p in theirs.parameters():
             if p.requires_grad:
                 p.add_(torch.randn_like(p), alpha=0.05)
-    assert not torch.allclose(scores(theirs), scores(model()))
+    assert not torch.allclose(logits(theirs), logits(model()))
     theirs.save_pretrained(tmp_path / "b")
     att = petune.load(model(), tmp_path / "b")
-    assert torch.equal(scores(att.model), scores(theirs))
+    assert torch.equal(logits(att.model), logits(theirs))
     att.save(tmp_path / "c")
-    assert torch.equal(scores(petune.load(model(), tmp_path / "c").model), scores(theirs))
+    assert torch.equal(logits(petune.load(model(), tmp_path / "c").model), logits(theirs))
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_merged_is_the_same(kind: str) -> None:
     att = randomised(petune.attach(model(), f"peft:{kind}"))
-    before = scores(att.model)
+    before = logits(att.model)
     att.merge()
-    torch.testing.assert_close(scores(att.model), before, atol=1e-5 * float(before.abs().max()), rtol=0)
+    torch.testing.assert_close(logits(att.model), before, atol=1e-5 * float(before.abs().max()), rtol=0)
     assert list(att.model.state_dict()) == list(model().state_dict())
 
 
@@ -144,11 +144,11 @@ def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None
     assert att.counts.tuned == 2 * 2 * (24 + 72)
     att.save(tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(tiny_torchvision(), str(tmp_path / "a"))
-    before = scores(att.model)
-    assert torch.equal(scores(theirs), before)
+    before = logits(att.model)
+    assert torch.equal(logits(theirs), before)
     plain = list(tiny_torchvision().state_dict())
     att.merge()
-    torch.testing.assert_close(scores(att.model), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(att.model), before, atol=1e-5, rtol=1e-5)
     assert list(att.model.state_dict()) == plain
 
 
@@ -163,7 +163,7 @@ def test_lora_changes_the_bare_weight_of_torch_attention(tmp_path: Path) -> None
         ({"type": "vblora", "save_only_topk_weights": True}, "the file must hold all that trains"),
         ({"type": "lora", "modules_to_save": ["norm"]}, "the classifier trains anyway"),
         ({"type": "lora", "layers_to_transform": [0]}, "only where target_modules is given"),
-        ({"type": "lora", "task_type": "SEQ_CLS"}, "classify pictures"),
+        ({"type": "lora", "task_type": "SEQ_CLS"}, "classify images"),
         ({"type": "oft", "r": 4, "oft_block_size": 8}, "this is refused by PEFT's OFTConfig: You can only"),
         *(({"type": kind}, REFUSED[kind][:30]) for kind in REFUSED),
     ],
@@ -183,20 +183,20 @@ def test_two_of_a_type_both_take_effect_and_come_off(kind: str) -> None:
         return made
 
     first, second = attached("one", "two")
-    both = scores(first.model)
+    both = logits(first.model)
     with second.disabled():
-        assert torch.equal(scores(first.model), scores(attached("one")[0].model))
+        assert torch.equal(logits(first.model), logits(attached("one")[0].model))
     with first.disabled():
-        alone = scores(first.model)
+        alone = logits(first.model)
         assert not torch.allclose(alone, both)
         with second.disabled():
-            assert torch.equal(scores(first.model), scores(model()))
-    assert torch.equal(scores(first.model), both)
+            assert torch.equal(logits(first.model), logits(model()))
+    assert torch.equal(logits(first.model), both)
     first.model.train()(X).sum().backward()
     first.check_gradients()
     second.check_gradients()
     first.detach()
-    assert torch.equal(scores(second.model), alone)
+    assert torch.equal(logits(second.model), alone)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_a_plain_checkpoint_still_loads_under_lora() -> None:
     report = built.load_state_dict(other.state_dict(), strict=False)
     assert report.unexpected_keys == []
     assert all("lora" in key for key in report.missing_keys)
-    assert torch.equal(scores(built), scores(other))
+    assert torch.equal(logits(built), logits(other))
 
 
 def test_another_backbone_is_refused(tmp_path: Path) -> None:
@@ -276,30 +276,30 @@ LAST = {"adalora"}  # PEFT puts it only on a model without others
 )
 def test_types_around_each_other_take_turns(first: str, second: str) -> None:
     built = model()
-    plain = scores(built)
+    plain = logits(built)
     one = randomised(petune.attach(built, f"peft:{first}", train_head=False))
     if first != "hra":  # it reads the weights itself, so that others see no layer that is called
         with pytest.raises(AttachError, match="Attach one PEFT type at a time"):
             petune.attach(built, f"peft:{second}", train_head=False)
-    alone, held = scores(built), {key: t.clone() for key, t in file_tensors(one).items()}
+    alone, held = logits(built), {key: t.clone() for key, t in file_tensors(one).items()}
     assert not torch.equal(alone, plain)
     one.switch(False)
     two = randomised(petune.attach(built, f"peft:{second}", train_head=False))
-    turned = scores(built)
+    turned = logits(built)
     assert file_tensors(two).keys() == file_tensors(petune.attach(model(), f"peft:{second}", train_head=False)).keys()
     with pytest.raises(AttachError, match="only PEFT type that is on"):
         one.switch(True)
-    assert torch.equal(scores(built), turned)
+    assert torch.equal(logits(built), turned)
     two.switch(False)
     one.switch(True)
-    assert torch.equal(scores(built), alone)
+    assert torch.equal(logits(built), alone)
     again = file_tensors(one)
     assert again.keys() == held.keys()
     assert all(torch.equal(again[key], t) for key, t in held.items())
     two.detach()
-    assert torch.equal(scores(built), alone)
+    assert torch.equal(logits(built), alone)
     one.detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
 
 
 def test_types_at_different_layers_hold_their_own(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_types_at_different_layers_hold_their_own(tmp_path: Path) -> None:
         att.save(tmp_path / att.name)
     fresh = model()
     first, second = [petune.load(fresh, tmp_path / att.name, name=att.name) for att in atts]
-    assert torch.equal(scores(fresh), scores(built))
+    assert torch.equal(logits(fresh), logits(built))
     assert not [key for key in file_tensors(first) if "ln_tuning" in key]
     assert not [key for key in file_tensors(second) if "lora_" in key]
 
@@ -333,18 +333,18 @@ def test_adalora_leaves_the_bare_weight_of_torch_attention() -> None:
 
 def test_what_is_off_stays_off_when_another_goes() -> None:
     built = model()
-    plain = scores(built)
+    plain = logits(built)
     first = randomised(petune.attach(built, "lora", name="a", train_head=False))
-    alone = scores(built)
+    alone = logits(built)
     first.switch(False)
     petune.attach(built, "lora", name="b", train_head=False).detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
     first.switch(True)
-    assert torch.equal(scores(built), alone)
+    assert torch.equal(logits(built), alone)
     for targets in (["head"], ["qkv", "head"]):  # refused behind PEFT's back, which has switched the first off
         with pytest.raises(AttachError, match="the classifier trains as it is"):
             petune.attach(built, "lora", name="b", target_modules=targets)
-        assert torch.equal(scores(built), alone)
+        assert torch.equal(logits(built), alone)
 
 
 @pytest.mark.parametrize("kind", ["adalora", "adamss", "boft", "delora", "lora", "osf"])
@@ -352,29 +352,29 @@ def test_two_of_a_type_are_saved_apart(kind: str, tmp_path: Path) -> None:
     """Adapters of one type share the dictionaries in which PEFT holds a layer's buffers."""
     built = model()
     first = randomised(petune.attach(built, f"peft:{kind}", name="a", train_head=False))
-    alone = scores(built)
+    alone = logits(built)
     second = randomised(petune.attach(built, f"peft:{kind}", name="b", train_head=False))
     first.save(tmp_path / "a")
     first.switch(False)
-    other = scores(built)
+    other = logits(built)
     second.save(tmp_path / "b")
     first.detach()
-    assert torch.equal(scores(built), other)
+    assert torch.equal(logits(built), other)
     second.save(tmp_path / "later")
     for name, wanted in (("a", alone), ("b", other), ("later", other)):
         fresh = model()
         petune.load(fresh, tmp_path / name)
-        assert torch.equal(scores(fresh), wanted), name
+        assert torch.equal(logits(fresh), wanted), name
 
 
 @pytest.mark.parametrize("kind", ["frod", "randlora"])
 def test_types_that_share_their_projections_come_one_at_a_time(kind: str) -> None:
     built = model()
     first = randomised(petune.attach(built, f"peft:{kind}", name="a", train_head=False))
-    alone = scores(built)
+    alone = logits(built)
     with pytest.raises(AttachError, match=f"one adapter of {kind} is possible"):
         petune.attach(built, f"peft:{kind}", name="b", train_head=False)
-    assert torch.equal(scores(built), alone)
+    assert torch.equal(logits(built), alone)
     first.detach()
     assert petune.attach(built, f"peft:{kind}", name="b", train_head=False).attached
 

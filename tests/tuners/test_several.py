@@ -30,7 +30,7 @@ def model(num_classes: int = 3) -> nn.Module:
 
 
 @torch.no_grad()
-def scores(of: nn.Module, x: Tensor = X) -> Tensor:
+def logits(of: nn.Module, x: Tensor = X) -> Tensor:
     return of.eval()(x)
 
 
@@ -53,7 +53,7 @@ STACKS = [("adaptformer", "bitfit"), ("bitfit", "adaptformer"), ("lora", "norm")
 @pytest.mark.parametrize("last_first", [True, False])
 def test_stacked_train_together_and_come_off_in_any_order(stack: tuple[str, str], last_first: bool) -> None:
     built = model()
-    plain, state = scores(built), copy.deepcopy(built.state_dict())
+    plain, state = logits(built), copy.deepcopy(built.state_dict())
     atts = [petune.attach(built, name) for name in stack]
     before = [{k: p.detach().clone() for k, p in att.tuned.items()} for att in atts]
     for _ in range(3):
@@ -65,10 +65,10 @@ def test_stacked_train_together_and_come_off_in_any_order(stack: tuple[str, str]
     assert all(p.requires_grad == (id(p) in trained) for p in built.parameters())
     for att in reversed(atts) if last_first else atts:
         att.detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
     assert list(built.state_dict()) == list(state)
     assert all(p.requires_grad for p in built.parameters())
-    assert not hasattr(built, "petune_ledger")
+    assert not hasattr(built, "petune_trainable_state")
     assert not hasattr(built, "peft_config")
 
 
@@ -96,7 +96,7 @@ def test_stacked_is_saved_and_loaded_in_turn(stack: tuple[str, ...], tmp_path: P
     fresh = model()
     for name in names:
         petune.load(fresh, tmp_path / name, name=name)
-    assert torch.equal(scores(fresh), scores(built))
+    assert torch.equal(logits(fresh), logits(built))
 
 
 def test_stacked_is_not_loaded_in_another_order(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_names_must_differ() -> None:
     petune.attach(built, "lora", name="b")
     with pytest.raises(AttachError, match="name of its own"):
         petune.attach(built, "linear", name="a")
-    assert set(built.petune_ledger.claims) == {"a", "b"}
+    assert set(built.petune_trainable_state.claims) == {"a", "b"}
 
 
 METHODS = {
@@ -176,24 +176,24 @@ def alone(path: Path, name: str) -> nn.Module:
 
 def test_tasks_by_name(saved: dict[str, Path]) -> None:
     built = model()
-    plain, keys = scores(built), list(built.state_dict())
-    tasks = petune.Tasks(built)
+    plain, keys = logits(built), list(built.state_dict())
+    tasks = petune.AdapterBank(built)
     names = ["pets", "vpt", "lora", "bitfit", "lora2"]
     for name in names:
         tasks.load(name, saved[name])
     for name in (*names, None, *reversed(names), None):
-        wanted = plain if name is None else scores(alone(saved[name], name))
-        assert torch.equal(scores(tasks.use(name)), wanted), name
+        wanted = plain if name is None else logits(alone(saved[name], name))
+        assert torch.equal(logits(tasks.use(name)), wanted), name
     for name in names:
         tasks.remove(name)
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
     assert list(built.state_dict()) == keys
 
 
 @pytest.mark.parametrize("active", ["pets", None])
 @torch.no_grad()
 def test_classifiers_follow_a_model_that_moved(saved: dict[str, Path], active: str | None) -> None:
-    tasks = petune.Tasks(model())
+    tasks = petune.AdapterBank(model())
     for name in ("pets", "vpt", "bitfit"):
         tasks.load(name, saved[name])
     tasks.use(active)
@@ -201,15 +201,15 @@ def test_classifiers_follow_a_model_that_moved(saved: dict[str, Path], active: s
     tasks.use(None)
     mix = ["pets", None, "vpt", "bitfit", "pets"]
     for row, out in zip(mix, tasks(X[:5].double(), mix), strict=True):
-        wanted = scores(model() if row is None else alone(saved[row], row).eval(), X[:5])[mix.index(row)]
+        wanted = logits(model() if row is None else alone(saved[row], row).eval(), X[:5])[mix.index(row)]
         if mix.count(row) == 1:
             torch.testing.assert_close(out.float(), wanted, atol=1e-5, rtol=1e-5)
     for name in ("bitfit", "pets", "vpt"):
         torch.testing.assert_close(
-            scores(tasks.use(name), X.double()).float(), scores(alone(saved[name], name)), atol=1e-5, rtol=1e-5
+            logits(tasks.use(name), X.double()).float(), logits(alone(saved[name], name)), atol=1e-5, rtol=1e-5
         )
         tasks.remove(name)
-    torch.testing.assert_close(scores(tasks.model, X.double()).float(), scores(model()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(tasks.model, X.double()).float(), logits(model()), atol=1e-5, rtol=1e-5)
 
 
 MIXES = [
@@ -226,7 +226,7 @@ MIXES = [
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @torch.no_grad()
 def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None, ...]) -> None:
-    tasks = petune.Tasks(model())
+    tasks = petune.AdapterBank(model())
     for name in filter(None, mix):
         if name not in tasks.tasks:
             tasks.load(name, saved[name])
@@ -234,11 +234,11 @@ def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None,
     x = torch.randn(len(names), 3, 16, 16)
     out = tasks(x, names)
     for row, name in enumerate(names):
-        wanted = scores(model() if name is None else alone(saved[name], name), x[row : row + 1])[0]
+        wanted = logits(model() if name is None else alone(saved[name], name), x[row : row + 1])[0]
         assert out[row].shape == wanted.shape
         torch.testing.assert_close(out[row], wanted, atol=1e-6, rtol=1e-5)
     assert tasks.active is None
-    assert torch.equal(scores(tasks.model), scores(model()))
+    assert torch.equal(logits(tasks.model), logits(model()))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None,
      (("vpt", "vpt3", "shallow", "bitfit", "lst", "ia3"), 6)],
 )  # fmt: skip
 def test_tasks_share_a_forward_where_they_can(saved: dict[str, Path], mix: tuple[str | None, ...], passes: int) -> None:
-    tasks = petune.Tasks(model())
+    tasks = petune.AdapterBank(model())
     for name in filter(None, mix):
         tasks.load(name, saved[name])
     seen: list[int] = []
@@ -258,7 +258,7 @@ def test_tasks_share_a_forward_where_they_can(saved: dict[str, Path], mix: tuple
 
 
 def test_what_tasks_refuse(saved: dict[str, Path]) -> None:
-    tasks = petune.Tasks(model())
+    tasks = petune.AdapterBank(model())
     tasks.load("pets", saved["pets"])
     with pytest.raises(UsageError, match="loaded already"):
         tasks.load("pets", saved["cars"])
@@ -267,25 +267,25 @@ def test_what_tasks_refuse(saved: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="every row needs a task"):
         tasks(X, ["pets"])
     with pytest.raises(AttachError, match="detach that first"):
-        petune.Tasks(tasks.model)
+        petune.AdapterBank(tasks.model)
 
 
 def test_a_task_that_does_not_fit_leaves_the_others_alone(saved: dict[str, Path], tmp_path: Path) -> None:
     other = model()
     nn.init.normal_(other.blocks[0].attn.qkv.weight)
     petune.attach(other, "adaptformer").save(tmp_path / "foreign")
-    tasks = petune.Tasks(model())
+    tasks = petune.AdapterBank(model())
     tasks.load("pets", saved["pets"])
     with pytest.raises(petune.PetuneError, match="other weights"):
         tasks.load("foreign", tmp_path / "foreign")
-    assert torch.equal(scores(tasks.use("pets")), scores(alone(saved["pets"], "pets")))
+    assert torch.equal(logits(tasks.use("pets")), logits(alone(saved["pets"], "pets")))
 
 
 WINDOWS = {"lora": {"r": 2}, "lora:": {"targets": "attn"}, "adaptformer": {}, "ssf": {}, "houlsby": {}}
 
 
 def windowed(num_classes: int) -> nn.Module:
-    """A Swin of two stages, 4 windows a picture in the first; the trunk is the same whatever the classifier."""
+    """A Swin of two stages, 4 windows an image in the first; the trunk is the same whatever the classifier."""
     torch.manual_seed(0)
     shape = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2)}
     built = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **shape)
@@ -299,7 +299,7 @@ def windowed(num_classes: int) -> nn.Module:
 @torch.no_grad()
 def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
     """A layer inside the attention has a row for each window: what cannot share a forward must not do so unseen."""
-    tasks, alone = petune.Tasks(windowed(3)), {}
+    tasks, alone = petune.AdapterBank(windowed(3)), {}
     for number, (name, options) in enumerate(WINDOWS.items(), 2):
         att = petune.attach(windowed(number), name.strip(":"), **options)
         for p in att.parameters():
@@ -311,10 +311,10 @@ def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
     x = torch.randn(len(names), 3, 28, 28)
     for _ in range(2):
         for row, (name, out) in enumerate(zip(names, tasks(x, names), strict=True)):
-            wanted = scores(alone[name] if name else windowed(3), x[row : row + 1])[0]
+            wanted = logits(alone[name] if name else windowed(3), x[row : row + 1])[0]
             assert out.shape == wanted.shape
             torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
-    assert torch.equal(scores(tasks.model, x), scores(windowed(3), x))
+    assert torch.equal(logits(tasks.model, x), logits(windowed(3), x))
 
 
 def filled(att: petune.Attachment, value: float) -> petune.Attachment:
@@ -327,60 +327,60 @@ def filled(att: petune.Attachment, value: float) -> petune.Attachment:
 @pytest.mark.parametrize("first_on", [True, False])
 def test_what_two_train_comes_back_in_any_order(first_on: bool) -> None:
     built = model()
-    plain = scores(built)
+    plain = logits(built)
     a = filled(petune.attach(built, "linear", name="a"), 0.1)
-    of_a = scores(built)
+    of_a = logits(built)
     b = filled(petune.attach(built, "linear", name="b"), 0.2)
-    of_b = scores(built)
+    of_b = logits(built)
     a.switch(False)
-    assert torch.equal(scores(built), of_b)  # the last that is on has its way
+    assert torch.equal(logits(built), of_b)  # the last that is on has its way
     b.switch(False)
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
     for att in (a, b) if first_on else (b, a):
         att.switch(True)
-    assert torch.equal(scores(built), of_b)
+    assert torch.equal(logits(built), of_b)
     b.switch(False)
-    assert torch.equal(scores(built), of_a)
+    assert torch.equal(logits(built), of_a)
     filled(a, 0.3)
-    trained_later = scores(built)
+    trained_later = logits(built)
     b.switch(True)
     b.detach()
-    assert torch.equal(scores(built), trained_later)
+    assert torch.equal(logits(built), trained_later)
     a.detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
 
 
 def test_one_that_is_off_while_another_comes_keeps_what_it_trained() -> None:
     built = model()
-    plain = scores(built)
+    plain = logits(built)
     a = filled(petune.attach(built, "linear", name="a"), 0.1)
-    of_a = scores(built)
+    of_a = logits(built)
     a.switch(False)
     b = filled(petune.attach(built, "linear", name="b"), 0.2)
     b.switch(False)
     a.switch(True)
-    assert torch.equal(scores(built), of_a)
+    assert torch.equal(logits(built), of_a)
     a.detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
     b.switch(True)
     b.detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "bitfit", "full"])
 def test_one_that_is_off_is_saved_as_trained(method: str, tmp_path: Path) -> None:
     built = model()
     att = filled(petune.attach(built, method), 0.05)
-    trained = scores(built)
+    trained = logits(built)
     with att.disabled():
         att.save(tmp_path)
     fresh = model()
     petune.load(fresh, tmp_path)
-    assert torch.equal(scores(fresh), trained)
+    assert torch.equal(logits(fresh), trained)
     att.switch(False)
     if method == "bitfit":
         att.merge()
-        assert torch.equal(scores(built), trained)
+        assert torch.equal(logits(built), trained)
     else:
         att.detach()
     with pytest.raises(AttachError, match="detached or merged"):
@@ -390,12 +390,12 @@ def test_one_that_is_off_is_saved_as_trained(method: str, tmp_path: Path) -> Non
 
 def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], tmp_path: Path) -> None:
     built = model()
-    tasks = petune.Tasks(built)
+    tasks = petune.AdapterBank(built)
     tasks.load("bitfit", saved["bitfit"])
     tasks.tasks["bitfit"].attachment.save(tmp_path)
     fresh = model(3)
     petune.load(fresh, tmp_path)
-    assert torch.equal(scores(fresh), scores(alone(saved["bitfit"], "bitfit")))
+    assert torch.equal(logits(fresh), logits(alone(saved["bitfit"], "bitfit")))
 
 
 def test_an_attachment_is_not_copied() -> None:
@@ -415,22 +415,22 @@ def beit() -> nn.Module:
 @pytest.mark.parametrize("first", [True, False])
 def test_a_layer_that_two_need_called_is_called_until_the_last_goes(first: bool) -> None:
     built = beit()
-    plain = scores(built)
+    plain = logits(built)
     atts = [petune.attach(built, "lora", name=name) for name in "ab"]
     gone, stays = atts if first else reversed(atts)
     filled(stays, 0.05)
     with gone.disabled():
-        alive = scores(built)
+        alive = logits(built)
         with stays.disabled():
-            assert torch.equal(scores(built), plain)
+            assert torch.equal(logits(built), plain)
     gone.detach()
-    assert torch.equal(scores(built), alive)
+    assert torch.equal(logits(built), alive)
     with torch.no_grad():
         for key, p in stays.tuned.items():
             p.add_(torch.randn_like(p)) if "qkv" in key else None
-    assert not torch.equal(scores(built), alive)
+    assert not torch.equal(logits(built), alive)
     stays.detach()
-    assert torch.equal(scores(built), plain)
+    assert torch.equal(logits(built), plain)
     assert not any(block.attn.qkv_bias_separate for block in built.blocks)
 
 
@@ -445,7 +445,7 @@ def test_what_trains_the_backbone_leaves_others_adapters_alone(method: str, tmp_
     filled(att, 0.05).save(tmp_path)
     fresh = model()
     petune.load(fresh, tmp_path)
-    assert torch.equal(scores(fresh), scores(built))
+    assert torch.equal(logits(fresh), logits(built))
 
 
 class Logarithms(nn.Module):
@@ -462,7 +462,7 @@ class Logarithms(nn.Module):
 
 
 class TokensFirst(nn.Module):
-    """A model whose blocks see (tokens, pictures, width): as many tokens as there are pictures in a batch of 17."""
+    """A model whose blocks see (tokens, images, width): as many tokens as there are images in a batch of 17."""
 
     image_size = 16
 
@@ -488,7 +488,7 @@ def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn
         torch.manual_seed(0)
         return kind().eval()
 
-    tasks, singles = petune.Tasks(make()), []
+    tasks, singles = petune.AdapterBank(make()), []
     for name in "ab":
         built = make()
         att = petune.attach(built, "houlsby")
@@ -504,7 +504,7 @@ def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn
     with torch.no_grad():
         mixed = tasks(x, ["ab"[row % 2] for row in range(tokens)])
     for row, got in enumerate(mixed):
-        torch.testing.assert_close(got, scores(singles[row % 2], x[row : row + 1])[0])
+        torch.testing.assert_close(got, logits(singles[row % 2], x[row : row + 1])[0])
 
 
 @pytest.mark.parametrize("method", ["lora", "adaptformer", "l2sp", "peft:adalora"])
@@ -515,7 +515,7 @@ def test_one_tuner_on_two_models_mixes_nothing(method: str, tmp_path: Path) -> N
     again = petune.load(tiny(), tmp_path / "a")
     assert again.counts.tuned == first.counts.tuned
     first.model(X).sum().backward()
-    loss = first.extra_loss(0)
+    loss = first.loss(0)
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         loss.backward()
     assert all(p.grad is None for p in second.parameters())

@@ -39,56 +39,56 @@ def built(name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def scores(model: nn.Module, x: Tensor = X) -> Tensor:
+def logits(model: nn.Module, x: Tensor = X) -> Tensor:
     return model.eval()(x)
 
 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_prompts_that_are_off_come_off(name: str, tmp_path: Path) -> None:
     model = built(name)
-    plain, state = scores(model), copy.deepcopy(model.state_dict())
+    plain, state = logits(model), copy.deepcopy(model.state_dict())
     att = randomised(petune.attach(model, "vpt", num_prompts=2))
-    prompted = scores(model)
+    prompted = logits(model)
     assert not torch.equal(prompted, plain)
     att.save(tmp_path / "a")
     for _ in range(2):
         att.switch(False)
-        assert torch.equal(scores(model), plain)
+        assert torch.equal(logits(model), plain)
         att.switch(True)
-        assert torch.equal(scores(model), prompted)
+        assert torch.equal(logits(model), prompted)
     att.switch(False)
     att.detach()
-    assert torch.equal(scores(model), plain)
+    assert torch.equal(logits(model), plain)
     assert list(model.state_dict()) == list(state)
-    tasks = petune.Tasks(model)
+    tasks = petune.AdapterBank(model)
     tasks.load("one", tmp_path / "a")
     tasks.load("two", tmp_path / "a")
     tasks.remove("one")
-    assert torch.equal(scores(tasks.use("two")), prompted)
+    assert torch.equal(logits(tasks.use("two")), prompted)
     tasks.remove("two")
-    assert torch.equal(scores(model), plain)
+    assert torch.equal(logits(model), plain)
 
 
 @pytest.mark.parametrize("name", POSITIONS)
 def test_prompts_of_two_take_turns(name: str) -> None:
     model = built(name)
-    plain = scores(model)
+    plain = logits(model)
     first = randomised(petune.attach(model, "vpt", num_prompts=2))
-    one = scores(model)
+    one = logits(model)
     first.switch(False)
     second = randomised(petune.attach(model, "vpt", num_prompts=3, name="second"))
-    two = scores(model)
+    two = logits(model)
     with pytest.raises(AttachError, match="prompts of another attachment"):
         first.switch(True)
     assert not first.enabled
-    assert torch.equal(scores(model), two)
+    assert torch.equal(logits(model), two)
     second.switch(False)
     first.switch(True)
-    assert torch.equal(scores(model), one)
+    assert torch.equal(logits(model), one)
     second.detach()
-    assert torch.equal(scores(model), one)
+    assert torch.equal(logits(model), one)
     first.detach()
-    assert torch.equal(scores(model), plain)
+    assert torch.equal(logits(model), plain)
 
 
 class WithBatchNorm(nn.Module):
@@ -119,8 +119,8 @@ def test_tasks_have_the_statistics_of_their_classifiers(tmp_path: Path) -> None:
         statistics.running_mean.fill_(seed + 1.0)
         statistics.running_var.fill_(seed + 2.0)
         att.save(tmp_path / name)
-        alone[name] = scores(att.model, x)
-    tasks = petune.Tasks(with_batch_norm())
+        alone[name] = logits(att.model, x)
+    tasks = petune.AdapterBank(with_batch_norm())
     for name in names:
         tasks.load(name, tmp_path / name)
     with torch.no_grad():
@@ -128,12 +128,12 @@ def test_tasks_have_the_statistics_of_their_classifiers(tmp_path: Path) -> None:
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], alone[name][row])
         tasks.use(name)
-        assert torch.equal(scores(tasks.model, x), alone[name])
+        assert torch.equal(logits(tasks.model, x), alone[name])
     tasks.use(None)
     tasks.tasks["b"].attachment.save(tmp_path / "again")  # not in use
     again = with_batch_norm()
     petune.load(again, tmp_path / "again")
-    assert torch.equal(scores(again, x), alone["b"])
+    assert torch.equal(logits(again, x), alone["b"])
 
 
 class Folds(nn.Module):
@@ -157,7 +157,7 @@ class Shift(petune.Tuner[petune.TunerConfig]):
     Config = petune.TunerConfig
 
     def attach(self, edit: petune.Edit) -> None:
-        fc2 = edit.linears(edit.sites.blocks[0].mlp)[-1]
+        fc2 = edit.linear_layers(edit.sites.blocks[0].mlp)[-1]
         edit.after(fc2, Folds(24))
 
 
@@ -171,10 +171,10 @@ def test_nothing_is_folded_into_what_another_gives_back(first: bool) -> None:
     made = [make() for make in (order if first else order[::-1])]
     shift, bitfit = made if first else made[::-1]
     randomised(shift)
-    before = scores(model, x)
+    before = logits(model, x)
     with pytest.raises(NotMergeable, match="bitfit trains in place"):
         shift.merge()
-    assert torch.equal(scores(model, x), before)
+    assert torch.equal(logits(model, x), before)
     assert shift.attached
     assert shift.enabled
     shift.switch(False)
@@ -184,8 +184,8 @@ def test_nothing_is_folded_into_what_another_gives_back(first: bool) -> None:
     shift.switch(True)
     bitfit.merge()
     shift.merge()
-    torch.testing.assert_close(scores(model, x), before)
-    assert not hasattr(model, "petune_ledger")
+    torch.testing.assert_close(logits(model, x), before)
+    assert not hasattr(model, "petune_trainable_state")
 
 
 def test_a_classifier_that_does_not_train_belongs_to_the_file(tmp_path: Path) -> None:
@@ -229,25 +229,25 @@ def test_statistics_that_full_moves_are_not_those_of_a_still_classifier(tmp_path
     att = petune.attach(with_batch_norm(), "full", train_head=False)
     att.train()(X[..., :16, :16])
     assert att.model.head.norm.running_mean.any()
-    wanted = scores(att.model, X[..., :16, :16])
+    wanted = logits(att.model, X[..., :16, :16])
     att.save(tmp_path / "a")
     fresh = with_batch_norm()
     petune.load(fresh, tmp_path / "a")
-    assert torch.equal(scores(fresh, X[..., :16, :16]), wanted)
+    assert torch.equal(logits(fresh, X[..., :16, :16]), wanted)
 
 
 def test_prompts_that_are_off_belong_to_the_same_backbone(tmp_path: Path) -> None:
     """Swin-V2 holds in a buffer which pairs of tokens there are."""
     name = "swinv2_tiny_window8_256"
     att = randomised(petune.attach(built(name), "vpt", num_prompts=2))
-    prompted = scores(att.model)
+    prompted = logits(att.model)
     att.save(tmp_path / "on")
     with att.disabled():
         att.save(tmp_path / "off")
     for place in ("on", "off"):
         fresh = built(name)
         petune.load(fresh, tmp_path / place)
-        assert torch.equal(scores(fresh), prompted)
+        assert torch.equal(logits(fresh), prompted)
 
 
 def test_a_buffer_that_modules_share_is_saved_once() -> None:

@@ -34,7 +34,7 @@ class Holder(nn.Module):
         """Drop whatever is kept between two hooks."""
 
 
-class Branch(Holder):
+class Parallel(Holder):
     """Adds `adapter(what enters ENTER)` to what leaves EXIT."""
 
     def __init__(self, adapter: nn.Module, enter_layout: Layout, exit_layout: Layout) -> None:
@@ -190,7 +190,7 @@ class Prompts(Holder):
 
 
 class InnerPrompts(Prompts):
-    """Puts the same tokens into every window of every picture where an attention is entered, cuts them out behind it.
+    """Puts the same tokens into every window of every image where an attention is entered, cuts them out behind it.
 
     A batch of windows is not mixed: each gets the prompts, and loses what became of them. Without windows it computes
     what a block does with prompts of its own, since those matter to the block's other tokens in its attention alone.
@@ -213,7 +213,7 @@ class InnerPrompts(Prompts):
             return prompts_BPD
         norm, layout = self.norm
         normed: Tensor
-        if layout == "BCHW":  # (B, P, D) as a picture of P rows and one column
+        if layout == "BCHW":  # (B, P, D) as an image of P rows and one column
             normed = norm(prompts_BPD.movedim(-1, 1).unsqueeze(-1)).squeeze(-1).movedim(1, -1)
         else:
             normed = norm(prompts_BPD)

@@ -15,7 +15,7 @@ from petune.sites.trace import PRODUCTS
 
 
 class HiddenPrompts(TorchFunctionMode):
-    """While active, no token sees the prompts: their columns of attention scores are -inf.
+    """While active, no token sees the prompts: their columns of attention logits are -inf.
 
     Attributes:
         count: How many attentions had prompts to hide.

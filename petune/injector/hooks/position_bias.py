@@ -90,7 +90,7 @@ def is_inside(block: Block) -> bool:
     """Whether prompts go into the block's attention alone, and not through the block.
 
     What becomes of them behind the attention is thrown away, so that a block with prompts of its own computes the
-    same. It must be so where the block is no module, lays its tokens out as a picture, attends in windows, or convolves
+    same. It must be so where the block is no module, lays its tokens out as an image, attends in windows, or convolves
     outside of its attention.
     """
     if block.attn is None or not block.attn.is_module:
@@ -142,10 +142,10 @@ def _refusal(block: Block) -> str | None:
         return "is no module of its own that they could enter and leave"
     layout = block.attn.layout if inside and block.attn is not None else block.layout
     if layout == "BCHW" or (layout != "BNC" and not inside):
-        return f"lays its tokens out as a picture ({layout})"
+        return f"lays its tokens out as an image ({layout})"
     spatial = _spatial(block.attn.enter if inside and block.attn is not None else block.enter)
     if spatial:
-        return f"convolves over the picture ({spatial[0]})"
+        return f"convolves over the image ({spatial[0]})"
     return None
 
 

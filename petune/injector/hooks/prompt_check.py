@@ -81,7 +81,7 @@ class Prompting:
         try:
             with looking(self.model), contextlib.ExitStack() as stack:
                 modes = [stack.enter_context(HiddenPrompts(r)) for r in self._rooms]
-                output = block.enter(*seen.args, **seen.kwargs) if alone else self.model(self._picture())
+                output = block.enter(*seen.args, **seen.kwargs) if alone else self.model(self._image())
         except Exception as error:
             raise refused(block, self.sites, f"does not run with them ({type(error).__name__}: {error})") from error
         before = seen.output if alone else self._plain
@@ -98,7 +98,7 @@ class Prompting:
         handles = [h for block in self.sites.blocks for h in self._watch(block)]
         try:
             with looking(self.model):
-                return self.model(self._picture())
+                return self.model(self._image())
         finally:
             for handle in handles:
                 handle.remove()
@@ -133,6 +133,6 @@ class Prompting:
             *more,
         ]
 
-    def _picture(self) -> Tensor:
+    def _image(self) -> Tensor:
         x = torch.randn(1, *self.sites.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
         return x.to(next(self.model.parameters()).device, dtype_of(self.model))

@@ -1,11 +1,11 @@
 """Prompts that go on from attention to attention, where blocks cannot pass them on as tokens of their own.
 
 A block in windows, or one that is no module, has no place for a token without a place. Its prompts are kept beside the
-stream: in every window of their picture while the block attends, averaged over the windows behind it, then changed by
+stream: in every window of their image while the block attends, averaged over the windows behind it, then changed by
 the block's norms and MLP as each of its tokens is. That a block does no more than this to a token is proven on its own
 tokens beforehand (`is_plain`).
 
-Shapes: B pictures, W windows of a picture, N tokens of a window, P prompts, D width.
+Shapes: B images, W windows of an image, N tokens of a window, P prompts, D width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Plain:
         stream: Tensor = x_BPD + (change if norm is None else norm(change))
         return stream
 
-    def thought(self, x_BPD: Tensor) -> Tensor:
+    def after_mlp(self, x_BPD: Tensor) -> Tensor:
         """The stream behind the MLP."""
         mlp, norm = self.block.need("mlp").enter, self.norm_of(self.block.norm2, self.block.mlp)
         if norm is None:
@@ -73,13 +73,13 @@ def is_plain(block: Block, seen: Seen) -> bool:
         return False
     left = seen.left if block.is_module else mid.reshape_as(seen.left) + seen.left
     try:
-        behind = plain.thought(mid)
+        behind = plain.after_mlp(mid)
     except RuntimeError:  # the MLP or its norm cannot be called with the stream as it is
         return False
     return behind.numel() == left.numel() and same(behind.reshape_as(left), left)
 
 
-class Leg:
+class WindowHook:
     """One block of the prompts' way: hooks on its attention.
 
     Args:
@@ -89,52 +89,52 @@ class Leg:
         place: (first, last) of the way?
     """
 
-    def __init__(self, holder: PassingPrompts, block: Block, fills: dict[int | str, float], place: Any) -> None:
+    def __init__(self, holder: WindowPrompts, block: Block, fills: dict[int | str, float], place: Any) -> None:
         self.holder, self.plain, self.fills, (self.first, self.last) = holder, Plain(block), fills, place
         self.norm = None if block.norm1 is None or not block.norm_first else Plain.norm_of(block.norm1, block.attn)
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Pre-hook of the attention: the prompts go into every window of their picture."""
+        """Pre-hook of the attention: the prompts go into every window of their image."""
         holder = self.holder
         if not holder.enabled:
             return None
         x_BND = first_tensor(args, kwargs)
         if self.first:
             prompts = holder.adapter(x_BND)
-            one_each = prompts[:: max(1, len(prompts) // holder.pictures)]  # of a picture's windows the first
-            holder.kept = one_each.to(x_BND.dtype).expand(holder.pictures, -1, -1)
+            one_each = prompts[:: max(1, len(prompts) // holder.images)]  # of an image's windows the first
+            holder.kept = one_each.to(x_BND.dtype).expand(holder.images, -1, -1)
         if holder.kept is None:
             raise RuntimeError(
                 "prompts go on from block to block, but none came from the block before. Blocks must be called in "
                 "their order, and in the same segment of gradient checkpointing"
             )
         prompts_BPD = holder.kept if self.norm is None else self.norm(holder.kept)
-        windows = prompts_BPD.repeat_interleave(len(x_BND) // holder.pictures, 0)
+        windows = prompts_BPD.repeat_interleave(len(x_BND) // holder.images, 0)
         return holder.padded_with(*with_first_tensor(args, kwargs, holder.with_prompts(x_BND, windows)), self.fills)
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
-        """Hook of the attention: the prompts go on, averaged over the windows of their picture."""
+        """Hook of the attention: the prompts go on, averaged over the windows of their image."""
         return with_tensor(output, self._cut) if self.holder.enabled else None
 
     def _cut(self, x_BND: Tensor) -> Tensor:
         holder, kept = self.holder, self.holder.kept
         changes_BPD = x_BND[..., holder.index : holder.index + holder.num_prompts, :]
-        changes = changes_BPD.reshape(holder.pictures, -1, *changes_BPD.shape[-2:])
+        changes = changes_BPD.reshape(holder.images, -1, *changes_BPD.shape[-2:])
         holder.kept = None
         if kept is not None and not self.last:
-            holder.kept = self.plain.thought(self.plain.attended(kept, changes.mean(1)))
+            holder.kept = self.plain.after_mlp(self.plain.attended(kept, changes.mean(1)))
         return holder.cut(x_BND)
 
 
-class PassingPrompts(InnerPrompts):
+class WindowPrompts(InnerPrompts):
     """Holds the adapter of prompts that go through several attentions, and the prompts between two of them."""
 
-    pictures = 1
+    images = 1
     kept: Tensor | None = None
 
     def start(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Pre-hook of the first block: how many pictures there are."""
-        self.pictures = len(first_tensor(args, kwargs))
+        """Pre-hook of the first block: how many images there are."""
+        self.images = len(first_tensor(args, kwargs))
 
     def forget(self) -> None:
         self.kept = None

@@ -17,7 +17,7 @@ from petune.base.distributed import join
 from petune.base.errors import ConfigError, PetuneError, ProcessLost, Stopped, UsageError
 from petune.runner.result import RunResult
 from petune.runner.run import RunConfig, run
-from petune.runner.run_dir import claimed
+from petune.runner.run_dir import open_run_dir
 from petune.training import Event
 
 TRACEBACK = ".traceback.txt"
@@ -64,7 +64,9 @@ def _run(config: RunConfig, watch: Callable[[Event], None]) -> RunResult:
 def _result(config: RunConfig) -> RunResult | None:
     if config.output is None or not RunResult.exists(config.output):
         return None
-    with claimed(config.output, config, resume=True, command="petune run --config config.yaml"):  # of just this run
+    with open_run_dir(
+        config.output, config, resume=True, command="petune run --config config.yaml"
+    ):  # of just this run
         return RunResult.read(config.output)
 
 

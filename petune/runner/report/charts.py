@@ -26,12 +26,12 @@ SMALL = (4.4, 3.1)
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture with its caption.
+    """An image with its caption.
 
     Attributes:
         svg: Markup that is safe to put into the page.
         caption: What it shows.
-        key: Colour and name of each line, where names do not stand in the picture.
+        key: Colour and name of each line, where names do not stand in the image.
     """
 
     svg: Markup

@@ -17,7 +17,7 @@ from petune.runner.report.charts import Chart, Curve, accuracy_chart, cost_chart
 from petune.runner.report.find_runs import Found
 from petune.runner.report.tables import cells, seeds_by_method, trial_table
 from petune.runner.result import RunResult
-from petune.runner.run_dir import BEGAN_FILE, COMPARE_FILE, PICTURES_FILE, leaves, noted
+from petune.runner.run_dir import BEGAN_FILE, COMPARE_FILE, IMAGES_FILE, leaves, noted
 
 COLUMNS = (
     "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
@@ -201,7 +201,7 @@ def _rows(runs: Sequence[Found]) -> list[dict[str, Any]]:
     labels = _labels(runs)
     for run in runs:
         if run.result:
-            began = [noted(run.path / file) for file in (PICTURES_FILE, BEGAN_FILE)]
+            began = [noted(run.path / file) for file in (IMAGES_FILE, BEGAN_FILE)]
             fixed = [run.result.lr, run.result.weights, _settings(run), began]
             key = labels[run.path], json.dumps(fixed, sort_keys=True, default=str)
             alike.setdefault(key, {}).setdefault(run.result.seed, run.result)  # run again, a seed tells nothing more

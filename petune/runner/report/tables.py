@@ -1,4 +1,4 @@
-"""Tables and pictures of a comparison, from the plain data of `compare.json`."""
+"""Tables and images of a comparison, from the plain data of `compare.json`."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _measured(where: Mapping[str, Any]) -> str:
     return f"{in_markdown(where['device'])}, {threads}, {where['precision']}; {versions}{at}."
 
 
-def picture(comparison: Mapping[str, Any]) -> bytes:
+def image(comparison: Mapping[str, Any]) -> bytes:
     """Top-1 on test over trained parameters (log axis) as SVG; a bar spans one standard deviation."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -18,8 +18,8 @@ from petune.runner.executors import Executor, Failure, Started, Work, choose_exe
 from petune.runner.provenance import provenance
 from petune.runner.result import RunResult
 from petune.runner.run import RunConfig, default_name, run, trained, tuner_of
-from petune.runner.run_dir import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE, claimed
-from petune.runner.run_inputs import hold_beginning
+from petune.runner.run_dir import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE, open_run_dir
+from petune.runner.run_inputs import check_inputs
 from petune.runner.sweep.space import is_whole, most, propose, require_sampler, within
 from petune.runner.sweep.trials import (
     Fit,
@@ -66,10 +66,10 @@ def sweep(
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     place = config.output or Path("runs") / sweep_name(config)
-    with claimed(place, _held(config, place), resume=True, command=COMMAND, tables=(SWEEP_TABLE,)):
+    with open_run_dir(place, _held(config, place), resume=True, command=COMMAND, tables=(SWEEP_TABLE,)):
         asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
         replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
-        hold_beginning(place, config.run.dataset, config.run.weights)
+        check_inputs(place, config.run.dataset, config.run.weights)
         table = with_another_try(read_table(place, config, None if chosen is serial else AT_ONCE))
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             while batch := _next(table, whole=chosen is not serial):
@@ -207,7 +207,7 @@ def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunRes
 def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:
     """Train without reading test; the work of a trial."""
     place = config.output or Path()
-    with claimed(place, config, resume=True, command=TRIAL_COMMAND), StopFlag() as stop:
+    with open_run_dir(place, config, resume=True, command=TRIAL_COMMAND), StopFlag() as stop:
         saved = Fit.saved(place)
         if saved is not None:
             return saved
@@ -237,7 +237,7 @@ def _fitted(config: RunConfig) -> Fit | None:
     place = config.output or Path()
     if not (place / TRIAL_FILE).exists():
         return None
-    with claimed(place, config, resume=True, command=TRIAL_COMMAND):  # it must be of this configuration
+    with open_run_dir(place, config, resume=True, command=TRIAL_COMMAND):  # it must be of this configuration
         return Fit.saved(place)
 
 

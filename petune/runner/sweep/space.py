@@ -47,12 +47,12 @@ def parse_over(text: str) -> tuple[str, Range | tuple[Value, ...]]:
     """
     key, equals, right = (part.strip() for part in text.partition("="))
     if not (key and equals and all(word.strip() for word in right.split(","))):
-        raise ConfigError(f"--over takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value; got {text!r}")
+        raise ConfigError(f"--search takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value; got {text!r}")
     ends = re.fullmatch(r"([^,]+?)\.\.([^,]+?)(:log)?", right)
     if ends:
         low, high = parse_value(ends[1]), parse_value(ends[2])
         if all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)):
-            return key, Range.build({"low": low, "high": high, "log": bool(ends[3])}, f"--over {text}")
+            return key, Range.build({"low": low, "high": high, "log": bool(ends[3])}, f"--search {text}")
     return key, tuple(parse_value(word.strip()) for word in right.split(","))
 
 

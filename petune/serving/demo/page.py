@@ -14,7 +14,7 @@ from petune.base.text import in_markdown, visible
 from petune.serving.demo.side_by_side import Answer, SideBySide
 
 LARGEST_UPLOAD = "100mb"
-KEPT_S = 3600  # uploaded pictures are deleted after an hour
+KEPT_S = 3600  # uploaded images are deleted after an hour
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # gradio's are fetched
 
 
@@ -83,7 +83,7 @@ def _page(gradio: Any, demo: SideBySide) -> Any:
         gradio.Markdown(f"# One backbone, {_adapters(len(demo.names))}\n\n{in_markdown(demo.backbone)}")
         problem = gradio.HTML(visible=False)
         with gradio.Row():
-            picture = gradio.File(label="Drop a picture here", elem_id="picture", height=200)
+            image = gradio.File(label="Drop an image here", elem_id="image", height=200)
             seen = gradio.Image(label="Its square", interactive=False, height=200, buttons=[], elem_id="seen")
         labels, times = [], []
         with gradio.Row():
@@ -105,7 +105,7 @@ def _page(gradio: Any, demo: SideBySide) -> Any:
             timed = [f"{note}<br>{_time(answer)}" for note, answer in zip(notes, answers, strict=True)]
             return [gradio.update(visible=False), square, *found, *timed]
 
-        picture.change(ask, picture, [problem, seen, *labels, *times], api_visibility="private", show_progress="hidden")
+        image.change(ask, image, [problem, seen, *labels, *times], api_visibility="private", show_progress="hidden")
     return page
 
 
@@ -114,7 +114,7 @@ def _adapters(number: int) -> str:
 
 
 def _time(answer: Answer) -> str:
-    return f"{1000 * answer.time_s:.1f} ms for this picture"
+    return f"{1000 * answer.time_s:.1f} ms for this image"
 
 
 def _alert(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Several adapters on one backbone, asked about the same picture."""
+"""Several adapters on one backbone, asked about the same image."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from petune.base.config import expanded
 from petune.base.errors import BackboneMismatch, DataError, UsageError
 from petune.injector.load import Saved
-from petune.serving.adapter_bank import Tasks
+from petune.serving.adapter_bank import AdapterBank
 from petune.serving.predict import Guess, Inputs
 from petune.serving.restore import plain_backbone, read_run
-from petune.sites.probe import scores_of
+from petune.sites.probe import logits_of
 from petune.training import choose_device
 
-SHOWN_SIDE = 320  # pixels of the picture on the page
+SHOWN_SIDE = 320  # pixels of the image on the page
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one adapter says: its classes, the best first, and the time from decoded pixels to scores."""
+    """What one adapter says: its classes, the best first, and the time from decoded pixels to logits."""
 
     name: str
     top: tuple[Guess, ...]
@@ -48,7 +48,7 @@ class SideBySide:
         *,
         weights: str | None = None,
         device: str = "auto",
-        trust_code: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         """Build the backbone once, and load every adapter on it.
 
@@ -56,7 +56,7 @@ class SideBySide:
             paths: Run directories, or adapter directories.
             weights: Where the backbone's weights are now; None takes them from where the first run did.
             device: As in a run.
-            trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
+            trust_remote_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
         Raises:
             UsageError: No path, or adapters of backbones that were built in other ways.
@@ -69,9 +69,9 @@ class SideBySide:
         first_name, first = next(iter(saved.items()))
         self.names = list(saved)
         self.device = choose_device(device)
-        built = plain_backbone(first, weights, trust_code=trust_code)
+        built = plain_backbone(first, weights, trust_remote_code=trust_remote_code)
         self.backbone = built.full_name
-        self.tasks = Tasks(built.model.to(self.device))
+        self.tasks = AdapterBank(built.model.to(self.device))
         for name, one in saved.items():
             _same_backbone(first_name, first, name, one)
             try:
@@ -82,34 +82,34 @@ class SideBySide:
         self._classes = {name: [str(c) for c in one.config["metadata"]["classes"]] for name, one in saved.items()}
         self.notes = {name: _note(one) for name, one in saved.items()}
         self._one_at_a_time = threading.Lock()
-        for name in self.names:  # the first forward is slow, and would be shown as the time of a picture
+        for name in self.names:  # the first forward is slow, and would be shown as the time of an image
             side = self._inputs[name].stored_size
             self._ask(name, np.zeros((1, side, side, 3), np.uint8), 1)
 
-    def __call__(self, picture: Path, top_k: int = 5) -> tuple[NDArray[np.uint8], list[Answer]]:
-        """The picture as a square, uint8 (side, side, 3), and what each adapter says of it.
+    def __call__(self, image: Path, top_k: int = 5) -> tuple[NDArray[np.uint8], list[Answer]]:
+        """The image as a square, uint8 (side, side, 3), and what each adapter says of it.
 
         Raises:
             DataError: It cannot be read; the message names the file without its folder.
         """
-        squares = {name: self._square(self._inputs[name], picture) for name in self.names}
+        squares = {name: self._square(self._inputs[name], image) for name in self.names}
         first = next(iter(self._inputs.values()))
         shown = Inputs(first.preprocess, SHOWN_SIDE, 1.0)
         with self._one_at_a_time:
-            return self._square(shown, picture)[0], [self._ask(name, squares[name], top_k) for name in self.names]
+            return self._square(shown, image)[0], [self._ask(name, squares[name], top_k) for name in self.names]
 
-    def _square(self, inputs: Inputs, picture: Path) -> NDArray[np.uint8]:
-        square_1SS3, problems = inputs.squares([picture])
+    def _square(self, inputs: Inputs, image: Path) -> NDArray[np.uint8]:
+        square_1SS3, problems = inputs.squares([image])
         if problems:
-            raise DataError(problems[0].replace(str(picture), picture.name))
+            raise DataError(problems[0].replace(str(image), image.name))
         return square_1SS3
 
     def _ask(self, name: str, square_1SS3: NDArray[np.uint8], top_k: int) -> Answer:
         model = self.tasks.use(name)
         started = time.perf_counter()
         with torch.inference_mode():
-            scores = scores_of(model(self._inputs[name].batch(square_1SS3, self.device))).float()
-            best = scores.softmax(-1)[0].topk(min(top_k, len(self._classes[name])))
+            logits = logits_of(model(self._inputs[name].batch(square_1SS3, self.device))).float()
+            best = logits.softmax(-1)[0].topk(min(top_k, len(self._classes[name])))
         values, places = best.values.tolist(), best.indices.tolist()  # read here, so that a GPU is waited for
         time_s = time.perf_counter() - started
         classes = self._classes[name]
@@ -127,7 +127,7 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _same_backbone(first_name: str, first: Saved, name: str, other: Saved) -> None:
-    """Built the same way, and with the same kind of classifier, which `Tasks` makes after the first one's.
+    """Built the same way, and with the same kind of classifier, which `AdapterBank` makes after the first one's.
 
     Raises:
         BackboneMismatch, UsageError: It is not; both are named.

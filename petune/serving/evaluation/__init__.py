@@ -1,16 +1,16 @@
 """What a trained model is good at: accuracy by class, what it mistakes for what, and whether it knows when it errs."""
 
-from petune.serving.evaluation.images import confusion_picture, reliability_picture
-from petune.serving.evaluation.measures import COLUMNS, Bin, ClassScore, Evaluation
+from petune.serving.evaluation.images import confusion_plot, reliability_plot
+from petune.serving.evaluation.measures import COLUMNS, Bin, ClassMetrics, Evaluation
 from petune.serving.evaluation.run import evaluate, write
 
 __all__ = [
     "COLUMNS",
     "Bin",
-    "ClassScore",
+    "ClassMetrics",
     "Evaluation",
-    "confusion_picture",
+    "confusion_plot",
     "evaluate",
-    "reliability_picture",
+    "reliability_plot",
     "write",
 ]

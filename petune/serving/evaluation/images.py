@@ -1,4 +1,4 @@
-"""The two pictures of an evaluation: which class is taken for which, and how far probabilities can be believed."""
+"""The two images of an evaluation: which class is taken for which, and how far probabilities can be believed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from petune.serving.evaluation.measures import Evaluation
 
 Kind = Literal["svg", "png"]
 NAMED, NUMBERED = 40, 15
-"""Up to so many classes have their names beside the picture, and their numbers in it."""
+"""Up to so many classes have their names beside the image, and their numbers in it."""
 
 
-def confusion_picture(evaluation: Evaluation, kind: Kind = "svg") -> bytes:
-    """Row: the true class; column: what its pictures were taken for, in percent of the row."""
+def confusion_plot(evaluation: Evaluation, kind: Kind = "svg") -> bytes:
+    """Row: the true class; column: what its images were taken for, in percent of the row."""
     counts = np.array(evaluation.confusion, float)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     names, number = [_short(one.name) for one in evaluation.classes], len(counts)
@@ -40,8 +40,8 @@ def confusion_picture(evaluation: Evaluation, kind: Kind = "svg") -> bytes:
     return _drawn(draw, (side + 1, side), kind)
 
 
-def reliability_picture(evaluation: Evaluation, kind: Kind = "svg") -> bytes:
-    """How often the best class is right over how probable it was said to be; below, how many pictures that were."""
+def reliability_plot(evaluation: Evaluation, kind: Kind = "svg") -> bytes:
+    """How often the best class is right over how probable it was said to be; below, how many images that were."""
     bins, width = evaluation.bins, 1 / len(evaluation.bins)
     middles = [(number + 0.5) * width for number in range(len(bins))]
 
@@ -55,8 +55,8 @@ def reliability_picture(evaluation: Evaluation, kind: Kind = "svg") -> bytes:
         upper.set_ylim(0, 1)
         upper.legend(loc="upper left", fontsize=8)
         upper.set_title(f"expected calibration error {evaluation.calibration_error:.2f} %")
-        lower.bar(middles, [one.num_pictures for one in bins], 0.92 * width, color="grey")
-        lower.set_ylabel("pictures")
+        lower.bar(middles, [one.num_images for one in bins], 0.92 * width, color="grey")
+        lower.set_ylabel("images")
         lower.set_xlabel("probability of the best class")
         lower.set_xlim(0, 1)
 

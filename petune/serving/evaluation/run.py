@@ -1,4 +1,4 @@
-"""Evaluate a run: on its own test or val split, or on other pictures of the same classes."""
+"""Evaluate a run: on its own test or val split, or on other images of the same classes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from petune.base.files import replace_file
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
 from petune.data.layout import Files, files_of_part, folder_of
-from petune.data.manifest import refuse_trained_on, same_pictures
+from petune.data.manifest import refuse_trained_on, same_images
 from petune.runner.run import RunConfig, prepare_data
 from petune.runner.run_dir import CONFIG_FILE
-from petune.serving.evaluation.images import Kind, confusion_picture, reliability_picture
+from petune.serving.evaluation.images import Kind, confusion_plot, reliability_plot
 from petune.serving.evaluation.measures import Evaluation, gathered, measured
 from petune.serving.predict import Predictor
 from petune.training.config import Precision
 
 Part = Literal["test", "val"]
 Batches = Iterator[tuple[Tensor, Tensor]]
-"""Normalised pictures (B, 3, H, W) on the model's device, and labels (B,)."""
+"""Normalised images (B, 3, H, W) on the model's device, and labels (B,)."""
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int = 128,
-    trust_code: bool = False,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Evaluate a trained model: `petune.evaluate("runs/pets").classes`.
 
@@ -49,17 +49,17 @@ def evaluate(
         path: A run directory, or an adapter directory.
         split: `val` is the one that chose the run's epoch.
         dataset: `folder:PATH`, its class folders called as the run's classes are (some may be missing): of
-            PATH/test and PATH/val the split, of PATH/CLASS/* all pictures, which is called split `all` in what is
+            PATH/test and PATH/val the split, of PATH/CLASS/* all images, which is called split `all` in what is
             returned. None is the run's own dataset, and where it is named, or a copy of its folder is, its own split
-            is read too: no picture that it trained on.
+            is read too: no image that it trained on.
         data_dir: Where CIFAR lies now; None is where it lay for the run.
         weights: Where the backbone's weights are now; None takes them from where the run did.
         device, precision: As in a run.
-        batch_size: Pictures a forward.
-        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
+        batch_size: Images a forward.
+        trust_remote_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
     Raises:
-        DataError: The pictures are missing or broken, or of other classes.
+        DataError: The images are missing or broken, or of other classes.
         UsageError: There is no such split.
         PetuneError: See `petune.Predictor`.
     """
@@ -73,19 +73,21 @@ def evaluate(
         device=(device, str),
         precision=(precision, str),
         batch_size=(batch_size, int),
-        trust_code=(trust_code, bool),
+        trust_remote_code=(trust_remote_code, bool),
     )
     if split not in get_args(Part):
         raise UsageError(f"split must be {' or '.join(get_args(Part))}, but is {split!r}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, but is {batch_size}")
-    predictor = Predictor(path, weights=weights, device=device, precision=precision, trust_code=trust_code)
+    predictor = Predictor(
+        path, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
+    )
     trained_on = str(predictor.card.get("dataset"))
-    own = dataset is None or same_pictures(dataset, trained_on, predictor.card.get("pictures") or {})
+    own = dataset is None or same_images(dataset, trained_on, predictor.card.get("images") or {})
     name, read = trained_on if dataset is None else dataset, str(split)
     if dataset is None and name.startswith("folder:") and not folder_of(name).exists():
         raise DataError(
-            f"the pictures of {path} must be there, but it was trained on {name}, which is not, as seen from here; "
+            f"the images of {path} must be there, but it was trained on {name}, which is not, as seen from here; "
             "name the folder where it is now: --dataset folder:PATH"
         )
     if not own and name.startswith("folder:"):
@@ -94,13 +96,13 @@ def evaluate(
         source, batches = "; ".join(filter(None, (str(place), said))), _of_folder(place, files, predictor, batch_size)
     else:
         if own:
-            refuse_trained_on(name, predictor.card.get("pictures") or {})
+            refuse_trained_on(name, predictor.card.get("images") or {})
         data = prepare_data(_config(expanded(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)
-    scores_NC, labels_N = gathered([(predictor.scores(x), y) for x, y in batches])
+    logits_NC, labels_N = gathered([(predictor.logits(x), y) for x, y in batches])
     method = str(predictor.method)
     about = {"method": method, "dataset": name, "split": read, "source": source, "precision": predictor.precision}
-    return measured(scores_NC, labels_N, predictor.classes, **about)
+    return measured(logits_NC, labels_N, predictor.classes, **about)
 
 
 def write(evaluation: Evaluation, place: Path, kind: Kind = "svg") -> list[Path]:
@@ -111,8 +113,8 @@ def write(evaluation: Evaluation, place: Path, kind: Kind = "svg") -> list[Path]
     """
     files = {
         "eval.json": (evaluation.model_dump_json(indent=1) + "\n").encode(),
-        f"confusion.{kind}": confusion_picture(evaluation, kind),
-        f"reliability.{kind}": reliability_picture(evaluation, kind),
+        f"confusion.{kind}": confusion_plot(evaluation, kind),
+        f"reliability.{kind}": reliability_plot(evaluation, kind),
     }
     for file, content in files.items():
         replace_file(place / file, content)
@@ -170,8 +172,8 @@ def _labelled(place: Path, by_name: Files, classes: Sequence[str]) -> tuple[list
             f"the class folders of {place} must be called as the model's classes are, but {strange[0]!r} is none"
             f"{near_names(strange[0], classes)}"
         )
-    files = [file for pictures in by_name.values() for file in pictures]
-    labels = [classes.index(name) for name, pictures in by_name.items() for _ in pictures]
+    files = [file for images in by_name.values() for file in images]
+    labels = [classes.index(name) for name, images in by_name.items() for _ in images]
     return files, np.array(labels, np.int64)
 
 

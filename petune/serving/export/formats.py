@@ -1,6 +1,6 @@
 """The two formats that hold a program: torch.export's and ONNX; and the proof that they compute the same.
 
-Shapes: B batch, S side of a picture, C classes.
+Shapes: B batch, S side of an image, C classes.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import ExportError, MissingExtra
-from petune.sites.probe import scores_of
+from petune.sites.probe import logits_of
 
-INPUT, OUTPUT, BATCH = "images", "scores", "batch"
+INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 MOST_DIFFERENT = 1e-4
-"""Of the largest score: other kernels add up in another order; what is wrong is wrong by far more."""
+"""Of the largest logit: other kernels add up in another order; what is wrong is wrong by far more."""
 ONNX_LIMIT = 1_900_000_000
 """Bytes of weights: protobuf, which ONNX files are, ends at 2 GiB."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Pictures (B, 3, S, S) in batches of several sizes, and what the trained model makes of each."""
+    """Images (B, 3, S, S) in batches of several sizes, and what the trained model makes of each."""
 
-    pictures: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
     expected: tuple[Tensor, ...]
 
     def difference(self, compute: Callable[[Tensor], Tensor], what: str) -> float:
-        """The largest difference of its scores, relative to the largest score (or 1).
+        """The largest difference of its logits, relative to the largest logit (or 1).
 
         Raises:
             ExportError: It is too large.
         """
         largest = 0.0
         with torch.no_grad():
-            for x_B3SS, expected_BC in zip(self.pictures, self.expected, strict=True):
-                scores_BC = scores_of(compute(x_B3SS))
-                if scores_BC.shape != expected_BC.shape:
-                    shapes = f"{tuple(expected_BC.shape)}, but it gave {tuple(scores_BC.shape)}"
-                    raise ExportError(f"{what} must give scores of shape {shapes}; nothing was written")
-                off = (scores_BC - expected_BC).abs().max() / expected_BC.abs().max().clamp(min=1)
+            for x_B3SS, expected_BC in zip(self.images, self.expected, strict=True):
+                logits_BC = logits_of(compute(x_B3SS))
+                if logits_BC.shape != expected_BC.shape:
+                    shapes = f"{tuple(expected_BC.shape)}, but it gave {tuple(logits_BC.shape)}"
+                    raise ExportError(f"{what} must give logits of shape {shapes}; nothing was written")
+                off = (logits_BC - expected_BC).abs().max() / expected_BC.abs().max().clamp(min=1)
                 largest = max(largest, float(off))
         if not largest <= MOST_DIFFERENT:
             raise ExportError(
-                f"{what} must give the model's scores within {MOST_DIFFERENT:g}, but is off by {largest:.2g}; nothing "
+                f"{what} must give the model's logits within {MOST_DIFFERENT:g}, but is off by {largest:.2g}; nothing "
                 "was written"
             )
         return largest
 
 
 def probe_of(model: nn.Module, image_size: int) -> Probe:
-    """Random pictures, always the same ones, and the model's scores."""
+    """Random images, always the same ones, and the model's logits."""
     generator = torch.Generator().manual_seed(0)
     sizes = (2, 1, 5)  # the first is the one that is traced
-    pictures = tuple(torch.randn(n, 3, image_size, image_size, generator=generator) for n in sizes)
+    images = tuple(torch.randn(n, 3, image_size, image_size, generator=generator) for n in sizes)
     with torch.no_grad():
-        return Probe(pictures, tuple(scores_of(model(x)) for x in pictures))
+        return Probe(images, tuple(logits_of(model(x)) for x in images))
 
 
 def torch_file(model: nn.Module, checks: Probe, info: str) -> tuple[bytes, float]:
-    """A `.pt2` file: `torch.export.load(FILE).module()` computes scores. It holds no pickle.
+    """A `.pt2` file: `torch.export.load(FILE).module()` computes logits. It holds no pickle.
 
     Raises:
         ExportError: The model cannot be traced, needs a pickle, or computes something else.
@@ -150,7 +150,7 @@ def _program(model: nn.Module, checks: Probe) -> Any:
     try:
         with torch.no_grad():
             return torch.export.export(
-                _Scores(model), (checks.pictures[0],), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
+                _Logits(model), (checks.images[0],), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
             )
     except Exception as error:  # torch.export raises a dozen types, and each means that this model is not traceable
         raise ExportError(
@@ -159,8 +159,8 @@ def _program(model: nn.Module, checks: Probe) -> Any:
         ) from error
 
 
-class _Scores(nn.Module):
-    """A model that returns scores and nothing around them (transformers' do)."""
+class _Logits(nn.Module):
+    """A model that returns logits and nothing around them (transformers' do)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _Scores(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) to (B, C)."""
-        return scores_of(self.model(images))
+        return logits_of(self.model(images))
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class Exported:
     Attributes:
         merged: Whether the adapters are folded into the weights; otherwise they are parts of the program.
         reason: Why they are not.
-        difference: The largest difference between the file's scores and the model's, relative to the largest score (or
-            1): over random pictures in batches of 1, 2 and 5.
+        difference: The largest difference between the file's logits and the model's, relative to the largest logit (or
+            1): over random images in batches of 1, 2 and 5.
     """
 
     output: str
@@ -49,13 +49,13 @@ def export(
     *,
     to: Format | None = None,
     weights: str | None = None,
-    trust_code: bool = False,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write a trained model for use without petune: `petune.export("runs/pets", "pets.onnx")`.
 
-    `.pt2` (torch.export) and `.onnx` take normalised pictures, float32 (batch, 3, S, S) with any batch size, and give
-    scores. `.safetensors` are the backbone's own weights, for methods that fold into them: timm and `--weights` read
-    them. The classes, the size and the statistics of the pictures are in each file, as JSON under `petune`. No file
+    `.pt2` (torch.export) and `.onnx` take normalised images, float32 (batch, 3, S, S) with any batch size, and give
+    logits. `.safetensors` are the backbone's own weights, for methods that fold into them: timm and `--weights` read
+    them. The classes, the size and the statistics of the images are in each file, as JSON under `petune`. No file
     holds a pickle.
 
     Args:
@@ -63,7 +63,7 @@ def export(
         out: The file to write; a new one.
         to: None is what the file's name says.
         weights: Where the backbone's weights are now; None takes them from where the run did.
-        trust_code: Call the function that builds the backbone, where it is `package.module:factory`.
+        trust_remote_code: Call the function that builds the backbone, where it is `package.module:factory`.
 
     Raises:
         UsageError: `out` exists, or is not called as files of the format are.
@@ -72,11 +72,15 @@ def export(
         ExportError: The format cannot hold the model, or computes something else.
         CheckpointError: See `petune.restore`, or the file cannot be written.
     """
-    optional = {"to": (to, str | None), "weights": (weights, str | None), "trust_code": (trust_code, bool)}
+    optional = {
+        "to": (to, str | None),
+        "weights": (weights, str | None),
+        "trust_remote_code": (trust_remote_code, bool),
+    }
     check_arguments("petune.export", path=(path, PathText), out=(out, PathText), **optional)
     file = expanded(out)
     to = _format(file, to)
-    restored = restore(Path(path), weights, trust_code=trust_code)
+    restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name
     checks = probe_of(model, restored.backbone.image_size)
     reason = _merge(restored)

@@ -25,13 +25,13 @@ HARMLESS = {"shape", "ndim", "device", "requires_grad", "is_cuda", "grad_fn", "d
 
 
 @contextmanager
-def frozen_in_bfloat16(model: nn.Module, forward: Callable[[], Tensor], directory: Path | None = None) -> Iterator[int]:
+def store_in_bf16(model: nn.Module, forward: Callable[[], Tensor], directory: Path | None = None) -> Iterator[int]:
     """Inside, frozen weights that are only multiplied with are stored in bfloat16; afterwards they are as they were.
 
     Args:
         model: Its parameters keep their identity.
-        forward: Scores of some pictures under autocast, always the same ones. It shows how each weight is used: one
-            that is read otherwise, as DoRA does, stays in float32, and so do all if the scores should differ.
+        forward: Logits of some images under autocast, always the same ones. It shows how each weight is used: one
+            that is read otherwise, as DoRA does, stays in float32, and so do all if the logits should differ.
         directory: Where the values wait meanwhile, in a file that has no name and is gone with the process; in memory
             where there is none, or no room.
 
@@ -130,7 +130,7 @@ def _frozen(model: nn.Module) -> list[nn.Parameter]:
 
 
 def still_gives(expected: Tensor, forward: Callable[[], Tensor]) -> bool:
-    """Whether a changed model's scores are the same bits; not where it cannot compute them."""
+    """Whether a changed model's logits are the same bits; not where it cannot compute them."""
     try:
         return torch.equal(forward(), expected)
     except RuntimeError:  # two dtypes met outside of autocast, or the processor lacks a kernel for these sizes

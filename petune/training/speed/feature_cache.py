@@ -1,6 +1,6 @@
-"""What the frozen part of a model makes of each picture is computed once and kept on disk for all epochs.
+"""What the frozen part of a model makes of each image is computed once and kept on disk for all epochs.
 
-The result is that of a run without, to the bit where a picture's row does not depend on its neighbours in the batch
+The result is that of a run without, to the bit where an image's row does not depend on its neighbours in the batch
 (so on CPU): the same order, the same batches, the same numbers into the first layer that trains.
 
 Legend: B batch.
@@ -31,13 +31,13 @@ MARK_EVERY_S = 10.0
 
 
 class Features:
-    """What a prefix makes of the pictures of some splits.
+    """What a prefix makes of the images of some splits.
 
     Args:
         prefix: What is left out of the forward.
-        preprocess: From picture to the model's input.
+        preprocess: From image to the model's input.
         directory: Where to keep it: a folder for each split.
-        key: All that the values depend on, but the pictures.
+        key: All that the values depend on, but the images.
         device: Of the model.
         autocast: The number format of forward passes.
 
@@ -63,7 +63,7 @@ class Features:
         return functools.partial(self.logits, part) if part in self.stores else None
 
     def logits(self, part: str, positions: Tensor) -> Tensor:
-        """The model's output for pictures that are named by their place in a split, (B,)."""
+        """The model's output for images that are named by their place in a split, (B,)."""
         return self.prefix.forward(self.stores[part].read(positions.numpy(), self.device))
 
     def open(self, splits: Mapping[str, Split]) -> None:
@@ -103,7 +103,7 @@ class Features:
                 if now - said > SAY_EVERY_S:
                     done = start + batch_size
                     left_s = (now - began) / (done - first) * (len(split) - done)
-                    say(f"features of {part}: {done:,} of {len(split):,} pictures, {left_s / 60:.0f} min left")
+                    say(f"features of {part}: {done:,} of {len(split):,} images, {left_s / 60:.0f} min left")
                     said = now
             store.mark(len(split))
         finally:
@@ -116,18 +116,18 @@ class Features:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def why_too_large(prefix: Prefix, pictures: int, limit_gb: float, directory: Path) -> str:
-    """Why so many pictures' values may not be kept in `directory`, with all sizes; empty where they may."""
-    each = prefix.bytes_per_picture()
+def why_too_large(prefix: Prefix, images: int, limit_gb: float, directory: Path) -> str:
+    """Why so many images' values may not be kept in `directory`, with all sizes; empty where they may."""
+    each = prefix.bytes_per_image()
     held = sum(512 * file.stat().st_blocks for file in directory.glob("*/*"))  # by a run that was stopped
-    need, free = each * pictures, shutil.disk_usage(directory.parent).free + held
+    need, free = each * images, shutil.disk_usage(directory.parent).free + held
     if need <= min(limit_gb * 1e9, 0.9 * free):
         return ""
     advice = "make room there"
     if need > limit_gb * 1e9:
         advice = "change it with --set train.feature_cache_gb=GB"
     return (
-        f"{pictures:,} pictures at {each / 1e3:,.1f} kB each need {need / 1e9:,.2f} GB in {directory}, but "
+        f"{images:,} images at {each / 1e3:,.1f} kB each need {need / 1e9:,.2f} GB in {directory}, but "
         f"train.feature_cache_gb allows {limit_gb:g} GB and {free / 1e9:,.1f} GB are free; {advice}"
     )
 
@@ -135,7 +135,7 @@ def why_too_large(prefix: Prefix, pictures: int, limit_gb: float, directory: Pat
 def stays_equal(
     prefix: Prefix, x_BCHW: Tensor, parameters: Mapping[str, nn.Parameter], autocast: Callable[[], torch.autocast]
 ) -> bool:
-    """Whether the forward without its prefix gives the same scores and gradients, shown on some pictures.
+    """Whether the forward without its prefix gives the same logits and gradients, shown on some images.
 
     The parameters are moved a little meanwhile, since one that starts at zero would hide what it multiplies; gradients
     are the caller's to clear, buffers and random state the caller's to put back.
@@ -147,7 +147,7 @@ def stays_equal(
         with torch.no_grad():
             for p in parameters.values():
                 p.add_(torch.randn_like(p), alpha=0.02)
-        whole, rest = (_scores_and_gradients(f, parameters, autocast) for f in (
+        whole, rest = (_logits_and_gradients(f, parameters, autocast) for f in (
             lambda: prefix.model(x_BCHW), lambda: prefix.forward(kept)
         ))  # fmt: skip
     finally:
@@ -158,20 +158,20 @@ def stays_equal(
     return same and all(torch.allclose(g, rest[1][key], rtol=1e-4, atol=1e-7) for key, g in whole[1].items())
 
 
-def _scores_and_gradients(
+def _logits_and_gradients(
     forward: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], autocast: Callable[[], torch.autocast]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     torch.manual_seed(0)
     for p in parameters.values():
         p.grad = None
     with autocast():
-        scores = forward()
-    scores.float().square().mean().backward()  # type: ignore[no-untyped-call]
-    return scores.detach(), {key: p.grad for key, p in parameters.items() if p.grad is not None}
+        logits = forward()
+    logits.float().square().mean().backward()  # type: ignore[no-untyped-call]
+    return logits.detach(), {key: p.grad for key, p in parameters.items() if p.grad is not None}
 
 
 def digest(split: Split) -> str:
-    """Of the rows of a split and of a thousand of its pictures, spread evenly."""
+    """Of the rows of a split and of a thousand of its images, spread evenly."""
     found: Any = hashlib.sha256(split.rows.tobytes())
     found.update(f"{split.images.shape} {split.crop}".encode())
     for row in split.rows[:: max(1, len(split) // 1000)]:

@@ -1,6 +1,6 @@
-"""What a frozen prefix makes of the pictures of a split, on disk: complete up to a mark, whatever happens meanwhile.
+"""What a frozen prefix makes of the images of a split, on disk: complete up to a mark, whatever happens meanwhile.
 
-Legend: B batch, N pictures.
+Legend: B batch, N images.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from petune.base.files import replace_file
 from petune.data.batches import moved
 
 Kind = tuple[tuple[int, ...], torch.dtype]
-"""Shape of one picture's value and its dtype."""
+"""Shape of one image's value and its dtype."""
 
 MARK = "mark.json"
 
 
 class Store:
-    """Values of N pictures, one memory-mapped file for each kind of value.
+    """Values of N images, one memory-mapped file for each kind of value.
 
     Args:
         directory: Made now; what another key has left there is thrown away.
         key: All that the values depend on.
         count: N.
-        kinds: What there is of each picture.
+        kinds: What there is of each image.
 
     Raises:
         OSError: The directory cannot be written, or has no room.
@@ -48,7 +48,7 @@ class Store:
         self._rows = [self._map(number, kind) for number, kind in enumerate(self.kinds)]
 
     def write(self, start: int, values: Sequence[Tensor]) -> None:
-        """Put in the values, (B, …) each, of the pictures from `start` on."""
+        """Put in the values, (B, …) each, of the images from `start` on."""
         for rows, value, (shape, dtype) in zip(self._rows, values, self.kinds, strict=True):
             if tuple(value.shape[1:]) != shape or value.dtype != dtype:
                 raise ValueError(
@@ -58,14 +58,14 @@ class Store:
             rows[start : start + len(value)] = plain.numpy()
 
     def mark(self, done: int) -> None:
-        """All pictures before `done` are in: what is written is synced first, so the mark never promises too much."""
+        """All images before `done` are in: what is written is synced first, so the mark never promises too much."""
         for rows in self._rows:
             rows.flush()
         replace_file(self.directory / MARK, json.dumps({"key": self.key, "done": done}).encode())
         self.done = done
 
     def read(self, positions: NDArray[np.int64], device: torch.device) -> list[Tensor]:
-        """The values of these pictures, (B, …) each, on the device."""
+        """The values of these images, (B, …) each, on the device."""
         values = []
         for rows, (shape, dtype) in zip(self._rows, self.kinds, strict=True):
             raw = torch.from_numpy(np.ascontiguousarray(rows[positions])).view(dtype)
@@ -96,5 +96,5 @@ class Store:
 
 
 def bytes_of(kind: Kind) -> int:
-    """Of one picture's value."""
+    """Of one image's value."""
     return torch.Size(kind[0]).numel() * kind[1].itemsize

@@ -1,7 +1,7 @@
 """What of a forward never changes while training, and a forward without it.
 
 One forward is watched: which modules are called, and which tensors each operation outside of them reads. A module that
-is frozen, in eval mode and reached by no gradient is a pure function of the picture: it need not run again. Of such
+is frozen, in eval mode and reached by no gradient is a pure function of the image: it need not run again. Of such
 modules the outputs that anything else reads are kept (or, where that is less, what enters the modules that read them);
 the others' only have to have the right shape.
 
@@ -31,8 +31,8 @@ class Leaf:
 
     Attributes:
         shape: Without the batch; None where the value is a constant, which `value` then is.
-        factor: Rows for each picture.
-        kept: Its place among the values that are kept for each picture; None where nobody reads it.
+        factor: Rows for each image.
+        kept: Its place among the values that are kept for each image; None where nobody reads it.
     """
 
     shape: tuple[int, ...] | None
@@ -51,7 +51,7 @@ class StandIn:
     spec: TreeSpec
 
     def output(self, kept: Sequence[Tensor], rows: int, device: torch.device) -> Any:
-        """What the module would have returned, as far as anybody reads it; blanks for so many pictures else."""
+        """What the module would have returned, as far as anybody reads it; blanks for so many images else."""
         values = []
         for leaf in self.leaves:
             if leaf.shape is None:
@@ -66,7 +66,7 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Entry:
-    """A module that runs, and the place of its first argument among the values that are kept for each picture."""
+    """A module that runs, and the place of its first argument among the values that are kept for each image."""
 
     module: nn.Module
     kept: int
@@ -80,9 +80,9 @@ class Prefix:
         model: The model.
         stand_ins: The modules that are left out, in the order of the forward.
         entries: Modules that get what was kept.
-        kept: Shape (without the batch) and dtype of what is kept of each picture.
-        image_shape: Of a picture, (channels, height, width).
-        lean: Whether what nobody reads is given for one picture, whatever the batch: what a model's own code makes of
+        kept: Shape (without the batch) and dtype of what is kept of each image.
+        image_shape: Of an image, (channels, height, width).
+        lean: Whether what nobody reads is given for one image, whatever the batch: what a model's own code makes of
             it then costs nothing. A model may need it for as many as there are.
     """
 
@@ -93,8 +93,8 @@ class Prefix:
     image_shape: tuple[int, ...]
     lean: bool = False
 
-    def bytes_per_picture(self) -> int:
-        """How much is kept of one picture."""
+    def bytes_per_image(self) -> int:
+        """How much is kept of one image."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.kept)
 
     def forward(self, kept: Sequence[Tensor]) -> Tensor:
@@ -108,7 +108,7 @@ class Prefix:
         return out
 
     def compute(self, x_BCHW: Tensor) -> list[Tensor]:
-        """What is to be kept of these pictures; the forward ends where the last of it is there."""
+        """What is to be kept of these images; the forward ends where the last of it is there."""
         found: dict[int, Tensor] = {}
 
         def keep(place: int | None, value: Any) -> None:
@@ -128,21 +128,21 @@ class _Enough(Exception):
     """Ends a forward whose rest is not needed."""
 
 
-def find_prefix(model: nn.Module, pictures: Callable[[int], Tensor]) -> Prefix | None:
+def find_prefix(model: nn.Module, images: Callable[[int], Tensor]) -> Prefix | None:
     """The frozen prefix of a model in train mode, or None where there is none that is worth it.
 
     Args:
         model: As it trains; its buffers and the random state are the caller's to put back.
-        pictures: Makes so many different pictures.
+        images: Makes so many different images.
     """
-    x = pictures(5)
+    x = images(5)
     first, second = (Recorder(model).record(part) for part in (x[:2], x[2:]))
     calls = first.left_out()
     if calls is None or not worth_it(model, (p for c in calls for p in first.calls[c].module.parameters())):
         return None
     twins = {c.module: c for c in second.calls}
     found = [_cut(first, twins, calls, first.entries(calls) if early else {}) for early in (False, True)]
-    return min((p for p in found if p is not None), key=Prefix.bytes_per_picture, default=None)
+    return min((p for p in found if p is not None), key=Prefix.bytes_per_image, default=None)
 
 
 def _cut(first: Recorder, twins: dict[nn.Module, Call], calls: set[int], entries: dict[int, int]) -> Prefix | None:
@@ -171,7 +171,7 @@ def _cut(first: Recorder, twins: dict[nn.Module, Call], calls: set[int], entries
 
 
 def _leaf(a: Any, b: Any, live: set[int], kept: list[tuple[tuple[int, ...], torch.dtype]]) -> Leaf | None:
-    """From an output for two pictures and for three others; None where it is nothing that can be kept."""
+    """From an output for two images and for three others; None where it is nothing that can be kept."""
     if not isinstance(a, Tensor):
         return Leaf(None, value=a) if a == b else None
     if a.shape == b.shape and torch.equal(a, b):
@@ -181,7 +181,7 @@ def _leaf(a: Any, b: Any, live: set[int], kept: list[tuple[tuple[int, ...], torc
         return None
     if id(a) not in live:
         return Leaf(shape, a.dtype, factor)
-    if factor != 1:  # rows that are not pictures: windows
+    if factor != 1:  # rows that are not images: windows
         return None
     kept.append((shape, a.dtype))
     return Leaf(shape, a.dtype, kept=len(kept) - 1)

@@ -15,7 +15,7 @@ LEAN = 16 << 20
 
 
 @contextmanager
-def heap_kept(lean: bool) -> Iterator[bool]:
+def keep_heap(lean: bool) -> Iterator[bool]:
     """Inside, freed memory stays with the process, so that the next step need not fault it in again, page by page.
 
     By itself glibc moves both of its thresholds with what it happens to free. On the machine of docs/speed.md that

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from petune.training.speed.bf16_weights import still_gives
 
-PICTURES = 2
+IMAGES = 2
 FEW_ROWS, SMALL = 4096, 2**19
 """A weight is laid out twice more (once for each direction) where that is cheap: see `_worth_it`."""
 ROOM = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**34) // 16
@@ -23,7 +23,7 @@ ROOM = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, 
 
 
 @contextmanager
-def fast_products(model: nn.Module, forward: Callable[[], Tensor], batch_size: int) -> Iterator[int]:
+def use_onednn_linear(model: nn.Module, forward: Callable[[], Tensor], batch_size: int) -> Iterator[int]:
     """Inside, layers with frozen bfloat16 weights multiply by oneDNN's product; the model is afterwards as it was.
 
     torch's product first copies the bias to all rows of its output, and lays the weight out anew at every call. On an
@@ -32,9 +32,9 @@ def fast_products(model: nn.Module, forward: Callable[[], Tensor], batch_size: i
     same is tried out, forward and backward.
 
     Args:
-        model: Its frozen weights are stored in bfloat16 already, see `frozen_in_bfloat16`.
-        forward: Scores of `PICTURES` pictures under autocast, always the same ones.
-        batch_size: So many pictures go through the model at once.
+        model: Its frozen weights are stored in bfloat16 already, see `store_in_bf16`.
+        forward: Logits of `IMAGES` images under autocast, always the same ones.
+        batch_size: So many images go through the model at once.
 
     Yields:
         How many layers multiply so: none where torch has no oneDNN, or it rounds otherwise.
@@ -44,7 +44,7 @@ def fast_products(model: nn.Module, forward: Callable[[], Tensor], batch_size: i
     room = ROOM
     try:
         for layer, seen in rows.items():
-            count, size = seen * batch_size // PICTURES, 4 * layer.weight.numel()
+            count, size = seen * batch_size // IMAGES, 4 * layer.weight.numel()
             weights = _Weights.of(layer, count, _worth_it(layer, count) and size <= room)
             if weights is not None:
                 room -= size if weights.lay_out else 0
@@ -73,7 +73,7 @@ def _can(layer: nn.Linear) -> bool:
 
 
 def _rows(layers: list[nn.Linear], forward: Callable[[], Tensor]) -> tuple[dict[nn.Linear, int], Tensor]:
-    """How many rows each layer multiplies in one call, and the scores."""
+    """How many rows each layer multiplies in one call, and the logits."""
     rows: dict[nn.Linear, int] = {}
 
     def count(layer: Any, args: Any, output: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from petune.base.errors import ConfigError
-from petune.injector.hooks.base import Branch, Gather
+from petune.injector.hooks.base import Gather, Parallel
 
 if TYPE_CHECKING:
     from petune.injector.attachment import Attachment
@@ -73,7 +73,7 @@ def checkpointable(attachment: Attachment) -> list[nn.Module]:
     block_of = {id(m): number for number, block in enumerate(whole) for m in block.modules()}
     torn: set[int | None] = set()
     for holder, passed in attachment.edit.holders:
-        if isinstance(holder, Branch | Gather):
+        if isinstance(holder, Parallel | Gather):
             ends = {block_of.get(id(m)) for site in passed for m in site.modules}
             torn |= ends if len(ends) > 1 else set()
     return [block for number, block in enumerate(whole) if number not in torn]

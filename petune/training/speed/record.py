@@ -51,7 +51,7 @@ class Recorder(TorchFunctionMode):
         self._seen: dict[int, int] = {}  # identity of every tensor so far, to its number
 
     def record(self, x: Tensor) -> Recorder:
-        """Run the model on pictures (B, channels, height, width)."""
+        """Run the model on images (B, channels, height, width)."""
         self.x = x
         self._see((x,))
         modules = [m for m in self.model.modules() if m is not self.model]
@@ -96,7 +96,7 @@ class Recorder(TorchFunctionMode):
             self._seen.setdefault(id(tensor), len(self._seen))
 
     def left_out(self) -> set[int] | None:
-        """Numbers of the calls that need not happen again; None where what trains reads the picture itself."""
+        """Numbers of the calls that need not happen again; None where what trains reads the image itself."""
         often = Counter(id(c.module) for c in self.calls)
         opened: set[int] = set()
         while True:

@@ -18,11 +18,11 @@ from petune.sites.forward import undisturbed
 from petune.training.events import Note
 from petune.training.precision import why_slow
 from petune.training.probe import statistics_need_two
-from petune.training.speed.bf16_weights import frozen_in_bfloat16
+from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.feature_cache import Features, stays_equal, why_too_large
 from petune.training.speed.frozen_prefix import Prefix, find_prefix, worth_it
-from petune.training.speed.malloc import heap_kept
-from petune.training.speed.onednn_linear import PICTURES, fast_products
+from petune.training.speed.malloc import keep_heap
+from petune.training.speed.onednn_linear import IMAGES, use_onednn_linear
 from petune.training.speed.recompute import recomputed
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ FEATURES = "features"
 
 
 @contextmanager
-def made_cheaper(trainer: Trainer) -> Iterator[None]:
+def apply_speedups(trainer: Trainer) -> Iterator[None]:
     """Inside, the trainer trains with cached features, stored bfloat16, recomputed blocks, compiled, as configured.
 
     Raises:
@@ -45,12 +45,12 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
             trainer.on_event(Note(slow))
         plan = _planned(trainer)  # with the backbone's own weights, which the features are then known by
         if trainer.precision == "bf16" and trainer.sharded is None:
-            stack.enter_context(frozen_in_bfloat16(trainer.model, lambda: _scores(trainer), trainer.directory))
+            stack.enter_context(store_in_bf16(trainer.model, lambda: _logits(trainer), trainer.directory))
         if trainer.train.grad_checkpointing:
             stack.enter_context(recomputed(trainer.att))
         trainer.choose_micro_batch()
         if trainer.device.type == "cpu":
-            stack.enter_context(heap_kept(lean=trainer.train.grad_checkpointing))
+            stack.enter_context(keep_heap(lean=trainer.train.grad_checkpointing))
         if plan is not None:
             _fill(trainer, *plan)
             stack.callback(_without_features, trainer)
@@ -61,7 +61,7 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
             stack.callback(setattr, trainer, "logits", trainer.model)
         elif trainer.device.type == "cpu" and not trainer.train.grad_checkpointing:  # which is for memory
             size = trainer.progress.micro_batch
-            stack.enter_context(fast_products(trainer.model, lambda: _scores(trainer), size))
+            stack.enter_context(use_onednn_linear(trainer.model, lambda: _logits(trainer), size))
         try:
             yield
         except Diverged:  # another exception leaves them there, for the resume
@@ -70,8 +70,8 @@ def made_cheaper(trainer: Trainer) -> Iterator[None]:
         shutil.rmtree(trainer.directory / FEATURES, ignore_errors=True)
 
 
-def pictures_of(trainer: Trainer) -> Callable[[int], Tensor]:
-    """Gives the first so many training pictures, as the model sees them without augmentation."""
+def images_of(trainer: Trainer) -> Callable[[int], Tensor]:
+    """Gives the first so many training images, as the model sees them without augmentation."""
 
     def give(count: int) -> Tensor:
         rows = np.arange(count) % len(trainer.dataset.train)
@@ -80,10 +80,10 @@ def pictures_of(trainer: Trainer) -> Callable[[int], Tensor]:
     return give
 
 
-def _scores(trainer: Trainer) -> Tensor:
+def _logits(trainer: Trainer) -> Tensor:
     with undisturbed(trainer.model), torch.no_grad(), trainer.autocast():
-        scores: Tensor = trainer.model(pictures_of(trainer)(PICTURES))
-    return scores
+        logits: Tensor = trainer.model(images_of(trainer)(IMAGES))
+    return logits
 
 
 def _planned(trainer: Trainer) -> tuple[Prefix, str] | None:
@@ -100,7 +100,7 @@ def _planned(trainer: Trainer) -> tuple[Prefix, str] | None:
         reason = _why_not(trainer, prefix)
         proven = None if reason else _proven(trainer, prefix)
         if not (reason or proven):
-            reason = f"{trainer.att.sites.model} cannot be cut there: its scores or gradients would differ"
+            reason = f"{trainer.att.sites.model} cannot be cut there: its logits or gradients would differ"
     if reason and wanted == "always":
         raise ConfigError(f"cache_features=always cannot be done: {reason}; leave it at auto")
     if prefix is None:
@@ -119,7 +119,7 @@ def _prefix(trainer: Trainer) -> Prefix | None:
         return None
     with trainer.untouched(), trainer.autocast():
         trainer.att.train()
-        return find_prefix(trainer.model, pictures_of(trainer))
+        return find_prefix(trainer.model, images_of(trainer))
 
 
 def _why_not(trainer: Trainer, prefix: Prefix) -> str:
@@ -128,7 +128,7 @@ def _why_not(trainer: Trainer, prefix: Prefix) -> str:
     changing = [] if train.augment == "none" else [f"augment={train.augment}"]
     changing += [f"{name}={value:g}" for name, value in (("mixup", train.mixup), ("cutmix", train.cutmix)) if value]
     if changing:
-        return f"{', '.join(changing)} shows other pictures each time; with --augment none they would be computed once"
+        return f"{', '.join(changing)} shows other images each time; with --augment none they would be computed once"
     if train.grad_checkpointing:
         return "grad_checkpointing computes blocks again"
     if trainer.group.size > 1:
@@ -138,7 +138,7 @@ def _why_not(trainer: Trainer, prefix: Prefix) -> str:
 
 
 def _proven(trainer: Trainer, prefix: Prefix) -> Prefix | None:
-    """The prefix, lean where the model makes do with that, once its scores and gradients are those of the whole."""
+    """The prefix, lean where the model makes do with that, once its logits and gradients are those of the whole."""
     return next((one for one in (replace(prefix, lean=True), prefix) if _same(trainer, one)), None)
 
 
@@ -146,7 +146,7 @@ def _same(trainer: Trainer, prefix: Prefix) -> bool:
     with trainer.untouched():
         try:
             trainer.att.train()
-            return stays_equal(prefix, pictures_of(trainer)(4), trainer.params, trainer.autocast)
+            return stays_equal(prefix, images_of(trainer)(4), trainer.params, trainer.autocast)
         except RuntimeError:  # whatever a model's code makes of blanks in place of what it does not use
             return False
 
@@ -164,7 +164,7 @@ def _fill(trainer: Trainer, prefix: Prefix, key: str) -> None:
             raise ConfigError(f"cache_features=always cannot be done: {reason}") from None
         trainer.on_event(Note(f"the frozen layers are computed anew in every epoch: {reason}"))
         return
-    size = sum(len(s) for s in splits.values()) * prefix.bytes_per_picture()
+    size = sum(len(s) for s in splits.values()) * prefix.bytes_per_image()
     trainer.on_event(
         Note(
             f"the frozen layers are computed once: {size / 1e6:,.1f} MB in {features.directory}, removed at the end "

@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {"linear": {}, "partial": {}, "lst": {"redu
 FEW_KEPT = {
     "linear": 12 * 4,
     "partial": 5 * 12 * 4,
-}  # bytes a picture: what enters the head, what enters the last block
+}  # bytes an image: what enters the head, what enters the last block
 
 
 class Killed(BaseException):
@@ -43,7 +43,7 @@ def _attachment(method: str, *, pool: str = "token", options: dict[str, Any] | N
 
 
 def _count(module: nn.Module) -> list[int]:
-    """How many pictures go through the module, from now on."""
+    """How many images go through the module, from now on."""
     seen: list[int] = []
     module.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     original = module.forward
@@ -79,7 +79,7 @@ def test_a_run_with_features_equals_one_without_to_the_bit(
     assert not (tmp_path / "b" / "features").exists()
 
 
-def test_each_picture_goes_through_the_frozen_part_once(make_trainer: Make) -> None:
+def test_each_image_goes_through_the_frozen_part_once(make_trainer: Make) -> None:
     att = _attachment("linear")
     trainer = make_trainer(att, augment="none", epochs=10)
     seen = _count(att.model.blocks[1])
@@ -91,12 +91,12 @@ def test_each_picture_goes_through_the_frozen_part_once(make_trainer: Make) -> N
 
 
 @pytest.mark.parametrize("method", FEW_KEPT)
-def test_little_is_kept_of_a_picture(method: str) -> None:
+def test_little_is_kept_of_a_image(method: str) -> None:
     att = _attachment(method)
     att.train()
     prefix = find_prefix(att.model, lambda n: torch.randn(n, 3, 8, 8))
     assert prefix is not None
-    assert prefix.bytes_per_picture() == FEW_KEPT[method]
+    assert prefix.bytes_per_image() == FEW_KEPT[method]
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "vpt", "bitfit", "full"])
@@ -116,9 +116,9 @@ def test_what_trains_from_below_has_no_frozen_prefix(method: str, make_trainer: 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"augment": "shift"}, "augment=shift shows other pictures each time; with --augment none"),
-        ({"augment": "none", "mixup": 0.5}, "mixup=0.5 shows other pictures"),
-        ({"augment": "none", "feature_cache_gb": 1e-6}, "35 pictures at 0.0 kB each need 0.00 GB"),
+        ({"augment": "shift"}, "augment=shift shows other images each time; with --augment none"),
+        ({"augment": "none", "mixup": 0.5}, "mixup=0.5 shows other images"),
+        ({"augment": "none", "feature_cache_gb": 1e-6}, "35 images at 0.0 kB each need 0.00 GB"),
         ({"augment": "none", "grad_checkpointing": True}, "grad_checkpointing computes blocks again"),
     ],
 )
@@ -164,7 +164,7 @@ def test_stopped_or_killed_at_any_step_and_resumed(method: str, tmp_path: Path, 
             _trained_with(make_trainer, place, method, stop=stop, on_event=watch)
         assert (place / "features" / "train" / "mark.json").exists()
         seen = _resumed_counting(make_trainer, place, method, expected)
-        assert seen < 20  # the proofs, and no picture of the splits
+        assert seen < 20  # the proofs, and no image of the splits
 
         def kill(event: Event, at: int = step) -> None:
             if isinstance(event, StepDone) and event.step == at:
@@ -245,11 +245,11 @@ def test_a_model_that_cannot_be_cut_is_found_out(make_trainer: Make) -> None:
     notes: list[str] = []
     make_trainer(att, augment="none", on_event=lambda e: notes.extend([e.text] if isinstance(e, Note) else [])).fit()
     assert len(notes) == 1
-    assert "Skips cannot be cut there: its scores or gradients would differ" in notes[0]
+    assert "Skips cannot be cut there: its logits or gradients would differ" in notes[0]
 
 
 class Counts(nn.Module):
-    """Its own code asks how many pictures there are of what a frozen module gave."""
+    """Its own code asks how many images there are of what a frozen module gave."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize(
     ("model", "lean"), [(Counts, False), (lambda: timm.create_model("vit_tiny_patch16_224", **SIZE), True)]
 )
-def test_blanks_are_of_one_picture_where_a_model_makes_do_with_it(
+def test_blanks_are_of_one_image_where_a_model_makes_do_with_it(
     model: Callable[[], nn.Module], lean: bool, make_trainer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     used, found, fill = set[bool](), [], Features.fill
@@ -288,7 +288,7 @@ def test_blanks_are_of_one_picture_where_a_model_makes_do_with_it(
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_and_gradients_of_the_rest_are_those_of_the_whole(method: str, pool: str) -> None:
+def test_logits_and_gradients_of_the_rest_are_those_of_the_whole(method: str, pool: str) -> None:
     att = _attachment(method, pool=pool)
     for p in att.tuned.values():
         nn.init.normal_(p, std=0.2)
@@ -298,9 +298,9 @@ def test_scores_and_gradients_of_the_rest_are_those_of_the_whole(method: str, po
     x, found = torch.randn(4, 3, 8, 8), []
     for forward in (lambda: att.model(x), lambda: prefix.forward(prefix.compute(x))):
         torch.manual_seed(2)
-        scores = forward()
-        scores.square().sum().backward()
-        found.append([scores, *(p.grad for p in att.parameters())])
+        logits = forward()
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in att.parameters())])
         for p in att.parameters():
             p.grad = None
     assert [torch.equal(a, b) for a, b in zip(*found, strict=True)] == [True] * len(found[0])
@@ -312,7 +312,7 @@ def test_a_resume_counts_what_lies_there_already_as_room(tmp_path: Path, monkeyp
     att.train()
     prefix = find_prefix(att.model, lambda n: torch.randn(n, 3, 8, 8))
     assert prefix is not None
-    need = 100 * prefix.bytes_per_picture()
+    need = 100 * prefix.bytes_per_image()
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=need // 2))
     assert "GB are free; make room there" in why_too_large(prefix, 100, 1.0, tmp_path)
     (tmp_path / "train").mkdir()

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import petune
 from petune.training.speed import malloc, onednn_linear
-from petune.training.speed.bf16_weights import frozen_in_bfloat16
-from petune.training.speed.malloc import heap_kept
-from petune.training.speed.onednn_linear import fast_products
+from petune.training.speed.bf16_weights import store_in_bf16
+from petune.training.speed.malloc import keep_heap
+from petune.training.speed.onednn_linear import use_onednn_linear
 from tests.tiny import randomised, tiny
-from tests.training.steps import same, scores_of, step
+from tests.training.steps import logits_of, same, step
 
 try:
     onednn_linear._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
@@ -34,8 +34,8 @@ LAYERS = 8  # of two blocks
 @contextmanager
 def _fast(att: petune.Attachment, batch_size: int = 2) -> Iterator[int]:
     with ExitStack() as stack:
-        stack.enter_context(frozen_in_bfloat16(att.model, scores_of(att.model)))
-        yield stack.enter_context(fast_products(att.model, scores_of(att.model), batch_size))
+        stack.enter_context(store_in_bf16(att.model, logits_of(att.model)))
+        yield stack.enter_context(use_onednn_linear(att.model, logits_of(att.model), batch_size))
 
 
 def _attached(method: str, **options: object) -> petune.Attachment:
@@ -58,7 +58,7 @@ METHODS: dict[str, tuple[dict[str, object], int]] = {
 
 @pytest.mark.parametrize("laid_out", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_scores_and_gradients_are_the_same_bits(method: str, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_gradients_are_the_same_bits(method: str, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_linear, "_worth_it", lambda layer, rows: laid_out)
     options, layers = METHODS[method]
     att = _attached(method, **options)
@@ -92,11 +92,11 @@ def test_rows_that_do_not_lie_behind_each_other() -> None:
             out = model(x)
         return out.detach(), torch.autograd.grad(out.sum(), x)[0]
 
-    def scores() -> Tensor:
+    def logits() -> Tensor:
         return turned()[0]
 
     expected = turned()
-    with frozen_in_bfloat16(model, scores), fast_products(model, scores, 2) as count:
+    with store_in_bf16(model, logits), use_onednn_linear(model, logits, 2) as count:
         assert count == 4
         assert all(torch.equal(a, b) for a, b in zip(turned(), expected, strict=True))
 
@@ -165,7 +165,7 @@ def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
     layer = model[0]
     with (
         torch.autocast("cpu", torch.bfloat16),
-        fast_products(model, lambda: layer(input=x), 2) as count,
+        use_onednn_linear(model, lambda: layer(input=x), 2) as count,
     ):
         assert count == 1
         plain = layer(input=x)
@@ -197,7 +197,7 @@ def test_layers_come_back_after_an_error() -> None:
 def test_outside_of_autocast_a_layer_says_what_it_said() -> None:
     model = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 8)
-    with fast_products(model, lambda: model(x.bfloat16()), 2) as count:
+    with use_onednn_linear(model, lambda: model(x.bfloat16()), 2) as count:
         assert count == 1
         with pytest.raises(RuntimeError, match="same dtype"):
             model(x)
@@ -205,8 +205,8 @@ def test_outside_of_autocast_a_layer_says_what_it_said() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from petune.training.speed.malloc import heap_kept
-with heap_kept(lean=sys.argv[1] == "lean") as on:
+from petune.training.speed.malloc import keep_heap
+with keep_heap(lean=sys.argv[1] == "lean") as on:
     torch.ones(5 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
@@ -230,7 +230,7 @@ def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back(kind: str, low
 )
 def test_what_the_user_has_set_stays(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    with heap_kept(lean=False) as on:
+    with keep_heap(lean=False) as on:
         assert not on
 
 
@@ -243,5 +243,5 @@ def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ctypes, "CDLL", never)
     monkeypatch.setattr(os, "confstr", unknown)
-    with heap_kept(lean=False) as on:
+    with keep_heap(lean=False) as on:
         assert not on

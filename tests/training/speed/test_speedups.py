@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import petune
 from petune.base.errors import ConfigError
 from petune.injector.load import fingerprint
-from petune.training.speed.bf16_weights import frozen_in_bfloat16
+from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.recompute import checkpointable, recomputed
 from tests.tiny import X, tiny
-from tests.training.steps import same, scores_of, step
+from tests.training.steps import logits_of, same, step
 
 Make = Callable[..., Any]
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ def _counted(module: nn.Module) -> list[None]:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in {"linear", "lst"}])
-def test_recomputed_blocks_give_the_same_scores_and_gradients(method: str) -> None:
+def test_recomputed_blocks_give_the_same_logits_and_gradients(method: str) -> None:
     att = _attached(method)
     plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
@@ -121,7 +121,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str
     before = {key: t.clone() for key, t in att.model.state_dict().items()}
     identity, plain = fingerprint(att), step(att, bf16=True)
 
-    with frozen_in_bfloat16(att.model, scores_of(att.model), directory) as size:
+    with store_in_bf16(att.model, logits_of(att.model), directory) as size:
         assert list(tmp_path.iterdir()) == []  # nothing that a kill could leave behind
         assert same(step(att, bf16=True), plain)
         assert all(p.dtype == torch.float32 for p in att.parameters())
@@ -149,21 +149,21 @@ def test_weights_that_are_read_otherwise_stay_as_they_are() -> None:
     torch.manual_seed(0)
     model = Reads(tiny()).requires_grad_(False)
 
-    with frozen_in_bfloat16(model, scores_of(model)):
+    with store_in_bf16(model, logits_of(model)):
         assert model.inside.blocks[0].mlp.fc1.weight.dtype == torch.float32
         assert model.inside.blocks[0].mlp.fc2.weight.dtype == torch.bfloat16
         assert model.inside.norm.weight.dtype == model.inside.pos_embed.dtype == torch.float32
 
 
-def test_weights_stay_as_they_are_where_the_scores_would_differ() -> None:
+def test_weights_stay_as_they_are_where_the_logits_would_differ() -> None:
     model, calls = tiny().requires_grad_(False), [0.0, 1.0]
     with torch.autocast("cpu", torch.bfloat16):
         model(X)
 
-        def scores() -> Tensor:
+        def logits() -> Tensor:
             return model(X) + calls.pop()
 
-        with frozen_in_bfloat16(model, scores) as size:
+        with store_in_bf16(model, logits) as size:
             assert size == 0
             assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -171,7 +171,7 @@ def test_weights_stay_as_they_are_where_the_scores_would_differ() -> None:
 def test_they_come_back_after_an_error_too() -> None:
     model = tiny().requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), frozen_in_bfloat16(model, lambda: model(X)):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), store_in_bf16(model, lambda: model(X)):
         raise KeyError
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
