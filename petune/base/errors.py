@@ -29,9 +29,18 @@ from collections.abc import Iterable
 
 
 class PetuneError(Exception):
-    """Base of every error that petune raises on purpose."""
+    """Base of every error that petune raises on purpose.
+
+    Args:
+        message: What happened and what to do, in terms of Python arguments.
+        cli_hint: The same advice as flags; the command line prints it after the message.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, cli_hint: str = "") -> None:
+        super().__init__(message)
+        self.cli_hint = cli_hint
 
 
 class UsageError(PetuneError):

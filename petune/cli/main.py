@@ -101,7 +101,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
         if not is_said_elsewhere(error):
-            _tell(f"error: {error}", debug)
+            hint = f". {error.cli_hint}" if error.cli_hint else ""
+            _tell(f"error: {error}{hint}", debug)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
