@@ -16,7 +16,7 @@ from petune.runner.sweep.space import Range, corners, grid, parse_over, propose,
     [
         ("bottleneck=8,16", ("bottleneck", (8, 16))),
         ("deep=true,false", ("deep", (True, False))),
-        ("variant=paddle_study", ("variant", ("seed",))),
+        ("variant=paddle_study", ("variant", ("paddle_study",))),
         ("train.lr=1e-4..1e-2:log", ("train.lr", Range(low=1e-4, high=1e-2, log=True))),
         ("r=1..8", ("r", Range(low=1, high=8))),
         ("file=../a,../b", ("file", ("../a", "../b"))),
