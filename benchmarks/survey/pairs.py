@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import petune
 from petune.injector.hooks.base import Parallel, Prompts
 from petune.injector.hooks.hidden_prompts import HiddenPrompts
-from petune.injector.registry import build_tuner
-from petune.runner.run import parse_method
+from petune.injector.registry import build_tuner, parse_method
 
 
 @dataclass(frozen=True)

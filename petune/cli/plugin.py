@@ -62,9 +62,9 @@ def check(method: Method, json: Json = False) -> None:
 
 def _check(method: str) -> Iterator[Checked]:
     from petune.base.errors import AttachError
+    from petune.injector.registry import parse_method
     from petune.plugin_dev.contract import examine
     from petune.plugin_dev.tiny_models import tiny_models
-    from petune.runner.run import parse_method
 
     name, options = parse_method(method)
     for library, build in tiny_models().items():

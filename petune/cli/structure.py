@@ -100,13 +100,11 @@ def plan_of(method: str, model: Any, sites: Sites, recipe: Recipe | None = None)
     from petune.injector.attach import attach
     from petune.injector.registry import build_tuner
     from petune.runner.provenance import forward_flops
-    from petune.runner.run import parse_method
 
-    name, options = parse_method(method)
-    tuner = build_tuner(name, **options)
+    tuner = build_tuner(method)
     with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attachment: Attachment = attach(model, tuner, name=name)
+        attachment: Attachment = attach(model, tuner)
         cost = forward_flops(model, sites.input_size)
         counts = attachment.counts
         attachment.detach()

@@ -13,7 +13,7 @@ from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.injector.attachment import Attachment
 from petune.injector.edit import Edit
-from petune.injector.registry import blamed, build_tuner
+from petune.injector.registry import blamed, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.find import find_sites
@@ -38,7 +38,7 @@ def attach(
 
     Args:
         model: Any image classifier; not compiled yet.
-        method: A registered name with `options`, or a Tuner, or its config.
+        method: A registered name (options can be part of it: `vpt:deep=false`), a Tuner, or its config.
         sites: From `find_sites`; found now if None.
         name: Distinguishes attachments on one model; the method's name by default.
         train_head: Whether the classifier trains too.
@@ -58,7 +58,7 @@ def attach(
     if next(model.parameters(), None) is None:
         raise AttachError(f"a method is attached to a model with weights, but {type(model).__name__} has no parameter")
     tuner = copy.copy(build_tuner(method, **options))  # what it keeps of this model is not another attachment's
-    name = name or (method if isinstance(method, str) else type(tuner).__name__.lower())
+    name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
     before = trainable_state_of(model)
     _refuse_parts(model, before)
@@ -82,6 +82,10 @@ def attach(
         edit.undo()
         raise
     return attachment
+
+
+def _default_name(tuner: Tuner[Any]) -> str:
+    return tuner.method or type(tuner).__name__.lower()
 
 
 def label_of(name: str) -> str:

@@ -78,16 +78,16 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
 
 
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:
-    """A configured tuner.
+    """Build a configured tuner.
 
     Args:
-        method: A registered name, a Tuner, or the config of a registered tuner. `family:kind` is the tuner `family`
-            with the option `type=kind`, as `peft:ia3`.
-        **options: For a name: the tuner's options.
+        method: A registered name, a Tuner, or the config of a registered tuner. A name may hold options, as
+            `vpt:deep=false`; `family:kind` is the tuner `family` with the option `type=kind`, as `peft:ia3`.
+        **options: The tuner's options, where `method` is a name.
 
     Raises:
         UnknownName, PluginError: See `load_tuner`.
-        ConfigError: An option is unknown or wrong.
+        ConfigError: An option is unknown, wrong or given twice.
     """
     from petune.injector.tuner import Tuner, TunerConfig
 
@@ -103,14 +103,16 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
         raise UnknownName("method", type(method).__name__, [], "pass the Tuner itself: MyTuner(config)")
     if not isinstance(method, str) or not method:
         raise UnknownName("method", str(method), {t.name for t in tuners()}, "pass a name, a Tuner or its config")
+    method, given = parse_method(method)
+    twice = given.keys() & options.keys()
+    if twice:
+        raise ConfigError(f"{', '.join(sorted(twice))} is given twice, in the method's name and as a keyword")
+    options = {**given, **options}
     family, colon, kind = method.partition(":")
     cls = load_tuner(family)
     if colon and "type" not in cls.Config.model_fields:
         known = cls.Config.model_fields
         option, near = (kind, "") if kind in known else ("OPTION", near_names(kind, known))
-        if "=" in kind:  # how the command line has them, and configurations
-            keyword = f'"{family}", {kind.partition("=")[0]}=VALUE'
-            raise ConfigError(f"in Python options are keywords, {keyword}, but the method is {method!r}")
         raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {method!r}{near}")
     given = {"type": kind, **options} if colon else options
     config = cls.Config.build(given, f"the options of {method}")
@@ -118,6 +120,22 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
         tuner = cls(config)
     tuner.method = family
     return tuner
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Split a method into its name and options: `vpt:deep=false` is `("vpt", {"deep": False})`.
+
+    A name may hold a colon itself, as `peft:ia3` does.
+
+    Raises:
+        ConfigError: An option is not of the form key=value.
+    """
+    from petune.base.config import parse_options
+
+    name, colon, options = text.rpartition(":")
+    if colon and "=" in options:
+        return name, parse_options(options)
+    return text, {}
 
 
 @contextlib.contextmanager

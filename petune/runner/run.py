@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.backbones.create import Backbone, HeadKind, check_weights, create_backbone, input_side
 from petune.backbones.weights import from_anywhere, load_adapters
 from petune.base.arguments import check_watch
-from petune.base.config import Config, UserPath, parse_options
+from petune.base.config import Config, UserPath
 from petune.base.distributed import ALONE, Group, join
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
 from petune.data.manifest import digests
@@ -207,16 +207,7 @@ def statistics_note(backbone: Backbone) -> str | None:
 
 def tuner_of(config: RunConfig) -> Tuner[Any]:
     """The method with its options."""
-    name, options = parse_method(config.method)
-    return build_tuner(name, **options)
-
-
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """`vpt:deep=false` → `("vpt", {"deep": False})`; a name may itself hold a colon, as `peft:ia3`."""
-    head, colon, tail = text.rpartition(":")
-    if colon and "=" in tail:
-        return head, parse_options(tail)
-    return text, {}
+    return build_tuner(config.method)
 
 
 def default_name(config: RunConfig) -> str:

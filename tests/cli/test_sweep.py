@@ -13,7 +13,7 @@ import yaml
 
 import petune as library
 from petune.base.errors import ConfigError, Diverged, Stopped
-from petune.runner.run import parse_method
+from petune.injector.registry import parse_method
 from petune.runner.sweep.trials import SweepConfig
 
 Run = Callable[..., Any]

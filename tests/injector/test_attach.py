@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import petune
 from petune.base.errors import AttachError, ConfigError, DeadSite, NotMergeable, SiteNotFound, UnknownName
-from petune.runner.run import parse_method
 from tests.tiny import X, tiny
 
 METHODS = ["adaptformer", "vpt", "linear", "full"]
@@ -240,12 +239,16 @@ def test_wrong_methods_and_options() -> None:
         petune.attach(tiny(), "adaptformr")
     with pytest.raises(ConfigError, match="bottlneck: no such key; did you mean 'bottleneck'"):
         petune.attach(tiny(), "adaptformer", bottlneck=3)
-    with pytest.raises(
-        ConfigError, match=r'options are keywords, "vpt", deep=VALUE, but the method is \'vpt:deep=false\''
-    ):
-        petune.attach(tiny(), "vpt:deep=false")
+    with pytest.raises(ConfigError, match="deep is given twice"):
+        petune.attach(tiny(), "vpt:deep=false", deep=True)
     with pytest.raises(AttachError, match="input_size"):
         petune.attach(nn.Sequential(nn.Linear(3, 3)), "linear")
+
+
+def test_options_in_the_name_of_the_method() -> None:
+    att = petune.attach(tiny(), "vpt:deep=false,num_prompts=3")
+    assert att.name == "vpt"
+    assert att.tuner.config.model_dump().items() >= {"deep": False, "num_prompts": 3}.items()
 
 
 def test_a_model_without_attention_is_refused_by_block_methods_only() -> None:
@@ -306,9 +309,8 @@ def test_no_activation_is_kept(method: str) -> None:
         "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2),
         num_heads=(2, 4), num_classes=3,
     ) if method.startswith("vpt") else tiny()  # fmt: skip
-    name, options = parse_method(method)
     before = held(model)
-    att = petune.attach(model, name, **options)
+    att = petune.attach(model, method)
     assert held(model) - before <= sum(p.numel() for p in att.head.values())  # the head's values from before
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from petune.base.distributed import num_processes
 from petune.base.errors import UnknownName, UsageError
+from petune.injector.registry import parse_method
 from petune.runner.executors.trial import Executor, Outcome, Wanted, Watch, serial
-from petune.runner.run import RunConfig, parse_method
+from petune.runner.run import RunConfig
 
 EXECUTORS = ("serial", "ray", "slurm")
 

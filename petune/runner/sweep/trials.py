@@ -12,9 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from petune.base.config import Config, UserPath, override
 from petune.base.errors import CheckpointError, ConfigError, DataError, HubError, PetuneError, WeightsUnavailable
 from petune.base.files import replace_file
-from petune.injector.registry import build_tuner
+from petune.injector.registry import build_tuner, parse_method
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig, parse_method
+from petune.runner.run import RunConfig
 from petune.runner.run_dir import SWEEP_TABLE, TRIAL_FILE
 from petune.runner.sweep.space import Params, Range, Value, corners
 
