@@ -10,13 +10,15 @@ from typing import Any
 
 from petune.base.errors import DataError
 from petune.data.layout import folder_of, image_files, parts_of, size_and_time
-from petune.runner.run_dir import IMAGES_FILE, note, noted
 
-Held = dict[str, dict[str, str]]
+MANIFEST_FILE = "dataset_manifest.json"
+"""Name of the manifest in a run directory; the runner writes it."""
+
+Manifest = dict[str, dict[str, str]]
 """Split, then class, to the number of images and a digest of their names and sizes, as `61 3f0c…`."""
 
 
-def images_of(dataset: str) -> Held:
+def manifest_of(dataset: str) -> Manifest:
     """What a folder holds now, in a moment: no image is read. A folder that was copied holds the same.
 
     Args:
@@ -34,29 +36,21 @@ def images_of(dataset: str) -> Held:
     }
 
 
-def check_manifest(place: Path, dataset: str) -> None:
-    """Note in the directory `place` which images it begins with, or hold that they are still the same.
-
-    Args:
-        place: Of a run, or of many runs that are to be compared.
-        dataset: As in a configuration.
-
-    Raises:
-        DataError: They changed.
-    """
-    now, before = images_of(dataset), noted(place / IMAGES_FILE)
-    if now and not before:
-        note(place / IMAGES_FILE, now)
-    elif now and (changed := _changed(before, now)):
-        raise DataError(
-            f"the images of {dataset} must be those that {place} began with, since val and test are drawn from them, "
-            f"but {changed}. Put them back, or name another --output"
-        )
+def digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return one digest per split of a manifest, for the record."""
+    return {part: _digest(classes) for part, classes in manifest.items()}
 
 
-def digests(place: Path) -> dict[str, str]:
-    """One digest a split of what `check_manifest` noted there, for the record."""
-    return _digests(noted(place / IMAGES_FILE))
+def changes(before: Mapping[str, Any], now: Manifest) -> str:
+    """Describe the first three differences between two manifests; empty if there is none."""
+    found = []
+    for part in dict.fromkeys([*before, *now]):
+        old, new = before.get(part, {}), now.get(part, {})
+        for name in dict.fromkeys([*old, *new]):
+            had, has = str(old.get(name, "0")).split()[0], new.get(name, "0").split()[0]
+            if old.get(name) != new.get(name):
+                found.append(f"{part}/{name} had {had}, has {has}" + (" others" if had == has else ""))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def same_images(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
@@ -71,10 +65,10 @@ def same_images(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
     if folder_of(dataset).resolve() == folder_of(own).resolve():
         return True
     try:
-        now = images_of(dataset)
+        now = manifest_of(dataset)
     except DataError:  # no folder to train on, as test/ alone
         return False
-    return bool(before) and _digests(now) == dict(before)
+    return bool(before) and digests(now) == dict(before)
 
 
 def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
@@ -87,7 +81,7 @@ def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
     Raises:
         DataError: The training images changed, or there are other splits.
     """
-    now = images_of(dataset)
+    now = manifest_of(dataset)
     if before and now and (now.keys() != before.keys() or _digest(now["train"]) != before.get("train")):
         raise DataError(
             f"the training images of {dataset} must be those that the run had, since otherwise some of them may be "
@@ -100,21 +94,5 @@ def _said(images: Sequence[Path], place: Path) -> str:
     return f"{len(images)} {_digest([(str(p.relative_to(place)), size_and_time(p)[0]) for p in images])}"
 
 
-def _digests(held: Mapping[str, Any]) -> dict[str, str]:
-    return {part: _digest(classes) for part, classes in held.items()}
-
-
 def _digest(what: Any) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
-def _changed(before: Mapping[str, Any], now: Held) -> str:
-    """What changed, the first three; empty where nothing did."""
-    found = []
-    for part in dict.fromkeys([*before, *now]):
-        old, new = before.get(part, {}), now.get(part, {})
-        for name in dict.fromkeys([*old, *new]):
-            had, has = str(old.get(name, "0")).split()[0], new.get(name, "0").split()[0]
-            if old.get(name) != new.get(name):
-                found.append(f"{part}/{name} had {had}, has {has}" + (" others" if had == has else ""))
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -27,7 +27,6 @@ from petune.injector.attachment import Attachment
 from petune.injector.registry import build_tuner, load_tuner, tuners
 from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
-from petune.runner.run_dir import why_no_adapter
 from petune.sites.find import find_sites
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
@@ -222,7 +221,7 @@ def read_adapter(place: Path) -> Saved:
         CheckpointError: See `load`.
     """
     if not (place / CONFIG_FILE).is_file():
-        raise CheckpointError(why_no_adapter(place))
+        raise CheckpointError(f"no adapter in {place}: {CONFIG_FILE} is missing")
     try:
         config = json.loads((place / CONFIG_FILE).read_bytes())
         whole = "format" in config or config.get("peft_type") == "PETUNE"

@@ -23,9 +23,10 @@ from petune.runner.executors import Executor, Started, choose_executor
 from petune.runner.report.tables import COLUMNS, cells, image, markdown, seeds_by_method
 from petune.runner.result import RunResult
 from petune.runner.run import RunConfig, default_name, directory_name, tuner_of
-from petune.runner.run_dir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, METRICS_FILE, check_config, open_run_dir
+from petune.runner.run_dir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, check_config, open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.training import Event, Note
+from petune.training.events import METRICS_FILE
 
 PAGE_FILE, IMAGE_FILE = "compare.md", "compare.svg"
 FILES = (COMPARE_TABLE, COMPARE_FILE, PAGE_FILE, IMAGE_FILE)

@@ -17,14 +17,14 @@ from petune.base.arguments import check_watch
 from petune.base.config import Config, UserPath
 from petune.base.distributed import ALONE, Group, join
 from petune.data import Dataset, OnBroken, Preprocess, load_dataset
-from petune.data.manifest import digests
+from petune.data.manifest import MANIFEST_FILE, digests
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.provenance import PeakMemory, forward_flops, git_state, provenance
 from petune.runner.result import RunResult
-from petune.runner.run_dir import open_run_dir, unique_path
+from petune.runner.run_dir import noted, open_run_dir, unique_path
 from petune.runner.run_inputs import check_inputs
 from petune.training import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
 from petune.training.evaluate import load_accuracy
@@ -354,7 +354,7 @@ def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict
             "crop": dataset.test.crop,
         },
         "dataset": dataset.name,
-        "images": digests(place),
+        "images": digests(noted(place / MANIFEST_FILE)),
         "training": {
             "val_top1": fitted.val.top1 if fitted.val else None,
             "epochs": len(fitted.epochs),

@@ -14,16 +14,17 @@ from typing import Any
 from petune.base.config import Config, read_yaml
 from petune.base.errors import ConfigError, UsageError
 from petune.base.files import replace_file
+from petune.data.manifest import MANIFEST_FILE
+from petune.training.events import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
-METRICS_FILE = "metrics.jsonl"
 COMPARE_FILE = "compare.yaml"
 """A comparison as it was asked for last; `config.yaml` beside it holds what all its runs share."""
 COMPARE_TABLE, SWEEP_TABLE, TRIAL_FILE = "compare.json", "sweep.json", "trial.json"
 LOCK_FILE = ".lock"
-BEGAN_FILE, IMAGES_FILE = "began.json", "images.json"
-BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, BEGAN_FILE, IMAGES_FILE}
+INPUTS_FILE = "inputs.json"
+BEFORE_IT_BEGINS = {CONFIG_FILE, LOCK_FILE, INPUTS_FILE, MANIFEST_FILE}
 """What a run that failed before its first step leaves: nothing worth keeping."""
 UNCOMPARED = {"output", "resume", "train.eval_batch_size"}
 """What a run may go on without: where it lies, and how many images are evaluated at a time, which may not fit."""
@@ -98,7 +99,7 @@ def open_run_dir(
 def _begin_anew(path: Path, config: Config, tables: Collection[str]) -> None:
     """Take away what binds a directory in which nothing has trained to the images and options of then."""
     told = (CONFIG_FILE, *tables) if _changes(path, config) else ()
-    for name in (BEGAN_FILE, IMAGES_FILE, *told):
+    for name in (INPUTS_FILE, MANIFEST_FILE, *told):
         (path / name).unlink(missing_ok=True)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from petune.backbones.weights import find_weights
-from petune.base.errors import CheckpointError, WeightsUnavailable
-from petune.data.manifest import check_manifest
+from petune.base.errors import CheckpointError, DataError, WeightsUnavailable
+from petune.data.manifest import MANIFEST_FILE, changes, manifest_of
 from petune.injector.tuner import TunerConfig
-from petune.runner.run_dir import BEGAN_FILE, note, noted
+from petune.runner.run_dir import INPUTS_FILE, note, noted
 
 
 def check_inputs(
@@ -36,7 +36,7 @@ def check_inputs(
         CheckpointError: The weights, the recipe or the options did.
     """
     check_manifest(place, dataset)
-    before, now = noted(place / BEGAN_FILE), {"weights": _digest(weights), **(recipe or {})}
+    before, now = noted(place / INPUTS_FILE), {"weights": _digest(weights), **(recipe or {})}
     options = {method: asked.plain() for method, asked in (methods or {}).items()} | before.get("options", {})
     for method, asked in (methods or {}).items():
         _hold_options(place, method, options[method], asked.plain())
@@ -55,7 +55,28 @@ def check_inputs(
         )
     known = {key: value for key, value in {**now, **before, "options": options}.items() if value not in ("", None, {})}
     if known != before:
-        note(place / BEGAN_FILE, known)
+        note(place / INPUTS_FILE, known)
+
+
+def check_manifest(run_dir: Path, dataset: str) -> None:
+    """Record which images a directory starts with, or check that they are still the same.
+
+    Args:
+        run_dir: The directory of a run, or of several runs that are to be compared.
+        dataset: As in a configuration.
+
+    Raises:
+        DataError: They changed.
+    """
+    now, before = manifest_of(dataset), noted(run_dir / MANIFEST_FILE)
+    if now and not before:
+        note(run_dir / MANIFEST_FILE, now)
+    elif now and (changed := changes(before, now)):
+        raise DataError(
+            f"the images of {dataset} have changed since {run_dir} started: {changed}. Its val and test splits are "
+            "drawn from them. Put the images back, or start in a new output",
+            cli_hint="Name a new directory with --output",
+        )
 
 
 def _hold_options(place: Path, method: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

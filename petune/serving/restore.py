@@ -12,7 +12,8 @@ from petune.backbones.other_libraries import calls_a_function
 from petune.base.config import expanded
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
-from petune.injector.load import Saved, adapter_place, attach_saved, read_adapter
+from petune.injector.load import CONFIG_FILE, Saved, adapter_place, attach_saved, read_adapter
+from petune.runner.run_dir import why_no_adapter
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def read_run(path: Path) -> Saved:
         CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
     """
     place = adapter_place(expanded(path))
+    if not (place / CONFIG_FILE).is_file():
+        raise CheckpointError(why_no_adapter(place))
     saved = read_adapter(place)
     if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
         raise CheckpointError(

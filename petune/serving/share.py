@@ -25,6 +25,7 @@ from petune.base.errors import CheckpointError, HubError, PetuneError, UsageErro
 from petune.base.files import MANIFEST, manifest_of, write_directory
 from petune.base.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
 from petune.injector.load import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter, refuse_foreign
+from petune.runner.run_dir import why_no_adapter
 from petune.serving.restore import refuse_code
 
 MOST_BYTES = {CONFIG_FILE: 8 << 20, TENSOR_FILE: 16 << 30, CARD_FILE: 1 << 20, MANIFEST: 1 << 20}
@@ -76,6 +77,8 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
     place = adapter_place(expanded(path))
+    if not (place / CONFIG_FILE).is_file():
+        raise CheckpointError(why_no_adapter(place))
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
     files[CONFIG_FILE] = _public(files[CONFIG_FILE])

@@ -9,6 +9,9 @@ from typing import Any
 
 from petune.base.files import append, cut
 
+METRICS_FILE = "metrics.jsonl"
+"""Name of the log in a run directory."""
+
 
 @dataclass(frozen=True)
 class StepDone:

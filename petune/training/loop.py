@@ -21,11 +21,10 @@ from petune.base.distributed import ALONE, Group
 from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
 from petune.data.batches import Batch, Preprocess, TrainBatches
 from petune.data.dataset import Dataset
-from petune.runner.run_dir import METRICS_FILE
 from petune.training.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
 from petune.training.config import TrainConfig
 from petune.training.evaluate import Accuracy, evaluate
-from petune.training.events import EpochEnded, Event, Log, Note, StepDone
+from petune.training.events import METRICS_FILE, EpochEnded, Event, Log, Note, StepDone
 from petune.training.mixing import Mixing, seed_step
 from petune.training.optim import create_optimizer, create_schedule, without_decay
 from petune.training.precision import choose_attention, choose_precision

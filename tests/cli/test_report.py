@@ -170,8 +170,8 @@ def test_finished_runs_that_a_table_leaves_out_have_one_of_their_own(petune: Run
 
 def test_runs_on_other_images_or_weights_are_not_averaged(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
-    (_like(run, tmp_path / "loose" / "a") / "images.json").write_text('{"train": {"cat": "61 3f0c"}}')
-    (_like(run, tmp_path / "loose" / "b", seed=1) / "images.json").write_text('{"train": {"cat": "62 77aa"}}')
+    (_like(run, tmp_path / "loose" / "a") / "dataset_manifest.json").write_text('{"train": {"cat": "61 3f0c"}}')
+    (_like(run, tmp_path / "loose" / "b", seed=1) / "dataset_manifest.json").write_text('{"train": {"cat": "62 77aa"}}')
     assert petune("report", "loose").code == 0
     page = Tags((tmp_path / "report.html").read_text())
     assert "±" not in page.text.replace("mean ±", "")

@@ -12,10 +12,10 @@ from PIL import Image
 
 import petune
 from petune.base.errors import DataError, PetuneError
-from petune.data.manifest import check_manifest, images_of
-from petune.runner.run_dir import IMAGES_FILE
+from petune.data.manifest import MANIFEST_FILE, manifest_of
+from petune.runner.run_inputs import check_manifest
 
-CHANGED = r"the images of folder:.* must be those that .* began with, .* but "
+CHANGED = r"the images of folder:.* have changed since .* started: "
 RUN = {
     "method": "linear", "backbone": "vit_nano", "weights": "none", "device": "cpu",
     "backbone_options": {"depth": 1, "embed_dim": 24}, "train": {"epochs": 2, "batch_size": 8, "precision": "fp32"},
@@ -68,7 +68,7 @@ def test_what_changed_is_said(change: Callable[[Path], None], said: str, pets: P
 
 def test_a_copied_folder_holds_the_same_and_other_datasets_hold_nothing(pets: Path, tmp_path: Path) -> None:
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
-    assert images_of(f"folder:{tmp_path / 'copy'}") == images_of(f"folder:{pets}") != {}
+    assert manifest_of(f"folder:{tmp_path / 'copy'}") == manifest_of(f"folder:{pets}") != {}
     for name in ("digits", "cifar10", "folder:nowhere"):
         check_manifest(tmp_path / "run", name)
     assert not (tmp_path / "run").exists()
@@ -119,5 +119,5 @@ def test_nothing_goes_on_with_other_images(change: Callable[[Path], None], pets:
     (tmp_path / "aside").rename(pets)
     assert petune.run(**run, output=tmp_path / "run", resume=True).top1 == done.top1
     assert [row.status for row in petune.compare(methods=("linear", "bitfit"), **table).rows] == ["done"] * 2
-    assert (tmp_path / "run" / IMAGES_FILE).read_bytes() == (tmp_path / "table" / IMAGES_FILE).read_bytes()
+    assert (tmp_path / "run" / MANIFEST_FILE).read_bytes() == (tmp_path / "table" / MANIFEST_FILE).read_bytes()
     assert petune.evaluate(tmp_path / "run", device="cpu", precision="fp32").top1 == done.top1

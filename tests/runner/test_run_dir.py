@@ -110,7 +110,7 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
 
 
 def test_where_nothing_trained_another_configuration_begins_anew(tmp_path: Path) -> None:
-    names = {"began.json", "images.json", "compare.json", "sweep.json"}
+    names = {"inputs.json", "dataset_manifest.json", "compare.json", "sweep.json"}
     with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
         for name in names:
             (place / name).touch()

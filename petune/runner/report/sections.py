@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
+from petune.data.manifest import MANIFEST_FILE
 from petune.runner.compare import Comparison, Origin, origins_of, summarise
 from petune.runner.report.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
 from petune.runner.report.find_runs import Found
 from petune.runner.report.tables import cells, seeds_by_method, trial_table
 from petune.runner.result import RunResult
-from petune.runner.run_dir import BEGAN_FILE, COMPARE_FILE, IMAGES_FILE, leaves, noted
+from petune.runner.run_dir import COMPARE_FILE, INPUTS_FILE, leaves, noted
 
 COLUMNS = (
     "method", "seeds", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "val", "lr",
@@ -201,7 +202,7 @@ def _rows(runs: Sequence[Found]) -> list[dict[str, Any]]:
     labels = _labels(runs)
     for run in runs:
         if run.result:
-            began = [noted(run.path / file) for file in (IMAGES_FILE, BEGAN_FILE)]
+            began = [noted(run.path / file) for file in (MANIFEST_FILE, INPUTS_FILE)]
             fixed = [run.result.lr, run.result.weights, _settings(run), began]
             key = labels[run.path], json.dumps(fixed, sort_keys=True, default=str)
             alike.setdefault(key, {}).setdefault(run.result.seed, run.result)  # run again, a seed tells nothing more
