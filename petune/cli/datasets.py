@@ -18,11 +18,11 @@ DataDir = Annotated[
 
 def datasets(data_dir: DataDir = None, json: Json = False) -> None:
     """List the names that --dataset takes, and what is here."""
-    from petune.data import NAMES
+    from petune.data import DATASETS
     from petune.data.lookup import find_dataset
 
     place = user_path(data_dir) if data_dir else None
-    found = [{"name": name, "about": about, "found": find_dataset(name, place)} for name, about in NAMES.items()]
+    found = [{"name": name, "about": about, "found": find_dataset(name, place)} for name, about in DATASETS.items()]
     columns = ("name", "about", "found")
     if json:
         show_json(found)

@@ -82,7 +82,7 @@ PRESETS: dict[str, tuple[Callable[[Tensor, Draws], Tensor], ...]] = {
     "none": (),
     "shift": (shift,),
     "light": (shift, flip),
-    "seed": (shift, jitter, flip, rotate),  # in the order of shared/seed.md
+    "paddle_study": (shift, jitter, flip, rotate),  # in the order of the Paddle study
     "crop": (resized_crop, flip),
 }
 

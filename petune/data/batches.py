@@ -36,7 +36,7 @@ class Preprocess:
     def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
         """Images in 0..255 at `image_size`, float32 (B, 3, H, W), less the margin they were stored with."""
         raw = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
-        x_BCHW = moved(raw, device).permute(0, 3, 1, 2).float()
+        x_BCHW = to_device(raw, device).permute(0, 3, 1, 2).float()
         if split.crop < 1:
             have = x_BCHW.shape[-1]
             kept = math.floor(have * split.crop)
@@ -51,9 +51,9 @@ class Preprocess:
         """One image without content, float32 (1, 3, H, W)."""
         return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
 
-    def normalise(self, x_BCHW: Tensor) -> Tensor:
+    def normalize(self, x_BCHW: Tensor) -> Tensor:
         """From 0..255 to zero mean and unit variance by the backbone's own statistics."""
-        statistics = moved(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, 3, 1, 1) * 255
+        statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, 3, 1, 1) * 255
         return (x_BCHW - statistics[0]) / statistics[1]
 
 
@@ -119,9 +119,9 @@ class TrainBatches:
             yield Batch(x, _labels(self.split, chosen, self.device), chosen)
 
     def _images(self, chosen: NDArray[np.int64], table: NDArray[np.float32]) -> Tensor:
-        u = moved(torch.from_numpy(table[chosen]), self.device)
+        u = to_device(torch.from_numpy(table[chosen]), self.device)
         x_BCHW = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
-        return self.preprocess.normalise(x_BCHW)
+        return self.preprocess.normalize(x_BCHW)
 
 
 def eval_batches(
@@ -133,15 +133,15 @@ def eval_batches(
         if positions_only:
             x = torch.from_numpy(chosen)
         else:
-            x = preprocess.normalise(preprocess.pixels(split, chosen, device))
+            x = preprocess.normalize(preprocess.pixels(split, chosen, device))
         yield Batch(x, _labels(split, chosen, device), chosen)
 
 
 def _labels(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-    return moved(torch.from_numpy(split.labels[positions]), device)
+    return to_device(torch.from_numpy(split.labels[positions]), device)
 
 
-def moved(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """`x` on the device; to a GPU from pinned memory, so that nobody waits."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 

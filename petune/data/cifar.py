@@ -42,7 +42,7 @@ def load_cifar(name: str, data_dir: Path | None) -> Dataset:
     own = cache_dir() / "data"
     for place in (p for p in (data_dir, own) if p is not None):
         damaged = []
-        for path in published(name, place):
+        for path in published_files(name, place):
             try:
                 return _from_published(name, path)
             except DataError as error:
@@ -61,7 +61,7 @@ def _torchvision_class(name: str) -> Any:
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
 
 
-def published(name: str, place: Path) -> list[Path]:
+def published_files(name: str, place: Path) -> list[Path]:
     """The unpacked folder and the archive, as torchvision names them, if they are there (whole or not)."""
     names = {"cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
              "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz")}[name]  # fmt: skip

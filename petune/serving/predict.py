@@ -77,7 +77,7 @@ class Inputs:
     def batch(self, squares_BSS3: NDArray[np.uint8], device: torch.device) -> Tensor:
         """Stored images, uint8 (B, S, S, 3), to the model's input, float32 (B, 3, H, W)."""
         split = Split.of(squares_BSS3, np.zeros(len(squares_BSS3), np.int64), self.crop)
-        return self.preprocess.normalise(self.preprocess.pixels(split, np.arange(len(split)), device))
+        return self.preprocess.normalize(self.preprocess.pixels(split, np.arange(len(split)), device))
 
     def squares(self, images: Sequence[Loaded]) -> tuple[NDArray[np.uint8], dict[int, str]]:
         """Images as they would be stored, uint8 (B, S, S, 3), and by position why one cannot be read (then black)."""

@@ -23,7 +23,7 @@ def _split(count: int, side: int = 8, crop: float = 1.0) -> Split:
     return Split.of(images, generator.integers(0, 3, count), crop)
 
 
-def _batches(split: Split, batch_size: int, seed: int = 0, preset: str = "seed") -> TrainBatches:
+def _batches(split: Split, batch_size: int, seed: int = 0, preset: str = "paddle_study") -> TrainBatches:
     return TrainBatches(split, PLAIN, preset, batch_size, seed, CPU)
 
 
@@ -87,7 +87,7 @@ def test_normalise_is_the_formula() -> None:
     preprocess = Preprocess(8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     x = torch.rand(2, 3, 8, 8) * 255
     mean, std = torch.tensor(preprocess.mean).view(3, 1, 1), torch.tensor(preprocess.std).view(3, 1, 1)
-    torch.testing.assert_close(preprocess.normalise(x), (x / 255 - mean) / std)
+    torch.testing.assert_close(preprocess.normalize(x), (x / 255 - mean) / std)
 
 
 def test_own_statistics_give_zero_mean_and_unit_variance() -> None:

@@ -16,7 +16,7 @@ def test_classes_of_named_datasets() -> None:
         "cifar100": 100,
         "digits": 10,
     }
-    with pytest.raises(UnknownName, match="did you mean 'digits'"):
+    with pytest.raises(UnknownName, match="digits"):
         count_classes("digit")
 
 
@@ -29,7 +29,7 @@ def test_classes_of_a_folder(above: str, tmp_path: Path) -> None:
 
 def test_a_folder_must_have_classes(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
-    with pytest.raises(DataError, match="at least two class folders, but has 1"):
+    with pytest.raises(DataError, match="at least two"):
         count_classes(f"folder:{tmp_path}")
 
 

@@ -92,7 +92,7 @@ class Features:
                     store.mark(start)
                     stop.check()
                 rows = np.arange(start, start + batch_size) % len(split)
-                x = self.preprocess.normalise(self.preprocess.pixels(split, rows, self.device))
+                x = self.preprocess.normalize(self.preprocess.pixels(split, rows, self.device))
                 with self.autocast():
                     values = self.prefix.compute(x)
                 store.write(start, [v[: len(split) - start] for v in values])

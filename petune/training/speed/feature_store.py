@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.files import replace_file
-from petune.data.batches import moved
+from petune.data.batches import to_device
 
 Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape of one image's value and its dtype."""
@@ -69,7 +69,7 @@ class Store:
         values = []
         for rows, (shape, dtype) in zip(self._rows, self.kinds, strict=True):
             raw = torch.from_numpy(np.ascontiguousarray(rows[positions])).view(dtype)
-            values.append(moved(raw.reshape(len(positions), *shape), device))
+            values.append(to_device(raw.reshape(len(positions), *shape), device))
         return values
 
     def _marked(self) -> int:

@@ -75,7 +75,7 @@ def images_of(trainer: Trainer) -> Callable[[int], Tensor]:
 
     def give(count: int) -> Tensor:
         rows = np.arange(count) % len(trainer.dataset.train)
-        return trainer.preprocess.normalise(trainer.preprocess.pixels(trainer.dataset.train, rows, trainer.device))
+        return trainer.preprocess.normalize(trainer.preprocess.pixels(trainer.dataset.train, rows, trainer.device))
 
     return give
 
