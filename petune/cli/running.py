@@ -123,7 +123,7 @@ def check_tracker(name: str | None) -> None:
         UnknownName, MissingExtra: See `watching`.
     """
     if name:
-        from petune.training.track import check_tracker as check
+        from petune.training.trackers import check_tracker as check
 
         check(name)
 
@@ -146,14 +146,14 @@ class _Tracking:
     """A tracker that moves to the next run's directory when it begins."""
 
     def __init__(self, name: str, place: Path) -> None:
-        from petune.training.track import Tracker
+        from petune.training.trackers import Tracker
 
         self._name, self._place = name, place / name
         self._tracker = Tracker(name, self._place)
 
     def __call__(self, event: Event | RunStarted) -> None:
         from petune.runner.compare import RunStarted
-        from petune.training.track import Tracker
+        from petune.training.trackers import Tracker
 
         if isinstance(event, RunStarted):
             self.close()

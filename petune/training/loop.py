@@ -25,15 +25,15 @@ from petune.training.checkpoint import Checkpoint, check_optimizer, newest_check
 from petune.training.config import TrainConfig
 from petune.training.evaluate import Accuracy, evaluate
 from petune.training.events import METRICS_FILE, EpochEnded, Event, Log, Note, StepDone
+from petune.training.fit_batch import can_run_out, largest_that_fits
 from petune.training.mixing import Mixing, seed_step
 from petune.training.optim import create_optimizer, create_schedule, without_decay
 from petune.training.precision import choose_attention, choose_precision
-from petune.training.probe import can_run_out, largest_that_fits
 from petune.training.progress import Fitted, Progress
 from petune.training.shard import Sharded
-from petune.training.shared import Asked, share_step
 from petune.training.speed.feature_cache import Features
 from petune.training.speed.speedups import apply_speedups
+from petune.training.step_sync import Asked, share_step
 from petune.training.stop import StopFlag
 
 if TYPE_CHECKING:

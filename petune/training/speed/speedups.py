@@ -16,8 +16,8 @@ from petune.adapters.fingerprint import fingerprint
 from petune.base.errors import ConfigError, Diverged
 from petune.sites.forward import undisturbed
 from petune.training.events import Note
+from petune.training.fit_batch import statistics_need_two
 from petune.training.precision import why_slow
-from petune.training.probe import statistics_need_two
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.feature_cache import Features, stays_equal, why_too_large
 from petune.training.speed.frozen_prefix import Prefix, find_prefix, worth_it

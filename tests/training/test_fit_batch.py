@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from petune.base.errors import ConfigError
 from petune.training import loop
 from petune.training.events import Event, Note
-from petune.training.probe import largest_that_fits
+from petune.training.fit_batch import largest_that_fits
 
 Make = Callable[..., Any]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from petune.base.errors import MissingExtra, UnknownName
-from petune.training import EpochEnded, Note, StepDone, track
-from petune.training.track import Tracker
+from petune.training import EpochEnded, Note, StepDone, trackers
+from petune.training.trackers import Tracker
 
 
 def _step(step: int) -> StepDone:
@@ -88,7 +88,7 @@ def test_trackio_logs_to_its_database_and_not_to_stdout(
 def test_an_unknown_tracker_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownName, match="no tracker is called 'wandbb'; did you mean 'wandb'"):
         Tracker("wandbb", tmp_path)
-    monkeypatch.setattr(track, "find_spec", lambda name: None)
-    for name in track.TRACKERS:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    for name in trackers.TRACKERS:
         with pytest.raises(MissingExtra, match=rf'pip install "petune\[{name}\]"'):
             Tracker(name, tmp_path)
