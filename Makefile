@@ -1,17 +1,33 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3.11
+# PYTHON makes the environment: by default the first Python below that is 3.11 or newer and has venv.
+# Choose another one with `make test PYTHON=/path/to/python`.
+PYTHONS := python3 python3.13 python3.12 python3.11 python3.14 python
+SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(PYTHONS); do "$$p" -c "$(SUITABLE)" >/dev/null 2>&1 && echo "$$p" && break; done)
+# Releases of torch and torchvision that belong together, and that everything is measured with (see pyproject.toml).
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: backbones demo docs test check format lint types faults speed clean
+.PHONY: backbones demo docs test quick test-all check format lint types faults speed clean
+
+# One thread in each of two processes: the tests are small, and more threads slow them down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
 
 $(STAMP): pyproject.toml $(PLUGINS)
+	@python="$(PYTHON)"; $${python:-false} -c "$(SUITABLE)" 2>/dev/null || { \
+	  echo "petune needs Python 3.11 or newer with venv. Tried: $${python:-$(PYTHONS)}."; \
+	  echo "Install it, then run make again:"; \
+	  echo "  Debian, Ubuntu   sudo apt install python3 python3-venv"; \
+	  echo "  Fedora           sudo dnf install python3"; \
+	  echo "  macOS            brew install python"; \
+	  echo "If it is installed under another name: make PYTHON=/path/to/python"; \
+	  exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
-	# torch and torchvision by name: releases that belong together, whatever else the index offers (see pyproject.toml)
-	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed "torch==2.14.1" "torchvision==0.29.1"
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed $(TORCH)
 	$(BIN)/pip install --quiet -e ".[dev]"
 	# hatchling is there by now, so the plugins are built without fetching anything
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation $(foreach plugin,$(PLUGINS),-e $(dir $(plugin)))
@@ -20,8 +36,14 @@ $(STAMP): pyproject.toml $(PLUGINS)
 demo: $(STAMP)  ## compare four methods on scikit-learn's digits, offline, with the backbone that comes with petune
 	$(BIN)/petune compare linear vpt adaptformer full --backbone vit_nano --dataset digits --epochs 4 --output runs/demo
 
-test: $(STAMP)  ## every test, in two processes of one thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(STAMP)  ## every test but the exhaustive ones; what CI runs
+	$(PYTEST) -m "not exhaustive"
+
+quick: $(STAMP)  ## the fast tests: no browser, no network
+	$(PYTEST) -m "not slow and not browser and not network and not exhaustive"
+
+test-all: $(STAMP)  ## every test
+	$(PYTEST)
 
 check: $(STAMP) format lint types test  ## format, lint, types and tests
 
