@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import petune
 from petune.data import Dataset, Preprocess, Split
-from petune.training import StopFlag, TrainConfig, Trainer
+from petune.training import StopFlag, TrainConfig, Trainer, TrainJob
 from petune.training.precision import choose_attention, choose_precision
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.speedups import apply_speedups
@@ -90,16 +90,15 @@ def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val
     data = dataset_of(size, images or 2 * size.batch_size, val)
     recipe = {"lr": 1e-4, "weight_decay": 0.01, "optimizer": "adamw", "augment": "light", "batch_size": size.batch_size}
     att = petune.attach(size.model(), method, keep_original=False)
-    return Trainer(
-        att,
-        data,
-        Preprocess(size.img_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-        TrainConfig.build(recipe | settings),
-        seed=0,
+    job = TrainJob(
+        attachment=att,
+        dataset=data,
+        preprocess=Preprocess(size.img_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        config=TrainConfig.build(recipe | settings),
         device=CPU,
         directory=directory,
-        stop=StopFlag(),
     )
+    return Trainer(job, stop=StopFlag())
 
 
 @contextlib.contextmanager

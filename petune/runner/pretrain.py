@@ -34,7 +34,7 @@ from petune.runner.run import (
     tuner_of,
 )
 from petune.runner.run_dir import open_run_dir, unique_path
-from petune.training import Accuracy, Note, StopFlag, TrainConfig, Trainer
+from petune.training import Accuracy, Note, StopFlag, TrainConfig, Trainer, TrainJob
 
 # Muon orthogonalises the momentum of every matrix (Jordan et al., 2024). After one epoch of CIFAR-100 at equal
 # cost vit_nano reached 25.5 % with it; the first trial with AdamW needed 28 epochs for 45.6 %.
@@ -105,20 +105,17 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         if config.mean is None and (note := statistics_note(backbone)):
             watch(Note(note))
         preprocess = _preprocessing(config, backbone, dataset)
-        trainer = Trainer(
-            attachment,
-            dataset,
-            preprocess,
-            ready.train,
-            seed=config.seed,
+        job = TrainJob(
+            attachment=attachment,
+            dataset=dataset,
+            preprocess=preprocess,
+            config=ready.train,
             device=ready.device,
             directory=place,
-            stop=stop,
-            choose="last",
-            on_event=watch,
-            group=group,
-            peak_bytes=ready.memory.bytes,
+            seed=config.seed,
+            keep="last",
         )
+        trainer = Trainer(job, stop=stop, on_event=watch, group=group, peak_bytes=ready.memory.bytes)
         if note := trainer.batches.note():
             watch(Note(note))
         fitted = trainer.fit()

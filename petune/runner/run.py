@@ -26,7 +26,7 @@ from petune.runner.provenance import PeakMemory, forward_flops, git_state, prove
 from petune.runner.result import RunResult
 from petune.runner.run_dir import noted, open_run_dir, unique_path
 from petune.runner.run_inputs import check_inputs
-from petune.training import Accuracy, Event, Fitted, Note, StopFlag, TrainConfig, Trainer, choose_device
+from petune.training import Accuracy, Event, FitResult, Note, StopFlag, TrainConfig, Trainer, TrainJob, choose_device
 from petune.training.evaluate import load_accuracy
 
 Watch = Callable[[Event], None]
@@ -136,7 +136,7 @@ class Trained:
     backbone: Backbone
     attachment: Attachment
     trainer: Trainer
-    fitted: Fitted
+    fitted: FitResult
     memory: PeakMemory
 
 
@@ -150,19 +150,16 @@ def trained(
     if note := statistics_note(backbone):
         watch(Note(note))
     watch(Note(what_trains(attachment)))
-    trainer = Trainer(
-        attachment,
-        dataset,
-        preprocessing(backbone, dataset),
-        ready.train,
-        seed=config.seed,
+    job = TrainJob(
+        attachment=attachment,
+        dataset=dataset,
+        preprocess=preprocessing(backbone, dataset),
+        config=ready.train,
         device=ready.device,
         directory=place,
-        stop=stop,
-        on_event=watch,
-        group=group,
-        peak_bytes=memory.bytes,
+        seed=config.seed,
     )
+    trainer = Trainer(job, stop=stop, on_event=watch, group=group, peak_bytes=memory.bytes)
     if note := trainer.batches.note():
         watch(Note(note))
     return Trained(dataset, backbone, attachment, trainer, trainer.fit(), memory)
@@ -285,7 +282,7 @@ def run_result(
     config: RunConfig,
     backbone: Backbone,
     att: Attachment,
-    fitted: Fitted,
+    fitted: FitResult,
     test: Accuracy,
     place: Path,
     peak_bytes: int,

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +18,21 @@ from torch.nn import functional as F
 
 from petune.base.distributed import ALONE, Group
 from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
-from petune.data.batches import Batch, Preprocess, TrainBatches
-from petune.data.dataset import Dataset
+from petune.data.batches import Batch, TrainBatches
 from petune.training.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
-from petune.training.config import TrainConfig
 from petune.training.evaluate import Accuracy, evaluate
 from petune.training.events import METRICS_FILE, EpochEnded, Event, Log, Note, StepDone
 from petune.training.fit_batch import can_run_out, largest_that_fits
+from petune.training.job import TrainJob
 from petune.training.mixing import Mixing, seed_step
 from petune.training.optim import create_optimizer, create_schedule, without_decay
 from petune.training.precision import choose_attention, choose_precision
-from petune.training.progress import Fitted, Progress
+from petune.training.progress import FitResult, Progress
 from petune.training.shard import Sharded
 from petune.training.speed.feature_cache import Features
 from petune.training.speed.speedups import apply_speedups
 from petune.training.step_sync import Asked, share_step
 from petune.training.stop import StopFlag
-
-if TYPE_CHECKING:
-    from petune.injector.attachment import Attachment
 
 SAVE_EVERY_S = 600.0
 UNDER_WAY = 5  # by then heads and adapters that start at zero have left it
@@ -47,15 +42,11 @@ class Trainer:
     """One training run of one attachment.
 
     Args:
-        attachment: What trains; its model is already on `device`.
-        dataset: With its val split cut.
-        preprocess: What the backbone wants to see.
-        train: With learning rate, weight decay, optimizer and augmentation filled in.
-        choose: `best` keeps the epoch with the highest val top-1, `last` the last one.
-        directory: Holds `checkpoints/` and `metrics.jsonl`.
-        on_event: Told of every step and epoch.
+        job: What trains, on what, how, and where its files go.
+        stop: Asked after every step.
+        on_event: Called with every step, epoch and note.
         group: The processes that train together; each takes its part of every batch, and one writes.
-        peak_bytes: Says how much memory was needed so far, for the checkpoint.
+        peak_bytes: Returns how much memory was needed so far, for the checkpoint.
 
     Raises:
         ConfigError: A batch is smaller than the group.
@@ -63,28 +54,25 @@ class Trainer:
 
     def __init__(
         self,
-        attachment: Attachment,
-        dataset: Dataset,
-        preprocess: Preprocess,
-        train: TrainConfig,
+        job: TrainJob,
         *,
-        seed: int,
-        device: torch.device,
-        directory: Path,
         stop: StopFlag,
-        choose: Literal["best", "last"] = "best",
         on_event: Callable[[Event], None] = lambda event: None,
         group: Group = ALONE,
         peak_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.att, self.model, self.dataset, self.preprocess = (
-            attachment,
-            attachment.model,
-            dataset,
-            preprocess,
-        )
-        self.train, self.seed, self.device, self.directory = train, seed, device, directory
-        self.stop, self.choose, self.group, self.peak_bytes = stop, choose, group, peak_bytes
+        self.job = job
+        self.att = attachment = job.attachment
+        self.model = attachment.model
+        self.dataset = dataset = job.dataset
+        self.preprocess = preprocess = job.preprocess
+        self.train = train = job.config
+        self.device = device = job.device
+        self.directory = directory = job.directory
+        self.seed = seed = job.seed
+        self.stop = stop
+        self.group = group
+        self.peak_bytes = peak_bytes
         self.on_event = on_event if group.leads else lambda event: None
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
@@ -108,7 +96,7 @@ class Trainer:
         self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
         self.features: Features | None = None
 
-    def fit(self) -> Fitted:
+    def fit(self) -> FitResult:
         """Train to the end, from the newest valid checkpoint where there is one.
 
         Raises:
@@ -272,9 +260,9 @@ class Trainer:
         if len(self.dataset.val) and ((p.epoch + 1) % every == 0 or p.epoch + 1 == last):
             val = self._validate()
             row |= {"val_loss": val.loss, "val_top1": val.top1, "val_top5": val.top5}
-            if val.top1 > p.best_top1 or self.choose == "last":
+            if val.top1 > p.best_top1 or self.job.keep == "last":
                 p.best_epoch, p.best_top1, p.best_top5 = p.epoch + 1, val.top1, val.top5
-                if self.choose == "best":
+                if self.job.keep == "best":
                     self.best = {key: t.detach().clone() for key, t in self._tensors().items()}
         p.log_bytes = self._write_log(**row)
         p.epochs.append(row)
@@ -355,14 +343,14 @@ class Trainer:
         if self.progress.precision != measured:  # `auto` may measure otherwise on a busy machine
             self.compute_in(choose_precision(self.progress.precision, self.device))
 
-    def _fitted(self) -> Fitted:
+    def _fitted(self) -> FitResult:
         p = self.progress
         if self.best:
             _copy_into(self._tensors(), self.best)
         val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
         step_time_s = p.train_time_s / max(1, p.step)
         epoch, speed = p.best_epoch if val else p.epoch, self._images_per_s()
-        return Fitted(
+        return FitResult(
             epoch,
             val,
             speed,

@@ -29,7 +29,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """What training yields; the model holds the chosen epoch's tensors."""
 
     epoch: int

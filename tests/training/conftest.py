@@ -17,6 +17,7 @@ from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, Split
 from petune.training.config import TrainConfig
 from petune.training.events import Event
+from petune.training.job import TrainJob
 from petune.training.loop import Trainer
 from petune.training.stop import StopFlag
 
@@ -94,7 +95,7 @@ MakeTrainer = Callable[..., Trainer]
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> MakeTrainer:
-    """`make_trainer(attachment, directory=…, stop=…, on_event=…, choose=…, lr=…, …)`."""
+    """`make_trainer(attachment, directory=…, stop=…, on_event=…, keep=…, lr=…, …)`."""
 
     def make(
         attachment: Any,
@@ -103,24 +104,23 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         dataset: Dataset | None = None,
         stop: StopFlag | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
-        choose: Any = "best",
+        keep: Any = "best",
         seed: int = 3,
         **train: Any,
     ) -> Trainer:
         data = toy_dataset() if dataset is None else dataset
         directory.mkdir(exist_ok=True)
-        return Trainer(
-            attachment,
-            data,
-            Preprocess(SIDE, *data.train.channel_statistics()),
-            TrainConfig.build(DEFAULTS | train),
-            seed=seed,
+        job = TrainJob(
+            attachment=attachment,
+            dataset=data,
+            preprocess=Preprocess(SIDE, *data.train.channel_statistics()),
+            config=TrainConfig.build(DEFAULTS | train),
             device=torch.device("cpu"),
             directory=directory,
-            stop=stop or StopFlag(),
-            choose=choose,
-            on_event=on_event,
+            seed=seed,
+            keep=keep,
         )
+        return Trainer(job, stop=stop or StopFlag(), on_event=on_event)
 
     return make
 

@@ -50,7 +50,7 @@ def _plain_losses(att: Any, batches: Any, steps: int, lr: float, smoothing: floa
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_losses_are_those_of_a_plain_loop(smoothing: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
-    trainer = make_trainer(toy(0), epochs=3, optimizer="sgd", log_every=1, label_smoothing=smoothing, choose="last")
+    trainer = make_trainer(toy(0), epochs=3, optimizer="sgd", log_every=1, label_smoothing=smoothing, keep="last")
     trainer.fit()
     logged = [line["loss"] for line in _lines(tmp_path) if "step" in line]
     expected = _plain_losses(toy(0), trainer.batches, 12, 0.05, smoothing)
@@ -87,7 +87,7 @@ def test_the_model_holds_the_best_epoch_afterwards(make_trainer: Make, toy: Make
 
 
 def test_the_model_holds_the_last_epoch_where_asked_for(make_trainer: Make, toy: Make) -> None:
-    trainer = make_trainer(toy(0), epochs=4, lr=0.3, choose="last")
+    trainer = make_trainer(toy(0), epochs=4, lr=0.3, keep="last")
     fitted = trainer.fit()
     assert fitted.epoch == 4
     assert trainer.evaluate("val").loss == fitted.epochs[-1]["val_loss"]

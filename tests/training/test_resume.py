@@ -186,7 +186,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, make_trainer: Make,
 def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, make_trainer: Make, toy: Make) -> None:
     att = _attachment(method, toy, seed=1)
     before = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}
-    make_trainer(att, choose="last").fit()
+    make_trainer(att, keep="last").fit()
     trained = {*att.tuned, *att.head}
     moved = {key for key, tensor in att.model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert moved == trained

@@ -1,0 +1,39 @@
+"""One training as data: what trains, on which images, with which options, and where its files go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from petune.data.batches import Preprocess
+from petune.data.dataset import Dataset
+from petune.injector.attachment import Attachment
+from petune.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What a `Trainer` works on.
+
+    Attributes:
+        attachment: What trains; its model is already on `device`.
+        dataset: Training, validation and test images; the validation split is already cut.
+        preprocess: Converts stored pixels to the backbone's input.
+        config: Options of the training; learning rate, weight decay, optimizer and augmentation are filled in.
+        device: Where the model is.
+        directory: The run directory; `metrics.jsonl` and `checkpoints/` are written here.
+        seed: Of order, augmentation, mixup and dropout.
+        keep: `best` keeps the epoch with the highest top-1 on val, `last` the last one.
+    """
+
+    attachment: Attachment
+    dataset: Dataset
+    preprocess: Preprocess
+    config: TrainConfig
+    device: torch.device
+    directory: Path
+    seed: int = 0
+    keep: Literal["best", "last"] = "best"
