@@ -106,7 +106,7 @@ def _tensors(modules: Iterable[Any], tasks: Any) -> Iterator[Any]:
         yield from module.buffers()
     for task in tasks.tasks.values() if tasks else ():
         att = task.attachment
-        yield from att.model.petune_trainable_state.claims[att.edit.name].kept.values()
+        yield from att.model.petune_trainable_state.claims[att.edit_log.name].kept.values()
         yield from (value for _, value in (att._originals or {}).values())
 
 

@@ -96,9 +96,9 @@ def _replaced(model: nn.Module) -> dict[str, Tensor]:
 def _beneath(attachment: Attachment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without what later attachments have trained in place: they are not there yet when this one is loaded."""
     ledger = trainable_state_of(attachment.model)
-    if ledger is None or attachment.edit.name not in ledger.claims:
+    if ledger is None or attachment.edit_log.name not in ledger.claims:
         return tensors
-    return {key: ledger.beneath(attachment.edit.name, key, tensor) for key, tensor in tensors.items()}
+    return {key: ledger.beneath(attachment.edit_log.name, key, tensor) for key, tensor in tensors.items()}
 
 
 def _classifier_keys(attachment: Attachment) -> set[str]:

@@ -77,7 +77,7 @@ def _alone(attachment: Attachment) -> bool:
     here = {*attachment.model.modules()}
     if ledger is None or (head is not None and not here.issuperset(head.modules)):  # a task of AdapterBank, not in use
         return False
-    return not any(claim.on for name, claim in ledger.claims.items() if name != attachment.edit.name)
+    return not any(claim.on for name, claim in ledger.claims.items() if name != attachment.edit_log.name)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import nn
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.injector.attachment import Attachment
-from petune.injector.edit import Edit
+from petune.injector.edit import Edit, forget_forwards
+from petune.injector.edit_log import EditLog
 from petune.injector.registry import blamed, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
@@ -69,17 +70,17 @@ def attach(
         _tell_beside_head(sites, train_head)
     ledger = open_trainable_state(model, sites)
     ledger.open(label)
-    edit = Edit(model, sites, label)
-    edit.on_detach(lambda: ledger.close(label))
+    log = EditLog(label, undo_steps=[lambda: ledger.close(label)])
+    edit = Edit(model, sites, log)
     try:
         with blamed(tuner.method, type(tuner), "was attached"):
             tuner.attach(edit)
-        attachment = Attachment(model, tuner, name, edit, train_head, keep_original)
+        attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
         _refuse_idle(attachment)
-        _check_live(edit, tuner)
-        edit.settle()
+        _check_live(model, sites, tuner, log)
+        forget_forwards(edit)
     except BaseException:
-        edit.undo()
+        log.undo()
         raise
     return attachment
 
@@ -146,21 +147,21 @@ def _refuse_idle(attachment: Attachment) -> None:
     )
 
 
-def _check_live(edit: Edit, tuner: Tuner[Any]) -> None:
+def _check_live(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog) -> None:
     """One forward without gradient: every adapter must have been called.
 
     The same method with the same options at the same modules of the same model needs no second proof.
     """
-    places = [(type(h), *((id(site.enter), id(site.exit)) for site in passed)) for h, passed in edit.holders]
-    proof = (type(tuner), tuner.config.model_dump_json(), edit.sites.input_size, *places)
-    if proof in _PROVEN.get(edit.model, ()):
+    places = [(type(h), *((id(site.enter), id(site.exit)) for site in passed)) for h, passed in log.placed]
+    proof = (type(tuner), tuner.config.model_dump_json(), sites.input_size, *places)
+    if proof in _PROVEN.get(model, ()):
         return
-    called = probe(edit.model, edit.sites, [holder.adapter for holder, _ in edit.holders])
-    for holder, passed in edit.holders:
+    called = probe(model, sites, [holder.adapter for holder, _ in log.placed])
+    for holder, passed in log.placed:
         if id(holder.adapter) not in called:
             where = " or ".join(dict.fromkeys(site.where for site in passed))
             raise DeadSite(
-                f"{edit.name} would do nothing: the forward of {edit.sites.model} never calls {where} (its weights may "
+                f"{log.name} would do nothing: the forward of {sites.model} never calls {where} (its weights may "
                 "be read without calling it). Use another method on this model"
             )
-    _PROVEN.setdefault(edit.model, set()).add(proof)
+    _PROVEN.setdefault(model, set()).add(proof)

@@ -14,7 +14,7 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expanded
 from petune.base.errors import AttachError, DeadSite, NotMergeable
 from petune.injector.counts import count_parameters
-from petune.injector.edit import Edit
+from petune.injector.edit_log import EditLog
 from petune.injector.trainable import (
     Claim,
     added_to,
@@ -26,6 +26,7 @@ from petune.injector.trainable import (
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches
 from petune.sites.probe import look
+from petune.sites.site import Sites
 
 MUST_BE_EQUAL = "must compute the same when folded"
 
@@ -38,33 +39,42 @@ class Attachment:
         sites: The model's places.
         tuned, head: Trainable parameters by state_dict key.
         counts: How many.
-        edit: What was done to the model.
+        edit_log: What was done to the model.
         fingerprint: Of the frozen tensors, where they cannot be read any more; None is worked out when saving.
         attached, enabled: Whether it still is, and whether it takes effect now.
     """
 
     def __init__(
-        self, model: nn.Module, tuner: Tuner[Any], name: str, edit: Edit, train_head: bool, keep_original: bool
+        self,
+        model: nn.Module,
+        sites: Sites,
+        tuner: Tuner[Any],
+        name: str,
+        edit_log: EditLog,
+        train_head: bool,
+        keep_original: bool,
     ) -> None:
-        self.model, self.tuner, self.name, self.sites = model, tuner, name, edit.sites
-        self.edit, self._train_head, self.attached, self.enabled = edit, train_head, True, True
+        self.model, self.sites, self.tuner, self.name = model, sites, tuner, name
+        self.edit_log, self._train_head, self.attached, self.enabled = edit_log, train_head, True, True
         self.fingerprint: str | None = None
-        head = edit.sites.need_head() if train_head else edit.sites.head
+        head = sites.need_head() if train_head else sites.head
         self._head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self._head_modules for p in m.parameters()}
-        added = {id(p) for p in edit.added_parameters()}
-        tuned = added | {id(p) for p in edit.trained} - classifier
+        added = {id(p) for p in edit_log.new_parameters()}
+        tuned = added | {id(p) for p in edit_log.unfrozen} - classifier
         named = named_parameters(model)
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         moving = tuple(self._moving_modules())
-        self._buffers = buffer_places(model, moving, edit.adopted_buffers)
+        self._buffers = buffer_places(model, moving, edit_log.added_buffers)
         self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
         changing = self._changing() if keep_original else {}
         self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
         ledger = open_trainable_state(model, self.sites)
-        claim = Claim((*self.tuned.values(), *self.head.values()), tuple(edit.added_tensors()), moving, self._originals)
-        ledger.claim(edit.name, claim)
+        claim = Claim(
+            (*self.tuned.values(), *self.head.values()), tuple(edit_log.new_tensors()), moving, self._originals
+        )
+        ledger.claim(edit_log.name, claim)
 
     def parameters(self) -> list[nn.Parameter]:
         """What an optimizer takes: tuned and head.
@@ -120,7 +130,7 @@ class Attachment:
         A backbone may own parameters that its output never uses, as DINOv2's mask token in transformers: where some of
         its own train, the others may stay as they are.
         """
-        own = {key for key, p in self.tuned.items() if any(p is q for q in self.edit.trained)}
+        own = {key for key, p in self.tuned.items() if any(p is q for q in self.edit_log.unfrozen)}
         return sorted(silent - own if own - silent else silent)
 
     def state(self) -> dict[str, Tensor]:
@@ -130,7 +140,7 @@ class Attachment:
         """
         ledger = trainable_state_of(self.model)
         live = self.live_state()
-        return live if ledger is None else {key: ledger.value(self.edit.name, key, t) for key, t in live.items()}
+        return live if ledger is None else {key: ledger.value(self.edit_log.name, key, t) for key, t in live.items()}
 
     def live_state(self) -> dict[str, Tensor]:
         """The tensors of `state` as they are in the model now, also while the attachment is off."""
@@ -179,10 +189,10 @@ class Attachment:
         check_arguments("switch", on=(on, bool))
         if on == self.enabled:
             return
-        for check in self.edit.checks if on else ():
+        for check in self.edit_log.enable_checks if on else ():
             check()
         changing = self._exchangeable()
-        self._switch(on)
+        self.edit_log.set_enabled(on)
         self._exchange(on, changing)
         self.enabled = on
 
@@ -196,8 +206,8 @@ class Attachment:
         """
         self._need_attached()
         self._exchange(False, self._exchangeable())
-        open_trainable_state(self.model, self.sites).bequeath(self.edit.name)
-        self.edit.undo()
+        open_trainable_state(self.model, self.sites).bequeath(self.edit_log.name)
+        self.edit_log.undo()
         self.attached = False
 
     def merge(self) -> None:
@@ -210,13 +220,13 @@ class Attachment:
         was = self.enabled
         self.switch(True)
         self._need_own(self._changing())
-        if self.edit.folds:
+        if self.edit_log.can_fold:
             try:
                 self._fold()
             except BaseException:
                 self.switch(was)
                 raise
-        self.edit.undo()
+        self.edit_log.undo()
         self.attached = False
 
     def _fold(self) -> None:
@@ -224,15 +234,15 @@ class Attachment:
         before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         expected = look(self.model, self.sites)
         try:
-            self.edit.merge(self.name)
+            self.edit_log.fold(self.name)
             self._refuse_shared(before)
-            self._switch(False)
+            self.edit_log.set_enabled(False)
             change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
                 raise NotMergeable(f"{self.name} {MUST_BE_EQUAL}, but its output moves by {change:.2g}")
         except BaseException:
             self.model.load_state_dict(before, strict=False)
-            self._switch(True)
+            self.edit_log.set_enabled(True)
             raise
 
     def _refuse_shared(self, before: Mapping[str, Tensor]) -> None:
@@ -243,7 +253,7 @@ class Attachment:
         ledger = open_trainable_state(self.model, self.sites)
         for key in folded:
             other = next(
-                (n for n, c in ledger.claims.items() if n != self.edit.name and key in (c.originals or {})), None
+                (n for n, c in ledger.claims.items() if n != self.edit_log.name and key in (c.originals or {})), None
             )
             if other is not None:
                 raise NotMergeable(
@@ -254,17 +264,17 @@ class Attachment:
     def _moving_modules(self) -> list[nn.Module]:
         """Modules that go to train mode: unfrozen ones, and the head's."""
         roots = [
-            *self.edit.train_modules,
-            *self.edit.adopted_modules,
+            *self.edit_log.train_modules,
+            *self.edit_log.added_modules,
             *(self._head_modules if self._train_head else ()),
         ]
-        own = {id(m) for holder, _ in self.edit.holders for m in holder.modules()}
+        own = {id(m) for holder, _ in self.edit_log.placed for m in holder.modules()}
         added = {id(m) for h in self.model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
         return [m for root in roots for m in root.modules() if id(m) in own or id(m) not in added]
 
     def _changing(self) -> dict[str, Tensor]:
         """Tensors that were there before attaching and that training may change."""
-        added = {id(t) for t in self.edit.added_tensors()}
+        added = {id(t) for t in self.edit_log.new_tensors()}
         return {key: t for key, t in self.live_state().items() if id(t) not in added}
 
     def _exchangeable(self) -> dict[str, Tensor]:
@@ -280,7 +290,7 @@ class Attachment:
 
     def _exchange(self, on: bool, changing: dict[str, Tensor]) -> None:
         """Put in what was trained in place, or what the model has without it."""
-        open_trainable_state(self.model, self.sites).switch(self.edit.name, on, changing)
+        open_trainable_state(self.model, self.sites).switch(self.edit_log.name, on, changing)
         if changing:
             forget_caches(self.model)
 
@@ -289,13 +299,6 @@ class Attachment:
             f"an attachment belongs to its own model, but {self.name} was to be copied. Copy the model, "
             "copy.deepcopy(attachment.model), which keeps its adapters; or save it, and petune.load it on another"
         )
-
-    def _switch(self, on: bool) -> None:
-        for holder, _ in self.edit.holders:
-            holder.forget()
-            holder.enabled = on
-        for switch in self.edit.switches if on else reversed(self.edit.switches):
-            switch(on)
 
     def _need_own(self, only: Mapping[str, Tensor] | None = None) -> None:
         """See that what trains, or `only` that of it, is still the model's: it is remembered by identity."""

@@ -201,7 +201,7 @@ def file_tensors(attachment: Attachment) -> dict[str, Tensor]:
     if packed is not None:
         return packed[1]
     method = label_of(attachment.tuner.method or attachment.name)
-    here, there = f"petune_{attachment.edit.name}", f"petune_{method}"
+    here, there = f"petune_{attachment.edit_log.name}", f"petune_{method}"
     return {".".join(_renamed(part, here, there) for part in k.split(".")): t for k, t in attachment.state().items()}
 
 

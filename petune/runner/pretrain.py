@@ -152,7 +152,7 @@ def check_all_trains(frozen: int, method: str) -> None:
 
 def _adapters(attachment: Attachment) -> list[str]:
     """The keys of what was not there before attaching."""
-    added = {id(t) for t in attachment.edit.added_tensors()}
+    added = {id(t) for t in attachment.edit_log.new_tensors()}
     return sorted(key for key, t in attachment.model.state_dict(keep_vars=True).items() if id(t) in added)
 
 

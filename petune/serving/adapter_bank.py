@@ -200,11 +200,11 @@ class AdapterBank:
 
     def _has_rows(self, task: Task) -> bool:
         """Whether each place of a task has a row for each image: for two and for three, so that no width is that."""
-        edit = task.attachment.edit
+        log = task.attachment.edit_log
         if not self._classifies_last or _kind(task) == id(task):
             return True  # it has a forward of its own anyway
-        key = frozenset((type(h), *(id(m) for site in passed for m in site.modules)) for h, passed in edit.holders)
-        if key not in self._by_row or edit.row_switches:
+        key = frozenset((type(h), *(id(m) for site in passed for m in site.modules)) for h, passed in log.placed)
+        if key not in self._by_row or log.row_toggles:
             try:
                 for count in (2, 3):
                     with _rowwise([(task.attachment, list(range(count)))], count):
@@ -281,11 +281,11 @@ def _rowwise(tasks: list[tuple[Attachment, list[int]]], batch_size: int) -> Iter
         for attachment, rows in tasks:
             attachment.switch(True)
             stack.callback(attachment.switch, False)
-            for switch in attachment.edit.row_switches:
+            for switch in attachment.edit_log.row_toggles:
                 switch(rows, batch_size)
                 stack.callback(switch, None, batch_size)
             index = torch.tensor(rows, device=next(attachment.model.parameters()).device)
-            for holder, passed in attachment.edit.holders:
+            for holder, passed in attachment.edit_log.placed:
                 if isinstance(holder, Prompts):
                     place = (id(passed[0].enter), id(passed[-1].exit))
                     leader = leaders.setdefault(place, (holder, []))
@@ -307,13 +307,13 @@ def _stand_in(stack: ExitStack, holder: Holder, rows: _Rows) -> None:
 
 def _kind(task: Task) -> Any:
     """Equal for tasks that can share a forward; a value of its own for one that cannot."""
-    edit = task.attachment.edit
-    prompts = [(h.num_prompts, p[0].path, p[-1].exit_path) for h, p in edit.holders if isinstance(h, Prompts)]
+    log = task.attachment.edit_log
+    prompts = [(h.num_prompts, p[0].path, p[-1].exit_path) for h, p in log.placed if isinstance(h, Prompts)]
     alone = (
-        edit.trained  # the backbone's own values differ
-        or not all(type(holder) in {Parallel, Before, After, Prompts} for holder, _ in edit.holders)
-        or (edit.adopted and not edit.row_switches)
-        or (edit.switches and (prompts or not edit.adopted))  # the attention is told of the prompts
+        log.unfrozen  # the backbone's own values differ
+        or not all(type(holder) in {Parallel, Before, After, Prompts} for holder, _ in log.placed)
+        or (log.added_parameters and not log.row_toggles)
+        or (log.toggles and (prompts or not log.added_parameters))  # the attention is told of the prompts
     )
     return id(task) if alone else tuple(prompts)
 

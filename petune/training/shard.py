@@ -34,7 +34,7 @@ class Sharded:
 
         mesh = init_device_mesh(device.type, (group.size,))
         # what the method added stays whole even where it is frozen: the adapter's file tells it by identity
-        kept = {*attachment.parameters(), *attachment.edit.added_parameters()}
+        kept = {*attachment.parameters(), *attachment.edit_log.new_parameters()}
         blocks = list(dict.fromkeys(block.module for block in attachment.sites.blocks if block.is_module))
         spread = [p for block in blocks for p in block.parameters() if p not in kept]
         if not spread:

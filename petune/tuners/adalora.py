@@ -67,7 +67,7 @@ class Budget:
         for path, layer in wrapped.layers.items():
             layer.add_module(attribute, self.memory[path])
             edit.on_detach(functools.partial(delattr, layer, attribute))
-        edit.add_parameters([], self.memory.values())
+        wrapped.add_modules(self.memory.values())
 
     def on_train_start(self, total_steps: int) -> None:
         """Lay the schedule over so many steps.

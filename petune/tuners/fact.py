@@ -90,10 +90,8 @@ class FacT(petune.Tuner[FacTConfig]):
 
 
 def _layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
-    """Linear layers of attention and MLP, called where the model can be told to call them."""
+    """Return the linear layers of attention and MLP."""
     places = [site for site in (block.attn, block.mlp) if site is not None]
-    for site in places:
-        edit.use_qkv_module(site)
     return [layer for site in places for layer in edit.linear_layers(site)]
 
 

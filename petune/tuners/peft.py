@@ -228,7 +228,7 @@ class Peft(petune.Tuner[PeftConfig]):
         inside = [m for site in self._places(edit) for m in site.enter.modules()]
         fused = [m for m in inside if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
         called = edit.called(fused)
-        return [edit.site(m) for m in fused if id(m) in called]
+        return [edit.site(m) for m in fused if m in called]
 
     def _targets(self, edit: petune.Edit, others: bool) -> list[petune.Site]:
         """Sites of the layers to wrap; there may be none where there are `others`.

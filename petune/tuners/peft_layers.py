@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class Wrapped:
     def __init__(self, edit: petune.Edit, config: Any, wanted: list[str]) -> None:
         self.edit, self.model, self.config = edit, edit.model, config
         self.name = f"petune_{edit.name}"  # PEFT takes it out of keys again, so it must not be a module's name
+        self.added_modules: list[nn.Module] = []
         self._refuse_shared()
         modules, parameters = set(self.model.modules()), {id(p) for p in self.model.parameters()}
         before = dict(_layers(self.model))
@@ -71,11 +72,11 @@ class Wrapped:
     def _tell(self) -> None:
         """What is to happen when the attachment is switched, merged, or on for some rows of a batch."""
         edit, config = self.edit, self.config
-        edit.before_enabled(self._refuse_nested)
-        edit.on_switch(self._switch)
+        by_rows = config.peft_type.value == "LORA" and not (
+            config.use_dora or getattr(config, "target_parameters", None)
+        )
+        edit.on_toggle(self._switch, check=self._refuse_nested, rows=self._rows if by_rows else None)
         edit.on_merge(self._merge)
-        if config.peft_type.value == "LORA" and not (config.use_dora or getattr(config, "target_parameters", None)):
-            edit.on_rows(self._rows)
 
     def to_external(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's config and tensors by PEFT's keys; the tensors share memory with the model's.
@@ -83,14 +84,14 @@ class Wrapped:
         Raises:
             AttachError: PEFT leaves out some of what trains.
         """
-        own = {id(t) for t in self.edit.added_tensors()}
+        own = {id(t) for t in self._added_tensors()}
         tensors = self._chosen(own)
         mine = {t.data_ptr() for t in tensors.values()}
-        lost = [p for p in self.edit.adopted if p.data_ptr() not in mine]
+        lost = [p for p in self.added_parameters if p.data_ptr() not in mine]
         if lost:
             raise petune.AttachError(
                 f"PEFT must save all that {self.config.peft_type.value} trains, but left out {len(lost)} of "
-                f"{len(self.edit.adopted)} tensors; nothing was written"
+                f"{len(self.added_parameters)} tensors; nothing was written"
             )
         beside = {key: t.detach() for key, t in state.items() if id(t) not in own and t.data_ptr() not in mine}
         config = self.config.to_dict() | {"inference_mode": True}
@@ -133,7 +134,7 @@ class Wrapped:
                 f"the classifier trains as it is, but target_modules name {twice[0]}, its layer; leave it out"
             )
         called = self.edit.called(self.layers.values())
-        dead = [path for path, layer in self.layers.items() if id(layer) not in called]
+        dead = [path for path, layer in self.layers.items() if layer not in called]
         if dead:
             raise petune.AttachError(
                 f"PEFT's layer would do nothing: the forward of {self.edit.sites.model} never calls {dead[0]}; its "
@@ -153,7 +154,7 @@ class Wrapped:
             else:
                 handles.pop().remove()
 
-        self.edit.on_switch(switch)
+        self.edit.on_toggle(switch)
 
     def _adopt(self, modules: set[nn.Module], parameters: set[int], buffers: set[tuple[nn.Module, str]]) -> None:
         """Take over what was not there before; adapters of one type share the dictionaries of a layer's buffers."""
@@ -166,7 +167,20 @@ class Wrapped:
         ]
         held = [(m, name) for m in self.model.modules() for name in m._buffers if (m, name) not in buffers]
         shared = [(layer, name) for layer in self.layers.values() for name in layer._buffers]  # BOFT's permutation
-        self.edit.add_parameters(new, parts, dict.fromkeys([*held, *shared]))
+        self.added_parameters, self.added_buffers = new, list(dict.fromkeys([*held, *shared]))
+        self.edit.add_parameters(new, buffers=self.added_buffers)
+        self.add_modules(parts)
+
+    def add_modules(self, modules: Iterable[nn.Module]) -> None:
+        """Register modules that were put in by hand."""
+        new = list(modules)
+        self.added_modules += new
+        self.edit.add_parameters([], new)
+
+    def _added_tensors(self) -> list[Tensor]:
+        single = [module._buffers.get(name) for module, name in self.added_buffers]
+        buffers = [*(b for module in self.added_modules for b in module.buffers()), *single]
+        return [*self.added_parameters, *(b for b in buffers if b is not None)]
 
     def _chosen(self, own: set[int]) -> dict[str, Tensor]:
         """What PEFT saves, of what is our own: it chooses by names, which other types may share."""

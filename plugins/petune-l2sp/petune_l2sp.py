@@ -35,11 +35,11 @@ class L2SP(petune.Tuner[L2SPConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze everything; remember where the backbone began."""
-        edit.train(edit.model)
+        trained = edit.train(edit.model)
         head = [p for module in edit.sites.need_head().modules for p in module.parameters()]
         self.head: list[nn.Parameter] = list({id(p): p for p in head}.values())
         own = {id(p) for p in self.head}
-        self.start = [(p, p.detach().clone()) for p in edit.trained if id(p) not in own]
+        self.start = [(p, p.detach().clone()) for p in trained if id(p) not in own]
 
     def loss(self, step: int) -> Tensor:
         """α/2 · ‖w - w0‖² + β/2 · ‖head‖²."""

@@ -50,8 +50,6 @@ class SSF(petune.Tuner[SSFConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """One γ and β behind every linear layer and every norm."""
         for block in edit.sites.need_blocks():
-            edit.use_qkv_module(block.attn)  # timm's EVA and BeiT else read its weight
-        for block in edit.sites.blocks:
             for layer in (*edit.linear_layers(block.attn), *edit.linear_layers(block.mlp)):
                 edit.after(layer, ScaleShift(layer.module.out_features, self.config.init_std))
             for norm in (block.norm1, block.norm2):

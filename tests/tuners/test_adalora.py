@@ -146,8 +146,8 @@ def test_what_cannot_be_kept_is_refused() -> None:
     with pytest.raises(AttachError, match="init_r must be the greater one"):
         ours(init_r=2)
     with pytest.raises(AttachError, match="must leave some of all 8"):
-        ours(tfinal=7).begin(8)
-    with pytest.raises(AttachError, match=r"call att.begin\(total_steps\)"):
+        ours(tfinal=7).on_train_start(8)
+    with pytest.raises(AttachError, match=r"call att.on_train_start\(total_steps\)"):
         ours().on_step_end(0)
 
 

@@ -165,7 +165,7 @@ class NotSaved(Sound):
         shift = torch.zeros(edit.sites.embed_dim)
         handle = edit.model.norm.register_forward_hook(lambda m, a, y: y + shift)
         edit.on_detach(handle.remove)
-        edit.on_switch(lambda on: shift.zero_() if not on else shift.fill_(1.0))
+        edit.on_toggle(lambda on: shift.zero_() if not on else shift.fill_(1.0))
         self.shift = shift
 
     def loss(self, step: int) -> Tensor | None:
@@ -194,7 +194,7 @@ class ByHand(Sound):
         self.switched(edit, on)
 
     def switched(self, edit: petune.Edit, on: list[bool]) -> None:
-        edit.on_switch(lambda wanted: on.__setitem__(0, wanted))
+        edit.on_toggle(lambda wanted: on.__setitem__(0, wanted))
 
 
 class NeverOff(ByHand):
@@ -203,7 +203,7 @@ class NeverOff(ByHand):
 
 class NeverOnAgain(ByHand):
     def switched(self, edit: petune.Edit, on: list[bool]) -> None:
-        edit.on_switch(lambda wanted: on.__setitem__(0, False))
+        edit.on_toggle(lambda wanted: on.__setitem__(0, False))
 
 
 CASES: list[tuple[Any, str]] = [

@@ -72,7 +72,7 @@ def checkpointable(attachment: Attachment) -> list[nn.Module]:
     whole = [b.enter for b in attachment.sites.blocks if b.is_module]
     block_of = {id(m): number for number, block in enumerate(whole) for m in block.modules()}
     torn: set[int | None] = set()
-    for holder, passed in attachment.edit.holders:
+    for holder, passed in attachment.edit_log.placed:
         if isinstance(holder, Parallel | Gather):
             ends = {block_of.get(id(m)) for site in passed for m in site.modules}
             torn |= ends if len(ends) > 1 else set()

@@ -1,0 +1,110 @@
+"""`EditLog`: what one tuner has changed on a model, so that it can be disabled, merged, saved and undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from petune.base.errors import NotMergeable
+from petune.injector.hooks.base import Holder
+from petune.sites.site import Site
+
+Toggle = Callable[[bool], object]
+RowToggle = Callable[[list[int] | None, int], object]
+
+
+class Placed(NamedTuple):
+    """One adapter in the model.
+
+    Attributes:
+        holder: The module that holds the adapter and its hooks.
+        sites: The sites that the forward must pass for the adapter to be called; the last one is where it acts.
+    """
+
+    holder: Holder
+    sites: tuple[Site, ...]
+
+
+@dataclass
+class EditLog:
+    """The record of one tuner's edits. The verbs of `Edit` write it, the framework reads it.
+
+    Attributes:
+        name: The attachment's name as part of state_dict keys.
+        placed: The adapters that verbs put in.
+        unfrozen: The backbone's own parameters that train.
+        train_modules: The backbone's own modules that go to train mode.
+        added_parameters: Parameters that the tuner put in by hand.
+        added_modules: Modules that the tuner put in by hand; they go to train mode and their buffers are saved.
+        added_buffers: Single buffers that are saved, by the module that holds them and their name there.
+        toggles: Called with False when the attachment is disabled and with True when it is enabled again.
+        enable_checks: Called before the attachment is enabled again; they raise AttachError to forbid it.
+        row_toggles: Called with (rows, batch size) to restrict an edit made by hand to some rows of a batch, and with
+            (None, batch size) to lift that.
+        merges: Called on merge, to fold in an edit made by hand.
+        undo_steps: Called on detach, the last one first.
+    """
+
+    name: str
+    placed: list[Placed] = field(default_factory=list)
+    unfrozen: list[nn.Parameter] = field(default_factory=list)
+    train_modules: list[nn.Module] = field(default_factory=list)
+    added_parameters: list[nn.Parameter] = field(default_factory=list)
+    added_modules: list[nn.Module] = field(default_factory=list)
+    added_buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    toggles: list[Toggle] = field(default_factory=list)
+    enable_checks: list[Callable[[], object]] = field(default_factory=list)
+    row_toggles: list[RowToggle] = field(default_factory=list)
+    merges: list[Callable[[], object]] = field(default_factory=list)
+    undo_steps: list[Callable[[], object]] = field(default_factory=list)
+
+    @property
+    def can_fold(self) -> bool:
+        """True if there is something to fold; weights that trained in place are already where they belong."""
+        return bool(self.placed or self.merges)
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Return all parameters that the edit added, by verbs and by hand."""
+        return [*(p for holder, _ in self.placed for p in holder.parameters()), *self.added_parameters]
+
+    def new_tensors(self) -> list[Tensor]:
+        """Return all parameters and buffers that the edit added."""
+        modules = [*(holder for holder, _ in self.placed), *self.added_modules]
+        single = [module._buffers.get(name) for module, name in self.added_buffers]
+        buffers = [*(b for module in modules for b in module.buffers()), *(b for b in single if b is not None)]
+        return [*self.new_parameters(), *buffers]
+
+    def set_enabled(self, on: bool) -> None:
+        """Enable or disable every adapter, and everything that was changed by hand."""
+        for holder, _ in self.placed:
+            holder.forget()
+            holder.enabled = on
+        for toggle in self.toggles if on else reversed(self.toggles):
+            toggle(on)
+
+    def fold(self, method: str) -> None:
+        """Fold every adapter into the weights of its site. The caller undoes the edit, or restores the weights.
+
+        Raises:
+            NotMergeable: An adapter is not a change of weights; the message says why.
+        """
+        for holder, sites in self.placed:
+            reason = getattr(holder.adapter, "why_not_mergeable", None)
+            if reason is None and not callable(getattr(holder.adapter, "merge", None)):
+                reason = "its adapter defines no merge(module)"
+            if reason:
+                raise NotMergeable(f"{method} cannot be folded into the weights of {sites[-1].where}: {reason}")
+        for merge in self.merges:
+            merge()
+        for holder, sites in reversed(self.placed):  # the innermost hook was put in last
+            holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
+
+    def undo(self) -> None:
+        """Undo every edit, the last one first; the model is as it was."""
+        for holder, _ in self.placed:
+            holder.forget()
+        while self.undo_steps:
+            self.undo_steps.pop()()

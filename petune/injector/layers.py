@@ -1,0 +1,100 @@
+"""Find single layers inside a site: which linear layers the forward calls there, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from petune.base.errors import SiteNotFound
+from petune.injector.qkv import qkv_called
+from petune.injector.trainable import added_to
+from petune.sites.probe import Call, is_pointwise, probe
+from petune.sites.site import Site, Sites
+
+
+class LayerFinder:
+    """Answers questions about the backbone's layers, from one recorded forward.
+
+    Attributes:
+        others: Identities of the tensors that other attachments have added.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites) -> None:
+        self.model = model
+        self.sites = sites
+        self.others = added_to(model)
+        self._recorded: dict[int, Call] | None = None
+
+    def linear_layers(self, site: Site, *, pointwise: bool) -> tuple[Site, ...]:
+        """See `Edit.linear_layers`."""
+        calls = self._calls()
+        first, last = calls.get(id(site.enter)), calls.get(id(site.exit))
+        if first is None or last is None:
+            return ()
+
+        def within(module: nn.Module) -> bool:
+            call = calls.get(id(module))
+            return call is not None and first.start <= call.start and call.stop <= last.stop
+
+        layers = [m for m in self._matrices() if within(m) and (pointwise or isinstance(m, nn.Linear))]
+        return tuple(self.site(m) for m in sorted(layers, key=lambda m: calls[id(m)].start))
+
+    def input_linears(self, site: Site) -> tuple[Site, ...]:
+        """See `Edit.input_linears`."""
+        calls = self._calls()
+        layers = self.linear_layers(site, pointwise=False)
+        return tuple(layer for layer in layers if calls[id(layer.enter)].input is calls[id(site.enter)].input)
+
+    def uncalled_linears(self, site: Site) -> tuple[Site, ...]:
+        """See `Edit.uncalled_linears`."""
+        calls = self._calls()
+        inside = {id(m) for module in site.modules for m in module.modules()}
+        linears = [m for m in self._matrices() if isinstance(m, nn.Linear)]
+        return tuple(self.site(m) for m in linears if id(m) in inside and id(m) not in calls)
+
+    def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
+        """See `Edit.called`."""
+        candidates = list(modules)
+        calls = probe(self.model, self.sites, candidates) if candidates else {}
+        return {m for m in candidates if id(m) in calls}
+
+    def backbone(self) -> list[nn.Module]:
+        """See `Edit.backbone`."""
+        head = {id(m) for h in self.sites.head.modules for m in h.modules()} if self.sites.head else set()
+
+        def is_own(module: nn.Module) -> bool:
+            added = any(id(p) in self.others for p in module.parameters(recurse=False))
+            return id(module) not in head and not added
+
+        return [m for m in self.model.modules() if is_own(m)]
+
+    def site(self, module: nn.Module, dim: int | None = None) -> Site:
+        """See `Edit.site`."""
+        for name, candidate in self.model.named_modules():
+            if candidate is module:
+                path = name.removesuffix(".base_layer")  # PEFT may have put a layer of its own around it
+                width = dim if dim is not None else next((p.shape[-1] for p in module.parameters()), 0)
+                ends: dict[str, Any] = {"path": path, "enter": module, "exit_path": path, "exit": module}
+                return Site(role=path.rsplit(".", 1)[-1], dim=width, layout="BNC", model=self.sites.model, **ends)
+        raise SiteNotFound(
+            f"the {type(module).__name__} to edit is not a part of {self.sites.model}. Take modules from edit.model"
+        )
+
+    def forget(self) -> None:
+        """Drop the recorded forward, which holds every activation of one image."""
+        self._recorded = None
+
+    def _matrices(self) -> list[nn.Module]:
+        return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m)]
+
+    def _calls(self) -> dict[int, Call]:
+        """Return the calls of one forward in which attentions call their qkv layers, as the verbs would let them."""
+        if self._recorded is None:
+            inner = [getattr(b, role) for b in self.sites.blocks for role in ("attn", "mlp", "norm1", "norm2")]
+            sites = [*self.sites.blocks, *(s for s in inner if s is not None)]
+            watched = [*self._matrices(), *(m for s in sites for m in s.modules)]
+            with qkv_called(self.model):
+                self._recorded = probe(self.model, self.sites, {id(m): m for m in watched}.values())
+        return self._recorded
