@@ -33,8 +33,8 @@ from petune.runner.compare import Comparison, write_table
 from petune.runner.executors import RUN, Executor, Work
 from petune.runner.report.tables import markdown
 from petune.runner.result import RunResult
-from petune.runner.run import directory_name
 from petune.runner.run_dir import SWEEP_TABLE
+from petune.runner.run_name import directory_name
 
 HERE = Path(__file__).resolve().parent
 SUITES, RESULTS = HERE / "suites", HERE / "results"

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from petune.runner.compare import CompareConfig, Comparison, compare
     from petune.runner.pretrain import PretrainConfig, pretrain
     from petune.runner.result import RunResult
-    from petune.runner.run import RunConfig, run
+    from petune.runner.run import run
+    from petune.runner.run_config import RunConfig
     from petune.runner.sweep.search import sweep
     from petune.runner.sweep.trials import Sweep, SweepConfig
     from petune.serving.adapter_bank import AdapterBank
@@ -51,7 +52,7 @@ _HOMES = {
     "Predictor": "serving.predict",
     "PretrainConfig": "runner.pretrain",
     "Recipe": "injector.tuner",
-    "RunConfig": "runner.run",
+    "RunConfig": "runner.run_config",
     "RunResult": "runner.result",
     "Site": "sites.site",
     "Sites": "sites.site",

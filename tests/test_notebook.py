@@ -11,7 +11,7 @@ import pytest
 from petune.base.text import html_table
 from petune.runner.compare import CompareConfig, Comparison, Row
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 from petune.serving.evaluation.measures import measured
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"

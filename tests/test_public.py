@@ -27,7 +27,7 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 ORDERS = {
     "submodule first": "import petune.injector.attach, petune.runner.run, petune.runner.pretrain",
-    "name from submodule": "from petune.runner.run import RunConfig; from petune.injector.attach import Attachment",
+    "name from submodule": "from petune.runner.run_config import RunConfig; from petune.injector import attach",
     "function first": "petune.injector.attach; petune.runner.run; import petune.injector.attach, petune.runner.run",
     "whole program": "import petune.cli.main, petune.cli.run, petune.cli.compare, petune.cli.pretrain",
 }

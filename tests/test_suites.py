@@ -13,8 +13,8 @@ import tables
 import yaml
 from joined import joined
 
+from petune.injector.registry import build_tuner
 from petune.runner.compare import CompareConfig, Comparison, Row
-from petune.runner.run import tuner_of
 
 NAMES = ("cifar-small", "few-shot", "precision", "seed")
 TINY = """\
@@ -61,7 +61,7 @@ def test_a_suite_opens_with_command_and_expectations_and_all_of_it_can_be_built(
         pretraining = suite.pretrain_config(piece, place)
         assert config.run.weights == ("default" if pretraining is None else str(place / "pretrain"))
         for method in methods:
-            tuner_of(config.run.model_copy(update={"method": method}))
+            build_tuner(method)
             if piece.rates:
                 assert suite.rate_config(piece, place, method).run.method == method
         for what, one in read.expected[piece_name].items():
@@ -85,7 +85,7 @@ def test_the_seed_study_is_its_recipe() -> None:
         assert (train.batch_size, train.warmup_steps(31_000), train.schedule) == (128, 2000, "cosine")
         assert (train.augment, train.label_smoothing, train.mixup, train.grad_clip) == ("seed", 0, 0, None)
     assert (pretraining.mean, pretraining.std) == ((0.5071, 0.4865, 0.4409), (0.1942, 0.1918, 0.1958))
-    assert tuner_of(pretraining).config.model_dump() == {
+    assert build_tuner(pretraining.method).config.model_dump() == {
         "bottleneck": 64, "scale": None, "dropout": 0.1, "input": None, "variant": "paddle_study",
         "train_backbone": True,
     }  # fmt: skip

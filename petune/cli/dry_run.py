@@ -12,7 +12,7 @@ from petune.cli.terminal import say, show, show_facts, show_json
 if TYPE_CHECKING:
     from petune.injector.tuner import Recipe
     from petune.runner.compare import CompareConfig
-    from petune.runner.run import RunConfig
+    from petune.runner.run_config import RunConfig
     from petune.runner.sweep.trials import SweepConfig
 
 
@@ -35,7 +35,7 @@ def show_dry_run(
         ConfigError: A pretraining would leave parameters as they are.
     """
     from petune.runner.pretrain import PretrainConfig, check_all_trains
-    from petune.runner.run import RunConfig
+    from petune.runner.run_config import RunConfig
 
     run = config if isinstance(config, RunConfig) else config.run
     structure, model = structure_of(run)

@@ -22,7 +22,7 @@ def inspect(settings: Settings, *, json: Json = False) -> None:
 
     The backbone is built without its weights, and nothing is trained.
     """
-    from petune.runner.run import RunConfig
+    from petune.runner.run_config import RunConfig
 
     values = settings.values()
     config = RunConfig.build(values, settings.source)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from petune.cli.terminal import clean, say
 
 if TYPE_CHECKING:
-    from petune.runner.compare import RunStarted
+    from petune.runner.events import RunStarted
     from petune.training import EpochEnded, Event, StepDone
 
 SECONDS_BETWEEN_LINES = 10.0

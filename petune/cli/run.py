@@ -11,7 +11,7 @@ from petune.cli.terminal import show_facts, show_json
 
 if TYPE_CHECKING:
     from petune.runner.result import RunResult
-    from petune.runner.run import RunConfig
+    from petune.runner.run_config import RunConfig
 
 
 @configured()
@@ -27,7 +27,7 @@ def run(
 
     The epoch is chosen on a validation split; config, metrics, result and adapter lie in the run directory.
     """
-    from petune.runner.run import RunConfig
+    from petune.runner.run_config import RunConfig
 
     config = RunConfig.build(settings.values(), settings.source)
     several = settings.seeds(seeds)
@@ -43,10 +43,10 @@ def run(
 
 
 def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bool) -> None:
-    from petune.runner.run import default_name
     from petune.runner.run import run as run_config
+    from petune.runner.run_name import run_name
 
-    place = join().broadcast(lambda: place_of(config, default_name(config), resume=resume))
+    place = join().broadcast(lambda: place_of(config, run_name(config), resume=resume))
     config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
@@ -59,9 +59,9 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bo
 def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, track: str | None) -> None:
     from petune.cli.compare import run_comparison
     from petune.runner.compare import CompareConfig
-    from petune.runner.run import default_name
+    from petune.runner.run_name import run_name
 
-    name = default_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
+    name = run_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
     place = config.output or RUNS / name
     values = {"methods": (config.method,), "seeds": seeds, "run": config, "output": place}
     run_comparison(CompareConfig.build(values, "the command line"), as_json=as_json, track=track)

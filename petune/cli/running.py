@@ -13,8 +13,8 @@ from petune.base.errors import Stopped, UsageError
 from petune.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from petune.runner.compare import RunStarted
-    from petune.runner.run import RunConfig
+    from petune.runner.events import RunStarted
+    from petune.runner.run_config import RunConfig
     from petune.training import Event
 
 RUNS = Path("runs")
@@ -152,7 +152,7 @@ class _Tracking:
         self._tracker = Tracker(name, self._place)
 
     def __call__(self, event: Event | RunStarted) -> None:
-        from petune.runner.compare import RunStarted
+        from petune.runner.events import RunStarted
         from petune.training.trackers import Tracker
 
         if isinstance(event, RunStarted):

@@ -12,7 +12,7 @@ from petune.cli.terminal import count, flops
 if TYPE_CHECKING:
     from petune.injector.attachment import Attachment
     from petune.injector.tuner import Recipe
-    from petune.runner.run import RunConfig
+    from petune.runner.run_config import RunConfig
     from petune.sites.site import Sites
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,13 +17,16 @@ from petune.base.distributed import join
 from petune.base.errors import PetuneError, UsageError, near_names
 from petune.base.files import replace_file
 from petune.base.text import html_table
+from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
+from petune.runner.events import RunStarted, Watch
 from petune.runner.executors import Executor, Started, choose_executor
 from petune.runner.report.tables import COLUMNS, cells, image, markdown, seeds_by_method
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig, default_name, directory_name, tuner_of
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, check_config, open_run_dir
 from petune.runner.run_inputs import check_inputs
+from petune.runner.run_name import directory_name, run_name
 from petune.training import Event, Note
 from petune.training.events import METRICS_FILE
 
@@ -66,17 +68,6 @@ class CompareConfig(Config):
             if name not in methods:
                 raise ValueError(f"lrs must name methods of the comparison, but {name!r}{near_names(name, methods)}")
         return value
-
-
-@dataclass(frozen=True)
-class RunStarted:
-    """The next run begins, or was finished before (`done`)."""
-
-    method: str
-    seed: int
-    index: int
-    total: int
-    done: bool
 
 
 class Row(Config):
@@ -155,7 +146,7 @@ def compare(
     config: CompareConfig | None = None,
     *,
     executor: str | Executor = "serial",
-    watch: Callable[[Event | RunStarted], None] = lambda event: None,
+    watch: Watch = lambda event: None,
     **fields: Any,
 ) -> Comparison:
     """Run every method with every seed; a method that fails becomes a row with its reason.
@@ -204,7 +195,7 @@ def compare_name(config: CompareConfig) -> str:
 
 
 def _done(
-    runs: Sequence[tuple[str, RunConfig]], chosen: Executor, watch: Callable[[Event | RunStarted], None]
+    runs: Sequence[tuple[str, RunConfig]], chosen: Executor, watch: Watch
 ) -> tuple[list[RunResult], dict[str, str]]:
     """Do the runs: the results of those that finished, in their order, and the reasons of the methods that failed."""
     results: dict[int, RunResult] = {}
@@ -287,7 +278,7 @@ def _checked(config: CompareConfig, place: Path) -> dict[str, TunerConfig]:
     options: dict[str, TunerConfig] = {}
     for method in config.methods:
         try:
-            options[method] = tuner_of(config.run.model_copy(update={"method": method})).config
+            options[method] = build_tuner(method).config
         except UsageError:
             raise
         except PetuneError:  # a broken package: a row that says so
@@ -325,7 +316,7 @@ def _one(config: CompareConfig, method: str, seed: int, place: Path) -> RunConfi
     """The run of a method with a seed, in its own directory under `place`."""
     one = config.run.model_copy(update={"method": method, "seed": seed, "resume": True, "output": None})
     train = one.train.model_copy(update={"lr": config.lrs.get(method, one.train.lr)})
-    return one.model_copy(update={"output": place / default_name(one), "train": train})
+    return one.model_copy(update={"output": place / run_name(one), "train": train})
 
 
 def _row(method: str, finished: Sequence[RunResult], reason: str) -> Row:

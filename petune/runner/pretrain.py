@@ -20,20 +20,20 @@ from petune.base.files import replace_file
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset
 from petune.injector.attachment import Attachment
+from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe
 from petune.runner.provenance import forward_flops, provenance
 from petune.runner.result import RunResult
 from petune.runner.run import (
-    RunConfig,
     Watch,
-    directory_name,
     prepared,
     preprocessing,
     run_result,
     statistics_note,
-    tuner_of,
 )
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir, unique_path
+from petune.runner.run_name import directory_name
 from petune.training import Accuracy, Note, StopFlag, TrainConfig, Trainer, TrainJob
 
 # Muon orthogonalises the momentum of every matrix (Jordan et al., 2024). After one epoch of CIFAR-100 at equal
@@ -89,7 +89,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     """
     check_watch("petune.pretrain", watch)
     config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
-    tuner = tuner_of(config)
+    tuner = build_tuner(config.method)
     group = join()
     place = group.broadcast(lambda: config.output or unique_path(Path("runs") / pretrain_name(config)))
     claim = open_run_dir(place, config, resume=config.resume, command="petune pretrain --config config.yaml")

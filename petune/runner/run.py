@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
 
-from petune.backbones.create import Backbone, HeadKind, check_weights, create_backbone, input_side
+from petune.backbones.create import Backbone, check_weights, create_backbone, input_side
 from petune.backbones.weights import from_anywhere, load_adapters
 from petune.base.arguments import check_watch
-from petune.base.config import Config, UserPath
 from petune.base.distributed import ALONE, Group, join
-from petune.data import Dataset, OnBroken, Preprocess, load_dataset
+from petune.data import Dataset, Preprocess, load_dataset
 from petune.data.manifest import MANIFEST_FILE, digests
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
@@ -24,56 +21,14 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.provenance import PeakMemory, forward_flops, git_state, provenance
 from petune.runner.result import RunResult
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import noted, open_run_dir, unique_path
 from petune.runner.run_inputs import check_inputs
+from petune.runner.run_name import run_name
 from petune.training import Accuracy, Event, FitResult, Note, StopFlag, TrainConfig, Trainer, TrainJob, choose_device
 from petune.training.evaluate import load_accuracy
 
 Watch = Callable[[Event], None]
-LONGEST_NAME = 180  # bytes of a directory; file systems allow 255
-
-
-class RunConfig(Config):
-    """All that decides a run; saved as `config.yaml`, which repeats it.
-
-    Attributes:
-        method: A registered tuner, options in place allowed: `vpt:deep=false,num_prompts=10`.
-        backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
-        dataset, data_dir: See `petune.data`.
-        on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); else they are an error.
-        val_fraction: Share of train cut off for choosing the epoch, where the dataset brings no val split.
-        shots: Keep only so many training images a class (few-shot); None keeps all.
-        seed: Of the head, the adapters, the order, the augmentation and dropout. The val split has its own.
-        device: `auto` takes a GPU where there is one; else as torch writes it: `cpu`, `cuda:1`, `mps`.
-        output: The run directory; None makes one under `runs/`.
-        resume: Go on in an existing `output`.
-    """
-
-    method: str = "adaptformer"
-    backbone: str = "vit_base"
-    weights: str = "default"
-    dataset: str = "cifar10"
-    data_dir: UserPath | None = None
-    image_size: int | None = Field(None, ge=1, le=4096)
-    patch_size: int | None = Field(None, ge=1, le=512)
-    backbone_options: dict[str, Any] = {}
-    head: HeadKind = "linear"
-    on_broken: OnBroken = "error"
-    val_fraction: float = Field(0.1, gt=0, lt=1)
-    shots: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0, lt=2**31)
-    device: str = "auto"
-    output: UserPath | None = None
-    resume: bool = False
-    train: TrainConfig = TrainConfig.model_construct()
-
-    @field_validator("patch_size")
-    @classmethod
-    def _not_above_the_image(cls, value: int | None, info: ValidationInfo) -> int | None:
-        side = info.data.get("image_size")
-        if value is not None and side is not None and value > side:
-            raise ValueError(f"a patch must not be larger than the image, whose image_size is {side}")
-        return value
 
 
 def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, **fields: Any) -> RunResult:
@@ -91,11 +46,11 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     """
     check_watch("petune.run", watch)
     config = RunConfig.given(config, fields, "petune.run(...)")
-    tuner = tuner_of(config)
+    tuner = build_tuner(config.method)
     group = join()
     if config.output is None or not RunResult.exists(config.output):
         group.main_first(lambda: check_weights(config.backbone, config.weights))
-    place = group.broadcast(lambda: config.output or unique_path(Path("runs") / default_name(config)))
+    place = group.broadcast(lambda: config.output or unique_path(Path("runs") / run_name(config)))
     claim = open_run_dir(place, config, resume=config.resume, command="petune run --config config.yaml")
     with group.on_main(claim), StopFlag() as stop:
         finished = group.broadcast(lambda: RunResult.read(place) if RunResult.exists(place) else None)
@@ -200,25 +155,6 @@ def statistics_note(backbone: Backbone) -> str | None:
     if backbone.file is None or backbone.mean is not None:
         return None
     return f"{backbone.weights} does not say what its images' mean and std were; this dataset's are taken"
-
-
-def tuner_of(config: RunConfig) -> Tuner[Any]:
-    """The method with its options."""
-    return build_tuner(config.method)
-
-
-def default_name(config: RunConfig) -> str:
-    """The directory name of a run that names none."""
-    return directory_name(config.method, config.backbone, config.dataset, f"seed{config.seed}")
-
-
-def directory_name(*words: str) -> str:
-    """One name, never a path, from words that may hold anything: `folder:../pets` → `folder_.._pets`."""
-    name = "-".join("".join(c if c.isalnum() or c in "._=" else "_" for c in word) for word in words)
-    if len(name.encode()) <= LONGEST_NAME:
-        return name
-    cut = name.encode()[:LONGEST_NAME].decode(errors="ignore")
-    return f"{cut}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def prepare_data(config: RunConfig) -> Dataset:

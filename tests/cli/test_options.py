@@ -15,7 +15,7 @@ from petune.base.errors import ConfigError, UsageError
 from petune.cli.options import FLAGS, Flag, Settings, parse_seeds
 from petune.cli.pretrain import DEFAULTS as PRETRAIN_DEFAULTS
 from petune.runner.pretrain import RECIPE, PretrainConfig
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 
 Run = Callable[..., Any]
 

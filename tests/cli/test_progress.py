@@ -7,7 +7,7 @@ import pytest
 from petune.base.text import percent
 from petune.cli.progress import Progress
 from petune.cli.terminal import clean, count, flops, show_table
-from petune.runner.compare import RunStarted
+from petune.runner.events import RunStarted
 from petune.training import EpochEnded, Note, StepDone
 
 

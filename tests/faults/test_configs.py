@@ -15,7 +15,7 @@ from petune.base.config import Config
 from petune.base.errors import ConfigError, PetuneError
 from petune.runner.compare import CompareConfig
 from petune.runner.pretrain import PretrainConfig
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 from tests.faults.conftest import tally, tries
 from tests.faults.test_nonsense import CONFIGS, keys, nested
 

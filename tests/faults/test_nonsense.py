@@ -17,7 +17,7 @@ from petune.base.errors import ConfigError
 from petune.cli.main import main
 from petune.runner.compare import CompareConfig
 from petune.runner.pretrain import PretrainConfig
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 
 CONFIGS: tuple[type[Config], ...] = (RunConfig, PretrainConfig, CompareConfig)
 NONSENSE = st.recursive(

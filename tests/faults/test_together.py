@@ -11,7 +11,8 @@ import pytest
 
 from petune.base.errors import PetuneError
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig, run
+from petune.runner.run import run
+from petune.runner.run_config import RunConfig
 from tests.faults.conftest import TINY, WAIT_S, Program, tally, tries
 
 

@@ -17,11 +17,12 @@ import torch
 import petune
 from petune.base.config import read_yaml
 from petune.base.errors import ConfigError, MissingExtra, UnknownName, UsageError
-from petune.runner.compare import CompareConfig, RunStarted, compare
+from petune.runner.compare import CompareConfig, compare
+from petune.runner.events import RunStarted
 from petune.runner.executors import RUN, Failure, Outcome, Started, choose_executor, run_all, serial
 from petune.runner.executors.trial import Trial, outcome_of
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 from petune.training import Note
 
 PLAIN = {

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import petune
 from petune.base.errors import CheckpointError
-from petune.runner.run import directory_name
+from petune.runner.run_name import directory_name
 from petune.tuners.adaptformer import AdaptFormer
 
 OPTIONS = {"depth": 1, "embed_dim": 24}

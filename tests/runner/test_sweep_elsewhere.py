@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from petune.base.errors import PetuneError, Stopped, UsageError
-from petune.runner.compare import RunStarted
+from petune.runner.events import RunStarted
 from petune.runner.executors import RUN, Failure, Work, serial
 from petune.runner.executors.trial import Trial, outcome_of
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 from petune.runner.sweep.search import FIT, sweep
 from petune.runner.sweep.space import Range
 from petune.runner.sweep.trials import Fit, Sweep, SweepConfig

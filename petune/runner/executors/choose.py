@@ -8,7 +8,7 @@ from petune.base.distributed import num_processes
 from petune.base.errors import UnknownName, UsageError
 from petune.injector.registry import parse_method
 from petune.runner.executors.trial import Executor, Outcome, Wanted, Watch, serial
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 
 EXECUTORS = ("serial", "ray", "slurm")
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from petune.base.config import Config
 from petune.base.errors import MissingExtra, Stopped, UsageError
 from petune.runner.executors.trial import RUN, Failure, Trial, Wanted, Watch, Work, outcome_of
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 from petune.training import Note, StopFlag
 
 POLL_S = 0.5

@@ -16,7 +16,8 @@ from petune.base.config import Config
 from petune.base.distributed import join
 from petune.base.errors import ConfigError, PetuneError, ProcessLost, Stopped, UsageError
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig, run
+from petune.runner.run import run
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir
 from petune.training import Event
 

@@ -13,13 +13,16 @@ from petune.base.arguments import check_watch
 from petune.base.config import read_yaml
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
-from petune.runner.compare import RunStarted
+from petune.injector.registry import build_tuner
+from petune.runner.events import RunStarted
 from petune.runner.executors import Executor, Failure, Started, Work, choose_executor, serial
 from petune.runner.provenance import provenance
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig, default_name, run, trained, tuner_of
+from petune.runner.run import run, trained
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE, open_run_dir
 from petune.runner.run_inputs import check_inputs
+from petune.runner.run_name import run_name
 from petune.runner.sweep.space import is_whole, most, propose, require_sampler, within
 from petune.runner.sweep.trials import (
     Fit,
@@ -81,7 +84,7 @@ def sweep(
 
 def sweep_name(config: SweepConfig) -> str:
     """The directory name of a sweep that names none."""
-    return f"sweep-{default_name(config.run)}"
+    return f"sweep-{run_name(config.run)}"
 
 
 def _held(config: SweepConfig, place: Path) -> SweepConfig:
@@ -211,7 +214,7 @@ def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:
         saved = Fit.saved(place)
         if saved is not None:
             return saved
-        done = trained(config, tuner_of(config), place, stop, watch)
+        done = trained(config, build_tuner(config.method), place, stop, watch)
         fitted, counts = done.fitted, done.attachment.counts
         if fitted.val is None:
             raise UsageError(f"a sweep chooses on a validation split, but {done.dataset.name} has none")

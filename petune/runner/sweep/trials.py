@@ -14,7 +14,7 @@ from petune.base.errors import CheckpointError, ConfigError, DataError, HubError
 from petune.base.files import replace_file
 from petune.injector.registry import build_tuner, parse_method
 from petune.runner.result import RunResult
-from petune.runner.run import RunConfig
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import SWEEP_TABLE, TRIAL_FILE
 from petune.runner.sweep.space import Params, Range, Value, corners
 

@@ -19,7 +19,8 @@ from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
 from petune.data.layout import Files, files_of_part, folder_of
 from petune.data.manifest import refuse_trained_on, same_images
-from petune.runner.run import RunConfig, prepare_data
+from petune.runner.run import prepare_data
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import CONFIG_FILE
 from petune.serving.evaluation.images import Kind, confusion_plot, reliability_plot
 from petune.serving.evaluation.measures import Evaluation, gathered, measured

@@ -1,0 +1,29 @@
+"""Events of commands that do several runs, in addition to the events of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from petune.training import Event
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """The next of several runs starts.
+
+    Attributes:
+        method, seed: Of the run; for a trial of a sweep, `method` names the trial and its parameters.
+        index, total: Position among the runs, from 0, and how many there are.
+        done: The run was finished before; its result is read.
+    """
+
+    method: str
+    seed: int
+    index: int
+    total: int
+    done: bool
+
+
+Watch = Callable[[Event | RunStarted], None]
+"""A function that receives every event."""

@@ -1,0 +1,57 @@
+"""The configuration of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from petune.backbones.create import HeadKind
+from petune.base.config import Config, UserPath
+from petune.data import OnBroken
+from petune.training import TrainConfig
+
+
+class RunConfig(Config):
+    """The complete configuration of a run; saved as `config.yaml`, which repeats the run.
+
+    Attributes:
+        method: A registered method, with options if needed: `vpt:deep=false,num_prompts=10`.
+        backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
+        dataset, data_dir: See `petune.data`.
+        on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); `error` stops at the
+            first one.
+        val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
+        shots: Training images per class (few-shot); None keeps all.
+        seed: Random seed of head, adapters, data order, augmentation and dropout. The val split does not depend on it.
+        device: `auto` takes a GPU if there is one; otherwise a name of torch's: `cpu`, `cuda:1`, `mps`.
+        output: The run directory; None creates one under `runs/`.
+        resume: Continue in `output` if it exists.
+        train: Options of the training loop.
+    """
+
+    method: str = "adaptformer"
+    backbone: str = "vit_base"
+    weights: str = "default"
+    dataset: str = "cifar10"
+    data_dir: UserPath | None = None
+    image_size: int | None = Field(None, ge=1, le=4096)
+    patch_size: int | None = Field(None, ge=1, le=512)
+    backbone_options: dict[str, Any] = {}
+    head: HeadKind = "linear"
+    on_broken: OnBroken = "error"
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    shots: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = "auto"
+    output: UserPath | None = None
+    resume: bool = False
+    train: TrainConfig = TrainConfig.model_construct()
+
+    @field_validator("patch_size")
+    @classmethod
+    def _patch_fits_the_image(cls, value: int | None, info: ValidationInfo) -> int | None:
+        side = info.data.get("image_size")
+        if value is not None and side is not None and value > side:
+            raise ValueError(f"patch_size {value} is larger than image_size {side}")
+        return value
