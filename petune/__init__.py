@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from petune.injector.counts import Counts
     from petune.injector.edit import Edit
     from petune.injector.load import load
-    from petune.injector.registry import tuners
+    from petune.injector.registry import list_tuners
     from petune.injector.tuner import Recipe, Tuner, TunerConfig
     from petune.plugin_dev.contract import ContractViolation, check_tuner
     from petune.runner.compare import CompareConfig, Comparison, compare
@@ -74,7 +74,7 @@ _HOMES = {
     "push": "serving.share",
     "run": "runner.run",
     "sweep": "runner.sweep.search",
-    "tuners": "injector.registry",
+    "list_tuners": "injector.registry",
 }
 
 __all__ = [
@@ -108,6 +108,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_sites",
+    "list_tuners",
     "load",
     "predict",
     "pretrain",
@@ -115,7 +116,6 @@ __all__ = [
     "push",
     "run",
     "sweep",
-    "tuners",
 ]
 
 

@@ -83,11 +83,12 @@ def _alone(attachment: Attachment) -> bool:
 @contextmanager
 def _on(attachment: Attachment) -> Iterator[None]:
     was = attachment.enabled
-    attachment.switch(True)
+    attachment.enable()
     try:
         yield
     finally:
-        attachment.switch(was)
+        if not was:
+            attachment.disable()
 
 
 def _moved_by_rounding(attachment: Attachment, logits: Tensor, fewer_bits: int) -> float:

@@ -14,7 +14,7 @@ Load = Annotated[bool, typer.Option("--load", help="Import each one, so that a b
 
 def methods(json: Json = False, load: Load = False) -> None:
     """List the installed methods, broken ones too."""
-    from petune.injector.registry import check_loads, tuners
+    from petune.injector.registry import check_loads, list_tuners
 
     found = [
         {
@@ -23,7 +23,7 @@ def methods(json: Json = False, load: Load = False) -> None:
             "version": t.version,
             "state": check_loads(t) if load else t.state,
         }
-        for t in tuners()
+        for t in list_tuners()
     ]
     if json:
         show_json(found)

@@ -172,25 +172,41 @@ class Attachment:
             AttachError: The attachment trains backbone or head, and was made with keep_original=False.
         """
         was = self.enabled
-        self.switch(False)
+        self.disable()
         try:
             yield
         finally:
-            self.switch(was)
+            if was:
+                self.enable()
 
-    def switch(self, on: bool) -> None:
-        """Disable the attachment, or enable it again; what it trains in place is exchanged too.
+    def enable(self) -> None:
+        """Let the attachment take effect again after `disable`, with the values that it has trained in place.
 
         Raises:
-            AttachError: See `disabled` and `parameters`; or what another attachment has on is in the way, as prompts.
-                Nothing has changed.
+            AttachError: See `disable`; or what another attachment has enabled is in the way, as prompts. Nothing has
+                changed.
         """
         self._need_attached()
-        check_arguments("switch", on=(on, bool))
-        if on == self.enabled:
+        if self.enabled:
             return
-        for check in self.edit_log.enable_checks if on else ():
+        for check in self.edit_log.enable_checks:
             check()
+        self._set_enabled(True)
+
+    def disable(self) -> None:
+        """Let the model compute what it did before attaching, bit for bit, until `enable`.
+
+        What trains in place, the classifier above all, is exchanged: not between a forward and its backward.
+
+        Raises:
+            AttachError: The attachment trains backbone or head, and was made with keep_original=False; or the model
+                has other tensors now, see `parameters`. Nothing has changed.
+        """
+        self._need_attached()
+        if self.enabled:
+            self._set_enabled(False)
+
+    def _set_enabled(self, on: bool) -> None:
         changing = self._exchangeable()
         self.edit_log.set_enabled(on)
         self._exchange(on, changing)
@@ -218,13 +234,14 @@ class Attachment:
                 reason is named and nothing was changed.
         """
         was = self.enabled
-        self.switch(True)
+        self.enable()
         self._need_own(self._changing())
         if self.edit_log.can_fold:
             try:
                 self._fold()
             except BaseException:
-                self.switch(was)
+                if not was:
+                    self.disable()
                 raise
         self.edit_log.undo()
         self.attached = False

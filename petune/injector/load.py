@@ -24,7 +24,7 @@ from petune.base.errors import BackboneMismatch, CheckpointError, PetuneError, P
 from petune.base.files import MANIFEST, verify_directory, write_directory
 from petune.injector.attach import attach, label_of
 from petune.injector.attachment import Attachment
-from petune.injector.registry import build_tuner, load_tuner, tuners
+from petune.injector.registry import build_tuner, list_tuners, load_tuner
 from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
 from petune.sites.find import find_sites
@@ -79,7 +79,7 @@ def refuse_foreign(target: Path) -> None:
 def describe(attachment: Attachment) -> dict[str, Any]:
     """What an adapter's config says of it: the method, and the backbone it belongs to."""
     method = attachment.tuner.method or attachment.name
-    origin = next((t for t in tuners() if t.name == method), None)
+    origin = next((t for t in list_tuners() if t.name == method), None)
     return {
         "format": FORMAT,
         "tuner": method,
@@ -139,7 +139,7 @@ def attach_saved(
 ) -> Attachment:
     """Attach what was read already; see `load`."""
     place, config, tensors = saved.place, saved.config, saved.tensors
-    if tuner is None and config["tuner"].partition(":")[0] not in {t.name for t in tuners()}:
+    if tuner is None and config["tuner"].partition(":")[0] not in {t.name for t in list_tuners()}:
         raise PluginError(
             f"{place} needs the method {config['tuner']!r}, which is not installed here; it was saved with "
             f"{config.get('distribution') or 'a package that is not recorded'} {config.get('version') or ''}".rstrip()
@@ -327,7 +327,7 @@ def fill(att: Attachment, config: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 
 def _other_version(config: Mapping[str, Any], method: str | None) -> str:
-    here = next((t for t in tuners() if t.name == method), None)
+    here = next((t for t in list_tuners() if t.name == method), None)
     there = f"{config.get('distribution')} {config.get('version')}"
     if here is None or f"{here.distribution} {here.version}" == there:
         return ""

@@ -221,9 +221,9 @@ class PetuneModel(BaseTuner):
     def _activate(self, names: list[str]) -> None:
         # one at a time: what a method trains in place is exchanged for the backbone's own in between
         for attachment in self.attachments.values():
-            attachment.switch(False)
+            attachment.disable()
         for name in names if self.enabled else []:
-            self.attachments[name].switch(True)
+            self.attachments[name].enable()
         self.active_adapter = names[0] if len(names) == 1 else names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

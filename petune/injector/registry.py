@@ -42,7 +42,7 @@ class TunerRecord:
     state: str
 
 
-def tuners() -> list[TunerRecord]:
+def list_tuners() -> list[TunerRecord]:
     """Every registered tuner, petune's own first, without importing any."""
     found = _registered()
     return [TunerRecord(r.name, r.distribution, r.version, r.point.value, _state(r, found)) for r in found]
@@ -94,7 +94,7 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     if isinstance(method, Tuner):
         return type(method)(method.config, **options) if options else method
     if isinstance(method, TunerConfig):
-        for record in tuners():
+        for record in list_tuners():
             cls = load_tuner(record.name) if record.state == "ok" and record.distribution == OWN else None
             if cls is not None and cls.Config is type(method):
                 tuner = cls(method, **options)
@@ -102,7 +102,7 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
                 return tuner
         raise UnknownName("method", type(method).__name__, [], "pass the Tuner itself: MyTuner(config)")
     if not isinstance(method, str) or not method:
-        raise UnknownName("method", str(method), {t.name for t in tuners()}, "pass a name, a Tuner or its config")
+        raise UnknownName("method", str(method), {t.name for t in list_tuners()}, "pass a name, a Tuner or its config")
     method, given = parse_method(method)
     twice = given.keys() & options.keys()
     if twice:
@@ -150,7 +150,7 @@ def blamed(method: str | None, cls: type[Tuner[Any]], when: str) -> Iterator[Non
     except PetuneError:
         raise
     except Exception as error:
-        origin = next((one for one in tuners() if one.name == method and one.distribution != OWN), None)
+        origin = next((one for one in list_tuners() if one.name == method and one.distribution != OWN), None)
         if origin is None or cls.__module__.partition(".")[0] == OWN:
             raise
         raise PluginError(

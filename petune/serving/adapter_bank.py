@@ -81,7 +81,7 @@ class AdapterBank:
         try:
             self._put(head)
             attachment = attach_saved(self.model, saved, name=name, sites=sites)
-            attachment.switch(False)
+            attachment.disable()
             self.tasks[name] = Task(attachment, head)
             if not self._has_rows(self.tasks[name]):
                 self._apart.add(name)
@@ -98,13 +98,13 @@ class AdapterBank:
         """
         check_arguments("use", name=(name, str | None))
         if self.active is not None:
-            self.tasks[self.active].attachment.switch(False)
+            self.tasks[self.active].attachment.disable()
         self._put(self._head.enter)
         self.active = None
         if name is not None:
             task = self._task(name)
             self._put(task.head)
-            task.attachment.switch(True)
+            task.attachment.enable()
             self.active = name
         return self.model
 
@@ -279,8 +279,8 @@ def _rowwise(tasks: list[tuple[Attachment, list[int]]], batch_size: int) -> Iter
     with ExitStack() as stack:
         leaders: dict[tuple[int, int], tuple[Prompts, list[tuple[nn.Module, Tensor]]]] = {}
         for attachment, rows in tasks:
-            attachment.switch(True)
-            stack.callback(attachment.switch, False)
+            attachment.enable()
+            stack.callback(attachment.disable)
             for switch in attachment.edit_log.row_toggles:
                 switch(rows, batch_size)
                 stack.callback(switch, None, batch_size)

@@ -176,8 +176,8 @@ def test_beside_others_it_cannot_be_told_and_what_is_off_is_told_as_on(tmp_path:
     alone = behaviour(first)
     second = petune.attach(first.model, "linear")
     assert behaviour(first) is None
-    second.switch(False)
-    first.switch(False)
+    second.disable()
+    first.disable()
     assert behaviour(first) == alone
     assert not first.enabled
     first.save(tmp_path / "a")

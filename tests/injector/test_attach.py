@@ -382,5 +382,5 @@ def test_a_second_set_of_prompts_is_refused_for_what_it_is() -> None:
     first = petune.attach(model, "vpt")
     with pytest.raises(AttachError, match="has prompts of another attachment"):
         petune.attach(model, "vpt", name="other")
-    first.switch(False)
+    first.disable()
     petune.attach(model, "vpt", name="other")

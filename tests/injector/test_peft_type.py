@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
 ]
-NAMES = [t.name for t in petune.tuners() if t.name not in {"peft", "lora", "dora"}]
+NAMES = [t.name for t in petune.list_tuners() if t.name not in {"peft", "lora", "dora"}]
 PAIRS = [
     *(("timm", name) for name in NAMES),
     *((library, name) for library in [*tiny_models()][1:] for name in ("adaptformer", "vpt", "bitfit", "convpass")),

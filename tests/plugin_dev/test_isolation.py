@@ -16,7 +16,7 @@ import pytest
 
 import petune
 from petune.base.errors import PluginError, UnknownName
-from petune.injector.registry import load_tuner, tuners
+from petune.injector.registry import list_tuners, load_tuner
 from tests.program import Run, call
 from tests.tiny import tiny
 
@@ -110,13 +110,13 @@ def test_all_ten_at_once_in_a_process_of_their_own(fake: Fake, tmp_path: Path) -
 def test_names_of_petune_cannot_be_taken(fake: Fake) -> None:
     fake("petune-fake", {"adaptformer": "petune_fake:Fake"}, SOUND)
     assert load_tuner("adaptformer").__module__ == "petune.tuners.adaptformer"
-    states = [t.state for t in tuners() if t.name == "adaptformer"]
+    states = [t.state for t in list_tuners() if t.name == "adaptformer"]
     assert states == ["ok", "unusable: petune has a method 'adaptformer' of its own"]
 
 
 def test_nothing_is_imported_to_list(fake: Fake) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake"}, "raise SystemExit")
-    assert "fake" in {t.name for t in tuners()}
+    assert "fake" in {t.name for t in list_tuners()}
     assert "petune_fake" not in sys.modules
 
 
@@ -131,7 +131,7 @@ def test_the_environment_restricts(
     fake("petune-second", {"other": "petune_fake_second:Fake"}, SOUND)
     if allowed is not None:
         monkeypatch.setenv("PETUNE_PLUGINS", allowed)
-    found = {t.name for t in tuners()}
+    found = {t.name for t in list_tuners()}
     assert {"adaptformer", "linear"} <= found
     assert found & {"fake", "other"} == seen
     if "fake" not in seen:
@@ -154,7 +154,7 @@ def test_metadata_in_ruins(fake: Fake, tmp_path: Path) -> None:
     info = tmp_path / "site" / "ruin-1.dist-info"
     info.mkdir()
     (info / "entry_points.txt").write_text("[petune.tuners]\nruin = petune_fake:Fake\n")
-    record: Any = next(t for t in tuners() if t.name == "ruin")
+    record: Any = next(t for t in list_tuners() if t.name == "ruin")
     assert (record.distribution, record.version) == ("?", "?")
     with pytest.raises(PluginError, match="ruin"):
         load_tuner("ruin")

@@ -8,7 +8,7 @@ import petune
 from petune.base.errors import ConfigError
 from petune.plugin_dev.tiny_models import tiny_models
 
-NAMES = [t.name for t in petune.tuners() if t.name != "peft"]  # which needs a type: see test_peft
+NAMES = [t.name for t in petune.list_tuners() if t.name != "peft"]  # which needs a type: see test_peft
 
 
 @pytest.mark.parametrize("library", sorted(tiny_models()))

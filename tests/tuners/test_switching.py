@@ -52,11 +52,11 @@ def test_prompts_that_are_off_come_off(name: str, tmp_path: Path) -> None:
     assert not torch.equal(prompted, plain)
     att.save(tmp_path / "a")
     for _ in range(2):
-        att.switch(False)
+        att.disable()
         assert torch.equal(logits(model), plain)
-        att.switch(True)
+        att.enable()
         assert torch.equal(logits(model), prompted)
-    att.switch(False)
+    att.disable()
     att.detach()
     assert torch.equal(logits(model), plain)
     assert list(model.state_dict()) == list(state)
@@ -75,15 +75,15 @@ def test_prompts_of_two_take_turns(name: str) -> None:
     plain = logits(model)
     first = randomised(petune.attach(model, "vpt", num_prompts=2))
     one = logits(model)
-    first.switch(False)
+    first.disable()
     second = randomised(petune.attach(model, "vpt", num_prompts=3, name="second"))
     two = logits(model)
     with pytest.raises(AttachError, match="prompts of another attachment"):
-        first.switch(True)
+        first.enable()
     assert not first.enabled
     assert torch.equal(logits(model), two)
-    second.switch(False)
-    first.switch(True)
+    second.disable()
+    first.enable()
     assert torch.equal(logits(model), one)
     second.detach()
     assert torch.equal(logits(model), one)
@@ -177,11 +177,11 @@ def test_nothing_is_folded_into_what_another_gives_back(first: bool) -> None:
     assert torch.equal(logits(model, x), before)
     assert shift.attached
     assert shift.enabled
-    shift.switch(False)
+    shift.disable()
     with pytest.raises(NotMergeable, match="Merge or detach bitfit first"):
         shift.merge()
     assert not shift.enabled
-    shift.switch(True)
+    shift.enable()
     bitfit.merge()
     shift.merge()
     torch.testing.assert_close(logits(model, x), before)
@@ -215,7 +215,7 @@ def test_a_tuner_must_have_the_options_of_the_file(tmp_path: Path) -> None:
 def test_what_was_assigned_cannot_be_given_back_without_a_word(method: str) -> None:
     att = petune.attach(tiny(), method)
     att.model.load_state_dict(att.model.state_dict(), assign=True)
-    for give_back in (att.detach, lambda: att.switch(False), lambda: att.disabled().__enter__()):
+    for give_back in (att.detach, lambda: att.disable(), lambda: att.disabled().__enter__()):
         with pytest.raises(AttachError, match="assign=True"):
             give_back()
     assert att.attached
