@@ -16,7 +16,7 @@ from petune.injector.placement import Placer
 from petune.sites.site import Block, Site, Sites
 
 USE_DEEP = "Try prompts of each block's own (vpt:deep=true), or a method without prompts, such as adaptformer"
-DISABLE_OTHER = "Attach one method with as many prompts, or disable the other one first (attachment.switch(False))"
+DISABLE_OTHER = "Attach one method with as many prompts, or disable the other one first (attachment.disable())"
 
 
 class PromptPlacer:
