@@ -26,8 +26,9 @@ from joined import joined
 from pydantic import Field
 
 import petune
-from petune.base.config import Config, read_yaml
+from petune.base.config import Config
 from petune.base.files import replace_file
+from petune.base.yaml_values import read_yaml
 from petune.cli.progress import Progress
 from petune.runner.compare import Comparison, write_table
 from petune.runner.executors import RUN, Executor, Work

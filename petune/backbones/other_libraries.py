@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.backbones.timm_repository import build_timms, timms_architecture
-from petune.base.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable, near_names
+from petune.base.errors import AttachError, ConfigError, MissingExtra, UnknownName, WeightsUnavailable, did_you_mean
 from petune.base.hub import HubFile, hub_url, overlay
 from petune.base.network import reachable
 from petune.sites.geometry import input_sizes_of
@@ -73,7 +73,7 @@ def _torchvision(name: str, num_classes: int, options: dict[str, Any], pretraine
 
     known = models.list_models(module=models)
     if name not in known:
-        raise UnknownName("torchvision model", name, known, "torchvision.models.list_models() has them all")
+        raise UnknownName("torchvision model", name, known, "torchvision.models.list_models() lists all")
     if pretrained:
         file = HubFile("", url=models.get_model_weights(name).DEFAULT.url)
         overlay(f"torchvision:{name}", file, fetch=False)
@@ -201,7 +201,7 @@ def _check_options(name: str, config: Any, options: dict[str, Any]) -> None:
         if key != "image_size" and not hasattr(config, key):
             raise ConfigError(
                 f"the options of hf:{name} must be keys of its {type(config).__name__}, but {key!r} is none"
-                f"{near_names(key, config.to_dict())}"
+                f"{did_you_mean(key, config.to_dict())}"
             )
 
 

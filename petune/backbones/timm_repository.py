@@ -39,7 +39,7 @@ def build_timms(
     import timm
 
     if not timm.is_model(architecture):
-        raise UnknownName("model of timm's", architecture, timm.list_models(), f"so says {place / 'config.json'}")
+        raise UnknownName("timm model", architecture, timm.list_models(), f"It is named in {place / 'config.json'}")
     if pretrained and not Path(name).is_dir():
         place = Path(overlay(f"hf:{name}", HubFile(name))["file"]).parent
     settings = {"img_size" if key == "image_size" else key: value for key, value in options.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 
 BUNDLED = Path(__file__).with_name("pretrained")
@@ -65,7 +65,7 @@ def bundled(name: str) -> Path | None:
 
 def from_anywhere(weights: str) -> str:
     """The option `--weights` so that it means the same in any directory: a path that is there becomes absolute."""
-    path = expanded(weights)
+    path = expand_home(weights)
     named = weights in {"default", "none"} or bundled(weights) is not None
     return weights if named or not path.exists() else str(path.absolute())
 
@@ -76,7 +76,7 @@ def find_weights(path: Path) -> Path:
     Raises:
         WeightsUnavailable: There is no such file.
     """
-    path = expanded(path)
+    path = expand_home(path)
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
         what = f"{path} is a directory without {BACKBONE_FILE}" if path.is_dir() else f"there is no file {path}"

@@ -1,28 +1,44 @@
-"""Typed configuration: frozen pydantic models, YAML in and out, `a.b=c` overrides, problems all at once."""
+"""Typed configurations: frozen pydantic models that report all problems at once and are written as YAML."""
 
 from __future__ import annotations
 
-import datetime
-import difflib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import core_schema
 
-from petune.base.errors import ConfigError, near_names
+from petune.base.errors import ConfigError, Problem, did_you_mean, similar_names
 
-LONGEST_SHOWN = 120
-UNION_MEMBER = re.compile(r"(constrained-\w+|literal\[.*\]|function-.*|float|int|str|bool)")
+MAX_SHOWN = 120
+
+
+def _check_number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+NUMBER_CHECK = {"type": "no-info", "function": _check_number}
+
+
+def _refuse_bools(schema: Any) -> Any:
+    """Return a pydantic schema whose numbers refuse bools, which pydantic would read as 0 and 1."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_refuse_bools(item) for item in schema)
+    if not isinstance(schema, dict) or schema.get("function", {}) == NUMBER_CHECK:
+        return schema
+    schema = {key: value if key == "default" else _refuse_bools(value) for key, value in schema.items()}
+    if schema.get("type") in ("int", "float"):
+        return core_schema.no_info_before_validator_function(_check_number, schema)
+    return schema
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, unknown keys forbidden, numbers never read from other types."""
+    """Base of every configuration: frozen, unknown keys and infinite numbers refused, `true` is not a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -30,23 +46,21 @@ class Config(BaseModel):
         """Validate `values`.
 
         Raises:
-            ConfigError: As `build`.
+            ConfigError: See `build`.
         """
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(error, type(self), "")) from None
+            raise _config_error(error, type(self), values, "") from None
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read true as 1."""
-        if _truth_for_numbers(cls.model_fields[str(info.field_name)].annotation, value):
-            raise ValueError("true and false are no numbers")
-        return value
-
-    # So that pydantic validates a configuration inside another one as it does without an __init__: all at once
+    # Lets pydantic validate a nested configuration directly, so that the problems of all levels are reported together
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Return the schema of the class, with numbers that refuse `true` and `false`."""
+        schema: core_schema.CoreSchema = _refuse_bools(handler(source))
+        return schema
 
     @classmethod
     def build(cls, values: Mapping[str, Any], source: str = "") -> Self:
@@ -57,221 +71,127 @@ class Config(BaseModel):
             source: Where the values come from, for the message.
 
         Raises:
-            ConfigError: With every problem and the near names of unknown keys.
+            ConfigError: Lists every problem, and similar names for unknown keys.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{source or cls.__name__} must be a mapping of keys to values, not {_shown(values)}")
+            raise ConfigError(f"{source or cls.__name__} is not a mapping of keys to values: {shown(values)}")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError(_explain(error, cls, source)) from None
+            raise _config_error(error, cls, values, source) from None
 
     @classmethod
-    def given(cls, config: Self | None, fields: Mapping[str, Any], call: str) -> Self:
-        """The `config` that a function was called with, or the one that `fields` make.
+    def from_call(cls, config: Self | None, fields: Mapping[str, Any], call: str) -> Self:
+        """Return the `config` passed to a function, or build one from its keyword arguments `fields`.
+
+        Args:
+            config: The argument `config` of the function.
+            fields: Its remaining keyword arguments.
+            call: The function, for the message.
 
         Raises:
-            ConfigError: As `build`; or there are both, or `config` is something else.
+            ConfigError: See `build`; or both were passed, or `config` has another type.
         """
         if config is None:
             return cls.build(fields, call)
         if not isinstance(config, cls):
-            raise ConfigError(f"{call} takes a {cls.__name__} or its keys, not {_shown(config)}")
+            raise ConfigError(f"{call}: config is not a {cls.__name__}: {shown(config)}. Pass one, or its keys")
         if fields:
-            raise ConfigError(f"{call} takes a {cls.__name__} or its keys, not both; drop {', '.join(sorted(fields))}")
+            raise ConfigError(f"{call}: pass a {cls.__name__} or its keys, not both. Drop {', '.join(sorted(fields))}")
         return config
 
     def to_yaml(self) -> str:
-        """The complete configuration, defaults included, as YAML that `from_yaml` reads back equal."""
+        """Return the complete configuration, defaults included, as YAML that `build` reads back equal."""
         data = self.model_dump(mode="json")
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-        # PyYAML writes some separators (U+0085, U+2028) as they are and reads them as a space: those it must escape
+        # PyYAML writes U+0085 and U+2028 unescaped but reads them as a space
         return text if yaml.safe_load(text) == data else yaml.safe_dump(data, sort_keys=False)
 
 
-def _truth_for_numbers(kind: Any, value: Any) -> bool:
-    """Whether a number is asked for, here or within, and true or false came."""
-    members = list(_members(kind))
-    if isinstance(value, bool):
-        return bool not in members and (int in members or float in members)
-    within = [inner for member in members for inner in get_args(member) if inner is not ...]
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    return bool(within) and any(_truth_for_numbers(within[-1], item) for item in items)
+def shown(value: object, longest: int = MAX_SHOWN) -> str:
+    """Return `repr(value)`, shortened for a message."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
-def _members(kind: Any) -> Iterator[Any]:
-    """The types of a union, or the only one."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        yield from _members(inner[0])
-    elif _is_union(kind):
-        for member in inner:
-            yield from _members(member)
-    elif origin is Literal:
-        yield from map(type, inner)
-    else:
-        yield kind
+def _config_error(error: ValidationError, cls: type[BaseModel], values: Mapping[str, Any], source: str) -> ConfigError:
+    """Return a ConfigError with one problem per key; the members of a union share one."""
+    problems: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        path = _key_path(item["loc"], item["type"], values)
+        key = ".".join(map(str, path)) or cls.__name__
+        if item["type"] == "extra_forbidden":
+            problems[key] = Problem(key, f"no such key: {key}{_suggest_key(path, cls)}", unknown=True)
+            continue
+        text = item["msg"].removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
+        text = f"{text[:1].lower()}{text[1:]}"
+        if key in problems:
+            before, _, got = problems[key].message.rpartition(" (got ")
+            text = text.removeprefix("should be ")
+            if text in before:
+                continue
+            problems[key] = Problem(key, f"{before} or {text} (got {got}")
+        elif item["type"] == "missing":
+            problems[key] = Problem(key, f"{key}: required")
+        else:
+            problems[key] = Problem(key, f"{key}: {text} (got {shown(item['input'])})")
+    head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
+    return ConfigError("\n  - ".join([head, *(p.message for p in problems.values())]), tuple(problems.values()))
 
 
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)
+def _key_path(location: Sequence[int | str], kind: str, values: Any) -> list[int | str]:
+    """Return the keys in pydantic's error location; it also holds names of union members, which are not in `values`."""
+    path: list[int | str] = []
+    for number, part in enumerate(location, start=1):
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+        elif isinstance(values, list | tuple) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        elif not (kind == "missing" and number == len(location)):
+            continue
+        path.append(part)
+    return path
 
 
-def expanded(path: str | Path) -> Path:
-    """`path` with `~` as the home directory."""
-    return Path(os.path.expanduser(path))  # Path.expanduser fails where there is no such user
+def _suggest_key(path: Sequence[int | str], cls: type[BaseModel]) -> str:
+    """Return a suggestion for an unknown key: a similar one beside it, or one level below (`train.epochs`)."""
+    above = "".join(f"{part}." for part in path[:-1])
+    siblings = _keys_at(path[:-1], cls)
+    nested = {inner: f"{key}.{inner}" for key in siblings for inner in _keys_at([*path[:-1], key], cls)}
+    nearest = similar_names(str(path[-1]), {*siblings, *nested}, cutoff=0.8)
+    if nearest and nearest[0] not in siblings:
+        return f". Did you mean {above}{nested[nearest[0]]}?"
+    return did_you_mean(str(path[-1]), siblings, prefix=above)
+
+
+def _keys_at(path: Iterable[int | str], cls: type[BaseModel]) -> list[str]:
+    """Return the keys of the nested configuration at `path`; empty where there is none."""
+    model: Any = cls
+    for part in path:
+        field = model.model_fields.get(str(part))
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return `path` with `~` as the home directory."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
 
 def user_path(path: Path) -> Path:
-    """`path` with `~` as the home directory.
+    """Return `path` with `~` as the home directory.
 
     Raises:
-        ValueError: It is no UTF-8, which config.yaml could not hold.
+        ValueError: It is not UTF-8, so config.yaml could not store it.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ValueError("a path must be UTF-8, which the files that name it are written in; choose another") from None
-    return expanded(path)
+        raise ValueError("the path is not UTF-8, so config.yaml cannot store it. Use another one") from None
+    return expand_home(path)
 
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
-"""A path of a configuration."""
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with `safe_load` (no objects, no code).
-
-    Raises:
-        ConfigError: The file is missing, is not YAML, or does not hold a mapping whose keys are words.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, or nested without end
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping (key: value lines), but holds a {type(data).__name__}")
-    for key in _no_words(data):
-        raise ConfigError(f"the keys of {path} must be words, but YAML reads one as {key!r}; write it in quotes")
-    return data
-
-
-def _no_words(value: object) -> Iterator[object]:
-    """Keys that are no text: YAML reads `1:` as a number and `on:` as true. What an alias repeats is looked at once."""
-    waiting, seen = [value], set[int]()
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, dict):
-            yield from (key for key in one if not isinstance(key, str))
-            waiting.extend(one.values())
-        elif isinstance(one, list):
-            waiting.extend(one)
-
-
-def parse_value(text: str) -> Any:
-    """Read one override value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text."""
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # 2026-13-45 is no date, 0x_ no number
-        return text
-    if isinstance(value, datetime.date):  # no key takes one; a directory may be called 2026-11-26
-        return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; people mean a number
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """Read `key=value,key=value`, as in `vpt:deep=false,num_prompts=10`.
-
-    Raises:
-        ConfigError: An item has no `=` or no key.
-    """
-    options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"options are written key=value,key=value; {item!r} is not of that form")
-        options[key.strip()] = parse_value(value.strip())
-    return options
-
-
-def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """Apply `a.b=c` assignments to nested plain data and return the result; `values` is left alone.
-
-    Raises:
-        ConfigError: An assignment has no `=`, or goes through a value that is not a mapping.
-    """
-    result: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"--set takes key.key=value; {assignment!r} is not of that form")
-        here = result
-        for key in keys[:-1]:
-            below = here.get(key)
-            if below is None:
-                below = {}
-            if not isinstance(below, Mapping):
-                raise ConfigError(f"--set {assignment}: {key!r} holds {below!r} and has no keys below it")
-            here[key] = dict(below)
-            here = here[key]
-        here[keys[-1]] = parse_value(text.strip())
-    return result
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
-
-
-def _explain(error: ValidationError, cls: type[BaseModel], source: str) -> str:
-    found: dict[str, list[str]] = {}
-    came: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        *above, last = item["loc"] or (cls.__name__,)
-        field = _fields_at(cls, above[:-1]).get(str(above[-1])) if above else None
-        # one problem, said by each member
-        union = field is not None and _is_union(field.annotation) and UNION_MEMBER.fullmatch(str(last))
-        where = ".".join(str(part) for part in (above if union else (*above, last)))
-        if item["type"] == "extra_forbidden":
-            message = f"no such key{_near_keys(str(last), _fields_at(cls, above))}"
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            message = f"{message[:1].lower()}{message[1:]}"
-            came[where] = "" if item["type"] == "missing" else f" (got {_shown(item['input'])})"
-        found.setdefault(where, []).append(message)
-    problems = [f"{where}: {' or '.join(dict.fromkeys(said))}{came.get(where, '')}" for where, said in found.items()]
-    head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
-    return "\n  - ".join([head, *problems])
-
-
-Fields = Mapping[str, FieldInfo]
-
-
-def _fields_at(cls: type[BaseModel], path: Iterable[int | str]) -> Fields:
-    fields: Fields = cls.model_fields
-    for key in path:
-        fields = _below(fields[str(key)]) if str(key) in fields else {}
-    return fields
-
-
-def _below(field: FieldInfo) -> Fields:
-    kind = field.annotation
-    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-
-
-def _near_keys(name: str, fields: Fields) -> str:
-    """As `near_names`; a key of the mappings below, as `epochs` of `train`, is meant where it is nearer."""
-    inner = {last: f"{key}.{last}" for key, field in fields.items() for last in _below(field)}
-    near = difflib.get_close_matches(name.casefold(), {*inner, *fields}, n=1, cutoff=0.8)
-    return f"; did you mean {inner[near[0]]!r}?" if near and near[0] not in fields else near_names(name, fields)
+"""The type of a path in a configuration."""

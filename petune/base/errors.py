@@ -1,35 +1,39 @@
-"""Every error petune raises on purpose. Each message says what must hold, what came, and what to do.
+"""All exceptions that petune raises on purpose. Every message says what happened and what to do.
 
 PetuneError                  exit code 1
-├── UsageError               2   a call or a configuration that cannot mean anything
-│   ├── ConfigError              a key, type, range or combination is wrong (all problems in one message)
-│   └── UnknownName              no method, backbone or dataset of that name (near names are listed)
-├── MissingExtra             3   an optional package is needed; the message holds the command
-├── PluginError              3   a registered tuner cannot be loaded (distribution and cause are named)
-├── AttachError              1   a tuner cannot be put on this model; the model is as it was
-│   ├── SiteNotFound             the model has no such place
-│   ├── DeadSite                 the place exists, but the forward never passes it
-│   ├── AlreadyCompiled          hooks would not be seen; attach first, compile afterwards
-│   └── NotMergeable             the edit is not a change of weights
-├── WeightsUnavailable       4   pretrained weights were asked for and cannot be had
-├── HubError                 4   a hub cannot be asked, or refuses: network, token, repository
-├── DataError                4   a dataset is missing, broken or contradicts itself
-├── CheckpointError          4   a file petune wrote is damaged, foreign or from a newer petune
-│   └── BackboneMismatch         an adapter that belongs to another backbone
-├── ExportError              1   another format cannot hold the trained model, or computes something else
+├── UsageError               2   a call or configuration that makes no sense
+│   ├── ConfigError              unknown key, wrong type, value out of range (lists every problem)
+│   └── UnknownName              no method, backbone or dataset with that name (suggests similar names)
+├── MissingExtra             3   an optional package is not installed (shows the pip command)
+├── PluginError              3   a registered tuner cannot be loaded (names the package and the cause)
+├── AttachError              1   a tuner cannot be attached to this model (the model is unchanged)
+│   ├── SiteNotFound             the model has no such part
+│   ├── DeadSite                 the model has the part, but its forward never uses it
+│   ├── AlreadyCompiled          the model was compiled first; attach, then compile
+│   └── NotMergeable             the tuner does more than change weights
+├── WeightsUnavailable       4   pretrained weights are neither cached nor downloadable
+├── HubError                 4   a hub is unreachable or refuses: network, token, repository
+├── DataError                4   a dataset is missing, broken or inconsistent
+├── CheckpointError          4   a file is damaged, not petune's, or written by a newer petune
+│   └── BackboneMismatch         the adapter was trained on another backbone
+├── ExportError              1   the target format cannot represent the model, or its output differs
 ├── Diverged                 1   loss or gradient became NaN or infinite
-├── ProcessLost              1   of several processes of one run, one is gone
-└── Stopped                  75  a signal asked the run to stop; it can be resumed
+├── ProcessLost              1   one process of a distributed run is gone
+└── Stopped                  75  stopped by a signal; rerun to resume
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+MAX_SUGGESTIONS, MAX_LISTED = 3, 12
 
 
 class PetuneError(Exception):
-    """Base of every error that petune raises on purpose.
+    """Base class of every error that petune raises on purpose.
 
     Args:
         message: What happened and what to do, in terms of Python arguments.
@@ -44,33 +48,71 @@ class PetuneError(Exception):
 
 
 class UsageError(PetuneError):
-    """The call cannot mean anything: wrong names, options or combinations."""
+    """The call makes no sense: wrong names, options or combinations."""
 
     exit_code = 2
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration.
+
+    Attributes:
+        key: The dotted key, `train.lr`.
+        message: What is wrong with it.
+        unknown: The key does not exist.
+    """
+
+    key: str
+    message: str
+    unknown: bool = False
+
+
 class ConfigError(UsageError):
-    """A configuration is wrong; the message lists every problem at once."""
+    """A configuration is wrong.
+
+    Args:
+        message: All problems, one a line.
+        problems: The same as data; empty where the error is not about single keys.
+        cli_hint: See `PetuneError`.
+    """
+
+    def __init__(self, message: str = "", problems: Sequence[Problem] = (), *, cli_hint: str = "") -> None:
+        super().__init__(message, cli_hint=cli_hint)
+        self.problems = tuple(problems)
 
 
 class UnknownName(UsageError):
-    """No method, backbone or dataset of that name."""
+    """No method, backbone or dataset has that name.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
-        self.kind, self.name = kind, name
-        near = near_names(name, known)
-        link = "" if not hint else " " if near.endswith("?") else ". "
-        super().__init__(f"no {kind} is called {name!r}{near}{link}{hint}")
+    Args:
+        kind: What was looked for: `dataset`.
+        name: The name as given.
+        known: The names that exist; the message suggests similar ones.
+        hint: A sentence of advice.
+        cli_hint: See `PetuneError`.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "", *, cli_hint: str = "") -> None:
+        names = sorted(known)
+        shown = name if re.fullmatch(r"[\w.:/+-]+", name) else repr(name)
+        sentence = f"no such {kind}: {shown}{did_you_mean(name, names)}"
+        if hint:
+            sentence += f"{'' if sentence.endswith('?') else '.'} {hint}"
+        super().__init__(sentence, cli_hint=cli_hint)
+        self.kind = kind
+        self.name = name
+        self.suggestions = similar_names(name, names)
 
 
 class MissingExtra(PetuneError):
-    """An optional package is needed for this; the message holds the command that installs it."""
+    """An optional package is not installed; the message shows the command that installs it."""
 
     exit_code = 3
 
     def __init__(self, purpose: str, extra: str) -> None:
-        command = f'pip install "petune[{extra}]"'
-        super().__init__(f"{purpose} needs an optional package. Install it with: {command}")
+        super().__init__(f'{purpose} needs an optional package. Install it with: pip install "petune[{extra}]"')
+        self.extra = extra
 
 
 class PluginError(PetuneError):
@@ -80,45 +122,45 @@ class PluginError(PetuneError):
 
 
 class AttachError(PetuneError):
-    """A tuner cannot be attached to this model; the model was left as it was."""
+    """A tuner cannot be attached to this model; the model is unchanged."""
 
 
 class SiteNotFound(AttachError):
-    """The model has no such place."""
+    """The model has no such part."""
 
 
 class DeadSite(AttachError):
-    """The model has the place, but its forward never passes it, so the edit would do nothing."""
+    """The model has the part, but its forward never uses it, so an edit there would do nothing."""
 
 
 class AlreadyCompiled(AttachError):
-    """The model was compiled before the tuner was attached, so the edit would not be seen."""
+    """The model was compiled before the tuner was attached, so the edit would be ignored."""
 
 
 class NotMergeable(AttachError):
-    """The edit cannot be written as a change of the backbone's weights."""
+    """The tuner does more than change weights of the backbone, so it cannot be merged into them."""
 
 
 class WeightsUnavailable(PetuneError):
-    """Pretrained weights were asked for and cannot be had. petune never uses random ones instead."""
+    """Pretrained weights are neither cached nor downloadable. petune never uses random ones instead."""
 
     exit_code = 4
 
 
 class HubError(PetuneError):
-    """A hub cannot be asked, or refuses; the message says what of network, token and repository it is."""
+    """A hub is unreachable or refuses; the message says whether it is the network, the token or the repository."""
 
     exit_code = 4
 
 
 class DataError(PetuneError):
-    """A dataset is missing, broken or contradicts itself."""
+    """A dataset is missing, broken or inconsistent."""
 
     exit_code = 4
 
 
 class CheckpointError(PetuneError):
-    """A file that petune wrote is damaged, foreign or from a newer petune."""
+    """A file is damaged, was not written by petune, or was written by a newer petune."""
 
     exit_code = 4
 
@@ -128,7 +170,7 @@ class BackboneMismatch(CheckpointError):
 
 
 class ExportError(PetuneError):
-    """A trained model cannot be written in another format, or does not compute the same there."""
+    """The target format cannot represent the model, or the exported model computes something else."""
 
 
 class Diverged(PetuneError):
@@ -136,21 +178,33 @@ class Diverged(PetuneError):
 
 
 class ProcessLost(PetuneError):
-    """Several processes do one run, and one of them is gone."""
+    """One process of a distributed run is gone."""
 
 
 class Stopped(PetuneError):
-    """A signal asked the run to stop; what it had done is saved and it can be resumed."""
+    """A signal stopped the run; its progress is saved and it can be resumed."""
 
     exit_code = 75
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x' or 'y'?` for the known names closest to `name`, or the known names themselves."""
+def similar_names(name: str, known: Iterable[str], cutoff: float = 0.5) -> tuple[str, ...]:
+    """Return up to three of the known names that are most similar to `name`, best first; case is ignored."""
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.casefold(), by_folded, n=MAX_SUGGESTIONS, cutoff=cutoff)
+    return tuple(by_folded[folded] for folded in close)
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return `. Did you mean x or y?` to append to a message, or `. Known: …` if nothing is similar.
+
+    Args:
+        name: As given.
+        known: The names that exist.
+        prefix: Put before each name that is shown.
+    """
     names = sorted(known)
-    small = {each.casefold(): each for each in names}
-    close = [small[each] for each in difflib.get_close_matches(name.casefold(), small, n=3, cutoff=0.5)]
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-    return f"; known: {shown}" if names else ""
+    similar = similar_names(name, names)
+    if similar:
+        return f". Did you mean {' or '.join(prefix + each for each in similar)}?"
+    listed = ", ".join(prefix + each for each in names[:MAX_LISTED]) + (", …" if len(names) > MAX_LISTED else "")
+    return f". Known: {listed}" if names else ""

@@ -117,7 +117,7 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
 
 def _rates(assignments: list[str]) -> dict[str, Any]:
     """`vpt:deep=false=1e-3` → `{"vpt:deep=false": 0.001}`: a method may itself hold `=` and dots."""
-    from petune.base.config import parse_value
+    from petune.base.yaml_values import parse_value
 
     parts = [text.rpartition("=") for text in assignments]
     return {method.strip(): parse_value(rate.strip()) for method, _, rate in parts}

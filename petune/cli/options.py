@@ -150,7 +150,7 @@ class Settings:
         Args:
             place: From a RunConfig key to where it stands in the configuration to build.
         """
-        from petune.base.config import override, read_yaml
+        from petune.base.yaml_values import override, read_yaml
 
         values: dict[str, Any] = {}
         if self.config is not None:
@@ -242,7 +242,7 @@ def user_path(path: Path) -> Path:
     try:
         return expanded(path)
     except ValueError as error:
-        raise UsageError(f"{error}; got {str(path)!r}") from None
+        raise UsageError(f"{error} (got {str(path)!r})") from None
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

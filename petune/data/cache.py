@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.data.dataset import Split
 
@@ -31,7 +31,7 @@ Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
 def cache_dir() -> Path:
     """`PETUNE_CACHE`, or `petune` in the user's cache directory."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expanded(os.environ.get("PETUNE_CACHE") or Path(base) / "petune")
+    return expand_home(os.environ.get("PETUNE_CACHE") or Path(base) / "petune")
 
 
 def decoded(key: dict[str, Any], decode: Decode, crop: float = 1.0) -> Split:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
 from petune.data.images import OTHER_IMAGES, extensions
 
@@ -22,7 +22,7 @@ Files = Mapping[str, list[Path]]
 
 def folder_of(dataset: str) -> Path:
     """The PATH of `folder:PATH`, with `~` as the home directory."""
-    return expanded(dataset.removeprefix("folder:"))
+    return expand_home(dataset.removeprefix("folder:"))
 
 
 def image_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:

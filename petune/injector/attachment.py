@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import AttachError, DeadSite, NotMergeable
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
@@ -159,7 +159,7 @@ class Attachment:
         self._need_own()
         self._need_same_head()
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
-        save(self, expanded(path), metadata)
+        save(self, expand_home(path), metadata)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from petune.adapters.card import model_card
 from petune.adapters.fingerprint import fingerprint, head_fingerprint
 from petune.adapters.reference_logits import behaviour, max_abs_diff
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, CheckpointError, PetuneError, PluginError, UsageError
 from petune.base.files import MANIFEST, verify_directory, write_directory
 from petune.injector.attach import attach, label_of
@@ -117,7 +117,7 @@ def load(
     """
     kinds = {"name": (name, str | None), "tuner": (tuner, Tuner | None), "sites": (sites, Sites | None)}
     check_arguments("petune.load", model=(model, nn.Module), path=(path, PathText), **kinds)
-    return attach_saved(model, read_adapter(expanded(path)), name=name, tuner=tuner, sites=sites)
+    return attach_saved(model, read_adapter(expand_home(path)), name=name, tuner=tuner, sites=sites)
 
 
 @dataclass(frozen=True)

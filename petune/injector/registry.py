@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
-from petune.base.errors import ConfigError, PetuneError, PluginError, UnknownName, near_names
+from petune.base.errors import ConfigError, PetuneError, PluginError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Tuner, TunerConfig
@@ -100,9 +100,9 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
                 tuner = cls(method, **options)
                 tuner.method = record.name
                 return tuner
-        raise UnknownName("method", type(method).__name__, [], "pass the Tuner itself: MyTuner(config)")
+        raise UnknownName("method", type(method).__name__, [], "Pass the Tuner itself: MyTuner(config)")
     if not isinstance(method, str) or not method:
-        raise UnknownName("method", str(method), {t.name for t in list_tuners()}, "pass a name, a Tuner or its config")
+        raise UnknownName("method", str(method), {t.name for t in list_tuners()}, "Pass a name, a Tuner or its config")
     method, given = parse_method(method)
     twice = given.keys() & options.keys()
     if twice:
@@ -112,7 +112,7 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     cls = load_tuner(family)
     if colon and "type" not in cls.Config.model_fields:
         known = cls.Config.model_fields
-        option, near = (kind, "") if kind in known else ("OPTION", near_names(kind, known))
+        option, near = (kind, "") if kind in known else ("OPTION", did_you_mean(kind, known))
         raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {method!r}{near}")
     given = {"type": kind, **options} if colon else options
     config = cls.Config.build(given, f"the options of {method}")
@@ -130,7 +130,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: An option is not of the form key=value.
     """
-    from petune.base.config import parse_options
+    from petune.base.yaml_values import parse_options
 
     name, colon, options = text.rpartition(":")
     if colon and "=" in options:

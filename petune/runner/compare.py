@@ -14,7 +14,7 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.config import Config, UserPath
 from petune.base.distributed import join
-from petune.base.errors import PetuneError, UsageError, near_names
+from petune.base.errors import PetuneError, UsageError, did_you_mean
 from petune.base.files import replace_file
 from petune.base.text import html_table
 from petune.injector.registry import build_tuner
@@ -66,7 +66,7 @@ class CompareConfig(Config):
         methods = info.data.get("methods", value)  # if those are wrong themselves, that is said
         for name in value:
             if name not in methods:
-                raise ValueError(f"lrs must name methods of the comparison, but {name!r}{near_names(name, methods)}")
+                raise ValueError(f"{name} is not a method of this comparison{did_you_mean(name, methods)}")
         return value
 
 
@@ -165,7 +165,7 @@ def compare(
     """
     check_watch("petune.compare", watch)
     chosen = choose_executor(executor)
-    config = CompareConfig.given(config, fields, "petune.compare(...)")
+    config = CompareConfig.from_call(config, fields, "petune.compare(...)")
     place = config.output or Path("runs") / compare_name(config)
     options = _checked(config, place)
     command = f"petune compare --config {COMPARE_FILE}"

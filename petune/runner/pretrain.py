@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
         PetuneError: With one message; see petune.errors for which.
     """
     check_watch("petune.pretrain", watch)
-    config = PretrainConfig.given(config, fields, "petune.pretrain(...)")
+    config = PretrainConfig.from_call(config, fields, "petune.pretrain(...)")
     tuner = build_tuner(config.method)
     group = join()
     place = group.broadcast(lambda: config.output or unique_path(Path("runs") / pretrain_name(config)))

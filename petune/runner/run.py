@@ -45,7 +45,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
         PetuneError: With one message; see petune.errors for which.
     """
     check_watch("petune.run", watch)
-    config = RunConfig.given(config, fields, "petune.run(...)")
+    config = RunConfig.from_call(config, fields, "petune.run(...)")
     tuner = build_tuner(config.method)
     group = join()
     if config.output is None or not RunResult.exists(config.output):

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from petune.base.config import Config, read_yaml
+from petune.base.config import Config
 from petune.base.errors import ConfigError, UsageError
 from petune.base.files import replace_file
+from petune.base.yaml_values import read_yaml
 from petune.data.manifest import MANIFEST_FILE
 from petune.training.events import METRICS_FILE
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import AttachError, UsageError
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import After, Before, Holder, Parallel, Prompts
@@ -75,7 +75,7 @@ class AdapterBank:
         if name in self.tasks:
             raise UsageError(f"each task needs a name of its own, but {name!r} is loaded already")
         self.use(None)
-        saved = read_adapter(expanded(path))
+        saved = read_adapter(expand_home(path))
         head = _fitting(self._head, saved.tensors)
         sites = replace(self.sites, head=replace(self._head, enter=head, exit=head))
         try:

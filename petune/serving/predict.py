@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, DataError, UsageError
 from petune.data import Preprocess, Split
 from petune.data.folder import CROP
@@ -247,7 +247,7 @@ def _one_by_one(images: Iterable[ImageSource]) -> Iterator[tuple[str, Loaded]]:
         if not isinstance(image, str | Path):
             yield f"image {number}", image
             continue
-        place = expanded(image)
+        place = expand_home(image)
         if not place.is_dir():
             yield str(place), place
             continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from petune.backbones.create import Backbone, create_backbone
 from petune.backbones.other_libraries import calls_a_function
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
 from petune.injector.load import CONFIG_FILE, Saved, adapter_place, attach_saved, read_adapter
@@ -57,7 +57,7 @@ def read_run(path: Path) -> Saved:
     Raises:
         CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
     """
-    place = adapter_place(expanded(path))
+    place = adapter_place(expand_home(path))
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(why_no_adapter(place))
     saved = read_adapter(place)

@@ -20,7 +20,7 @@ from typing import Any
 
 from petune.adapters.card import public
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.base.files import MANIFEST, manifest_of, write_directory
 from petune.base.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
@@ -76,7 +76,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     check_arguments(
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
-    place = adapter_place(expanded(path))
+    place = adapter_place(expand_home(path))
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(why_no_adapter(place))
     read_adapter(place)
@@ -124,7 +124,7 @@ def pull(
     """
     optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
     check_arguments("petune.pull", repo=(repo, str), trust_remote_code=(trust_remote_code, bool), **optional)
-    target = expanded(output) if output is not None else Path(repo.rpartition("/")[2])
+    target = expand_home(output) if output is not None else Path(repo.rpartition("/")[2])
     refuse_foreign(target)
     api = _api(repo)
     info = _asked(repo, lambda: api.model_info(repo, revision=revision, files_metadata=True), lambda: 0)

@@ -82,9 +82,9 @@ class TrainConfig(Config):
 
             known = timm.optim.list_optimizers()
             if value not in known:
-                from petune.base.errors import near_names
+                from petune.base.errors import did_you_mean
 
-                raise ValueError(f"timm has no such optimizer{near_names(value, known)}")
+                raise ValueError(f"timm has no such optimizer{did_you_mean(value, known)}")
         return value
 
     def warmup_steps(self, total_steps: int) -> int:

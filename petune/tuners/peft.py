@@ -87,7 +87,7 @@ class PeftConfig(petune.TunerConfig):
         for name in self.options:
             if name not in options:
                 near = difflib.get_close_matches(name, options, 3)
-                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                hint = f". Did you mean {' or '.join(near)}?" if near else ""
                 raise ValueError(f"{known[self.type].__name__} has no option {name!r}{hint}")
         if self.options.get(CHANGES_WEIGHTS, True) not in PLAIN_STARTS:
             raise ValueError(f"{CHANGES_WEIGHTS} must be one of {PLAIN_STARTS}: other starts change the backbone")

@@ -1,4 +1,4 @@
-"""The exception tree: exit codes, near names, and that its drawing is the tree."""
+"""The exception tree: exit codes, suggestions, and that the tree in the docstring is the real one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from petune.base import errors
-from petune.base.errors import MissingExtra, PetuneError, UnknownName, near_names
+from petune.base.errors import MissingExtra, PetuneError, UnknownName, did_you_mean
 
 EXIT_CODES = {
     "PetuneError": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3,
@@ -21,47 +21,43 @@ EXIT_CODES = {
 
 
 def _classes() -> dict[str, type[PetuneError]]:
-    found = inspect.getmembers(errors, inspect.isclass)
-    return {name: cls for name, cls in found if issubclass(cls, PetuneError)}
+    members = inspect.getmembers(errors, inspect.isclass)
+    return {name: cls for name, cls in members if issubclass(cls, PetuneError)}
 
 
-def test_exit_codes_are_those_of_the_design() -> None:
+def test_exit_codes_match_the_design() -> None:
     assert {name: cls.exit_code for name, cls in _classes().items()} == EXIT_CODES
 
 
 @pytest.mark.parametrize("name", EXIT_CODES)
-def test_every_class_stands_in_the_drawing_below_its_base(name: str) -> None:
+def test_docstring_tree_shows_every_class_below_its_base(name: str) -> None:
     lines = (errors.__doc__ or "").splitlines()
-    depth = {word: line.index(word) for line in lines for word in line.split() if word in EXIT_CODES}
-    order = [word for line in lines for word in line.split() if word in EXIT_CODES]
-    cls = _classes()[name]
-    base = cls.__base__
+    column = {word: line.index(word) for line in lines for word in line.split() if word in EXIT_CODES}
+    order = list(column)
+    base = _classes()[name].__base__
     assert base is not None
-    if cls is not PetuneError:
-        above = [other for other in order[: order.index(name)] if depth[other] < depth[name]]
+    if name != "PetuneError":
+        above = [other for other in order[: order.index(name)] if column[other] < column[name]]
         assert above[-1] == base.__name__
 
 
-@pytest.mark.parametrize("name", EXIT_CODES)
-def test_every_class_says_when_it_is_raised(name: str) -> None:
-    assert _classes()[name].__doc__
+def test_similar_names_are_suggested() -> None:
+    assert did_you_mean("adaptfomer", ["vpt", "adaptformer"]) == ". Did you mean adaptformer?"
+    assert did_you_mean("LoRA", ["vpt", "lora"]) == ". Did you mean lora?"
 
 
-def test_near_names_are_suggested() -> None:
-    assert near_names("adaptfomer", ["vpt", "adaptformer"]) == "; did you mean 'adaptformer'?"
+def test_known_names_are_listed_if_none_is_similar_up_to_twelve() -> None:
+    assert did_you_mean("qqqq", ["vpt", "full"]) == ". Known: full, vpt"
+    assert did_you_mean("qqqq", [f"n{i:02}" for i in range(13)]).endswith("n11, …")
+    assert did_you_mean("qqqq", []) == ""
 
 
-def test_without_a_near_name_the_known_ones_are_listed_up_to_twelve() -> None:
-    assert near_names("qqqq", ["vpt", "full"]) == "; known: full, vpt"
-    assert near_names("qqqq", [f"n{i:02}" for i in range(13)]).endswith("n11, …")
-    assert near_names("qqqq", []) == ""
+def test_unknown_name_has_kind_name_suggestions_and_hint() -> None:
+    error = UnknownName("dataset", "cifr10", ["cifar10"], "A folder is folder:PATH")
+    assert str(error) == "no such dataset: cifr10. Did you mean cifar10? A folder is folder:PATH"
+    assert (error.kind, error.name, error.suggestions) == ("dataset", "cifr10", ("cifar10",))
+    assert str(UnknownName("dataset", "", ["x"], "Name one")) == "no such dataset: ''. Known: x. Name one"
 
 
-def test_unknown_name_says_kind_name_and_hint() -> None:
-    error = UnknownName("dataset", "cifar", ["cifar10"], "see petune datasets")
-    assert str(error) == "no dataset is called 'cifar'; did you mean 'cifar10'? see petune datasets"
-    assert (error.kind, error.name) == ("dataset", "cifar")
-
-
-def test_missing_extra_holds_the_command() -> None:
+def test_missing_extra_shows_the_command() -> None:
     assert 'pip install "petune[tensorboard]"' in str(MissingExtra("logging for TensorBoard", "tensorboard"))

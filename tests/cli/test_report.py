@@ -138,7 +138,7 @@ def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
     [
         ({"seeds": []}, "1 problem in compare.json: - rows.0: a method that is done must have seeds"),
         ({"top1_mean": None}, "1 problem in compare.json: - rows.0: a method that is done must have top1_mean"),
-        (None, "6 problems in compare.json: - config: field required - rows: field required"),
+        (None, "6 problems in compare.json: - config: required - rows: required"),
     ],
 )
 def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(

@@ -143,15 +143,15 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
         (
             ("--method", "adaptfromer"),
             2,
-            "error: no method is called 'adaptfromer'; did you mean 'adaptformer' or",
+            "error: no such method: adaptfromer. Did you mean adaptformer or",
         ),
-        (("--method", "LoRA"), 2, "error: no method is called 'LoRA'; did you mean 'lora'"),
+        (("--method", "LoRA"), 2, "error: no such method: LoRA. Did you mean lora"),
         (("--method", "vpt:deep"), 2, "error: options are written vpt:deep=VALUE, but the method is 'vpt:deep'"),
-        (("--method", "vpt:depp"), 2, "written vpt:OPTION=VALUE, but the method is 'vpt:depp'; did you mean 'deep'?"),
-        (("--set", "lr=3"), 2, "  - lr: no such key; did you mean 'train.lr'?"),
-        (("--set", "epocs=3"), 2, "  - epocs: no such key; did you mean 'train.epochs'?"),
-        (("--backbone", "vit_bsae"), 2, "error: no backbone is called 'vit_bsae'; did you mean 'vit_base'"),
-        (("--dataset", "cifr10"), 2, "error: no dataset is called 'cifr10'; did you mean 'cifar10'"),
+        (("--method", "vpt:depp"), 2, "written vpt:OPTION=VALUE, but the method is 'vpt:depp'. Did you mean deep?"),
+        (("--set", "lr=3"), 2, "  - no such key: lr. Did you mean train.lr?"),
+        (("--set", "epocs=3"), 2, "  - no such key: epocs. Did you mean train.epochs?"),
+        (("--backbone", "vit_bsae"), 2, "error: no such backbone: vit_bsae. Did you mean vit_base"),
+        (("--dataset", "cifr10"), 2, "error: no such dataset: cifr10. Did you mean cifar10"),
         (
             ("--optimizer", "adamm"),
             2,
@@ -163,7 +163,7 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
         (
             ("--tracker", "tensorbord"),
             2,
-            "error: no tracker is called 'tensorbord'; did you mean 'tensorboard'",
+            "error: no such tracker: tensorbord. Did you mean tensorboard",
         ),
     ],
 )

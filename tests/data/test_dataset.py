@@ -162,7 +162,7 @@ def test_digits_are_the_same_every_time() -> None:
 def test_datasets_by_name(tmp_path: Path) -> None:
     assert load_dataset("digits").name == "digits"
     assert set(NAMES) == {"cifar10", "cifar100", "digits", "folder:PATH"}
-    with pytest.raises(UnknownName, match=r"no dataset is called 'digit'; did you mean 'digits'\?"):
+    with pytest.raises(UnknownName, match=r"no such dataset: digit. Did you mean digits\?"):
         load_dataset("digit")
     with pytest.raises(DataError, match="not there"):
         load_dataset(f"folder:{tmp_path / 'nowhere'}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petune
-from petune.base.config import parse_options
+from petune.base.yaml_values import parse_options
 
 SHAPE = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 3}
 FAMILIES = {

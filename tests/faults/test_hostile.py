@@ -18,9 +18,9 @@ from PIL import Image
 
 import petune
 from petune.backbones.weights import read_weights
-from petune.base.config import read_yaml
 from petune.base.errors import CheckpointError, ConfigError, PetuneError
 from petune.base.files import write_directory
+from petune.base.yaml_values import read_yaml
 from petune.data import load_dataset
 from tests.faults.conftest import tally
 from tests.injector.test_load import trained

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import petune
-from petune.base.config import read_yaml
 from petune.base.errors import ConfigError, MissingExtra, UnknownName, UsageError
+from petune.base.yaml_values import read_yaml
 from petune.runner.compare import CompareConfig, compare
 from petune.runner.events import RunStarted
 from petune.runner.executors import RUN, Failure, Outcome, Started, choose_executor, run_all, serial
@@ -108,12 +108,12 @@ def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_executor("serial") is choose_executor(serial) is serial
     with pytest.raises(UsageError, match="serial takes no options, but came serial:cpus=2"):
         choose_executor("serial:cpus=2")
-    with pytest.raises(UnknownName, match="no executor is called 'rai'; did you mean 'ray'"):
+    with pytest.raises(UnknownName, match=r"no such executor: rai\. Did you mean ray"):
         choose_executor("rai")
     monkeypatch.setattr(importlib.import_module("petune.runner.executors.ray"), "find_spec", lambda name: True)
     made: Any = choose_executor("ray://head:10001:cpus=2,gpus=0.5")
     assert (made.options.address, made.options.cpus, made.options.gpus) == ("ray://head:10001", 2, 0.5)
-    with pytest.raises(ConfigError, match="cpu: no such key; did you mean 'cpus'"):
+    with pytest.raises(ConfigError, match=r"no such key: cpu\. Did you mean cpus"):
         choose_executor("ray:cpu=2")
     for name in ("ray", "slurm"):
         monkeypatch.setattr(importlib.import_module(f"petune.runner.executors.{name}"), "find_spec", lambda name: None)
@@ -134,7 +134,7 @@ def test_a_finished_run_of_another_configuration_is_not_taken(finished: Any, tmp
 
 def test_a_method_that_cannot_be_built_is_refused_before_anything_trains(tmp_path: Path) -> None:
     events: list[Any] = []
-    for method, said in (("adaptfomer", "did you mean 'adaptformer'"), ("adaptformer:bottleneck=0", "bottleneck")):
+    for method, said in (("adaptfomer", "Did you mean adaptformer"), ("adaptformer:bottleneck=0", "bottleneck")):
         plain = CompareConfig.build({"methods": ("linear", method), "run": PLAIN, "output": tmp_path / "c"})
         with pytest.raises(UsageError, match=said):
             compare(plain, watch=events.append)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from petune.base.config import Config, read_yaml
+from petune.base.config import Config
 from petune.base.errors import CheckpointError, UsageError
+from petune.base.yaml_values import read_yaml
 from petune.runner.result import RunResult
 from petune.runner.run_dir import (
     CONFIG_FILE,

@@ -86,7 +86,7 @@ def test_trackio_logs_to_its_database_and_not_to_stdout(
 
 
 def test_an_unknown_tracker_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnknownName, match="no tracker is called 'wandbb'; did you mean 'wandb'"):
+    with pytest.raises(UnknownName, match=r"no such tracker: wandbb\. Did you mean wandb"):
         Tracker("wandbb", tmp_path)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     for name in trackers.TRACKERS:

@@ -35,13 +35,13 @@ def test_adaptformer_variants(options: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "said"),
     [
-        ("adaptformer", {"scale": 0}, "scale.*: input should be greater than 0"),
-        ("fact", {"scale": 0.0}, "scale.*: input should be greater than 0"),
-        ("repadapter", {"scale": 0}, "scale.*: input should be greater than 0"),
-        ("convpass", {"scale": 0}, "scale.*: input should be greater than 0"),
-        ("lora", {"lora_alpha": 0}, "lora_alpha: input should be greater than 0"),
-        ("lora", {"lora_dropout": 1}, "lora_dropout: input should be less than 1"),
-        ("dora", {"r": 0}, "r: input should be greater than or equal to 1"),
+        ("adaptformer", {"scale": 0}, "scale.*: should be greater than 0"),
+        ("fact", {"scale": 0.0}, "scale.*: should be greater than 0"),
+        ("repadapter", {"scale": 0}, "scale.*: should be greater than 0"),
+        ("convpass", {"scale": 0}, "scale.*: should be greater than 0"),
+        ("lora", {"lora_alpha": 0}, "lora_alpha: should be greater than 0"),
+        ("lora", {"lora_dropout": 1}, "lora_dropout: should be less than 1"),
+        ("dora", {"r": 0}, "r: should be greater than or equal to 1"),
     ],
 )
 def test_options_that_would_switch_a_method_off_are_refused(method: str, options: dict[str, object], said: str) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from petune.base.config import read_yaml
 from petune.base.errors import CheckpointError, ConfigError, UsageError
+from petune.base.yaml_values import read_yaml
 from petune.runner.compare import Comparison
 from petune.runner.result import RunResult
 from petune.runner.run_dir import COMPARE_TABLE, CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE

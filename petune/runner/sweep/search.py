@@ -10,9 +10,9 @@ from typing import Any
 
 from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
-from petune.base.config import read_yaml
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
+from petune.base.yaml_values import read_yaml
 from petune.injector.registry import build_tuner
 from petune.runner.events import RunStarted
 from petune.runner.executors import Executor, Failure, Started, Work, choose_executor, serial
@@ -64,7 +64,7 @@ def sweep(
         Stopped: A signal came; started again the sweep goes on.
     """
     check_watch("petune.sweep", watch)
-    config = SweepConfig.given(config, fields, "petune.sweep(...)")
+    config = SweepConfig.from_call(config, fields, "petune.sweep(...)")
     require_sampler(config.over, config.trials)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)

@@ -11,8 +11,9 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from petune.base.config import Config, parse_value
+from petune.base.config import Config
 from petune.base.errors import ConfigError, MissingExtra
+from petune.base.yaml_values import parse_value
 
 Value = bool | int | float | str
 Params = dict[str, Any]

@@ -9,9 +9,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from petune.base.config import Config, UserPath, override
+from petune.base.config import Config, UserPath
 from petune.base.errors import CheckpointError, ConfigError, DataError, HubError, PetuneError, WeightsUnavailable
 from petune.base.files import replace_file
+from petune.base.yaml_values import override
 from petune.injector.registry import build_tuner, parse_method
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, DataError, UsageError
 from petune.injector.load import Saved
 from petune.serving.adapter_bank import AdapterBank
@@ -118,7 +118,7 @@ class SideBySide:
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
     """The last part of each path that tells it from the others, `adapter` being none."""
-    parts = [[p for p in expanded(path).resolve().parts if p != "adapter"] for path in paths]
+    parts = [[p for p in expand_home(path).resolve().parts if p != "adapter"] for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

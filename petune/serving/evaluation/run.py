@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded, read_yaml
-from petune.base.errors import DataError, UsageError, near_names
+from petune.base.config import expand_home
+from petune.base.errors import DataError, UsageError, did_you_mean
 from petune.base.files import replace_file
+from petune.base.yaml_values import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
 from petune.data.layout import Files, files_of_part, folder_of
@@ -98,7 +99,7 @@ def evaluate(
     else:
         if own:
             refuse_trained_on(name, predictor.card.get("images") or {})
-        data = prepare_data(_config(expanded(path), predictor.card, name, own, data_dir, split))
+        data = prepare_data(_config(expand_home(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)
     logits_NC, labels_N = gathered([(predictor.logits(x), y) for x, y in batches])
     method = str(predictor.method)
@@ -171,7 +172,7 @@ def _labelled(place: Path, by_name: Files, classes: Sequence[str]) -> tuple[list
     if strange:
         raise DataError(
             f"the class folders of {place} must be called as the model's classes are, but {strange[0]!r} is none"
-            f"{near_names(strange[0], classes)}"
+            f"{did_you_mean(strange[0], classes)}"
         )
     files = [file for images in by_name.values() for file in images]
     labels = [classes.index(name) for name, images in by_name.items() for _ in images]

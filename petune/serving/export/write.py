@@ -11,7 +11,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expanded
+from petune.base.config import expand_home
 from petune.base.errors import NotMergeable, UnknownName, UsageError
 from petune.base.files import replace_file
 from petune.serving.export.formats import Probe, onnx_file, probe_of, torch_file
@@ -78,7 +78,7 @@ def export(
         "trust_remote_code": (trust_remote_code, bool),
     }
     check_arguments("petune.export", path=(path, PathText), out=(out, PathText), **optional)
-    file = expanded(out)
+    file = expand_home(out)
     to = _format(file, to)
     restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name

@@ -1,0 +1,100 @@
+"""Plain data from YAML files, from values on the command line and from `a.b=c` overrides."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from petune.base.errors import ConfigError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with `safe_load` (no objects, no code).
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a mapping with text keys.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}. Write a mapping: key: value lines")
+    for key in _keys_that_are_not_text(data):
+        raise ConfigError(f"YAML reads a key of {path} as {key!r}. Put the key in quotes")
+    return data
+
+
+def _keys_that_are_not_text(value: object) -> Iterator[object]:
+    """Yield such keys at any depth: YAML reads `1:` as a number and `on:` as true. Aliases are visited once."""
+    stack, visited = [value], set[int]()
+    while stack:
+        item = stack.pop()
+        if id(item) in visited:
+            continue
+        visited.add(id(item))
+        if isinstance(item, dict):
+            yield from (key for key in item if not isinstance(key, str))
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+
+
+def parse_value(text: str) -> Any:
+    """Read one value as YAML would: `3` int, `1e-3` float, `true` bool, `[1, 2]` list, else text."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2026-13-45, 0x_
+        return text
+    if isinstance(value, datetime.date):  # no key is a date, but a directory may be called 2026-11-26
+        return text
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Read `key=value,key=value`, as in `vpt:deep=false,num_prompts=10`.
+
+    Raises:
+        ConfigError: An item has no `=` or no key.
+    """
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"not an option: {item!r}. Write options as key=value,key=value")
+        options[key.strip()] = parse_value(value.strip())
+    return options
+
+
+def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Apply `a.b=c` assignments to a copy of nested plain data.
+
+    Raises:
+        ConfigError: An assignment has no `=`, or goes through a value that is not a mapping.
+    """
+    result = dict(values)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        *parents, last = path.strip().split(".")
+        if not equals or not all((*parents, last)):
+            raise ConfigError(f"not an assignment: {assignment!r}. Write it as key.key=value")
+        mapping = result
+        for key in parents:
+            child = mapping.get(key)
+            if not isinstance(child, Mapping | None):
+                raise ConfigError(f"cannot set {assignment}: {key} is {child!r} and has no keys")
+            mapping[key] = dict(child or {})
+            mapping = mapping[key]
+        mapping[last] = parse_value(text.strip())
+    return result
