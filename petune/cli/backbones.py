@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import Json
-from petune.cli.terminal import say, show, show_json, show_table
+from petune.cli.terminal import print_data, print_json, print_status, print_table
 
 Pattern = Annotated[str | None, typer.Argument(metavar="PATTERN", help="List what matches, as 'vit*dinov2*'.")]
 
@@ -33,7 +33,7 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
             }
             for name, alias in ALIASES.items()
         ]
-        show_json(found)
+        print_json(found)
         return
     rows = [
         (
@@ -45,8 +45,8 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
         for name, alias in ALIASES.items()
     ]
     columns = ("name", "timm model", "default weights", "about")
-    show_table(columns, rows, spare=columns[1:3])  # those have no words to break a line between
-    say("any timm name works too: petune backbones 'vit*'")
+    print_table(columns, rows, optional=columns[1:3])  # those have no words to break a line between
+    print_status("any timm name works too: petune backbones 'vit*'")
 
 
 def _matching(pattern: str, as_json: bool) -> None:
@@ -57,8 +57,8 @@ def _matching(pattern: str, as_json: bool) -> None:
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     names = [*(name for name in ALIASES if fnmatchcase(name, wanted)), *list_backbones(wanted)]
     if as_json:
-        show_json(names)
+        print_json(names)
     elif names:
-        show("\n".join(names))
+        print_data("\n".join(names))
     else:
-        say(f"no short name and no pretrained model of timm matches {pattern!r}")
+        print_status(f"no short name and no pretrained model of timm matches {pattern!r}")

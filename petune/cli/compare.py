@@ -10,7 +10,7 @@ import typer
 from petune.base.errors import UsageError
 from petune.cli.options import DryRun, Executor, Json, Seeds, Settings, Track, configured
 from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
-from petune.cli.terminal import clean, say, show, show_json, show_table
+from petune.cli.terminal import clean, print_data, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.runner.compare import CompareConfig, Comparison
@@ -64,7 +64,7 @@ def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, e
     with started_again("compare", place, COMPARE_FILE, executor), watching(track, place) as watch:
         comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:
-        show_json(comparison.model_dump(mode="json"))
+        print_json(comparison.model_dump(mode="json"))
     else:
         show_comparison(comparison)
     if any(row.status == "failed" for row in comparison.rows):
@@ -75,15 +75,15 @@ def show_comparison(comparison: Comparison) -> None:
     """Print the table, and where its files are."""
     from petune.runner.report.tables import COLUMNS, cells
 
-    say(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
+    print_status(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
     rows = [(cells(row.model_dump(mode="json")), row) for row in comparison.rows]
     # a reason is a sentence, which no column has room for
     shown = [[*texts[:-1], "failed"] if row.status == "failed" else texts for texts, row in rows]
-    show_table(COLUMNS, shown, right=COLUMNS[1:], spare=SPARE)
+    print_table(COLUMNS, shown, right=COLUMNS[1:], optional=SPARE)
     for row in comparison.rows:
         if row.status == "failed":
-            show(clean(f"{row.method} failed: {row.reason}"))
-    say(f"output: {comparison.output}")
+            print_data(clean(f"{row.method} failed: {row.reason}"))
+    print_status(f"output: {comparison.output}")
 
 
 def _values(settings: Settings, methods: list[str] | None, seeds: str | None) -> dict[str, Any]:

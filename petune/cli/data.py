@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import Json, user_path
-from petune.cli.terminal import clean, show, show_json, show_table
+from petune.cli.terminal import clean, print_data, print_json, print_table
 
 data = typer.Typer(help="Look after images.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -28,28 +28,28 @@ def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=Fal
     if json:
         pairs = {"shared": report.shared, "doubtful": report.doubtful}
         found = {what: [[str(a), str(b)] for a, b in several] for what, several in pairs.items()}
-        show_json({"images": report.images, "broken": report.broken, **found, "untested": report.untested,
+        print_json({"images": report.images, "broken": report.broken, **found, "untested": report.untested,
                    "unvalidated": report.unvalidated, "copies": report.copies,
                    "left_out": report.left_out})  # fmt: skip
     else:
         parts = tuple(report.images)
         names = report.images[parts[0]]
         rows = [[name, *[str(report.images[part][name]) for part in parts]] for name in names]
-        show_table(("class", *parts), rows, right=parts)
+        print_table(("class", *parts), rows, right=parts)
         for message in report.broken:
-            show(clean(message))
+            print_data(clean(message))
         for file, twin in report.shared:
-            show(clean(f"{file} is the same file as {twin}, in another split"))
+            print_data(clean(f"{file} is the same file as {twin}, in another split"))
         for file, twin in report.doubtful:
-            show(clean(f"{file} is the same file as {twin}, in another class"))
+            print_data(clean(f"{file} is the same file as {twin}, in another class"))
         if report.copies:
-            show(f"{report.copies} copies in the same class; a split that is cut never parts them")
+            print_data(f"{report.copies} copies in the same class; a split that is cut never parts them")
         for split, lacking in (("test", report.untested), ("val", report.unvalidated)):
             if lacking:
-                show(clean(f"too few different images to give the {split} split one: {', '.join(lacking)}"))
+                print_data(clean(f"too few different images to give the {split} split one: {', '.join(lacking)}"))
         if said := unread(report.left_out):
-            show(clean(said))
+            print_data(clean(said))
         counts = ((report.broken, "broken"), (report.shared, "in two splits"), (report.doubtful, "in two classes"))
-        show("no fault found" if report.is_sound else ", ".join(f"{len(found)} {what}" for found, what in counts))
+        print_data("no fault found" if report.is_sound else ", ".join(f"{len(found)} {what}" for found, what in counts))
     if not report.is_sound:
         raise typer.Exit(4)

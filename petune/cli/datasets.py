@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import Json, user_path
-from petune.cli.terminal import show_json, show_table
+from petune.cli.terminal import print_json, print_table
 
 DataDir = Annotated[
     Path | None,
@@ -25,6 +25,6 @@ def datasets(data_dir: DataDir = None, json: Json = False) -> None:
     found = [{"name": name, "about": about, "found": find_dataset(name, place)} for name, about in DATASETS.items()]
     columns = ("name", "about", "found")
     if json:
-        show_json(found)
+        print_json(found)
     else:
-        show_table(columns, [[str(d[key] or "-") for key in columns] for d in found])
+        print_table(columns, [[str(d[key] or "-") for key in columns] for d in found])

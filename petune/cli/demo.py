@@ -10,7 +10,7 @@ import typer
 
 from petune.cli.options import TrustCode, user_path
 from petune.cli.predict import Device, Weights
-from petune.cli.terminal import say, show
+from petune.cli.terminal import print_data, print_status
 
 Sources = Annotated[
     list[Path], typer.Argument(metavar="DIR", help="Run or adapter directories, all of the same backbone.")
@@ -39,8 +39,8 @@ def demo(
     served = serve(
         SideBySide(paths, weights=weights, device=device, trust_remote_code=trust_remote_code), host=host, port=port
     )
-    show(served.url)
-    say("Ctrl-C ends it")
+    print_data(served.url)
+    print_status("Ctrl-C ends it")
     try:
         while True:
             time.sleep(3600)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from petune.cli.structure import plan_of, structure_of
-from petune.cli.terminal import say, show, show_facts, show_json
+from petune.cli.terminal import print_data, print_facts, print_json, print_status
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Recipe
@@ -44,10 +44,10 @@ def show_dry_run(
         check_all_trains(plans[0].total - plans[0].tuned - plans[0].head, config.method)
     if as_json:
         plain = config.model_dump(mode="json")
-        show_json({"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]})
+        print_json({"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]})
         return
-    show(config.to_yaml().rstrip())
-    say(f"\n{structure.full_name}; nothing was trained or written")
+    print_data(config.to_yaml().rstrip())
+    print_status(f"\n{structure.full_name}; nothing was trained or written")
     for plan in plans:
-        say("")
-        show_facts(plan.facts(structure.forward_flops), talk=True)
+        print_status("")
+        print_facts(plan.facts(structure.forward_flops), to_stderr=True)

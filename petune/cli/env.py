@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from petune.cli.options import Json
-from petune.cli.terminal import show_facts, show_json
+from petune.cli.terminal import print_facts, print_json
 
 
 def env(json: Json = False) -> None:
@@ -16,10 +16,10 @@ def env(json: Json = False) -> None:
     """
     found = environment()
     if json:
-        show_json(found)
+        print_json(found)
         return
     versions = [(name, version or "not installed") for name, version in found.pop("versions").items()]
-    show_facts([*versions, *((key.replace("_", " "), _words(value)) for key, value in found.items())])
+    print_facts([*versions, *((key.replace("_", " "), _words(value)) for key, value in found.items())])
 
 
 def environment() -> dict[str, Any]:

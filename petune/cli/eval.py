@@ -9,7 +9,7 @@ import typer
 
 from petune.cli.options import Json, TrustCode, user_path
 from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
-from petune.cli.terminal import one_line, say, show_facts, show_json, show_table
+from petune.cli.terminal import one_line, print_facts, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.serving.evaluation import Evaluation
@@ -71,13 +71,13 @@ def evaluate(
     )
     place = user_path(output) if output else _place(source, found.split, dataset)
     if json:
-        show_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         _show(found)
     if place is None:
-        say("an adapter directory is left as it is: with --output DIR, eval.json and images are written there")
+        print_status("an adapter directory is left as it is: with --output DIR, eval.json and images are written there")
     for file in write(found, place, format) if place is not None else []:  # after the numbers, which are not lost so
-        say(one_line(f"wrote {file}"))
+        print_status(one_line(f"wrote {file}"))
 
 
 def _place(source: Path, split: str, dataset: str | None) -> Path | None:
@@ -95,6 +95,6 @@ def _show(found: Evaluation) -> None:
     shown = found.classes
     if len(shown) > MOST:
         shown = tuple(sorted(shown, key=lambda one: 101 if one.accuracy is None else one.accuracy))[:MOST]
-        say(f"the {MOST} worst of {len(found.classes)} classes; eval.json and --json have all")
-    show_table(COLUMNS, [[one_line(text) for text in one.cells()] for one in shown], right=COLUMNS[1:3])
-    show_facts([(name, one_line(value)) for name, value in found.facts()])
+        print_status(f"the {MOST} worst of {len(found.classes)} classes; eval.json and --json have all")
+    print_table(COLUMNS, [[one_line(text) for text in one.cells()] for one in shown], right=COLUMNS[1:3])
+    print_facts([(name, one_line(value)) for name, value in found.facts()])

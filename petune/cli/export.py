@@ -10,7 +10,7 @@ import typer
 
 from petune.cli.options import Json, TrustCode, user_path
 from petune.cli.predict import Source, Weights
-from petune.cli.terminal import one_line, show_facts, show_json
+from petune.cli.terminal import one_line, print_facts, print_json
 
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="A new .pt2, .onnx or .safetensors file.", show_default=False)
@@ -39,9 +39,9 @@ def export(
 
     done = export_model(user_path(source), user_path(file), to=to, weights=weights, trust_remote_code=trust_remote_code)
     if json:
-        show_json(asdict(done))
+        print_json(asdict(done))
         return
-    show_facts(
+    print_facts(
         (
             ("output", f"{one_line(done.output)}  {size(done.bytes)}"),
             ("method", one_line(done.method)),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from petune.cli.options import Json, Settings, configured
 from petune.cli.structure import plan_of, structure_of
-from petune.cli.terminal import clean, say, show, show_facts, show_json
+from petune.cli.terminal import clean, print_data, print_facts, print_json, print_status
 
 if TYPE_CHECKING:
     from petune.sites.site import Site, Sites
@@ -36,13 +36,13 @@ def inspect(settings: Settings, *, json: Json = False) -> None:
             "sites": sites_data(structure.sites),
             "method": asdict(plan) if plan else None,
         }
-        show_json(found)
+        print_json(found)
         return
-    say(f"{structure.full_name}: structure only, weights were not loaded")
-    show(clean(str(structure.sites)))
+    print_status(f"{structure.full_name}: structure only, weights were not loaded")
+    print_data(clean(str(structure.sites)))
     if plan is not None:
-        show("")
-        show_facts(plan.facts(structure.forward_flops))
+        print_data("")
+        print_facts(plan.facts(structure.forward_flops))
 
 
 def sites_data(sites: Sites) -> dict[str, Any]:

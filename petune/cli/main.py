@@ -32,7 +32,7 @@ from petune.cli.report import report
 from petune.cli.run import run
 from petune.cli.share import pull, push
 from petune.cli.sweep import sweep
-from petune.cli.terminal import clean, say
+from petune.cli.terminal import clean, print_status
 
 DEBUG = "--debug"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -159,5 +159,5 @@ def _refuse_several(words: Sequence[str]) -> None:
 def _tell(message: str, debug: bool) -> None:
     who = "" if leads() else f"{this_process()}: "
     if debug:
-        say(clean(who + traceback.format_exc()))
-    say(clean(who + message))
+        print_status(clean(who + traceback.format_exc()))
+    print_status(clean(who + message))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import Json
-from petune.cli.terminal import clean, show_json, show_table
+from petune.cli.terminal import clean, print_json, print_table
 
 Load = Annotated[bool, typer.Option("--load", help="Import each one, so that a broken one shows its cause.")]
 
@@ -26,7 +26,7 @@ def methods(json: Json = False, load: Load = False) -> None:
         for t in list_tuners()
     ]
     if json:
-        show_json(found)
+        print_json(found)
         return
     columns = ("name", "distribution", "version", "state")
-    show_table(columns, [[clean(str(t[c] or "-")) for c in columns] for t in found])
+    print_table(columns, [[clean(str(t[c] or "-")) for c in columns] for t in found])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from petune.cli.options import Json, user_path
-from petune.cli.terminal import clean, show, show_json
+from petune.cli.terminal import clean, print_data, print_json
 
 if TYPE_CHECKING:
     from petune.plugin_dev.contract import Finding
@@ -41,9 +41,9 @@ def new(name: Name, place: Place = Path()) -> None:
 
     place = user_path(place)
     for path in write_plugin(name, place):
-        show(str(path))
+        print_data(str(path))
     root = place / f"petune-{name.replace('_', '-')}"
-    show(f"\npip install -e {shlex.quote(str(root))}\npetune plugin check {name}")
+    print_data(f"\npip install -e {shlex.quote(str(root))}\npetune plugin check {name}")
 
 
 @plugin.command()
@@ -51,7 +51,7 @@ def check(method: Method, json: Json = False) -> None:
     """Check the contract on tiny models of timm, torchvision and transformers; exit code 1 if it is broken."""
     checked = list(_check(method))
     if json:
-        show_json([asdict(one) for one in checked])
+        print_json([asdict(one) for one in checked])
     else:
         for one in checked:
             _show(one)
@@ -75,9 +75,9 @@ def _check(method: str) -> Iterator[Checked]:
 
 
 def _show(one: Checked) -> None:
-    show(one.library)
+    print_data(one.library)
     if one.refused:
-        show(clean(f"  refused  {one.refused}"))
+        print_data(clean(f"  refused  {one.refused}"))
     for finding in one.findings:
         state, words = ("BROKEN", f": {finding.problem}") if finding.problem else ("ok", "")
-        show(clean(f"  {state:7}  {finding.name}{words}"))
+        print_data(clean(f"  {state:7}  {finding.name}{words}"))

@@ -11,7 +11,7 @@ import typer
 
 from petune.base.text import percent
 from petune.cli.options import TrustCode, user_path
-from petune.cli.terminal import clean, one_line, say, show, show_table
+from petune.cli.terminal import clean, one_line, print_data, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.serving.predict import Prediction
@@ -55,7 +55,7 @@ def predict(
     found = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     broken = _lines(found) if json else _table(found)
     for one in broken:
-        say(clean(f"error: {one.problem}"))
+        print_status(clean(f"error: {one.problem}"))
     if broken:
         raise typer.Exit(4)
 
@@ -69,7 +69,7 @@ def _lines(found: Iterable[Prediction]) -> list[Prediction]:
             broken.append(one)
         else:
             line["top"] = [{"class": guess.name, "probability": round(guess.probability, 6)} for guess in one.top]
-        show(json_format.dumps(line))
+        print_data(json_format.dumps(line))
     return broken
 
 
@@ -84,7 +84,7 @@ def _table(found: Iterable[Prediction]) -> list[Prediction]:
     if rows:
         columns = ("image", "class", "probability", "next")
         narrow = not any(row[-1] for row in rows)
-        show_table(columns[:-1] if narrow else columns, [r[:-1] if narrow else r for r in rows], right=columns[2:3],
-                   spare=() if narrow else columns[3:])  # fmt: skip
-    say(f"{len(rows)} images named" + (f", {len(broken)} could not be read" if broken else ""))
+        print_table(columns[:-1] if narrow else columns, [r[:-1] if narrow else r for r in rows], right=columns[2:3],
+                   optional=() if narrow else columns[3:])  # fmt: skip
+    print_status(f"{len(rows)} images named" + (f", {len(broken)} could not be read" if broken else ""))
     return broken

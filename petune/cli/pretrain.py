@@ -10,7 +10,7 @@ from petune.base.distributed import join
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
 from petune.cli.running import check_tracker, place_of, resumable, watching
-from petune.cli.terminal import say, show_json
+from petune.cli.terminal import print_json, print_status
 
 if TYPE_CHECKING:
     from petune.runner.pretrain import PretrainConfig
@@ -49,10 +49,10 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
     if json:
-        show_json(result.model_dump(mode="json"))
+        print_json(result.model_dump(mode="json"))
     else:
         show_result(result)
-    say(f"use it with: {shlex.join(_words(config, result.output))}")
+    print_status(f"use it with: {shlex.join(_words(config, result.output))}")
 
 
 def _words(config: PretrainConfig, output: str) -> list[str]:

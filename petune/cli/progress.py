@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from petune.cli.terminal import clean, say
+from petune.cli.terminal import clean, print_status
 
 if TYPE_CHECKING:
     from petune.runner.events import RunStarted
@@ -58,7 +58,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(clean(text))
         else:
-            say(clean(text))
+            print_status(clean(text))
         self._said = time.monotonic()
 
     def _run(self, event: RunStarted) -> None:

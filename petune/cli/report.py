@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import Json, user_path
-from petune.cli.terminal import clean, say, show, show_json
+from petune.cli.terminal import clean, print_data, print_json, print_status
 
 Directories = Annotated[
     list[Path], typer.Argument(metavar="DIR", help="Runs, comparisons, sweeps, pretrainings, or directories above.")
@@ -29,7 +29,7 @@ def report(directories: Directories, output: Output = Path("report.html"), json:
 
     page = write_page([user_path(directory) for directory in directories], user_path(output))
     if json:
-        show_json(asdict(page))
+        print_json(asdict(page))
         return
-    show(clean(f"{page.output}  {size(page.bytes)}"))
-    say(f"directories: {page.done} finished, {page.unfinished} unfinished, {page.broken} broken")
+    print_data(clean(f"{page.output}  {size(page.bytes)}"))
+    print_status(f"directories: {page.done} finished, {page.unfinished} unfinished, {page.broken} broken")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from petune.base.distributed import join
 from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured
 from petune.cli.running import RUNS, check_tracker, place_of, resumable, watching
-from petune.cli.terminal import show_facts, show_json
+from petune.cli.terminal import print_facts, print_json
 
 if TYPE_CHECKING:
     from petune.runner.result import RunResult
@@ -51,7 +51,7 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bo
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)
     if as_json:
-        show_json(result.model_dump(mode="json"))
+        print_json(result.model_dump(mode="json"))
     else:
         show_result(result)
 
@@ -69,4 +69,4 @@ def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, track: 
 
 def show_result(result: RunResult) -> None:
     """Print what a run yielded, a line each."""
-    show_facts(result.facts())
+    print_facts(result.facts())

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from petune.cli.options import Json, TrustCode
-from petune.cli.terminal import clean, one_line, say, show, show_json
+from petune.cli.terminal import clean, one_line, print_data, print_json, print_status
 
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or an adapter directory.")]
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")]
@@ -35,10 +35,10 @@ def push(source: Source, repo: Repo, private: Private = False, update: Update = 
 
     done = push(source, repo, private=private, update=update)
     if json:
-        show_json(asdict(done))
+        print_json(asdict(done))
         return
-    show(clean(f"{done.url}  {size(done.bytes)}"))
-    say(clean(f"others get it with: petune pull {done.repo}"))
+    print_data(clean(f"{done.url}  {size(done.bytes)}"))
+    print_status(clean(f"others get it with: petune pull {done.repo}"))
 
 
 def pull(
@@ -57,7 +57,7 @@ def pull(
 
     done = pull(repo, output, revision=revision, trust_remote_code=trust_remote_code)
     if json:
-        show_json(asdict(done))
+        print_json(asdict(done))
         return
-    show(clean(f"{done.output}  {size(done.bytes)}"))
-    say(clean(f"{one_line(done.method)} on {one_line(done.backbone)}, commit {done.commit[:12]}"))
+    print_data(clean(f"{done.output}  {size(done.bytes)}"))
+    print_status(clean(f"{one_line(done.method)} on {one_line(done.backbone)}, commit {done.commit[:12]}"))

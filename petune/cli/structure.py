@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from petune.base.text import percent
-from petune.cli.terminal import count, flops
+from petune.cli.terminal import format_count, format_flops
 
 if TYPE_CHECKING:
     from petune.injector.attachment import Attachment
@@ -52,11 +52,11 @@ class Plan:
         of = ", ".join(f"{percent(share, 3)} of {whole}" for share, whole in shares)
         return [
             ("method", self.method),
-            ("tuned", f"{count(self.tuned)}  (with the head {of})"),
-            ("head", count(self.head)),
-            ("all parameters", count(self.total)),
-            ("forward", f"{flops(self.forward_flops)} an image"),
-            ("without the method", f"{flops(bare_flops)} (the method adds {more})"),
+            ("tuned", f"{format_count(self.tuned)}  (with the head {of})"),
+            ("head", format_count(self.head)),
+            ("all parameters", format_count(self.total)),
+            ("forward", f"{format_flops(self.forward_flops)} an image"),
+            ("without the method", f"{format_flops(bare_flops)} (the method adds {more})"),
             ("recipe", self.recipe),
             *(("warning", text) for text in self.warnings),
         ]

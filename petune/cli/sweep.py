@@ -10,7 +10,7 @@ from petune.base.errors import ConfigError, UsageError
 from petune.base.text import percent
 from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
 from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
-from petune.cli.terminal import clean, say, show_json, show_table
+from petune.cli.terminal import clean, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.runner.sweep.trials import Sweep, SweepConfig
@@ -87,7 +87,7 @@ def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str
     with started_again("sweep", place, CONFIG_FILE, executor), watching(track, place) as watch:
         table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
     if as_json:
-        show_json(table.model_dump(mode="json"))
+        print_json(table.model_dump(mode="json"))
     else:
         show_sweep(table)
     if table.best is None:
@@ -99,17 +99,17 @@ def show_sweep(table: Sweep) -> None:
     from petune.runner.report.tables import trial_table
 
     run = table.config.run
-    say(f"{table.backbone or run.backbone}, weights {table.weights or run.weights}, on {run.dataset}")
+    print_status(f"{table.backbone or run.backbone}, weights {table.weights or run.weights}, on {run.dataset}")
     columns, rows = trial_table(table.model_dump(mode="json"))
     shown = [[*row[:-1], row[-1].partition(":")[0]] for row in rows]  # a reason is a sentence, no column has room
-    show_table(columns, shown, right=columns[:-1], spare=("time", "epoch", "tuned"))
+    print_table(columns, shown, right=columns[:-1], optional=("time", "epoch", "tuned"))
     for row in table.rows:
         if row.state == "failed":
-            say(clean(f"trial {row.trial} failed: {row.reason}"))
+            print_status(clean(f"trial {row.trial} failed: {row.reason}"))
     if table.best is not None:
         test = f", {percent(table.result.top1)} on test" if table.result else ""
-        say(clean(f"best: trial {table.best}, {percent(table.rows[table.best].val_top1)} on val{test}"))
-    say(f"output: {table.output}")
+        print_status(clean(f"best: trial {table.best}, {percent(table.rows[table.best].val_top1)} on val{test}"))
+    print_status(f"output: {table.output}")
 
 
 def _values(

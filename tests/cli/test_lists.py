@@ -57,7 +57,7 @@ def test_backbones(petune: Run) -> None:
     names = [line.split("|")[1].strip() for line in done.out.strip().splitlines()]
     assert names == [
         "name",
-        "-" * 11,
+        "-" * 18,
         "vit_nano",
         "vit_tiny",
         "vit_small",
@@ -89,7 +89,7 @@ def test_on_a_narrow_terminal_no_word_is_broken(petune: Run, monkeypatch: pytest
     monkeypatch.setattr("petune.cli.terminal.PIPE_WIDTH", 40)
     done = petune("backbones")
     assert {"vit_nano", "vit_large", "ImageNet-21k", "(AugReg),"} <= set(done.out.split())
-    assert done.err.startswith("left out for want of width: timm model, default weights\n")
+    assert done.err.startswith("hidden (terminal too narrow): timm model, default weights\n")
 
 
 def test_datasets(petune: Run) -> None:

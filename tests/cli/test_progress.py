@@ -6,7 +6,7 @@ import pytest
 
 from petune.base.text import percent
 from petune.cli.progress import Progress
-from petune.cli.terminal import clean, count, flops, show_table
+from petune.cli.terminal import clean, format_count, format_flops, print_table
 from petune.runner.events import RunStarted
 from petune.training import EpochEnded, Note, StepDone
 
@@ -68,9 +68,9 @@ def test_the_bar_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_units() -> None:
-    assert (count(1234567), count(None)) == ("1,234,567", "-")
+    assert (format_count(1234567), format_count(None)) == ("1,234,567", "-")
     assert (percent(12.345, 1), percent(None)) == ("12.3 %", "-")
-    assert (flops(35_126_135_808), flops(9_120_000)) == ("35.126 GFLOPs", "9.120 MFLOPs")
+    assert (format_flops(35_126_135_808), format_flops(9_120_000)) == ("35.126 GFLOPs", "9.120 MFLOPs")
 
 
 def test_clean_keeps_lines_and_drops_controls() -> None:
@@ -82,8 +82,8 @@ def test_a_narrow_terminal_gets_fewer_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    show_table(("name", "much text", "number"), [("a", "x" * 20, "3")], right=("number",), spare=("much text",))
+    print_table(("name", "much text", "number"), [("a", "x" * 20, "3")], right=("number",), optional=("much text",))
     out, err = capsys.readouterr()
     assert "much" not in out
     assert "number" in out
-    assert err == "left out for want of width: much text\n"
+    assert err == "hidden (terminal too narrow): much text\n"
