@@ -1,9 +1,9 @@
-"""Augmentation of a whole batch at once, each image from its own row of random numbers.
+"""Augment a whole batch at once, each image by its own row of random numbers.
 
-The numbers depend on (seed, epoch, index of the image) and on nothing else, so the number of workers, the
-batch size and a resume in mid-epoch leave every image as it would have been.
+The numbers depend only on (seed, epoch, index of the image). The number of workers, the batch size and a resume in
+the middle of an epoch therefore do not change what happens to an image.
 
-Legend: B batch, C channels, H height, W width, K random numbers an image.
+Legend: B batch, C channels, H height, W width, K random numbers per image.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ NUM_DRAWS = 8  # columns: shift y, shift x, flip, brightness?, brightness, contr
 Draws = Tensor  # float32 in [0, 1), (B, K)
 
 
-def draws(seed: int, epoch: int, num_images: int) -> NDArray[np.float32]:
-    """The table of random numbers of one epoch, (N, K) in [0, 1)."""
+def random_draws(seed: int, epoch: int, num_images: int) -> NDArray[np.float32]:
+    """Return the random numbers of one epoch, (N, K) in [0, 1)."""
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch << 8 | 1]))
     return generator.random((num_images, NUM_DRAWS), dtype=np.float32)
 
 
-def order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    """The order of one epoch, a permutation of 0..N-1."""
+def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    """Return the order of one epoch, a permutation of 0..N-1."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch << 8])).permutation(num_images)
 
 
 def shift(x_BCHW: Tensor, u: Draws) -> Tensor:
-    """Pad by an eighth of the side with black and crop at a random place (CIFAR's crop 32, padding 4)."""
+    """Pad by an eighth of the side with black and crop at a random position (for CIFAR: crop 32, padding 4)."""
     size = x_BCHW.shape[-1]
     pad = max(1, size // 8)
     padded = F.pad(x_BCHW, (pad, pad, pad, pad))
     top, left = ((u[:, i] * (2 * pad + 1)).long() for i in (0, 1))
     span = torch.arange(size, device=x_BCHW.device)
-    rows, cols = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
+    rows = (top[:, None] + span)[:, :, None]
+    columns = (left[:, None] + span)[:, None, :]
     batch = torch.arange(len(x_BCHW), device=x_BCHW.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows, cols].permute(0, 3, 1, 2)
+    return padded.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2)
 
 
 def flip(x_BCHW: Tensor, u: Draws) -> Tensor:
@@ -50,17 +51,17 @@ def flip(x_BCHW: Tensor, u: Draws) -> Tensor:
 
 
 def jitter(x_BCHW: Tensor, u: Draws) -> Tensor:
-    """Brightness and contrast by up to 10 %, each with probability 0.5, as torchvision does it."""
+    """Change brightness and contrast by up to 10 %, each with probability 0.5, as torchvision does."""
     weights = torch.tensor([0.2989, 0.587, 0.114], device=x_BCHW.device).view(1, 3, 1, 1)
     brightness = torch.where(u[:, 3] < 0.5, 0.9 + 0.2 * u[:, 4], 1.0)[:, None, None, None]
     contrast = torch.where(u[:, 5] < 0.5, 0.9 + 0.2 * u[:, 6], 1.0)[:, None, None, None]
     x = (x_BCHW * brightness).clamp(0, 255)
-    grey = (x * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    return (grey + (x - grey) * contrast).clamp(0, 255)
+    gray = (x * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    return (gray + (x - gray) * contrast).clamp(0, 255)
 
 
 def rotate(x_BCHW: Tensor, u: Draws, degrees: float = 15.0) -> Tensor:
-    """Turn by up to `degrees` either way; what comes from outside is black."""
+    """Rotate by up to `degrees` in either direction; the corners become black."""
     angle = (2 * u[:, 7] - 1) * math.radians(degrees)
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
     theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
@@ -69,7 +70,7 @@ def rotate(x_BCHW: Tensor, u: Draws, degrees: float = 15.0) -> Tensor:
 
 
 def resized_crop(x_BCHW: Tensor, u: Draws, smallest_area: float = 0.35) -> Tensor:
-    """A random square of 35 to 100 % of the area, scaled back to the full side."""
+    """Crop a random square of 35 to 100 % of the area and scale it back to the full side."""
     side = torch.sqrt(smallest_area + (1 - smallest_area) * u[:, 3])
     dy, dx = ((2 * u[:, i] - 1) * (1 - side) for i in (0, 1))
     zero = torch.zeros_like(side)
@@ -89,6 +90,6 @@ PRESETS: dict[str, tuple[Callable[[Tensor, Draws], Tensor], ...]] = {
 
 def augment(x_BCHW: Tensor, preset: str, u: Draws) -> Tensor:
     """Apply a preset to images in 0..255."""
-    for step in PRESETS[preset]:
-        x_BCHW = step(x_BCHW, u)
+    for transform in PRESETS[preset]:
+        x_BCHW = transform(x_BCHW, u)
     return x_BCHW

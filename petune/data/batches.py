@@ -1,4 +1,4 @@
-"""From a split to normalised batches on a device.
+"""Turn a split into normalized batches on a device.
 
 Legend: B batch, C channels, H height, W width.
 """
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from petune.data.augment import augment, draws, order
+from petune.data.augment import augment, epoch_order, random_draws
 from petune.data.dataset import Split
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What the backbone wants to see.
+    """Size and statistics of the images that the backbone expects.
 
     Attributes:
         image_size: Side of the square image, in pixels.
-        mean, std: Of the channels, for pixels in [0, 1].
+        mean, std: Mean and standard deviation per channel, for pixels in [0, 1].
     """
 
     image_size: int
@@ -34,32 +34,37 @@ class Preprocess:
     std: tuple[float, ...]
 
     def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Images in 0..255 at `image_size`, float32 (B, 3, H, W), less the margin they were stored with."""
+        """Return images in 0..255 at `image_size`, float32 (B, 3, H, W), without the margin they were stored with."""
         raw = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
         x_BCHW = to_device(raw, device).permute(0, 3, 1, 2).float()
         if split.crop < 1:
-            have = x_BCHW.shape[-1]
-            kept = math.floor(have * split.crop)
-            top = (have - kept) // 2
-            x_BCHW = x_BCHW[..., top : top + kept, top : top + kept]
+            x_BCHW = center_crop(x_BCHW, split.crop)
         if x_BCHW.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True).clamp(0, 255)
         return x_BCHW
 
     def blank(self, device: torch.device) -> Tensor:
-        """One image without content, float32 (1, 3, H, W)."""
+        """Return one black image, float32 (1, 3, H, W)."""
         return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
 
     def normalize(self, x_BCHW: Tensor) -> Tensor:
-        """From 0..255 to zero mean and unit variance by the backbone's own statistics."""
+        """Normalize images in 0..255 by the mean and standard deviation."""
         statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, 3, 1, 1) * 255
         return (x_BCHW - statistics[0]) / statistics[1]
 
 
+def center_crop(x_BCHW: Tensor, share: float) -> Tensor:
+    """Keep the center of square images, `share` of the side."""
+    stored = x_BCHW.shape[-1]
+    side = math.floor(stored * share)
+    start = (stored - side) // 2
+    return x_BCHW[..., start : start + side, start : start + side]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Normalised images (B, 3, H, W), labels (B,), and where in the split each image lies."""
+    """Normalized images (B, 3, H, W), labels (B,), and the position of each image in the split."""
 
     x_BCHW: Tensor
     y_B: Tensor
@@ -67,10 +72,10 @@ class Batch:
 
 
 class TrainBatches:
-    """Shuffled, augmented batches; any batch of any epoch can be asked for, so a resume repeats nothing.
+    """Shuffled, augmented batches. Any batch of any epoch can be requested, so a resume repeats nothing.
 
     Attributes:
-        positions_only: Give the places of the images in the split, int64 (B,), in place of the images.
+        positions_only: Yield positions of the images in the split, int64 (B,), instead of the images.
     """
 
     def __init__(
@@ -82,59 +87,76 @@ class TrainBatches:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.split, self.preprocess, self.preset = split, preprocess, preset
-        self.batch_size, self.seed, self.device = min(batch_size, len(split)), seed, device
+        self.split = split
+        self.preprocess = preprocess
+        self.preset = preset
+        self.batch_size = min(batch_size, len(split))
+        self.seed = seed
+        self.device = device
         self.positions_only = False
 
     def __len__(self) -> int:
-        return len(self.split) // self.batch_size  # the ragged last batch is dropped
+        return len(self.split) // self.batch_size  # an incomplete last batch is dropped
 
     def note(self) -> str:
-        """What to know where more than a tenth of the images is left out of an epoch; empty else."""
-        images, left = len(self.split), len(self.split) % self.batch_size
-        if left <= images / 10:
+        """Describe how many images each epoch skips if that is more than a tenth; otherwise return an empty string."""
+        num_images, skipped = len(self.split), len(self.split) % self.batch_size
+        if skipped <= num_images / 10:
             return ""
         sizes = range(self.batch_size - 1, self.batch_size // 2, -1)
-        better = next((size for size in sizes if images % size <= images / 10), None)
-        advice = f"; --set train.batch_size={better} uses {images - images % better:,}" if better else ""
+        better = next((size for size in sizes if num_images % size <= num_images / 10), None)
+        advice = f". batch_size={better} would use {num_images - num_images % better:,}" if better else ""
         return (
-            f"each epoch trains on {images - left:,} of {images:,} images, others each time, since {left:,} fill "
-            f"no batch of {self.batch_size}{advice}"
+            f"each epoch skips {skipped:,} of {num_images:,} images (a random selection) because they do not fill a "
+            f"batch of {self.batch_size}{advice}"
         )
 
     def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
-        """The batches of one epoch from batch `start` on, and of each batch only the images of `part`.
+        """Yield the batches of one epoch.
 
-        For a GPU each is made while the one before is in use.
+        On a GPU each batch is prepared while the previous one is in use.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            start: First batch to yield.
+            part: Images of each batch to yield; every process of a distributed run takes its own.
         """
         batches = self._epoch(epoch, start, part)
-        return ahead(batches, self.device) if self.device.type == "cuda" else batches
+        return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
     def _epoch(self, epoch: int, start: int, part: slice) -> Iterator[Batch]:
-        positions = order(self.seed, epoch, len(self.split))
-        table = draws(self.seed, epoch, len(self.split))
+        order = epoch_order(self.seed, epoch, len(self.split))
+        draws = random_draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
-            chosen = positions[step * self.batch_size : (step + 1) * self.batch_size][part]
-            x = torch.from_numpy(chosen) if self.positions_only else self._images(chosen, table)
-            yield Batch(x, _labels(self.split, chosen, self.device), chosen)
+            positions = order[step * self.batch_size : (step + 1) * self.batch_size][part]
+            x = torch.from_numpy(positions) if self.positions_only else self._images(positions, draws)
+            yield Batch(x, _labels(self.split, positions, self.device), positions)
 
-    def _images(self, chosen: NDArray[np.int64], table: NDArray[np.float32]) -> Tensor:
-        u = to_device(torch.from_numpy(table[chosen]), self.device)
-        x_BCHW = augment(self.preprocess.pixels(self.split, chosen, self.device), self.preset, u)
+    def _images(self, positions: NDArray[np.int64], draws: NDArray[np.float32]) -> Tensor:
+        u = to_device(torch.from_numpy(draws[positions]), self.device)
+        x_BCHW = augment(self.preprocess.pixels(self.split, positions, self.device), self.preset, u)
         return self.preprocess.normalize(x_BCHW)
 
 
 def eval_batches(
     split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, *, positions_only: bool = False
 ) -> Iterator[Batch]:
-    """All images of a split in order, the ragged last batch included; or only their places, as in TrainBatches."""
+    """Yield all images of a split in order, including an incomplete last batch.
+
+    Args:
+        split: The images.
+        preprocess: Size and statistics that the backbone expects.
+        batch_size: Images per batch.
+        device: Device of the batches.
+        positions_only: As in `TrainBatches`.
+    """
     for start in range(0, len(split), batch_size):
-        chosen = np.arange(start, min(start + batch_size, len(split)))
+        positions = np.arange(start, min(start + batch_size, len(split)))
         if positions_only:
-            x = torch.from_numpy(chosen)
+            x = torch.from_numpy(positions)
         else:
-            x = preprocess.normalize(preprocess.pixels(split, chosen, device))
-        yield Batch(x, _labels(split, chosen, device), chosen)
+            x = preprocess.normalize(preprocess.pixels(split, positions, device))
+        yield Batch(x, _labels(split, positions, device), positions)
 
 
 def _labels(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -142,19 +164,19 @@ def _labels(split: Split, positions: NDArray[np.int64], device: torch.device) ->
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device; to a GPU from pinned memory, so that nobody waits."""
+    """Return `x` on the device; copies to a GPU use pinned memory and do not block."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, each made by another thread while the one before it is in use."""
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the same batches, each prepared by another thread while the previous one is in use."""
 
-    def begin() -> None:
+    def set_device() -> None:
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # a thread starts on the first GPU
+            torch.cuda.set_device(device)  # a new thread uses the first GPU by default
 
-    with ThreadPoolExecutor(1, initializer=begin) as pool:
-        following = pool.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = pool.submit(next, batches, None)
+    with ThreadPoolExecutor(1, initializer=set_device) as pool:
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, batches, None)
             yield batch

@@ -1,79 +1,97 @@
-"""Look through a folder of images before hours are spent on it: broken files, and the same image in two splits."""
+"""Check a folder of images before training: broken files, and the same image in two splits or classes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from petune.data.images import decode_images
-from petune.data.layout import image_files
+from petune.data.layout import ClassFiles, list_images
 
 
-@dataclass(frozen=True)
+@dataclass
 class FolderReport:
-    """What a folder holds.
+    """Contents and problems of a folder dataset.
 
     Attributes:
         images: Number of images by split and class.
-        broken: Messages for those that cannot be decoded.
-        shared: Images of another split than train whose file is equal, byte for byte, to one in train or in a
-            split before theirs: what is measured on them is memory.
-        doubtful: Likewise images of a split whose file is one of another class there, too: one label is wrong.
-        untested, unvalidated: Classes that have too few different images to give one to the test or val split, where
-            that will be cut from train.
-        copies: How many are one of the same split and class; none of these is ever cut from what it is a copy of.
-        left_out: Number of visible files that are not read, by what their names end in.
+        broken: A message for each image that cannot be decoded.
+        in_two_splits: Pairs of byte-for-byte equal files in two splits, the earlier split second. They inflate the
+            accuracy measured on the later split.
+        in_two_classes: Pairs of equal files in two classes of one split; one label is wrong.
+        too_few_for_test, too_few_for_val: Classes with too few different images to give one to the split, if that
+            split will be cut from train.
+        copies: Number of copies within one split and class; cutting never separates them.
+        skipped: Number of visible files that are not read, by suffix.
     """
 
-    images: dict[str, dict[str, int]]
-    broken: list[str]
-    shared: list[tuple[Path, Path]]
-    doubtful: list[tuple[Path, Path]]
-    untested: list[str]
-    unvalidated: list[str]
-    copies: int
-    left_out: dict[str, int]
+    images: dict[str, dict[str, int]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    in_two_splits: list[tuple[Path, Path]] = field(default_factory=list)
+    in_two_classes: list[tuple[Path, Path]] = field(default_factory=list)
+    too_few_for_test: list[str] = field(default_factory=list)
+    too_few_for_val: list[str] = field(default_factory=list)
+    copies: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing was found."""
-        return not self.broken and not self.shared and not self.doubtful
+        """True if no file is broken, or in two splits or classes."""
+        return not self.broken and not self.in_two_splits and not self.in_two_classes
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The first file with certain bytes."""
+
+    part: str
+    name: str
+    file: Path
 
 
 def check_folder(path: Path) -> FolderReport:
-    """Decode every image of a folder dataset.
+    """Decode every image of a folder dataset and compare the files.
 
     Raises:
         DataError: The layout is wrong: see `petune.data.folder`.
     """
-    found, left_out = image_files(path)
-    first_seen: dict[bytes, tuple[str, str, Path]] = {}
-    shared: list[tuple[Path, Path]] = []
-    doubtful: list[tuple[Path, Path]] = []
-    copies = 0
-    broken: list[str] = []
-    images: dict[str, dict[str, int]] = defaultdict(dict)
-    for part, files in found.items():
-        for name, paths in files.items():
-            images[part][name] = len(paths)
-            bad = decode_images(paths, np.empty((len(paths), 8, 8, 3), np.uint8), skip=True)
-            broken += bad.values()
-            for file in (file for i, file in enumerate(paths) if i not in bad):
-                digest = hashlib.sha256(file.read_bytes()).digest()
-                where, kind, twin = first_seen.setdefault(digest, (part, name, file))
-                if where != part:
-                    shared.append((file, twin))
-                elif kind != name:
-                    doubtful.append((file, twin))
-                else:
-                    copies += twin != file
-    different = Counter(name for part, name, _ in first_seen.values() if part == "train")
-    cuts_test = images.keys() == {"train"}
-    untested = [name for name in found["train"] if cuts_test and different[name] < 2]
-    brings_val = {"val", "test"} <= images.keys()
-    unvalidated = [name for name in found["train"] if not brings_val and different[name] < 2 + cuts_test]
-    return FolderReport(dict(images), broken, shared, doubtful, untested, unvalidated, copies, left_out)
+    splits, skipped = list_images(path)
+    report = FolderReport(skipped=skipped)
+    seen: dict[bytes, _Seen] = {}
+    for part, classes in splits.items():
+        report.images[part] = {name: len(files) for name, files in classes.items()}
+        for name, files in classes.items():
+            decoded = np.empty((len(files), 8, 8, 3), np.uint8)
+            broken = decode_images(files, decoded, skip=True)
+            report.broken += broken.values()
+            for i, file in enumerate(files):
+                if i not in broken:
+                    _compare(_Seen(part, name, file), seen, report)
+    _find_small_classes(splits, seen, report)
+    return report
+
+
+def _compare(image: _Seen, seen: dict[bytes, _Seen], report: FolderReport) -> None:
+    """Record in the report whether a file equals an earlier one."""
+    twin = seen.setdefault(hashlib.sha256(image.file.read_bytes()).digest(), image)
+    if twin.part != image.part:
+        report.in_two_splits.append((image.file, twin.file))
+    elif twin.name != image.name:
+        report.in_two_classes.append((image.file, twin.file))
+    elif twin is not image:
+        report.copies += 1
+
+
+def _find_small_classes(splits: Mapping[str, ClassFiles], seen: Mapping[bytes, _Seen], report: FolderReport) -> None:
+    different = Counter(image.name for image in seen.values() if image.part == "train")
+    cuts_test = splits.keys() == {"train"}
+    cuts_val = not {"val", "test"} <= splits.keys()
+    if cuts_test:
+        report.too_few_for_test = [name for name in splits["train"] if different[name] < 2]
+    if cuts_val:
+        report.too_few_for_val = [name for name in splits["train"] if different[name] < 2 + cuts_test]

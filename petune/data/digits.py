@@ -1,33 +1,34 @@
-"""scikit-learn's handwritten digits (UCI, 1998): 1,797 grey 8×8 images that need no download."""
+"""scikit-learn's handwritten digits (UCI, 1998): 1,797 gray 8×8 images that need no download."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from petune.data.dataset import Dataset, Split, stratified
+from petune.data.dataset import Dataset, Split, stratified_mask
 
 TEST_FRACTION = 0.2
-BRIGHTEST = 16  # the images count ink in 4×4 cells, so they go from 0 to 16
+MAX_INTENSITY = 16  # the pixels count the ink in 4×4 cells
 
 
 def load_digits() -> Dataset:
-    """Load the digits at their own 8×8 pixels, uint8 RGB; `Preprocess` brings them to the backbone's size.
+    """Load the digits as 8×8 uint8 RGB images; `Preprocess` scales them to the backbone's input.
 
-    The test split is a stratified fifth, always the same. Nothing is mirrored: a mirrored digit is none.
+    The test split is a fixed, stratified fifth. The suggested augmentation never mirrors, because a mirrored digit is
+    not a digit.
     """
     from sklearn import datasets
 
     bunch = datasets.load_digits()
-    grey_NHW = np.rint(bunch.images * (255 / BRIGHTEST)).astype(np.uint8)
-    images = np.repeat(grey_NHW[..., None], 3, axis=-1)
-    everything = Split.of(images, bunch.target.astype(np.int64))
-    in_test = stratified(everything.labels, everything.rows, TEST_FRACTION, seed=0)
+    gray_NHW = np.rint(bunch.images * (255 / MAX_INTENSITY)).astype(np.uint8)
+    images = np.repeat(gray_NHW[..., None], 3, axis=-1)
+    split = Split.of(images, bunch.target.astype(np.int64))
+    in_test = stratified_mask(split.labels, split.rows, TEST_FRACTION, seed=0)
     return Dataset(
         name="digits",
         classes=tuple(str(digit) for digit in bunch.target_names),
         source="scikit-learn",
         augment="shift",
-        train=everything.take(np.flatnonzero(~in_test)),
-        val=everything.take(np.arange(0)),
-        test=everything.take(np.flatnonzero(in_test)),
-    ).checked()
+        train=split.take(np.flatnonzero(~in_test)),
+        val=split.take(np.arange(0)),
+        test=split.take(np.flatnonzero(in_test)),
+    ).validated()

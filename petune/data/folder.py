@@ -1,4 +1,4 @@
-"""Your own images: a folder of class folders, with or without train, val and test above them."""
+"""Load your own images: a folder of class folders, with or without train, val and test above them."""
 
 from __future__ import annotations
 
@@ -7,103 +7,140 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
-from petune.data.cache import Allocate, decoded
-from petune.data.dataset import Dataset, OnBroken, Split, stratified
+from petune.data.cache import Allocate, cached_split
+from petune.data.dataset import Dataset, OnBroken, Split, stratified_mask
+from petune.data.find_images import size_and_time, unsupported_note
 from petune.data.images import decode_images
-from petune.data.layout import Files, image_files, size_and_time, unread
+from petune.data.layout import ClassFiles, list_images
 
 FORMAT = 2
-CROP = 0.875  # timm's usual share of the side that evaluation sees; the rest is kept as a margin
+CROP = 0.875  # timm's usual share of the side for evaluation; the rest is stored as a margin
 TEST_FRACTION = 0.2
-MOST_BROKEN, SKIPPED = 0.01, -1
+MAX_BROKEN = 0.01
+BROKEN_LABEL = -1
 
 
 def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> Dataset:
     """Load PATH/train/CLASS/*, PATH/val/CLASS/*, PATH/test/CLASS/*, or PATH/CLASS/*.
 
-    Without a test folder the val folder is the test split, as in ImageNet, and without either a stratified
-    fifth is cut from train, always the same one. Without both, `Dataset.with_val` cuts val from train.
+    Missing splits are cut from train. If there is only val/, it is used for testing, as in ImageNet. The test split
+    that is cut is a fixed, stratified fifth; `Dataset.with_val` cuts val.
 
     Args:
         path: The folder.
-        image_size: Side in pixels that the images will be used at; they are stored with a margin around it.
-        on_broken: What an image that cannot be decoded is: an `error`, or `skip` takes it away before anything is
-            drawn, says so in `source`, and is an error above 1 % of a split.
+        image_size: Side, in pixels, at which the images will be used; they are stored with a margin around it.
+        on_broken: What to do with an image that cannot be decoded. `skip` leaves it out and names it in `source`; more
+            than 1 % of a split is an error.
 
     Raises:
-        DataError: No images, fewer than two classes, an empty class, classes that differ between
-            splits, or an image that cannot be decoded (with its path).
+        DataError: No images, fewer than two classes, an empty class, classes that differ between splits, or an image
+            that cannot be decoded (with its path).
     """
-    found, others = image_files(path)
-    side = math.ceil(image_size / CROP)
-    skipped: list[Path] = []
-    splits = {part: _decode(path, files, side, on_broken == "skip", skipped) for part, files in found.items()}
-    train, none = splits["train"], splits["train"].take(np.arange(0))
-    dataset = Dataset(f"folder:{path}", tuple(found["train"]), str(path), "crop", train, none, none)
+    files, skipped = list_images(path)
+    decoder = _Decoder(path, math.ceil(image_size / CROP), on_broken == "skip")
+    splits: dict[str, Split] = {}
+    broken: list[Path] = []
+    for part, classes in files.items():
+        splits[part], bad = decoder.decode(classes)
+        broken += bad
+    dataset = _assemble(path, tuple(files["train"]), splits)
+    num_copies = len(splits["train"]) - len(np.unique(splits["train"].rows))
+    notes = (
+        _broken_note(path, broken),
+        f"{num_copies} copies of other images, kept in the same split" if num_copies else "",
+        dataset.missing_classes_note("test"),
+        unsupported_note(skipped),
+    )
+    for note in notes:
+        dataset = dataset.with_note(note)
+    return dataset.validated()
+
+
+def _assemble(path: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
+    """Use the splits that the folder has, and cut test from train if it has neither test nor val."""
+    train = splits["train"]
+    empty = train.take(np.arange(0))
+    dataset = Dataset(f"folder:{path}", classes, str(path), "crop", train, empty, empty)
     if "test" in splits:
-        dataset = replace(dataset, val=splits.get("val", none), test=splits["test"])
-    elif "val" in splits:
-        dataset = replace(dataset, test=splits["val"], source=f"{path} (its val folder is the test split)")
-    else:
-        cut = stratified(train.labels, train.rows, TEST_FRACTION, seed=0)
-        dataset = replace(
-            dataset,
-            train=train.take(np.flatnonzero(~cut)),
-            test=train.take(np.flatnonzero(cut)),
-            source=f"{path} (no test folder: {TEST_FRACTION:.0%} of each class are the test split)",
-        )
-    if skipped:
-        shown = ", ".join(str(p.relative_to(path)) for p in skipped[:5]) + (", …" if len(skipped) > 5 else "")
-        dataset = replace(dataset, source=f"{dataset.source}; {len(skipped)} broken skipped: {shown}")
-    if copies := len(train) - len(np.unique(train.rows)):
-        dataset = replace(dataset, source=f"{dataset.source}; {copies} copies of others, in the same split as those")
-    dataset = dataset.said_to_lack("test")
-    if said := unread(others):
-        dataset = replace(dataset, source=f"{dataset.source}; {said}")
-    return dataset.checked()
-
-
-def _decode(root: Path, files: Files, side: int, skip: bool, skipped: list[Path]) -> Split:
-    paths = [image for images in files.values() for image in images]
-    labels = np.repeat(np.arange(len(files)), [len(images) for images in files.values()])
-    entries = [[str(p.relative_to(root)), *size_and_time(p)] for p in paths]
-    key = {"format": FORMAT, "root": str(root.resolve()), "side": side, "files": entries} | (
-        {"skip": 1} if skip else {}
+        return replace(dataset, val=splits.get("val", empty), test=splits["test"])
+    if "val" in splits:
+        return replace(dataset, test=splits["val"], source=f"{path} (val is used for testing)")
+    in_test = stratified_mask(train.labels, train.rows, TEST_FRACTION, seed=0)
+    return replace(
+        dataset,
+        train=train.take(np.flatnonzero(~in_test)),
+        test=train.take(np.flatnonzero(in_test)),
+        source=f"{path} (no test folder: {TEST_FRACTION:.0%} of each class is used for testing)",
     )
 
-    def decode(allocate: Allocate) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        broken = decode_images(paths, allocate(len(paths), side), skip=skip)
-        if len(broken) > MOST_BROKEN * len(paths):
+
+def _broken_note(path: Path, broken: Sequence[Path]) -> str:
+    shown = ", ".join(str(file.relative_to(path)) for file in broken[:5]) + (", …" if len(broken) > 5 else "")
+    return f"{len(broken)} broken images skipped: {shown}" if broken else ""
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Decodes the splits of one folder.
+
+    Attributes:
+        root: The folder.
+        side: Side of the stored images, in pixels.
+        skip: Leave out images that cannot be decoded.
+    """
+
+    root: Path
+    side: int
+    skip: bool
+
+    def decode(self, classes: ClassFiles) -> tuple[Split, list[Path]]:
+        """Return a split, and the files that were left out."""
+        paths = [image for images in classes.values() for image in images]
+        labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
+        split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP)
+        is_broken = split.labels == BROKEN_LABEL
+        if not is_broken.any():
+            return split, []
+        return split.take(np.flatnonzero(~is_broken)), [paths[i] for i in np.flatnonzero(is_broken)]
+
+    def _key(self, paths: Sequence[Path]) -> dict[str, object]:
+        files = [[str(path.relative_to(self.root)), *size_and_time(path)] for path in paths]
+        key = {"format": FORMAT, "root": str(self.root.resolve()), "side": self.side, "files": files}
+        return key | ({"skip": 1} if self.skip else {})
+
+    def _fill(
+        self, paths: Sequence[Path], labels: NDArray[np.int64], allocate: Allocate
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        broken = decode_images(paths, allocate(len(paths), self.side), skip=self.skip)
+        if len(broken) > MAX_BROKEN * len(paths):
             raise DataError(
-                f"at most {MOST_BROKEN:.0%} of the images may be broken and skipped, but {len(broken)} of "
-                f"{len(paths)} are, first: {next(iter(broken.values()))}. `petune data check {root}` lists them all"
+                f"{len(broken)} of {len(paths)} images are broken, more than the {MAX_BROKEN:.0%} that may be skipped. "
+                f"The first: {next(iter(broken.values()))}",
+                cli_hint=f"`petune data check {self.root}` lists them all",
             )
         marked = labels.copy()
-        marked[list(broken)] = SKIPPED
+        marked[list(broken)] = BROKEN_LABEL
         return marked, _rows(paths)
-
-    split = decoded(key, decode, CROP)
-    gone = split.labels == SKIPPED
-    skipped += [paths[i] for i in np.flatnonzero(gone)]
-    return split.take(np.flatnonzero(~gone)) if gone.any() else split
 
 
 def _rows(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Where each image lies: a copy, byte for byte, where the first one does; no split is cut between them."""
+    """Return the row of each image; byte-for-byte copies get the row of the first, so that no split separates them."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for i, path in enumerate(paths):
         by_size[size_and_time(path)[0]].append(i)
     rows = np.arange(len(paths))
-    for alike in (several for several in by_size.values() if len(several) > 1):
+    for same_size in by_size.values():
+        if len(same_size) == 1:
+            continue
         first: dict[bytes, int] = {}
-        for i in alike:
+        for i in same_size:
             with contextlib.suppress(OSError), paths[i].open("rb") as file:
                 rows[i] = first.setdefault(hashlib.file_digest(file, "sha256").digest(), i)
     return rows

@@ -1,222 +1,169 @@
-"""Where the images of a folder lie: class folders, with or without train, val and test above them."""
+"""Layout of a folder dataset: class folders, with or without train, val and test above them."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
-from petune.data.images import OTHER_IMAGES, extensions
+from petune.data.find_images import find_images, has_subfolders, unsupported_note, visible_subfolders
+from petune.data.images import supported_suffixes
 
 VAL_NAMES = ("val", "valid", "validation")
 SPLIT_NAMES = {"train", "training", "test", "testing", *VAL_NAMES}
 
-Files = Mapping[str, list[Path]]
+ClassFiles = Mapping[str, list[Path]]
 """Class name to its images, both in order."""
 
 
-def folder_of(dataset: str) -> Path:
-    """The PATH of `folder:PATH`, with `~` as the home directory."""
+def folder_path(dataset: str) -> Path:
+    """Return the PATH of `folder:PATH`, with `~` expanded."""
     return expand_home(dataset.removeprefix("folder:"))
 
 
-def image_files(path: Path) -> tuple[dict[str, Files], dict[str, int]]:
-    """The images of a folder dataset by split and class, as `load_folder` would read them.
+def list_images(path: Path) -> tuple[dict[str, ClassFiles], dict[str, int]]:
+    """List the images of a folder dataset by split and class, as `load_folder` reads them.
 
     Returns:
-        Also how many visible files are not read as images, by what their names end in.
+        The images, and the number of visible files that are not read as images, by suffix.
 
     Raises:
-        DataError: As `load_folder`, but for what decoding would show.
+        DataError: As `load_folder`, except for what decoding would find.
     """
-    others = Counter[str]()
-    found = {part: _files(where, others) for part, where in parts_of(path).items()}
-    _check(path, found)
-    return found, dict(sorted(others.items()))
+    skipped = Counter[str]()
+    splits = {part: _class_files(folder, skipped) for part, folder in split_folders(path).items()}
+    _check_classes(path, splits)
+    return splits, dict(sorted(skipped.items()))
 
 
-def files_of_part(path: Path, part: str) -> tuple[str, Files, str]:
-    """The images to evaluate on: of PATH/test or PATH/val, or all of a folder without either.
+def list_split(path: Path, part: str) -> tuple[str, ClassFiles, str]:
+    """List the images to evaluate on: PATH/test or PATH/val, or the whole folder if it has no splits.
 
     As in `load_folder`, val is the test split of a folder that has no other.
 
     Returns:
-        Which they are (`all` where the folder has no splits), the images, and what is said of files left out.
+        The split (`all` if the folder has none), its images, and a note about skipped images.
 
     Raises:
-        DataError: No folder, no images, or a class folder without any.
-        UsageError: It has splits, and another one is asked for.
+        DataError: There is no such folder, it has no images, or a class folder is empty.
+        UsageError: The folder has splits, but not this one.
     """
-    if not path.is_dir():
-        raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
+    _check_is_folder(path)
     names = {"train": ("train",), "val": VAL_NAMES, "test": ("test",)}
-    splits = {n: path / name for n, several in names.items() for name in several if _has_folders(path / name)}
+    splits = {split: path / name for split, aliases in names.items() for name in aliases if has_subfolders(path / name)}
     if "val" in splits:
         splits.setdefault("test", splits["val"])
     if part not in splits and splits.keys() - {"train"}:
-        raise UsageError(f"--split must be a folder of {path}, which has {' and '.join(splits)}, but is {part}")
-    read = part if part in splits else "all"
-    others = Counter[str]()
-    files = _files(splits.get(part, splits.get("train", path)), others)
-    _refuse_empty(path, {read: files})
-    return read, files, unread(others)
+        raise UsageError(
+            f"{path} has no {part} split; it has {' and '.join(splits)}", cli_hint="Choose one with --split"
+        )
+    skipped = Counter[str]()
+    files = _class_files(splits.get(part, splits.get("train", path)), skipped)
+    label = part if part in splits else "all"
+    _check_not_empty(path, {label: files})
+    return label, files, unsupported_note(skipped)
 
 
-def parts_of(path: Path) -> dict[str, Path]:
-    """The folders that hold class folders, by split; all are `train` where nothing is above them.
+def split_folders(path: Path) -> dict[str, Path]:
+    """Return the folder of each split; a folder of class folders is all `train`.
 
     Raises:
-        DataError: No folder, or splits that are called otherwise.
+        DataError: There is no such folder, or its splits have other names.
     """
-    if not path.is_dir():
-        raise DataError(f"folder:PATH must name a folder of class folders, but {path} is {_what(path)}")
+    _check_is_folder(path)
     train = path / "train"
-    if not _has_folders(train):  # a class may be called train: it then holds images only
-        lonely = [name for name in ("test", *VAL_NAMES) if _has_folders(path / name)]
-        if lonely:
-            raise DataError(
-                f"{path} must hold train/CLASS/* beside {lonely[0]}/, but has no class folders in train/; "
-                "add them, or put the class folders directly into it"
-            )
-        splits = _called_otherwise(path)
-        if splits:
-            here = ", ".join(p.name for p in splits)
-            raise DataError(
-                f"the splits of {path} must be called train/, val/ and test/ and hold the class folders, but it has "
-                f"{here}; rename them, or move them away"
-            )
+    if not has_subfolders(train):  # if a class is named train, its folder holds only images
+        _check_without_train(path)
         return {"train": path}
-    _refuse_other_splits(path)
-    parts = {"train": train, "test": path / "test"}
-    val = [path / name for name in VAL_NAMES if (path / name).is_dir()]
-    if len(val) > 1:
-        names = " and ".join(p.name for p in val)
-        raise DataError(f"{path} must hold one validation folder, but has {names}; merge them")
-    return {part: p for part, p in (parts | {"val": val[0] if val else path / "val"}).items() if p.is_dir()}
+    _check_other_splits(path)
+    val_folders = [path / name for name in VAL_NAMES if (path / name).is_dir()]
+    if len(val_folders) > 1:
+        names = " and ".join(folder.name for folder in val_folders)
+        raise DataError(f"{path} has more than one validation folder: {names}. Merge them")
+    folders = {"train": train, "test": path / "test", "val": val_folders[0] if val_folders else path / "val"}
+    return {part: folder for part, folder in folders.items() if folder.is_dir()}
 
 
-def _refuse_other_splits(path: Path) -> None:
-    """Beside train/, a folder such as testing/ would be left out, and val/ be taken for the test split."""
-    read = {"train", "test", *VAL_NAMES}
-    others = [p.name for p in visible_folders(path) if p.name not in read and p.name.casefold() in SPLIT_NAMES]
-    others = [name for name in others if _has_folders(path / name)]
+def _check_is_folder(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"no such folder: {path}")
+    if not path.is_dir():
+        raise DataError(f"{path} is a file. folder:PATH takes a folder of class folders")
+
+
+def _check_without_train(path: Path) -> None:
+    """Refuse a test or val folder without train, and splits with other names."""
+    lonely = [name for name in ("test", *VAL_NAMES) if has_subfolders(path / name)]
+    if lonely:
+        raise DataError(
+            f"{path} has {lonely[0]}/ but no class folders in train/. Add train/CLASS/*, or put the class folders "
+            "directly into it"
+        )
+    renamed = _renamed_splits(path)
+    if renamed:
+        names = ", ".join(folder.name for folder in renamed)
+        raise DataError(
+            f"unknown split folders in {path}: {names}. Rename them to train/, val/ and test/, or move them away"
+        )
+
+
+def _check_other_splits(path: Path) -> None:
+    """Refuse a folder such as testing/ next to train/; it would be ignored, and val/ be used for testing."""
+    known = {"train", "test", *VAL_NAMES}
+    others = [
+        folder.name
+        for folder in visible_subfolders(path)
+        if folder.name not in known and folder.name.casefold() in SPLIT_NAMES and has_subfolders(folder)
+    ]
     if others:
         raise DataError(
-            f"the splits of {path} must be called train/, val/ and test/, but beside train/ it has "
-            f"{', '.join(others)}; rename or move it away"
+            f"unknown split folder next to train/ in {path}: {', '.join(others)}. Rename it to val/ or test/, or move "
+            "it away"
         )
 
 
-def _called_otherwise(path: Path) -> list[Path]:
-    """Folders of class folders that look like splits, as Train/ and Test/, or seg_train/ and seg_test/."""
-    above = [p for p in visible_folders(path) if _has_folders(p)]
-    alike = [p for p in above if SPLIT_NAMES.intersection(re.split("[^a-z]+", p.name.casefold()))]
-    return alike if len(alike) > 1 or any(p.name.casefold() in SPLIT_NAMES for p in alike) else []
+def _renamed_splits(path: Path) -> list[Path]:
+    """Return folders of class folders that look like splits, such as Train/ and Test/, or seg_train/ and seg_test/."""
+    parents = [folder for folder in visible_subfolders(path) if has_subfolders(folder)]
+    similar = [folder for folder in parents if SPLIT_NAMES.intersection(re.split("[^a-z]+", folder.name.casefold()))]
+    certain = any(folder.name.casefold() in SPLIT_NAMES for folder in similar)
+    return similar if len(similar) > 1 or certain else []
 
 
-def _files(where: Path, others: Counter[str] | None = None) -> Files:
-    return {folder.name: images_below(folder, others) for folder in visible_folders(where)}
+def _class_files(folder: Path, skipped: Counter[str]) -> ClassFiles:
+    return {subfolder.name: find_images(subfolder, skipped) for subfolder in visible_subfolders(folder)}
 
 
-def images_below(folder: Path, others: Counter[str] | None = None, *, unread: bool = False) -> list[Path]:
-    """Every image in a folder and the folders in it, in order of their paths; hidden ones are left out.
-
-    Args:
-        folder: Where to look.
-        others: Counts the other visible files, by what their names end in.
-        unread: Whether images of kinds that are not read belong to it, to be named as such.
-    """
-    images, kinds = [], extensions() | OTHER_IMAGES if unread else extensions()
-    for file in _files_below(folder):
-        suffix = file.suffix.lower()
-        if suffix in kinds:
-            images.append(file)
-        elif others is not None:
-            others[suffix] += 1
-    return sorted(images)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Every visible file; links are followed, but not to a folder that lies above them."""
-    above = {_identity(place) for place in Path(os.path.abspath(folder)).parents}
-    open_folders = [(folder, above)]
-    while open_folders:
-        here, above = open_folders.pop()
-        identity = _identity(here)
-        if identity is None or identity in above:
-            continue
-        with contextlib.suppress(OSError), os.scandir(here) as entries:  # suppressed: one that may not be read
-            for entry in (entry for entry in entries if not entry.name.startswith(".")):
-                if entry.is_dir():
-                    open_folders.append((Path(entry.path), above | {identity}))
-                else:
-                    yield Path(entry.path)
-
-
-def _identity(place: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError):
-        stat = place.stat()
-        return stat.st_dev, stat.st_ino
-    return None
-
-
-def size_and_time(path: Path) -> tuple[int, int]:
-    """Of a file, in bytes and ns; zero for a link to nowhere, which is found to be broken when it is decoded."""
-    with contextlib.suppress(OSError):
-        stat = path.stat()
-        return stat.st_size, stat.st_mtime_ns
-    return 0, 0
-
-
-def unread(by_suffix: Mapping[str, int]) -> str:
-    """What is said of images among what was left out; empty without any."""
-    kinds = [f"{count:,} {suffix}" for suffix, count in by_suffix.items() if suffix in OTHER_IMAGES]
-    return f"{', '.join(kinds)} left out (of a kind that is not read here; convert them)" if kinds else ""
-
-
-def visible_folders(path: Path) -> list[Path]:
-    """The folders in a folder, in order, but for hidden ones."""
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _has_folders(path: Path) -> bool:
-    return path.is_dir() and bool(visible_folders(path))
-
-
-def _refuse_empty(path: Path, found: Mapping[str, Files]) -> None:
-    if not any(files for part in found.values() for files in part.values()):
+def _check_not_empty(path: Path, splits: Mapping[str, ClassFiles]) -> None:
+    if not any(images for classes in splits.values() for images in classes.values()):
         raise DataError(
-            f"{path} must hold images as CLASS/*.jpg or train/CLASS/*.jpg, but has none; check the path "
-            f"(read are {', '.join(sorted(extensions()))})"
+            f"no images in {path}. Expected CLASS/*.jpg or train/CLASS/*.jpg (supported: "
+            f"{', '.join(sorted(supported_suffixes()))})"
         )
-    for part, files in found.items():
-        empty = [name for name, images in files.items() if not images]
+    for part, classes in splits.items():
+        empty = [name for name, images in classes.items() if not images]
         if empty:
             raise DataError(
-                f"every class folder of {path} must hold an image, but {part} has none for "
-                f"{', '.join(empty[:5])}; fill or remove it"
+                f"no images in class folder {', '.join(empty[:5])} ({part} of {path}). Add images, or remove the folder"
             )
 
 
-def _check(path: Path, found: Mapping[str, Files]) -> None:
-    for name in dict.fromkeys(name for files in found.values() for name in files):
-        if name.encode(errors="replace").decode() != name:  # a byte that is no UTF-8, which no result could hold
-            raise DataError(f"class folders must have UTF-8 names, but {path} has {name!a}; rename it")
-    _refuse_empty(path, found)
-    for part, files in found.items():
-        missing, extra = sorted(set(found["train"]) - set(files)), sorted(set(files) - set(found["train"]))
-        if missing or extra:
-            said = [f"{part} lacks {', '.join(missing[:5])}"] if missing else []
-            said += [f"train lacks {', '.join(extra[:5])}"] if extra else []
-            raise DataError(f"the splits of {path} must have the same classes, but {' and '.join(said)}")
-    if len(found["train"]) < 2:
-        raise DataError(f"{path} must hold two class folders or more, but has only {', '.join(found['train'])}")
-
-
-def _what(path: Path) -> str:
-    return "a file" if path.exists() else "not there"
+def _check_classes(path: Path, splits: Mapping[str, ClassFiles]) -> None:
+    for name in dict.fromkeys(name for classes in splits.values() for name in classes):
+        if name.encode(errors="replace").decode() != name:  # no result file could hold it
+            raise DataError(f"the name of class folder {name!a} in {path} is not UTF-8. Rename it")
+    _check_not_empty(path, splits)
+    train = set(splits["train"])
+    for part, classes in splits.items():
+        absent = [
+            f"{split} has no {', '.join(names[:5])}"
+            for split, names in ((part, sorted(train - set(classes))), ("train", sorted(set(classes) - train)))
+            if names
+        ]
+        if absent:
+            raise DataError(f"the splits of {path} have different classes: {' and '.join(absent)}")
+    if len(train) < 2:
+        raise DataError(f"only one class folder in {path}: {', '.join(train)}. At least two are needed")

@@ -35,9 +35,9 @@ def load_dataset(
     """
     if name.startswith("folder:"):
         from petune.data.folder import load_folder
-        from petune.data.layout import folder_of
+        from petune.data.layout import folder_path
 
-        return load_folder(folder_of(name), image_size, on_broken)
+        return load_folder(folder_path(name), image_size, on_broken)
     if name in {"cifar10", "cifar100"}:
         from petune.data.cifar import load_cifar
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from petune.base.errors import DataError, UnknownName
 from petune.data.cache import cache_dir
-from petune.data.cifar import parquet_files, published_files
-from petune.data.layout import folder_of, parts_of, visible_folders
+from petune.data.cifar import published_files
+from petune.data.cifar_parquet import parquet_files
+from petune.data.find_images import visible_subfolders
+from petune.data.layout import folder_path, split_folders
 from petune.data.load import DATASETS, FOLDER_HINT, default_data_dir
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
@@ -47,8 +49,8 @@ def count_classes(name: str) -> int:
         return NUM_CLASSES[name]
     if not name.startswith("folder:"):
         raise UnknownName("dataset", name, DATASETS, FOLDER_HINT)
-    path = folder_of(name)
-    num_classes = len(visible_folders(parts_of(path)["train"]))
+    path = folder_path(name)
+    num_classes = len(visible_subfolders(split_folders(path)["train"]))
     if num_classes < 2:
         raise DataError(f"{path} has {num_classes} class folders. A dataset needs at least two")
     return num_classes

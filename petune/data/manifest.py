@@ -1,4 +1,4 @@
-"""Which images of a folder a run began with: val and test are drawn from them, and anew where they change."""
+"""Manifest of a folder dataset. The val/test split depends on it, so a changed folder must not be resumed."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from petune.base.errors import DataError
-from petune.data.layout import folder_of, image_files, parts_of, size_and_time
+from petune.data.find_images import size_and_time
+from petune.data.layout import folder_path, list_images, split_folders
 
 MANIFEST_FILE = "dataset_manifest.json"
 """Name of the manifest in a run directory; the runner writes it."""
 
 Manifest = dict[str, dict[str, str]]
-"""Split, then class, to the number of images and a digest of their names and sizes, as `61 3f0c…`."""
+"""Split, then class, to the number of images and a digest of their names and sizes, such as `61 3f0c…`."""
 
 
 def manifest_of(dataset: str) -> Manifest:
-    """What a folder holds now, in a moment: no image is read. A folder that was copied holds the same.
+    """Return the manifest of a folder, without reading any image; a copy of the folder has the same manifest.
 
     Args:
-        dataset: As in a configuration; what is no folder, or not here, holds nothing.
+        dataset: As in a config; the manifest is empty if it is not a folder, or the folder does not exist here.
 
     Raises:
         DataError: The layout is wrong: see `petune.data.folder`.
     """
-    if not dataset.startswith("folder:") or not folder_of(dataset).is_dir():
+    if not dataset.startswith("folder:") or not folder_path(dataset).is_dir():
         return {}
-    places, (found, _) = parts_of(folder_of(dataset)), image_files(folder_of(dataset))
+    folders = split_folders(folder_path(dataset))
+    splits, _ = list_images(folder_path(dataset))
     return {
-        part: {name: _said(images, places[part] / name) for name, images in files.items()}
-        for part, files in found.items()
+        part: {name: _class_entry(images, folders[part] / name) for name, images in classes.items()}
+        for part, classes in splits.items()
     }
 
 
@@ -43,56 +45,66 @@ def digests(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def changes(before: Mapping[str, Any], now: Manifest) -> str:
     """Describe the first three differences between two manifests; empty if there is none."""
-    found = []
+    differences = []
     for part in dict.fromkeys([*before, *now]):
         old, new = before.get(part, {}), now.get(part, {})
         for name in dict.fromkeys([*old, *new]):
-            had, has = str(old.get(name, "0")).split()[0], new.get(name, "0").split()[0]
             if old.get(name) != new.get(name):
-                found.append(f"{part}/{name} had {had}, has {has}" + (" others" if had == has else ""))
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+                differences.append(f"{part}/{name} {_change(str(old.get(name, '0')), new.get(name, '0'))}")
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ", ".join(differences[:3]) + more
 
 
-def same_images(dataset: str, own: str, before: Mapping[str, Any]) -> bool:
-    """Whether a dataset is a run's own, or a copy of its folder: some of it was trained on.
+def _change(old: str, new: str) -> str:
+    old_count, new_count = old.split()[0], new.split()[0]
+    return f"had {old_count} images, has {new_count}{' different ones' if old_count == new_count else ''}"
+
+
+def is_training_dataset(dataset: str, trained_on: str, trained_digests: Mapping[str, Any]) -> bool:
+    """Return True if a dataset is the one that a run used, or a copy of its folder.
 
     Args:
-        dataset, own: As in a configuration.
-        before: What `digests` said of the run's.
+        dataset: As in a config.
+        trained_on: The dataset of the run, as in its config.
+        trained_digests: `digests` of the run's manifest.
     """
-    if not (dataset.startswith("folder:") and own.startswith("folder:")):
-        return dataset == own
-    if folder_of(dataset).resolve() == folder_of(own).resolve():
+    if not (dataset.startswith("folder:") and trained_on.startswith("folder:")):
+        return dataset == trained_on
+    if folder_path(dataset).resolve() == folder_path(trained_on).resolve():
         return True
     try:
-        now = manifest_of(dataset)
-    except DataError:  # no folder to train on, as test/ alone
+        manifest = manifest_of(dataset)
+    except DataError:  # not a folder to train on, such as test/ alone
         return False
-    return bool(before) and digests(now) == dict(before)
+    return bool(trained_digests) and digests(manifest) == dict(trained_digests)
 
 
-def refuse_trained_on(dataset: str, before: Mapping[str, Any]) -> None:
-    """Hold that the run's own test and val images can still be told from those it trained on.
+def check_training_images(dataset: str, trained_digests: Mapping[str, Any]) -> None:
+    """Check that the test and val images of a run can still be told from its training images.
 
     Args:
-        dataset: The run's.
-        before: What `digests` said then.
+        dataset: The dataset of the run.
+        trained_digests: `digests` of the run's manifest.
 
     Raises:
-        DataError: The training images changed, or there are other splits.
+        DataError: The training images changed, or the folder has other splits.
     """
-    now = manifest_of(dataset)
-    if before and now and (now.keys() != before.keys() or _digest(now["train"]) != before.get("train")):
+    manifest = manifest_of(dataset)
+    if not trained_digests or not manifest:
+        return
+    same_splits = manifest.keys() == trained_digests.keys()
+    if not same_splits or _digest(manifest["train"]) != trained_digests.get("train"):
         raise DataError(
-            f"the training images of {dataset} must be those that the run had, since otherwise some of them may be "
-            "among its test images now, but they changed. Put them back, or name images that it never saw: "
-            "--dataset folder:PATH"
+            f"the training images of {dataset} changed since the run, so its test split may now contain some of them. "
+            "Put the images back, or evaluate on images that the run never saw: dataset='folder:PATH'",
+            cli_hint="Name other images with --dataset folder:PATH",
         )
 
 
-def _said(images: Sequence[Path], place: Path) -> str:
-    return f"{len(images)} {_digest([(str(p.relative_to(place)), size_and_time(p)[0]) for p in images])}"
+def _class_entry(images: Sequence[Path], folder: Path) -> str:
+    files = [(str(path.relative_to(folder)), size_and_time(path)[0]) for path in images]
+    return f"{len(images)} {_digest(files)}"
 
 
-def _digest(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

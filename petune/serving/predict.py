@@ -22,9 +22,9 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, DataError, UsageError
 from petune.data import Preprocess, Split
+from petune.data.find_images import find_images
 from petune.data.folder import CROP
-from petune.data.images import decode_images, extensions, square_of
-from petune.data.layout import images_below
+from petune.data.images import center_square, decode_images, supported_suffixes
 from petune.serving.restore import restore
 from petune.sites.probe import logits_of
 from petune.training import choose_device
@@ -90,7 +90,7 @@ class Inputs:
         for i, image in enumerate(images):
             try:
                 if not isinstance(image, Path):
-                    out[i] = square_of(_opened(image), self.stored_size)
+                    out[i] = center_square(_opened(image), self.stored_size)
             except Exception as error:  # Pillow raises a dozen types, and each means that this one is bad
                 problems[i] = " ".join(str(error).split()) or type(error).__name__
         return out, problems
@@ -251,10 +251,10 @@ def _one_by_one(images: Iterable[ImageSource]) -> Iterator[tuple[str, Loaded]]:
         if not place.is_dir():
             yield str(place), place
             continue
-        below = images_below(place, unread=True)
+        below = find_images(place, unsupported=True)
         yield from ((str(file), file) for file in below)
         if not below:
-            known = ", ".join(sorted(extensions()))
+            known = ", ".join(sorted(supported_suffixes()))
             yield str(place), DataError(f"{place} must hold images, but has none (read are {known})")
 
 

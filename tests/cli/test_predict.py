@@ -55,7 +55,7 @@ def test_one_line_a_image_and_a_broken_one_among_them(petune: Run, digits: Path,
     assert [line["image"] for line in lines] == [*(f"images/{name}" for name in names), "nowhere.png"]
     assert ["error" in line for line in lines] == [False, False, False, True, False, False, True]
     assert all(len(line["top"]) == 2 for line in lines if "top" in line)
-    assert "2x.png must be a whole image" in done.err
+    assert "2x.png: not a readable image" in done.err
     assert "nowhere.png" in done.err
     alone = petune("predict", digits, images[4], "--top-k", 2, "--json")
     assert alone.code == 0
@@ -68,9 +68,9 @@ def test_what_is_not_read_is_named(petune: Run, digits: Path, images: list[Path]
     images[0].with_name("IMG_1.HEIC").write_bytes(b"ftypheic")
     done = petune("predict", digits, "images", "~nobody.png", "--top-k", 1)
     assert done.code == 4
-    assert "images/IMG_1.HEIC must be a whole image" in done.err
-    assert "(convert it, this kind is not read)" in done.err
-    assert "error: ~nobody.png must be a whole image" in done.err
+    assert "images/IMG_1.HEIC: not a readable image" in done.err
+    assert "unsupported format; convert it" in done.err
+    assert "error: ~nobody.png: no such file" in done.err
     assert "5 images named, 2 could not be read" in done.err
 
 

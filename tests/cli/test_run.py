@@ -49,8 +49,8 @@ def test_a_run_prints_its_result_and_talks_on_stderr(
     assert second == "0 tuned and 490 head parameters train (0.782 % of backbone and head, 0.782 % of all)"
     assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", last)
     assert note == (
-        "each epoch trains on 128 of 200 images, others each time, since 72 fill no batch of 128; "
-        "--set train.batch_size=100 uses 200"
+        "each epoch skips 72 of 200 images (a random selection) because they do not fill a batch of 128. "
+        "batch_size=100 would use 200"
     )
     place = tmp_path / "runs" / "linear-vit_nano-digits-seed0"
     assert {"config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoints"} <= set(os.listdir(place))

@@ -1,4 +1,4 @@
-"""A cache of its own for every test, and no other place to look at."""
+"""A separate cache directory for every test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("PETUNE_CACHE", str(place))
-    return place
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PETUNE_CACHE", str(path))
+    return path

@@ -1,4 +1,4 @@
-"""Augmentation: what an image becomes depends on (seed, epoch, index) alone, as the formulas say."""
+"""Augmentation: follows the formulas, and depends only on (seed, epoch, index of the image)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from petune.data.augment import (
     NUM_DRAWS,
     PRESETS,
     augment,
-    draws,
+    epoch_order,
     flip,
     jitter,
-    order,
+    random_draws,
     resized_crop,
     rotate,
     shift,
@@ -35,31 +35,31 @@ def _draws(count: int, **columns: float | list[float]) -> Tensor:
     return u
 
 
-def test_draws_are_decided_by_seed_and_epoch() -> None:
-    assert np.array_equal(draws(1, 2, 50), draws(1, 2, 50))
-    tables = [draws(1, 2, 50), draws(1, 3, 50), draws(2, 2, 50)]
+def test_draws_depend_on_seed_and_epoch() -> None:
+    assert np.array_equal(random_draws(1, 2, 50), random_draws(1, 2, 50))
+    tables = [random_draws(1, 2, 50), random_draws(1, 3, 50), random_draws(2, 2, 50)]
     assert all(not np.array_equal(a, b) for i, a in enumerate(tables) for b in tables[:i])
     assert all(table.min() >= 0 and table.max() < 1 for table in tables)
 
 
 def test_draws_are_uniform() -> None:
-    table = draws(0, 0, 20_000)
+    table = random_draws(0, 0, 20_000)
     assert np.abs(table.mean(0) - 0.5).max() < 0.01
     assert np.abs(table.std(0) - 12**-0.5).max() < 0.01
     assert np.abs(np.corrcoef(table.T) - np.eye(NUM_DRAWS)).max() < 0.03
 
 
-def test_order_is_a_permutation_decided_by_seed_and_epoch() -> None:
-    orders = [order(1, 0, 500), order(1, 1, 500), order(2, 0, 500)]
+def test_order_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
+    orders = [epoch_order(1, 0, 500), epoch_order(1, 1, 500), epoch_order(2, 0, 500)]
     for positions in orders:
         assert np.array_equal(np.sort(positions), np.arange(500))
     assert all(not np.array_equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
-    assert np.array_equal(orders[0], order(1, 0, 500))
+    assert np.array_equal(orders[0], epoch_order(1, 0, 500))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_image_does_not_depend_on_its_batch(preset: str) -> None:
-    x, u = _images(6), torch.from_numpy(draws(3, 1, 6))
+def test_an_image_does_not_depend_on_its_batch(preset: str) -> None:
+    x, u = _images(6), torch.from_numpy(random_draws(3, 1, 6))
     together = augment(x, preset, u)
     for size in (1, 2, 4):
         parts = [augment(x[i : i + size], preset, u[i : i + size]) for i in range(0, 6, size)]
@@ -69,7 +69,7 @@ def test_a_image_does_not_depend_on_its_batch(preset: str) -> None:
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_presets_change_images_within_their_range(preset: str) -> None:
     x = _images(32)
-    result = augment(x, preset, torch.from_numpy(draws(0, 0, 32)))
+    result = augment(x, preset, torch.from_numpy(random_draws(0, 0, 32)))
     changed = (result != x).flatten(1).any(1)
     assert changed.float().mean() > 0.7
     assert result.shape == x.shape
@@ -77,7 +77,7 @@ def test_presets_change_images_within_their_range(preset: str) -> None:
     assert 0 <= float(result.min()) <= float(result.max()) <= 255
 
 
-def test_none_is_the_identity() -> None:
+def test_preset_none_is_the_identity() -> None:
     x = _images()
     assert torch.equal(augment(x, "none", _draws(6)), x)
 
@@ -89,7 +89,7 @@ def _numpy_crop(x: NDArray[np.float32], top: int, left: int, pad: int) -> NDArra
 
 def test_shift_is_a_crop_of_the_padded_image() -> None:
     x = _images(200, size=32)
-    u = torch.from_numpy(draws(0, 0, 200))
+    u = torch.from_numpy(random_draws(0, 0, 200))
     result = shift(x, u).numpy()
     tops, lefts = (u[:, :2].numpy() * 9).astype(int).T
     for i in range(200):
@@ -111,7 +111,7 @@ def test_flip_mirrors_below_one_half() -> None:
 
 @pytest.mark.parametrize("u_brightness", [0.0, 0.3, 0.99])
 @pytest.mark.parametrize("u_contrast", [0.0, 0.3, 0.99])
-def test_jitter_is_torchvisions(u_brightness: float, u_contrast: float) -> None:
+def test_jitter_equals_torchvision(u_brightness: float, u_contrast: float) -> None:
     x = _images(1)
     u = _draws(1, brightness_on=0.1, brightness=u_brightness, contrast_on=0.1, contrast=u_contrast)
     expected = TF.adjust_brightness(x / 255, 0.9 + 0.2 * u_brightness)
@@ -119,24 +119,24 @@ def test_jitter_is_torchvisions(u_brightness: float, u_contrast: float) -> None:
     torch.testing.assert_close(jitter(x, u) / 255, expected, atol=2e-6, rtol=0)
 
 
-def test_jitter_switched_off_is_the_identity() -> None:
+def test_jitter_without_changes_is_the_identity() -> None:
     x = _images(1)
     u = _draws(1, brightness_on=0.5, brightness=0.9, contrast_on=0.5, contrast=0.9)
     torch.testing.assert_close(jitter(x, u), x, atol=1e-4, rtol=0)
 
 
-def test_rotate_by_nothing_is_the_identity() -> None:
+def test_rotation_by_zero_is_the_identity() -> None:
     x = _images(3)
     assert torch.equal(rotate(x, _draws(3, angle=0.5)), x)
 
 
 @pytest.mark.parametrize(("u", "turns"), [(1.0, 1), (0.0, -1)])
-def test_rotate_by_a_right_angle_is_a_turn(u: float, turns: int) -> None:
+def test_rotation_by_a_right_angle(u: float, turns: int) -> None:
     x = _images(2)
     assert torch.equal(rotate(x, _draws(2, angle=u), degrees=90), torch.rot90(x, turns, (2, 3)))
 
 
-def test_rotate_stays_within_fifteen_degrees_and_is_black_outside() -> None:
+def test_rotation_stays_within_fifteen_degrees_and_fills_with_black() -> None:
     white = torch.full((1, 3, 33, 33), 255.0)
     corner = rotate(white, _draws(1, angle=0.0))
     assert float(corner[0, 0, 0, 0]) == 0
@@ -145,12 +145,12 @@ def test_rotate_stays_within_fifteen_degrees_and_is_black_outside() -> None:
     assert float((corner != expected).float().mean()) < 0.01
 
 
-def test_the_whole_image_is_a_crop_too() -> None:
+def test_the_largest_crop_is_the_whole_image() -> None:
     x = _images(2)
     torch.testing.assert_close(resized_crop(x, _draws(2, brightness_on=1.0)), x, atol=1e-2, rtol=0)
 
 
-def test_crop_looks_where_the_numbers_say() -> None:
+def test_the_draws_position_the_crop() -> None:
     ramp = torch.arange(64.0).expand(1, 3, 64, 64)
     left = resized_crop(ramp, _draws(1, left=0.0, brightness_on=0.0))
     right = resized_crop(ramp, _draws(1, left=1.0, brightness_on=0.0))

@@ -1,4 +1,4 @@
-"""Batches: resumable in mid-epoch, each image once, pixels as the backbone wants them."""
+"""Batches: resumable in the middle of an epoch, each image once, preprocessed for the backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from petune.data.batches import Batch, Preprocess, TrainBatches, ahead, eval_batches
+from petune.data.batches import Batch, Preprocess, TrainBatches, eval_batches, prefetch
 from petune.data.dataset import Split
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def _batches(split: Split, batch_size: int, seed: int = 0, preset: str = "paddle
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_an_epoch_resumed_in_the_middle_goes_on_equal(start: int) -> None:
+def test_a_resumed_epoch_yields_the_same_batches(start: int) -> None:
     batches = _batches(_split(17), 5)
     whole, rest = list(batches.epoch(2)), list(batches.epoch(2, start))
     assert len(whole) == len(batches) == 3
@@ -39,7 +39,7 @@ def test_an_epoch_resumed_in_the_middle_goes_on_equal(start: int) -> None:
         assert np.array_equal(a.positions, b.positions)
 
 
-def test_a_image_is_augmented_alike_whatever_the_batch_size() -> None:
+def test_augmentation_does_not_depend_on_the_batch_size() -> None:
     split, seen = _split(12), {}
     for size in (1, 3, 4, 12):
         for batch in _batches(split, size).epoch(1):
@@ -67,7 +67,7 @@ def test_a_batch_larger_than_the_split_is_the_split() -> None:
     assert sorted(next(batches.epoch(0)).positions) == list(range(7))
 
 
-def test_labels_and_pixels_belong_together() -> None:
+def test_labels_match_pixels() -> None:
     split = _split(9).take(np.array([8, 2, 5, 3]))
     for batch in _batches(split, 2, preset="none").epoch(0):
         for x, y, position in zip(batch.x_BCHW, batch.y_B, batch.positions, strict=True):
@@ -75,7 +75,7 @@ def test_labels_and_pixels_belong_together() -> None:
             assert np.array_equal(x.permute(1, 2, 0).round().numpy(), split.images[split.rows[position]])
 
 
-def test_evaluation_sees_every_image_once_in_order() -> None:
+def test_evaluation_yields_every_image_once_in_order() -> None:
     split = _split(11)
     batches = list(eval_batches(split, PLAIN, 4, CPU))
     assert [len(b.y_B) for b in batches] == [4, 4, 3]
@@ -83,14 +83,14 @@ def test_evaluation_sees_every_image_once_in_order() -> None:
     assert torch.equal(torch.cat([b.y_B for b in batches]), torch.from_numpy(split.labels))
 
 
-def test_normalise_is_the_formula() -> None:
+def test_normalize_follows_the_formula() -> None:
     preprocess = Preprocess(8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     x = torch.rand(2, 3, 8, 8) * 255
     mean, std = torch.tensor(preprocess.mean).view(3, 1, 1), torch.tensor(preprocess.std).view(3, 1, 1)
     torch.testing.assert_close(preprocess.normalize(x), (x / 255 - mean) / std)
 
 
-def test_own_statistics_give_zero_mean_and_unit_variance() -> None:
+def test_statistics_of_the_split_give_zero_mean_and_unit_variance() -> None:
     split = _split(50)
     preprocess = Preprocess(8, *split.channel_statistics())
     x = torch.cat([b.x_BCHW for b in eval_batches(split, preprocess, 50, CPU)])
@@ -99,7 +99,7 @@ def test_own_statistics_give_zero_mean_and_unit_variance() -> None:
 
 
 @pytest.mark.parametrize("image_size", [8, 9, 32, 37, 224, 384])
-def test_a_stored_margin_is_cut_off_in_the_middle(image_size: int) -> None:
+def test_a_stored_margin_is_cropped(image_size: int) -> None:
     side = math.ceil(image_size / 0.875)
     split = _split(1, side, crop=0.875)
     pixels = Preprocess(image_size, (0.0,) * 3, (1.0,) * 3).pixels(split, np.array([0]), CPU)
@@ -120,7 +120,7 @@ def test_images_without_a_margin_are_scaled_not_cropped(image_size: int) -> None
     assert float(row[-1]) > 120
 
 
-def test_batches_made_ahead_are_the_same_ones_and_one_ahead_only() -> None:
+def test_prefetch_yields_the_same_batches_and_stays_one_ahead() -> None:
     batches, made = _batches(_split(17), 5), list[int]()
 
     def counted() -> Iterator[Batch]:
@@ -129,27 +129,27 @@ def test_batches_made_ahead_are_the_same_ones_and_one_ahead_only() -> None:
             made.append(number)
             yield batch
 
-    for number, (a, b) in enumerate(zip(ahead(counted(), CPU), batches.epoch(1), strict=True)):
+    for number, (a, b) in enumerate(zip(prefetch(counted(), CPU), batches.epoch(1), strict=True)):
         assert torch.equal(a.x_BCHW, b.x_BCHW)
         assert torch.equal(a.y_B, b.y_B)
         assert len(made) <= number + 2
 
 
-def test_an_error_in_a_batch_made_ahead_arrives_and_a_loop_may_end_early() -> None:
+def test_prefetch_raises_errors_and_may_be_closed_early() -> None:
     def failing() -> Iterator[Batch]:
         yield next(iter(_batches(_split(17), 5).epoch(0)))
         raise OSError("the disk is gone")
 
-    found = ahead(failing(), CPU)
+    found = prefetch(failing(), CPU)
     next(found)
     with pytest.raises(OSError, match="the disk is gone"):
         next(found)
-    unfinished = ahead(_batches(_split(17), 5).epoch(0), CPU)
+    unfinished = prefetch(_batches(_split(17), 5).epoch(0), CPU)
     next(unfinished)
     unfinished.close()
 
 
-def test_places_of_images_in_place_of_images() -> None:
+def test_positions_only() -> None:
     batches = _batches(_split(17), 5)
     whole = list(batches.epoch(1))
     batches.positions_only = True
@@ -160,13 +160,14 @@ def test_places_of_images_in_place_of_images() -> None:
     assert torch.equal(torch.cat(found), torch.arange(17))
 
 
-def test_what_a_large_rest_leaves_out_is_told() -> None:
+def test_a_note_says_how_many_images_an_epoch_skips() -> None:
     assert _batches(_split(7), 100).note() == ""
     assert _batches(_split(101), 10).note() == ""
-    note = _batches(_split(255), 128).note()
-    assert note.startswith("each epoch trains on 128 of 255 images, others each time, since 127 fill no batch of 128;")
-    assert note.endswith("--set train.batch_size=127 uses 254")
+    assert _batches(_split(255), 128).note() == (
+        "each epoch skips 127 of 255 images (a random selection) because they do not fill a batch of 128. "
+        "batch_size=127 would use 254"
+    )
     assert len(_batches(_split(255), 127)) == 2
-    assert _batches(_split(27), 8).note().endswith("fill no batch of 8; --set train.batch_size=5 uses 25")
+    assert "batch_size=5 would use 25" in _batches(_split(27), 8).note()
     assert _batches(_split(27), 5).note() == ""
-    assert _batches(_split(11), 4).note().endswith("since 3 fill no batch of 4")  # 3 leaves 2, fewer is no batch
+    assert "batch_size" not in _batches(_split(11), 4).note()  # 3 would skip 2, and fewer is hardly a batch

@@ -1,4 +1,4 @@
-"""Folders of images: every sensible layout is read, every other one is refused with its reason."""
+"""Folders of images: the documented layouts are read, all others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from petune.data import load_dataset
 from petune.data.folder import load_folder
 
 
-def _fill(place: Path, counts: dict[str, int], start: int = 0) -> None:
-    """Classes with images whose grey value tells which class (tens) and which image (ones) they are."""
+def _fill(root: Path, counts: dict[str, int], start: int = 0) -> None:
+    """Write classes with images whose gray value encodes the class (tens) and the image (ones)."""
     for label, (name, count) in enumerate(counts.items()):
-        (place / name).mkdir(parents=True, exist_ok=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            Image.new("L", (40, 40), 50 * label + start + i).save(place / name / f"{i:02}.png")
+            Image.new("L", (40, 40), 50 * label + start + i).save(root / name / f"{i:02}.png")
 
 
-def test_train_val_and_test_are_kept(tmp_path: Path) -> None:
+def test_existing_splits_are_kept(tmp_path: Path) -> None:
     for i, (part, count) in enumerate((("train", 4), ("val", 2), ("test", 3))):
         _fill(tmp_path / part, {"cat": count, "dog": count}, start=10 * i)
     data = load_folder(tmp_path, 32)
@@ -37,32 +37,32 @@ def test_train_val_and_test_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_lone_val_folder_is_the_test_split_and_said_to_be(name: str, tmp_path: Path) -> None:
+def test_a_val_folder_alone_is_used_for_testing(name: str, tmp_path: Path) -> None:
     _fill(tmp_path / "train", {"cat": 4, "dog": 4})
     _fill(tmp_path / name, {"cat": 2, "dog": 2})
     data = load_folder(tmp_path, 32)
     assert (len(data.train), len(data.val), len(data.test)) == (8, 0, 4)
-    assert "val folder is the test split" in data.source
+    assert "val is used for testing" in data.source
     assert len(data.with_val(0.25, seed=0).val) == 2
 
 
 @pytest.mark.parametrize("part", ["train", "."])
-def test_without_a_test_folder_a_fifth_is_cut_and_said_to_be(part: str, tmp_path: Path) -> None:
+def test_without_a_test_folder_a_fifth_is_cut_from_train(part: str, tmp_path: Path) -> None:
     _fill(tmp_path / part, {"cat": 10, "dog": 20})
     data = load_folder(tmp_path, 32)
     assert np.bincount(data.train.labels).tolist() == [8, 16]
     assert np.bincount(data.test.labels).tolist() == [2, 4]
     assert not set(data.train.rows) & set(data.test.rows)
-    assert "20% of each class are the test split" in data.source
+    assert "20% of each class is used for testing" in data.source
     assert data.test.rows.tolist() == load_folder(tmp_path, 32).test.rows.tolist()
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
     _fill(tmp_path, {"bus": 5, "train": 5, "test": 5})
     assert load_folder(tmp_path, 32).classes == ("bus", "test", "train")
 
 
-def test_what_is_no_image_or_hidden_is_ignored_and_folders_go_deep(tmp_path: Path) -> None:
+def test_subfolders_are_searched_and_hidden_or_other_files_ignored(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 5, "dog": 5})
     for name in ("notes.txt", ".hidden.png", "Thumbs.db"):
         (tmp_path / "cat" / name).write_bytes(b"not an image")
@@ -75,7 +75,7 @@ def test_what_is_no_image_or_hidden_is_ignored_and_folders_go_deep(tmp_path: Pat
     assert np.bincount(np.concatenate([data.train.labels, data.test.labels])).tolist() == [8, 6]
 
 
-def test_images_are_stored_with_a_margin_on_disk(tmp_path: Path) -> None:
+def test_images_are_cached_with_a_margin(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 5, "dog": 5})
     for size, side in ((32, 37), (224, 256)):
         data = load_dataset(f"folder:{tmp_path}", image_size=size)
@@ -84,7 +84,7 @@ def test_images_are_stored_with_a_margin_on_disk(tmp_path: Path) -> None:
         assert isinstance(data.train.images, np.memmap)
 
 
-def test_decoded_once_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
+def test_decoding_is_cached_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
     place = tmp_path / "images"
     _fill(place, {"cat": 5, "dog": 5})
     load_folder(place, 32)
@@ -96,7 +96,7 @@ def test_decoded_once_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
     assert 255 in data.train.images[:, 0, 0, 0]
 
 
-def test_two_folders_with_equal_listings_are_not_mixed_up(tmp_path: Path) -> None:
+def test_two_folders_with_the_same_listing_have_separate_caches(tmp_path: Path) -> None:
     for name, value in (("a", 10), ("b", 20)):
         for number, label in enumerate(("cat", "dog")):
             for i in range(2):
@@ -109,45 +109,45 @@ def test_two_folders_with_equal_listings_are_not_mixed_up(tmp_path: Path) -> Non
     assert second.train.images[0, 0, 0, 0] == 20
 
 
-def test_a_broken_image_stops_with_its_path(tmp_path: Path, cache: Path) -> None:
+def test_a_broken_image_is_an_error_with_its_path(tmp_path: Path, cache: Path) -> None:
     _fill(tmp_path / "p", {"cat": 5, "dog": 5})
     (tmp_path / "p" / "dog" / "03.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(DataError, match=r"dog/03\.png must be a whole image"):
+    with pytest.raises(DataError, match=r"dog/03\.png: not a readable image"):
         load_folder(tmp_path / "p", 32)
     assert not list(cache.rglob("*.npy"))
 
 
-def test_too_little_room_is_said_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fill(tmp_path, {"cat": 5, "dog": 5})
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=1000))
-    with pytest.raises(DataError, match=r"need 41,070 bytes in .* but only 1,000 are free"):
+    with pytest.raises(DataError, match=r"41,070 bytes needed, 1,000 free"):
         load_folder(tmp_path, 32)
 
 
-def test_a_cache_that_cannot_be_made_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fill(tmp_path / "p", {"cat": 5, "dog": 5})
     (tmp_path / "file").touch()
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(DataError, match="set PETUNE_CACHE to another folder"):
+    with pytest.raises(DataError, match="PETUNE_CACHE"):
         load_folder(tmp_path / "p", 32)
 
 
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ({}, None, "must hold images as CLASS/"),
-        ({"cat": 0, "dog": 0}, None, "must hold images as CLASS/"),
-        ({"cat": 3}, None, "two class folders or more, but has only cat"),
-        ({"cat": 3, "dog": 0}, None, "train has none for dog"),
-        ({"cat": 3, "dog": 3}, {"cat": 3}, "test lacks dog"),
-        ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 3, "emu": 3}, "train lacks emu"),
-        ({"cat": 3, "dog": 3}, {"cat": 3, "dogs": 3}, "test lacks dog and train lacks dogs"),
-        ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 0}, "test has none for dog"),
-        ({"cat": 1, "dog": 1}, None, "must have test images"),
+        ({}, None, "no images in"),
+        ({"cat": 0, "dog": 0}, None, "no images in"),
+        ({"cat": 3}, None, "only one class folder in .*: cat"),
+        ({"cat": 3, "dog": 0}, None, r"class folder dog \(train"),
+        ({"cat": 3, "dog": 3}, {"cat": 3}, "test has no dog"),
+        ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 3, "emu": 3}, "train has no emu"),
+        ({"cat": 3, "dog": 3}, {"cat": 3, "dogs": 3}, "test has no dog and train has no dogs"),
+        ({"cat": 3, "dog": 3}, {"cat": 3, "dog": 0}, r"class folder dog \(test"),
+        ({"cat": 1, "dog": 1}, None, "no test images"),
     ],
 )
-def test_folders_that_make_no_sense_are_refused(
+def test_inconsistent_folders_are_refused(
     train: dict[str, int], test: dict[str, int] | None, message: str, tmp_path: Path
 ) -> None:
     _fill(tmp_path if test is None else tmp_path / "train", train)
@@ -159,52 +159,52 @@ def test_folders_that_make_no_sense_are_refused(
 
 def test_a_test_folder_without_train_is_refused(tmp_path: Path) -> None:
     _fill(tmp_path / "test", {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match=r"must hold train/CLASS/\* beside test/"):
+    with pytest.raises(DataError, match="has test/ but no class folders in train/"):
         load_folder(tmp_path, 32)
 
 
 def test_two_validation_folders_are_refused(tmp_path: Path) -> None:
     for part in ("train", "val", "valid"):
         _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match="one validation folder, but has val and valid"):
+    with pytest.raises(DataError, match="more than one validation folder: val and valid"):
         load_folder(tmp_path, 32)
 
 
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_or_a_missing_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file"):
         load_folder(tmp_path / "file", 32)
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="no such folder"):
         load_folder(tmp_path / "nowhere", 32)
 
 
-def _with_broken(place: Path, broken: int, good: int = 100) -> None:
-    _fill(place, {"cat": good, "dog": good})
+def _with_broken(root: Path, broken: int, good: int = 100) -> None:
+    _fill(root, {"cat": good, "dog": good})
     for i in range(broken):
-        file = place / "cat" / f"{i:02}.png"
+        file = root / "cat" / f"{i:02}.png"
         file.write_bytes(file.read_bytes()[:-30])
 
 
-def test_broken_images_are_skipped_where_asked_for_and_named(tmp_path: Path) -> None:
+def test_broken_images_can_be_skipped_and_are_named(tmp_path: Path) -> None:
     _with_broken(tmp_path, 2)
-    with pytest.raises(DataError, match=r"00\.png must be a whole image.*--set on_broken=skip"):
+    with pytest.raises(DataError, match=r"00\.png: not a readable image.*on_broken='skip'"):
         load_folder(tmp_path, 32)
     for _ in range(2):  # decoded, and from the cache
         data = load_dataset(f"folder:{tmp_path}", image_size=32, on_broken="skip")
         assert len(data.train) + len(data.test) == 198
-        assert "2 broken skipped: cat/00.png, cat/01.png" in data.source
+        assert "2 broken images skipped: cat/00.png, cat/01.png" in data.source
         assert {int(x) for x in data.train.images[data.train.rows][:, 0, 0, 0]}.isdisjoint({0, 1})
-    with pytest.raises(DataError, match=r"00\.png must be a whole image"):
+    with pytest.raises(DataError, match=r"00\.png: not a readable image"):
         load_folder(tmp_path, 32)
 
 
-def test_too_many_broken_images_are_an_error_all_the_same(tmp_path: Path) -> None:
+def test_too_many_broken_images_are_an_error(tmp_path: Path) -> None:
     _with_broken(tmp_path, 3)
-    with pytest.raises(DataError, match=r"at most 1% .* 3 of 200 are, first: .*00\.png .*petune data check"):
+    with pytest.raises(DataError, match=r"3 of 200 images are broken.*1%.*00\.png"):
         load_folder(tmp_path, 32, "skip")
 
 
-def test_check_finds_what_is_broken_and_what_stands_in_two_splits(tmp_path: Path) -> None:
+def test_check_finds_broken_images_and_images_in_two_splits(tmp_path: Path) -> None:
     from petune.data.check import check_folder
 
     _fill(tmp_path / "train", {"cat": 3, "dog": 2})
@@ -214,12 +214,12 @@ def test_check_finds_what_is_broken_and_what_stands_in_two_splits(tmp_path: Path
     (tmp_path / "train" / "dog" / "00.png").write_bytes(b"no image")
     report = check_folder(tmp_path)
     assert report.images == {"train": {"cat": 3, "dog": 2}, "test": {"cat": 2, "dog": 3}}
-    assert [m.split(" must")[0] for m in report.broken] == [str(tmp_path / "train" / "dog" / "00.png")]
-    assert report.shared == [(tmp_path / "test" / "dog" / "x.png", tmp_path / "train" / "cat" / "01.png")]
+    assert [message.split(": ")[0] for message in report.broken] == [str(tmp_path / "train" / "dog" / "00.png")]
+    assert report.in_two_splits == [(tmp_path / "test" / "dog" / "x.png", tmp_path / "train" / "cat" / "01.png")]
 
 
-def test_links_that_lead_back_up_do_not_multiply_images(tmp_path: Path) -> None:
-    from petune.data.layout import images_below
+def test_links_to_a_parent_are_not_followed(tmp_path: Path) -> None:
+    from petune.data.find_images import find_images
 
     place, other = tmp_path / "pets", tmp_path / "elsewhere"
     _fill(place, {"cat": 5, "dog": 5})
@@ -227,41 +227,41 @@ def test_links_that_lead_back_up_do_not_multiply_images(tmp_path: Path) -> None:
     (place / "cat" / "back").symlink_to(place / "cat")
     (place / "dog" / "up").symlink_to(place)
     (place / "cat" / "more").symlink_to(other / "more")
-    assert [len(images_below(place / name)) for name in ("cat", "dog")] == [8, 5]
+    assert [len(find_images(place / name)) for name in ("cat", "dog")] == [8, 5]
     data = load_folder(place, 32)
     assert len(data.train) + len(data.test) == 13
 
 
-def test_a_link_to_nowhere_is_a_broken_image(tmp_path: Path) -> None:
+def test_a_dangling_link_is_a_broken_image(tmp_path: Path) -> None:
     from petune.data.check import check_folder
 
     _fill(tmp_path, {"cat": 60, "dog": 60})
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(DataError, match=r"gone\.png must be a whole image"):
+    with pytest.raises(DataError, match=r"gone\.png: no such file"):
         load_folder(tmp_path, 32)
-    assert "1 broken skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
+    assert "1 broken images skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
     report = check_folder(tmp_path)
     assert len(report.broken) == 1
-    assert not report.shared
+    assert not report.in_two_splits
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("seg_test", "seg_train")])
+@pytest.mark.parametrize("names", [("Test", "Train"), ("testing", "training"), ("seg_test", "seg_train")])
 @pytest.mark.parametrize("beside", [{}, {"sample": 3}])
-def test_splits_of_other_names_are_no_classes(names: tuple[str, ...], beside: dict[str, int], tmp_path: Path) -> None:
+def test_splits_with_other_names_are_refused(names: tuple[str, ...], beside: dict[str, int], tmp_path: Path) -> None:
     _fill(tmp_path, beside)
     for part in names:
         _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match=r"must be called train/, val/ and test/ .* but it has [^ ]*, [^ ]*; rename"):
+    with pytest.raises(DataError, match=rf"unknown split folders in .*: {names[0]}, {names[1]}\. Rename"):
         load_folder(tmp_path, 32)
 
 
-def test_copies_stay_on_one_side_of_every_cut(tmp_path: Path) -> None:
+def test_copies_are_always_cut_into_the_same_split(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 30, "dog": 30})
     for image in [*tmp_path.glob("*/*.png")]:
         shutil.copy(image, image.with_suffix(".copy.png"))
     for again in range(2):  # decoded, and from the cache
         data = load_folder(tmp_path, 32).with_val(0.2, seed=again)
-        assert "; 60 copies of others, in the same split as those" in data.source
+        assert "; 60 copies of other images" in data.source
         rows = [set(split.rows) for split in (data.train, data.val, data.test)]
         assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
         assert [len(split) for split in (data.train, data.val, data.test)] == [76, 20, 24]
@@ -269,64 +269,62 @@ def test_copies_stay_on_one_side_of_every_cut(tmp_path: Path) -> None:
             assert np.array_equal(split.images[split.rows][:, 0, 0, 0] // 50, split.labels)
 
 
-def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+def test_classes_may_have_names_of_splits(tmp_path: Path) -> None:
     _fill(tmp_path, {"Train": 3, "Test": 3})
     _fill(tmp_path / "crash-test" / "monday", {"cat": 3})
     assert load_folder(tmp_path, 32).classes == ("Test", "Train", "crash-test")
 
 
-def test_class_folders_have_names_that_can_be_written(tmp_path: Path) -> None:
+def test_class_folders_need_utf8_names(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 3, "d\udcfcg": 3})
-    with pytest.raises(DataError, match=r"must have UTF-8 names, but .* has 'd\\udcfcg'; rename it"):
+    with pytest.raises(DataError, match=r"'d\\udcfcg' in .* is not UTF-8"):
         load_folder(tmp_path, 32)
 
 
-def test_images_of_a_kind_that_is_not_read_are_counted_and_said(tmp_path: Path) -> None:
+def test_unsupported_images_are_counted_and_reported(tmp_path: Path) -> None:
     from petune.data.check import check_folder
 
     _fill(tmp_path, {"cat": 3, "dog": 3})
-    assert load_folder(tmp_path, 32).source.endswith("test split)")
+    assert load_folder(tmp_path, 32).source.endswith("testing)")
     for name in ("a.HEIC", "b.heic", "notes.txt", ".hidden.heic"):
         (tmp_path / "dog" / name).write_bytes(b"x")
     report = check_folder(tmp_path)
-    assert (report.left_out, report.is_sound) == ({".heic": 2, ".txt": 1}, True)
-    assert "; 2 .heic left out" in load_folder(tmp_path, 32).source
+    assert (report.skipped, report.is_sound) == ({".heic": 2, ".txt": 1}, True)
+    assert "; 2 .heic skipped" in load_folder(tmp_path, 32).source
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
-def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
+def test_avif_is_read_if_pillow_can(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 3, "dog": 3})
     Image.new("RGB", (40, 40)).save(tmp_path / "cat" / "x.avif")
     data = load_folder(tmp_path, 32)
     assert len(data.train) + len(data.test) == 7
 
 
-def test_what_another_process_finished_meanwhile_is_not_deleted(
+def test_a_cache_that_another_process_finishes_meanwhile_is_kept(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from petune.data import cache as module
-
     _fill(tmp_path / "p", {"cat": 5, "dog": 5})
-    read, first = module._read, []
+    numpy_load, first = np.load, list[Path]()
 
-    def read_too_early(place: Path, crop: float) -> object:
-        found = read(place, crop)
+    def load_too_early(file: Path, **options: object) -> object:
         if not first:
-            first.append(place)
-            load_folder(tmp_path / "p", 32)  # the other process, just after we looked
-            (place / "theirs").touch()
-        return found
+            first.append(file.parent)
+            load_folder(tmp_path / "p", 32)  # the other process, just before this one finds nothing
+            (file.parent / "theirs").touch()
+            raise FileNotFoundError(file)
+        return numpy_load(file, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_read", read_too_early)
+    monkeypatch.setattr(np, "load", load_too_early)
     load_folder(tmp_path / "p", 32)
     assert (first[0] / "theirs").exists()
 
 
 @pytest.mark.parametrize("name", ["testing", "Validation", "Test"])
-def test_a_split_beside_train_is_not_left_out(name: str, tmp_path: Path) -> None:
+def test_an_unknown_split_next_to_train_is_refused(name: str, tmp_path: Path) -> None:
     for part in ("train", name, "val"):
         _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match=rf"beside train/ it has {name}; rename or move it away"):
+    with pytest.raises(DataError, match=rf"next to train/ in .*: {name}\."):
         load_folder(tmp_path, 32)
     (tmp_path / name).rename(tmp_path / "notes")
     load_folder(tmp_path, 32)

@@ -1,4 +1,4 @@
-"""What is known of a dataset without decoding an image."""
+"""Finding a dataset and its number of classes without decoding an image."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_classes_of_a_folder(above: str, tmp_path: Path) -> None:
     assert count_classes(f"folder:{tmp_path}") == 2
 
 
-def test_a_folder_must_have_classes(tmp_path: Path) -> None:
+def test_a_folder_needs_two_classes(tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError, match="at least two"):
         count_classes(f"folder:{tmp_path}")
 
 
-def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_dataset_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PETUNE_DATA", raising=False)
     assert (find_dataset("digits"), find_dataset("cifar10"), find_dataset("folder:x")) == (

@@ -1,4 +1,4 @@
-"""The images that a run began with: what is drawn from them must not change beneath it."""
+"""Manifest of a folder: a run must not resume after its images changed."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def _part(pets: Path) -> None:
 
 
 CHANGES = [
-    (_add, "train/cat had 10, has 11"),
-    (_replace, "train/cat had 10, has 10 others"),
-    (_rename, "train/bee had 10, has 0, train/wasp had 0, has 10"),
+    (_add, "train/cat had 10 images, has 11"),
+    (_replace, "train/cat had 10 images, has 10 different ones"),
+    (_rename, "train/bee had 10 images, has 0, train/wasp had 0 images, has 10"),
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), CHANGES)
-def test_what_changed_is_said(change: Callable[[Path], None], said: str, pets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "described"), CHANGES)
+def test_changes_are_described(change: Callable[[Path], None], described: str, pets: Path, tmp_path: Path) -> None:
     for _ in range(2):
         check_manifest(tmp_path / "run", f"folder:{pets}")
     change(pets)
-    with pytest.raises(DataError, match=CHANGED + said):
+    with pytest.raises(DataError, match=CHANGED + described):
         check_manifest(tmp_path / "run", f"folder:{pets}")
 
 
-def test_a_copied_folder_holds_the_same_and_other_datasets_hold_nothing(pets: Path, tmp_path: Path) -> None:
+def test_a_copied_folder_has_the_same_manifest_and_other_datasets_have_none(pets: Path, tmp_path: Path) -> None:
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
     assert manifest_of(f"folder:{tmp_path / 'copy'}") == manifest_of(f"folder:{pets}") != {}
     for name in ("digits", "cifar10", "folder:nowhere"):
@@ -74,7 +74,7 @@ def test_a_copied_folder_holds_the_same_and_other_datasets_hold_nothing(pets: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_named_its_own_images_is_not_tested_on_those_it_trained_on(pets: Path, tmp_path: Path) -> None:
+def test_evaluating_on_the_run_s_own_folder_uses_its_test_split(pets: Path, tmp_path: Path) -> None:
     run = {**RUN, "dataset": f"folder:{pets}", "output": tmp_path / "run"}
     done = petune.run(**run)
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
@@ -93,8 +93,8 @@ def test_a_run_named_its_own_images_is_not_tested_on_those_it_trained_on(pets: P
 
 
 @pytest.mark.parametrize("change", [_add, _rename, _part])
-def test_nothing_goes_on_with_other_images(change: Callable[[Path], None], pets: Path, tmp_path: Path) -> None:
-    """Neither a run, its evaluation, a comparison nor a sweep; what is there stays, and serves when they are back."""
+def test_changed_images_are_refused(change: Callable[[Path], None], pets: Path, tmp_path: Path) -> None:
+    """By a run, its evaluation, a comparison and a sweep; all of them continue once the images are back."""
     run = {**RUN, "dataset": f"folder:{pets}"}
     done = petune.run(**run, output=tmp_path / "run")
     assert petune.evaluate(tmp_path / "run", device="cpu", precision="fp32").top1 == done.top1
@@ -112,7 +112,7 @@ def test_nothing_goes_on_with_other_images(change: Callable[[Path], None], pets:
         petune.compare(methods=("linear", "bitfit"), **table)
     with pytest.raises(DataError, match=CHANGED):
         petune.sweep(**sweep, trials=2)
-    with pytest.raises(PetuneError, match=r"the training images of folder:.* must be those that the run had"):
+    with pytest.raises(PetuneError, match=r"the training images of folder:.* changed"):
         petune.evaluate(tmp_path / "run", device="cpu")
 
     shutil.rmtree(pets)

@@ -101,7 +101,7 @@ def test_a_damaged_archive(published: Path) -> None:
         try:
             outcome[1] += is_the_published(load_cifar("cifar10", place)) and content == good
         except DataError as error:
-            outcome[1] += f"{place / GZ} must be the published cifar10 archive" in str(error)
+            outcome[1] += f"{place / GZ} is not the published cifar10 archive" in str(error)
         assert {p.name: p.read_bytes() for p in place.iterdir()} == {GZ: content}  # the user's file, as it was
 
     each()
@@ -127,7 +127,7 @@ def test_an_unpacking_that_was_cut_short(published: Path) -> None:
         try:
             outcome[1] += is_the_published(load_cifar("cifar10", place)) and whole
         except DataError as error:
-            outcome[1] += not packed and f"{place / FOLDER} must be the published cifar10" in str(error)
+            outcome[1] += not packed and f"{place / FOLDER} is not the published cifar10" in str(error)
 
     each()
     tally("CIFAR's folder damaged or half unpacked", "the archive beside it is read, or one error", *outcome)

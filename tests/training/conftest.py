@@ -87,7 +87,7 @@ def toy_dataset() -> Dataset:
             image[4 * (label // 2) :, 4 * (label % 2) :] += 60
         return Split.of(images, labels)
 
-    return Dataset("toy", ("a", "b", "c"), "made", "none", split(26, 0), split(9, 1), split(12, 2)).checked()
+    return Dataset("toy", ("a", "b", "c"), "made", "none", split(26, 0), split(9, 1), split(12, 2)).validated()
 
 
 MakeTrainer = Callable[..., Trainer]

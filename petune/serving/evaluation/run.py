@@ -18,8 +18,8 @@ from petune.base.files import replace_file
 from petune.base.yaml_values import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
-from petune.data.layout import Files, files_of_part, folder_of
-from petune.data.manifest import refuse_trained_on, same_images
+from petune.data.layout import ClassFiles, folder_path, list_split
+from petune.data.manifest import check_training_images, is_training_dataset
 from petune.runner.run import prepare_data
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import CONFIG_FILE
@@ -85,20 +85,20 @@ def evaluate(
         path, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
     trained_on = str(predictor.card.get("dataset"))
-    own = dataset is None or same_images(dataset, trained_on, predictor.card.get("images") or {})
+    own = dataset is None or is_training_dataset(dataset, trained_on, predictor.card.get("images") or {})
     name, read = trained_on if dataset is None else dataset, str(split)
-    if dataset is None and name.startswith("folder:") and not folder_of(name).exists():
+    if dataset is None and name.startswith("folder:") and not folder_path(name).exists():
         raise DataError(
             f"the images of {path} must be there, but it was trained on {name}, which is not, as seen from here; "
             "name the folder where it is now: --dataset folder:PATH"
         )
     if not own and name.startswith("folder:"):
-        place = folder_of(name)
-        read, files, said = files_of_part(place, split)
+        place = folder_path(name)
+        read, files, said = list_split(place, split)
         source, batches = "; ".join(filter(None, (str(place), said))), _of_folder(place, files, predictor, batch_size)
     else:
         if own:
-            refuse_trained_on(name, predictor.card.get("images") or {})
+            check_training_images(name, predictor.card.get("images") or {})
         data = prepare_data(_config(expand_home(path), predictor.card, name, own, data_dir, split))
         source, batches = data.source, _of_dataset(data, split, predictor, batch_size)
     logits_NC, labels_N = gathered([(predictor.logits(x), y) for x, y in batches])
@@ -155,7 +155,7 @@ def _of_dataset(data: Dataset, part: Part, predictor: Predictor, batch_size: int
         yield batch.x_BCHW, batch.y_B
 
 
-def _of_folder(place: Path, by_name: Files, predictor: Predictor, batch_size: int) -> Batches:
+def _of_folder(place: Path, by_name: ClassFiles, predictor: Predictor, batch_size: int) -> Batches:
     files, labels = _labelled(place, by_name, predictor.classes)
     for start in range(0, len(files), batch_size):
         squares, problems = predictor.inputs.squares(files[start : start + batch_size])
@@ -167,7 +167,7 @@ def _of_folder(place: Path, by_name: Files, predictor: Predictor, batch_size: in
         yield predictor.inputs.batch(squares, predictor.device), y
 
 
-def _labelled(place: Path, by_name: Files, classes: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
+def _labelled(place: Path, by_name: ClassFiles, classes: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
     strange = [name for name in by_name if name not in classes]
     if strange:
         raise DataError(

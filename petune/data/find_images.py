@@ -1,0 +1,84 @@
+"""Find image files below a folder. Hidden files are ignored; links are followed, but never upwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from petune.data.images import UNSUPPORTED_SUFFIXES, supported_suffixes
+
+
+def find_images(folder: Path, skipped: Counter[str] | None = None, *, unsupported: bool = False) -> list[Path]:
+    """Return every image in a folder and its subfolders, ordered by path.
+
+    Args:
+        folder: Where to look.
+        skipped: Counts the other visible files by suffix.
+        unsupported: Include image formats that petune cannot read, so that they can be reported.
+    """
+    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES if unsupported else supported_suffixes()
+    images = []
+    for file in _files_below(folder):
+        suffix = file.suffix.lower()
+        if suffix in suffixes:
+            images.append(file)
+        elif skipped is not None:
+            skipped[suffix] += 1
+    return sorted(images)
+
+
+def visible_subfolders(path: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without hidden ones."""
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def has_subfolders(path: Path) -> bool:
+    """Return True if `path` is a folder with visible folders in it."""
+    return path.is_dir() and bool(visible_subfolders(path))
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Return the size of a file in bytes and its modification time in ns; zeros for a dangling link."""
+    with contextlib.suppress(OSError):  # decoding reports the file
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    return 0, 0
+
+
+def unsupported_note(counts: Mapping[str, int]) -> str:
+    """Describe how many images are in formats that petune cannot read; empty if there are none.
+
+    Args:
+        counts: Number of skipped files by suffix.
+    """
+    formats = [f"{count:,} {suffix}" for suffix, count in counts.items() if suffix in UNSUPPORTED_SUFFIXES]
+    return f"{', '.join(formats)} skipped (unsupported format; convert them)" if formats else ""
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield every visible file; a link to a folder that contains it is not followed."""
+    ancestors = {_identity(path) for path in Path(os.path.abspath(folder)).parents}
+    pending = [(folder, ancestors)]
+    while pending:
+        current, ancestors = pending.pop()
+        identity = _identity(current)
+        if identity is None or identity in ancestors:
+            continue
+        with contextlib.suppress(OSError), os.scandir(current) as entries:  # suppressed: a folder without permission
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    pending.append((Path(entry.path), ancestors | {identity}))
+                else:
+                    yield Path(entry.path)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_dev, stat.st_ino
+    return None
