@@ -1,146 +1,112 @@
-"""petune: one frozen Vision Transformer, many tasks. Importing it is cheap; torch comes when it is used."""
+"""petune: fine-tune a frozen Vision Transformer for many tasks by training about 1 % of its parameters.
+
+Importing petune is cheap: a public name is imported when it is first used, and PyTorch with it.
+"""
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from petune.injector.peft_hook import when_peft_is_imported
-
 if TYPE_CHECKING:
-    from petune.base.errors import AttachError, NotMergeable, PetuneError
-    from petune.injector.attach import attach
-    from petune.injector.attachment import Attachment
-    from petune.injector.counts import Counts
-    from petune.injector.edit import Edit
-    from petune.injector.load import load
-    from petune.injector.registry import list_tuners
-    from petune.injector.tuner import Recipe, Tuner, TunerConfig
-    from petune.plugin_dev.contract import ContractViolation, check_tuner
-    from petune.runner.compare import CompareConfig, Comparison, compare
-    from petune.runner.pretrain import PretrainConfig, pretrain
-    from petune.runner.result import RunResult
-    from petune.runner.run import run
-    from petune.runner.run_config import RunConfig
-    from petune.runner.sweep.search import sweep
-    from petune.runner.sweep.trials import Sweep, SweepConfig
-    from petune.serving.adapter_bank import AdapterBank
-    from petune.serving.evaluation import Evaluation, evaluate
-    from petune.serving.export import Exported, export
-    from petune.serving.predict import Predictor, predict
-    from petune.serving.share import pull, push
-    from petune.sites.find import find_sites
-    from petune.sites.site import Block, Site, Sites
+    from petune.backbones.create import list_backbones as list_backbones
+    from petune.base.errors import (
+        AlreadyCompiled as AlreadyCompiled,
+        AttachError as AttachError,
+        BackboneMismatch as BackboneMismatch,
+        CheckpointError as CheckpointError,
+        ConfigError as ConfigError,
+        DataError as DataError,
+        DeadSite as DeadSite,
+        Diverged as Diverged,
+        ExportError as ExportError,
+        HubError as HubError,
+        MissingExtra as MissingExtra,
+        NotMergeable as NotMergeable,
+        PetuneError as PetuneError,
+        PluginError as PluginError,
+        ProcessLost as ProcessLost,
+        SiteNotFound as SiteNotFound,
+        Stopped as Stopped,
+        UnknownName as UnknownName,
+        UsageError as UsageError,
+        WeightsUnavailable as WeightsUnavailable,
+    )
+    from petune.data.load import list_datasets as list_datasets
+    from petune.injector.attach import attach as attach
+    from petune.injector.attachment import Attachment as Attachment
+    from petune.injector.counts import Counts as Counts
+    from petune.injector.edit import Edit as Edit
+    from petune.injector.load import load as load
+    from petune.injector.peft_type import register_with_peft as register_with_peft
+    from petune.injector.registry import TunerRecord as TunerRecord, list_tuners as list_tuners
+    from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
+    from petune.plugin_dev.contract import ContractViolation as ContractViolation, check_tuner as check_tuner
+    from petune.runner.compare import CompareConfig as CompareConfig, Comparison as Comparison, compare as compare
+    from petune.runner.events import RunStarted as RunStarted
+    from petune.runner.pretrain import PretrainConfig as PretrainConfig, pretrain as pretrain
+    from petune.runner.result import RunResult as RunResult
+    from petune.runner.run import run as run
+    from petune.runner.run_config import RunConfig as RunConfig
+    from petune.runner.sweep.search import sweep as sweep
+    from petune.runner.sweep.trials import Sweep as Sweep, SweepConfig as SweepConfig
+    from petune.serving.adapter_bank import AdapterBank as AdapterBank
+    from petune.serving.evaluation import Evaluation as Evaluation, evaluate as evaluate
+    from petune.serving.export import Exported as Exported, export as export
+    from petune.serving.predict import Prediction as Prediction, Predictor as Predictor, predict as predict
+    from petune.serving.share import Pulled as Pulled, Pushed as Pushed, pull as pull, push as push
+    from petune.sites.find import find_sites as find_sites
+    from petune.sites.site import Block as Block, Site as Site, Sites as Sites
+    from petune.training.config import TrainConfig as TrainConfig
+    from petune.training.events import EpochEnded as EpochEnded, Note as Note, StepDone as StepDone
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AttachError": "base.errors",
-    "Attachment": "injector.attachment",
-    "Block": "sites.site",
-    "CompareConfig": "runner.compare",
-    "Comparison": "runner.compare",
-    "ContractViolation": "plugin_dev.contract",
-    "Counts": "injector.counts",
-    "Edit": "injector.edit",
-    "Evaluation": "serving.evaluation",
-    "Exported": "serving.export",
-    "NotMergeable": "base.errors",
-    "PetuneError": "base.errors",
-    "Predictor": "serving.predict",
-    "PretrainConfig": "runner.pretrain",
-    "Recipe": "injector.tuner",
-    "RunConfig": "runner.run_config",
-    "RunResult": "runner.result",
-    "Site": "sites.site",
-    "Sites": "sites.site",
-    "Sweep": "runner.sweep.trials",
-    "SweepConfig": "runner.sweep.trials",
-    "AdapterBank": "serving.adapter_bank",
-    "Tuner": "injector.tuner",
-    "TunerConfig": "injector.tuner",
-    "attach": "injector.attach",
-    "check_tuner": "plugin_dev.contract",
-    "compare": "runner.compare",
-    "evaluate": "serving.evaluation",
-    "export": "serving.export",
-    "find_sites": "sites.find",
-    "load": "injector.load",
-    "predict": "serving.predict",
-    "pretrain": "runner.pretrain",
-    "pull": "serving.share",
-    "push": "serving.share",
-    "run": "runner.run",
-    "sweep": "runner.sweep.search",
-    "list_tuners": "injector.registry",
+_PUBLIC = {
+    "backbones.create": "list_backbones",
+    "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError DataError DeadSite "
+    "Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError ProcessLost SiteNotFound Stopped "
+    "UnknownName UsageError WeightsUnavailable",
+    "data.load": "list_datasets",
+    "injector.attach": "attach",
+    "injector.attachment": "Attachment",
+    "injector.counts": "Counts",
+    "injector.edit": "Edit",
+    "injector.load": "load",
+    "injector.peft_type": "register_with_peft",
+    "injector.registry": "TunerRecord list_tuners",
+    "injector.tuner": "Recipe Tuner TunerConfig",
+    "plugin_dev.contract": "ContractViolation check_tuner",
+    "runner.compare": "CompareConfig Comparison compare",
+    "runner.events": "RunStarted",
+    "runner.pretrain": "PretrainConfig pretrain",
+    "runner.result": "RunResult",
+    "runner.run": "run",
+    "runner.run_config": "RunConfig",
+    "runner.sweep.search": "sweep",
+    "runner.sweep.trials": "Sweep SweepConfig",
+    "serving.adapter_bank": "AdapterBank",
+    "serving.evaluation": "Evaluation evaluate",
+    "serving.export": "Exported export",
+    "serving.predict": "Prediction Predictor predict",
+    "serving.share": "Pulled Pushed pull push",
+    "sites.find": "find_sites",
+    "sites.site": "Block Site Sites",
+    "training.config": "TrainConfig",
+    "training.events": "EpochEnded Note StepDone",
 }
+"""Public names by the module that defines them. The imports above say the same to type checkers and editors."""
 
-__all__ = [
-    "AdapterBank",
-    "AttachError",
-    "Attachment",
-    "Block",
-    "CompareConfig",
-    "Comparison",
-    "ContractViolation",
-    "Counts",
-    "Edit",
-    "Evaluation",
-    "Exported",
-    "NotMergeable",
-    "PetuneError",
-    "Predictor",
-    "PretrainConfig",
-    "Recipe",
-    "RunConfig",
-    "RunResult",
-    "Site",
-    "Sites",
-    "Sweep",
-    "SweepConfig",
-    "Tuner",
-    "TunerConfig",
-    "attach",
-    "check_tuner",
-    "compare",
-    "evaluate",
-    "export",
-    "find_sites",
-    "list_tuners",
-    "load",
-    "predict",
-    "pretrain",
-    "pull",
-    "push",
-    "run",
-    "sweep",
-]
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'petune' has no attribute {name!r}")
-    return getattr(import_module(f"petune.{_HOMES[name]}"), name)
+    return getattr(import_module(f"petune.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """petune.attach, petune.run, … are functions, though modules of the same names exist.
-
-    The import system binds every submodule on its package when it is first imported, at whatever time that is;
-    those bindings are left out, so that `__getattr__` finds the function at all times.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-when_peft_is_imported()

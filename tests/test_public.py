@@ -1,17 +1,29 @@
-"""What `petune` shows is what it lists, importing it is cheap, and functions stay functions."""
+"""The public names: what `petune` lists can be imported, importing petune is cheap, and errors are documented."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import petune
+import petune.base.errors
+
+ROOT = Path(petune.__file__).parent
+ERRORS = {
+    name: error
+    for name, error in vars(petune.base.errors).items()
+    if inspect.isclass(error) and issubclass(error, petune.PetuneError)
+}
 
 
-def test_all_is_what_can_be_had() -> None:
+def test_every_public_name_can_be_imported() -> None:
     assert petune.__all__ == sorted(petune.__all__)
     for name in petune.__all__:
         assert getattr(petune, name).__name__ == name
@@ -25,18 +37,41 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(petune, name))
 
 
-ORDERS = {
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert sorted(map(str, seen)) == petune.__all__
+    for name, module in seen.items():
+        assert getattr(importlib.import_module(str(module)), str(name)) is getattr(petune, str(name))
+
+
+def test_every_error_is_public_and_in_the_tree() -> None:
+    tree = (petune.base.errors.__doc__ or "").splitlines()
+    drawn = {match[2]: match.start(2) for line in tree if (match := re.match(r"((?:[│├└─ ]{4})*)([A-Z]\w+)  ", line))}
+    assert set(drawn) == set(ERRORS)
+    assert set(ERRORS) <= set(petune.__all__)
+    above: dict[int, str] = {}
+    for name, indent in drawn.items():
+        above[indent] = name
+        if indent:
+            assert ERRORS[name].__base__ is ERRORS[above[indent - 4]]
+
+
+IMPORTS = {
     "submodule first": "import petune.injector.attach, petune.runner.run, petune.runner.pretrain",
-    "name from submodule": "from petune.runner.run_config import RunConfig; from petune.injector import attach",
-    "function first": "petune.injector.attach; petune.runner.run; import petune.injector.attach, petune.runner.run",
+    "function first": "petune.attach; petune.run; import petune.injector.attach, petune.runner.run",
     "whole program": "import petune.cli.main, petune.cli.run, petune.cli.compare, petune.cli.pretrain",
+    "module under a name": "import petune.tuners.adaptformer as m; m.AdaptFormer; import petune.injector.attach as a",
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_functions_are_not_hidden_by_modules_of_the_same_name(order: str) -> None:
+@pytest.mark.parametrize("imports", IMPORTS)
+def test_functions_are_not_hidden_by_modules(imports: str) -> None:
     code = (
-        f"import petune, types\n{ORDERS[order]}\nfor n in ('attach', 'run', 'compare', 'pretrain', 'load', 'tuners'):\n"
+        f"import petune, types\n{IMPORTS[imports]}\nfor n in ('attach', 'run', 'compare', 'pretrain', 'load'):\n"
         " assert isinstance(getattr(petune, n), types.FunctionType), n\n"
         "from petune import attach\nassert isinstance(attach, types.FunctionType)"
     )
@@ -48,3 +83,11 @@ def test_importing_petune_imports_nothing_heavy() -> None:
     code = "import petune, sys; print([m for m in ('torch', 'timm', 'peft', 'numpy', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_lists_of_names() -> None:
+    assert "adaptformer" in {record.name for record in petune.list_tuners()}
+    assert {"cifar10", "digits"} <= set(petune.list_datasets())
+    assert "vit_nano" in petune.list_backbones("vit_*")
+    assert petune.list_backbones("*dinov3*")
+    assert petune.list_backbones("no-such-*") == []

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from petune.backbones.other_libraries import build_other_library, is_other_library
 from petune.backbones.weights import Weights, bundled, find_weights, load_into, read_weights
+from petune.base.arguments import check_arguments
 from petune.base.errors import AttachError, ConfigError, UnknownName
 from petune.base.hub import HubFile, overlay
 from petune.sites.site import Site, Sites
@@ -235,11 +237,15 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """timm's names that match a wildcard, tags included."""
+    """Return the backbone names that match a wildcard: petune's short names, then timm's pretrained models with tags.
+
+    Args:
+        pattern: A wildcard such as `*dinov3*`.
+    """
     import timm
 
-    names: list[str] = timm.list_models(pattern, pretrained=True)
-    return names
+    check_arguments("petune.list_backbones", pattern=(pattern, str))
+    return [*(name for name in ALIASES if fnmatchcase(name, pattern)), *timm.list_models(pattern, pretrained=True)]
 
 
 def _alias(name: str) -> Alias:

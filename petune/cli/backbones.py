@@ -50,12 +50,10 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
 
 
 def _matching(pattern: str, as_json: bool) -> None:
-    from fnmatch import fnmatchcase
-
-    from petune.backbones.create import ALIASES, list_backbones
+    from petune.backbones.create import list_backbones
 
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    names = [*(name for name in ALIASES if fnmatchcase(name, wanted)), *list_backbones(wanted)]
+    names = list_backbones(wanted)
     if as_json:
         print_json(names)
     elif names:

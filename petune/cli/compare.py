@@ -56,8 +56,7 @@ def compare(
 
 def run_comparison(config: CompareConfig, *, as_json: bool, track: str | None, executor: str = "serial") -> None:
     """Run it, print the table, and exit with 1 if a method failed."""
-    from petune.runner.compare import compare as compare_config
-    from petune.runner.compare import compare_name
+    from petune.runner.compare import compare as compare_config, compare_name
     from petune.runner.run_dir import COMPARE_FILE
 
     place = config.output or RUNS / compare_name(config)

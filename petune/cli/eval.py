@@ -54,8 +54,7 @@ def evaluate(
 
     Writes eval.json, a confusion image and a reliability diagram.
     """
-    from petune.serving.evaluation import evaluate as evaluate_run
-    from petune.serving.evaluation import write
+    from petune.serving.evaluation import evaluate as evaluate_run, write
 
     source = user_path(source)
     found = evaluate_run(

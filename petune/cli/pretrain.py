@@ -34,8 +34,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
     Everything trains, and the last epoch is kept.
     """
-    from petune.runner.pretrain import RECIPE, PretrainConfig, pretrain_name
-    from petune.runner.pretrain import pretrain as run_config
+    from petune.runner.pretrain import RECIPE, PretrainConfig, pretrain as run_config, pretrain_name
 
     config = PretrainConfig.build(settings.values(), settings.source)
     check_tracker(track)

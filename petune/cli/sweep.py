@@ -80,8 +80,7 @@ def sweep(
 
 def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
     from petune.runner.run_dir import CONFIG_FILE
-    from petune.runner.sweep.search import sweep as sweep_config
-    from petune.runner.sweep.search import sweep_name
+    from petune.runner.sweep.search import sweep as sweep_config, sweep_name
 
     place = config.output or RUNS / sweep_name(config)
     with started_again("sweep", place, CONFIG_FILE, executor), watching(track, place) as watch:

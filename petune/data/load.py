@@ -18,6 +18,11 @@ DATASETS = {
 FOLDER_HINT = "For a folder of images use folder:PATH"
 
 
+def list_datasets() -> list[str]:
+    """Return the names that `load_dataset` accepts; `folder:PATH` stands for any folder of images."""
+    return list(DATASETS)
+
+
 def load_dataset(
     name: str, data_dir: Path | None = None, image_size: int = 224, on_broken: OnBroken = "error"
 ) -> Dataset:

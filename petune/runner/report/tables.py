@@ -6,10 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from petune.base.text import duration as duration
-from petune.base.text import in_markdown
-from petune.base.text import size as size
-from petune.base.text import visible as visible
+from petune.base.text import duration as duration, in_markdown, size as size, visible as visible
 
 COLUMNS = (
     "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
