@@ -138,7 +138,18 @@ class AlreadyCompiled(AttachError):
 
 
 class NotMergeable(AttachError):
-    """The tuner does more than change weights of the backbone, so it cannot be merged into them."""
+    """The tuner does more than change weights of the backbone, so it cannot be merged into them.
+
+    Args:
+        message: Why.
+        changes_output: True if an adapter's `merge` ran, but the merged model computed something else: a fault of
+            that `merge`, unlike an adapter that cannot be merged at all.
+        cli_hint: See `PetuneError`.
+    """
+
+    def __init__(self, message: str = "", *, changes_output: bool = False, cli_hint: str = "") -> None:
+        super().__init__(message, cli_hint=cli_hint)
+        self.changes_output = changes_output
 
 
 class WeightsUnavailable(PetuneError):

@@ -28,8 +28,6 @@ from petune.sites.forward import forget_caches
 from petune.sites.probe import look
 from petune.sites.site import Sites
 
-MUST_BE_EQUAL = "must compute the same when folded"
-
 
 class Attachment:
     """A tuner on a model.
@@ -256,7 +254,11 @@ class Attachment:
             self.edit_log.set_enabled(False)
             change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
-                raise NotMergeable(f"{self.name} {MUST_BE_EQUAL}, but its output moves by {change:.2g}")
+                raise NotMergeable(
+                    f"{self.name} computes something else when folded: its output moves by {change:.2g}. Mend the "
+                    "adapter's merge",
+                    changes_output=True,
+                )
         except BaseException:
             self.model.load_state_dict(before, strict=False)
             self.edit_log.set_enabled(True)

@@ -1,7 +1,7 @@
-"""The plugin contract: one class and one required method. This file is its manual.
+"""The plugin contract: one class with one required method. This file is its manual.
 
-A tuner is a configured method. petune finds the places of a model (`edit.sites`), the tuner says what happens
-there, and petune does the rest: registers, freezes, checks, saves, undoes. A whole plugin:
+A tuner is a configured method. petune finds the sites of a model (`edit.sites`), the tuner says what changes there,
+and petune does the rest: it registers, freezes, checks, saves and undoes. A whole plugin:
 
     class SSFConfig(petune.TunerConfig):
         "Scale and shift every attention and MLP output."
@@ -12,7 +12,6 @@ there, and petune does the rest: registers, freezes, checks, saves, undoes. A wh
         def forward(self, x): return x * self.scale + self.shift      # (..., dim) -> (..., dim)
 
     class SSF(petune.Tuner[SSFConfig]):
-        Config = SSFConfig
         def attach(self, edit: petune.Edit) -> None:
             for block in edit.sites.need_blocks():
                 edit.after(block.need("attn"), ScaleShift(block.dim, self.config.init_std))
@@ -21,20 +20,21 @@ there, and petune does the rest: registers, freezes, checks, saves, undoes. A wh
     [project.entry-points."petune.tuners"]
     ssf = "petune_ssf:SSF"
 
-`petune.check_tuner("ssf")` then proves the contract on a small model.
+`petune.check_tuner("ssf")` then checks the contract on a small model.
 
-An adapter is a plain nn.Module. It is given (..., D) tensors, channels last whatever the model's layout, and must
-treat every image on its own. Two optional attributes on it:
+An adapter is a plain nn.Module. It receives (..., D) tensors, channels last whatever the model's layout, and must treat
+every image independently. Two optional attributes on it:
 
-- `merge(module)`: fold the change into the weights of `module`, the site it is attached to (`Attachment.merge`).
-- `why_not_mergeable`: the reason, as words for the message, where there is no `merge`.
+- `merge(module)`: fold the change into the weights of `module`, the site that the adapter is attached to. It is called
+  by `Attachment.merge`.
+- `why_not_mergeable`: the reason, for the error message, if there is no `merge`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
 
 from pydantic_core import to_jsonable_python
 
@@ -51,7 +51,7 @@ class TunerConfig(Config):
     """Options of a tuner: pydantic fields with a type and a default. Unknown keys and wrong types are refused."""
 
     def plain(self) -> dict[str, Any]:
-        """All options as JSON has them; sets in an order of their own, the same in every process."""
+        """Return all options as JSON data; sets are sorted, so that the result is the same in every process."""
         values = self.model_dump()
         ordered = {k: sorted(v, key=str) if isinstance(v, set | frozenset) else v for k, v in values.items()}
         return dict(to_jsonable_python(ordered))
@@ -59,11 +59,11 @@ class TunerConfig(Config):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method wants to be trained, so that a comparison is fair to it.
+    """The training defaults of a method, so that a comparison is fair to it.
 
     Attributes:
-        lr: Peak learning rate at a batch of 128, as the paper or a search on validation data gives it.
-        weight_decay: Decoupled weight decay of the tuned and head weights.
+        lr: Peak learning rate at a batch size of 128, from the paper or from a search on validation data.
+        weight_decay: Decoupled weight decay of the tuned weights and the classifier's.
         optimizer: timm's name of the optimizer.
     """
 
@@ -76,23 +76,42 @@ ConfigT = TypeVar("ConfigT", bound=TunerConfig)
 
 
 class Tuner(Generic[ConfigT]):
-    """Base of every tuner.
+    """Base of every tuner. Subclass it with the class of its options: `class SSF(petune.Tuner[SSFConfig])`.
 
     Attributes:
-        Config: The class of its options; `petune.attach(model, "name", option=value)` builds it.
-        recipe: Its training defaults.
-        identity_at_init: Whether the model computes the same as before right after attaching.
-        method: The name it was built by; empty for one that was made by hand.
+        Config: The class of the options, taken from the brackets of `Tuner[...]`. `petune.attach(model, "name",
+            option=value)` builds one.
+        recipe: The training defaults.
+        identity_at_init: True if the model computes the same as before right after attaching.
+        method: The name under which the tuner was built; empty for one that was made by hand.
         config: The options of this instance.
     """
 
-    Config: ClassVar[type[TunerConfig]] = TunerConfig
+    Config: ClassVar[type[TunerConfig]]
     recipe: Recipe = Recipe()
     identity_at_init: bool = True
     method: str = ""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take `Config` from the brackets of the base class.
+
+        Raises:
+            TypeError: The class names no config class.
+        """
+        super().__init_subclass__(**kwargs)
+        parameters = _parameters_of_tuner(cls)
+        config = next((p for p in parameters if isinstance(p, type) and issubclass(p, TunerConfig)), None)
+        if config is not None and "Config" not in cls.__dict__:
+            cls.Config = config
+        is_generic = any(isinstance(p, TypeVar) for p in parameters)
+        if not is_generic and not hasattr(cls, "Config"):
+            raise TypeError(
+                f"{cls.__name__} names no config class. Write class {cls.__name__}(petune.Tuner[MyConfig]), or "
+                "petune.Tuner[petune.TunerConfig] if it has no options"
+            )
+
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
-        """Configure the method, with a config or with options; not yet bound to any model.
+        """Configure the method with a config, or with options; it is not bound to any model yet.
 
         Raises:
             ConfigError: An option is unknown or has a wrong value; the message lists all problems.
@@ -103,41 +122,51 @@ class Tuner(Generic[ConfigT]):
         self.config: ConfigT = config  # type: ignore[assignment]
 
     def attach(self, edit: Edit) -> None:
-        """Say what changes where, with the verbs of `edit`; called once for each model.
+        """Change the model with the verbs of `edit`. Called once for each model.
 
-        Nothing else may be changed here: what is not done by a verb is not undone by `detach`, except through
-        `edit.on_detach`.
+        What is not changed by a verb is not undone by `detach`, unless `edit.on_detach` is told how.
         """
         raise NotImplementedError(f"{type(self).__name__} must define attach(self, edit)")
 
     def num_parameters(self, sites: Sites) -> int | None:
-        """How many parameters the method adds to such a model, by the paper's formula; `check_tuner` counts them.
+        """Return the number of parameters that the method adds to such a model, by the paper's formula.
 
-        None, the default, says that there is no formula in terms of sites. 0 says that the method trains the
-        classifier alone: any other that finds nothing to train on a model is refused there.
+        `check_tuner` compares it with what was attached.
+
+        Returns:
+            The number; 0 if the method trains the classifier alone (any other method that finds nothing to train is
+            refused); None, the default, if there is no formula in terms of sites.
         """
         return None
 
     def to_external(self, state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        """Config and tensors in another library's format, if what is saved is to be read by it; see `petune.state`.
+        """Return config and tensors in another library's format, for an adapter directory that this library reads.
 
         Args:
-            state: What petune would save, tuned and head, by state_dict key.
+            state: What petune would save: tuned and head tensors by state_dict key.
 
         Returns:
-            Tensors by the other format's keys; they share memory with the model's, so that loading is copying.
+            None, the default, to save petune's own format. Otherwise the other library's config, and tensors by its
+            keys; they share memory with the model's tensors, so that loading copies into them.
         """
         return None
 
     def on_train_start(self, total_steps: int) -> None:
-        """Told before a training, and again before it is resumed, how many steps it has; most methods do not care."""
+        """Called before training, and again before it is resumed, with the number of steps. Most methods ignore it."""
 
     def on_step_end(self, step: int) -> None:
-        """Told after every step (from 0) of the optimizer, while its gradients are still there.
+        """Called after each optimizer step (from 0), while its gradients still exist.
 
-        What is remembered from step to step must be buffers of the model, so that a resumed run goes on to the bit.
+        Keep what must survive from step to step in buffers of the model, so that a resumed run is bit-exact.
         """
 
     def loss(self, step: int) -> torch.Tensor | None:
-        """A term to add to the loss at this step (from 0), or None: most methods have none."""
+        """Return a term to add to the loss at this step (from 0), or None, the default."""
         return None
+
+
+def _parameters_of_tuner(cls: type) -> list[Any]:
+    """Return what stands in the brackets of the bases of `cls` that are tuners."""
+    bases = cls.__dict__.get("__orig_bases__", ())
+    tuners = [base for base in bases if isinstance(get_origin(base), type) and issubclass(get_origin(base), Tuner)]
+    return [parameter for base in tuners for parameter in get_args(base)]

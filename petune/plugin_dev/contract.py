@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petune.base.arguments import check_arguments
 from petune.base.errors import BackboneMismatch, NotMergeable
 from petune.injector.attach import attach
-from petune.injector.attachment import MUST_BE_EQUAL, Attachment
+from petune.injector.attachment import Attachment
 from petune.injector.load import load
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Tuner
@@ -249,7 +249,7 @@ def _folded(t: Trial) -> str:
     try:
         _again(t).merge()
     except NotMergeable as error:
-        return str(error) if MUST_BE_EQUAL in str(error) else ""
+        return str(error) if error.changes_output else ""
     return ""
 
 

@@ -73,7 +73,6 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
     epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2.
     """
 
-    Config = AdaptFormerConfig
     recipe = petune.Recipe(lr=5e-3)
 
     def attach(self, edit: petune.Edit) -> None:

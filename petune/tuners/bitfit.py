@@ -24,7 +24,6 @@ class BitFit(petune.Tuner[BitFitConfig]):
     what they are, so a `relative_position_bias_table` is none.
     """
 
-    Config = BitFitConfig
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

@@ -66,7 +66,6 @@ class FacT(petune.Tuner[FacTConfig]):
     zero as in the paper; U by Xavier and the cores by N(0, 1/r), where the authors' code has nn.Linear's default.
     """
 
-    Config = FacTConfig
     recipe = petune.Recipe(lr=1e-3, weight_decay=1e-4)
 
     def attach(self, edit: petune.Edit) -> None:

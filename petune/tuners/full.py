@@ -19,7 +19,6 @@ class Full(petune.Tuner[FullConfig]):
     1e-3: compare it there with `--set lrs.full=1e-3`.
     """
 
-    Config = FullConfig
     recipe = petune.Recipe(lr=2e-4, weight_decay=0.05)
 
     def attach(self, edit: petune.Edit) -> None:

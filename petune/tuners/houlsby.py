@@ -54,7 +54,6 @@ class Houlsby(petune.Tuner[HoulsbyConfig]):
     identity; the norms do not train (combine with `norm` for that).
     """
 
-    Config = HoulsbyConfig
     recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

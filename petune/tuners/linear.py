@@ -18,7 +18,6 @@ class Linear(petune.Tuner[LinearConfig]):
     5e-3 and 67.12 at 2e-2.
     """
 
-    Config = LinearConfig
     recipe = petune.Recipe(lr=1e-2)
 
     def attach(self, edit: petune.Edit) -> None:

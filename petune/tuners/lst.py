@@ -84,7 +84,6 @@ class LST(petune.Tuner[LSTConfig]):
     temperature, and there is no norm before W_up.
     """
 
-    Config = LSTConfig
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

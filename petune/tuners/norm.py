@@ -24,7 +24,6 @@ class Norm(petune.Tuner[NormConfig]):
     stay as they are, as all that is frozen.
     """
 
-    Config = NormConfig
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

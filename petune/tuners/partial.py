@@ -26,7 +26,6 @@ class Partial(petune.Tuner[PartialConfig]):
     Parameters: 12·D² + 13·D a block with an MLP of 4·D, and 2·D for the norm. ViT-B/16, k = 1: 7,089,408.
     """
 
-    Config = PartialConfig
     recipe = petune.Recipe(lr=5e-4, weight_decay=0.05)
 
     def attach(self, edit: petune.Edit) -> None:

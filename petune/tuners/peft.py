@@ -16,7 +16,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -138,7 +138,10 @@ class DoraConfig(LoraConfig):
         return {**super().options, "use_dora": True}
 
 
-class Peft(petune.Tuner[PeftConfig]):
+PeftConfigT = TypeVar("PeftConfigT", bound=PeftConfig)
+
+
+class PeftTuner(petune.Tuner[PeftConfigT]):
     """Any PEFT type that edits single layers.
 
     Differs from PEFT: layers come from the sites; the classifier trains as with every method, instead of through
@@ -146,11 +149,10 @@ class Peft(petune.Tuner[PeftConfig]):
     nothing there (timm's BEiT and EVA are told to call it, others are named in a warning).
     """
 
-    Config = PeftConfig
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
     budget: Budget | None = None
 
-    def __init__(self, config: PeftConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: PeftConfigT | None = None, **options: Any) -> None:
         super().__init__(config, **options)
         starts = [v for k, v in self.config.options.items() if k.startswith("init_") or k == "init_weights"]
         self.identity_at_init = self.config.type not in NOT_IDENTITY and False not in starts
@@ -295,20 +297,20 @@ class Peft(petune.Tuner[PeftConfig]):
         return {"target_modules": names, **_completed(kind, options), **fitting, **options}
 
 
-class Lora(Peft):
+class Peft(PeftTuner[PeftConfig]):
+    """Any PEFT type, chosen by the option `type`."""
+
+
+class Lora(PeftTuner[LoraConfig]):
     """LoRA on the linear layers of attention and MLP.
 
     Parameters: r·(in + out) a layer; 16·D·r a block with an MLP of 4·D (qkv 4, proj 2, MLP 5 and 5). ViT-B/16,
     r = 8: 1,179,648.
     """
 
-    Config = LoraConfig
 
-
-class Dora(Peft):
+class Dora(PeftTuner[DoraConfig]):
     """DoRA on the linear layers of attention and MLP. Parameters: those of LoRA and one a layer and output."""
-
-    Config = DoraConfig
 
 
 def _completed(kind: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,6 @@ class Pfeiffer(petune.Tuner[PfeifferConfig]):
     norm; in a pre-norm ViT it stands behind the MLP, as in the comparisons of the ViT literature.
     """
 
-    Config = PfeifferConfig
     recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

@@ -90,7 +90,6 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
     Differs from the paper: the down-projection is a Linear instead of a 1×1 convolution, which is the same map.
     """
 
-    Config = RepAdapterConfig
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

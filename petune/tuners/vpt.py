@@ -65,7 +65,6 @@ class VPT(petune.Tuner[VPTConfig]):
     images of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.28 at 1e-2 and 68.84 at 3e-2.
     """
 
-    Config = VPTConfig
     recipe = petune.Recipe(lr=1e-2)
     identity_at_init = False
 

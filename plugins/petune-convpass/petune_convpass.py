@@ -72,7 +72,6 @@ class Convpass(petune.Tuner[ConvpassConfig]):
     scaled by it, too, where the authors add them behind the sublayer.
     """
 
-    Config = ConvpassConfig
     recipe = petune.Recipe(lr=1e-3, weight_decay=1e-4)
 
     def attach(self, edit: petune.Edit) -> None:

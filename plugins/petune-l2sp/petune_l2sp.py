@@ -30,7 +30,6 @@ class L2SP(petune.Tuner[L2SPConfig]):
     Differs from the paper: nothing.
     """
 
-    Config = L2SPConfig
     recipe = petune.Recipe(lr=2e-4, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:

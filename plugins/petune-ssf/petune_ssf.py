@@ -43,7 +43,6 @@ class SSF(petune.Tuner[SSFConfig]):
     Differs from the paper: nothing behind the patch embedding (2·D more there).
     """
 
-    Config = SSFConfig
     recipe = petune.Recipe(lr=5e-3, weight_decay=0.0)
     identity_at_init = False
 

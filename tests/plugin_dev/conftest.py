@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     place = tmp_path / "site"
     place.mkdir()
     monkeypatch.syspath_prepend(str(place))
-    monkeypatch.setenv("PYTHONPATH", str(place))  # for commands in a process of their own
+    monkeypatch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)  # for commands in a process of their own
     before = set(sys.modules)
 
     def make(name: str, entry: dict[str, str], code: str | None = None, requires: str = "") -> None:
