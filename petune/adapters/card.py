@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from petune.base.text import in_markdown, visible, without_folders
+from petune.base.text import escape_markdown, hide_folders, printable
 from petune.injector.counts import Counts
 
 TEMPLATES = Path(__file__).parent
@@ -27,7 +27,7 @@ def model_card(config: Mapping[str, Any], counts: Counts, *, with_peft: bool) ->
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False, finalize=lambda v: in_markdown(v) if type(v) is str else v,
+        keep_trailing_newline=True, autoescape=False, finalize=lambda v: escape_markdown(v) if type(v) is str else v,
     )  # fmt: skip
     said = _known(config["metadata"])
     classes = [str(name) for name in said["classes"]]
@@ -52,11 +52,11 @@ def public(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter's metadata without the folders of this machine: of images, and of weights."""
     shown = dict(metadata)
     if isinstance(shown.get("dataset"), str):
-        shown["dataset"] = without_folders(shown["dataset"])
+        shown["dataset"] = hide_folders(shown["dataset"])
     if isinstance(shown.get("backbone"), Mapping):
         inner = shown["backbone"].items()
         shown["backbone"] = {
-            key: without_folders(v, is_path=key in WEIGHTS and not v.startswith("hf:")) if isinstance(v, str) else v
+            key: hide_folders(v, is_path=key in WEIGHTS and not v.startswith("hf:")) if isinstance(v, str) else v
             for key, v in inner
         }
     return shown
@@ -118,7 +118,7 @@ def _yaml(head: Mapping[str, Any]) -> str:
 def _shown(value: Any) -> Any:
     """Without control characters, which could end the head."""
     if isinstance(value, str):
-        return " ".join(visible(value).split())
+        return " ".join(printable(value).split())
     if isinstance(value, Mapping):
         return {key: _shown(inner) for key, inner in value.items()}
     return [_shown(inner) for inner in value] if isinstance(value, list) else value

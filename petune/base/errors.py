@@ -28,6 +28,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_SUGGESTIONS, MAX_LISTED = 3, 12
 
@@ -38,13 +39,21 @@ class PetuneError(Exception):
     Args:
         message: What happened and what to do, in terms of Python arguments.
         cli_hint: The same advice as flags; the command line prints it after the message.
+
+    Attributes:
+        raised_on_all_ranks: All processes of a distributed run raise this error, so only one prints it.
     """
 
     exit_code = 1
+    raised_on_all_ranks = False
 
     def __init__(self, message: str = "", *, cli_hint: str = "") -> None:
         super().__init__(message)
         self.cli_hint = cli_hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make every subclass picklable, whatever its constructor takes: errors travel between processes."""
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class UsageError(PetuneError):
@@ -196,6 +205,13 @@ class Stopped(PetuneError):
     """A signal stopped the run; its progress is saved and it can be resumed."""
 
     exit_code = 75
+
+
+def _restore(cls: type[PetuneError], args: tuple[Any, ...], fields: dict[str, Any]) -> PetuneError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
 
 
 def similar_names(name: str, known: Iterable[str], cutoff: float = 0.5) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        for name, content in {**files, MANIFEST: manifest_of(files)}.items():
+        for name, content in {**files, MANIFEST: manifest_bytes(files)}.items():
             _write_synced(temporary / name, content)
         _swap_in(temporary, path)
     except OSError as error:
@@ -74,7 +74,7 @@ def append(path: Path, content: bytes) -> int:
         raise _unwritten(path, len(content), error) from None
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Drop all but the first `size` bytes of the file, if there is one.
 
     Raises:
@@ -113,7 +113,7 @@ def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:
 
 def write_manifest(path: Path, names: Sequence[str]) -> None:
     """Write the manifest over files that another library has written into the directory."""
-    replace_file(path / MANIFEST, manifest_of({name: (path / name).read_bytes() for name in names}))
+    replace_file(path / MANIFEST, manifest_bytes({name: (path / name).read_bytes() for name in names}))
 
 
 def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:
@@ -124,7 +124,7 @@ def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:
     )
 
 
-def manifest_of(files: Mapping[str, bytes]) -> bytes:
+def manifest_bytes(files: Mapping[str, bytes]) -> bytes:
     """Sizes and SHA-256 of files, by name, as `verify_directory` reads them."""
     entries = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
     return json.dumps({"format": 1, "files": entries}, indent=1).encode()

@@ -34,7 +34,7 @@ def export(
     Adapters are folded into the weights where that is possible, and stay parts of the program where not; plain weights
     (.safetensors) need the former. What was written is run, and compared with the model.
     """
-    from petune.base.text import size
+    from petune.base.text import format_size
     from petune.serving.export import export as export_model
 
     done = export_model(user_path(source), user_path(file), to=to, weights=weights, trust_remote_code=trust_remote_code)
@@ -43,7 +43,7 @@ def export(
         return
     print_facts(
         (
-            ("output", f"{one_line(done.output)}  {size(done.bytes)}"),
+            ("output", f"{one_line(done.output)}  {format_size(done.bytes)}"),
             ("method", one_line(done.method)),
             ("adapters", "folded into the weights" if done.merged else f"parts of the program ({done.reason})"),
             ("off by", f"{done.difference:.1e} of the largest logit, in batches of 1, 2 and 5"),

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from petune.base.distributed import is_said_elsewhere, leads, num_processes, this_process
+from petune.base.distributed import is_main_process, is_reported_elsewhere, num_processes, process_name
 from petune.base.errors import PetuneError, UsageError
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
@@ -100,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         _refuse_several(words)
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
-        if not is_said_elsewhere(error):
+        if not is_reported_elsewhere(error):
             hint = f". {error.cli_hint}" if error.cli_hint else ""
             _tell(f"error: {error}{hint}", debug)
         sys.exit(error.exit_code)
@@ -157,7 +157,7 @@ def _refuse_several(words: Sequence[str]) -> None:
 
 
 def _tell(message: str, debug: bool) -> None:
-    who = "" if leads() else f"{this_process()}: "
+    who = "" if is_main_process() else f"{process_name()}: "
     if debug:
         print_status(clean(who + traceback.format_exc()))
     print_status(clean(who + message))

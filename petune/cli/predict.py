@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from petune.base.text import percent
+from petune.base.text import format_percent
 from petune.cli.options import TrustCode, user_path
 from petune.cli.terminal import clean, one_line, print_data, print_status, print_table
 
@@ -79,7 +79,7 @@ def _table(found: Iterable[Prediction]) -> list[Prediction]:
         if one.problem:
             broken.append(one)
         else:
-            first, *others = [(one_line(guess.name), percent(100 * guess.probability, 1)) for guess in one.top]
+            first, *others = [(one_line(guess.name), format_percent(100 * guess.probability, 1)) for guess in one.top]
             rows.append([one_line(one.image), *first, ", ".join(" ".join(pair) for pair in others)])
     if rows:
         columns = ("image", "class", "probability", "next")

@@ -6,7 +6,7 @@ import json as json_format
 import shlex
 from typing import TYPE_CHECKING
 
-from petune.base.distributed import join
+from petune.base.distributed import init_group
 from petune.cli.options import DryRun, Json, Settings, Track, configured
 from petune.cli.run import show_result
 from petune.cli.running import check_tracker, place_of, resumable, watching
@@ -43,7 +43,7 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
         show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    place = join().broadcast(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
+    place = init_group().broadcast(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
     config = config.model_copy(update={"output": place})
     with resumable("pretrain", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

@@ -83,13 +83,13 @@ class Progress:
             self.line(f"{self._label}step {event.step}/{event.total_steps}  {state}{self._left(event)}")
 
     def _left(self, event: StepDone) -> str:
-        from petune.base.text import duration
+        from petune.base.text import format_duration
 
         began, first = self._began or (0.0, event.step)
         if event.step == first:
             return ""
         left_s = (time.monotonic() - began) / (event.step - first) * (event.total_steps - event.step)
-        return f"  {duration(left_s)} left"
+        return f"  {format_duration(left_s)} left"
 
     def _epoch(self, event: EpochEnded) -> None:
         row = event.metrics

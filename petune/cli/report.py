@@ -24,12 +24,12 @@ def report(directories: Directories, output: Output = Path("report.html"), json:
 
     Tables, charts, and where the numbers come from. It has no scripts and fetches nothing.
     """
-    from petune.base.text import size
+    from petune.base.text import format_size
     from petune.runner.report.page import write_page
 
     page = write_page([user_path(directory) for directory in directories], user_path(output))
     if json:
         print_json(asdict(page))
         return
-    print_data(clean(f"{page.output}  {size(page.bytes)}"))
+    print_data(clean(f"{page.output}  {format_size(page.bytes)}"))
     print_status(f"directories: {page.done} finished, {page.unfinished} unfinished, {page.broken} broken")

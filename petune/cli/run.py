@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from petune.base.distributed import join
+from petune.base.distributed import init_group
 from petune.cli.options import DryRun, Json, Seeds, Settings, Track, configured
 from petune.cli.running import RUNS, check_tracker, place_of, resumable, watching
 from petune.cli.terminal import print_facts, print_json
@@ -46,7 +46,7 @@ def _run_once(config: RunConfig, as_json: bool, track: str | None, *, resume: bo
     from petune.runner.run import run as run_config
     from petune.runner.run_name import run_name
 
-    place = join().broadcast(lambda: place_of(config, run_name(config), resume=resume))
+    place = init_group().broadcast(lambda: place_of(config, run_name(config), resume=resume))
     config = config.model_copy(update={"output": place})
     with resumable("run", place), watching(track, place) as watch:
         result = run_config(config, watch=watch)

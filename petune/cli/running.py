@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from petune.base.distributed import leads
+from petune.base.distributed import is_main_process
 from petune.base.errors import Stopped, UsageError
 from petune.cli.progress import Progress
 
@@ -98,7 +98,7 @@ def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunSt
         UnknownName: No tracker of that name.
         MissingExtra: Its package is not installed.
     """
-    if not leads():
+    if not is_main_process():
         yield lambda event: None
         return
     tracker = _Tracking(track, place) if track else None

@@ -30,14 +30,14 @@ def push(source: Source, repo: Repo, private: Private = False, update: Update = 
 
     HF_TOKEN or `hf auth login` gives the token, HF_ENDPOINT another hub; HF_HUB_OFFLINE is honoured.
     """
-    from petune.base.text import size
+    from petune.base.text import format_size
     from petune.serving.share import push
 
     done = push(source, repo, private=private, update=update)
     if json:
         print_json(asdict(done))
         return
-    print_data(clean(f"{done.url}  {size(done.bytes)}"))
+    print_data(clean(f"{done.url}  {format_size(done.bytes)}"))
     print_status(clean(f"others get it with: petune pull {done.repo}"))
 
 
@@ -52,12 +52,12 @@ def pull(
 
     It is read and checked before it is put in its place.
     """
-    from petune.base.text import size
+    from petune.base.text import format_size
     from petune.serving.share import pull
 
     done = pull(repo, output, revision=revision, trust_remote_code=trust_remote_code)
     if json:
         print_json(asdict(done))
         return
-    print_data(clean(f"{done.output}  {size(done.bytes)}"))
+    print_data(clean(f"{done.output}  {format_size(done.bytes)}"))
     print_status(clean(f"{one_line(done.method)} on {one_line(done.backbone)}, commit {done.commit[:12]}"))

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from petune.base.text import percent
+from petune.base.text import format_percent
 from petune.cli.terminal import format_count, format_flops
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class Plan:
 
     def facts(self, bare_flops: int) -> list[tuple[str, str]]:
         """Names and values to print."""
-        more = percent(100 * (self.forward_flops / bare_flops - 1))
+        more = format_percent(100 * (self.forward_flops / bare_flops - 1))
         shares = (self.percent_of_total, "all parameters"), (self.percent_of_backbone, "backbone and head")
-        of = ", ".join(f"{percent(share, 3)} of {whole}" for share, whole in shares)
+        of = ", ".join(f"{format_percent(share, 3)} of {whole}" for share, whole in shares)
         return [
             ("method", self.method),
             ("tuned", f"{format_count(self.tuned)}  (with the head {of})"),

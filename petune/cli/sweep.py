@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.base.errors import ConfigError, UsageError
-from petune.base.text import percent
+from petune.base.text import format_percent
 from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
 from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
 from petune.cli.terminal import clean, print_json, print_status, print_table
@@ -106,8 +106,8 @@ def show_sweep(table: Sweep) -> None:
         if row.state == "failed":
             print_status(clean(f"trial {row.trial} failed: {row.reason}"))
     if table.best is not None:
-        test = f", {percent(table.result.top1)} on test" if table.result else ""
-        print_status(clean(f"best: trial {table.best}, {percent(table.rows[table.best].val_top1)} on val{test}"))
+        test = f", {format_percent(table.result.top1)} on test" if table.result else ""
+        print_status(clean(f"best: trial {table.best}, {format_percent(table.rows[table.best].val_top1)} on val{test}"))
     print_status(f"output: {table.output}")
 
 

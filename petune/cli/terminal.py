@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from petune.base.distributed import leads
+from petune.base.distributed import is_main_process
 
 PIPE_WIDTH = 200
 """Width in columns of a table that goes to a file or a pipe."""
@@ -26,13 +26,13 @@ def one_line(text: str) -> str:
 
 def print_status(text: str) -> None:
     """Print a message on stderr. With several processes only the main one prints."""
-    if leads():
+    if is_main_process():
         print(text, file=sys.stderr, flush=True)
 
 
 def print_data(text: str) -> None:
     """Print data on stdout. With several processes only the main one prints."""
-    if leads():
+    if is_main_process():
         print(text, flush=True)
 
 
@@ -56,7 +56,7 @@ def print_table(
         right: Headings of the right-aligned columns, those that hold numbers.
         optional: Headings of the columns to hide, in this order, until the table fits the terminal.
     """
-    if not leads():
+    if not is_main_process():
         return
     from rich import box
     from rich.console import Console

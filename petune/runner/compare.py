@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.config import Config, UserPath
-from petune.base.distributed import join
+from petune.base.distributed import init_group
 from petune.base.errors import PetuneError, UsageError, did_you_mean
 from petune.base.files import replace_file
 from petune.base.text import html_table
@@ -173,7 +173,7 @@ def compare(
     # More methods or seeds may be added to a comparison later; each run guards its own configuration.
     unused = {key: RunConfig.model_fields[key].default for key in ("method", "seed", "output", "resume")}
     held = RunConfig.model_construct(**{**dict(config.run), **unused})
-    group = join()
+    group = init_group()
     runs = [(method, _one(config, method, seed, place)) for method in config.methods for seed in config.seeds]
     if not all(one.output and RunResult.exists(one.output) for _, one in runs):
         group.main_first(lambda: check_weights(config.run.backbone, config.run.weights))

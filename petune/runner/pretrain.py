@@ -14,7 +14,7 @@ from torch import nn
 from petune.backbones.create import Backbone
 from petune.backbones.weights import BACKBONE_FILE
 from petune.base.arguments import check_watch
-from petune.base.distributed import join
+from petune.base.distributed import init_group
 from petune.base.errors import ConfigError
 from petune.base.files import replace_file
 from petune.data.batches import Preprocess
@@ -90,14 +90,14 @@ def pretrain(config: PretrainConfig | None = None, *, watch: Watch = lambda even
     check_watch("petune.pretrain", watch)
     config = PretrainConfig.from_call(config, fields, "petune.pretrain(...)")
     tuner = build_tuner(config.method)
-    group = join()
+    group = init_group()
     place = group.broadcast(lambda: config.output or unique_path(Path("runs") / pretrain_name(config)))
     claim = open_run_dir(place, config, resume=config.resume, command="petune pretrain --config config.yaml")
     with group.on_main(claim), StopFlag() as stop:
         finished = group.broadcast(lambda: RunResult.read(place) if RunResult.exists(place) else None)
         if finished is not None:
             return finished
-        watch = watch if group.leads else lambda event: None
+        watch = watch if group.is_main else lambda event: None
         ready = prepared(config, tuner, RECIPE, place, stop, watch, group, keep_head=True)
         attachment, backbone, dataset = ready.attachment, ready.backbone, ready.dataset
         check_all_trains(attachment.counts.total - attachment.counts.trainable, config.method)

@@ -9,7 +9,7 @@ from typing import Any, Self
 from petune.base.config import Config
 from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
-from petune.base.text import duration, html_table, percent, size
+from petune.base.text import format_duration, format_percent, format_size, html_table
 from petune.runner.run_dir import RESULT_FILE
 
 
@@ -62,19 +62,19 @@ class RunResult(Config):
 
     def facts(self) -> list[tuple[str, str]]:
         """What a reader wants to know, as names and values."""
-        tuned = f"{self.tuned:,}  (with the head {percent(self.percent_of_total, 3)} of all parameters, "
+        tuned = f"{self.tuned:,}  (with the head {format_percent(self.percent_of_total, 3)} of all parameters, "
         return [
             ("method", self.method),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}"),
-            ("top-1 on test", percent(self.top1)),
-            ("top-5 on test", percent(self.top5)),
-            ("top-1 on val", f"{percent(self.val_top1)}  (epoch {self.epoch} of {self.epochs})"),
-            ("tuned", f"{tuned}{percent(self.percent_of_backbone, 3)} of backbone and head)"),
+            ("top-1 on test", format_percent(self.top1)),
+            ("top-5 on test", format_percent(self.top5)),
+            ("top-1 on val", f"{format_percent(self.val_top1)}  (epoch {self.epoch} of {self.epochs})"),
+            ("tuned", f"{tuned}{format_percent(self.percent_of_backbone, 3)} of backbone and head)"),
             ("head", f"{self.head:,}"),
-            ("saved", size(self.adapter_bytes)),
-            ("training", f"{self.images_per_s:,.0f} images/s, {duration(self.time_s)}"),
-            ("peak memory", size(self.peak_memory_bytes)),
+            ("saved", format_size(self.adapter_bytes)),
+            ("training", f"{self.images_per_s:,.0f} images/s, {format_duration(self.time_s)}"),
+            ("peak memory", format_size(self.peak_memory_bytes)),
             ("output", self.output),
         ]
 

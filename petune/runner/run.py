@@ -12,7 +12,7 @@ import torch
 from petune.backbones.create import Backbone, check_weights, create_backbone, input_side
 from petune.backbones.weights import from_anywhere, load_adapters
 from petune.base.arguments import check_watch
-from petune.base.distributed import ALONE, Group, join
+from petune.base.distributed import SINGLE_PROCESS, Group, init_group
 from petune.data import Dataset, Preprocess, load_dataset
 from petune.data.manifest import MANIFEST_FILE, digests
 from petune.injector.attach import attach
@@ -47,7 +47,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = lambda event: None, *
     check_watch("petune.run", watch)
     config = RunConfig.from_call(config, fields, "petune.run(...)")
     tuner = build_tuner(config.method)
-    group = join()
+    group = init_group()
     if config.output is None or not RunResult.exists(config.output):
         group.main_first(lambda: check_weights(config.backbone, config.weights))
     place = group.broadcast(lambda: config.output or unique_path(Path("runs") / run_name(config)))
@@ -96,10 +96,10 @@ class Trained:
 
 
 def trained(
-    config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, watch: Watch, group: Group = ALONE
+    config: RunConfig, tuner: Tuner[Any], place: Path, stop: StopFlag, watch: Watch, group: Group = SINGLE_PROCESS
 ) -> Trained:
     """Train in the directory `place`, which the caller holds, from its newest checkpoint where there is one."""
-    watch = watch if group.leads else lambda event: None
+    watch = watch if group.is_main else lambda event: None
     ready = prepared(config, tuner, tuner.recipe, place, stop, watch, group)
     dataset, backbone, attachment, memory = ready.dataset, ready.backbone, ready.attachment, ready.memory
     if note := statistics_note(backbone):

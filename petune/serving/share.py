@@ -22,7 +22,7 @@ from petune.adapters.card import public
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
-from petune.base.files import MANIFEST, manifest_of, write_directory
+from petune.base.files import MANIFEST, manifest_bytes, write_directory
 from petune.base.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
 from petune.injector.load import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter, refuse_foreign
 from petune.runner.run_dir import why_no_adapter
@@ -82,7 +82,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
     files[CONFIG_FILE] = _public(files[CONFIG_FILE])
-    files[MANIFEST] = manifest_of(files)  # anew, since a model card may have been edited
+    files[MANIFEST] = manifest_bytes(files)  # anew, since a model card may have been edited
     api = _api(repo)
     if not hf.get_token():
         raise HubError(f"pushing to {repo} needs a token that may write; run `hf auth login`, or set HF_TOKEN")

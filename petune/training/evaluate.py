@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from petune.base.distributed import ALONE, Group
+from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.data.batches import Batch, Preprocess, eval_batches
 from petune.data.dataset import Split
 from petune.training.stop import StopFlag
@@ -45,7 +45,7 @@ def evaluate(
     autocast: Callable[[], torch.autocast],
     stop: StopFlag | None = None,
     by_position: Callable[[Tensor], Tensor] | None = None,
-    group: Group = ALONE,
+    group: Group = SINGLE_PROCESS,
     sharded: bool = False,
 ) -> Accuracy:
     """Evaluate in eval mode without gradients; every module's training flag is put back afterwards.
@@ -78,7 +78,7 @@ def evaluate(
                     if sharded:
                         model(preprocess.blank(device))
                     continue
-                with nullcontext() if sharded else group.keeping(failed):
+                with nullcontext() if sharded else group.collect_errors(failed):
                     with autocast():
                         logits_BC = (by_position or model)(batch.x_BCHW)
                     top1.update(logits_BC, batch.y_B)
@@ -88,8 +88,8 @@ def evaluate(
     finally:
         for module in training:
             module.training = True
-    group.any_rank(failed=failed)
-    loss, count = group.add_up(sums).tolist()
+    group.any_rank(errors=failed)
+    loss, count = group.all_reduce_sum(sums).tolist()
     # the metrics add up their own counts over the processes
     return Accuracy(100 * float(top1.compute()), 100 * float(top5.compute()), loss / count, len(split))
 
@@ -105,7 +105,7 @@ def _as_many_as_the_others(
 ) -> Iterator[Batch | None]:
     """This process's batches, and None for as long as another one still has some."""
     if group.size > 1 and len(split) >= group.size:  # else all of them evaluate the few there are
-        mine = split.take(np.arange(len(split))[group.part(len(split))])
+        mine = split.take(np.arange(len(split))[group.shard(len(split))])
         largest = -(-len(split) // group.size)
     else:
         mine, largest = split, len(split)

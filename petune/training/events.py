@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petune.base.files import append, cut
+from petune.base.files import append, truncate
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the log in a run directory."""
@@ -60,7 +60,7 @@ class Log:
 
     def cut(self, size: int) -> None:
         """Drop what was written after a checkpoint that the run now goes on from."""
-        cut(self.path, size)
+        truncate(self.path, size)
 
     def note(self, text: str) -> None:
         """Keep a sentence beside the metrics, in `notes.txt`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petune.base.distributed import ALONE, Group
+from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
 from petune.data.batches import Batch, TrainBatches
 from petune.training.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
@@ -58,7 +58,7 @@ class Trainer:
         *,
         stop: StopFlag,
         on_event: Callable[[Event], None] = lambda event: None,
-        group: Group = ALONE,
+        group: Group = SINGLE_PROCESS,
         peak_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.job = job
@@ -73,7 +73,7 @@ class Trainer:
         self.stop = stop
         self.group = group
         self.peak_bytes = peak_bytes
-        self.on_event = on_event if group.leads else lambda event: None
+        self.on_event = on_event if group.is_main else lambda event: None
         self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
         self.total_steps = len(self.batches) * train.epochs
         attachment.on_train_start(self.total_steps)
@@ -88,7 +88,7 @@ class Trainer:
         self.mixing = Mixing(train, classes, size, seed)
         if size < group.size:
             raise ConfigError(f"a batch must have an image for each of {group.size} processes, but has {size}")
-        self.part = group.part(size)
+        self.part = group.shard(size)
         self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
         self.progress, self.saved = Progress(precision=self.precision), time.perf_counter()
         self.best: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ class Trainer:
 
     def _asked(self) -> Asked:
         """What this process would do after the step; in a group the sum of all decides, so that all do the same."""
-        late = self.group.leads and time.perf_counter() - self.saved > SAVE_EVERY_S
+        late = self.group.is_main and time.perf_counter() - self.saved > SAVE_EVERY_S
         return Asked(self.stop.signal_name is not None, late)
 
     def choose_micro_batch(self) -> None:
@@ -153,7 +153,7 @@ class Trainer:
             fits = self.train.micro_batch_size or self.batches.batch_size
             # sharded, one that runs out leaves the others waiting
             if can_run_out(self.device) and self.sharded is None and not self.train.micro_batch_size:
-                fits = self.group.smallest(self._probe())
+                fits = self.group.all_reduce_min(self._probe())
             p.micro_batch = fits
             if p.micro_batch < whole:
                 self.on_event(Note(f"a step of {whole} images goes through the model {p.micro_batch} at a time"))
@@ -206,7 +206,7 @@ class Trainer:
         """The gradients of the whole batch's mean loss, that loss, and what all processes ask for."""
         failed: list[Exception] = []
         loss, asked = torch.zeros((), device=self.device), self._asked()
-        with nullcontext() if self.sharded else self.group.keeping(failed):  # the others wait within its forward
+        with nullcontext() if self.sharded else self.group.collect_errors(failed):  # the others wait within its forward
             x_BCHW, target = self.mixing(batch, self.progress.step)
             if self.mixing.needs_whole_batch:
                 x_BCHW, target = x_BCHW[self.part], target[self.part]
@@ -298,15 +298,15 @@ class Trainer:
     def _write_log(self, **values: Any) -> int:
         """Append to the metrics and return their size; of several processes, the leader."""
         written = self.progress.log_bytes
-        with self.group.together():
-            if self.group.leads:
+        with self.group.raise_together():
+            if self.group.is_main:
                 written = self.log.write(**values)
         return written
 
     def _save(self) -> None:
         self.progress.peak_bytes = max(self.progress.peak_bytes, self.peak_bytes())
-        with self.group.together():
-            if self.group.leads:
+        with self.group.raise_together():
+            if self.group.is_main:
                 save_checkpoint(
                     self.directory / "checkpoints",
                     Checkpoint(self._tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress)),

@@ -46,10 +46,10 @@ def share_step(
     moving = _running_statistics(model)
     for tensor in moving:
         tensor.mul_(share)
-    group.add_up_gradients(parameters, [said, loss, *moving])
+    group.all_reduce_gradients(parameters, [said, loss, *moving])
     any_failed, stop, save = (bool(flag) for flag in said.tolist())
     if any_failed:
-        group.any_rank(failed=failed)
+        group.any_rank(errors=failed)
     return Asked(stop, save)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, Self
 
-from petune.base.distributed import ALONE, Group, num_processes
+from petune.base.distributed import SINGLE_PROCESS, Group, num_processes
 from petune.base.errors import Stopped
 
 REPEATED_S = 5.0
@@ -45,7 +45,7 @@ class StopFlag:
             signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self, group: Group = ALONE) -> Iterator[None]:
+    def at_once(self, group: Group = SINGLE_PROCESS) -> Iterator[None]:
         """Inside, nothing has been trained yet that could be lost, and a signal does not wait for the next check.
 
         Raises:
@@ -67,7 +67,7 @@ class StopFlag:
             name = self.signal_name or "a signal to another process"
             raise Stopped(f"stopped by {name} before it trained; nothing is lost, start it again")
 
-    def check(self, group: Group = ALONE, failed: Sequence[Exception] = ()) -> None:
+    def check(self, group: Group = SINGLE_PROCESS, failed: Sequence[Exception] = ()) -> None:
         """Raise `Stopped` if a signal has come, to this process or to another of the group.
 
         Args:

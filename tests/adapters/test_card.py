@@ -15,7 +15,7 @@ from torch import nn
 
 import petune
 from petune.adapters.card import public
-from petune.base.text import in_markdown, without_folders
+from petune.base.text import escape_markdown, hide_folders
 from petune.serving.restore import plain_backbone, read_run
 from tests.tiny import X, randomised, tiny
 
@@ -129,7 +129,7 @@ def test_an_edited_card_is_no_damage(tmp_path: Path) -> None:
 
 
 def test_markdown_shows_it_as_it_is() -> None:
-    assert in_markdown("a_b\n# <c>") == "a\\_b \\# &lt;c&gt;"
+    assert escape_markdown("a_b\n# <c>") == "a\\_b \\# &lt;c&gt;"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_markdown_shows_it_as_it_is() -> None:
     ],
 )
 def test_folders_are_taken_out_of_names(said: str, shown: str) -> None:
-    assert without_folders(said) == shown
+    assert hide_folders(said) == shown
 
 
 def test_weights_are_called_by_their_file() -> None:

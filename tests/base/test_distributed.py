@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from petune.base.distributed import ALONE, NAMES, Group, is_said_elsewhere, join, leads
+from petune.base.distributed import SINGLE_PROCESS, Group, init_group, is_main_process, is_reported_elsewhere
 from petune.base.errors import ConfigError, DataError, Stopped, UnknownName
 from petune.cli.main import main
 from petune.runner.result import RunResult
@@ -252,7 +252,7 @@ def test_one_that_is_killed_does_not_leave_the_others_waiting(several: Several, 
     started[1].kill()
     started[0].join(60)
     assert started[0].exitcode == 1
-    assert "process 1 of 2 lost the others" in several.said(0)
+    assert "process 1 of 2 lost the connection" in several.said(0)
 
 
 def test_a_comparison_is_one_table(several: Several, tmp_path: Path) -> None:
@@ -283,40 +283,45 @@ def test_torchrun(several: Several, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "size"), [(10, 3), (2, 2), (1, 4), (128, 1)])
 def test_parts_are_all_and_differ_by_one(count: int, size: int) -> None:
-    parts = [range(count)[Group(rank, size).part(count)] for rank in range(size)]
+    parts = [range(count)[Group(rank, size).shard(count)] for rank in range(size)]
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_alone_nothing_changes() -> None:
-    assert join() is ALONE
-    assert leads()
-    assert ALONE.any_rank(True)
-    assert not ALONE.any_rank(False)
-    assert ALONE.broadcast(lambda: 3) == ALONE.main_first(lambda: 3) == ALONE.smallest(3) == 3
-    with pytest.raises(DataError), ALONE.together():
+    assert init_group() is SINGLE_PROCESS
+    assert is_main_process()
+    assert SINGLE_PROCESS.any_rank(True)
+    assert not SINGLE_PROCESS.any_rank(False)
+    assert (
+        SINGLE_PROCESS.broadcast(lambda: 3)
+        == SINGLE_PROCESS.main_first(lambda: 3)
+        == SINGLE_PROCESS.all_reduce_min(3)
+        == 3
+    )
+    with pytest.raises(DataError), SINGLE_PROCESS.raise_together():
         raise DataError("x")
     with pytest.raises(DataError):
-        ALONE.any_rank(failed=[DataError("x")])
+        SINGLE_PROCESS.any_rank(errors=[DataError("x")])
 
 
 def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong, own, alike = UnknownName("method", "x", ["y"]), DataError("x"), Stopped("x")
-    assert not is_said_elsewhere(wrong)
-    for what, value in (("size", 4), ("rank", 3), ("local", 1)):
-        monkeypatch.setenv(NAMES[what][0], str(value))
-    assert [is_said_elsewhere(e) for e in (wrong, own, alike)] == [True, False, True]
+    assert not is_reported_elsewhere(wrong)
+    for name, value in (("WORLD_SIZE", 4), ("RANK", 3), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    assert [is_reported_elsewhere(e) for e in (wrong, own, alike)] == [True, False, True]
     monkeypatch.setenv("LOCAL_RANK", "0")  # the first one of a second machine, where files may differ
-    assert not is_said_elsewhere(wrong)
+    assert not is_reported_elsewhere(wrong)
 
 
 def test_devices_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Group(1, 2, 1)
     assert group.device(torch.device("cpu")) == torch.device("cpu")
-    with pytest.raises(ConfigError, match="several processes need cpu or cuda"):
+    with pytest.raises(ConfigError, match="several processes cannot share the device mps"):
         group.device(torch.device("mps"))
-    with pytest.raises(ConfigError, match="must be cuda, not cuda:0"):
+    with pytest.raises(ConfigError, match="device is cuda:0"):
         group.device(torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="each process needs a GPU of its own"):
+    with pytest.raises(ConfigError, match="process 2 of this machine has no GPU"):
         group.device(torch.device("cuda"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
 
 from petune.base import errors
-from petune.base.errors import MissingExtra, PetuneError, UnknownName, did_you_mean
+from petune.base.errors import ConfigError, MissingExtra, PetuneError, Problem, UnknownName, did_you_mean
 
 EXIT_CODES = {
     "PetuneError": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3,
@@ -61,3 +62,14 @@ def test_unknown_name_has_kind_name_suggestions_and_hint() -> None:
 
 def test_missing_extra_shows_the_command() -> None:
     assert 'pip install "petune[tensorboard]"' in str(MissingExtra("logging for TensorBoard", "tensorboard"))
+
+
+def test_every_error_survives_pickling() -> None:
+    errors = [
+        UnknownName("dataset", "cifr10", ["cifar10"]),
+        MissingExtra("logging", "wandb"),
+        ConfigError("wrong", [Problem("lr", "lr: required")], cli_hint="Set --lr"),
+    ]
+    for error in errors:
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))

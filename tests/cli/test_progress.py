@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from petune.base.text import percent
+from petune.base.text import format_percent
 from petune.cli.progress import Progress
 from petune.cli.terminal import clean, format_count, format_flops, print_table
 from petune.runner.events import RunStarted
@@ -69,7 +69,7 @@ def test_the_bar_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_units() -> None:
     assert (format_count(1234567), format_count(None)) == ("1,234,567", "-")
-    assert (percent(12.345, 1), percent(None)) == ("12.3 %", "-")
+    assert (format_percent(12.345, 1), format_percent(None)) == ("12.3 %", "-")
     assert (format_flops(35_126_135_808), format_flops(9_120_000)) == ("35.126 GFLOPs", "9.120 MFLOPs")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from petune.base.config import Config
-from petune.base.distributed import join
+from petune.base.distributed import init_group
 from petune.base.errors import ConfigError, PetuneError, ProcessLost, Stopped, UsageError
 from petune.runner.result import RunResult
 from petune.runner.run import run
@@ -117,7 +117,7 @@ def attempt(config: RunConfig, watch: Callable[[Event], None], work: Work = RUN)
             raise
         return Failure(f"{type(error).__name__}: {error}")
     except Exception as error:
-        if join().size > 1:  # the others wait for this process, and cannot be told
+        if init_group().size > 1:  # the others wait for this process, and cannot be told
             raise
         return Failure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}{_kept_traceback(config)}")
 

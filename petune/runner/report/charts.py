@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from petune.base.text import drawable
+from petune.base.text import matplotlib_text
 
 INK = "#010203"
 """Drawn with this colour, shown in the page's own: light on dark, dark on light."""
@@ -61,7 +61,7 @@ def accuracy_chart(salt: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
         axes.margins(0.15, 0.12)
         axes.set_xlabel("trained parameters (tuned and head)")
         axes.set_ylabel("top-1 on test, percent")
-        points = [(x, row["top1_mean"], drawable(row["method"])) for x, row in zip(trained, rows, strict=True)]
+        points = [(x, row["top1_mean"], matplotlib_text(row["method"])) for x, row in zip(trained, rows, strict=True)]
         _label_points(figure, axes, points)
         return Chart(_svg(figure, f"accuracy {salt}"), "Top-1 on test over trained parameters")
 
@@ -93,7 +93,7 @@ def cost_charts(salt: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     slow = max(seconds, default=0) >= 120
     times, unit = [time / (60 if slow else 1) for time in seconds], "minutes" if slow else "seconds"
     gigabytes = [row["peak_memory_bytes"] / 1e9 for row in rows]
-    names = [drawable(row["method"]) for row in rows]
+    names = [matplotlib_text(row["method"]) for row in rows]
     return [
         Chart(_bars(f"time {salt}", names, times, unit), "Wall time of a run, mean over seeds"),
         Chart(_bars(f"memory {salt}", names, gigabytes, "GB"), "Peak memory"),

@@ -68,10 +68,10 @@ def _render(**values: object) -> str:
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from petune.base.text import visible
+    from petune.base.text import printable
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: visible(value) if type(value) is str else value,
+        lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
     )  # fmt: skip
     return environment.get_template("report.html.jinja").render(**values, mark=MARK, version=version("petune"))

@@ -6,7 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from petune.base.text import duration as duration, in_markdown, size as size, visible as visible
+from petune.base.text import (
+    escape_markdown,
+    format_duration as format_duration,
+    format_size as format_size,
+    printable as printable,
+)
 
 COLUMNS = (
     "method", "tuned", "head", "% of backbone", "% of all", "adapter", "top-1", "top-5", "images/s", "peak memory",
@@ -24,12 +29,12 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['head']:,}",
         f"{row['percent_of_backbone']:.3f}",
         f"{row['percent_of_total']:.3f}",
-        size(row["adapter_bytes"]),
+        format_size(row["adapter_bytes"]),
         _spread(row["top1_mean"], row["top1_std"]),
         _spread(row["top5_mean"], row["top5_std"]),
         f"{row['images_per_s']:,.0f}",
-        size(row["peak_memory_bytes"]),
-        duration(row["time_s"] / len(row["seeds"])),
+        format_size(row["peak_memory_bytes"]),
+        format_duration(row["time_s"] / len(row["seeds"])),
     ]
 
 
@@ -46,7 +51,7 @@ def trial_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             _accuracy(row["val_top1"]),
             _accuracy(tested.get(row["trial"])),
             _value(row["epoch"]),
-            "–" if row["time_s"] is None else duration(row["time_s"]),
+            "–" if row["time_s"] is None else format_duration(row["time_s"]),
             f"failed: {row['reason']}" if row["state"] == "failed" else row["state"],
         ]
         for row in sorted(trials, key=lambda row: -(row["val_top1"] or -1))
@@ -59,7 +64,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     config, shared = comparison["config"], comparison["config"]["run"]
     seeds = ", ".join(map(str, config["seeds"]))
     lines = [
-        f"# {in_markdown(shared['backbone'])} on {in_markdown(shared['dataset'])}",
+        f"# {escape_markdown(shared['backbone'])} on {escape_markdown(shared['dataset'])}",
         "",
         f"Backbone `{_cell(comparison['backbone'])}`, weights `{_cell(comparison['weights'])}`; "
         f"{shared['train']['epochs']} epochs; seeds {seeds}. The epoch is chosen on a validation split, "
@@ -76,11 +81,11 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         for r in comparison["rows"]
         if r["status"] == "done" and len(r["seeds"]) < len(config["seeds"])
     }
-    lines += ["", f"With fewer seeds: {in_markdown(seeds_by_method(fewer))}."] if fewer else []
+    lines += ["", f"With fewer seeds: {escape_markdown(seeds_by_method(fewer))}."] if fewer else []
     origins = comparison.get("origins") or []
     if origins:
         lines += ["", "Measured in several places:", ""]
-        lines += [f"- {in_markdown(seeds_by_method(o['runs']))}: {_measured(o['provenance'])}" for o in origins]
+        lines += [f"- {escape_markdown(seeds_by_method(o['runs']))}: {_measured(o['provenance'])}" for o in origins]
     elif comparison["provenance"]:
         lines += ["", f"Measured on {_measured(comparison['provenance'])}"]
     return "\n".join([*lines, "", "![top-1 over trained parameters](compare.svg)", ""])
@@ -98,7 +103,7 @@ def _measured(where: Mapping[str, Any]) -> str:
     threads = f"{where['threads']} thread{'s' * (where['threads'] != 1)}"
     dirty = " with changes that are not committed" if (where.get("git") or {}).get("dirty") else ""
     at = f"; commit {commit[:7]}{dirty}" if commit else ""
-    return f"{in_markdown(where['device'])}, {threads}, {where['precision']}; {versions}{at}."
+    return f"{escape_markdown(where['device'])}, {threads}, {where['precision']}; {versions}{at}."
 
 
 def image(comparison: Mapping[str, Any]) -> bytes:
@@ -140,4 +145,4 @@ def _value(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return visible(text).replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+    return printable(text).replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")

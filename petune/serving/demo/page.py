@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.base.errors import DataError, MissingExtra, UsageError
-from petune.base.text import in_markdown, visible
+from petune.base.text import escape_markdown, printable
 from petune.serving.demo.side_by_side import Answer, SideBySide
 
 LARGEST_UPLOAD = "100mb"
@@ -80,7 +80,7 @@ def _free(host: str, port: int) -> int:
 
 def _page(gradio: Any, demo: SideBySide) -> Any:
     with gradio.Blocks(title="petune demo", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
-        gradio.Markdown(f"# One backbone, {_adapters(len(demo.names))}\n\n{in_markdown(demo.backbone)}")
+        gradio.Markdown(f"# One backbone, {_adapters(len(demo.names))}\n\n{escape_markdown(demo.backbone)}")
         problem = gradio.HTML(visible=False)
         with gradio.Row():
             image = gradio.File(label="Drop an image here", elem_id="image", height=200)
@@ -89,19 +89,19 @@ def _page(gradio: Any, demo: SideBySide) -> Any:
         with gradio.Row():
             for name in demo.names:
                 with gradio.Column(min_width=240):
-                    labels.append(gradio.Label(label=visible(name), num_top_classes=5))
-                    times.append(gradio.Markdown(in_markdown(demo.notes[name])))
+                    labels.append(gradio.Label(label=printable(name), num_top_classes=5))
+                    times.append(gradio.Markdown(escape_markdown(demo.notes[name])))
 
         def ask(file: str | None) -> list[Any]:
             nothing = [None] * len(labels)
-            notes = [in_markdown(demo.notes[name]) for name in demo.names]
+            notes = [escape_markdown(demo.notes[name]) for name in demo.names]
             if file is None:
                 return [gradio.update(visible=False), None, *nothing, *notes]
             try:
                 square, answers = demo(Path(file))
             except DataError as error:
                 return [gradio.update(value=_alert(str(error)), visible=True), None, *nothing, *notes]
-            found = [{visible(guess.name): guess.probability for guess in answer.top} for answer in answers]
+            found = [{printable(guess.name): guess.probability for guess in answer.top} for answer in answers]
             timed = [f"{note}<br>{_time(answer)}" for note, answer in zip(notes, answers, strict=True)]
             return [gradio.update(visible=False), square, *found, *timed]
 
@@ -118,5 +118,5 @@ def _time(answer: Answer) -> str:
 
 
 def _alert(text: str) -> str:
-    words = html.escape(visible(text))
+    words = html.escape(printable(text))
     return f'<p role="alert" style="border-left: 4px solid #b3261e; padding: .5rem .75rem; margin: 0">{words}</p>'

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from petune.base.text import drawable
+from petune.base.text import matplotlib_text
 from petune.serving.evaluation.measures import Evaluation
 
 Kind = Literal["svg", "png"]
@@ -79,5 +79,5 @@ def _drawn(draw: Any, inches: tuple[float, float], kind: Kind) -> bytes:
 
 def _short(name: str) -> str:
     """What matplotlib's font can draw, at most 24 letters of it."""
-    plain = drawable(name)
+    plain = matplotlib_text(name)
     return plain if len(plain) <= 24 else plain[:23] + "…"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.config import Config
-from petune.base.text import html_table, percent
+from petune.base.text import format_percent, html_table
 
 NUM_BINS = 15
 """Of the calibration error, as in most papers since Guo et al., 2017 (1706.04599)."""
@@ -36,7 +36,7 @@ class ClassMetrics(Config):
     def cells(self) -> tuple[str, str, str, str]:
         """The text of its row, in the order of `COLUMNS`."""
         mistaken = f"{self.mistaken_for} ({self.mistakes})" if self.mistaken_for is not None else "-"
-        return self.name, f"{self.num_images:,}", percent(self.accuracy), mistaken
+        return self.name, f"{self.num_images:,}", format_percent(self.accuracy), mistaken
 
 
 class Bin(Config):
@@ -81,11 +81,11 @@ class Evaluation(Config):
         return [
             ("method", self.method),
             ("images", f"{self.num_images:,} of {self.dataset}, {self.split}"),
-            ("top-1", percent(self.top1)),
-            ("top-5", percent(self.top5)),
-            ("mean of classes", percent(self.balanced)),
+            ("top-1", format_percent(self.top1)),
+            ("top-5", format_percent(self.top5)),
+            ("mean of classes", format_percent(self.balanced)),
             ("loss", f"{self.loss:.4f}"),
-            ("calibration error", percent(self.calibration_error)),
+            ("calibration error", format_percent(self.calibration_error)),
         ]
 
     def _repr_html_(self) -> str:
