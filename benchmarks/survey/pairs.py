@@ -166,7 +166,8 @@ def _vpt(att: petune.Attachment, widths: list[int]) -> int:
 
 
 def _full(att: petune.Attachment, widths: list[int]) -> int:
-    head = {id(p) for m in att.sites.head.modules for p in m.parameters()} if att.sites.head else set()
+    classifier = att.sites.parts.get("head")
+    head = {id(p) for m in classifier.modules for p in m.parameters()} if classifier else set()
     return sum(p.numel() for p in att.model.parameters() if id(p) not in head)
 
 

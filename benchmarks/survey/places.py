@@ -19,20 +19,19 @@ def unproven_mids(model: nn.Module, sites: petune.Sites) -> list[str]:
     Of one whose addition goes past attention and MLP together, what entered is left, and `mid` must be the MLP's norm.
     """
     x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(2))
-    return [b.path for b in sites.blocks if b.mid is not None and b.mlp is not None and not _is_stream(model, b, x)]
+    return [b.path for b in sites.blocks if {"mid", "mlp"} <= b.parts.keys() and not _is_stream(model, b, x)]
 
 
 def _is_stream(model: nn.Module, block: Block, x: Tensor) -> bool:
-    norms = [n for n in (block.norm1, block.norm2) if n is not None]
-    for silent in ([block.mlp], [block.mlp, block.attn], *([n] for n in norms)):
-        if None in silent:
+    for roles in (("mlp",), ("mlp", "attn"), ("norm1",), ("norm2",)):
+        if not block.parts.keys() >= set(roles):
             continue
-        entered, mid, out, later = _run(model, block, x, [s for s in silent if s is not None])
+        entered, mid, out, later = _run(model, block, x, [block.parts[role] for role in roles])
         if not block.is_module:
             return bool((out == 0).all()) or any(_close(mid, y) for y in later)
         if any(_close(mid, y) for y in (out, *later)):
             return True
-        if block.norm2 is not None and block.mid is not None and block.mid.enter is block.norm2.enter:
+        if "norm2" in block.parts and block.mid.enter is block.norm2.enter:
             return _close(entered, out)
     return False
 
@@ -80,8 +79,6 @@ def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> tuple
     def zero(module: nn.Module, args: Any, output: Any) -> Any:
         return output * 0 if isinstance(output, Tensor) else (output[0] * 0, *output[1:])
 
-    assert block.mid is not None
-    assert block.mlp is not None
     handles = [site.exit.register_forward_hook(zero) for site in silent]
     handles.append(block.enter.register_forward_pre_hook(entered, with_kwargs=True))
     handles.append(block.mid.enter.register_forward_pre_hook(mid, with_kwargs=True))

@@ -90,10 +90,11 @@ def _row(family: str, result: dict[str, Any], methods: list[str], notes: dict[st
 
 def general(reason: str) -> str:
     """A reason without the names of one model, so that models share footnotes."""
-    reason = re.sub(r"but (block \d+ \()?[\w.]+\)? of \w+ ", "but a block ", reason)
+    reason = re.sub(r"but [\w.]+ of \w+ ", "but a block ", reason)
+    reason = re.sub(r"^block \d+ \([\w.]+\) of \w+ ", "a block ", reason)
     reason = re.sub(r"but \w+ calls", "but the model calls", reason)
-    reason = re.sub(r"but \w+ has no attention", "but the model has no attention", reason)
+    reason = re.sub(r"^\w+ has no attention", "the model has no attention", reason)
     reason = re.sub(r" \((\w+(\.\w+)*)\)(?=\.)", "", reason)
-    reason = re.sub(r"its places are: block, ", "its places are ", reason)
+    reason = re.sub(r"it has: block, ", "it has ", reason)
     reason = re.sub(r" \((\w+Error): .*?\)(?=\. )", "", reason)
     return re.sub(r"tokens than [\w.]+,", "tokens than the first,", reason)

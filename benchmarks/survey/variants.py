@@ -45,4 +45,4 @@ def see(name: str) -> tuple[int, int]:
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=3)
     blocks = petune.find_sites(model).blocks
-    return len(blocks), sum(b.mid is None for b in blocks)
+    return len(blocks), sum("mid" not in b.parts for b in blocks)

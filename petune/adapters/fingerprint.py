@@ -60,7 +60,8 @@ def fingerprint(attachment: Attachment) -> str:
 
 def _frozen(attachment: Attachment) -> dict[str, Tensor]:
     moving = {id(t) for t in (*attachment.live_state().values(), *attachment.tuned.values())}
-    head = {id(p) for m in attachment.sites.head.modules for p in m.parameters()} if attachment.sites.head else set()
+    classifier = attachment.sites.parts.get("head")
+    head = {id(p) for m in classifier.modules for p in m.parameters()} if classifier else set()
     skipped = moving | head | added_to(attachment.model)
     out = _classifier_keys(attachment)  # of a task that is not in use it is another module at the same place
     named: dict[str, Tensor] = {**named_parameters(attachment.model), **dict(attachment.model.named_buffers())}
@@ -71,7 +72,7 @@ def _frozen(attachment: Attachment) -> dict[str, Tensor]:
 
 def head_fingerprint(attachment: Attachment) -> str | None:
     """The same of the classifier's tensors, for an attachment that does not train it; None where there is no other."""
-    head = attachment.sites.head
+    head = attachment.sites.parts.get("head")
     if attachment.head or head is None:
         return None
     named: dict[str, Tensor] = {}
@@ -102,7 +103,7 @@ def _beneath(attachment: Attachment, tensors: dict[str, Tensor]) -> dict[str, Te
 
 
 def _classifier_keys(attachment: Attachment) -> set[str]:
-    head = attachment.sites.head
+    head = attachment.sites.parts.get("head")
     found: set[str] = set()
     for path, module in ((head.path, head.enter), (head.exit_path, head.exit)) if head else ():
         buffers = module.named_buffers() if attachment.head else ()

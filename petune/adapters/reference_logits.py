@@ -73,7 +73,7 @@ def max_abs_diff(attachment: Attachment, saved: Mapping[str, Any]) -> float:
 
 def _alone(attachment: Attachment) -> bool:
     """Whether the logits can be those of this attachment and no other, under its own classifier."""
-    ledger, head = trainable_state_of(attachment.model), attachment.sites.head
+    ledger, head = trainable_state_of(attachment.model), attachment.sites.parts.get("head")
     here = {*attachment.model.modules()}
     if ledger is None or (head is not None and not here.issuperset(head.modules)):  # a task of AdapterBank, not in use
         return False
@@ -93,7 +93,7 @@ def _on(attachment: Attachment) -> Iterator[None]:
 
 def _moved_by_rounding(attachment: Attachment, logits: Tensor, fewer_bits: int) -> float:
     """How far the logits move where what every layer but the classifier gives is rounded."""
-    model, head = attachment.model, attachment.sites.head
+    model, head = attachment.model, attachment.sites.parts.get("head")
     half = next(model.parameters()).dtype in {torch.float16, torch.bfloat16}
     left_out = {m for bound in head.modules for m in bound.modules()} if head is not None else set()
     layers = [m for m in model.modules() if m not in left_out and not any(True for _ in m.children())]

@@ -138,7 +138,7 @@ def create_backbone(
     sites = _find_sites(model)
     if file is not None:
         kept = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
-        load_into(model, file, set() if kept else _head_keys(model, sites.head))
+        load_into(model, file, set() if kept else _head_keys(model, sites.parts.get("head")))
         mean, std = _file_statistics(file, alias)
     return Backbone(
         model.eval(),
@@ -190,7 +190,7 @@ def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
     """The model's linear classifiers by path, as it tells (timm), else as they are found; empty without any."""
     heads: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     if heads is None:
-        found = _find_sites(model).head
+        found = _find_sites(model).parts.get("head")
         heads = found.modules if found is not None else ()
     several = isinstance(heads, tuple | nn.ModuleList)  # CrossViT has one for each scale
     last = [_last_linear(head) for head in (heads if several else (heads,))]

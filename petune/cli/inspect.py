@@ -47,17 +47,18 @@ def inspect(settings: Settings, *, json: Json = False) -> None:
 
 def sites_data(sites: Sites) -> dict[str, Any]:
     """The sites as plain data."""
-    roles = ("attn", "mlp", "norm1", "norm2", "mid")
+    from petune.sites.site import ROLES
+
     return {
         "model": sites.model,
         "input_size": sites.input_size,
         "grid_size": sites.grid_size,
         "embed_dim": sites.embed_dim,
         "num_prefix_tokens": sites.num_prefix_tokens,
-        "patch_embed": _site(sites.patch_embed),
-        "blocks": [{**(_site(b) or {}), **{role: _site(getattr(b, role)) for role in roles}} for b in sites.blocks],
-        "norm": _site(sites.norm),
-        "head": _site(sites.head),
+        "patch_embed": _site(sites.parts.get("patch_embed")),
+        "blocks": [{**(_site(b) or {}), **{role: _site(b.parts.get(role)) for role in ROLES}} for b in sites.blocks],
+        "norm": _site(sites.parts.get("norm")),
+        "head": _site(sites.parts.get("head")),
     }
 
 

@@ -116,7 +116,7 @@ def _refuse_parts(model: nn.Module, ledger: TrainableState | None) -> None:
 
 
 def _tell_beside_head(sites: Sites, train_head: bool) -> None:
-    if train_head and sites.head is not None and sites.beside_head:
+    if train_head and "head" in sites.parts and sites.beside_head:
         warnings.warn(
             f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone, "
             f"and stay as they are unless the method trains them: {', '.join(sites.beside_head)}. If they are new, "
@@ -127,7 +127,7 @@ def _tell_beside_head(sites: Sites, train_head: bool) -> None:
 
 def _refuse_others_sites(model: nn.Module, sites: Sites) -> None:
     own = {id(m) for m in model.modules()}
-    places = [site for site in (*sites.blocks, sites.norm, sites.head) if site is not None]
+    places = [*sites.blocks, *sites.parts.values()]
     strange = [site.where for site in places if any(id(m) not in own for m in site.modules)]
     if strange:
         raise AttachError(

@@ -55,7 +55,7 @@ class Attachment:
         self.model, self.sites, self.tuner, self.name = model, sites, tuner, name
         self.edit_log, self._train_head, self.attached, self.enabled = edit_log, train_head, True, True
         self.fingerprint: str | None = None
-        head = sites.need_head() if train_head else sites.head
+        head = sites.head if train_head else sites.parts.get("head")
         self._head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self._head_modules for p in m.parameters()}
         added = {id(p) for p in edit_log.new_parameters()}

@@ -11,14 +11,15 @@ from petune.injector.hooks.base import After, Before, Gather, Parallel, once
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
-from petune.sites.site import Block, Site, Sites, changeable, present, whole
+from petune.sites.site import Block, Site, Sites, require_editable, require_site, require_whole
 
 
 class Edit:
     """The changes that one tuner makes to one model. `attach` gives it to the tuner, which calls its verbs.
 
-    Every change is undone by `Attachment.detach`. A verb that is given a site raises SiteNotFound if the model does
-    not have it, and AttachError if the site cannot be changed that way, such as a tensor between two modules.
+    Every change is undone by `Attachment.detach`. Ask for a site by name, such as `block.attn`: it raises SiteNotFound
+    if the model does not have it. A verb raises AttachError if it cannot change the site, such as a tensor between two
+    modules.
 
     Several adapters at one site: `before` applies them in the order in which they were declared, `after` and
     `parallel` in the reverse order (the one declared last acts on the site's own output first).
@@ -40,7 +41,7 @@ class Edit:
 
     # Change the forward
 
-    def parallel(self, enter: Site | Sequence[Site] | None, exit: Site | None, adapter: nn.Module) -> None:
+    def parallel(self, enter: Site | Sequence[Site], exit: Site, adapter: nn.Module) -> None:
         """Add `adapter(what enters ENTER)` to what leaves EXIT.
 
         Args:
@@ -48,11 +49,11 @@ class Edit:
             exit: Where its output is added, for example `block`.
             adapter: Maps (..., D of enter) to (..., D of exit); for several sites, a list of such tensors.
         """
-        exit = changeable(self.sites, exit, "parallel")
+        exit = require_editable(exit, "parallel")
         if isinstance(enter, Sequence):
             self._gather(enter, exit, adapter)
             return
-        enter = present(self.sites, enter, "parallel")
+        enter = require_site(enter, "parallel")
         holder = Parallel(adapter, enter.layout, exit.layout)
         self._placer.call_qkv(enter, exit)
         self._placer.add(holder, exit, enter, exit)
@@ -60,17 +61,17 @@ class Edit:
         # innermost of all hooks, so that it meets the tokens as ENTER saw them; also after an exception
         self._placer.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
 
-    def before(self, site: Site | None, adapter: nn.Module) -> None:
+    def before(self, site: Site, adapter: nn.Module) -> None:
         """Replace what enters `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
-        site = whole(changeable(self.sites, site, "before"), "before")
+        site = require_whole(require_editable(site, "before"), "before")
         holder = Before(adapter, site.layout)
         self._placer.call_qkv(site)
         self._placer.add(holder, site, site)
         self._placer.hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
 
-    def after(self, site: Site | None, adapter: nn.Module) -> None:
+    def after(self, site: Site, adapter: nn.Module) -> None:
         """Replace what leaves `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
-        site = whole(changeable(self.sites, site, "after"), "after")
+        site = require_whole(require_editable(site, "after"), "after")
         holder = After(adapter, site.layout)
         self._placer.call_qkv(site)
         self._placer.add(holder, site, site)
@@ -101,7 +102,7 @@ class Edit:
             The parameters that train now. Those that other attachments have added are left out.
         """
         if isinstance(target, Site):
-            whole(target, "train")
+            require_whole(target, "train")
         modules = target.modules if isinstance(target, Site) else (target,) if isinstance(target, nn.Module) else ()
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
@@ -113,7 +114,7 @@ class Edit:
 
     # Look
 
-    def linear_layers(self, site: Site | None, *, pointwise: bool = False) -> tuple[Site, ...]:
+    def linear_layers(self, site: Site, *, pointwise: bool = False) -> tuple[Site, ...]:
         """Return the backbone's linear layers that the forward calls within `site`, in the order of the calls.
 
         A qkv layer whose weight an attention only reads is listed where timm can call it instead (EVA, BEiT,
@@ -123,15 +124,15 @@ class Edit:
             site: A site with an extent, such as `block.attn`.
             pointwise: Also list 1×1 convolutions, the linear layers of tokens that are laid out as an image.
         """
-        return self._layers.linear_layers(present(self.sites, site, "linear_layers"), pointwise=pointwise)
+        return self._layers.linear_layers(require_site(site, "linear_layers"), pointwise=pointwise)
 
-    def input_linears(self, site: Site | None) -> tuple[Site, ...]:
+    def input_linears(self, site: Site) -> tuple[Site, ...]:
         """Return those of `linear_layers(site)` that are called with exactly the tensor that enters the site."""
-        return self._layers.input_linears(present(self.sites, site, "input_linears"))
+        return self._layers.input_linears(require_site(site, "input_linears"))
 
-    def uncalled_linears(self, site: Site | None) -> tuple[Site, ...]:
+    def uncalled_linears(self, site: Site) -> tuple[Site, ...]:
         """Return the linear layers inside `site` that the forward never calls, because it reads their weights."""
-        return self._layers.uncalled_linears(present(self.sites, site, "uncalled_linears"))
+        return self._layers.uncalled_linears(require_site(site, "uncalled_linears"))
 
     def prompt_span(self) -> tuple[Block, ...]:
         """Return the blocks that prompts can pass through when they enter at the first one.
@@ -179,13 +180,13 @@ class Edit:
         self._log.added_modules += modules
         self._log.added_buffers += buffers
 
-    def use_qkv_module(self, site: Site | None) -> None:
+    def use_qkv_module(self, site: Site) -> None:
         """Let attentions call their qkv layer where they only read its weight (timm: EVA, BEiT, Swin-V2).
 
         Only needed before a layer is replaced by hand; `before`, `after` and `parallel` do this themselves. The result
         is the same up to rounding. Disabled and detached, the model reads the weight again.
         """
-        self._placer.call_qkv_within(present(self.sites, site, "use_qkv_module"))
+        self._placer.call_qkv_within(require_site(site, "use_qkv_module"))
 
     def on_toggle(
         self,

@@ -62,7 +62,8 @@ class LayerFinder:
 
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""
-        head = {id(m) for h in self.sites.head.modules for m in h.modules()} if self.sites.head else set()
+        classifier = self.sites.parts.get("head")
+        head = {id(m) for h in classifier.modules for m in h.modules()} if classifier else set()
 
         def is_own(module: nn.Module) -> bool:
             added = any(id(p) in self.others for p in module.parameters(recurse=False))
@@ -92,8 +93,8 @@ class LayerFinder:
     def _calls(self) -> dict[int, Call]:
         """Return the calls of one forward in which attentions call their qkv layers, as the verbs would let them."""
         if self._recorded is None:
-            inner = [getattr(b, role) for b in self.sites.blocks for role in ("attn", "mlp", "norm1", "norm2")]
-            sites = [*self.sites.blocks, *(s for s in inner if s is not None)]
+            inner = [site for b in self.sites.blocks for role, site in b.parts.items() if role != "mid"]
+            sites = [*self.sites.blocks, *inner]
             watched = [*self._matrices(), *(m for s in sites for m in s.modules)]
             with qkv_called(self.model):
                 self._recorded = probe(self.model, self.sites, {id(m): m for m in watched}.values())

@@ -32,7 +32,7 @@ class PromptPlacer:
         """See `Edit.prompt`."""
         run = (blocks,) if isinstance(blocks, Block) else tuple(blocks)
         if not run:
-            self.sites.need_blocks()
+            self.sites.require_blocks()
             raise SiteNotFound("prompt needs one block or more, but was given none")
         count = getattr(adapter, "num_prompts", None)
         if not isinstance(count, int) or count < 1:
@@ -51,7 +51,7 @@ class PromptPlacer:
 
     def span(self) -> tuple[Block, ...]:
         """See `Edit.prompt_span`."""
-        first, *others = self.sites.need_blocks()
+        first, *others = self.sites.require_blocks()
         room = self.prompting.room(first, 1)
         fits = [first.dim == b.dim and self.prompting.room(b, 1) == room for b in others]
         return (first, *others[: (*fits, False).index(False)])
@@ -80,9 +80,9 @@ class PromptPlacer:
 
     def _into_attention(self, block: Block, adapter: nn.Module, count: int) -> None:
         """Let prompts enter and leave the attention of one block."""
-        attn, room = block.need("attn"), self.prompting.room(block, count)
+        attn, room = block.attn, self.prompting.room(block, count)
         self._admit((block,), room)
-        norm = block.norm1 if block.norm_first else None
+        norm = block.parts.get("norm1") if block.norm_first else None
         if norm is not None and norm.enter in set(attn.enter.modules()):
             norm = None  # the attention normalizes them itself
         holder = InnerPrompts(adapter, room, fills(block), norm)
@@ -102,9 +102,9 @@ class PromptPlacer:
                 reason = "has no way out for them: they stay in its attention, and cannot go on to the next block"
                 raise refused(block, self.sites, reason, USE_DEEP)
         holder, hook = WindowPrompts(adapter, room, {}, None), self.placer.hook
-        self.placer.add(holder, run[0], *(b.need("attn") for b in run))
+        self.placer.add(holder, run[0], *(b.attn for b in run))
         for block in run:
-            attn = block.need("attn")
+            attn = block.attn
             window = WindowHook(holder, block, fills(block), (block is run[0], block is run[-1]))
             hook(attn.enter.register_forward_pre_hook(window.enter, with_kwargs=True, prepend=True))
             hook(attn.exit.register_forward_hook(window.leave))

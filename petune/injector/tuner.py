@@ -13,8 +13,8 @@ and petune does the rest: it registers, freezes, checks, saves and undoes. A who
 
     class SSF(petune.Tuner[SSFConfig]):
         def attach(self, edit: petune.Edit) -> None:
-            for block in edit.sites.need_blocks():
-                edit.after(block.need("attn"), ScaleShift(block.dim, self.config.init_std))
+            for block in edit.sites.require_blocks():
+                edit.after(block.attn, ScaleShift(block.dim, self.config.init_std))
 
     # pyproject.toml of the plugin; the name on the left is the method's name everywhere:
     [project.entry-points."petune.tuners"]

@@ -58,7 +58,7 @@ class AdapterBank:
         self._by_row: dict[Any, bool] = {}  # whether edits at such places have a row for each image
         self.active: str | None = None
         self.sites = find_sites(model)
-        head = self.sites.need_head()
+        head = self.sites.head
         if not head.is_module:
             raise AttachError(f"tasks exchange the classifier, but {self.sites.model} has several: {head.where}")
         self._head: Site = head
@@ -77,7 +77,7 @@ class AdapterBank:
         self.use(None)
         saved = read_adapter(expand_home(path))
         head = _fitting(self._head, saved.tensors)
-        sites = replace(self.sites, head=replace(self._head, enter=head, exit=head))
+        sites = replace(self.sites, parts={**self.sites.parts, "head": replace(self._head, enter=head, exit=head)})
         try:
             self._put(head)
             attachment = attach_saved(self.model, saved, name=name, sites=sites)

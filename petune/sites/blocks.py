@@ -51,7 +51,7 @@ def find_blocks(trace: Trace, model: str) -> tuple[Block, ...]:
     blocks: dict[int, tuple[int, Block]] = {}
     for unit in units:
         for start, block in _blocks_of(trace, unit, units, model):
-            whole = block.attn is not None and block.mid is not None and unit.holder and unit.holder.keeps_shape
+            whole = {"attn", "mid"} <= block.parts.keys() and unit.holder and unit.holder.keeps_shape
             if unit.strong or whole:  # what only pools is a block if it is built like one
                 blocks.setdefault(id(block.enter), (start, block))
     ordered = sorted(blocks.values(), key=lambda item: item[0])
@@ -128,7 +128,7 @@ def _side_by_side(trace: Trace, unit: Unit, holder: Call, model: str) -> Block:
     mid = mid_of(trace, unit.mlp, unit.call.stop)
     if not reaches(trace, mid, holder):
         return bare
-    return replace(bare, mid=site("mid", mid, mid, unit.dim, model, bare.layout, point=True))
+    return _with_mid(bare, mid, unit, model)
 
 
 def _lone(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple[int, Block]]:
@@ -142,7 +142,7 @@ def _lone(trace: Trace, unit: Unit, units: list[Unit], model: str) -> list[tuple
         return []
     bare = _bare(alone[-1], alone[-1], unit.dim, model)
     mid = parallel_mid(trace, alone[-1]) if _mlp_is_fused(unit, alone[-1]) else None
-    return [(alone[-1].start, replace(bare, mid=site("mid", mid, mid, unit.dim, model, bare.layout, point=True)))]
+    return [(alone[-1].start, _with_mid(bare, mid, unit, model))]
 
 
 def _mlp_is_fused(unit: Unit, block: Call) -> bool:
@@ -166,10 +166,11 @@ def _span(trace: Trace, unit: Unit, holder: Call, model: str) -> tuple[int, Bloc
 def _describe(trace: Trace, unit: Unit, block: Call, model: str) -> Block:
     inner = _towards(block, unit.call) if unit.call is not block else block
     bare = _bare(block, block, width_after(block), model)
-    parts = _parts(trace, unit, block, inner, model, block.start)
-    if parts["mid"] is not None and not _returns_as_many(parts["mid"], block):
-        parts["mid"] = None  # a part of the tokens (a class token), not the stream that leaves the block
-    return replace(bare, **parts)
+    found = _parts(trace, unit, block, inner, model, block.start)
+    parts = found["parts"]
+    if "mid" in parts and not _returns_as_many(parts["mid"], block):
+        del parts["mid"]  # a part of the tokens (a class token), not the stream that leaves the block
+    return replace(bare, **found)
 
 
 def _returns_as_many(mid: Site, block: Call) -> bool:
@@ -188,16 +189,19 @@ def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since
     mid = mid_of(trace, unit.mlp, after, scope.stop) or parallel_mid(trace, scope)
     norm2 = norm_of(trace, unit.mlp.first, own, scope, norm1)
     mid = mid or late_mid(trace, scope, unit.mlp, norm2, after)
+    parts = [
+        site("attn", attn, attn, dim, model, default),
+        site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),
+        site("norm1", norm1, norm1, dim, model, default),
+        site("norm2", norm2, norm2, dim, model, default),
+        site("mid", mid, mid, width_after(scope) if scope.maps_tokens else dim, model, default, read_only=True),
+    ]
     return {
-        "attn": site("attn", attn, attn, dim, model, default),
-        "mlp": site("mlp", unit.mlp.first, unit.mlp.last, dim, model, default),
-        "norm1": site("norm1", norm1, norm1, dim, model, default),
-        "norm2": site("norm2", norm2, norm2, dim, model, default),
-        "mid": site("mid", mid, mid, width_after(scope) if scope.maps_tokens else dim, model, default, point=True),
+        "parts": {part.role: part for part in parts if part is not None},
         "num_windows": _num_windows(attn, scope),
         "norm_first": norm1 is None or attn is None or norm1.start < attn.start,
-        "biases": _biases(attn, scope),
-        "takes_extra": inner.parent.extra if inner.parent is scope else scope.extra,
+        "bias_modules": _biases(attn, scope),
+        "extra_inputs": inner.parent.extra if inner.parent is scope else scope.extra,
     }
 
 
@@ -227,8 +231,13 @@ def _bare(first: Call, last: Call, dim: int, model: str) -> Block:
         layout=layout_of(first, dim),
         model=model,
         index=0,
-        takes_extra=first.extra,
+        extra_inputs=first.extra,
     )
+
+
+def _with_mid(bare: Block, mid: Call | None, unit: Unit, model: str) -> Block:
+    found = site("mid", mid, mid, unit.dim, model, bare.layout, read_only=True)
+    return bare if found is None else replace(bare, parts={"mid": found})
 
 
 def _towards(outer: Call, inner: Call) -> Call:

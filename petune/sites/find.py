@@ -70,13 +70,13 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
     last_stop = max((c.stop for c in calls), default=0)
     grid, prefix = _grid_and_prefix(model, trace, first, size)
     head = _head(model, trace, last_stop, name) if head_path is None else _given_head(model, head_path, name)
+    norm = _final_norm(trace, last_stop, head, name) if blocks else None
+    parts = (_patch_embed(trace, first, grid, name), norm, head)
     return Sites(
         model=name,
         input_size=size,
-        patch_embed=_patch_embed(trace, first, grid, name),
         blocks=blocks,
-        norm=_final_norm(trace, last_stop, head, name) if blocks else None,
-        head=head,
+        parts={part.role: part for part in parts if part is not None},
         beside_head=_beside_head(model, trace, last_stop, head),
         num_prefix_tokens=prefix,
         embed_dim=blocks[-1].dim if blocks else 0,

@@ -69,7 +69,7 @@ def layout_of(call: Call, dim: int, default: Layout = "BHWC") -> Layout:
 
 
 def site(
-    role: str, first: Call | None, last: Call | None, dim: int, model: str, default: Layout, point: bool = False
+    role: str, first: Call | None, last: Call | None, dim: int, model: str, default: Layout, read_only: bool = False
 ) -> Site | None:
     """The Site from the input of `first` to the output of `last`; None if either is missing."""
     if first is None or last is None:
@@ -83,5 +83,5 @@ def site(
         dim=dim,
         layout=layout_of(first, dim, default),
         model=model,
-        point=point,
+        read_only=read_only,
     )

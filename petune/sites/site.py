@@ -1,8 +1,9 @@
-"""The places of a model that a tuner can edit: plain data, printable as a table."""
+"""Sites: the parts of a model that a tuner can edit, as plain data; `print(sites)` is a table of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -10,25 +11,26 @@ from torch import nn
 from petune.base.errors import AttachError, SiteNotFound
 
 Layout = Literal["BNC", "BHWC", "BCHW"]
-"""How a site lays out its tensor: B batch, N tokens, C (or D) channels, H and W rows and columns."""
+"""The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns."""
 
 ROLES = ("attn", "mlp", "norm1", "norm2", "mid")
+"""The sites inside a block, as named in `Block.parts` and by its properties."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Site:
-    """A span of the forward, from what enters one module to what leaves one (usually the same one).
+    """A span of the forward, from the input of one module to the output of one (usually the same module).
 
     Attributes:
-        role: What the place is: `block`, `attn`, `mlp`, `norm1`, `norm2`, `mid`, `patch_embed`, `norm`, `head`.
+        role: `block`, `attn`, `mlp`, `norm1`, `norm2`, `mid`, `patch_embed`, `norm` or `head`.
         path: Dotted path of the module that is entered.
         enter: The module whose input enters the site.
         exit_path: Dotted path of the module that is left; equal to `path` for a site that is one module.
         exit: The module whose output leaves the site.
-        dim: Width of the tokens there.
-        layout: How the tensor is laid out there.
-        point: True for a place between modules (`mid`): a tensor to read, not a module to change.
+        dim: Width of the tokens.
+        layout: Layout of the tensor.
         model: The model's class name, for messages.
+        read_only: True for a tensor between modules (`mid`): an adapter can read it, but no module returns it.
     """
 
     role: str
@@ -39,27 +41,27 @@ class Site:
     dim: int
     layout: Layout
     model: str
-    point: bool = False
+    read_only: bool = False
 
     @property
     def module(self) -> nn.Module:
-        """The module that is entered; the whole site when `is_module`."""
+        """The module that is entered; the whole site if `is_module`."""
         return self.enter
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that bound the site: one, or two where enter and exit differ."""
+        """The modules that bound the site: one, or two if enter and exit differ."""
         return (self.enter,) if self.enter is self.exit else (self.enter, self.exit)
 
     @property
     def is_module(self) -> bool:
-        """Whether the site is exactly one module's call."""
-        return self.enter is self.exit and not self.point
+        """True if the site is exactly one module's call."""
+        return self.enter is self.exit and not self.read_only
 
     @property
     def where(self) -> str:
-        """The place in words, for tables and messages."""
-        if self.point:
+        """The site as text, for tables and messages."""
+        if self.read_only:
             return f"what enters {self.path}"
         return self.path if self.is_module else f"{self.path} … {self.exit_path}"
 
@@ -69,106 +71,124 @@ class Site:
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Block(Site):
-    """A transformer block. It is a Site itself; its inner places are None where the model has none.
+    """A transformer block: a site itself, with sites inside.
+
+    `block.attn` and the other properties return the site, or raise SiteNotFound if this block does not have it.
+    `block.parts` holds those that it has: `"mid" in block.parts`, `block.parts.get("norm1")`.
 
     Attributes:
-        index: Its position, from 0 at the input.
-        attn: The attention, from its normalised input to its output before LayerScale and drop path.
-        mlp: The MLP, likewise; enter and exit differ where it is several sibling modules.
-        norm1: The normalisation that belongs to the attention.
-        norm2: The normalisation that belongs to the MLP.
-        mid: The residual stream after attention and before the MLP's norm.
-        takes_extra: Names of further tensors the block is called with (rotary tables, masks).
-        num_windows: How many windows of one image the attention is called with at once; 1 without windows.
-        norm_first: Whether norm1 comes before the attention.
-        biases: Modules within the block that return a number for each pair of tokens (relative positions).
+        index: Position in the model, from 0 at the input.
+        parts: The sites inside, by role.
+        extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
+        num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
+        norm_first: True if norm1 comes before the attention.
+        bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
     """
 
     index: int
-    attn: Site | None = None
-    mlp: Site | None = None
-    norm1: Site | None = None
-    norm2: Site | None = None
-    mid: Site | None = None
-    takes_extra: tuple[str, ...] = ()
+    parts: Mapping[str, Site] = field(default_factory=dict)
+    extra_inputs: tuple[str, ...] = ()
     num_windows: int = 1
     norm_first: bool = True
-    biases: tuple[nn.Module, ...] = ()
+    bias_modules: tuple[nn.Module, ...] = ()
 
-    def need(self, role: str) -> Site:
-        """The inner place `role`.
+    @property
+    def attn(self) -> Site:
+        """The attention, from its normalized input to its output before LayerScale and drop path."""
+        return self._part("attn")
 
-        Raises:
-            SiteNotFound: This block has no such place; the message lists those it has.
-        """
-        site = getattr(self, role) if role in ROLES else None
-        if isinstance(site, Site):
-            return site
-        have = ", ".join(r for r in ROLES if getattr(self, r) is not None) or "none"
+    @property
+    def mlp(self) -> Site:
+        """The MLP, from its normalized input to its output; enter and exit differ if it is several modules in a row."""
+        return self._part("mlp")
+
+    @property
+    def norm1(self) -> Site:
+        """The normalization of the attention."""
+        return self._part("norm1")
+
+    @property
+    def norm2(self) -> Site:
+        """The normalization of the MLP."""
+        return self._part("norm2")
+
+    @property
+    def mid(self) -> Site:
+        """The residual stream after the attention and before the MLP's norm."""
+        return self._part("mid")
+
+    def _part(self, role: str) -> Site:
+        if role in self.parts:
+            return self.parts[role]
         raise SiteNotFound(
-            f"the method needs the place {role!r} in every block, but block {self.index} ({self.path}) of "
-            f"{self.model} does not have it; its places are: block, {have}. Use a method that edits one of "
-            "those, or linear, or full"
+            f"block {self.index} ({self.path}) of {self.model} has no site {role!r}; it has: "
+            f"{', '.join(('block', *self.parts))}. Use a method that edits one of those, or linear, or full"
         )
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Sites:
-    """All places of one model, as `find_sites` returns them; `print(sites)` shows a table.
+    """All sites of one model, as `find_sites` returns them; `print(sites)` shows a table.
+
+    `sites.head`, `sites.norm` and `sites.patch_embed` return the site, or raise SiteNotFound if the model does not have
+    it. `sites.parts` holds those that it has: `"norm" in sites.parts`, `sites.parts.get("head")`.
 
     Attributes:
         model: The model's class name.
-        input_size: (channels, height, width) of the image the model was traced with.
-        patch_embed: From image to tokens; None where it was not found.
+        input_size: (channels, height, width) of the image that the model was traced with.
         blocks: The transformer blocks from input to output; empty for a model without attention.
-        norm: The final normalisation.
-        head: The classifier.
-        beside_head: Paths of further layers that pooled features go through; they count as backbone.
-        num_prefix_tokens: Tokens before the patches (CLS, registers, distillation).
+        parts: Patch embedding, final norm and classifier, by role.
+        num_prefix_tokens: Number of tokens before the patches (CLS, registers, distillation).
         embed_dim: Width of the tokens in the last block, 0 without blocks.
-        grid_size: Patches as (rows, columns) where the first block is entered; None if unknown.
+        grid_size: Patches as (rows, columns) at the first block's input; None if unknown.
+        beside_head: Paths of further layers that pooled features go through; they count as backbone.
     """
 
     model: str
     input_size: tuple[int, int, int]
-    patch_embed: Site | None
     blocks: tuple[Block, ...]
-    norm: Site | None
-    head: Site | None
+    parts: Mapping[str, Site]
     num_prefix_tokens: int
     embed_dim: int
     grid_size: tuple[int, int] | None
     beside_head: tuple[str, ...] = ()
 
-    def need_blocks(self) -> tuple[Block, ...]:
-        """The blocks.
+    @property
+    def patch_embed(self) -> Site:
+        """The patch embedding, from image to tokens."""
+        return self._part("patch_embed", "patch embedding that petune can find")
+
+    @property
+    def norm(self) -> Site:
+        """The final normalization."""
+        return self._part("norm", "final norm that petune can find")
+
+    @property
+    def head(self) -> Site:
+        """The classifier."""
+        advice = "Build the model with the number of classes (timm: num_classes=N, or model.reset_classifier(N))"
+        return self._part("head", f"classifier. {advice}")
+
+    def _part(self, role: str, missing: str) -> Site:
+        if role in self.parts:
+            return self.parts[role]
+        raise SiteNotFound(f"{self.model} has no {missing}")
+
+    def require_blocks(self) -> tuple[Block, ...]:
+        """Return the blocks of a model that must have some.
 
         Raises:
             SiteNotFound: The model has none.
         """
         if not self.blocks:
             raise SiteNotFound(
-                f"the method edits transformer blocks, but {self.model} has no attention block that "
-                "petune can see. Use linear or full, which need none"
+                f"{self.model} has no attention block that petune can find. Use linear or full, which need none"
             )
         return self.blocks
 
-    def need_head(self) -> Site:
-        """The classifier.
-
-        Raises:
-            SiteNotFound: The model has none.
-        """
-        if self.head is None:
-            raise SiteNotFound(
-                f"the method trains a classifier, but {self.model} has none. Build the model with the number "
-                "of classes (timm: num_classes=N, or model.reset_classifier(N))"
-            )
-        return self.head
-
     @property
     def patch_size(self) -> tuple[int, int] | None:
-        """Pixels (rows, columns) of a patch where the first block is entered; None if unknown."""
+        """Pixels (rows, columns) of a patch at the first block's input; None if unknown."""
         if self.grid_size is None:
             return None
         return self.input_size[1] // self.grid_size[0], self.input_size[2] // self.grid_size[1]
@@ -180,7 +200,7 @@ class Sites:
             f"{self.num_prefix_tokens} prefix tokens, input {'x'.join(map(str, self.input_size))}"
         )
         rows = [("site", "where", "layout", "dim")]
-        for name, site in self._named():
+        for name, site in self._rows():
             rows.append((name, "-", "-", "-") if site is None else (name, site.where, site.layout, str(site.dim)))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -188,55 +208,52 @@ class Sites:
 
     __repr__ = __str__
 
-    def _named(self) -> list[tuple[str, Site | None]]:
-        rows: list[tuple[str, Site | None]] = [("patch_embed", self.patch_embed)]
+    def _rows(self) -> list[tuple[str, Site | None]]:
+        rows: list[tuple[str, Site | None]] = [("patch_embed", self.parts.get("patch_embed"))]
         for block in self.blocks:
             rows.append((f"block {block.index}", block))
-            rows += [(f"  {role}", getattr(block, role)) for role in ROLES]
-        return [*rows, ("norm", self.norm), ("head", self.head)]
+            rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
+        return [*rows, ("norm", self.parts.get("norm")), ("head", self.parts.get("head"))]
 
 
-def present(sites: Sites, site: Site | None, verb: str) -> Site:
-    """The site that a verb was given.
+def require_site(site: object, verb: str) -> Site:
+    """Return what a verb of `Edit` was given, if it is a site.
 
     Raises:
-        SiteNotFound: The model does not have it.
+        AttachError: It is something else.
     """
     if isinstance(site, Site):
         return site
-    blocks = sites.need_blocks()
-    have = ", ".join(role for role in ROLES if getattr(blocks[0], role) is not None)
-    raise SiteNotFound(
-        f"{verb} was given a place that {sites.model} does not have; its blocks have: block, "
-        f"{have or 'no inner places'}. Ask for a place with block.need(name), or use another method"
+    raise AttachError(
+        f"{verb} takes a site, such as block.attn, but was given {type(site).__name__}. "
+        f"For a layer that is no site of its own, use edit.site(module)"
     )
 
 
-def changeable(sites: Sites, site: Site | None, verb: str) -> Site:
-    """The same for a verb that changes something there.
+def require_editable(site: object, verb: str) -> Site:
+    """Return a site that a verb wants to change, if it can be changed.
 
     Raises:
-        AttachError: It is a tensor between modules.
+        AttachError: It is no site, or a tensor between modules.
     """
-    site = present(sites, site, verb)
-    if site.point:
+    site = require_site(site, verb)
+    if site.read_only:
         raise AttachError(
-            f"{verb} changes what a module returns or receives, but {site.role!r} ({site.where}) is a tensor "
-            "between modules: it can only be read, as the first place of branch"
+            f"{verb} changes what a module receives or returns, but {site.role!r} ({site.where}) is a tensor between "
+            "modules, which can only be read. Use it as the first site of parallel"
         )
     return site
 
 
-def whole(site: Site, verb: str) -> Site:
-    """The same for a verb that means all of a block.
+def require_whole(site: Site, verb: str) -> Site:
+    """Return a site that a verb wants to change as a whole, if one module holds all of it.
 
     Raises:
-        AttachError: The block is no module of its own: its modules do not hold what lies between them.
+        AttachError: It is a block that is not a module of its own.
     """
     if isinstance(site, Block) and not site.is_module:
         raise AttachError(
-            f"{verb} needs a block that is one module, but block {site.index} of {site.model} is the stretch "
-            f"{site.where} of its forward: only its ends would change. Use a method that edits attention or MLP, "
-            "or full"
+            f"{verb} needs a block that is one module, but block {site.index} of {site.model} is a span of the forward "
+            f"({site.where}): only its ends would change. Use a method that edits attention or MLP, or full"
         )
     return site

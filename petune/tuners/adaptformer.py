@@ -82,9 +82,9 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         config, seed = self.config, self.config.variant == "paddle_study"
         scale = config.scale if config.scale is not None else "learnable" if seed else 0.1
         source = config.input or ("norm" if seed else "residual")
-        for block in edit.sites.need_blocks():
-            enter = block.need("mid" if source == "residual" else "mlp")
-            leave = block.need("mlp") if seed else block
+        for block in edit.sites.require_blocks():
+            enter = block.mid if source == "residual" else block.mlp
+            leave = block.mlp if seed else block
             edit.parallel(enter, leave, BottleneckAdapter(block.dim, config.bottleneck, config.dropout, scale))
 
     def num_parameters(self, sites: petune.Sites) -> int | None:

@@ -72,7 +72,7 @@ class FacT(petune.Tuner[FacTConfig]):
         """One core for every linear layer of attention and MLP whose sides are multiples of the width."""
         shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
         fitted, skipped = 0, list[str]()
-        for block in edit.sites.need_blocks():
+        for block in edit.sites.require_blocks():
             width, rank = block.dim, self.config.rank
             if width not in shared:
                 u, v = nn.Parameter(torch.empty(width, rank)), nn.Parameter(torch.zeros(width, rank))
@@ -90,7 +90,7 @@ class FacT(petune.Tuner[FacTConfig]):
 
 def _layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
     """Return the linear layers of attention and MLP."""
-    places = [site for site in (block.attn, block.mlp) if site is not None]
+    places = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
     return [layer for site in places for layer in edit.linear_layers(site)]
 
 

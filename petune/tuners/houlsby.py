@@ -58,8 +58,8 @@ class Houlsby(petune.Tuner[HoulsbyConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Two adapters a block."""
-        for block in edit.sites.need_blocks():
-            for site in (block.need("attn"), block.need("mlp")):
+        for block in edit.sites.require_blocks():
+            for site in (block.attn, block.mlp):
                 edit.after(site, SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout))
 
     def num_parameters(self, sites: petune.Sites) -> int:

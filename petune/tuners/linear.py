@@ -21,8 +21,7 @@ class Linear(petune.Tuner[LinearConfig]):
     recipe = petune.Recipe(lr=1e-2)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Nothing to edit; the head must exist."""
-        edit.sites.need_head()
+        """Edit nothing: `petune.attach` trains the classifier."""
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """None beside the head."""

@@ -88,7 +88,7 @@ class LST(petune.Tuner[LSTConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """One ladder, from what enters the blocks to what leaves the last."""
-        blocks = edit.sites.need_blocks()
+        blocks = edit.sites.require_blocks()
         dims = tuple(block.dim for block in blocks)
         if len(set(dims)) > 1:
             raise petune.AttachError(

@@ -30,7 +30,7 @@ class Partial(petune.Tuner[PartialConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze whole blocks: chosen by their place, so that block 1 is not block 10."""
-        for block in edit.sites.need_blocks()[-self.config.num_blocks :]:
+        for block in edit.sites.require_blocks()[-self.config.num_blocks :]:
             edit.train(block)
-        if edit.sites.norm is not None:
+        if "norm" in edit.sites.parts:
             edit.train(edit.sites.norm)

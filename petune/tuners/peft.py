@@ -216,9 +216,9 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
     def _places(self, edit: petune.Edit) -> list[petune.Site]:
         roles = ("attn", "mlp") if self.config.targets == "all" else (self.config.targets,)
         places: list[petune.Site] = []
-        for block in edit.sites.need_blocks():
-            found = [site for role in roles if (site := getattr(block, role)) is not None]
-            bare = block.attn is None and block.mlp is None and self.config.targets == "all"
+        for block in edit.sites.require_blocks():
+            found = [block.parts[role] for role in roles if role in block.parts]
+            bare = not found and self.config.targets == "all"
             places += [block] if bare else found  # attention and MLP that cannot be told apart are all of a block
         return places
 
@@ -238,9 +238,9 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
         Raises:
             AttachError: There is none that PEFT's layer would be called in.
         """
-        blocks = edit.sites.need_blocks()
+        blocks = edit.sites.require_blocks()
         if self.config.type == "ln_tuning":
-            norms = [s for b in blocks for s in (b.norm1, b.norm2)] + [edit.sites.norm]
+            norms = [b.parts.get(role) for b in blocks for role in ("norm1", "norm2")] + [edit.sites.parts.get("norm")]
             known = [s for s in norms if s is not None and isinstance(s.module, nn.LayerNorm)]
             known = [s for s in known if s.module.weight is not None]  # one without has nothing to train (Qwen3's last)
             if not known:
@@ -291,7 +291,7 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
         elif kind == "waveft":
             fitting["n_frequency"] = min(default["n_frequency"], min(sides) ** 2)
         elif kind == "ia3":
-            last = [edit.linear_layers(block.mlp)[-1:] for block in edit.sites.blocks if block.mlp is not None]
+            last = [edit.linear_layers(block.mlp)[-1:] for block in edit.sites.blocks if "mlp" in block.parts]
             chosen = {_path(site) for site in targets}
             fitting["feedforward_modules"] = [_path(s) for found in last for s in found if _path(s) in chosen]
         return {"target_modules": names, **_completed(kind, options), **fitting, **options}

@@ -126,7 +126,7 @@ class Wrapped:
                 f"PEFT must wrap the {len(wanted)} layers it is given, but left out "
                 f"{', '.join((others or missed)[:3]) or 'all'}: {other}. {ONE_TYPE}"
             )
-        classifier = self.edit.sites.head
+        classifier = self.edit.sites.parts.get("head")
         head = {id(inside) for module in (classifier.modules if classifier else ()) for inside in module.modules()}
         twice = [path for path, layer in self.layers.items() if {id(layer), id(layer.get_base_layer())} & head]
         if twice:

@@ -28,9 +28,9 @@ class Pfeiffer(petune.Tuner[PfeifferConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """One adapter a block."""
-        for block in edit.sites.need_blocks():
+        for block in edit.sites.require_blocks():
             adapter = SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout)
-            edit.after(block.need("mlp"), adapter)
+            edit.after(block.mlp, adapter)
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """2·D·M + M + D a block."""

@@ -94,13 +94,13 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Two adapters a block, on what enters attention and MLP."""
-        for block in edit.sites.need_blocks():
+        for block in edit.sites.require_blocks():
             if block.dim % self.config.groups:
                 raise petune.AttachError(
                     f"groups must divide the width, but {block.path} of {edit.sites.model} is {block.dim} wide and "
                     f"groups={self.config.groups}"
                 )
-            for site in (block.need("attn"), block.need("mlp")):
+            for site in (block.attn, block.mlp):
                 readers = tuple(layer.module for layer in edit.input_linears(site))
                 edit.before(site, LinearAdapter(site.dim, self.config, readers))
 

@@ -70,7 +70,7 @@ class VPT(petune.Tuner[VPTConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Prompts for every block, or for all blocks together."""
-        blocks, config = edit.sites.need_blocks(), self.config
+        blocks, config = edit.sites.require_blocks(), self.config
         count = config.num_prompts or (10 if config.deep else 50)
         height, width = edit.sites.patch_size or (16, 16)
 

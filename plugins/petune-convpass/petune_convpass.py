@@ -77,14 +77,14 @@ class Convpass(petune.Tuner[ConvpassConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Two bypasses a block."""
         grid = edit.sites.grid_size
-        blocks = edit.sites.need_blocks()
+        blocks = edit.sites.require_blocks()
         if grid is None or len({block.dim for block in blocks}) > 1:
             raise petune.AttachError(
                 f"Convpass needs blocks that all see one grid of patches, which {edit.sites.model} does not have; "
                 "use adaptformer"
             )
         for block in blocks:
-            for site in (block.need("attn"), block.need("mlp")):
+            for site in (block.attn, block.mlp):
                 edit.parallel(site, site, Bypass(block.dim, grid, edit.sites.num_prefix_tokens, self.config))
 
     def num_parameters(self, sites: petune.Sites) -> int:

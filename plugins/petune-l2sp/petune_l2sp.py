@@ -35,7 +35,7 @@ class L2SP(petune.Tuner[L2SPConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze everything; remember where the backbone began."""
         trained = edit.train(edit.model)
-        head = [p for module in edit.sites.need_head().modules for p in module.parameters()]
+        head = [p for module in edit.sites.head.modules for p in module.parameters()]
         self.head: list[nn.Parameter] = list({id(p): p for p in head}.values())
         own = {id(p) for p in self.head}
         self.start = [(p, p.detach().clone()) for p in trained if id(p) not in own]

@@ -48,11 +48,11 @@ class SSF(petune.Tuner[SSFConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """One γ and β behind every linear layer and every norm."""
-        for block in edit.sites.need_blocks():
+        for block in edit.sites.require_blocks():
             for layer in (*edit.linear_layers(block.attn), *edit.linear_layers(block.mlp)):
                 edit.after(layer, ScaleShift(layer.module.out_features, self.config.init_std))
-            for norm in (block.norm1, block.norm2):
+            for norm in (block.parts.get("norm1"), block.parts.get("norm2")):
                 if norm is not None:
                     edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
-        if edit.sites.norm is not None:
+        if "norm" in edit.sites.parts:
             edit.after(edit.sites.norm, ScaleShift(edit.sites.norm.dim, self.config.init_std))

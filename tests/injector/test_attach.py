@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import timm
@@ -144,9 +145,10 @@ def test_without_the_head() -> None:
 
 FAILURES: dict[str, tuple[Callable[[petune.Edit], None], type[Exception], str]] = {
     "the tuner raises": (lambda edit: 1 / 0, ZeroDivisionError, "division"),
-    "a place is missing": (lambda edit: edit.after(None, Shift(24)), SiteNotFound, "does not have"),
-    "a point is changed": (
-        lambda edit: edit.after(edit.sites.blocks[0].need("mid"), Shift(24)),
+    "a site is missing": (lambda edit: edit.after(replace(edit.sites, parts={}).norm, Shift(24)), SiteNotFound, "norm"),
+    "a module is no site": (lambda edit: edit.after(edit.model.norm, Shift(24)), AttachError, "takes a site"),
+    "a tensor between modules is changed": (
+        lambda edit: edit.after(edit.sites.blocks[0].mid, Shift(24)),
         AttachError,
         "can only be read",
     ),
@@ -168,7 +170,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(what: str) -> None:
     before = snapshot(model)
 
     def first_something(edit: petune.Edit) -> None:
-        edit.after(edit.sites.blocks[0].need("attn"), Shift(24))
+        edit.after(edit.sites.blocks[0].attn, Shift(24))
         edit.prompt(edit.sites.blocks[0], Prompt())
         edit.train(edit.sites.blocks[1])
         how(edit)

@@ -23,7 +23,7 @@ class Mean(nn.Module):
         return x + self.g * x.mean(0, keepdim=True)
 class Fake(petune.Tuner[petune.TunerConfig]):
     def attach(self, edit):
-        for block in edit.sites.need_blocks():
+        for block in edit.sites.require_blocks():
             edit.after(block, Mean(block.dim))
 """
 REFUSES = """

@@ -30,7 +30,7 @@ class Sound(petune.Tuner[petune.TunerConfig]):
     adapter: type[nn.Module] = Low
 
     def attach(self, edit: petune.Edit) -> None:
-        for block in edit.sites.need_blocks():
+        for block in edit.sites.require_blocks():
             edit.parallel(block.mid, block, self.adapter(block.dim))
 
 
@@ -93,8 +93,8 @@ class Scales(nn.Module):
 
 class FoldsWrongly(Sound):
     def attach(self, edit: petune.Edit) -> None:
-        for block in edit.sites.need_blocks():
-            edit.after(block.need("mlp"), Scales(block.dim))
+        for block in edit.sites.require_blocks():
+            edit.after(block.mlp, Scales(block.dim))
 
 
 class Mixes(Low):

@@ -60,8 +60,8 @@ def admit_prompts(block: Block, sites: Sites, room: Room) -> list[Switch]:
     reason = _refusal(block)
     if reason is not None:
         raise refused(block, sites, reason)
-    attention = block.enter if block.attn is None else block.attn.enter
-    switches: list[Switch] = [_hooked(module, PaddedOutput(room).pad) for module in block.biases]
+    attention = block.parts.get("attn", block).enter
+    switches: list[Switch] = [_hooked(module, PaddedOutput(room).pad) for module in block.bias_modules]
     for module in attention.modules():
         if isinstance(getattr(module, PREFIX, None), int):
             switches.append(_grown_prefix(module, room.count))
@@ -93,7 +93,7 @@ def is_inside(block: Block) -> bool:
     same. It must be so where the block is no module, lays its tokens out as an image, attends in windows, or convolves
     outside of its attention.
     """
-    if block.attn is None or not block.attn.is_module:
+    if "attn" not in block.parts or not block.attn.is_module:
         return False
     return block.num_windows > 1 or not block.is_module or block.layout != "BNC" or bool(_spatial(block.enter))
 
@@ -103,7 +103,7 @@ def fills(block: Block) -> dict[int | str, float]:
 
     A table of rotations must not rotate them: its cosines are one, its sines zero.
     """
-    attention = block.enter if block.attn is None else block.attn.enter
+    attention = block.parts.get("attn", block).enter
     if any(isinstance(getattr(m, PREFIX, None), int) for m in attention.modules()):
         return {}  # such attention is told how many tokens not to rotate
     called = attention if is_inside(block) else block.enter
@@ -140,10 +140,10 @@ def _refusal(block: Block) -> str | None:
     inside = is_inside(block)
     if not block.is_module and not inside:
         return "is no module of its own that they could enter and leave"
-    layout = block.attn.layout if inside and block.attn is not None else block.layout
+    layout = block.attn.layout if inside else block.layout
     if layout == "BCHW" or (layout != "BNC" and not inside):
         return f"lays its tokens out as an image ({layout})"
-    spatial = _spatial(block.attn.enter if inside and block.attn is not None else block.enter)
+    spatial = _spatial(block.attn.enter if inside else block.enter)
     if spatial:
         return f"convolves over the image ({spatial[0]})"
     return None

@@ -121,11 +121,11 @@ class Prompting:
         def mid(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._seen[id(block.enter)].mid = next(tensors_in((args, kwargs)), None)
 
-        inner = block.enter if block.attn is None else block.attn.enter
+        inner = block.parts.get("attn", block).enter
         more = []
         if is_inside(block):
             more = [inner.register_forward_hook(attended)]
-            more += [block.mid.enter.register_forward_pre_hook(mid, with_kwargs=True)] if block.mid else []
+            more += [block.mid.enter.register_forward_pre_hook(mid, with_kwargs=True)] if "mid" in block.parts else []
         return [
             block.enter.register_forward_pre_hook(enter, with_kwargs=True),
             inner.register_forward_pre_hook(attend, with_kwargs=True),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from petune.injector.hooks.base import Args, InnerPrompts, Kwargs, first_tensor, with_first_tensor, with_tensor
 from petune.injector.hooks.hidden_prompts import same
 from petune.injector.hooks.prompt_check import Seen
-from petune.sites.site import Block, Site
+from petune.sites.site import Block
 
 
 @dataclass
@@ -30,13 +30,13 @@ class Plain:
 
     def attended(self, x_BPD: Tensor, change: Tensor) -> Tensor:
         """The stream behind the attention, which returned `change`."""
-        norm = None if self.block.norm_first else self.norm_of(self.block.norm1, self.block.attn)
+        norm = None if self.block.norm_first else self.norm_of(self.block, "norm1", "attn")
         stream: Tensor = x_BPD + (change if norm is None else norm(change))
         return stream
 
     def after_mlp(self, x_BPD: Tensor) -> Tensor:
         """The stream behind the MLP."""
-        mlp, norm = self.block.need("mlp").enter, self.norm_of(self.block.norm2, self.block.mlp)
+        mlp, norm = self.block.mlp.enter, self.norm_of(self.block, "norm2", "mlp")
         if norm is None:
             change: Tensor = mlp(x_BPD)
         else:
@@ -44,16 +44,16 @@ class Plain:
         return x_BPD + change
 
     @staticmethod
-    def norm_of(norm: Site | None, branch: Site | None) -> nn.Module | None:
+    def norm_of(block: Block, norm: str, branch: str) -> nn.Module | None:
         """The norm beside a branch; one inside it acts by itself."""
-        inside = set() if branch is None else set(branch.enter.modules())
-        return None if norm is None or norm.enter in inside else norm.enter
+        inside = set(block.parts[branch].enter.modules()) if branch in block.parts else set()
+        return block.parts[norm].enter if norm in block.parts and block.parts[norm].enter not in inside else None
 
 
 def is_plain(block: Block, seen: Seen) -> bool:
     """Whether `Plain` computes what the block made of its own tokens in the forward that was seen."""
     stream, change, mid = seen.stream, seen.attended, seen.mid
-    if block.mlp is None or not block.mlp.is_module or "BCHW" in (block.layout, block.mlp.layout):
+    if "mlp" not in block.parts or not block.mlp.is_module or "BCHW" in (block.layout, block.mlp.layout):
         return False
     if (
         stream is None
@@ -91,7 +91,7 @@ class WindowHook:
 
     def __init__(self, holder: WindowPrompts, block: Block, fills: dict[int | str, float], place: Any) -> None:
         self.holder, self.plain, self.fills, (self.first, self.last) = holder, Plain(block), fills, place
-        self.norm = None if block.norm1 is None or not block.norm_first else Plain.norm_of(block.norm1, block.attn)
+        self.norm = Plain.norm_of(block, "norm1", "attn") if block.norm_first else None
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Pre-hook of the attention: the prompts go into every window of their image."""
