@@ -14,7 +14,7 @@ from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.injector.attachment import Attachment
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
-from petune.injector.registry import blamed, build_tuner, parse_method
+from petune.injector.registry import build_tuner, parse_method, plugin_errors
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.find import find_sites
@@ -73,7 +73,7 @@ def attach(
     log = EditLog(label, undo_steps=[lambda: ledger.close(label)])
     edit = Edit(model, sites, log)
     try:
-        with blamed(tuner.method, type(tuner), "was attached"):
+        with plugin_errors(tuner.method, type(tuner), "was attached"):
             tuner.attach(edit)
         attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
         _refuse_idle(attachment)

@@ -1,7 +1,7 @@
-"""Tuners by name, through the entry-point group `petune.tuners`: listed from metadata, loaded on first use.
+"""Tuners by name: listed from metadata, imported when one is asked for.
 
-`PETUNE_PLUGINS=none` hides every tuner that does not come with petune; `PETUNE_PLUGINS=a,b` shows only those, by the
-name of the method or of the package. A plugin cannot take the name of a tuner that comes with petune.
+They register through the entry-point group `petune.tuners`, the built-in ones too. A plugin cannot take the name of a
+tuner that comes with petune.
 """
 
 from __future__ import annotations
@@ -9,30 +9,27 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
 from petune.base.errors import ConfigError, PetuneError, PluginError, UnknownName, did_you_mean
+from petune.injector.entry_points import OWN, RegisteredTuner, registered_tuners, state_of, unmet_requirement
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Tuner, TunerConfig
 
-GROUP = "petune.tuners"
-OWN = "petune"
-
 
 @dataclass(frozen=True)
 class TunerRecord:
-    """What the metadata says of a registered tuner; nothing was imported to learn it.
+    """What a package's metadata says about a tuner; nothing was imported to learn it.
 
     Attributes:
         name: The method's name, the left side of the entry point.
         distribution, version: The package that brings it.
         target: `module:class`, the right side.
         state: `ok`, or why the name cannot be used.
+        package_summary: The package's own description in one line.
     """
 
     name: str
@@ -40,16 +37,25 @@ class TunerRecord:
     version: str
     target: str
     state: str
+    package_summary: str = ""
+
+    @property
+    def is_own(self) -> bool:
+        """True for a tuner that comes with petune."""
+        return self.distribution == OWN
 
 
 def list_tuners() -> list[TunerRecord]:
-    """Every registered tuner, petune's own first, without importing any."""
-    found = _registered()
-    return [TunerRecord(r.name, r.distribution, r.version, r.point.value, _state(r, found)) for r in found]
+    """List every registered tuner, petune's own first, without importing any."""
+    registered = registered_tuners()
+    return [
+        TunerRecord(t.name, t.distribution, t.version, t.point.value, state_of(t, registered), t.summary)
+        for t in registered
+    ]
 
 
 def check_loads(record: TunerRecord) -> str:
-    """`ok`, or why the record's tuner cannot be used; imports it, unless its metadata says so already."""
+    """Return `ok`, or why the tuner cannot be used. Imports it, unless its metadata already says so."""
     if record.state != "ok":
         return record.state
     try:
@@ -60,30 +66,30 @@ def check_loads(record: TunerRecord) -> str:
 
 
 def load_tuner(name: str) -> type[Tuner[Any]]:
-    """The tuner class registered as `name`, imported now.
+    """Import the tuner class that is registered as `name`.
 
     Raises:
-        UnknownName: No tuner of that name.
+        UnknownName: No tuner has that name.
         PluginError: Two packages claim the name, or the package cannot be loaded; it and the cause are named.
     """
-    registered = _registered()
-    found = [r for r in registered if r.name == name]
-    if not found:
-        raise UnknownName("method", name, {r.name for r in registered}, "`petune methods` lists them")
-    own = [r for r in found if r.distribution == OWN]
-    if len(found) > 1 and not own:
-        owners = " and ".join(f"{r.distribution} ({r.point.value})" for r in found)
-        raise PluginError(f"the method {name!r} must come from one package, but {owners} both register it; remove one")
-    return _load((own or found)[0])
+    registered = registered_tuners()
+    candidates = [t for t in registered if t.name == name]
+    if not candidates:
+        raise UnknownName("method", name, {t.name for t in registered}, "`petune methods` lists them")
+    own = [t for t in candidates if t.is_own]
+    if len(candidates) > 1 and not own:
+        owners = " and ".join(f"{t.distribution} ({t.point.value})" for t in candidates)
+        raise PluginError(f"{owners} both register the method {name!r}. Remove one of the two packages")
+    return _import((own or candidates)[0])
 
 
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:
     """Build a configured tuner.
 
     Args:
-        method: A registered name, a Tuner, or the config of a registered tuner. A name may hold options, as
+        method: A registered name, a Tuner, or the config of a built-in tuner. A name may hold options, as
             `vpt:deep=false`; `family:kind` is the tuner `family` with the option `type=kind`, as `peft:ia3`.
-        **options: The tuner's options, where `method` is a name.
+        **options: The tuner's options.
 
     Raises:
         UnknownName, PluginError: See `load_tuner`.
@@ -94,32 +100,10 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     if isinstance(method, Tuner):
         return type(method)(method.config, **options) if options else method
     if isinstance(method, TunerConfig):
-        for record in list_tuners():
-            cls = load_tuner(record.name) if record.state == "ok" and record.distribution == OWN else None
-            if cls is not None and cls.Config is type(method):
-                tuner = cls(method, **options)
-                tuner.method = record.name
-                return tuner
-        raise UnknownName("method", type(method).__name__, [], "Pass the Tuner itself: MyTuner(config)")
+        return _build_from_config(method, options)
     if not isinstance(method, str) or not method:
         raise UnknownName("method", str(method), {t.name for t in list_tuners()}, "Pass a name, a Tuner or its config")
-    method, given = parse_method(method)
-    twice = given.keys() & options.keys()
-    if twice:
-        raise ConfigError(f"{', '.join(sorted(twice))} is given twice, in the method's name and as a keyword")
-    options = {**given, **options}
-    family, colon, kind = method.partition(":")
-    cls = load_tuner(family)
-    if colon and "type" not in cls.Config.model_fields:
-        known = cls.Config.model_fields
-        option, near = (kind, "") if kind in known else ("OPTION", did_you_mean(kind, known))
-        raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {method!r}{near}")
-    given = {"type": kind, **options} if colon else options
-    config = cls.Config.build(given, f"the options of {method}")
-    with blamed(family, cls, "was made"):
-        tuner = cls(config)
-    tuner.method = family
-    return tuner
+    return _build_from_name(method, options)
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -139,104 +123,87 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def blamed(method: str | None, cls: type[Tuner[Any]], when: str) -> Iterator[None]:
-    """What a registered tuner of another package raises, but for petune's own errors, is that package's to mend.
+def plugin_errors(method: str | None, cls: type[Tuner[Any]], phase: str) -> Iterator[None]:
+    """Turn an unexpected error of a plugin into a PluginError that names its package.
+
+    petune's own errors pass, and so does what a built-in or an unregistered tuner raises.
+
+    Args:
+        method: The name that the tuner was built by.
+        cls: Its class.
+        phase: What was being done, for the message: `was attached`.
 
     Raises:
-        PluginError: It raised; the method, its package and the error are named.
+        PluginError: The plugin raised something else than a PetuneError.
     """
     try:
         yield
     except PetuneError:
         raise
     except Exception as error:
-        origin = next((one for one in list_tuners() if one.name == method and one.distribution != OWN), None)
-        if origin is None or cls.__module__.partition(".")[0] == OWN:
+        plugin = next((t for t in list_tuners() if t.name == method and not t.is_own), None)
+        if plugin is None or cls.__module__.partition(".")[0] == OWN:
             raise
         raise PluginError(
-            f"the method {method!r} of {origin.distribution} {origin.version} failed when it {when}: "
-            f"{type(error).__name__}: {error}. Update or remove {origin.distribution}"
+            f"the method {method!r} of {plugin.distribution} {plugin.version} failed when it {phase}: "
+            f"{type(error).__name__}: {error}. Update or remove {plugin.distribution}"
         ) from error
 
 
-@dataclass(frozen=True)
-class _Registered:
-    """An entry point and who brings it; metadata is slow to read, so it is read once a distribution."""
-
-    name: str
-    point: EntryPoint
-    distribution: str
-    version: str
-
-
-def _registered() -> list[_Registered]:
-    allowed = os.environ.get("PETUNE_PLUGINS")
-    names = None if allowed is None else {n.strip() for n in allowed.split(",")}
-    origins: dict[int, tuple[str, str]] = {}
-    found: dict[Any, _Registered] = {}
-    points = entry_points(group=GROUP)
-    for point in points:
-        if id(point.dist) not in origins:
-            origins[id(point.dist)] = _origin(point)
-        one = _Registered(point.name, point, *origins[id(point.dist)])
-        if names is None or one.distribution == OWN or names & {one.name, one.distribution}:
-            found[one.name, point.value, one.distribution] = one  # an editable install can be found twice
-    return sorted(found.values(), key=lambda r: (r.distribution != OWN, r.name))
+def _build_from_config(config: TunerConfig, options: dict[str, Any]) -> Tuner[Any]:
+    """Build the built-in tuner whose config class this is; plugins are not imported to look."""
+    for record in list_tuners():
+        if record.is_own and load_tuner(record.name).Config is type(config):
+            tuner = load_tuner(record.name)(config, **options)
+            tuner.method = record.name
+            return tuner
+    raise UnknownName("method", type(config).__name__, [], "Pass the Tuner itself: MyTuner(config)")
 
 
-def _origin(point: EntryPoint) -> tuple[str, str]:
-    if point.dist is None or point.dist.metadata is None:
-        return "?", "?"
-    metadata = point.dist.metadata
-    return str(metadata["Name"] or "?"), str(metadata["Version"] or "?")
+def _build_from_name(method: str, options: dict[str, Any]) -> Tuner[Any]:
+    name, named_options = parse_method(method)
+    twice = named_options.keys() & options.keys()
+    if twice:
+        raise ConfigError(f"{', '.join(sorted(twice))} is given twice, in the method's name and as a keyword")
+    options = {**named_options, **options}
+    family, colon, kind = name.partition(":")
+    cls = load_tuner(family)
+    if colon and "type" not in cls.Config.model_fields:
+        known = cls.Config.model_fields
+        option, suggestion = (kind, "") if kind in known else ("OPTION", did_you_mean(kind, known))
+        raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {name!r}{suggestion}")
+    config = cls.Config.build({"type": kind, **options} if colon else options, f"the options of {name}")
+    with plugin_errors(family, cls, "was made"):
+        tuner = cls(config)
+    tuner.method = family
+    return tuner
 
 
-def _state(one: _Registered, registered: list[_Registered]) -> str:
-    rivals = [r for r in registered if r.name == one.name and r is not one]
-    if one.distribution == OWN:
-        return "ok"
-    if any(r.distribution == OWN for r in rivals):
-        return f"unusable: petune has a method {one.name!r} of its own"
-    if rivals:
-        return "unusable: name is taken twice"
-    return "ok" if not (need := _unmet(one.point)) else f"unusable: it needs {need}"
-
-
-def _unmet(point: EntryPoint) -> str:
-    """The petune that the package asks for, if this is another; empty if all is well or unknown."""
-    from packaging.requirements import InvalidRequirement, Requirement
-
-    for text in (point.dist.requires or []) if point.dist is not None else []:
-        try:
-            need = Requirement(text)
-        except InvalidRequirement:
-            continue
-        if need.name == OWN and not need.specifier.contains(version(OWN), prereleases=True):
-            return f"{OWN}{need.specifier}, this is {version(OWN)}"
-    return ""
-
-
-def _load(one: _Registered) -> type[Tuner[Any]]:
+def _import(registered: RegisteredTuner) -> type[Tuner[Any]]:
     from petune.injector.tuner import Tuner, TunerConfig
 
-    said = io.StringIO()
-    point, who = one.point, f"{one.distribution} {one.version}"
-    if one.distribution != OWN and (need := _unmet(point)):
-        raise PluginError(f"the method {one.name!r} of {who} needs {need}. Upgrade petune, or use an older {who}")
+    point = registered.point
+    package = f"{registered.distribution} {registered.version}"
+    requirement = "" if registered.is_own else unmet_requirement(registered)
+    if requirement:
+        raise PluginError(
+            f"the method {registered.name!r} of {package} needs {requirement}. Upgrade petune, or use an older "
+            f"{registered.distribution}"
+        )
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for data
             cls = point.load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin may call sys.exit at import: it must not end petune
-        cause = f"{type(error).__name__}: {error}"
         raise PluginError(
-            f"the method {one.name!r} of {who} must be importable from {point.value}, but: {cause}. "
-            f"Update or remove {one.distribution}"
+            f"the method {registered.name!r} of {package} cannot be imported from {point.value}: "
+            f"{type(error).__name__}: {error}. Update or remove {registered.distribution}"
         ) from error
-    if not (inspect.isclass(cls) and issubclass(cls, Tuner) and issubclass(cls.Config, TunerConfig)):
+    is_tuner = inspect.isclass(cls) and issubclass(cls, Tuner)
+    if not is_tuner or not issubclass(getattr(cls, "Config", object), TunerConfig):
         raise PluginError(
-            f"the method {one.name!r} of {who} must be a subclass of petune.Tuner with a Config, but "
-            f"{point.value} is {cls!r}"
+            f"the method {registered.name!r} of {package} is registered as {point.value}, which is no subclass of "
+            f"petune.Tuner with a config class. Update or remove {registered.distribution}"
         )
     return cls

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from petune.base.errors import UsageError
-from petune.injector.registry import OWN, list_tuners
+from petune.injector.registry import list_tuners
 
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = {
@@ -33,7 +33,7 @@ def write_plugin(name: str, place: Path) -> list[Path]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise UsageError(f"a method's name must be small letters, digits and single underscores, but is {name!r}")
-    known = {record.name for record in list_tuners() if record.distribution == OWN}
+    known = {record.name for record in list_tuners() if record.is_own}
     if name in known or keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
         why = "a method of petune's own" if name in known else "a word of Python"
         raise UsageError(f"a method needs a name of its own, but {name} is {why}; choose another")
