@@ -200,8 +200,8 @@ def _import(registered: RegisteredTuner) -> type[Tuner[Any]]:
             f"the method {registered.name!r} of {package} cannot be imported from {point.value}: "
             f"{type(error).__name__}: {error}. Update or remove {registered.distribution}"
         ) from error
-    is_tuner = inspect.isclass(cls) and issubclass(cls, Tuner)
-    if not is_tuner or not issubclass(getattr(cls, "Config", object), TunerConfig):
+    has_config = issubclass(getattr(cls, "Config", object), TunerConfig)
+    if not (has_config and inspect.isclass(cls) and issubclass(cls, Tuner)):
         raise PluginError(
             f"the method {registered.name!r} of {package} is registered as {point.value}, which is no subclass of "
             f"petune.Tuner with a config class. Update or remove {registered.distribution}"
