@@ -1,42 +1,45 @@
-"""Arguments of public functions, checked where they come in: one error that names all that are of a wrong type."""
+"""Check argument types of public functions: one error names every argument of a wrong type."""
 
 from __future__ import annotations
 
 import os
 from types import UnionType
 
+from petune.base.config import shown
 from petune.base.errors import UsageError
 
 PathText: type | UnionType = str | os.PathLike
 LONGEST_SHOWN = 60
 
 
-def check_arguments(call: str, /, **given: tuple[object, type | UnionType]) -> None:
-    """Check types, before anything is done.
+def check_arguments(call: str, /, **arguments: tuple[object, type | UnionType]) -> None:
+    """Check the types of arguments before anything is done with them.
 
     Args:
         call: The function, for the message.
-        given: For each argument its value and the type it must have.
+        arguments: For each argument its value and its type.
 
     Raises:
-        UsageError: With every argument that is something else.
+        UsageError: Names every argument of another type, or with a null character in its text.
     """
-    wrong = [f"{name} must be {_words(kind)}, not {_shown(value)}" for name, (value, kind) in given.items()
-             if not isinstance(value, kind)]  # fmt: skip
-    wrong += [f"{name} must not hold a null character" for name, (value, kind) in given.items()
-              if isinstance(value, str) and "\0" in value]  # fmt: skip
-    if wrong:
-        raise UsageError(f"{call}: {'; '.join(wrong)}")
+    problems = []
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            problems.append(f"{name} must be {_type_names(kind)}, not {shown(value, LONGEST_SHOWN)}")
+        elif isinstance(value, str) and "\0" in value:
+            problems.append(f"{name} contains a null character")
+    if problems:
+        raise UsageError(f"{call}: {'; '.join(problems)}")
 
 
 def check_watch(call: str, watch: object) -> None:
-    """Check what is told of events, before the first one comes.
+    """Check a callback for events before the first event.
 
     Raises:
-        UsageError: It cannot be called.
+        UsageError: It is not callable.
     """
     if not callable(watch):
-        raise UsageError(f"{call}: watch must be a function that takes an event, not {_shown(watch)}")
+        raise UsageError(f"{call}: watch must be a function that takes an event, not {shown(watch, LONGEST_SHOWN)}")
 
 
 def check_input_size(call: str, size: object) -> None:
@@ -45,17 +48,12 @@ def check_input_size(call: str, size: object) -> None:
     Raises:
         UsageError: It is something else.
     """
-    if size is None:
-        return
-    if not (isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
-        raise UsageError(f"{call}: input_size must be (channels, height, width), all above 0, not {_shown(size)}")
+    is_size = isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
+    if size is not None and not is_size:
+        sizes = "(channels, height, width), all positive"
+        raise UsageError(f"{call}: input_size must be {sizes}, not {shown(size, LONGEST_SHOWN)}")
 
 
-def _words(kind: type | UnionType) -> str:
-    parts = [kind] if isinstance(kind, type) else list(kind.__args__)
-    return " or ".join("None" if part is type(None) else getattr(part, "__name__", str(part)) for part in parts)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+def _type_names(kind: type | UnionType) -> str:
+    kinds = [kind] if isinstance(kind, type) else list(kind.__args__)
+    return " or ".join("None" if each is type(None) else getattr(each, "__name__", str(each)) for each in kinds)

@@ -1,4 +1,4 @@
-"""Directories that are complete or not there: written aside, synced, sealed with a manifest, renamed."""
+"""Write files and directories completely or not at all: written under a hidden name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -9,73 +9,80 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from petune.base.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Put `files` into the directory `path`, in place of what was there, or leave everything as it was.
+    """Write `files` as the directory `path`, replacing it; on an error it stays as it was.
 
     Args:
-        path: The directory; its parent is made where it is missing.
-        files: File name (no folders) to content.
+        path: The directory; its parent is created.
+        files: Content by file name (no folders).
 
     Raises:
-        CheckpointError: Disk full, read-only, no permission. What was there before is still there.
+        CheckpointError: The disk is full or read-only, or permission is missing.
     """
-    need = sum(map(len, files.values()))
+    num_bytes = sum(map(len, files.values()))
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
         for name, content in {**files, MANIFEST: manifest_bytes(files)}.items():
             _write_synced(temporary / name, content)
-        _swap_in(temporary, path)
+        _replace_directory(temporary, path)
     except OSError as error:
-        raise _unwritten(path, need, error) from None
+        raise _cannot_write(path, num_bytes, error) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in place of what was there, or leave it as it was; its folder is made if it is missing.
+    """Write `content` to `path`, replacing it; on an error it stays as it was. Its folder is created.
 
     Raises:
         CheckpointError: It cannot be written.
     """
-    aside = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(aside, content)
-        os.replace(aside, path)
+        _write_synced(temporary, content)
+        os.replace(temporary, path)
     except OSError as error:
-        raise _unwritten(path, len(content), error) from None
+        raise _cannot_write(path, len(content), error) from None
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def append(path: Path, content: bytes) -> int:
-    """Add `content` to the end of the file `path` and return its size in bytes.
+    """Append `content` to the file `path` and return the file's size in bytes.
 
     Raises:
-        CheckpointError: It cannot be written; a part of `content` may be there.
+        CheckpointError: It cannot be written; a part of `content` may have been.
     """
     try:
         with path.open("ab") as file:
             file.write(content)
             return file.tell()
     except OSError as error:
-        raise _unwritten(path, len(content), error) from None
+        raise _cannot_write(path, len(content), error) from None
 
 
 def truncate(path: Path, size: int) -> None:
-    """Drop all but the first `size` bytes of the file, if there is one.
+    """Keep only the first `size` bytes of the file, if it exists.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -84,11 +91,30 @@ def truncate(path: Path, size: int) -> None:
         if path.exists():
             os.truncate(path, min(size, path.stat().st_size))
     except OSError as error:
-        raise _unwritten(path, 0, error) from None
+        raise _cannot_write(path, 0, error) from None
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open file until it is closed; return false if another process holds the lock.
+
+    Without file locks (Windows) a warning is shown once, and nothing protects a directory from two processes.
+    """
+    if fcntl is None:
+        warnings.warn("this system has no file locks: run one petune process per directory", stacklevel=2)
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:
-    """Check the files of `path` that its manifest lists, but for those that users may edit or take away.
+    """Check the files listed in the manifest of `path`.
+
+    Args:
+        path: A directory written by `write_directory`.
+        except_for: Files that users may edit or delete.
 
     Raises:
         CheckpointError: The manifest or a file is missing, or a size or SHA-256 differs.
@@ -97,37 +123,35 @@ def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:
         entries = json.loads((path / MANIFEST).read_bytes())["files"]
         expected = {str(name): (int(e["bytes"]), str(e["sha256"])) for name, e in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{path} must hold a readable {MANIFEST}; it is missing or damaged") from None
+        raise CheckpointError(f"{path / MANIFEST} is missing or damaged") from None
     for name, (size, digest) in expected.items():
         if name in except_for:
             continue
         file = path / Path(name).name
         if not file.is_file():
-            raise CheckpointError(f"{path} must hold {name}, but it is missing")
+            raise CheckpointError(f"{file} is missing")
         content = file.read_bytes()
         if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
-            raise CheckpointError(
-                f"{file} is damaged: {len(content):,} bytes where {size:,} were written, or another SHA-256"
-            )
+            raise CheckpointError(f"{file} is damaged: it has {len(content):,} bytes of {size:,}, or another SHA-256")
 
 
 def write_manifest(path: Path, names: Sequence[str]) -> None:
-    """Write the manifest over files that another library has written into the directory."""
+    """Write the manifest for files that another library has written into the directory."""
     replace_file(path / MANIFEST, manifest_bytes({name: (path / name).read_bytes() for name in names}))
 
 
-def _unwritten(path: Path, need: int, error: OSError) -> CheckpointError:
-    have = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-    return CheckpointError(
-        f"cannot write {path}: {error.strerror or error} (needs {need:,} bytes, {have:,} are free); "
-        "what was there before is untouched. Make room, or name another place"
-    )
-
-
 def manifest_bytes(files: Mapping[str, bytes]) -> bytes:
-    """Sizes and SHA-256 of files, by name, as `verify_directory` reads them."""
+    """Return sizes and SHA-256 of files by name, as JSON that `verify_directory` reads."""
     entries = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
     return json.dumps({"format": 1, "files": entries}, indent=1).encode()
+
+
+def _cannot_write(path: Path, num_bytes: int, error: OSError) -> CheckpointError:
+    free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error} (needs {num_bytes:,} bytes, {free:,} are free). "
+        "The previous version is unchanged. Free some space, or choose another directory"
+    )
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -137,10 +161,10 @@ def _write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _swap_in(new: Path, path: Path) -> None:
+def _replace_directory(new: Path, path: Path) -> None:
     os.chmod(new, 0o755)
     if not _exchange(new, path):
-        old = new.with_name(new.name + "-old")
+        old = new.with_name(f"{new.name}-old")
         if path.exists():
             os.rename(path, old)
         try:
@@ -150,18 +174,19 @@ def _swap_in(new: Path, path: Path) -> None:
                 os.rename(old, path)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows, which cannot open directories
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _exchange(new: Path, path: Path) -> bool:
-    """Swap two directories in one step, so that a kill finds either; False where that cannot be done.
+    """Swap two directories atomically; return false if that is not possible here.
 
-    Linux alone has it (renameat2 with RENAME_EXCHANGE, not in Python's os), on most file systems. Elsewhere two
-    renames must do, and a kill between them leaves what was there before under a hidden name beside it.
+    Only Linux can (renameat2 with RENAME_EXCHANGE, not in Python's os). Elsewhere two renames are used, and a kill
+    between them leaves no directory at `path`, only the previous one under a hidden name.
     """
     if not path.is_dir() or path.is_symlink():
         return False

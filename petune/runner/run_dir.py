@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 from petune.base.config import Config
 from petune.base.errors import ConfigError, UsageError
-from petune.base.files import replace_file
+from petune.base.files import replace_file, try_lock
 from petune.base.yaml_values import read_yaml
 from petune.data.manifest import MANIFEST_FILE
 from petune.training.events import METRICS_FILE
@@ -79,10 +78,8 @@ def open_run_dir(
     except OSError as error:
         raise UsageError(f"the run directory {path} cannot be made or written: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{path} is in use by another petune process; name another --output") from None
+        if not try_lock(lock):
+            raise UsageError(f"{path} is in use by another petune process; name another --output")
         fresh = not (path / CONFIG_FILE).exists()
         try:
             if ours and not fresh and not _has_trained(path):

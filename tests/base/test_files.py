@@ -11,7 +11,7 @@ import pytest
 
 from petune.base import files
 from petune.base.errors import CheckpointError
-from petune.base.files import MANIFEST, replace_file, verify_directory, write_directory
+from petune.base.files import MANIFEST, replace_file, try_lock, verify_directory, write_directory
 
 CONTENT = {"a.bin": bytes(range(256)) * 4, "b.bin": bytes(reversed(range(256))) * 4, "c.json": b"{}"}
 
@@ -63,7 +63,7 @@ def test_every_bit_flip_is_found(tmp_path: Path) -> None:
 def test_truncation_is_found(size: int, tmp_path: Path) -> None:
     write_directory(tmp_path / "x", CONTENT)
     os.truncate(tmp_path / "x" / "a.bin", size)
-    with pytest.raises(CheckpointError, match=rf"a\.bin is damaged: {size:,} bytes where 1,024 were written"):
+    with pytest.raises(CheckpointError, match=rf"a\.bin is damaged: it has {size:,} bytes of 1,024"):
         verify_directory(tmp_path / "x")
 
 
@@ -78,7 +78,7 @@ def test_swapped_files_of_the_same_size_are_found(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write_directory(tmp_path / "x", CONTENT)
     (tmp_path / "x" / "b.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"must hold b\.bin"):
+    with pytest.raises(CheckpointError, match=r"b\.bin is missing"):
         verify_directory(tmp_path / "x")
 
 
@@ -119,7 +119,7 @@ def test_a_failed_rename_puts_the_old_directory_back(
     write_directory(tmp_path / "x", CONTENT)
     monkeypatch.setattr(files, "_exchange", lambda new, path: False)
     _fails_at(number, monkeypatch, "rename")
-    with pytest.raises(CheckpointError, match="untouched"):
+    with pytest.raises(CheckpointError, match="previous version is unchanged"):
         write_directory(tmp_path / "x", {"a.bin": b"abc"})
     monkeypatch.undo()
     verify_directory(tmp_path / "x")
@@ -193,3 +193,15 @@ def test_a_place_that_cannot_be_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot write"):
         write_directory(tmp_path / "file" / "x", CONTENT)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as mine, (tmp_path / ".lock").open("w") as other:
+        assert try_lock(mine)
+        assert not try_lock(other)
+
+
+def test_without_file_locks_a_warning_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    with (tmp_path / ".lock").open("w") as file, pytest.warns(UserWarning, match="no file locks"):
+        assert try_lock(file)
