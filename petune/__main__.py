@@ -1,4 +1,4 @@
-"""The `petune` program's first lines: SIGTERM and Ctrl-C have an answer before anything that takes time is imported."""
+"""Entry point of the `petune` program. Handles SIGTERM and Ctrl-C before any slow import."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     Args:
         args: The words after `petune`; None takes them from the command line.
     """
-    with contextlib.suppress(ValueError):  # outside the main thread, where Python delivers no signals
-        signal.signal(signal.SIGTERM, _stopped_early)
-        # Python gives signals their default action back while it shuts down; what is done by then is done
+    with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
+        signal.signal(signal.SIGTERM, _exit_stopped)
+        # Python restores the default action while it shuts down. By then all work is done, so ignore the signal.
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     try:
         from petune.cli.main import main as program
@@ -31,12 +31,12 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(INTERRUPTED)
 
 
-def _stopped_early(*_: object) -> NoReturn:
-    """SIGTERM while libraries are imported, or when all is done; a run has a handler of its own.
+def _exit_stopped(*_: object) -> NoReturn:
+    """Exit on SIGTERM while libraries are imported or after the work is done; training has its own handler.
 
-    Not an exception, since libraries catch those of their imports.
+    This does not raise, because libraries catch exceptions during their imports.
     """
-    os.write(2, b"error: stopped by SIGTERM outside of training, with nothing left to save; start it again\n")
+    os.write(2, b"error: stopped by SIGTERM outside of training; there is nothing to save. Rerun the same command\n")
     os._exit(STOPPED)
 
 

@@ -1,4 +1,4 @@
-"""`petune backbones`: names that --backbone takes."""
+"""`petune backbones`: the names that --backbone takes."""
 
 from __future__ import annotations
 
@@ -9,54 +9,46 @@ import typer
 from petune.cli.options import Json
 from petune.cli.terminal import print_data, print_json, print_status, print_table
 
-Pattern = Annotated[str | None, typer.Argument(metavar="PATTERN", help="List what matches, as 'vit*dinov2*'.")]
+COLUMNS = ("name", "timm model", "default weights", "about")
+Pattern = Annotated[
+    str | None, typer.Argument(metavar="PATTERN", help="Search timm's pretrained models too, e.g. 'vit*dinov2*'.")
+]
 
 
 def backbones(pattern: Pattern = None, json: Json = False) -> None:
     """List the names that --backbone takes.
 
-    Without PATTERN the short names; with it those that match, and timm's pretrained models.
+    Without PATTERN only petune's short names are listed.
     """
-    if pattern is not None:
-        _matching(pattern, json)
-        return
+    if pattern is None:
+        _list_short_names(json)
+    else:
+        _list_matching(pattern, json)
+
+
+def _list_short_names(as_json: bool) -> None:
     from petune.backbones.create import ALIASES
 
-    if json:
-        found = [
-            {
-                "name": name,
-                "timm_name": alias.timm_name,
-                "options": alias.options,
-                "default_weights": alias.default_weights,
-                "about": alias.about,
-            }
-            for name, alias in ALIASES.items()
-        ]
-        print_json(found)
+    if as_json:
+        keys = ("timm_name", "options", "default_weights", "about")
+        print_json([{"name": name} | {key: getattr(alias, key) for key in keys} for name, alias in ALIASES.items()])
         return
-    rows = [
-        (
-            name,
-            alias.timm_name + "".join(f",{k}={v}" for k, v in alias.options.items()),
-            alias.default_weights,
-            alias.about,
-        )
-        for name, alias in ALIASES.items()
-    ]
-    columns = ("name", "timm model", "default weights", "about")
-    print_table(columns, rows, optional=columns[1:3])  # those have no words to break a line between
+    rows = []
+    for name, alias in ALIASES.items():
+        options = "".join(f",{key}={value}" for key, value in alias.options.items())
+        rows.append((name, alias.timm_name + options, alias.default_weights, alias.about))
+    print_table(COLUMNS, rows, optional=COLUMNS[1:3])
     print_status("any timm name works too: petune backbones 'vit*'")
 
 
-def _matching(pattern: str, as_json: bool) -> None:
+def _list_matching(pattern: str, as_json: bool) -> None:
     from petune.backbones.create import list_backbones
 
-    wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    names = list_backbones(wanted)
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    names = list_backbones(glob)
     if as_json:
         print_json(names)
     elif names:
         print_data("\n".join(names))
     else:
-        print_status(f"no short name and no pretrained model of timm matches {pattern!r}")
+        print_status(f"no short name or pretrained timm model matches {pattern!r}")

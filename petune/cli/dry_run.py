@@ -1,53 +1,81 @@
-"""`--dry-run`: the complete configuration and what would train; nothing is trained or written."""
+"""`--dry-run`: print the complete configuration and what each method would train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from petune.cli.structure import plan_of, structure_of
-from petune.cli.terminal import print_data, print_facts, print_json, print_status
+from petune.base.text import format_percent
+from petune.cli.terminal import format_count, format_flops, print_data, print_facts, print_json, print_status
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Recipe
     from petune.runner.compare import CompareConfig
+    from petune.runner.preview import MethodPreview
     from petune.runner.run_config import RunConfig
     from petune.runner.sweep.trials import SweepConfig
 
 
-def show_dry_run(
+def print_dry_run(
     config: RunConfig | CompareConfig | SweepConfig,
     methods: Sequence[str],
     *,
     as_json: bool,
     recipe: Recipe | None = None,
 ) -> None:
-    """Print `config` as YAML on stdout, ready for --config, and on stderr what each method would train.
+    """Print `config` as YAML on stdout, ready for --config, and what each method would train on stderr.
 
     Args:
         config: The complete configuration.
-        methods: All methods of it.
-        as_json: Print both as one JSON object on stdout.
-        recipe: What is taken instead of the methods' own.
+        methods: All its methods.
+        as_json: Print both as one JSON object on stdout instead.
+        recipe: The recipe used in place of the methods' own.
 
     Raises:
-        ConfigError: A pretraining would leave parameters as they are.
+        ConfigError: The method of a pretraining leaves parameters frozen.
     """
     from petune.runner.pretrain import PretrainConfig, check_all_trains
+    from petune.runner.preview import preview_backbone, preview_data, preview_method
     from petune.runner.run_config import RunConfig
 
-    run = config if isinstance(config, RunConfig) else config.run
-    structure, model = structure_of(run)
-    plans = [plan_of(method, model, structure.sites, recipe) for method in methods]
+    backbone = preview_backbone(config if isinstance(config, RunConfig) else config.run)
+    previews = [preview_method(method, backbone, recipe) for method in methods]
     if isinstance(config, PretrainConfig):
-        check_all_trains(plans[0].total - plans[0].tuned - plans[0].head, config.method)
+        counts = previews[0].counts
+        check_all_trains(counts.total - counts.trainable, config.method)
     if as_json:
-        plain = config.model_dump(mode="json")
-        print_json({"config": plain, "backbone": structure.full_name, "methods": [asdict(plan) for plan in plans]})
+        data = [preview_data(preview) for preview in previews]
+        print_json({"config": config.model_dump(mode="json"), "backbone": backbone.full_name, "methods": data})
         return
     print_data(config.to_yaml().rstrip())
-    print_status(f"\n{structure.full_name}; nothing was trained or written")
-    for plan in plans:
+    print_status(f"\n{backbone.full_name}; dry run: nothing was trained or written")
+    for preview in previews:
         print_status("")
-        print_facts(plan.facts(structure.forward_flops), to_stderr=True)
+        print_facts(method_facts(preview, backbone.forward_flops), to_stderr=True)
+
+
+def method_facts(preview: MethodPreview, backbone_flops: int) -> list[tuple[str, str]]:
+    """Return what a method would train, as names and values.
+
+    Args:
+        preview: The method on a backbone.
+        backbone_flops: FLOPs of the forward pass of one image without the method.
+    """
+    from petune.runner.preview import describe_recipe
+
+    counts = preview.counts
+    added = format_percent(100 * (preview.forward_flops / backbone_flops - 1))
+    shares = (
+        f"{format_percent(counts.percent_of_total, 3)} of all parameters, "
+        f"{format_percent(counts.percent_of_backbone, 3)} of backbone and head"
+    )
+    return [
+        ("method", preview.method),
+        ("tuned", f"{format_count(counts.tuned)}  (with the head {shares})"),
+        ("head", format_count(counts.head)),
+        ("all parameters", format_count(counts.total)),
+        ("forward", f"{format_flops(preview.forward_flops)} per image"),
+        ("without the method", f"{format_flops(backbone_flops)} (the method adds {added})"),
+        ("recipe", describe_recipe(preview.recipe)),
+        *(("warning", text) for text in preview.warnings),
+    ]

@@ -1,4 +1,4 @@
-"""`petune env`: versions, device, directories; what a bug report needs."""
+"""`petune env`: versions, device and directories, as a bug report needs them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from petune.cli.terminal import print_facts, print_json
 def env(json: Json = False) -> None:
     """Show versions, device, directories and precision.
 
-    Precision is the number format that is measured to be faster on this device.
+    Precision is the number format that is faster on this device, measured now.
     """
-    found = environment()
+    data = environment()
     if json:
-        print_json(found)
+        print_json(data)
         return
-    versions = [(name, version or "not installed") for name, version in found.pop("versions").items()]
-    print_facts([*versions, *((key.replace("_", " "), _words(value)) for key, value in found.items())])
+    versions = [(name, version or "not installed") for name, version in data.pop("versions").items()]
+    print_facts([*versions, *((key.replace("_", " "), _describe(value)) for key, value in data.items())])
 
 
 def environment() -> dict[str, Any]:
-    """What `petune env` shows, as plain data."""
+    """Return what `petune env` shows, as plain data."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from petune.data.cache import cache_dir
@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _words(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_describe(item)}" for key, item in value.items())
     return "-" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""`petune eval`: what a trained model is good at."""
+"""`petune eval`: evaluate a trained model."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petune.cli.options import Json, TrustCode, user_path
-from petune.cli.predict import BatchSize, Device, Precision, Source, Weights
+from petune.cli.options import BatchSize, Device, Json, Precision, Source, TrustRemoteCode, Weights, user_path
 from petune.cli.terminal import one_line, print_facts, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.serving.evaluation import Evaluation
 
-MOST = 30
-"""Classes that are shown; all of them are in eval.json."""
+MAX_CLASSES = 30
+"""Number of classes that are printed; eval.json has all."""
 
 Split = Annotated[
-    Literal["test", "val"], typer.Option("--split", metavar="test|val", help="val chose the run's epoch.")
+    Literal["test", "val"],
+    typer.Option("--split", metavar="test|val", help="Split; val chose the epoch."),
 ]
 Dataset = Annotated[
     str | None,
     typer.Option(
-        "--dataset",
-        metavar="NAME",
-        help="Other images of the same classes: folder:PATH.  [default: the run's]",
+        "--dataset", metavar="NAME", help="Other images of the same classes: folder:PATH.  [default: the run's]"
     ),
 ]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Where CIFAR lies now.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Directory that holds CIFAR.")]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", metavar="DIR", help="Where eval.json and images go.  [default: eval-SPLIT in the run]"),
+    typer.Option(
+        "--output", metavar="DIR", help="Directory for eval.json and the figures.  [default: eval-SPLIT in the run]"
+    ),
 ]
-Format = Annotated[Literal["svg", "png"], typer.Option("--format", metavar="svg|png", help="Of the images.")]
+Format = Annotated[Literal["svg", "png"], typer.Option("--format", metavar="svg|png", help="Format of the figures.")]
 
 
 def evaluate(
@@ -45,19 +45,19 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
     batch_size: BatchSize = 128,
-    trust_remote_code: TrustCode = False,
+    trust_remote_code: TrustRemoteCode = False,
     output: Output = None,
     format: Format = "svg",
     json: Json = False,
 ) -> None:
-    """Accuracy by class, what is mistaken for what, and calibration.
+    """Evaluate a trained model: accuracy by class, confusion, calibration.
 
-    Writes eval.json, a confusion image and a reliability diagram.
+    Writes eval.json, a confusion matrix and a reliability diagram.
     """
     from petune.serving.evaluation import evaluate as evaluate_run, write
 
     source = user_path(source)
-    found = evaluate_run(
+    evaluation = evaluate_run(
         source,
         split=split,
         dataset=dataset,
@@ -68,32 +68,34 @@ def evaluate(
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    place = user_path(output) if output else _place(source, found.split, dataset)
     if json:
-        print_json(found.model_dump(mode="json"))
+        print_json(evaluation.model_dump(mode="json"))
     else:
-        _show(found)
-    if place is None:
-        print_status("an adapter directory is left as it is: with --output DIR, eval.json and images are written there")
-    for file in write(found, place, format) if place is not None else []:  # after the numbers, which are not lost so
+        _print_evaluation(evaluation)
+    directory = user_path(output) if output else _default_output(source, evaluation.split, dataset)
+    if directory is None:
+        print_status("nothing was written into the adapter directory; use --output DIR for eval.json and the figures")
+        return
+    for file in write(evaluation, directory, format):  # after printing, so that a full disk loses no numbers
         print_status(one_line(f"wrote {file}"))
 
 
-def _place(source: Path, split: str, dataset: str | None) -> Path | None:
+def _default_output(source: Path, split: str, dataset: str | None) -> Path | None:
+    """Return the directory for the files: inside a run directory, nowhere for a bare adapter."""
     from petune.runner.run_dir import RESULT_FILE
 
     if not (source / RESULT_FILE).is_file():
         return None
-    word = "".join(c if c.isalnum() or c in "._-" else "_" for c in dataset or "")
-    return source / "-".join(filter(None, ("eval", split, word)))
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in dataset or "")
+    return source / "-".join(filter(None, ("eval", split, name)))
 
 
-def _show(found: Evaluation) -> None:
+def _print_evaluation(evaluation: Evaluation) -> None:
     from petune.serving.evaluation import COLUMNS
 
-    shown = found.classes
-    if len(shown) > MOST:
-        shown = tuple(sorted(shown, key=lambda one: 101 if one.accuracy is None else one.accuracy))[:MOST]
-        print_status(f"the {MOST} worst of {len(found.classes)} classes; eval.json and --json have all")
-    print_table(COLUMNS, [[one_line(text) for text in one.cells()] for one in shown], right=COLUMNS[1:3])
-    print_facts([(name, one_line(value)) for name, value in found.facts()])
+    rows = evaluation.classes
+    if len(rows) > MAX_CLASSES:
+        rows = tuple(sorted(rows, key=lambda row: 101 if row.accuracy is None else row.accuracy))[:MAX_CLASSES]
+        print_status(f"the {MAX_CLASSES} worst of {len(evaluation.classes)} classes; eval.json and --json have all")
+    print_table(COLUMNS, [[one_line(text) for text in row.cells()] for row in rows], right=COLUMNS[1:3])
+    print_facts([(name, one_line(value)) for name, value in evaluation.facts()])

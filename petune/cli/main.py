@@ -1,4 +1,4 @@
-"""The `petune` program: its commands, and what becomes of an error. Nothing heavy is imported here."""
+"""The `petune` program: its commands, its exit codes and how errors are printed. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from petune.base.distributed import is_main_process, is_reported_elsewhere, num_processes, process_name
 from petune.base.errors import PetuneError, UsageError
@@ -28,25 +29,41 @@ from petune.cli.methods import methods
 from petune.cli.plugin import plugin
 from petune.cli.predict import predict
 from petune.cli.pretrain import pretrain
+from petune.cli.pull import pull
+from petune.cli.push import push
 from petune.cli.report import report
 from petune.cli.run import run
-from petune.cli.share import pull, push
 from petune.cli.sweep import sweep
 from petune.cli.terminal import clean, print_status
 
 DEBUG = "--debug"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-NO_MEMORY = re.compile(r"out of memory|annot allocate memory|can't allocate memory|ALLOC_FAILED")
+# PyTorch has an exception class for CUDA only. The CPU allocator, MPS and cuBLAS raise a plain RuntimeError.
+NO_MEMORY = re.compile(r"can't allocate memory|MPS backend out of memory|ALLOC_FAILED")
 LESS_MEMORY = (
-    "use smaller batches or a smaller model; a training also takes --grad-checkpointing, and where only its evaluation "
-    "does not fit, it goes on with --resume and a smaller train.eval_batch_size"
+    "Try a smaller batch size, or --grad-checkpointing. If training fits and evaluation does not, rerun with --resume "
+    "--set train.eval_batch_size=N"
 )
-SEVERAL = ("run", "compare", "pretrain")
-"""Commands that torchrun may start: their processes do one run together."""
+DISTRIBUTED = ("run", "compare", "pretrain")
+"""Commands that several processes may share, started by torchrun or accelerate."""
+SYNONYMS = {"train": "run", "fit": "run", "finetune": "run", "evaluate": "eval", "test": "eval", "search": "sweep"}
+"""What users try, and the command that does it."""
 
-# Plain help: drawing it with rich takes longer than everything else that `petune --help` does.
+
+class Commands(TyperGroup):
+    """The commands of the program; for a word of `SYNONYMS` it suggests the command that does this."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that `args` names, or fail with a suggestion."""
+        if args and args[0] in SYNONYMS:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{SYNONYMS[args[0]]}'?")
+        return super().resolve_command(ctx, args)
+
+
+# Plain help: rendering it with rich would take longer than the rest of `petune --help`.
 app = typer.Typer(
     name="petune",
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -62,8 +79,8 @@ app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
         print(f"petune {version('petune')}")
@@ -76,13 +93,11 @@ def petune(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
-    debug: Annotated[
-        bool, typer.Option(DEBUG, help="Show the traceback of an error; may stand anywhere on the line.")
-    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Print the traceback of an error; works in any position.")] = False,
 ) -> None:
-    """Parameter-efficient fine-tuning of any Vision Transformer: one frozen backbone, many tasks.
+    """Fine-tune Vision Transformers by training about one percent of their parameters.
 
-    Exit codes: 0 good, 1 the run failed, 2 wrong usage or config, 3 a missing extra or plugin, 4 bad data or
+    Exit codes: 0 success, 1 the run failed, 2 usage or config error, 3 missing extra or plugin, 4 bad data or
     checkpoint, 75 stopped and can be resumed, 130 Ctrl-C.
     """
 
@@ -97,67 +112,89 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     debug = DEBUG in words
     try:
         _prepare_streams()
-        _refuse_several(words)
+        _check_distributed(words)
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
         if not is_reported_elsewhere(error):
-            hint = f". {error.cli_hint}" if error.cli_hint else ""
-            _tell(f"error: {error}{hint}", debug)
+            _print_error(_with_hint(str(error), error.cli_hint), debug)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        lost = _output_lost() if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
-        if lost:
-            _tell(f"error: stdout must take what petune prints, but cannot be written: {lost}", debug)
-            sys.exit(1)
-        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):  # torch says so by RuntimeError
-            why = str(error).strip().partition("\n")[0] or type(error).__name__
-            _tell(f"error: memory must suffice, but ran out ({why}); {LESS_MEMORY}", debug)
-            sys.exit(1)
-        where = "" if debug else f"; {DEBUG} shows the traceback"
-        _tell(f"error: this is a bug in petune: {type(error).__name__}: {error}{where}", debug)
+        _print_error(_describe(error, debug), debug)
         sys.exit(1)
     sys.exit(0)
 
 
+def _describe(error: Exception, debug: bool) -> str:
+    """Return the message for an error that is not petune's own."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        reason = _why_stdout_fails()
+        if reason:
+            return f"cannot write to stdout: {reason.lower()}"
+    if _is_out_of_memory(error):
+        first_line = str(error).strip().partition("\n")[0]
+        return _with_hint(f"out of memory: {first_line}" if first_line else "out of memory", LESS_MEMORY)
+    hint = "" if debug else f"Rerun with {DEBUG} for the traceback"
+    return _with_hint(f"this is a bug in petune: {type(error).__name__}: {error}", hint)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # if it is not imported, the error is not torch's
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def _with_hint(message: str, hint: str) -> str:
+    if not hint:
+        return message
+    return f"{message} {hint}" if message.endswith((".", "?", "!", ":")) else f"{message}. {hint}"
+
+
 def _prepare_streams() -> None:
-    """What a stream cannot encode is replaced there, and a closed stderr drops the talk.
+    """Replace characters that a stream cannot encode, and discard messages where stderr is closed.
 
     Raises:
         UsageError: stdout is closed.
     """
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (till the end)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (stays open until the end)
     if sys.stdout is None:
-        raise UsageError("stdout must be open for what petune prints, but is closed; redirect it: > /dev/null")
+        raise UsageError("stdout is closed. Redirect it to a file, or to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
-def _output_lost() -> str | None:
-    """Why stdout takes no more, as on a full disk; None if it does. Python will not complain again at its end."""
+def _why_stdout_fails() -> str | None:
+    """Return why stdout cannot be written, and redirect it so that Python does not complain again; None if it can."""
     try:
-        print(flush=True)  # an unbuffered stream has forgotten what it could not write
+        print(flush=True)  # an unbuffered stream has already dropped what it could not write
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error.strerror
     return None
 
 
-def _refuse_several(words: Sequence[str]) -> None:
-    """Of a command that trains nothing, a launcher's processes would each do all of it."""
+def _check_distributed(words: Sequence[str]) -> None:
+    """Refuse several processes for a command that would do the same work in each.
+
+    Raises:
+        UsageError: A launcher started several processes.
+    """
     name = next((word for word in words if not word.startswith("-")), None)
-    if num_processes() > 1 and name is not None and name not in SEVERAL:
+    if num_processes() > 1 and name is not None and name not in DISTRIBUTED:
         raise UsageError(
-            f"only {', '.join(SEVERAL)} are done by several processes together, but {num_processes()} were started "
-            f"for petune {name}; start it without torchrun or accelerate"
+            f"petune {name} runs in one process, but {num_processes()} were started. Start it without torchrun or "
+            f"accelerate; only {', '.join(DISTRIBUTED)} support several processes"
         )
 
 
-def _tell(message: str, debug: bool) -> None:
-    who = "" if is_main_process() else f"{process_name()}: "
+def _print_error(message: str, debug: bool) -> None:
+    prefix = "" if is_main_process() else f"{process_name()}: "
     if debug:
-        print_status(clean(who + traceback.format_exc()))
-    print_status(clean(who + message))
+        print_status(clean(prefix + traceback.format_exc()))
+    print_status(clean(f"{prefix}error: {message}"))

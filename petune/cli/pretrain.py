@@ -1,4 +1,4 @@
-"""`petune pretrain`: a backbone from scratch."""
+"""`petune pretrain`: train a backbone from scratch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import shlex
 from typing import TYPE_CHECKING
 
 from petune.base.distributed import init_group
-from petune.cli.options import DryRun, Json, Settings, Track, configured
-from petune.cli.run import show_result
-from petune.cli.running import check_tracker, place_of, resumable, watching
-from petune.cli.terminal import print_json, print_status
+from petune.cli.options import DryRun, Json, Tracker
+from petune.cli.run import print_result
+from petune.cli.running import check_tracker, resume_hint, run_directory, watching
+from petune.cli.settings import Settings, configured
+from petune.cli.terminal import print_status
 
 if TYPE_CHECKING:
     from petune.runner.pretrain import PretrainConfig
@@ -29,36 +30,36 @@ DEFAULTS = {
 
 
 @configured(without=("method",), defaults=DEFAULTS)
-def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False, track: Track = None) -> None:
+def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False, tracker: Tracker = None) -> None:
     """Train a backbone from scratch, for --weights.
 
-    Everything trains, and the last epoch is kept.
+    All parameters are trained, and the last epoch is saved.
     """
     from petune.runner.pretrain import RECIPE, PretrainConfig, pretrain as run_config, pretrain_name
+    from petune.runner.run_dir import CONFIG_FILE
 
     config = PretrainConfig.build(settings.values(), settings.source)
-    check_tracker(track)
+    check_tracker(tracker)
     if dry_run:
-        from petune.cli.dry_run import show_dry_run
+        from petune.cli.dry_run import print_dry_run
 
-        show_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
+        print_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    place = init_group().broadcast(lambda: place_of(config, pretrain_name(config), resume="resume" in settings.flags))
-    config = config.model_copy(update={"output": place})
-    with resumable("pretrain", place), watching(track, place) as watch:
+    resume = "resume" in settings.flags
+    output = init_group().broadcast(lambda: run_directory(config, pretrain_name(config), resume=resume))
+    config = config.model_copy(update={"output": output})
+    with resume_hint("pretrain", output / CONFIG_FILE, "--resume"), watching(tracker, output) as watch:
         result = run_config(config, watch=watch)
-    if json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        show_result(result)
-    print_status(f"use it with: {shlex.join(_words(config, result.output))}")
+    print_result(result, as_json=json)
+    print_status(f"use it with: {shlex.join(_run_flags(config, result.output))}")
 
 
-def _words(config: PretrainConfig, output: str) -> list[str]:
-    """What `petune run` must be told for the same backbone with these weights."""
+def _run_flags(config: PretrainConfig, output: str) -> list[str]:
+    """Return the flags by which `petune run` builds the same backbone with these weights."""
     words = ["--backbone", config.backbone, "--weights", output]
-    for flag, side in (("--image-size", config.image_size), ("--patch-size", config.patch_size)):
-        words += [] if side is None else [flag, str(side)]
+    for flag, size in (("--image-size", config.image_size), ("--patch-size", config.patch_size)):
+        if size is not None:
+            words += [flag, str(size)]
     for key, value in config.backbone_options.items():
         words += ["--set", f"backbone_options.{key}={json_format.dumps(value)}"]
     return words if config.method == "full" else [*words, "--method", config.method]

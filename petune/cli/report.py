@@ -1,4 +1,4 @@
-"""`petune report`: one HTML page from any mix of run, compare, sweep and pretrain directories."""
+"""`petune report`: one HTML page from run, compare, sweep and pretrain directories."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, print_data, print_json, print_status
 
 Directories = Annotated[
-    list[Path], typer.Argument(metavar="DIR", help="Runs, comparisons, sweeps, pretrainings, or directories above.")
+    list[Path], typer.Argument(metavar="DIR", help="Directories of runs, comparisons, sweeps or pretrainings.")
 ]
 Output = Annotated[
-    Path, typer.Option("--output", metavar="FILE", help="The page; an older page of ours is replaced, nothing else.")
+    Path, typer.Option("--output", metavar="FILE", help="File to write; an older report is replaced, no other file.")
 ]
 
 
 def report(directories: Directories, output: Output = Path("report.html"), json: Json = False) -> None:
-    """Write one HTML page of everything below DIR….
+    """Write one HTML page about everything in DIR…, subdirectories included.
 
-    Tables, charts, and where the numbers come from. It has no scripts and fetches nothing.
+    The page has tables, charts and the provenance of all numbers. It contains no scripts and loads nothing.
     """
     from petune.base.text import format_size
     from petune.runner.report.page import write_page

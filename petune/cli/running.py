@@ -1,4 +1,4 @@
-"""Where a run goes, who watches it, and what to say when it was stopped."""
+"""Run something that takes long: its directory, its progress and tracker, and how to resume it after a stop."""
 
 from __future__ import annotations
 
@@ -20,104 +20,88 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 
 
-def place_of(config: RunConfig, name: str, *, resume: bool) -> Path:
-    """The directory of a run: `--output`, else a free one under `runs/`, or with --resume the latest.
+def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
+    """Return the directory of a run: `--output`, else a new one under `runs/`, or the latest one to resume.
 
     Args:
         config: The run.
-        name: What the directory is called without `--output`.
-        resume: Whether `--resume` was given, which wants something to go on in. `resume: true` in a configuration is
-            for jobs that a scheduler starts again: begin, or go on.
+        name: The name of the directory without `--output`.
+        resume: `--resume` was given, so there must be a run to resume. `resume: true` in the configuration is for
+            jobs that a scheduler may start again: it resumes a run if there is one, and starts one otherwise.
 
     Raises:
-        UsageError: There is nothing to go on in.
+        UsageError: There is no run to resume.
     """
     from petune.runner.run_dir import CONFIG_FILE, latest_path, unique_path
 
     if config.output is not None:
         if resume and not (config.output / CONFIG_FILE).is_file():
             raise UsageError(
-                f"--resume needs a run to go on in, but {config.output} holds none; begin one without --resume, or "
-                "begin or go on, as suits a job that is started again: --set resume=true"
+                f"nothing to resume in {config.output}. Start without --resume; for jobs that may be requeued use "
+                "--set resume=true"
             )
         return config.output
     if not config.resume:
         return unique_path(RUNS / name)
     latest = latest_path(RUNS / name)
     if latest is None:
-        raise UsageError(f"--resume needs a run to go on in, but there is no {RUNS / name}; give --output DIR")
+        raise UsageError(f"nothing to resume: there is no {RUNS / name}. Name the run's directory with --output")
     return latest
 
 
 @contextmanager
-def resumable(command: str, place: Path) -> Iterator[None]:
-    """Add to a stop by a signal how to go on; leave no empty directory."""
-    try:
-        yield
-    except Stopped as error:
-        if not (place / "config.yaml").exists():  # it had not begun, and left nothing to go on in
-            raise
-        where, config = shlex.quote(str(place)), shlex.quote(str(place / "config.yaml"))
-        again = f"petune {command} --config {config} --output {where} --resume"
-        raise Stopped(f"{error}:\n  {again}") from None
-    finally:
-        with suppress(OSError):
-            place.rmdir()  # of a run that failed before it had anything to keep
-
-
-@contextmanager
-def started_again(command: str, place: Path, file: str, executor: str) -> Iterator[None]:
-    """Add to a stop of many runs that the same command goes on, and which one else does.
+def resume_hint(command: str, config: Path, *flags: str) -> Iterator[None]:
+    """Add the command that resumes to a stop by a signal; remove the directory if it is still empty.
 
     Args:
-        command: `compare` or `sweep`.
-        place: Its directory.
-        file: The configuration in it that goes on.
-        executor: As `--executor` names it.
+        command: `run`, `pretrain`, `compare` or `sweep`.
+        config: Its configuration, in its directory.
+        flags: Further words of the command.
     """
     try:
         yield
     except Stopped as error:
-        if not (place / file).exists():  # it had not begun
-            raise
-        said, where = str(error).partition(", resume it")[0], shlex.quote(str(place))
-        elsewhere = "" if executor == "serial" else f" --executor {shlex.quote(executor)}"
-        again = f"petune {command} --config {where}/{file} --output {where}{elsewhere}"
-        raise Stopped(f"{said}; the same command goes on, or:\n  {again}") from None
+        if config.exists():  # else nothing had started that could be resumed
+            words = ("petune", command, "--config", str(config), "--output", str(config.parent), *flags)
+            error.cli_hint = f"Resume with:\n  {shlex.join(words)}"
+        raise
+    finally:
+        with suppress(OSError):
+            config.parent.rmdir()
 
 
 @contextmanager
-def watching(track: str | None, place: Path) -> Iterator[Callable[[Event | RunStarted], None]]:
+def watching(tracker: str | None, output: Path) -> Iterator[Callable[[Event | RunStarted], None]]:
     """Show progress, and log to a tracker if one is named.
 
     Args:
-        track: The tracker's name.
-        place: The directory of the run, or of a comparison, whose runs then log beside their results.
+        tracker: The tracker's name.
+        output: The directory of the run, or of several runs, which then log to one directory each.
 
     Raises:
-        UnknownName: No tracker of that name.
+        UnknownName: There is no such tracker.
         MissingExtra: Its package is not installed.
     """
     if not is_main_process():
         yield lambda event: None
         return
-    tracker = _Tracking(track, place) if track else None
+    tracking = _Tracking(tracker, output) if tracker else None
     with Progress() as progress:
 
         def watch(event: Event | RunStarted) -> None:
             progress(event)
-            if tracker is not None:
-                tracker(event)
+            if tracking is not None:
+                tracking(event)
 
         try:
             yield watch
         finally:
-            if tracker is not None:
-                tracker.close()
+            if tracking is not None:
+                tracking.close()
 
 
 def check_tracker(name: str | None) -> None:
-    """Say before anything else is done that a tracker cannot be had.
+    """Check that a tracker is available, before anything else is done.
 
     Raises:
         UnknownName, MissingExtra: See `watching`.
@@ -128,28 +112,29 @@ def check_tracker(name: str | None) -> None:
         check(name)
 
 
-def check_executor(name: str, track: str | None) -> None:
-    """Say before anything else is done that an executor cannot be had, or cannot be tracked.
+def check_executor(name: str, tracker: str | None) -> None:
+    """Check that an executor is available, before anything else is done.
 
     Raises:
-        PetuneError: See `petune.executors.choose_executor`.
-        UsageError: A tracker follows the runs of this process only.
+        PetuneError: See `petune.runner.executors.choose_executor`.
+        UsageError: A tracker is named too; it can only follow runs in this process.
     """
     from petune.runner.executors import choose_executor
 
     choose_executor(name)
-    if track and name != "serial":
-        raise UsageError(f"--tracker follows the runs of this process, and --executor {name} has them elsewhere")
+    if tracker and name != "serial":
+        raise UsageError(f"--tracker only follows runs in this process, not those of --executor {name}. Leave one out")
 
 
 class _Tracking:
-    """A tracker that moves to the next run's directory when it begins."""
+    """A tracker that starts a new log for each run."""
 
-    def __init__(self, name: str, place: Path) -> None:
+    def __init__(self, name: str, output: Path) -> None:
         from petune.training.trackers import Tracker
 
-        self._name, self._place = name, place / name
-        self._tracker = Tracker(name, self._place)
+        self._name = name
+        self._directory = output / name
+        self._tracker = Tracker(name, self._directory)
 
     def __call__(self, event: Event | RunStarted) -> None:
         from petune.runner.events import RunStarted
@@ -157,7 +142,7 @@ class _Tracking:
 
         if isinstance(event, RunStarted):
             self.close()
-            self._tracker = Tracker(self._name, self._place / _file_name(f"{event.method}-seed{event.seed}"))
+            self._tracker = Tracker(self._name, self._directory / _file_name(f"{event.method}-seed{event.seed}"))
         else:
             self._tracker(event)
 

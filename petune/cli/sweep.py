@@ -8,8 +8,9 @@ import typer
 
 from petune.base.errors import ConfigError, UsageError
 from petune.base.text import format_percent
-from petune.cli.options import DryRun, Executor, Json, Settings, Track, configured
-from petune.cli.running import RUNS, check_executor, check_tracker, started_again, watching
+from petune.cli.options import DryRun, Executor, Json, Tracker
+from petune.cli.running import RUNS, check_executor, check_tracker, resume_hint, watching
+from petune.cli.settings import Settings, configured
 from petune.cli.terminal import clean, print_json, print_status, print_table
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def sweep(
     no_test: NoTest = False,
     json: Json = False,
     dry_run: DryRun = False,
-    track: Track = None,
+    tracker: Tracker = None,
     executor: Executor = "serial",
 ) -> None:
     """Search a method's options and training options.
@@ -66,24 +67,25 @@ def sweep(
         config = SweepConfig.build(values, settings.source)
     except ConfigError as error:
         raise ConfigError(f"{error}{_hint(str(error), values.get('over'))}") from None
-    check_tracker(track)
-    check_executor(executor, track)
+    check_tracker(tracker)
+    check_executor(executor, tracker)
     if dry_run:
-        from petune.cli.dry_run import show_dry_run
+        from petune.cli.dry_run import print_dry_run
         from petune.runner.sweep.space import corners
 
         methods = dict.fromkeys(config.trial(params).method for params in corners(config.over))
-        show_dry_run(config, list(methods), as_json=json)
+        print_dry_run(config, list(methods), as_json=json)
     else:
-        _run(config, as_json=json, track=track, executor=executor)
+        _run(config, as_json=json, tracker=tracker, executor=executor)
 
 
-def _run(config: SweepConfig, *, as_json: bool, track: str | None, executor: str) -> None:
+def _run(config: SweepConfig, *, as_json: bool, tracker: str | None, executor: str) -> None:
     from petune.runner.run_dir import CONFIG_FILE
     from petune.runner.sweep.search import sweep as sweep_config, sweep_name
 
     place = config.output or RUNS / sweep_name(config)
-    with started_again("sweep", place, CONFIG_FILE, executor), watching(track, place) as watch:
+    flags = () if executor == "serial" else ("--executor", executor)
+    with resume_hint("sweep", place / CONFIG_FILE, *flags), watching(tracker, place) as watch:
         table = sweep_config(config.model_copy(update={"output": place}), executor=executor, watch=watch)
     if as_json:
         print_json(table.model_dump(mode="json"))
@@ -119,11 +121,10 @@ def _values(
     from petune.runner.sweep.trials import SweepConfig
 
     own = SweepConfig.model_fields.keys()
-    values = settings.values(
-        lambda key: key if key.partition("=")[0].partition(".")[0].strip() in own else f"run.{key}"
-    )
-    if (place := settings.own_directory(CONFIG_FILE, SWEEP_TABLE)) is not None:
-        values["output"] = place
+    values = settings.values(own)
+    directory = settings.config_directory(CONFIG_FILE, SWEEP_TABLE)
+    if directory is not None:
+        values["output"] = directory
     if method is not None:
         values["run"] = {**values.get("run", {}), "method": method}
     if over:

@@ -1,0 +1,117 @@
+"""What a method would train on a backbone, computed on the meta device: no weights, no data, no training."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from petune.backbones.create import create_backbone
+from petune.data.lookup import count_classes
+from petune.injector.attach import attach
+from petune.injector.counts import Counts
+from petune.injector.registry import build_tuner
+from petune.injector.tuner import Recipe
+from petune.runner.provenance import forward_flops
+from petune.runner.run_config import RunConfig
+from petune.sites.find import find_sites
+from petune.sites.site import Sites
+
+
+@dataclass(frozen=True)
+class BackbonePreview:
+    """A backbone without weights.
+
+    Attributes:
+        model: The model, on the meta device.
+        full_name: The name, as a result reports it.
+        sites: Its sites.
+        forward_flops: FLOPs of the forward pass of one image.
+    """
+
+    model: nn.Module
+    full_name: str
+    sites: Sites
+    forward_flops: int
+
+
+@dataclass(frozen=True)
+class MethodPreview:
+    """What a method would train.
+
+    Attributes:
+        method: As given, with its options.
+        counts: Numbers of parameters.
+        forward_flops: FLOPs of the forward pass of one image, with the method.
+        recipe: What it would train with.
+        warnings: What attaching warned about.
+    """
+
+    method: str
+    counts: Counts
+    forward_flops: int
+    recipe: Recipe
+    warnings: tuple[str, ...]
+
+
+def preview_backbone(config: RunConfig) -> BackbonePreview:
+    """Build the backbone of a run without its weights."""
+    with torch.device("meta"):
+        backbone = create_backbone(
+            config.backbone,
+            weights="none",
+            num_classes=count_classes(config.dataset),
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            options=config.backbone_options,
+            head=config.head,
+        )
+        sites = find_sites(backbone.model)
+        flops = forward_flops(backbone.model, sites.input_size)
+    return BackbonePreview(backbone.model, backbone.full_name, sites, flops)
+
+
+def preview_method(method: str, backbone: BackbonePreview, recipe: Recipe | None = None) -> MethodPreview:
+    """Attach a method to the backbone, count, and detach it again.
+
+    Args:
+        method: The method, with options if needed.
+        backbone: As `preview_backbone` returns it.
+        recipe: The recipe to show; None shows the method's own.
+
+    Raises:
+        AttachError: The method cannot be attached to this backbone.
+    """
+    tuner = build_tuner(method)
+    with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attachment = attach(backbone.model, tuner)
+        flops = forward_flops(backbone.model, backbone.sites.input_size)
+        counts = attachment.counts
+        attachment.detach()
+    messages = tuple(dict.fromkeys(str(w.message) for w in caught))
+    return MethodPreview(method, counts, flops, recipe or tuner.recipe, messages)
+
+
+def preview_data(preview: MethodPreview) -> dict[str, Any]:
+    """Return a preview as plain data, for JSON."""
+    counts = preview.counts
+    return {
+        "method": preview.method,
+        "tuned": counts.tuned,
+        "head": counts.head,
+        "total": counts.total,
+        "percent_of_total": counts.percent_of_total,
+        "percent_of_backbone": counts.percent_of_backbone,
+        "forward_flops": preview.forward_flops,
+        "recipe": describe_recipe(preview.recipe),
+        "warnings": list(preview.warnings),
+    }
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """Return a recipe in words."""
+    return f"{recipe.optimizer}, learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}"
