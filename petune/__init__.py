@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from petune.backbones.create import list_backbones as list_backbones
+    from petune.backbones.names import list_backbones as list_backbones
     from petune.base.errors import (
         AlreadyCompiled as AlreadyCompiled,
         AttachError as AttachError,
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "backbones.create": "list_backbones",
+    "backbones.names": "list_backbones",
     "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError DataError DeadSite "
     "Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError ProcessLost SiteNotFound Stopped "
     "UnknownName UsageError WeightsUnavailable",

@@ -1,1 +1,1 @@
-"""A name becomes a model with its weights."""
+"""Backbones: a name becomes a model with its weights."""

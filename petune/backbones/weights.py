@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: the hub, a file, a pretraining run, the package itself. Never chance."""
+"""Read a backbone's weights from a file, a pretraining run, or the package itself. Never fall back to random ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ BACKBONE_FILE = "backbone.safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of a file and what the file says of itself.
+    """Tensors of a file, and its description of itself.
 
     Attributes:
         tensors: By state_dict key, as stored.
-        info: The `petune` entry of the file's metadata: backbone, preprocessing, results; empty for foreign files.
+        info: The `petune` entry of the metadata: backbone, preprocessing, results; empty for files of others.
         source: Where they come from, for the record and for messages.
     """
 
@@ -36,42 +36,44 @@ class Weights:
 
     @property
     def adapters(self) -> dict[str, Tensor]:
-        """What belongs to adapters that were there in pretraining, by the keys that they have in the model."""
-        said = self.info.get("adapters")
-        return {k: t for k, t in self.tensors.items() if k in said} if isinstance(said, list) else {}
+        """Tensors of the adapters that were attached during pretraining, by their key in the model."""
+        keys = self.info.get("adapters")
+        return {key: tensor for key, tensor in self.tensors.items() if key in keys} if isinstance(keys, list) else {}
 
 
 def load_adapters(model: nn.Module, weights: Weights, method: str) -> None:
-    """Start a method's adapters where those of the pretraining ended.
+    """Start a method's adapters from the adapters of the pretraining.
 
     Raises:
-        CheckpointError: The method has other adapters. The backbone was trained with them and is not itself without.
+        CheckpointError: The method has other adapters; the backbone was trained with these and is incomplete without.
     """
-    here = model.state_dict()
-    wrong = sorted(k for k, t in weights.adapters.items() if k not in here or here[k].shape != t.shape)
-    if wrong:
+    state = model.state_dict()
+    mismatched = sorted(
+        key for key, tensor in weights.adapters.items() if key not in state or state[key].shape != tensor.shape
+    )
+    if mismatched:
         raise CheckpointError(
-            f"{weights.source} was pretrained with the adapters of {weights.info.get('method')}, so that the method "
-            f"must have the same, but {method} has none that fit {wrong[0]}"
+            f"{weights.source} was pretrained with the adapters of {weights.info.get('method')}, but {method} has none "
+            f"that fit {mismatched[0]}. Use the method and options of the pretraining"
         )
     model.load_state_dict(weights.adapters, strict=False)
 
 
-def bundled(name: str) -> Path | None:
-    """The weights file of that name that comes with petune, as `cifar100`."""
+def bundled_file(name: str) -> Path | None:
+    """Return the weights file that comes with petune under a name, such as `cifar100`."""
     path = BUNDLED / f"vit_nano_{name}.safetensors"
     return path if path.is_file() else None
 
 
-def from_anywhere(weights: str) -> str:
-    """The option `--weights` so that it means the same in any directory: a path that is there becomes absolute."""
+def absolute_weights(weights: str) -> str:
+    """Return the option `weights` so that it means the same in any directory: existing paths become absolute."""
     path = expand_home(weights)
-    named = weights in {"default", "none"} or bundled(weights) is not None
-    return weights if named or not path.exists() else str(path.absolute())
+    is_name = weights in {"default", "none"} or bundled_file(weights) is not None
+    return weights if is_name or not path.exists() else str(path.absolute())
 
 
 def find_weights(path: Path) -> Path:
-    """The file that `--weights PATH` means: `path`, or the one in a pretraining run's directory.
+    """Return the weights file at `path`, or the one in the directory of a pretraining run.
 
     Raises:
         WeightsUnavailable: There is no such file.
@@ -79,20 +81,21 @@ def find_weights(path: Path) -> Path:
     path = expand_home(path)
     file = path / BACKBONE_FILE if path.is_dir() else path
     if not file.is_file():
-        what = f"{path} is a directory without {BACKBONE_FILE}" if path.is_dir() else f"there is no file {path}"
+        problem = f"there is no {BACKBONE_FILE} in {path}" if path.is_dir() else f"no such weights file: {path}"
         raise WeightsUnavailable(
-            f"--weights takes default, none, cifar100, a safetensors file or the directory of a finished "
-            f"`petune pretrain`; {what}"
+            f"{problem}. weights is default, none, cifar100, a safetensors file, or the directory of a finished "
+            "pretraining run",
+            cli_hint="Set it with --weights",
         )
     return file
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a safetensors file, a pretraining run's directory, or a foreign `.pt` (tensors only).
+    """Read a safetensors file, the directory of a pretraining run, or a `.pt` file of others (tensors only).
 
     Raises:
         WeightsUnavailable: There is no such file.
-        CheckpointError: The file is damaged or is no weights file.
+        CheckpointError: The file is damaged or not a weights file.
     """
     file = find_weights(path)
     if file.suffix in {".pt", ".pth", ".bin"}:
@@ -103,42 +106,53 @@ def read_weights(path: Path) -> Weights:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
             info = json.loads(metadata.get("petune", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} must be a safetensors file, but: {error}") from None
+        raise CheckpointError(f"cannot read {file} as safetensors: {error}") from None
     if not isinstance(info, dict):
-        raise CheckpointError(f"{file} must say in its metadata what petune wrote, but `petune` is {info!r} there")
-    return Weights(tensors, info, _named(file))
+        raise CheckpointError(f"the metadata of {file} is damaged: `petune` is {info!r}, not a mapping")
+    return Weights(tensors, info, _source(file))
 
 
 def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
-    """Load all but the head, which always starts anew.
+    """Load everything but the head, which keeps its fresh initialization.
 
     Args:
-        model: Of the same architecture; position embeddings of another size are resampled by timm's own filter.
-        head_keys: Keys of the classifier in `model`; they are left alone.
+        model: Of the same architecture; timm's own filter resamples position embeddings of another size.
+        weights: What to load.
+        head_keys: Keys of the classifier in `model`.
 
     Raises:
-        CheckpointError: A key is missing, left over, or has another shape.
+        CheckpointError: A key is missing, unexpected, or has another shape.
     """
-    tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in weights.adapters}
+    tensors: Mapping[str, Tensor] = {k: tensor for k, tensor in weights.tensors.items() if k not in weights.adapters}
+    state = model.state_dict()
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    here = model.state_dict()
-    if resample is not None and any(k in here and here[k].shape != t.shape for k, t in tensors.items()):
+    if resample is not None and any(k in state and state[k].shape != tensor.shape for k, tensor in tensors.items()):
         tensors = resample(tensors, model)
-    wanted = {key for key in here if key not in head_keys}
-    missing = sorted(wanted - set(tensors))
-    heads = (*(key.rpartition(".")[0] + "." for key in head_keys), "head.", "fc.", "classifier.")
-    extra = sorted(k for k in set(tensors) - wanted if k not in head_keys and not k.startswith(heads))
-    shapes = [f"{k} {tuple(tensors[k].shape)} for {tuple(here[k].shape)}" for k in sorted(wanted & set(tensors))
-              if tensors[k].shape != here[k].shape]  # fmt: skip
-    if missing or extra or shapes:
-        found = "; ".join(f"{len(v)} {w}: {', '.join(v[:3])}" for w, v in
-                          (("missing", missing), ("left over", extra), ("of another shape", shapes)) if v)  # fmt: skip
-        raise CheckpointError(f"{weights.source} must hold the weights of this backbone, but does not fit it ({found})")
+    wanted = {key: tensor for key, tensor in state.items() if key not in head_keys}
+    problems = _mismatches(wanted, tensors, head_keys)
+    if problems:
+        raise CheckpointError(f"{weights.source} does not fit this backbone: {'; '.join(problems)}")
     model.load_state_dict({key: tensors[key] for key in wanted}, strict=False)
 
 
-def _named(file: Path) -> str:
-    """The path, or for a file of petune its name and what it holds, which says as much on another machine."""
+def _mismatches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], head_keys: set[str]) -> list[str]:
+    """Describe missing and unexpected keys and wrong shapes; classifiers of the file are ignored."""
+    heads = (*(key.rpartition(".")[0] + "." for key in head_keys), "head.", "fc.", "classifier.")
+    missing = sorted(wanted.keys() - tensors.keys())
+    unexpected = sorted(
+        key for key in tensors.keys() - wanted.keys() if key not in head_keys and not key.startswith(heads)
+    )
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & tensors.keys())
+        if tensors[key].shape != wanted[key].shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return [f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in kinds if keys]
+
+
+def _source(file: Path) -> str:
+    """Return the path, or for a bundled file its name and digest, which mean the same on another machine."""
     if file.parent != BUNDLED:
         return str(file)
     return f"petune's {file.stem} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:8]})"
@@ -149,14 +163,14 @@ def _read_torch(file: Path) -> dict[str, Tensor]:
 
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what the unpickler stumbles over in a file that is none: KeyError, IndexError, …
+    except Exception as error:  # the unpickler raises many types on other files: KeyError, IndexError, …
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(
-            f"{file} must hold tensors only (it is read without running code), but: {reason}"
+            f"cannot read {file} as a checkpoint of tensors only (no code is run): {reason}"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{file} must hold a state_dict (names to tensors)")
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{file} does not contain a state_dict (names to tensors)")
     return loaded

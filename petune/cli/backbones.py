@@ -27,7 +27,7 @@ def backbones(pattern: Pattern = None, json: Json = False) -> None:
 
 
 def _list_short_names(as_json: bool) -> None:
-    from petune.backbones.create import ALIASES
+    from petune.backbones.names import ALIASES
 
     if as_json:
         keys = ("timm_name", "options", "default_weights", "about")
@@ -36,13 +36,13 @@ def _list_short_names(as_json: bool) -> None:
     rows = []
     for name, alias in ALIASES.items():
         options = "".join(f",{key}={value}" for key, value in alias.options.items())
-        rows.append((name, alias.timm_name + options, alias.default_weights, alias.about))
+        rows.append((name, alias.timm_name + options, alias.default_weights or "-", alias.about))
     print_table(COLUMNS, rows, optional=COLUMNS[1:3])
     print_status("any timm name works too: petune backbones 'vit*'")
 
 
 def _list_matching(pattern: str, as_json: bool) -> None:
-    from petune.backbones.create import list_backbones
+    from petune.backbones.names import list_backbones
 
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     names = list_backbones(glob)

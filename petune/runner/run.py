@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from petune.backbones.create import Backbone, check_weights, create_backbone, input_side
-from petune.backbones.weights import from_anywhere, load_adapters
+from petune.backbones.weights import absolute_weights, load_adapters
 from petune.base.arguments import check_watch
 from petune.base.distributed import SINGLE_PROCESS, Group, init_group
 from petune.data import Dataset, Preprocess, load_dataset
@@ -271,7 +271,7 @@ def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict
             "full_name": backbone.full_name,
             "hub_id": backbone.hub_id,
             "weights": backbone.weights,
-            "weights_option": from_anywhere(config.weights),
+            "weights_option": absolute_weights(config.weights),
             "seed": config.seed,
             "image_size": config.image_size,
             "patch_size": config.patch_size,

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from petune.backbones.create import HeadKind
+from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
 from petune.data import OnBroken
 from petune.training import TrainConfig

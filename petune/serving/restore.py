@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.backbones.create import Backbone, create_backbone
-from petune.backbones.other_libraries import calls_a_function
+from petune.backbones.names import calls_user_code
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
@@ -115,7 +115,7 @@ def refuse_code(saved: Saved, where: str) -> None:
     backbone = saved.config["metadata"].get("backbone")
     said = backbone if isinstance(backbone, Mapping) else {}
     name, options = str(said.get("name", "")), said.get("options")
-    if calls_a_function(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
+    if calls_user_code(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
         raise CheckpointError(
             f"{where} has its backbone built by {name}, code that using it would run here. If you know that code, add "
             "--trust-remote-code (in Python trust_remote_code=True); else build the model yourself, and "

@@ -1,4 +1,4 @@
-"""Backbones by name: sizes that models are built for, and sizes that any convolution takes."""
+"""Backbones by name: input sizes, options, classifiers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_the_image_size_is_the_input(name: str, options: dict[str, object], size
         assert backbone.model.eval()(torch.zeros(2, 3, size, size)).shape == (2, 3)
 
 
-def test_an_option_that_no_model_takes_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"resnet18.*cannot be built with wat=1"):
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(ConfigError, match="wat"):
         create_backbone("resnet18", weights="none", num_classes=3, options={"wat": 1})
 
 
@@ -34,7 +34,7 @@ def test_an_option_that_no_model_takes_is_named() -> None:
     ],
 )
 @pytest.mark.parametrize("head", ["linear", "bn_linear"])
-def test_classifiers_that_are_parts_of_a_head(name: str, options: dict[str, object], width: int, head: str) -> None:
+def test_classifiers_inside_a_head(name: str, options: dict[str, object], width: int, head: str) -> None:
     backbone = create_backbone(name, weights="none", num_classes=5, options=options, head=head)
     att = petune.attach(backbone.model, "linear")
     sizes = [p.numel() for key, p in att.head.items() if key.endswith("weight")]

@@ -1,4 +1,4 @@
-"""Where weights come from, as a run's record says it."""
+"""Weights: where they come from, and what a run records about them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 
 import petune
 from petune.backbones.create import create_backbone
-from petune.backbones.weights import Weights, bundled, load_into, read_weights
+from petune.backbones.weights import Weights, bundled_file, load_into, read_weights
 from petune.base import hub
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.serving.restore import restore
 
 
-def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tmp_path: Path) -> None:
-    file = bundled("cifar100")
+def test_bundled_weights_are_recorded_by_digest_and_others_by_path(tmp_path: Path) -> None:
+    file = bundled_file("cifar100")
     assert file is not None
     copy = shutil.copy(file, tmp_path / "mine.safetensors")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
@@ -30,7 +30,7 @@ def test_bundled_weights_are_named_by_what_they_hold_and_others_by_their_path(tm
 
 
 class Deep(nn.Module):
-    """Layers and a classifier, both below the same name, as transformers' models have them."""
+    """Layers and a classifier below the same prefix, as in transformers' models."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class Deep(nn.Module):
         self.model.classifier = nn.Linear(2, 2)
 
 
-def test_layers_that_are_left_over_are_named_wherever_the_classifier_is() -> None:
+def test_unexpected_layers_are_named() -> None:
     head = {"model.classifier.weight", "model.classifier.bias"}
     load_into(Deep(2), Weights(Deep(2).state_dict(), {}, "file"), head)
-    with pytest.raises(CheckpointError, match=r"2 left over: model\.layers\.1\.bias, model\.layers\.1\.weight"):
+    with pytest.raises(CheckpointError, match=r"2 unexpected: model\.layers\.1\.bias, model\.layers\.1\.weight"):
         load_into(Deep(1), Weights(Deep(2).state_dict(), {}, "file"), head)
 
 
-def test_statistics_of_a_file_that_does_not_say_them_are_timms_of_that_name(tmp_path: Path) -> None:
+def test_timm_supplies_statistics_that_a_file_lacks(tmp_path: Path) -> None:
     shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
     saved = create_backbone("vit_tiny", weights="none", num_classes=2, image_size=32, options=shape).model
     save_file(saved.state_dict(), tmp_path / "w.safetensors")
@@ -57,7 +57,7 @@ def test_statistics_of_a_file_that_does_not_say_them_are_timms_of_that_name(tmp_
     assert (unknown.mean, unknown.std) == (None, None)
 
 
-def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
+def test_a_run_notes_that_a_file_has_no_statistics(tmp_path: Path) -> None:
     shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
     saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model
     save_file(saved.state_dict(), tmp_path / "w.safetensors")
@@ -70,7 +70,7 @@ def test_a_run_says_that_a_file_has_no_statistics(tmp_path: Path) -> None:
     assert any("does not say what its images' mean and std were" in note for note in notes)
 
 
-def test_an_adapter_finds_a_relative_weights_file_from_anywhere(
+def test_an_adapter_finds_its_weights_file_from_another_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
@@ -91,15 +91,15 @@ def test_an_adapter_finds_a_relative_weights_file_from_anywhere(
 
 
 @pytest.mark.parametrize("content", [b"hello world\n", b"", b"<html>", b"\x80\x02."])
-def test_a_file_that_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+def test_an_invalid_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"t\.pt must hold tensors only"):
+    with pytest.raises(CheckpointError, match=r"t\.pt"):
         read_weights(tmp_path / "t.pt")
 
 
-def test_metadata_that_petune_did_not_write_is_named(tmp_path: Path) -> None:
+def test_invalid_metadata_is_reported(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", metadata={"petune": "null"})
-    with pytest.raises(CheckpointError, match=r"`petune` is None there"):
+    with pytest.raises(CheckpointError, match=r"w\.safetensors is damaged"):
         read_weights(tmp_path / "w.safetensors")
 
 

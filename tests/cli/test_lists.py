@@ -39,7 +39,7 @@ def test_methods_show_broken_ones_without_their_tricks(petune: Run, monkeypatch:
         SimpleNamespace(name="good", distribution="petune", version="1.0", state="ok"),
         SimpleNamespace(name="bad\x1b[2J", distribution=None, version=None, state="broken: no\nsuch module"),
     ]
-    monkeypatch.setattr("petune.injector.registry.tuners", lambda: listed)
+    monkeypatch.setattr("petune.injector.registry.list_tuners", lambda: listed)
     done = petune("methods")
     assert done.code == 0
     assert done.out == (

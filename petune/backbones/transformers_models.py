@@ -1,0 +1,139 @@
+"""Build transformers' models, and models in timm's layout from the same hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from petune.backbones.timm_models import build_timm_repository, describe, repository_architecture
+from petune.backbones.transformers_weights import load_pretrained
+from petune.base.errors import ConfigError, MissingExtra, WeightsUnavailable, did_you_mean
+from petune.base.hub import hub_url
+from petune.base.network import reachable
+
+
+class Logits(nn.Module):
+    """Wrap a transformers classifier so that it returns its logits instead of an output object."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C)."""
+        logits_BC: Tensor = self.model(images_BCHW).logits
+        return logits_BC
+
+
+class PooledClassifier(nn.Module):
+    """Put a linear classifier on a transformers model without one: on its pooled output, else on the mean token."""
+
+    def __init__(self, model: nn.Module, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(dim, num_classes)
+        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C)."""
+        output = self.model(images_BCHW)
+        pooled_BD = getattr(output, "pooler_output", None)
+        if pooled_BD is None:
+            pooled_BD = output.last_hidden_state.mean(1)
+        logits_BC: Tensor = self.head(pooled_BD)
+        return logits_BC
+
+
+def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    """Build the model of a repository of the Hugging Face Hub, or of a directory, in transformers' or timm's layout.
+
+    Args:
+        name: `user/name`, or a directory with a `config.json`.
+        num_classes: Outputs of the classifier.
+        options: Keys of transformers' config, or arguments of timm's model.
+        pretrained: Load the weights.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        WeightsUnavailable: There is no such repository or directory, or its weights do not fill the model.
+        ConfigError: The model does not accept these options.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("a backbone named hf:…", "transformers") from None
+    offline = not Path(name).is_dir() and not reachable(hub_url())
+    with _quiet_transformers():
+        try:
+            config_file = Path(transformers.utils.cached_file(name, "config.json", local_files_only=offline))
+            architecture = repository_architecture(config_file)
+            if architecture is not None:
+                folder = config_file.parent
+                return build_timm_repository(name, architecture, folder, num_classes, options, pretrained=pretrained)
+            return _build_transformers(name, num_classes, options, pretrained, offline)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise WeightsUnavailable(
+                f"cannot load {describe(f'hf:{name}', options)}: {reason}. Name a model of the Hugging Face Hub, or a "
+                "directory with config.json and the weights; weights='none' needs config.json only",
+                cli_hint="--weights none starts from random weights",
+            ) from error
+
+
+def _build_transformers(
+    name: str, num_classes: int, options: Mapping[str, Any], pretrained: bool, offline: bool
+) -> nn.Module:
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(name, local_files_only=offline)
+    config = _classification_config(getattr(config, "vision_config", None) or config)
+    _check_options(name, config, options)
+    config.update({**options, "num_labels": num_classes})
+    # transformers fails on None, which a file leaves, if a config belongs to several models (DeiT)
+    config.architectures = config.architectures or []
+    classifies = type(config) in AutoModelForImageClassification._model_mapping
+    auto_class = AutoModelForImageClassification if classifies else AutoModel
+    try:
+        model = load_pretrained(auto_class, name, config, offline) if pretrained else auto_class.from_config(config)
+        return Logits(model) if classifies else PooledClassifier(model, config.hidden_size, num_classes)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {error}") from error
+
+
+def _check_options(name: str, config: Any, options: Mapping[str, Any]) -> None:
+    """Refuse unknown keys, which transformers accepts silently."""
+    for key in options:
+        if key != "image_size" and not hasattr(config, key):
+            suggestion = did_you_mean(key, config.to_dict())
+            raise ConfigError(f"the {type(config).__name__} of hf:{name} has no option {key}{suggestion}")
+
+
+def _classification_config(config: Any) -> Any:
+    """Use a plain ViT for ViT-MAE, whose own model hides random patches in every forward.
+
+    Fine-tuning uses all patches (He et al., 2021, 2111.06377, section 4); the encoder's weights are those of a ViT.
+    """
+    from transformers import ViTConfig
+
+    return ViTConfig(**config.to_dict()) if config.model_type == "vit_mae" else config
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars inside the context."""
+    from transformers.utils import logging
+
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,119 @@
+"""Load weights into transformers' models, and refuse weights that leave a part random."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.backbones.timm_models import set_statistics
+from petune.base.errors import WeightsUnavailable
+
+
+def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> nn.Module:
+    """Load a pretrained model; position embeddings are resampled for another image size.
+
+    Args:
+        auto_class: AutoModel, or AutoModelForImageClassification.
+        name: Repository or directory.
+        config: The config of the model to build.
+        offline: Use cached files only.
+
+    Raises:
+        WeightsUnavailable: The weights leave parts other than the classifier random.
+        OSError: A file is missing.
+    """
+    arguments = {"ignore_mismatched_sizes": True, "local_files_only": offline}
+    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
+    unfilled = _unfilled_keys(model, info)
+    embeddings = {
+        key: shape for key, shape, _ in info["mismatched_keys"] if key in unfilled and "position_embedding" in key
+    }
+    if embeddings:
+        own_config = type(config).from_pretrained(name, local_files_only=offline)
+        config = type(config).from_dict({**config.to_dict(), "image_size": own_config.image_size})
+        original = auto_class.from_pretrained(name, config=config, **arguments)
+        unfilled -= _resample(model.state_dict(), original.state_dict(), embeddings)
+    if unfilled:
+        shown = ", ".join(sorted(unfilled)[:3]) + (", …" if len(unfilled) > 3 else "")
+        raise WeightsUnavailable(
+            f"the weights of hf:{name} leave {len(unfilled)} tensors besides the classifier unfilled (missing, or with "
+            f"another shape): {shown}. Drop the options that change the model, or use weights='none'",
+            cli_hint="--weights none starts from random weights",
+        )
+    _set_statistics(model, name, offline)
+    return model  # type: ignore[no-any-return]
+
+
+def _set_statistics(model: nn.Module, name: str, offline: bool) -> None:
+    """Record how transformers would normalize images, after scaling them to 0…1."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, local_files_only=offline)
+    except OSError:  # without a preprocessing config the dataset's own statistics are used
+        return
+    if getattr(processor, "do_flip_channel_order", False):
+        warnings.warn(
+            f"the weights of hf:{name} were trained on images in BGR channel order, but petune gives RGB: expect lower "
+            "accuracy",
+            stacklevel=2,
+        )
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if not getattr(processor, "do_normalize", True):
+        mean, std = 0.0, 1.0
+    if mean is not None and std is not None:
+        set_statistics(model, _per_channel(mean), _per_channel(std))
+
+
+def _per_channel(value: Any) -> tuple[float, ...]:
+    return (value,) * 3 if isinstance(value, int | float) else tuple(value)
+
+
+def _unfilled_keys(model: Any, info: Any) -> set[str]:
+    """Return the tensors that no weights filled, without the classifier and the mask token of pretraining."""
+    unfilled = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is not model:
+        unfilled = {key for key in unfilled if key.startswith(prefix)}
+    elif "ForImageClassification" in type(model).__name__:
+        unfilled = {key for key in unfilled if "classifier" not in key.partition(".")[0]}
+    return {key for key in unfilled if not key.endswith("mask_token")}
+
+
+def _resample(target: Mapping[str, Tensor], source: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> set[str]:
+    """Fill position embeddings with those of the same model for its own image size, and return the filled keys.
+
+    Legend: N tokens, the first ones are not patches; D width.
+
+    Args:
+        target: State of the model, filled in place.
+        source: State of the model at its own image size.
+        shapes: Keys of the position embeddings, and their shapes in the file.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    filled = set()
+    for key, shape in shapes.items():
+        new, old = target[key], source[key]
+        num_prefix = _num_prefix_tokens(new.shape[-2], old.shape[-2])
+        if old.shape != shape or new.shape[-1] != old.shape[-1] or num_prefix is None:
+            continue
+        side = math.isqrt(new.shape[-2] - num_prefix)
+        old_1ND = old.reshape(1, *old.shape[-2:])
+        new_1ND = resample_abs_pos_embed(old_1ND, [side, side], num_prefix_tokens=num_prefix)
+        new.copy_(new_1ND.reshape(new.shape))
+        filled.add(key)
+    return filled
+
+
+def _num_prefix_tokens(new_length: int, old_length: int) -> int | None:
+    """Return the smallest number of prefix tokens that leaves a square grid in both, or None."""
+    for count in range(min(4, new_length, old_length)):
+        if all(math.isqrt(length - count) ** 2 == length - count for length in (new_length, old_length)):
+            return count
+    return None
