@@ -75,7 +75,7 @@ def test_backbones_of_timm(petune: Run) -> None:
     assert json.loads(petune("backbones", "vit_tiny_patch16_224", "--json").out) == done.out.splitlines()
     none = petune("backbones", "nothing_like_it")
     assert (none.code, none.out) == (0, "")
-    assert none.err == "no short name and no pretrained model of timm matches 'nothing_like_it'\n"
+    assert "nothing_like_it" in none.err
     assert petune("backbones", "vit_nano").out.splitlines()[0] == "vit_nano"
     assert petune("backbones", "vit_tin*").out.splitlines()[:2] == ["vit_tiny", "vit_tiny_patch16_224.augreg_in21k"]
 
