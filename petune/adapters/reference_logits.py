@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from petune.base.errors import CheckpointError
 from petune.injector.attachment import Attachment
 from petune.injector.trainable import trainable_state_of
-from petune.sites.probe import look
+from petune.sites.logits import synthetic_logits
 
 KEPT = 8  # logits: another backbone moves all of them
 BITS, BITS_IN_HALF = 8, 6
@@ -116,7 +116,7 @@ def _round(bits: int, module: nn.Module, args: Any, out: Any) -> Tensor | None:
 
 
 def _logits(attachment: Attachment) -> Tensor:
-    return look(attachment.model, attachment.sites, 1).flatten()[:KEPT].double().cpu()
+    return synthetic_logits(attachment.model, attachment.sites, 1).flatten()[:KEPT].double().cpu()
 
 
 def _short(value: float) -> float:

@@ -13,7 +13,7 @@ from petune.backbones.torchvision_models import IMAGE_SIZE, build_torchvision
 from petune.backbones.transformers_models import build_hf
 from petune.backbones.user_factory import build_with_factory
 from petune.base.errors import AttachError
-from petune.sites.geometry import input_sizes_of
+from petune.sites.input_size import input_sizes_of
 
 
 def build_other_library(name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:

@@ -18,7 +18,8 @@ from petune.injector.registry import build_tuner, parse_method, plugin_errors
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.find import find_sites
-from petune.sites.probe import probe, refuse_random
+from petune.sites.logits import refuse_random
+from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
 _PROVEN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
@@ -156,9 +157,9 @@ def _check_live(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog)
     proof = (type(tuner), tuner.config.model_dump_json(), sites.input_size, *places)
     if proof in _PROVEN.get(model, ()):
         return
-    called = probe(model, sites, [holder.adapter for holder, _ in log.placed])
+    called = record_calls(model, sites.input_size, [holder.adapter for holder, _ in log.placed])
     for holder, passed in log.placed:
-        if id(holder.adapter) not in called:
+        if holder.adapter not in called:
             where = " or ".join(dict.fromkeys(site.where for site in passed))
             raise DeadSite(
                 f"{log.name} would do nothing: the forward of {sites.model} never calls {where} (its weights may "

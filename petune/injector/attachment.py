@@ -25,7 +25,7 @@ from petune.injector.trainable import (
 )
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches
-from petune.sites.probe import look
+from petune.sites.logits import synthetic_logits
 from petune.sites.site import Sites
 
 
@@ -247,12 +247,14 @@ class Attachment:
     def _fold(self) -> None:
         """Fold, and compare what the model makes of an image before and after; put everything back if they differ."""
         before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        expected = look(self.model, self.sites)
+        expected = synthetic_logits(self.model, self.sites)
         try:
             self.edit_log.fold(self.name)
             self._refuse_shared(before)
             self.edit_log.set_enabled(False)
-            change = float((look(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
+            change = float(
+                (synthetic_logits(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1)
+            )
             if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
                 raise NotMergeable(
                     f"{self.name} computes something else when folded: its output moves by {change:.2g}. Mend the "

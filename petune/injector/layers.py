@@ -10,8 +10,10 @@ from torch import nn
 from petune.base.errors import SiteNotFound
 from petune.injector.qkv import qkv_called
 from petune.injector.trainable import added_to
-from petune.sites.probe import Call, is_pointwise, probe
+from petune.sites.layouts import is_pointwise
+from petune.sites.recorder import record_calls
 from petune.sites.site import Site, Sites
+from petune.sites.trace import Call
 
 
 class LayerFinder:
@@ -25,40 +27,39 @@ class LayerFinder:
         self.model = model
         self.sites = sites
         self.others = added_to(model)
-        self._recorded: dict[int, Call] | None = None
+        self._recorded: dict[nn.Module, Call] | None = None
 
     def linear_layers(self, site: Site, *, pointwise: bool) -> tuple[Site, ...]:
         """See `Edit.linear_layers`."""
         calls = self._calls()
-        first, last = calls.get(id(site.enter)), calls.get(id(site.exit))
+        first, last = calls.get(site.enter), calls.get(site.exit)
         if first is None or last is None:
             return ()
 
         def within(module: nn.Module) -> bool:
-            call = calls.get(id(module))
+            call = calls.get(module)
             return call is not None and first.start <= call.start and call.stop <= last.stop
 
         layers = [m for m in self._matrices() if within(m) and (pointwise or isinstance(m, nn.Linear))]
-        return tuple(self.site(m) for m in sorted(layers, key=lambda m: calls[id(m)].start))
+        return tuple(self.site(m) for m in sorted(layers, key=lambda m: calls[m].start))
 
     def input_linears(self, site: Site) -> tuple[Site, ...]:
         """See `Edit.input_linears`."""
         calls = self._calls()
         layers = self.linear_layers(site, pointwise=False)
-        return tuple(layer for layer in layers if calls[id(layer.enter)].input is calls[id(site.enter)].input)
+        return tuple(layer for layer in layers if calls[layer.enter].input is calls[site.enter].input)
 
     def uncalled_linears(self, site: Site) -> tuple[Site, ...]:
         """See `Edit.uncalled_linears`."""
         calls = self._calls()
         inside = {id(m) for module in site.modules for m in module.modules()}
         linears = [m for m in self._matrices() if isinstance(m, nn.Linear)]
-        return tuple(self.site(m) for m in linears if id(m) in inside and id(m) not in calls)
+        return tuple(self.site(m) for m in linears if id(m) in inside and m not in calls)
 
     def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
         """See `Edit.called`."""
         candidates = list(modules)
-        calls = probe(self.model, self.sites, candidates) if candidates else {}
-        return {m for m in candidates if id(m) in calls}
+        return set(record_calls(self.model, self.sites.input_size, candidates)) if candidates else set()
 
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""
@@ -90,12 +91,12 @@ class LayerFinder:
     def _matrices(self) -> list[nn.Module]:
         return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m)]
 
-    def _calls(self) -> dict[int, Call]:
+    def _calls(self) -> dict[nn.Module, Call]:
         """Return the calls of one forward in which attentions call their qkv layers, as the verbs would let them."""
         if self._recorded is None:
             inner = [site for b in self.sites.blocks for role, site in b.parts.items() if role != "mid"]
             sites = [*self.sites.blocks, *inner]
             watched = [*self._matrices(), *(m for s in sites for m in s.modules)]
             with qkv_called(self.model):
-                self._recorded = probe(self.model, self.sites, {id(m): m for m in watched}.values())
+                self._recorded = record_calls(self.model, self.sites.input_size, watched)
         return self._recorded

@@ -24,7 +24,7 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import Tuner
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.sites.forward import forget_caches
-from petune.sites.probe import logits_of
+from petune.sites.logits import logits_of
 
 DRAWS = 5  # how often a tuned tensor may have no gradient before it is said to have none
 

@@ -23,7 +23,7 @@ from petune.injector.hooks.base import After, Before, Holder, Parallel, Prompts
 from petune.injector.load import attach_saved, read_adapter
 from petune.injector.trainable import trainable_state_of
 from petune.sites.find import find_sites
-from petune.sites.probe import logits_of, look
+from petune.sites.logits import logits_of, synthetic_logits
 from petune.sites.site import Site
 
 
@@ -191,7 +191,7 @@ class AdapterBank:
 
         handle = self._head.enter.register_forward_hook(leave)
         try:
-            logits = look(self.model, self.sites)
+            logits = synthetic_logits(self.model, self.sites)
         finally:
             handle.remove()
         if len(made) != 1 or not isinstance(made[0][0], Tensor):
@@ -208,7 +208,7 @@ class AdapterBank:
             try:
                 for count in (2, 3):
                     with _rowwise([(task.attachment, list(range(count)))], count):
-                        look(self.model, self.sites, count)
+                        synthetic_logits(self.model, self.sites, count)
                 self._by_row[key] = True
             except AttachError:
                 self._by_row[key] = False

@@ -26,7 +26,7 @@ from petune.data.find_images import find_images
 from petune.data.folder import CROP
 from petune.data.images import center_square, decode_images, supported_suffixes
 from petune.serving.restore import restore
-from petune.sites.probe import logits_of
+from petune.sites.logits import logits_of
 from petune.training import choose_device
 from petune.training.config import Precision
 from petune.training.precision import choose_attention, choose_precision

@@ -61,12 +61,12 @@ def find_blocks(trace: Trace, model: str) -> tuple[Block, ...]:
 def attention_units(trace: Trace) -> list[Unit]:
     """The innermost calls with weights, from tokens to tokens, around each mixing of tokens; in order."""
     found: dict[int, Unit] = {}
-    for mixer in trace.mixers:
-        around = [c for c in (mixer.call, *mixer.call.ancestors()) if _has_matrix(c) and c is not trace.root]
+    for op in trace.attention_ops:
+        around = [c for c in (op.call, *op.call.ancestors()) if _has_matrix(c) and c is not trace.root]
         call = next((c for c in around if c.maps_tokens), None)
-        if call is not None and mixer.is_over_tokens(call):
-            unit = found.setdefault(id(call), Unit(call, mixer.time))
-            unit.mixed, unit.strong = mixer.time, unit.strong or mixer.strong
+        if call is not None and op.is_over_tokens(call):
+            unit = found.setdefault(id(call), Unit(call, op.time))
+            unit.mixed, unit.strong = op.time, unit.strong or op.many_queries
     units = sorted(found.values(), key=lambda u: u.call.start)
     for unit, following in itertools.pairwise(units):
         unit.stop = following.call.start
@@ -115,7 +115,7 @@ def _rearranges(trace: Trace, unit: Unit, holder: Call) -> bool:
     x = None if mid is None else mid.input
     if x is None or y is None or x.numel() != y.numel() or (x.ndim < y.ndim and len(x) == len(y)):
         return False
-    sums = [a.result for a in trace.adds if a.time > unit.mlp.last.stop and a.other(x) is not None]
+    sums = [a.result for a in trace.additions if a.time > unit.mlp.last.stop and a.other(x) is not None]
     makers = [c for c in holder.subtree() if c is not holder and c.output is y]
     weighed = any(is_norm(c) or list(c.module.parameters()) for c in makers)
     return bool(sums) and all(s is not y for s in sums) and not weighed
@@ -201,7 +201,7 @@ def _parts(trace: Trace, unit: Unit, scope: Call, inner: Call, model: str, since
         "num_windows": _num_windows(attn, scope),
         "norm_first": norm1 is None or attn is None or norm1.start < attn.start,
         "bias_modules": _biases(attn, scope),
-        "extra_inputs": inner.parent.extra if inner.parent is scope else scope.extra,
+        "extra_inputs": inner.parent.extra_inputs if inner.parent is scope else scope.extra_inputs,
     }
 
 
@@ -231,7 +231,7 @@ def _bare(first: Call, last: Call, dim: int, model: str) -> Block:
         layout=layout_of(first, dim),
         model=model,
         index=0,
-        extra_inputs=first.extra,
+        extra_inputs=first.extra_inputs,
     )
 
 

@@ -12,11 +12,12 @@ from torch import nn
 from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError
 from petune.sites.blocks import find_blocks
-from petune.sites.geometry import input_sizes_of
+from petune.sites.input_size import input_sizes_of
 from petune.sites.layouts import channel_axis, is_conv, site
 from petune.sites.parts import is_norm
+from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites
-from petune.sites.trace import Call, Trace, record
+from petune.sites.trace import Call, Trace
 
 
 def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None, *, head: str | None = None) -> Sites:
@@ -148,7 +149,7 @@ def _final_norm(trace: Trace, after: int, head: Site | None, model: str) -> Site
     """The last normalisation between the last block and the classifier."""
     heads = {id(m) for m in head.modules} if head is not None else set()
     end = next((c.start for c in trace.calls if id(c.module) in heads), trace.root.stop)
-    mixing = {id(c) for mixer in trace.mixers for c in (mixer.call, *mixer.call.ancestors()) if c is not trace.root}
+    mixing = {id(c) for op in trace.attention_ops for c in (op.call, *op.call.ancestors()) if c is not trace.root}
     norms = [c for c in trace.calls if after < c.start < end and is_norm(c)]
     norms = [c for c in norms if not any(id(a) in mixing for a in c.ancestors())]  # not within attention pooling
     if not norms:

@@ -1,9 +1,9 @@
-"""Run a model's forward once for its shapes alone, and leave no trace of it."""
+"""Run a model's forward and leave no trace of it: modes, random state and the model's own caches stay as they are."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,22 +12,25 @@ from torch.func import functional_call
 
 from petune.base.errors import AttachError
 
+Watch = Callable[[], contextlib.AbstractContextManager[Any]]
 
-def dry_forward(
-    model: nn.Module,
-    input_size: tuple[int, int, int],
-    watch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> Any:
-    """Run one no-grad forward in eval mode, and return what `watch` yielded during it.
 
-    The forward runs on the meta device (shapes without numbers: milliseconds, no copy of weights). Where a
-    model computes with tensors that are neither parameter nor buffer, this fails, and it runs in earnest on
-    one black image. Modes and random state are as before afterwards.
+def forward_of(model: nn.Module, x_BCHW: Tensor) -> Any:
+    """Return what the model returns for images (B, channels, height, width), in eval mode and its own number format."""
+    with inference(model):
+        return model(x_BCHW.to(next(model.parameters()).device, dtype_of(model)))
+
+
+def dry_forward(model: nn.Module, input_size: tuple[int, int, int], watch: Watch = contextlib.nullcontext) -> Any:
+    """Run one no-grad forward in eval mode, for its shapes alone, and return what `watch` yielded during it.
+
+    The forward runs on the meta device (shapes without numbers: milliseconds, no copy of weights). If that fails,
+    because the model computes with tensors that are neither parameters nor buffers, it runs on one black image.
 
     Args:
-        model: Any model that maps a batch of images to something.
+        model: Any model that maps a batch of images to something. Modes and random state are as before afterwards.
         input_size: (channels, height, width).
-        watch: Makes a fresh context manager for each try.
+        watch: Makes a fresh context manager for each attempt.
 
     Raises:
         AttachError: The model's own forward fails on an image of that size.
@@ -35,57 +38,56 @@ def dry_forward(
     with undisturbed(model), torch.no_grad():
         try:
             return _on_meta(model, input_size, watch)
-        except Exception:  # a constant tensor on another device, an op without a meta kernel, a value read
+        except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
             pass
         try:
-            return _in_earnest(model, input_size, watch)
+            return _on_black_image(model, input_size, watch)
         except Exception as error:
             size = "x".join(map(str, input_size))
             raise AttachError(
-                f"the forward of {type(model).__name__} must run on a {size} image, but it raised "
-                f"{type(error).__name__}: {error}. Pass input_size=(channels, height, width) if that is not "
-                "its size"
+                f"the forward of {type(model).__name__} fails on a {size} image: {type(error).__name__}: {error}. "
+                "If that is not its size, pass input_size=(channels, height, width)"
             ) from error
 
 
-def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
-    images_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
-    with _caches_restored(model), watch() as seen:
-        functional_call(model, _meta_tensors(model), (images_BCHW,), tie_weights=False)
-    return seen
+def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
+    x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
+    with _caches_restored(model), watch() as watched:
+        functional_call(model, _meta_tensors(model), (x_BCHW,), tie_weights=False)
+    return watched
 
 
 def _meta_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Stand-ins for all parameters and buffers. Each module counts once: a shared one must not be swapped twice."""
-    found: dict[str, Tensor] = {}
+    """Return meta tensors for all parameters and buffers. A module that is shared must not be swapped twice."""
+    tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                found[f"{path}.{name}" if path else name] = torch.empty_like(tensor, device="meta")
-    return found
+                tensors[f"{path}.{name}" if path else name] = torch.empty_like(tensor, device="meta")
+    return tensors
 
 
-def _in_earnest(model: nn.Module, input_size: tuple[int, int, int], watch: Any) -> Any:
+def _on_black_image(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with watch() as seen:
+    with watch() as watched:
         model(torch.zeros(1, *input_size, device=device, dtype=dtype_of(model)))
-    return seen
+    return watched
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What images must be converted to."""
+    """Return the dtype that images must have."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's mode and every random state as before afterwards.
+    """Put the model in eval mode; restore every module's mode and every random state afterwards.
 
-    Autocast keeps no copy of a weight: it would still use it when the weight has another value.
+    Autocast keeps no copies of weights inside: it would use them after the weights have changed.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    kept = torch.is_autocast_cache_enabled()
+    cache_enabled = torch.is_autocast_cache_enabled()
     try:
         for module, _ in modes:
             module.training = False
@@ -93,34 +95,34 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
             yield
     finally:
-        torch.set_autocast_cache_enabled(kept)
+        torch.set_autocast_cache_enabled(cache_enabled)
         for module, training in modes:
             module.training = training
 
 
 @contextlib.contextmanager
-def looking(model: nn.Module) -> Iterator[None]:
-    """For a forward whose numbers are compared: undisturbed, without gradient, in the model's own number format."""
+def inference(model: nn.Module) -> Iterator[None]:
+    """Allow a forward whose numbers are compared: `undisturbed`, without gradient, in the model's own number format."""
     with undisturbed(model), _without_autocast(model), torch.no_grad():
         yield
 
 
 @contextlib.contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes in its own number format, also where its forward enters autocast (accelerate's).
+    """Let the model compute in its own number format, even if its forward enters autocast (accelerate's does).
 
     A model of several formats is left alone: it may need autocast to run at all.
     """
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     device = next((p.device.type for p in model.parameters()), "cpu")
-    if len(kinds) > 1 or device == "meta":
+    if len(dtypes) > 1 or device == "meta":
         yield
         return
 
-    def off(module: nn.Module, args: Any) -> None:
-        torch.set_autocast_enabled(device, False)  # till its own autocast is left
+    def disable(module: nn.Module, args: Any) -> None:
+        torch.set_autocast_enabled(device, False)  # until the model's own autocast is left
 
-    handles = [m.register_forward_pre_hook(off) for m in model.modules() if m is not model]
+    handles = [m.register_forward_pre_hook(disable) for m in model.modules() if m is not model]
     try:
         with torch.autocast(device, enabled=False):
             yield
@@ -131,7 +133,7 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _caches_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward stored on modules, so that no meta tensor stays behind in a model's own cache."""
+    """Undo what a forward stores on modules, so that no meta tensor stays in a model's own cache."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         yield
@@ -147,9 +149,9 @@ def _caches_restored(model: nn.Module) -> Iterator[None]:
 
 
 def forget_caches(model: nn.Module) -> None:
-    """Let what keeps a product of the weights drop it, since they changed: autocast, and modules as LeViT's, TinyViT's.
+    """Drop copies of weights that have changed: autocast's, and those of modules like LeViT's and TinyViT's attention.
 
-    These do so when told to train, which is why they have a `train` of their own.
+    Such modules drop theirs when `train(True)` is called, and override `train` for that.
     """
     torch.clear_autocast_cache()
     modes = [(module, module.training) for module in model.modules()]
@@ -158,3 +160,22 @@ def forget_caches(model: nn.Module) -> None:
             module.train(True)
     for module, training in modes:
         module.training = training
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def logits_in(output: Any) -> Any:
+    """Return what is called `logits` in a model's output, an attribute (transformers) or an entry; else the output."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return getattr(output, "logits", output)

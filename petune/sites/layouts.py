@@ -85,3 +85,8 @@ def site(
         model=model,
         read_only=read_only,
     )
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Return whether a module is a 1×1 convolution: one matrix for every pixel."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

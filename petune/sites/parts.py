@@ -64,7 +64,7 @@ def _unwrapped(trace: Trace, call: Call, dim: int) -> Mlp:
 def is_residual(trace: Trace, call: Call) -> bool:
     """Whether a call adds what enters it to what it computes."""
     x, y = call.input, call.output
-    return x is not None and any(add.result is y and add.other(x) is not None for add in trace.adds)
+    return x is not None and any(add.result is y and add.other(x) is not None for add in trace.additions)
 
 
 def attention_of(trace: Trace, unit: Call, scope: Call) -> Call | None:
@@ -165,7 +165,7 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, after: int)
 
     The MLP is then no addition to the stream behind the attention, but what enters its norm is still what it reads.
     """
-    added = [add for add in trace.adds if add.result is block.output and add.time > mlp.last.stop]
+    added = [add for add in trace.additions if add.result is block.output and add.time > mlp.last.stop]
     past = block.input is not None and any(add.other(block.input) is not None for add in added)
     if norm is None or norm.start < after or not past:
         return None
@@ -176,7 +176,7 @@ def reaches(trace: Trace, mid: Call | None, block: Call) -> bool:
     """Whether the stream at `mid`, with one thing added, is what the block returns."""
     if mid is None or mid.input is None:
         return False
-    return any(add.result is block.output and add.other(mid.input) is not None for add in trace.adds)
+    return any(add.result is block.output and add.other(mid.input) is not None for add in trace.additions)
 
 
 def span_exit(trace: Trace, mlp: Mlp, mid: Call | None) -> Call | None:
@@ -193,7 +193,7 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call | None) -> Call | None:
 
 
 def _added_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Tensor | None:
-    for add in trace.adds:
+    for add in trace.additions:
         if after < add.time < before:
             other = add.other(stream)
             if other is not None:

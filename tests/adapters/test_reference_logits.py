@@ -16,7 +16,7 @@ import petune
 from petune.adapters.reference_logits import behaviour
 from petune.base.errors import BackboneMismatch, CheckpointError
 from petune.injector.load import attach_saved, read_adapter
-from petune.sites.probe import look
+from petune.sites.logits import synthetic_logits
 from tests.tiny import X, randomised, tiny
 
 METHODS = ["adaptformer", "vpt", "bitfit", "linear", "lora"]
@@ -161,7 +161,7 @@ def test_a_forward_with_choices_allows_for_them() -> None:
     nn.init.normal_(model.inner.head.weight)
     att = petune.attach(model, "linear", input_size=(3, 160, 160))
     plain = behaviour(att)
-    model.limit = float(look(model, att.sites, 1).sum()) + 1e-4
+    model.limit = float(synthetic_logits(model, att.sites, 1).sum()) + 1e-4
     above = behaviour(att)
     model.limit -= 2e-4
     below = behaviour(att)

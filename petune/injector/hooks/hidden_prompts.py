@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.injector.hooks.position_bias import Room
-from petune.sites.trace import PRODUCTS
+from petune.sites.recorder import PRODUCTS
 
 
 class HiddenPrompts(TorchFunctionMode):

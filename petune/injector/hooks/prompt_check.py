@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from petune.injector.hooks.hidden_prompts import HiddenPrompts, same
 from petune.injector.hooks.position_bias import Room, is_inside, refused
-from petune.sites.forward import dtype_of, looking
+from petune.sites.forward import dtype_of, inference, tensors_in
 from petune.sites.site import Block, Sites
-from petune.sites.trace import tensors_in
 
 
 @dataclass
@@ -79,7 +78,7 @@ class Prompting:
         if room not in self._rooms:
             self._rooms.append(room)  # earlier blocks' prompts are in the model already: hide them too
         try:
-            with looking(self.model), contextlib.ExitStack() as stack:
+            with inference(self.model), contextlib.ExitStack() as stack:
                 modes = [stack.enter_context(HiddenPrompts(r)) for r in self._rooms]
                 output = block.enter(*seen.args, **seen.kwargs) if alone else self.model(self._image())
         except Exception as error:
@@ -97,7 +96,7 @@ class Prompting:
     def _look(self) -> Any:
         handles = [h for block in self.sites.blocks for h in self._watch(block)]
         try:
-            with looking(self.model):
+            with inference(self.model):
                 return self.model(self._image())
         finally:
             for handle in handles:

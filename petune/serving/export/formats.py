@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import ExportError, MissingExtra
-from petune.sites.probe import logits_of
+from petune.sites.logits import logits_of
 
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 MOST_DIFFERENT = 1e-4

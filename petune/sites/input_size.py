@@ -1,4 +1,4 @@
-"""What size of image a model wants."""
+"""The image size that a model expects, read from the model."""
 
 from __future__ import annotations
 
@@ -10,42 +10,39 @@ from petune.base.errors import AttachError
 
 
 def input_sizes_of(model: nn.Module) -> list[tuple[int, int, int]]:
-    """(channels, height, width) as the model itself tells: the size it was built with before its weights' size.
+    """Return candidates for (channels, height, width): the size the model was built with, else its weights' size.
 
-    Channels are those of the first convolution, or three where that one does not see the image itself.
+    Channels are those of the first convolution, then three, because that convolution may not see the image itself.
 
     Raises:
-        AttachError: The model does not tell.
+        AttachError: The model does not tell its size.
     """
     height, width = _size(model)
     return [(channels, height, width) for channels in dict.fromkeys((_channels(model), 3))]
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
-    for module in model.modules():  # timm's patch_embed, torchvision's VisionTransformer, many hand-written ones
+    for module in model.modules():  # timm's patch_embed, torchvision's VisionTransformer, many hand-written models
         for name in ("img_size", "image_size"):
             size = _pair(getattr(module, name, None))
             if size is not None:
                 return size
     for module in model.modules():
-        told = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
-        if isinstance(told, dict) and told.get("input_size"):
-            return _three(told["input_size"])
+        config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+        if isinstance(config, dict) and config.get("input_size"):
+            return int(config["input_size"][1]), int(config["input_size"][2])
         size = _pair(getattr(getattr(module, "config", None), "image_size", None))
         if size is not None:
             return size
     raise AttachError(
-        f"petune runs a model once to see its parts, but {type(model).__name__} does not tell its image size. "
+        f"{type(model).__name__} does not tell its image size. "
         "Pass input_size=(channels, height, width), for example input_size=(3, 224, 224)"
     )
 
 
 def _channels(model: nn.Module) -> int:
-    """What the first convolution takes; 3 if there is none."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return 3
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return next((conv.in_channels for conv in convolutions), 3)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -54,7 +51,3 @@ def _pair(value: Any) -> tuple[int, int] | None:
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int) for v in value):
         return int(value[0]), int(value[1])
     return None
-
-
-def _three(value: Any) -> tuple[int, int]:
-    return int(value[1]), int(value[2])

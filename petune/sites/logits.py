@@ -1,0 +1,72 @@
+"""The logits of a model: read them from its output, and compute them for fixed images."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.base.errors import AttachError
+from petune.sites.forward import dtype_of, forward_of, inference, logits_in, tensors_in
+from petune.sites.site import Sites
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits in what a model returns: a tensor, or what is called `logits` there, or the first tensor.
+
+    Raises:
+        AttachError: There is no tensor.
+    """
+    logits = next(tensors_in(logits_in(output)), None)
+    if logits is None:
+        raise AttachError(
+            f"the model returned {type(output).__name__}, which holds no tensor. Let it return the logits as a tensor, "
+            "as `logits` of an object or dict, or first in a tuple"
+        )
+    return logits
+
+
+def synthetic_logits(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
+    """Return the logits (count, classes) for fixed synthetic images, in eval mode.
+
+    The images follow a formula, because a generator's numbers may differ in a later PyTorch. The model computes in its
+    own number format, even under autocast.
+    """
+    pixels = torch.arange(count * math.prod(sites.input_size), dtype=torch.float64)
+    x_BCHW = torch.sin(pixels**2 / 10).reshape(count, *sites.input_size)
+    return logits_of(forward_of(model, x_BCHW))
+
+
+def refuse_random(model: nn.Module, sites: Sites) -> None:
+    """Check that the logits in eval mode do not depend on random numbers.
+
+    Raises:
+        AttachError: Two forwards of the same images differ, as those of a masked autoencoder do, which hides other
+            patches each time.
+    """
+    x_BCHW = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
+    x_BCHW = x_BCHW.to(next(model.parameters()).device, dtype_of(model))
+    with inference(model):
+        before = _random_state(x_BCHW.device)
+        first = logits_of(model(x_BCHW))
+        if _random_state(x_BCHW.device) == before:
+            return
+        second = logits_of(model(x_BCHW))
+    if not torch.equal(first, second):
+        raise AttachError(
+            f"{sites.model} draws random numbers in eval mode: two forwards of the same images differ by "
+            f"{float((second - first).abs().max()):.2g}. If it is dropout, apply it only if self.training; if it hides "
+            "or shuffles patches for pretraining (a masked autoencoder), build the classifier on its plain encoder, as "
+            "transformers' ViTForImageClassification for ViT-MAE"
+        )
+
+
+def _random_state(device: torch.device) -> tuple[object, ...]:
+    numpy = sys.modules.get("numpy")
+    numpy_state = str(numpy.random.get_state()) if numpy is not None else ""
+    cuda_state = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    return torch.get_rng_state().numpy().tobytes(), cuda_state, random.getstate(), numpy_state

@@ -1,0 +1,184 @@
+"""Record one forward: which module is called when, by whom and with which tensors; and where tokens attend to others.
+
+There is one recorder. `record` uses it to find sites; `record_calls` uses it to find the layers that a site calls, and
+to prove that an adapter is called at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from petune.base.errors import AttachError, PetuneError
+from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
+from petune.sites.trace import Addition, AttentionOp, Call, Trace
+
+FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+def record(model: nn.Module, input_size: tuple[int, int, int], skip: Set[nn.Module] = frozenset()) -> Trace:
+    """Record calls and operations of one forward, on the meta device where the model allows it.
+
+    Args:
+        model: Modes and random state are as before afterwards.
+        input_size: (channels, height, width) of the image.
+        skip: Modules whose calls are not recorded.
+
+    Raises:
+        AttachError: The forward fails on an image of that size.
+    """
+    modules = [(path, module) for path, module in model.named_modules() if module not in skip]
+
+    @contextlib.contextmanager
+    def recorder() -> Iterator[Trace]:
+        with _record_calls(modules) as calls, _OperationRecorder(calls):
+            yield calls.trace
+
+    trace: Trace = dry_forward(model, input_size, recorder)
+    return trace
+
+
+def record_calls(
+    model: nn.Module, input_size: tuple[int, int, int], modules: Iterable[nn.Module]
+) -> dict[nn.Module, Call]:
+    """Record the first call of each of `modules` in a real forward of one black image, in eval mode.
+
+    Args:
+        model: Modes and random state are as before afterwards.
+        input_size: (channels, height, width) of the image.
+        modules: Modules of the model.
+
+    Returns:
+        The calls by module; a module that was not called is missing.
+
+    Raises:
+        AttachError: The forward fails.
+    """
+    watched = dict.fromkeys(modules, "")
+    named = [(path, module) for path, module in model.named_modules() if module in watched]
+    try:
+        with _record_calls(named) as calls:
+            forward_of(model, torch.zeros(1, *input_size))
+    except PetuneError:
+        raise
+    except Exception as error:  # whatever a model's own code, or an adapter's, raises
+        raise AttachError(
+            f"the forward of {type(model).__name__} fails with the method attached: {type(error).__name__}: {error}. "
+            "Use another method on this model",
+            cli_hint="--debug shows where it fails",
+        ) from error
+    return {call.module: call for call in reversed(calls.trace.calls)}
+
+
+class _CallRecorder:
+    """Records the calls of modules, by hooks."""
+
+    def __init__(self) -> None:
+        self.trace = Trace()
+        self.stack: list[Call] = []
+        self._time = 0
+
+    def tick(self) -> int:
+        """Return the next time."""
+        self._time += 1
+        return self._time
+
+    def watch(self, path: str, module: nn.Module) -> list[Any]:
+        """Record each call of a module; return handles of the hooks."""
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            parent = self.stack[-1] if self.stack else None
+            names = [f"argument {i}" for i, a in enumerate(args) if i and _holds_tensor(a)]
+            names += [k for k, v in kwargs.items() if _holds_tensor(v)]
+            extra_inputs = tuple(names if args else names[1:])
+            call = Call(path, module, parent, self.tick(), list(tensors_in((args, kwargs))), extra_inputs)
+            if parent is not None:
+                parent.children.append(call)
+            self.trace.calls.append(call)
+            self.stack.append(call)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            call = self.stack.pop()
+            call.output = next(tensors_in(logits_in(output) if call.parent is None else output), None)
+            call.stop = self.tick()
+
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave),
+        ]
+
+
+@contextlib.contextmanager
+def _record_calls(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[_CallRecorder]:
+    recorder = _CallRecorder()
+    handles = [handle for path, module in modules for handle in recorder.watch(path, module)]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _OperationRecorder(TorchFunctionMode):
+    """Records additions and attention, on the clock of the calls."""
+
+    def __init__(self, calls: _CallRecorder) -> None:
+        super().__init__()
+        self.calls = calls
+        self.trace = calls.trace
+        self.weights: dict[int, tuple[Tensor, AttentionOp, Call]] = {}
+        """Attention weights by identity, the operation that they are of, and the call in which they are followed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ADDITIONS and isinstance(result, Tensor):
+            operands = tuple(a for a in args if isinstance(a, Tensor))
+            self.trace.additions.append(Addition(self.calls.tick(), operands, result))
+        if self.calls.stack:
+            self._record_attention(name, args, kwargs or {}, result)
+        return result
+
+    def _record_attention(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        tensors = list(tensors_in((args, kwargs)))
+        if name in FUSED_ATTENTION and tensors:
+            num_queries = tensors[0].shape[0 if name == "multi_head_attention_forward" else -2]
+            self.trace.attention_ops.append(AttentionOp(self.calls.tick(), self.calls.stack[-1], num_queries > 1))
+        elif name == "softmax" and tensors and tensors[0].ndim >= 3:  # over classes it mixes no tokens
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+            self._record_softmax(tensors[0].shape[-1 if dim is None else dim], result)
+        else:
+            self._follow([t for t in tensors if id(t) in self.weights], name, result)
+
+    def _record_softmax(self, num_keys: int, result: Tensor) -> None:
+        call = self.calls.stack[-1]
+        attention = AttentionOp(self.calls.tick(), call, many_queries=False, applied=False, num_keys=num_keys)
+        self.trace.attention_ops.append(attention)
+        has_children = any(True for _ in call.module.children())
+        scope = call if call.parent is None or has_children else call.parent  # what calls nn.Softmax uses the weights
+        self.weights[id(result)] = result, attention, scope
+
+    def _follow(self, inputs: list[Tensor], name: str, result: Any) -> None:
+        """Follow weights through an operation, up to the product that applies them."""
+        for tensor in inputs:
+            weights, attention, scope = self.weights[id(tensor)]
+            if scope.stop:
+                continue  # outside the call that computed them they are ordinary features
+            if name not in PRODUCTS:
+                self.weights |= {id(t): (t, attention, scope) for t in tensors_in(result)}
+                continue
+            attention.applied = True
+            if weights.shape[-1] > 1 and weights.shape[-2] > 1:
+                attention.many_queries = True
+                attention.time = self.calls.tick()
+
+
+def _holds_tensor(value: Any) -> bool:
+    return next(tensors_in(value), None) is not None
