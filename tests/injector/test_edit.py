@@ -92,7 +92,7 @@ def test_looking_for_layers_changes_nothing(name: str) -> None:
     seen: list[str] = []
 
     def look(edit: petune.Edit) -> None:
-        attention = edit.sites.blocks[0].need("attn")
+        attention = edit.sites.blocks[0].attn
         seen.extend(site.role for site in edit.linear_layers(attention))
         assert not [m for m in model.modules() if getattr(m, "qkv_bias_separate", False)]
         edit.after(attention, Add(0.0))
@@ -106,7 +106,7 @@ def test_a_layer_that_is_read_by_other_code_is_still_refused() -> None:
     from petune.plugin_dev.tiny_models import tiny_torchvision
 
     def change(edit: petune.Edit) -> None:
-        (layer, *_) = edit.uncalled_linears(edit.sites.blocks[0].need("attn"))
+        (layer, *_) = edit.uncalled_linears(edit.sites.blocks[0].attn)
         edit.after(layer, Add(0.5))
 
     with pytest.raises(DeadSite, match="would do nothing"):
@@ -123,7 +123,7 @@ def test_the_order_of_verbs_at_one_site(verb: str, expected: str) -> None:
     seen: list[Tensor] = []
 
     def change(edit: petune.Edit) -> None:
-        site = edit.sites.blocks[0].need("mlp")
+        site = edit.sites.blocks[0].mlp
         getattr(edit, verb)(site, Add(1.0))
         getattr(edit, verb)(site, Times(2.0))
 
