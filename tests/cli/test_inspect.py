@@ -1,4 +1,4 @@
-"""`petune inspect`: places and numbers, without weights."""
+"""`petune inspect`: sites and counts, without weights."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ method              linear
 tuned               0  (with the head 0.411 % of all parameters, 0.411 % of backbone and head)
 head                1,930
 all parameters      469,258
-forward             61.936 MFLOPs an image
+forward             61.936 MFLOPs per image
 without the method  61.936 MFLOPs (the method adds 0.00 %)
 """
 
 
-def test_sites_are_a_table(petune: Run) -> None:
+def test_sites_are_printed_as_a_table(petune: Run) -> None:
     done = petune("inspect", *SMALL)
     assert (done.code, done.out) == (0, SITES)
     assert done.err == (
@@ -43,14 +43,14 @@ def test_sites_are_a_table(petune: Run) -> None:
     )
 
 
-def test_a_method_adds_what_it_would_train(petune: Run, tmp_path: Path) -> None:
+def test_with_a_method_its_counts_follow(petune: Run, tmp_path: Path) -> None:
     done = petune("inspect", "--method", "linear", *SMALL)
     assert done.code == 0, done.err
     assert done.out.startswith(SITES + PLAN)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json(petune: Run) -> None:
+def test_json_has_sites_and_counts(petune: Run) -> None:
     found = json.loads(petune("inspect", "--method", "full", *SMALL, "--json").out)
     assert found["weights_loaded"] is False
     assert found["sites"]["grid_size"] == [8, 8]
@@ -63,14 +63,14 @@ def test_json(petune: Run) -> None:
     assert json.loads(petune("inspect", *SMALL, "--json").out)["method"] is None
 
 
-def test_large_backbones_need_no_network_and_no_memory(petune: Run) -> None:
+def test_a_large_backbone_needs_no_network_and_no_memory(petune: Run) -> None:
     done = petune("inspect", "--method", "full", "--backbone", "vit_large", "--dataset", "cifar100", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["method"]["total"] == 303_404_132
 
 
 @pytest.mark.parametrize("words", [("--epochs", "3"), ("--lr", "1")])
-def test_training_flags_are_not_its_own(words: tuple[str, str], petune: Run) -> None:
+def test_training_flags_are_refused(words: tuple[str, str], petune: Run) -> None:
     assert petune("inspect", *words).code == 2
 
 
@@ -78,14 +78,14 @@ SWIN = ("--set", "backbone_options.embed_dim=24", "--set", "backbone_options.dep
         "--set", "backbone_options.num_heads=[2,4]", "--set", "backbone_options.window_size=4")  # fmt: skip
 
 
-def test_prompts_that_pass_from_window_to_window_are_shown(petune: Run) -> None:
+def test_shallow_prompts_on_a_windowed_model(petune: Run) -> None:
     swin = ("--backbone=swin_tiny_patch4_window7_224", "--image-size=32", "--dataset=digits", *SWIN)
     done = petune("inspect", "--method", "vpt:deep=false", *swin)
     assert done.code == 0, done.err
     assert f"tuned               {50 * 24:,}  (" in done.out
 
 
-def test_what_a_run_would_refuse_is_refused(petune: Run) -> None:
+def test_a_method_that_cannot_be_attached_is_refused(petune: Run) -> None:
     done = petune("inspect", "--method", "vpt", "--backbone=torchvision:swin_t", "--dataset=digits")
     assert done.code == 1
     assert "features.1.0 of SwinTransformer does not weigh its tokens one against another" in done.err

@@ -1,4 +1,4 @@
-"""The shared flags: each has a key in RunConfig, says its true default, and gives way to what is stronger."""
+"""The shared flags: each sets a key of RunConfig, shows its true default, and --set overrides it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import yaml
 
 from petune.base.errors import ConfigError, UsageError
 from petune.base.yaml_values import parse_value
-from petune.cli.options import FLAGS, Flag, Settings, parse_seeds
+from petune.cli.flags import FLAGS, Flag
 from petune.cli.pretrain import DEFAULTS as PRETRAIN_DEFAULTS
+from petune.cli.settings import Settings, parse_seeds
 from petune.runner.pretrain import RECIPE, PretrainConfig
 from petune.runner.run_config import RunConfig
 
@@ -33,20 +34,21 @@ FLAG_NAMES = [flag.name for flag in FLAGS]
 
 
 def _field(flag: Flag, config: type[RunConfig] = RunConfig) -> tuple[Any, Any]:
-    """(type, default) of the flag's key."""
-    here: Any = config
-    *above, last = flag.key.split(".")
+    """Return type and default of the flag's key."""
+    section: Any = config
     default: Any = config()
-    for key in above:
-        here, default = here.model_fields[key].annotation, getattr(default, key)
-    annotation = here.model_fields[last].annotation
+    *sections, last = flag.key.split(".")
+    for key in sections:
+        section = section.model_fields[key].annotation
+        default = getattr(default, key)
+    annotation = section.model_fields[last].annotation
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(t for t in get_args(annotation) if t is not NoneType)
     return annotation, getattr(default, last)
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=FLAG_NAMES)
-def test_a_flag_says_the_default_of_its_key(flag: Flag) -> None:
+def test_a_flag_shows_the_default_of_its_key(flag: Flag) -> None:
     _, default = _field(flag)
     if flag.name in IN_WORDS:
         assert default is None
@@ -63,19 +65,19 @@ def test_a_flag_has_the_type_of_its_key(flag: Flag) -> None:
         assert flag.type is (get_args(kind)[0] if get_origin(kind) is Annotated else kind)
 
 
-def test_pretrain_says_its_own_defaults() -> None:
+def test_pretrain_shows_its_own_defaults() -> None:
     recipe = {"lr": RECIPE.lr, "weight-decay": RECIPE.weight_decay, "optimizer": RECIPE.optimizer}
     for flag in FLAGS:
         if flag.name == "method":
             continue
-        said = PRETRAIN_DEFAULTS.get(flag.name, flag.default)
+        shown = PRETRAIN_DEFAULTS.get(flag.name, flag.default)
         if flag.name in recipe:
-            assert parse_value(said) == recipe[flag.name]
+            assert parse_value(shown) == recipe[flag.name]
         elif flag.name not in IN_WORDS and flag.type is not bool:
-            assert said == str(_field(flag, PretrainConfig)[1])
+            assert shown == str(_field(flag, PretrainConfig)[1])
 
 
-def test_set_beats_flags_beats_the_file_beats_defaults(tmp_path: Path) -> None:
+def test_set_overrides_flags_override_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("seed: 1\nmethod: vpt\ntrain:\n  epochs: 2\n  lr: 0.5\n  batch_size: 7\n")
     settings = Settings(file, {"train.epochs": 3, "train.lr": 0.25, "dataset": "digits"}, ("train.lr=1e-3",))
@@ -85,7 +87,7 @@ def test_set_beats_flags_beats_the_file_beats_defaults(tmp_path: Path) -> None:
     assert settings.source == f"{file} and the command line"
 
 
-def test_flags_leave_the_file_alone_where_they_are_not_given(petune: Run, tmp_path: Path) -> None:
+def test_flags_that_are_not_given_leave_the_file_alone(petune: Run, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("dataset: digits\nresume: true\noutput: there\ntrain: {epochs: 4}\n")
     done = petune("run", "--config", "a.yaml", "--method", "linear", "--dry-run")
     shown = yaml.safe_load(done.out)
@@ -94,7 +96,7 @@ def test_flags_leave_the_file_alone_where_they_are_not_given(petune: Run, tmp_pa
     )  # fmt: skip
 
 
-def test_all_problems_come_in_one_message(petune: Run) -> None:
+def test_all_problems_are_in_one_message(petune: Run) -> None:
     done = petune("run", "--lr", "-3", "--augment", "foo", "--set", "train.epohcs=3", "--set", "data_dri=1")
     assert (done.code, done.out) == (2, "")
     assert done.err == (
@@ -111,29 +113,29 @@ def test_all_problems_come_in_one_message(petune: Run) -> None:
     [
         (("--set", "train.lr"), "error: not an assignment: 'train.lr'. Write it as key.key=value\n"),
         (("--config", "no.yaml"), "error: cannot read the config file no.yaml"),
-        (("--seeds", "0,b"), "error: --seeds takes whole numbers with commas, as 0,1,2; got '0,b'\n"),
+        (("--seeds", "0,b"), "error: --seeds needs comma-separated integers, e.g. 0,1,2; got '0,b'\n"),
         (
             ("--seeds", "0,1", "--seed", "3"),
-            "error: give --seed for one run, or --seeds for several, not both\n",
+            "error: give --seed for one run or --seeds for several, not both\n",
         ),
     ],
 )
-def test_wrong_values_are_2(words: tuple[str, ...], message: str, petune: Run) -> None:
+def test_wrong_values_exit_with_2(words: tuple[str, ...], message: str, petune: Run) -> None:
     done = petune("run", *words)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith(message)
 
 
-def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
+def test_a_key_below_a_plain_value_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("train: 3\n")
-    with pytest.raises(UsageError, match="'train' must hold keys"):
+    with pytest.raises(UsageError, match=r"cannot set train\.epochs: 'train' is 3"):
         Settings(file, {"train.epochs": 3}, ()).values()
     with pytest.raises(ConfigError, match="valid dictionary"):
         RunConfig.build(Settings(file, {}, ()).values())
 
 
-def test_seeds() -> None:
+def test_seeds_are_parsed() -> None:
     assert parse_seeds("0,1, 2") == (0, 1, 2)
 
 
@@ -144,11 +146,11 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
     ("words", "message"),
     [
         ((*SWEEP, "--search=bottleneck=2", "--search=bottleneck=4"), "--search takes all values of a key at once"),
-        ((*COMPARE, "--seed=1", "--seeds=2,3"), "give --seed for one run, or --seeds for several, not both"),
-        ((*COMPARE, "--set=seed=5"), "--set seed would change nothing"),
-        ((*COMPARE, "--set=run.method=vpt"), "--set run.method would change nothing"),
-        (("run", "--dry-run", "--seeds=0,1", "--set=seed=7"), "give --seed for one run, or --seeds for several"),
-        (("run", "--dry-run", "--seeds=banana"), "--seeds takes whole numbers"),
+        ((*COMPARE, "--seed=1", "--seeds=2,3"), "give --seed for one run or --seeds for several, not both"),
+        ((*COMPARE, "--set=seed=5"), "--set seed has no effect"),
+        ((*COMPARE, "--set=run.method=vpt"), "--set run.method has no effect"),
+        (("run", "--dry-run", "--seeds=0,1", "--set=seed=7"), "give --seed for one run or --seeds for several"),
+        (("run", "--dry-run", "--seeds=banana"), "--seeds needs comma-separated integers"),
         (("run", "--dry-run", "--tracker=nothing"), "no such tracker: nothing"),
         (("pretrain", "--dry-run", "--tracker=nothing"), "no such tracker: nothing"),
         ((*COMPARE, "--executor=banana"), "no such executor: banana"),
@@ -157,13 +159,13 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
         (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "there is mean without std"),
     ],
 )
-def test_no_option_is_ignored_in_silence(words: tuple[str, ...], message: str, petune: Run) -> None:
+def test_no_option_is_silently_ignored(words: tuple[str, ...], message: str, petune: Run) -> None:
     done = petune(*words, "--backbone=vit_nano", "--dataset=digits")
     assert (done.code, done.out) == (2, "")
     assert message in done.err
 
 
-def test_paths_know_home(petune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_expand_the_home_directory(petune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("output: ~/y\ndata_dir: ~/data\n")
     shown = yaml.safe_load(petune("run", "--config", "~/a.yaml", "--backbone=vit_nano", "--dry-run").out)
@@ -178,7 +180,7 @@ def test_paths_know_home(petune: Run, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "~").exists()
 
 
-def test_a_path_that_no_file_can_name_is_refused(petune: Run, tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_refused(petune: Run, tmp_path: Path) -> None:
     done = petune("compare", "linear", "--output", "o\udcff", "--dataset=digits", "--backbone=vit_nano")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: the path is not UTF-8")

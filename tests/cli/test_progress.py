@@ -1,4 +1,4 @@
-"""Progress: lines now and then, a bar on a terminal."""
+"""Progress: a line every few seconds, or a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _step(step: int) -> StepDone:
 EPOCH = EpochEnded(1, 2, {"epoch": 1, "train_loss": 1.25, "val_top1": 50.0})
 
 
-def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("petune.cli.progress.time.monotonic", lambda: now)
     with Progress(bar=False) as watch:
@@ -39,7 +39,7 @@ def test_lines_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch
     ]
 
 
-def test_several_runs_say_which(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_are_labeled(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(bar=False) as watch:
         watch(RunStarted("vpt", 1, 0, 2, True))
         watch(RunStarted("full", 0, 1, 2, False))
@@ -60,24 +60,23 @@ def test_the_bar_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch
         watch(_step(99))
         watch(EPOCH)
         watch(_step(100))
-        watch._bar.refresh()
     shown = capsys.readouterr().err
     assert "epoch 1/2  loss 1.250  val top-1 50.00 %" in shown
     assert "[1/2] epoch 1  loss 1.500  val 50.00 %  1,234 images/s" in shown
     assert "100%" in shown
 
 
-def test_units() -> None:
+def test_numbers_are_formatted_with_units() -> None:
     assert (format_count(1234567), format_count(None)) == ("1,234,567", "-")
     assert (format_percent(12.345, 1), format_percent(None)) == ("12.3 %", "-")
     assert (format_flops(35_126_135_808), format_flops(9_120_000)) == ("35.126 GFLOPs", "9.120 MFLOPs")
 
 
-def test_clean_keeps_lines_and_drops_controls() -> None:
+def test_clean_keeps_line_breaks_and_drops_control_characters() -> None:
     assert clean("a\tb\x00\x1b[0m\r\n\u202ec\x85d") == "a   b[0m\nc\nd"
 
 
-def test_a_narrow_terminal_gets_fewer_columns(
+def test_a_narrow_terminal_hides_optional_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "30")
