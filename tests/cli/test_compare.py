@@ -142,14 +142,6 @@ def test_a_directory_that_was_moved_or_copied_is_gone_on_in_where_it_lies(
     assert petune("compare", "--config", "compare.yaml", "--output", "../new", "--dry-run").code == 0
 
 
-def test_what_the_runs_have_in_common_is_no_configuration_of_a_run(petune: Run, tiny: Words) -> None:
-    assert petune("compare", "linear", *tiny, "--output", "there").code == 0
-    for command in ("run", "compare"):
-        done = petune(command, "--config", "there/config.yaml", "--dry-run")
-        assert done.code == 2
-        assert "what the runs of a comparison have in common; the comparison itself is there/compare.yaml" in done.err
-
-
 def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("val_fraction: 0.2\ntrain: {batch_size: 32}\n")
     words = ("--config", "run.yaml", "--set", "train.grad_clip=5", "--set", "seeds=[4]", "--output", "there")

@@ -110,9 +110,9 @@ def test_onnx(petune: Run, tmp_path: Path) -> None:
 def test_plain_weights(petune: Run, tmp_path: Path, method: str) -> None:
     _, att = saved_run(tmp_path / "a", method)
     expected = att.model.eval()(X)
-    done = petune("export", "a", "plain.safetensors", "--to", "safetensors")
+    done = petune("export", "a", "plain.safetensors", "--format", "safetensors")
     assert done.code == 0, done.err
-    assert "folded into the weights" in done.out
+    assert "merged into the weights" in done.out
     plain = timm.create_model("vit_tiny_patch16_224", **SHAPE, num_classes=3).eval()
     plain.load_state_dict(load_file(tmp_path / "plain.safetensors"))
     torch.testing.assert_close(plain(X), expected, atol=1e-4, rtol=1e-4)
@@ -134,9 +134,9 @@ def test_what_cannot_be_is_refused(petune: Run, tmp_path: Path) -> None:
     done = petune("export", "a", "plain.safetensors")
     assert (done.code, done.out) == (1, "")
     assert "ReLU" in done.err
-    assert "--to onnx" in done.err
+    assert "--format onnx" in done.err
     assert not (tmp_path / "plain.safetensors").exists()
-    for words in (("out.bin",), ("out.onnx", "--to", "torch"), ("out",)):
+    for words in (("out.bin",), ("out.onnx", "--format", "torch"), ("out",)):
         wrong = petune("export", "a", *words)
         assert (wrong.code, "must end in" in wrong.err) == (2, True)
     (tmp_path / "old.pt2").write_bytes(b"")
@@ -194,7 +194,7 @@ def test_what_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     place, _ = saved_run(tmp_path / "a", "linear")
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    with pytest.raises(ExportError, match=r"cannot run this model: .* no kernel; use --to torch$"):
+    with pytest.raises(ExportError, match=r"cannot run this model: .* no kernel; use --format torch$"):
         public.export(place, tmp_path / "out.onnx")
 
 

@@ -71,7 +71,7 @@ def test_what_is_not_read_is_named(petune: Run, digits: Path, images: list[Path]
     assert "images/IMG_1.HEIC: not a readable image" in done.err
     assert "unsupported format; convert it" in done.err
     assert "error: ~nobody.png: no such file" in done.err
-    assert "5 images named, 2 could not be read" in done.err
+    assert "5 images classified, 2 unreadable" in done.err
 
 
 def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path
     heading, _, *rows = done.out.splitlines()
     assert heading.replace(" ", "") == "|image|class|probability|next|"
     assert len(rows) == 2
-    assert "2 images named, 1 could not be read" in done.err
+    assert "2 images classified, 1 unreadable" in done.err
     assert "empty must hold images" in done.err
     one = petune("predict", digits, images[0], "--top-k", 1)
     assert one.out.splitlines()[0].replace(" ", "") == "|image|class|probability|"

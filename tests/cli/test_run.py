@@ -87,7 +87,7 @@ def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: W
     words = ("run", "--method", "linear", *tiny, "--json")
     refused = petune(*words, "--resume")
     assert refused.code == 2
-    assert "there is no runs/linear-vit_nano-digits-seed0; give --output DIR" in refused.err
+    assert "nothing to resume: there is no runs/linear-vit_nano-digits-seed0" in refused.err
     petune(*words)
     second = petune(*words)
     assert json.loads(second.out)["output"].endswith("-2")
@@ -100,7 +100,7 @@ def test_resume_of_nothing_is_refused(petune: Run, tiny: Words, tmp_path: Path) 
         for place in ("nowhere", "empty"):
             done = petune(command, *tiny, "--output", place, "--resume")
             assert (done.code, done.out) == (2, "")
-            assert f"--resume needs a run to go on in, but {place} holds none" in done.err
+            assert f"nothing to resume in {place}. Start without --resume" in done.err
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
     begun = petune("run", "--method=linear", *tiny, "--output=nowhere", "--set=resume=true", "--json")
     assert begun.code == 0, begun.err
@@ -126,7 +126,7 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
     assert shown["backbone_options"] == {"depth": 2, "embed_dim": 48}
     assert shown["train"]["epochs"] == 1
     assert done.err.splitlines()[1:6] == [
-        f"{BACKBONE}; nothing was trained or written",
+        f"{BACKBONE}; dry run: nothing was trained or written",
         "",
         "method              linear",
         "tuned               0  (with the head 0.782 % of all parameters, 0.782 % of backbone and head)",

@@ -96,7 +96,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
     monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", stopping)
     stopped = petune(*words, "--output", "cut off")
     assert stopped.code == 75
-    assert "petune sweep --config 'cut off'/config.yaml --output 'cut off'" in stopped.err
+    assert "petune sweep --config 'cut off/config.yaml' --output 'cut off'" in stopped.err
     half = json.loads((tmp_path / "cut off" / "sweep.json").read_text())
     assert [row["state"] for row in half["rows"]] == ["done", "done", "running"]
     assert not half["finished"]

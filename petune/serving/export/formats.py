@@ -79,7 +79,7 @@ def torch_file(model: nn.Module, checks: Probe, info: str) -> tuple[bytes, float
     pickled = pickled_parts(content)
     if pickled:
         raise ExportError(
-            f"a .pt2 file must not need a pickle, but this model's would ({', '.join(pickled[:3])}); use --to onnx"
+            f"a .pt2 file must not need a pickle, but this model's would ({', '.join(pickled[:3])}); use --format onnx"
         )
     loaded: Any = torch.export.load(io.BytesIO(content)).module()
     return content, checks.difference(loaded, "the .pt2 file")
@@ -112,7 +112,7 @@ def onnx_file(model: nn.Module, checks: Probe, info: str) -> tuple[bytes, float]
         raise MissingExtra("writing ONNX", "onnx") from None
     weigh = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     if weigh > ONNX_LIMIT:
-        raise ExportError(f"an ONNX file holds less than 2 GB, but the weights are {weigh:,} bytes; use --to torch")
+        raise ExportError(f"an ONNX file holds less than 2 GB, but the weights are {weigh:,} bytes; use --format torch")
     program = _program(model, checks)
     with _quiet("onnxscript", "onnx_ir", "torch.onnx"):
         try:
@@ -126,7 +126,7 @@ def onnx_file(model: nn.Module, checks: Probe, info: str) -> tuple[bytes, float]
                 external_data=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(f"ONNX cannot hold this model: {_first_line(error)}; use --to torch") from error
+            raise ExportError(f"ONNX cannot hold this model: {_first_line(error)}; use --format torch") from error
     assert made is not None
     proto = made.model_proto
     onnx.helper.set_model_props(proto, {"petune": info})
@@ -135,7 +135,7 @@ def onnx_file(model: nn.Module, checks: Probe, info: str) -> tuple[bytes, float]
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class of its own for each status
-        raise ExportError(f"onnxruntime cannot run this model: {_first_line(error)}; use --to torch") from error
+        raise ExportError(f"onnxruntime cannot run this model: {_first_line(error)}; use --format torch") from error
 
     def compute(x_B3SS: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: x_B3SS.numpy()})[0])

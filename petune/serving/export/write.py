@@ -85,7 +85,9 @@ def export(
     checks = probe_of(model, restored.backbone.image_size)
     reason = _merge(restored)
     if to == "safetensors" and reason:
-        raise NotMergeable(f"{reason}. As a program it can be written with its adapters: --to torch or --to onnx")
+        raise NotMergeable(
+            f"{reason}. As a program it can be written with its adapters: --format torch or --format onnx"
+        )
     info = json.dumps(_info(restored, method, not reason))
     content, difference = _content(to, model, checks, info)
     replace_file(file, content)
