@@ -1,4 +1,7 @@
-"""The table of PEFT's types in docs/peft.md, from what each does on a small ViT: `python benchmarks/peft_types.py`."""
+"""Write the table of PEFT's types in docs/peft.md, from what each does on a small ViT.
+
+Run it with `python benchmarks/peft_types.py` after an upgrade of PEFT.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,39 @@ from pathlib import Path
 import petune
 from petune.base.errors import NotMergeable
 from petune.plugin_dev.tiny_models import tiny_timm
-from petune.tuners.peft import REFUSED, peft_types
+from petune.tuners.peft_bridge.options import REFUSED, peft_types
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "peft.md"
 BEGIN, END = "<!-- types:begin -->\n", "<!-- types:end -->\n"
 
 
 def rows() -> Iterator[tuple[str, str, str, str]]:
-    """Type, whether it works, identity at the start, whether it folds: for all that the installed PEFT knows."""
-    import peft
-
-    for kind in sorted(member.value.lower() for member in peft.PeftType if member.value != "PETUNE"):
+    """Yield (type, state, identity at the start, can be merged) for every type of the installed PEFT."""
+    for kind in sorted(_types()):
         if kind in REFUSED:
             yield kind, f"refused: {REFUSED[kind]}", "", ""
         else:
             att = petune.attach(tiny_timm(embed_dim=32), f"peft:{kind}")
-            start = "yes" if att.tuner.identity_at_init else "no"
-            yield kind, f"works: {_layers(att)}", start, _folds(att)
-    assert peft_types().keys() <= {member.value.lower() for member in peft.PeftType}
+            identity = "yes" if att.tuner.identity_at_init else "no"
+            yield kind, f"works: {_wrapped_layers(att)}", identity, _can_be_merged(att)
 
 
-def _layers(att: petune.Attachment) -> str:
-    held = {type(layer.get_base_layer()).__name__ for layer in att.tuner.wrapped.layers.values()}
-    return "linear layers" if held == {"Linear"} else "norms" if held == {"LayerNorm"} else ", ".join(sorted(held))
+def _types() -> set[str]:
+    """Return PEFT's own types in lower case; petune may have registered one more."""
+    import peft
+
+    types = {member.value.lower() for member in peft.PeftType} - {"petune"}
+    assert peft_types().keys() <= types
+    return types
 
 
-def _folds(att: petune.Attachment) -> str:
+def _wrapped_layers(att: petune.Attachment) -> str:
+    names = {type(layer.get_base_layer()).__name__ for layer in att.tuner.wrapped.layers.values()}
+    words = {"Linear": "linear layers", "LayerNorm": "norms"}
+    return ", ".join(sorted(words.get(name, name) for name in names))
+
+
+def _can_be_merged(att: petune.Attachment) -> str:
     try:
         att.merge()
     except NotMergeable:
@@ -44,19 +54,19 @@ def _folds(att: petune.Attachment) -> str:
 
 
 def table() -> str:
-    """The table, between its marks."""
+    """Return the table, between its marks."""
     import peft
 
-    words = (
-        f"PEFT {peft.__version__} has {len(peft.PeftType) - 1} types of its own:\n\n"
-        "| type | on a ViT | identity at the start | folds |\n| --- | --- | --- | --- |\n"
+    intro = (
+        f"PEFT {peft.__version__} has {len(_types())} types of its own:\n\n"
+        "| type | on a ViT | identity at the start | can be merged |\n| --- | --- | --- | --- |\n"
     )
-    lines = "".join(f"| `{kind}` | {state} | {start} | {folds} |\n" for kind, state, start, folds in rows())
-    return f"{BEGIN}{words}{lines}{END}"
+    lines = "".join(f"| `{kind}` | {state} | {identity} | {merged} |\n" for kind, state, identity, merged in rows())
+    return f"{BEGIN}{intro}{lines}{END}"
 
 
 def updated(page: str) -> str:
-    """The page with the table of today."""
+    """Return the page with the table of the installed PEFT."""
     assert page.count(BEGIN) == page.count(END) == 1
     return re.sub(f"{BEGIN}.*?{END}", lambda _: table(), page, flags=re.DOTALL)
 

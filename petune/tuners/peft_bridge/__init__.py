@@ -1,0 +1,1 @@
+"""What `petune.tuners.peft` is made of: options, target layers, wrapping, saving."""

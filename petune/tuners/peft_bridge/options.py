@@ -1,0 +1,157 @@
+"""Options of PEFT's types: those of PEFT's own configs, without the ones that cannot apply here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+import petune
+
+REFUSED = {
+    "lily": "its router averages over the batch, so the logits of an image depend on the other images",
+    "xlora": "it mixes adapters that already exist",
+    "poly": "it needs the task of every image",
+    "trainable_tokens": "it trains word embeddings",
+    "shadow": "it needs a language model",
+    "cartridge": "it needs a language model",
+    "prompt_tuning": "it puts prompts before word embeddings; use vpt",
+    "multitask_prompt_tuning": "it puts prompts before word embeddings; use vpt",
+    "p_tuning": "it puts prompts before word embeddings; use vpt",
+    "cpt": "it puts prompts before word embeddings; use vpt",
+    "prefix_tuning": "it puts prefixes into a language model's cache of keys and values; use vpt",
+    "petune": "it stands for petune's own methods; name one of them",
+    "adaption_prompt": "it only supports the attentions of three language models; use vpt",
+}
+"""PEFT types that cannot be a petune method, and why."""
+
+NEED_TARGETS = ("layers_to_transform", "layers_pattern")
+NOT_ACCEPTED = {
+    "modules_to_save": "the classifier trains anyway; attach partial or norm as well to train more",
+    "inference_mode": "an attached method trains",
+    "task_type": "the task is to classify images",
+    "save_only_topk_weights": "the file must hold everything that trains",
+    **dict.fromkeys(NEED_TARGETS, "PEFT only reads it together with target_modules"),
+}
+IDENTITY_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of `init_lora_weights` that leave the backbone's weights as they are."""
+
+
+class PeftConfig(petune.TunerConfig):
+    """Options of a PEFT type. All options of PEFT's own config are accepted too, such as `r` and `lora_alpha`.
+
+    Attributes:
+        type: PEFT's name of the type in lower case: `lora`, `ia3`, `oft`, …
+        targets: Which linear layers of every block are wrapped: those of the attention, of the MLP, or both.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = ""  # an empty one is refused with a list of all
+    targets: Literal["attn", "mlp", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        config_class = _config_class(self.type)
+        _check_names(config_class, self.peft_options)
+        _check_values(self.peft_options)
+        try:
+            config_class(**completed(self.type, self.peft_options))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"these options are refused by PEFT's {config_class.__name__}: {error}") from None
+        return self
+
+    @property
+    def peft_options(self) -> dict[str, Any]:
+        """The options for PEFT's config."""
+        return dict(self.model_extra or {})
+
+
+class LoraConfig(PeftConfig):
+    """Options of LoRA. All further options of PEFT's LoraConfig are accepted too.
+
+    Attributes:
+        r: Rank.
+        lora_alpha: α; the change is scaled by α/r. The default of r makes that 1.
+        lora_dropout: Dropout on the input of A.
+    """
+
+    type: str = "lora"
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(8, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def peft_options(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
+        return {**own, **super().peft_options}
+
+
+class DoraConfig(LoraConfig):
+    """Options of DoRA: those of LoRA.
+
+    Attributes:
+        use_dora: Always true; it makes PEFT's LoRA a DoRA.
+    """
+
+    use_dora: Literal[True] = True
+
+    @property
+    def peft_options(self) -> dict[str, Any]:
+        return {**super().peft_options, "use_dora": True}
+
+
+def peft_types() -> dict[str, Any]:
+    """Return PEFT's config classes by type in lower case, without the types that are refused."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    types: Iterable[Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    configs = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in types}
+    return {kind: config for kind, config in configs.items() if kind not in REFUSED}
+
+
+def defaults_of(kind: str) -> dict[str, Any]:
+    """Return the default of each option of a type."""
+    defaults = {field.name: field.default for field in dataclasses.fields(peft_types()[kind])}
+    return {**defaults, **completed(kind, {})}
+
+
+def completed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with what PEFT's config insists on although it follows from them, or is not known yet."""
+    if kind == "adalora":  # the number of steps of the run, which has not started
+        return {"total_step": options.get("tinit", 0) + options.get("tfinal", 0) + 1, **options}
+    if kind == "oft":  # either the number of blocks or their size
+        return {"oft_block_size": 0, **options} if options.get("r") else {"r": 0, "oft_block_size": 32, **options}
+    return options
+
+
+def _config_class(kind: str) -> Any:
+    if kind in REFUSED:
+        raise ValueError(f"the type {kind} of PEFT cannot be a petune method: {REFUSED[kind]}")
+    known = peft_types()
+    if kind not in known:
+        raise ValueError(f"no such PEFT type for vision models: {kind!r}; there are {', '.join(sorted(known))}")
+    return known[kind]
+
+
+def _check_names(config_class: Any, options: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for name in options:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, 3)
+            hint = f". Did you mean {' or '.join(similar)}?" if similar else ""
+            raise ValueError(f"{config_class.__name__} has no option {name!r}{hint}")
+
+
+def _check_values(options: dict[str, Any]) -> None:
+    if options.get("init_lora_weights", True) not in IDENTITY_STARTS:
+        raise ValueError(f"init_lora_weights is none of {IDENTITY_STARTS}: other values change the backbone's weights")
+    if options.get("bias", "none") != "none":
+        raise ValueError("bias is not 'none'; attach bitfit as well to train biases")
+    for name, reason in NOT_ACCEPTED.items():
+        is_read = name in NEED_TARGETS and "target_modules" in options
+        if options.get(name) and not is_read:
+            raise ValueError(f"{name} is not accepted: {reason}")

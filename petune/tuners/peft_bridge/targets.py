@@ -1,0 +1,161 @@
+"""Choose the layers that PEFT wraps, from the model's sites, and the options that must fit their shapes."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+import petune
+from petune.tuners.peft_bridge.options import PeftConfig, completed, defaults_of
+
+MUST_DIVIDE = {
+    "c3a": "block_size",
+    "vblora": "vector_length",
+    "road": "group_size",
+    "oft": "oft_block_size",
+    "miss": "r",
+}
+"""Types with an option that must divide both sides of every layer."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers to wrap.
+
+    Attributes:
+        layers: Linear layers; norms for ln_tuning.
+        attentions: Attentions of torch that hold q, k and v as one parameter, `in_proj_weight`.
+    """
+
+    layers: list[petune.Site]
+    attentions: list[petune.Site]
+
+    def paths(self) -> list[str]:
+        """Return the path of every module to wrap."""
+        return [original_path(site) for site in (*self.layers, *self.attentions)]
+
+
+def choose_targets(edit: petune.Edit, config: PeftConfig) -> Targets:
+    """Return the layers of every block that the options ask for.
+
+    Raises:
+        AttachError: The model has no such layer, or calls none of them.
+    """
+    if config.type == "ln_tuning":
+        return Targets(_layer_norms(edit), [])
+    attentions = _fused_attentions(edit, config)
+    return Targets(_linear_layers(edit, config, required=not attentions), attentions)
+
+
+def options_for(edit: petune.Edit, config: PeftConfig, targets: Targets) -> dict[str, Any]:
+    """Return the options of PEFT's config: the targets, the user's options, and what must fit the layers' shapes."""
+    options: dict[str, Any] = {
+        "target_modules": _exact_names([original_path(site) for site in targets.layers], edit.model),
+        **completed(config.type, config.peft_options),
+        **_fitting_options(edit, config, targets.layers),
+        **config.peft_options,
+    }
+    if targets.attentions:
+        parameters = [f"{original_path(site)}.in_proj_weight" for site in targets.attentions]
+        options["target_parameters"] = parameters
+    return options
+
+
+def original_path(site: petune.Site) -> str:
+    """Return the layer's path without the layers that other adapters of PEFT have put around it."""
+    return site.path.replace(".base_layer", "")
+
+
+def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
+    """Return the sites whose layers are wrapped; a block in which attention and MLP were not told apart is one site."""
+    roles = ("attn", "mlp") if config.targets == "all" else (config.targets,)
+    sites: list[petune.Site] = []
+    for block in edit.sites.require_blocks():
+        inner = [block.parts[role] for role in roles if role in block.parts]
+        whole = not inner and config.targets == "all"
+        sites += [block] if whole else inner
+    return sites
+
+
+def _layer_norms(edit: petune.Edit) -> list[petune.Site]:
+    blocks = edit.sites.require_blocks()
+    norms = [block.parts.get(role) for block in blocks for role in ("norm1", "norm2")]
+    norms.append(edit.sites.parts.get("norm"))
+    known = [site for site in norms if site is not None and isinstance(site.module, nn.LayerNorm)]
+    trainable = [site for site in known if site.module.weight is not None]  # the last norm of Qwen3 has none
+    if not trainable:
+        raise petune.AttachError(
+            f"ln_tuning needs torch's LayerNorm, but {edit.sites.model} has others in its blocks. Use norm"
+        )
+    return trainable
+
+
+def _fused_attentions(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
+    """Return torch's attentions with q, k and v in one parameter, which only PEFT's plain LoRA can change."""
+    options = config.peft_options
+    if config.type != "lora" or options.get("use_dora") or options.get("lora_dropout"):
+        return []
+    inside = [m for site in _sites_of(edit, config) for m in site.enter.modules()]
+    fused = [m for m in inside if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+    called = edit.called(fused)
+    return [edit.site(m) for m in fused if m in called]
+
+
+def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> list[petune.Site]:
+    """Return the linear layers to wrap; warn about those that the model reads without calling them."""
+    sites = _sites_of(edit, config)
+    for site in sites:
+        edit.use_qkv_module(site)
+    layers = [
+        layer
+        for site in sites
+        for layer in edit.linear_layers(site, pointwise=config.type == "lora")
+        # one side as wide as the stream: not the small network that makes a table of positions (Swin-V2)
+        if site.dim in cast(nn.Linear, layer.module).weight.shape
+    ]
+    layers = list({id(layer.module): layer for layer in layers}.values())
+    uncalled = [layer for site in sites for layer in edit.uncalled_linears(site)]
+    model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in uncalled[:3]))
+    if required and not layers:
+        raise petune.AttachError(
+            f"{config.type} needs linear layers that are called, but {model} calls none in {config.targets}"
+            f"{f': it reads the weights of {names} itself' if uncalled else ''}. Use targets=mlp, or adaptformer"
+        )
+    if uncalled:
+        warnings.warn(
+            f"{model} reads the weights of {len(uncalled)} linear layers without calling them, such as {names}: they "
+            f"get no {config.type}, the other {len(layers)} do",
+            stacklevel=2,
+        )
+    return layers
+
+
+def _fitting_options(edit: petune.Edit, config: PeftConfig, layers: list[petune.Site]) -> dict[str, Any]:
+    """Return defaults that fit the layers' shapes, for types whose own defaults depend on them."""
+    kind = config.type
+    sides = [side for site in layers for side in cast(nn.Linear, site.module).weight.shape]
+    if kind in MUST_DIVIDE and not (kind == "oft" and config.peft_options.get("r")):
+        option = MUST_DIVIDE[kind]
+        return {option: math.gcd(defaults_of(kind)[option], *sides)}
+    if kind == "shira":
+        return {"r": min(defaults_of(kind)["r"], min(sides) // 4)}
+    if kind == "waveft":
+        return {"n_frequency": min(defaults_of(kind)["n_frequency"], min(sides) ** 2)}
+    if kind == "ia3":
+        last = [edit.linear_layers(block.mlp)[-1:] for block in edit.sites.blocks if "mlp" in block.parts]
+        paths = {original_path(site) for site in layers}
+        return {"feedforward_modules": [original_path(s) for sites in last for s in sites if original_path(s) in paths]}
+    return {}
+
+
+def _exact_names(paths: list[str], model: nn.Module) -> list[str] | str:
+    """Return the paths as PEFT takes them: it compares ends, so that where one path ends another it needs a regex."""
+    endings = tuple(f".{path}" for path in paths)
+    if any(name.endswith(endings) for name, _ in model.named_modules()):
+        return "|".join(re.escape(path) for path in paths)
+    return paths
