@@ -342,7 +342,7 @@ def test_what_is_off_stays_off_when_another_goes() -> None:
     first.enable()
     assert torch.equal(logits(built), alone)
     for targets in (["head"], ["qkv", "head"]):  # refused behind PEFT's back, which has switched the first off
-        with pytest.raises(AttachError, match="target_modules includes .*head"):
+        with pytest.raises(AttachError, match=r"target_modules includes .*head"):
             petune.attach(built, "lora", name="b", target_modules=targets)
         assert torch.equal(logits(built), alone)
 
