@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 
 from petune.base import hub
+from petune.serving import transfer
 
 TOKEN = "hf_right"
 
@@ -204,8 +205,9 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, silence_s: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     # a thread that an earlier test left waiting would, on its retry, close the connections of all threads
     monkeypatch.setattr("huggingface_hub.utils._http.close_session", lambda: None)
-    monkeypatch.setattr(hub, "ANSWER_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(hub, "SILENCE_S", silence_s)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    monkeypatch.setattr(hub, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(transfer, "STALL_TIMEOUT_S", silence_s)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from petune.backbones.names import Alias
 from petune.base.errors import ConfigError, UnknownName, WeightsUnavailable
-from petune.base.hub import HubFile, overlay
+from petune.base.hub import HubFile, check_weights_available, fetch_weights
 
 BUILD_ERRORS = (TypeError, AssertionError, ValueError, AttributeError)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,7 +34,11 @@ def pretrained_overlay(name: str, alias: Alias, *, fetch: bool = True) -> dict[s
     from timm.models import PretrainedCfg
 
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False) or PretrainedCfg()
-    return overlay(alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})", config, fetch=fetch)
+    label = alias.timm_name if name == alias.timm_name else f"{name} ({alias.timm_name})"
+    if fetch:
+        return {"file": str(fetch_weights(label, config))}
+    check_weights_available(label, config)
+    return {}
 
 
 def check_alias_weights(name: str, alias: Alias) -> None:
@@ -43,7 +47,7 @@ def check_alias_weights(name: str, alias: Alias) -> None:
     Raises:
         WeightsUnavailable: They are not.
     """
-    overlay(f"{name} ({alias.timm_name})", HubFile(f"timm/{alias.timm_name}"), fetch=False)
+    check_weights_available(f"{name} ({alias.timm_name})", HubFile(f"timm/{alias.timm_name}"))
 
 
 def build_timm(
@@ -128,7 +132,7 @@ def build_timm_repository(
     if not timm.is_model(architecture):
         raise UnknownName("timm model", architecture, timm.list_models(), f"{folder / 'config.json'} names it")
     if pretrained and not Path(name).is_dir():
-        folder = Path(overlay(f"hf:{name}", HubFile(name))["file"]).parent
+        folder = fetch_weights(f"hf:{name}", HubFile(name)).parent
     settings = {"img_size" if key == "image_size" else key: value for key, value in options.items()}
     try:
         # with its own classifier: if timm is to leave that out, it lets anything be missing

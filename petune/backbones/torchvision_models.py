@@ -9,7 +9,7 @@ from torch import nn
 
 from petune.backbones.timm_models import describe, set_statistics
 from petune.base.errors import ConfigError, UnknownName
-from petune.base.hub import HubFile, overlay
+from petune.base.hub import HubFile, check_weights_available
 
 IMAGE_SIZE = 224  # of the pretrained models; those without position embeddings do not record it
 
@@ -38,7 +38,7 @@ def build_torchvision(name: str, num_classes: int, options: Mapping[str, Any], *
         arguments.pop("image_size", None)  # a convolutional model takes any size
     if pretrained:
         weights = models.get_model_weights(name).DEFAULT
-        overlay(f"torchvision:{name}", HubFile("", url=weights.url), fetch=False)
+        check_weights_available(f"torchvision:{name}", HubFile("", url=weights.url))
     else:
         weights = None
         arguments["num_classes"] = num_classes

@@ -23,10 +23,11 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.base.files import MANIFEST, manifest_bytes, write_directory
-from petune.base.hub import bytes_below, hub_url, in_small_pieces, unreachable, while_it_moves
+from petune.base.hub import hub_url, why_unreachable
 from petune.injector.load import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter, refuse_foreign
 from petune.runner.run_dir import why_no_adapter
 from petune.serving.restore import refuse_code
+from petune.serving.transfer import directory_size, small_chunks, while_progressing
 
 MOST_BYTES = {CONFIG_FILE: 8 << 20, TENSOR_FILE: 16 << 30, CARD_FILE: 1 << 20, MANIFEST: 1 << 20}
 """The files that are taken, and how large each may be."""
@@ -187,10 +188,9 @@ def _api(repo: str) -> Any:
         tools.validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(f"a repository is named as user/name, but came {repo!r}: {error}") from None
-    problem = unreachable(hub_url(), is_hub=True)
+    problem = why_unreachable(hub_url(), is_hub=True)
     if problem is not None:
         raise HubError(f"{repo} is on a hub, but {problem}; nothing was sent or fetched")
-    in_small_pieces()
     tools.disable_progress_bars()
     tools.logging.set_verbosity_error()  # its remarks on every try again would surround the one message
     return hf.HfApi(endpoint=hub_url())
@@ -210,7 +210,8 @@ def _asked(repo: str, question: Callable[[], Any], moved: Callable[[], int], sil
         HubError: It has none, in one line.
     """
     try:
-        return while_it_moves(question, moved, silence_s)
+        with small_chunks():
+            return while_progressing(question, moved, silence_s)
     except PetuneError:
         raise
     except Exception as error:  # the client raises dozens of types; each means that the hub does not do it
@@ -262,7 +263,7 @@ def _download(repo: str, commit: str, listed: Mapping[str, Any], place: Path) ->
     most = sum(MOST_BYTES[name] if file.size is None else file.size for name, file in listed.items()) + (1 << 20)
 
     def arrived() -> int:
-        now = bytes_below(place)
+        now = directory_size(place)
         if now > most:
             raise CheckpointError(f"{repo} sends more than the {most:,} bytes that it said; stopped")
         return now

@@ -108,21 +108,21 @@ def test_only_what_was_read_and_found_damaged_is_taken_out_of_the_cache(
 ) -> None:
     file = tmp_path / "w.safetensors"
     save_file({"a": torch.ones(1)}, file)
-    assert hub._whole(file, "the cached weights") == file
+    assert hub.verify_safetensors(file, "the cached weights") == file
 
     def refused(self: Path, *args: object, **rest: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patched:  # root may read everything
         patched.setattr(Path, "open", refused)
-        with pytest.raises(WeightsUnavailable, match=r"is not \(Permission denied\); it is left alone"):
-            hub._whole(file, "the cached weights")
+        with pytest.raises(WeightsUnavailable, match=r"cannot read .*: Permission denied"):
+            hub.verify_safetensors(file, "the cached weights")
     assert file.exists()
     file.write_bytes(b"damaged")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "unlink", refused)
         with pytest.raises(WeightsUnavailable, match=r"cannot be deleted \(Permission denied\)"):
-            hub._whole(file, "the cached weights")
-    with pytest.raises(WeightsUnavailable, match="it was deleted"):
-        hub._whole(file, "the cached weights")
+            hub.verify_safetensors(file, "the cached weights")
+    with pytest.raises(WeightsUnavailable, match="It was deleted"):
+        hub.verify_safetensors(file, "the cached weights")
     assert not file.exists()

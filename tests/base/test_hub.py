@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import save
 
 from petune.backbones.create import create_backbone
 from petune.base.errors import PetuneError, WeightsUnavailable
+from petune.base.hub import HubFile, check_weights_available, fetch_weights
 from tests.fake_hub import point_at
 
 SHAPE = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -102,15 +104,40 @@ def test_good_weights_arrive(server: Hub) -> None:
 
 
 @pytest.mark.parametrize("fault", ["404", "500", "401", "cut off", "hangs", "stalls"])
-def test_a_bad_hub_is_named_in_ten_seconds(fault: str, server: Hub) -> None:
+def test_a_bad_hub_is_one_error_with_the_file_and_the_cache(fault: str, server: Hub, tmp_path: Path) -> None:
     server.content, server.fault = weights(), fault
+    before = vars(huggingface_hub.constants).copy()
     started = time.monotonic()
-    with pytest.raises(
-        WeightsUnavailable, match=r"vit_tiny_patch16_224\.augreg_in21k.*Ways out: .*--weights none"
-    ) as caught:
+    with pytest.raises(WeightsUnavailable, match=r"vit_tiny_patch16_224\.augreg_in21k.*model\.safetensors") as caught:
         build()
-    assert server.url in str(caught.value)
     assert time.monotonic() - started < 10
+    assert all(text in str(caught.value) for text in (server.url, str(tmp_path / "cache")))
+    assert "--weights none" in caught.value.cli_hint
+    assert vars(huggingface_hub.constants) == before
+
+
+def test_no_network_is_said_within_three_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    point_at("http://127.0.0.1:9", tmp_path / "cache", monkeypatch)
+    started = time.monotonic()
+    with pytest.raises(WeightsUnavailable, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        check_weights_available("vit_tiny", HubFile("timm/vit_tiny"))
+    assert time.monotonic() - started < 3
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WeightsUnavailable, match="HF_HUB_OFFLINE is set"):
+        fetch_weights("vit_tiny", HubFile("timm/vit_tiny"))
+
+
+def test_a_file_at_a_url_is_downloaded_once(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
+    server.content = weights()
+    file = HubFile("", url=f"{server.url}/vit.safetensors")
+    assert fetch_weights("vit", file).read_bytes() == server.content
+    asked = server.asked
+    assert fetch_weights("vit", file).name == "vit.safetensors"
+    assert server.asked == asked
+    server.fault = "stalls"
+    with pytest.raises(WeightsUnavailable, match="TimeoutError"):
+        fetch_weights("vit", HubFile("", url=f"{server.url}/other.safetensors"))
 
 
 @pytest.mark.parametrize("content", [b"<html>a captive portal</html>", b"\xff" * 4096, b""])

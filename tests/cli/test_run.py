@@ -208,7 +208,7 @@ def test_an_unreachable_hub_is_told_before_timm_is_imported(tmp_path: Path) -> N
     assert done.stdout.split() == ["4", "False"], done.stderr
     for words in (
         "timm/vit_base_patch16_224.augreg_in21k/model.safetensors is not in",
-        "http://127.0.0.1:9 cannot be reached. Ways out:",
+        "http://127.0.0.1:9 cannot be reached. Download it",
         "--weights PATH",
         "--weights none",
     ):

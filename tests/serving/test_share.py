@@ -114,15 +114,15 @@ def asked_of(hub: Server, adapter: Path, what: str) -> PetuneError:
 @pytest.fixture
 def impatient(hub: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that hubs that hang are given up soon."""
-    monkeypatch.setattr("petune.base.hub.SILENCE_S", 2.0)
+    monkeypatch.setattr("petune.serving.transfer.STALL_TIMEOUT_S", 2.0)
     monkeypatch.setattr(share, "COMMIT_S", 2.0)
 
 
 PUSH_FAULTS = [
     ("/api/repos/create", "403", "does not let this token do that with me/flowers .403."),
-    ("/api/repos/create", "hangs", "cannot be used for me/flowers now: TimeoutError: nothing more came for 2 s"),
+    ("/api/repos/create", "hangs", "cannot be used for me/flowers now: TimeoutError: no data for 2 s"),
     ("/preupload/", "500", r"cannot be used .*me/flowers was made and is empty: add --update"),
-    ("/objects/batch", "hangs", "nothing more came for 2 s"),
+    ("/objects/batch", "hangs", "no data for 2 s"),
     ("/lfs-put/", "403", "403"),
     ("/commit/", "400", "BadRequestError"),
 ]
@@ -139,10 +139,10 @@ def test_a_bad_hub_is_named_by_push(
 
 PULL_FAULTS = [
     ("/api/models/", "500", "cannot be used for me/flowers now"),
-    ("/api/models/", "hangs", "nothing more came for 2 s"),
+    ("/api/models/", "hangs", "no data for 2 s"),
     ("/resolve/", "500", "cannot be used for me/flowers now"),
     ("safetensors", "cut off", "me/flowers"),
-    ("safetensors", "stalls", "nothing more came for 2 s"),
+    ("safetensors", "stalls", "no data for 2 s"),
     ("safetensors", "other bytes", "adapter_model.safetensors of me/flowers must have the SHA-256 that the hub says"),
     ("adapter_config", "other bytes", r"me/flowers/adapter_config\.json is damaged|me/flowers must be an adapter"),
 ]
@@ -202,7 +202,7 @@ def test_folders_of_this_machine_stay_here(method: str, hub: Server, tmp_path: P
 def test_the_commands(hub: Server, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = call("push", adapter, "me/flowers", capture=capsys)
     assert (done.code, done.out.split()[0]) == (0, f"{hub.url}/me/flowers")
-    assert done.err == "others get it with: petune pull me/flowers\n"
+    assert done.err == "download it with: petune pull me/flowers\n"
     done = call("pull", "me/flowers", "here", "--json", capture=capsys)
     assert json.loads(done.out)["output"] == "here"
     done = call("pull", "me/none", capture=capsys)
