@@ -1,124 +1,161 @@
-"""The model card, an adapter directory's `README.md`: what it is, on what, how good, how to load it."""
+"""The model card, `README.md` of an adapter directory: what was trained on what, how good it is, how to load it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from petune.base.text import escape_markdown, hide_folders, printable
-from petune.injector.counts import Counts
 
 TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 WEIGHTS = {"weights", "weights_option"}
-MANY_CLASSES = 20
+MAX_CLASSES = 20
+"""More class names than these are only counted."""
+FIELDS = {
+    "method": str,
+    "dataset": str,
+    "license": str,
+    "backbone": Mapping,
+    "training": Mapping,
+    "test": Mapping,
+    "classes": list | tuple,
+}
+"""The metadata that a card shows, and the type that each entry must have."""
 
 
-def model_card(config: Mapping[str, Any], counts: Counts, *, with_peft: bool) -> str:
-    """The card as Markdown with a YAML head as the Hugging Face Hub reads it.
+class ParameterCounts(Protocol):
+    """The numbers of parameters that a card shows."""
+
+    @property
+    def tuned(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+    @property
+    def percent_of_backbone(self) -> float: ...
+
+
+def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: bool) -> str:
+    """Return the card in Markdown, with a YAML head that the Hugging Face Hub reads.
 
     Args:
-        config: petune's part of `adapter_config.json`; a run's `metadata` gives data, numbers and base model.
-        counts: How much was trained.
-        with_peft: PEFT loads the directory too.
+        config: petune's part of `adapter_config.json`. The `metadata` of a run names data, results and base model.
+        counts: Numbers of parameters.
+        is_peft: The method is PEFT's own, and PEFT loads the directory without petune.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False, finalize=lambda v: escape_markdown(v) if type(v) is str else v,
-    )  # fmt: skip
-    said = _known(config["metadata"])
-    classes = [str(name) for name in said["classes"]]
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+        finalize=lambda value: escape_markdown(value) if type(value) is str else value,
+    )
+    known = _known_metadata(config["metadata"])
+    classes = [str(name) for name in known["classes"]]
     return environment.get_template("model_card.md.jinja").render(
-        head=_Plain(_yaml(_front_matter(config["tuner"], said, with_peft))),
-        name=said["method"] or config["tuner"],
+        head=_Markup(_yaml(_front_matter(config["tuner"], known, is_peft))),
+        name=known["method"] or config["tuner"],
         options={key: str(value) for key, value in config["config"].items()},
         config=config,
         counts=counts,
-        backbone=said["backbone"],
-        dataset=said["dataset"],
-        test=said["test"],
-        training=said["training"],
-        classes=classes[:MANY_CLASSES],
-        more_classes=max(0, len(classes) - MANY_CLASSES),
-        whole={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
-        with_peft=with_peft,
+        backbone=known["backbone"],
+        dataset=known["dataset"],
+        test=known["test"],
+        training=known["training"],
+        classes=classes[:MAX_CLASSES],
+        more_classes=max(0, len(classes) - MAX_CLASSES),
+        is_complete={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
+        is_peft=is_peft,
     )
 
 
-def public(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter's metadata without the folders of this machine: of images, and of weights."""
+def public_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an adapter's metadata without the folders of this machine: of images, and of weights."""
     shown = dict(metadata)
     if isinstance(shown.get("dataset"), str):
         shown["dataset"] = hide_folders(shown["dataset"])
     if isinstance(shown.get("backbone"), Mapping):
-        inner = shown["backbone"].items()
-        shown["backbone"] = {
-            key: hide_folders(v, is_path=key in WEIGHTS and not v.startswith("hf:")) if isinstance(v, str) else v
-            for key, v in inner
-        }
+        shown["backbone"] = {key: _public_value(key, value) for key, value in shown["backbone"].items()}
     return shown
 
 
-class _Plain(str):
-    """Text that is Markdown, or YAML, already."""
+def _public_value(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return hide_folders(value, is_path=key in WEIGHTS and not value.startswith("hf:"))
 
 
-def _known(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run says of itself; anyone may save anything as metadata, and what is of another form is left out."""
-    kinds = {"method": str, "dataset": str, "license": str, "backbone": Mapping, "training": Mapping, "test": Mapping}
-    shown = public(metadata)
-    known = {key: shown.get(key) if isinstance(shown.get(key), kind) else None for key, kind in kinds.items()}
-    measured = known["test"] or {}
-    if not all(isinstance(measured.get(key), int | float) for key in ("top1", "top5", "num_images")):
+class _Markup(str):
+    """Text that is Markdown or YAML already and is not escaped."""
+
+
+def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a run. Users may save anything: entries of another type count as missing."""
+    shown = public_metadata(metadata)
+    known = {key: shown.get(key) if isinstance(shown.get(key), kind) else None for key, kind in FIELDS.items()}
+    test = known["test"] or {}
+    if not all(isinstance(test.get(key), int | float) for key in ("top1", "top5", "num_images")):
         known["test"] = None
-    classes = metadata.get("classes")
-    known["classes"] = classes if isinstance(classes, list | tuple) else []
-    backbone = {"full_name": None, "weights": None, "hub_id": None, **(known["backbone"] or {})}
-    return known | {"backbone": backbone, "training": {"val_top1": None, **(known["training"] or {})}}
+    known["classes"] = known["classes"] or []
+    known["backbone"] = {"full_name": None, "weights": None, "hub_id": None, **(known["backbone"] or {})}
+    known["training"] = {"val_top1": None, **(known["training"] or {})}
+    return known
 
 
-def _front_matter(tuner: str, said: Mapping[str, Any], with_peft: bool) -> dict[str, Any]:
-    """Only what is known: the hub takes a wrong base model or licence as said."""
-    dataset, base = said["dataset"], said["backbone"]["hub_id"]
-    known = HUB_DATASETS.get(dataset)
+def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[str, Any]:
+    """Return the entries of the head that are known: the hub does not check a base model or a license."""
+    dataset = known["dataset"]
+    base_model = known["backbone"]["hub_id"]
+    hub_dataset = HUB_DATASETS.get(dataset)
     head: dict[str, Any] = {
-        "library_name": "peft" if with_peft else "petune",
+        "library_name": "peft" if is_peft else "petune",
         "pipeline_tag": "image-classification",
         "tags": ["petune", "vision-transformer", "adapter", tuner],
-        "base_model": base,
-        "base_model_relation": "adapter" if base else None,
-        "license": said["license"],
-        "datasets": [known] if known else None,
+        "base_model": base_model,
+        "base_model_relation": "adapter" if base_model else None,
+        "license": known["license"],
+        "datasets": [hub_dataset] if hub_dataset else None,
     }
-    if said["test"] and dataset:
+    if known["test"] and dataset:
         head["metrics"] = ["accuracy"]
-        head["model-index"] = [_results(said["method"] or tuner, dataset, known, said["test"])]
+        head["model-index"] = [_model_index(known["method"] or tuner, dataset, hub_dataset, known["test"])]
     return {key: value for key, value in head.items() if value is not None}
 
 
-def _results(name: str, dataset: str, known: str | None, test: Mapping[str, Any]) -> dict[str, Any]:
+def _model_index(name: str, dataset: str, hub_dataset: str | None, test: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results as the hub reads them."""
     metrics = [
         {"type": kind, "name": title, "value": round(test[key] / 100, 6)}
         for kind, title, key in (("accuracy", "top-1 accuracy", "top1"), ("top_5_accuracy", "top-5 accuracy", "top5"))
     ]
-    data = {"type": known or "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset), "name": dataset}
-    task = {"type": "image-classification"}
-    return {"name": name, "results": [{"task": task, "dataset": {**data, "split": "test"}, "metrics": metrics}]}
+    dataset_type = hub_dataset or "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset)
+    return {
+        "name": name,
+        "results": [
+            {
+                "task": {"type": "image-classification"},
+                "dataset": {"type": dataset_type, "name": dataset, "split": "test"},
+                "metrics": metrics,
+            }
+        ],
+    }
 
 
 def _yaml(head: Mapping[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(_shown(head), sort_keys=False, allow_unicode=True, width=10_000)
+    return yaml.safe_dump(_on_one_line(head), sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def _shown(value: Any) -> Any:
-    """Without control characters, which could end the head."""
+def _on_one_line(value: Any) -> Any:
+    """Return plain data without control characters, which could end the head."""
     if isinstance(value, str):
         return " ".join(printable(value).split())
     if isinstance(value, Mapping):
-        return {key: _shown(inner) for key, inner in value.items()}
-    return [_shown(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _on_one_line(inner) for key, inner in value.items()}
+    return [_on_one_line(inner) for inner in value] if isinstance(value, list) else value

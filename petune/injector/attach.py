@@ -1,4 +1,4 @@
-"""`attach`: run a tuner on a model, freeze the rest, prove that the edit is alive, or leave the model as it was."""
+"""`attach`: put a tuner on a model and freeze the rest, or leave the model as it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
-from petune.injector.attachment import Attachment
+from petune.injector.attachment import Attachment, label_of
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.registry import build_tuner, parse_method, plugin_errors
@@ -22,7 +22,8 @@ from petune.sites.logits import refuse_random
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
-_PROVEN: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+"""By model, the edits that a forward was seen to use."""
 
 
 def attach(
@@ -41,44 +42,50 @@ def attach(
     Args:
         model: Any image classifier; not compiled yet.
         method: A registered name (options can be part of it: `vpt:deep=false`), a Tuner, or its config.
-        sites: From `find_sites`; found now if None.
-        name: Distinguishes attachments on one model; the method's name by default.
-        train_head: Whether the classifier trains too.
-        keep_original: Keep a copy of the values that will train (head, unfrozen backbone), so that `disabled` and
-            `detach` give the model back to the bit. False saves a copy of the model for `full`.
-        input_size: (channels, height, width) for a model that does not tell.
+        sites: From `find_sites`; found now by default.
+        name: Distinguishes attachments on one model. Defaults to the method's name.
+        train_head: Train the classifier too.
+        keep_original: Keep a copy of the values that will train (classifier, unfrozen backbone), so that `disable` and
+            `detach` give the model back bit for bit. False saves the memory: a whole model for `full`.
+        input_size: (channels, height, width), for a model that does not tell.
+        **options: The tuner's options, if `method` is a name.
 
     Raises:
-        AlreadyCompiled, SiteNotFound, DeadSite, AttachError: The model is then as it was.
-        UnknownName, PluginError, ConfigError: The method cannot be built.
+        AlreadyCompiled: The model is compiled already.
+        SiteNotFound: The model has no site that the tuner needs.
+        DeadSite: The forward never uses an adapter.
+        AttachError: Something else is in the way. After any of these, the model is as it was.
+        UnknownName: There is no such method.
+        PluginError: The method's package is broken.
+        ConfigError: An option is unknown or has a wrong value.
     """
     if not isinstance(model, nn.Module):
-        raise AttachError(f"attach needs a model, an nn.Module, but was given {type(model).__name__}")
+        raise AttachError(f"attach takes an nn.Module, but was given {type(model).__name__}")
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
-    _refuse_compiled(model)
+    _check_not_compiled(model)
     if next(model.parameters(), None) is None:
-        raise AttachError(f"a method is attached to a model with weights, but {type(model).__name__} has no parameter")
-    tuner = copy.copy(build_tuner(method, **options))  # what it keeps of this model is not another attachment's
+        raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
+    tuner = copy.copy(build_tuner(method, **options))  # a tuner keeps things of its model, so each gets a copy
     name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
-    before = trainable_state_of(model)
-    _refuse_parts(model, before)
-    sites = sites or (before.sites if before else find_sites(model, input_size))
-    _refuse_others_sites(model, sites)
-    if before is None:
+    existing = trainable_state_of(model)
+    _check_same_root(model, existing)
+    sites = sites or (existing.sites if existing else find_sites(model, input_size))
+    _check_sites_of(model, sites)
+    if existing is None:
         refuse_random(model, sites)
-        _tell_beside_head(sites, train_head)
-    ledger = open_trainable_state(model, sites)
-    ledger.open(label)
-    log = EditLog(label, undo_steps=[lambda: ledger.close(label)])
+        _warn_of_layers_before_head(sites, train_head)
+    state = open_trainable_state(model, sites)
+    state.add(label)
+    log = EditLog(label, undo_steps=[lambda: state.remove(label)])
     edit = Edit(model, sites, log)
     try:
         with plugin_errors(tuner.method, type(tuner), "was attached"):
             tuner.attach(edit)
         attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
-        _refuse_idle(attachment)
-        _check_live(model, sites, tuner, log)
+        _check_trains(attachment)
+        _check_used(model, sites, tuner, log)
         forget_forwards(edit)
     except BaseException:
         log.undo()
@@ -90,79 +97,80 @@ def _default_name(tuner: Tuner[Any]) -> str:
     return tuner.method or type(tuner).__name__.lower()
 
 
-def label_of(name: str) -> str:
-    """An attachment's name as a part of state_dict keys."""
-    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
-
-
-def _refuse_compiled(model: nn.Module) -> None:
+def _check_not_compiled(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise AlreadyCompiled(
-                f"a tuner must be attached before compiling, but {path or 'the model'} is compiled and would not see "
-                "it. Attach to the model first, then torch.compile it"
+                f"{path or 'the model'} is compiled already and would not run the tuner. Attach to the model first, "
+                "then torch.compile it"
             )
 
 
-def _refuse_parts(model: nn.Module, ledger: TrainableState | None) -> None:
-    """One model has one ledger: two would freeze each other's parameters."""
-    ledgers = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, TrainableState)}
-    others = [path or "the whole that it is a part of" for path, m in ledgers.items() if m.model is not model]
-    shared = ledger is None and any(hasattr(m, "is_petune_holder") for m in model.modules())
-    if others or shared:
+def _check_same_root(model: nn.Module, existing: TrainableState | None) -> None:
+    """Check that everything is attached to the same module: two states would freeze each other's parameters.
+
+    Raises:
+        AttachError: Something is attached to a part of the model, or to a model that this one is a part of.
+    """
+    states = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, TrainableState)}
+    others = [path or "the model that this is a part of" for path, m in states.items() if m.model is not model]
+    in_another_model = existing is None and any(hasattr(m, "is_petune_holder") for m in model.modules())
+    if others or in_another_model:
+        other = others[0] if others else "another model that shares a part of this one"
         raise AttachError(
-            "all that is attached to a model must be attached to the same module, but something is already, to "
-            f"{others[0] if others else 'another model that shares a part of it'}. Attach to that one, or detach first"
+            f"something is attached already to {other}. Attach everything to the same module, or detach that first"
         )
 
 
-def _tell_beside_head(sites: Sites, train_head: bool) -> None:
+def _check_sites_of(model: nn.Module, sites: Sites) -> None:
+    own = {id(m) for m in model.modules()}
+    foreign = [s.where for s in (*sites.blocks, *sites.parts.values()) if any(id(m) not in own for m in s.modules)]
+    if foreign:
+        raise AttachError(
+            f"the sites are not this model's: {', '.join(foreign[:3])} is another module than the model's. The model "
+            "is a copy, or the module was replaced (reset_classifier) after find_sites or while it was attached. "
+            "In that case detach first. Attach without sites, or with find_sites(this model)"
+        )
+
+
+def _warn_of_layers_before_head(sites: Sites, train_head: bool) -> None:
     if train_head and "head" in sites.parts and sites.beside_head:
         warnings.warn(
-            f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone, "
-            f"and stay as they are unless the method trains them: {', '.join(sites.beside_head)}. If they are new, "
-            'name what holds them and the classifier, in petune.load too: sites=petune.find_sites(model, head="…")',
+            f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone "
+            f"and stay frozen unless the method trains them: {', '.join(sites.beside_head)}. If they are new, pass the "
+            'module that holds them and the classifier, to petune.load too: sites=petune.find_sites(model, head="…")',
             stacklevel=3,
         )
 
 
-def _refuse_others_sites(model: nn.Module, sites: Sites) -> None:
-    own = {id(m) for m in model.modules()}
-    places = [*sites.blocks, *sites.parts.values()]
-    strange = [site.where for site in places if any(id(m) not in own for m in site.modules)]
-    if strange:
-        raise AttachError(
-            f"sites must be of the model that is attached to, but {', '.join(strange[:3])} is another module than the "
-            f"model's: it is a copy, or was replaced (reset_classifier) after find_sites or while something was "
-            "attached. Detach what is attached, then attach without sites, or with find_sites(this model)"
-        )
-
-
-def _refuse_idle(attachment: Attachment) -> None:
-    """A method that finds nothing to train must not pass for a linear probe; one that wants none says so by `count`."""
+def _check_trains(attachment: Attachment) -> None:
+    """Check that the method trains something, unless its `num_parameters` is 0: it would silently be a linear probe."""
     if attachment.tuned or attachment.tuner.num_parameters(attachment.sites) == 0:
         return
     raise AttachError(
-        f"{attachment.name} must find something to train, but {attachment.sites.model} has nothing for it: there would "
-        "be a linear probe under another name. Use another method, or linear if only the classifier shall train"
+        f"{attachment.name} found nothing to train in {attachment.sites.model}. Use another method, or linear to train "
+        "only the classifier"
     )
 
 
-def _check_live(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog) -> None:
-    """One forward without gradient: every adapter must have been called.
+def _check_used(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog) -> None:
+    """Check with one forward that every adapter is called.
 
-    The same method with the same options at the same modules of the same model needs no second proof.
+    The same method with the same options on the same modules is checked once per model.
+
+    Raises:
+        DeadSite: An adapter is not called.
     """
-    places = [(type(h), *((id(site.enter), id(site.exit)) for site in passed)) for h, passed in log.placed]
-    proof = (type(tuner), tuner.config.model_dump_json(), sites.input_size, *places)
-    if proof in _PROVEN.get(model, ()):
+    places = [(type(holder), *((id(s.enter), id(s.exit)) for s in passed)) for holder, passed in log.placed]
+    key = (type(tuner), tuner.config.model_dump_json(), sites.input_size, *places)
+    if key in _CHECKED.get(model, ()):
         return
     called = record_calls(model, sites.input_size, [holder.adapter for holder, _ in log.placed])
     for holder, passed in log.placed:
         if holder.adapter not in called:
             where = " or ".join(dict.fromkeys(site.where for site in passed))
             raise DeadSite(
-                f"{log.name} would do nothing: the forward of {sites.model} never calls {where} (its weights may "
-                "be read without calling it). Use another method on this model"
+                f"{log.name} would do nothing: the forward of {sites.model} never calls {where} (it may read the "
+                "weights without calling the module). Use another method on this model"
             )
-    _PROVEN.setdefault(model, set()).add(proof)
+    _CHECKED.setdefault(model, set()).add(key)

@@ -1,4 +1,4 @@
-"""`Attachment`: a tuner on a model, what of it trains, and how it is switched, saved, merged and taken off."""
+"""`Attachment`: a tuner on a model. What trains, and how it is trained, disabled, saved, merged and detached."""
 
 from __future__ import annotations
 
@@ -7,39 +7,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from petune.adapters.card import model_card
+from petune.adapters.fingerprint import digest, fingerprint
+from petune.adapters.format import geometry, write_adapter
+from petune.adapters.migrations import FORMAT
+from petune.adapters.reference_logits import reference_logits
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
-from petune.base.errors import AttachError, DeadSite, NotMergeable
+from petune.base.errors import AttachError
+from petune.injector import gradients
+from petune.injector.adapter_tensors import AdapterTensors
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
-from petune.injector.trainable import (
-    Claim,
-    added_to,
-    buffer_places,
-    named_parameters,
-    open_trainable_state,
-    trainable_state_of,
-)
-from petune.injector.tuner import Tuner
+from petune.injector.frozen import frozen_backbone, frozen_head
+from petune.injector.keys import named_parameters
+from petune.injector.merge import fold
+from petune.injector.param_groups import param_groups, undecayed_keys
+from petune.injector.registry import list_tuners
+from petune.injector.trainable import added_to, open_trainable_state, trainable_state_of
+from petune.injector.tuner import Recipe, Tuner
 from petune.sites.forward import forget_caches
-from petune.sites.logits import synthetic_logits
 from petune.sites.site import Sites
 
 
 class Attachment:
-    """A tuner on a model.
+    """A tuner on a model, as `petune.attach` and `petune.load` return it; `print(att)` shows what trains.
 
     Attributes:
-        model, tuner, name: What was attached to what, and as what.
-        sites: The model's places.
-        tuned, head: Trainable parameters by state_dict key.
-        counts: How many.
-        edit_log: What was done to the model.
-        fingerprint: Of the frozen tensors, where they cannot be read any more; None is worked out when saving.
-        attached, enabled: Whether it still is, and whether it takes effect now.
+        model: The model.
+        sites: Its sites.
+        tuner: The method.
+        name: Distinguishes attachments on one model.
+        tuned: The method's trainable parameters, by state_dict key.
+        head: The classifier's trainable parameters, by state_dict key; empty with train_head=False.
+        counts: Numbers of parameters.
+        edit_log: What the tuner did to the model.
+        attached: False once it was detached or merged.
+        enabled: False while it is disabled.
     """
 
     def __init__(
@@ -52,139 +58,219 @@ class Attachment:
         train_head: bool,
         keep_original: bool,
     ) -> None:
-        self.model, self.sites, self.tuner, self.name = model, sites, tuner, name
-        self.edit_log, self._train_head, self.attached, self.enabled = edit_log, train_head, True, True
-        self.fingerprint: str | None = None
-        head = sites.head if train_head else sites.parts.get("head")
-        self._head_modules = tuple(head.modules) if head is not None else ()
-        classifier = {id(p) for m in self._head_modules for p in m.parameters()}
-        added = {id(p) for p in edit_log.new_parameters()}
-        tuned = added | {id(p) for p in edit_log.unfrozen} - classifier
-        named = named_parameters(model)
-        self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
-        self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
-        moving = tuple(self._moving_modules())
-        self._buffers = buffer_places(model, moving, edit_log.added_buffers)
-        self.counts = count_parameters(named, self.tuned, self.head, added | added_to(model), classifier)
-        changing = self._changing() if keep_original else {}
-        self._originals = {k: (t, t.detach().clone()) for k, t in changing.items()} if keep_original else None
-        ledger = open_trainable_state(model, self.sites)
-        claim = Claim(
-            (*self.tuned.values(), *self.head.values()), tuple(edit_log.new_tensors()), moving, self._originals
-        )
-        ledger.claim(edit_log.name, claim)
+        self.model = model
+        self.sites = sites
+        self.tuner = tuner
+        self.name = name
+        self.edit_log = edit_log
+        self.attached = True
+        self.enabled = True
+        self._keep_original = keep_original
+        self._kept_fingerprint: str | None = None
+        self._tensors = AdapterTensors(model, sites, edit_log, train_head=train_head)
+        self.tuned = self._tensors.tuned
+        self.head = self._tensors.head
+        added = {id(p) for p in edit_log.new_parameters()} | added_to(model)
+        classifier = {id(p) for module in self._tensors.head_modules for p in module.parameters()}
+        self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier)
+        state = open_trainable_state(model, sites)
+        parts, in_place = self._tensors.parts(), self._tensors.in_place()
+        state.set_parts(edit_log.name, parts, in_place, keep_original=keep_original)
+
+    def __str__(self) -> str:
+        state = "detached" if not self.attached else "enabled" if self.enabled else "disabled"
+        return f"{self.name}: {self._method} on {self.sites.model}, {state}\n{self.counts}"
+
+    def __repr__(self) -> str:
+        return f"<Attachment {self.name!r}: {self._method} on {self.sites.model}>"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method's own learning rate, weight decay and optimizer."""
+        return self.tuner.recipe
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer takes: tuned and head.
+        """Return what an optimizer trains: tuned and head parameters.
 
         Raises:
             AttachError: The model has another tensor in the place of one of them.
         """
-        self._need_own()
-        return [*self.tuned.values(), *self.head.values()]
+        self._check_in_model()
+        return list(self._tensors.trainable().values())
+
+    def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Return `parameters()` in groups for an optimizer: vectors, position embedding and class token do not decay.
+
+        Args:
+            weight_decay: For the other parameters. None, the default, takes the recipe's.
+
+        Raises:
+            AttachError: See `parameters`.
+        """
+        check_arguments("param_groups", weight_decay=(weight_decay, int | float | None))
+        self._check_in_model()
+        decay = self.recipe.weight_decay if weight_decay is None else weight_decay
+        return param_groups(self._tensors.trainable(), decay, undecayed_keys(self.model))
 
     def train(self, mode: bool = True) -> nn.Module:
-        """`model.train(mode)`; what is frozen stays in eval mode either way."""
+        """Do `model.train(mode)`; what is frozen stays in eval mode."""
         return self.model.train(mode)
 
     def on_train_start(self, total_steps: int) -> None:
-        """Tell the tuner how many steps the training has, before the first and before a resume."""
+        """Tell the tuner the number of optimizer steps, before training and before a resume."""
         self.tuner.on_train_start(total_steps)
 
     def on_step_end(self, step: int) -> None:
-        """Tell the tuner that the optimizer has done this step (from 0), while the gradients are still there."""
+        """Tell the tuner that the optimizer did this step (from 0), while its gradients still exist."""
         self.tuner.on_step_end(step)
 
     def loss(self, step: int) -> Tensor | float:
-        """The tuner's own term of the loss at this step, 0.0 where it has none."""
+        """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none."""
         term = self.tuner.loss(step)
         return 0.0 if term is None else term
 
     def check_gradients(self, *, under_way: bool = False) -> None:
-        """After a backward: every adapter and head parameter has a gradient, once `under_way` not all zero.
+        """Check after a backward that every tuned and head parameter has a gradient.
+
+        Args:
+            under_way: Check too that not all gradients of the tuned parameters are zero, as they may be in the first
+                steps of adapters that start at zero.
 
         Raises:
-            DeadSite: Some have none, they are named; or all adapters have zeros, so that nothing of them would train.
+            DeadSite: Some have no gradient, or all are zero.
             AttachError: See `parameters`.
         """
-        self._need_own()
-        dead = self.without_effect({k for k, p in {**self.tuned, **self.head}.items() if p.grad is None})
-        if dead:
-            raise DeadSite(
-                f"every parameter of {self.name} must get a gradient, but {len(dead)} got none, as "
-                f"{', '.join(dead[:3])}: {self.sites.model} does not use "
-                "them in its output. Use another method on this model"
-            )
-        parts = (self.tuned, self.head) if under_way and self.tuned else ()  # where the head rests too, all is learned
-        if [any(p.grad is not None and p.grad.any() for p in part.values()) for part in parts] == [False, True]:
-            raise DeadSite(
-                f"{self.name} must learn, but all gradients of its {len(self.tuned)} tensors are zero. Look at its "
-                "options (a scale of 0, a dropout of 1) or use another method"
-            )
+        self._check_in_model()
+        gradients.check_gradients(self.name, self.tuned, self.head, self.edit_log.unfrozen, under_way=under_way)
 
-    def without_effect(self, silent: set[str]) -> list[str]:
-        """Of the trainable parameters that got no gradient, by key, those that must have got one.
-
-        A backbone may own parameters that its output never uses, as DINOv2's mask token in transformers: where some of
-        its own train, the others may stay as they are.
-        """
-        own = {key for key, p in self.tuned.items() if any(p is q for q in self.edit_log.unfrozen)}
-        return sorted(silent - own if own - silent else silent)
+    def missing_gradients(self, without: set[str]) -> list[str]:
+        """Return those keys in `without`, of parameters without a gradient, that should have got one."""
+        return gradients.missing_gradients(self.tuned, self.edit_log.unfrozen, without)
 
     def state(self) -> dict[str, Tensor]:
-        """What is saved: tuned and head tensors, and the buffers that move with them, by state_dict key.
+        """Return what is saved, by state_dict key: tuned and head tensors, and the buffers that move with them.
 
-        They are the model's own tensors; while the attachment is off, of what it trains in place those kept aside.
+        They are the model's own tensors. While the attachment is disabled, tensors that it trains in place have the
+        values that it trained.
         """
-        ledger = trainable_state_of(self.model)
-        live = self.live_state()
-        return live if ledger is None else {key: ledger.value(self.edit_log.name, key, t) for key, t in live.items()}
+        return self._tensors.saved()
 
-    def live_state(self) -> dict[str, Tensor]:
-        """The tensors of `state` as they are in the model now, also while the attachment is off."""
-        buffers = {key: module._buffers[name] for key, (module, name) in self._buffers.items()}
-        return {**self.tuned, **self.head, **{key: b for key, b in buffers.items() if b is not None}}
+    def file_state(self) -> dict[str, Tensor]:
+        """Return the tensors of `state` by an adapter file's keys, which do not depend on the attachment's name."""
+        state = self.state()
+        external = self.tuner.to_external(state)
+        if external is not None:
+            return external[1]
+        own, in_file = f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}"
+        return {".".join(_replace_start(part, own, in_file) for part in key.split(".")): t for key, t in state.items()}
 
-    def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the adapter directory; see `petune.state.save`.
+    def describe(self) -> dict[str, Any]:
+        """Return what the configuration of an adapter says about it: the method, and the backbone it belongs to."""
+        origin = next((record for record in list_tuners() if record.name == self._method), None)
+        return {
+            "format": FORMAT,
+            "tuner": self._method,
+            "distribution": origin.distribution if origin else None,
+            "version": origin.version if origin else None,
+            "config": self.tuner.config.plain(),
+            "train_head": bool(self.head),
+            "geometry": geometry(self.sites),
+            "fingerprint": self.fingerprint(),
+            "head_fingerprint": self.head_fingerprint(),
+        }
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the frozen backbone.
 
         Raises:
-            AttachError: Detached or merged, or see `parameters`: what was trained is not there any more.
+            AttachError: A later attachment trains some of it in place, and did not keep the values from before.
         """
-        from petune.injector.load import save
+        if self._kept_fingerprint is not None:
+            return self._kept_fingerprint
+        live = self._tensors.live()
+        frozen = frozen_backbone(self.model, self.sites, self.edit_log.name, live, train_head=bool(self.head))
+        return fingerprint(self.model, frozen)
 
-        self._need_attached()
-        self._need_own()
-        self._need_same_head()
+    def keep_fingerprint(self) -> None:
+        """Compute the fingerprint now, before the frozen tensors are sharded and cannot be read by one process."""
+        self._kept_fingerprint = self.fingerprint()
+
+    def head_fingerprint(self) -> str | None:
+        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none."""
+        if self.head:
+            return None
+        tensors = frozen_head(self.model, self.sites, self.edit_log.name, self._tensors.live())
+        return None if tensors is None else digest(tensors)
+
+    def reference_logits(self) -> dict[str, Any] | None:
+        """Return the logits of a synthetic image with the attachment enabled, as they are saved with it.
+
+        Returns:
+            Plain data; None if the logits would not be this attachment's alone (see `is_alone`), the backbone is
+            sharded, or a logit is not finite.
+        """
+        if self._kept_fingerprint is not None or not self.is_alone():
+            return None
+        was_enabled = self.enabled
+        self.enable()
+        try:
+            return reference_logits(self.model, self.sites)
+        finally:
+            if not was_enabled:
+                self.disable()
+
+    def is_alone(self) -> bool:
+        """Return True if no other attachment is enabled, and the classifier in the model is this attachment's."""
+        state = trainable_state_of(self.model)
+        if state is None or not self._tensors.head_is_in_model():
+            return False
+        return not any(parts.enabled for name, parts in state.attachments.items() if name != self.edit_log.name)
+
+    def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+
+        Args:
+            path: The directory; an adapter that is there is replaced.
+            metadata: Further plain data for the configuration: class names, preprocessing, results.
+
+        Raises:
+            AttachError: It was detached or merged, or the model has other tensors now, see `parameters`.
+            UsageError: `path` is a file, or a directory that holds something else.
+            CheckpointError: It cannot be written.
+        """
+        self._check_attached()
+        self._check_in_model()
+        if self.enabled and not self.head and not self._tensors.head_is_in_model():
+            raise AttachError(
+                f"{self.sites.model} has another classifier than when {self.name} was attached with train_head=False. "
+                "Change the classifier first and attach then"
+            )
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
-        save(self, expand_home(path), metadata)
+        further = {"reference_logits": self.reference_logits(), "metadata": dict(metadata or {})}
+        config = {**self.describe(), **further}
+        external = self.tuner.to_external(self.state())
+        card = model_card(config, self.counts, is_peft=external is not None)
+        write_adapter(expand_home(path), config, self.file_state(), card, external[0] if external else None)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what it did before attaching, bit for bit.
-
-        What trains in place, the classifier above all, is exchanged: not between a forward and its backward. To learn
-        from the backbone's own logits, ask for them first.
-
-        Raises:
-            AttachError: The attachment trains backbone or head, and was made with keep_original=False.
-        """
-        was = self.enabled
+        """Let the model compute what it did before attaching, bit for bit, inside the context; see `disable`."""
+        was_enabled = self.enabled
         self.disable()
         try:
             yield
         finally:
-            if was:
+            if was_enabled:
                 self.enable()
 
     def enable(self) -> None:
-        """Let the attachment take effect again after `disable`, with the values that it has trained in place.
+        """Let the attachment take effect again after `disable`, with the values that it trained in place.
 
         Raises:
-            AttachError: See `disable`; or what another attachment has enabled is in the way, as prompts. Nothing has
+            AttachError: See `disable`; or another attachment is in the way, such as one with prompts. Nothing has
                 changed.
         """
-        self._need_attached()
+        self._check_attached()
         if self.enabled:
             return
         for check in self.edit_log.enable_checks:
@@ -194,158 +280,103 @@ class Attachment:
     def disable(self) -> None:
         """Let the model compute what it did before attaching, bit for bit, until `enable`.
 
-        What trains in place, the classifier above all, is exchanged: not between a forward and its backward.
+        Tensors that train in place, such as the classifier's, are exchanged. So do not disable between a forward and
+        its backward: to learn from the backbone's own logits, compute them first.
 
         Raises:
             AttachError: The attachment trains backbone or head, and was made with keep_original=False; or the model
                 has other tensors now, see `parameters`. Nothing has changed.
         """
-        self._need_attached()
+        self._check_attached()
         if self.enabled:
             self._set_enabled(False)
-
-    def _set_enabled(self, on: bool) -> None:
-        changing = self._exchangeable()
-        self.edit_log.set_enabled(on)
-        self._exchange(on, changing)
-        self.enabled = on
 
     def detach(self) -> None:
         """Give the model back as it was before attaching: keys, flags and values.
 
-        What a later attachment trains too keeps its value, and goes back to ours when that one is detached.
+        A tensor that a later attachment trains too keeps its value until that one is detached.
 
         Raises:
-            AttachError: See `disabled` and `parameters`.
+            AttachError: See `disable`.
         """
-        self._need_attached()
+        self._check_attached()
         self._exchange(False, self._exchangeable())
-        open_trainable_state(self.model, self.sites).bequeath(self.edit_log.name)
         self.edit_log.undo()
         self.attached = False
 
     def merge(self) -> None:
-        """Fold the adapters into the backbone's weights and remove them; trained weights stay as they are.
+        """Fold the adapters into the backbone's weights and remove them; weights that trained in place stay.
 
         Raises:
-            NotMergeable: An adapter is no change of weights, or of weights that another attachment trains in place; the
-                reason is named and nothing was changed.
+            NotMergeable: An adapter is not a change of weights, or changes weights that another attachment trains in
+                place. Nothing has changed.
         """
-        was = self.enabled
+        was_enabled = self.enabled
         self.enable()
-        self._need_own(self._changing())
+        in_place = self._tensors.in_place()
+        self._check_in_model(in_place)
         if self.edit_log.can_fold:
             try:
-                self._fold()
+                fold(self.model, self.sites, self.edit_log, self.name)
             except BaseException:
-                if not was:
+                if not was_enabled:
                     self.disable()
                 raise
+        open_trainable_state(self.model, self.sites).make_original(self.edit_log.name, in_place)
         self.edit_log.undo()
         self.attached = False
 
-    def _fold(self) -> None:
-        """Fold, and compare what the model makes of an image before and after; put everything back if they differ."""
-        before = {key: t.detach().clone() for key, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        expected = synthetic_logits(self.model, self.sites)
-        try:
-            self.edit_log.fold(self.name)
-            self._refuse_shared(before)
-            self.edit_log.set_enabled(False)
-            change = float(
-                (synthetic_logits(self.model, self.sites) - expected).abs().max() / expected.abs().max().clamp(min=1)
-            )
-            if not change < (1e-3 if expected.dtype == torch.float32 else 5e-2):
-                raise NotMergeable(
-                    f"{self.name} computes something else when folded: its output moves by {change:.2g}. Mend the "
-                    "adapter's merge",
-                    changes_output=True,
-                )
-        except BaseException:
-            self.model.load_state_dict(before, strict=False)
-            self.edit_log.set_enabled(True)
-            raise
-
-    def _refuse_shared(self, before: Mapping[str, Tensor]) -> None:
-        """What is folded into a tensor would be lost when an attachment that trains it gives back its value."""
-        folded = [
-            key for key, t in self.model.state_dict().items() if key in before and not torch.equal(t, before[key])
-        ]
-        ledger = open_trainable_state(self.model, self.sites)
-        for key in folded:
-            other = next(
-                (n for n, c in ledger.claims.items() if n != self.edit_log.name and key in (c.originals or {})), None
-            )
-            if other is not None:
-                raise NotMergeable(
-                    f"{self.name} cannot be folded into {key}, which {other} trains in place: what was folded would be "
-                    f"lost when {other} is disabled or detached. Merge or detach {other} first"
-                )
-
-    def _moving_modules(self) -> list[nn.Module]:
-        """Modules that go to train mode: unfrozen ones, and the head's."""
-        roots = [
-            *self.edit_log.train_modules,
-            *self.edit_log.added_modules,
-            *(self._head_modules if self._train_head else ()),
-        ]
-        own = {id(m) for holder, _ in self.edit_log.placed for m in holder.modules()}
-        added = {id(m) for h in self.model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
-        return [m for root in roots for m in root.modules() if id(m) in own or id(m) not in added]
-
-    def _changing(self) -> dict[str, Tensor]:
-        """Tensors that were there before attaching and that training may change."""
-        added = {id(t) for t in self.edit_log.new_tensors()}
-        return {key: t for key, t in self.live_state().items() if id(t) not in added}
-
-    def _exchangeable(self) -> dict[str, Tensor]:
-        """What is trained in place, see `_changing`, after a look whether it can be given back."""
-        changing = self._changing()
-        if changing and self._originals is None:
-            raise AttachError(
-                f"giving back the model needs the values from before {self.name}, which were not kept; "
-                "attach with keep_original=True"
-            )
-        self._need_own(changing)
-        return changing
-
-    def _exchange(self, on: bool, changing: dict[str, Tensor]) -> None:
-        """Put in what was trained in place, or what the model has without it."""
-        open_trainable_state(self.model, self.sites).switch(self.edit_log.name, on, changing)
-        if changing:
-            forget_caches(self.model)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         raise AttachError(
-            f"an attachment belongs to its own model, but {self.name} was to be copied. Copy the model, "
-            "copy.deepcopy(attachment.model), which keeps its adapters; or save it, and petune.load it on another"
+            f"the attachment {self.name} belongs to its own model and cannot be copied. Copy the model, which keeps "
+            "its adapters: copy.deepcopy(attachment.model). Or save the attachment, and petune.load it on another model"
         )
 
-    def _need_own(self, only: Mapping[str, Tensor] | None = None) -> None:
-        """See that what trains, or `only` that of it, is still the model's: it is remembered by identity."""
-        tuned = {key: p for key, p in self.tuned.items() if only is None or key in only}
-        here = {id(p) for p in self.model.parameters()} if tuned else set()
-        of_head = {id(p) for m in self._head_modules for p in m.parameters()}
-        lost = [key for key, p in tuned.items() if self.attached and id(p) not in here]
-        if only is None and self.attached and self.enabled and self.head:  # off, a task's classifier is elsewhere
-            modules = {id(m) for m in self.model.modules()}
-            of_head = of_head if all(id(m) in modules for m in self._head_modules) else set()
-        lost += [key for key, p in self.head.items() if id(p) not in of_head]
-        if lost:
-            raise AttachError(
-                f"{self.name} trains the tensors that were there when it was attached, but the model has others for "
-                f"{len(lost)} of them, as {', '.join(lost[:3])}: load_state_dict(…, assign=True) or a new classifier "
-                "took their places. Change the model first and attach then; load values without assign=True"
-            )
+    @property
+    def _method(self) -> str:
+        """The method's name in the registry; the attachment's name for a tuner that was made by hand."""
+        return self.tuner.method or self.name
 
-    def _need_same_head(self) -> None:
-        """See that a classifier which stays as it is is the one under which the attachment was made."""
-        if self.enabled and not self.head and not {*self._head_modules} <= {*self.model.modules()}:
-            raise AttachError(
-                f"{self.name} belongs to the classifier that was there when it was attached (train_head=False), but "
-                f"{self.sites.model} has another in its place. Change the classifier first and attach then"
-            )
+    def _set_enabled(self, on: bool) -> None:
+        in_place = self._exchangeable()
+        self.edit_log.set_enabled(on)
+        self._exchange(on, in_place)
+        self.enabled = on
 
-    def _need_attached(self) -> None:
+    def _exchangeable(self) -> dict[str, Tensor]:
+        """Return the tensors that train in place, if their original values can be given back.
+
+        Raises:
+            AttachError: They cannot.
+        """
+        in_place = self._tensors.in_place()
+        if in_place and not self._keep_original:
+            raise AttachError(
+                f"the values from before {self.name} were not kept, so it cannot be disabled or detached. Attach with "
+                "keep_original=True"
+            )
+        self._check_in_model(in_place)
+        return in_place
+
+    def _exchange(self, on: bool, in_place: dict[str, Tensor]) -> None:
+        """Put the trained values of tensors that train in place into the model, or the values without them."""
+        open_trainable_state(self.model, self.sites).set_enabled(self.edit_log.name, on, in_place)
+        if in_place:
+            forget_caches(self.model)
+
+    def _check_in_model(self, only: Mapping[str, Tensor] | None = None) -> None:
+        if self.attached:
+            self._tensors.check_in_model(self.name, active=self.enabled, only=only)
+
+    def _check_attached(self) -> None:
         if not self.attached:
-            raise AttachError(f"{self.name} must be attached for this, but was detached or merged before")
+            raise AttachError(f"{self.name} was detached or merged. Attach it again first")
+
+
+def label_of(name: str) -> str:
+    """Return an attachment's name as a part of state_dict keys."""
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
+def _replace_start(part: str, start: str, replacement: str) -> str:
+    return replacement + part.removeprefix(start) if part.startswith(start) else part

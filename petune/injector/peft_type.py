@@ -9,68 +9,102 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType, mapping as peft_tables
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from petune.adapters.format import CONFIG_FILE, TENSOR_FILE, SavedAdapter
+from petune.adapters.migrations import FORMAT, migrate
+from petune.adapters.peft_format import OWN_TYPE
 from petune.base.errors import PetuneError, UsageError
-
-if TYPE_CHECKING:
-    from petune.injector.attachment import Attachment
+from petune.base.files import write_manifest
+from petune.injector.attach import attach
+from petune.injector.attachment import Attachment
+from petune.injector.load import check_fits, fill
+from petune.injector.registry import build_tuner, load_tuner
 
 PREFIX = "base_model.model."
+NEEDED = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key")
+
+
+def register_with_peft() -> None:
+    """Let PEFT load, train, switch and save the adapters of petune's tuners. A second call does nothing.
+
+    This adds the type `PETUNE` to PEFT's own tables, for the whole process.
+
+    Raises:
+        UsageError: The installed PEFT is too old.
+    """
+    if OWN_TYPE in PeftType.__members__:
+        return
+    if not all(hasattr(BaseTuner, name) for name in NEEDED):
+        raise UsageError("PEFT loads petune's adapters from version 0.21 on. Upgrade it: pip install -U peft")
+    member = str.__new__(PeftType, OWN_TYPE)
+    member._name_ = OWN_TYPE
+    member._value_ = OWN_TYPE
+    type.__setattr__(PeftType, OWN_TYPE, member)
+    PeftType._member_names_.append(OWN_TYPE)
+    PeftType._member_map_[OWN_TYPE] = member
+    PeftType._value2member_map_[OWN_TYPE] = member
+    model_class: Any = PetuneModel
+    peft_tables.PEFT_TYPE_TO_PREFIX_MAPPING[member] = PetuneModel.prefix
+    peft_tables.PEFT_TYPE_TO_CONFIG_MAPPING[member] = PetuneConfig
+    peft_tables.PEFT_TYPE_TO_TUNER_MAPPING[member] = model_class
 
 
 @dataclass
 class PetuneConfig(PeftConfig):
-    """petune's `adapter_config.json` as PEFT sees it; to begin a new adapter, `tuner` and `config` suffice.
+    """petune's `adapter_config.json` for PEFT. A new adapter needs `tuner` and `config` only.
 
     Attributes:
-        tuner: The method's name: `adaptformer`.
+        tuner: The method's name, such as `adaptformer`.
         config: Its options.
-        train_head: Whether the classifier trains, and is saved, too.
-        format, distribution, version, geometry, fingerprint, head_fingerprint, behaviour, metadata: See `petune.state`.
+        train_head: Train and save the classifier too.
+        format: See `petune.adapters.migrations`; an older one is brought to the current one.
+        distribution, version: The package of the method.
+        geometry, fingerprint, head_fingerprint, reference_logits: The backbone, see `Attachment.describe`.
+        metadata: Further plain data.
     """
 
     tuner: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     train_head: bool = True
-    format: int = 1
+    format: int = FORMAT
     distribution: str | None = None
     version: str | None = None
     geometry: dict[str, Any] | None = None
     fingerprint: str | None = None
     head_fingerprint: str | None = None
-    behaviour: dict[str, Any] | None = None
+    reference_logits: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    behaviour: InitVar[dict[str, Any] | None] = None  # a key of format 1
 
-    def __post_init__(self) -> None:
-        from peft import PeftType
-
+    def __post_init__(self, behaviour: dict[str, Any] | None) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = PeftType("PETUNE")
+        self.peft_type = PeftType(OWN_TYPE)
+        if self.format == FORMAT:
+            return
+        for key, value in migrate({**asdict(self), "behaviour": behaviour}).items():
+            setattr(self, key, value)
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """PEFT's question whether a method has no layers of PEFT's, so that it is switched as a whole."""
+        """True: the method has no layers of PEFT's, so PEFT enables and disables it as a whole."""
         return True
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config beside the tensors, which PEFT has written by now, and the manifest that petune checks."""
-        from petune.base.files import write_manifest
-        from petune.injector.load import CONFIG_FILE, TENSOR_FILE
-
+        """Write the config next to the tensors, which PEFT wrote before, and the manifest that petune checks."""
         super().save_pretrained(save_directory, **kwargs)
-        place = Path(save_directory)
-        write_manifest(place, [name for name in (CONFIG_FILE, TENSOR_FILE) if (place / name).is_file()])
+        path = Path(save_directory)
+        write_manifest(path, [name for name in (CONFIG_FILE, TENSOR_FILE) if (path / name).is_file()])
 
 
 class PetuneModel(BaseTuner):
-    """What PEFT puts between its PeftModel and the backbone.
+    """The module that PEFT puts between its PeftModel and the backbone.
 
     Attributes:
         attachments: By PEFT's adapter name.
@@ -84,63 +118,62 @@ class PetuneModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """Attach; the adapters that are there already are switched off, as PEFT does."""
-        from petune.injector.attach import attach
-        from petune.injector.load import describe
-        from petune.injector.registry import build_tuner, load_tuner
+        """Attach an adapter and disable the others, as PEFT does.
 
+        Raises:
+            UsageError: The method is PEFT's own, or the model has no values yet.
+        """
         config = self.peft_config[adapter_name]
         family = config.tuner.partition(":")[0]
         if family in {"peft", "lora", "dora"} and load_tuner(family).__module__.startswith("petune."):
-            raise UsageError(f"{config.tuner} is PEFT's own; use its config instead of PetuneConfig")
+            raise UsageError(f"{config.tuner} is PEFT's own method. Use PEFT's config for it instead of PetuneConfig")
         if nn.Linear(1, 1).weight.is_meta:  # how PEFT's low_cpu_mem_usage takes effect
-            raise UsageError("petune's tuners are attached to a model that has values; leave out low_cpu_mem_usage")
-        before = self.active_adapters if self.attachments else []
+            raise UsageError("petune's tuners attach to a model with values. Leave out low_cpu_mem_usage")
+        active_before = self.active_adapters if self.attachments else []
         self._activate([])
         try:
             tuner = build_tuner(config.tuner, **config.config)
             attachment = attach(model, tuner, name=adapter_name, train_head=config.train_head)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
-            self._activate(before)
+            self._activate(active_before)
             raise
         self.attachments[adapter_name] = attachment
-        if config.geometry is None:  # a new one: which backbone it belongs to; a file says so already
-            for key, value in describe(attachment).items():
+        if config.geometry is None:  # a new adapter; a saved one describes its backbone already
+            for key, value in attachment.describe().items():
                 setattr(config, key, value)
-        self._keep_frozen()
+        self._freeze_for_inference()
         self.active_adapter = adapter_name
 
-    def _keep_frozen(self) -> None:
-        """What was loaded for inference does not train, whatever came or went."""
+    def _freeze_for_inference(self) -> None:
+        """Freeze adapters that were loaded for inference: attaching and detaching sets what trains."""
         for name in self.attachments:
             if self.peft_config[name].inference_mode:
                 self.set_requires_grad(name, False)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("petune puts adapters in by its own verbs, see inject_adapter")
+        raise NotImplementedError("PEFT calls this from its own inject_adapter, which is overridden here")
 
     def add_adapter(self, adapter_name: str, config: PetuneConfig) -> None:
-        """A further adapter; the one that was active stays so."""
-        before = self.active_adapters
+        """Add an adapter; the active one stays active."""
+        active_before = self.active_adapters
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
-        self._activate(before)
+        self._activate(active_before)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Detach it; the first of the others becomes active, where it was."""
-        was_active = self.active_adapters
+        """Detach an adapter. If it was active, the first of the others becomes active."""
+        active_before = self.active_adapters
         self._activate([])
         self.attachments.pop(adapter_name).detach()
         del self.peft_config[adapter_name]
-        left = [name for name in was_active if name != adapter_name] or list(self.attachments)[:1]
-        self._activate(left)
-        self._keep_frozen()
+        self._activate([name for name in active_before if name != adapter_name] or list(self.attachments)[:1])
+        self._freeze_for_inference()
 
     def unload(self) -> nn.Module:
-        """The backbone as it was, to the bit."""
+        """Detach all adapters and return the backbone as it was, bit for bit."""
         self._activate([])
-        for name in [*self.attachments]:
+        for name in list(self.attachments):
             self.attachments.pop(name).detach()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -148,14 +181,14 @@ class PetuneModel(BaseTuner):
         return model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The backbone with the active adapter folded in; see `Attachment.merge`.
+        """Return the backbone with the active adapter folded in; see `Attachment.merge`.
 
         Raises:
-            NotMergeable: The method is no change of weights; nothing was changed.
+            NotMergeable: The method is not a change of weights. Nothing has changed.
         """
         active = self.active_adapters
         if len(active) != 1 or not self.enabled:
-            raise UsageError(f"exactly one adapter must be active to be folded in, but {active or 'none'} is")
+            raise UsageError(f"merging needs exactly one active adapter, but {active or 'none'} is active")
         for name in [name for name in self.attachments if name not in active]:
             self.delete_adapter(name)
         self.attachments[active[0]].merge()
@@ -163,63 +196,65 @@ class PetuneModel(BaseTuner):
         return self.unload()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Switch to one adapter; it trains unless `inference_mode`."""
+        """Activate one adapter; it trains unless `inference_mode`."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1:
             raise UsageError(
-                f"one adapter of petune can be active here, not {names}; see petune.AdapterBank for a mixed batch"
+                f"one adapter of petune can be active here, not {names}. Use petune.AdapterBank for a mixed batch"
             )
         self._activate(names)
         self.set_requires_grad(list(self.attachments), False)
         self.set_requires_grad(names, not inference_mode)
 
     def enable_adapter_layers(self) -> None:
-        """The active adapter takes effect again."""
+        """Let the active adapter take effect again."""
         self.enabled = True
         self._activate(self.active_adapters)
 
     def disable_adapter_layers(self) -> None:
-        """The backbone alone, to the bit."""
+        """Let the model compute what the backbone alone does, bit for bit."""
         active = self.active_adapters
         self._activate([])
-        self.enabled, self.active_adapter = False, active
+        self.enabled = False
+        self.active_adapter = active
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Whether the adapters train."""
+        """Let adapters train, or freeze them."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
             for p in self.attachments[name].parameters():
                 p.requires_grad_(requires_grad)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not here: what is folded in stays.
+        """Refuse to merge: petune does not unmerge.
 
         Raises:
             UsageError: Always.
         """
-        raise UsageError("petune folds an adapter in for good; call merge_and_unload()")
+        raise UsageError("petune folds an adapter in for good. Use merge_and_unload()")
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise UsageError("petune mixes tasks in one batch by petune.AdapterBank, not by adapter_names")
+            raise UsageError("use petune.AdapterBank instead of adapter_names for a batch of several tasks")
         yield
 
     @contextmanager
     def _temporarily_active(self, adapter_name: str) -> Iterator[None]:
-        before, enabled = self.active_adapters, self.enabled
+        active_before = self.active_adapters
+        enabled_before = self.enabled
         self.enabled = True
         self._activate([adapter_name])
         try:
             yield
         finally:
             if adapter_name in self.attachments:
-                self._activate(before)
-            if not enabled:
+                self._activate(active_before)
+            if not enabled_before:
                 self.disable_adapter_layers()
 
     def _activate(self, names: list[str]) -> None:
-        # one at a time: what a method trains in place is exchanged for the backbone's own in between
+        # disable all first: what a method trains in place is exchanged for the backbone's own in between
         for attachment in self.attachments.values():
             attachment.disable()
         for name in names if self.enabled else []:
@@ -227,20 +262,22 @@ class PetuneModel(BaseTuner):
         self.active_adapter = names[0] if len(names) == 1 else names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Adapters have their dtype from petune."""
+        """Leave the adapters' dtype alone: petune has set it."""
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor], unwanted_adapter_names: Any
     ) -> dict[str, Tensor]:
-        """The tensors by the keys of petune's file: not out of `state_dict`, which has another adapter's where one that
-        trains the backbone's own values is switched off. And what the adapter computes now, for the config."""
-        from petune.adapters.reference_logits import behaviour
+        """Return the tensors by the file's keys, and put the reference logits into the config.
 
+        They are not taken from `state_dict`: where an adapter trains the backbone's own tensors in place and is
+        disabled, that has the values of another one.
+        """
         shell: PetuneModel = model.base_model
+        attachment = shell.attachments[adapter_name]
         with shell._temporarily_active(adapter_name):
-            config.behaviour = behaviour(shell.attachments[adapter_name])
-            return {key: tensor.detach().clone() for (key, tensor), _ in _keys(shell.attachments[adapter_name])}
+            config.reference_logits = attachment.reference_logits()
+            return {key: tensor.detach().clone() for key, tensor in attachment.file_state().items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -250,55 +287,20 @@ class PetuneModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """petune's checks, for which the tensors are filled in already, then the file's tensors by the model's keys.
+        """Check the tensors and fill them in, and return them by the model's keys.
 
         Raises:
-            BackboneMismatch, CheckpointError: See `petune.load`; the adapter is taken off again.
+            BackboneMismatch, CheckpointError: See `petune.load`. The adapter is removed again.
         """
-        from dataclasses import asdict
-
-        from petune.injector.load import check_fits, fill
-
         shell: PetuneModel = model.base_model
-        attachment, said, place = shell.attachments[adapter_name], asdict(config), Path(f"the adapter {adapter_name}")
+        attachment: Attachment = shell.attachments[adapter_name]
+        saved = SavedAdapter(Path(f"the adapter {adapter_name}"), asdict(config), state_dict)
         try:
-            check_fits(attachment, said, state_dict, place)
+            check_fits(attachment, saved)
             with shell._temporarily_active(adapter_name):
-                fill(attachment, said, state_dict, place)
+                fill(attachment, saved)
         except PetuneError:
             shell.delete_adapter(adapter_name)
             raise
-        return {PREFIX + ours: state_dict[key] for (key, _), ours in _keys(attachment)}
-
-
-def _keys(attachment: Attachment) -> Iterator[tuple[tuple[str, Tensor], str]]:
-    """The file's keys and tensors, and the model's keys."""
-    from petune.injector.load import file_tensors
-
-    return zip(file_tensors(attachment).items(), attachment.state(), strict=True)
-
-
-def register_with_peft() -> None:
-    """Let PEFT load, train, switch and save the adapters of petune's tuners. A second call does nothing.
-
-    This adds the type `PETUNE` to PEFT's own tables, for the whole process.
-
-    Raises:
-        UsageError: The installed PEFT is too old.
-    """
-    from peft import PeftType, mapping as known
-
-    if "PETUNE" in PeftType.__members__:
-        return
-    needed = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key")
-    if not all(hasattr(BaseTuner, name) for name in needed):
-        raise UsageError("PEFT loads petune's adapters from version 0.21 on. Upgrade it: pip install -U peft")
-    member = str.__new__(PeftType, "PETUNE")
-    member._name_, member._value_ = "PETUNE", "PETUNE"
-    type.__setattr__(PeftType, "PETUNE", member)
-    PeftType._member_names_.append("PETUNE")
-    PeftType._member_map_["PETUNE"] = PeftType._value2member_map_["PETUNE"] = member
-    known.PEFT_TYPE_TO_PREFIX_MAPPING[member] = PetuneModel.prefix
-    known.PEFT_TYPE_TO_CONFIG_MAPPING[member] = PetuneConfig
-    model: Any = PetuneModel
-    known.PEFT_TYPE_TO_TUNER_MAPPING[member] = model
+        keys = zip(attachment.file_state(), attachment.state(), strict=True)
+        return {PREFIX + in_model: state_dict[in_file] for in_file, in_model in keys}

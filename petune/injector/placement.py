@@ -72,7 +72,7 @@ class Placer:
 
     def _call_qkv_of(self, attention: Any) -> None:
         state, name = open_trainable_state(self.model, self.sites), self.log.name
-        if attention.qkv_bias_separate is False or attention in state.awake:
+        if attention.qkv_bias_separate is False or attention in state.qkv_users:
             self.toggle(lambda on: state.use_qkv_module(attention, name, on), on=False)
 
     def _host(self, site: Site) -> nn.Module:

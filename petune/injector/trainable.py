@@ -1,11 +1,12 @@
-"""Who trains what on a model, and how the model was before the first attachment: one ledger a model.
+"""The trainable state of a model: which attachment trains what, and the original values.
 
-Attachments may come and go in any order; flags and modes follow from the claims that are left.
+Attachments may be enabled, disabled and removed in any order. What trains, what is in train mode and which values the
+model holds follow from the attachments that are left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,42 +21,51 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.
 
 
 @dataclass(eq=False)
-class Claim:
-    """What one attachment holds of the model.
+class TensorValues:
+    """The values of one tensor that attachments train in place.
+
+    The model holds the value of the last enabled attachment or, without one, the original. The others wait here.
 
     Attributes:
-        parameters: All it trains: tuned and head.
-        added: Parameters, and buffers, that were not there before.
+        tensor: The model's tensor when it was first trained.
+        original: Its value from before; None if that was not kept.
+        trained: By attachment, in the order of attaching, the value that it trained; None while the model holds it.
+    """
+
+    tensor: Tensor
+    original: Tensor | None
+    trained: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class TrainedParts:
+    """What one attachment trains, and what it added.
+
+    Attributes:
+        parameters: All parameters that it trains, the classifier's among them.
+        added: Parameters and buffers that were not in the model before.
         modules: Modules that go to train mode.
-        originals: By key, what it trains in place and its value from before; None where that was not kept.
-        on: Whether it takes effect.
-        kept: By key, what it has trained, while the model has another value.
+        in_place: By state_dict key, the values of the tensors that it trains in place.
+        enabled: False while the attachment is disabled.
     """
 
     parameters: tuple[nn.Parameter, ...] = ()
     added: tuple[Tensor, ...] = ()
     modules: tuple[nn.Module, ...] = ()
-    originals: dict[str, tuple[Tensor, Tensor]] | None = None
-    on: bool = True
-    kept: dict[str, Tensor] = field(default_factory=dict)
-
-    def changes(self, key: str, tensor: Tensor) -> bool:
-        """Whether it trains this tensor in place."""
-        if self.originals is None:
-            return any(p is tensor for p in self.parameters)
-        return key in self.originals and self.originals[key][0] is tensor
+    in_place: dict[str, TensorValues] = field(default_factory=dict)
+    enabled: bool = True
 
 
 class TrainableState(nn.Module):
-    """Keeps frozen parts frozen and in eval mode: stands in for the model's `train`, and holds no parameter.
+    """Keep frozen parts of a model frozen and in eval mode, and the original values of those that train in place.
 
-    It is a submodule of the model and its bound method is the model's `train` attribute, so copies of the model
-    get their own, as with hooks. The model's own `training` flag follows `train(mode)` as ever.
+    It is a submodule of the model without parameters, and its bound method replaces the model's `train`, so that a
+    copy of the model gets a state of its own. The model's own `training` flag follows `train(mode)` as usual.
 
     Attributes:
-        sites: Of the model before anything was attached to it.
-        claims: By the attachment's name.
-        awake: Attentions that were told to call a layer, and the attachments that need it; see `Edit.use_qkv_module`.
+        sites: The model's sites before anything was attached.
+        attachments: By the attachment's name in state_dict keys, in the order of attaching.
+        qkv_users: By attention, the attachments that need it to call its qkv layer.
     """
 
     is_petune_holder = True
@@ -63,135 +73,159 @@ class TrainableState(nn.Module):
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         super().__init__()
         self.sites = sites
-        self.claims: dict[str, Claim] = {}
-        self.awake: dict[nn.Module, set[str]] = {}
+        self.attachments: dict[str, TrainedParts] = {}
+        self.qkv_users: dict[nn.Module, set[str]] = {}
         self._train_before = model.__dict__.get("train")
-        # in tuples, since a module as an attribute would make the model a child of its own child
-        self._model = (model,)
+        self._model = (model,)  # in a tuple: as an attribute it would become a child of its own child
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
 
     @property
     def model(self) -> nn.Module:
-        """Whose ledger it is."""
+        """The model whose state this is."""
         return self._model[0]
 
     def forward(self, x: Any) -> Any:
-        """A model whose forward calls all of its children calls this one too: it changes nothing."""
+        """Return `x`: a model may call all of its children."""
         return x
 
-    def open(self, name: str) -> None:
-        """Enter an attachment that trains nothing yet.
+    def add(self, name: str) -> None:
+        """Add an attachment that trains nothing yet.
 
         Raises:
             AttachError: The name is taken.
         """
-        if name in self.claims:
+        if name in self.attachments:
             raise AttachError(
-                f"each attachment needs a name of its own, but {name!r} is attached already: detach it, or stack "
-                "another beside it with name=…"
+                f"{name!r} is attached to this model already. Detach it first, or attach a second one under another "
+                "name: name=…"
             )
-        self.claims[name] = Claim()
+        self.attachments[name] = TrainedParts()
 
-    def claim(self, name: str, claim: Claim) -> None:
-        """Let `name` train what it claims; all that nobody claims is frozen."""
-        self.claims[name] = Claim()
-        for key, (tensor, value) in (claim.originals or {}).items():
-            owner = self._owner(key, tensor)
-            if owner is not None:
-                owner.kept[key] = value
-        self.claims[name] = claim
+    def set_parts(self, name: str, parts: TrainedParts, in_place: Mapping[str, Tensor], *, keep_original: bool) -> None:
+        """Let an attachment train its parts, and freeze what no attachment trains.
+
+        Args:
+            name: The attachment.
+            parts: What it trains.
+            in_place: By state_dict key, the tensors among that which were in the model before.
+            keep_original: Keep a copy of their values.
+        """
+        known = {id(v.tensor): v for other in self.attachments.values() for v in other.in_place.values()}
+        self.attachments[name] = parts
+        for key, tensor in in_place.items():
+            copied = tensor.detach().clone() if keep_original else None
+            values = known.get(id(tensor)) or TensorValues(tensor, copied)
+            holder = self._holder(values)
+            if holder is not None:
+                values.trained[holder] = copied
+            values.trained[name] = None
+            parts.in_place[key] = values
         self._freeze()
 
     @torch.no_grad()
-    def switch(self, name: str, on: bool, live: Mapping[str, Tensor]) -> None:
-        """Let a claim take effect or not; what several train has the value of the last of them that does.
+    def set_enabled(self, name: str, on: bool, live: Mapping[str, Tensor]) -> None:
+        """Enable or disable an attachment: exchange the values of what it trains in place.
 
         Args:
-            name: Whose.
-            on: Whether.
-            live: What it changes in place, by key, as the model has it.
+            name: The attachment.
+            on: True to enable it.
+            live: By state_dict key, the tensors that it trains in place, as they are in the model now.
         """
-        claim = self.claims[name]
-        tensors = {key: (claim.originals or {}).get(key, (live[key],))[0] for key in live}
-        before = {key: self._owner(key, tensor) for key, tensor in tensors.items()}
-        claim.on = on
-        for key, tensor in tensors.items():
-            was, now = before[key], self._owner(key, tensor)
-            if was is now:
+        parts = self.attachments[name]
+        stacks = {key: parts.in_place[key] for key in live if key in parts.in_place}
+        before = {key: self._holder(values) for key, values in stacks.items()}
+        parts.enabled = on
+        for key, values in stacks.items():
+            tensor, old, new = live[key], before[key], self._holder(values)
+            if old == new:
                 continue
-            if was is not None:
-                was.kept[key] = live[key].detach().clone()
-            value = self._original(key, tensor) if now is None else now.kept.pop(key, None)
-            # a buffer of another shape was made anew by the model's own forward (ConViT): it is not ours to put back
-            if value is not None and value.shape == live[key].shape:
-                live[key].copy_(value)
+            if old is not None:
+                values.trained[old] = tensor.detach().clone()
+            value = values.original
+            if new is not None:
+                value = values.trained[new]
+                values.trained[new] = None
+            # a buffer of another shape was made by the model's own forward (ConViT) and is left alone
+            if value is not None and value.shape == tensor.shape:
+                tensor.copy_(value)
 
     def value(self, name: str, key: str, live: Tensor) -> Tensor:
-        """What the model has at `key` where `name` takes effect: `live`, unless it is off and none after it is on."""
-        claim = self.claims.get(name)
-        kept = claim.kept.get(key) if claim is not None else None
-        if claim is None or kept is None:
-            return live
-        tensor = (claim.originals or {}).get(key, (live,))[0]
-        later = list(self.claims.values())[list(self.claims).index(name) :]
-        return live if any(c.on and c.changes(key, tensor) for c in later) else kept
+        """Return the value that the model has at `key` while the attachment `name` is enabled.
 
-    def beneath(self, name: str, key: str, live: Tensor) -> Tensor:
-        """What the model has at `key` without what attachments made after `name` have trained there in place.
+        Args:
+            name: The attachment.
+            key: A state_dict key.
+            live: What the model has there now.
+        """
+        parts = self.attachments.get(name)
+        if parts is None or key not in parts.in_place:
+            return live
+        trained = parts.in_place[key].trained
+        order = list(trained)
+        own_or_later = order[order.index(name) :]
+        if any(self.attachments[other].enabled for other in own_or_later):
+            return live
+        kept = trained[name]
+        return live if kept is None else kept
+
+    def value_before_later(self, name: str, key: str, live: Tensor) -> Tensor:
+        """Return the value of a tensor without what attachments made after `name` have trained there in place.
 
         Raises:
-            AttachError: The value was not kept.
+            AttachError: That value was not kept.
         """
-        at = list(self.claims).index(name) + 1
-        upto, later = list(self.claims.values())[:at], list(self.claims.values())[at:]
+        values = next((v for p in self.attachments.values() for v in p.in_place.values() if v.tensor is live), None)
+        enabled = [other for other in values.trained if self.attachments[other].enabled] if values is not None else []
+        order = list(self.attachments)
         # what an earlier one trains too is saved by it as it is now, see `value`
-        if any(c.on and c.changes(key, live) for c in upto) or not any(c.on and c.changes(key, live) for c in later):
+        if values is None or not enabled or order.index(enabled[0]) <= order.index(name):
             return live
-        value = self._original(key, live)
-        if value is None:
+        if values.original is None:
             raise AttachError(
-                f"{name} belongs to the backbone as it was before another attachment trained {key}, but that value was "
-                "not kept; attach what trains the backbone's own tensors with keep_original=True"
+                f"{name} needs the value of {key} from before a later attachment trained it, and that was not kept. "
+                "Attach what trains the backbone's own tensors with keep_original=True"
             )
-        return value
+        return values.original
 
-    def use_qkv_module(self, module: nn.Module, name: str, on: bool) -> None:
+    def trainer_of(self, key: str, other_than: str) -> str | None:
+        """Return another attachment that trains the tensor at `key` in place and can give its original value back."""
+        for name, parts in self.attachments.items():
+            values = parts.in_place.get(key)
+            if name != other_than and values is not None and values.original is not None:
+                return name
+        return None
+
+    def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
+        """Let the values that an attachment trained in place be the original ones for the attachments after it."""
+        for key, values in self.attachments[name].in_place.items():
+            others = len(values.trained) > 1
+            if others and next(iter(values.trained)) == name:
+                kept = values.trained[name]
+                values.original = live[key].detach().clone() if kept is None and key in live else kept
+
+    def use_qkv_module(self, attention: nn.Module, name: str, on: bool) -> None:
         """Let an attention call its qkv layer as long as one attachment needs it."""
-        users = self.awake.setdefault(module, set())
+        users = self.qkv_users.setdefault(attention, set())
         if on:
             users.add(name)
         else:
             users.discard(name)
-        module.qkv_bias_separate = bool(users)  # type: ignore[assignment]
+        attention.qkv_bias_separate = bool(users)  # type: ignore[assignment]
 
-    def bequeath(self, name: str) -> None:
-        """Hand the original values of `name` to the attachment made after it that trains the same tensor."""
-        later = list(self.claims.values())[list(self.claims).index(name) + 1 :]
-        for key, (tensor, value) in (self.claims[name].originals or {}).items():
-            heir = next((c for c in later if c.originals is not None and c.changes(key, tensor)), None)
-            if heir is not None and heir.originals is not None:
-                heir.originals[key] = tensor, value
+    def remove(self, name: str) -> None:
+        """Remove an attachment; without the last one the model is as it was before the first.
 
-    def _owner(self, key: str, tensor: Tensor) -> Claim | None:
-        """The last claim on a tensor that takes effect."""
-        return next((c for c in reversed(self.claims.values()) if c.on and c.changes(key, tensor)), None)
-
-    def _original(self, key: str, tensor: Tensor) -> Tensor | None:
-        """What a tensor was before the first claim on it."""
-        first = next((c for c in self.claims.values() if c.changes(key, tensor)), None)
-        return None if first is None or first.originals is None else first.originals[key][1]
-
-    def close(self, name: str) -> None:
-        """Strike out an attachment; with the last one the model is as it was before the first.
-
-        Modes are too, unless `train()` or `eval()` was called since: then every module follows that.
+        Train and eval modes are restored too, unless `train()` or `eval()` was called in the meantime: then every
+        module has the mode of the model.
         """
-        self.claims.pop(name, None)
-        if self.claims:
+        parts = self.attachments.pop(name, TrainedParts())
+        for values in parts.in_place.values():
+            values.trained.pop(name, None)
+        if self.attachments:
             self._freeze()
             return
-        model = self._model[0]
+        model = self.model
         delattr(host_for(model), ATTRIBUTE)
         if self._train_before is not None:
             model.train = self._train_before  # type: ignore[method-assign]
@@ -206,45 +240,48 @@ class TrainableState(nn.Module):
             module.training = mode if now == before else now
 
     def set_train(self, mode: bool = True) -> nn.Module:
-        """`model.train(mode)`, after which the frozen modules are in eval mode."""
-        model = self._model[0]
+        """Do `model.train(mode)`, then put the frozen modules in eval mode."""
+        model = self.model
         if self._train_before is not None:
             self._train_before(mode)
         else:
             type(model).train(model, mode)
-        moving = {id(m) for claim in self.claims.values() for m in claim.modules} | {id(model)}
-        moving |= {id(m) for h in model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
+        moving = {id(m) for parts in self.attachments.values() for m in parts.modules} | {id(model)}
+        moving |= {id(m) for holder in _holders(model) for m in holder.modules()}
         for module in model.modules():
             if id(module) not in moving:
                 module.training = False
         return model
 
+    def _holder(self, values: TensorValues) -> str | None:
+        """Return the attachment whose value the model holds: the last one that is enabled."""
+        return next((name for name in reversed(values.trained) if self.attachments[name].enabled), None)
+
     def _freeze(self) -> None:
-        model = self._model[0]
-        trained = {id(p) for claim in self.claims.values() for p in claim.parameters}
-        for parameter in model.parameters():
+        trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
+        for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self.set_train(model.training)
+        self.set_train(self.model.training)
 
 
 def open_trainable_state(model: nn.Module, sites: Sites) -> TrainableState:
-    """The model's ledger, a new one for a model without."""
-    ledger = trainable_state_of(model)
-    if ledger is None:
-        ledger = TrainableState(model, sites)
-        host_for(model).add_module(ATTRIBUTE, ledger)
-        model.train = ledger.set_train  # type: ignore[method-assign]
-    return ledger
+    """Return the model's trainable state, a new one for a model without."""
+    state = trainable_state_of(model)
+    if state is None:
+        state = TrainableState(model, sites)
+        host_for(model).add_module(ATTRIBUTE, state)
+        model.train = state.set_train  # type: ignore[method-assign]
+    return state
 
 
 def trainable_state_of(model: nn.Module) -> TrainableState | None:
-    """The model's ledger, if something is attached to it."""
-    ledger = getattr(host_for(model), ATTRIBUTE, None)
-    return ledger if isinstance(ledger, TrainableState) else None
+    """Return the model's trainable state, or None if nothing is attached to it."""
+    state = getattr(host_for(model), ATTRIBUTE, None)
+    return state if isinstance(state, TrainableState) else None
 
 
 def host_for(module: nn.Module) -> nn.Module:
-    """`module`, or the first module inside it to which a child can be added without being called by it.
+    """Return `module`, or the first module inside it to which a child can be added without being called by it.
 
     Raises:
         AttachError: There is none.
@@ -252,39 +289,15 @@ def host_for(module: nn.Module) -> nn.Module:
     for candidate in module.modules():
         if not isinstance(candidate, CONTAINERS):
             return candidate
-    raise AttachError(f"an adapter needs a module to sit in, but {type(module).__name__} holds none")
+    raise AttachError(f"{type(module).__name__} holds no module that an adapter could be added to")
 
 
 def added_to(model: nn.Module) -> set[int]:
-    """Identities of all parameters and buffers that attachments have added to the model."""
-    ledger = trainable_state_of(model)
-    added = {id(p) for claim in ledger.claims.values() for p in claim.added} if ledger else set()
-    holders = [m for m in model.modules() if hasattr(m, "is_petune_holder")]
-    return added | {id(t) for h in holders for t in (*h.parameters(), *h.buffers())}
+    """Return the identities of all parameters and buffers that attachments have added to the model."""
+    state = trainable_state_of(model)
+    added = {id(t) for parts in state.attachments.values() for t in parts.added} if state else set()
+    return added | {id(t) for holder in _holders(model) for t in (*holder.parameters(), *holder.buffers())}
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by state_dict key: also where a library has moved a module and hides that in state_dict."""
-    keys = _keys(model)
-    return {keys.get(id(p), name): p for name, p in model.named_parameters()}
-
-
-def buffer_places(
-    model: nn.Module, modules: Iterable[nn.Module], single: Iterable[tuple[nn.Module, str]]
-) -> dict[str, tuple[nn.Module, str]]:
-    """By state_dict key, the module and the name there of the buffers in `modules`, and of `single` ones.
-
-    A buffer may be made anew, or be taken out of the model with its module.
-    """
-    wanted, more = set(modules), set(single)
-    found: dict[int, tuple[str, nn.Module, str]] = {}  # several modules may share one
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if module in wanted or (module, name) in more:
-                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, module, name))
-    keys = _keys(model) if found else {}
-    return {keys.get(identity, path): (module, name) for identity, (path, module, name) in found.items()}
-
-
-def _keys(model: nn.Module) -> dict[int, str]:
-    return {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}  # of tied ones the first
+def _holders(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "is_petune_holder")]

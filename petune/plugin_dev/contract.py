@@ -179,7 +179,7 @@ def _dead(t: Trial) -> list[str]:
         optimizer.step()
         t.att.on_step_end(step)
     t.model.eval()
-    return list(t.att.without_effect({*t.att.tuned} - live))
+    return list(t.att.missing_gradients({*t.att.tuned} - live))
 
 
 def _frozen(t: Trial) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.adapters.format import read_adapter
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError, UsageError
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import After, Before, Holder, Parallel, Prompts
-from petune.injector.load import attach_saved, read_adapter
+from petune.injector.load import attach_saved
 from petune.injector.trainable import trainable_state_of
 from petune.sites.find import find_sites
 from petune.sites.logits import logits_of, synthetic_logits

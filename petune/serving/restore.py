@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, read_adapter
 from petune.backbones.create import Backbone, create_backbone
 from petune.backbones.names import calls_user_code
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
-from petune.injector.load import CONFIG_FILE, Saved, adapter_place, attach_saved, read_adapter
+from petune.injector.load import attach_saved
 from petune.runner.run_dir import why_no_adapter
 
 
@@ -48,7 +49,7 @@ def restore(path: Path, weights: str | None = None, *, trust_remote_code: bool =
     return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
 
 
-def read_run(path: Path) -> Saved:
+def read_run(path: Path) -> SavedAdapter:
     """The adapter of a run, which says in its `metadata` which backbone it belongs to and what its classes are.
 
     Args:
@@ -57,7 +58,7 @@ def read_run(path: Path) -> Saved:
     Raises:
         CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
     """
-    place = adapter_place(expand_home(path))
+    place = adapter_path(expand_home(path))
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(why_no_adapter(place))
     saved = read_adapter(place)
@@ -69,7 +70,7 @@ def read_run(path: Path) -> Saved:
     return saved
 
 
-def plain_backbone(saved: Saved, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
+def plain_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
     """The backbone that an adapter belongs to, nothing attached; `petune.AdapterBank` takes its model.
 
     Args:
@@ -81,14 +82,14 @@ def plain_backbone(saved: Saved, weights: str | None = None, *, trust_remote_cod
         CheckpointError: What is said of the backbone cannot be read; see `refuse_code` too.
     """
     if not trust_remote_code:
-        refuse_code(saved, str(saved.place))
+        refuse_code(saved, str(saved.path))
     card = saved.config["metadata"]
     said = card["backbone"]
     try:
         built = {key: said[key] for key in ("image_size", "patch_size", "options", "head")}
         name, source = said["name"], weights or said.get("weights_option", "default")
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{saved.place} must say how its backbone was built, but: {error!r}") from None
+        raise CheckpointError(f"{saved.path} must say how its backbone was built, but: {error!r}") from None
     try:
         return create_backbone(
             name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built
@@ -97,12 +98,12 @@ def plain_backbone(saved: Saved, weights: str | None = None, *, trust_remote_cod
         if weights is not None:
             raise
         raise WeightsUnavailable(
-            f"the weights that {saved.place} was trained on must be there; say where they are by --weights (in Python "
+            f"the weights that {saved.path} was trained on must be there; say where they are by --weights (in Python "
             f"weights=…). {error}"
         ) from error
 
 
-def refuse_code(saved: Saved, where: str) -> None:
+def refuse_code(saved: SavedAdapter, where: str) -> None:
     """Refuse a backbone named `package.module:factory`: that is a call of any function, with any arguments.
 
     Args:

@@ -18,13 +18,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from petune.adapters.card import public
+from petune.adapters.card import public_metadata
+from petune.adapters.format import (
+    CARD_FILE,
+    CONFIG_FILE,
+    TENSOR_FILE,
+    SavedAdapter,
+    adapter_path,
+    check_replaceable,
+    read_adapter,
+)
+from petune.adapters.peft_format import petune_part
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.base.files import MANIFEST, manifest_bytes, write_directory
 from petune.base.hub import hub_url, why_unreachable
-from petune.injector.load import CARD_FILE, CONFIG_FILE, TENSOR_FILE, Saved, adapter_place, read_adapter, refuse_foreign
 from petune.runner.run_dir import why_no_adapter
 from petune.serving.restore import refuse_code
 from petune.serving.transfer import directory_size, small_chunks, while_progressing
@@ -77,7 +86,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     check_arguments(
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
-    place = adapter_place(expand_home(path))
+    place = adapter_path(expand_home(path))
     if not (place / CONFIG_FILE).is_file():
         raise CheckpointError(why_no_adapter(place))
     read_adapter(place)
@@ -126,7 +135,7 @@ def pull(
     optional = {"output": (output, PathText | None), "revision": (revision, str | None)}
     check_arguments("petune.pull", repo=(repo, str), trust_remote_code=(trust_remote_code, bool), **optional)
     target = expand_home(output) if output is not None else Path(repo.rpartition("/")[2])
-    refuse_foreign(target)
+    check_replaceable(target)
     api = _api(repo)
     info = _asked(repo, lambda: api.model_info(repo, revision=revision, files_metadata=True), lambda: 0)
     listed = {file.rfilename: file for file in info.siblings or () if file.rfilename in MOST_BYTES}
@@ -155,10 +164,10 @@ def pull(
 def _public(content: bytes) -> bytes:
     """`adapter_config.json` without the folders of this machine; as it is where it names none."""
     config = json.loads(content)
-    own = config if "format" in config else (config.get("auto_mapping") or {}).get("petune")
-    if own is None or public(own["metadata"]) == own["metadata"]:
+    own = petune_part(config)
+    if own is None or public_metadata(own["metadata"]) == own["metadata"]:
         return content
-    own["metadata"] = public(own["metadata"])
+    own["metadata"] = public_metadata(own["metadata"])
     return (json.dumps(config, indent=1) + "\n").encode()
 
 
@@ -273,7 +282,7 @@ def _download(repo: str, commit: str, listed: Mapping[str, Any], place: Path) ->
         _asked(repo, fetch, arrived)
 
 
-def _read(repo: str, place: Path, listed: Mapping[str, Any]) -> Saved:
+def _read(repo: str, place: Path, listed: Mapping[str, Any]) -> SavedAdapter:
     """What came, if it is an adapter as the hub's listing says."""
     for name, file in listed.items():
         expected = getattr(file.lfs, "sha256", None)

@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
 from petune.data.batches import Batch, TrainBatches
+from petune.injector.param_groups import undecayed_keys
 from petune.training.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
 from petune.training.evaluate import Accuracy, evaluate
 from petune.training.events import METRICS_FILE, EpochEnded, Event, Log, Note, StepDone
 from petune.training.fit_batch import can_run_out, largest_that_fits
 from petune.training.job import TrainJob
 from petune.training.mixing import Mixing, seed_step
-from petune.training.optim import create_optimizer, create_schedule, without_decay
+from petune.training.optim import create_optimizer, create_schedule
 from petune.training.precision import choose_attention, choose_precision
 from petune.training.progress import FitResult, Progress
 from petune.training.shard import Sharded
@@ -79,7 +80,7 @@ class Trainer:
         attachment.on_train_start(self.total_steps)
         self.params = {**attachment.tuned, **attachment.head}
         check_optimizer(train)
-        self.optimizer = create_optimizer(self.params, without_decay(self.model), train)
+        self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), train)
         self.schedule = create_schedule(self.optimizer, train, self.total_steps)
         wanted = group.broadcast(lambda: choose_precision(train.precision, device))
         self.plain_attention: list[nn.Module] = []

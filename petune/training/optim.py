@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.injector.trainable import added_to
+from petune.injector.param_groups import param_groups
 from petune.training.config import TrainConfig
 
 
@@ -22,40 +22,25 @@ def create_optimizer(
     Args:
         parameters: Names to parameters. Vectors and scalars get weight decay with `decay_vectors` only, those
             that PEFT's types write as a matrix of one row or column (IA3's factors, which start at 1) included.
-        no_decay: Further names without it; see `without_decay`.
+        no_decay: Further names without it; see `undecayed_keys`.
         train: With `lr`, `weight_decay` and `optimizer` filled in.
     """
     import timm.optim
 
     if "muon" in str(train.optimizer):
         _orthogonalise_in_float32()
-    plain = {n for n, p in parameters.items() if (_is_vector(p) or n in no_decay) and not train.decay_vectors}
-    decayed = [p for n, p in parameters.items() if n not in plain]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": [parameters[n] for n in parameters if n in plain], "weight_decay": 0.0},
-    ]
+    if train.decay_vectors:
+        groups = [{"params": list(parameters.values()), "weight_decay": train.weight_decay}]
+    else:
+        groups = param_groups(parameters, train.weight_decay or 0.0, no_decay)
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-        [g for g in groups if g["params"]],
+        groups,
         opt=train.optimizer,
         lr=train.lr,
         weight_decay=train.weight_decay or 0.0,
         **_fused(str(train.optimizer), parameters.values()),
     )
     return optimizer
-
-
-def without_decay(model: nn.Module) -> set[str]:
-    """Names of position embedding and class token: as timm's `no_weight_decay` says, else by shape, (1, N, D)."""
-    said = getattr(model, "no_weight_decay", None)
-    if callable(said):
-        return set(said())
-    added = added_to(model)
-    return {n for n, p in model.named_parameters() if p.ndim == 3 and len(p) == 1 and id(p) not in added}
-
-
-def _is_vector(p: nn.Parameter) -> bool:
-    return p.ndim <= 1 or (p.ndim == 2 and 1 in p.shape)
 
 
 def _fused(name: str, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:

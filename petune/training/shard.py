@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from petune.adapters.fingerprint import fingerprint
 from petune.base.distributed import Group
 from petune.base.errors import ConfigError
 
@@ -42,6 +41,6 @@ class Sharded:
                 f"train.shard spreads the frozen weights of blocks, but with {attachment.name} there are none in "
                 f"{attachment.sites.model}; leave it out"
             )
-        attachment.fingerprint = fingerprint(attachment)  # what is spread cannot be read by the leader alone
+        attachment.keep_fingerprint()  # the leader alone cannot read what is sharded
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)

@@ -7,7 +7,6 @@ itself is imported when a tuner is made.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,20 +84,6 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
         from petune.tuners.peft_bridge.saving import to_peft
 
         return to_peft(self.wrapped, state)
-
-    @classmethod
-    def from_external(cls, peft_config: dict[str, Any]) -> dict[str, Any]:
-        """Return the config that petune would have written for an adapter that PEFT wrote."""
-        kind = str(peft_config["peft_type"]).lower()
-        fields = {f.name: f for f in dataclasses.fields(peft_types()[kind])} if kind in peft_types() else {}
-        options = {
-            key: value
-            for key, value in peft_config.items()
-            if key in fields and key not in NOT_OPTIONS and value != fields[key].default
-        }
-        trained_modules = options.pop("modules_to_save", None)
-        config = {"type": kind, **{key: value for key, value in options.items() if value not in (None, {}, [])}}
-        return {"tuner": "peft", "config": config, "train_head": bool(trained_modules)}
 
 
 class Peft(PeftTuner[PeftConfig]):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import petune
-from petune.adapters.card import public
+from petune.adapters.card import public_metadata
 from petune.base.text import escape_markdown, hide_folders
 from petune.serving.restore import plain_backbone, read_run
 from tests.tiny import X, randomised, tiny
@@ -58,15 +58,16 @@ def test_the_hub_reads_the_results(tmp_path: Path) -> None:
     assert [(one.dataset_name, one.metric_value) for one in found] == [("digits", 0.8125), ("digits", 0.995)]
 
 
-def test_peft_is_named_where_it_loads_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "library"), [("lora", "peft"), ("adaptformer", "petune")])
+def test_the_examples_of_a_card_run(method: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = tiny()
-    att = randomised(petune.attach(model, "lora", r=2))
-    att.save("adapter")
+    randomised(petune.attach(model, method)).save("adapter")
     tuned = model(X)
     text = Path("adapter/README.md").read_text(encoding="utf-8")
-    assert head(text)["library_name"] == "peft"
+    assert head(text)["library_name"] == library
     own, by_peft = examples(text)
+    assert ("register_with_peft" in by_peft) == (library == "petune")
     for code, expected in ((own, "attachment.model"), (by_peft, "tuned")):
         names: dict[str, Any] = {"model": tiny()}
         exec(code, names)
@@ -82,8 +83,8 @@ def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypat
     result = json.loads((digits / "result.json").read_text())
     assert f"| top-1 on test | {result['top1']:.2f} % |" in text
     assert f"| top-1 on validation, which chose the epoch | {result['val_top1']:.2f} % |" in text
-    assert f"| trained | {result['tuned']:,} of the method, {result['head']:,} of the classifier:" in text
-    whole, own = examples(text)
+    assert f"| trained parameters | {result['tuned']:,} of the method and {result['head']:,} of the classifier:" in text
+    whole, own, _ = examples(text)
     names: dict[str, Any] = {}
     exec(whole, names)
     assert capsys.readouterr().out.startswith("image.png (Guess(name='")
@@ -116,7 +117,7 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", [{"test": "good"}, {"test": {"top1": None}}, {"classes": 7}, {"backbone": "vit"}])
 def test_metadata_of_another_form_is_no_error(odd: dict[str, Any], tmp_path: Path) -> None:
-    assert "Measured" not in card(tmp_path / "a", **odd)
+    assert "Results" not in card(tmp_path / "a", **odd)
 
 
 def test_an_edited_card_is_no_damage(tmp_path: Path) -> None:
@@ -151,8 +152,8 @@ def test_folders_are_taken_out_of_names(said: str, shown: str) -> None:
 
 def test_weights_are_called_by_their_file() -> None:
     weights = {"name": "hf:me/model", "weights": "secret/w.safetensors", "weights_option": "secret/w.safetensors"}
-    assert public({"backbone": weights, "dataset": "folder:secret/pets"}) == {
+    assert public_metadata({"backbone": weights, "dataset": "folder:secret/pets"}) == {
         "backbone": {"name": "hf:me/model", "weights": "w.safetensors", "weights_option": "w.safetensors"},
         "dataset": "folder:pets",
     }
-    assert public({"backbone": {"weights": "hf:me/model"}}) == {"backbone": {"weights": "hf:me/model"}}
+    assert public_metadata({"backbone": {"weights": "hf:me/model"}}) == {"backbone": {"weights": "hf:me/model"}}

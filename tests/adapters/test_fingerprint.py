@@ -13,7 +13,6 @@ from torch import nn
 
 import petune
 import petune.adapters.fingerprint
-from petune.adapters.fingerprint import fingerprint
 from tests.tiny import tiny
 
 Change = Callable[[nn.Module], Any]
@@ -75,16 +74,16 @@ CHANGES = [
 
 def fresh(att: petune.Attachment) -> str:
     """Of a copy, which has nothing kept."""
-    return fingerprint(petune.attach(copy.deepcopy(att.model), "linear", train_head=False, name="other"))
+    return petune.attach(copy.deepcopy(att.model), "linear", train_head=False, name="other").fingerprint()
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen(change: Change) -> None:
     att = petune.attach(tiny(), "adaptformer")
-    before = fingerprint(att)
-    assert fingerprint(att) == before
+    before = att.fingerprint()
+    assert att.fingerprint() == before
     change(att.model)
-    after = fingerprint(att)
+    after = att.fingerprint()
     assert after not in {before, ""}
     assert after == fresh(att)
 
@@ -98,7 +97,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         count.append(1)
         return hashlib.sha256()
 
-    monkeypatch.setattr(petune.fingerprint, "hashlib", type("spy", (), {"sha256": staticmethod(sha256)}))
+    monkeypatch.setattr(petune.adapters.fingerprint, "hashlib", type("spy", (), {"sha256": staticmethod(sha256)}))
     return count
 
 
@@ -121,9 +120,9 @@ def test_what_has_not_changed_is_read_once(reads: list[int], tmp_path: Any) -> N
 def test_each_method_has_its_own_frozen_tensors(reads: list[int]) -> None:
     model = tiny()
     atts = [petune.attach(model, name) for name in ("adaptformer", "bitfit", "norm")]
-    assert len({fingerprint(att) for att in atts}) == 3
+    assert len({att.fingerprint() for att in atts}) == 3
     assert len(reads) == 3
-    assert [fingerprint(att) for att in atts] == [fingerprint(att) for att in atts]
+    assert [att.fingerprint() for att in atts] == [att.fingerprint() for att in atts]
     assert len(reads) == 3
 
 
@@ -131,5 +130,5 @@ def test_tensors_without_a_version_are_read_every_time(reads: list[int]) -> None
     with torch.inference_mode():
         model = tiny()
     att = petune.attach(model, "adaptformer", train_head=False)
-    assert fingerprint(att) == fingerprint(att)
+    assert att.fingerprint() == att.fingerprint()
     assert len(reads) == 2

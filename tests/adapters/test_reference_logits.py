@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import petune
-from petune.adapters.reference_logits import behaviour
+from petune.adapters.format import read_adapter
 from petune.base.errors import BackboneMismatch, CheckpointError
-from petune.injector.load import attach_saved, read_adapter
+from petune.injector.load import attach_saved
 from petune.sites.logits import synthetic_logits
 from tests.tiny import X, randomised, tiny
 
@@ -66,7 +66,7 @@ def test_another_computation_with_the_same_tensors_is_refused(method: str, other
 def test_a_changed_method_is_named_with_both_versions(tmp_path: Path) -> None:
     randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
     saved = read_adapter(tmp_path / "a")
-    saved.config["behaviour"]["logits"][0] += 1
+    saved.config["reference_logits"]["logits"][0] += 1
     with pytest.raises(BackboneMismatch, match=r"as for training \(.*pooling\)$"):
         attach_saved(sharpened(), saved)
     saved.config["version"] = "0.0.1"
@@ -100,14 +100,14 @@ def test_a_forward_that_enters_autocast_itself_is_the_same_backbone(method: str,
     for made, other in ((prepared, sharpened), (sharpened, prepared)):
         att = randomised(petune.attach(made(), method))
         att.save(tmp_path / made.__name__)
-        said = behaviour(petune.load(other(), tmp_path / made.__name__))
-        assert said == behaviour(att)
+        said = petune.load(other(), tmp_path / made.__name__).reference_logits()
+        assert said == att.reference_logits()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: torch.dtype) -> None:
     att = randomised(petune.attach(sharpened().to(dtype), "adaptformer"))
-    said = behaviour(att)
+    said = att.reference_logits()
     assert said is not None
     assert len(said["logits"]) == 5
     exact = torch.tensor(said["logits"], dtype=torch.float64)
@@ -125,9 +125,9 @@ def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: t
 def test_what_cannot_be_read_is_one_error(damage: Any, tmp_path: Path) -> None:
     randomised(petune.attach(tiny(), "adaptformer")).save(tmp_path / "a")
     saved = read_adapter(tmp_path / "a")
-    saved.config["behaviour"] = damage
+    saved.config["reference_logits"] = damage
     model = tiny()
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: behaviour must be as petune wrote it"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: reference_logits cannot be read"):
         attach_saved(model, saved)
     assert list(model.state_dict()) == list(tiny().state_dict())
 
@@ -160,11 +160,11 @@ def test_a_forward_with_choices_allows_for_them() -> None:
     model = Choosing().eval()
     nn.init.normal_(model.inner.head.weight)
     att = petune.attach(model, "linear", input_size=(3, 160, 160))
-    plain = behaviour(att)
+    plain = att.reference_logits()
     model.limit = float(synthetic_logits(model, att.sites, 1).sum()) + 1e-4
-    above = behaviour(att)
+    above = att.reference_logits()
     model.limit -= 2e-4
-    below = behaviour(att)
+    below = att.reference_logits()
     assert plain is not None
     assert above is not None
     assert below is not None
@@ -173,12 +173,12 @@ def test_a_forward_with_choices_allows_for_them() -> None:
 
 def test_beside_others_it_cannot_be_told_and_what_is_off_is_told_as_on(tmp_path: Path) -> None:
     first = randomised(petune.attach(sharpened(), "adaptformer"))
-    alone = behaviour(first)
+    alone = first.reference_logits()
     second = petune.attach(first.model, "linear")
-    assert behaviour(first) is None
+    assert first.reference_logits() is None
     second.disable()
     first.disable()
-    assert behaviour(first) == alone
+    assert first.reference_logits() == alone
     assert not first.enabled
     first.save(tmp_path / "a")
     with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
@@ -190,7 +190,7 @@ def test_logits_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
     with torch.no_grad():
         next(iter(att.tuned.values())).fill_(torch.nan)
     att.save(tmp_path / "a")
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["behaviour"] is None
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["reference_logits"] is None
     assert petune.load(tiny(), tmp_path / "a").attached
 
 

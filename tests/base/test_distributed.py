@@ -179,7 +179,8 @@ def test_frozen_blocks_may_be_spread(several: Several, tmp_path: Path) -> None:
     assert several.finish(2, *words, tmp_path / "two", "--set=train.shard=true", "--tracker=tensorboard") == [0, 0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
     configs = [json.loads((tmp_path / n / "adapter" / "adapter_config.json").read_text()) for n in ("one", "two")]
-    assert [config.pop("behaviour") is None for config in configs] == [False, True]  # no process has a whole model
+    no_logits = [config.pop("reference_logits") is None for config in configs]
+    assert no_logits == [False, True]  # no process has a whole model
     assert configs[0] == configs[1]  # the fingerprint of the frozen weights included
     assert list((tmp_path / "two" / "tensorboard").glob("events*"))
 

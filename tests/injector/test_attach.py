@@ -200,7 +200,7 @@ def test_a_parameter_without_gradient_is_named() -> None:
     att = petune.attach(tiny(), Custom(lambda edit: edit.after(edit.sites.blocks[0], Half(24))))
     att.train()
     att.model(X).sum().backward()
-    with pytest.raises(DeadSite, match=r"1 got none, as blocks\.0\.petune_custom\.adapter\.unused"):
+    with pytest.raises(DeadSite, match=r"no gradient.* blocks\.0\.petune_custom\.adapter\.unused"):
         att.check_gradients()
 
 
@@ -222,7 +222,7 @@ def test_disabled_is_the_backbone_to_the_bit_and_nests() -> None:
 def test_two_attachments_need_two_names() -> None:
     model = tiny()
     petune.attach(model, "adaptformer")
-    with pytest.raises(AttachError, match="name of its own"):
+    with pytest.raises(AttachError, match=r"'adaptformer' is attached .* name="):
         petune.attach(model, "adaptformer")
     second = petune.attach(model, "adaptformer", name="other")
     assert second.tuned.keys().isdisjoint({"blocks.0.petune_adaptformer.adapter.up.weight"})
@@ -272,7 +272,7 @@ def test_what_a_backbone_never_uses_may_stay_as_it_is() -> None:
     unused.mask_token = nn.Parameter(torch.zeros(24))
     att = petune.attach(unused, Custom(lambda edit: edit.train([edit.model.mask_token])))
     steps(att, 1)
-    with pytest.raises(DeadSite, match="1 got none, as mask_token"):
+    with pytest.raises(DeadSite, match=r"no gradient.* mask_token"):
         att.check_gradients()
 
 
@@ -286,7 +286,7 @@ def test_an_adapter_that_does_nothing_is_told() -> None:
     )
     steps(att)
     att.check_gradients()
-    with pytest.raises(DeadSite, match="must learn, but all gradients of its 2 tensors are zero"):
+    with pytest.raises(DeadSite, match="gradients of its 2 tensors are zero"):
         att.check_gradients(under_way=True)
     for p in att.head.values():
         p.grad = torch.zeros_like(p)  # the loss is exactly zero: everything is learned
@@ -319,7 +319,7 @@ def test_no_activation_is_kept(method: str) -> None:
 def test_a_method_that_finds_nothing_to_train_is_refused() -> None:
     model = tiny()
     before = snapshot(model)
-    with pytest.raises(AttachError, match="must find something to train"):
+    with pytest.raises(AttachError, match="nothing to train"):
         petune.attach(model, Custom(lambda edit: None))
     assert same(snapshot(model), before)
 
@@ -329,24 +329,24 @@ def test_what_was_replaced_is_named() -> None:
     att = petune.attach(model, "adaptformer")
     model.load_state_dict({key: t.clone() for key, t in model.state_dict().items()}, assign=True)
     for use in (att.parameters, att.check_gradients, lambda: att.save("nowhere")):
-        with pytest.raises(AttachError, match=r"others for 10 of them, as blocks\.0\.petune_adaptformer"):
+        with pytest.raises(AttachError, match=r"10 tensors.* blocks\.0\.petune_adaptformer"):
             use()
     again = tiny()
     att = petune.attach(again, "adaptformer")
     again.reset_classifier(7)
-    with pytest.raises(AttachError, match=r"others for 2 of them, as head\.weight, head\.bias"):
+    with pytest.raises(AttachError, match=r"2 tensors.* head\.weight, head\.bias"):
         att.parameters()
     with pytest.raises(AttachError, match="head is another module"):
         petune.attach(again, "linear")
 
 
 def test_sites_of_another_model_are_refused() -> None:
-    with pytest.raises(AttachError, match="sites must be of the model"):
+    with pytest.raises(AttachError, match="not this model's"):
         petune.attach(tiny(), "linear", sites=petune.find_sites(tiny()))
 
 
 def test_a_model_without_weights_is_refused() -> None:
-    with pytest.raises(AttachError, match="has no parameter"):
+    with pytest.raises(AttachError, match="no parameters"):
         petune.attach(nn.Flatten(), "linear", input_size=(3, 16, 16))
 
 

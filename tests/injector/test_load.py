@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import petune
+from petune.adapters.format import read_adapter
 from petune.base.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
-from petune.injector.load import read_adapter
 from tests.tiny import X, tiny
 
 METHODS = ["adaptformer", "vpt", "vpt:shallow", "linear", "full"]
@@ -60,7 +60,7 @@ def test_what_is_saved_is_what_trains_and_small(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert set(tensors) == {*att.tuned, *att.head}
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (config["format"], config["tuner"], config["distribution"]) == (1, "adaptformer", "petune")
+    assert (config["format"], config["tuner"], config["distribution"]) == (2, "adaptformer", "petune")
     assert config["geometry"]["depth"] == 2
 
 
@@ -134,7 +134,7 @@ def test_the_size_of_images_is_the_files(tmp_path: Path) -> None:
 
 def test_damage_and_newer_formats_are_named(tmp_path: Path) -> None:
     place = tmp_path / "a"
-    with pytest.raises(CheckpointError, match="an adapter directory must be there, but there is no"):
+    with pytest.raises(CheckpointError, match=r"no adapter in .*adapter_config\.json"):
         petune.load(tiny(), place)
     att = trained()
     att.save(place)
@@ -160,16 +160,16 @@ def _resealed(place: Path, change: Callable[[dict[str, object]], object]) -> Non
 def test_a_newer_format_and_an_unknown_tuner_say_what_to_do(tmp_path: Path) -> None:
     trained().save(tmp_path / "a")
     _resealed(tmp_path / "a", lambda c: c.update(format=99))
-    with pytest.raises(CheckpointError, match="format 99, newer than 1; upgrade: pip install -U petune"):
+    with pytest.raises(CheckpointError, match=r"format 99.* pip install -U petune"):
         petune.load(tiny(), tmp_path / "a")
-    _resealed(tmp_path / "a", lambda c: c.update(format=1, tuner="mytuner"))
-    with pytest.raises(PluginError, match="needs the method 'mytuner', which is not installed here; it was saved with"):
+    _resealed(tmp_path / "a", lambda c: c.update(format=2, tuner="mytuner"))
+    with pytest.raises(PluginError, match=r"'mytuner', which is not installed.* petune 0"):
         petune.load(tiny(), tmp_path / "a")
     _resealed(tmp_path / "a", lambda c: c.pop("format"))
-    with pytest.raises(CheckpointError, match="that petune wrote"):
+    with pytest.raises(CheckpointError, match="not an adapter directory"):
         petune.load(tiny(), tmp_path / "a")
-    _resealed(tmp_path / "a", lambda c: (c.update(format=1), c.pop("fingerprint")))
-    with pytest.raises(CheckpointError, match="but lacks fingerprint"):
+    _resealed(tmp_path / "a", lambda c: (c.update(format=2), c.pop("fingerprint")))
+    with pytest.raises(CheckpointError, match="fingerprint is missing"):
         petune.load(tiny(), tmp_path / "a")
 
 
@@ -187,7 +187,7 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("elsewhere")
     before = sorted(tmp_path.rglob("*"))
     for place in ("run", "file", "link"):
-        with pytest.raises(UsageError, match=r"exists and is no adapter directory; it is left alone\. Name another"):
+        with pytest.raises(UsageError, match=r"exists and is not an adapter directory"):
             att.save(tmp_path / place)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == (tmp_path / "run" / "adapter_config.json").read_text() == "mine"

@@ -34,9 +34,7 @@ class Own(nn.Module):
 
 
 def test_layers_before_the_classifier_are_told_and_may_belong_to_it(tmp_path: Path) -> None:
-    with pytest.warns(
-        UserWarning, match=r"the classifier of Own is head\.2\. Further layers .* trains them: head\.0\. "
-    ):
+    with pytest.warns(UserWarning, match=r"head\.2\. Further layers .* head\.0\. "):
         assert list(petune.attach(Own(), "adaptformer").head) == ["head.2.weight", "head.2.bias"]
     model = Own().eval()
     with warnings.catch_warnings():
@@ -56,12 +54,12 @@ def test_layers_before_the_classifier_are_told_and_may_belong_to_it(tmp_path: Pa
 def test_a_part_and_its_whole_are_not_both_attached_to() -> None:
     net = nn.Sequential(body(), nn.Linear(24, 5))
     inner = petune.attach(net[0], "adaptformer", train_head=False)
-    with pytest.raises(AttachError, match="attached to the same module, but something is already, to 0"):
+    with pytest.raises(AttachError, match="attached already to 0"):
         petune.attach(net, "linear")
     assert all(p.requires_grad for p in inner.parameters())
     inner.detach()
     petune.attach(net, "linear")
-    with pytest.raises(AttachError, match="something is already, to the whole that it is a part of"):
+    with pytest.raises(AttachError, match="the model that this is a part of"):
         petune.attach(net[0], "adaptformer", train_head=False)
     petune.attach(net, "adaptformer")
 
@@ -70,7 +68,7 @@ def test_a_backbone_in_two_models_is_attached_to_in_one() -> None:
     one = nn.Sequential(body(), nn.Linear(24, 5))
     two = nn.Sequential(nn.Identity(), one[0], nn.Linear(24, 5))
     att = petune.attach(one, "adaptformer")
-    with pytest.raises(AttachError, match="attached to the same module, but something is already, to"):
+    with pytest.raises(AttachError, match=r"another model|attached already to 1"):
         petune.attach(two, "adaptformer")
     assert all(p.requires_grad for p in att.parameters())
 
@@ -107,6 +105,6 @@ def test_another_classifier_than_the_one_it_was_made_under_is_not_saved(tmp_path
     model = tiny()
     att = petune.attach(model, "adaptformer", train_head=False)
     model.reset_classifier(7)
-    with pytest.raises(AttachError, match=r"the classifier that was there when it was attached \(train_head=False\)"):
+    with pytest.raises(AttachError, match=r"another classifier.* train_head=False"):
         att.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()

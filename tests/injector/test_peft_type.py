@@ -165,9 +165,10 @@ def test_importing_petune_changes_nothing_in_peft() -> None:
     code = """
 import sys
 finders = [*sys.meta_path]
-import petune, peft
-petune.attach
+import petune
 assert sys.meta_path == finders
+import peft
+petune.attach
 assert "PETUNE" not in peft.PeftType.__members__
 petune.register_with_peft()
 assert peft.PeftType("PETUNE") in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING

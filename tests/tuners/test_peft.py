@@ -15,7 +15,6 @@ from torch import nn
 
 import petune
 from petune.base.errors import AttachError, BackboneMismatch, ConfigError
-from petune.injector.load import file_tensors
 from petune.injector.registry import build_tuner
 from petune.plugin_dev.tiny_models import tiny_timm, tiny_torchvision
 from petune.tuners.peft_bridge.options import REFUSED, peft_types
@@ -281,19 +280,19 @@ def test_types_around_each_other_take_turns(first: str, second: str) -> None:
     if first != "hra":  # it reads the weights itself, so that others see no layer that is called
         with pytest.raises(AttachError, match="Attach one PEFT type at a time"):
             petune.attach(built, f"peft:{second}", train_head=False)
-    alone, held = logits(built), {key: t.clone() for key, t in file_tensors(one).items()}
+    alone, held = logits(built), {key: t.clone() for key, t in one.file_state().items()}
     assert not torch.equal(alone, plain)
     one.disable()
     two = randomised(petune.attach(built, f"peft:{second}", train_head=False))
     turned = logits(built)
-    assert file_tensors(two).keys() == file_tensors(petune.attach(model(), f"peft:{second}", train_head=False)).keys()
+    assert two.file_state().keys() == petune.attach(model(), f"peft:{second}", train_head=False).file_state().keys()
     with pytest.raises(AttachError, match="active adapter of another PEFT type"):
         one.enable()
     assert torch.equal(logits(built), turned)
     two.disable()
     one.enable()
     assert torch.equal(logits(built), alone)
-    again = file_tensors(one)
+    again = one.file_state()
     assert again.keys() == held.keys()
     assert all(torch.equal(again[key], t) for key, t in held.items())
     two.detach()
@@ -310,8 +309,8 @@ def test_types_at_different_layers_hold_their_own(tmp_path: Path) -> None:
     fresh = model()
     first, second = [petune.load(fresh, tmp_path / att.name, name=att.name) for att in atts]
     assert torch.equal(logits(fresh), logits(built))
-    assert not [key for key in file_tensors(first) if "ln_tuning" in key]
-    assert not [key for key in file_tensors(second) if "lora_" in key]
+    assert not [key for key in first.file_state() if "ln_tuning" in key]
+    assert not [key for key in second.file_state() if "lora_" in key]
 
 
 def test_what_peft_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

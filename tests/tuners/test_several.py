@@ -107,7 +107,7 @@ def test_stacked_is_not_loaded_in_another_order(tmp_path: Path) -> None:
         att.save(tmp_path / att.name)
     fresh = model()
     petune.load(fresh, tmp_path / "bitfit")
-    with pytest.raises(BackboneMismatch, match="in the order in which it was attached"):
+    with pytest.raises(BackboneMismatch, match="in the order in which they were attached"):
         petune.load(fresh, tmp_path / "adaptformer")
 
 
@@ -132,9 +132,9 @@ def test_names_must_differ() -> None:
     built = model()
     petune.attach(built, "lora", name="a")
     petune.attach(built, "lora", name="b")
-    with pytest.raises(AttachError, match="name of its own"):
+    with pytest.raises(AttachError, match="'a' is attached"):
         petune.attach(built, "linear", name="a")
-    assert set(built.petune_trainable_state.claims) == {"a", "b"}
+    assert set(built.petune_trainable_state.attachments) == {"a", "b"}
 
 
 METHODS = {

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petune.adapters.format import SavedAdapter
 from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, DataError, UsageError
-from petune.injector.load import Saved
 from petune.serving.adapter_bank import AdapterBank
 from petune.serving.predict import Guess, Inputs
 from petune.serving.restore import plain_backbone, read_run
@@ -75,7 +75,7 @@ class SideBySide:
         for name, one in saved.items():
             _same_backbone(first_name, first, name, one)
             try:
-                self.tasks.load(name, one.place)
+                self.tasks.load(name, one.path)
             except BackboneMismatch:  # of the same shape, with other weights
                 raise _unlike(first_name, first, name, one) from None
         self._inputs = {name: Inputs.of(one.config["metadata"]) for name, one in saved.items()}
@@ -126,7 +126,7 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
     raise UsageError(f"each adapter can be shown once, but some are given twice: {', '.join(map(str, paths))}")
 
 
-def _same_backbone(first_name: str, first: Saved, name: str, other: Saved) -> None:
+def _same_backbone(first_name: str, first: SavedAdapter, name: str, other: SavedAdapter) -> None:
     """Built the same way, and with the same kind of classifier, which `AdapterBank` makes after the first one's.
 
     Raises:
@@ -142,7 +142,7 @@ def _same_backbone(first_name: str, first: Saved, name: str, other: Saved) -> No
         )
 
 
-def _unlike(first_name: str, first: Saved, name: str, other: Saved) -> BackboneMismatch:
+def _unlike(first_name: str, first: SavedAdapter, name: str, other: SavedAdapter) -> BackboneMismatch:
     here, there = first.config["metadata"]["backbone"], other.config["metadata"]["backbone"]
     return BackboneMismatch(
         f"adapters side by side share one backbone, but {first_name} belongs to {here.get('full_name')} (weights "
@@ -151,7 +151,7 @@ def _unlike(first_name: str, first: Saved, name: str, other: Saved) -> BackboneM
     )
 
 
-def _note(saved: Saved) -> str:
+def _note(saved: SavedAdapter) -> str:
     said = saved.config["metadata"]
     test = said.get("test") or {}
     good = f", {test['top1']:.2f} % top-1 on test" if isinstance(test.get("top1"), float | int) else ""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from petune.adapters.fingerprint import fingerprint
 from petune.base.errors import ConfigError, Diverged
 from petune.sites.forward import undisturbed
 from petune.training.events import Note
@@ -108,7 +107,7 @@ def _planned(trainer: Trainer) -> tuple[Prefix, str] | None:
     if proven is None:
         trainer.on_event(Note(f"the frozen layers are computed anew in every epoch: {reason}"))
         return None
-    return proven, f"{fingerprint(trainer.att)} {trainer.precision} {trainer.device.type} torch {torch.__version__}"
+    return proven, f"{trainer.att.fingerprint()} {trainer.precision} {trainer.device.type} torch {torch.__version__}"
 
 
 def _prefix(trainer: Trainer) -> Prefix | None:

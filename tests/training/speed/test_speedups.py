@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import petune
 from petune.base.errors import ConfigError
-from petune.injector.load import fingerprint
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.recompute import checkpointable, recomputed
 from tests.tiny import X, tiny
@@ -119,7 +118,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str
     directory = {"memory": None, "file": tmp_path, "no such directory": tmp_path / "none"}[place]
     att = _attached(method)
     before = {key: t.clone() for key, t in att.model.state_dict().items()}
-    identity, plain = fingerprint(att), step(att, bf16=True)
+    identity, plain = att.fingerprint(), step(att, bf16=True)
 
     with store_in_bf16(att.model, logits_of(att.model), directory) as size:
         assert list(tmp_path.iterdir()) == []  # nothing that a kill could leave behind
@@ -128,7 +127,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str
         stored = [p for p in att.model.parameters() if p.dtype == torch.bfloat16]
         assert sum(2 * p.numel() for p in stored) == size
         assert (len(stored) > 8) == (method not in {"full", "dora"})  # DoRA reads the weights of all layers it is on
-    assert fingerprint(att) == identity
+    assert att.fingerprint() == identity
     after = att.model.state_dict()
     assert [key for key, t in before.items() if not torch.equal(t, after[key]) or t.dtype != after[key].dtype] == []
 

@@ -1,0 +1,125 @@
+"""The adapter directory: a configuration, tensors and a model card, for one backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors, save as save_tensors
+from torch import Tensor
+
+from petune.adapters.migrations import migrate
+from petune.adapters.peft_format import as_peft, from_peft, petune_part
+from petune.base.errors import CheckpointError, UsageError
+from petune.base.files import MANIFEST, verify_directory, write_directory
+from petune.sites.site import Sites
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+CARD_FILE = "README.md"
+REQUIRED = {"tuner", "config", "train_head", "geometry", "fingerprint", "metadata"}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The content of an adapter directory.
+
+    Attributes:
+        path: The directory, for messages.
+        config: petune's configuration, in the current format.
+        tensors: By the file's keys.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write_adapter(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    peft_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter directory, completely or not at all.
+
+    Args:
+        path: The directory; an adapter that is there is replaced.
+        config: petune's configuration.
+        tensors: By the file's keys.
+        card: The model card, in Markdown.
+        peft_config: PEFT's own configuration, for a method of PEFT's.
+
+    Raises:
+        UsageError: `path` is a file, or a directory that holds something else.
+        CheckpointError: It cannot be written.
+    """
+    check_replaceable(path)
+    on_cpu = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    files = {
+        CONFIG_FILE: (json.dumps(as_peft(config, peft_config), indent=1) + "\n").encode(),
+        TENSOR_FILE: save_tensors(on_cpu),
+        CARD_FILE: card.encode(),
+    }
+    write_directory(path, files)
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that `path` does not exist, is an empty directory, or is an adapter directory without other files.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    names = {file.name for file in path.iterdir()} if path.is_dir() and not path.is_symlink() else {""}
+    if names and (CONFIG_FILE not in names or names - {CONFIG_FILE, TENSOR_FILE, CARD_FILE, MANIFEST}):
+        raise UsageError(f"{path} exists and is not an adapter directory, so it is not replaced. Use another path")
+
+
+def adapter_path(path: Path) -> Path:
+    """Return the adapter directory of a run directory; any other path as it is."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def read_adapter(path: Path) -> SavedAdapter:
+    """Read an adapter directory that petune or PEFT wrote.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        CheckpointError: It is missing, damaged or incomplete, or a newer petune wrote it.
+    """
+    if not (path / CONFIG_FILE).is_file():
+        raise CheckpointError(f"no adapter in {path}: {CONFIG_FILE} is missing")
+    try:
+        content = json.loads((path / CONFIG_FILE).read_bytes())
+        part = petune_part(content)
+        if part is not None or "peft_type" not in content:
+            verify_directory(path, except_for={CARD_FILE})  # users may edit the model card
+        tensors = load_tensors((path / TENSOR_FILE).read_bytes())
+        config = from_peft(content) if part is None else migrate(part, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not an adapter directory that petune can read: {error!r}") from None
+    missing = sorted(REQUIRED - set(config))
+    if missing:
+        raise CheckpointError(f"{path / CONFIG_FILE} is incomplete: {', '.join(missing)} is missing")
+    return SavedAdapter(path, config, tensors)
+
+
+def geometry(sites: Sites) -> dict[str, Any]:
+    """Return the shape of a backbone, for the configuration; the first thing that is compared when loading."""
+    return {
+        "model": sites.model,
+        "depth": len(sites.blocks),
+        "width": sites.embed_dim,
+        "grid": list(sites.grid_size) if sites.grid_size else None,
+        "prefix_tokens": sites.num_prefix_tokens,
+        "input": list(sites.input_size),
+    }

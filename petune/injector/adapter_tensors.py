@@ -1,0 +1,100 @@
+"""The tensors of one attachment: which train, which are saved, which were in the model before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from petune.base.errors import AttachError
+from petune.injector.edit_log import EditLog
+from petune.injector.keys import buffer_owners, named_parameters
+from petune.injector.trainable import TrainedParts, trainable_state_of
+from petune.sites.site import Sites
+
+
+class AdapterTensors:
+    """The tensors that one attachment trains and saves.
+
+    Attributes:
+        tuned: The method's trainable parameters, by state_dict key.
+        head: The classifier's trainable parameters, by state_dict key; empty if it does not train.
+        head_modules: The modules of the classifier, whether it trains or not.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sites, log: EditLog, *, train_head: bool) -> None:
+        self._model = model
+        self._sites = sites
+        self._log = log
+        head = sites.head if train_head else sites.parts.get("head")
+        self.head_modules = tuple(head.modules) if head is not None else ()
+        classifier = {id(p) for m in self.head_modules for p in m.parameters()}
+        tuned = {id(p) for p in log.new_parameters()} | {id(p) for p in log.unfrozen} - classifier
+        named = named_parameters(model)
+        self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
+        self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
+        self._modules = self._modules_in_train_mode(self.head_modules if train_head else ())
+        self._buffers = buffer_owners(model, self._modules, log.added_buffers)
+
+    def parts(self) -> TrainedParts:
+        """Return what the model's trainable state needs to know."""
+        return TrainedParts((*self.tuned.values(), *self.head.values()), tuple(self._log.new_tensors()), self._modules)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the tuned and head parameters, by state_dict key."""
+        return {**self.tuned, **self.head}
+
+    def live(self) -> dict[str, Tensor]:
+        """Return what is saved, by state_dict key: parameters, and the buffers that move with them.
+
+        They are the model's tensors as they are now, also while the attachment is disabled.
+        """
+        buffers = {key: module._buffers[name] for key, (module, name) in self._buffers.items()}
+        return {**self.tuned, **self.head, **{key: b for key, b in buffers.items() if b is not None}}
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return the tensors of `live`; while the attachment is disabled, with the values that it trained."""
+        live = self.live()
+        state = trainable_state_of(self._model)
+        return live if state is None else {key: state.value(self._log.name, key, t) for key, t in live.items()}
+
+    def in_place(self) -> dict[str, Tensor]:
+        """Return the tensors that were in the model before attaching and that training may change."""
+        added = {id(t) for t in self._log.new_tensors()}
+        return {key: t for key, t in self.live().items() if id(t) not in added}
+
+    def head_is_in_model(self) -> bool:
+        """Return False if the model has another classifier now, such as another task's."""
+        return {*self.head_modules} <= {*self._model.modules()}
+
+    def check_in_model(self, name: str, *, active: bool, only: Mapping[str, Tensor] | None = None) -> None:
+        """Check that the tensors that train, or `only` some of them, are still the model's.
+
+        Args:
+            name: The attachment, for the message.
+            active: True if it is enabled; the classifier of a disabled task may be elsewhere.
+            only: By state_dict key.
+
+        Raises:
+            AttachError: The model has others in their place.
+        """
+        tuned = self.tuned if only is None else {key: p for key, p in self.tuned.items() if key in only}
+        in_model = {id(p) for p in self._model.parameters()} if tuned else set()
+        in_head = {id(p) for m in self.head_modules for p in m.parameters()}
+        if only is None and active and self.head and not self.head_is_in_model():
+            in_head = set()
+        replaced = [key for key, p in tuned.items() if id(p) not in in_model]
+        replaced += [key for key, p in self.head.items() if id(p) not in in_head]
+        if replaced:
+            raise AttachError(
+                f"{len(replaced)} tensors that {name} trains were replaced in the model, among them "
+                f"{', '.join(replaced[:3])}: by load_state_dict(…, assign=True) or a new classifier. Change the model "
+                "first and attach then; load values without assign=True"
+            )
+
+    def _modules_in_train_mode(self, head_modules: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+        """Return the modules that follow `train()`: unfrozen ones, the tuner's, and those of a head that trains."""
+        roots = [*self._log.train_modules, *self._log.added_modules, *head_modules]
+        own = {id(m) for holder, _ in self._log.placed for m in holder.modules()}
+        added = {id(m) for h in self._model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
+        return tuple(m for root in roots for m in root.modules() if id(m) in own or id(m) not in added)

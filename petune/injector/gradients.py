@@ -1,0 +1,61 @@
+"""Check after a backward that what should learn gets a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from petune.base.errors import DeadSite
+
+
+def check_gradients(
+    name: str,
+    tuned: Mapping[str, nn.Parameter],
+    head: Mapping[str, nn.Parameter],
+    unfrozen: Collection[nn.Parameter],
+    *,
+    under_way: bool,
+) -> None:
+    """Check that every parameter has a gradient, and once training is under way that the method learns.
+
+    Args:
+        name: The attachment, for messages.
+        tuned: The method's parameters, by key.
+        head: The classifier's parameters, by key.
+        unfrozen: The backbone's own parameters among `tuned`.
+        under_way: Check too that not all gradients of `tuned` are zero.
+
+    Raises:
+        DeadSite: Some have no gradient, or all are zero.
+    """
+    without = {key for key, p in {**tuned, **head}.items() if p.grad is None}
+    missing = missing_gradients(tuned, unfrozen, without)
+    if missing:
+        raise DeadSite(
+            f"{len(missing)} parameters of {name} got no gradient, among them {', '.join(missing[:3])}: the model does "
+            "not use them in its output. Use another method on this model"
+        )
+    # if the classifier has no gradient either, everything is learned
+    if under_way and tuned and _learns(head) and not _learns(tuned):
+        raise DeadSite(
+            f"{name} does not learn: all gradients of its {len(tuned)} tensors are zero. Check its options (a scale of "
+            "0, a dropout of 1), or use another method"
+        )
+
+
+def missing_gradients(
+    tuned: Mapping[str, nn.Parameter], unfrozen: Collection[nn.Parameter], without: set[str]
+) -> list[str]:
+    """Return the keys in `without` of parameters that should have got a gradient.
+
+    A backbone may own parameters that its output never uses, such as DINOv2's mask token in transformers. If some of
+    its own parameters have a gradient, the others need none.
+    """
+    backbone = {id(p) for p in unfrozen}
+    own = {key for key, p in tuned.items() if id(p) in backbone}
+    return sorted(without - own if own - without else without)
+
+
+def _learns(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in parameters.values())

@@ -1,0 +1,42 @@
+"""state_dict keys of a model's parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by state_dict key, also where a library moved a module and hides that in `state_dict`."""
+    keys = _state_dict_keys(model)
+    return {keys.get(id(p), name): p for name, p in model.named_parameters()}
+
+
+def buffer_owners(
+    model: nn.Module, modules: Iterable[nn.Module], single: Iterable[tuple[nn.Module, str]]
+) -> dict[str, tuple[nn.Module, str]]:
+    """Return, by state_dict key, the module that holds a buffer and the buffer's name there.
+
+    A forward may replace a buffer, and a module may be taken out of the model: the owner still leads to the buffer.
+
+    Args:
+        model: The model.
+        modules: Modules whose own buffers are wanted.
+        single: Further buffers, each as its module and its name there.
+    """
+    wanted = set(modules)
+    wanted_single = set(single)
+    owners: dict[int, tuple[str, nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if module in wanted or (module, name) in wanted_single:
+                key = f"{path}.{name}" if path else name
+                owners.setdefault(id(buffer), (key, module, name))  # several modules may share one buffer
+    keys = _state_dict_keys(model) if owners else {}
+    return {keys.get(identity, key): (module, name) for identity, (key, module, name) in owners.items()}
+
+
+def _state_dict_keys(model: nn.Module) -> dict[int, str]:
+    """Return the key of each tensor by identity; the first key of a shared one."""
+    return {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}

@@ -1,0 +1,64 @@
+"""Fold adapters into the backbone's weights, and check that the model still computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from petune.base.errors import NotMergeable
+from petune.injector.edit_log import EditLog
+from petune.injector.trainable import open_trainable_state
+from petune.sites.logits import synthetic_logits
+from petune.sites.site import Sites
+
+MAX_CHANGE = 1e-3
+"""How far the logits may move, as a share of the largest."""
+MAX_CHANGE_IN_HALF = 5e-2
+
+
+def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
+    """Fold the adapters into the weights, and disable them. If that fails, everything is as before.
+
+    Args:
+        model: The model.
+        sites: Its sites.
+        log: The attachment's edits; they are enabled.
+        name: The attachment's name, for messages.
+
+    Raises:
+        NotMergeable: An adapter is not a change of weights, another attachment trains the same weights in place, or
+            the folded model computes something else.
+    """
+    before = {key: t.detach().clone() for key, t in model.state_dict().items() if isinstance(t, Tensor)}
+    expected = synthetic_logits(model, sites)
+    try:
+        log.fold(name)
+        _check_not_shared(model, sites, log, name, before)
+        log.set_enabled(False)
+        change = float((synthetic_logits(model, sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
+        if not change < (MAX_CHANGE if expected.dtype == torch.float32 else MAX_CHANGE_IN_HALF):
+            raise NotMergeable(
+                f"{name} computes something else when folded: its output moves by {change:.2g}. Mend the adapter's "
+                "merge",
+                changes_output=True,
+            )
+    except BaseException:
+        model.load_state_dict(before, strict=False)
+        log.set_enabled(True)
+        raise
+
+
+def _check_not_shared(model: nn.Module, sites: Sites, log: EditLog, name: str, before: Mapping[str, Tensor]) -> None:
+    """Check that no other attachment would undo the fold when it restores its original values."""
+    state = open_trainable_state(model, sites)
+    for key, tensor in model.state_dict().items():
+        if key not in before or torch.equal(tensor, before[key]):
+            continue
+        other = state.trainer_of(key, other_than=log.name)
+        if other is not None:
+            raise NotMergeable(
+                f"{name} cannot be folded into {key}, which {other} trains in place: the change would be lost when "
+                f"{other} is disabled or detached. Merge or detach {other} first"
+            )

@@ -1,0 +1,44 @@
+"""Parameter groups for an optimizer: weight decay on matrices, none on vectors, position embedding and class token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from petune.injector.trainable import added_to
+
+
+def param_groups(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, undecayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return groups for any PyTorch optimizer.
+
+    Vectors and scalars get no weight decay, among them those that PEFT's methods write as a matrix of one row or
+    column (the factors of IA3, which start at 1).
+
+    Args:
+        parameters: By state_dict key.
+        weight_decay: For the others.
+        undecayed: Further keys without weight decay; see `undecayed_keys`.
+    """
+    plain = {key for key, p in parameters.items() if key in undecayed or _is_vector(p)}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for key, p in parameters.items() if key not in plain], "weight_decay": weight_decay},
+        {"params": [p for key, p in parameters.items() if key in plain], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def undecayed_keys(model: nn.Module) -> set[str]:
+    """Return the keys of position embedding and class token: timm's `no_weight_decay()`, or by shape, (1, N, D)."""
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    if callable(no_weight_decay):
+        return set(no_weight_decay())
+    added = added_to(model)
+    return {key for key, p in model.named_parameters() if p.ndim == 3 and len(p) == 1 and id(p) not in added}
+
+
+def _is_vector(p: nn.Parameter) -> bool:
+    return p.ndim <= 1 or (p.ndim == 2 and 1 in p.shape)
