@@ -1,1 +1,1 @@
-"""The command line: one file a command. Only this package prints or exits."""
+"""The command line: one file per command. Only this package prints or exits."""

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Show progress on stderr: a bar with rate and time left on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """A context and a `watch` callback: shows what a run tells.
+    """A `watch` callback, and a context manager, that shows the events of training.
 
     Args:
-        bar: Whether to draw a bar; None asks whether stderr is a terminal.
+        bar: Draw a bar; None draws one if stderr is a terminal.
     """
 
     def __init__(self, bar: bool | None = None) -> None:
         self._bar: Any = _bar() if (sys.stderr.isatty() if bar is None else bar) else None
         self._task: Any = None
-        self._label = ""  # which of several runs this is, in full
-        self._place = ""  # likewise, short enough for the bar
+        self._run_label = ""  # in lines, where there are several runs: "[1/2] vpt, seed 0  "
+        self._run_number = ""  # in the bar: "[1/2] "
         self._val = ""
-        self._said = time.monotonic()
-        self._began: tuple[float, int] | None = None
+        self._last_line_s = time.monotonic()
+        self._first_step: tuple[float, int] | None = None  # when the first step of this process ended, and its number
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -41,62 +41,64 @@ class Progress:
             self._bar.stop()
 
     def __call__(self, event: Event | RunStarted) -> None:
-        """Show the event."""
+        """Show an event."""
         from petune.training import EpochEnded, Note, StepDone
 
         if isinstance(event, StepDone):
-            self._step(event)
+            self._show_step(event)
         elif isinstance(event, EpochEnded):
-            self._epoch(event)
+            self._show_epoch(event)
         elif isinstance(event, Note):
             self.line(event.text)
         else:
-            self._run(event)
+            self._start_run(event)
 
     def line(self, text: str) -> None:
-        """A line of talk, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(clean(text))
         else:
             print_status(clean(text))
-        self._said = time.monotonic()
+        self._last_line_s = time.monotonic()
 
-    def _run(self, event: RunStarted) -> None:
-        label = f"[{event.index + 1}/{event.total}] {event.method}, seed {event.seed}"
-        self._place = f"[{event.index + 1}/{event.total}] "
-        self._label, self._val, self._began = f"{label}  ", "", None
+    def _start_run(self, event: RunStarted) -> None:
+        self._run_number = f"[{event.index + 1}/{event.total}] "
+        label = f"{self._run_number}{event.method}, seed {event.seed}"
+        self._run_label = f"{label}  "
+        self._val = ""
+        self._first_step = None
         self.line(f"{label}: finished before" if event.done else label)
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
 
-    def _step(self, event: StepDone) -> None:
-        if self._began is None:  # a resumed run does not begin at step 1
-            self._began = (time.monotonic(), event.step)
+    def _show_step(self, event: StepDone) -> None:
+        if self._first_step is None:
+            self._first_step = (time.monotonic(), event.step)
         state = f"loss {event.loss:.3f}{self._val}  {event.images_per_s:,.0f} images/s"
         if self._bar is not None:
             if self._task is None:
                 self._task = self._bar.add_task("", total=event.total_steps)
-            text = f"{self._place}epoch {event.epoch + 1}  {state}"
+            text = f"{self._run_number}epoch {event.epoch + 1}  {state}"
             self._bar.update(self._task, completed=event.step, description=text)
-        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            self.line(f"{self._label}step {event.step}/{event.total_steps}  {state}{self._left(event)}")
+        elif time.monotonic() - self._last_line_s >= SECONDS_BETWEEN_LINES:
+            self.line(f"{self._run_label}step {event.step}/{event.total_steps}  {state}{self._time_left(event)}")
 
-    def _left(self, event: StepDone) -> str:
+    def _time_left(self, event: StepDone) -> str:
         from petune.base.text import format_duration
 
-        began, first = self._began or (0.0, event.step)
+        start_s, first = self._first_step or (0.0, event.step)
         if event.step == first:
             return ""
-        left_s = (time.monotonic() - began) / (event.step - first) * (event.total_steps - event.step)
-        return f"  {format_duration(left_s)} left"
+        step_s = (time.monotonic() - start_s) / (event.step - first)
+        return f"  {format_duration(step_s * (event.total_steps - event.step))} left"
 
-    def _epoch(self, event: EpochEnded) -> None:
-        row = event.metrics
-        val = f"{row['val_top1']:.2f} %" if "val_top1" in row else ""
-        self._val = f"  val {val}" if val else ""
-        said = f"  val top-1 {val}" if val else ""
-        self.line(f"{self._label}epoch {event.epoch}/{event.epochs}  loss {row['train_loss']:.3f}{said}")
+    def _show_epoch(self, event: EpochEnded) -> None:
+        metrics = event.metrics
+        accuracy = f"{metrics['val_top1']:.2f} %" if "val_top1" in metrics else ""
+        self._val = f"  val {accuracy}" if accuracy else ""
+        val = f"  val top-1 {accuracy}" if accuracy else ""
+        self.line(f"{self._run_label}epoch {event.epoch}/{event.epochs}  loss {metrics['train_loss']:.3f}{val}")
 
 
 def _bar() -> Any:
