@@ -16,7 +16,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 RUN pip install --extra-index-url "$TORCH_INDEX" $TORCH
 
-COPY pyproject.toml README.md LICENSE /src/
+COPY pyproject.toml hatch_build.py README.md LICENSE /src/
 COPY petune /src/petune
 # The same index again: without it pip could exchange the torch that is there.
 RUN pip install --extra-index-url "$TORCH_INDEX" /src && rm -rf /src

@@ -10,6 +10,7 @@ from email.parser import Parser
 from importlib.metadata import version
 from pathlib import Path
 
+import hatch_build
 import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
@@ -23,7 +24,7 @@ EXTRAS = {
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """As `python -m build` makes it, without fetching anything."""
+    """The wheel that `python -m build` makes, built without downloading anything."""
     place = tmp_path_factory.mktemp("dist")
     return zipfile.ZipFile(next(WheelBuilder(str(ROOT)).build(directory=str(place), versions=["standard"])))
 
@@ -41,8 +42,8 @@ def test_every_file_of_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> N
     inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
     files = (p for p in (ROOT / "petune").rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     assert inside == {str(p.relative_to(ROOT)) for p in files}
-    assert {"petune/py.typed", "petune/pretrained/vit_nano_cifar100.safetensors"} <= inside
-    for name in ("petune/pretrained/vit_nano_cifar100.safetensors", "petune/templates/report.html.jinja"):
+    assert {"petune/py.typed", "petune/backbones/pretrained/vit_nano_cifar100.safetensors"} <= inside
+    for name in ("petune/backbones/pretrained/vit_nano_cifar100.safetensors", "petune/runner/report/report.html.jinja"):
         assert wheel.read(name) == (ROOT / name).read_bytes()
 
 
@@ -64,6 +65,19 @@ def test_licence_and_classifiers(wheel: zipfile.ZipFile, metadata: Message) -> N
     assert text == (ROOT / "LICENSE").read_text()
     assert "Typing :: Typed" in (metadata.get_all("Classifier") or [])
     assert metadata["Version"] == version("petune")
+
+
+def test_the_description_is_the_readme(metadata: Message) -> None:
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_links_of_the_readme_can_be_made_absolute_for_pypi() -> None:
+    text = hatch_build.absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), "https://x.org/petune/", "v1.2")
+    targets = [link["target"] for link in hatch_build.LINK.finditer(text)]
+    assert "https://x.org/petune/blob/v1.2/CONTRIBUTING.md" in targets
+    assert [t for t in targets if t.endswith(".svg") and not t.startswith("https://x.org/petune/raw/v1.2/")] == []
+    assert [t for t in targets if "://" not in t and not t.startswith("#")] == []
 
 
 def test_extras_name_packages_that_are_asked_for(metadata: Message) -> None:
