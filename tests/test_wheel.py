@@ -10,11 +10,12 @@ from email.parser import Parser
 from importlib.metadata import version
 from pathlib import Path
 
-import hatch_build
 import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+
+import hatch_build
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
