@@ -169,7 +169,7 @@ def only_finished(
 ) -> Iterator[tuple[int, Any]]:
     """The executor that does nothing: what is finished is read, the rest is left out."""
     for index, config in enumerate(configs):
-        found = work.finished(config)
+        found = work.read_result(config)
         if found is not None:
             yield index, found
 

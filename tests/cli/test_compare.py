@@ -44,7 +44,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(
             raise Diverged("loss is nan")
         return original(config, **rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.executors.trial"], "run", failing)
+    monkeypatch.setattr(sys.modules["petune.runner.executors.executor"], "run", failing)
     done = petune("compare", "linear", "full", *tiny)
     assert done.code == 1
     *_, row, reason = done.out.strip().splitlines()

@@ -20,7 +20,7 @@ SMALL = (
     "--set=train.log_every=1",
 )  # fmt: skip
 METHODS, KILLS = ("linear", "adaptformer", "full"), 2
-WHERE = {"ray": "ray:address=local", "slurm": "slurm:cluster=local,cpus=1,at_once=2,logs="}
+WHERE = {"ray": "ray:address=local", "slurm": "slurm:cluster=local,cpus=1,max_jobs=2,logs="}
 slow = pytest.mark.skipif(not FULL, reason="half a minute each; `make faults` does it")
 
 

@@ -18,7 +18,7 @@ import pytest
 from petune.base.errors import PetuneError, Stopped, UsageError
 from petune.runner.events import RunStarted
 from petune.runner.executors import RUN, Failure, Work, serial
-from petune.runner.executors.trial import Trial, outcome_of
+from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
 from petune.runner.sweep.search import FIT, sweep
 from petune.runner.sweep.space import Range
@@ -31,7 +31,7 @@ PLAIN = {
 }  # fmt: skip
 GRID = {"train.lr": (0.001, 0.02, 0.3)}
 LRS = {"train.lr": Range(low=1e-4, high=1.0, log=True)}
-LOST = Failure("WorkerCrashedError: gone (3 retries)")
+LOST = Failure("WorkerCrashedError", "gone (3 retries)")
 
 
 def config(place: Path, **fields: Any) -> SweepConfig:
@@ -51,9 +51,9 @@ class InProcess:
     def __call__(
         self, configs: Sequence[RunConfig], wanted: Any, watch: Any, work: Work = RUN
     ) -> Iterator[tuple[int, Any]]:
-        jobs = [self.pool.submit(Trial.of(one, 1, work)) for one in configs]
+        jobs = [self.pool.submit(WorkerJob.create(one, 1, work)) for one in configs]
         for index, job in enumerate(jobs):
-            yield index, outcome_of(job.result(), configs[index], work)
+            yield index, read_answer(job.result(), configs[index], work)
 
 
 class Backwards:
@@ -108,12 +108,12 @@ def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
     assert [file.parent.name for file in place.glob("*/checkpoints")] == [f"trial-{there.best:03d}"]
     one = here.config.trial({"train.lr": 0.02}).model_copy(update={"output": place / "trial-001", "resume": True})
     assert (
-        FIT.finished(one)
+        FIT.read_result(one)
         == Fit.saved(place / "trial-001")
-        != FIT.finished(one.model_copy(update={"output": place / "no"}))
+        != FIT.read_result(one.model_copy(update={"output": place / "no"}))
     )
     with pytest.raises(UsageError, match="holds a run with another configuration"):
-        FIT.finished(one.model_copy(update={"seed": 1}))
+        FIT.read_result(one.model_copy(update={"seed": 1}))
 
 
 @pytest.mark.parametrize("said", [True, False])

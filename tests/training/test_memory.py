@@ -13,7 +13,7 @@ from torch import nn
 
 import petune
 from petune.base.errors import ConfigError, UsageError
-from petune.runner.executors.trial import attempt
+from petune.runner.executors.executor import attempt
 from petune.runner.run_config import RunConfig
 from petune.training.loop import Trainer
 

@@ -1,11 +1,11 @@
 """Where many runs are done: here one after the other, on a Ray cluster, or by Slurm.
 
-An executor takes configurations and yields what became of each; the run directories, and so the results, are the same
-wherever it happens. `run_all` is the way in. Other `Work` than a run is done in the same way: a sweep only trains.
+An executor takes configurations and yields the result of each. Run directories and results are the same wherever the
+runs are done. Start with `run_all`. `Work` other than a whole run is possible: a sweep only trains.
 """
 
 from petune.runner.executors.choose import EXECUTORS, choose_executor, run_all
-from petune.runner.executors.trial import RUN, Executor, Failure, Outcome, Started, Work, serial
+from petune.runner.executors.executor import RUN, Executor, Failure, Outcome, Started, Work, serial
 
 __all__ = [
     "EXECUTORS",

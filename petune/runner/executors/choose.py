@@ -1,13 +1,14 @@
-"""`serial`, `ray:cpus=2,gpus=0.5`, `ray://head:10001`, `slurm:partition=gpu` → an executor; and all runs on it."""
+"""Executors by name (`serial`, `ray:cpus=2,gpus=0.5`, `ray://head:10001`, `slurm:partition=gpu`), and many runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from petune.base.config import shown
 from petune.base.distributed import num_processes
 from petune.base.errors import UnknownName, UsageError
 from petune.injector.registry import parse_method
-from petune.runner.executors.trial import Executor, Outcome, Wanted, Watch, serial
+from petune.runner.executors.executor import Executor, Outcome, Wanted, Watch, serial
 from petune.runner.run_config import RunConfig
 
 EXECUTORS = ("serial", "ray", "slurm")
@@ -20,24 +21,24 @@ def run_all(
     wanted: Wanted = lambda config: True,
     watch: Watch = lambda event: None,
 ) -> list[Outcome | None]:
-    """Do all `configs` and return what became of each, in their order; None for what was no longer wanted.
+    """Do many runs and return their results in order; None for a run that was not wanted.
 
-    A run that is finished is not done again; one that was interrupted goes on from its checkpoint.
+    A finished run is not repeated; an interrupted one resumes from its checkpoint.
 
     Args:
-        configs: Each with an `output` of its own, and `resume`.
-        executor: An executor, or its name with options in place; see `choose_executor`.
-        wanted: Asked before a run begins: whether it is still worth it.
-        watch: Told what happens.
+        configs: Each with its own `output`, and `resume=True`.
+        executor: An executor, or its name with options; see `choose_executor`.
+        wanted: Called before a run starts; false skips the run.
+        watch: Called with every event.
 
     Raises:
-        UsageError: A run has no directory of its own; see also `Executor`.
+        UsageError: Two runs share a directory; see also `Executor`.
         MissingExtra: The executor's package is not installed.
-        Stopped: A signal came; started again it goes on.
+        Stopped: A signal arrived; call again to resume.
     """
-    places = [config.output for config in configs]
-    if None in places or len(set(places)) < len(places) or not all(config.resume for config in configs):
-        raise UsageError("each of many runs needs an output of its own, and resume=True")
+    outputs = [config.output for config in configs]
+    if None in outputs or len(set(outputs)) < len(outputs) or not all(config.resume for config in configs):
+        raise UsageError("several runs need an output each, and resume=True")
     chosen = choose_executor(executor)
     outcomes: list[Outcome | None] = [None] * len(configs)
     for index, outcome in chosen(configs, wanted, watch):
@@ -46,33 +47,33 @@ def run_all(
 
 
 def choose_executor(executor: str | Executor) -> Executor:
-    """The executor of that name, options in place; one that is an executor already is returned.
+    """Return the executor with that name and options; an executor is returned as it is.
 
     Raises:
-        UnknownName: There is none of that name.
+        UnknownName: No executor has that name.
         MissingExtra: Its package is not installed.
         ConfigError: An option is wrong.
-        UsageError: It is neither text nor a function, or a launcher started several processes, which do one run at a
-            time.
+        UsageError: It is neither text nor a function; or a launcher started several processes, which do each run
+            together.
     """
     if not isinstance(executor, str):
         if not callable(executor):
-            raise UsageError(f"executor must be {', '.join(EXECUTORS)} or a function as those, not {executor!r}")
+            raise UsageError(f"executor must be {', '.join(EXECUTORS)} or a function like them, not {shown(executor)}")
         return executor
     name, options = parse_method(executor)
     if name == "serial":
         if options:
-            raise UsageError(f"the executor serial takes no options, but came {executor}")
+            raise UsageError(f"the executor serial has no options: {executor}")
         return serial
     if num_processes() > 1:
-        raise UsageError(f"several processes that do each run together take --executor serial, not {executor}")
+        raise UsageError(f"the executor {executor} cannot be used with torchrun or accelerate launch. Use serial")
     if name == "ray" or name.startswith("ray://"):
         from petune.runner.executors.ray import RayExecutor, RayOptions
 
         address = {"address": name} if name.startswith("ray://") else {}
-        return RayExecutor(RayOptions.build({**address, **options}, "--executor"))
+        return RayExecutor(RayOptions.build({**address, **options}, f"the executor {executor}"))
     if name == "slurm":
         from petune.runner.executors.slurm import SlurmExecutor, SlurmOptions
 
-        return SlurmExecutor(SlurmOptions.build(options, "--executor"))
-    raise UnknownName("executor", name, EXECUTORS, "Options are written in place: ray:cpus=2,gpus=0.5")
+        return SlurmExecutor(SlurmOptions.build(options, f"the executor {executor}"))
+    raise UnknownName("executor", name, EXECUTORS, "Options follow a colon: ray:cpus=2,gpus=0.5")

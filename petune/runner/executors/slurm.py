@@ -1,9 +1,9 @@
-"""Runs as Slurm jobs, through submitit; one that is preempted, or whose node dies, goes on from its checkpoint."""
+"""Runs as Slurm jobs, through submitit. A job that is preempted, or whose node dies, resumes from its checkpoint."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +13,8 @@ from pydantic import Field
 
 from petune.base.config import Config
 from petune.base.errors import MissingExtra, UsageError
-from petune.runner.executors.trial import RUN, Failure, Trial, Wanted, Watch, Work, outcome_of
+from petune.runner.executors.executor import RUN, Failure, Wanted, Watch, Work, read_finished
+from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
 from petune.training import Note, StopFlag
 
@@ -21,15 +22,15 @@ POLL_S = 1.0
 
 
 class SlurmOptions(Config):
-    """What each job asks for.
+    """What each job requests.
 
     Attributes:
-        cpus, gpus, memory_gb, time_min: Of each run.
-        partition, account, qos: As `sbatch` takes them.
-        retries: How often a run is submitted again whose job died.
+        cpus, gpus, memory_gb, time_min: Per run.
+        partition, account, qos: As for `sbatch`.
+        retries: How often a run is submitted again after its job died.
         logs: submitit's folder: job scripts, their arguments (pickled by submitit) and output.
-        cluster: `slurm`; `local` makes each job a process of this machine, at most `at_once` of them.
-        at_once: Most jobs at a time.
+        cluster: `slurm`; `local` makes each job a process on this machine.
+        max_jobs: Jobs at the same time.
     """
 
     cpus: int = Field(4, ge=1)
@@ -42,11 +43,11 @@ class SlurmOptions(Config):
     retries: int = Field(3, ge=0)
     logs: Path = Path("runs/slurm")
     cluster: Literal["slurm", "local"] = "slurm"
-    at_once: int = Field(32, ge=1)
+    max_jobs: int = Field(32, ge=1)
 
 
 class SlurmExecutor:
-    """See `Executor`. Run directories and `logs` must lie where all nodes see them.
+    """See `Executor`. All machines must share the run directories and `logs`.
 
     Raises:
         MissingExtra: submitit is not installed.
@@ -54,43 +55,41 @@ class SlurmExecutor:
 
     def __init__(self, options: SlurmOptions) -> None:
         if find_spec("submitit") is None:
-            raise MissingExtra("--executor slurm", "slurm")
+            raise MissingExtra("the executor slurm", "slurm")
         self.options = options
 
     def __call__(
         self, configs: Sequence[RunConfig], wanted: Wanted, watch: Watch, work: Work = RUN
     ) -> Iterator[tuple[int, Any]]:
-        """Submit the runs, `at_once` at a time, and yield them as they finish."""
-        waiting: list[int] = []
-        for index, config in enumerate(configs):
-            found = work.finished(config)
-            if found is not None:
-                yield index, found
-            else:
-                waiting.append(index)
-        submit: Any = self._submitter() if waiting else None
+        """Submit the runs, at most `max_jobs` at the same time, and yield their results."""
+        finished = read_finished(configs, work)
+        yield from finished.items()
+        waiting = [index for index in range(len(configs)) if index not in finished]
+        if not waiting:
+            return
+        submitter = self._submitter()
+        attempts = dict.fromkeys(waiting, 0)
         jobs: dict[int, Any] = {}
-        tried = dict.fromkeys(waiting, 0)
         with StopFlag() as stop:
             try:
                 while waiting or jobs:
                     stop.check()
-                    while waiting and len(jobs) < self.options.at_once:
+                    while waiting and len(jobs) < self.options.max_jobs:
                         index = waiting.pop(0)
                         if wanted(configs[index]):
-                            jobs[index] = submit.submit(Job(Trial.of(configs[index], self.options.cpus, work)))
-                            tried[index] += 1
+                            job = WorkerJob.create(configs[index], self.options.cpus, work)
+                            jobs[index] = submitter.submit(RequeuedJob(job))
+                            attempts[index] += 1
                             watch(Note(f"{configs[index].output}: job {jobs[index].job_id}"))
-                    for index in [i for i, job in jobs.items() if job.done()]:
-                        outcome = _outcome(jobs.pop(index), configs[index], work)
-                        if outcome is None and tried[index] <= self.options.retries:
-                            watch(Note(f"{configs[index].output}: its job died and is submitted again"))
+                    for index in [index for index, job in jobs.items() if job.done()]:
+                        outcome = _read_outcome(jobs.pop(index), configs[index], work)
+                        if outcome is not None:
+                            yield index, outcome
+                        elif attempts[index] <= self.options.retries:
+                            watch(Note(f"{configs[index].output}: the job died, submitting it again"))
                             waiting.insert(0, index)
                         else:
-                            yield (
-                                index,
-                                outcome or Failure(f"its job died {tried[index]} times; see {self.options.logs}"),
-                            )
+                            yield index, Failure("JobDied", f"{attempts[index]} times, see {self.options.logs}")
                     if jobs:
                         time.sleep(POLL_S)
             finally:
@@ -100,47 +99,47 @@ class SlurmExecutor:
     def _submitter(self) -> Any:
         import submitit
 
+        options = self.options
         try:
-            executor = submitit.AutoExecutor(folder=self.options.logs, cluster=self.options.cluster)
+            submitter = submitit.AutoExecutor(folder=options.logs, cluster=options.cluster)
         except RuntimeError as error:
-            raise UsageError(
-                f"Slurm must answer here, but: {error}; --executor slurm:cluster=local tries it out"
-            ) from None
-        o = self.options
-        own: Mapping[str, Any] = {"partition": o.partition, "account": o.account, "qos": o.qos}
-        executor.update_parameters(
-            name="petune",
-            cpus_per_task=o.cpus,
-            gpus_per_node=o.gpus,
-            timeout_min=o.time_min,
-            **({"mem_gb": o.memory_gb} if o.memory_gb else {}),
-            **{f"slurm_{key}": value for key, value in own.items() if value},
-        )
-        return executor
+            raise UsageError(f"Slurm does not answer here: {error}. slurm:cluster=local works without it") from None
+        parameters = {
+            "name": "petune",
+            "cpus_per_task": options.cpus,
+            "gpus_per_node": options.gpus,
+            "timeout_min": options.time_min,
+            "mem_gb": options.memory_gb,
+            "slurm_partition": options.partition,
+            "slurm_account": options.account,
+            "slurm_qos": options.qos,
+        }
+        submitter.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+        return submitter
 
 
 @dataclass(frozen=True)
-class Job:
-    """What Slurm runs; preempted or out of time it is queued again and goes on from its checkpoint."""
+class RequeuedJob:
+    """What Slurm runs. submitit queues it again when it is preempted or out of time."""
 
-    trial: Trial
+    job: WorkerJob
 
     def __call__(self) -> dict[str, Any]:
-        """The run."""
-        return self.trial()
+        """Do the run."""
+        return self.job()
 
     def checkpoint(self) -> Any:
-        """submitit asks this when Slurm is about to end the job."""
+        """Return what to submit again; submitit calls this when Slurm is about to end the job."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(Job(self.trial))
+        return DelayedSubmission(RequeuedJob(self.job))
 
 
-def _outcome(job: Any, config: RunConfig, work: Work) -> Config | Failure | None:
-    """What became of a run; None where its job died."""
+def _read_outcome(job: Any, config: RunConfig, work: Work) -> Config | Failure | None:
+    """Return the result of a job; None if the job died."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
-        return outcome_of(job.result(), config, work)
+        return read_answer(job.result(), config, work)
     except (FailedJobError, UncompletedJobError):
         return None
