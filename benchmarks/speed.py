@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from petune.base.files import replace_file
 from petune.runner.provenance import provenance
+from petune.training.evaluate import evaluate
 from petune.training.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
@@ -157,19 +158,16 @@ def _linear_probe(size: Size, images: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         settings = {"augment": "none", "epochs": 10, "cache_features": "always", "eval_batch_size": size.batch_size}
         trainer = trainer_of(size, "linear", Path(directory), images=images, val=images // 8, **settings)
-        forwards = [_timed(lambda: (trainer.evaluate("val"), _evaluate_train(trainer)))]
+        forwards = [_timed(lambda: _forward_all(trainer))]
         fit_s = _timed(trainer.fit)
-        forwards.append(_timed(lambda: (trainer.evaluate("val"), _evaluate_train(trainer))))
+        forwards.append(_timed(lambda: _forward_all(trainer)))
     return {"ten_epochs_s": fit_s, "forward_s": min(forwards), "forwards": fit_s / min(forwards)}
 
 
-def _evaluate_train(trainer: Any) -> None:
-    from dataclasses import replace
-
-    whole = trainer.dataset
-    trainer.dataset = replace(whole, val=whole.train)
-    trainer.evaluate("val")
-    trainer.dataset = whole
+def _forward_all(trainer: Any) -> None:
+    """Evaluate all images of val and train, without cached features."""
+    for split in (trainer.job.dataset.val, trainer.job.dataset.train):
+        evaluate(trainer.job, split, trainer.precision, stop=trainer.stop)
 
 
 def _input_share(size: Size) -> dict[str, float]:

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 
 import petune
 from petune.data import Dataset, Preprocess, Split
-from petune.training import StopFlag, TrainConfig, Trainer, TrainJob
+from petune.training.config import TrainConfig
+from petune.training.job import TrainJob
+from petune.training.loop import Trainer
 from petune.training.precision import choose_attention, choose_precision
 from petune.training.speed.bf16_weights import store_in_bf16
-from petune.training.speed.speedups import apply_speedups
+from petune.training.stop import StopFlag
 
 Step = Callable[[], object]
 CPU = torch.device("cpu")
@@ -107,9 +109,9 @@ def petune_step(size: Size, method: str = "adaptformer", **settings: Any) -> Ite
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_of(size, method, Path(directory), **settings)
         batch = next(iter(trainer.batches.epoch(0)))
-        with apply_speedups(trainer):
+        with trainer.speedups():
             trainer.att.train()
-            yield lambda: trainer._step(batch)
+            yield lambda: trainer.step(batch)
 
 
 def _plain(model: nn.Module, size: Size, bf16: bool) -> Step:

@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
     from petune.data.cache import cache_dir
     from petune.data.lookup import find_dataset
     from petune.runner.provenance import provenance
-    from petune.training import choose_device, choose_precision
+    from petune.training.precision import choose_device, choose_precision
 
     device = choose_device("auto")
     known = provenance(device)

@@ -10,7 +10,7 @@ from petune.cli.terminal import clean, print_status
 
 if TYPE_CHECKING:
     from petune.runner.events import RunStarted
-    from petune.training import EpochEnded, Event, StepDone
+    from petune.training.events import EpochEnded, Event, StepDone
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -42,7 +42,7 @@ class Progress:
 
     def __call__(self, event: Event | RunStarted) -> None:
         """Show an event."""
-        from petune.training import EpochEnded, Note, StepDone
+        from petune.training.events import EpochEnded, Note, StepDone
 
         if isinstance(event, StepDone):
             self._show_step(event)

@@ -15,7 +15,7 @@ from petune.cli.progress import Progress
 if TYPE_CHECKING:
     from petune.runner.events import RunStarted
     from petune.runner.run_config import RunConfig
-    from petune.training import Event
+    from petune.training.events import Event
 
 RUNS = Path("runs")
 

@@ -155,7 +155,7 @@ def _over(texts: list[str]) -> dict[str, Any]:
 
 def _hint(problem: str, over: Any) -> str:
     """What to say of a training option that was taken for one of the method."""
-    from petune.training import TrainConfig
+    from petune.training.config import TrainConfig
 
     keys = [key for key in (over or {}) if key in TrainConfig.model_fields and f"{key}: no such key" in problem]
     return f"\ntraining options are written --search train.{keys[0]}=…" if keys else ""

@@ -72,11 +72,7 @@ class Batch:
 
 
 class TrainBatches:
-    """Shuffled, augmented batches. Any batch of any epoch can be requested, so a resume repeats nothing.
-
-    Attributes:
-        positions_only: Yield positions of the images in the split, int64 (B,), instead of the images.
-    """
+    """Shuffled, augmented batches. Any batch of any epoch can be requested, so a resume repeats nothing."""
 
     def __init__(
         self,
@@ -93,7 +89,6 @@ class TrainBatches:
         self.batch_size = min(batch_size, len(split))
         self.seed = seed
         self.device = device
-        self.positions_only = False
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size  # an incomplete last batch is dropped
@@ -111,7 +106,9 @@ class TrainBatches:
             f"batch of {self.batch_size}{advice}"
         )
 
-    def epoch(self, epoch: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, start: int = 0, part: slice = slice(None), *, positions_only: bool = False
+    ) -> Iterator[Batch]:
         """Yield the batches of one epoch.
 
         On a GPU each batch is prepared while the previous one is in use.
@@ -120,16 +117,17 @@ class TrainBatches:
             epoch: Number of the epoch, from 0.
             start: First batch to yield.
             part: Images of each batch to yield; every process of a distributed run takes its own.
+            positions_only: Yield positions of the images in the split, int64 (B,), instead of the images.
         """
-        batches = self._epoch(epoch, start, part)
+        batches = self._epoch(epoch, start, part, positions_only)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _epoch(self, epoch: int, start: int, part: slice) -> Iterator[Batch]:
+    def _epoch(self, epoch: int, start: int, part: slice, positions_only: bool) -> Iterator[Batch]:
         order = epoch_order(self.seed, epoch, len(self.split))
         draws = random_draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
             positions = order[step * self.batch_size : (step + 1) * self.batch_size][part]
-            x = torch.from_numpy(positions) if self.positions_only else self._images(positions, draws)
+            x = torch.from_numpy(positions) if positions_only else self._images(positions, draws)
             yield Batch(x, _labels(self.split, positions, self.device), positions)
 
     def _images(self, positions: NDArray[np.int64], draws: NDArray[np.float32]) -> Tensor:

@@ -27,8 +27,8 @@ from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import COMPARE_FILE, COMPARE_TABLE, CONFIG_FILE, check_config, open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.run_name import directory_name, run_name
-from petune.training import Event, Note
-from petune.training.events import METRICS_FILE
+from petune.training.events import Event, Note
+from petune.training.run_files import METRICS_FILE
 
 PAGE_FILE, IMAGE_FILE = "compare.md", "compare.svg"
 FILES = (COMPARE_TABLE, COMPARE_FILE, PAGE_FILE, IMAGE_FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from petune.training import Event
+from petune.training.events import Event
 
 
 @dataclass(frozen=True)

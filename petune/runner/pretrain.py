@@ -34,7 +34,12 @@ from petune.runner.run import (
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir, unique_path
 from petune.runner.run_name import directory_name
-from petune.training import Accuracy, Note, StopFlag, TrainConfig, Trainer, TrainJob
+from petune.training.config import TrainConfig
+from petune.training.evaluate import Accuracy
+from petune.training.events import Note
+from petune.training.job import TrainJob
+from petune.training.loop import Trainer
+from petune.training.stop import StopFlag
 
 # Muon orthogonalises the momentum of every matrix (Jordan et al., 2024). After one epoch of CIFAR-100 at equal
 # cost vit_nano reached 25.5 % with it; the first trial with AdamW needed 28 epochs for 45.6 %.

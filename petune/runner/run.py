@@ -25,8 +25,14 @@ from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import noted, open_run_dir, unique_path
 from petune.runner.run_inputs import check_inputs
 from petune.runner.run_name import run_name
-from petune.training import Accuracy, Event, FitResult, Note, StopFlag, TrainConfig, Trainer, TrainJob, choose_device
-from petune.training.evaluate import load_accuracy
+from petune.training.config import TrainConfig
+from petune.training.evaluate import Accuracy, load_accuracy
+from petune.training.events import Event, Note
+from petune.training.job import TrainJob
+from petune.training.loop import Trainer
+from petune.training.precision import choose_device
+from petune.training.progress import FitResult
+from petune.training.stop import StopFlag
 
 Watch = Callable[[Event], None]
 
@@ -133,7 +139,7 @@ def prepared(
 ) -> Prepared:
     """Read the images, build the backbone with its weights, attach; a signal stops this at once."""
     git_state()  # of the code that trains, whatever is committed meanwhile
-    with stop.at_once(group):
+    with stop.immediately(group):
         load_accuracy()
         device = group.device(choose_device(config.device))
         dataset = group.main_first(lambda: prepare_data(config))
@@ -263,7 +269,7 @@ def run_result(
 
 def _card(config: RunConfig, done: Trained, test: Accuracy, place: Path) -> dict[str, Any]:
     """What the adapter directory says beyond the adapter: enough to build the backbone again and to name classes."""
-    backbone, dataset, preprocess, fitted = done.backbone, done.dataset, done.trainer.preprocess, done.fitted
+    backbone, dataset, preprocess, fitted = done.backbone, done.dataset, done.trainer.job.preprocess, done.fitted
     return {
         "method": config.method,
         "backbone": {

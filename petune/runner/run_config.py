@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
 from petune.data import OnBroken
-from petune.training import TrainConfig
+from petune.training.config import TrainConfig
 
 
 class RunConfig(Config):

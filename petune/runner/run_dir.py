@@ -15,7 +15,7 @@ from petune.base.errors import ConfigError, UsageError
 from petune.base.files import replace_file, try_lock
 from petune.base.yaml_values import read_yaml
 from petune.data.manifest import MANIFEST_FILE
-from petune.training.events import METRICS_FILE
+from petune.training.run_files import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"

@@ -27,9 +27,8 @@ from petune.data.folder import CROP
 from petune.data.images import center_square, decode_images, supported_suffixes
 from petune.serving.restore import restore
 from petune.sites.logits import logits_of
-from petune.training import choose_device
 from petune.training.config import Precision
-from petune.training.precision import choose_attention, choose_precision
+from petune.training.precision import choose_attention, choose_device, choose_precision
 
 if TYPE_CHECKING:
     from PIL.Image import Image

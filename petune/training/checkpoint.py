@@ -1,11 +1,11 @@
-"""Checkpoints of a run: safetensors and JSON only, complete or not there, the newest valid one is used."""
+"""Checkpoints of a training: safetensors and JSON only, complete or absent; the newest valid one is used."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,21 @@ from petune.base.files import verify_directory, write_directory
 from petune.training.config import TrainConfig
 from petune.training.optim import create_optimizer
 
-KEPT = 2
+NUM_KEPT = 2
 FORMAT = 1
+BUFFER = "buffer:"
+"""Prefix of the keys of buffers."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a bit-identical resume needs.
+    """Everything that a bit-identical resume needs.
 
     Attributes:
         tensors: The trained tensors by state_dict key, and the model's buffers by `buffer:` and their key.
-        best: The same tensors at the best epoch so far; empty where the last epoch is the result.
-        optimizer: `state_dict()` of the optimizer.
-        progress: Plain data: epoch, batch, step, what was measured so far.
+        best: The same tensors at the best epoch so far; empty if the last epoch is kept.
+        optimizer: The optimizer's `state_dict()`.
+        progress: The fields of `Progress`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -41,49 +43,42 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write `directory/step-N` and remove all but the one before, and what claims to come after (it is damaged).
+    """Write `directory/step-N`. Remove all but the one before it, and any that claim a later step: they are damaged.
 
     Raises:
-        CheckpointError: It cannot be written, or a tensor is not finite (the last good one then stays).
+        CheckpointError: It cannot be written, or a tensor is not finite. The last good checkpoint stays.
     """
-    tensors, settings = _split_optimizer(checkpoint.optimizer)
-    for key, tensor in [*checkpoint.tensors.items(), *tensors.items()]:
-        if tensor.is_floating_point() and not bool(_sound(key)(tensor).all()):
-            raise CheckpointError(
-                f"a checkpoint must be finite, but {key} holds NaN or infinity; none was written, lower --lr"
-            )
-    state = _json({"format": FORMAT, "progress": checkpoint.progress, "optimizer": settings})
+    tensors, other = _split_optimizer(checkpoint.optimizer)
+    _check_finite(checkpoint.tensors)
+    _check_finite(tensors)
+    state = {"format": FORMAT, "progress": checkpoint.progress, "optimizer": other}
+    try:
+        state_json = json.dumps(state).encode()
+    except TypeError as error:
+        raise CheckpointError(f"the optimizer's state does not fit into a checkpoint: {error}") from None
     path = directory / f"step-{checkpoint.progress['step']:09d}"
     write_directory(
         path,
         {
-            "model.safetensors": save_tensors(_plain(checkpoint.tensors)),
-            "best.safetensors": save_tensors(_plain(checkpoint.best)),
-            "optimizer.safetensors": save_tensors(_plain(tensors)),
-            "state.json": state,
+            "model.safetensors": save_tensors(_on_cpu(checkpoint.tensors)),
+            "best.safetensors": save_tensors(_on_cpu(checkpoint.best)),
+            "optimizer.safetensors": save_tensors(_on_cpu(tensors)),
+            "state.json": state_json,
         },
     )
-    older = [other for other in _paths(directory) if other.name < path.name]
-    for other in _paths(directory):
-        if other != path and other not in older[-(KEPT - 1) :]:
-            _remove(other)
+    older = [other_path for other_path in _paths(directory) if other_path.name < path.name]
+    kept = {path, *older[-(NUM_KEPT - 1) :]}
+    for other_path in _paths(directory):
+        if other_path not in kept:
+            _remove(other_path)
     return path
 
 
-def _remove(path: Path) -> None:
-    """Take it away in one step for those who look; a kill leaves a stump, which the next start clears away."""
-    stump = path.with_name(f".{path.name}-outdated")
-    shutil.rmtree(stump, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.rename(stump)
-    shutil.rmtree(stump, ignore_errors=True)
-
-
 def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint, or None; and what was wrong with newer ones that were passed over.
+    """Return the newest valid checkpoint, or None, and what is wrong with newer ones.
 
     Raises:
-        CheckpointError: The newest one is whole, but was written by a newer petune.
+        CheckpointError: The newest one is valid, but was written by a newer petune.
     """
     problems = []
     for path in reversed(_paths(directory)):
@@ -96,8 +91,8 @@ def newest_checkpoint(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def check_optimizer(train: TrainConfig) -> None:
-    """Hold that the optimizer can do a step, and that a checkpoint can keep it, before an epoch is spent on it.
+def check_optimizer(config: TrainConfig) -> None:
+    """Check that the optimizer can take a step, and that a checkpoint can hold it, before an epoch is spent on it.
 
     Raises:
         ConfigError: It cannot.
@@ -107,78 +102,81 @@ def check_optimizer(train: TrainConfig) -> None:
         p.grad = torch.ones_like(p)
     try:
         with torch.random.fork_rng(devices=[]):
-            optimizer = create_optimizer(parameters, set(), train)
+            optimizer = create_optimizer(parameters, set(), config)
             optimizer.step()
-        _json(_split_optimizer(optimizer.state_dict())[1])
-    except (RuntimeError, CheckpointError, AssertionError, ImportError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].removesuffix("; use another --optimizer")
+        json.dumps(_split_optimizer(optimizer.state_dict())[1])
+    except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"optimizer must do its step from gradients alone and keep tensors and numbers, but with "
-            f"{train.optimizer}: {reason}; use another --optimizer"
+            f"optimizer {config.optimizer} is not supported: it must step from gradients alone, with a state of "
+            f"tensors and numbers ({reason}). Use another optimizer"
         ) from None
 
 
-def _json(state: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(state).encode()
-    except TypeError as error:
-        raise CheckpointError(
-            f"an optimizer's state must be tensors and numbers, but: {error}; use another --optimizer"
-        ) from None
-
-
-def _sound(key: str) -> Callable[[Tensor], Tensor]:
-    # an attention mask is a buffer and may hold -inf for good
-    return (lambda t: ~torch.isnan(t)) if key.startswith("buffer:") else torch.isfinite
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # an attention mask is a buffer and may hold -inf
+        bad = torch.isnan(tensor) if key.startswith(BUFFER) else ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            raise CheckpointError(
+                f"{key} contains NaN or infinity, so no checkpoint was written. Use a lower learning rate"
+            )
 
 
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_bytes())
     if state["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} must have format {FORMAT} or older, but has {state['format']}, that of a newer petune; "
-            "upgrade with: pip install -U petune"
+            f"{path} has format {state['format']}, which a newer petune wrote; this one reads up to {FORMAT}. "
+            "Upgrade with: pip install -U petune"
         )
-    model, best, tensors = (
-        load_tensors((path / f"{part}.safetensors").read_bytes()) for part in ("model", "best", "optimizer")
+    model, best, optimizer = (
+        load_tensors((path / f"{name}.safetensors").read_bytes()) for name in ("model", "best", "optimizer")
     )
-    return Checkpoint(model, best, _join_optimizer(tensors, state["optimizer"]), state["progress"])
+    return Checkpoint(model, best, _join_optimizer(optimizer, state["optimizer"]), state["progress"])
 
 
 def _paths(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.glob("step-*") if p.is_dir())
+    return sorted(path for path in directory.glob("step-*") if path.is_dir())
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _remove(path: Path) -> None:
+    """Remove a checkpoint in one step for readers; if this is killed, the next start removes the renamed rest."""
+    outdated = path.with_name(f".{path.name}-outdated")
+    shutil.rmtree(outdated, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(outdated)
+    shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # safetensors refuses tensors that share memory or are strided
     return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the state (of parameters, and of groups, as Lamb's step), and what JSON can hold."""
+    """Split into the tensors (of parameters, and of groups, such as Lamb's step) and what JSON can hold."""
     tensors, plain = {}, []
-    for kind, parts in _parts(state).items():
+    groups = dict(enumerate(state["param_groups"]))
+    for kind, parts in (("state", state["state"]), ("group", groups)):
         for index, entries in parts.items():
             for name, value in entries.items():
                 if isinstance(value, Tensor):
                     tensors[f"{kind}.{index}.{name}"] = value
                 else:
                     plain.append([kind, index, name, value])
-    return tensors, {"plain": plain, "num_groups": len(state["param_groups"])}
+    return tensors, {"plain": plain, "num_groups": len(groups)}
 
 
-def _join_optimizer(tensors: Mapping[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
-    parts: dict[str, dict[int, dict[str, Any]]] = {
-        "state": {},
-        "group": {index: {} for index in range(settings["num_groups"])},
-    }
+def _join_optimizer(tensors: Mapping[str, Tensor], other: dict[str, Any]) -> dict[str, Any]:
+    """Undo `_split_optimizer`."""
+    groups: dict[int, dict[str, Any]] = {index: {} for index in range(other["num_groups"])}
+    parts: dict[str, dict[int, dict[str, Any]]] = {"state": {}, "group": groups}
     for key, tensor in tensors.items():
         kind, index, name = key.split(".", 2)
         parts[kind].setdefault(int(index), {})[name] = tensor
-    for kind, index, name, value in settings["plain"]:
+    for kind, index, name, value in other["plain"]:
         parts[kind].setdefault(int(index), {})[name] = value
-    return {"state": parts["state"], "param_groups": [parts["group"][i] for i in sorted(parts["group"])]}
-
-
-def _parts(state: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
-    return {"state": state["state"], "group": dict(enumerate(state["param_groups"]))}
+    return {"state": parts["state"], "param_groups": [groups[index] for index in sorted(groups)]}

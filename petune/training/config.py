@@ -1,4 +1,4 @@
-"""How to train: one set of values for every method; what is None comes from the method's own recipe."""
+"""Training options: one set for every method; what is None comes from the method's own recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from petune.base.config import Config
+from petune.base.errors import did_you_mean
 
+NumberFormat = Literal["fp32", "tf32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 CacheFeatures = Literal["auto", "always", "never"]
@@ -18,35 +20,39 @@ class TrainConfig(Config):
     """Training options.
 
     Attributes:
-        epochs: Passes over the training split.
-        batch_size: Images a step; the ragged last batch is dropped.
-        micro_batch_size: Images that go through the model at once; a step adds up their gradients, so the step is
-            the same (but for BatchNorm). None finds out on a GPU what fits, once before training; checkpoints
-            and result.json hold it.
-        eval_batch_size: Images at once where val and test are read; a resume may have another.
-        lr: Peak learning rate; None takes the method's recipe. Not scaled by the batch size.
-        weight_decay: Applied to matrices only; None takes the recipe.
-        decay_vectors: Apply it to biases, norms, position embedding and class token too, as plain torch does.
-        optimizer: Any name of timm's optimizer factory; None takes the recipe.
-        schedule: `cosine` to zero over all steps, or `constant`.
-        warmup: Steps from 0 to the peak: a share of all steps below 1, else a number of steps.
-        label_smoothing: Share of the target spread over all classes.
-        mixup, cutmix: Alpha of timm's Mixup; 0 switches it off.
-        augment: A preset of petune.data.augment; `auto` is the dataset's own.
-        grad_clip: Largest gradient norm; None does not clip.
-        precision: `auto` measures whether bfloat16 is faster on this device; with `bf16` what trains stays in float32.
-            `tf32` is float32 whose products an NVIDIA GPU may round.
-        grad_checkpointing: Keep only what enters each block, and compute the block again in backward: less memory,
-            a forward more.
-        compile: Compile the training step's forward by torch.compile; it takes a minute, and pays on a GPU or for many
-            steps. Rounding differs from that of a run without.
-        cache_features: What the frozen layers below the first trained one make of each image is computed once and
-            kept in the run directory till the run ends. `auto` does so where the images stay the same from epoch to
-            epoch (augment none, no mixup or cutmix) and there is room; `always` is an error where it cannot be done.
-        feature_cache_gb: The most that may take, in 10⁹ bytes.
-        val_every: Epochs between two evaluations on val; the last epoch always has one. Where training images are
-            few, most of the time would go there.
-        shard: Of several processes each holds a part of the frozen blocks (FSDP2) and gathers a block when it runs.
+        epochs: Passes over the training split. 10, because most methods are close to their best there on CIFAR.
+        batch_size: Images per optimizer step; an incomplete last batch of an epoch is dropped. 128 is the batch that
+            the learning rates of the methods' recipes are for.
+        micro_batch_size: Images that go through the model at once. The gradients of a step are summed over its
+            micro-batches, so the step is the same except for BatchNorm. None takes the whole batch on a CPU, and on a
+            GPU finds what fits, once before training; checkpoints and result.json record it.
+        eval_batch_size: Images per batch of an evaluation. It does not change results, so a resume may use another.
+        lr: Peak learning rate, not scaled by the batch size. None takes the method's recipe, which is fair to it.
+        weight_decay: Weight decay of matrices. None takes the method's recipe.
+        decay_vectors: Decay biases, norms, position embedding and class token as well, as plain PyTorch does. Off,
+            because decay pulls their values to zero and transformers are usually trained without.
+        optimizer: Any name that timm's optimizer factory knows. None takes the method's recipe.
+        schedule: `cosine` decays to zero over all steps, `constant` does not decay.
+        warmup: Steps of linear warm-up from zero: below 1 a fraction of all steps, else a number of steps. A tenth,
+            as in most papers on ViTs.
+        label_smoothing: Probability that is spread over all classes.
+        mixup, cutmix: Alpha of timm's Mixup; 0 turns it off. With few epochs they help little, so they are off.
+        augment: An augmentation preset of `petune.data.augment`; `auto` takes the dataset's own.
+        grad_clip: Largest gradient norm; None does not clip. 1 keeps rare large steps from ending a run.
+        precision: Number format of forward and backward; trainable parameters stay in float32. `auto` measures whether
+            bfloat16 is faster on this device. `tf32` lets an NVIDIA GPU round float32 products.
+        grad_checkpointing: Keep only the input of each block and compute the block again in the backward pass: less
+            memory for about a third more time.
+        compile: Compile the training forward with torch.compile. Off, because compiling takes a minute or more, pays
+            only on a GPU or for many steps, and rounds in another way than a run without.
+        cache_features: Compute the frozen layers below the first trained one once per image, and keep the features in
+            the run directory until training ends. `auto` does so if images are the same in every epoch (augment none,
+            no mixup or cutmix) and there is room; `always` raises an error if it is not possible.
+        feature_cache_gb: Limit for cached features in 10⁹ bytes. 10 fits most disks.
+        val_every: Epochs between evaluations on val; the last epoch always has one. Raise it for few training images,
+            where evaluation takes most of the time.
+        shard: With several processes, spread the frozen blocks over them (FSDP2) and gather each block when it runs.
+            Off, because a frozen backbone usually fits on every GPU.
         log_every: Steps between lines of metrics.jsonl.
     """
 
@@ -77,17 +83,16 @@ class TrainConfig(Config):
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, value: str | None) -> str | None:
-        if value is not None:
-            import timm.optim
+        if value is None:
+            return None
+        import timm.optim
 
-            known = timm.optim.list_optimizers()
-            if value not in known:
-                from petune.base.errors import did_you_mean
-
-                raise ValueError(f"timm has no such optimizer{did_you_mean(value, known)}")
+        known = timm.optim.list_optimizers()
+        if value not in known:
+            raise ValueError(f"timm has no such optimizer{did_you_mean(value, known)}")
         return value
 
     def warmup_steps(self, total_steps: int) -> int:
-        """Steps of linear warm-up, always fewer than `total_steps`."""
+        """Return the number of warm-up steps, which is always less than `total_steps`."""
         steps = round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
         return min(steps, total_steps - 1)

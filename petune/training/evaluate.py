@@ -1,9 +1,9 @@
-"""Top-1 and top-5 of a model on a split; each image counted once."""
+"""Top-1 and top-5 accuracy of a model on a split; every image counts once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.distributed import SINGLE_PROCESS, Group
-from petune.data.batches import Batch, Preprocess, eval_batches
+from petune.data.batches import Batch, eval_batches
 from petune.data.dataset import Split
+from petune.training.config import NumberFormat
+from petune.training.job import TrainJob
+from petune.training.precision import autocast
 from petune.training.stop import StopFlag
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percentages over `num_images` images. With fewer than five classes top5 is the top-C accuracy."""
+    """How good a model is on `num_images` images.
+
+    Attributes:
+        top1, top5: In percent. With fewer than five classes, top5 is the top-C accuracy.
+        loss: Mean cross-entropy.
+        num_images: Size of the split.
+    """
 
     top1: float
     top5: float
@@ -28,87 +37,95 @@ class Accuracy:
 
 
 def load_accuracy() -> Any:
-    """torchmetrics' accuracy. A second of imports the first time: a run has them before it has anything to lose."""
+    """Return torchmetrics' accuracy. The import takes a second, which a run spends before it has anything to lose."""
     from torchmetrics.classification import MulticlassAccuracy
 
     return MulticlassAccuracy
 
 
 def evaluate(
-    model: nn.Module,
+    job: TrainJob,
     split: Split,
-    preprocess: Preprocess,
+    precision: NumberFormat,
     *,
-    num_classes: int,
-    batch_size: int,
-    device: torch.device,
-    autocast: Callable[[], torch.autocast],
-    stop: StopFlag | None = None,
+    stop: StopFlag,
     by_position: Callable[[Tensor], Tensor] | None = None,
     group: Group = SINGLE_PROCESS,
     sharded: bool = False,
 ) -> Accuracy:
-    """Evaluate in eval mode without gradients; every module's training flag is put back afterwards.
-
-    Several processes take a part of the split each, and each gets the accuracy over all of it. Where they hold parts of
-    the model (`sharded`), each does as many forwards as the others.
+    """Evaluate a model in eval mode without gradients; training flags are restored afterwards.
 
     Args:
-        by_position: Gives the logits of images by their places in the split, in place of the model's own forward.
+        job: Its model, preprocessing, number of classes, eval_batch_size and device.
+        split: The images.
+        precision: Number format of the forward passes.
+        stop: Checked before every batch.
+        by_position: From positions in the split to logits, where features are cached; None runs the model.
+        group: Each process evaluates a part of the split, and gets the accuracy on all of it.
+        sharded: The processes meet inside the forward, because frozen blocks are spread over them. An error is raised
+            at once then.
 
     Raises:
-        Stopped: A signal came in between.
+        Stopped: A signal came.
     """
-    accuracy = load_accuracy()
-    top1 = accuracy(num_classes, average="micro").to(device)
-    top5 = accuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
-    training = [module for module in model.modules() if module.training]
+    model = job.attachment.model
+    forward = by_position or model
+    counts = _Counts(job.dataset.num_classes, job.device)
+    errors: list[Exception] = []
+    with _eval_mode(model), torch.no_grad():
+        for batch in _batches(job, split, group, positions_only=by_position is not None):
+            stop.check(group, errors)
+            with nullcontext() if sharded else group.collect_errors(errors):
+                with autocast(job.device, precision):
+                    logits_BC = forward(batch.x_BCHW)
+                if len(batch.y_B):
+                    counts.add(logits_BC, batch.y_B)
+    group.any_rank(errors=errors)
+    return counts.accuracy(group, len(split))
+
+
+class _Counts:
+    """Right predictions and the sum of losses so far."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        accuracy = load_accuracy()
+        self.top1 = accuracy(num_classes, average="micro").to(device)
+        self.top5 = accuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.loss_and_count = torch.zeros(2, device=device, dtype=dtype)
+
+    def add(self, logits_BC: Tensor, y_B: Tensor) -> None:
+        self.top1.update(logits_BC, y_B)
+        self.top5.update(logits_BC, y_B)
+        self.loss_and_count[0] += nn.functional.cross_entropy(logits_BC.float(), y_B, reduction="sum")
+        self.loss_and_count[1] += len(y_B)
+
+    def accuracy(self, group: Group, num_images: int) -> Accuracy:
+        loss, count = group.all_reduce_sum(self.loss_and_count).tolist()
+        top1, top5 = float(self.top1.compute()), float(self.top5.compute())  # torchmetrics adds up over processes
+        return Accuracy(100 * top1, 100 * top5, loss / count, num_images)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    in_train_mode = [module for module in model.modules() if module.training]
     model.eval()
-    sums = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    cached = by_position is not None  # never where several processes train
-    batches = _as_many_as_the_others(split, preprocess, batch_size, device, group, positions_only=cached)
-    failed: list[Exception] = []
     try:
-        # a block that is first gathered in inference mode cannot be trained through afterwards
-        with torch.no_grad() if sharded else torch.inference_mode():
-            for batch in batches:
-                if stop is not None:
-                    stop.check(group, failed)
-                if batch is None:
-                    if sharded:
-                        model(preprocess.blank(device))
-                    continue
-                with nullcontext() if sharded else group.collect_errors(failed):
-                    with autocast():
-                        logits_BC = (by_position or model)(batch.x_BCHW)
-                    top1.update(logits_BC, batch.y_B)
-                    top5.update(logits_BC, batch.y_B)
-                    sums[0] += nn.functional.cross_entropy(logits_BC.float(), batch.y_B, reduction="sum")
-                    sums[1] += len(batch.y_B)
+        yield
     finally:
-        for module in training:
+        for module in in_train_mode:
             module.training = True
-    group.any_rank(errors=failed)
-    loss, count = group.all_reduce_sum(sums).tolist()
-    # the metrics add up their own counts over the processes
-    return Accuracy(100 * float(top1.compute()), 100 * float(top5.compute()), loss / count, len(split))
 
 
-def _as_many_as_the_others(
-    split: Split,
-    preprocess: Preprocess,
-    batch_size: int,
-    device: torch.device,
-    group: Group,
-    *,
-    positions_only: bool,
-) -> Iterator[Batch | None]:
-    """This process's batches, and None for as long as another one still has some."""
-    if group.size > 1 and len(split) >= group.size:  # else all of them evaluate the few there are
-        mine = split.take(np.arange(len(split))[group.shard(len(split))])
+def _batches(job: TrainJob, split: Split, group: Group, *, positions_only: bool) -> Iterator[Batch]:
+    """This process's batches, then blank ones without labels until every process has had equally many."""
+    batch_size = job.config.eval_batch_size
+    own, largest = split, len(split)
+    if group.size > 1 and len(split) >= group.size:  # else every process evaluates the few images
+        own = split.take(np.arange(len(split))[group.shard(len(split))])
         largest = -(-len(split) // group.size)
-    else:
-        mine, largest = split, len(split)
-    batches = eval_batches(mine, preprocess, batch_size, device, positions_only=positions_only)
+    batches = eval_batches(own, job.preprocess, batch_size, job.device, positions_only=positions_only)
+    no_labels = torch.empty(0, dtype=torch.int64, device=job.device)
+    blank = Batch(job.preprocess.blank(job.device), no_labels, np.empty(0, np.int64))
     for _ in range(0, largest, batch_size):
-        yield next(batches, None)
+        yield next(batches, blank)

@@ -1,21 +1,23 @@
-"""What training tells: events for whoever watches, lines of metrics.jsonl for whoever comes later."""
+"""The events of a training, which the function `watch` of `petune.run` and its relatives receives."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from petune.base.files import append, truncate
-
-METRICS_FILE = "metrics.jsonl"
-"""Name of the log in a run directory."""
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """A training step is over; `loss` is the mean of this epoch so far, `images_per_s` that of the run."""
+    """An optimizer step is done.
+
+    Attributes:
+        step: Steps done so far in this run, from 1; a resumed run continues to count.
+        total_steps: Steps of the whole run.
+        epoch: The current epoch, from 0.
+        loss: Mean training loss of this epoch so far.
+        lr: Learning rate of this step.
+        images_per_s: Mean training speed of the run.
+    """
 
     step: int
     total_steps: int
@@ -27,7 +29,14 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """An epoch is over; `metrics` is its line of metrics.jsonl."""
+    """An epoch is done.
+
+    Attributes:
+        epoch: The epoch that ended, from 1.
+        epochs: Epochs of the whole run.
+        metrics: Its line of metrics.jsonl: `epoch`, `train_loss`, and after an evaluation `val_loss`, `val_top1` and
+            `val_top5`.
+    """
 
     epoch: int
     epochs: int
@@ -36,32 +45,18 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the person who runs this."""
+    """A message for the user.
+
+    Attributes:
+        text: One sentence or two.
+    """
 
     text: str
 
 
 Event = StepDone | EpochEnded | Note
+Watch = Callable[[Event], None]
 
 
-class Log:
-    """`metrics.jsonl`: one object a logged step and an epoch, each once, however often a run is resumed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, **values: Any) -> int:
-        """Append a line and return the size of the file in bytes.
-
-        Raises:
-            CheckpointError: The disk is full or read-only; a resume drops what is there of the line.
-        """
-        return append(self.path, (json.dumps(values) + "\n").encode())
-
-    def cut(self, size: int) -> None:
-        """Drop what was written after a checkpoint that the run now goes on from."""
-        truncate(self.path, size)
-
-    def note(self, text: str) -> None:
-        """Keep a sentence beside the metrics, in `notes.txt`."""
-        append(self.path.with_name("notes.txt"), (text + "\n").encode())
+def ignore(event: Event) -> None:
+    """Do nothing with an event: the default for functions that take a `watch`."""

@@ -1,65 +1,62 @@
-"""How large a micro-batch fits a device's memory, found out once before training and never changed in it."""
+"""Find the largest micro-batch that fits into a device's memory, once before training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from petune.base.errors import ConfigError
 
 
 def can_run_out(device: torch.device) -> bool:
-    """Whether a full memory is an error there that can be caught; a full main memory ends the process."""
+    """Return whether running out of memory is an error that can be caught. On a CPU it ends the process."""
     return device.type == "cuda"
 
 
 def largest_that_fits(step: Callable[[int], object], batch_size: int, parameters: Sequence[nn.Parameter]) -> int:
-    """The largest of batch_size, its half, its quarter, … for which `step(size)` does not run out of memory.
+    """Return the largest of batch_size, its half, its quarter, … for which `step(size)` does not run out of memory.
 
     Args:
-        step: Forward and backward of so many images.
-        batch_size: Images of an optimizer step.
-        parameters: What trains; room for an optimizer's two moments is held meanwhile.
+        step: Runs forward and backward of that many images.
+        batch_size: Images per optimizer step.
+        parameters: What trains; room for two moments of an optimizer is held meanwhile.
 
     Raises:
         ConfigError: Not even one image fits.
     """
-    size, reason = batch_size, _problem(step, batch_size, parameters)
-    while reason and size > 1:
+    size = batch_size
+    error = _out_of_memory(step, size, parameters)
+    while error and size > 1:
         size = max(1, size // 2)
-        reason = _problem(step, size, parameters)
-    if reason:
+        error = _out_of_memory(step, size, parameters)
+    if error:
         raise ConfigError(
-            f"a training step must fit the device's memory, but one image does not: {reason} Use a smaller "
-            "--backbone or --image-size, or --device cpu"
+            f"out of memory: not even one image fits ({error}). Use a smaller backbone, image_size, or device cpu"
         )
     return size
 
 
-@contextmanager
-def statistics_need_two() -> Iterator[None]:
-    """Say of a batch, or a last piece of one, that is a single image why BatchNorm in a classifier cannot use it.
+def explain_single_image(error: ValueError, x: Tensor, model: nn.Module) -> ConfigError | None:
+    """Explain why the forward failed, if a BatchNorm that trains was given a single image: it has no variance.
 
-    Raises:
-        ConfigError: That came up.
+    Args:
+        error: What the forward raised.
+        x: What the forward was given, (B, …).
+        model: The model in train mode.
     """
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ConfigError(
-            "BatchNorm that trains needs two images or more at a time, but a batch, or what train.micro_batch_size "
-            f"leaves of one, has a single image ({error}). Use another train.batch_size or train.micro_batch_size, "
-            "or --head linear"
-        ) from error
+    if len(x) > 1 or not any(isinstance(m, _BatchNorm) and m.training for m in model.modules()):
+        return None
+    return ConfigError(
+        "BatchNorm that trains needs at least two images at a time, but a batch, or a micro-batch, has a single one "
+        f"({error}). Use another train.batch_size or train.micro_batch_size, or head linear"
+    )
 
 
-def _problem(step: Callable[[int], object], size: int, parameters: Sequence[nn.Parameter]) -> str:
-    """Why a step of `size` images does not fit, or nothing."""
+def _out_of_memory(step: Callable[[int], object], size: int, parameters: Sequence[nn.Parameter]) -> str:
+    """What torch says if a step of `size` images does not fit, else an empty string."""
     try:
         moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
         step(size)
@@ -69,5 +66,5 @@ def _problem(step: Callable[[int], object], size: int, parameters: Sequence[nn.P
     finally:
         for device in {p.device for p in parameters if p.is_cuda}:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not the run's
+            torch.cuda.reset_peak_memory_stats(device)  # what did not fit is not part of the run
     return ""

@@ -7,50 +7,60 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petune.base.distributed import SINGLE_PROCESS, Group
-from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
+from petune.base.errors import ConfigError, Diverged, Stopped
 from petune.data.batches import Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
-from petune.training.checkpoint import Checkpoint, check_optimizer, newest_checkpoint, save_checkpoint
+from petune.training.checkpoint import check_optimizer
+from petune.training.dry_run import dry_run
 from petune.training.evaluate import Accuracy, evaluate
-from petune.training.events import METRICS_FILE, EpochEnded, Event, Log, Note, StepDone
-from petune.training.fit_batch import can_run_out, largest_that_fits
+from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
+from petune.training.fit_batch import can_run_out, explain_single_image, largest_that_fits
 from petune.training.job import TrainJob
-from petune.training.mixing import Mixing, seed_step
+from petune.training.mixup import BatchMixer
 from petune.training.optim import create_optimizer, create_schedule
-from petune.training.precision import choose_attention, choose_precision
+from petune.training.precision import autocast, choose_attention, choose_precision
 from petune.training.progress import FitResult, Progress
-from petune.training.shard import Sharded
-from petune.training.speed.feature_cache import Features
+from petune.training.randomness import seed_generators
+from petune.training.run_files import RunFiles
+from petune.training.shard import shard_frozen_blocks
+from petune.training.speed.context import Forward, StepContext
 from petune.training.speed.speedups import apply_speedups
-from petune.training.step_sync import Asked, share_step
+from petune.training.state import TrainState
+from petune.training.step_sync import StepRequest, StepSync
 from petune.training.stop import StopFlag
 
 SAVE_EVERY_S = 600.0
-UNDER_WAY = 5  # by then heads and adapters that start at zero have left it
+CHECK_GRADIENTS_AT = 5
+"""The second step after which gradients are checked: heads and adapters that start at zero have left it by then."""
 
 
 class Trainer:
-    """One training run of one attachment.
+    """One training of one attachment.
 
     Args:
-        job: What trains, on what, how, and where its files go.
-        stop: Asked after every step.
+        job: What trains, on which images, with which options, and where its files go.
+        stop: Checked after every step.
         on_event: Called with every step, epoch and note.
         group: The processes that train together; each takes its part of every batch, and one writes.
         peak_bytes: Returns how much memory was needed so far, for the checkpoint.
 
+    Attributes:
+        batches: The training batches.
+        state: What training changes, and how far it is.
+        params: Everything that trains, by state_dict key.
+        precision: Number format of the forward passes.
+
     Raises:
-        ConfigError: A batch is smaller than the group.
+        ConfigError: An option is not possible, such as a batch with fewer images than processes.
     """
 
     def __init__(
@@ -58,314 +68,299 @@ class Trainer:
         job: TrainJob,
         *,
         stop: StopFlag,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: Watch = ignore,
         group: Group = SINGLE_PROCESS,
         peak_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self.job = job
-        self.att = attachment = job.attachment
-        self.model = attachment.model
-        self.dataset = dataset = job.dataset
-        self.preprocess = preprocess = job.preprocess
-        self.train = train = job.config
-        self.device = device = job.device
-        self.directory = directory = job.directory
-        self.seed = seed = job.seed
+        self.config = job.config
+        self.att = job.attachment
+        self.model = job.attachment.model
+        self.device = job.device
         self.stop = stop
+        self.on_event = on_event if group.is_main else ignore
         self.group = group
         self.peak_bytes = peak_bytes
-        self.on_event = on_event if group.is_main else lambda event: None
-        self.batches = TrainBatches(dataset.train, preprocess, train.augment, train.batch_size, seed, device)
-        self.total_steps = len(self.batches) * train.epochs
-        attachment.on_train_start(self.total_steps)
-        self.params = {**attachment.tuned, **attachment.head}
-        check_optimizer(train)
-        self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), train)
-        self.schedule = create_schedule(self.optimizer, train, self.total_steps)
-        wanted = group.broadcast(lambda: choose_precision(train.precision, device))
-        self.plain_attention: list[nn.Module] = []
-        self.compute_in(choose_precision(wanted, device))
-        classes, size = dataset.num_classes, self.batches.batch_size
-        self.mixing = Mixing(train, classes, size, seed)
-        if size < group.size:
-            raise ConfigError(f"a batch must have an image for each of {group.size} processes, but has {size}")
-        self.part = group.shard(size)
-        self.sharded = Sharded(attachment, group, device) if train.shard and group.size > 1 else None
-        self.progress, self.saved = Progress(precision=self.precision), time.perf_counter()
-        self.best: dict[str, Tensor] = {}
-        self.log = Log(directory / METRICS_FILE)
-        self.logits: Callable[[Tensor], Tensor] = self.model  # of what `batches` give
-        self.features: Features | None = None
+        self.files = RunFiles(job.directory, group)
+
+        self.batches = TrainBatches(
+            job.dataset.train, job.preprocess, self.config.augment, self.config.batch_size, job.seed, self.device
+        )
+        self.batch_size = self.batches.batch_size
+        self.total_steps = len(self.batches) * self.config.epochs
+        if self.batch_size < group.size:
+            raise ConfigError(f"a batch of {self.batch_size} images is too small for {group.size} processes")
+        self.att.on_train_start(self.total_steps)
+
+        self.params = {**self.att.tuned, **self.att.head}
+        check_optimizer(self.config)
+        self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config)
+        self.schedule = create_schedule(self.optimizer, self.config, self.total_steps)
+
+        self.unfused_attention: list[nn.Module] = []
+        self.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
+        self._apply_precision()
+
+        self.sharded = self.config.shard and group.size > 1
+        self.sync = StepSync(group, self.model, list(self.params.values()), self.batch_size, self.sharded)
+        self.mixer = BatchMixer(self.config, job.dataset.num_classes, self.batch_size, job.seed, self.sync.part)
+        if self.sharded:
+            shard_frozen_blocks(self.att, group, self.device)
+
+        self.forward = Forward(self.model)
+        self.state = TrainState(self.model, self.params, self.optimizer, job.keep)
+        self.saved_at = time.perf_counter()
+
+    # The training from top to bottom.
 
     def fit(self) -> FitResult:
-        """Train to the end, from the newest valid checkpoint where there is one.
+        """Train to the end, from the newest valid checkpoint if there is one.
 
         Raises:
-            Diverged: Loss or gradient is not finite; nothing non-finite is on disk.
-            Stopped: A signal came; a checkpoint of this very step is on disk.
-            ProcessLost: Of several processes, one is gone.
+            Diverged: Loss or gradient is not finite; no file contains a non-finite number.
+            Stopped: A signal came; there is a checkpoint of this very step.
+            ProcessLost: One of several processes is gone.
         """
-        started = time.perf_counter()
+        start = time.perf_counter()
         self._resume()
-        with apply_speedups(self):
-            self._train(started - self.progress.time_s)
-        return self._fitted()
+        start -= self.progress.time_s
+        with self.speedups():
+            self.saved_at = time.perf_counter()
+            while self.progress.epoch < self.config.epochs:
+                self._train_epoch(start)
+                self._end_epoch()
+                self.progress.time_s = time.perf_counter() - start
+                self._save()
+                self.stop.check(self.group)
+        return self._result()
 
-    def compute_in(self, precision: Literal["fp32", "tf32", "bf16"]) -> None:
-        """Train in this number format, with the attention kernel that belongs to it."""
-        for module in self.plain_attention:
-            module.fused_attn = True  # type: ignore[assignment]
-        self.precision = precision
-        self.plain_attention = choose_attention(self.model, self.device, precision)
-
-    def _train(self, started: float) -> None:
-        self.saved = time.perf_counter()
-        part = slice(None) if self.mixing.needs_whole_batch else self.part
-        while self.progress.epoch < self.train.epochs:
-            self.att.train()
-            mark = time.perf_counter()
-            for batch in self.batches.epoch(self.progress.epoch, self.progress.batch, part):
-                asked = self._step(batch)
-                now = time.perf_counter()
-                self.progress.train_time_s += now - mark
-                self.progress.time_s = now - started
-                self.on_event(self._step_done())
-                if self.group.size == 1:
-                    asked = self._asked()
-                if asked.save or asked.stop:
-                    self._save()
-                    if asked.stop:
-                        self.stop.leave()
-                mark = time.perf_counter()
-            self._end_epoch()
-            self.progress.time_s = time.perf_counter() - started
-            self._save()
-            self.stop.check(self.group)
-
-    def _asked(self) -> Asked:
-        """What this process would do after the step; in a group the sum of all decides, so that all do the same."""
-        late = self.group.is_main and time.perf_counter() - self.saved > SAVE_EVERY_S
-        return Asked(self.stop.signal_name is not None, late)
-
-    def choose_micro_batch(self) -> None:
-        """What config or checkpoint says; else, on a device whose memory can run out, what fits, found out now."""
-        p, whole = self.progress, self.part.stop - self.part.start
-        if not p.micro_batch or not can_run_out(self.device):
-            fits = self.train.micro_batch_size or self.batches.batch_size
-            # sharded, one that runs out leaves the others waiting
-            if can_run_out(self.device) and self.sharded is None and not self.train.micro_batch_size:
-                fits = self.group.all_reduce_min(self._probe())
-            p.micro_batch = fits
-            if p.micro_batch < whole:
-                self.on_event(Note(f"a step of {whole} images goes through the model {p.micro_batch} at a time"))
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Buffers, gradients and random state are afterwards as they were."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        try:
-            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                yield
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            _copy_into(dict(self.model.named_buffers()), buffers)
-
-    def _probe(self) -> int:
-        batch = next(iter(self.batches.epoch(0)))
+    def _train_epoch(self, start: float) -> None:
+        p, positions_only = self.progress, self.forward.trains_on_positions
+        batches = self.batches.epoch(p.epoch, p.batch, self.mixer.reads, positions_only=positions_only)
         self.att.train()
+        mark = time.perf_counter()
+        for batch in batches:
+            self.step(batch)
+            now = time.perf_counter()
+            p.train_time_s += now - mark
+            p.time_s = now - start
+            self.on_event(self._step_done())
+            request = self.sync.agreed(self._request())
+            if request.save or request.stop:
+                self._save()
+            if request.stop:
+                self.stop.raise_stopped()
+            mark = time.perf_counter()
 
-        def step(size: int) -> None:
-            x, target = self.mixing(batch, 0)
-            self._backward(x[:size], target[:size])
-
-        with self.untouched():
-            return largest_that_fits(step, self.part.stop - self.part.start, list(self.params.values()))
-
-    def autocast(self) -> torch.autocast:
-        """The number format of forward passes."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-
-    def _step(self, batch: Batch) -> Asked:
+    def step(self, batch: Batch) -> None:
+        """Take one optimizer step on a batch of this process's images (or positions where features are cached)."""
         p = self.progress
-        seed_step(self.device, self.seed, p.step, self.group.rank)
+        seed_generators(self.device, self.job.seed, p.step, self.group.rank)
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss, asked = self._gradients(batch)
-        if p.step in {0, max(2, min(UNDER_WAY, self.total_steps - 1))}:  # a warm-up's first step may move nothing
+        loss = float(self.sync.backward(lambda: self._backward(batch), self._request))
+        # a warm-up's first step has a rate of zero and moves nothing, so the second check comes later
+        if p.step in {0, max(2, min(CHECK_GRADIENTS_AT, self.total_steps - 1))}:
             self.att.check_gradients(under_way=p.step > 0)
-        norm = nn.utils.clip_grad_norm_(self.params.values(), self.train.grad_clip or math.inf)
-        value = self._finite(loss, norm, lr, batch)
+        norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip or math.inf))
+        self._check_finite(loss, norm, lr, batch)
         self.optimizer.step()
         self.att.on_step_end(p.step)
-        p.step, p.batch, p.loss_sum = p.step + 1, p.batch + 1, p.loss_sum + value
-        if p.step % self.train.log_every == 0:
-            p.log_bytes = self._write_log(step=p.step, epoch=p.epoch + 1, loss=value, lr=lr, grad_norm=float(norm))
-        return asked
+        p.step += 1
+        p.batch += 1
+        p.loss_sum += loss
+        if p.step % self.config.log_every == 0:
+            self.files.write_metrics(step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr, grad_norm=norm)
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Asked]:
-        """The gradients of the whole batch's mean loss, that loss, and what all processes ask for."""
-        failed: list[Exception] = []
-        loss, asked = torch.zeros((), device=self.device), self._asked()
-        with nullcontext() if self.sharded else self.group.collect_errors(failed):  # the others wait within its forward
-            x_BCHW, target = self.mixing(batch, self.progress.step)
-            if self.mixing.needs_whole_batch:
-                x_BCHW, target = x_BCHW[self.part], target[self.part]
-            loss = self._backward(x_BCHW, target)
-        if self.group.size > 1:
-            share = (self.part.stop - self.part.start) / self.batches.batch_size
-            trained = list(self.params.values())
-            asked = share_step(self.group, trained, self.model, loss, share, asked, failed)
-        return loss, asked
+    def _backward(self, batch: Batch) -> Tensor:
+        """Compute gradients of this process's share of the batch's mean loss, a micro-batch at a time.
 
-    def _backward(self, x_BCHW: Tensor, target: Tensor) -> Tensor:
-        """Add these images' share of the gradients of the batch's mean loss, and return that share of the loss.
-
-        A micro-batch at a time. All shares are the whole batch, which is one share where one process trains.
+        Returns:
+            That share of the loss. With one process it is the whole loss.
         """
-        total, whole = torch.zeros((), device=self.device), self.batches.batch_size
-        count = math.ceil(len(x_BCHW) / (self.progress.micro_batch or len(x_BCHW)))
-        # of nearly one size: a last piece of a single image would be none for BatchNorm
-        pieces = zip(torch.tensor_split(x_BCHW, count), torch.tensor_split(target, count), strict=True)
-        for number, (x, y) in enumerate(pieces):
-            with self.autocast():
-                logits_BC = self.logits(x)
-            loss = F.cross_entropy(logits_BC.float(), y, label_smoothing=self.mixing.smoothing)
-            loss = loss * (len(x) / whole)
-            if number == 0:  # once a step
-                loss = loss + self.att.loss(self.progress.step) * (len(x_BCHW) / whole)
+        x, target = self.mixer(batch, self.progress.step)
+        return self._accumulate(x, target)
+
+    def _accumulate(self, x: Tensor, target: Tensor) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        # nearly equal pieces: a small rest of a single image would be too small for BatchNorm
+        num_pieces = math.ceil(len(x) / (self.progress.micro_batch or len(x)))
+        pieces = zip(torch.tensor_split(x, num_pieces), torch.tensor_split(target, num_pieces), strict=True)
+        for number, (x_piece, target_piece) in enumerate(pieces):
+            logits_BC = self._logits(x_piece)
+            loss = F.cross_entropy(logits_BC.float(), target_piece, label_smoothing=self.mixer.label_smoothing)
+            loss = loss * (len(x_piece) / self.batch_size)
+            if number == 0:  # the method's own term counts once per step
+                loss = loss + self.att.loss(self.progress.step) * (len(x) / self.batch_size)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _finite(self, loss: Tensor, norm: Tensor, lr: float, batch: Batch) -> float:
-        value = float(loss.detach())
-        if math.isfinite(value) and math.isfinite(float(norm)):
-            return value
-        raise self._diverged(
-            f"the loss is {value} and the gradient norm {float(norm)} (lr {lr:.3g}, images {_shown(batch.positions)})"
-        )
-
-    def _diverged(self, what: str) -> Diverged:
-        last, _ = newest_checkpoint(self.directory / "checkpoints")
-        return Diverged(
-            f"loss and gradient must stay finite, but at step {self.progress.step} {what}. Lower its "
-            "learning rate (--lr, in a comparison --set lrs.METHOD=…); "
-            + (f"the last good checkpoint is of step {last.progress['step']}" if last else "there is no checkpoint yet")
-        )
+    def _logits(self, x: Tensor) -> Tensor:
+        try:
+            with autocast(self.device, self.precision):
+                return self.forward.train(x)
+        except ValueError as error:
+            explained = explain_single_image(error, x, self.model)
+            if explained is None:
+                raise
+            raise explained from error
 
     def _end_epoch(self) -> None:
-        p = self.progress
+        p, config = self.progress, self.config
         row = {"epoch": p.epoch + 1, "train_loss": p.loss_sum / max(1, p.batch)}
-        last, every = self.train.epochs, self.train.val_every
-        if len(self.dataset.val) and ((p.epoch + 1) % every == 0 or p.epoch + 1 == last):
+        is_due = (p.epoch + 1) % config.val_every == 0 or p.epoch + 1 == config.epochs
+        if len(self.job.dataset.val) and is_due:
             val = self._validate()
             row |= {"val_loss": val.loss, "val_top1": val.top1, "val_top5": val.top5}
-            if val.top1 > p.best_top1 or self.job.keep == "last":
-                p.best_epoch, p.best_top1, p.best_top5 = p.epoch + 1, val.top1, val.top5
-                if self.job.keep == "best":
-                    self.best = {key: t.detach().clone() for key, t in self._tensors().items()}
-        p.log_bytes = self._write_log(**row)
+            self.state.record(val)
+        self.files.write_metrics(**row)
         p.epochs.append(row)
-        p.epoch, p.batch, p.loss_sum = p.epoch + 1, 0, 0.0
-        self.on_event(EpochEnded(p.epoch, self.train.epochs, row))
+        p.epoch += 1
+        p.batch = 0
+        p.loss_sum = 0.0
+        self.on_event(EpochEnded(p.epoch, config.epochs, row))
 
     def _validate(self) -> Accuracy:
         try:
             val = self.evaluate("val")
         except (Stopped, torch.OutOfMemoryError):
-            self._save()  # with the epoch's last step done, so that a resume goes on with this evaluation
+            self._save()  # the epoch's steps are done, so a resume continues with this evaluation
             raise
         if not math.isfinite(val.loss):
             raise self._diverged(f"the loss on val is {val.loss}")
         return val
 
-    def evaluate(self, part: Literal["val", "test"]) -> Accuracy:
-        """Accuracy of the model as it is on a split."""
+    def evaluate(self, split: Literal["val", "test"]) -> Accuracy:
+        """Return the accuracy of the model as it is now on a split."""
         return evaluate(
-            self.model,
-            getattr(self.dataset, part),
-            self.preprocess,
-            num_classes=self.dataset.num_classes,
-            batch_size=self.train.eval_batch_size,
-            device=self.device,
-            autocast=self.autocast,
+            self.job,
+            getattr(self.job.dataset, split),
+            self.precision,
             stop=self.stop,
-            by_position=self.features.of(part) if self.features else None,
+            by_position=self.forward.cached.get(split),
             group=self.group,
-            sharded=self.sharded is not None,
+            sharded=self.sharded,
         )
 
-    def _write_log(self, **values: Any) -> int:
-        """Append to the metrics and return their size; of several processes, the leader."""
-        written = self.progress.log_bytes
-        with self.group.raise_together():
-            if self.group.is_main:
-                written = self.log.write(**values)
-        return written
+    # What is done before, between and after.
 
-    def _save(self) -> None:
-        self.progress.peak_bytes = max(self.progress.peak_bytes, self.peak_bytes())
-        with self.group.raise_together():
-            if self.group.is_main:
-                save_checkpoint(
-                    self.directory / "checkpoints",
-                    Checkpoint(self._tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress)),
-                )
-        self.saved = time.perf_counter()
+    @contextmanager
+    def speedups(self) -> Iterator[None]:
+        """Inside, steps and evaluations use the speed-ups that the configuration allows."""
+        context = StepContext(
+            job=self.job,
+            precision=self.precision,
+            epochs_left=self.config.epochs - self.progress.epoch,
+            num_processes=self.group.size,
+            sharded=self.sharded,
+            stop=self.stop,
+            on_event=self.on_event,
+            choose_micro_batch=self._choose_micro_batch,
+        )
+        try:
+            with apply_speedups(context) as self.forward:
+                yield
+        finally:
+            self.forward = Forward(self.model)
 
-    def _newest(self) -> Checkpoint | None:
-        """The newest valid checkpoint, and the log as long as it was then."""
-        checkpoint, problems = newest_checkpoint(self.directory / "checkpoints")
-        instead = "going on from the one before" if checkpoint else "none is left: starting from the beginning"
-        for problem in problems:
-            self.log.note(problem)
-            self.on_event(Note(f"{problem}; {instead}"))
-        self.log.cut(checkpoint.progress["log_bytes"] if checkpoint else 0)
-        return checkpoint
+    def _choose_micro_batch(self) -> int:
+        """What fits a GPU is measured once and kept by the checkpoint; elsewhere the configuration decides."""
+        p, config = self.progress, self.config
+        if p.micro_batch and can_run_out(self.device):
+            return p.micro_batch
+        p.micro_batch = config.micro_batch_size or self.batch_size
+        # a sharded process that runs out of memory would leave the others waiting
+        if can_run_out(self.device) and not config.micro_batch_size and not self.sharded:
+            p.micro_batch = self.group.all_reduce_min(self.largest_micro_batch())
+        num_images = self.sync.part.stop - self.sync.part.start
+        if p.micro_batch < num_images:
+            self.on_event(Note(f"each step runs {num_images} images through the model {p.micro_batch} at a time"))
+        return p.micro_batch
+
+    def largest_micro_batch(self) -> int:
+        """Return the largest micro-batch that fits the device's memory."""
+        batch = next(iter(self.batches.epoch(0)))
+        self.att.train()
+
+        def step(size: int) -> None:
+            x, target = self.mixer(batch, 0)
+            self._accumulate(x[:size], target[:size])
+
+        with dry_run(self.model, self.device):
+            size = self.sync.part.stop - self.sync.part.start
+            return largest_that_fits(step, size, list(self.params.values()))
+
+    def _apply_precision(self) -> None:
+        """Set what PyTorch and the attention layers need to know of `self.precision`."""
+        choose_precision(self.precision, self.device)
+        for module in self.unfused_attention:
+            module.fused_attn = True  # type: ignore[assignment]
+        self.unfused_attention = choose_attention(self.model, self.device, self.precision)
+
+    @property
+    def progress(self) -> Progress:
+        """How far the training is."""
+        return self.state.progress
+
+    def _request(self) -> StepRequest:
+        is_due = time.perf_counter() - self.saved_at > SAVE_EVERY_S
+        return StepRequest(stop=self.stop.signal_name is not None, save=is_due)
 
     def _resume(self) -> None:
-        checkpoint = self.group.broadcast(self._newest)
-        here = self._tensors()
+        checkpoint, problems = self.files.load()
+        instead = "resuming from the one before" if checkpoint else "no other is left, so training starts again"
+        for problem in problems:
+            self.on_event(Note(f"{problem}; {instead}"))
         if checkpoint is None:
-            if self.group.size > 1:  # the processes' own may differ in the last bit
-                _copy_into(here, self.group.broadcast(lambda: {key: t.detach().cpu() for key, t in here.items()}))
+            self.sync.share_initial_values(self.state.tensors())
             return
-        if {k: t.shape for k, t in here.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
-            raise CheckpointError(
-                f"{self.directory} must hold checkpoints of this model, method and dataset, but has others; "
-                "name another --output"
-            )
-        _copy_into(here, checkpoint.tensors)
-        self.best = {key: t.to(self.device) for key, t in checkpoint.best.items()}
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        measured, self.progress = self.precision, Progress(**checkpoint.progress)
-        self.progress.precision = self.progress.precision or measured
-        if self.progress.precision != measured:  # `auto` may measure otherwise on a busy machine
-            self.compute_in(choose_precision(self.progress.precision, self.device))
+        self.state.load(checkpoint)
+        self.precision = self.progress.precision or self.precision  # `auto` may choose another on a busy machine
+        self._apply_precision()
 
-    def _fitted(self) -> FitResult:
+    def _save(self) -> None:
         p = self.progress
-        if self.best:
-            _copy_into(self._tensors(), self.best)
-        val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.dataset.val)) if p.best_epoch > 0 else None
-        step_time_s = p.train_time_s / max(1, p.step)
-        epoch, speed = p.best_epoch if val else p.epoch, self._images_per_s()
-        return FitResult(
-            epoch,
-            val,
-            speed,
-            step_time_s,
-            p.time_s,
-            p.epochs,
-            self.precision,
-            p.micro_batch,
-            self.train.lr or 0.0,
-            self.group.size,
+        p.peak_bytes = max(p.peak_bytes, self.peak_bytes())
+        p.log_bytes = self.files.metrics_bytes
+        p.precision = self.precision
+        self.files.save(self.state.checkpoint())
+        self.saved_at = time.perf_counter()
+
+    def _check_finite(self, loss: float, norm: float, lr: float, batch: Batch) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        positions = [int(position) for position in batch.positions]
+        shown = f"{positions[:8]}{' …' if len(positions) > 8 else ''}"
+        raise self._diverged(f"the loss is {loss} and the gradient norm {norm} (lr {lr:.3g}, images {shown})")
+
+    def _diverged(self, problem: str) -> Diverged:
+        last = self.files.last_step()
+        good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is of step {last}"
+        return Diverged(
+            f"training diverged at step {self.progress.step}: {problem}; {good}. Use a lower learning rate",
+            cli_hint="Set it with --lr, or with --set lrs.METHOD=… in a comparison",
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**self.params, **{f"buffer:{name}": buffer for name, buffer in self.model.named_buffers()}}
+    def _result(self) -> FitResult:
+        p = self.progress
+        self.state.restore_best()
+        val = None
+        if p.best_epoch > 0:
+            val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.job.dataset.val))
+        return FitResult(
+            epoch=p.best_epoch if val else p.epoch,
+            val=val,
+            images_per_s=self._images_per_s(),
+            step_time_s=p.train_time_s / max(1, p.step),
+            time_s=p.time_s,
+            epochs=p.epochs,
+            precision=self.precision,
+            micro_batch_size=p.micro_batch,
+            lr=self.config.lr or 0.0,
+            num_processes=self.group.size,
+        )
 
     def _step_done(self) -> StepDone:
         p = self.progress
@@ -374,15 +369,4 @@ class Trainer:
 
     def _images_per_s(self) -> float:
         p = self.progress
-        return p.step * self.batches.batch_size / p.train_time_s if p.train_time_s else 0.0
-
-
-def _copy_into(targets: dict[str, Tensor], sources: Any) -> None:
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(sources[key])
-
-
-def _shown(positions: Iterable[int]) -> str:
-    shown = [int(i) for i in positions]
-    return f"{shown[:8]}{' …' if len(shown) > 8 else ''}"
+        return p.step * self.batch_size / p.train_time_s if p.train_time_s else 0.0

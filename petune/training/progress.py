@@ -1,16 +1,32 @@
-"""How far a run is, and what it yields in the end."""
+"""How far a training is, and what it returns in the end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from petune.training.config import NumberFormat
 from petune.training.evaluate import Accuracy
 
 
 @dataclass
 class Progress:
-    """Where the run is; saved with every checkpoint."""
+    """Where the training is; saved with every checkpoint.
+
+    Attributes:
+        epoch, batch: Complete epochs, and complete batches of the next one.
+        step: Complete optimizer steps.
+        time_s: Time since the start, evaluations included; not while the run was interrupted.
+        train_time_s: Time of the training steps.
+        best_epoch: The kept epoch, from 1; -1 before the first evaluation.
+        best_top1, best_top5: Its accuracy on val in percent.
+        log_bytes: Size of metrics.jsonl.
+        loss_sum: Sum of the losses of this epoch's batches.
+        micro_batch: Images that go through the model at once; 0 before it is known.
+        peak_bytes: Peak memory of the processes before a resume.
+        precision: Number format; empty in checkpoints of older versions.
+        epochs: The metrics of complete epochs.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -23,14 +39,27 @@ class Progress:
     log_bytes: int = 0
     loss_sum: float = 0.0
     micro_batch: int = 0
-    peak_bytes: int = 0  # of the process that trained before a resume
-    precision: Literal["", "fp32", "tf32", "bf16"] = ""  # empty in checkpoints of older versions
+    peak_bytes: int = 0
+    precision: NumberFormat | Literal[""] = ""
     epochs: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training yields; the model holds the chosen epoch's tensors."""
+    """What training returns; the model holds the tensors of the kept epoch.
+
+    Attributes:
+        epoch: The kept epoch, from 1.
+        val: Its accuracy on val; None without a val split.
+        images_per_s: Mean training speed, without evaluations.
+        step_time_s: Mean time of a training step.
+        time_s: Time of the whole training, evaluations included.
+        epochs: The metrics of every epoch.
+        precision: Number format of the forward passes.
+        micro_batch_size: Images that went through the model at once.
+        lr: Peak learning rate.
+        num_processes: Processes that trained together.
+    """
 
     epoch: int
     val: Accuracy | None

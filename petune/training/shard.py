@@ -1,46 +1,40 @@
-"""The frozen part of a backbone spread over the processes of a group by FSDP2: each block is gathered when it runs.
+"""Spread the frozen part of a backbone over the processes of a group (FSDP2): each block is gathered when it runs.
 
-What trains is left alone: it is small, every process has all of it, and its gradients are summed as without this.
+What trains stays whole on every process: it is small, and its gradients are summed as without sharding.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
 from petune.base.distributed import Group
 from petune.base.errors import ConfigError
-
-if TYPE_CHECKING:
-    from petune.injector.attachment import Attachment
+from petune.injector.attachment import Attachment
 
 
-class Sharded:
-    """The blocks of a model, spread.
+def shard_frozen_blocks(attachment: Attachment, group: Group, device: torch.device) -> None:
+    """Spread the frozen weights of the blocks over the processes.
 
     Args:
-        attachment: Whose model it is; on its device.
+        attachment: Its model is on `device`. Its fingerprint is computed now, while the weights can be read.
         group: More than one process.
+        device: Of this process.
 
     Raises:
-        ConfigError: Nothing is frozen, or the model has no blocks that are one module each.
+        ConfigError: Nothing is frozen, or no block of the model is one module.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    def __init__(self, attachment: Attachment, group: Group, device: torch.device) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (group.size,))
-        # what the method added stays whole even where it is frozen: the adapter's file tells it by identity
-        kept = {*attachment.parameters(), *attachment.edit_log.new_parameters()}
-        blocks = list(dict.fromkeys(block.module for block in attachment.sites.blocks if block.is_module))
-        spread = [p for block in blocks for p in block.parameters() if p not in kept]
-        if not spread:
-            raise ConfigError(
-                f"train.shard spreads the frozen weights of blocks, but with {attachment.name} there are none in "
-                f"{attachment.sites.model}; leave it out"
-            )
-        attachment.keep_fingerprint()  # the leader alone cannot read what is sharded
-        for block in blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+    mesh = init_device_mesh(device.type, (group.size,))
+    # what the method added stays whole even where it is frozen: saving finds it by identity
+    whole = {*attachment.parameters(), *attachment.edit_log.new_parameters()}
+    blocks = list(dict.fromkeys(block.module for block in attachment.sites.blocks if block.is_module))
+    if all(p in whole for block in blocks for p in block.parameters()):
+        raise ConfigError(
+            f"train.shard has nothing to do: no block of {attachment.sites.model} has frozen weights with "
+            f"{attachment.name}. Use train.shard=false"
+        )
+    attachment.keep_fingerprint()
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)

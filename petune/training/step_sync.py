@@ -1,58 +1,101 @@
-"""What the processes of a group tell each other at every step, in one message."""
+"""What the processes of a group exchange at every training step, in one message. A single process exchanges nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from petune.base.distributed import Group
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be done once a step is over."""
+class StepRequest:
+    """What to do after a step.
+
+    Attributes:
+        stop: Save a checkpoint and stop, because a signal came.
+        save: Save a checkpoint, because the last one is old.
+    """
 
     stop: bool
     save: bool
 
 
-def share_step(
-    group: Group,
-    parameters: Sequence[nn.Parameter],
-    model: nn.Module,
-    loss: Tensor,
-    share: float,
-    asked: Asked,
-    failed: Sequence[Exception],
-) -> Asked:
-    """Gradients and `loss` become their sums over the group; what any process asks for is done by all.
+class StepSync:
+    """Adds up gradients over a group, and lets all its processes do what one of them requests.
 
     Args:
-        group: More than one process.
-        parameters: What trains, in the same order everywhere.
-        model: Its running statistics (BatchNorm) become their mean, since each process saw other images.
-        loss: Of this process's images, over the number of all.
-        share: This process's part of the batch's images, in 0..1.
-        asked: What this process asks for.
-        failed: What went wrong on this process.
+        group: The processes that train together.
+        model: Running statistics of its BatchNorm layers become their mean, since each process sees other images.
+        parameters: What trains, in the same order on all processes.
+        batch_size: Images per optimizer step, of all processes together.
+        sharded: Whether the processes already meet inside the forward, because frozen blocks are spread over them.
 
-    Raises:
-        Exception: What went wrong on any process.
+    Attributes:
+        part: The images of a batch that this process trains on.
     """
-    said = torch.tensor([float(f) for f in (bool(failed), asked.stop, asked.save)], device=loss.device)
-    moving = _running_statistics(model)
-    for tensor in moving:
-        tensor.mul_(share)
-    group.all_reduce_gradients(parameters, [said, loss, *moving])
-    any_failed, stop, save = (bool(flag) for flag in said.tolist())
-    if any_failed:
-        group.any_rank(errors=failed)
-    return Asked(stop, save)
+
+    def __init__(
+        self, group: Group, model: nn.Module, parameters: Sequence[nn.Parameter], batch_size: int, sharded: bool
+    ) -> None:
+        self.group = group
+        self.model = model
+        self.parameters = parameters
+        self.sharded = sharded
+        self.part = group.shard(batch_size)
+        self._share = (self.part.stop - self.part.start) / batch_size
+        self._agreed: StepRequest | None = None
+
+    def backward(self, work: Callable[[], Tensor], request: Callable[[], StepRequest]) -> Tensor:
+        """Run the backward of this process's images; gradients become those of the whole batch.
+
+        Args:
+            work: Computes gradients, and returns this process's part of the loss.
+            request: Returns what this process requests to be done after the step.
+
+        Returns:
+            The loss of the whole batch.
+
+        Raises:
+            Exception: What failed on any process.
+        """
+        if self.group.size == 1:
+            return work()
+        own, errors = request(), list[Exception]()
+        loss = torch.zeros((), device=self.parameters[0].device)
+        # in a sharded model the others wait inside their forward, so an error must not wait for the next meeting
+        with nullcontext() if self.sharded else self.group.collect_errors(errors):
+            loss = work()
+        flags = torch.tensor([bool(errors), own.stop, own.save], dtype=torch.float32, device=loss.device)
+        statistics = _running_statistics(self.model)
+        for tensor in statistics:
+            tensor.mul_(self._share)
+        self.group.all_reduce_gradients(self.parameters, [flags, loss, *statistics])
+        failed, stop, save = (bool(flag) for flag in flags.tolist())
+        if failed:
+            self.group.any_rank(errors=errors)
+        self._agreed = StepRequest(stop, save)
+        return loss
+
+    def agreed(self, own: StepRequest) -> StepRequest:
+        """Return what all processes do after the step: `own` of a single one, else what any requested during it."""
+        return own if self._agreed is None else self._agreed
+
+    def share_initial_values(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give all processes the values of the main one: their own may differ in the last bit."""
+        if self.group.size == 1:
+            return
+        values = self.group.broadcast(lambda: {key: t.detach().cpu() for key, t in tensors.items()})
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                tensor.copy_(values[key])
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:
-    norms = (m for m in model.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     return [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]

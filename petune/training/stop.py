@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C set a flag that training and evaluation look at; a second signal leaves at once."""
+"""SIGTERM and Ctrl-C set a flag that training and evaluation check; a second signal ends the process at once."""
 
 from __future__ import annotations
 
@@ -14,80 +14,85 @@ from typing import Any, NoReturn, Self
 from petune.base.distributed import SINGLE_PROCESS, Group, num_processes
 from petune.base.errors import Stopped
 
-REPEATED_S = 5.0
-"""Ctrl-C reaches the processes of a launcher from the terminal, and a second time from the launcher."""
+EXIT_CODE = 130
+SAME_SIGNAL_S = 5.0
+"""Ctrl-C reaches the processes of a launcher twice: from the terminal, and from the launcher."""
 
 
 class _Interrupt(BaseException):
-    """Out of whatever the main thread does; not an Exception, since libraries catch those of their imports."""
+    """Interrupts the main thread. Not an Exception, because libraries catch those while they import."""
 
 
 class StopFlag:
-    """A context in which the first SIGTERM or SIGINT asks to stop and the second one ends the process (130).
+    """A context in which the first SIGTERM or SIGINT requests a stop and the second one ends the process.
 
-    Outside the main thread Python delivers no signals; the flag then is never set.
+    Outside the main thread Python delivers no signals, so the flag is never set.
+
+    Attributes:
+        signal_name: The signal that came, or None.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._came = 0.0
-        self._at_once = False
-        self._before: dict[int, Any] = {}
+        self._received_at = 0.0
+        self._interrupts = False
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._receive)
+                self._handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self, group: Group = SINGLE_PROCESS) -> Iterator[None]:
-        """Inside, nothing has been trained yet that could be lost, and a signal does not wait for the next check.
+    def immediately(self, group: Group = SINGLE_PROCESS) -> Iterator[None]:
+        """Inside this context a signal interrupts immediately; there is no progress to lose.
 
         Raises:
             Stopped: A signal came.
         """
-        self._check_begun(group)
+        self._check_before_training(group)
         try:
-            self._at_once = True
+            self._interrupts = True
             try:
                 yield
             finally:
-                self._at_once = False
+                self._interrupts = False
         except _Interrupt:  # also one that came in the line above
-            self._at_once = False
-        self._check_begun(group)
+            self._interrupts = False
+        self._check_before_training(group)
 
-    def _check_begun(self, group: Group) -> None:
-        if group.any_rank(self.signal_name is not None):
-            name = self.signal_name or "a signal to another process"
-            raise Stopped(f"stopped by {name} before it trained; nothing is lost, start it again")
-
-    def check(self, group: Group = SINGLE_PROCESS, failed: Sequence[Exception] = ()) -> None:
-        """Raise `Stopped` if a signal has come, to this process or to another of the group.
+    def check(self, group: Group = SINGLE_PROCESS, errors: Sequence[Exception] = ()) -> None:
+        """Raise `Stopped` if a signal came, to this process or to another one of the group.
 
         Args:
-            group: Who stops together.
-            failed: What went wrong on this process, to be raised on all.
+            group: The processes that stop together.
+            errors: What failed on this process, to be raised on all.
         """
-        if group.any_rank(self.signal_name is not None, failed):
-            self.leave()
+        if group.any_rank(self.signal_name is not None, errors):
+            self.raise_stopped()
 
-    def leave(self) -> NoReturn:
+    def raise_stopped(self) -> NoReturn:
         """Raise `Stopped`."""
-        name = self.signal_name or "a signal to another process"
-        raise Stopped(f"stopped by {name}; what was done is saved, resume it with --resume")
+        raise Stopped(f"stopped by {self._signal()}. Progress is saved; run again with resume=true to continue")
+
+    def _check_before_training(self, group: Group) -> None:
+        if group.any_rank(self.signal_name is not None):
+            raise Stopped(f"stopped by {self._signal()} before training started")
+
+    def _signal(self) -> str:
+        return self.signal_name or "a signal to another process"
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_name is not None:
-            if num_processes() > 1 and time.monotonic() - self._came < REPEATED_S:
+            if num_processes() > 1 and time.monotonic() - self._received_at < SAME_SIGNAL_S:
                 return
-            os._exit(130)
-        self._came = time.monotonic()
+            os._exit(EXIT_CODE)
+        self._received_at = time.monotonic()
         self.signal_name = signal.Signals(number).name
-        if self._at_once and num_processes() == 1:  # else at the end of `at_once`, with the others
+        if self._interrupts and num_processes() == 1:  # several processes stop together, at the end of the context
             raise _Interrupt

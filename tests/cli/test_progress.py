@@ -8,7 +8,7 @@ from petune.base.text import format_percent
 from petune.cli.progress import Progress
 from petune.cli.terminal import clean, format_count, format_flops, print_table
 from petune.runner.events import RunStarted
-from petune.training import EpochEnded, Note, StepDone
+from petune.training.events import EpochEnded, Note, StepDone
 
 
 def _step(step: int) -> StepDone:

@@ -152,8 +152,7 @@ def test_prefetch_raises_errors_and_may_be_closed_early() -> None:
 def test_positions_only() -> None:
     batches = _batches(_split(17), 5)
     whole = list(batches.epoch(1))
-    batches.positions_only = True
-    for a, b in zip(whole, batches.epoch(1), strict=True):
+    for a, b in zip(whole, batches.epoch(1, positions_only=True), strict=True):
         assert np.array_equal(b.x_BCHW.numpy(), a.positions)
         assert torch.equal(a.y_B, b.y_B)
     found = [b.x_BCHW for b in eval_batches(_split(17), PLAIN, 5, CPU, positions_only=True)]

@@ -23,7 +23,7 @@ from petune.runner.executors import RUN, Failure, Outcome, Started, choose_execu
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
-from petune.training import Note
+from petune.training.events import Note
 
 PLAIN = {
     "backbone": "vit_nano", "weights": "none", "dataset": "digits", "shots": 5, "device": "cpu",

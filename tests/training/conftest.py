@@ -48,8 +48,9 @@ class Everything:
     model: nn.Module
     tuned: dict[str, nn.Parameter] = field(default_factory=dict)
     head: dict[str, nn.Parameter] = field(default_factory=dict)
-    sites: Any = field(default_factory=lambda: SimpleNamespace(blocks=()))
+    sites: Any = field(default_factory=lambda: SimpleNamespace(blocks=(), parts={}))
     checks: int = 0
+    name: str = "toy"
 
     def __post_init__(self) -> None:
         parameters = dict(self.model.named_parameters())

@@ -17,8 +17,9 @@ from petune.training.config import TrainConfig
      {"grad_clip": 0.0}, {"warmup": -1.0}, {"log_every": 0}, {"epoch": 3}],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=f"1 problem in TrainConfig:\n  - {next(iter(values))}: "):
+    with pytest.raises(ConfigError) as caught:
         TrainConfig.build(values)
+    assert [problem.key for problem in caught.value.problems] == list(values)
 
 
 def test_optimizers_are_timms_by_name() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from torch import Tensor, nn
 
 from petune.base.errors import Stopped
 from petune.data.batches import Preprocess
-from petune.data.dataset import Split
+from petune.data.dataset import Dataset, Split
+from petune.training.config import TrainConfig
 from petune.training.evaluate import Accuracy, evaluate
+from petune.training.job import TrainJob
 from petune.training.stop import StopFlag
 
 CPU = torch.device("cpu")
 PLAIN = Preprocess(1, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
-NO_CAST = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
 
 
 class Table(nn.Module):
@@ -43,16 +46,16 @@ def _toy(count: int, classes: int) -> tuple[Table, Split]:
 
 
 def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, stop: StopFlag | None = None) -> Accuracy:
-    return evaluate(
-        model,
-        split,
-        PLAIN,
-        num_classes=classes,
-        batch_size=batch_size,
+    names = tuple(map(str, range(classes)))
+    job = TrainJob(
+        attachment=SimpleNamespace(model=model),  # type: ignore[arg-type]
+        dataset=Dataset("toy", names, "made", "none", split, split, split),
+        preprocess=PLAIN,
+        config=TrainConfig(eval_batch_size=batch_size),
         device=CPU,
-        autocast=NO_CAST,
-        stop=stop,
+        directory=Path("unused"),
     )
+    return evaluate(job, split, "fp32", stop=stop or StopFlag())
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 100])

@@ -62,7 +62,7 @@ def test_what_fits_is_found_once_told_and_kept(
     attachment.__post_init__()
     state = {key: t.clone() for key, t in attachment.model.state_dict().items()}
     trainer = make_trainer(attachment, batch_size=8)
-    assert trainer._probe() == 2
+    assert trainer.largest_micro_batch() == 2
     assert all(torch.equal(t, state[key]) for key, t in attachment.model.state_dict().items())
     assert all(p.grad is None for p in trainer.params.values())
 
@@ -75,7 +75,7 @@ def test_a_resume_keeps_the_size(
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: 2)
     first = make_trainer(without_noise(toy()), on_event=told.append, epochs=1)
     assert first.fit().micro_batch_size == 2
-    assert [e.text for e in told if isinstance(e, Note)] == ["a step of 6 images goes through the model 2 at a time"]
+    assert [e.text for e in told if isinstance(e, Note)] == ["each step runs 6 images through the model 2 at a time"]
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: 1)
     again = make_trainer(without_noise(toy()), epochs=1)
     assert again.fit().micro_batch_size == 2
@@ -88,7 +88,7 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         sizes.append(size)
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
-    with pytest.raises(ConfigError, match=r"one image does not: CUDA out of memory\. Use a smaller"):
+    with pytest.raises(ConfigError, match=r"not even one image fits \(CUDA out of memory\.\)"):
         largest_that_fits(step, 12, [])
     assert sizes == [12, 6, 3, 1]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from petune.base.errors import CheckpointError, ConfigError, Diverged
 from petune.training.events import EpochEnded, Event, StepDone
-from petune.training.mixing import step_seed
+from petune.training.randomness import step_seed
 
 Make = Callable[..., Any]
 
@@ -132,11 +132,11 @@ def test_a_bad_step_is_refused_before_it_is_taken(factor: float, tmp_path: Path,
         trainer.fit()
     positions = list(trainer.batches.epoch(1))[1].positions.tolist()
     for part in (
-        "at step 5 ",
+        "at step 5:",
         "lr 0.0",
         str(positions),
         "last good checkpoint is of step 4",
-        "Lower its learning rate",
+        "lower learning rate",
     ):
         assert part in str(caught.value)
     assert [line["step"] for line in _lines(tmp_path) if "step" in line] == [1, 2, 3, 4, 5]
@@ -185,8 +185,8 @@ def test_mixed_targets_sum_to_one_with_smoothing(make_trainer: Make, toy: Make) 
     trainer = make_trainer(toy(0), mixup=0.8, label_smoothing=0.1)
     batch = next(trainer.batches.epoch(0))
     before = batch.x_BCHW.clone()
-    x, target = trainer.mixing(batch, 0)
-    assert trainer.mixing.smoothing == 0
+    x, target = trainer.mixer(batch, 0)
+    assert trainer.mixer.label_smoothing == 0
     torch.testing.assert_close(target.sum(1), torch.ones(6))
     assert float(target.min()) == pytest.approx(0.1 / 3, abs=1e-6)
     assert not torch.equal(x, before)
@@ -197,5 +197,5 @@ def test_a_checkpoint_of_another_model_is_refused(make_trainer: Make, toy: Make)
     other = toy(0)
     other.model.head = nn.Linear(12, 5)
     other.__post_init__()
-    with pytest.raises(CheckpointError, match="must hold checkpoints of this model, method and dataset"):
+    with pytest.raises(CheckpointError, match="another model, method or dataset"):
         make_trainer(other).fit()

@@ -31,18 +31,18 @@ def test_an_evaluation_that_does_not_fit_goes_on_from_the_trained_epoch(
     original, steps = Trainer.evaluate, []
 
     def full(self: Trainer, part: Any) -> Any:
-        if self.train.eval_batch_size > 20:
+        if self.config.eval_batch_size > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, part)
 
-    step = Trainer._step
+    step = Trainer.step
 
     def counted(self: Trainer, batch: Any) -> Any:
         steps.append(1)
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "evaluate", full)
-    monkeypatch.setattr(Trainer, "_step", counted)
+    monkeypatch.setattr(Trainer, "step", counted)
     with pytest.raises(torch.OutOfMemoryError):
         petune.run(**RUN, train=TRAIN, output=tmp_path / "run")
     assert len(steps) == 3
@@ -55,7 +55,7 @@ def test_an_evaluation_that_does_not_fit_goes_on_from_the_trained_epoch(
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 1}, {"batch_size": 6, "micro_batch_size": 1}])
 def test_a_single_image_has_no_statistics(sizes: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="BatchNorm that trains needs two images or more at a time"):
+    with pytest.raises(ConfigError, match="BatchNorm that trains needs at least two images"):
         petune.run(**RUN, head="bn_linear", train={**TRAIN, **sizes}, output=tmp_path / "run")
 
 

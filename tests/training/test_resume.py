@@ -101,7 +101,7 @@ def test_stopped_at_any_step(
             on_event=_stop_at(step, stop),
             **mixing,
         )
-        with pytest.raises(Stopped, match="resume it with --resume"):
+        with pytest.raises(Stopped, match="resume"):
             trainer.fit()
         assert sorted(p.name for p in (directory / "checkpoints").iterdir())[-1] == f"step-{step:09}"
         _assert_equal(_resumed(method, make_trainer, toy, directory, **mixing), expected)
@@ -197,7 +197,7 @@ def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, ma
 def test_a_resume_keeps_the_number_format_that_was_measured(
     speedups: tuple[float, float], tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedups[0])
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedups[0])
     expected = _uninterrupted("adaptformer", make_trainer, toy, tmp_path / "whole", precision="auto")
     stop = StopFlag()
     trainer = make_trainer(
@@ -206,5 +206,5 @@ def test_a_resume_keeps_the_number_format_that_was_measured(
     )  # fmt: skip
     with pytest.raises(Stopped):
         trainer.fit()
-    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedups[1])
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedups[1])
     _assert_equal(_resumed("adaptformer", make_trainer, toy, tmp_path / "b", precision="auto"), expected)

@@ -13,7 +13,7 @@ from petune.base.distributed import Group
 from petune.base.errors import ConfigError
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
-from petune.training.shard import Sharded
+from petune.training.shard import shard_frozen_blocks
 from tests.tiny import X, randomised, tiny
 
 
@@ -41,7 +41,7 @@ def test_gradients_and_fingerprint_are_those_of_the_whole(method: str) -> None:
     whole = attached(method)
     expected, frozen = gradients(whole), whole.fingerprint()
     att = attached(method)
-    Sharded(att, Group(0, 1), torch.device("cpu"))
+    shard_frozen_blocks(att, Group(0, 1), torch.device("cpu"))
     assert att.fingerprint() == frozen
     spread = [p for p in att.model.parameters() if isinstance(p, DTensor)]
     assert spread
@@ -53,5 +53,5 @@ def test_gradients_and_fingerprint_are_those_of_the_whole(method: str) -> None:
 
 
 def test_where_all_trains_nothing_can_be_spread() -> None:
-    with pytest.raises(ConfigError, match="with full there are none in VisionTransformer"):
-        Sharded(attach(tiny(), "full"), Group(0, 1), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="no block of VisionTransformer has frozen weights with full"):
+        shard_frozen_blocks(attach(tiny(), "full"), Group(0, 1), torch.device("cpu"))

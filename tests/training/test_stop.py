@@ -28,7 +28,7 @@ def test_a_signal_sets_the_flag_and_check_raises(number: signal.Signals) -> None
         stop.check()
         os.kill(os.getpid(), number)
         assert stop.signal_name == number.name
-        with pytest.raises(Stopped, match=f"stopped by {number.name}; what was done is saved"):
+        with pytest.raises(Stopped, match=f"stopped by {number.name}"):
             stop.check()
     assert signal.getsignal(number) is before
 
@@ -61,7 +61,7 @@ def test_another_thread_may_use_it() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta:x"])
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="device must be auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match="no such device"):
         choose_device(name)
 
 
@@ -75,12 +75,12 @@ def test_devices_by_name() -> None:
 def test_auto_takes_bfloat16_only_where_it_is_faster(
     speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedup)
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedup)
     assert choose_precision("auto", torch.device("cpu")) == chosen
 
 
 def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
 
@@ -92,7 +92,7 @@ def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
 def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
     wanted: str, speedup: float, said: str, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_bf16_speedup_on_cpu", lambda: speedup)
+    monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedup)
     notes: list[str] = []
 
     def watch(event: Event) -> None:
@@ -103,28 +103,28 @@ def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
 
 
 def test_tf32_is_for_gpus() -> None:
-    with pytest.raises(ConfigError, match="precision tf32 is a way of NVIDIA's GPUs, but the device is cpu"):
+    with pytest.raises(ConfigError, match="tf32 needs an NVIDIA GPU"):
         choose_precision("tf32", torch.device("cpu"))
 
 
 def _interrupted(reached: list[str]) -> None:
-    with StopFlag() as stop, stop.at_once():
+    with StopFlag() as stop, stop.immediately():
         os.kill(os.getpid(), signal.SIGTERM)
         reached.append("the next line")
 
 
 def test_before_training_a_signal_does_not_wait() -> None:
     reached: list[str] = []
-    with pytest.raises(Stopped, match="stopped by SIGTERM before it trained"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM before training"):
         _interrupted(reached)
     assert not reached
 
 
 def _swallowed() -> None:
-    with StopFlag() as stop, stop.at_once(), contextlib.suppress(BaseException):  # as some libraries' imports do
+    with StopFlag() as stop, stop.immediately(), contextlib.suppress(BaseException):  # as some libraries' imports do
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_swallowed_interrupt_still_stops() -> None:
-    with pytest.raises(Stopped, match="before it trained"):
+    with pytest.raises(Stopped, match="before training"):
         _swallowed()

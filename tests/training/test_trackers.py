@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from petune.base.errors import MissingExtra, UnknownName
-from petune.training import EpochEnded, Note, StepDone, trackers
+from petune.training import trackers
+from petune.training.events import EpochEnded, Note, StepDone
 from petune.training.trackers import Tracker
 
 

@@ -16,7 +16,8 @@ from petune.base.errors import MissingExtra, Stopped, UsageError
 from petune.runner.executors.executor import RUN, Failure, Wanted, Watch, Work, read_finished
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
-from petune.training import Note, StopFlag
+from petune.training.events import Note
+from petune.training.stop import StopFlag
 
 POLL_S = 0.5
 SAVE_TIMEOUT_S = 30.0

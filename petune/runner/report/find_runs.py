@@ -16,7 +16,7 @@ from petune.runner.compare import Comparison
 from petune.runner.result import RunResult
 from petune.runner.run_dir import COMPARE_TABLE, CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
 from petune.runner.sweep.trials import Sweep
-from petune.training.events import METRICS_FILE
+from petune.training.run_files import METRICS_FILE
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 State = Literal["done", "unfinished", "broken"]

@@ -35,7 +35,8 @@ from petune.runner.sweep.trials import (
     write_table,
     written,
 )
-from petune.training import Event, Note, StopFlag
+from petune.training.events import Event, Note
+from petune.training.stop import StopFlag
 
 COMMAND = "petune sweep --config config.yaml"
 TRIAL_COMMAND = "petune run --config config.yaml"

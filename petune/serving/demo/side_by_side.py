@@ -19,7 +19,7 @@ from petune.serving.adapter_bank import AdapterBank
 from petune.serving.predict import Guess, Inputs
 from petune.serving.restore import plain_backbone, read_run
 from petune.sites.logits import logits_of
-from petune.training import choose_device
+from petune.training.precision import choose_device
 
 SHOWN_SIDE = 320  # pixels of the image on the page
 

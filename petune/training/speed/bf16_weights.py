@@ -1,4 +1,4 @@
-"""Frozen weights in bfloat16 while training in bfloat16: autocast would make the same copy anew at every forward."""
+"""Store frozen weights in bfloat16 while training in bfloat16: autocast would convert them again in every forward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,121 +17,106 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from petune.base.errors import CheckpointError
+from petune.training.speed.verify import same_logits
 
-CASTING = (F.linear, torch.conv2d, F.conv2d)
-"""Autocast casts all that these compute with, so that a weight that is cast already gives the same bits."""
-HARMLESS = {"shape", "ndim", "device", "requires_grad", "is_cuda", "grad_fn", "data_ptr"}
-"""What may be asked of a weight: it does not depend on the number format."""
+CAST_BY_AUTOCAST = (F.linear, torch.conv2d, F.conv2d)
+"""Autocast converts everything that these compute with, so a weight that is converted already gives the same bits."""
+FORMAT_FREE = {"shape", "ndim", "device", "requires_grad", "is_cuda", "grad_fn", "data_ptr"}
+"""Attributes of a weight that do not depend on its number format."""
+FREE_DISK = 10
+"""The originals go to disk only if this many times their size is free, since checkpoints need room as well."""
 
 
 @contextmanager
-def store_in_bf16(model: nn.Module, forward: Callable[[], Tensor], directory: Path | None = None) -> Iterator[int]:
-    """Inside, frozen weights that are only multiplied with are stored in bfloat16; afterwards they are as they were.
+def store_in_bf16(
+    model: nn.Module, sample_logits: Callable[[], Tensor], directory: Path | None = None
+) -> Iterator[int]:
+    """Inside, frozen weights that only linear layers and convolutions read are in bfloat16.
 
     Args:
         model: Its parameters keep their identity.
-        forward: Logits of some images under autocast, always the same ones. It shows how each weight is used: one
-            that is read otherwise, as DoRA does, stays in float32, and so do all if the logits should differ.
-        directory: Where the values wait meanwhile, in a file that has no name and is gone with the process; in memory
-            where there is none, or no room.
+        sample_logits: Returns the logits of some images under autocast, always the same ones. It shows how each weight
+            is used: one that is read in another way, as by DoRA, stays in float32; all do if the logits would change.
+        directory: Where the originals wait, in a file without a name that disappears with the process. They wait in
+            memory if this is None, not writable, or short of room.
 
     Yields:
-        How many bytes the copies take.
+        The size of the bfloat16 weights in bytes.
     """
-    with _Uses() as uses:
-        expected = forward()
-    chosen = [p for p in _frozen(model) if id(p) in uses.cast and id(p) not in uses.read]
-    originals = _Originals(chosen, directory)
+    with _WeightUses() as uses:
+        expected = sample_logits()
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
+    chosen = [p for p in frozen if id(p) in uses.cast and id(p) not in uses.read]
+    file = _save(chosen, directory) if chosen and directory is not None else None
+    in_memory = [] if file is not None else [p.data.cpu() for p in chosen]  # a GPU's memory is for what computes
     try:
         for p in chosen:
             p.data = p.data.to(torch.bfloat16)
-        if chosen and not still_gives(expected, forward):
-            originals.put_back()
+        if chosen and not same_logits(expected, sample_logits):
+            _restore(chosen, in_memory, file)
         yield sum(2 * p.numel() for p in chosen if p.dtype == torch.bfloat16)
     finally:
-        originals.put_back()
-        originals.close()
+        _restore(chosen, in_memory, file)
+        if file is not None:
+            file.close()
 
 
-class _Originals:
-    """The values of parameters, out of the way."""
+class _WeightUses(TorchFunctionMode):
+    """Collects the ids of tensors that autocast converts, and of parameters that anything else reads."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], directory: Path | None) -> None:
-        self.parameters = parameters
-        self.file: Any = _written(parameters, directory) if directory is not None and parameters else None
-        in_memory = parameters if self.file is None else ()
-        self.values = [p.data.cpu() for p in in_memory]  # a GPU's memory is not for what is not computed with
+    def __init__(self) -> None:
+        super().__init__()
+        self.cast = set[int]()
+        self.read = set[int]()
 
-    def put_back(self) -> None:
-        """Give the parameters their values again."""
-        if self.file is not None:
-            self.file.seek(0)
-        for number, p in enumerate(self.parameters):
-            p.data = (self._read(p) if self.file is not None else self.values[number]).to(p.device)
-
-    def close(self) -> None:
-        """Forget them."""
-        self.values = []
-        if self.file is not None:
-            self.file.close()
-
-    def _read(self, p: nn.Parameter) -> Tensor:
-        value = torch.empty(p.shape)
-        if self.file.readinto(_bytes(value)) != value.nbytes:
-            raise CheckpointError(
-                "the backbone's weights must be read again from the run directory's disk, but it gives too few bytes; "
-                "go on with --resume"
-            )
-        return value
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(getattr(func, "__self__", func), "__name__", "")
+        if func in CAST_BY_AUTOCAST:
+            self.cast.update(id(t) for t in (*args[1:3], kwargs.get("weight"), kwargs.get("bias")))
+        elif name not in FORMAT_FREE:
+            self.read.update(id(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, nn.Parameter))
+        return func(*args, **kwargs)
 
 
-def _bytes(x: Tensor) -> Any:
-    return x.view(-1).view(torch.uint8).numpy()
-
-
-def _written(parameters: Sequence[nn.Parameter], directory: Path) -> Any:
-    """The file, or None where it cannot be written, or checkpoints might want the room."""
+def _save(parameters: Sequence[nn.Parameter], directory: Path) -> IO[bytes] | None:
+    """Write the values to a file without a name; None if that is not possible."""
     try:
-        if shutil.disk_usage(directory).free < 10 * sum(p.data.nbytes for p in parameters):
+        if shutil.disk_usage(directory).free < FREE_DISK * sum(p.data.nbytes for p in parameters):
             return None
-        file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (it lives as long as the originals)
+        file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed when training ends)
     except OSError:
         return None
     try:
         for p in parameters:
-            file.write(_bytes(p.data.cpu().contiguous()))
+            file.write(_bytes_of(p.data.cpu().contiguous()))
         file.flush()
     except OSError:
-        with contextlib.suppress(OSError):  # what is not written yet is tried again
+        with contextlib.suppress(OSError):  # closing tries to write the rest again
             file.close()
         return None
     return file
 
 
-class _Uses(TorchFunctionMode):
-    """Which tensors are arguments of casting operations, and which of others, by identity."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cast, self.read = set[int](), set[int]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(getattr(func, "__self__", func), "__name__", "")
-        if func in CASTING:
-            weights = [*args[1:3], *((kwargs or {}).get(key) for key in ("weight", "bias"))]
-            self.cast.update(id(t) for t in weights)
-        elif name not in HARMLESS:
-            self.read.update(id(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, nn.Parameter))
-        return func(*args, **(kwargs or {}))
+def _restore(parameters: Sequence[nn.Parameter], in_memory: Sequence[Tensor], file: IO[bytes] | None) -> None:
+    """Give the parameters their values again; if they have them already, nothing changes."""
+    if file is not None:
+        file.seek(0)
+    for number, p in enumerate(parameters):
+        value = in_memory[number] if file is None else _read(file, p.shape)
+        p.data = value.to(p.device)
 
 
-def _frozen(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
+def _read(file: Any, shape: torch.Size) -> Tensor:
+    value = torch.empty(shape)
+    if file.readinto(_bytes_of(value)) != value.nbytes:
+        raise CheckpointError(
+            "the backbone's original weights could not be read again from the run directory's disk. "
+            "The last checkpoint is intact: run again to resume",
+            cli_hint="Use --resume",
+        )
+    return value
 
 
-def still_gives(expected: Tensor, forward: Callable[[], Tensor]) -> bool:
-    """Whether a changed model's logits are the same bits; not where it cannot compute them."""
-    try:
-        return torch.equal(forward(), expected)
-    except RuntimeError:  # two dtypes met outside of autocast, or the processor lacks a kernel for these sizes
-        return False
+def _bytes_of(x: Tensor) -> Any:
+    return x.view(-1).view(torch.uint8).numpy()

@@ -1,9 +1,7 @@
-"""What the frozen part of a model makes of each image is computed once and kept on disk for all epochs.
+"""Compute the frozen prefix of a model once per image and train the rest from the cached features.
 
-The result is that of a run without, to the bit where an image's row does not depend on its neighbours in the batch
-(so on CPU): the same order, the same batches, the same numbers into the first layer that trains.
-
-Legend: B batch.
+The run gives the same result as without the cache, to the bit where an image's row does not depend on its neighbors in
+the batch (on CPU): same order, same batches, same numbers into the first layer that trains.
 """
 
 from __future__ import annotations
@@ -12,168 +10,230 @@ import functools
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from petune.data.batches import Preprocess
+from petune.base.errors import ConfigError
 from petune.data.dataset import Split
-from petune.training.speed.feature_store import Store
-from petune.training.speed.frozen_prefix import Prefix
-from petune.training.stop import StopFlag
+from petune.training.dry_run import dry_run
+from petune.training.speed.context import Logits, StepContext
+from petune.training.speed.feature_store import FeatureStore
+from petune.training.speed.frozen_prefix import FrozenPrefix, find_prefix
+from petune.training.speed.verify import same_step
 
-SAY_EVERY_S = 30.0
+DIRECTORY = "features"
+NOTE_EVERY_S = 30.0
 MARK_EVERY_S = 10.0
+MAX_SHARE_OF_DISK = 0.9
+PROOF_IMAGES = 4
 
 
-class Features:
-    """What a prefix makes of the images of some splits.
-
-    Args:
-        prefix: What is left out of the forward.
-        preprocess: From image to the model's input.
-        directory: Where to keep it: a folder for each split.
-        key: All that the values depend on, but the images.
-        device: Of the model.
-        autocast: The number format of forward passes.
+@dataclass(frozen=True)
+class CachePlan:
+    """What to cache.
 
     Attributes:
-        stores: By the name of the split.
+        prefix: The part of the model that need not run again.
+        key: Identifies everything that the features depend on, except the images.
     """
 
-    def __init__(
-        self,
-        prefix: Prefix,
-        preprocess: Preprocess,
-        directory: Path,
-        key: str,
-        device: torch.device,
-        autocast: Callable[[], torch.autocast],
-    ) -> None:
-        self.prefix, self.preprocess, self.directory, self.key = prefix, preprocess, directory, key
-        self.device, self.autocast = device, autocast
-        self.stores: dict[str, Store] = {}
-
-    def of(self, part: str) -> Callable[[Tensor], Tensor] | None:
-        """`logits` of a split that is kept, else None."""
-        return functools.partial(self.logits, part) if part in self.stores else None
-
-    def logits(self, part: str, positions: Tensor) -> Tensor:
-        """The model's output for images that are named by their place in a split, (B,)."""
-        return self.prefix.forward(self.stores[part].read(positions.numpy(), self.device))
-
-    def open(self, splits: Mapping[str, Split]) -> None:
-        """Take the room on disk.
-
-        Raises:
-            OSError: There is none.
-        """
-        for part, split in splits.items():
-            key = f"{self.key} {self.preprocess} {digest(split)}"
-            self.stores[part] = Store(self.directory / part, key, len(split), self.prefix.kept)
-
-    def fill(self, part: str, split: Split, batch_size: int, stop: StopFlag, say: Callable[[str], None]) -> None:
-        """Compute what is not there yet; every batch has the full size, so that each row is made as in training.
-
-        Raises:
-            Stopped: A signal came; what is there stays.
-        """
-        store, model = self.stores[part], self.prefix.model
-        began, marked, said, first = time.perf_counter(), time.perf_counter(), time.perf_counter(), store.done
-        training = [m for m in model.modules() if m.training]
-        model.eval()
-        try:
-            for start in range(first, len(split), batch_size):
-                if stop.signal_name is not None:
-                    store.mark(start)
-                    stop.check()
-                rows = np.arange(start, start + batch_size) % len(split)
-                x = self.preprocess.normalize(self.preprocess.pixels(split, rows, self.device))
-                with self.autocast():
-                    values = self.prefix.compute(x)
-                store.write(start, [v[: len(split) - start] for v in values])
-                now = time.perf_counter()
-                if now - marked > MARK_EVERY_S:
-                    store.mark(min(start + batch_size, len(split)))
-                    marked = now
-                if now - said > SAY_EVERY_S:
-                    done = start + batch_size
-                    left_s = (now - began) / (done - first) * (len(split) - done)
-                    say(f"features of {part}: {done:,} of {len(split):,} images, {left_s / 60:.0f} min left")
-                    said = now
-            store.mark(len(split))
-        finally:
-            for module in training:
-                module.training = True
-
-    def close(self) -> None:
-        """Take it off the disk."""
-        self.stores = {}
-        shutil.rmtree(self.directory, ignore_errors=True)
+    prefix: FrozenPrefix
+    key: str
 
 
-def why_too_large(prefix: Prefix, images: int, limit_gb: float, directory: Path) -> str:
-    """Why so many images' values may not be kept in `directory`, with all sizes; empty where they may."""
-    each = prefix.bytes_per_image()
-    held = sum(512 * file.stat().st_blocks for file in directory.glob("*/*"))  # by a run that was stopped
-    need, free = each * images, shutil.disk_usage(directory.parent).free + held
-    if need <= min(limit_gb * 1e9, 0.9 * free):
+def plan_cache(context: StepContext) -> CachePlan | None:
+    """Decide whether features are cached; the user is told why not if the model has a frozen prefix.
+
+    Called while the frozen weights have their original values, which are part of the key.
+
+    Raises:
+        ConfigError: cache_features=always is not possible.
+    """
+    wanted = context.job.config.cache_features
+    started = (context.job.directory / DIRECTORY).exists()
+    if wanted == "never" or not context.epochs_left:
+        return None
+    if wanted == "auto" and context.epochs_left == 1 and not started:
+        return None
+    attachment = context.job.attachment
+    with dry_run(context.model, context.job.device), context.autocast():
+        attachment.train()
+        prefix = find_prefix(attachment, context.images(2))
+    if prefix is None:
+        _refuse(context, f"{attachment.name} trains so far down that no large part of the model is frozen below it")
+        return None
+    reason = _why_not(context, prefix)
+    if not reason and not _is_proven(context, prefix):
+        reason = f"{attachment.sites.model} cannot be split there: its logits or gradients would differ"
+    if reason:
+        _refuse(context, reason)
+        context.note(f"the frozen layers run in every epoch: {reason}")
+        return None
+    where = f"{context.precision} {context.job.device.type} torch {torch.__version__}"
+    return CachePlan(prefix, f"{attachment.fingerprint()} {where}")
+
+
+def fill_cache(context: StepContext, plan: CachePlan, micro_batch: int) -> Mapping[str, Logits]:
+    """Compute the features of train and val.
+
+    Args:
+        context: The training.
+        plan: What to cache.
+        micro_batch: Images per forward. Features are computed in batches of the size that training uses.
+
+    Returns:
+        By the name of a split: from positions in the split to logits. Empty if the disk is full or not writable.
+
+    Raises:
+        Stopped: A signal came; what is computed stays for the resume.
+        ConfigError: cache_features=always is not possible.
+    """
+    job = context.job
+    splits = {"train": job.dataset.train} | ({"val": job.dataset.val} if len(job.dataset.val) else {})
+    directory = job.directory / DIRECTORY
+    try:
+        stores = {name: _open(context, plan, name, split) for name, split in splits.items()}
+    except OSError as error:
+        delete_features(job.directory)
+        reason = f"{directory} is not writable ({error.strerror})"
+        _refuse(context, reason)
+        context.note(f"the frozen layers run in every epoch: {reason}")
+        return {}
+    size = sum(map(len, splits.values())) * plan.prefix.bytes_per_image
+    context.note(
+        f"the frozen layers run once: {size / 1e6:,.1f} MB of features in {directory}, deleted when training ends "
+        "(train.cache_features=never disables this)"
+    )
+    batch_sizes = {"train": micro_batch, "val": job.config.eval_batch_size}
+    for name, split in splits.items():
+        _fill(context, plan.prefix, stores[name], split, name, batch_sizes[name])
+    return {name: functools.partial(_logits, plan.prefix, store, job.device) for name, store in stores.items()}
+
+
+def delete_features(directory: Path) -> None:
+    """Delete what is cached in a run directory."""
+    shutil.rmtree(directory / DIRECTORY, ignore_errors=True)
+
+
+def _refuse(context: StepContext, reason: str) -> None:
+    if context.job.config.cache_features == "always":
+        raise ConfigError(f"cache_features=always is not possible: {reason}. Use cache_features=auto")
+
+
+def _why_not(context: StepContext, prefix: FrozenPrefix) -> str:
+    """Why features cannot be cached in this training, or an empty string."""
+    config = context.job.config
+    changing = [] if config.augment == "none" else [f"augment={config.augment}"]
+    changing += [f"{name}={value:g}" for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)) if value]
+    if changing:
+        return f"{', '.join(changing)} changes the images each time. augment=none would let them run once"
+    if config.grad_checkpointing:
+        return "grad_checkpointing computes blocks again"
+    if context.num_processes > 1:
+        return "several processes train"
+    num_images = len(context.job.dataset.train) + len(context.job.dataset.val)
+    return why_too_large(prefix.bytes_per_image, num_images, config.feature_cache_gb, context.job.directory / DIRECTORY)
+
+
+def why_too_large(bytes_per_image: int, num_images: int, limit_gb: float, directory: Path) -> str:
+    """Return why the features cannot be stored in `directory`, with all sizes, or an empty string.
+
+    Args:
+        bytes_per_image: Size of the features of one image.
+        num_images: Images of all splits.
+        limit_gb: The configured limit in 10⁹ bytes.
+        directory: What it holds already counts as free: it was written before an interruption.
+    """
+    held = sum(512 * file.stat().st_blocks for file in directory.glob("*/*"))
+    need, free = bytes_per_image * num_images, shutil.disk_usage(directory.parent).free + held
+    if need <= min(limit_gb * 1e9, MAX_SHARE_OF_DISK * free):
         return ""
-    advice = "make room there"
-    if need > limit_gb * 1e9:
-        advice = "change it with --set train.feature_cache_gb=GB"
+    advice = "Raise train.feature_cache_gb" if need > limit_gb * 1e9 else "Free some disk space"
     return (
-        f"{images:,} images at {each / 1e3:,.1f} kB each need {need / 1e9:,.2f} GB in {directory}, but "
-        f"train.feature_cache_gb allows {limit_gb:g} GB and {free / 1e9:,.1f} GB are free; {advice}"
+        f"{num_images:,} images of {bytes_per_image / 1e3:,.1f} kB need {need / 1e9:,.2f} GB in {directory}, but "
+        f"train.feature_cache_gb is {limit_gb:g} and {free / 1e9:,.1f} GB are free. {advice}"
     )
 
 
-def stays_equal(
-    prefix: Prefix, x_BCHW: Tensor, parameters: Mapping[str, nn.Parameter], autocast: Callable[[], torch.autocast]
-) -> bool:
-    """Whether the forward without its prefix gives the same logits and gradients, shown on some images.
-
-    The parameters are moved a little meanwhile, since one that starts at zero would hide what it multiplies; gradients
-    are the caller's to clear, buffers and random state the caller's to put back.
-    """
-    values = {key: p.detach().clone() for key, p in parameters.items()}
-    with autocast():
-        kept = prefix.compute(x_BCHW)
-    try:
-        with torch.no_grad():
-            for p in parameters.values():
-                p.add_(torch.randn_like(p), alpha=0.02)
-        whole, rest = (_logits_and_gradients(f, parameters, autocast) for f in (
-            lambda: prefix.model(x_BCHW), lambda: prefix.forward(kept)
-        ))  # fmt: skip
-    finally:
-        with torch.no_grad():
-            for key, p in parameters.items():
-                p.copy_(values[key])
-    same = torch.equal(whole[0], rest[0]) and whole[1].keys() == rest[1].keys()
-    return same and all(torch.allclose(g, rest[1][key], rtol=1e-4, atol=1e-7) for key, g in whole[1].items())
+def _is_proven(context: StepContext, prefix: FrozenPrefix) -> bool:
+    """Whether logits and gradients from cached features are those of the whole model."""
+    attachment, x = context.job.attachment, context.images(PROOF_IMAGES)
+    with dry_run(context.model, context.job.device), context.autocast():
+        attachment.train()
+        try:
+            values = prefix.compute(x)
+            parameters = {**attachment.tuned, **attachment.head}
+            return same_step(lambda: context.model(x), lambda: prefix.forward(values), parameters)
+        except RuntimeError:  # a model's own code may not cope with one blank image
+            return False
 
 
-def _logits_and_gradients(
-    forward: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], autocast: Callable[[], torch.autocast]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    for p in parameters.values():
-        p.grad = None
-    with autocast():
-        logits = forward()
-    logits.float().square().mean().backward()  # type: ignore[no-untyped-call]
-    return logits.detach(), {key: p.grad for key, p in parameters.items() if p.grad is not None}
+def _open(context: StepContext, plan: CachePlan, name: str, split: Split) -> FeatureStore:
+    key = f"{plan.key} {context.job.preprocess} {_digest(split)}"
+    return FeatureStore(context.job.directory / DIRECTORY / name, key, len(split), plan.prefix.kinds)
 
 
-def digest(split: Split) -> str:
-    """Of the rows of a split and of a thousand of its images, spread evenly."""
-    found: Any = hashlib.sha256(split.rows.tobytes())
-    found.update(f"{split.images.shape} {split.crop}".encode())
+def _digest(split: Split) -> str:
+    """Hash the rows of a split and about a thousand of its images."""
+    digest: Any = hashlib.sha256(split.rows.tobytes())
+    digest.update(f"{split.images.shape} {split.crop}".encode())
     for row in split.rows[:: max(1, len(split) // 1000)]:
-        found.update(split.images[row].tobytes())
-    return str(found.hexdigest())
+        digest.update(split.images[row].tobytes())
+    return str(digest.hexdigest())
+
+
+def _fill(
+    context: StepContext, prefix: FrozenPrefix, store: FeatureStore, split: Split, name: str, batch_size: int
+) -> None:
+    """Compute what is missing. Every batch is full, so that each row is computed as in training."""
+    job, timer = context.job, _Timer()
+    in_train_mode = [m for m in context.model.modules() if m.training]
+    first = store.done
+    context.model.eval()
+    try:
+        for start in range(first, len(split), batch_size):
+            if context.stop.signal_name is not None:
+                store.mark(start)
+                context.stop.check()
+            positions = np.arange(start, start + batch_size) % len(split)
+            with context.autocast():
+                values = prefix.compute(job.preprocess.normalize(job.preprocess.pixels(split, positions, job.device)))
+            store.write(start, [value[: len(split) - start] for value in values])
+            done = min(start + batch_size, len(split))
+            if timer.is_due("mark", MARK_EVERY_S):
+                store.mark(done)
+            if timer.is_due("note", NOTE_EVERY_S):
+                minutes = timer.elapsed_s / (done - first) * (len(split) - done) / 60
+                context.note(f"features of {name}: {done:,} of {len(split):,} images, {minutes:.0f} min left")
+        store.mark(len(split))
+    finally:
+        for module in in_train_mode:
+            module.training = True
+
+
+class _Timer:
+    """Says when something is due again."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._last: dict[str, float] = {}
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start
+
+    def is_due(self, name: str, every_s: float) -> bool:
+        due = self.elapsed_s - self._last.get(name, 0.0) > every_s
+        if due:
+            self._last[name] = self.elapsed_s
+        return due
+
+
+def _logits(prefix: FrozenPrefix, store: FeatureStore, device: torch.device, positions: Tensor) -> Tensor:
+    return prefix.forward(store.read(positions.numpy(), device))

@@ -1,6 +1,6 @@
-"""What a frozen prefix makes of the images of a split, on disk: complete up to a mark, whatever happens meanwhile.
+"""Cached features of one split in one memory-mapped file, complete up to a mark.
 
-Legend: B batch, N images.
+Legend: B batch.
 """
 
 from __future__ import annotations
@@ -19,82 +19,78 @@ from torch import Tensor
 
 from petune.base.files import replace_file
 from petune.data.batches import to_device
+from petune.training.speed.frozen_prefix import Kind
 
-Kind = tuple[tuple[int, ...], torch.dtype]
-"""Shape of one image's value and its dtype."""
-
-MARK = "mark.json"
+DATA_FILE, MARK_FILE = "features.bin", "mark.json"
 
 
-class Store:
-    """Values of N images, one memory-mapped file for each kind of value.
+class FeatureStore:
+    """The features of `count` images: one row of bytes per image.
 
     Args:
-        directory: Made now; what another key has left there is thrown away.
-        key: All that the values depend on.
-        count: N.
-        kinds: What there is of each image.
+        directory: Created if it is missing; features with another key are deleted.
+        key: Identifies everything that the features depend on.
+        count: Number of images.
+        kinds: Shape and dtype of each tensor per image.
+
+    Attributes:
+        done: Images before this one are complete.
 
     Raises:
-        OSError: The directory cannot be written, or has no room.
+        OSError: The directory cannot be written, or the disk is full.
     """
 
     def __init__(self, directory: Path, key: str, count: int, kinds: Sequence[Kind]) -> None:
-        self.directory, self.key, self.count, self.kinds = directory, key, count, tuple(kinds)
-        self.done = self._marked()
+        self.directory = directory
+        self.key = key
+        self.kinds = kinds
+        self._widths = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in kinds]
+        self._shape = (count, sum(self._widths))
+        self.done = self._read_mark()
         if not self.done:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
-        self._rows = [self._map(number, kind) for number, kind in enumerate(self.kinds)]
+            self._allocate()
+        self._rows = np.memmap(directory / DATA_FILE, np.uint8, "r+", shape=self._shape)
 
     def write(self, start: int, values: Sequence[Tensor]) -> None:
-        """Put in the values, (B, …) each, of the images from `start` on."""
-        for rows, value, (shape, dtype) in zip(self._rows, values, self.kinds, strict=True):
-            if tuple(value.shape[1:]) != shape or value.dtype != dtype:
+        """Store the features (B, …) of the images from `start` on."""
+        for value, kind in zip(values, self.kinds, strict=True):
+            if (tuple(value.shape[1:]), value.dtype) != kind:
                 raise ValueError(
-                    f"a value of shape {shape} and {dtype} was to be kept, not {value.shape} {value.dtype}"
+                    f"features have shape {tuple(value.shape)} and {value.dtype}; expected (B, *) of {kind}"
                 )
-            plain = value.detach().to("cpu").contiguous().reshape(len(value), -1).view(torch.uint8)
-            rows[start : start + len(value)] = plain.numpy()
+        rows = torch.cat([v.detach().cpu().reshape(len(v), -1).view(torch.uint8) for v in values], dim=1)
+        self._rows[start : start + len(rows)] = rows.numpy()
 
     def mark(self, done: int) -> None:
-        """All images before `done` are in: what is written is synced first, so the mark never promises too much."""
-        for rows in self._rows:
-            rows.flush()
-        replace_file(self.directory / MARK, json.dumps({"key": self.key, "done": done}).encode())
+        """Declare the images before `done` complete. They are synced first, so that a mark is always true."""
+        self._rows.flush()
+        replace_file(self.directory / MARK_FILE, json.dumps({"key": self.key, "done": done}).encode())
         self.done = done
 
     def read(self, positions: NDArray[np.int64], device: torch.device) -> list[Tensor]:
-        """The values of these images, (B, …) each, on the device."""
+        """Return the features (B, …) of the images at these positions, on `device`."""
+        rows = torch.from_numpy(np.ascontiguousarray(self._rows[positions]))
         values = []
-        for rows, (shape, dtype) in zip(self._rows, self.kinds, strict=True):
-            raw = torch.from_numpy(np.ascontiguousarray(rows[positions])).view(dtype)
-            values.append(to_device(raw.reshape(len(positions), *shape), device))
+        for columns, (shape, dtype) in zip(torch.split(rows, self._widths, dim=1), self.kinds, strict=True):
+            value = columns.contiguous().view(dtype).reshape(len(rows), *shape)
+            values.append(to_device(value, device))
         return values
 
-    def _marked(self) -> int:
+    def _read_mark(self) -> int:
         try:
-            mark = json.loads((self.directory / MARK).read_bytes())
-            whole = all((self.directory / f"{n}.bin").stat().st_size == self._size(k) for n, k in enumerate(self.kinds))
-            return int(mark["done"]) if whole and mark["key"] == self.key else 0
+            mark: dict[str, Any] = json.loads((self.directory / MARK_FILE).read_bytes())
+            complete = (self.directory / DATA_FILE).stat().st_size == self._shape[0] * self._shape[1]
+            return int(mark["done"]) if complete and mark["key"] == self.key else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
-    def _size(self, kind: Kind) -> int:
-        return self.count * bytes_of(kind)
-
-    def _map(self, number: int, kind: Kind) -> np.memmap[Any, np.dtype[np.uint8]]:
-        path = self.directory / f"{number}.bin"
-        if not path.exists():
-            with path.open("wb") as file:
-                # room is taken now: writing to a mapped file on a full disk ends the process (SIGBUS)
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, self._size(kind))
-                else:
-                    file.truncate(self._size(kind))
-        return np.memmap(path, np.uint8, "r+", shape=(self.count, bytes_of(kind)))
-
-
-def bytes_of(kind: Kind) -> int:
-    """Of one image's value."""
-    return torch.Size(kind[0]).numel() * kind[1].itemsize
+    def _allocate(self) -> None:
+        """Take the room on disk now: writing to a mapped file on a full disk kills the process (SIGBUS)."""
+        size = self._shape[0] * self._shape[1]
+        with (self.directory / DATA_FILE).open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)

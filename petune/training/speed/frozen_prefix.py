@@ -1,222 +1,190 @@
-"""What of a forward never changes while training, and a forward without it.
+"""Split a model's forward into a frozen prefix, whose results can be cached, and the rest.
 
-One forward is watched: which modules are called, and which tensors each operation outside of them reads. A module that
-is frozen, in eval mode and reached by no gradient is a pure function of the image: it need not run again. Of such
-modules the outputs that anything else reads are kept (or, where that is less, what enters the modules that read them);
-the others' only have to have the right shape.
+The prefix ends where the first module with trainable parameters is entered: a block, the final norm or the classifier.
+What enters that module is cached. The rest is the model's own forward, run on one blank image: modules of the prefix
+return constants, and where the prefix ends the cached tensor takes the place of what the blank image has become.
 
 Legend: B batch.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from petune.training.speed.record import Call, Recorder, forwards
+from petune.injector.attachment import Attachment
+from petune.injector.hooks.base import first_tensor, with_first_tensor
+from petune.sites.forward import undisturbed
+from petune.sites.recorder import record
 
-WORTH = 0.2
-"""The least share of the model's parameters that a prefix must hold: less is not worth reading from disk."""
+MIN_SHARE = 0.2
+"""The least share of the model's parameters that a prefix must hold; less is not worth reading from disk."""
 
-
-@dataclass(frozen=True)
-class Leaf:
-    """One output of a module that is left out.
-
-    Attributes:
-        shape: Without the batch; None where the value is a constant, which `value` then is.
-        factor: Rows for each image.
-        kept: Its place among the values that are kept for each image; None where nobody reads it.
-    """
-
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype = torch.float32
-    factor: int = 1
-    kept: int | None = None
-    value: Any = None
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape (without the batch) and dtype of a cached tensor."""
 
 
 @dataclass(frozen=True)
-class StandIn:
-    """A module that is left out, and what it returns instead."""
-
-    module: nn.Module
-    leaves: tuple[Leaf, ...]
-    spec: TreeSpec
-
-    def output(self, kept: Sequence[Tensor], rows: int, device: torch.device) -> Any:
-        """What the module would have returned, as far as anybody reads it; blanks for so many images else."""
-        values = []
-        for leaf in self.leaves:
-            if leaf.shape is None:
-                values.append(leaf.value)
-            elif leaf.kept is None:
-                blank = torch.zeros((), dtype=leaf.dtype, device=device)
-                values.append(blank.expand(leaf.factor * rows, *leaf.shape))
-            else:
-                values.append(kept[leaf.kept])
-        return tree_unflatten(values, self.spec)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A module that runs, and the place of its first argument among the values that are kept for each image."""
-
-    module: nn.Module
-    kept: int
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The part of a model that need not run again.
+class FrozenPrefix:
+    """The part of a model that computes the same for an image in every epoch.
 
     Attributes:
         model: The model.
-        stand_ins: The modules that are left out, in the order of the forward.
-        entries: Modules that get what was kept.
-        kept: Shape (without the batch) and dtype of what is kept of each image.
-        image_shape: Of an image, (channels, height, width).
-        lean: Whether what nobody reads is given for one image, whatever the batch: what a model's own code makes of
-            it then costs nothing. A model may need it for as many as there are.
+        entries: Modules whose input is cached, in the order of the forward. The last one is where the prefix ends; a
+            method that reads the input of frozen blocks as well (LST) has more.
+        skipped: Modules that need not run, and what each returns for a blank image.
+        kinds: What is cached per image, one for each entry.
+        image_shape: (channels, height, width).
     """
 
     model: nn.Module
-    stand_ins: tuple[StandIn, ...]
-    entries: tuple[Entry, ...]
-    kept: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    entries: tuple[nn.Module, ...]
+    skipped: Mapping[nn.Module, Any]
+    kinds: tuple[Kind, ...]
     image_shape: tuple[int, ...]
-    lean: bool = False
 
+    @property
     def bytes_per_image(self) -> int:
-        """How much is kept of one image."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.kept)
-
-    def forward(self, kept: Sequence[Tensor]) -> Tensor:
-        """The model's output from what was kept, (B, …) each."""
-        rows, device = 1 if self.lean else len(kept[0]), kept[0].device
-        x_BCHW = torch.zeros((), device=device).expand(rows, *self.image_shape)
-        instead = {s.module: _returning(s.output(kept, rows, device)) for s in self.stand_ins}
-        instead |= {e.module: _entered_by(kept[e.kept], e.module.forward) for e in self.entries}
-        with forwards(instead):
-            out: Tensor = self.model(x_BCHW)
-        return out
+        """How much is cached per image."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.kinds)
 
     def compute(self, x_BCHW: Tensor) -> list[Tensor]:
-        """What is to be kept of these images; the forward ends where the last of it is there."""
-        found: dict[int, Tensor] = {}
+        """Return what is to be cached of these images, (B, …) per entry; the forward stops there."""
+        return _inputs_of(self.entries, self.model, x_BCHW)
 
-        def keep(place: int | None, value: Any) -> None:
-            if place is not None:
-                found[place] = value
-            if len(found) == len(self.kept):
-                raise _Enough
-
-        watched = {e.module: _telling_input(e, keep) for e in self.entries}
-        watched |= {s.module: _telling_output(s, keep) for s in self.stand_ins}
-        with torch.no_grad(), contextlib.suppress(_Enough), forwards(watched):
-            self.model(x_BCHW)
-        return [found[i] for i in range(len(self.kept))]
+    def forward(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the model's output for images whose cached values are given, (B, …) per entry."""
+        blank_1CHW = torch.zeros(1, *self.image_shape, device=values[0].device)
+        constants = {module: _returning(output) for module, output in self.skipped.items()}
+        with _forwards(constants), _entered_with(dict(zip(self.entries, values, strict=True))):
+            out: Tensor = self.model(blank_1CHW)
+        return out
 
 
-class _Enough(Exception):
-    """Ends a forward whose rest is not needed."""
-
-
-def find_prefix(model: nn.Module, images: Callable[[int], Tensor]) -> Prefix | None:
-    """The frozen prefix of a model in train mode, or None where there is none that is worth it.
+def find_prefix(attachment: Attachment, x_BCHW: Tensor) -> FrozenPrefix | None:
+    """Return the frozen prefix of a model, or None if there is none that is worth caching.
 
     Args:
-        model: As it trains; its buffers and the random state are the caller's to put back.
-        images: Makes so many different images.
+        attachment: Its model is in train mode. Random state and buffers are the caller's to restore.
+        x_BCHW: Two different images or more.
     """
-    x = images(5)
-    first, second = (Recorder(model).record(part) for part in (x[:2], x[2:]))
-    calls = first.left_out()
-    if calls is None or not worth_it(model, (p for c in calls for p in first.calls[c].module.parameters())):
+    model = attachment.model
+    entries = _entries(attachment)
+    skipped = _modules_before(entries[-1], attachment) if entries else []
+    if not skipped or any(not _is_frozen(module) for module in skipped):
         return None
-    twins = {c.module: c for c in second.calls}
-    found = [_cut(first, twins, calls, first.entries(calls) if early else {}) for early in (False, True)]
-    return min((p for p in found if p is not None), key=Prefix.bytes_per_image, default=None)
-
-
-def _cut(first: Recorder, twins: dict[nn.Module, Call], calls: set[int], entries: dict[int, int]) -> Prefix | None:
-    """The prefix that is left out with these calls, where what enters some others is kept too."""
-    live, _, entered = first.live(calls, entries)
-    kept: list[tuple[tuple[int, ...], torch.dtype]] = []
-    places: dict[int, int] = {}  # by identity of the tensor
-    chosen = []
-    for number in sorted(entered):
-        call = first.calls[number]
-        if id(call.first) not in places:
-            leaf = _leaf(call.first, twins[call.module].first, {id(call.first)}, kept)
-            if leaf is None or leaf.kept is None:
-                return None
-            places[id(call.first)] = leaf.kept
-        chosen.append(Entry(call.module, places[id(call.first)]))
-    stand_ins = []
-    for number in sorted(calls):
-        call = first.calls[number]
-        leaves = [_leaf(a, b, live, kept) for a, b in zip(call.leaves, twins[call.module].leaves, strict=True)]
-        if any(leaf is None for leaf in leaves) or call.spec is None:
-            return None
-        stand_ins.append(StandIn(call.module, tuple(leaf for leaf in leaves if leaf is not None), call.spec))
-    image = tuple(first.x.shape[1:])
-    return Prefix(first.model, tuple(stand_ins), tuple(chosen), tuple(kept), image) if kept else None
-
-
-def _leaf(a: Any, b: Any, live: set[int], kept: list[tuple[tuple[int, ...], torch.dtype]]) -> Leaf | None:
-    """From an output for two images and for three others; None where it is nothing that can be kept."""
-    if not isinstance(a, Tensor):
-        return Leaf(None, value=a) if a == b else None
-    if a.shape == b.shape and torch.equal(a, b):
-        return Leaf(None, value=a.detach().clone())
-    shape, factor = tuple(a.shape[1:]), a.shape[0] // 2
-    if tuple(b.shape[1:]) != shape or (a.shape[0], b.shape[0]) != (2 * factor, 3 * factor):
+    in_prefix = sum(p.numel() for module in skipped for p in module.parameters())
+    if in_prefix < MIN_SHARE * sum(p.numel() for p in model.parameters()):
         return None
-    if id(a) not in live:
-        return Leaf(shape, a.dtype, factor)
-    if factor != 1:  # rows that are not images: windows
-        return None
-    kept.append((shape, a.dtype))
-    return Leaf(shape, a.dtype, kept=len(kept) - 1)
+    values = _inputs_of(entries, model, x_BCHW)
+    if len(values) != len(entries) or any(len(v) != len(x_BCHW) or v.requires_grad for v in values):
+        return None  # rows that are windows, not images
+    outputs = _outputs_of(skipped, model, torch.zeros_like(x_BCHW[:1]))
+    kinds = tuple((tuple(v.shape[1:]), v.dtype) for v in values)
+    return FrozenPrefix(model, entries, outputs, kinds, tuple(x_BCHW.shape[1:]))
 
 
-def worth_it(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether these are a large enough part of the model's to be worth leaving out."""
-    return sum({id(p): p.numel() for p in parameters}.values()) >= WORTH * sum(p.numel() for p in model.parameters())
+def _entries(attachment: Attachment) -> tuple[nn.Module, ...]:
+    """The first module with trainable parameters, after frozen ones whose input an adapter reads; () if there is none.
+
+    It is looked for among blocks, final norm and classifier: anything that trains elsewhere means no prefix.
+    """
+    sites = attachment.sites
+    candidates = [*sites.blocks, *(sites.parts[role] for role in ("norm", "head") if role in sites.parts)]
+    trainable = {id(p) for p in attachment.model.parameters() if p.requires_grad}
+    inside = [{id(p) for m in site.modules for p in m.parameters()} for site in candidates]
+    start = next((number for number, ids in enumerate(inside) if ids & trainable), None)
+    if start is None or (sites.blocks and start == 0) or trainable - set().union(*inside[start:]):
+        return ()
+    read = {id(site.enter) for placed in attachment.edit_log.placed for site in placed.sites[:-1]}
+    below = [site.enter for site in candidates[:start] if id(site.enter) in read]
+    return (*below, candidates[start].enter)
+
+
+def _modules_before(entry: nn.Module, attachment: Attachment) -> list[nn.Module]:
+    """The outermost modules with parameters that are left before `entry` is entered."""
+    calls = record(attachment.model, attachment.sites.input_size).calls
+    start = next((call.start for call in calls if call.module is entry), 0)
+    before = [call for call in calls if call.stop < start]
+    outermost = [call for call in before if call.parent is not None and call.parent.stop > start]
+    return [call.module for call in outermost if any(True for _ in call.module.parameters())]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    in_train_mode = any(m.training for m in module.modules())
+    return not in_train_mode and not any(p.requires_grad for p in module.parameters())
+
+
+class _Reached(Exception):
+    """Stops a forward whose rest is not needed."""
+
+
+def _inputs_of(entries: Sequence[nn.Module], model: nn.Module, x_BCHW: Tensor) -> list[Tensor]:
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs[module] = first_tensor(args, kwargs)
+        if module is entries[-1]:
+            raise _Reached
+
+    with torch.no_grad(), suppress(_Reached), _hooked(dict.fromkeys(entries, keep)):
+        model(x_BCHW)
+    return [inputs[entry] for entry in entries if entry in inputs]
+
+
+def _outputs_of(modules: Sequence[nn.Module], model: nn.Module, x_BCHW: Tensor) -> dict[nn.Module, Any]:
+    outputs: dict[nn.Module, Any] = {}
+
+    def recording(module: nn.Module) -> Callable[..., Any]:
+        original = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            outputs[module] = original(*args, **kwargs)
+            return outputs[module]
+
+        return forward
+
+    with torch.no_grad(), undisturbed(model), _forwards({module: recording(module) for module in modules}):
+        model(x_BCHW)
+    return outputs
+
+
+def _entered_with(values: Mapping[nn.Module, Tensor]) -> Any:
+    def replacing(value: Tensor) -> Callable[..., Any]:
+        return lambda module, args, kwargs: with_first_tensor(args, kwargs, value)
+
+    return _hooked({module: replacing(value) for module, value in values.items()})
 
 
 def _returning(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def _entered_by(kept: Tensor, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda _, *args, **kwargs: forward(kept, *args, **kwargs)
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these pre-hooks run, before those of any adapter."""
+    with ExitStack() as stack:
+        for module, hook in hooks.items():
+            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
-def _telling_input(entry: Entry, keep: Callable[[int | None, Any], None]) -> Callable[..., Any]:
-    original = entry.module.forward
-
-    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        keep(entry.kept, x)
-        return original(x, *args, **kwargs)
-
-    return forward
-
-
-def _telling_output(stand_in: StandIn, keep: Callable[[int | None, Any], None]) -> Callable[..., Any]:
-    original = stand_in.module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        for leaf, value in zip(stand_in.leaves, tree_flatten(out)[0], strict=True):
-            keep(leaf.kept, value)
-        return out
-
-    return forward
+@contextmanager
+def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these modules have another `forward`; their hooks still run."""
+    own = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, before in own.items():
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before

@@ -1,4 +1,4 @@
-"""What glibc does with freed activations while training on a CPU."""
+"""Keep freed activations in the process while training on a CPU, so that the next step need not page them in again."""
 
 from __future__ import annotations
 
@@ -7,47 +7,45 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""glibc's malloc.h."""
-LARGEST = 32 << 20
-"""From this size on glibc always asks the system; it takes no more."""
-LEAN = 16 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h."""
+NEVER_TRIM = -1
+MAX_MMAP_THRESHOLD = 32 << 20
+"""The most that glibc accepts; it asks the system for each larger block anyway."""
+LEAN_THRESHOLD = 16 << 20
 
 
 @contextmanager
 def keep_heap(lean: bool) -> Iterator[bool]:
-    """Inside, freed memory stays with the process, so that the next step need not fault it in again, page by page.
-
-    By itself glibc moves both of its thresholds with what it happens to free. On the machine of docs/speed.md that
-    costs 3 to 10 % of a step of AdaptFormer, and a peak between 3.4 and 4.9 GB where it is 3.5 with fixed ones (ViT-B
-    at 224, batch 32).
+    """Inside, glibc keeps freed memory; docs/decisions.md has what this saves.
 
     Args:
-        lean: Memory counts more than time: large activations go back to the system at once, since a heap is left with
-            gaps. With recomputed blocks 1.84 GB instead of 2.4, and 12.9 s a step instead of 11.3.
+        lean: Memory matters more than time. Large activations go back to the system at once, because a kept heap has
+            gaps: with checkpointed blocks of ViT-B 1.84 GB instead of 2.4, and 12.9 s per step instead of 11.3.
 
     Yields:
-        Whether it does anything: not where malloc is not glibc's, or the user has set it.
+        False if it does nothing: malloc is not glibc's, or the user has configured it.
     """
     libc = _glibc()
     if libc is None:
         yield False
         return
-    libc.mallopt(MMAP_THRESHOLD, LEAN if lean else LARGEST)
-    libc.mallopt(TRIM_THRESHOLD, LEAN if lean else -1)  # -1: never
+    libc.mallopt(M_MMAP_THRESHOLD, LEAN_THRESHOLD if lean else MAX_MMAP_THRESHOLD)
+    libc.mallopt(M_TRIM_THRESHOLD, LEAN_THRESHOLD if lean else NEVER_TRIM)
     try:
         yield True
-    finally:  # where glibc's own thresholds end up; fixed from now on, which glibc cannot take back
-        libc.mallopt(MMAP_THRESHOLD, LARGEST)
-        libc.mallopt(TRIM_THRESHOLD, 2 * LARGEST)
+    finally:  # where glibc's own thresholds end up by themselves; glibc does not adapt them any more
+        libc.mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * MAX_MMAP_THRESHOLD)
         libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
+    """The C library if it is glibc and no variable of the user configures its malloc."""
     if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
     try:
-        found = os.confstr("CS_GNU_LIBC_VERSION")
+        version = os.confstr("CS_GNU_LIBC_VERSION")
     except (ValueError, AttributeError, OSError):  # macOS, Windows, musl
         return None
-    return ctypes.CDLL(None) if found and found.startswith("glibc") else None
+    return ctypes.CDLL(None) if version and version.startswith("glibc") else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.training.speed import malloc, onednn_linear
+from petune.training.speed import onednn_linear
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.malloc import keep_heap
 from petune.training.speed.onednn_linear import use_onednn_linear
@@ -24,18 +24,20 @@ from tests.tiny import randomised, tiny
 from tests.training.steps import logits_of, same, step
 
 try:
-    onednn_linear._forward(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
+    onednn_linear.linear(torch.ones(2, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None)
 except (RuntimeError, AttributeError):  # pragma: no cover
-    pytest.skip("this processor, or this torch, has no such product", allow_module_level=True)
+    pytest.skip("this processor, or this torch, has no such kernel", allow_module_level=True)
 
 LAYERS = 8  # of two blocks
+with keep_heap(lean=False) as GLIBC:
+    """Whether malloc is glibc's and not configured by the user."""
 
 
 @contextmanager
-def _fast(att: petune.Attachment, batch_size: int = 2) -> Iterator[int]:
+def _fast(att: petune.Attachment, scale: float = 1) -> Iterator[int]:
     with ExitStack() as stack:
         stack.enter_context(store_in_bf16(att.model, logits_of(att.model)))
-        yield stack.enter_context(use_onednn_linear(att.model, logits_of(att.model), batch_size))
+        yield stack.enter_context(use_onednn_linear(att.model, logits_of(att.model), scale))
 
 
 def _attached(method: str, **options: object) -> petune.Attachment:
@@ -46,7 +48,7 @@ def _attached(method: str, **options: object) -> petune.Attachment:
 
 
 def _changed(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, onednn_linear._Fast)]
+    return [m for m in model.modules() if isinstance(m, onednn_linear.OnednnLinear)]
 
 
 METHODS: dict[str, tuple[dict[str, object], int]] = {
@@ -56,10 +58,10 @@ METHODS: dict[str, tuple[dict[str, object], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("laid_out", [True, False])
+@pytest.mark.parametrize("reorder", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_and_gradients_are_the_same_bits(method: str, laid_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn_linear, "_worth_it", lambda layer, rows: laid_out)
+def test_logits_and_gradients_are_the_same_bits(method: str, reorder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn_linear, "should_reorder", lambda layer, rows: reorder)
     options, layers = METHODS[method]
     att = _attached(method, **options)
     plain = step(att, bf16=True)
@@ -96,22 +98,22 @@ def test_rows_that_do_not_lie_behind_each_other() -> None:
         return turned()[0]
 
     expected = turned()
-    with store_in_bf16(model, logits), use_onednn_linear(model, logits, 2) as count:
+    with store_in_bf16(model, logits), use_onednn_linear(model, logits, 1) as count:
         assert count == 4
         assert all(torch.equal(a, b) for a, b in zip(turned(), expected, strict=True))
 
 
-def test_few_rows_or_a_small_weight_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_kept_of_small_weights_and_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = onednn_linear._worth_it
-    monkeypatch.setattr(onednn_linear, "_worth_it", lambda layer, rows: seen.append(rows) or original(layer, rows))
-    with _fast(_attached("adaptformer"), batch_size=10):
+    original = onednn_linear.should_reorder
+    monkeypatch.setattr(onednn_linear, "should_reorder", lambda layer, rows: seen.append(rows) or original(layer, rows))
+    with _fast(_attached("adaptformer"), scale=5):
         assert set(seen) == {10 * 17}
     large, small = nn.Linear(1024, 1024), nn.Linear(24, 24)
     assert [original(layer, rows) for layer in (large, small) for rows in (100, 100_000)] == [True, False, True, True]
 
 
-def _only_of_wide_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _only_of_two_dimensions(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim > 2:
             raise RuntimeError("could not create a primitive descriptor")
@@ -124,13 +126,13 @@ def _only_of_wide_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]
 def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, backward = onednn_linear._forward, onednn_linear._Weights.backward
+    original, backward = onednn_linear.linear, onednn_linear.Weights.backward
     if wrong == "forward":
-        monkeypatch.setattr(onednn_linear, "_forward", lambda *args: original(*args) * 1.01)
+        monkeypatch.setattr(onednn_linear, "linear", lambda *args: original(*args) * 1.01)
     elif wrong == "backward":
-        monkeypatch.setattr(onednn_linear._Weights, "backward", lambda *args: backward(*args) * 1.01)
+        monkeypatch.setattr(onednn_linear.Weights, "backward", lambda *args: backward(*args) * 1.01)
     else:
-        monkeypatch.setattr(onednn_linear, "_forward", _only_of_wide_rows(original))
+        monkeypatch.setattr(onednn_linear, "linear", _only_of_two_dimensions(original))
     att = _attached("adaptformer")
     plain = step(att, bf16=True)
     with _fast(att) as count:
@@ -142,10 +144,10 @@ def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) ->
     def missing(*args: object) -> Tensor:
         raise RuntimeError("mkldnn bf16 path needs a cpu with avx512")
 
-    monkeypatch.setattr(onednn_linear, "_forward", missing)
+    monkeypatch.setattr(onednn_linear, "linear", missing)
     with _fast(_attached("adaptformer")) as count:
         assert count == 0
-    monkeypatch.setattr(onednn_linear, "_has_kernels", lambda: False)
+    monkeypatch.setattr(onednn_linear, "has_kernel", lambda: False)
     with _fast(_attached("adaptformer")) as count:
         assert count == 0
 
@@ -165,7 +167,7 @@ def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
     layer = model[0]
     with (
         torch.autocast("cpu", torch.bfloat16),
-        use_onednn_linear(model, lambda: layer(input=x), 2) as count,
+        use_onednn_linear(model, lambda: layer(input=x), 1) as count,
     ):
         assert count == 1
         plain = layer(input=x)
@@ -177,11 +179,16 @@ def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
     assert type(layer) is nn.Linear
 
 
-def test_weights_are_laid_out_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
-    original = onednn_linear._Weights.of
-    monkeypatch.setattr(onednn_linear._Weights, "of", lambda *args: kept.append(args[2]) or original(*args))
-    monkeypatch.setattr(onednn_linear, "ROOM", 4 * 24 * 24 * (3 + 1 + 4))
+
+    class Noting(onednn_linear.Weights):
+        def __init__(self, weight: Tensor, rows: int, reorder: bool) -> None:
+            kept.append(reorder)
+            super().__init__(weight, rows, reorder)
+
+    monkeypatch.setattr(onednn_linear, "Weights", Noting)
+    monkeypatch.setattr(onednn_linear, "memory_for_copies", lambda: 4 * 24 * 24 * (3 + 1 + 4))
     with _fast(_attached("adaptformer")) as count:
         assert count == LAYERS
     assert kept == [True, True, True, *[False] * 5]
@@ -194,10 +201,10 @@ def test_layers_come_back_after_an_error() -> None:
     assert _changed(att.model) == []
 
 
-def test_outside_of_autocast_a_layer_says_what_it_said() -> None:
+def test_outside_of_autocast_a_layer_raises_as_before() -> None:
     model = nn.Linear(8, 8).to(torch.bfloat16).requires_grad_(False)
     x = torch.randn(2, 8)
-    with use_onednn_linear(model, lambda: model(x.bfloat16()), 2) as count:
+    with use_onednn_linear(model, lambda: model(x.bfloat16()), 1) as count:
         assert count == 1
         with pytest.raises(RuntimeError, match="same dtype"):
             model(x)
@@ -207,7 +214,8 @@ FAULTS = """
 import resource, sys, torch
 from petune.training.speed.malloc import keep_heap
 with keep_heap(lean=sys.argv[1] == "lean") as on:
-    torch.ones(5 << 20)
+    for _ in range(20):
+        torch.ones(5 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(5 << 20)
@@ -215,8 +223,8 @@ with keep_heap(lean=sys.argv[1] == "lean") as on:
 """
 
 
-@pytest.mark.skipif(malloc._glibc() is None, reason="malloc is not glibc's, or set by the user")
-@pytest.mark.parametrize(("kind", "low", "high"), [("kept", 0, 20_000), ("lean", 40_000, 10**6)])
+@pytest.mark.skipif(not GLIBC, reason="malloc is not glibc's, or set by the user")
+@pytest.mark.parametrize(("kind", "low", "high"), [("kept", 0, 5_120), ("lean", 40_000, 10**6)])
 def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back(kind: str, low: int, high: int) -> None:
     # of 51,200 pages; in a process of its own, since a heap with room is used whatever the thresholds
     done = subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True)

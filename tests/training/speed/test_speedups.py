@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import petune
 from petune.base.errors import ConfigError
 from petune.training.speed.bf16_weights import store_in_bf16
-from petune.training.speed.recompute import checkpointable, recomputed
+from petune.training.speed.grad_checkpointing import checkpoint_blocks, checkpointable
 from tests.tiny import X, tiny
 from tests.training.steps import logits_of, same, step
 
@@ -57,7 +57,7 @@ def test_recomputed_blocks_give_the_same_logits_and_gradients(method: str) -> No
     att = _attached(method)
     plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
-    with recomputed(att) as count:
+    with checkpoint_blocks(att) as count:
         again = [step(att) for _ in range(2)]
     assert count == 2
     assert same(again[0], plain)
@@ -71,7 +71,7 @@ def test_recomputed_blocks_give_the_same_logits_and_gradients(method: str) -> No
 def test_a_model_without_blocks_to_recompute_is_told() -> None:
     att = _attached("lst")
     assert checkpointable(att) == []
-    with pytest.raises(ConfigError, match="grad_checkpointing needs blocks"), recomputed(att):
+    with pytest.raises(ConfigError, match="grad_checkpointing is not possible"), checkpoint_blocks(att):
         pass
 
 
@@ -94,7 +94,7 @@ def test_recomputed_blocks_of_other_libraries(make: Callable[[], nn.Module]) -> 
     att = _attached("adaptformer", make())
     plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
-    with recomputed(att) as count:
+    with checkpoint_blocks(att) as count:
         assert same(step(att), plain)
     assert (count, len(calls)) == (2, 2)
 
@@ -104,7 +104,7 @@ def test_nothing_is_recomputed_and_no_gradient_flows_below_the_lowest_tuner() ->
     frozen, trained = (_counted(att.sites.blocks[i].enter) for i in (0, 2))
     below: list[bool] = []
     att.sites.blocks[2].enter.register_forward_pre_hook(lambda m, args: below.append(args[0].requires_grad))
-    with recomputed(att):
+    with checkpoint_blocks(att):
         step(att)
     assert (len(frozen), len(trained)) == (1, 2)
     assert not any(below)
@@ -217,7 +217,7 @@ def test_recomputed_blocks_compile_into_one_graph() -> None:
         return graph.forward
 
     compiled = torch.compile(att.model, backend=backend, fullgraph=True)
-    with recomputed(att), torch._dynamo.config.patch({"skip_fwd_side_effects_in_bwd_under_checkpoint": True}):
+    with checkpoint_blocks(att), torch._dynamo.config.patch({"skip_fwd_side_effects_in_bwd_under_checkpoint": True}):
         att.model, model = compiled, att.model
         found = step(att)
     att.model = model
@@ -244,7 +244,7 @@ def test_running_statistics_move_once_a_step() -> None:
         att = petune.attach(model, "full", input_size=(3, 64, 64))
         att.train()
         x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        with recomputed(att) if again else nullcontext():
+        with checkpoint_blocks(att) if again else nullcontext():
             for _ in range(2):
                 step(att, x)
         states.append(dict(att.model.named_buffers()))

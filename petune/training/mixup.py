@@ -1,0 +1,71 @@
+"""Mixup and CutMix by timm, with random numbers derived from (seed, step).
+
+Legend: B batch, C classes or channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from petune.base.errors import ConfigError
+from petune.data.batches import Batch
+from petune.training.config import TrainConfig
+from petune.training.randomness import step_seed
+
+
+class BatchMixer:
+    """Mixes the images of a batch, or passes them on if neither mixup nor cutmix is on.
+
+    Args:
+        config: `mixup`, `cutmix` and `label_smoothing`.
+        num_classes: C.
+        batch_size: Images per optimizer step. timm mixes each image with its mirror position, so it must be even.
+        seed: The run's seed.
+        part: The images of a batch that this process trains on.
+
+    Attributes:
+        reads: The images of a batch that have to be read: all of them if they are mixed with each other.
+        label_smoothing: What is left for the loss to apply; timm smooths mixed targets itself.
+
+    Raises:
+        ConfigError: An odd batch size with mixup or cutmix.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, batch_size: int, seed: int, part: slice) -> None:
+        self.seed = seed
+        self.part = part
+        self.reads = part
+        self.label_smoothing = config.label_smoothing
+        self._mixup: Any = None
+        if not (config.mixup or config.cutmix):
+            return
+        if batch_size % 2:
+            raise ConfigError(
+                f"mixup and cutmix need an even batch size, but it is {batch_size}. Use another train.batch_size",
+                cli_hint="Set it with --batch-size",
+            )
+        from timm.data import Mixup
+
+        self.reads = slice(None)
+        self.label_smoothing = 0.0
+        self._mixup = Mixup(
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            label_smoothing=config.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Return this process's images (B, 3, H, W) and targets: labels (B,), or probabilities (B, C) if mixed."""
+        if self._mixup is None:
+            return batch.x_BCHW, batch.y_B
+        state = np.random.get_state()
+        np.random.seed(step_seed(self.seed, step) % 2**32)  # timm draws from numpy's global generator
+        try:
+            x_BCHW, target_BC = self._mixup(batch.x_BCHW, batch.y_B)
+        finally:
+            np.random.set_state(state)
+        return x_BCHW[self.part], target_BC[self.part]

@@ -1,0 +1,88 @@
+"""What training changes, as one object that a checkpoint is made from and restored to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from petune.base.errors import CheckpointError
+from petune.training.checkpoint import BUFFER, Checkpoint
+from petune.training.evaluate import Accuracy
+from petune.training.progress import Progress
+
+
+class TrainState:
+    """Parameters, buffers, optimizer and progress of a training, and the tensors of the best epoch.
+
+    Args:
+        model: Its buffers are part of the state.
+        params: Everything that trains, by state_dict key.
+        optimizer: Of these parameters.
+        keep: Whether the best epoch or the last one is kept.
+
+    Attributes:
+        progress: How far the training is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        keep: Literal["best", "last"],
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.optimizer = optimizer
+        self.keep = keep
+        self.progress = Progress()
+        self.best: Mapping[str, Tensor] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters that train and all buffers, by key."""
+        return {**self.params, **{f"{BUFFER}{name}": buffer for name, buffer in self.model.named_buffers()}}
+
+    def record(self, val: Accuracy) -> None:
+        """Note the accuracy at the end of an epoch; if it is the best, or the last one is kept, keep this epoch."""
+        p = self.progress
+        if self.keep == "best" and val.top1 <= p.best_top1:
+            return
+        p.best_epoch = p.epoch + 1
+        p.best_top1 = val.top1
+        p.best_top5 = val.top5
+        if self.keep == "best":
+            self.best = {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
+
+    def restore_best(self) -> None:
+        """Give the model the tensors of the kept epoch."""
+        if self.best:
+            copy_tensors(self.best, self.tensors())
+
+    def checkpoint(self) -> Checkpoint:
+        """Return everything that a resume needs."""
+        return Checkpoint(self.tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress))
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: It is of another model, method or dataset.
+        """
+        tensors = self.tensors()
+        if {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
+            raise CheckpointError("the checkpoint is of another model, method or dataset. Use another run directory")
+        copy_tensors(checkpoint.tensors, tensors)
+        self.best = {key: tensor.to(tensors[key].device) for key, tensor in checkpoint.best.items()}
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.progress = Progress(**checkpoint.progress)
+
+
+def copy_tensors(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copy the values of tensors with the same key."""
+    with torch.no_grad():
+        for key, target in targets.items():
+            target.copy_(sources[key])
