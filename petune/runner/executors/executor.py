@@ -26,7 +26,7 @@ from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir
-from petune.training import Event
+from petune.training.events import Event
 
 TRACEBACK_SUFFIX = ".traceback.txt"
 ENVIRONMENT_ERRORS = (DataError, WeightsUnavailable, HubError, CheckpointError)

@@ -13,7 +13,7 @@ from petune.base.config import Config
 from petune.base.errors import UsageError
 from petune.runner.executors.executor import RUN, Failure, Work, attempt
 from petune.runner.run_config import RunConfig
-from petune.training import Event
+from petune.training.events import Event
 
 FORWARDED = ("PETUNE_", "HF_", "TORCH_")
 """Prefixes of environment variables that workers get from here: where data and weights are."""
