@@ -12,7 +12,7 @@ from petune.base.text import html_table
 from petune.runner.compare import CompareConfig, Comparison, Row
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
-from petune.serving.evaluation.measures import measured
+from petune.serving.evaluation import compute_metrics
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 EVIL = "<img src=x onerror=alert(1)>\u202e"
@@ -77,7 +77,7 @@ def test_an_evaluation_is_a_table_of_text() -> None:
     import torch
 
     about = {"method": "m", "dataset": EVIL, "split": "test", "source": "s", "precision": "fp32"}
-    found = measured(torch.eye(2), torch.tensor([0, 1]), (EVIL, "b"), **about)
+    found = compute_metrics(torch.eye(2), torch.tensor([0, 1]), (EVIL, "b"), **about)
     assert Tags(found._repr_html_()).seen <= TABLE
     assert found._repr_html_().count("&lt;img") == 2
 

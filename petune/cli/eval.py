@@ -54,7 +54,7 @@ def evaluate(
 
     Writes eval.json, a confusion matrix and a reliability diagram.
     """
-    from petune.serving.evaluation import evaluate as evaluate_run, write
+    from petune.serving.evaluation import evaluate as evaluate_run, write_evaluation
 
     source = user_path(source)
     evaluation = evaluate_run(
@@ -76,7 +76,7 @@ def evaluate(
     if directory is None:
         print_status("nothing was written into the adapter directory; use --output DIR for eval.json and the figures")
         return
-    for file in write(evaluation, directory, format):  # after printing, so that a full disk loses no numbers
+    for file in write_evaluation(evaluation, directory, format):  # after printing, so that a full disk loses no numbers
         print_status(one_line(f"wrote {file}"))
 
 

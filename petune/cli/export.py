@@ -39,7 +39,7 @@ def export(
     from petune.serving.export import export as export_model
 
     exported = export_model(
-        user_path(source), user_path(file), to=format, weights=weights, trust_remote_code=trust_remote_code
+        user_path(source), user_path(file), format=format, weights=weights, trust_remote_code=trust_remote_code
     )
     if json:
         print_json(asdict(exported))

@@ -46,7 +46,7 @@ def predict(
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     unreadable = _print_lines(predictions) if json else _print_table(predictions)
     for prediction in unreadable:
-        print_status(clean(f"error: {prediction.problem}"))
+        print_status(clean(f"error: {prediction.error}"))
     if unreadable:
         raise typer.Exit(4)
 
@@ -56,8 +56,8 @@ def _print_lines(predictions: Iterable[Prediction]) -> list[Prediction]:
     unreadable = []
     for prediction in predictions:
         line: dict[str, Any] = {"image": prediction.image}
-        if prediction.problem:
-            line["error"] = prediction.problem
+        if prediction.error:
+            line["error"] = prediction.error
             unreadable.append(prediction)
         else:
             line["top"] = [
@@ -71,7 +71,7 @@ def _print_table(predictions: Iterable[Prediction]) -> list[Prediction]:
     """Print the predictions as a table; return those of unreadable images."""
     rows, unreadable = [], []
     for prediction in predictions:
-        if prediction.problem:
+        if prediction.error:
             unreadable.append(prediction)
         else:
             rows.append(_row(prediction))

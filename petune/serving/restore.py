@@ -1,4 +1,4 @@
-"""From an adapter directory that a run wrote back to the model: the backbone built again, the adapter on it."""
+"""Rebuild the model of a run from its adapter directory: the backbone, with the adapter loaded."""
 
 from __future__ import annotations
 
@@ -19,106 +19,118 @@ from petune.runner.run_dir import why_no_adapter
 
 @dataclass(frozen=True)
 class Restored:
-    """A trained model.
+    """The model of a run.
 
     Attributes:
-        backbone: With the adapter on its model.
+        backbone: Its model has the adapter attached.
         attachment: The adapter.
-        card: What the run said of itself: backbone, classes, preprocess, dataset, test.
+        metadata: What the run recorded: backbone, classes, preprocess, dataset, test.
     """
 
     backbone: Backbone
     attachment: Attachment
-    card: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def restore(path: Path, weights: str | None = None, *, trust_remote_code: bool = False) -> Restored:
-    """Build the backbone of a run again and load its adapter.
+    """Rebuild the backbone of a run and load its adapter.
 
     Args:
         path: A run directory, or the adapter directory in it.
         weights: Where the backbone's weights are now; None takes them from where the run did.
-        trust_remote_code: Call the function that builds the backbone, where it is `package.module:factory`.
+        trust_remote_code: Allow a backbone that is built by the function `package.module:factory`.
 
     Raises:
-        CheckpointError: See `read_run` and `refuse_code`.
-        BackboneMismatch, WeightsUnavailable: The weights are others, or are not there any more.
+        CheckpointError: There is no adapter, it is damaged, or it needs code that is not trusted.
+        BackboneMismatch: The weights are different ones.
+        WeightsUnavailable: The weights are no longer available.
     """
-    saved = read_run(path)
-    backbone = plain_backbone(saved, weights, trust_remote_code=trust_remote_code)
+    saved = read_run_adapter(path)
+    backbone = rebuild_backbone(saved, weights, trust_remote_code=trust_remote_code)
     return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
 
 
-def read_run(path: Path) -> SavedAdapter:
-    """The adapter of a run, which says in its `metadata` which backbone it belongs to and what its classes are.
+def read_run_adapter(path: Path) -> SavedAdapter:
+    """Read the adapter of a run, whose metadata describes its backbone and its classes.
 
     Args:
         path: A run directory, or the adapter directory in it.
 
     Raises:
-        CheckpointError: No adapter, a damaged one, or one that was saved without saying that.
+        CheckpointError: There is no adapter, it is damaged, or its metadata lacks the description.
     """
-    place = adapter_path(expand_home(path))
-    if not (place / CONFIG_FILE).is_file():
-        raise CheckpointError(why_no_adapter(place))
-    saved = read_adapter(place)
+    directory = find_adapter(path)
+    saved = read_adapter(directory)
     if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
         raise CheckpointError(
-            f"{place} must say which backbone it belongs to, as adapters of `petune run` do, but does not. Build the "
-            "model yourself, and petune.load(model, directory)"
+            f"{directory} does not record its backbone, because it was not saved by `petune run`. Build the model "
+            "yourself and call petune.load(model, directory)"
         )
     return saved
 
 
-def plain_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
-    """The backbone that an adapter belongs to, nothing attached; `petune.AdapterBank` takes its model.
-
-    Args:
-        saved: Of `read_run`.
-        weights, trust_remote_code: As for `restore`.
+def find_adapter(path: Path) -> Path:
+    """Return the adapter directory of a run directory, or the path itself if it is one.
 
     Raises:
-        WeightsUnavailable: The weights are not there any more.
-        CheckpointError: What is said of the backbone cannot be read; see `refuse_code` too.
+        CheckpointError: It is neither; the message says what the directory is.
+    """
+    directory = adapter_path(expand_home(path))
+    if not (directory / CONFIG_FILE).is_file():
+        raise CheckpointError(why_no_adapter(directory))
+    return directory
+
+
+def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
+    """Rebuild the backbone of an adapter, with nothing attached; `petune.AdapterBank` takes its model.
+
+    Args:
+        saved: From `read_run_adapter`.
+        weights, trust_remote_code: See `restore`.
+
+    Raises:
+        WeightsUnavailable: The weights are no longer available.
+        CheckpointError: The description of the backbone is damaged, or it needs code that is not trusted.
     """
     if not trust_remote_code:
-        refuse_code(saved, str(saved.path))
-    card = saved.config["metadata"]
-    said = card["backbone"]
+        check_no_user_code(saved, str(saved.path))
+    metadata = saved.config["metadata"]
+    recorded = metadata["backbone"]
     try:
-        built = {key: said[key] for key in ("image_size", "patch_size", "options", "head")}
-        name, source = said["name"], weights or said.get("weights_option", "default")
+        arguments = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
+        name = recorded["name"]
+        source = weights or recorded.get("weights_option", "default")
+        seed = recorded.get("seed", 0)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{saved.path} must say how its backbone was built, but: {error!r}") from None
+        raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
     try:
-        return create_backbone(
-            name, weights=source, num_classes=len(card["classes"]), seed=said.get("seed", 0), **built
-        )
+        return create_backbone(name, weights=source, num_classes=len(metadata["classes"]), seed=seed, **arguments)
     except WeightsUnavailable as error:
         if weights is not None:
             raise
         raise WeightsUnavailable(
-            f"the weights that {saved.path} was trained on must be there; say where they are by --weights (in Python "
-            f"weights=…). {error}"
+            f"the weights that {saved.path} was trained on are not available: {error}. Say where they are with "
+            "weights=…",
+            cli_hint="Name them with --weights",
         ) from error
 
 
-def refuse_code(saved: SavedAdapter, where: str) -> None:
-    """Refuse a backbone named `package.module:factory`: that is a call of any function, with any arguments.
+def check_no_user_code(saved: SavedAdapter, source: str) -> None:
+    """Refuse a backbone named `package.module:factory`, which calls any function with any arguments.
 
     Args:
-        saved: An adapter, perhaps somebody else's.
-        where: It came from.
+        saved: An adapter, perhaps from someone else.
+        source: Where it came from, for the message.
 
     Raises:
-        CheckpointError: Its backbone is built by code that does not come with petune, timm, torchvision, transformers.
+        CheckpointError: Its backbone is built by code outside petune, timm, torchvision and transformers.
     """
     backbone = saved.config["metadata"].get("backbone")
-    said = backbone if isinstance(backbone, Mapping) else {}
-    name, options = str(said.get("name", "")), said.get("options")
+    recorded = backbone if isinstance(backbone, Mapping) else {}
+    name, options = str(recorded.get("name", "")), recorded.get("options")
     if calls_user_code(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
         raise CheckpointError(
-            f"{where} has its backbone built by {name}, code that using it would run here. If you know that code, add "
-            "--trust-remote-code (in Python trust_remote_code=True); else build the model yourself, and "
-            "petune.load(model, directory)"
+            f"{source} has a backbone that is built by {name}, code that would run here. If you trust that code, use "
+            "trust_remote_code=True. Otherwise build the model yourself and call petune.load(model, directory)",
+            cli_hint="Add --trust-remote-code if you trust it",
         )

@@ -35,7 +35,7 @@ from petune.base.errors import CheckpointError, HubError, PetuneError, UsageErro
 from petune.base.files import MANIFEST, manifest_bytes, write_directory
 from petune.base.hub import hub_url, why_unreachable
 from petune.runner.run_dir import why_no_adapter
-from petune.serving.restore import refuse_code
+from petune.serving.restore import check_no_user_code
 from petune.serving.transfer import directory_size, small_chunks, while_progressing
 
 MOST_BYTES = {CONFIG_FILE: 8 << 20, TENSOR_FILE: 16 << 30, CARD_FILE: 1 << 20, MANIFEST: 1 << 20}
@@ -147,7 +147,7 @@ def pull(
         _download(repo, info.sha, listed, scratch)
         saved = _read(repo, scratch, listed)
         if not trust_remote_code:
-            refuse_code(saved, repo)
+            check_no_user_code(saved, repo)
         files = {name: (scratch / name).read_bytes() for name in listed if name != MANIFEST}
     except OSError as error:
         raise CheckpointError(f"cannot write beside {target}: {error.strerror or error}; name another place") from None

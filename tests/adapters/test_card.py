@@ -16,7 +16,7 @@ from torch import nn
 import petune
 from petune.adapters.card import public_metadata
 from petune.base.text import escape_markdown, hide_folders
-from petune.serving.restore import plain_backbone, read_run
+from petune.serving.restore import read_run_adapter, rebuild_backbone
 from tests.tiny import X, randomised, tiny
 
 MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_images": 360}, "dataset": "digits", "method": "vpt:deep=false"}
@@ -89,7 +89,7 @@ def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypat
     exec(whole, names)
     assert capsys.readouterr().out.startswith("image.png (Guess(name='")
     plain = names["predictor"].model
-    again = plain_backbone(read_run(digits)).model
+    again = rebuild_backbone(read_run_adapter(digits)).model
     inner: dict[str, Any] = {"model": again}
     exec(own, inner)
     x = torch.randn(2, 3, 32, 32)

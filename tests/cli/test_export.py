@@ -1,4 +1,4 @@
-"""`petune export`: each format computes what the model computed, holds no pickle, and what cannot be is refused."""
+"""`petune export`: each format computes what the model computes, without pickles; impossible exports are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from torch import nn
 
 import petune as public
 from petune.base.errors import ExportError
-from petune.serving.export.formats import onnx_file, pickled_parts, probe_of, torch_file
+from petune.serving.export.onnx_format import onnx_file
+from petune.serving.export.torch_format import find_pickles, torch_file
+from petune.serving.export.traced import OutputCheck
 from tests.trained import CLASSES, saved_run
 
 Run = Callable[..., Any]
@@ -48,10 +50,10 @@ def test_a_torch_program(method: str, options: dict[str, object], merged: bool, 
     assert json.loads(extra["petune"])["classes"] == list(CLASSES)
     names = [key for key in program.state_dict() if "petune_" in key]
     assert bool(names) != merged
-    assert not pickled_parts((tmp_path / "out.pt2").read_bytes())
+    assert not find_pickles((tmp_path / "out.pt2").read_bytes())
 
 
-def test_a_file_says_what_becomes_of_a_image_first(tmp_path: Path) -> None:
+def test_a_file_describes_the_preprocessing(tmp_path: Path) -> None:
     from PIL import Image
     from torch.nn import functional as F
 
@@ -120,7 +122,7 @@ def test_plain_weights(petune: Run, tmp_path: Path, method: str) -> None:
         assert json.loads(opened.metadata()["petune"])["classes"] == list(CLASSES)
 
 
-def test_plain_weights_are_weights_for_the_next_run(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_plain_weights_can_start_another_run(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
     saved_run(tmp_path / "a", "bitfit")
     assert petune("export", "a", "plain.safetensors").code == 0
     again = petune(
@@ -129,7 +131,7 @@ def test_plain_weights_are_weights_for_the_next_run(petune: Run, tiny: tuple[str
     assert again.code == 0, again.err
 
 
-def test_what_cannot_be_is_refused(petune: Run, tmp_path: Path) -> None:
+def test_impossible_exports_are_refused(petune: Run, tmp_path: Path) -> None:
     saved_run(tmp_path / "a", "adaptformer")
     done = petune("export", "a", "plain.safetensors")
     assert (done.code, done.out) == (1, "")
@@ -146,17 +148,17 @@ def test_what_cannot_be_is_refused(petune: Run, tmp_path: Path) -> None:
     assert (none.code, "adapter directory" in none.err) == (4, True)
 
 
-def test_an_adapter_that_does_not_know_its_backbone(petune: Run, tmp_path: Path) -> None:
+def test_an_adapter_without_a_recorded_backbone(petune: Run, tmp_path: Path) -> None:
     from petune.plugin_dev.tiny_models import tiny_timm
 
     public.attach(tiny_timm(), "bitfit").save(tmp_path / "a")
     done = petune("export", "a", "plain.safetensors")
     assert done.code == 4
-    assert "must say which backbone" in done.err
+    assert "does not record its backbone" in done.err
 
 
-class Fickle(nn.Module):
-    """Another function of its second batch, or of shapes that are not free."""
+class Inconsistent(nn.Module):
+    """Computes something else when traced, or branches on its input."""
 
     def __init__(self, trouble: str) -> None:
         super().__init__()
@@ -169,24 +171,24 @@ class Fickle(nn.Module):
         return logits.relu() if self.trouble == "traced" and torch.compiler.is_exporting() else logits
 
 
-def test_a_file_that_computes_something_else_is_never_written() -> None:
+def test_a_file_that_computes_something_else_is_refused() -> None:
     torch.manual_seed(0)
-    model = Fickle("traced")
-    with pytest.raises(ExportError, match="off by"):
-        torch_file(model, probe_of(model, 4), "{}")
-    branching = Fickle("parallel")
-    with pytest.raises(ExportError, match="must trace the model"):
-        torch_file(branching, probe_of(branching, 4), "{}")
+    model = Inconsistent("traced")
+    with pytest.raises(ExportError, match="differs from the model"):
+        torch_file(model, OutputCheck.of(model, 4), "{}")
+    branching = Inconsistent("branch")
+    with pytest.raises(ExportError, match="cannot trace the model"):
+        torch_file(branching, OutputCheck.of(branching, 4), "{}")
 
 
-def test_pickles_are_seen(tmp_path: Path) -> None:
+def test_pickles_are_found(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     torch.export.save(torch.export.export(model, (torch.ones(2, 3),)), tmp_path / "p.pt2")
-    found = pickled_parts((tmp_path / "p.pt2").read_bytes())
+    found = find_pickles((tmp_path / "p.pt2").read_bytes())
     assert found == [next(n for n in zipfile.ZipFile(tmp_path / "p.pt2").namelist() if "sample_inputs" in n)]
 
 
-def test_what_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_that_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import onnxruntime
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -194,18 +196,18 @@ def test_what_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     place, _ = saved_run(tmp_path / "a", "linear")
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
-    with pytest.raises(ExportError, match=r"cannot run this model: .* no kernel; use --format torch$"):
+    with pytest.raises(ExportError, match=r"cannot run this model: .* no kernel\. Use"):
         public.export(place, tmp_path / "out.onnx")
 
 
-def test_home_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     saved_run(tmp_path / "a", "linear")
     public.export("~/a", "~/out.pt2")
     assert (tmp_path / "out.pt2").is_file()
 
 
-def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(public.PetuneError, match=r"petune\[onnx\]"):
-        onnx_file(nn.Linear(1, 1), probe_of(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4), "{}")
+        onnx_file(nn.Linear(1, 1), OutputCheck.of(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4), "{}")

@@ -1,4 +1,4 @@
-"""`petune predict`: the logits of the test split from files, bad images that harm no other, names from outside."""
+"""`petune predict`: predictions equal those of the test split; unreadable images; names with control characters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import petune as public
 from petune.base.files import write_directory
 from petune.data import load_dataset
 from petune.data.batches import eval_batches
-from petune.serving.predict import Inputs, Predictor
+from petune.serving.image_transform import ImageTransform
+from petune.serving.predict import Predictor
 
 Run = Callable[..., Any]
 
@@ -33,19 +34,19 @@ def images(tmp_path: Path) -> list[Path]:
     return files
 
 
-def test_files_get_the_logits_of_the_test_split(digits: Path, images: list[Path]) -> None:
+def test_predictions_of_files_equal_those_of_the_test_split(digits: Path, images: list[Path]) -> None:
     predictor = Predictor(digits, device="cpu")
     test = load_dataset("digits").test
-    batch = next(eval_batches(test, predictor.inputs.preprocess, 5, torch.device("cpu")))
+    batch = next(eval_batches(test, predictor.transform.preprocess, 5, torch.device("cpu")))
     expected = predictor.logits(batch.x_BCHW).softmax(-1)
     for found, row in zip(predictor(images, top_k=10, batch_size=2), expected, strict=True):
-        assert found.problem == ""
+        assert found.error == ""
         assert [guess.probability for guess in found.top] == sorted((g.probability for g in found.top), reverse=True)
         by_class = [dict(found.top)[str(digit)] for digit in range(10)]
         torch.testing.assert_close(torch.tensor(by_class), row, atol=1e-6, rtol=1e-5)
 
 
-def test_one_line_a_image_and_a_broken_one_among_them(petune: Run, digits: Path, images: list[Path]) -> None:
+def test_json_lines_with_a_broken_image(petune: Run, digits: Path, images: list[Path]) -> None:
     bad = images[0].with_name("2x.png")
     bad.write_bytes(images[0].read_bytes()[:60])
     done = petune("predict", digits, "images", "nowhere.png", "--top-k", 2, "--batch-size", 3, "--json")
@@ -63,8 +64,8 @@ def test_one_line_a_image_and_a_broken_one_among_them(petune: Run, digits: Path,
         assert one == {"class": other["class"], "probability": pytest.approx(other["probability"], abs=1e-5)}
 
 
-def test_what_is_not_read_is_named(petune: Run, digits: Path, images: list[Path]) -> None:
-    """A kind that is not read, in a folder, and a name that looks like another user's home."""
+def test_unreadable_images_are_named(petune: Run, digits: Path, images: list[Path]) -> None:
+    """An unsupported format in a folder, and a name that looks like another user's home."""
     images[0].with_name("IMG_1.HEIC").write_bytes(b"ftypheic")
     done = petune("predict", digits, "images", "~nobody.png", "--top-k", 1)
     assert done.code == 4
@@ -82,14 +83,12 @@ def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path
     assert heading.replace(" ", "") == "|image|class|probability|next|"
     assert len(rows) == 2
     assert "2 images classified, 1 unreadable" in done.err
-    assert "empty must hold images" in done.err
+    assert "no images in empty" in done.err
     one = petune("predict", digits, images[0], "--top-k", 1)
     assert one.out.splitlines()[0].replace(" ", "") == "|image|class|probability|"
 
 
-def test_names_from_outside_cannot_write_to_the_terminal(
-    petune: Run, digits: Path, images: list[Path], tmp_path: Path
-) -> None:
+def test_control_characters_in_names_are_removed(petune: Run, digits: Path, images: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "evil"
     config = json.loads((digits / "adapter" / "adapter_config.json").read_text())
     config["metadata"]["classes"] = [f"\x1b[31m{i}\u202e\nx" for i in range(10)]
@@ -112,22 +111,24 @@ def test_from_python(digits: Path, images: list[Path]) -> None:
     assert of_file.top == of_array.top == of_image.top
     assert len(of_file.top) == 10
     assert (of_array.image, wrong.image) == ("image 1", "image 3")
-    assert "uint8" in wrong.problem
+    assert "uint8" in wrong.error
     assert public.predict(digits, str(images[0]), top_k=1, device="cpu")[0].top[0] == of_file.top[0]
     assert len(public.predict(digits, images[0].parent, device="cpu")) == 5
 
 
-def test_what_directories_say_of_their_images() -> None:
-    said = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
-    assert Inputs.of({"preprocess": said, "dataset": "folder:pets"}).stored_size == 256
-    assert Inputs.of({"preprocess": said, "dataset": "cifar10"}).stored_size == 32
-    recorded = Inputs.of({"preprocess": said | {"stored_size": 64, "crop": 1.0}, "dataset": "folder:pets"})
+def test_the_transform_of_an_adapter() -> None:
+    sizes = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert ImageTransform.from_metadata({"preprocess": said, "dataset": "folder:pets"}).stored_size == 256
+    assert ImageTransform.from_metadata({"preprocess": said, "dataset": "cifar10"}).stored_size == 32
+    recorded = ImageTransform.from_metadata(
+        {"preprocess": said | {"stored_size": 64, "crop": 1.0}, "dataset": "folder:pets"}
+    )
     assert (recorded.stored_size, recorded.crop) == (64, 1.0)
-    with pytest.raises(public.PetuneError, match="must say what its images were brought to"):
-        Inputs.of({"preprocess": {"image_size": 224}})
+    with pytest.raises(public.PetuneError, match="preprocessed"):
+        ImageTransform.from_metadata({"preprocess": {"image_size": 224}})
 
 
-def test_nonsense(petune: Run, digits: Path, tmp_path: Path) -> None:
+def test_invalid_arguments(petune: Run, digits: Path, tmp_path: Path) -> None:
     assert petune("predict", digits).code == 2
     assert petune("predict", digits, "x.png", "--top-k", 0).code == 2
     none = petune("predict", "nowhere", "x.png")

@@ -75,7 +75,7 @@ def test_adapters_may_be_there_from_the_start(petune: Run, tiny: Words, tmp_path
     for key, tensor in adapter.items():  # at a rate of next to nothing they are where the pretraining left them
         assert torch.allclose(saved[key], tensor, atol=1e-6)
         assert tensor.any() or not key.endswith(("weight", "scale"))
-    assert restore(tmp_path / "out-ck=2").card["test"]["num_images"] == 359
+    assert restore(tmp_path / "out-ck=2").metadata["test"]["num_images"] == 359
     config = json.loads((tmp_path / "out-ck=2" / "adapter" / "adapter_config.json").read_text())
     assert config["metadata"]["preprocess"]["std"] == [0.2] * 3
     other = petune("run", "--method", "linear", *tiny, *words, "--output", "other")

@@ -1,4 +1,4 @@
-"""Code that an adapter directory names runs only where it is trusted: not by importing it, not by calling it."""
+"""Code that an adapter names is neither imported nor called unless it is trusted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ USES = {
 
 @pytest.fixture
 def factory(petune: Run, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module in the working directory that leaves a file `ran`."""
+    """A module in the working directory that creates a file `ran`."""
     Path("models_of_mine.py").write_text(FACTORY)
     Image.new("RGB", (8, 8)).save("zero.png")
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -38,20 +38,20 @@ def factory(petune: Run, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_function_named_by_an_adapter_is_not_called_unasked(
+def test_a_function_named_by_an_adapter_is_not_called(
     use: str, petune: Run, digits: Path, factory: str, tmp_path: Path
 ) -> None:
-    said = {"name": factory, "image_size": 8, "patch_size": None, "options": {}, "head": "linear"}
-    place = changed(digits / "adapter", tmp_path / "from-elsewhere", backbone=said)
-    done = petune(*(place if word == "DIR" else word for word in USES[use]))
+    backbone = {"name": factory, "image_size": 8, "patch_size": None, "options": {}, "head": "linear"}
+    adapter = changed(digits / "adapter", tmp_path / "from-elsewhere", backbone=backbone)
+    done = petune(*(adapter if word == "DIR" else word for word in USES[use]))
     assert done.code == 4
-    assert f"has its backbone built by {factory}, code that using it would run here" in done.err
+    assert f"a backbone that is built by {factory}, code that would run here" in done.err
     assert "--trust-remote-code" in done.err
     assert not Path("ran").exists()
     assert "models_of_mine" not in sys.modules
 
 
-def test_ones_own_is_used_when_trusted(petune: Run, factory: str) -> None:
+def test_trusted_code_is_used(petune: Run, factory: str) -> None:
     words = ("--backbone", factory, "--weights=none", "--dataset=digits", "--shots=5", "--epochs=1")
     done = petune("run", "--method=linear", *words, "--device=cpu", "--precision=fp32", "--output=mine")
     assert done.code == 0, done.err

@@ -83,7 +83,7 @@ def test_evaluating_on_the_run_s_own_folder_uses_its_test_split(pets: Path, tmp_
         assert (found.split, found.num_images, found.top1) == ("test", found.num_images, done.top1)
         assert found.num_images < 20
     pets.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match=r"run must be there, but it was trained on folder:.*pets, which is not"):
+    with pytest.raises(DataError, match=r"run was trained on folder:.*pets, which does not exist"):
         petune.evaluate(tmp_path / "run")
     (tmp_path / "moved").rename(pets)
     shutil.copytree(pets, tmp_path / "other" / "test")

@@ -16,8 +16,9 @@ from petune.adapters.format import SavedAdapter
 from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, DataError, UsageError
 from petune.serving.adapter_bank import AdapterBank
-from petune.serving.predict import Guess, Inputs
-from petune.serving.restore import plain_backbone, read_run
+from petune.serving.image_transform import ImageTransform
+from petune.serving.predict import ClassProbability
+from petune.serving.restore import read_run_adapter, rebuild_backbone
 from petune.sites.logits import logits_of
 from petune.training.precision import choose_device
 
@@ -29,7 +30,7 @@ class Answer:
     """What one adapter says: its classes, the best first, and the time from decoded pixels to logits."""
 
     name: str
-    top: tuple[Guess, ...]
+    top: tuple[ClassProbability, ...]
     time_s: float
 
 
@@ -65,11 +66,11 @@ class SideBySide:
         """
         if not paths:
             raise UsageError("a demo needs the directory of at least one run or adapter")
-        saved = {name: read_run(Path(path)) for name, path in zip(_names(paths), paths, strict=True)}
+        saved = {name: read_run_adapter(Path(path)) for name, path in zip(_names(paths), paths, strict=True)}
         first_name, first = next(iter(saved.items()))
         self.names = list(saved)
         self.device = choose_device(device)
-        built = plain_backbone(first, weights, trust_remote_code=trust_remote_code)
+        built = rebuild_backbone(first, weights, trust_remote_code=trust_remote_code)
         self.backbone = built.full_name
         self.tasks = AdapterBank(built.model.to(self.device))
         for name, one in saved.items():
@@ -78,7 +79,7 @@ class SideBySide:
                 self.tasks.load(name, one.path)
             except BackboneMismatch:  # of the same shape, with other weights
                 raise _unlike(first_name, first, name, one) from None
-        self._inputs = {name: Inputs.of(one.config["metadata"]) for name, one in saved.items()}
+        self._inputs = {name: ImageTransform.from_metadata(one.config["metadata"]) for name, one in saved.items()}
         self._classes = {name: [str(c) for c in one.config["metadata"]["classes"]] for name, one in saved.items()}
         self.notes = {name: _note(one) for name, one in saved.items()}
         self._one_at_a_time = threading.Lock()
@@ -94,11 +95,11 @@ class SideBySide:
         """
         squares = {name: self._square(self._inputs[name], image) for name in self.names}
         first = next(iter(self._inputs.values()))
-        shown = Inputs(first.preprocess, SHOWN_SIDE, 1.0)
+        shown = ImageTransform(first.preprocess, SHOWN_SIDE, 1.0)
         with self._one_at_a_time:
             return self._square(shown, image)[0], [self._ask(name, squares[name], top_k) for name in self.names]
 
-    def _square(self, inputs: Inputs, image: Path) -> NDArray[np.uint8]:
+    def _square(self, inputs: ImageTransform, image: Path) -> NDArray[np.uint8]:
         square_1SS3, problems = inputs.squares([image])
         if problems:
             raise DataError(problems[0].replace(str(image), image.name))
@@ -113,7 +114,7 @@ class SideBySide:
         values, places = best.values.tolist(), best.indices.tolist()  # read here, so that a GPU is waited for
         time_s = time.perf_counter() - started
         classes = self._classes[name]
-        return Answer(name, tuple(Guess(classes[c], p) for c, p in zip(places, values, strict=True)), time_s)
+        return Answer(name, tuple(ClassProbability(classes[c], p) for c, p in zip(places, values, strict=True)), time_s)
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:

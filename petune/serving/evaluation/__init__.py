@@ -1,16 +1,17 @@
-"""What a trained model is good at: accuracy by class, what it mistakes for what, and whether it knows when it errs."""
+"""Evaluate a trained model: accuracy by class, confusion matrix, calibration."""
 
-from petune.serving.evaluation.images import confusion_plot, reliability_plot
-from petune.serving.evaluation.measures import COLUMNS, Bin, ClassMetrics, Evaluation
-from petune.serving.evaluation.run import evaluate, write
+from petune.serving.evaluation.evaluate_run import evaluate, write_evaluation
+from petune.serving.evaluation.metrics import COLUMNS, Bin, ClassMetrics, Evaluation, compute_metrics
+from petune.serving.evaluation.plots import confusion_plot, reliability_plot
 
 __all__ = [
     "COLUMNS",
     "Bin",
     "ClassMetrics",
     "Evaluation",
+    "compute_metrics",
     "confusion_plot",
     "evaluate",
     "reliability_plot",
-    "write",
+    "write_evaluation",
 ]

@@ -1,5 +1,5 @@
-"""A trained model without petune: as a torch.export program, as ONNX, or as the backbone's own weights."""
+"""Export a trained model for use without petune: a torch.export program, ONNX, or the backbone's own weights."""
 
-from petune.serving.export.write import FORMATS, Exported, Format, export
+from petune.serving.export.export_run import FORMATS, Exported, ExportFormat, export
 
-__all__ = ["FORMATS", "Exported", "Format", "export"]
+__all__ = ["FORMATS", "ExportFormat", "Exported", "export"]

@@ -1,0 +1,159 @@
+"""Select the images of an evaluation: a split of the run's dataset, or a folder with the same classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from petune.base.errors import DataError, UsageError, did_you_mean
+from petune.base.yaml_values import read_yaml
+from petune.data import Dataset, Split
+from petune.data.batches import eval_batches
+from petune.data.layout import ClassFiles, folder_path, list_split
+from petune.data.manifest import check_training_images, is_training_dataset
+from petune.runner.run import prepare_data
+from petune.runner.run_config import RunConfig
+from petune.runner.run_dir import CONFIG_FILE
+from petune.serving.predict import Predictor
+
+EvalSplit = Literal["test", "val"]
+Batches = Iterator[tuple[Tensor, Tensor]]
+"""Normalized images (B, 3, H, W) on the model's device, and labels (B,)."""
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to evaluate on; see `petune.evaluate`.
+
+    Attributes:
+        path: The run or adapter directory.
+        split, dataset, data_dir, batch_size: Arguments of `petune.evaluate`.
+    """
+
+    path: Path
+    split: EvalSplit
+    dataset: str | None
+    data_dir: Path | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class EvalImages:
+    """Images to evaluate on.
+
+    Attributes:
+        dataset, split, source: Where they come from; see `Evaluation`.
+        batches: The images.
+    """
+
+    dataset: str
+    split: str
+    source: str
+    batches: Batches
+
+
+def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
+    """Select the images to evaluate on.
+
+    Raises:
+        DataError: The images are missing, or of other classes.
+        UsageError: The folder has no such split, or the run's splits are not known.
+    """
+    trained_on = str(predictor.metadata.get("dataset"))
+    trained_digests = predictor.metadata.get("images") or {}
+    if request.dataset is None:
+        _check_folder_exists(request.path, trained_on)
+    dataset = trained_on if request.dataset is None else request.dataset
+    is_own = request.dataset is None or is_training_dataset(dataset, trained_on, trained_digests)
+    if dataset.startswith("folder:") and not is_own:
+        return _folder_images(dataset, predictor, request)
+    if is_own:
+        check_training_images(dataset, trained_digests)
+    data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request))
+    return EvalImages(dataset, request.split, data.source, _dataset_batches(data, predictor, request))
+
+
+def _check_folder_exists(path: Path, trained_on: str) -> None:
+    if trained_on.startswith("folder:") and not folder_path(trained_on).exists():
+        raise DataError(
+            f"{path} was trained on {trained_on}, which does not exist here. Give its new location: "
+            "dataset='folder:PATH'",
+            cli_hint="Use --dataset folder:PATH",
+        )
+
+
+def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request: EvalRequest) -> RunConfig:
+    """Return the config that defines the splits: the run's own, or without one what the adapter records."""
+    file = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
+    values: dict[str, Any] = {}
+    if is_own and file is not None:
+        values = read_yaml(file / CONFIG_FILE)
+    elif is_own and request.split == "val":
+        raise UsageError(
+            f"the val split of {request.path} is unknown, because there is no {CONFIG_FILE} next to the adapter. Give "
+            "the run directory, or a dataset with a val folder"
+        )
+    if not values:
+        backbone = metadata["backbone"]
+        values = {
+            "backbone": backbone["name"],
+            "backbone_options": backbone["options"],
+            "image_size": backbone["image_size"],
+        }
+    values = {**values, "dataset": dataset} | ({"data_dir": request.data_dir} if request.data_dir else {})
+    return RunConfig.build(values, str((file or request.path) / CONFIG_FILE))
+
+
+def _dataset_batches(data: Dataset, predictor: Predictor, request: EvalRequest) -> Batches:
+    if data.classes != predictor.classes:
+        raise DataError(
+            f"{data.name} has other classes than the model was trained on: "
+            f"{_first_difference(data.classes, predictor.classes)}"
+        )
+    split: Split = getattr(data, request.split)
+    for batch in eval_batches(split, predictor.transform.preprocess, request.batch_size, predictor.device):
+        yield batch.x_BCHW, batch.y_B
+
+
+def _folder_images(dataset: str, predictor: Predictor, request: EvalRequest) -> EvalImages:
+    folder = folder_path(dataset)
+    split, classes, note = list_split(folder, request.split)
+    source = "; ".join(filter(None, (str(folder), note)))
+    return EvalImages(dataset, split, source, _folder_batches(folder, classes, predictor, request.batch_size))
+
+
+def _folder_batches(folder: Path, classes: ClassFiles, predictor: Predictor, batch_size: int) -> Batches:
+    files, labels = _with_labels(folder, classes, predictor.classes)
+    for start in range(0, len(files), batch_size):
+        squares, errors = predictor.transform.squares(files[start : start + batch_size])
+        if errors:
+            raise DataError(
+                f"{next(iter(errors.values()))}. Repair or remove it",
+                cli_hint=f"`petune data check {folder}` lists all broken images",
+            )
+        y_B = torch.from_numpy(labels[start : start + batch_size])
+        yield predictor.transform.batch(squares, predictor.device), y_B
+
+
+def _with_labels(folder: Path, classes: ClassFiles, known: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise DataError(
+            f"the model has no class {unknown[0]!r}, a class folder of {folder}{did_you_mean(unknown[0], known)}"
+        )
+    files = [file for images in classes.values() for file in images]
+    labels = [known.index(name) for name, images in classes.items() for _ in images]
+    return files, np.array(labels, np.int64)
+
+
+def _first_difference(data: Sequence[str], model: Sequence[str]) -> str:
+    if len(data) != len(model):
+        return f"{len(data)} classes instead of {len(model)}"
+    return next(f"{ours!r} instead of {theirs!r}" for ours, theirs in zip(data, model, strict=True) if ours != theirs)

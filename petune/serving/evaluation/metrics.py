@@ -1,0 +1,172 @@
+"""Compute metrics from logits and labels.
+
+Shapes: N images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from petune.base.config import Config
+from petune.base.text import format_percent, html_table
+
+NUM_BINS = 15
+"""Bins of the calibration error, as in most papers since Guo et al., 2017 (1706.04599)."""
+COLUMNS = ("class", "images", "accuracy", "most often predicted as")
+
+
+class ClassMetrics(Config):
+    """Metrics of one class.
+
+    Attributes:
+        name: The class.
+        num_images: Images of the class.
+        accuracy: Percent of its images that were classified correctly; None without images.
+        mistaken_for: The most frequent wrong prediction for its images; None if there is none.
+        mistakes: Number of images with that prediction.
+    """
+
+    name: str
+    num_images: int
+    accuracy: float | None
+    mistaken_for: str | None
+    mistakes: int
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Return the text of its row, in the order of `COLUMNS`."""
+        mistaken = f"{self.mistaken_for} ({self.mistakes})" if self.mistaken_for is not None else "-"
+        return self.name, f"{self.num_images:,}", format_percent(self.accuracy), mistaken
+
+
+class Bin(Config):
+    """Images whose best class has a probability in one interval; means in 0 to 1, None without images."""
+
+    num_images: int
+    confidence: float | None
+    accuracy: float | None
+
+
+class Evaluation(Config):
+    """Result of an evaluation; saved as `eval.json`.
+
+    Attributes:
+        method: What was trained.
+        dataset, split, source: What was evaluated on, and where it was read from.
+        num_images: Number of images.
+        top1, top5: Accuracy in percent; with fewer than five classes, top5 is 100.
+        balanced_accuracy: Mean of the accuracies of the classes, in percent.
+        loss: Mean cross-entropy.
+        calibration_error: Expected calibration error over `NUM_BINS` bins, in percent: the average gap between the
+            probability of the predicted class and how often it is right.
+        classes: Metrics by class.
+        confusion: Number of images by true class (row) and predicted class (column).
+        bins: Bins of the reliability diagram.
+        precision: Precision of the forward passes.
+    """
+
+    method: str
+    dataset: str
+    split: str
+    source: str
+    num_images: int
+    top1: float
+    top5: float
+    balanced_accuracy: float
+    loss: float
+    calibration_error: float
+    classes: tuple[ClassMetrics, ...]
+    confusion: tuple[tuple[int, ...], ...]
+    bins: tuple[Bin, ...]
+    precision: str
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return the main results as names and values."""
+        return [
+            ("method", self.method),
+            ("images", f"{self.num_images:,} of {self.dataset}, {self.split}"),
+            ("top-1", format_percent(self.top1)),
+            ("top-5", format_percent(self.top5)),
+            ("balanced accuracy", format_percent(self.balanced_accuracy)),
+            ("loss", f"{self.loss:.4f}"),
+            ("calibration error", format_percent(self.calibration_error)),
+        ]
+
+    def _repr_html_(self) -> str:
+        """Return tables for a notebook."""
+        return html_table(self.facts()) + html_table([row.cells() for row in self.classes], COLUMNS)
+
+
+def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str], **about: str) -> Evaluation:
+    """Compute all metrics of an evaluation.
+
+    Args:
+        logits_NC: Logits, float32.
+        labels_N: Labels, int64.
+        classes: Class names in the order of the logits.
+        about: The fields of `Evaluation` that do not follow from the logits.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+
+    num_classes = len(classes)
+    confusion_CC = multiclass_confusion_matrix(logits_NC, labels_N, num_classes)
+    per_class = tuple(_class_metrics(c, confusion_CC, classes) for c in range(num_classes))
+    accuracies = [row.accuracy for row in per_class if row.accuracy is not None]
+
+    def accuracy(k: int) -> float:
+        return 100 * float(multiclass_accuracy(logits_NC, labels_N, num_classes, average="micro", top_k=k))
+
+    bins = calibration_bins(logits_NC.softmax(-1), labels_N)
+    return Evaluation(
+        num_images=len(labels_N),
+        top1=accuracy(1),
+        top5=accuracy(min(5, num_classes)),
+        balanced_accuracy=sum(accuracies) / len(accuracies),
+        loss=float(nn.functional.cross_entropy(logits_NC, labels_N)),
+        calibration_error=calibration_error(bins),
+        classes=per_class,
+        confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
+        bins=bins,
+        **about,
+    )
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the mean gap between confidence and accuracy, weighted by images, in percent.
+
+    It differs from torchmetrics if a probability is exactly 1, which has a bin of its own there.
+    """
+    num_images = sum(bin.num_images for bin in bins)
+    gaps = [bin.num_images * abs((bin.confidence or 0) - (bin.accuracy or 0)) for bin in bins]
+    return 100 * sum(gaps) / num_images
+
+
+def calibration_bins(probabilities_NC: Tensor, labels_N: Tensor) -> tuple[Bin, ...]:
+    """Group images by the probability of their predicted class, in equal intervals (0, 1/15], (1/15, 2/15], …"""
+    confidence_N, predicted_N = probabilities_NC.max(-1)
+    correct_N = (predicted_N == labels_N).double()
+    bin_N = (confidence_N * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
+    return tuple(_bin(confidence_N[bin_N == i], correct_N[bin_N == i]) for i in range(NUM_BINS))
+
+
+def _bin(confidence_N: Tensor, correct_N: Tensor) -> Bin:
+    if not len(confidence_N):
+        return Bin(num_images=0, confidence=None, accuracy=None)
+    confidence, accuracy = float(confidence_N.double().mean()), float(correct_N.mean())
+    return Bin(num_images=len(confidence_N), confidence=confidence, accuracy=accuracy)
+
+
+def _class_metrics(c: int, confusion_CC: Tensor, classes: Sequence[str]) -> ClassMetrics:
+    mistakes_C = confusion_CC[c].clone()
+    num_images, correct = int(mistakes_C.sum()), int(mistakes_C[c])
+    mistakes_C[c] = 0
+    most_frequent = int(mistakes_C.argmax())
+    mistakes = int(mistakes_C[most_frequent])
+    return ClassMetrics(
+        name=classes[c],
+        num_images=num_images,
+        accuracy=100 * correct / num_images if num_images else None,
+        mistaken_for=classes[most_frequent] if mistakes else None,
+        mistakes=mistakes,
+    )
