@@ -143,7 +143,7 @@ def test_impossible_exports_are_refused(petune: Run, tmp_path: Path) -> None:
         assert (wrong.code, "must end in" in wrong.err) == (2, True)
     (tmp_path / "old.pt2").write_bytes(b"")
     old = petune("export", "a", "old.pt2")
-    assert (old.code, "exists already" in old.err) == (2, True)
+    assert (old.code, "already exists" in old.err) == (2, True)
     none = petune("export", "nowhere", "out.pt2")
     assert (none.code, "adapter directory" in none.err) == (4, True)
 

@@ -118,11 +118,13 @@ def test_from_python(digits: Path, images: list[Path]) -> None:
 
 def test_the_transform_of_an_adapter() -> None:
     sizes = {"image_size": 224, "mean": [0.5] * 3, "std": [0.5] * 3}
-    assert ImageTransform.from_metadata({"preprocess": said, "dataset": "folder:pets"}).stored_size == 256
-    assert ImageTransform.from_metadata({"preprocess": said, "dataset": "cifar10"}).stored_size == 32
-    recorded = ImageTransform.from_metadata(
-        {"preprocess": said | {"stored_size": 64, "crop": 1.0}, "dataset": "folder:pets"}
-    )
+
+    def transform(preprocess: dict[str, Any], dataset: str = "folder:pets") -> ImageTransform:
+        return ImageTransform.from_metadata({"preprocess": preprocess, "dataset": dataset})
+
+    assert transform(sizes).stored_size == 256
+    assert transform(sizes, "cifar10").stored_size == 32
+    recorded = transform(sizes | {"stored_size": 64, "crop": 1.0})
     assert (recorded.stored_size, recorded.crop) == (64, 1.0)
     with pytest.raises(public.PetuneError, match="preprocessed"):
         ImageTransform.from_metadata({"preprocess": {"image_size": 224}})

@@ -76,7 +76,7 @@ PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
     "evaluate": (petune.evaluate, {"path": "good", "split": "test", "dataset": None, "data_dir": None,
                                        "weights": None, "device": "cpu", "precision": "fp32", "batch_size": 1,
                                    "trust_remote_code": False}),
-    "export": (petune.export, {"path": "good", "out": "x.onnx", "to": None, "weights": None,
+    "export": (petune.export, {"path": "good", "out": "x.onnx", "format": None, "weights": None,
                                "trust_remote_code": False}),
     "push": (petune.push, {"path": "good", "repo": "me/x", "private": False, "update": False}),
     "pull": (petune.pull, {"repo": "me/x", "output": None, "revision": None, "trust_remote_code": False}),
