@@ -15,7 +15,7 @@ from petune.base.errors import Stopped, UsageError
 from petune.runner.executors import RUN, Failure, choose_executor
 from petune.runner.executors.executor import Work
 from petune.runner.run_config import RunConfig
-from petune.training import Note
+from petune.training.events import Note
 
 
 class RayError(Exception):

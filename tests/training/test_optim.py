@@ -11,8 +11,9 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 import petune
+from petune.injector.param_groups import undecayed_keys
 from petune.training.config import TrainConfig
-from petune.training.optim import create_optimizer, create_schedule, without_decay
+from petune.training.optim import create_optimizer, create_schedule
 
 TRAIN = TrainConfig(lr=0.5, weight_decay=0.1, optimizer="sgd")
 
@@ -52,11 +53,11 @@ def test_tokens_and_positions_of_any_model_do_not_decay() -> None:
         image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=2
     )
     positions = {"class_token", "encoder.pos_embedding"}
-    assert without_decay(model) == positions
+    assert undecayed_keys(model) == positions
     petune.attach(model, "vpt", num_prompts=2)
-    assert without_decay(model) == positions
+    assert undecayed_keys(model) == positions
     timms = timm.create_model("vit_tiny_patch16_224", depth=1)
-    assert without_decay(timms) == timms.no_weight_decay()  # type: ignore[operator]
+    assert undecayed_keys(timms) == timms.no_weight_decay()  # type: ignore[operator]
 
 
 def test_everything_decays_where_asked_for() -> None:
