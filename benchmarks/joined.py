@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from petune.runner.compare import ORIGIN_KEYS, Comparison, Origin, Row
+from petune.runner.comparison import ORIGIN_KEYS, Comparison, Origin, Row
 
 SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
 PLACES = {"output", "data_dir", "resume", "method", "seed"}
@@ -104,7 +104,7 @@ def _one_row(a: Row, b: Row) -> Row:
         squares = sum((k - 1) * (getattr(row, f"{name}_std") or 0.0) ** 2 for k, row in ((n, a), (m, b)))
         return math.sqrt((squares + n * m / (n + m) * (x - y) ** 2) / (n + m - 1))
 
-    means = {name: mean(name) for name in ("top1_mean", "top5_mean", "val_top1_mean", "images_per_s")}
+    means = {name: mean(name) for name in ("top1_mean", "top5_mean", "val_top1_mean", "images_per_s", "step_time_s")}
     spreads = {f"{name}_std": spread(name) for name in ("top1", "top5")}
     used = {
         "peak_memory_bytes": max(a.peak_memory_bytes or 0, b.peak_memory_bytes or 0),

@@ -30,11 +30,11 @@ from petune.base.config import Config
 from petune.base.files import replace_file
 from petune.base.yaml_values import read_yaml
 from petune.cli.progress import Progress
-from petune.runner.compare import Comparison, write_table
+from petune.runner.comparison import Comparison
 from petune.runner.executors import RUN, Executor, Work
-from petune.runner.report.tables import markdown
+from petune.runner.file_names import SWEEP_TABLE
+from petune.runner.report.tables import comparison_page
 from petune.runner.result import RunResult
-from petune.runner.run_dir import SWEEP_TABLE
 from petune.runner.run_name import directory_name
 
 HERE = Path(__file__).resolve().parent
@@ -278,7 +278,7 @@ def kept(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
     if not (place / "compare.json").exists():
         return None, {"rates": {}, "pretrain": None}
     record: dict[str, Any] = json.loads((place / "suite.json").read_bytes())
-    return Comparison.model_validate_json((place / "compare.json").read_bytes()), record
+    return Comparison.read(place), record
 
 
 def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, An
     both = [*record["rates"].items(), *done["rates"].items()]
     place = RESULTS / piece
     place.mkdir(parents=True, exist_ok=True)
-    write_table(table, place)
+    table.write(place)
     rates = {method: rate for method, rate in both if rate["lr"] == lrs.get(method)}
     plain = table.model_dump(mode="json")
     return done | {"compare": plain, "rates": {method: rates[method] for method in lrs if method in rates}}
@@ -313,7 +313,7 @@ def write_record(place: Path, suite: Suite, piece: str, args: argparse.Namespace
 
 def show(done: dict[str, Any], checks: Sequence[Check]) -> None:
     """Print the table, the rates and the checks."""
-    print(markdown(done["compare"]).partition("\n![")[0])
+    print(comparison_page(done["compare"]).partition("\n![")[0])
     for method, rate in done["rates"].items():
         edge = "; AT THE EDGE of what was tried" if rate["edge"] else ""
         print(f"{method}: rate {rate['lr']:g}, val {rate['tried']}{edge}")

@@ -15,11 +15,11 @@ from typing import Any
 
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
-from petune.runner.report.tables import COLUMNS, cells
+from petune.runner.report.tables import COMPARE_COLUMNS, cells, ranked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHOWN_IN_README = ("method", "tuned", "% of backbone", "adapter", "top-1", "top-5")
+SHOWN_IN_README = ("method", "top-1", "top-5", "tuned", "% of backbone", "adapter")
 Found = dict[str, dict[str, Any]]
 
 
@@ -41,8 +41,7 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> lis
 
 def table(comparison: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
     """The comparison as a Markdown table of some of its columns."""
-    places = [COLUMNS.index(column) for column in columns]
-    return markdown_table(columns, [[cells(row)[place] for place in places] for row in comparison["rows"]])
+    return markdown_table(columns, [cells(row, columns) for row in ranked(comparison["rows"])])
 
 
 def readme(found: Found) -> str:
@@ -101,8 +100,7 @@ def expectations(suite: Suite, found: Found) -> list[str]:
 
 def side_by_side(pieces: Sequence[str], found: Found) -> list[str]:
     """Top-1 of each method in several comparisons."""
-    place = COLUMNS.index("top-1")
-    by_piece = {piece: {row["method"]: cells(row)[place] for row in found[piece]["rows"]} for piece in pieces}
+    by_piece = {piece: {row["method"]: cells(row, ["top-1"])[0] for row in found[piece]["rows"]} for piece in pieces}
     methods = dict.fromkeys(method for rows in by_piece.values() for method in rows)
     rows = [[f"`{m}`", *(by_piece[piece].get(m, "–") for piece in pieces)] for m in methods]
     return markdown_table(("top-1", *pieces), rows)
@@ -171,7 +169,7 @@ def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
         f"`{shared['backbone']}`, weights `{comparison['weights']}`, on `{shared['dataset']}`; "
         f"{shared['train']['epochs']} epochs; {seeds(comparison)}.",
         "",
-        *table(comparison, COLUMNS),
+        *table(comparison, COMPARE_COLUMNS),
         "",
         f"![top-1 over trained parameters]({where}/compare.svg)",
         "",

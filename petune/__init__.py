@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from petune.injector.registry import TunerRecord as TunerRecord, list_tuners as list_tuners
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
     from petune.plugin_dev.contract import ContractViolation as ContractViolation, check_tuner as check_tuner
-    from petune.runner.compare import CompareConfig as CompareConfig, Comparison as Comparison, compare as compare
+    from petune.runner.compare import compare as compare
+    from petune.runner.compare_config import CompareConfig as CompareConfig
+    from petune.runner.comparison import Comparison as Comparison
     from petune.runner.events import RunStarted as RunStarted
     from petune.runner.pretrain import PretrainConfig as PretrainConfig, pretrain as pretrain
     from petune.runner.result import RunResult as RunResult
@@ -77,7 +79,9 @@ _PUBLIC = {
     "injector.registry": "TunerRecord list_tuners",
     "injector.tuner": "Recipe Tuner TunerConfig",
     "plugin_dev.contract": "ContractViolation check_tuner",
-    "runner.compare": "CompareConfig Comparison compare",
+    "runner.compare": "compare",
+    "runner.compare_config": "CompareConfig",
+    "runner.comparison": "Comparison",
     "runner.events": "RunStarted",
     "runner.pretrain": "PretrainConfig pretrain",
     "runner.result": "RunResult",

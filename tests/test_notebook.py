@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from petune.base.text import html_table
-from petune.runner.compare import CompareConfig, Comparison, Row
+from petune.runner.compare_config import CompareConfig
+from petune.runner.comparison import Comparison, Row
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
 from petune.serving.evaluation import compute_metrics

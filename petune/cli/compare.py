@@ -9,12 +9,13 @@ import typer
 
 from petune.base.errors import UsageError
 from petune.cli.options import DryRun, Executor, Json, Seeds, Tracker
-from petune.cli.running import RUNS, check_executor, check_tracker, resume_hint, watching
+from petune.cli.running import check_executor, check_tracker, resume_hint, watching
 from petune.cli.settings import Settings, configured
 from petune.cli.terminal import clean, print_data, print_json, print_status, print_table
 
 if TYPE_CHECKING:
-    from petune.runner.compare import CompareConfig, Comparison
+    from petune.runner.compare_config import CompareConfig
+    from petune.runner.comparison import Comparison
 
 LR_PREFIX = "lrs."
 """Start of a --set that gives one method its own learning rate."""
@@ -44,7 +45,7 @@ def compare(
 
     If interrupted, rerun the same command to resume; finished runs are skipped.
     """
-    from petune.runner.compare import CompareConfig
+    from petune.runner.compare_config import CompareConfig
 
     config = CompareConfig.build(_values(settings, methods, seeds), settings.source)
     check_tracker(tracker)
@@ -59,12 +60,12 @@ def compare(
 
 def run_comparison(config: CompareConfig, *, as_json: bool, tracker: str | None, executor: str = "serial") -> None:
     """Run a comparison, print its table, and exit with 1 if a method failed."""
-    from petune.runner.compare import compare as compare_config, compare_name
-    from petune.runner.run_dir import COMPARE_FILE
+    from petune.runner.compare import compare as compare_config
+    from petune.runner.file_names import CONFIG_FILE
 
-    output = config.output or RUNS / compare_name(config)
+    output = config.directory
     flags = () if executor == "serial" else ("--executor", executor)
-    with resume_hint("compare", output / COMPARE_FILE, *flags), watching(tracker, output) as watch:
+    with resume_hint("compare", output / CONFIG_FILE, *flags), watching(tracker, output) as watch:
         comparison = compare_config(config, executor=executor, watch=watch)
     if as_json:
         print_json(comparison.model_dump(mode="json"))
@@ -76,24 +77,27 @@ def run_comparison(config: CompareConfig, *, as_json: bool, tracker: str | None,
 
 def print_comparison(comparison: Comparison) -> None:
     """Print the table, the reason of each failed method, and the directory."""
-    from petune.runner.report.tables import COLUMNS, cells
+    from petune.runner.report.tables import COMPARE_COLUMNS, cells, ranked
 
     print_status(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
     table = []
-    for row in comparison.rows:
-        texts = cells(row.model_dump(mode="json"))
-        table.append([*texts[:-1], "failed"] if row.status == "failed" else texts)  # the reason is printed below
-    print_table(COLUMNS, table, right=COLUMNS[1:], optional=OPTIONAL_COLUMNS)
-    for row in comparison.rows:
-        if row.status == "failed":
-            print_data(clean(f"{row.method} failed: {row.reason}"))
+    reasons = []
+    for row in ranked([row.model_dump(mode="json") for row in comparison.rows]):
+        texts = cells(row, COMPARE_COLUMNS)
+        if row["status"] == "failed":
+            texts[-1] = "failed"  # the reason is a sentence, printed below the table
+            reasons.append(f"{row['method']} failed: {row['reason']}")
+        table.append(texts)
+    print_table(COMPARE_COLUMNS, table, right=COMPARE_COLUMNS[1:], optional=OPTIONAL_COLUMNS)
+    for reason in reasons:
+        print_data(clean(reason))
     print_status(f"output: {comparison.output}")
 
 
 def _values(settings: Settings, methods: list[str] | None, seeds: str | None) -> dict[str, Any]:
     """Return the values of a CompareConfig; keys that are not its own belong to the runs, as in `petune run`."""
-    from petune.runner.compare import CompareConfig
-    from petune.runner.run_dir import COMPARE_FILE, CONFIG_FILE
+    from petune.runner.compare_config import CompareConfig
+    from petune.runner.file_names import CONFIG_FILE, LOCK_FILE
 
     unused = UNUSED & settings.assigned
     if unused:
@@ -106,8 +110,8 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
     values = replace(settings, assignments=others).values(CompareConfig.model_fields.keys())
     if rates and isinstance(values.setdefault("lrs", {}), dict):  # anything else is reported by CompareConfig
         values["lrs"] |= _parse_rates(rates)
-    directory = settings.config_directory(COMPARE_FILE, CONFIG_FILE)
-    if directory is not None:
+    directory = settings.config_directory(CONFIG_FILE, LOCK_FILE)
+    if directory is not None and "methods" in values:  # the file is a comparison's, not a run's
         values["output"] = directory
     if methods:
         values["methods"] = methods

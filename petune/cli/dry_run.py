@@ -10,7 +10,7 @@ from petune.cli.terminal import format_count, format_flops, print_data, print_fa
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Recipe
-    from petune.runner.compare import CompareConfig
+    from petune.runner.compare_config import CompareConfig
     from petune.runner.preview import MethodPreview
     from petune.runner.run_config import RunConfig
     from petune.runner.sweep.trials import SweepConfig
@@ -34,8 +34,9 @@ def print_dry_run(
     Raises:
         ConfigError: The method of a pretraining leaves parameters frozen.
     """
-    from petune.runner.pretrain import PretrainConfig, check_all_trains
+    from petune.runner.pretrain import PretrainConfig
     from petune.runner.preview import preview_backbone, preview_data, preview_method
+    from petune.runner.run import check_all_trains
     from petune.runner.run_config import RunConfig
 
     backbone = preview_backbone(config if isinstance(config, RunConfig) else config.run)

@@ -82,7 +82,7 @@ def evaluate(
 
 def _default_output(source: Path, split: str, dataset: str | None) -> Path | None:
     """Return the directory for the files: inside a run directory, nowhere for a bare adapter."""
-    from petune.runner.run_dir import RESULT_FILE
+    from petune.runner.file_names import RESULT_FILE
 
     if not (source / RESULT_FILE).is_file():
         return None

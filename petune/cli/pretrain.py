@@ -35,8 +35,8 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
     All parameters are trained, and the last epoch is saved.
     """
+    from petune.runner.file_names import CONFIG_FILE
     from petune.runner.pretrain import RECIPE, PretrainConfig, pretrain as run_config, pretrain_name
-    from petune.runner.run_dir import CONFIG_FILE
 
     config = PretrainConfig.build(settings.values(), settings.source)
     check_tracker(tracker)

@@ -52,8 +52,8 @@ def print_result(result: RunResult, *, as_json: bool) -> None:
 
 
 def _run_once(config: RunConfig, as_json: bool, tracker: str | None, *, resume: bool) -> None:
+    from petune.runner.file_names import CONFIG_FILE
     from petune.runner.run import run as run_config
-    from petune.runner.run_dir import CONFIG_FILE
     from petune.runner.run_name import run_name
 
     output = init_group().broadcast(lambda: run_directory(config, run_name(config), resume=resume))
@@ -65,7 +65,7 @@ def _run_once(config: RunConfig, as_json: bool, tracker: str | None, *, resume: 
 
 def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, tracker: str | None) -> None:
     from petune.cli.compare import run_comparison
-    from petune.runner.compare import CompareConfig
+    from petune.runner.compare_config import CompareConfig
     from petune.runner.run_name import run_name
 
     name = run_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"

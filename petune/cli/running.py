@@ -32,7 +32,8 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
     Raises:
         UsageError: There is no run to resume.
     """
-    from petune.runner.run_dir import CONFIG_FILE, latest_path, unique_path
+    from petune.runner.file_names import CONFIG_FILE
+    from petune.runner.run_dir import latest_path, unique_path
 
     if config.output is not None:
         if resume and not (config.output / CONFIG_FILE).is_file():

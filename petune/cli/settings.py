@@ -35,14 +35,15 @@ class Settings:
             own_keys: The keys of a configuration of several runs, where all other keys belong to the section `run`;
                 None for the configuration of one run.
         """
-        from petune.base.yaml_values import override, read_yaml
+        from petune.base.yaml_values import override
+        from petune.runner.migrations import read_config
 
         def nested(key: str) -> str:
             return key if own_keys is None or first_part(key) in own_keys else f"run.{key}"
 
         values: dict[str, Any] = {}
         if self.config is not None:
-            for key, value in read_yaml(user_path(self.config)).items():
+            for key, value in read_config(user_path(self.config)).items():
                 _insert(values, nested(key), value)
         for key, value in self.flags.items():
             _insert(values, nested(key), value)

@@ -80,7 +80,7 @@ def sweep(
 
 
 def _run(config: SweepConfig, *, as_json: bool, tracker: str | None, executor: str) -> None:
-    from petune.runner.run_dir import CONFIG_FILE
+    from petune.runner.file_names import CONFIG_FILE
     from petune.runner.sweep.search import sweep as sweep_config, sweep_name
 
     place = config.output or RUNS / sweep_name(config)
@@ -117,7 +117,7 @@ def _values(
     settings: Settings, method: str | None, over: list[str] | None, trials: int | None, no_test: bool
 ) -> dict[str, Any]:
     """What belongs to the sweep stays on top, everything else goes to the runs, as in `petune run`."""
-    from petune.runner.run_dir import CONFIG_FILE, SWEEP_TABLE
+    from petune.runner.file_names import CONFIG_FILE, SWEEP_TABLE
     from petune.runner.sweep.trials import SweepConfig
 
     own = SweepConfig.model_fields.keys()

@@ -12,9 +12,6 @@ from petune.base.errors import DataError
 from petune.data.find_images import size_and_time
 from petune.data.layout import folder_path, list_images, split_folders
 
-MANIFEST_FILE = "dataset_manifest.json"
-"""Name of the manifest in a run directory; the runner writes it."""
-
 Manifest = dict[str, dict[str, str]]
 """Split, then class, to the number of images and a digest of their names and sizes, such as `61 3f0c…`."""
 

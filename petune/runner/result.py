@@ -1,4 +1,4 @@
-"""The result of a run: what a table row, a plot and a reader of the directory need."""
+"""The result of a run: everything that a table row, a plot and a reader of the directory need."""
 
 from __future__ import annotations
 
@@ -10,11 +10,30 @@ from petune.base.config import Config
 from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
 from petune.base.text import format_duration, format_percent, format_size, html_table
-from petune.runner.run_dir import RESULT_FILE
+from petune.runner.file_names import RESULT_FILE
+from petune.runner.migrations import updated
 
 
 class RunResult(Config):
-    """What a run yields; saved as `result.json`. Accuracies in percent, of the epoch chosen on val."""
+    """The result of a run; saved as `result.json`.
+
+    Attributes:
+        method, backbone, weights, dataset, seed: As in the configuration.
+        backbone_full_name: With the options that the model was built with.
+        top1, top5: Percent on test, of the epoch chosen on val.
+        val_top1: Percent on val; None without a val split.
+        epoch, epochs: The chosen epoch, from 1, and how many were trained.
+        lr: Peak learning rate.
+        tuned, head, total: Parameters of the method, of the classifier, and of the whole model.
+        percent_of_total, percent_of_backbone: Trained parameters, of all, and of backbone and classifier.
+        forward_flops: Of one image; a multiply-add counts as two.
+        adapter_bytes: Size of the saved tensors.
+        images_per_s, step_time_s: Means over the training.
+        peak_memory_bytes: Of training and test.
+        time_s: Wall time of the training.
+        output: The run directory, as it was called then.
+        provenance: Versions, machine, threads, commit; see `petune.runner.provenance`.
+    """
 
     method: str
     backbone: str
@@ -44,25 +63,33 @@ class RunResult(Config):
 
     @staticmethod
     def exists(directory: Path) -> bool:
-        """Whether the run in `directory` is finished."""
+        """Return whether the run in `directory` is finished."""
         return (directory / RESULT_FILE).exists()
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read a finished run's result.
+        """Read the result of a finished run, of this version or an older one.
 
         Raises:
-            CheckpointError: It is missing or is not a result.
+            CheckpointError: It is missing or damaged.
         """
         file = directory / RESULT_FILE
         try:
-            return cls.build(json.loads(file.read_text(encoding="utf-8")), RESULT_FILE)
+            return cls.build(updated(json.loads(file.read_text(encoding="utf-8"))), RESULT_FILE)
         except (OSError, ValueError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"{file} must be the result of a finished run, but: {error}") from None
+            raise CheckpointError(f"{file} is not the result of a finished run: {error}") from None
+
+    def write(self, directory: Path) -> Self:
+        """Write `result.json` and return the result."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        replace_file(directory / RESULT_FILE, text.encode())
+        return self
 
     def facts(self) -> list[tuple[str, str]]:
-        """What a reader wants to know, as names and values."""
-        tuned = f"{self.tuned:,}  (with the head {format_percent(self.percent_of_total, 3)} of all parameters, "
+        """Return names and values for people to read."""
+        of_all = format_percent(self.percent_of_total, 3)
+        of_backbone = format_percent(self.percent_of_backbone, 3)
+        share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
         return [
             ("method", self.method),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
@@ -70,7 +97,7 @@ class RunResult(Config):
             ("top-1 on test", format_percent(self.top1)),
             ("top-5 on test", format_percent(self.top5)),
             ("top-1 on val", f"{format_percent(self.val_top1)}  (epoch {self.epoch} of {self.epochs})"),
-            ("tuned", f"{tuned}{format_percent(self.percent_of_backbone, 3)} of backbone and head)"),
+            ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),
             ("training", f"{self.images_per_s:,.0f} images/s, {format_duration(self.time_s)}"),
@@ -79,11 +106,5 @@ class RunResult(Config):
         ]
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """Show the facts in a notebook."""
         return html_table(self.facts())
-
-    def write(self, directory: Path) -> Self:
-        """Write it, complete or not at all, and return it."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
-        replace_file(directory / RESULT_FILE, text.encode())
-        return self

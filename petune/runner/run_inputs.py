@@ -1,4 +1,8 @@
-"""What a run began with that its configuration does not say: it goes on with the same, or not at all."""
+"""Record inputs that the configuration does not pin, and refuse to resume if they changed.
+
+These are the images of a folder dataset (`dataset_manifest.json`), and the bytes of the weights file, the recipe's
+defaults and the method's options (`inputs.json`).
+"""
 
 from __future__ import annotations
 
@@ -9,90 +13,106 @@ from typing import Any
 
 from petune.backbones.weights import find_weights
 from petune.base.errors import CheckpointError, DataError, WeightsUnavailable
-from petune.data.manifest import MANIFEST_FILE, changes, manifest_of
+from petune.data.manifest import changes, manifest_of
 from petune.injector.tuner import TunerConfig
-from petune.runner.run_dir import INPUTS_FILE, note, noted
+from petune.runner.file_names import INPUTS_FILE, MANIFEST_FILE
+from petune.runner.migrations import read_record
+from petune.runner.run_dir import NEW_OUTPUT, write_record
+
+Options = Mapping[str, TunerConfig]
+"""All options of each method, defaults included, by the method as it is written."""
 
 
 def check_inputs(
-    place: Path,
+    run_dir: Path,
     dataset: str,
     weights: str,
     recipe: Mapping[str, Any] | None = None,
-    methods: Mapping[str, TunerConfig] | None = None,
+    methods: Options | None = None,
 ) -> None:
-    """Note in a directory what it begins with, or hold that it is still the same.
-
-    That is the images of a folder, the bytes of a weights file, and what a method's package fills in.
+    """Record the inputs of a directory when it starts; check that they are the same when it is continued.
 
     Args:
-        place: Of a run, or of many runs that are to be compared.
-        dataset, weights: As in a configuration.
-        recipe: Learning rate and so on, by name; a run's.
-        methods: All options, those not asked for too, by the method as it is written.
+        run_dir: Of a run, or of several runs that are to be compared.
+        dataset, weights: As in the configuration.
+        recipe: Learning rate and so on, by name; of a single run only.
+        methods: Their options.
 
     Raises:
         DataError: The images changed.
-        CheckpointError: The weights, the recipe or the options did.
+        CheckpointError: The weights, the recipe or the options changed.
     """
-    check_manifest(place, dataset)
-    before, now = noted(place / INPUTS_FILE), {"weights": _digest(weights), **(recipe or {})}
-    options = {method: asked.plain() for method, asked in (methods or {}).items()} | before.get("options", {})
-    for method, asked in (methods or {}).items():
-        _hold_options(place, method, options[method], asked.plain())
-    changed = [key for key in now if key in before and now[key] not in ("", before[key])]
-    if "weights" in changed:
-        raise CheckpointError(
-            f"{weights} must be the weights that {place} began with, but the file holds others now. Put them back, or "
-            "name another --output"
-        )
-    if changed:
-        said = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
-        raise CheckpointError(
-            f"{place} must go on with the recipe that it began with, but {said}: the method's package has changed. "
-            f"Ask for {' and '.join(f'train.{key}' for key in changed)} by --set in another --output, or install what "
-            "there was"
-        )
-    known = {key: value for key, value in {**now, **before, "options": options}.items() if value not in ("", None, {})}
-    if known != before:
-        note(place / INPUTS_FILE, known)
+    check_manifest(run_dir, dataset)
+    before = read_record(run_dir / INPUTS_FILE)
+    now = {"weights": _digest(weights), **(recipe or {})}
+    _check_recipe(run_dir, weights, before, now)
+    options = _checked_options(run_dir, before.get("options", {}), methods or {})
+    merged = {**now, **before, "options": options}
+    record = {key: value for key, value in merged.items() if value not in ("", None, {})}
+    if record != before:
+        write_record(run_dir / INPUTS_FILE, record)
 
 
 def check_manifest(run_dir: Path, dataset: str) -> None:
-    """Record which images a directory starts with, or check that they are still the same.
+    """Record the images of a folder dataset when a directory starts; check that they are the same later.
 
     Args:
-        run_dir: The directory of a run, or of several runs that are to be compared.
-        dataset: As in a configuration.
+        run_dir: Of a run, or of several runs that are to be compared.
+        dataset: As in the configuration.
 
     Raises:
         DataError: They changed.
     """
-    now, before = manifest_of(dataset), noted(run_dir / MANIFEST_FILE)
+    now, before = manifest_of(dataset), read_record(run_dir / MANIFEST_FILE)
     if now and not before:
-        note(run_dir / MANIFEST_FILE, now)
+        write_record(run_dir / MANIFEST_FILE, now)
     elif now and (changed := changes(before, now)):
         raise DataError(
             f"the images of {dataset} have changed since {run_dir} started: {changed}. Its val and test splits are "
             "drawn from them. Put the images back, or start in a new output",
-            cli_hint="Name a new directory with --output",
+            cli_hint=NEW_OUTPUT,
         )
 
 
-def _hold_options(place: Path, method: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """An option that was not there yet changes nothing, if its default is what was done before."""
-    changed = [f"{key} was {value!r} and is {now.get(key)!r}" for key, value in before.items() if now.get(key) != value]
-    if changed:
+def _check_recipe(run_dir: Path, weights: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [key for key in now if key in before and now[key] not in ("", before[key])]
+    if "weights" in changed:
         raise CheckpointError(
-            f"{place} must go on with the options of {method} that it began with, but {', '.join(changed)}: the "
-            "method's package has changed. Ask for them in another --output, or install what there was"
+            f"the weights file {weights} has changed since {run_dir} started. Put the old file back, or use another "
+            "output",
+            cli_hint=NEW_OUTPUT,
         )
+    if changed:
+        values = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
+        keys = " and ".join(f"train.{key}" for key in changed)
+        raise CheckpointError(
+            f"the recipe has changed since {run_dir} started: {values}. The method's package was updated. Install the "
+            f"old version, or set {keys} and use another output",
+            cli_hint=NEW_OUTPUT,
+        )
+
+
+def _checked_options(run_dir: Path, before: Mapping[str, Any], methods: Options) -> dict[str, Any]:
+    """Return all options on record, new methods added. Options that did not exist at the start are ignored."""
+    options = dict(before)
+    for method, config in methods.items():
+        now = config.plain()
+        recorded = options.setdefault(method, now)
+        pairs = [(key, value, now.get(key)) for key, value in recorded.items()]
+        changed = [f"{key} was {old!r} and is {new!r}" for key, old, new in pairs if old != new]
+        if changed:
+            raise CheckpointError(
+                f"the options of {method} have changed since {run_dir} started: {', '.join(changed)}. The method's "
+                "package was updated. Install the old version, or use another output",
+                cli_hint=NEW_OUTPUT,
+            )
+    return options
 
 
 def _digest(weights: str) -> str:
-    """SHA-256 of the file that the weights are; empty where they are none."""
+    """Return the SHA-256 of a weights file; empty if the weights are no file, as `none`."""
     try:
         with find_weights(Path(weights)).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (WeightsUnavailable, OSError):  # no file, as `none`; what is wrong with one is said where it is read
+    except (WeightsUnavailable, OSError):  # a missing file is reported where it is read
         return ""

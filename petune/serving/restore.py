@@ -14,7 +14,7 @@ from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
-from petune.runner.run_dir import why_no_adapter
+from petune.runner.directory_kind import explain_missing_adapter
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def find_adapter(path: Path) -> Path:
     """
     directory = adapter_path(expand_home(path))
     if not (directory / CONFIG_FILE).is_file():
-        raise CheckpointError(why_no_adapter(directory))
+        raise CheckpointError(explain_missing_adapter(directory))
     return directory
 
 

@@ -34,7 +34,7 @@ from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
 from petune.base.files import MANIFEST, manifest_bytes, write_directory
 from petune.base.hub import hub_url, why_unreachable
-from petune.runner.run_dir import why_no_adapter
+from petune.runner.directory_kind import explain_missing_adapter
 from petune.serving.restore import check_no_user_code
 from petune.serving.transfer import directory_size, small_chunks, while_progressing
 
@@ -88,7 +88,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     )
     place = adapter_path(expand_home(path))
     if not (place / CONFIG_FILE).is_file():
-        raise CheckpointError(why_no_adapter(place))
+        raise CheckpointError(explain_missing_adapter(place))
     read_adapter(place)
     files = {name: (place / name).read_bytes() for name in MOST_BYTES if name != MANIFEST and (place / name).is_file()}
     files[CONFIG_FILE] = _public(files[CONFIG_FILE])

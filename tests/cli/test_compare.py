@@ -21,17 +21,23 @@ Words = tuple[str, ...]
 def test_one_table_and_finished_runs_are_skipped(petune: Run, tiny: Words, tmp_path: Path) -> None:
     done = petune("compare", "linear", "full", *tiny)
     assert done.code == 0, done.err
-    heading, _, linear, full = done.out.strip().splitlines()
-    assert heading.split("|")[1:4] == [" method ", "  tuned ", " head "]
-    assert linear.startswith("| linear |      0 |  490 |")
-    assert full.startswith("| full   | 62,160 |  490 |")
+    heading, _, *rows = done.out.strip().splitlines()
+    columns = [name.strip() for name in heading.split("|")[1:-1]]
+    assert columns[:3] == ["method", "top-1", "top-5"]
+    table = [dict(zip(columns, (cell.strip() for cell in row.split("|")[1:-1]), strict=True)) for row in rows]
+    assert {row["method"]: (row["tuned"], row["head"]) for row in table} == {
+        "linear": ("0", "490"),
+        "full": ("62,160", "490"),
+    }
+    accuracies = [float(row["top-1"]) for row in table]
+    assert accuracies == sorted(accuracies, reverse=True)
     assert "output: runs/compare-vit_nano-digits\n" in done.err
     again = petune("compare", "linear", "full", *tiny, "--json")
     assert again.code == 0
     assert "[2/2] full, seed 0: finished before\n" in again.err
-    found = json.loads(again.out)
-    assert [row["method"] for row in found["rows"]] == ["linear", "full"]
-    assert found == json.loads((tmp_path / "runs" / "compare-vit_nano-digits" / "compare.json").read_text())
+    result = json.loads(again.out)
+    assert [row["method"] for row in result["rows"]] == ["linear", "full"]
+    assert result == json.loads((tmp_path / "runs" / "compare-vit_nano-digits" / "compare.json").read_text())
 
 
 def test_a_method_that_fails_is_a_row_with_its_reason(
@@ -53,7 +59,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(
     assert reason == "full failed: Diverged: loss is nan"
 
 
-def test_what_goes_wrong_with_one_method_leaves_the_others_their_rows(
+def test_a_method_that_fails_does_not_stop_the_others(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from petune.tuners.bitfit import BitFit
@@ -74,17 +80,17 @@ def test_what_goes_wrong_with_one_method_leaves_the_others_their_rows(
     assert (kept.parent / "compare.json").exists()
 
 
-def test_a_seed_is_missing_by_name(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    from petune.runner.report.tables import markdown
+def test_a_missing_seed_is_named(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    from petune.runner.report.tables import comparison_page
 
     assert petune("compare", "linear", "bitfit", *tiny, "--output", "there").code == 0
     table = json.loads((tmp_path / "there" / "compare.json").read_text())
     table["config"]["seeds"] = [0, 1]
     table["rows"][0]["seeds"] = [0, 1]
-    assert "With fewer seeds: bitfit (seed 0)." in markdown(table)
+    assert "With fewer seeds: bitfit (seed 0)." in comparison_page(table)
 
 
-def test_what_failed_before_anything_trained_may_be_corrected(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_before_training_the_configuration_can_be_corrected(petune: Run, tiny: Words, tmp_path: Path) -> None:
     words = ("compare", "linear", *tiny, "--output", "there")
     none = petune(*words, "--weights", "typo.safetensors")
     assert none.code == 4
@@ -96,53 +102,68 @@ def test_what_failed_before_anything_trained_may_be_corrected(petune: Run, tiny:
     assert petune(*words, "--val-fraction", "0.2").code == 2  # now something has
 
 
-def test_a_rate_that_a_run_did_not_have_is_refused_before_anything_trains(
+def test_another_learning_rate_for_a_finished_run_is_refused_before_training(
     petune: Run, tiny: Words, tmp_path: Path
 ) -> None:
     assert petune("compare", "linear", *tiny, "--output", "there").code == 0
-    kept = (tmp_path / "there" / "compare.yaml").read_text()
+    stored = (tmp_path / "there" / "config.yaml").read_text()
     done = petune("compare", "bitfit", "linear", *tiny, "--output", "there", "--set", "lrs.linear=0.02")
     assert done.code == 2
-    assert "there/linear-vit_nano-digits-seed0 holds a run with another configuration" in done.err
+    assert "there/linear-vit_nano-digits-seed0 was started with a different configuration" in done.err
     assert "train.lr: None before, 0.02 now" in done.err
     assert not list((tmp_path / "there").glob("bitfit*"))
-    assert (tmp_path / "there" / "compare.yaml").read_text() == kept
-    assert petune("compare", "--config", "there/compare.yaml", "--output", "there").code == 0
+    assert (tmp_path / "there" / "config.yaml").read_text() == stored
+    assert petune("compare", "--config", "there/config.yaml", "--output", "there").code == 0
 
 
-def test_seeds_that_are_not_asked_for_again_are_named_and_tables_from_elsewhere_kept(
-    petune: Run, tiny: Words, tmp_path: Path
-) -> None:
+def test_omitted_seeds_are_named_and_tables_from_elsewhere_kept(petune: Run, tiny: Words, tmp_path: Path) -> None:
     assert petune("compare", "linear", *tiny, "--output", "there", "--seeds", "0,1").code == 0
     done = petune("compare", "linear", *tiny, "--output", "there")
-    assert "the table will lack linear (seed 1), not asked for now; finished runs stay in there\n" in done.err
+    assert "not in the table this time: linear (seed 1)" in done.err
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "compare.md").write_text("mine")
     done = petune("compare", "linear", *tiny, "--output", "kept")
     assert done.code == 2
-    assert "kept/compare.md was not made by a comparison there, and is kept; name another --output" in done.err
+    assert "kept/compare.md exists and was not written by a comparison" in done.err
     assert (tmp_path / "kept" / "compare.md").read_text() == "mine"
 
 
-def test_a_directory_that_was_moved_or_copied_is_gone_on_in_where_it_lies(
+def test_a_moved_or_copied_directory_is_resumed_where_it_is(
     petune: Run, tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert petune("compare", "linear", *tiny, "--output", "first").code == 0
     (tmp_path / "first").rename(tmp_path / "moved")
-    again = petune("compare", "--config", "moved/compare.yaml")
+    again = petune("compare", "--config", "moved/config.yaml")
     assert "[1/1] linear, seed 0: finished before\n" in again.err
     assert "output: moved\n" in again.err
     assert not (tmp_path / "first").exists()
     shutil.copytree(tmp_path / "moved", tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "linear-vit_nano-digits-seed0")
     monkeypatch.chdir(tmp_path / "copy")
-    inside = petune("compare", "--config", "compare.yaml", "--json")  # as its first line says
+    inside = petune("compare", "--config", "config.yaml", "--json")  # as its first line says
     assert "finished before" not in inside.err
     assert (tmp_path / "copy" / "linear-vit_nano-digits-seed0" / "result.json").is_file()
-    assert petune("compare", "--config", "compare.yaml", "--output", "../new", "--dry-run").code == 0
+    assert petune("compare", "--config", "config.yaml", "--output", "../new", "--dry-run").code == 0
 
 
-def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_config_yaml_is_the_comparison_and_a_runs_config_a_start_for_one(
+    petune: Run, tiny: Words, tmp_path: Path
+) -> None:
+    assert petune("compare", "linear", *tiny, "--output", "there").code == 0
+    own = yaml.safe_load((tmp_path / "there" / "config.yaml").read_text())
+    assert (own["methods"], own["seeds"], own["run"]["dataset"]) == (["linear"], [0], "digits")
+    done = petune("run", "--config", "there/config.yaml", "--dry-run")
+    assert done.code == 2
+    assert "methods" in done.err
+    of_run = "there/linear-vit_nano-digits-seed0/config.yaml"
+    done = petune("compare", "bitfit", "--config", of_run, "--set", "method=null", "--dry-run")
+    assert done.code == 2  # a comparison sets the method itself
+    done = petune("compare", "bitfit", "--config", of_run, "--dry-run")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(done.out)["output"] is None
+
+
+def test_keys_of_a_run_go_to_the_section_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("val_fraction: 0.2\ntrain: {batch_size: 32}\n")
     words = ("--config", "run.yaml", "--set", "train.grad_clip=5", "--set", "seeds=[4]", "--output", "there")
     done = petune("compare", "linear", *tiny, *words, "--dry-run")
@@ -156,16 +177,16 @@ def test_what_belongs_to_runs_goes_there(petune: Run, tiny: Words, tmp_path: Pat
     assert petune("compare", "--config", "compare.yaml", "--dry-run").out == done.out
 
 
-def test_no_method_and_twice_the_same_are_refused(petune: Run, tiny: Words) -> None:
+def test_no_method_and_a_method_given_twice_are_refused(petune: Run, tiny: Words) -> None:
     none = petune("compare", *tiny)
     assert none.code == 2
     assert "methods: required" in none.err
     twice = petune("compare", "linear", "linear", *tiny)
     assert twice.code == 2
-    assert "each may stand once, but linear stands twice" in twice.err
+    assert "methods: linear is given twice" in twice.err
 
 
-def test_a_method_may_have_a_rate_of_its_own(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_a_method_can_have_its_own_learning_rate(petune: Run, tiny: Words, tmp_path: Path) -> None:
     words = ("compare", "linear", "full", *tiny, "--lr=0.02", "--set=lrs.full=0.001")
     assert petune(*words).code == 0
     rates = {

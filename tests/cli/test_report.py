@@ -1,4 +1,4 @@
-"""`petune report`: every directory is in the page with its state, nothing in it can run, other files are left alone."""
+"""`petune report`: every directory is in the page with its state, no markup can enter, other files are left alone."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Tags(HTMLParser):
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of two methods and two seeds."""
-    place = tmp_path_factory.mktemp("compared") / "two"
+    output = tmp_path_factory.mktemp("compared") / "two"
     run = {
         "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 48}, "device": "cpu",
         "dataset": "digits", "shots": 20, "train": {"epochs": 1, "precision": "fp32"},
     }  # fmt: skip
-    values = {"methods": ("linear", "bitfit"), "seeds": (0, 1), "run": run, "output": place}
+    values = {"methods": ("linear", "bitfit"), "seeds": (0, 1), "run": run, "output": output}
     library.compare(library.CompareConfig.build(values))
-    return place
+    return output
 
 
 @pytest.fixture
@@ -56,11 +56,11 @@ def runs(compared: Path, tmp_path: Path) -> Path:
     return tmp_path / "there"
 
 
-def test_a_comparison_is_its_table_with_charts_and_origin(petune: Run, runs: Path, tmp_path: Path) -> None:
+def test_a_comparison_is_a_table_with_charts_and_origin(petune: Run, runs: Path, tmp_path: Path) -> None:
     done = petune("report", "there", "--output", "page.html", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["done"], told["unfinished"], told["broken"]) == (5, 0, 0)
+    counts = json.loads(done.out)
+    assert (counts["done"], counts["unfinished"], counts["broken"]) == (5, 0, 0)
     page = Tags((tmp_path / "page.html").read_text())
     rows = json.loads((runs / "two" / "compare.json").read_text())["rows"]
     for row in rows:
@@ -73,7 +73,7 @@ def test_a_comparison_is_its_table_with_charts_and_origin(petune: Run, runs: Pat
     assert len(re.findall(r"https?://(?!www\.w3\.org)", (tmp_path / "page.html").read_text())) == 0
 
 
-def test_what_is_unfinished_or_broken_is_told_and_names_cannot_become_markup(
+def test_unfinished_and_broken_directories_are_listed_and_names_are_escaped(
     petune: Run, runs: Path, tmp_path: Path
 ) -> None:
     hostile = "<img src=x onerror=alert(1)>&\u202e"
@@ -87,35 +87,35 @@ def test_what_is_unfinished_or_broken_is_told_and_names_cannot_become_markup(
     (runs / "named" / "result.json").write_text(json.dumps(result | {"method": hostile}))
     done = petune("report", "there", "--json")
     assert done.code == 0, done.err
-    told = json.loads(done.out)
-    assert (told["done"], told["unfinished"], told["broken"]) == (6, 1, 1)
+    counts = json.loads(done.out)
+    assert (counts["done"], counts["unfinished"], counts["broken"]) == (6, 1, 1)
     page = Tags((tmp_path / "report.html").read_text())
     assert "img" not in page.tags
     assert "1 of 1 epochs done" in page.text
-    assert "must be the result of a finished run" in page.text
+    assert "is not the result of a finished run" in page.text
     assert "<img src=x onerror=alert(1)>&" in page.text
     assert "\u202e" not in page.text
 
 
-def test_only_a_page_of_ours_is_written_anew(petune: Run, runs: Path, tmp_path: Path) -> None:
+def test_only_an_older_report_is_replaced(petune: Run, runs: Path, tmp_path: Path) -> None:
     assert petune("report", "there").code == 0
     assert petune("report", "there").code == 0
     (tmp_path / "mine.html").write_text("<html>my own</html>")
     done = petune("report", "there", "--output", "mine.html")
     assert (done.code, (tmp_path / "mine.html").read_text()) == (2, "<html>my own</html>")
-    assert "is no page of `petune report`; it is left alone" in done.err
+    assert "mine.html exists and is not a page of `petune report`" in done.err
     (tmp_path / "empty").mkdir()
     none = petune("report", "empty")
     assert none.code == 2
-    assert "no directory below empty holds one" in none.err
+    assert "no runs found below empty" in none.err
 
 
 @pytest.mark.parametrize("damage", [{"rows": None}, {"rows": [{"params": None}]}, {"config": None}, {"finished": 3}])
-def test_a_damaged_sweep_is_broken_and_told(petune: Run, runs: Path, damage: dict[str, Any], tmp_path: Path) -> None:
-    place = runs / "swept"
-    place.mkdir()
-    (place / "config.yaml").write_text("# petune sweep --config config.yaml\ntrials: 2\n")
-    (place / "sweep.json").write_text(json.dumps(damage))
+def test_a_damaged_sweep_is_listed_as_broken(petune: Run, runs: Path, damage: dict[str, Any], tmp_path: Path) -> None:
+    swept = runs / "swept"
+    swept.mkdir()
+    (swept / "config.yaml").write_text("# petune sweep --config config.yaml\ntrials: 2\n")
+    (swept / "sweep.json").write_text(json.dumps(damage))
     done = petune("report", "there", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["broken"] == 1
@@ -123,7 +123,7 @@ def test_a_damaged_sweep_is_broken_and_told(petune: Run, runs: Path, damage: dic
 
 
 def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
-    """A copy of a run that says other things of itself."""
+    """Copy a run and change its seed and settings."""
     shutil.copytree(run, to)
     config = yaml.safe_load((to / "config.yaml").read_text())
     result = json.loads((to / "result.json").read_text())
@@ -134,15 +134,15 @@ def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "problem"),
     [
-        ({"seeds": []}, "1 problem in compare.json: - rows.0: a method that is done must have seeds"),
-        ({"top1_mean": None}, "1 problem in compare.json: - rows.0: a method that is done must have top1_mean"),
+        ({"seeds": []}, "1 problem in compare.json: - rows.0: a method that is done lacks seeds"),
+        ({"top1_mean": None}, "1 problem in compare.json: - rows.0: a method that is done lacks top1_mean"),
         (None, "6 problems in compare.json: - config: required - rows: required"),
     ],
 )
 def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(
-    petune: Run, runs: Path, damage: dict[str, Any] | None, said: str, tmp_path: Path
+    petune: Run, runs: Path, damage: dict[str, Any] | None, problem: str, tmp_path: Path
 ) -> None:
     file = runs / "two" / "compare.json"
     table = json.loads(file.read_text())
@@ -152,17 +152,17 @@ def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(
     assert done.code == 0, done.err
     assert json.loads(done.out)["broken"] == 1
     page = Tags((tmp_path / "page.html").read_text())
-    assert said in " ".join(page.text.split())
+    assert problem in " ".join(page.text.split())
     assert "linear" in page.text
 
 
-def test_finished_runs_that_a_table_leaves_out_have_one_of_their_own(petune: Run, runs: Path, tmp_path: Path) -> None:
-    """Means over other seeds are no rows of the same table."""
-    narrowed = petune("compare", "linear", "--config", "there/two/compare.yaml", "--seeds", "0", "--json")
+def test_finished_runs_not_in_the_table_get_a_table_of_their_own(petune: Run, runs: Path, tmp_path: Path) -> None:
+    """Means over other seeds do not belong in the same table."""
+    narrowed = petune("compare", "linear", "--config", "there/two/config.yaml", "--seeds", "0", "--json")
     assert narrowed.code == 0, narrowed.err
     assert "directories: 5 finished, 0 unfinished, 0 broken" in petune("report", "there").err
-    own, beside = (tmp_path / "report.html").read_text().split("not in the table</h2>")
-    cells = [re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", part) for part in (own, beside)]
+    own, others = (tmp_path / "report.html").read_text().split("not in the table</h2>")
+    cells = [re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", part) for part in (own, others)]
     assert ("bitfit" in cells[0], "bitfit" in cells[1]) == (False, True)
     assert "0, 1" in cells[1]
     assert "linear" in cells[1]  # its seed 1
@@ -177,7 +177,7 @@ def test_runs_on_other_images_or_weights_are_not_averaged(petune: Run, runs: Pat
     assert "±" not in page.text.replace("mean ±", "")
 
 
-def test_runs_that_differ_are_told_apart(petune: Run, runs: Path, tmp_path: Path) -> None:
+def test_runs_with_different_settings_are_labeled(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
     _like(run, tmp_path / "loose" / "a")
     _like(run, tmp_path / "loose" / "b", shots=5)
@@ -190,7 +190,7 @@ def test_runs_that_differ_are_told_apart(petune: Run, runs: Path, tmp_path: Path
     assert "weights other.safetensors; runs in" in page.text
 
 
-def test_no_run_is_left_out_for_its_name_or_a_link(petune: Run, runs: Path, tmp_path: Path) -> None:
+def test_no_run_is_omitted_because_of_its_name_or_a_link(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
     _like(run, tmp_path / "loose" / "adapter", seed=3)
     _like(run, tmp_path / "disk" / "big", seed=4)
@@ -201,7 +201,7 @@ def test_no_run_is_left_out_for_its_name_or_a_link(petune: Run, runs: Path, tmp_
     assert "3, 4" in Tags((tmp_path / "report.html").read_text()).text
 
 
-def test_a_seed_that_ran_twice_counts_once(petune: Run, runs: Path, tmp_path: Path) -> None:
+def test_a_seed_that_ran_twice_is_counted_once(petune: Run, runs: Path, tmp_path: Path) -> None:
     run = next((runs / "two").glob("linear-*seed0"))
     for name in ("x", "x-2"):
         shutil.copytree(run, tmp_path / "loose" / name)

@@ -1,4 +1,4 @@
-"""`petune run`, from the words to the files: digits on a ViT of two narrow blocks."""
+"""`petune run`, from the command line to the files: digits on a ViT of two narrow blocks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ output runs/linear-vit_nano-digits-seed#
 """
 
 
-def test_a_run_prints_its_result_and_talks_on_stderr(
+def test_a_run_prints_its_result_on_stdout_and_progress_on_stderr(
     petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path
 ) -> None:
     done = petune("run", "--method", "linear", *tiny)
@@ -71,14 +71,15 @@ def test_config_yaml_repeats_the_run(petune: Run, tiny: Words, tmp_path: Path) -
     assert (again["top1"], again["val_top1"]) == (first["top1"], first["val_top1"])
 
 
-def test_an_output_that_exists_is_refused_and_resume_returns_what_is_finished(
+def test_an_existing_output_is_refused_and_resume_returns_a_finished_result(
     petune: Run, tiny: Words, tmp_path: Path
 ) -> None:
     words = ("run", "--method", "linear", *tiny, "--output", "here", "--json")
     first = petune(*words)
     refused = petune(*words)
     assert (refused.code, refused.out) == (2, "")
-    assert refused.err.startswith("error: here exists already; go on in it with --resume")
+    assert refused.err.startswith("error: here already exists")
+    assert "--resume" in refused.err
     again = petune(*words, "--resume")
     assert (again.code, again.out, again.err) == (0, first.out, "")
 
@@ -97,17 +98,17 @@ def test_resume_without_output_takes_the_latest_of_the_name(petune: Run, tiny: W
 def test_resume_of_nothing_is_refused(petune: Run, tiny: Words, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for command in ("run", "pretrain"):
-        for place in ("nowhere", "empty"):
-            done = petune(command, *tiny, "--output", place, "--resume")
+        for output in ("nowhere", "empty"):
+            done = petune(command, *tiny, "--output", output, "--resume")
             assert (done.code, done.out) == (2, "")
-            assert f"nothing to resume in {place}. Start without --resume" in done.err
+            assert f"nothing to resume in {output}" in done.err
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
-    begun = petune("run", "--method=linear", *tiny, "--output=nowhere", "--set=resume=true", "--json")
-    assert begun.code == 0, begun.err
-    assert petune("run", "--method=linear", *tiny, "--output=nowhere", "--resume", "--json").out == begun.out
+    first = petune("run", "--method=linear", *tiny, "--output=nowhere", "--set=resume=true", "--json")
+    assert first.code == 0, first.err
+    assert petune("run", "--method=linear", *tiny, "--output=nowhere", "--resume", "--json").out == first.out
 
 
-def test_seeds_give_mean_and_spread(petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path) -> None:
+def test_seeds_give_mean_and_deviation(petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--seeds", "0,1")
     assert done.code == 0, done.err
     heading, _, row = done.out.strip().splitlines()
@@ -157,8 +158,8 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
             2,
             "error: 1 problem in the command line:\n  - train.optimizer: timm has no",
         ),
-        (("--dataset", "folder:/no/where"), 4, "error: folder:PATH must name a folder"),
-        (("--weights", "/no/where"), 4, "error: --weights takes default, none"),
+        (("--dataset", "folder:/no/where"), 4, "/no/where"),
+        (("--weights", "/no/where"), 4, "/no/where"),
         (("--device", "cuda:7"), 2, "error: device must be auto, cpu, cuda"),
         (
             ("--tracker", "tensorbord"),
@@ -174,13 +175,13 @@ def test_wrong_names_are_one_message(words: Words, code: int, message: str, petu
     assert "Traceback" not in done.err
 
 
-def test_track_logs_curves_beside_the_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_a_tracker_logs_in_the_run_directory(petune: Run, tiny: Words, tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--tracker", "tensorboard", "--output", "here")
     assert done.code == 0, done.err
     assert list((tmp_path / "here" / "tensorboard").glob("events.out.tfevents.*"))
 
 
-def test_ctrl_c_stops_with_75_and_says_how_to_go_on(tiny: Words, tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_75_and_prints_the_command_to_resume(tiny: Words, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "petune", "run", "--method", "linear", *tiny, "--epochs", "200", "--json"]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         metrics = tmp_path / "runs" / "linear-vit_nano-digits-seed0" / "metrics.jsonl"
@@ -195,7 +196,7 @@ def test_ctrl_c_stops_with_75_and_says_how_to_go_on(tiny: Words, tmp_path: Path)
     assert err.endswith(f"\n  petune run --config {place}/config.yaml --output {place} --resume\n")
 
 
-def test_an_unreachable_hub_is_told_before_timm_is_imported(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported_before_timm_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom petune.cli.main import main\ntry:\n"
         " main(['run', '--method', 'adaptformer', '--backbone', 'vit_base', '--dataset', 'digits'])\n"

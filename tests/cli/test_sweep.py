@@ -53,7 +53,7 @@ def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp
         raise AssertionError("nothing is run twice")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["petune.runner.run"], "trained", never)
+        patch.setattr(sys.modules["petune.runner.run"], "train", never)
         again = petune("sweep", "adaptformer", *OVER, *tiny, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out) == table
@@ -85,7 +85,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
 ) -> None:
     words = ("sweep", "adaptformer", *OVER, *tiny, "--no-test")
     whole = json.loads(petune(*words, "--output", "whole", "--json").out)
-    original, begun = sys.modules["petune.runner.sweep.search"].trained, []  # type: ignore[attr-defined]
+    original, begun = sys.modules["petune.runner.sweep.search"].train, []  # type: ignore[attr-defined]
 
     def stopping(config: Any, *rest: Any) -> Any:
         begun.append(config.output.name)
@@ -93,7 +93,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
             raise Stopped("stopped by SIGTERM; what was done is saved, resume it with --resume")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", stopping)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "train", stopping)
     stopped = petune(*words, "--output", "cut off")
     assert stopped.code == 75
     assert "petune sweep --config 'cut off/config.yaml' --output 'cut off'" in stopped.err
@@ -102,7 +102,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
     assert not half["finished"]
     told = petune("report", "cut off", "--json")
     assert json.loads(told.out)["unfinished"] >= 1
-    assert "2 trials done; started again it goes on" in (tmp_path / "report.html").read_text()
+    assert "2 trials done; run the same command to resume" in (tmp_path / "report.html").read_text()
     done = petune("sweep", "--config", "cut off/config.yaml", "--output", "cut off", "--json")
     assert done.code == 0, done.err
     assert begun == ["trial-000", "trial-001", "trial-002", "trial-002", "trial-003"]
@@ -134,18 +134,18 @@ def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, 
     assert json.loads(wide.out)["rows"][:3] == three["rows"]
     narrow = petune(*words, "--trials", 4)  # its trials would lie outside
     assert narrow.code == 2
-    assert "there holds a run with another configuration" in narrow.err
+    assert "there was started with a different configuration" in narrow.err
     same = petune("sweep", "--config", "there/config.yaml", "--output", "there", "--json")  # as a stop advises
     assert json.loads(same.out)["rows"] == json.loads(wide.out)["rows"]
     other = petune("sweep", "linear", "--search=train.lr=1e-3..1:log", *tiny, "--output", "there")
     assert other.code == 2
-    assert "there holds a run with another configuration" in other.err
+    assert "there was started with a different configuration" in other.err
 
 
 def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, begun = sys.modules["petune.runner.sweep.search"].trained, []  # type: ignore[attr-defined]
+    original, begun = sys.modules["petune.runner.sweep.search"].train, []  # type: ignore[attr-defined]
 
     def failing(config: Any, *rest: Any) -> Any:
         begun.append(config.train.lr)
@@ -153,7 +153,7 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
             raise Diverged("loss is nan")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", failing)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "train", failing)
     words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny)
     done = petune(*words)
     assert done.code == 0, done.err
@@ -174,7 +174,7 @@ def test_what_is_not_the_trials_fault_is_tried_again(
 ) -> None:
     from petune.base.errors import DataError
 
-    original = sys.modules["petune.runner.sweep.search"].trained  # type: ignore[attr-defined]
+    original = sys.modules["petune.runner.sweep.search"].train  # type: ignore[attr-defined]
 
     def failing(config: Any, *rest: Any) -> Any:
         if config.train.lr == 0.5:
@@ -183,7 +183,7 @@ def test_what_is_not_the_trials_fault_is_tried_again(
 
     words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["petune.runner.sweep.search"], "trained", failing)
+        patched.setattr(sys.modules["petune.runner.sweep.search"], "train", failing)
         assert petune(*words).code == 0
     assert [row["state"] for row in _table(tmp_path)["rows"]] == ["failed", "done"]
     assert petune(*words).code == 0

@@ -15,7 +15,7 @@ from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data import DATASETS, load_dataset
 from petune.data.dataset import Dataset, Split
 from petune.data.digits import load_digits
-from petune.runner.run import preprocessing
+from petune.runner.prepare import choose_preprocess
 
 
 def _dataset(per_class: tuple[int, ...] = (10, 20, 30), crop: float = 1.0) -> Dataset:
@@ -137,9 +137,9 @@ def test_statistics_are_computed_only_if_the_weights_have_none(monkeypatch: pyte
     counted = []
     monkeypatch.setattr(Split, "channel_statistics", lambda self: counted.append(1) or ((0.1,) * 3, (0.2,) * 3))
     backbone = Backbone(nn.Identity(), "b", "b", "w", 8, (0.5,) * 3, (0.4,) * 3)
-    assert preprocessing(backbone, _dataset()).std == (0.4,) * 3
+    assert choose_preprocess(backbone, _dataset()).std == (0.4,) * 3
     assert not counted
-    assert preprocessing(replace(backbone, mean=None, std=None), _dataset()).mean == (0.1,) * 3
+    assert choose_preprocess(replace(backbone, mean=None, std=None), _dataset()).mean == (0.1,) * 3
 
 
 def test_digits_are_complete_and_stratified() -> None:

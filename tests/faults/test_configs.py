@@ -13,7 +13,7 @@ from hypothesis import given, seed, settings, strategies as st
 import petune
 from petune.base.config import Config
 from petune.base.errors import ConfigError, PetuneError
-from petune.runner.compare import CompareConfig
+from petune.runner.compare_config import CompareConfig
 from petune.runner.pretrain import PretrainConfig
 from petune.runner.run_config import RunConfig
 from tests.faults.conftest import tally, tries

@@ -13,7 +13,8 @@ from PIL import Image
 
 from petune.base.errors import PetuneError
 from petune.data.folder import load_folder
-from petune.runner.compare import CompareConfig, compare
+from petune.runner.compare import compare
+from petune.runner.compare_config import CompareConfig
 from petune.runner.run import run
 from petune.serving.export import export
 from tests.faults.conftest import digests, tally, tries

@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 from petune.base.config import Config
 from petune.base.errors import ConfigError
 from petune.cli.main import main
-from petune.runner.compare import CompareConfig
+from petune.runner.compare_config import CompareConfig
 from petune.runner.pretrain import PretrainConfig
 from petune.runner.run_config import RunConfig
 

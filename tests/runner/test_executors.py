@@ -17,7 +17,8 @@ import torch
 import petune
 from petune.base.errors import ConfigError, MissingExtra, UnknownName, UsageError
 from petune.base.yaml_values import read_yaml
-from petune.runner.compare import CompareConfig, compare
+from petune.runner.compare import compare
+from petune.runner.compare_config import CompareConfig
 from petune.runner.events import RunStarted
 from petune.runner.executors import RUN, Failure, Outcome, Started, choose_executor, run_all, serial
 from petune.runner.executors.worker import WorkerJob, read_answer
@@ -128,7 +129,7 @@ def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_finished_run_of_another_configuration_is_not_taken(finished: Any, tmp_path: Path) -> None:
     done = run_all([config("linear", tmp_path / "a")])[0]
     assert finished(config("linear", tmp_path / "a")) == done
-    with pytest.raises(UsageError, match="holds a run with another configuration"):
+    with pytest.raises(UsageError, match="was started with a different configuration"):
         finished(config("linear", tmp_path / "a", train={**PLAIN["train"], "lr": 0.05}))
 
 
@@ -171,7 +172,8 @@ def test_a_comparison_says_what_was_measured_where_and_needs_its_own_directory(t
     again = CompareConfig.build({**asked.model_dump(), "methods": ("norm",)})
     compare(again, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert notes == [f"the table will lack linear, not asked for now; finished runs stay in {place}"]
-    assert CompareConfig.build(read_yaml(place / "compare.yaml") | {"output": place}, "compare.yaml") == again
-    with pytest.raises(UsageError, match=r"a comparison needs a directory of its own, but .* holds a run"):
+    assert len(notes) == 1
+    assert "not in the table this time: linear" in notes[0]
+    assert CompareConfig.build(read_yaml(place / "config.yaml") | {"output": place}, "config.yaml") == again
+    with pytest.raises(UsageError, match="holds a run"):
         compare(CompareConfig.build({**asked.model_dump(), "output": file.parent}))

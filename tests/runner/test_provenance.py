@@ -1,4 +1,4 @@
-"""Costs against formulas: FLOPs of layers, memory that was really taken, provenance that can be checked."""
+"""Costs against formulas: FLOPs of layers, memory that was really allocated, provenance that can be checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_flops_of_attention_are_counted() -> None:
     assert forward_flops(Attention(), (heads, tokens, width)) == 2 * 2 * heads * tokens * tokens * width
 
 
-def test_flops_put_training_flags_back() -> None:
+def test_counting_flops_restores_training_modes() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     model[0].eval()
     model.training = True
@@ -76,35 +76,36 @@ print(memory.bytes() - base, size)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="resident peak is only resettable on Linux")
-def test_peak_memory_sees_what_was_taken_since_and_not_before() -> None:
-    # in a process of its own: memory that other tests' threads give back meanwhile would hide what is taken
+def test_peak_memory_counts_only_later_allocations() -> None:
+    # in a process of its own: memory freed by other tests' threads would hide the allocation
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     taken, size = map(int, done.stdout.split())
     assert size * 0.9 < taken < size * 1.3
 
 
 def test_provenance_names_versions_device_and_threads() -> None:
-    told = provenance(CPU)
+    record = provenance(CPU)
     assert (
-        told["versions"]["torch"] == torch.__version__.split("+")[0] or told["versions"]["torch"] == torch.__version__
+        record["versions"]["torch"] == torch.__version__.split("+")[0]
+        or record["versions"]["torch"] == torch.__version__
     )
-    assert told["threads"] == torch.get_num_threads()
-    assert told["device"] == device_name(CPU)
-    assert told["device"].endswith("cores")
-    assert told["git"] is None or len(told["git"]["commit"]) == 40
+    assert record["threads"] == torch.get_num_threads()
+    assert record["device"] == device_name(CPU)
+    assert record["device"].endswith("cores")
+    assert record["git"] is None or len(record["git"]["commit"]) == 40
 
 
-def test_provenance_takes_no_foreign_repository_for_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_another_repository_is_not_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("petune.runner.provenance.__file__", str(tmp_path / "petune" / "measure.py"))
     (tmp_path / "petune").mkdir()
     assert git_state.__wrapped__() is None
 
 
-def test_the_commit_is_the_one_that_the_process_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    began = provenance(CPU)["git"]
+def test_the_commit_is_the_one_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_start = provenance(CPU)["git"]
     monkeypatch.setattr("petune.runner.provenance.subprocess", None)  # whatever is committed meanwhile
-    assert provenance(CPU)["git"] == began
+    assert provenance(CPU)["git"] == at_start
 
 
-def test_a_package_that_is_not_there_has_no_version() -> None:
+def test_a_missing_package_has_no_version() -> None:
     assert installed_version("no-such-package-at-all") is None

@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time and to one configuration."""
+"""Run directories are locked while in use and keep one configuration once training has started."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ import pytest
 from petune.base.config import Config
 from petune.base.errors import CheckpointError, UsageError
 from petune.base.yaml_values import read_yaml
+from petune.runner.file_names import CONFIG_FILE, LOCK_FILE
 from petune.runner.result import RunResult
-from petune.runner.run_dir import (
-    CONFIG_FILE,
-    LOCK_FILE,
-    METRICS_FILE,
-    check_config,
-    latest_path,
-    open_run_dir,
-    unique_path,
-)
+from petune.runner.run_dir import latest_path, open_run_dir, unique_path
+from petune.runner.stored_config import check_config
 from petune.serving.restore import restore
+from petune.training.run_files import METRICS_FILE
 
-COMMAND = "petune run --config config.yaml"
+COMMAND = "run"
 
 
 class Settings(Config):
@@ -39,7 +34,7 @@ def _start(path: Path, resume: bool, barrier: Barrier, results: Any) -> None:
     barrier.wait(20)
     try:
         with open_run_dir(path, Settings(), resume=resume, command=COMMAND):
-            results.put("open_run_dir")
+            results.put("opened")
             barrier.wait(20)  # hold it until all have tried
     except UsageError as error:
         results.put(str(error))
@@ -47,43 +42,44 @@ def _start(path: Path, resume: bool, barrier: Barrier, results: Any) -> None:
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_of_eight_starts_in_one_directory_exactly_one_claims_it(resume: bool, tmp_path: Path) -> None:
+def test_of_eight_processes_exactly_one_opens_the_directory(resume: bool, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(8), context.Queue()
     arguments = (tmp_path / "run", resume, barrier, results)
     processes = [context.Process(target=_start, args=arguments, daemon=True) for _ in range(8)]
     for process in processes:
         process.start()
-    said = [results.get(timeout=20) for _ in processes]
+    outcomes = [results.get(timeout=20) for _ in processes]
     for process in processes:
         process.join(timeout=20)
-    assert said.count("open_run_dir") == 1
-    # without resume, one that finds the directory while it is still empty meets the lock
-    expected = ("is in use by another petune process",) if resume else ("exists already", "is in use by another")
-    assert sum(any(words in text for words in expected) for text in said) == 7
+    assert outcomes.count("opened") == 1
+    # without resume, a process that finds the directory while it is still empty meets the lock
+    expected = ("is in use",) if resume else ("already exists", "is in use")
+    assert sum(any(words in text for words in expected) for text in outcomes) == 7
     assert [process.exitcode for process in processes] == [0] * 8
 
 
 def test_the_config_is_written_with_the_command_on_top(tmp_path: Path) -> None:
-    with open_run_dir(tmp_path / "a" / "run", Settings(seed=3), resume=False, command=COMMAND) as place:
-        text = (place / CONFIG_FILE).read_text()
-    assert text.startswith(f"# {COMMAND}\n")
-    assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=3)
+    with open_run_dir(tmp_path / "a" / "run", Settings(seed=3), resume=False, command=COMMAND) as run_dir:
+        text = (run_dir / CONFIG_FILE).read_text()
+    assert text.startswith("# petune run --config config.yaml\n")
+    assert Settings.build(read_yaml(run_dir / CONFIG_FILE)) == Settings(seed=3)
 
 
-def test_an_existing_directory_is_gone_on_in_only_when_asked(tmp_path: Path) -> None:
+def test_an_existing_directory_is_opened_only_to_resume(tmp_path: Path) -> None:
     with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         pass
     with (
-        pytest.raises(UsageError, match=r"exists already; go on in it with --resume"),
+        pytest.raises(UsageError, match="already exists") as error,
         open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND),
     ):
         pass
-    with open_run_dir(tmp_path / "run", Settings(resume=True), resume=True, command=COMMAND) as place:
-        assert place == tmp_path / "run"
+    assert "--resume" in error.value.cli_hint
+    with open_run_dir(tmp_path / "run", Settings(resume=True), resume=True, command=COMMAND) as run_dir:
+        assert run_dir == tmp_path / "run"
 
 
-def test_an_option_that_is_newer_than_the_directory_counts_as_its_default(tmp_path: Path) -> None:
+def test_an_option_added_after_the_start_counts_as_its_default(tmp_path: Path) -> None:
     with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         pass
     (tmp_path / "run" / CONFIG_FILE).write_text("seed: 0\n")
@@ -94,12 +90,13 @@ def test_an_option_that_is_newer_than_the_directory_counts_as_its_default(tmp_pa
         open_run_dir(tmp_path / "run", Settings(lr=0.2), resume=True, command=COMMAND).__enter__()
 
 
-def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> None:
-    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
-        (place / "checkpoints").mkdir()
-    check_config(place, Settings(output=tmp_path))
+def test_another_configuration_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as run_dir:
+        (run_dir / "checkpoints").mkdir()
+    check_config(run_dir, Settings(output=tmp_path))
+    check_config(run_dir, Settings(seed=1), may_change=("seed",))
     with pytest.raises(UsageError, match="seed: 0 before, 1 now"):
-        check_config(place, Settings(seed=1))
+        check_config(run_dir, Settings(seed=1))
     with (
         pytest.raises(UsageError) as caught,
         open_run_dir(tmp_path / "run", Settings(seed=1, output=tmp_path), resume=True, command=COMMAND),
@@ -110,22 +107,22 @@ def test_another_configuration_is_refused_naming_the_keys(tmp_path: Path) -> Non
     assert "output:" not in str(caught.value)
 
 
-def test_where_nothing_trained_another_configuration_begins_anew(tmp_path: Path) -> None:
+def test_before_training_another_configuration_replaces_the_old_one(tmp_path: Path) -> None:
     names = {"inputs.json", "dataset_manifest.json", "compare.json", "sweep.json"}
-    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as place:
+    with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND) as run_dir:
         for name in names:
-            (place / name).touch()
-        (place / "notes").write_text("mine")
+            (run_dir / name).touch()
+        (run_dir / "notes").write_text("mine")
     tables = ("compare.json", "sweep.json")
-    with open_run_dir(place, Settings(), resume=True, command=COMMAND, tables=tables):
-        assert {p.name for p in place.iterdir()} & names == {"compare.json", "sweep.json"}  # of the same question
-    check_config(place, Settings(seed=1))
-    with open_run_dir(place, Settings(seed=1), resume=True, command=COMMAND, tables=tables):
-        assert {p.name for p in place.iterdir()} == {CONFIG_FILE, LOCK_FILE, "notes"}
-    assert Settings.build(read_yaml(place / CONFIG_FILE)) == Settings(seed=1)
+    with open_run_dir(run_dir, Settings(), resume=True, command=COMMAND, tables=tables):
+        assert {p.name for p in run_dir.iterdir()} & names == {"compare.json", "sweep.json"}
+    check_config(run_dir, Settings(seed=1))
+    with open_run_dir(run_dir, Settings(seed=1), resume=True, command=COMMAND, tables=tables):
+        assert {p.name for p in run_dir.iterdir()} == {CONFIG_FILE, LOCK_FILE, "notes"}
+    assert Settings.build(read_yaml(run_dir / CONFIG_FILE)) == Settings(seed=1)
 
 
-def test_a_configuration_that_somebody_wrote_is_kept(tmp_path: Path) -> None:
+def test_a_config_yaml_that_petune_did_not_write_is_kept(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text("seed: 3\n")
     with pytest.raises(UsageError, match="seed: 3 before, 0 now"):
         open_run_dir(tmp_path, Settings(), resume=True, command=COMMAND).__enter__()
@@ -137,21 +134,20 @@ class Nested(Config):
     options: dict[str, Any] = {}
 
 
-def test_of_a_mapping_the_keys_that_changed_are_named(tmp_path: Path) -> None:
-    with open_run_dir(tmp_path / "run", Nested(), resume=False, command=COMMAND) as place:
-        (place / "checkpoints").mkdir()
+def test_nested_keys_that_changed_are_listed(tmp_path: Path) -> None:
+    with open_run_dir(tmp_path / "run", Nested(), resume=False, command=COMMAND) as run_dir:
+        (run_dir / "checkpoints").mkdir()
     other = Nested(train=Settings(lr=1), options={"depth": 2})
     with pytest.raises(UsageError) as caught, open_run_dir(tmp_path / "run", other, resume=True, command=COMMAND):
         pass
-    assert str(caught.value).splitlines()[1:] == [
+    assert str(caught.value).splitlines()[1:-1] == [
         "  - options: {} before, None now",
         "  - options.depth: None before, 2 now",
         "  - train.lr: 0.1 before, 1.0 now",
-        "Ask for the same again, or name another --output",
     ]
 
 
-def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:
+def test_the_lock_is_released_at_the_end(tmp_path: Path) -> None:
     with (
         open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND),
         pytest.raises(UsageError, match="in use"),
@@ -162,17 +158,17 @@ def test_the_lock_goes_with_the_context(tmp_path: Path) -> None:
         pass
 
 
-def test_a_place_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "run", tmp_path / "file"):
         with (
-            pytest.raises(UsageError, match=r"cannot be made or written"),
+            pytest.raises(UsageError, match="cannot create"),
             open_run_dir(path, Settings(), resume=True, command=COMMAND),
         ):
             pass
 
 
-def test_an_error_inside_is_not_taken_for_one_of_the_directory(tmp_path: Path) -> None:
+def test_an_error_inside_the_context_passes_unchanged(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match="inside"),
         open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND),
@@ -180,41 +176,41 @@ def test_an_error_inside_is_not_taken_for_one_of_the_directory(tmp_path: Path) -
         raise OSError("inside")
 
 
-def test_free_path_makes_what_it_returns(tmp_path: Path) -> None:
+def test_unique_path_creates_what_it_returns(tmp_path: Path) -> None:
     for name in ("run", "run-2", "run-3"):
         assert unique_path(tmp_path / "a" / "run") == tmp_path / "a" / name
         assert (tmp_path / "a" / name).is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be made"):
+    with pytest.raises(UsageError, match="cannot create"):
         unique_path(tmp_path / "file" / "run")
 
 
-def test_the_latest_of_a_name_is_the_run_that_began_last(tmp_path: Path) -> None:
+def test_the_latest_of_a_name_is_the_run_that_started_last(tmp_path: Path) -> None:
     wanted = tmp_path / "run"
     assert latest_path(wanted) is None
     for number, name in enumerate(("run", "run-2", "run-4", "run-x", "runs")):
         (tmp_path / name).mkdir()
         (tmp_path / name / CONFIG_FILE).touch()
         os.utime(tmp_path / name / CONFIG_FILE, (number, number))
-    (tmp_path / "run-5").mkdir()  # nothing began in it
+    (tmp_path / "run-5").mkdir()  # nothing started in it
     assert latest_path(wanted) == tmp_path / "run-4"
-    os.utime(wanted / CONFIG_FILE, (9, 9))  # made anew where there was room
+    os.utime(wanted / CONFIG_FILE, (9, 9))  # created again after it was removed
     assert latest_path(wanted) == wanted
     (wanted / CONFIG_FILE).unlink()
     assert latest_path(wanted) == tmp_path / "run-4"
 
 
-def test_what_was_killed_as_it_began_is_no_run(tmp_path: Path) -> None:
+def test_a_lock_file_alone_is_no_run(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     with open_run_dir(tmp_path, Settings(), resume=False, command=COMMAND):
         assert (tmp_path / CONFIG_FILE).exists()
 
 
-def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+def test_an_empty_directory_counts_as_new(tmp_path: Path) -> None:
     with open_run_dir(tmp_path, Settings(), resume=False, command=COMMAND):
         assert (tmp_path / CONFIG_FILE).exists()
     with (
-        pytest.raises(UsageError, match="exists already"),
+        pytest.raises(UsageError, match="already exists"),
         open_run_dir(tmp_path, Settings(), resume=False, command=COMMAND),
     ):
         pass
@@ -252,55 +248,54 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"method": "x"', "\x00"])
-def test_a_result_that_is_none_is_an_error(text: str, tmp_path: Path) -> None:
+def test_a_damaged_result_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"result\.json must be the result of a finished run"):
+    with pytest.raises(CheckpointError, match=r"result\.json is not the result of a finished run"):
         RunResult.read(tmp_path)
 
 
-STUMPS = (".adapter-ab_d1234", "checkpoints/.step-000000012-x1y2z3w4")
+PARTIAL_WRITES = (".adapter-ab_d1234", "checkpoints/.step-000000012-x1y2z3w4")
 OTHERS = (".pre-commit", ".adapter-mine", ".adapter-ab_d1234-old", "checkpoints/step-000000012")
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "explanation"),
     [
-        (("compare.json", "a/result.json", "b/config.yaml"), "is a comparison, whose runs have adapters; name one that "
-         "is finished: here/a"),
-        (("sweep.json",), "is a sweep, whose runs have adapters; name one that is finished: none is"),
-        (("config.yaml", "trial.json"), "is a trial that did not read test, and has no adapter; run it: petune run "
-         "--config here/config.yaml"),
-        (("config.yaml", "metrics.jsonl"), "is a run that is not finished; go on: petune run --config here/config.yaml "
-         "--output here --resume"),
-        (("config.yaml", "result.json"), "is a run without an adapter; a pretraining is for --weights"),
-        (("cat.jpg",), "must be an adapter directory, but holds no adapter_config.json"),
+        (("compare.json", "a/result.json", "b/config.yaml"), "comparison.* one that is finished: here/a"),
+        (("sweep.json",), "sweep.* one that is finished: none is"),
+        (("config.yaml", "trial.json"), "trial .* petune run --config here/config.yaml"),
+        (
+            ("config.yaml", "metrics.jsonl"),
+            "not finished.* petune run --config here/config.yaml --output here --resume",
+        ),
+        (("config.yaml", "result.json"), "pretraining"),
+        (("cat.jpg",), "adapter_config.json is missing"),
     ],
-)  # fmt: skip
-def test_what_has_no_adapter_is_called_by_its_name(
-    files: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+)
+def test_a_directory_without_an_adapter_is_explained(
+    files: tuple[str, ...], explanation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="an adapter directory must be there, but there is no here"):
+    with pytest.raises(CheckpointError, match="no run or adapter directory at here"):
         restore("here")
     for file in files:
         (tmp_path / "here" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "here" / file).touch()
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=explanation):
         restore("here")
-    assert str(caught.value) == f"here {said}"
 
 
-def test_what_a_killed_process_left_half_written_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_partial_writes_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
-        for name in (*STUMPS, *OTHERS):
+        for name in (*PARTIAL_WRITES, *OTHERS):
             (tmp_path / "run" / name).mkdir(parents=True)
     with open_run_dir(tmp_path / "run", Settings(), resume=True, command=COMMAND):
-        left = {name for name in (*STUMPS, *OTHERS) if (tmp_path / "run" / name).exists()}
+        left = {name for name in (*PARTIAL_WRITES, *OTHERS) if (tmp_path / "run" / name).exists()}
     assert left == set(OTHERS)
 
 
-def test_a_folder_that_was_no_run_keeps_all_that_it_holds(tmp_path: Path) -> None:
-    for name in STUMPS:
+def test_a_folder_that_was_no_run_keeps_its_files(tmp_path: Path) -> None:
+    for name in PARTIAL_WRITES:
         (tmp_path / name).mkdir(parents=True)
     with open_run_dir(tmp_path, Settings(), resume=True, command=COMMAND):
-        assert all((tmp_path / name).exists() for name in STUMPS)
+        assert all((tmp_path / name).exists() for name in PARTIAL_WRITES)

@@ -1,4 +1,4 @@
-"""What a run began with that its configuration does not say: the bytes of its weights, the recipe of its method."""
+"""Inputs that the configuration does not pin: the bytes of the weights file, the recipe and options of the method."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _weights(file: Path, seed: int) -> str:
     return str(file)
 
 
-def test_other_weights_in_the_same_file_are_no_way_to_go_on(tmp_path: Path) -> None:
-    """Of a run, a comparison and a sweep, whose parts would otherwise stand on two backbones."""
+def test_a_changed_weights_file_is_refused(tmp_path: Path) -> None:
+    """By a run, a comparison and a sweep, which would otherwise mix two backbones."""
     run = {**RUN, "weights": _weights(tmp_path / "w.safetensors", 1)}
     done = petune.run(**run, method="linear", output=tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -38,18 +38,18 @@ def test_other_weights_in_the_same_file_are_no_way_to_go_on(tmp_path: Path) -> N
     petune.sweep(**sweep, trials=1, test=False)
 
     _weights(tmp_path / "w.safetensors", 2)
-    began = r"w\.safetensors must be the weights that .* began with, but the file holds others now"
-    with pytest.raises(CheckpointError, match=began):
+    changed = r"the weights file .*w\.safetensors has changed since"
+    with pytest.raises(CheckpointError, match=changed):
         petune.run(**run, method="linear", output=tmp_path / "run", resume=True)
-    with pytest.raises(CheckpointError, match=began):
+    with pytest.raises(CheckpointError, match=changed):
         petune.compare(methods=("linear", "bitfit"), run=run, output=tmp_path / "table")
-    with pytest.raises(CheckpointError, match=began):
+    with pytest.raises(CheckpointError, match=changed):
         petune.sweep(**sweep, trials=2, test=False)
     _weights(tmp_path / "w.safetensors", 1)
     assert petune.run(**run, method="linear", output=tmp_path / "run", resume=True).top1 == done.top1
 
 
-def test_a_recipe_that_changed_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = {**RUN, "weights": "none", "train": {**RUN["train"], "weight_decay": 0.0}}  # type: ignore[dict-item]
     petune.run(**run, output=tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -57,16 +57,16 @@ def test_a_recipe_that_changed_is_seen(tmp_path: Path, monkeypatch: pytest.Monke
     petune.compare(**table, seeds=(0,))
 
     monkeypatch.setattr(AdaptFormer, "recipe", petune.Recipe(lr=1e-4))
-    with pytest.raises(CheckpointError, match=r"run must go on with the recipe .*, but lr was 0\.005 and is 0\.0001"):
+    with pytest.raises(CheckpointError, match=r"the recipe has changed .* lr was 0\.005 and is 0\.0001"):
         petune.run(**run, output=tmp_path / "run", resume=True)
     rows = {row.method: row for row in petune.compare(**table, seeds=(0, 1)).rows}
     assert rows["linear"].status == "done"
-    assert "seeds 0 and 1 must be alike, but" in rows["adaptformer"].reason
+    assert "seeds 0 and 1 differ" in rows["adaptformer"].reason
     assert "rates of 0.005 and 0.0001" in rows["adaptformer"].reason
 
 
-def test_options_that_changed_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default that another version of the method's package has: a run, and a comparison, would mix the two."""
+def test_changed_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults that changed with the method's package; a run or a comparison would mix the two."""
     run = {**RUN, "weights": "none"}
     petune.run(**run, output=tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
@@ -78,10 +78,10 @@ def test_options_that_changed_are_seen(tmp_path: Path, monkeypatch: pytest.Monke
         another: int = 0
 
     monkeypatch.setattr(AdaptFormer, "Config", Newer)
-    said = r"options of adaptformer that it began with, but dropout was 0\.1 and is 0\.25: the method's package"
-    with pytest.raises(CheckpointError, match=said):
+    changed = r"options of adaptformer have changed .* dropout was 0\.1 and is 0\.25"
+    with pytest.raises(CheckpointError, match=changed):
         petune.run(**run, output=tmp_path / "run", resume=True)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=changed):
         petune.compare(**table, seeds=(0, 1))
     assert petune.compare(**{**table, "methods": ("linear",)}, seeds=(0, 1)).rows[0].status == "done"
 
@@ -93,8 +93,8 @@ def test_a_name_fits_a_directory(tmp_path: Path) -> None:
     assert directory_name("vpt:deep=false", "seed0") == "vpt_deep=false-seed0"
 
 
-def test_the_peak_of_memory_is_that_of_training_too(tmp_path: Path) -> None:
-    """Also where another process goes on with the test alone, as a sweep does."""
+def test_peak_memory_includes_training(tmp_path: Path) -> None:
+    """Also where another process only tests, as at the end of a sweep."""
     run = {**RUN, "weights": "none", "train": {**RUN["train"], "epochs": 1}}  # type: ignore[dict-item]
     ballast = [torch.ones(600_000_000, dtype=torch.uint8)]
     done = petune.run(**run, output=tmp_path / "run")

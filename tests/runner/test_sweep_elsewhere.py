@@ -81,14 +81,14 @@ class Backwards:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directories that are trained in, in their order."""
-    original: Any = sys.modules["petune.runner.sweep.search"].trained  # type: ignore[attr-defined]
+    original: Any = sys.modules["petune.runner.sweep.search"].train  # type: ignore[attr-defined]
     seen: list[str] = []
 
     def noting(one: RunConfig, *rest: Any) -> Any:
         seen.append(str(one.output and one.output.name))
         return original(one, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "trained", noting)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "train", noting)
     return seen
 
 
@@ -112,7 +112,7 @@ def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
         == Fit.saved(place / "trial-001")
         != FIT.read_result(one.model_copy(update={"output": place / "no"}))
     )
-    with pytest.raises(UsageError, match="holds a run with another configuration"):
+    with pytest.raises(UsageError, match="was started with a different configuration"):
         FIT.read_result(one.model_copy(update={"seed": 1}))
 
 

@@ -85,7 +85,7 @@ def _run(config: RunConfig, watch: Callable[[Event], None]) -> RunResult:
 def _read_run(config: RunConfig) -> RunResult | None:
     if config.output is None or not RunResult.exists(config.output):
         return None
-    with open_run_dir(config.output, config, resume=True, command="petune run --config config.yaml"):
+    with open_run_dir(config.output, config, resume=True, command="run"):
         return RunResult.read(config.output)  # opened, so that a run of another configuration is refused
 
 

@@ -1,205 +1,206 @@
-"""Charts as inline SVG: text stays text, colours follow the page, names cannot become markup or formulas."""
+"""The figures of comparisons and reports: accuracy over size, curves over epochs, costs."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from petune.base.text import matplotlib_text
+from petune.runner.report.labels import Point, label_points
+from petune.runner.report.plots import COLORS, WIDTH, draw, set_count_axis, to_file, to_markup
 
-INK = "#010203"
-"""Drawn with this colour, shown in the page's own: light on dark, dark on light."""
-COLOURS = ("#3b82d6", "#e07b39", "#3aa66b", "#d1495b", "#8e6bbf", "#a0764f", "#d972b0", "#7f8c8d", "#a8a033", "#2ba8b0")
-STYLE = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK, "axes.spines.top": False,
-    "axes.spines.right": False,
-}  # fmt: skip
-SMALL = (4.4, 3.1)
-"""Inches: at the width of a phone its letters are as large as the page's small ones."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+"""Rows of `compare.json` that are done."""
+PLOT_HEIGHT, KEY_LINE = 3.4, 0.2
+"""Inches: of a plot, and of a line of the key below it."""
+LONGEST_NAME = 30
 
 
 @dataclass(frozen=True)
 class Chart:
-    """An image with its caption.
+    """A figure for an HTML page.
 
     Attributes:
-        svg: Markup that is safe to put into the page.
+        svg: Safe markup.
         caption: What it shows.
-        key: Colour and name of each line, where names do not stand in the image.
+        key: Color and name of each line or point, where the figure does not name them.
     """
 
-    svg: Markup
+    svg: str
     caption: str
     key: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The epochs of one run; runs of one label share a colour."""
+    """The epochs of one run; runs with the same label share a color."""
 
     label: str
     epochs: Sequence[Mapping[str, float]]
 
 
-def accuracy_chart(salt: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """Top-1 on test over trained parameters, the latter on a log axis; a bar spans a standard deviation each way."""
-    with _style():
-        figure, axes = _figure(SMALL)
-        trained = [row["tuned"] + row["head"] for row in rows]
-        for number, (x, row) in enumerate(zip(trained, rows, strict=True)):
-            colour = COLOURS[number % len(COLOURS)]
-            axes.errorbar(x, row["top1_mean"], yerr=row["top1_std"], fmt="o", capsize=3, color=colour, markersize=5)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, place: _short(value))
-        axes.xaxis.set_minor_formatter(lambda value, place: "")
-        axes.margins(0.15, 0.12)
-        axes.set_xlabel("trained parameters (tuned and head)")
-        axes.set_ylabel("top-1 on test, percent")
-        points = [(x, row["top1_mean"], matplotlib_text(row["method"])) for x, row in zip(trained, rows, strict=True)]
-        _label_points(figure, axes, points)
-        return Chart(_svg(figure, f"accuracy {salt}"), "Top-1 on test over trained parameters")
+def accuracy_file(rows: Rows, title: str) -> bytes:
+    """Return `compare.svg`: top-1 on test over trained parameters; a bar spans one standard deviation each way.
+
+    Points are named in the plot, or numbered and named below it where there are too many.
+    """
+    figure, names_fit = _accuracy_figure(rows, title)
+    if not names_fit:
+        figure, _ = _accuracy_figure(rows, title, with_key=True)
+    return to_file(figure)
+
+
+def accuracy_chart(salt: str, rows: Rows) -> Chart:
+    """Return the same figure for a page, where the key is part of the page."""
+    figure, names_fit = _accuracy_figure(rows, "")
+    key = [] if names_fit else [(_color(i), f"{i + 1}  {row['method']}") for i, row in enumerate(rows)]
+    return Chart(to_markup(figure, f"accuracy {salt}"), "Top-1 on test over trained parameters", key)
+
+
+def _accuracy_figure(rows: Rows, title: str, *, with_key: bool = False) -> tuple[Figure, bool]:
+    """Return the figure, and whether each point could be named in it; else points are numbered."""
+    key_height = KEY_LINE * len(rows) if with_key else 0.0
+
+    def content(figure: Figure) -> None:
+        if with_key:
+            axes, key = figure.subplots(2, height_ratios=(PLOT_HEIGHT, key_height))
+            _draw_key(key, rows)
+        else:
+            axes = figure.add_subplot()
+        _draw_points(axes, rows)
+        axes.set_title(matplotlib_text(title), fontsize="medium")
+
+    figure = draw(content, (WIDTH, PLOT_HEIGHT + key_height))
+    return figure, _name_points(figure, rows, numbers_only=with_key)
+
+
+def _draw_points(axes: Axes, rows: Rows) -> None:
+    if rows:
+        set_count_axis(axes, [_trained(row) for row in rows])
+    for number, row in enumerate(rows):
+        x, y, deviation = _trained(row), row["top1_mean"], row["top1_std"]
+        axes.errorbar(x, y, yerr=deviation, fmt="o", capsize=3, color=_color(number), markersize=5)
+    axes.margins(y=0.12)
+    axes.set_xlabel("trained parameters (tuned and head)")
+    axes.set_ylabel("top-1 on test, percent")
+    axes.grid(visible=True)
+
+
+def _draw_key(axes: Axes, rows: Rows) -> None:
+    """List number, method and accuracy of each point, over the whole width of the figure."""
+    from matplotlib.transforms import blended_transform_factory
+
+    axes.set_axis_off()
+    axes.set_ylim(len(rows), 0)
+    across_figure = blended_transform_factory(axes.figure.transFigure, axes.transData)
+    style: dict[str, Any] = {"transform": across_figure, "in_layout": False}
+    for number, row in enumerate(rows):
+        y = number + 0.5
+        axes.plot(0.025, y, "o", color=_color(number), markersize=5, clip_on=False, **style)
+        axes.text(0.105, y, str(number + 1), ha="right", va="center", fontsize="small", **style)
+        name = f"{matplotlib_text(row['method'])}  {row['top1_mean']:.2f}"
+        axes.text(0.125, y, name, va="center", fontsize="small", **style)
+
+
+def _name_points(figure: Figure, rows: Rows, *, numbers_only: bool) -> bool:
+    import matplotlib
+
+    from petune.runner.report.plots import STYLE
+
+    figure.draw_without_rendering()  # fixes the layout
+    figure.set_layout_engine("none")
+    axes = figure.axes[0]
+    points = [Point(_trained(row), row["top1_mean"], row["top1_std"] or 0.0) for row in rows]
+    with matplotlib.rc_context(STYLE):
+        if not numbers_only and label_points(axes, points, [matplotlib_text(row["method"]) for row in rows]):
+            return True
+        label_points(axes, points, [str(number + 1) for number in range(len(rows))])
+    return False
 
 
 def curve_charts(salt: str, curves: Sequence[Curve], order: Sequence[str] = ()) -> list[Chart]:
-    """Top-1 on val, and loss on train (whole lines) and val (dashed), over epochs; none without curves.
+    """Return top-1 on val, and the loss on train (solid) and val (dashed), over epochs; nothing without curves.
 
     Args:
-        salt: Keeps the charts' ids apart from those of others.
-        curves: One a run.
-        order: Labels that the other charts of the section have, so that colours agree.
+        salt: Keeps ids apart from those of the page's other figures.
+        curves: One per run.
+        order: Labels of the section's other charts, so that colors agree.
     """
     if not curves:
         return []
     labels = list(dict.fromkeys([*order, *(curve.label for curve in curves)]))
-    colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
-    drawn = {curve.label for curve in curves}
-    key = [(colour, label) for label, colour in colours.items() if label in drawn]
-    wanted = [
-        ("Top-1 on validation over epochs", "percent", [("val_top1", "-")]),
-        ("Loss over epochs: train whole, validation dashed", "loss", [("train_loss", "-"), ("val_loss", "--")]),
-    ]
-    return [Chart(_curves(salt, curves, colours, unit, lines), text, key) for text, unit, lines in wanted]
-
-
-def cost_charts(salt: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Wall time and peak memory as bars."""
-    seconds = [row["time_s"] / len(row["seeds"]) for row in rows]
-    slow = max(seconds, default=0) >= 120
-    times, unit = [time / (60 if slow else 1) for time in seconds], "minutes" if slow else "seconds"
-    gigabytes = [row["peak_memory_bytes"] / 1e9 for row in rows]
-    names = [matplotlib_text(row["method"]) for row in rows]
+    colors = {label: _color(number) for number, label in enumerate(labels)}
+    used = {curve.label for curve in curves}
+    key = [(color, label) for label, color in colors.items() if label in used]
+    accuracy = _draw_curves(curves, colors, "top-1 on val, percent", {"val_top1": "-"})
+    loss = _draw_curves(curves, colors, "loss", {"train_loss": "-", "val_loss": "--"})
     return [
-        Chart(_bars(f"time {salt}", names, times, unit), "Wall time of a run, mean over seeds"),
-        Chart(_bars(f"memory {salt}", names, gigabytes, "GB"), "Peak memory"),
+        Chart(to_markup(accuracy, f"val {salt}"), "Top-1 on validation over epochs", key),
+        Chart(to_markup(loss, f"loss {salt}"), "Loss over epochs: train solid, validation dashed", key),
     ]
 
 
-def _curves(
-    salt: str,
-    curves: Sequence[Curve],
-    colours: Mapping[str, str],
-    unit: str,
-    lines: Sequence[tuple[str, str]],
-) -> Markup:
+def _draw_curves(curves: Sequence[Curve], colors: Mapping[str, str], unit: str, dashes: Mapping[str, str]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    with _style():
-        figure, axes = _figure(SMALL)
+    def content(figure: Figure) -> None:
+        axes = figure.add_subplot()
         for curve in curves:
-            for column, dash in lines:
-                points = [(row["epoch"], row[column]) for row in curve.epochs if column in row]
-                if points:
-                    mark = "o" if len(points) < 12 else None
-                    x, y = zip(*points, strict=True)
-                    axes.plot(x, y, dash, color=colours[curve.label], marker=mark, markersize=3, linewidth=1.3)
+            for column, dash in dashes.items():
+                values = [(row["epoch"], row[column]) for row in curve.epochs if column in row]
+                marker = "o" if len(values) < 12 else ""
+                x, y = [value[0] for value in values], [value[1] for value in values]
+                axes.plot(x, y, dash, color=colors[curve.label], marker=marker, markersize=3, linewidth=1.3)
         axes.set_xlabel("epoch")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        return _svg(figure, f"{unit} {salt}")
+        axes.grid(visible=True)
+
+    return draw(content, (WIDTH, PLOT_HEIGHT))
 
 
-def _bars(salt: str, names: Sequence[str], values: Sequence[float], unit: str) -> Markup:
-    with _style():
-        figure, axes = _figure((SMALL[0], 0.9 + 0.26 * len(names)))
-        places = range(len(names))
-        bars = axes.barh(places, values, height=0.62, color=[COLOURS[i % len(COLOURS)] for i in places])
-        axes.bar_label(bars, fmt="%.3g", padding=3)
-        axes.set_yticks(places, [name if len(name) < 30 else name[:28] + "…" for name in names])
+def cost_charts(salt: str, rows: Rows) -> list[Chart]:
+    """Return wall time and peak memory of each method, as bars."""
+    seconds = [row["time_s"] / len(row["seeds"]) for row in rows]
+    in_minutes = max(seconds, default=0) >= 120
+    times = [time / 60 for time in seconds] if in_minutes else seconds
+    gigabytes = [row["peak_memory_bytes"] / 1e9 for row in rows]
+    names = [_shorten(matplotlib_text(row["method"])) for row in rows]
+    time_figure = _draw_bars(names, times, "minutes" if in_minutes else "seconds")
+    memory_figure = _draw_bars(names, gigabytes, "GB")
+    return [
+        Chart(to_markup(time_figure, f"time {salt}"), "Wall time per run, mean over seeds"),
+        Chart(to_markup(memory_figure, f"memory {salt}"), "Peak memory"),
+    ]
+
+
+def _draw_bars(names: Sequence[str], values: Sequence[float], unit: str) -> Figure:
+    def content(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        positions = range(len(names))
+        bars = axes.barh(positions, values, height=0.62, color=[_color(number) for number in positions])
+        axes.bar_label(bars, fmt="%.3g", padding=3, fontsize="small")
+        axes.set_yticks(positions, names, fontsize="small")
         axes.invert_yaxis()
         axes.set_xlabel(unit)
         axes.margins(x=0.15)
-        axes.grid(visible=False, axis="y")
-        return _svg(figure, salt)
+        axes.grid(visible=True, axis="x")
+
+    return draw(content, (WIDTH, 0.9 + 0.26 * len(names)))
 
 
-def _label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """A name beside each point, at the first place where it covers no other name and no point."""
-    from matplotlib.transforms import Bbox
-
-    renderer = figure.canvas.get_renderer()
-    figure.draw_without_rendering()
-    inside = axes.get_window_extent(renderer)
-    marks = axes.transData.transform([point[:2] for point in points])
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in marks]
-    beside = [(6, 4, "left"), (6, -11, "left"), (-6, 4, "right"), (-6, -11, "right"), (0, 9, "center"),
-              (0, -17, "center"), (6, 15, "left"), (-6, 15, "right"), (6, -22, "left"), (-6, -22, "right")]  # fmt: skip
-    for x, y, name in points:
-        for dx, dy, side in beside:
-            text = axes.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", ha=side, fontsize=8)
-            box = text.get_window_extent(renderer)
-            whole = inside.x0 <= box.x0 and box.x1 <= inside.x1
-            if whole and not any(box.overlaps(other) for other in taken):
-                break
-            text.remove()
-        else:  # crowded: then above, and over whatever is there
-            text = axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-        taken.append(text.get_window_extent(renderer))
+def _trained(row: Mapping[str, Any]) -> int:
+    return max(1, int(row["tuned"] + row["head"]))
 
 
-def _style() -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context(STYLE)
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
-def _figure(inches: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.2)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Any, salt: str) -> Markup:
-    """The figure without what belongs to a file alone; a salt of its own keeps its ids apart from other charts'."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)
-    text = re.sub(
-        r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img" xmlns:xlink="http://www.w3.org/1999/xlink">', text
-    )
-    return Markup(text.replace(INK, "currentColor"))
-
-
-def _short(number: float) -> str:
-    """`10k` for ten thousand."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:g}{unit}"
-    return f"{number:g}"
+def _shorten(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

@@ -1,4 +1,4 @@
-"""One HTML page from runs, comparisons, sweeps and pretrainings: whole in one file, without scripts."""
+"""One HTML page from runs, comparisons, sweeps and pretrainings: a single file, without scripts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from pathlib import Path
 
 from petune.base.errors import UsageError
 from petune.base.files import replace_file
-from petune.runner.report.find_runs import find
+from petune.base.text import printable
+from petune.runner.report.find_runs import find_runs
 from petune.runner.report.sections import sections_of
 
-MARK = '<meta name="generator" content="petune report">'
-"""What tells a page of ours, which may be written anew, from a file that may not."""
+GENERATOR = '<meta name="generator" content="petune report">'
+"""Tells a page that may be replaced from any other file."""
 TEMPLATES = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Page:
-    """What was written: where, how many bytes, and how many directories of each state are in it."""
+    """What was written.
+
+    Attributes:
+        output, bytes: The file and its size.
+        done, unfinished, broken: How many directories in each state it shows.
+    """
 
     output: str
     bytes: int
@@ -28,50 +34,57 @@ class Page:
 
 
 def write_page(paths: Sequence[Path], output: Path) -> Page:
-    """Write one page of everything that is found below `paths`; an older page of ours is replaced.
+    """Write one page of everything below `paths`; an older page is replaced.
 
     Args:
-        paths: Directories of runs, comparisons, sweeps and pretrainings, or directories above such.
+        paths: Directories of runs, comparisons, sweeps and pretrainings, or directories above them.
         output: The HTML file.
 
     Raises:
-        UsageError: Nothing is found, or `output` is something else than such a page.
+        UsageError: There are no runs, or `output` is some other file.
         CheckpointError: It cannot be written.
     """
-    _refuse_foreign(output)
-    found = find(paths)
-    states = [one.state for one in found]
+    _check_output(output)
+    directories = find_runs(paths)
+    states = [directory.state for directory in directories]
     text = _render(
         title=", ".join(path.name or str(path) for path in paths),
         counts={state: states.count(state) for state in ("done", "unfinished", "broken")},
-        sections=sections_of(found),
-        incomplete=[one for one in found if one.state != "done"],
+        sections=sections_of(directories),
+        incomplete=[directory for directory in directories if directory.state != "done"],
     )
     content = text.encode("utf-8", errors="replace")  # file names need not be UTF-8
     replace_file(output, content)
     return Page(str(output), len(content), *(states.count(state) for state in ("done", "unfinished", "broken")))
 
 
-def _refuse_foreign(output: Path) -> None:
+def _check_output(output: Path) -> None:
     try:
-        ours = not output.exists() or MARK.encode() in output.read_bytes()[:2000]
+        replaceable = not output.exists() or GENERATOR.encode() in output.read_bytes()[:2000]
     except OSError as error:
-        raise UsageError(f"--output must be a file, but {output} cannot be read: {error.strerror}") from None
-    if not ours:
-        raise UsageError(f"{output} exists and is no page of `petune report`; it is left alone. Name another --output")
+        raise UsageError(f"cannot read {output}: {error.strerror}. Name a file for the report") from None
+    if not replaceable:
+        raise UsageError(
+            f"{output} exists and is not a page of `petune report`. Name another file",
+            cli_hint="Use --output FILE",
+        )
     if not output.parent.is_dir():
-        raise UsageError(f"--output must lie in a directory that exists, but there is no {output.parent}")
+        raise UsageError(f"no such directory: {output.parent}")
 
 
 def _render(**values: object) -> str:
     from importlib.metadata import version
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    from petune.base.text import printable
+    from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, finalize=lambda value: printable(value) if type(value) is str else value,
-    )  # fmt: skip
-    return environment.get_template("report.html.jinja").render(**values, mark=MARK, version=version("petune"))
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    template = environment.get_template("report.html.jinja")
+    return template.render(**values, generator=Markup(GENERATOR), version=version("petune"))

@@ -12,17 +12,19 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
-from petune.base.yaml_values import read_yaml
-from petune.injector.registry import build_tuner
 from petune.runner.events import RunStarted
 from petune.runner.executors import Executor, Failure, Started, Work, choose_executor, serial
+from petune.runner.file_names import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE
+from petune.runner.migrations import read_config
+from petune.runner.prepare import RunContext
 from petune.runner.provenance import provenance
 from petune.runner.result import RunResult
-from petune.runner.run import run, trained
+from petune.runner.run import fine_tuning, run, train
 from petune.runner.run_config import RunConfig
-from petune.runner.run_dir import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE, open_run_dir
+from petune.runner.run_dir import open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.run_name import run_name
+from petune.runner.stored_config import write_config
 from petune.runner.sweep.space import is_whole, most, propose, require_sampler, within
 from petune.runner.sweep.trials import (
     Fit,
@@ -38,8 +40,6 @@ from petune.runner.sweep.trials import (
 from petune.training.events import Event, Note
 from petune.training.stop import StopFlag
 
-COMMAND = "petune sweep --config config.yaml"
-TRIAL_COMMAND = "petune run --config config.yaml"
 AT_ONCE = 4
 """How many sampled trials an executor gets at a time: each of them is chosen without the values of the others."""
 Watch = Callable[[Event | RunStarted], None]
@@ -70,9 +70,8 @@ def sweep(
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     place = config.output or Path("runs") / sweep_name(config)
-    with open_run_dir(place, _held(config, place), resume=True, command=COMMAND, tables=(SWEEP_TABLE,)):
-        asked = config.model_copy(update={"run": _without_place(config.run), "output": None})
-        replace_file(place / CONFIG_FILE, f"# {COMMAND}\n{asked.to_yaml()}".encode())  # it may have grown
+    with open_run_dir(place, _held(config, place), resume=True, command="sweep", tables=(SWEEP_TABLE,)):
+        write_config(place, config.model_copy(update={"run": _without_place(config.run)}), "sweep")  # it may have grown
         check_inputs(place, config.run.dataset, config.run.weights)
         table = with_another_try(read_table(place, config, None if chosen is serial else AT_ONCE))
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
@@ -94,7 +93,7 @@ def _held(config: SweepConfig, place: Path) -> SweepConfig:
     file = place / CONFIG_FILE
     if not file.exists():
         return held
-    before = SweepConfig.build(read_yaml(file), str(file))
+    before = SweepConfig.build(read_config(file), str(file))
     over = before.over if within(before.over, config.over) else config.over
     grown = {"trials": before.trials, "test": before.test, "at_once": before.at_once, "over": over}
     return held.model_copy(update=grown)
@@ -211,14 +210,14 @@ def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunRes
 def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:
     """Train without reading test; the work of a trial."""
     place = config.output or Path()
-    with open_run_dir(place, config, resume=True, command=TRIAL_COMMAND), StopFlag() as stop:
+    with open_run_dir(place, config, resume=True, command="run"), StopFlag() as stop:
         saved = Fit.saved(place)
         if saved is not None:
             return saved
-        done = trained(config, build_tuner(config.method), place, stop, watch)
-        fitted, counts = done.fitted, done.attachment.counts
+        done = train(config, fine_tuning(config), RunContext(place, stop, watch))
+        ready, fitted, counts = done.ready, done.fit, done.ready.attachment.counts
         if fitted.val is None:
-            raise UsageError(f"a sweep chooses on a validation split, but {done.dataset.name} has none")
+            raise UsageError(f"a sweep chooses on a validation split, but {ready.dataset.name} has none")
         fit = Fit(
             val_top1=fitted.val.top1,
             val_top5=fitted.val.top5,
@@ -229,9 +228,9 @@ def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:
             percent_of_backbone=counts.percent_of_backbone,
             images_per_s=fitted.images_per_s,
             time_s=fitted.time_s,
-            backbone=done.backbone.full_name,
-            weights=done.backbone.weights,
-            provenance=provenance(done.trainer.device) | {"precision": fitted.precision},
+            backbone=ready.backbone.full_name,
+            weights=ready.backbone.weights,
+            provenance=provenance(ready.device) | {"precision": fitted.precision},
         )
         replace_file(place / TRIAL_FILE, (fit.model_dump_json(indent=1) + "\n").encode())
         return fit
@@ -241,7 +240,7 @@ def _fitted(config: RunConfig) -> Fit | None:
     place = config.output or Path()
     if not (place / TRIAL_FILE).exists():
         return None
-    with open_run_dir(place, config, resume=True, command=TRIAL_COMMAND):  # it must be of this configuration
+    with open_run_dir(place, config, resume=True, command="run"):  # it must be of this configuration
         return Fit.saved(place)
 
 

@@ -14,9 +14,9 @@ from petune.base.errors import CheckpointError, ConfigError, DataError, HubError
 from petune.base.files import replace_file
 from petune.base.yaml_values import override
 from petune.injector.registry import build_tuner, parse_method
+from petune.runner.file_names import SWEEP_TABLE, TRIAL_FILE
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
-from petune.runner.run_dir import SWEEP_TABLE, TRIAL_FILE
 from petune.runner.sweep.space import Params, Range, Value, corners
 
 TRAINING = "train."

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.errors import DataError, UsageError, did_you_mean
-from petune.base.yaml_values import read_yaml
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
 from petune.data.layout import ClassFiles, folder_path, list_split
 from petune.data.manifest import check_training_images, is_training_dataset
-from petune.runner.run import prepare_data
+from petune.runner.file_names import CONFIG_FILE
+from petune.runner.migrations import read_config
+from petune.runner.prepare import prepare_data
 from petune.runner.run_config import RunConfig
-from petune.runner.run_dir import CONFIG_FILE
 from petune.serving.predict import Predictor
 
 EvalSplit = Literal["test", "val"]
@@ -94,7 +94,7 @@ def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request
     file = next((path for path in (request.path, request.path.parent) if (path / CONFIG_FILE).is_file()), None)
     values: dict[str, Any] = {}
     if is_own and file is not None:
-        values = read_yaml(file / CONFIG_FILE)
+        values = read_config(file / CONFIG_FILE)
     elif is_own and request.split == "val":
         raise UsageError(
             f"the val split of {request.path} is unknown, because there is no {CONFIG_FILE} next to the adapter. Give "

@@ -1,0 +1,67 @@
+"""What a run writes into its adapter directory beyond the adapter: how to build the backbone, class names, results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from petune.backbones.create import Backbone
+from petune.backbones.weights import absolute_weights
+from petune.data.manifest import digests
+from petune.runner.file_names import MANIFEST_FILE
+from petune.runner.migrations import read_record
+from petune.runner.run_config import RunConfig
+from petune.runner.trained import Trained
+from petune.training.evaluate import Accuracy
+
+ADAPTER_DIR = "adapter"
+
+
+def save_adapter(trained: Trained, test: Accuracy) -> int:
+    """Save the adapter of a run in its directory and return the size of the tensors in bytes."""
+    path = trained.run_dir / ADAPTER_DIR
+    trained.ready.attachment.save(path, metadata=adapter_metadata(trained, test))
+    return (path / "adapter_model.safetensors").stat().st_size
+
+
+def adapter_metadata(trained: Trained, test: Accuracy) -> dict[str, Any]:
+    """Return what `petune predict` and a model card need to know about a run."""
+    ready, fit = trained.ready, trained.fit
+    config, dataset, preprocess = ready.config, ready.dataset, ready.preprocess
+    return {
+        "method": config.method,
+        "backbone": _describe_backbone(config, ready.backbone),
+        "classes": list(dataset.classes),
+        "preprocess": {
+            "image_size": preprocess.image_size,
+            "mean": preprocess.mean,
+            "std": preprocess.std,
+            "stored_size": dataset.test.images.shape[1],
+            "crop": dataset.test.crop,
+        },
+        "dataset": dataset.name,
+        "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),
+        "training": {
+            "val_top1": fit.val.top1 if fit.val else None,
+            "epochs": len(fit.epochs),
+            "learning_rate": fit.lr,
+            "batch_size": config.train.batch_size,
+            "seed": config.seed,
+            "precision": fit.precision,
+        },
+        "test": {"top1": test.top1, "top5": test.top5, "num_images": test.num_images},
+    }
+
+
+def _describe_backbone(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
+    return {
+        "name": config.backbone,
+        "full_name": backbone.full_name,
+        "hub_id": backbone.hub_id,
+        "weights": backbone.weights,
+        "weights_option": absolute_weights(config.weights),
+        "seed": config.seed,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "options": config.backbone_options,
+        "head": config.head,
+    }

@@ -1,0 +1,80 @@
+"""The configuration of a comparison, and the runs that it consists of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from petune.base.config import Config, UserPath
+from petune.base.errors import did_you_mean
+from petune.runner.run_config import RunConfig
+from petune.runner.run_name import directory_name, run_name
+
+MAY_GROW = ("methods", "seeds", "lrs")
+"""Keys that may change when a comparison is continued; each run checks its own configuration."""
+UNUSED = ("method", "seed", "output", "resume")
+"""Keys of `run` that a comparison sets itself."""
+
+
+class CompareConfig(Config):
+    """The complete configuration of a comparison: methods × seeds on one backbone and one dataset.
+
+    Attributes:
+        methods: As for `--method`, with options if needed; each once.
+        seeds: Each method runs once with each.
+        lrs: Peak learning rates by method, for those that should not use their recipe's: `--set lrs.full=1e-3`.
+            Choose them on validation data.
+        run: What all runs share; its method, seed and output are not used.
+        output: The directory; None is `runs/compare-BACKBONE-DATASET`. An existing comparison is continued.
+    """
+
+    methods: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0,), min_length=1)
+    lrs: dict[str, Annotated[float, Field(gt=0, le=1e4)]] = {}
+    run: RunConfig = RunConfig()
+    output: UserPath | None = None
+
+    @field_validator("methods", "seeds")
+    @classmethod
+    def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        twice = sorted({str(item) for item in value if value.count(item) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is given twice")
+        return value
+
+    @field_validator("lrs")
+    @classmethod
+    def _of_methods(cls, value: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        methods = info.data.get("methods", value)  # wrong methods are reported for themselves
+        for name in value:
+            if name not in methods:
+                raise ValueError(f"{name} is not a method of this comparison{did_you_mean(name, methods)}")
+        return value
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the comparison, whether it is given or not."""
+        return self.output or Path("runs") / compare_name(self)
+
+    def to_store(self) -> CompareConfig:
+        """Return the configuration for `config.yaml`, without values that are not used."""
+        fields = RunConfig.model_fields
+        run = self.run.model_copy(update={key: fields[key].default for key in UNUSED})
+        return self.model_copy(update={"run": run, "output": None})
+
+    def runs(self) -> list[RunConfig]:
+        """Return the configuration of each run, in its own directory, methods first and then seeds."""
+        return [self._one_run(method, seed) for method in self.methods for seed in self.seeds]
+
+    def _one_run(self, method: str, seed: int) -> RunConfig:
+        train = self.run.train.model_copy(update={"lr": self.lrs.get(method, self.run.train.lr)})
+        changes = {"method": method, "seed": seed, "resume": True, "train": train}
+        config = self.run.model_copy(update=changes)
+        return config.model_copy(update={"output": self.directory / run_name(config)})
+
+
+def compare_name(config: CompareConfig) -> str:
+    """Return the name of the directory of a comparison that has no `output`."""
+    return directory_name("compare", config.run.backbone, config.run.dataset)

@@ -1,0 +1,191 @@
+"""The result of a comparison: one row per method over all seeds, and where each run was measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from petune.base.config import Config
+from petune.base.errors import CheckpointError, ConfigError
+from petune.base.files import replace_file
+from petune.base.text import html_table
+from petune.runner.compare_config import CompareConfig
+from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE
+from petune.runner.migrations import updated
+from petune.runner.report.charts import accuracy_file
+from petune.runner.report.tables import COMPARE_COLUMNS, cells, comparison_page, ranked
+from petune.runner.result import RunResult
+
+
+class Row(Config):
+    """One method over all seeds. A method that failed has a reason and no numbers.
+
+    Attributes:
+        top1_mean, top1_std: Percent on test; the sample standard deviation over seeds, None for one seed.
+        lr: Peak learning rate, from the recipe or as given.
+        epochs: Of each run.
+        images_per_s, step_time_s: Mean over the seeds.
+        peak_memory_bytes, time_s: The largest, and the sum, over the seeds.
+    """
+
+    method: str
+    status: Literal["done", "failed"]
+    reason: str = ""
+    seeds: tuple[int, ...] = ()
+    tuned: int | None = None
+    head: int | None = None
+    total: int | None = None
+    percent_of_total: float | None = None
+    percent_of_backbone: float | None = None
+    adapter_bytes: int | None = None
+    top1: tuple[float, ...] = ()
+    lr: float | None = None
+    epochs: int | None = None
+    top1_mean: float | None = None
+    top1_std: float | None = None
+    top5_mean: float | None = None
+    top5_std: float | None = None
+    val_top1_mean: float | None = None
+    images_per_s: float | None = None
+    step_time_s: float | None = None
+    peak_memory_bytes: int | None = None
+    time_s: float | None = None
+
+    @model_validator(mode="after")
+    def _done_has_numbers(self) -> Self:
+        # one seed has no deviation, a run without val no accuracy on it, and older versions did not write the rest
+        optional = {"top1_std", "top5_std", "val_top1_mean", "epochs", "step_time_s"}
+        missing = [key for key, value in self if value in (None, ()) and key not in optional]
+        if self.status == "done" and missing:
+            raise ValueError(f"a method that is done lacks {', '.join(missing)}")
+        return self
+
+
+ORIGIN_KEYS = ("device", "threads", "precision", "versions", "git")
+"""The parts of the provenance that tell one Origin from another."""
+
+
+class Origin(Config):
+    """Which runs were measured under the same conditions: seeds by method, and their provenance."""
+
+    runs: dict[str, tuple[int, ...]]
+    provenance: dict[str, Any]
+
+
+class Comparison(Config):
+    """The table of a comparison; saved as `compare.json`, with `compare.md` and `compare.svg`.
+
+    Attributes:
+        provenance: Of the last run.
+        origins: Filled in where runs differ in machine, threads, number format, versions or commit.
+    """
+
+    config: CompareConfig
+    rows: tuple[Row, ...]
+    backbone: str
+    weights: str
+    provenance: dict[str, Any]
+    origins: tuple[Origin, ...] = ()
+    output: str
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read `compare.json`, of this version or an older one.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        file = directory / COMPARE_TABLE
+        try:
+            return cls.build(updated(json.loads(file.read_text(encoding="utf-8"))), COMPARE_TABLE)
+        except (OSError, ValueError, ConfigError) as error:
+            raise CheckpointError(f"{file} is not the table of a comparison: {error}") from None
+
+    def write(self, directory: Path) -> None:
+        """Write `compare.json`, `compare.md` and `compare.svg` into an existing directory."""
+        replace_file(directory / COMPARE_TABLE, (self.model_dump_json(indent=1) + "\n").encode())
+        self.write_pages(directory)
+
+    def write_pages(self, directory: Path) -> None:
+        """Write `compare.md` and `compare.svg` into an existing directory."""
+        plain = self.model_dump(mode="json")
+        replace_file(directory / COMPARE_PAGE, comparison_page(plain).encode())
+        done = [row for row in ranked(plain["rows"]) if row["status"] == "done"]
+        title = f"{self.config.run.backbone} on {self.config.run.dataset}"
+        replace_file(directory / COMPARE_PLOT, accuracy_file(done, title))
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        rows = [cells(row, COMPARE_COLUMNS) for row in ranked([row.model_dump(mode="json") for row in self.rows])]
+        caption = f"{self.backbone}, weights {self.weights}, on {self.config.run.dataset}"
+        return html_table(rows, COMPARE_COLUMNS, caption)
+
+
+def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Row:
+    """Return the row of a method.
+
+    Args:
+        method: As it is written.
+        results: Of its finished runs.
+        reason: Why it failed, if it did.
+    """
+    if reason or not results:
+        return Row(method=method, status="failed", reason=reason or "no run finished")
+    first = results[0]
+    if reason := _why_not_comparable(results):
+        return Row(method=method, status="failed", reason=reason)
+    top1 = tuple(result.top1 for result in results)
+    top5 = tuple(result.top5 for result in results)
+    val_top1 = [result.val_top1 for result in results if result.val_top1 is not None]
+    return Row(
+        method=method,
+        status="done",
+        seeds=tuple(result.seed for result in results),
+        tuned=first.tuned,
+        head=first.head,
+        total=first.total,
+        percent_of_total=first.percent_of_total,
+        percent_of_backbone=first.percent_of_backbone,
+        adapter_bytes=first.adapter_bytes,
+        lr=first.lr,
+        epochs=first.epochs,
+        top1=top1,
+        top1_mean=statistics.fmean(top1),
+        top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
+        top5_mean=statistics.fmean(top5),
+        top5_std=statistics.stdev(top5) if len(top5) > 1 else None,
+        val_top1_mean=statistics.fmean(val_top1) if val_top1 else None,
+        images_per_s=statistics.fmean(result.images_per_s for result in results),
+        step_time_s=statistics.fmean(result.step_time_s for result in results),
+        peak_memory_bytes=max(result.peak_memory_bytes for result in results),
+        time_s=sum(result.time_s for result in results),
+    )
+
+
+def _why_not_comparable(results: Sequence[RunResult]) -> str:
+    """Say which seeds of one method trained something else; empty if all trained the same."""
+    first = results[0]
+    same = (first.lr, first.tuned, first.head)
+    other = next((result for result in results if (result.lr, result.tuned, result.head) != same), None)
+    if other is None:
+        return ""
+    return (
+        f"seeds {first.seed} and {other.seed} differ: {first.tuned:,} and {other.tuned:,} parameters train at learning "
+        f"rates of {first.lr:g} and {other.lr:g}. The method's package was updated between them. Remove "
+        f"{first.output} or {other.output}, and compare again"
+    )
+
+
+def origins_of(results: Sequence[RunResult]) -> tuple[Origin, ...]:
+    """Group runs by the conditions they were measured under; empty if all are the same."""
+    groups: dict[str, Origin] = {}
+    for result in results:
+        conditions = {key: result.provenance.get(key) for key in ORIGIN_KEYS}
+        origin = groups.setdefault(json.dumps(conditions, sort_keys=True), Origin(runs={}, provenance=conditions))
+        origin.runs[result.method] = (*origin.runs.get(result.method, ()), result.seed)
+    return tuple(groups.values()) if len(groups) > 1 else ()

@@ -1,0 +1,78 @@
+"""From a trained model to `RunResult`: test accuracy, costs, provenance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petune.runner.provenance import forward_flops, provenance
+from petune.runner.result import RunResult
+from petune.runner.trained import Trained
+from petune.training.evaluate import Accuracy
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured after training.
+
+    Attributes:
+        test: On the test split, read once.
+        forward_flops: Of one image.
+        peak_memory_bytes: Of training and test, in all processes that worked on this run.
+    """
+
+    test: Accuracy
+    forward_flops: int
+    peak_memory_bytes: int
+
+
+def measure(trained: Trained) -> Measured:
+    """Test a trained model and measure its costs."""
+    ready = trained.ready
+    side = ready.backbone.image_size
+    test = trained.trainer.evaluate("test")
+    peak = max(ready.memory.bytes(), trained.trainer.progress.peak_bytes)
+    return Measured(test, forward_flops(ready.attachment.model, (3, side, side)), peak)
+
+
+def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunResult:
+    """Collect everything that is known about a finished run.
+
+    Args:
+        trained: The run.
+        measured: Its test and costs.
+        saved_bytes: Size of the saved tensors.
+    """
+    config, backbone, fit = trained.ready.config, trained.ready.backbone, trained.fit
+    counts = trained.ready.attachment.counts
+    how = {
+        "precision": fit.precision,
+        "micro_batch_size": fit.micro_batch_size,
+        "num_processes": fit.num_processes,
+    }
+    return RunResult(
+        method=config.method,
+        backbone=config.backbone,
+        backbone_full_name=backbone.full_name,
+        weights=backbone.weights,
+        dataset=config.dataset,
+        seed=config.seed,
+        top1=measured.test.top1,
+        top5=measured.test.top5,
+        val_top1=fit.val.top1 if fit.val else None,
+        epoch=fit.epoch,
+        epochs=len(fit.epochs),
+        lr=fit.lr,
+        tuned=counts.tuned,
+        head=counts.head,
+        total=counts.total,
+        percent_of_total=counts.percent_of_total,
+        percent_of_backbone=counts.percent_of_backbone,
+        forward_flops=measured.forward_flops,
+        adapter_bytes=saved_bytes,
+        images_per_s=fit.images_per_s,
+        step_time_s=fit.step_time_s,
+        peak_memory_bytes=measured.peak_memory_bytes,
+        time_s=fit.time_s,
+        output=str(trained.run_dir),
+        provenance=provenance(trained.ready.device) | how,
+    )

@@ -1,0 +1,159 @@
+"""Build what a training needs from a configuration: images, backbone, method, training options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petune.backbones.create import Backbone, create_backbone, input_side
+from petune.backbones.weights import load_adapters
+from petune.base.distributed import SINGLE_PROCESS, Group
+from petune.data import Dataset, Preprocess, load_dataset
+from petune.injector.attach import attach
+from petune.injector.attachment import Attachment
+from petune.injector.tuner import Recipe, Tuner
+from petune.runner.provenance import PeakMemory, git_state
+from petune.runner.run_config import RunConfig
+from petune.runner.run_inputs import check_inputs
+from petune.training.config import TrainConfig
+from petune.training.evaluate import load_accuracy
+from petune.training.events import Note, Watch, ignore
+from petune.training.precision import choose_device
+from petune.training.stop import StopFlag
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of the channels, for pixels in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a run writes, what can stop it, who watches it, and the processes that share the work."""
+
+    run_dir: Path
+    stop: StopFlag
+    watch: Watch = ignore
+    group: Group = SINGLE_PROCESS
+
+    def note(self, text: str) -> None:
+        """Show a sentence to the person who runs this, once per run; an empty one is not shown."""
+        if text and self.group.is_main:
+            self.watch(Note(text))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a training needs.
+
+    Attributes:
+        config: As asked for.
+        train: The training options of `config`, completed from recipe and dataset.
+        dataset: With its val split.
+        backbone, attachment: The model with its weights, on `device`, and the method on it.
+        preprocess: From stored pixels to the backbone's input.
+        memory: Measures the peak from here on.
+    """
+
+    config: RunConfig
+    train: TrainConfig
+    dataset: Dataset
+    backbone: Backbone
+    attachment: Attachment
+    preprocess: Preprocess
+    device: torch.device
+    memory: PeakMemory
+
+
+def prepare(
+    config: RunConfig,
+    tuner: Tuner[Any],
+    recipe: Recipe,
+    context: RunContext,
+    *,
+    keep_head: bool = False,
+    statistics: Statistics | None = None,
+) -> Prepared:
+    """Read the images, build the backbone with its weights and attach the method. A signal interrupts this at once.
+
+    Args:
+        config: The run.
+        tuner: The method of `config`, built.
+        recipe: Fills in the training options that `config` leaves open.
+        context: The run directory, and the processes.
+        keep_head: Keep the classifier of the weights where it has the dataset's classes.
+        statistics: Normalize images by these; None takes the backbone's, or else measures the training split.
+    """
+    git_state()  # of the code that trains, whatever is committed meanwhile
+    group = context.group
+    with context.stop.immediately(group):
+        load_accuracy()
+        device = group.device(choose_device(config.device))
+        dataset = group.main_first(lambda: prepare_data(config))
+        train = complete_options(config.train, recipe, dataset)
+        options = {config.method: tuner.config}
+        filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
+        group.broadcast(lambda: check_inputs(context.run_dir, config.dataset, config.weights, filled_in, options))
+        backbone = group.main_first(lambda: prepare_backbone(config, dataset, keep_head=keep_head))
+        context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
+        memory = PeakMemory(device)
+        torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
+        attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+        if backbone.file is not None and backbone.file.adapters:
+            load_adapters(attachment.model, backbone.file, config.method)
+    if statistics is None and backbone.file is not None and backbone.mean is None:
+        context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
+    preprocess = choose_preprocess(backbone, dataset, statistics)
+    return Prepared(config, train, dataset, backbone, attachment, preprocess, device, memory)
+
+
+def prepare_data(config: RunConfig) -> Dataset:
+    """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
+    side = input_side(config.backbone, config.image_size, config.backbone_options)
+    dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken)
+    dataset = dataset.with_val(config.val_fraction, seed=0)
+    if config.shots is not None:
+        dataset = dataset.with_shots(config.shots, config.seed)
+    return dataset
+
+
+def prepare_backbone(config: RunConfig, dataset: Dataset, *, keep_head: bool = False) -> Backbone:
+    """Create the backbone with its weights and a new head for the dataset.
+
+    Args:
+        config: The run.
+        dataset: Its classes are the head's.
+        keep_head: Keep the head of the weights where it has the same classes.
+    """
+    return create_backbone(
+        config.backbone,
+        weights=config.weights,
+        num_classes=dataset.num_classes,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        options=config.backbone_options,
+        head=config.head,
+        seed=config.seed,
+        keep_head_of=dataset.classes if keep_head else None,
+    )
+
+
+def choose_preprocess(backbone: Backbone, dataset: Dataset, statistics: Statistics | None = None) -> Preprocess:
+    """Normalize by `statistics`, else as the weights were trained, else by the training split's own mean and std."""
+    if statistics is not None:
+        return Preprocess(backbone.image_size, *statistics)
+    if backbone.mean and backbone.std:
+        return Preprocess(backbone.image_size, backbone.mean, backbone.std)
+    return Preprocess(backbone.image_size, *dataset.train.channel_statistics())
+
+
+def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:
+    """Return `train` with open options filled in from the method's recipe and the dataset."""
+    filled = {
+        "lr": recipe.lr if train.lr is None else train.lr,
+        "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,
+        "optimizer": train.optimizer or recipe.optimizer,
+        "augment": dataset.augment if train.augment == "auto" else train.augment,
+    }
+    return train.model_copy(update=filled)

@@ -1,0 +1,138 @@
+"""Labels for the points of a scatter plot that cover no point and no other label, and stay inside the axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from petune.runner.report.plots import INK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
+
+MARK_PT = 4.0
+"""Half the side of the square around a point that labels keep free."""
+DISTANCES_PT = (7.0, 12.0, 18.0, 26.0, 36.0)
+"""From a point to the nearest edge of its label."""
+LEADER_FROM_PT = 15.0
+"""Labels at this distance or more get a line to their point."""
+CLEARER = 2.5
+"""How many times nearer a label without a line is to its own mark than to any other."""
+ANGLES = (20, -20, 160, -160, 90, -90, 50, -50, 130, -130, 0, 180)
+"""Directions from a point to its label in degrees, the most usual first."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point with the bar of its standard deviation, in data coordinates."""
+
+    x: float
+    y: float
+    deviation: float = 0.0
+
+
+def label_points(axes: Axes, points: Sequence[Point], labels: Sequence[str]) -> bool:
+    """Write a label at each point.
+
+    Args:
+        axes: With its final limits and size.
+        points: Where the labels belong.
+        labels: One per point.
+
+    Returns:
+        False if a label has no room; no label is then written.
+    """
+    marks = [_mark(axes, point) for point in points]
+    written: list[Annotation] = []
+    boxes: list[Bbox] = []
+    for number, (point, label) in enumerate(zip(points, labels, strict=True)):
+        others = marks[:number] + marks[number + 1 :]
+        annotation = _place(axes, point, label, marks[number], others, boxes)
+        if annotation is None:
+            for other in written:
+                other.remove()
+            return False
+        written.append(annotation)
+        boxes.append(_extent(axes, annotation))
+    return True
+
+
+def _place(
+    axes: Axes, point: Point, label: str, mark: Bbox, others: Sequence[Bbox], boxes: Sequence[Bbox]
+) -> Annotation | None:
+    """Write a label at the first free position, clearly nearer to its own mark than to others, or with a line to it."""
+    inside = axes.get_window_extent()
+    for offset in _offsets():
+        annotation = _annotate(axes, point, label, offset)
+        box = _extent(axes, annotation)
+        fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+        free = not any(box.overlaps(other) for other in (mark, *others, *boxes))
+        if annotation.arrow_patch is None:
+            clear = all(_gap(box, other) >= CLEARER * _gap(box, mark) for other in others)
+        else:
+            clear = not any(_crosses(annotation, other) for other in (*others, *boxes))
+        if fits and free and clear:
+            return annotation
+        annotation.remove()
+    return None
+
+
+def _crosses(annotation: Annotation, box: Bbox) -> bool:
+    """Return whether the line of a label goes through a box."""
+    assert annotation.arrow_patch is not None
+    line = annotation.arrow_patch
+    (x0, y0), *_, (x1, y1) = line.get_transform().transform(line.get_path().vertices).tolist()
+    shares = [step / 20 for step in range(1, 20)]
+    return any(box.contains(x0 + (x1 - x0) * share, y0 + (y1 - y0) * share) for share in shares)
+
+
+def _gap(a: Bbox, b: Bbox) -> float:
+    """Return the distance between two boxes."""
+    across = max(a.x0 - b.x1, b.x0 - a.x1, 0.0)
+    up = max(a.y0 - b.y1, b.y0 - a.y1, 0.0)
+    return math.hypot(across, up)
+
+
+def _offsets() -> Iterator[tuple[float, float]]:
+    for distance in DISTANCES_PT:
+        for angle in ANGLES:
+            yield distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle))
+
+
+def _annotate(axes: Axes, point: Point, label: str, offset: tuple[float, float]) -> Annotation:
+    across, up = offset
+    distance = math.hypot(across, up)
+    leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+    return axes.annotate(
+        label,
+        (point.x, point.y),
+        xytext=offset,
+        textcoords="offset points",
+        ha="center" if abs(across) < 1 else "left" if across > 0 else "right",
+        va="center" if abs(up) < distance / 2 else "bottom" if up > 0 else "top",
+        fontsize="small",
+        arrowprops=leader if distance >= LEADER_FROM_PT else None,
+    )
+
+
+def _extent(axes: Axes, annotation: Annotation) -> Bbox:
+    """Return the box of a label's text, without its line, in pixels."""
+    from matplotlib.text import Text
+
+    canvas: Any = axes.figure.canvas  # of Agg, which can measure text
+    annotation.update_positions(canvas.get_renderer())
+    return Text.get_window_extent(annotation).padded(1.0)
+
+
+def _mark(axes: Axes, point: Point) -> Bbox:
+    """Return the box of a point and its bar, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    ends = [(point.x, point.y - point.deviation), (point.x, point.y + point.deviation)]
+    (x, bottom), (_, top) = axes.transData.transform(ends).tolist()
+    side = MARK_PT * axes.figure.dpi / 72
+    return Bbox.from_extents(x - side, bottom - side, x + side, top + side)

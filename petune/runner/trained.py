@@ -1,0 +1,30 @@
+"""A run after training and before its test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from petune.runner.prepare import Prepared
+from petune.training.loop import Trainer
+from petune.training.progress import FitResult
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run whose test split has not been read; the model holds the chosen epoch.
+
+    Attributes:
+        ready: What was trained: configuration, dataset, backbone, attachment.
+        trainer: Evaluates further splits.
+        fit: What training measured.
+    """
+
+    ready: Prepared
+    trainer: Trainer
+    fit: FitResult
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return self.trainer.job.directory
