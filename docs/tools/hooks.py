@@ -1,4 +1,4 @@
-"""For mkdocs: images of results come along; other links that leave docs/ become text, since they lead nowhere."""
+"""Hooks of mkdocs: include the figures of benchmarks/results/, and turn other links that leave docs/ into text."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """All files of docs/, and the images of benchmarks/results/."""
+    """Return all files of docs/, and the figures of benchmarks/results/."""
     for image in sorted(RESULTS.glob("*/*.svg")):
-        place = f"figures/{image.parent.name}-{image.name}"
-        files.append(File.generated(config, place, abs_src_path=str(image)))
+        path = f"figures/{image.parent.name}-{image.name}"
+        files.append(File.generated(config, path, abs_src_path=str(image)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page without links to files outside docs/."""
+    """Return the page without links to files outside of docs/."""
     depth = page.file.src_uri.count("/")
     up = r"(?:\.\./){" + str(depth + 1) + "}"
     images = re.compile(rf"\({up}benchmarks/results/([^/)]+)/([^/)]+\.svg)\)")

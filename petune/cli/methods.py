@@ -1,32 +1,51 @@
-"""`petune methods`: every registered tuner, the broken ones too. Nothing is imported to list them."""
+"""`petune methods`: list every registered tuner, broken ones too. Nothing is imported to list them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.options import Json
 from petune.cli.terminal import clean, print_json, print_table
 
-Load = Annotated[bool, typer.Option("--load", help="Import each one, so that a broken one shows its cause.")]
+if TYPE_CHECKING:
+    from petune.injector.registry import TunerRecord
+
+Load = Annotated[bool, typer.Option("--load", help="Import each method, so that a broken one shows its error.")]
 
 
 def methods(json: Json = False, load: Load = False) -> None:
-    """List the installed methods, broken ones too."""
-    from petune.injector.registry import check_loads, list_tuners
+    """List the installed methods: what each does, what it trains, its paper and its package."""
+    from petune.injector.registry import list_tuners
 
-    found = [
-        {
-            "name": t.name,
-            "distribution": t.distribution,
-            "version": t.version,
-            "state": check_loads(t) if load else t.state,
-        }
-        for t in list_tuners()
-    ]
+    rows = [_row(record, load) for record in list_tuners()]
     if json:
-        print_json(found)
+        print_json(rows)
         return
-    columns = ("name", "distribution", "version", "state")
-    print_table(columns, [[clean(str(t[c] or "-")) for c in columns] for t in found])
+    cells = [[clean(cell) for cell in _cells(row)] for row in rows]
+    columns = ["method", "what it does", "trains", "paper", "package", "state"]
+    if all(row["state"] == "ok" for row in rows):
+        columns.remove("state")
+    print_table(columns, [row[: len(columns)] for row in cells], optional=["trains", "package", "paper"])
+
+
+def _row(record: TunerRecord, load: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from petune.injector.describe import describe_tuner
+    from petune.injector.registry import check_loads
+
+    return {
+        "name": record.name,
+        **asdict(describe_tuner(record)),
+        "distribution": record.distribution,
+        "version": record.version,
+        "state": check_loads(record) if load else record.state,
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    paper = f"arXiv:{row['arxiv']}" if row["arxiv"] else ""
+    package = f"{row['distribution']} {row['version']}"
+    return [row["name"], row["summary"] or "-", row["trains"] or "-", paper or "-", package, row["state"]]

@@ -7,11 +7,14 @@ name of the method or of the package.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 
 GROUP = "petune.tuners"
 OWN = "petune"
+OWN_REQUIREMENT = re.compile(rf"{OWN}\s*($|[\[(;<>=!~])")
+"""A requirement of petune itself. `packaging.requirements` would parse it too, but takes longer to import."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,18 @@ def state_of(tuner: RegisteredTuner, registered: list[RegisteredTuner]) -> str:
 
 def unmet_requirement(tuner: RegisteredTuner) -> str:
     """Return the petune version that the package asks for if this is another one; empty if it fits or is unknown."""
-    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     distribution = tuner.point.dist
-    for text in (distribution.requires or []) if distribution is not None else []:
+    requirements = (distribution.requires or []) if distribution is not None else []
+    for text in filter(OWN_REQUIREMENT.match, requirements):
+        versions = text.removeprefix(OWN).partition(";")[0].rpartition("]")[2].strip(" ()")
         try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
+            specifier = SpecifierSet(versions)
+        except InvalidSpecifier:
             continue
-        if requirement.name == OWN and not requirement.specifier.contains(version(OWN), prereleases=True):
-            return f"{OWN}{requirement.specifier}, this is {version(OWN)}"
+        if not specifier.contains(version(OWN), prereleases=True):
+            return f"{OWN}{specifier}, this is {version(OWN)}"
     return ""
 
 

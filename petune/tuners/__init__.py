@@ -1,1 +1,1 @@
-"""The built-in tuners: they come in through the same entry points as everybody's, written against `petune` only."""
+"""The built-in tuners: registered through the same entry points as plugins, and written against `petune` alone."""

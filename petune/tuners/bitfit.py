@@ -1,7 +1,4 @@
-"""BitFit (Ben Zaken et al., ACL 2022, arXiv 2106.10199): only the backbone's biases train.
-
-y = W x + b,  LayerNorm(x) = g · x̂ + b        b trains, W and g do not
-"""
+"""BitFit: only the backbone's biases train."""
 
 from __future__ import annotations
 
@@ -15,13 +12,18 @@ class BitFitConfig(petune.TunerConfig):
 
 
 class BitFit(petune.Tuner[BitFitConfig]):
-    """BitFit. Merging keeps the trained biases, which are the backbone's own.
+    """Train the backbone's biases only.
 
-    Parameters: 11·D for a block of D with an MLP of 4·D (norms 2·D, qkv 3·D, proj D, MLP 5·D), and D each for patch
-    embedding and final norm. ViT-B/16: 102,912.
+    BitFit (Ben Zaken et al., ACL 2022, arXiv 2106.10199):
 
-    Differs from the paper: nothing; biases of all layers, those of the patch embedding too. They are chosen by
-    what they are, so a `relative_position_bias_table` is none.
+        y = W x + b,  LayerNorm(x) = g · x̂ + b        b trains, W and g do not
+
+    Trains: every bias of the backbone, in place; merging keeps them.
+    Parameters: 11·D for a block of width D with an MLP of 4·D (norms 2·D, qkv 3·D, proj D, MLP 5·D), and D each for
+    patch embedding and final norm. ViT-B/16: 102,912.
+
+    Differs from the paper: nothing. All layers count, the patch embedding too. Biases are recognized by what they are,
+    not by a part of their name: a `relative_position_bias_table` is not one.
     """
 
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
@@ -32,6 +34,6 @@ class BitFit(petune.Tuner[BitFitConfig]):
 
 
 def biases_of(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own bias vectors: `bias`, and where a fused layer has several, `q_bias`, `in_proj_bias`."""
+    """Return the module's own bias vectors: `bias`, and `q_bias`, `in_proj_bias`, … of a fused layer."""
     own = module.named_parameters(recurse=False)
     return [p for name, p in own if p.ndim == 1 and (name == "bias" or name.endswith("_bias"))]

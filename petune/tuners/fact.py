@@ -1,8 +1,4 @@
-"""FacT, tensor train (Jie & Deng, "Factor-Tuning", AAAI 2023, arXiv 2212.03145): one factored change of all weights.
-
-    ΔW = s · U Σ Vᵀ        U and V (D×r) are shared by the whole model, Σ (r×r) belongs to one D×D matrix
-
-A layer of a·D inputs and b·D outputs is a·b such matrices: qkv 3, proj 1, each layer of the MLP 4.
+"""FacT: one factored change of the weights of all blocks.
 
 Legend: D width, R rank, I and O chunks of D inputs and outputs.
 """
@@ -24,8 +20,8 @@ class FacTConfig(petune.TunerConfig):
 
     Attributes:
         rank: r; the paper's 16.
-        scale: s; the paper searches 0.01 to 100 on each data set.
-        dropout: On the hidden units.
+        scale: s; the paper searches 0.01 to 100 on each dataset, and 1 is the middle of that.
+        dropout: Dropout on the hidden units; the authors' 0.1.
     """
 
     rank: int = Field(16, ge=1)
@@ -38,72 +34,90 @@ class Factors(nn.Module):
 
     def __init__(self, u_DR: nn.Parameter, v_DR: nn.Parameter, shape: tuple[int, int], config: FacTConfig) -> None:
         super().__init__()
-        self.u, self.v = u_DR, v_DR
+        self.u = u_DR
+        self.v = v_DR
         self.core = nn.Parameter(torch.empty(*shape, config.rank, config.rank))
-        self.dropout, self.scale = nn.Dropout(config.dropout), config.scale
+        self.dropout = nn.Dropout(config.dropout)
+        self.scale = config.scale
         nn.init.normal_(self.core, std=config.rank**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I·D) to (..., O·D)."""
+        """Map (..., I·D) to (..., O·D)."""
         x_ID = x.reshape(*x.shape[:-1], self.core.shape[0], -1)
         hidden = torch.einsum("...id,dr,iors->...os", x_ID, self.u, self.core)
         return cast(Tensor, self.scale * (self.dropout(hidden) @ self.v.T).flatten(-2))
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """Add the change to the layer's weight (O·D, I·D)."""
+        """Add the change to the layer's weight, (O·D, I·D)."""
         change = torch.einsum("dr,iors,es->oeid", self.u, self.core, self.v)
         weight = cast(Tensor, module.weight)
         weight += self.scale * change.reshape(weight.shape)
 
 
 class FacT(petune.Tuner[FacTConfig]):
-    """FacT-TT. Identity at the start: V is zero.
+    """Change the weights of all blocks by one tensor in factored form (FacT-TT).
 
-    Parameters: 2·D·r for each width, and 12·r² a block with an MLP of 4·D. ViT-B/16, r = 16: 61,440.
+    Factor-Tuning (Jie & Deng, AAAI 2023, arXiv 2212.03145), as a tensor train:
 
-    Differs from the paper: a model whose stages change the width has U and V for each. V starts at
-    zero as in the paper; U by Xavier and the cores by N(0, 1/r), where the authors' code has nn.Linear's default.
+        ΔW = s · U Σ Vᵀ        U and V (D×r) are shared by the whole model, Σ (r×r) belongs to one D×D matrix
+
+    A layer of a·D inputs and b·D outputs is a·b such matrices: qkv 3, proj 1, each layer of the MLP 4.
+
+    Trains: shared factors U and V, and a core Σ per linear layer. These are the layers of attention and MLP whose sides
+    are multiples of the width. Identity at the start: V is zero.
+    Parameters: 2·D·r for each width, and 12·r² per block with an MLP of 4·D. ViT-B/16, r = 16: 61,440.
+
+    Differs from the paper: a model whose stages change the width has one U and V for each width. V starts at zero as in
+    the paper, U by Xavier and the cores by N(0, 1/r), where the authors' code has nn.Linear's default. The Tucker form
+    (FacT-TK) is not included.
     """
 
     recipe = petune.Recipe(lr=1e-3, weight_decay=1e-4)
 
     def attach(self, edit: petune.Edit) -> None:
-        """One core for every linear layer of attention and MLP whose sides are multiples of the width."""
+        """Put one core at every linear layer of attention and MLP whose sides are multiples of the width."""
         shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-        fitted, skipped = 0, list[str]()
+        num_changed = 0
+        skipped: list[str] = []
         for block in edit.sites.require_blocks():
-            width, rank = block.dim, self.config.rank
+            width = block.dim
             if width not in shared:
-                u, v = nn.Parameter(torch.empty(width, rank)), nn.Parameter(torch.zeros(width, rank))
-                shared[width] = (nn.init.xavier_uniform_(u), v)  # type: ignore[assignment]
-            for layer in _layers(edit, block):
+                shared[width] = self._factors(width)
+            for layer in _linear_layers(edit, block):
                 out_dim, in_dim = cast(nn.Linear, layer.module).weight.shape
                 if in_dim % width == 0 and out_dim % width == 0:
                     shape = (in_dim // width, out_dim // width)
                     edit.parallel(layer, layer, Factors(*shared[width], shape, self.config))
-                    fitted += 1
+                    num_changed += 1
                 else:
                     skipped.append(layer.path)
-        _say(edit, fitted, skipped)
+        _report(edit.sites.model, num_changed, skipped)
+
+    def _factors(self, width: int) -> tuple[nn.Parameter, nn.Parameter]:
+        u_DR = nn.Parameter(torch.empty(width, self.config.rank))
+        v_DR = nn.Parameter(torch.zeros(width, self.config.rank))
+        nn.init.xavier_uniform_(u_DR)
+        return u_DR, v_DR
 
 
-def _layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
+def _linear_layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
     """Return the linear layers of attention and MLP."""
-    places = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
-    return [layer for site in places for layer in edit.linear_layers(site)]
+    sites = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
+    return [layer for site in sites for layer in edit.linear_layers(site)]
 
 
-def _say(edit: petune.Edit, fitted: int, skipped: list[str]) -> None:
-    model, names = edit.sites.model, ", ".join(skipped[:3])
-    if not fitted:
+def _report(model: str, num_changed: int, skipped: list[str]) -> None:
+    """Refuse a model in which no layer fits; warn if some do not."""
+    names = ", ".join(skipped[:3])
+    if not num_changed:
         raise petune.AttachError(
             f"fact needs linear layers whose sides are multiples of the block's width, but {model} has none"
             f"{f' (not {names})' if skipped else ''}. Use lora, or adaptformer"
         )
     if skipped:
         warnings.warn(
-            f"{len(skipped)} linear layers of {model} get no fact, since their sides are no multiples of the width: "
-            f"{names}; the other {fitted} do",
+            f"{len(skipped)} linear layers of {model} get no fact, because their sides are no multiples of the width: "
+            f"{names}; the other {num_changed} do",
             stacklevel=3,
         )

@@ -10,13 +10,14 @@ class FullConfig(petune.TunerConfig):
 
 
 class Full(petune.Tuner[FullConfig]):
-    """Full fine-tuning: every parameter trains, every module is in train mode.
+    """Train every parameter of the model.
 
+    Trains: all parameters; every module is in train mode.
     Parameters: all. The other methods are measured against it.
 
-    Recipe: within the published 1e-5 to 1e-3 (AdamW); the default suits ViT-B, and small backbones want more. With
-    vit_nano on 10,000 images of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.64 at 3e-4 and 71.42 at
-    1e-3: compare it there with `--set lrs.full=1e-3`.
+    Recipe: within the published 1e-5 to 1e-3 (AdamW). The default suits ViT-B; small backbones need more. With vit_nano
+    on 10,000 images of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.64 at 3e-4 and 71.42 at 1e-3: compare
+    it there with `--set lrs.full=1e-3`.
     """
 
     recipe = petune.Recipe(lr=2e-4, weight_decay=0.05)

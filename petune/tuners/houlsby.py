@@ -1,6 +1,4 @@
-"""Sequential adapters (Houlsby et al., ICML 2019, arXiv 1902.00751): a bottleneck behind every sublayer.
-
-    y = attn(norm1(x)):  y = y + GELU(y W_down + b_down) W_up + b_up        and the same behind the MLP
+"""Houlsby's adapters: a bottleneck MLP after attention and MLP of every block.
 
 Legend: B batch, N tokens, D width, M bottleneck.
 """
@@ -17,8 +15,8 @@ class HoulsbyConfig(petune.TunerConfig):
     """Options of Houlsby's adapters.
 
     Attributes:
-        bottleneck: M; the paper tries 8 to 256.
-        dropout: On the hidden units.
+        bottleneck: M; the paper tries 8 to 256. The default 64 is AdaptFormer's, to compare them at equal width.
+        dropout: Dropout on the hidden units; the paper has none.
     """
 
     bottleneck: int = Field(64, ge=1)
@@ -28,41 +26,50 @@ class HoulsbyConfig(petune.TunerConfig):
 class SequentialAdapter(nn.Module):
     """y + up(GELU(down(y))), the identity at the start."""
 
-    why_not_mergeable = "its GELU is not linear, so it is no change of weights"
+    why_not_mergeable = "its GELU is not linear"
 
     def __init__(self, dim: int, bottleneck: int, dropout: float) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(dim, bottleneck), nn.Linear(bottleneck, dim)
+        self.down = nn.Linear(dim, bottleneck)
+        self.up = nn.Linear(bottleneck, dim)
         self.dropout = nn.Dropout(dropout)
         nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, y_BND: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         hidden_BNM = self.dropout(nn.functional.gelu(self.down(y_BND)))
         out_BND: Tensor = y_BND + self.up(hidden_BNM)
         return out_BND
 
 
 class Houlsby(petune.Tuner[HoulsbyConfig]):
-    """Houlsby's adapters, behind attention and behind MLP, before LayerScale, drop path and the residual sum.
+    """Insert a bottleneck MLP after the attention and after the MLP of every block.
 
-    Parameters: 2·(2·D·M + M + D) a block. ViT-B/16, M = 64: 2,379,264.
+    Houlsby's adapters (Houlsby et al., ICML 2019, arXiv 1902.00751), with y = attn(norm1(x)), and again after the MLP:
+
+        y = y + GELU(y W_down + b_down) W_up + b_up
+
+    Trains: two adapters per block. Identity at the start: the up-projection is zero.
+    Parameters: 2·(2·D·M + M + D) per block. ViT-B/16, M = 64: 2,379,264.
+
+    The adapter comes before LayerScale, drop path and the residual sum: in a model with LayerScale (DINOv2, DeiT-3) its
+    output is scaled with the sublayer's. Adapter+ (Steitz & Roth, CVPR 2024) puts it after them.
 
     Differs from the paper: the up-projection starts at zero instead of N(0, 0.01²), so the start is exactly the
-    identity; the norms do not train (combine with `norm` for that).
+    identity; the norms do not train (attach `norm` as well for that).
     """
 
     recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Two adapters a block."""
+        """Put one adapter after the attention and one after the MLP."""
         for block in edit.sites.require_blocks():
             for site in (block.attn, block.mlp):
                 edit.after(site, SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout))
 
     def num_parameters(self, sites: petune.Sites) -> int:
-        """2·(2·D·M + M + D) a block."""
+        """Return 2·(2·D·M + M + D) per block."""
         m = self.config.bottleneck
         return sum(2 * (2 * block.dim * m + m + block.dim) for block in sites.blocks)

@@ -1,9 +1,4 @@
-"""Ladder side-tuning (Sung et al., NeurIPS 2022, arXiv 2206.06522): a small network beside the backbone.
-
-    h_0 = x_0 W_0,   h_i = f_i(g_i · h_{i-1} + (1 - g_i) · x_i W_i) for i = 1…L-1,   x_L = x_L + h_{L-1} W_up
-
-x_i is what enters block i of 0…L-1, x_L what leaves the last. The ladder reads x_i without gradient: backward runs
-through the ladder only, never the backbone.
+"""Ladder side-tuning: a small network that reads the backbone's blocks.
 
 Legend: B batch, N tokens, D width, S width of the ladder.
 """
@@ -22,7 +17,7 @@ class LSTConfig(petune.TunerConfig):
 
     Attributes:
         reduction: D / S; the paper's 8.
-        expansion: Hidden width of a rung's MLP, over S.
+        expansion: Hidden width of a rung's MLP divided by S; the 4 of a ViT's own MLP.
     """
 
     reduction: int = Field(8, ge=1)
@@ -30,7 +25,7 @@ class LSTConfig(petune.TunerConfig):
 
 
 class Rung(nn.Module):
-    """Mixes what comes up the ladder with what comes from the side, and a pre-norm MLP on it."""
+    """Mix what comes up the ladder with what comes from a block, and apply a pre-norm MLP."""
 
     def __init__(self, dim: int, side_dim: int, expansion: int) -> None:
         super().__init__()
@@ -41,7 +36,7 @@ class Rung(nn.Module):
         self.reduce = nn.Linear(expansion * side_dim, side_dim)
 
     def forward(self, h_BNS: Tensor, x_BND: Tensor) -> Tensor:
-        """(B, N, S) and (B, N, D) to (B, N, S)."""
+        """Map (B, N, S) and (B, N, D) to (B, N, S)."""
         gate = torch.sigmoid(self.gate)
         mixed_BNS = gate * h_BNS + (1 - gate) * self.down(x_BND)
         change_BNS: Tensor = self.reduce(nn.functional.gelu(self.expand(self.norm(mixed_BNS))))
@@ -50,9 +45,9 @@ class Rung(nn.Module):
 
 
 class Ladder(nn.Module):
-    """The side network; zero at the start, since `up` is."""
+    """The side network; its output is zero at the start, because `up` is."""
 
-    why_not_mergeable = "the ladder is a network of its own, not a change of weights"
+    why_not_mergeable = "the ladder is a network of its own"
 
     def __init__(self, dims: tuple[int, ...], out_dim: int, config: LSTConfig) -> None:
         super().__init__()
@@ -64,7 +59,7 @@ class Ladder(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, xs: list[Tensor]) -> Tensor:
-        """What entered each block, (B, N, D), to what is added behind the last one, (B, N, D)."""
+        """Map what entered each block, (B, N, D), to what is added after the last one, (B, N, D)."""
         h_BNS = self.first(xs[0].detach())
         for rung, x_BND in zip(self.rungs, xs[1:], strict=True):
             h_BNS = rung(h_BNS, x_BND.detach())
@@ -73,32 +68,42 @@ class Ladder(nn.Module):
 
 
 class LST(petune.Tuner[LSTConfig]):
-    """LST. Identity at the start. Needs blocks that all see the same tokens (no stages that change the grid).
+    """Train a small side network that reads what enters every block.
 
-    Parameters: (L - 1)·(D·S + 1 + 2·e·S² + (e + 4)·S) + 2·D·S + S + D for L blocks, S = D/8 and e = 4.
+    Ladder side-tuning (Sung et al., NeurIPS 2022, arXiv 2206.06522), with x_i what enters block i of 0…L-1 and x_L what
+    leaves the last one:
 
-    Differs from the paper: rungs are MLPs on the tokens instead of small transformer blocks, since the side input
-    has been mixed over the tokens by the backbone already; they start anew instead of from pruned weights. L - 1 rungs
-    read what enters the blocks 1…L-1, where the authors' code has L that read what leaves each; the ladder is added to
-    the backbone's output instead of standing in for it, so that the start is the identity; the gates have no
-    temperature, and there is no norm before W_up.
+        h_0 = x_0 W_0
+        h_i = f_i(g_i · h_{i-1} + (1 - g_i) · x_i W_i)        for i = 1…L-1
+        x_L = x_L + h_{L-1} W_up
+
+    Trains: the side network; no gradient goes through the backbone. Identity at the start: W_up is zero. Needs blocks
+    that all see the same tokens (no stages that change the grid).
+    Parameters: (L - 1)·(D·S + 1 + 2·e·S² + (e + 4)·S) + 2·D·S + S + D for L blocks, S = D/8 and e = 4. ViT-B/16:
+    1,778,795.
+
+    Differs from the paper: rungs are MLPs on the tokens instead of small transformer blocks, because the backbone has
+    already mixed its tokens; they start from random instead of pruned weights. L - 1 rungs read what enters the blocks
+    1…L-1, where the authors' code has L that read what leaves each. The ladder is added to the backbone's output
+    instead of replacing it, so that the start is the identity. The gates have no temperature, and there is no norm
+    before W_up.
     """
 
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """One ladder, from what enters the blocks to what leaves the last."""
+        """Put one ladder from what enters the blocks to what leaves the last one."""
         blocks = edit.sites.require_blocks()
         dims = tuple(block.dim for block in blocks)
         if len(set(dims)) > 1:
             raise petune.AttachError(
-                f"a ladder needs blocks of one width, but those of {edit.sites.model} have {sorted(set(dims))}; "
-                "use adaptformer or lora"
+                f"a ladder needs blocks of one width, but those of {edit.sites.model} have {sorted(set(dims))}. "
+                "Use adaptformer or lora"
             )
         edit.parallel(blocks, blocks[-1], Ladder(dims, dims[-1], self.config))
 
     def num_parameters(self, sites: petune.Sites) -> int:
-        """The formula above."""
+        """Return the formula of the class's docstring."""
         dim, e = sites.blocks[-1].dim, self.config.expansion
         s = max(1, dim // self.config.reduction)
         rung = dim * s + 1 + 2 * e * s * s + (e + 4) * s

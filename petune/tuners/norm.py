@@ -1,8 +1,4 @@
-"""Norm tuning (LN-Tune: Basu et al., "Strong Baselines for Parameter-Efficient Few-Shot Fine-Tuning", AAAI 2024,
-arXiv 2304.01917).
-
-LayerNorm(x) = g · x̂ + b        g and b train, all else is frozen
-"""
+"""Norm tuning: only the backbone's normalizations train."""
 
 from __future__ import annotations
 
@@ -16,24 +12,30 @@ class NormConfig(petune.TunerConfig):
 
 
 class Norm(petune.Tuner[NormConfig]):
-    """Scale and shift of every normalisation train. Merging keeps them, they are the backbone's own.
+    """Train scale and shift of the backbone's normalizations only.
 
-    Parameters: 4·D a block (two norms), 2·D for the final one. ViT-B/16: 38,400.
+    LN-Tune (Basu et al., AAAI 2024, arXiv 2304.01917, "Strong Baselines for Parameter-Efficient Few-Shot Fine-Tuning"):
 
-    Differs from the paper: every kind of normalisation trains, not LayerNorm alone; running statistics of a BatchNorm
-    stay as they are, as all that is frozen.
+        LayerNorm(x) = g · x̂ + b        g and b train, everything else is frozen
+
+    Trains: g and b of every normalization, in place; merging keeps them.
+    Parameters: 4·D per block (two norms), 2·D for the final one. ViT-B/16: 38,400.
+
+    Differs from the paper: every kind of normalization trains, not LayerNorm alone. The running statistics of a
+    BatchNorm stay as they are, as everything frozen does.
     """
 
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Unfreeze the parameters of every normalisation."""
+        """Unfreeze the parameters of every normalization."""
         edit.train(p for module in edit.backbone() if is_norm(module) for p in module.parameters())
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module divides by a guarded deviation (hence its `eps`, or its name) and scales by vectors."""
+    """Return True if a module divides by a guarded deviation (`eps`, or a name that says so) and scales by vectors."""
     named = "norm" in type(module).__name__.lower()
     guarded = hasattr(module, "eps") or hasattr(module, "variance_epsilon") or named
-    own = [*module.parameters(recurse=False)]  # timm's with an activation hold it as a child
-    return guarded and len(own) == len([*module.parameters()]) and all(p.ndim == 1 for p in own)
+    own = [*module.parameters(recurse=False)]
+    holds_all = len(own) == len([*module.parameters()])  # timm's norms with an activation hold that as a child
+    return guarded and holds_all and all(p.ndim == 1 for p in own)

@@ -87,9 +87,9 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
 
 
 class Peft(PeftTuner[PeftConfig]):
-    """Wrap linear layers with any PEFT type that edits single layers: `peft:ia3`, `peft:oft`, ….
+    """Use any PEFT type that edits single layers: peft:ia3, peft:oft, and others.
 
-    Trains: PEFT's adapters at the linear layers of attention and MLP.
+    Trains: PEFT's adapters at the linear layers.
 
     Differs from PEFT: layers come from the sites; the classifier trains as with every method, instead of through
     `modules_to_save`; a layer whose weight is read without a call is never a target, because PEFT's layer would do
@@ -98,13 +98,13 @@ class Peft(PeftTuner[PeftConfig]):
 
 
 class Lora(PeftTuner[LoraConfig]):
-    """Add a low-rank change to the linear layers of attention and MLP.
+    """Add a low-rank change to the weights of linear layers.
 
     LoRA (Hu et al., ICLR 2022, arXiv 2106.09685), by PEFT:
 
         y = W x + (α/r) · B A x        A random, B zero
 
-    Trains: A and B at every linear layer of attention and MLP. Identity at the start.
+    Trains: A and B per linear layer of attention and MLP. Identity at the start.
     Parameters: r·(in + out) per layer; 16·D·r per block with an MLP of 4·D (qkv 4, proj 2, MLP 5 and 5). ViT-B/16,
     r = 8: 1,179,648.
 
@@ -114,13 +114,13 @@ class Lora(PeftTuner[LoraConfig]):
 
 
 class Dora(PeftTuner[DoraConfig]):
-    """Change direction and magnitude of the linear layers of attention and MLP separately.
+    """Change direction and magnitude of linear layers separately.
 
     DoRA (Liu et al., ICML 2024, arXiv 2402.09353), by PEFT:
 
         W' = m · (W + B A) / ‖W + B A‖        m starts as ‖W‖, the norm of each output's weights
 
-    Trains: A, B and m at every linear layer of attention and MLP. Identity at the start.
+    Trains: A, B and m per linear layer of attention and MLP. Identity at the start.
     Parameters: those of LoRA and one per output of each layer. ViT-B/16, r = 8: 1,262,592.
 
     Differs from the paper: nothing in the formula; α/r scales B A as in LoRA. A fused qkv counts as one layer.

@@ -1,6 +1,4 @@
-"""Sequential adapters, one a block (Pfeiffer et al., EACL 2021, arXiv 2005.00247): behind the MLP only.
-
-    y = mlp(norm2(x)):  y = y + GELU(y W_down + b_down) W_up + b_up
+"""Pfeiffer's adapters: a bottleneck MLP after the MLP of every block.
 
 Legend: D width, M bottleneck.
 """
@@ -12,27 +10,42 @@ from petune.tuners.houlsby import HoulsbyConfig, SequentialAdapter
 
 
 class PfeifferConfig(HoulsbyConfig):
-    """The options of Houlsby's adapters."""
+    """Options of Pfeiffer's adapters.
+
+    Attributes:
+        bottleneck: M; the default 64 is AdaptFormer's, to compare them at equal width.
+        dropout: Dropout on the hidden units; none by default.
+    """
 
 
 class Pfeiffer(petune.Tuner[PfeifferConfig]):
-    """Pfeiffer's adapters: half of Houlsby's. Identity at the start.
+    """Insert a bottleneck MLP after the MLP of every block.
 
-    Parameters: 2·D·M + M + D a block. ViT-B/16, M = 64: 1,189,632.
+    Pfeiffer's adapters (Pfeiffer et al., EACL 2021, arXiv 2005.00247), half of Houlsby's, with y = mlp(norm2(x)):
 
-    Differs from the paper: in a post-norm transformer the adapter stands between the MLP's residual sum and its
-    norm; in a pre-norm ViT it stands behind the MLP, as in the comparisons of the ViT literature.
+        y = y + GELU(y W_down + b_down) W_up + b_up
+
+    Trains: one adapter per block. Identity at the start: the up-projection is zero.
+    Parameters: 2·D·M + M + D per block. ViT-B/16, M = 64: 1,189,632.
+
+    The adapter comes before LayerScale, drop path and the residual sum, as Houlsby's do here.
+
+    Differs from the paper: in a post-norm transformer the adapter is between the MLP's residual sum and its norm; in a
+    pre-norm ViT it comes after the MLP. The code of Adapter+ (Steitz & Roth, CVPR 2024, github.com/visinf/adapter_plus)
+    calls another method `pfeiffer`: there the adapter reads a new LayerNorm of the residual stream after the MLP, and
+    its output is added to the MLP's. What is called `pfeiffer` here is their `intermediate`, but for LayerScale and
+    drop path, which they apply before the adapter.
     """
 
     recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """One adapter a block."""
+        """Put one adapter after every MLP."""
         for block in edit.sites.require_blocks():
             adapter = SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout)
             edit.after(block.mlp, adapter)
 
     def num_parameters(self, sites: petune.Sites) -> int:
-        """2·D·M + M + D a block."""
+        """Return 2·D·M + M + D per block."""
         m = self.config.bottleneck
         return sum(2 * block.dim * m + m + block.dim for block in sites.blocks)

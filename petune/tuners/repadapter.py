@@ -1,8 +1,4 @@
-"""RepAdapter (Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization", arXiv 2302.08106).
-
-    x' = x + s · U(D x + b_D) + s · b_U        before attention and before MLP; D dense, U in G groups
-
-No activation, so W x' + b is again a linear layer: it folds into the layers that read x.
+"""RepAdapter: a linear bottleneck before attention and MLP, which merges into the layers that read it.
 
 Legend: B batch, N tokens, D width, M bottleneck, G groups.
 """
@@ -23,9 +19,9 @@ class RepAdapterConfig(petune.TunerConfig):
 
     Attributes:
         bottleneck: M; the paper's 8.
-        groups: G of the up-projection; the paper's 2.
-        scale: s; the paper searches 0.1 to 10 on each data set.
-        dropout: On the hidden units.
+        groups: G of the up-projection; the paper's 2. Must divide M and the width.
+        scale: s; the paper searches 0.1 to 10 on each dataset, and 1 is the middle of that.
+        dropout: Dropout on the hidden units; the authors' 0.1.
     """
 
     bottleneck: int = Field(8, ge=1)
@@ -36,26 +32,27 @@ class RepAdapterConfig(petune.TunerConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.bottleneck % self.groups:
-            raise ValueError(f"groups must divide bottleneck, but {self.bottleneck} is no multiple of {self.groups}")
+            raise ValueError(f"bottleneck={self.bottleneck} is no multiple of groups={self.groups}")
         return self
 
 
 class LinearAdapter(nn.Module):
-    """x + s · up(down(x)), the identity at the start; `merge` folds it into `readers`."""
+    """x + s · up(down(x)), the identity at the start; `merge` folds it into `readers`, the layers that read x."""
 
     def __init__(self, dim: int, config: RepAdapterConfig, readers: tuple[nn.Module, ...]) -> None:
         super().__init__()
         self.down = nn.Linear(dim, config.bottleneck)
         self.up = nn.Conv1d(config.bottleneck, dim, 1, groups=config.groups)
-        self.dropout, self.scale = nn.Dropout(config.dropout), config.scale
-        self._readers = readers  # in a tuple: they are the backbone's, not the adapter's
+        self.dropout = nn.Dropout(config.dropout)
+        self.scale = config.scale
+        self._readers = readers  # in a tuple, because they are the backbone's modules, not children of the adapter
         nn.init.xavier_uniform_(self.down.weight)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             assert zero is not None
             nn.init.zeros_(zero)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+        """Map (..., D) to (..., D)."""
         hidden_BNM = self.dropout(self.down(x_BND))
         rows = hidden_BNM.reshape(-1, hidden_BNM.shape[-1], 1)
         out_BND: Tensor = x_BND + self.scale * self.up(rows).reshape(x_BND.shape)
@@ -63,15 +60,15 @@ class LinearAdapter(nn.Module):
 
     @property
     def why_not_mergeable(self) -> str | None:
-        """A reader without a bias could not take up the adapter's."""
+        """The reason if no layer reads the adapter's output, or one without a bias does."""
         if not self._readers:
-            return "no linear layer reads just what the adapter puts out"
-        bare = any(getattr(r, "bias", None) is None for r in self._readers)
-        return "a linear layer behind it has no bias to take up the adapter's" if bare else None
+            return "no linear layer reads exactly what the adapter returns"
+        missing_bias = any(getattr(reader, "bias", None) is None for reader in self._readers)
+        return "a linear layer after it has no bias to fold the adapter's into" if missing_bias else None
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """W(x + s(U(Dx + b_D) + b_U)) + b, as one weight and bias for every layer that reads x."""
+        """Fold W(x + s(U(Dx + b_D) + b_U)) + b into one weight and bias, for every layer that reads x."""
         up: Tensor = torch.block_diag(*self.up.weight[..., 0].chunk(self.up.groups))  # type: ignore[no-untyped-call]
         change = self.scale * (up @ self.down.weight)
         assert self.up.bias is not None
@@ -83,9 +80,18 @@ class LinearAdapter(nn.Module):
 
 
 class RepAdapter(petune.Tuner[RepAdapterConfig]):
-    """RepAdapter. Identity at the start; merged it costs nothing at inference.
+    """Insert a linear bottleneck before attention and MLP of every block.
 
-    Parameters: 2·(D·M + M + D·M/G + D) a block. ViT-B/16, M = 8, G = 2: 239,808.
+    RepAdapter (Luo et al., 2023, arXiv 2302.08106, "Towards Efficient Visual Adaption via Structural
+    Re-parameterization"):
+
+        x' = x + s · U(D x + b_D) + s · b_U        D dense, U in G groups
+
+    There is no activation, so W x' + b is a linear layer again: the adapter merges into the layers that read x, and
+    merged it costs nothing at inference.
+
+    Trains: two adapters per block. Identity at the start: U and both biases are zero.
+    Parameters: 2·(D·M + M + D·M/G + D) per block. ViT-B/16, M = 8, G = 2: 239,808.
 
     Differs from the paper: the down-projection is a Linear instead of a 1×1 convolution, which is the same map.
     """
@@ -93,18 +99,18 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
     recipe = petune.Recipe(lr=2e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Two adapters a block, on what enters attention and MLP."""
+        """Put one adapter before the attention and one before the MLP."""
         for block in edit.sites.require_blocks():
             if block.dim % self.config.groups:
                 raise petune.AttachError(
-                    f"groups must divide the width, but {block.path} of {edit.sites.model} is {block.dim} wide and "
-                    f"groups={self.config.groups}"
+                    f"groups={self.config.groups} does not divide the width {block.dim} of {block.path} of "
+                    f"{edit.sites.model}. Use another number of groups"
                 )
             for site in (block.attn, block.mlp):
                 readers = tuple(layer.module for layer in edit.input_linears(site))
                 edit.before(site, LinearAdapter(site.dim, self.config, readers))
 
     def num_parameters(self, sites: petune.Sites) -> int:
-        """2·(D·M + M + D·M/G + D) a block."""
+        """Return 2·(D·M + M + D·M/G + D) per block."""
         m, g = self.config.bottleneck, self.config.groups
         return sum(2 * (b.dim * m + m + b.dim * m // g + b.dim) for b in sites.blocks)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from petune.injector.registry import TunerRecord
 
 Run = Callable[..., Any]
 
@@ -34,21 +35,30 @@ def test_methods_list_the_built_in_ones(petune: Run) -> None:
     assert {found[name]["state"] for name in BUILT_IN} == {"ok"}
 
 
-def test_methods_show_broken_ones_without_their_tricks(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = [
-        SimpleNamespace(name="good", distribution="petune", version="1.0", state="ok"),
-        SimpleNamespace(name="bad\x1b[2J", distribution=None, version=None, state="broken: no\nsuch module"),
+def test_methods_show_broken_ones_without_control_characters(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [
+        TunerRecord("good", "petune", "1.0", "nowhere:Good", "ok", "A good one"),
+        TunerRecord("bad\x1b[2J", "?", "?", "nowhere:Bad", "broken: no\nsuch module"),
     ]
-    monkeypatch.setattr("petune.injector.registry.list_tuners", lambda: listed)
+    monkeypatch.setattr("petune.injector.registry.list_tuners", lambda: records)
     done = petune("methods")
     assert done.code == 0
     assert done.out == (
-        "| name   | distribution | version | state       |\n"
-        "|--------|--------------|---------|-------------|\n"
-        "| good   | petune       | 1.0     | ok          |\n"
-        "| bad[2J | -            | -       | broken: no  |\n"
-        "|        |              |         | such module |\n"
+        "| method | what it does | trains | paper | package    | state       |\n"
+        "|--------|--------------|--------|-------|------------|-------------|\n"
+        "| good   | A good one   | -      | -     | petune 1.0 | ok          |\n"
+        "| bad[2J | -            | -      | -     | ? ?        | broken: no  |\n"
+        "|        |              |        |       |            | such module |\n"
     )
+
+
+def test_methods_say_what_they_do(petune: Run) -> None:
+    found = {row["name"]: row for row in json.loads(petune("methods", "--json").out)}
+    assert found["adaptformer"]["arxiv"] == "2205.13535"
+    assert "MLP" in found["adaptformer"]["summary"]
+    table = petune("methods").out
+    assert "arXiv:2205.13535" in table
+    assert "state" not in table.splitlines()[0]  # only shown if one is broken
 
 
 def test_backbones(petune: Run) -> None:

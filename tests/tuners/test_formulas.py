@@ -363,9 +363,9 @@ def test_dropped_prompts_in_windows(deep: bool) -> None:
 
 
 def test_groups_must_divide() -> None:
-    with pytest.raises(ConfigError, match="groups must divide bottleneck"):
+    with pytest.raises(ConfigError, match="bottleneck=1 is no multiple of groups=2"):
         petune.attach(tiny(), "repadapter", bottleneck=1, groups=2)
-    with pytest.raises(AttachError, match="groups must divide the width"):
+    with pytest.raises(AttachError, match="groups=5 does not divide the width"):
         petune.attach(tiny(), "repadapter", bottleneck=5, groups=5)
 
 

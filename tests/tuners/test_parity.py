@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.backbones.create import create_backbone
+from petune.base.errors import AlreadyCompiled
 from tests.tiny import randomised, tiny
 
 
 def by_hand(model: nn.Module, x: Tensor, method: str, t: dict[str, Tensor]) -> Tensor:
-    """A forward over timm's blocks, written out from methods.md."""
+    """Run a forward over timm's blocks, written out from the papers."""
     x = model._pos_embed(model.patch_embed(x))
     for i, b in enumerate(model.blocks):
         key = f"blocks.{i}.petune_{method}.adapter"
@@ -46,22 +48,19 @@ def test_equal_to_the_formula(method: str, options: dict[str, object], layer_sca
             assert not torch.allclose(model(x), by_hand(model, x, method, att.tuned), atol=1e-3)
 
 
-def test_counts_of_vit_base() -> None:
+def test_parameter_counts_of_vit_base() -> None:
     model = timm.create_model("vit_base_patch16_224", num_classes=10)
     counts = petune.attach(model, "adaptformer", keep_original=False).counts
     assert (counts.tuned, counts.trainable, counts.backbone) == (1_189_632, 1_197_322, 85_798_656)
     assert (round(counts.percent_of_backbone, 3), round(counts.percent_of_total, 3)) == (1.395, 1.376)
 
 
-def test_counts_of_the_seed_study() -> None:
-    from petune.backbones.create import create_backbone
-
+def test_parameter_counts_of_the_paddle_study() -> None:
     pretrained = create_backbone("vit_paddle_study", weights="none", num_classes=100).model
-    left_out = pretrained.pos_embed.numel() + pretrained.cls_token.numel()  # by the study's printed size
+    left_out = pretrained.pos_embed.numel() + pretrained.cls_token.numel()  # not in the size that the study prints
     assert left_out == 77_568 + 768
-    adapted = petune.attach(
-        pretrained, "adaptformer", variant="paddle_study", keep_original=False
-    )  # there from pretraining on
+    # the adapters exist from pretraining on
+    adapted = petune.attach(pretrained, "adaptformer", variant="paddle_study", keep_original=False)
     assert adapted.counts.total == 86_316_400 + left_out
     model = create_backbone("vit_paddle_study", weights="none", num_classes=10).model
     counts = petune.attach(model, "adaptformer", variant="paddle_study", keep_original=False).counts
@@ -69,8 +68,6 @@ def test_counts_of_the_seed_study() -> None:
 
 
 def test_a_compiled_model_is_refused() -> None:
-    from petune.base.errors import AlreadyCompiled
-
     model = torch.compile(tiny(depth=3), backend="eager")
     with pytest.raises(AlreadyCompiled, match="before compiling"):
         petune.attach(model, "linear")

@@ -67,7 +67,7 @@ def test_every_type_keeps_the_contract(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_is_saved_loads_with_peft(kind: str, tmp_path: Path) -> None:
+def test_saved_adapters_load_with_peft(kind: str, tmp_path: Path) -> None:
     att = randomised(petune.attach(model(), f"peft:{kind}"))
     att.save(tmp_path / "a", metadata={"classes": ["a", "b", "c"]})
     fresh = model()

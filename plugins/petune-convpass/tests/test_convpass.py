@@ -1,4 +1,4 @@
-"""Convpass keeps petune's contract, on a tiny model of every library that is installed."""
+"""Convpass meets petune's contract, on a tiny model of every library that is installed."""
 
 
 def test_contract(petune_contract):

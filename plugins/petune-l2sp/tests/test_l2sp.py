@@ -1,4 +1,4 @@
-"""L2SP keeps petune's contract, on a tiny model of every library that is installed."""
+"""L2-SP meets petune's contract, on a tiny model of every library that is installed."""
 
 
 def test_contract(petune_contract):

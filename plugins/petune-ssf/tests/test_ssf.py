@@ -1,4 +1,4 @@
-"""SSF keeps petune's contract, on a tiny model of every library that is installed."""
+"""SSF meets petune's contract, on a tiny model of every library that is installed."""
 
 
 def test_contract(petune_contract):
