@@ -23,6 +23,7 @@ from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import frozen_backbone, frozen_head
 from petune.injector.keys import named_parameters
+from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import param_groups, undecayed_keys
 from petune.injector.registry import list_tuners
@@ -76,6 +77,8 @@ class Attachment:
         state = open_trainable_state(model, sites)
         parts, in_place = self._tensors.parts(), self._tensors.in_place()
         state.set_parts(edit_log.name, parts, in_place, keep_original=keep_original)
+        self._loop_check = LoopCheck(name, tuner.training_calls, self.tuned.values())
+        edit_log.undo_steps.append(self._loop_check.remove)
 
     def __str__(self) -> str:
         state = "detached" if not self.attached else "enabled" if self.enabled else "disabled"
@@ -117,15 +120,25 @@ class Attachment:
         return self.model.train(mode)
 
     def on_train_start(self, total_steps: int) -> None:
-        """Tell the tuner the number of optimizer steps, before training and before a resume."""
+        """Tell the tuner the number of optimizer steps, before training and before a resume.
+
+        A training loop that leaves this, `on_step_end` or `loss` out although the method needs it gets an AttachError
+        from its second step on.
+        """
+        self._loop_check.record("on_train_start")
         self.tuner.on_train_start(total_steps)
 
     def on_step_end(self, step: int) -> None:
         """Tell the tuner that the optimizer did this step (from 0), while its gradients still exist."""
+        self._loop_check.record("on_step_end")
         self.tuner.on_step_end(step)
 
     def loss(self, step: int) -> Tensor | float:
-        """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none."""
+        """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none.
+
+        Add it to your loss in every step: `loss = loss + att.loss(step)`. With micro-batches, add it once per step.
+        """
+        self._loop_check.record("loss")
         term = self.tuner.loss(step)
         return 0.0 if term is None else term
 
@@ -339,9 +352,13 @@ class Attachment:
 
     def _set_enabled(self, on: bool) -> None:
         in_place = self._exchangeable()
+        if not on:
+            self._loop_check.pause()
         self.edit_log.set_enabled(on)
         self._exchange(on, in_place)
         self.enabled = on
+        if on:
+            self._loop_check.resume()
 
     def _exchangeable(self) -> dict[str, Tensor]:
         """Return the tensors that train in place, if their original values can be given back.
