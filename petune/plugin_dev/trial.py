@@ -87,7 +87,7 @@ class Trial:
 
     @torch.no_grad()
     def _perturb(self) -> Tensor:
-        """Add noise to the tuned tensors, as much as keeps the logits finite; return the logits of the first forward."""
+        """Add noise to the tuned tensors, as much as keeps the logits finite; return these logits."""
         values = [(p, p.detach().clone()) for p in self.att.tuned.values()]
         for strength in (0.1, 0.01, 0.001):
             for p, value in values:
