@@ -212,7 +212,7 @@ def rate_config(piece: Piece, place: Path, method: str) -> petune.SweepConfig:
     assert piece.rates is not None
     values = sorted(piece.rates.values.get(method) or piece.rates.values["default"])
     run = laid_over(_shared(piece, place), piece.rates.run) | {"method": method}
-    fields = {"over": {"train.lr": values}, "trials": len(values), "test": False, "run": run}
+    fields = {"search": {"train.lr": values}, "trials": len(values), "test": False, "run": run}
     return petune.SweepConfig.build(fields | {"output": place / "rates" / directory_name(method)}, f"rates of {method}")
 
 

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from petune.runner.run import run as run
     from petune.runner.run_config import RunConfig as RunConfig
     from petune.runner.sweep.search import sweep as sweep
-    from petune.runner.sweep.trials import Sweep as Sweep, SweepConfig as SweepConfig
+    from petune.runner.sweep.sweep_config import SweepConfig as SweepConfig
+    from petune.runner.sweep.trials import Sweep as Sweep
     from petune.serving.adapter_bank import AdapterBank as AdapterBank
     from petune.serving.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from petune.serving.export import Exported as Exported, export as export
@@ -88,7 +89,8 @@ _PUBLIC = {
     "runner.run": "run",
     "runner.run_config": "RunConfig",
     "runner.sweep.search": "sweep",
-    "runner.sweep.trials": "Sweep SweepConfig",
+    "runner.sweep.sweep_config": "SweepConfig",
+    "runner.sweep.trials": "Sweep",
     "serving.adapter_bank": "AdapterBank",
     "serving.evaluation": "Evaluation evaluate",
     "serving.export": "Exported export",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from petune.runner.compare_config import CompareConfig
     from petune.runner.preview import MethodPreview
     from petune.runner.run_config import RunConfig
-    from petune.runner.sweep.trials import SweepConfig
+    from petune.runner.sweep.sweep_config import SweepConfig
 
 
 def print_dry_run(

@@ -1,1 +1,1 @@
-"""For authors of plugins: the contract as a check, a scaffold, a pytest plugin, tiny models."""
+"""For plugin authors: the contract as a check, a scaffold, a pytest plugin, tiny models."""

@@ -17,7 +17,7 @@ from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, MANIFEST_FILE
 OLD_FILES = {INPUTS_FILE: "began.json", MANIFEST_FILE: "pictures.json"}
 OLD_COMPARE_CONFIG = "compare.yaml"
 """The configuration of a comparison; `config.yaml` held what its runs share."""
-KEYS = {"train_per_class": "shots"}
+KEYS = {"train_per_class": "shots", "over": "search", "at_once": "parallel_trials"}
 """New keys by old ones."""
 VALUES = {
     ("variant", "seed"): "paddle_study",

@@ -145,7 +145,7 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((*SWEEP, "--search=bottleneck=2", "--search=bottleneck=4"), "--search takes all values of a key at once"),
+        ((*SWEEP, "--search=bottleneck=2", "--search=bottleneck=4"), "--search bottleneck is given twice"),
         ((*COMPARE, "--seed=1", "--seeds=2,3"), "give --seed for one run or --seeds for several, not both"),
         ((*COMPARE, "--set=seed=5"), "--set seed has no effect"),
         ((*COMPARE, "--set=run.method=vpt"), "--set run.method has no effect"),

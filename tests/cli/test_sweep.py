@@ -1,8 +1,9 @@
-"""`petune sweep`: chosen on val, tested once, resumed to the trial, shown by `petune report`."""
+"""`petune sweep`: trials compared on val, the best one tested once, interrupted sweeps resumed, shown by report."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,11 @@ import yaml
 import petune as library
 from petune.base.errors import ConfigError, Diverged, Stopped
 from petune.injector.registry import parse_method
-from petune.runner.sweep.trials import SweepConfig
+from petune.runner.sweep.sweep_config import SweepConfig
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
-OVER = ("--search=bottleneck=2,4", "--search=train.lr=0.001,0.02")
+SEARCH = ("--search=bottleneck=2,4", "--search=train.lr=0.001,0.02")
 WHERE = "sweep-adaptformer-vit_nano-digits-seed0"
 
 
@@ -26,8 +27,8 @@ def _timeless(table: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in {"time_s", "images_per_s"}} for row in table["rows"]]
 
 
-def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    done = petune("sweep", "adaptformer", *OVER, *tiny)
+def test_the_best_on_val_is_tested_and_no_other_trial(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("sweep", "adaptformer", *SEARCH, *tiny)
     assert done.code == 0, done.err
     place = tmp_path / "runs" / WHERE
     table = json.loads((place / "sweep.json").read_text())
@@ -54,10 +55,10 @@ def test_chosen_on_val_and_only_the_best_is_tested(petune: Run, tiny: Words, tmp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["petune.runner.run"], "train", never)
-        again = petune("sweep", "adaptformer", *OVER, *tiny, "--json")
+        again = petune("sweep", "adaptformer", *SEARCH, *tiny, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out) == table
-    assert json.loads(petune("sweep", "adaptformer", *OVER, *tiny, "--json", "--no-test").out)["result"] == result
+    assert json.loads(petune("sweep", "adaptformer", *SEARCH, *tiny, "--json", "--no-test").out)["result"] == result
     assert "[1/4] trial 0" in done.err
     # the best one is what `petune run` would have given
     config = place / f"trial-{best['trial']:03d}" / "config.yaml"
@@ -80,12 +81,12 @@ def test_a_trial_that_the_method_refuses_is_a_row(petune: Run, tiny: Words) -> N
     assert json.loads(again.out)["rows"] == rows
 
 
-def test_stopped_in_a_trial_it_ends_with_the_same_table(
+def test_an_interrupted_sweep_ends_with_the_same_table(
     petune: Run, tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("sweep", "adaptformer", *OVER, *tiny, "--no-test")
+    words = ("sweep", "adaptformer", *SEARCH, *tiny, "--no-test")
     whole = json.loads(petune(*words, "--output", "whole", "--json").out)
-    original, begun = sys.modules["petune.runner.sweep.search"].train, []  # type: ignore[attr-defined]
+    original, begun = sys.modules["petune.runner.sweep.fit"].train, []  # type: ignore[attr-defined]
 
     def stopping(config: Any, *rest: Any) -> Any:
         begun.append(config.output.name)
@@ -93,7 +94,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
             raise Stopped("stopped by SIGTERM; what was done is saved, resume it with --resume")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "train", stopping)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", stopping)
     stopped = petune(*words, "--output", "cut off")
     assert stopped.code == 75
     assert "petune sweep --config 'cut off/config.yaml' --output 'cut off'" in stopped.err
@@ -102,7 +103,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
     assert not half["finished"]
     told = petune("report", "cut off", "--json")
     assert json.loads(told.out)["unfinished"] >= 1
-    assert "2 trials done; run the same command to resume" in (tmp_path / "report.html").read_text()
+    assert "2 trials done" in (tmp_path / "report.html").read_text()
     done = petune("sweep", "--config", "cut off/config.yaml", "--output", "cut off", "--json")
     assert done.code == 0, done.err
     assert begun == ["trial-000", "trial-001", "trial-002", "trial-002", "trial-003"]
@@ -111,7 +112,7 @@ def test_stopped_in_a_trial_it_ends_with_the_same_table(
     assert list(tmp_path.glob("*/*/result.json")) == []
 
 
-def test_a_sweep_that_was_moved_is_gone_on_in_where_it_lies(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_a_moved_sweep_is_resumed_in_its_new_directory(petune: Run, tiny: Words, tmp_path: Path) -> None:
     assert petune("sweep", "linear", "--search=train.lr=0.01,0.1", *tiny, "--output", "first").code == 0
     (tmp_path / "first").rename(tmp_path / "moved")
     again = petune("sweep", "--config", "moved/config.yaml")
@@ -122,7 +123,9 @@ def test_a_sweep_that_was_moved_is_gone_on_in_where_it_lies(petune: Run, tiny: W
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_a_sampled_sweep_can_be_resumed_with_more_trials_and_a_wider_range(
+    petune: Run, tiny: Words, tmp_path: Path
+) -> None:
     pytest.importorskip("optuna")
     words = ("sweep", "linear", "--search=train.lr=1e-4..1e-1:log", *tiny, "--no-test", "--output", "there", "--json")
     two = json.loads(petune(*words, "--trials", 2).out)
@@ -132,20 +135,19 @@ def test_a_sampled_sweep_may_be_made_longer_and_wider(petune: Run, tiny: Words, 
     wide = petune(*(word.replace("..1e-1", "..1") for word in words), "--trials", 4)
     assert wide.code == 0, wide.err
     assert json.loads(wide.out)["rows"][:3] == three["rows"]
-    narrow = petune(*words, "--trials", 4)  # its trials would lie outside
-    assert narrow.code == 2
-    assert "there was started with a different configuration" in narrow.err
-    same = petune("sweep", "--config", "there/config.yaml", "--output", "there", "--json")  # as a stop advises
+    same = petune("sweep", "--config", "there/config.yaml", "--output", "there", "--json")
     assert json.loads(same.out)["rows"] == json.loads(wide.out)["rows"]
-    other = petune("sweep", "linear", "--search=train.lr=1e-3..1:log", *tiny, "--output", "there")
-    assert other.code == 2
-    assert "there was started with a different configuration" in other.err
+    before = (tmp_path / "there" / "config.yaml").read_text()
+    for other in ("--search=train.lr=2..3", "--search=train.lr=1e-4..1:log --search=train.warmup=0,0.1"):
+        done = petune("sweep", "linear", *other.split(), *tiny, "--output", "there")
+        assert done.code == 2
+        assert "trial 0 in there" in done.err
+        assert "is outside the search" in done.err
+    assert (tmp_path / "there" / "config.yaml").read_text() == before
 
 
-def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
-    petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, begun = sys.modules["petune.runner.sweep.search"].train, []  # type: ignore[attr-defined]
+def test_a_failed_trial_is_a_row_and_is_not_repeated(petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, begun = sys.modules["petune.runner.sweep.fit"].train, []  # type: ignore[attr-defined]
 
     def failing(config: Any, *rest: Any) -> Any:
         begun.append(config.train.lr)
@@ -153,7 +155,7 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
             raise Diverged("loss is nan")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "train", failing)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", failing)
     words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny)
     done = petune(*words)
     assert done.code == 0, done.err
@@ -169,12 +171,12 @@ def test_a_trial_that_fails_is_a_row_and_is_not_tried_again(
     assert "failed: Diverged: loss is nan" in html
 
 
-def test_what_is_not_the_trials_fault_is_tried_again(
+def test_a_trial_that_failed_because_of_data_is_repeated_on_resume(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from petune.base.errors import DataError
 
-    original = sys.modules["petune.runner.sweep.search"].train  # type: ignore[attr-defined]
+    original = sys.modules["petune.runner.sweep.fit"].train  # type: ignore[attr-defined]
 
     def failing(config: Any, *rest: Any) -> Any:
         if config.train.lr == 0.5:
@@ -183,7 +185,7 @@ def test_what_is_not_the_trials_fault_is_tried_again(
 
     words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["petune.runner.sweep.search"], "train", failing)
+        patched.setattr(sys.modules["petune.runner.sweep.fit"], "train", failing)
         assert petune(*words).code == 0
     assert [row["state"] for row in _table(tmp_path)["rows"]] == ["failed", "done"]
     assert petune(*words).code == 0
@@ -192,7 +194,7 @@ def test_what_is_not_the_trials_fault_is_tried_again(
     assert _table(tmp_path)["result"]["top1"] >= 0
 
 
-def test_a_test_is_shown_beside_the_trial_that_read_it(
+def test_an_earlier_test_is_not_shown_for_a_new_best_trial(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     words = ("sweep", "linear", *tiny, "--output", "there")
@@ -202,7 +204,7 @@ def test_a_test_is_shown_beside_the_trial_that_read_it(
     def stopped(*args: Any, **rest: Any) -> Any:
         raise Stopped("a signal came")
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "_tested", stopped)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "run", stopped)
     assert petune(*words, "--search=train.lr=1e-6,0.3").code == 75
     table = _table(tmp_path)
     assert (table["best"], table["result"], table["finished"]) == (1, None, False)
@@ -213,30 +215,34 @@ def _table(place: Path) -> dict[str, Any]:
     return table
 
 
-def test_what_cannot_mean_anything_is_refused_before_the_first_trial(petune: Run, tiny: Words, tmp_path: Path) -> None:
-    for over, said in [
-        ("botleneck=2,4", "Did you mean bottleneck"),
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ("botleneck=2,4", "no such key: botleneck. Did you mean bottleneck?"),
         ("bottleneck=2,0", "greater than or equal to 1"),
         ("train.lr=-1,1", "train.lr"),
         ("train.rate=1,2", "no such key: train.rate"),
-        ("bottleneck=2,2", "each once"),
-        ("bottleneck=2,,4", "--search takes KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log] and no empty value"),
-        ("bottleneck=", "--search takes KEY=VALUE,VALUE,…"),
-        ("lr=1e-3,1e-2", "training options are written --search train.lr=…"),
-    ]:
-        done = petune("sweep", "adaptformer", f"--search={over}", *tiny)
-        assert (done.code, said in done.err) == (2, True), done.err
-    none = petune("sweep", "adaptformer", *tiny)
-    assert none.code == 2
-    assert "over: required" in none.err
+        ("bottleneck=2,2", "missing or repeated"),
+        ("bottleneck=2,,4", "Write KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log]"),
+        ("bottleneck=", "Write KEY=VALUE,VALUE,…"),
+        ("lr=1e-3,1e-2", "lr is an option of the training: train.lr"),
+        (None, "search: required"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused_before_the_first_trial(
+    search: str | None, message: str, petune: Run, tiny: Words, tmp_path: Path
+) -> None:
+    done = petune("sweep", "adaptformer", *([f"--search={search}"] if search else []), *tiny)
+    assert done.code == 2
+    assert message in done.err
     assert not (tmp_path / "runs").exists()
 
 
-def test_dry_run_shows_a_config_that_it_takes(petune: Run, tiny: Words, tmp_path: Path) -> None:
+def test_dry_run_prints_a_config_that_the_command_accepts(petune: Run, tiny: Words, tmp_path: Path) -> None:
     done = petune("sweep", "adaptformer", "--search=bottleneck=2,4", "--trials=7", *tiny, "--dry-run")
     assert done.code == 0, done.err
     shown = yaml.safe_load(done.out)
-    assert (shown["over"], shown["trials"], shown["run"]["method"]) == ({"bottleneck": [2, 4]}, 7, "adaptformer")
+    assert (shown["search"], shown["trials"], shown["run"]["method"]) == ({"bottleneck": [2, 4]}, 7, "adaptformer")
     assert "adaptformer:bottleneck=2" in done.err
     assert "adaptformer:bottleneck=4" in done.err
     assert not (tmp_path / "runs").exists()
@@ -244,13 +250,13 @@ def test_dry_run_shows_a_config_that_it_takes(petune: Run, tiny: Words, tmp_path
     assert petune("sweep", "--config", "sweep.yaml", "--dry-run").out == done.out
 
 
-def test_the_function_takes_plain_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_function_accepts_plain_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = {
         "method": "vpt:num_prompts=2", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "device": "cpu",
         "backbone_options": {"depth": 2, "embed_dim": 48}, "shots": 5, "train": {"epochs": 1},
     }  # fmt: skip
-    table = library.sweep(over={"deep": [True, False]}, run=run, output=tmp_path / "s", test=False)
+    table = library.sweep(search={"deep": [True, False]}, run=run, output=tmp_path / "s", test=False)
     assert table.params in ({"deep": True}, {"deep": False})
     assert [row.tuned for row in table.rows] == [192, 96]
     assert table.config.trial(table.params).method in (
@@ -260,12 +266,56 @@ def test_the_function_takes_plain_values(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("values", [(1, 1.0), (0, False, 0.5), (1, True)])
-def test_values_that_are_equal_are_refused(values: tuple[Any, ...]) -> None:
-    with pytest.raises(ConfigError, match="scale must have values, each once"):
-        SweepConfig.build({"over": {"scale": values}, "run": {"method": "adaptformer"}})
+def test_equal_values_are_refused(values: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match="the values of scale are missing or repeated"):
+        SweepConfig.build({"search": {"scale": values}, "run": {"method": "adaptformer"}})
 
 
-def test_an_option_that_is_none_stays_so() -> None:
-    config = SweepConfig.build({"over": {"bottleneck": (4,)}, "run": {"method": "adaptformer:scale=null"}})
+def test_an_option_of_none_is_kept() -> None:
+    config = SweepConfig.build({"search": {"bottleneck": (4,)}, "run": {"method": "adaptformer:scale=null"}})
     method = config.trial({"bottleneck": 4}).method
     assert parse_method(method) == ("adaptformer", {"scale": None, "bottleneck": 4})
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    """A finished sweep, written before files and keys were renamed."""
+    return Path(shutil.copytree(Path(__file__).parents[1] / "golden" / "v0" / "sweep", tmp_path / "sweep"))
+
+
+def test_a_sweep_of_an_older_version_is_read_and_not_repeated(
+    golden: Path, petune: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads((golden / "sweep.json").read_text())
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", None)
+    monkeypatch.setattr(sys.modules["petune.runner.run"], "train", None)
+    done = petune("sweep", "--config", golden / "config.yaml", "--json")
+    assert done.code == 0, done.err
+    table = json.loads(done.out)
+    assert table["config"]["search"] == before["config"]["over"]
+    assert [row["val_top1"] for row in table["rows"]] == [row["val_top1"] for row in before["rows"]]
+    assert table["result"]["top1"] == before["result"]["top1"]
+
+
+def test_a_sweep_of_an_older_version_can_be_extended(golden: Path, petune: Run) -> None:
+    before = json.loads((golden / "sweep.json").read_text())
+    done = petune("sweep", "--config", golden / "config.yaml", "--search=bottleneck=2,4,8", "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)["rows"]
+    assert [row["val_top1"] for row in rows[:2]] == [row["val_top1"] for row in before["rows"]]
+    assert (rows[2]["params"], rows[2]["state"]) == ({"bottleneck": 8}, "done")
+
+
+def test_an_interrupted_trial_of_an_older_version_is_finished(golden: Path, petune: Run) -> None:
+    file = golden / "sweep.json"
+    table = json.loads(file.read_text())
+    numbers = table["rows"][1]
+    empty = dict.fromkeys(("val_top1", "val_top5", "epoch", "lr", "tuned", "head", "percent_of_backbone"))
+    table["rows"][1] = {**numbers, **empty, "state": "running"}
+    file.write_text(json.dumps({**table, "finished": False, "result": None}))
+    (golden / "trial-001" / "trial.json").unlink()
+    done = petune("sweep", "--config", golden / "config.yaml", "--json")
+    assert done.code == 0, done.err
+    row = json.loads(done.out)["rows"][1]
+    assert (row["state"], row["tuned"]) == ("done", numbers["tuned"])
+    assert row["val_top1"] == pytest.approx(numbers["val_top1"], abs=1)

@@ -101,7 +101,7 @@ def test_changed_images_are_refused(change: Callable[[Path], None], pets: Path, 
     assert petune.evaluate(tmp_path / "run", device="cpu", precision="fp32").top1 == done.top1
     table = {"run": {k: v for k, v in run.items() if k != "method"}, "output": tmp_path / "table"}
     petune.compare(methods=("linear",), **table)
-    sweep = {"run": run, "over": {"train.lr": [0.1, 0.01]}, "test": False, "output": tmp_path / "sweep"}
+    sweep = {"run": run, "search": {"train.lr": [0.1, 0.01]}, "test": False, "output": tmp_path / "sweep"}
     petune.sweep(**sweep, trials=1)
     shutil.copytree(pets, tmp_path / "aside")
     (tmp_path / "run" / "result.json").unlink()

@@ -34,7 +34,7 @@ def test_a_changed_weights_file_is_refused(tmp_path: Path) -> None:
     done = petune.run(**run, method="linear", output=tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     petune.compare(methods=("linear",), run=run, output=tmp_path / "table")
-    sweep = {"run": {**run, "method": "linear"}, "over": {"train.lr": [0.1, 0.01]}, "output": tmp_path / "sweep"}
+    sweep = {"run": {**run, "method": "linear"}, "search": {"train.lr": [0.1, 0.01]}, "output": tmp_path / "sweep"}
     petune.sweep(**sweep, trials=1, test=False)
 
     _weights(tmp_path / "w.safetensors", 2)

@@ -20,9 +20,11 @@ from petune.runner.events import RunStarted
 from petune.runner.executors import RUN, Failure, Work, serial
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
-from petune.runner.sweep.search import FIT, sweep
+from petune.runner.sweep.fit import FIT
+from petune.runner.sweep.search import sweep
 from petune.runner.sweep.space import Range
-from petune.runner.sweep.trials import Fit, Sweep, SweepConfig
+from petune.runner.sweep.sweep_config import SweepConfig
+from petune.runner.sweep.trials import Sweep
 
 PLAIN = {
     "method": "linear", "backbone": "vit_nano", "weights": "none", "dataset": "digits", "shots": 5,
@@ -35,7 +37,7 @@ LOST = Failure("WorkerCrashedError", "gone (3 retries)")
 
 
 def config(place: Path, **fields: Any) -> SweepConfig:
-    return SweepConfig.build({"over": GRID, "run": PLAIN, "test": False, "output": place, **fields})
+    return SweepConfig.build({"search": GRID, "run": PLAIN, "test": False, "output": place, **fields})
 
 
 def plain(table: Sweep) -> list[dict[str, Any]]:
@@ -81,19 +83,19 @@ class Backwards:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directories that are trained in, in their order."""
-    original: Any = sys.modules["petune.runner.sweep.search"].train  # type: ignore[attr-defined]
+    original: Any = sys.modules["petune.runner.sweep.fit"].train  # type: ignore[attr-defined]
     seen: list[str] = []
 
     def noting(one: RunConfig, *rest: Any) -> Any:
         seen.append(str(one.output and one.output.name))
         return original(one, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.search"], "train", noting)
+    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", noting)
     return seen
 
 
 def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
-    two = {"over": {"train.lr": (0.001, 0.02)}, "test": True}
+    two = {"search": {"train.lr": (0.001, 0.02)}, "test": True}
     here = sweep(config(tmp_path / "here", **two))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         there = sweep(config(tmp_path / "there", **two), executor=InProcess(pool))
@@ -107,12 +109,11 @@ def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
     assert [file.parent.name for file in place.glob("*/result.json")] == [f"trial-{there.best:03d}"]
     assert [file.parent.name for file in place.glob("*/checkpoints")] == [f"trial-{there.best:03d}"]
     one = here.config.trial({"train.lr": 0.02}).model_copy(update={"output": place / "trial-001", "resume": True})
-    assert (
-        FIT.read_result(one)
-        == Fit.saved(place / "trial-001")
-        != FIT.read_result(one.model_copy(update={"output": place / "no"}))
-    )
-    with pytest.raises(UsageError, match="was started with a different configuration"):
+    fit = FIT.read_result(one)
+    assert fit is not None
+    assert fit.model_dump(mode="json") == json.loads((place / "trial-001" / "trial.json").read_text())
+    assert FIT.read_result(one.model_copy(update={"output": place / "no"})) is None
+    with pytest.raises(UsageError, match="different configuration"):
         FIT.read_result(one.model_copy(update={"seed": 1}))
 
 
@@ -139,7 +140,7 @@ def test_a_grid_is_handed_over_whole_and_nothing_done_is_done_again(
 
 def test_sampled_in_batches_it_ends_alike_wherever_it_is_done_and_cut_off(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    fields = {"over": LRS, "trials": 5, "at_once": 2}
+    fields = {"search": LRS, "trials": 5, "parallel_trials": 2}
     whole = sweep(config(tmp_path / "whole", **fields), executor=(executor := Backwards()))
     assert executor.batches == [["trial-000", "trial-001"], ["trial-002", "trial-003"], ["trial-004"]]
     assert len({row.params["train.lr"] for row in whole.rows}) == 5
@@ -152,17 +153,17 @@ def test_sampled_in_batches_it_ends_alike_wherever_it_is_done_and_cut_off(tmp_pa
     assert plain(sweep(config(tmp_path / "cut", **fields), executor=Backwards())) == plain(whole)
     # in the middle of a batch there were enough, and then more are wanted
     sweep(config(tmp_path / "more", **{**fields, "trials": 3}), executor=Backwards())
-    more = sweep(config(tmp_path / "more", over=LRS, trials=5))  # at_once as before
-    assert (more.config.at_once, plain(more)) == (2, plain(whole))
+    more = sweep(config(tmp_path / "more", search=LRS, trials=5))  # parallel_trials as before
+    assert (more.config.parallel_trials, plain(more)) == (2, plain(whole))
 
 
 def test_a_lost_trial_is_a_row_and_a_lost_test_an_error(tmp_path: Path) -> None:
     table = sweep(config(tmp_path / "a"), executor=Backwards(lost=1))
     assert [row.state for row in table.rows] == ["done", "failed", "done"]
     assert table.rows[1].reason == LOST.reason
-    with pytest.raises(PetuneError, match="its test failed: WorkerCrashedError"):
+    with pytest.raises(PetuneError, match="failed: WorkerCrashedError"):
         sweep(config(tmp_path / "b", test=True), executor=Backwards(lost=0))
-    with pytest.raises(PetuneError, match=r"every trial, but it did not of \[0, 1, 2\]"):
+    with pytest.raises(PetuneError, match=r"no result for the trials \[0, 1, 2\]"):
         sweep(config(tmp_path / "c"), executor=lambda *_: iter(()))
     half = config(tmp_path / "b", test=True)
     assert sweep(half, executor=Backwards()).result is not None

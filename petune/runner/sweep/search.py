@@ -1,9 +1,9 @@
-"""A search over a method's options and training options: chosen on val alone, the best one tested once."""
+"""Search options of a method and of its training: trials are compared on val, and the best one is tested once."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,37 +12,27 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
-from petune.runner.events import RunStarted
-from petune.runner.executors import Executor, Failure, Started, Work, choose_executor, serial
-from petune.runner.file_names import CONFIG_FILE, SWEEP_TABLE, TRIAL_FILE
-from petune.runner.migrations import read_config
-from petune.runner.prepare import RunContext
-from petune.runner.provenance import provenance
+from petune.runner.events import RunStarted, Watch
+from petune.runner.executors import Executor, Failure, Started, choose_executor, serial
+from petune.runner.file_names import SWEEP_TABLE
 from petune.runner.result import RunResult
-from petune.runner.run import fine_tuning, run, train
+from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.run_name import run_name
 from petune.runner.stored_config import write_config
-from petune.runner.sweep.space import is_whole, most, propose, require_sampler, within
-from petune.runner.sweep.trials import (
-    Fit,
-    Sweep,
-    SweepConfig,
-    Trial,
-    best_of,
-    read_table,
-    with_another_try,
-    write_table,
-    written,
-)
+from petune.runner.sweep.fit import FIT, Fit
+from petune.runner.sweep.proposals import is_full_grid, num_trials, propose, require_sampler
+from petune.runner.sweep.space import contains
+from petune.runner.sweep.sweep_config import SweepConfig, to_text
+from petune.runner.sweep.trials import Sweep, Trial, best_of, read_sweep
 from petune.training.events import Event, Note
-from petune.training.stop import StopFlag
 
-AT_ONCE = 4
-"""How many sampled trials an executor gets at a time: each of them is chosen without the values of the others."""
-Watch = Callable[[Event | RunStarted], None]
+PARALLEL_TRIALS = 4
+"""Default of `parallel_trials` for executors other than `serial`."""
+MAY_CHANGE = ("search", "trials", "test", "parallel_trials")
+"""Keys of the configuration that may change when a sweep is resumed."""
 
 
 def sweep(
@@ -52,204 +42,177 @@ def sweep(
     watch: Watch = lambda event: None,
     **fields: Any,
 ) -> Sweep:
-    """Try parameters, choose on val, test the best: `petune.sweep(over={"bottleneck": [8, 64]}, run={…})`.
+    """Try parameters, choose on val, test the best: `petune.sweep(search={"bottleneck": [8, 64]}, run={…})`.
 
     Args:
-        executor: Where the trials and the test are done, as `ray:cpus=2`; see `petune.executors`.
-        config: What to search; without it `fields` make one.
-        watch: Told when a trial begins, and of every step, epoch and note.
+        config: What to search; without it, `fields` are those of a SweepConfig.
+        executor: What does the trials and the test, as `ray:cpus=2`; see `petune.runner.executors`.
+        watch: Called when a trial starts, and with every step, epoch and note.
 
     Raises:
         UsageError: The directory holds another sweep, or is in use.
-        MissingExtra: optuna, or the executor's package, is needed and not installed.
-        Stopped: A signal came; started again the sweep goes on.
+        MissingExtra: optuna or the executor's package is needed and not installed.
+        Stopped: A signal arrived; call again to resume.
     """
     check_watch("petune.sweep", watch)
     config = SweepConfig.from_call(config, fields, "petune.sweep(...)")
-    require_sampler(config.over, config.trials)
+    require_sampler(config.search, config.trials)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
-    place = config.output or Path("runs") / sweep_name(config)
-    with open_run_dir(place, _held(config, place), resume=True, command="sweep", tables=(SWEEP_TABLE,)):
-        write_config(place, config.model_copy(update={"run": _without_place(config.run)}), "sweep")  # it may have grown
-        check_inputs(place, config.run.dataset, config.run.weights)
-        table = with_another_try(read_table(place, config, None if chosen is serial else AT_ONCE))
+    sweep_dir = config.output or Path("runs") / sweep_name(config)
+    shared = config.run.model_copy(update={"output": None, "resume": False})
+    asked = config.model_copy(update={"run": shared})
+    with open_run_dir(sweep_dir, asked, resume=True, command="sweep", may_change=MAY_CHANGE, tables=(SWEEP_TABLE,)):
+        search = _Search(sweep_dir, config, chosen, watch)
+        write_config(sweep_dir, asked, "sweep")
+        check_inputs(sweep_dir, config.run.dataset, config.run.weights)
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
-            while batch := _next(table, whole=chosen is not serial):
-                table = _tried(table, batch, place, chosen, watch)
-            test = table.best is not None and (config.test or RunResult.exists(_directory(place, table.best)))
-            result = _tested(table, place, chosen, watch) if test else None
-        return write_table(table.model_copy(update={"finished": True, "result": result}), place)
+            return search.run()
 
 
 def sweep_name(config: SweepConfig) -> str:
-    """The directory name of a sweep that names none."""
+    """Return the name of the directory, if the configuration has none."""
     return f"sweep-{run_name(config.run)}"
 
 
-def _held(config: SweepConfig, place: Path) -> SweepConfig:
-    """What guards the directory: all but how many trials, at once too, the test, and the space, which may grow."""
-    held = config.model_copy(update={"run": _without_place(config.run)})
-    file = place / CONFIG_FILE
-    if not file.exists():
-        return held
-    before = SweepConfig.build(read_config(file), str(file))
-    over = before.over if within(before.over, config.over) else config.over
-    grown = {"trials": before.trials, "test": before.test, "at_once": before.at_once, "over": over}
-    return held.model_copy(update=grown)
+class _Search:
+    """A sweep in progress. `table` is saved after every change, and is all that resuming needs.
 
-
-def _without_place(run: RunConfig) -> RunConfig:
-    return run.model_copy(update={"output": None, "resume": False})
-
-
-def _next(table: Sweep, whole: bool) -> tuple[Trial, ...]:
-    """The trials that were cut off, and with them new ones; none when there are enough.
-
-    A trial's parameters depend on the values of the batches before it, on the parameters before it in its own, and on
-    the seed; not on which trials of its batch are done, so a sweep that was cut off goes on as it would have.
-
-    Args:
-        table: So far.
-        whole: Whether the rest of a grid is one batch.
+    Raises:
+        UsageError: The search does not contain a trial of the table.
+        CheckpointError: The table is damaged.
     """
-    config, rows = table.config, list(table.rows)
-    batch = [row for row in rows if row.state == "running"]
-    size = config.at_once or 1
-    start = (batch[0].trial if batch else len(rows)) // size * size
-    end = config.trials if whole and is_whole(config.over, config.trials) else min(start + size, config.trials)
-    known = [(row.params, row.val_top1) for row in rows[:start]]
-    while len(rows) < end:
-        params = propose(config.over, known, config.trials, config.run.seed, [row.params for row in rows[start:]])
-        if params is None:
-            break
-        rows.append(Trial(trial=len(rows), params=params, state="running"))
-        batch.append(rows[-1])
-    return tuple(batch)
 
+    def __init__(self, sweep_dir: Path, config: SweepConfig, executor: Executor, watch: Watch) -> None:
+        self.sweep_dir = sweep_dir
+        self.executor = executor
+        self.watch = watch
+        self.table = read_sweep(sweep_dir) or Sweep(config=config, output=str(sweep_dir))
+        parallel = config.parallel_trials or self.table.config.parallel_trials
+        if parallel is None and executor is not serial:
+            parallel = PARALLEL_TRIALS
+        self.config = config.model_copy(update={"parallel_trials": parallel})
+        for row in self.table.rows:
+            if not contains(config.search, row.params):
+                raise UsageError(
+                    f"trial {row.trial} in {sweep_dir} ({_describe(row)}) is outside the search. Search at least what "
+                    "was tried, or use another output",
+                    cli_hint="Name a new directory with --output",
+                )
 
-def _tried(table: Sweep, batch: Sequence[Trial], place: Path, chosen: Executor, watch: Watch) -> Sweep:
-    """The table with these trials done; a failure of one is a row."""
-    config = table.config
-    asked, refused = _built(config, batch, place)
-    for row in refused:
-        watch(Note(f"trial {row.trial} failed: {row.reason}"))
-    rows = {row.trial: row for row in (*table.rows, *batch, *refused)}
-    # the test that is there is of the best trial so far
-    table = write_table(
-        table.model_copy(update={"rows": tuple(rows.values()), "finished": False, "result": None}), place
-    )
-    total = max(most(config.over, config.trials), len(rows))
+    def run(self) -> Sweep:
+        """Do what is left: interrupted trials, new trials, the test."""
+        retried = [_try_again(row) if row.is_retryable else row for row in self.table.rows]
+        self.table = self.table.model_copy(update={"config": self.config, "output": str(self.sweep_dir)})
+        self.table = self.table.model_copy(update={"rows": tuple(retried)})
+        while batch := self._next_batch():
+            self._try(batch)
+        best = self.table.best
+        has_test = best is not None and (self.config.test or RunResult.exists(self._trial_dir(best)))
+        self._save(finished=True, result=self._test(best) if best is not None and has_test else None)
+        return self.table
 
-    def told(event: Event | Started) -> None:
-        if not isinstance(event, Started):
-            return watch(event)
-        row, one = asked[event.index]
-        words = ", ".join(f"{key}={written(value)}" for key, value in row.params.items())
-        return watch(RunStarted(f"trial {row.trial}: {words}", one.seed, row.trial, total, False))
+    def _next_batch(self) -> list[Trial]:
+        """Return the interrupted trials, together with the new ones of their batch; empty at the end.
 
-    for index, outcome in chosen([one for _, one in asked], lambda one: True, told, FIT) if asked else ():
-        row, more = _ended(asked[index][0], outcome)
+        New parameters depend on the values of earlier batches, the parameters of their own batch, and the seed, but not
+        on which trials of the batch are done. So an interrupted sweep ends with the table of an uninterrupted one.
+        """
+        rows, config = list(self.table.rows), self.config
+        running = [row.trial for row in rows if row.state == "running"]
+        size = config.parallel_trials or 1
+        start = (running[0] if running else len(rows)) // size * size
+        whole = self.executor is not serial and is_full_grid(config.search, config.trials)
+        end = config.trials if whole else min(start + size, config.trials)
+        known = [(row.params, row.val_top1) for row in rows[:start]]
+        while len(rows) < end:
+            pending = [row.params for row in rows[start:]]
+            params = propose(config.search, known, config.trials, config.run.seed, pending)
+            if params is None:
+                break
+            rows.append(Trial(trial=len(rows), params=params, state="running"))
+        return [row for row in rows if row.state == "running"]
+
+    def _try(self, batch: Sequence[Trial]) -> None:
+        """Do the trials and save the table after each of them; one that fails is a row with the reason."""
+        self._save(*batch, finished=False, result=None)  # a result is that of the best trial before this batch
+        configs: dict[int, RunConfig] = {}
+        for row in batch:
+            try:
+                configs[row.trial] = self._trial_config(row)
+            except ConfigError as error:  # corners of the search fit together, points between them may not
+                self._record(row, Failure("ConfigError", " ".join(str(error).split())))
+        rows = [self.table.rows[number] for number in configs]
+        total = max(num_trials(self.config.search, self.config.trials), len(self.table.rows))
+
+        def report(event: Event | Started) -> None:
+            if isinstance(event, Started):
+                row = rows[event.index]
+                name = f"trial {row.trial}: {_describe(row)}"
+                self.watch(RunStarted(name, self.config.run.seed, row.trial, total, done=False))
+            else:
+                self.watch(event)
+
+        if configs:
+            for index, outcome in self.executor(list(configs.values()), lambda config: True, report, FIT):
+                self._record(rows[index], outcome)
+        lost = [row.trial for row in self.table.rows if row.state == "running"]
+        if lost:
+            raise PetuneError(f"the executor returned no result for the trials {lost}")
+
+    def _record(self, row: Trial, outcome: Fit | Failure) -> None:
+        """Save what became of a trial, and remove checkpoints of trials that can no longer be the best."""
         if isinstance(outcome, Failure):
-            watch(Note(f"trial {row.trial} failed: {outcome.reason}"))
-        rows[row.trial] = row
-        best = best_of(list(rows.values()))
-        table = write_table(table.model_copy(update={"rows": tuple(rows.values()), "best": best, **more}), place)
-        for done in rows.values():  # only the best one can still be tested
-            if done.trial != best and done.state == "done":
-                shutil.rmtree(_directory(place, done.trial) / "checkpoints", ignore_errors=True)
-    lost = [row.trial for row in rows.values() if row.state == "running"]
-    if lost:
-        raise PetuneError(f"an executor must yield what became of every trial, but it did not of {lost}")
-    return table
+            self.watch(Note(f"trial {row.trial} failed: {outcome.reason}"))
+            failed = {"state": "failed", "reason": outcome.reason, "is_retryable": outcome.is_retryable}
+            self._save(row.model_copy(update=failed))
+        else:
+            facts = outcome.model_dump()
+            of_all = {key: facts.pop(key) for key in ("backbone", "weights", "provenance")}
+            self._save(row.model_copy(update={"state": "done", **facts}), **of_all)
+        for other in self.table.rows:
+            if other.state == "done" and other.trial != self.table.best:
+                shutil.rmtree(self._trial_dir(other.trial) / "checkpoints", ignore_errors=True)
+
+    def _test(self, best: int) -> RunResult:
+        """Test the best trial: its run continues where its training ended."""
+        was_tested = RunResult.exists(self._trial_dir(best))
+        self.watch(Note(f"trial {best} is the best on val and {'was tested before' if was_tested else 'is tested'}"))
+        config = self._trial_config(self.table.rows[best])
+        if self.executor is serial:
+            return run(config, watch=self.watch)
+
+        def report(event: Event | Started) -> None:
+            if not isinstance(event, Started):
+                self.watch(event)
+
+        outcomes = [outcome for _, outcome in self.executor([config], lambda config: True, report)]
+        if not outcomes:
+            raise PetuneError(f"the executor returned no result for the test of trial {best}")
+        if isinstance(outcomes[0], Failure):
+            raise PetuneError(f"the test of trial {best}, the best on val, failed: {outcomes[0].reason}")
+        result: RunResult = outcomes[0]
+        return result
+
+    def _save(self, *rows: Trial, **changes: Any) -> None:
+        """Replace or append rows, update the best trial and other fields, and write `sweep.json`."""
+        by_number = {row.trial: row for row in (*self.table.rows, *rows)}
+        changes |= {"rows": tuple(by_number.values()), "best": best_of(list(by_number.values()))}
+        self.table = self.table.model_copy(update=changes)
+        content = self.table.model_dump_json(indent=1) + "\n"
+        replace_file(self.sweep_dir / SWEEP_TABLE, content.encode())
+
+    def _trial_config(self, row: Trial) -> RunConfig:
+        config = self.config.trial(row.params)
+        return config.model_copy(update={"output": self._trial_dir(row.trial), "resume": True})
+
+    def _trial_dir(self, number: int) -> Path:
+        return self.sweep_dir / f"trial-{number:03d}"
 
 
-def _built(
-    config: SweepConfig, batch: Sequence[Trial], place: Path
-) -> tuple[list[tuple[Trial, RunConfig]], list[Trial]]:
-    """Trials with their runs, and the rows of those that method or training refuse: corners of `over` fit together,
-    what lies between them need not (`bottleneck=11` in two groups)."""
-    asked, refused = [], []
-    for row in batch:
-        try:
-            asked.append((row, _in(place, row.trial, config.trial(row.params))))
-        except ConfigError as error:
-            reason = f"ConfigError: {' '.join(str(error).split())}"
-            refused.append(row.model_copy(update={"state": "failed", "reason": reason}))
-    return asked, refused
+def _try_again(row: Trial) -> Trial:
+    return row.model_copy(update={"state": "running", "reason": "", "is_retryable": False})
 
 
-def _ended(row: Trial, outcome: Fit | Failure) -> tuple[Trial, dict[str, Any]]:
-    """The row with what became of its trial, and what is known of all trials by it."""
-    if isinstance(outcome, Failure):
-        return row.model_copy(update={"state": "failed", "reason": outcome.reason}), {}
-    facts = outcome.model_dump()
-    more = {key: facts.pop(key) for key in ("backbone", "weights", "provenance")}
-    return row.model_copy(update={"state": "done", **facts}), more
-
-
-def _tested(table: Sweep, place: Path, chosen: Executor, watch: Watch) -> RunResult:
-    """The best trial as a run of its own, which goes on to its test where it was trained."""
-    tested = RunResult.exists(_directory(place, table.best or 0))
-    watch(Note(f"trial {table.best} is the best on val and {'was tested before' if tested else 'is tested'}"))
-    best = _in(place, table.best or 0, table.config.trial(table.params))
-    if chosen is serial:
-        return run(best, watch=watch)  # its error is the sweep's
-
-    def told(event: Event | Started) -> None:
-        if not isinstance(event, Started):
-            watch(event)
-
-    for _, outcome in chosen([best], lambda one: True, told):
-        if isinstance(outcome, RunResult):
-            return outcome
-        raise PetuneError(f"trial {table.best} is the best on val, but its test failed: {outcome.reason}")
-    raise PetuneError(f"an executor must yield what became of the test of trial {table.best}, but yielded nothing")
-
-
-def _fit(config: RunConfig, watch: Callable[[Event], None]) -> Fit:
-    """Train without reading test; the work of a trial."""
-    place = config.output or Path()
-    with open_run_dir(place, config, resume=True, command="run"), StopFlag() as stop:
-        saved = Fit.saved(place)
-        if saved is not None:
-            return saved
-        done = train(config, fine_tuning(config), RunContext(place, stop, watch))
-        ready, fitted, counts = done.ready, done.fit, done.ready.attachment.counts
-        if fitted.val is None:
-            raise UsageError(f"a sweep chooses on a validation split, but {ready.dataset.name} has none")
-        fit = Fit(
-            val_top1=fitted.val.top1,
-            val_top5=fitted.val.top5,
-            epoch=fitted.epoch,
-            lr=fitted.lr,
-            tuned=counts.tuned,
-            head=counts.head,
-            percent_of_backbone=counts.percent_of_backbone,
-            images_per_s=fitted.images_per_s,
-            time_s=fitted.time_s,
-            backbone=ready.backbone.full_name,
-            weights=ready.backbone.weights,
-            provenance=provenance(ready.device) | {"precision": fitted.precision},
-        )
-        replace_file(place / TRIAL_FILE, (fit.model_dump_json(indent=1) + "\n").encode())
-        return fit
-
-
-def _fitted(config: RunConfig) -> Fit | None:
-    place = config.output or Path()
-    if not (place / TRIAL_FILE).exists():
-        return None
-    with open_run_dir(place, config, resume=True, command="run"):  # it must be of this configuration
-        return Fit.saved(place)
-
-
-FIT = Work(_fit, _fitted)
-
-
-def _directory(place: Path, number: int) -> Path:
-    return place / f"trial-{number:03d}"
-
-
-def _in(place: Path, number: int, config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"output": _directory(place, number), "resume": True})
+def _describe(row: Trial) -> str:
+    return ", ".join(f"{key}={to_text(value)}" for key, value in row.params.items())
