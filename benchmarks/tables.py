@@ -1,7 +1,7 @@
-"""Write the tables of README.md and docs/ from the committed results, or check that they are fresh.
+"""Write the tables and figures of the committed results, or check that they are up to date.
 
-python benchmarks/tables.py           # rewrites what stands between <!-- results:begin --> and <!-- results:end -->
-python benchmarks/tables.py --check   # exit code 1 where a page is stale; `make test` runs this
+python benchmarks/tables.py           # results/*/compare.md and compare.svg, and the tables of README.md and docs/
+python benchmarks/tables.py --check   # exit code 1 if a page is out of date; `make test` runs this
 """
 
 from __future__ import annotations
@@ -9,59 +9,63 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
-from petune.runner.report.tables import COMPARE_COLUMNS, cells, ranked
+from petune.runner.comparison import Comparison
+from petune.runner.report.tables import COMPARE_COLUMNS, UNKNOWN, cells, comparison_page, ranked
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHOWN_IN_README = ("method", "top-1", "top-5", "tuned", "% of backbone", "adapter")
-Found = dict[str, dict[str, Any]]
+README_COLUMNS = ("method", "top-1", "top-5", "tuned", "% of backbone", "adapter")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+Results = Mapping[str, dict[str, Any]]
+"""Comparisons as plain data, by the name of their directory."""
 
 
-def comparisons() -> Found:
-    """Every committed comparison by the name of its directory."""
-    return {file.parent.name: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*/compare.json"))}
+def read_results() -> dict[str, dict[str, Any]]:
+    """Read every committed comparison."""
+    directories = sorted(file.parent for file in RESULTS.glob("*/compare.json"))
+    return {directory.name: Comparison.read(directory).model_dump(mode="json") for directory in directories}
 
 
-def suites() -> dict[str, Suite]:
-    """Every suite by its name."""
+def read_suites() -> dict[str, Suite]:
+    """Read every suite, by its name."""
     return {file.stem: read_suite(file.stem) for file in sorted(SUITES.glob("*.yaml"))}
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; all but the first column are numbers."""
+    """Return the lines of a Markdown table; all columns but the first one are numbers."""
     lines = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def table(comparison: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
-    """The comparison as a Markdown table of some of its columns."""
+def methods_table(comparison: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """Return some columns of a comparison as a Markdown table, the best method first."""
     return markdown_table(columns, [cells(row, columns) for row in ranked(comparison["rows"])])
 
 
-def readme(found: Found) -> str:
-    """The first comparison, short, with a link to all of it."""
-    if not found:
+def readme(results: Results) -> str:
+    """Return the first comparison in a few columns, with a link to the rest."""
+    if not results:
         return ""
-    name, comparison = next(iter(found.items()))
-    shared = comparison["config"]["run"]
+    name, comparison = next(iter(results.items()))
+    run = comparison["config"]["run"]
     lines = [
-        f"Measured: {shared['backbone']} on all of {shared['dataset']}, {shared['train']['epochs']} epochs, "
-        f"{seeds(comparison)} "
+        f"Measured: {run['backbone']} on all of {run['dataset']}, {run['train']['epochs']} epochs, "
+        f"{describe_seeds(comparison)} "
         f"([command, machine and all columns](docs/results.md#{name.lower()})):",
         "",
-        *table(comparison, SHOWN_IN_README),
+        *methods_table(comparison, README_COLUMNS),
     ]
     return "\n".join(lines)
 
 
-def seeds(comparison: dict[str, Any]) -> str:
-    """How many seeds, in words; not all of a suite need be run with as many."""
+def describe_seeds(comparison: Mapping[str, Any]) -> str:
+    """Say how many seeds there are; methods can have different numbers of them."""
     counts = {len(row["seeds"]) for row in comparison["rows"] if row["status"] == "done"}
     if not counts:
         return "no seed"
@@ -72,52 +76,55 @@ def seeds(comparison: dict[str, Any]) -> str:
     return f"{min(counts)} to {max(counts)} seeds, mean ± standard deviation" + " (no ±: one seed)" * (1 in counts)
 
 
-def overview(found: Found, all_suites: dict[str, Suite]) -> str:
-    """What each suite expects beside what was measured, then every comparison with all that belongs to it."""
+def overview(results: Results, suites: Mapping[str, Suite]) -> str:
+    """Return expected and measured numbers of each suite, then every comparison."""
     parts = []
-    for name, suite in all_suites.items():
+    for name, suite in suites.items():
         parts += [f"## Suite {name}", "", suite.about.strip(), "", f"    {suite.command}", ""]
-        parts += [*expectations(suite, found), ""]
-        pieces = [piece for piece in suite.pieces if piece in found]
-        parts += [*side_by_side(pieces, found), ""] if len(pieces) > 1 else []
-    for name, comparison in found.items():
-        parts += _comparison(name, comparison)
+        parts += [*expectations(suite, results), ""]
+        pieces = [piece for piece in suite.pieces if piece in results]
+        parts += [*side_by_side(pieces, results), ""] if len(pieces) > 1 else []
+    for name, comparison in results.items():
+        parts += _comparison_section(name, comparison)
     return "\n".join(parts).rstrip()
 
 
-def expectations(suite: Suite, found: Found) -> list[str]:
-    """Expected, range and measured, a line each; what was not run yet says so."""
+def expectations(suite: Suite, results: Results) -> list[str]:
+    """Return a table of expected value, range and measured value."""
     rows = []
     for piece, expected in suite.expected.items():
-        checks = checks_of(expected, found.get(piece, {"rows": []}))
-        for check, one in zip(checks, expected.values(), strict=True):
+        checks = checks_of(expected, results.get(piece, {"rows": []}))
+        for check, expectation in zip(checks, expected.values(), strict=True):
+            measured, verdict = _verdict(check)
+            value_range = f"{check.low:g} to {check.high:g}"
             rows.append(
-                [piece, f"`{check.what}`", f"{check.expected:g}", f"{check.low:g} to {check.high:g}", *_verdict(check),
-                 one.source]
-            )  # fmt: skip
+                [piece, f"`{check.what}`", f"{check.expected:g}", value_range, measured, verdict, expectation.source]
+            )
     return markdown_table(("piece", "top-1 of", "expected", "range", "measured", "", "expected from"), rows)
 
 
-def side_by_side(pieces: Sequence[str], found: Found) -> list[str]:
-    """Top-1 of each method in several comparisons."""
-    by_piece = {piece: {row["method"]: cells(row, ["top-1"])[0] for row in found[piece]["rows"]} for piece in pieces}
+def side_by_side(pieces: Sequence[str], results: Results) -> list[str]:
+    """Return top-1 of each method in several comparisons; in the order of the first one, the best method first."""
+    by_piece = {
+        piece: {row["method"]: cells(row, ["top-1"])[0] for row in ranked(results[piece]["rows"])} for piece in pieces
+    }
     methods = dict.fromkeys(method for rows in by_piece.values() for method in rows)
-    rows = [[f"`{m}`", *(by_piece[piece].get(m, "–") for piece in pieces)] for m in methods]
+    rows = [[f"`{m}`", *(by_piece[piece].get(m, UNKNOWN) for piece in pieces)] for m in methods]
     return markdown_table(("top-1", *pieces), rows)
 
 
 def speed() -> str:
-    """What is to be said of speed, and what benchmarks/speed.py wrote on each machine."""
+    """Return the note on speed, and what benchmarks/speed.py wrote on each machine."""
     texts = [(RESULTS / "speed" / "NOTE.md").read_text(encoding="utf-8").strip(), ""]
-    for place in sorted(RESULTS.glob("speed*")):
-        device = json.loads((place / "speed.json").read_text(encoding="utf-8"))["provenance"]["device"]
-        _, text = (place / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
+    for directory in sorted(RESULTS.glob("speed*")):
+        device = json.loads((directory / "speed.json").read_text(encoding="utf-8"))["provenance"]["device"]
+        _, text = (directory / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
         texts += [f"### {device}", "", text]
     return "\n".join(texts)
 
 
-def near_full(comparison: dict[str, Any]) -> str:
-    """Which method comes within a point of full fine-tuning with the fewest trained parameters; empty without full."""
+def near_full(comparison: Mapping[str, Any]) -> str:
+    """Name the method within a point of full fine-tuning that trains fewest parameters; empty without `full`."""
     rows = [row for row in comparison["rows"] if row["status"] == "done"]
     full = next((row for row in rows if row["method"] == "full"), None)
     others = [(difference(full, row), row) for row in rows if row is not full] if full else []
@@ -126,98 +133,106 @@ def near_full(comparison: dict[str, Any]) -> str:
         return ""
     near = [(gap, row) for gap, row in gaps if gap <= 1]
     if not near:
-        gap, best = min(gaps, key=lambda one: one[0])
+        gap, best = min(gaps, key=lambda pair: pair[0])
         return (
-            f"No method comes within a point of full fine-tuning ({full['top1_mean']:.2f}); the nearest, "
-            f"`{best['method']}`, lacks {gap:.2f} on the seeds of both."
+            f"No method comes within a point of full fine-tuning ({full['top1_mean']:.2f}). The nearest is "
+            f"`{best['method']}`, {gap:.2f} below it on the seeds that both have."
         )
-    gap, least = min(near, key=lambda one: one[1]["percent_of_backbone"])
+    gap, smallest = min(near, key=lambda pair: pair[1]["percent_of_backbone"])
     return (
-        f"Not more than a point below full fine-tuning ({full['top1_mean']:.2f}) on the seeds of both, with the fewest "
-        f"trained parameters: `{least['method']}`, {abs(gap):.2f} {'below' if gap > 0 else 'above'} with "
-        f"{least['percent_of_backbone']:.2f} %."
+        f"Within a point of full fine-tuning ({full['top1_mean']:.2f}) with the fewest trained parameters: "
+        f"`{smallest['method']}`, {abs(gap):.2f} {'below' if gap > 0 else 'above'} it on the seeds that both have, "
+        f"with {smallest['percent_of_backbone']:.2f} % trained."
     )
 
 
-def rates(record: dict[str, Any]) -> list[str]:
-    """Which rates were tried for each method, with top-1 on val; the chosen one in bold."""
+def rates(record: Mapping[str, Any]) -> list[str]:
+    """Return the learning rates tried for each method with their top-1 on val, the chosen one in bold."""
     lines = []
     for method, rate in record.get("rates", {}).items():
-        tried = [
-            f"**{lr} {val:.2f}**" if float(lr) == rate["lr"] else f"{lr} {'failed' if val is None else f'{val:.2f}'}"
-            for lr, val in rate["tried"].items()
-        ]
-        lines.append(f"- `{method}`: {', '.join(tried)}{'; at the edge of what was tried' if rate['edge'] else ''}")
-    return ["Rates tried, with top-1 on val:", "", *lines, ""] if lines else []
+        tried = [_rate(lr, val, float(lr) == rate["lr"]) for lr, val in rate["tried"].items()]
+        edge = " (the edge of the grid)" if rate["edge"] else ""
+        lines.append(f"- `{method}`: {', '.join(tried)}{edge}")
+    return ["Learning rates tried, with top-1 on val; the chosen one is bold:", "", *lines, ""] if lines else []
+
+
+def _rate(lr: str, val: float | None, chosen: bool) -> str:
+    text = f"{lr} failed" if val is None else f"{lr} {val:.2f}"
+    return f"**{text}**" if chosen else text
 
 
 def _verdict(check: Check) -> tuple[str, str]:
     if check.value is None:
-        return "–", "not run"
+        return UNKNOWN, "not run"
     return f"{check.value:.2f}", "in range" if check.good else "**out of range**"
 
 
-def _comparison(name: str, comparison: dict[str, Any]) -> list[str]:
-    note, record, where = RESULTS / name / "NOTE.md", RESULTS / name / "suite.json", f"../benchmarks/results/{name}"
-    shared, origin = comparison["config"]["run"], comparison["provenance"]
-    suite = json.loads(record.read_text()) if record.exists() else {}
+def _comparison_section(name: str, comparison: Mapping[str, Any]) -> list[str]:
+    directory, link = RESULTS / name, f"../benchmarks/results/{name}"
+    note_file, record_file = directory / "NOTE.md", directory / "suite.json"
+    run = comparison["config"]["run"]
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
     lines = [
         f"## {name}",
         "",
-        f"    {suite.get('command') or ' '.join(origin['argv'])}",
+        f"    {record.get('command') or ' '.join(comparison['provenance']['argv'])}",
         "",
-        f"`{shared['backbone']}`, weights `{comparison['weights']}`, on `{shared['dataset']}`; "
-        f"{shared['train']['epochs']} epochs; {seeds(comparison)}.",
+        f"`{run['backbone']}`, weights `{comparison['weights']}`, on `{run['dataset']}`; "
+        f"{run['train']['epochs']} epochs; {describe_seeds(comparison)}.",
         "",
-        *table(comparison, COMPARE_COLUMNS),
+        *methods_table(comparison, COMPARE_COLUMNS),
         "",
-        f"![top-1 over trained parameters]({where}/compare.svg)",
-        "",
-    ]
-    lines += [near_full(comparison), ""] if near_full(comparison) else []
-    lines += rates(suite)
-    lines += [note.read_text(encoding="utf-8").strip(), ""] if note.exists() else []
-    return [
-        *lines,
-        f"Measured at {commits(comparison)}; machine and versions: [compare.md]({where}/compare.md).",
+        f"![top-1 over trained parameters]({link}/compare.svg)",
         "",
     ]
+    if nearest := near_full(comparison):
+        lines += [nearest, ""]
+    lines += rates(record)
+    if note_file.exists():
+        lines += [note_file.read_text(encoding="utf-8").strip(), ""]
+    lines += [f"Measured at {commits(comparison)}. Machine and versions: [compare.md]({link}/compare.md).", ""]
+    return lines
 
 
-def commits(comparison: dict[str, Any]) -> str:
-    """The commits that the runs were done at, in words."""
-    origins = [one["provenance"] for one in (comparison.get("origins") or [comparison])]
-    names = list(dict.fromkeys(one["git"]["commit"][:7] + "+" * one["git"]["dirty"] for one in origins))
+def commits(comparison: Mapping[str, Any]) -> str:
+    """List the commits at which the runs were done."""
+    git = [origin["provenance"]["git"] for origin in (comparison.get("origins") or [comparison])]
+    names = list(dict.fromkeys(state["commit"][:7] + "+" * state["dirty"] for state in git))
     return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def filled(page: Path, content: str) -> str:
-    """The page with `content` between its two markers."""
+    """Return the text of a page with `content` between its two markers."""
     text = page.read_text(encoding="utf-8")
-    inside = f"<!-- results:begin -->\n{content}\n<!-- results:end -->" if content else (
-        "<!-- results:begin -->\n<!-- results:end -->"
-    )  # fmt: skip
-    new, count = re.subn(r"<!-- results:begin -->.*?<!-- results:end -->", lambda _: inside, text, flags=re.S)
+    section = f"{BEGIN}\n{content}\n{END}" if content else f"{BEGIN}\n{END}"
+    new, count = re.subn(f"{BEGIN}.*?{END}", lambda _: section, text, flags=re.S)
     if count != 1:
-        raise SystemExit(f"{page} must have the markers <!-- results:begin --> and <!-- results:end --> once")
+        raise SystemExit(f"{page} needs the markers {BEGIN} and {END}, once each")
     return new
 
 
+def pages() -> dict[Path, str]:
+    """Return the text that each page should have."""
+    results, docs = read_results(), ROOT / "docs"
+    texts = {RESULTS / name / "compare.md": comparison_page(comparison) for name, comparison in results.items()}
+    texts[ROOT / "README.md"] = filled(ROOT / "README.md", readme(results))
+    texts[docs / "results.md"] = filled(docs / "results.md", overview(results, read_suites()))
+    texts[docs / "speed.md"] = filled(docs / "speed.md", speed())
+    return texts
+
+
 def main(check: bool) -> int:
-    """Rewrite, or check, the pages."""
-    found, docs = comparisons(), ROOT / "docs"
-    pages = {
-        ROOT / "README.md": readme(found),
-        docs / "results.md": overview(found, suites()),
-        docs / "speed.md": speed(),
-    }
-    stale = [page for page, content in pages.items() if filled(page, content) != page.read_text(encoding="utf-8")]
-    for page in stale:
-        if check:
-            print(f"{page.relative_to(ROOT)} is stale; run: python benchmarks/tables.py", file=sys.stderr)
-        else:
-            page.write_text(filled(page, pages[page]), encoding="utf-8")
-    return 1 if check and stale else 0
+    """Write the pages and figures, or check the pages."""
+    outdated = {page: text for page, text in pages().items() if page.read_text(encoding="utf-8") != text}
+    if check:
+        for page in outdated:
+            print(f"{page.relative_to(ROOT)} is out of date. Run: python benchmarks/tables.py", file=sys.stderr)
+        return 1 if outdated else 0
+    for name in read_results():
+        Comparison.read(RESULTS / name).write_pages(RESULTS / name)
+    for page, text in outdated.items():
+        page.write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

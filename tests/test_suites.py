@@ -141,7 +141,7 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
     code, _, _ = _run(capsys, "tiny", "--finished", "--only", "linear", "--seeds", "1")
     assert "finished runs of linear had another rate than was chosen" in str(code)
 
-    page = tables.overview(tables.comparisons(), tables.suites())
+    page = tables.overview(tables.read_results(), tables.read_suites())
     linear = next(row["top1_mean"] for row in kept["rows"] if row["method"] == "linear")
     assert f"| one | `linear` | 50 | 0 to 100 | {linear:.2f} | in range | nobody |" in page
     assert "| **out of range** |" in page
