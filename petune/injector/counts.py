@@ -1,4 +1,4 @@
-"""How many parameters an attachment has, and of how many."""
+"""Count the parameters that an attachment trains, and those of the whole model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Counts:
-    """How many parameters there are.
+    """Numbers of parameters.
 
     Attributes:
-        tuned: The tuner's: added ones, and the backbone's own that it unfroze.
-        head: The classifier's, where it trains.
-        total: All of the model as attached.
-        backbone: All without classifier and without what tuners added.
+        tuned: The tuner's: those it added, and the backbone's own that it unfroze.
+        head: The classifier's; 0 if it does not train.
+        total: All parameters of the model, adapters included.
+        backbone: All parameters without the classifier's and without those that tuners added.
         classifier: The classifier's, trained or not.
     """
 
@@ -28,17 +28,17 @@ class Counts:
 
     @property
     def trainable(self) -> int:
-        """Tuned and head."""
+        """Trained parameters: tuned and head."""
         return self.tuned + self.head
 
     @property
     def percent_of_total(self) -> float:
-        """Trainable over all of the model, adapters included."""
+        """Trained parameters as a share of all parameters, adapters included."""
         return 100 * self.trainable / self.total
 
     @property
     def percent_of_backbone(self) -> float:
-        """Trainable over backbone and classifier: what full fine-tuning would train. Papers mostly print this."""
+        """Trained parameters as a share of what full fine-tuning would train. Most papers print this."""
         return 100 * self.trainable / (self.backbone + self.classifier)
 
     def __str__(self) -> str:
@@ -55,23 +55,24 @@ def count_parameters(
     added: set[int],
     classifier: set[int],
 ) -> Counts:
-    """Count.
+    """Count the parameters of a model with an attachment.
 
     Args:
-        named: All parameters of the model.
-        tuned, head: Those that train.
-        added: Identities of those that attachments added, this one and others.
+        named: All parameters of the model, by key.
+        tuned: Those that the tuner trains.
+        head: Those of the classifier that train.
+        added: Identities of those that this and other attachments have added.
         classifier: Identities of the classifier's.
     """
-
-    def count(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(p.numel() for p in parameters)
-
-    old = [p for p in named.values() if id(p) not in added]
+    original = [p for p in named.values() if id(p) not in added]
     return Counts(
-        tuned=count(tuned.values()),
-        head=count(head.values()),
-        total=count(named.values()),
-        backbone=count(p for p in old if id(p) not in classifier),
-        classifier=count(p for p in old if id(p) in classifier),
+        tuned=_num_elements(tuned.values()),
+        head=_num_elements(head.values()),
+        total=_num_elements(named.values()),
+        backbone=_num_elements(p for p in original if id(p) not in classifier),
+        classifier=_num_elements(p for p in original if id(p) in classifier),
     )
+
+
+def _num_elements(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

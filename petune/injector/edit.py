@@ -58,11 +58,11 @@ class Edit:
         self._placer.call_qkv(enter, exit)
         self._placer.add(holder, exit, enter, exit)
         self._placer.hook(enter.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
-        # innermost of all hooks, so that it meets the tokens as ENTER saw them; also after an exception
+        # the innermost hook, so that the output still has the tokens that ENTER saw; it runs after an exception too
         self._placer.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
 
     def before(self, site: Site, adapter: nn.Module) -> None:
-        """Replace what enters `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
+        """Replace what enters `site` by the adapter's output, a map from (..., D) to (..., D)."""
         site = require_whole(require_editable(site, "before"), "before")
         holder = Before(adapter, site.layout)
         self._placer.call_qkv(site)
@@ -70,7 +70,7 @@ class Edit:
         self._placer.hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
 
     def after(self, site: Site, adapter: nn.Module) -> None:
-        """Replace what leaves `site` by `adapter(it)`, a map from (..., D) to (..., D)."""
+        """Replace what leaves `site` by the adapter's output, a map from (..., D) to (..., D)."""
         site = require_whole(require_editable(site, "after"), "after")
         holder = After(adapter, site.layout)
         self._placer.call_qkv(site)

@@ -94,9 +94,9 @@ class EditLog:
         for holder, sites in self.placed:
             reason = getattr(holder.adapter, "why_not_mergeable", None)
             if reason is None and not callable(getattr(holder.adapter, "merge", None)):
-                reason = "its adapter defines no merge(module)"
+                reason = "its adapter has no method merge(module)"
             if reason:
-                raise NotMergeable(f"{method} cannot be folded into the weights of {sites[-1].where}: {reason}")
+                raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
         for merge in self.merges:
             merge()
         for holder, sites in reversed(self.placed):  # the innermost hook was put in last

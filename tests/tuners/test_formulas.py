@@ -1,4 +1,4 @@
-"""The small built-in tuners and the plugins against their written-out formulas, the papers' counts, and merging."""
+"""The smaller built-in tuners and the plugins: equal to the papers' formulas and counts, and merging."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ D = 24
 
 
 def attached(method: str, **options: object) -> petune.Attachment:
-    """On a tiny ViT with LayerScale, every tuned parameter random."""
+    """Attach a method to a tiny ViT with LayerScale, with random tuned parameters."""
     torch.manual_seed(0)
     att = petune.attach(tiny_timm(init_values=0.3), method, **options)
     with torch.no_grad():
@@ -35,7 +35,7 @@ Sublayer = Callable[[nn.Module, Tensor], Tensor]
 
 
 def forward(model: nn.Module, attn: Sublayer, mlp: Sublayer) -> Tensor:
-    """timm's ViT, written out, with two sublayers to fill in."""
+    """Run timm's ViT, written out, with two sublayers to fill in."""
     x = model._pos_embed(model.patch_embed(X))
     for block in model.blocks:
         x = x + block.ls1(attn(block, block.norm1(x)))
@@ -43,7 +43,7 @@ def forward(model: nn.Module, attn: Sublayer, mlp: Sublayer) -> Tensor:
     return model.head(model.norm(x)[:, 0])
 
 
-def same(att: petune.Attachment, by_hand: Tensor) -> None:
+def assert_same(att: petune.Attachment, by_hand: Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(att.model(X), by_hand, atol=1e-5, rtol=1e-5)
         with att.disabled():
@@ -56,7 +56,7 @@ def sequential(a: nn.Module, y: Tensor) -> Tensor:
 
 def test_houlsby() -> None:
     att = attached("houlsby", bottleneck=5)
-    same(
+    assert_same(
         att,
         forward(
             att.model,
@@ -68,7 +68,7 @@ def test_houlsby() -> None:
 
 def test_pfeiffer() -> None:
     att = attached("pfeiffer", bottleneck=5)
-    same(
+    assert_same(
         att,
         forward(
             att.model,
@@ -79,7 +79,7 @@ def test_pfeiffer() -> None:
 
 
 def attention(attn: nn.Module, x: Tensor) -> Tensor:
-    """Softmax attention from the weights, past all hooks."""
+    """Compute softmax attention from the weights, past all hooks."""
     q, k, v = (x @ attn.qkv.weight.T + attn.qkv.bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mixed = ((q @ k.mT) * attn.head_dim**-0.5).softmax(-1) @ v
     return mixed.transpose(1, 2).flatten(2) @ attn.proj.weight.T + attn.proj.bias
@@ -97,7 +97,7 @@ def test_repadapter() -> None:
         halves = zip(hidden.chunk(2, -1), a.up.weight[..., 0].chunk(2), strict=True)
         return x + 0.7 * (torch.cat([h @ w.T for h, w in halves], -1) + a.up.bias)
 
-    same(
+    assert_same(
         att,
         forward(
             att.model,
@@ -132,7 +132,7 @@ def test_fact() -> None:
         fake.fc2 = changed(b.mlp.fc2, b.mlp.petune_fact_fc2.adapter.core)
         return plain_mlp(fake, x)
 
-    same(att, forward(att.model, attn, mlp))
+    assert_same(att, forward(att.model, attn, mlp))
     assert att.counts.tuned == 2 * D * 3 + 2 * (3 + 1 + 4 + 4) * 3**2
 
 
@@ -148,7 +148,7 @@ def test_lst() -> None:
         gate = torch.sigmoid(rung.gate)
         h = gate * ladder.first(x0) + (1 - gate) * rung.down(x1)
         h = h + rung.reduce(gelu(rung.expand(rung.norm(h))))
-        same(att, model.head(model.norm(x2 + ladder.up(h))[:, 0]))
+        assert_same(att, model.head(model.norm(x2 + ladder.up(h))[:, 0]))
 
 
 def test_lst_sends_no_gradient_through_the_backbone() -> None:
@@ -177,11 +177,11 @@ def test_ssf() -> None:
         hidden = act(b.mlp.petune_ssf_fc1, x @ b.mlp.fc1.weight.T + b.mlp.fc1.bias)
         return act(b.mlp.petune_ssf_fc2, gelu(hidden) @ b.mlp.fc2.weight.T + b.mlp.fc2.bias)
 
-    same(att, forward(att.model, attn, mlp))  # the norms are modules, so theirs are applied
+    assert_same(att, forward(att.model, attn, mlp))  # the norms are modules, so theirs are applied
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
-def test_ssf_wakes_the_layers_that_are_read(name: str) -> None:
+def test_ssf_reaches_qkv_layers_that_are_only_read(name: str) -> None:
     shape = {"img_size": 32, "patch_size": 16, "embed_dim": D, "depth": 2, "num_heads": 2, "num_classes": 3}
     model = timm.create_model(name, **shape).eval()
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -202,7 +202,7 @@ def test_convpass() -> None:
         mixed = torch.cat([cls, patches.flatten(2).mT], 1)
         return 0.5 * (gelu(mixed) @ a.up.weight.T + a.up.bias)
 
-    same(
+    assert_same(
         att,
         forward(
             att.model,
@@ -212,16 +212,16 @@ def test_convpass() -> None:
     )
 
 
-def test_l2sp_is_the_distance() -> None:
-    att = attached("l2sp", alpha=2.0, beta=4.0)  # `attached` has moved everything away from the start
+def test_l2sp_is_the_distance_from_the_start() -> None:
+    att = attached("l2sp", alpha=2.0, beta=4.0)  # `attached` has changed all values
     model, start = att.model, tiny_timm(init_values=0.3)
     pairs = zip(model.named_parameters(), start.parameters(), strict=True)
-    moved = sum((p - q).square().sum() for (name, p), q in pairs if not name.startswith("head"))
+    distance = sum((p - q).square().sum() for (name, p), q in pairs if not name.startswith("head"))
     size = sum(p.square().sum() for p in model.head.parameters())
-    torch.testing.assert_close(att.loss(0), moved + 2 * size)
+    torch.testing.assert_close(att.loss(0), distance + 2 * size)
 
 
-def test_l2sp_pulls_at_the_backbone_alone() -> None:
+def test_l2sp_ignores_other_adapters() -> None:
     model = tiny_timm()
     below = petune.attach(model, "adaptformer", bottleneck=2)
     att = petune.attach(model, "l2sp", alpha=2.0, beta=0.0)
@@ -231,7 +231,7 @@ def test_l2sp_pulls_at_the_backbone_alone() -> None:
     assert att.loss(0) == 0.0
 
 
-def test_what_bitfit_norm_and_partial_train() -> None:
+def test_bitfit_norm_and_partial_train_the_right_parameters() -> None:
     assert {key.rpartition(".")[2] for key in attached("bitfit").tuned} == {"bias"}
     assert not any("head" in key for key in attached("bitfit").tuned)
     norms = {key.rpartition(".")[0].rpartition(".")[2] for key in attached("norm").tuned}
@@ -247,7 +247,7 @@ def test_what_bitfit_norm_and_partial_train() -> None:
     assert not any("table" in key for key in tuned)
 
 
-COUNTS = {
+COUNTS = {  # by the papers' formulas
     "adaptformer": 1_189_632,
     "bitfit": 102_912,
     "convpass": 327_552,
@@ -265,7 +265,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("method", sorted(COUNTS))
-def test_counts_on_vit_base(method: str) -> None:
+def test_parameter_counts_of_vit_base(method: str) -> None:
     with torch.device("meta"):
         vit = timm.create_model("vit_base_patch16_224", num_classes=10)
         att = petune.attach(vit, method, keep_original=False)
@@ -275,7 +275,7 @@ def test_counts_on_vit_base(method: str) -> None:
 
 @pytest.mark.parametrize("library", sorted(tiny_models()))
 @pytest.mark.parametrize("method", ["bitfit", "fact", "norm", "partial", "repadapter", "ssf"])
-def test_merged_is_the_same(library: str, method: str) -> None:
+def test_merged_models_compute_the_same(library: str, method: str) -> None:
     base = tiny_models()[library]()
     torch.manual_seed(0)
     att = petune.attach(base, method)
@@ -301,7 +301,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "vpt", "houlsby", "lst", "convpass"])
-def test_what_does_not_fold_says_why(method: str) -> None:
+def test_methods_that_cannot_be_merged_say_why(method: str) -> None:
     att = attached(method)
     with torch.no_grad():
         before = att.model(X)
@@ -310,7 +310,7 @@ def test_what_does_not_fold_says_why(method: str) -> None:
         assert torch.equal(att.model(X), before)
 
 
-def test_a_wrong_merge_is_found_and_taken_back() -> None:
+def test_a_wrong_merge_is_detected_and_undone() -> None:
     class Wrong(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -335,7 +335,7 @@ def test_a_wrong_merge_is_found_and_taken_back() -> None:
         assert torch.equal(att.model(X), before)
 
 
-def test_a_ladder_needs_one_width() -> None:
+def test_lst_refuses_blocks_of_several_widths() -> None:
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 2), num_classes=2
     )
@@ -343,7 +343,7 @@ def test_a_ladder_needs_one_width() -> None:
         petune.attach(swin, "lst")
 
 
-def test_prompts_are_dropped_for_each_image() -> None:
+def test_prompt_dropout_differs_per_image() -> None:
     torch.manual_seed(0)
     prompt = Prompt(4, 8, 1.0, 0.5)
     x = torch.zeros(3, 5, 8)
@@ -354,7 +354,7 @@ def test_prompts_are_dropped_for_each_image() -> None:
 
 
 @pytest.mark.parametrize("deep", [True, False])
-def test_dropped_prompts_in_windows(deep: bool) -> None:
+def test_prompt_dropout_works_in_windows(deep: bool) -> None:
     size = {"img_size": 56, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 2)}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **size)
     att = petune.attach(model, "vpt", deep=deep, dropout=0.5)
@@ -362,7 +362,7 @@ def test_dropped_prompts_in_windows(deep: bool) -> None:
     assert model(torch.randn(2, 3, 56, 56)).shape == (2, 3)
 
 
-def test_groups_must_divide() -> None:
+def test_repadapter_groups_must_divide_bottleneck_and_width() -> None:
     with pytest.raises(ConfigError, match="bottleneck=1 is no multiple of groups=2"):
         petune.attach(tiny(), "repadapter", bottleneck=1, groups=2)
     with pytest.raises(AttachError, match="groups=5 does not divide the width"):
@@ -383,7 +383,7 @@ def test_norms_with_an_activation_train() -> None:
     assert is_norm(RMSNorm())
 
 
-def test_fact_says_what_it_leaves_out() -> None:
+def test_fact_warns_about_layers_that_it_skips() -> None:
     odd = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2,
                             num_classes=3, mlp_ratio=2.5)  # fmt: skip
     with pytest.warns(UserWarning, match="mlp"):

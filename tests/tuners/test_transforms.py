@@ -1,4 +1,4 @@
-"""An attached model goes through what PyTorch does to models: compile, export, checkpointing, copies, exceptions."""
+"""Attached models under torch.compile, torch.export, gradient checkpointing, copies, pickle and exceptions."""
 
 from __future__ import annotations
 
