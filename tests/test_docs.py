@@ -1,4 +1,4 @@
-"""Every example of the README and of docs/ runs; every command of them is one that petune takes."""
+"""Examples in README.md and docs/ run, their commands are valid, links resolve, and the site builds."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from PIL import Image
 from petune.cli.main import app, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CHECKED_DRY = ("run", "compare", "sweep", "pretrain")
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DRY_RUN_COMMANDS = ("run", "compare", "sweep", "pretrain")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The page's examples, but for those cut from a file, which `<!-- path -->` names and another test holds."""
+    """Return the page's examples, except excerpts of a file (marked `<!-- path -->`), which other tests cover."""
     found = re.findall(
         rf"^(<!-- \S+ -->\n)?```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
     )
-    return [code for cut_from, code in found if not cut_from]
+    return [code for excerpt, code in found if not excerpt]
 
 
 PYTHON = [page for page in PAGES if blocks(page, "python")]
@@ -45,21 +45,21 @@ def _ids(pairs: list[tuple[Path, str]]) -> list[str]:
 
 
 def _images(folder: Path) -> None:
-    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        (folder / place).mkdir(parents=True)
+    for split in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (folder / split).mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (40, 32), (60 * number, 80, 90)).save(folder / place / f"{number}.png")
+            Image.new("RGB", (40, 32), (60 * number, 80, 90)).save(folder / split / f"{number}.png")
 
 
-def test_there_are_examples() -> None:
+def test_examples_are_found() -> None:
     assert len(PYTHON) >= 1
     assert len(COMMANDS) >= 8
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": "__main__"}  # a page's examples build on one another
+    names: dict[str, object] = {"__name__": "__main__"}  # later examples of a page use earlier ones
     for code in blocks(page, "python"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -67,27 +67,27 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=_ids(COMMANDS))
-def test_commands_are_taken(
+def test_commands_are_valid(
     page: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     _images(tmp_path / "pets")
     words = shlex.split(command, comments=True)[1:]
-    if words[0] not in CHECKED_DRY:
-        return taken(words)
+    if words[0] not in DRY_RUN_COMMANDS:
+        return parse(words)
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--dry-run"])
     out, err = capsys.readouterr()
-    if stopped.value.code == 3 and "needs an optional package" in err:  # Ray is in no set-up but that of `make faults`
-        return taken(words)
+    if stopped.value.code == 3 and "needs an optional package" in err:  # only `make faults` installs Ray
+        return parse(words)
     assert stopped.value.code == 0, f"{page.name}: {command}\n{err}"
     assert out
     return None
 
 
-def taken(words: list[str]) -> None:
-    """Raises what the program would say of the command's flags and arguments; nothing is run."""
+def parse(words: list[str]) -> None:
+    """Parse a command's flags and arguments, without running it."""
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):
         name, *words = words
@@ -95,11 +95,17 @@ def taken(words: list[str]) -> None:
     command.make_context(name, words)
 
 
-def test_generated_pages_are_fresh() -> None:
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = {name for page in PAGES for name in re.findall(r"(?:\$ |`)make ([\w-]+)", page.read_text(encoding="utf-8"))}
+    assert {"demo", "quick", "test", "test-all"} <= named <= targets
+
+
+def test_generated_pages_are_up_to_date() -> None:
     assert pages.stale(pages.pages()) == [], "run: python docs/tools/pages.py"
 
 
-def test_the_site_is_built_strictly_and_asks_nobody(tmp_path: Path) -> None:
+def test_the_site_builds_strictly_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
@@ -116,7 +122,7 @@ def test_the_site_is_built_strictly_and_asks_nobody(tmp_path: Path) -> None:
     assert outside == set()
 
 
-def test_links_lead_somewhere() -> None:
+def test_relative_links_resolve() -> None:
     broken = []
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

@@ -1,4 +1,4 @@
-"""The notebook of docs/ runs in a real kernel; results show themselves as tables, names in them as text."""
+"""The notebook in docs/ runs in a real kernel; results are shown as tables, with escaped names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVIL = "<img src=x onerror=alert(1)>\u202e"
 
 
 class Tags(HTMLParser):
-    """Which tags a browser would see."""
+    """Collect the HTML tags of a text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ TABLE = {"table", "thead", "tbody", "tr", "th", "td", "caption"}
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of jupyter's own packages
+        warnings.simplefilter("ignore")  # from Jupyter's packages
         import nbformat
         from nbclient import NotebookClient
 
@@ -53,11 +53,11 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(tables) == 3
     assert "top-1 on test" in tables[0]
     assert "adaptformer" in tables[1]
-    assert "Guess(name=" in shown[-1]["text/plain"]
+    assert "ClassProbability(name=" in shown[-1]["text/plain"]
     assert (tmp_path / "runs" / "two" / "compare.json").is_file()
 
 
-def test_a_result_is_a_table_of_text(digits_result: RunResult) -> None:
+def test_a_result_is_a_table_with_escaped_names(digits_result: RunResult) -> None:
     html = digits_result.model_copy(update={"method": EVIL, "output": "a & b"})._repr_html_()
     assert Tags(html).seen <= TABLE
     assert "&lt;img" in html
@@ -66,7 +66,7 @@ def test_a_result_is_a_table_of_text(digits_result: RunResult) -> None:
     assert html.count("<tr>") == len(digits_result.facts())
 
 
-def test_a_comparison_is_a_table_of_text() -> None:
+def test_a_comparison_is_a_table_with_escaped_names() -> None:
     rows = (Row(method=EVIL, status="failed", reason=f"because {EVIL}"),)
     config = CompareConfig(methods=("linear",), run=RunConfig(dataset=f"folder:{EVIL}"))
     html = Comparison(config=config, rows=rows, backbone="b", weights=EVIL, provenance={}, output="o")._repr_html_()
@@ -74,7 +74,7 @@ def test_a_comparison_is_a_table_of_text() -> None:
     assert html.count("&lt;img") == 4
 
 
-def test_an_evaluation_is_a_table_of_text() -> None:
+def test_an_evaluation_is_a_table_with_escaped_names() -> None:
     import torch
 
     about = {"method": "m", "dataset": EVIL, "split": "test", "source": "s", "precision": "fp32"}
@@ -83,7 +83,7 @@ def test_an_evaluation_is_a_table_of_text() -> None:
     assert found._repr_html_().count("&lt;img") == 2
 
 
-def test_a_table() -> None:
+def test_html_table() -> None:
     assert html_table([("a", "1")], ("x", "y"), "c") == (
         "<table>\n<caption>c</caption>\n"
         '<thead><tr><th style="text-align: left">x</th><th style="text-align: right">y</th></tr></thead>\n'
@@ -93,7 +93,7 @@ def test_a_table() -> None:
 
 @pytest.fixture
 def digits_result() -> RunResult:
-    """A result as a run writes it."""
+    """Return a result as a run writes it."""
     numbers = dict.fromkeys(("top1", "top5", "percent_of_total", "percent_of_backbone", "images_per_s"), 1.0)
     counts = dict.fromkeys(("epoch", "epochs", "tuned", "head", "total", "forward_flops", "adapter_bytes"), 1)
     words = dict.fromkeys(("method", "backbone", "backbone_full_name", "weights", "dataset", "output"), "w")

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from petune.adapters.fingerprint import digest, fingerprint
 from petune.base.errors import AttachError
 from petune.injector.edit_log import EditLog
+from petune.injector.frozen import frozen_backbone, frozen_head
 from petune.injector.keys import buffer_owners, named_parameters
 from petune.injector.trainable import TrainedParts, trainable_state_of
 from petune.sites.site import Sites
@@ -20,9 +22,11 @@ class AdapterTensors:
         tuned: The method's trainable parameters, by state_dict key.
         head: The classifier's trainable parameters, by state_dict key; empty if it does not train.
         head_modules: The modules of the classifier, whether it trains or not.
+        is_sharded: The frozen backbone is spread over processes; see `keep_fingerprint`.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, log: EditLog, *, train_head: bool) -> None:
+        self.is_sharded = False
         self._model = model
         self._sites = sites
         self._log = log
@@ -35,6 +39,7 @@ class AdapterTensors:
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         self._modules = self._modules_in_train_mode(self.head_modules if train_head else ())
         self._buffers = buffer_owners(model, self._modules, log.added_buffers)
+        self._fingerprint: str | None = None
 
     def parts(self) -> TrainedParts:
         """Return what the model's trainable state needs to know."""
@@ -66,6 +71,37 @@ class AdapterTensors:
     def head_is_in_model(self) -> bool:
         """Return False if the model has another classifier now, such as another task's."""
         return {*self.head_modules} <= {*self._model.modules()}
+
+    def are_alone(self) -> bool:
+        """Return True if no other attachment is enabled, and the classifier in the model is this attachment's."""
+        state = trainable_state_of(self._model)
+        if state is None or not self.head_is_in_model():
+            return False
+        return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.name)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the frozen backbone.
+
+        Raises:
+            AttachError: A later attachment trains some of it in place, and did not keep the values from before.
+        """
+        if self._fingerprint is not None:
+            return self._fingerprint
+        is_trained = bool(self.head)
+        frozen = frozen_backbone(self._model, self._sites, self._log.name, self.live(), train_head=is_trained)
+        return fingerprint(self._model, frozen)
+
+    def keep_fingerprint(self) -> None:
+        """Compute the fingerprint now, before the frozen tensors are sharded and cannot be read by one process."""
+        self._fingerprint = self.fingerprint()
+        self.is_sharded = True
+
+    def head_fingerprint(self) -> str | None:
+        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none."""
+        if self.head:
+            return None
+        tensors = frozen_head(self._model, self._sites, self._log.name, self.live())
+        return None if tensors is None else digest(tensors)
 
     def check_in_model(self, name: str, *, active: bool, only: Mapping[str, Tensor] | None = None) -> None:
         """Check that the tensors that train, or `only` some of them, are still the model's.

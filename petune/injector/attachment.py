@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.adapters.card import model_card
-from petune.adapters.fingerprint import digest, fingerprint
 from petune.adapters.format import geometry, write_adapter
 from petune.adapters.migrations import FORMAT
 from petune.adapters.reference_logits import reference_logits
@@ -21,12 +20,12 @@ from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
-from petune.injector.frozen import frozen_backbone, frozen_head
 from petune.injector.keys import named_parameters
+from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import param_groups, undecayed_keys
 from petune.injector.registry import list_tuners
-from petune.injector.trainable import added_to, open_trainable_state, trainable_state_of
+from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
@@ -43,7 +42,8 @@ class Attachment:
         tuned: The method's trainable parameters, by state_dict key.
         head: The classifier's trainable parameters, by state_dict key; empty with train_head=False.
         counts: Numbers of parameters.
-        edit_log: What the tuner did to the model.
+        tensors: What trains and what is saved, for the framework.
+        edit_log: What the tuner did to the model, for the framework.
         attached: False once it was detached or merged.
         enabled: False while it is disabled.
     """
@@ -66,16 +66,17 @@ class Attachment:
         self.attached = True
         self.enabled = True
         self._keep_original = keep_original
-        self._kept_fingerprint: str | None = None
-        self._tensors = AdapterTensors(model, sites, edit_log, train_head=train_head)
-        self.tuned = self._tensors.tuned
-        self.head = self._tensors.head
+        self.tensors = AdapterTensors(model, sites, edit_log, train_head=train_head)
+        self.tuned = self.tensors.tuned
+        self.head = self.tensors.head
         added = {id(p) for p in edit_log.new_parameters()} | added_to(model)
-        classifier = {id(p) for module in self._tensors.head_modules for p in module.parameters()}
+        classifier = {id(p) for module in self.tensors.head_modules for p in module.parameters()}
         self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier)
         state = open_trainable_state(model, sites)
-        parts, in_place = self._tensors.parts(), self._tensors.in_place()
+        parts, in_place = self.tensors.parts(), self.tensors.in_place()
         state.set_parts(edit_log.name, parts, in_place, keep_original=keep_original)
+        self._loop_check = LoopCheck(name, tuner.training_calls, self.tuned.values())
+        edit_log.undo_steps.append(self._loop_check.remove)
 
     def __str__(self) -> str:
         state = "detached" if not self.attached else "enabled" if self.enabled else "disabled"
@@ -96,7 +97,7 @@ class Attachment:
             AttachError: The model has another tensor in the place of one of them.
         """
         self._check_in_model()
-        return list(self._tensors.trainable().values())
+        return list(self.tensors.trainable().values())
 
     def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Return `parameters()` in groups for an optimizer: vectors, position embedding and class token do not decay.
@@ -110,22 +111,32 @@ class Attachment:
         check_arguments("param_groups", weight_decay=(weight_decay, int | float | None))
         self._check_in_model()
         decay = self.recipe.weight_decay if weight_decay is None else weight_decay
-        return param_groups(self._tensors.trainable(), decay, undecayed_keys(self.model))
+        return param_groups(self.tensors.trainable(), decay, undecayed_keys(self.model))
 
     def train(self, mode: bool = True) -> nn.Module:
         """Do `model.train(mode)`; what is frozen stays in eval mode."""
         return self.model.train(mode)
 
     def on_train_start(self, total_steps: int) -> None:
-        """Tell the tuner the number of optimizer steps, before training and before a resume."""
+        """Tell the tuner the number of optimizer steps, before training and before a resume.
+
+        A training loop that leaves this, `on_step_end` or `loss` out although the method needs it gets an AttachError
+        from its second step on.
+        """
+        self._loop_check.record("on_train_start")
         self.tuner.on_train_start(total_steps)
 
     def on_step_end(self, step: int) -> None:
         """Tell the tuner that the optimizer did this step (from 0), while its gradients still exist."""
+        self._loop_check.record("on_step_end")
         self.tuner.on_step_end(step)
 
     def loss(self, step: int) -> Tensor | float:
-        """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none."""
+        """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none.
+
+        Add it to your loss in every step: `loss = loss + att.loss(step)`. With micro-batches, add it once per step.
+        """
+        self._loop_check.record("loss")
         term = self.tuner.loss(step)
         return 0.0 if term is None else term
 
@@ -153,7 +164,7 @@ class Attachment:
         They are the model's own tensors. While the attachment is disabled, tensors that it trains in place have the
         values that it trained.
         """
-        return self._tensors.saved()
+        return self.tensors.saved()
 
     def file_state(self) -> dict[str, Tensor]:
         """Return the tensors of `state` by an adapter file's keys, which do not depend on the attachment's name."""
@@ -176,40 +187,21 @@ class Attachment:
             "train_head": bool(self.head),
             "geometry": geometry(self.sites),
             "fingerprint": self.fingerprint(),
-            "head_fingerprint": self.head_fingerprint(),
+            "head_fingerprint": self.tensors.head_fingerprint(),
         }
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the frozen backbone.
-
-        Raises:
-            AttachError: A later attachment trains some of it in place, and did not keep the values from before.
-        """
-        if self._kept_fingerprint is not None:
-            return self._kept_fingerprint
-        live = self._tensors.live()
-        frozen = frozen_backbone(self.model, self.sites, self.edit_log.name, live, train_head=bool(self.head))
-        return fingerprint(self.model, frozen)
-
-    def keep_fingerprint(self) -> None:
-        """Compute the fingerprint now, before the frozen tensors are sharded and cannot be read by one process."""
-        self._kept_fingerprint = self.fingerprint()
-
-    def head_fingerprint(self) -> str | None:
-        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none."""
-        if self.head:
-            return None
-        tensors = frozen_head(self.model, self.sites, self.edit_log.name, self._tensors.live())
-        return None if tensors is None else digest(tensors)
+        """Return the SHA-256 of the frozen backbone; see `AdapterTensors.fingerprint`."""
+        return self.tensors.fingerprint()
 
     def reference_logits(self) -> dict[str, Any] | None:
         """Return the logits of a synthetic image with the attachment enabled, as they are saved with it.
 
         Returns:
-            Plain data; None if the logits would not be this attachment's alone (see `is_alone`), the backbone is
-            sharded, or a logit is not finite.
+            Plain data; None if the logits would not be this attachment's alone (another one is enabled, another task's
+            classifier is in place), the backbone is sharded, or a logit is not finite.
         """
-        if self._kept_fingerprint is not None or not self.is_alone():
+        if self.tensors.is_sharded or not self.tensors.are_alone():
             return None
         was_enabled = self.enabled
         self.enable()
@@ -218,13 +210,6 @@ class Attachment:
         finally:
             if not was_enabled:
                 self.disable()
-
-    def is_alone(self) -> bool:
-        """Return True if no other attachment is enabled, and the classifier in the model is this attachment's."""
-        state = trainable_state_of(self.model)
-        if state is None or not self._tensors.head_is_in_model():
-            return False
-        return not any(parts.enabled for name, parts in state.attachments.items() if name != self.edit_log.name)
 
     def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a model card.
@@ -240,7 +225,7 @@ class Attachment:
         """
         self._check_attached()
         self._check_in_model()
-        if self.enabled and not self.head and not self._tensors.head_is_in_model():
+        if self.enabled and not self.head and not self.tensors.head_is_in_model():
             raise AttachError(
                 f"{self.sites.model} has another classifier than when {self.name} was attached with train_head=False. "
                 "Change the classifier first and attach then"
@@ -313,7 +298,7 @@ class Attachment:
         """
         was_enabled = self.enabled
         self.enable()
-        in_place = self._tensors.in_place()
+        in_place = self.tensors.in_place()
         self._check_in_model(in_place)
         if self.edit_log.can_fold:
             try:
@@ -339,9 +324,13 @@ class Attachment:
 
     def _set_enabled(self, on: bool) -> None:
         in_place = self._exchangeable()
+        if not on:
+            self._loop_check.pause()
         self.edit_log.set_enabled(on)
         self._exchange(on, in_place)
         self.enabled = on
+        if on:
+            self._loop_check.resume()
 
     def _exchangeable(self) -> dict[str, Tensor]:
         """Return the tensors that train in place, if their original values can be given back.
@@ -349,7 +338,7 @@ class Attachment:
         Raises:
             AttachError: They cannot.
         """
-        in_place = self._tensors.in_place()
+        in_place = self.tensors.in_place()
         if in_place and not self._keep_original:
             raise AttachError(
                 f"the values from before {self.name} were not kept, so it cannot be disabled or detached. Attach with "
@@ -366,7 +355,7 @@ class Attachment:
 
     def _check_in_model(self, only: Mapping[str, Tensor] | None = None) -> None:
         if self.attached:
-            self._tensors.check_in_model(self.name, active=self.enabled, only=only)
+            self.tensors.check_in_model(self.name, active=self.enabled, only=only)
 
     def _check_attached(self) -> None:
         if not self.attached:

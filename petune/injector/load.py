@@ -100,7 +100,7 @@ def check_fits(attachment: Attachment, saved: SavedAdapter) -> None:
             f"{saved.path} belongs to a backbone of the same shape with other weights: {_weights(saved)}. Load those "
             f"weights first{hint}"
         )
-    if head_fingerprint not in {None, attachment.head_fingerprint()}:
+    if head_fingerprint not in {None, attachment.tensors.head_fingerprint()}:
         raise BackboneMismatch(
             f"{saved.path} was trained with another classifier that did not train (train_head=False). Load the model "
             f"with that classifier first: {_weights(saved)}"
@@ -123,7 +123,7 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
             target.copy_(saved.tensors[key])
     forget_caches(attachment.model)
     reference = saved.config.get("reference_logits")
-    if reference is None or not attachment.is_alone():
+    if reference is None or not attachment.tensors.are_alone():
         return
     try:
         difference = max_abs_diff(attachment.model, attachment.sites, reference)

@@ -151,6 +151,16 @@ class Tuner(Generic[ConfigT]):
         """
         return None
 
+    @property
+    def training_calls(self) -> frozenset[str]:
+        """The methods that a training loop must call: on_train_start, on_step_end and loss, where overridden.
+
+        `Attachment` raises an error in a loop without them. Override this in a class that needs them for some options
+        only.
+        """
+        names = ("on_train_start", "on_step_end", "loss")
+        return frozenset(name for name in names if getattr(type(self), name) is not getattr(Tuner, name))
+
     def on_train_start(self, total_steps: int) -> None:
         """Called before training, and again before it is resumed, with the number of steps. Most methods ignore it."""
 

@@ -1,1 +1,1 @@
-"""For plugin authors: the contract as a check, a scaffold, a pytest plugin, tiny models."""
+"""For authors of plugins: the contract as a check, a scaffold, a pytest plugin, tiny models."""

@@ -1,8 +1,8 @@
-"""For authors of tuners: a fixture that proves the contract, so that a plugin's test is one line.
+"""A pytest fixture that checks the contract, so that a plugin's test is one line:
 
     def test_contract(petune_contract): petune_contract("ssf")
 
-It runs once for each library with tiny models that is installed: timm, torchvision, transformers.
+The test runs once for each installed library that has a tiny model: timm, torchvision, transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Once for each installed library."""
+    """Run tests of the fixture once for each installed library."""
     if "petune_contract" in metafunc.fixturenames:
         from petune.plugin_dev.tiny_models import tiny_models
 
@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def petune_contract(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`petune_contract(name or Tuner, **options)` fails with every property that does not hold.
+    """Return `petune_contract(name or Tuner, **options)`, which fails with every property that does not hold.
 
     A model that the tuner refuses (AttachError) is skipped with the reason.
     """
@@ -34,10 +34,10 @@ def petune_contract(request: pytest.FixtureRequest) -> Callable[..., None]:
         from petune.plugin_dev.contract import examine
 
         try:
-            found = list(examine(tuner, tiny_models()[request.param](), **options))
-        except AttachError as refused:
-            pytest.skip(str(refused))
-        broken = [f"{finding.name}: {finding.problem}" for finding in found if finding.problem]
-        assert not broken, "\n".join(["these properties of the contract do not hold:", *broken])
+            findings = list(examine(tuner, tiny_models()[request.param](), **options))
+        except AttachError as error:
+            pytest.skip(str(error))
+        problems = [f"{finding.name}: {finding.problem}" for finding in findings if finding.problem]
+        assert not problems, "\n".join(["these properties of the contract do not hold:", *problems])
 
     return check

@@ -1,4 +1,4 @@
-"""The files of a new plugin, from the templates beside this file."""
+"""Write the files of a new plugin, from the templates next to this file."""
 
 from __future__ import annotations
 
@@ -18,26 +18,21 @@ FILES = {
 }
 
 
-def write_plugin(name: str, place: Path) -> list[Path]:
-    """Write the plugin `petune-NAME` as the directory of that name in `place`.
+def write_plugin(name: str, parent: Path) -> list[Path]:
+    """Write the plugin `petune-NAME` into a new directory of that name.
 
     Args:
-        name: The method's name: small letters, digits and underscores.
-        place: An existing directory.
+        name: The method's name: lowercase letters, digits and underscores.
+        parent: An existing directory.
 
     Returns:
         The files.
 
     Raises:
-        UsageError: The name cannot be one, or the directory exists.
+        UsageError: The name is not possible or taken, or the directory exists.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
-        raise UsageError(f"a method's name must be small letters, digits and single underscores, but is {name!r}")
-    known = {record.name for record in list_tuners() if record.is_own}
-    if name in known or keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
-        why = "a method of petune's own" if name in known else "a word of Python"
-        raise UsageError(f"a method needs a name of its own, but {name} is {why}; choose another")
-    root = place / f"petune-{name.replace('_', '-')}"
+    _check_name(name)
+    root = parent / f"petune-{name.replace('_', '-')}"
     words = {
         "NAME": name,
         "DISTRIBUTION": root.name,
@@ -45,12 +40,20 @@ def write_plugin(name: str, place: Path) -> list[Path]:
     }
     try:
         root.mkdir()
-        written = [_write(root / _fill(path, words), template, words) for path, template in FILES.items()]
+        return [_write(root / _fill(path, words), template, words) for path, template in FILES.items()]
     except FileExistsError:
-        raise UsageError(f"{root} exists already; choose another name, or remove it") from None
+        raise UsageError(f"{root} exists already. Choose another name, or remove it") from None
     except OSError as error:
-        raise UsageError(f"{root} cannot be written: {error.strerror}") from None
-    return written
+        raise UsageError(f"cannot write {root}: {error.strerror}") from None
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+        raise UsageError(f"{name!r} is no name for a method. Use lowercase letters, digits and single underscores")
+    known = {record.name for record in list_tuners() if record.is_own}
+    if name in known or keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
+        owner = "a method of petune" if name in known else "a keyword of Python"
+        raise UsageError(f"{name} is {owner}. Choose another name")
 
 
 def _write(path: Path, template: str, words: dict[str, str]) -> Path:
@@ -60,4 +63,4 @@ def _write(path: Path, template: str, words: dict[str, str]) -> Path:
 
 
 def _fill(text: str, words: dict[str, str]) -> str:
-    return re.sub("|".join(words), lambda found: words[found[0]], text)
+    return re.sub("|".join(words), lambda match: words[match[0]], text)

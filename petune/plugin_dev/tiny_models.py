@@ -1,4 +1,4 @@
-"""Tiny classifiers of the libraries that are installed, with random weights: what the contract is checked on."""
+"""Tiny classifiers with random weights, of the libraries that are installed. The contract is checked on them."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import nn
 
 
 def tiny_models() -> dict[str, Callable[[], nn.Module]]:
-    """Builders by library, of those that are installed; timm first."""
+    """Return the builders of the installed libraries, by name; timm first."""
     return {name: build for name, build in BUILDERS.items() if find_spec(name) is not None}
 
 
 def tiny_timm(**options: Any) -> nn.Module:
-    """A ViT of two blocks for images of 16 pixels, class token, three classes."""
+    """Build timm's ViT: two blocks, images of 16 pixels, a class token, three classes."""
     import timm
 
     shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
-    return _randomised(lambda: timm.create_model("vit_tiny_patch16_224", **{**shape, **options}))
+    return _randomized(lambda: timm.create_model("vit_tiny_patch16_224", **{**shape, **options}))
 
 
 def tiny_torchvision() -> nn.Module:
-    """torchvision's ViT: fused attention whose weights are read without a call."""
+    """Build torchvision's ViT: fused attention whose weights are read without a call."""
     from torchvision.models import VisionTransformer
 
-    return _randomised(lambda: VisionTransformer(16, 4, 2, 2, 24, 48, num_classes=3))
+    return _randomized(lambda: VisionTransformer(16, 4, 2, 2, 24, 48, num_classes=3))
 
 
 def tiny_transformers() -> nn.Module:
-    """Hugging Face's ViT: q, k and v apart, an MLP of two sibling modules, logits in an output object."""
+    """Build Hugging Face's ViT: separate q, k and v, an MLP of two sibling modules, logits in an output object."""
     from transformers import ViTConfig, ViTForImageClassification
 
     make: Any = ViTConfig  # its dataclass does not list what its base class takes
     sizes = {"image_size": 16, "patch_size": 4, "num_labels": 3, "num_hidden_layers": 2}
     config = make(hidden_size=24, num_attention_heads=2, intermediate_size=48, **sizes)
-    return _randomised(lambda: ViTForImageClassification(config))
+    return _randomized(lambda: ViTForImageClassification(config))
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
@@ -47,7 +47,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _randomised(build: Callable[[], Any]) -> nn.Module:
+def _randomized(build: Callable[[], Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = build()

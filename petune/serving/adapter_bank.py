@@ -1,11 +1,7 @@
-"""Many tasks on one backbone: an adapter and a classifier each, switched by name, or mixed in one batch.
-
-Shapes: B batch, D width of what enters the classifier, C classes of a task.
-"""
+"""Many adapters on one backbone: selected by name, or mixed within one batch."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,319 +16,238 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError, UsageError
 from petune.injector.attachment import Attachment
-from petune.injector.hooks.base import After, Before, Holder, Parallel, Prompts
 from petune.injector.load import attach_saved
 from petune.injector.trainable import trainable_state_of
+from petune.serving.bank_heads import CaptureInput, head_for, match_device
+from petune.serving.mixed_batch import placement_key, row_wise, sharing_key
 from petune.sites.find import find_sites
 from petune.sites.logits import logits_of, synthetic_logits
 from petune.sites.site import Site
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task: its adapter, and its classifier."""
+class BankEntry:
+    """One loaded adapter, and its classifier."""
 
     attachment: Attachment
     head: nn.Module
 
 
 class AdapterBank:
-    """AdapterBank by name on one model, in eval mode.
+    """Many adapters on one model, each with its own classifier.
 
     Attributes:
-        model: The backbone with its own classifier.
-        tasks: What was loaded.
-        active: The task that `model(x)` does now; None is the backbone's own.
+        model: The backbone, in eval mode, with its own classifier.
+        adapters: The loaded adapters by name.
+        active: Name of the adapter that `model(x)` uses; None is the backbone's own output.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing is loaded yet.
+        """Create an empty bank.
+
+        Args:
+            model: A backbone with nothing attached.
 
         Raises:
-            AttachError: The model has something attached already, or its classifier is not one module.
+            AttachError: Something is attached to the model, or its classifier is not a single module.
         """
         check_arguments("petune.AdapterBank", model=(model, nn.Module))
         if trainable_state_of(model) is not None:
-            raise AttachError("tasks need a plain backbone, but something is attached to it; detach that first")
-        self.model, self.tasks = model.eval(), dict[str, Task]()
-        self._apart: set[str] = set()  # tasks that cannot share a forward on this model
-        self._by_row: dict[Any, bool] = {}  # whether edits at such places have a row for each image
+            raise AttachError("a tuner is attached to this model. Call its detach() first")
+        self.model = model.eval()
+        self.adapters: dict[str, BankEntry] = {}
         self.active: str | None = None
-        self.sites = find_sites(model)
-        head = self.sites.head
-        if not head.is_module:
-            raise AttachError(f"tasks exchange the classifier, but {self.sites.model} has several: {head.where}")
-        self._head: Site = head
-        self._classifies_last = self._is_last()
+        self._sites = find_sites(model)
+        self._head: Site = self._sites.head
+        if not self._head.is_module:
+            raise AttachError(f"a bank needs a model with a single classifier; {self._sites.model} has several")
+        self._head_is_last = self._returns_head_output()
+        self._unshared: set[str] = set()  # names of adapters that need a forward of their own
+        self._row_per_image: dict[frozenset[Any], bool] = {}  # by the placement of an adapter
 
-    def load(self, name: str, path: str | Path) -> Task:
-        """Load an adapter directory as the task `name`; it may have any number of classes.
+    def load(self, name: str, path: str | Path) -> BankEntry:
+        """Load an adapter directory under a name; its number of classes may differ from the others'.
 
         Raises:
             UsageError: The name is taken.
-            BackboneMismatch, CheckpointError, PluginError: See `petune.load`.
+            BackboneMismatch: The adapter was trained on another backbone.
+            CheckpointError: The directory is damaged, or there is no adapter in it.
+            PluginError: The adapter's method is not installed.
         """
         check_arguments("load", name=(name, str), path=(path, PathText))
-        if name in self.tasks:
-            raise UsageError(f"each task needs a name of its own, but {name!r} is loaded already")
+        if name in self.adapters:
+            raise UsageError(f"an adapter named {name!r} is already loaded. Use another name, or remove it first")
         self.use(None)
         saved = read_adapter(expand_home(path))
-        head = _fitting(self._head, saved.tensors)
-        sites = replace(self.sites, parts={**self.sites.parts, "head": replace(self._head, enter=head, exit=head)})
+        head = head_for(self._head, saved.tensors)
+        head_site = replace(self._head, enter=head, exit=head)
+        sites = replace(self._sites, parts={**self._sites.parts, "head": head_site})
         try:
-            self._put(head)
+            self._set_head(head)
             attachment = attach_saved(self.model, saved, name=name, sites=sites)
             attachment.disable()
-            self.tasks[name] = Task(attachment, head)
-            if not self._has_rows(self.tasks[name]):
-                self._apart.add(name)
+            self.adapters[name] = BankEntry(attachment, head)
+            if not self._can_share(attachment):
+                self._unshared.add(name)
         finally:
-            self._put(self._head.enter)
+            self._set_head(self._head.enter)
         self.model.eval()
-        return self.tasks[name]
+        return self.adapters[name]
 
     def use(self, name: str | None) -> nn.Module:
-        """Switch the model to a task, or to the backbone's own output.
+        """Make `model(x)` use an adapter, or None for the backbone's own output; return the model.
 
         Raises:
-            UsageError: No task of that name.
+            UsageError: No adapter of that name is loaded.
         """
         check_arguments("use", name=(name, str | None))
         if self.active is not None:
-            self.tasks[self.active].attachment.disable()
-        self._put(self._head.enter)
+            self.adapters[self.active].attachment.disable()
+        self._set_head(self._head.enter)
         self.active = None
         if name is not None:
-            task = self._task(name)
-            self._put(task.head)
-            task.attachment.enable()
+            entry = self._entry(name)
+            self._set_head(entry.head)
+            entry.attachment.enable()
             self.active = name
         return self.model
 
     def remove(self, name: str) -> None:
-        """Take a task off the model."""
+        """Detach an adapter from the model and forget it.
+
+        Raises:
+            UsageError: No adapter of that name is loaded.
+        """
         check_arguments("remove", name=(name, str))
         self.use(None)
-        task = self._task(name)
-        self._put(task.head)
-        task.attachment.detach()
-        self._put(self._head.enter)
-        del self.tasks[name]
-        self._apart.discard(name)
+        entry = self._entry(name)
+        self._set_head(entry.head)
+        entry.attachment.detach()
+        self._set_head(self._head.enter)
+        del self.adapters[name]
+        self._unshared.discard(name)
 
     def __call__(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
-        """Every row for its own task, in as few forwards as there are kinds of edits.
+        """Compute every row with its own adapter. Rows whose adapters do not affect other rows share one forward.
 
         Args:
             x: (B, channels, height, width).
-            names: The task of each row; None is the backbone's own.
+            names: Adapter of each row; None is the backbone's own output.
 
         Returns:
-            Logits of each row, (C,) for its task.
+            Logits of each row, (C,); C depends on the adapter.
+
+        Raises:
+            UsageError: The number of names differs from the number of rows, or a name is not loaded.
         """
         if len(names) != len(x):
-            raise UsageError(f"every row needs a task, but there are {len(x)} rows and {len(names)} names")
-        before = self.active
+            raise UsageError(f"there are {len(x)} rows and {len(names)} names. Give one name per row")
+        active = self.active
         self.use(None)
-        out: list[Tensor] = [x] * len(names)
+        logits: list[Tensor] = [x] * len(names)
         try:
-            for together in self._passes(names):
-                rows = [row for row, name in enumerate(names) if name in together]
-                logits = self._shared(x[rows], [names[row] for row in rows])
-                for row, logit in zip(rows, logits, strict=True):
-                    out[row] = logit
+            for group in self._groups(names):
+                rows = [row for row, name in enumerate(names) if name in group]
+                outputs = self._forward_group(x[rows], [names[row] for row in rows])
+                for row, output in zip(rows, outputs, strict=True):
+                    logits[row] = output
         finally:
-            self.use(before)
-        return out
+            self.use(active)
+        return logits
 
-    def _passes(self, names: Sequence[str | None]) -> list[set[str | None]]:
-        """Which tasks can share a forward: those whose edits leave other rows alone."""
-        kinds: dict[Any, set[str | None]] = {}
+    def _groups(self, names: Sequence[str | None]) -> list[set[str | None]]:
+        """Group the adapters that can share a forward."""
+        groups: dict[Any, set[str | None]] = {}
         for name in dict.fromkeys(names):
-            alone = name in self._apart or not self._classifies_last
-            kind = () if name is None else name if alone else _kind(self._task(name))
-            kinds.setdefault(kind, set()).add(name)
-        return list(kinds.values())
+            if name is None:
+                key: Any = ()  # as for adapters without prompts
+            else:
+                attachment = self._entry(name).attachment
+                key = name if name in self._unshared else sharing_key(attachment)
+            groups.setdefault(key, set()).add(name)
+        return list(groups.values())
 
-    def _shared(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
-        """One forward, or, where a place has no row for each image (windows), one for every task, from then on."""
+    def _forward_group(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+        """Run one forward; if a site turns out not to have a row per image, one per adapter, from then on."""
         try:
-            return self._forward(x, names)
+            if len(set(names)) == 1:
+                return self._forward_single(x, names[0])
+            return self._forward_mixed(x, names)
         except AttachError:
-            self._apart |= {name for name in names if name is not None}
+            self._unshared |= {name for name in names if name is not None}
             if len(set(names)) == 1:
                 raise
         return self(x, names)
 
-    def _forward(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
-        chosen = {name: [row for row, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        if len(chosen) == 1:
-            with self._using(next(iter(chosen))):
-                return list(logits_of(self.model(x)))
-        capture = _Capture()
-        with ExitStack() as stack:
-            stack.callback(self._put, self._head.enter)
-            self._put(capture)
-            tasks = [(self.tasks[name].attachment, rows) for name, rows in chosen.items() if name is not None]
-            stack.enter_context(_rowwise(tasks, len(names)))
-            self.model(x)
-            out: list[Tensor] = [x] * len(names)
-            for name, rows in chosen.items():  # while the tasks are on: off, their classifiers are untrained
-                head = self._head.enter if name is None else _like(self.tasks[name].head, self._head.enter)
-                for row, logit in zip(rows, head(capture.seen[rows]), strict=True):
-                    out[row] = logit
-        return out
-
-    def _is_last(self) -> bool:
-        """Whether what the classifier returns is what the model returns, with nothing done to it."""
-        made: list[tuple[Any, Any]] = []
-
-        def leave(module: nn.Module, args: Any, out: Any) -> None:
-            made.append((out, out.clone() if isinstance(out, Tensor) else out))
-
-        handle = self._head.enter.register_forward_hook(leave)
+    def _forward_single(self, x: Tensor, name: str | None) -> list[Tensor]:
         try:
-            logits = synthetic_logits(self.model, self.sites)
-        finally:
-            handle.remove()
-        if len(made) != 1 or not isinstance(made[0][0], Tensor):
-            return False
-        return made[0][0].data_ptr() == logits.data_ptr() and torch.equal(made[0][1], logits)
-
-    def _has_rows(self, task: Task) -> bool:
-        """Whether each place of a task has a row for each image: for two and for three, so that no width is that."""
-        log = task.attachment.edit_log
-        if not self._classifies_last or _kind(task) == id(task):
-            return True  # it has a forward of its own anyway
-        key = frozenset((type(h), *(id(m) for site in passed for m in site.modules)) for h, passed in log.placed)
-        if key not in self._by_row or log.row_toggles:
-            try:
-                for count in (2, 3):
-                    with _rowwise([(task.attachment, list(range(count)))], count):
-                        synthetic_logits(self.model, self.sites, count)
-                self._by_row[key] = True
-            except AttachError:
-                self._by_row[key] = False
-        return self._by_row[key]
-
-    @contextmanager
-    def _using(self, name: str | None) -> Iterator[None]:
-        self.use(name)
-        try:
-            yield
+            return list(logits_of(self.use(name)(x)))
         finally:
             self.use(None)
 
-    def _task(self, name: str) -> Task:
-        if name not in self.tasks:
-            raise UsageError(f"no task {name!r} is loaded; there are {', '.join(map(repr, self.tasks)) or 'none'}")
-        return self.tasks[name]
+    def _forward_mixed(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+        """Run the body of the model once, then each classifier on the rows of its adapter."""
+        rows_of = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+        parts = [(self.adapters[name].attachment, rows) for name, rows in rows_of.items() if name is not None]
+        logits: list[Tensor] = [x] * len(names)
+        with self._captured_head() as capture, row_wise(parts, len(names)):
+            self.model(x)
+            for name, rows in rows_of.items():  # while the adapters are enabled; disabling them resets their heads
+                head = self._head.enter if name is None else match_device(self.adapters[name].head, self._head.enter)
+                for row, output in zip(rows, head(capture.captured[rows]), strict=True):
+                    logits[row] = output
+        return logits
 
-    def _put(self, head: nn.Module) -> None:
-        self.model.set_submodule(self._head.path, _like(head, self.model.get_submodule(self._head.path)))
+    @contextmanager
+    def _captured_head(self) -> Iterator[CaptureInput]:
+        capture = CaptureInput()
+        with ExitStack() as stack:
+            stack.callback(self._set_head, self._head.enter)
+            self._set_head(capture)
+            yield capture
 
+    def _returns_head_output(self) -> bool:
+        """Return True if the model returns exactly what its classifier returns."""
+        outputs: list[tuple[Any, Any]] = []
 
-def _like(head: nn.Module, other: nn.Module) -> nn.Module:
-    """A classifier where the other one is, and in its type: only the one in place moves with the model."""
-    mine, its = next(head.parameters(), None), next(other.parameters(), None)
-    if mine is not None and its is not None and (mine.device, mine.dtype) != (its.device, its.dtype):
-        head.to(its.device, its.dtype)
-    return head
+        def record(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append((output, output.clone() if isinstance(output, Tensor) else output))
 
+        handle = self._head.enter.register_forward_hook(record)
+        try:
+            logits = synthetic_logits(self.model, self._sites)
+        finally:
+            handle.remove()
+        if len(outputs) != 1 or not isinstance(outputs[0][0], Tensor):
+            return False
+        output, copy = outputs[0]
+        return output.data_ptr() == logits.data_ptr() and torch.equal(copy, logits)
 
-class _Capture(nn.Module):
-    """Stands in for the classifier and keeps what enters it."""
+    def _can_share(self, attachment: Attachment) -> bool:
+        """Return True if the adapter can share a forward with others.
 
-    seen: Tensor
+        Runs two forwards to see whether its sites have a row per image (inside Swin's attention they have a row per
+        window): with two and with three images, so that no other size is mistaken for the batch.
+        """
+        if not self._head_is_last or sharing_key(attachment) is None:
+            return False
+        key = placement_key(attachment)
+        if key not in self._row_per_image or attachment.edit_log.row_toggles:
+            try:
+                for count in (2, 3):
+                    with row_wise([(attachment, list(range(count)))], count):
+                        synthetic_logits(self.model, self._sites, count)
+                self._row_per_image[key] = True
+            except AttachError:
+                self._row_per_image[key] = False
+        return self._row_per_image[key]
 
-    def forward(self, x_BD: Tensor) -> Tensor:
-        self.seen = x_BD
-        return x_BD
+    def _entry(self, name: str) -> BankEntry:
+        if name not in self.adapters:
+            loaded = ", ".join(map(repr, self.adapters)) or "none"
+            raise UsageError(f"no adapter {name!r} is loaded. Loaded: {loaded}")
+        return self.adapters[name]
 
-
-class _Rows(nn.Module):
-    """An adapter, or several, that work on some rows of a batch each; `replaces` says that theirs is the output."""
-
-    def __init__(self, parts: list[tuple[nn.Module, Tensor]], batch_size: int, replaces: bool) -> None:
-        super().__init__()
-        self.parts, self.batch_size, self.replaces = parts, batch_size, replaces
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) to what the adapters make of it, (B, ...)."""
-        if len(x) != self.batch_size:
-            raise AttachError(
-                f"one batch of several tasks needs a row for each image at every place, but there are {len(x)} for "
-                f"{self.batch_size} images"
-            )
-        out: Tensor | None = x if self.replaces else None
-        for adapter, rows in self.parts:
-            made = adapter(x[rows])
-            made = made.expand(len(rows), *made.shape[1:]) if len(made) == 1 else made
-            out = made.new_zeros(len(x), *made.shape[1:]) if out is None else out
-            out = out.index_copy(0, rows, made.to(out.dtype))
-        assert out is not None
-        return out
-
-
-@contextmanager
-def _rowwise(tasks: list[tuple[Attachment, list[int]]], batch_size: int) -> Iterator[None]:
-    """Inside, every attachment works on its rows only; prompts at one place are put in by one holder for all."""
-    with ExitStack() as stack:
-        leaders: dict[tuple[int, int], tuple[Prompts, list[tuple[nn.Module, Tensor]]]] = {}
-        for attachment, rows in tasks:
-            attachment.enable()
-            stack.callback(attachment.disable)
-            for switch in attachment.edit_log.row_toggles:
-                switch(rows, batch_size)
-                stack.callback(switch, None, batch_size)
-            index = torch.tensor(rows, device=next(attachment.model.parameters()).device)
-            for holder, passed in attachment.edit_log.placed:
-                if isinstance(holder, Prompts):
-                    place = (id(passed[0].enter), id(passed[-1].exit))
-                    leader = leaders.setdefault(place, (holder, []))
-                    leader[1].append((holder.adapter, index))
-                    holder.enabled = False  # until all are there: no two attachments have prompts at once
-                else:
-                    parts = [(holder.adapter, index)]
-                    _stand_in(stack, holder, _Rows(parts, batch_size, isinstance(holder, After | Before)))
-        for holder, parts in leaders.values():
-            holder.enabled = True
-            _stand_in(stack, holder, _Rows(parts, batch_size, replaces=False))
-        yield
-
-
-def _stand_in(stack: ExitStack, holder: Holder, rows: _Rows) -> None:
-    stack.callback(setattr, holder, "adapter", holder.adapter)
-    holder.adapter = rows
-
-
-def _kind(task: Task) -> Any:
-    """Equal for tasks that can share a forward; a value of its own for one that cannot."""
-    log = task.attachment.edit_log
-    prompts = [(h.num_prompts, p[0].path, p[-1].exit_path) for h, p in log.placed if isinstance(h, Prompts)]
-    alone = (
-        log.unfrozen  # the backbone's own values differ
-        or not all(type(holder) in {Parallel, Before, After, Prompts} for holder, _ in log.placed)
-        or (log.added_parameters and not log.row_toggles)
-        or (log.toggles and (prompts or not log.added_parameters))  # the attention is told of the prompts
-    )
-    return id(task) if alone else tuple(prompts)
-
-
-def _fitting(site: Site, tensors: dict[str, Tensor]) -> nn.Module:
-    """A copy of the classifier with as many classes as the file's."""
-    head = copy.deepcopy(site.enter)
-    for path, module in list(head.named_modules()):
-        if isinstance(module, nn.Linear):
-            key = ".".join(filter(None, (site.path, path, "weight")))
-            saved = next((t for k, t in tensors.items() if k == key or k.endswith(f".{key}")), None)
-            if saved is not None and saved.shape[0] != module.out_features:
-                weight, bias = module.weight, module.bias is not None
-                new = nn.Linear(saved.shape[1], saved.shape[0], bias, device=weight.device, dtype=weight.dtype)
-                head = new if not path else _with(head, path, new)
-    return head
-
-
-def _with(head: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    head.set_submodule(path, module)
-    return head
+    def _set_head(self, head: nn.Module) -> None:
+        current = self.model.get_submodule(self._head.path)
+        self.model.set_submodule(self._head.path, match_device(head, current))

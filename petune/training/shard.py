@@ -35,6 +35,6 @@ def shard_frozen_blocks(attachment: Attachment, group: Group, device: torch.devi
             f"train.shard has nothing to do: no block of {attachment.sites.model} has frozen weights with "
             f"{attachment.name}. Use train.shard=false"
         )
-    attachment.keep_fingerprint()
+    attachment.tensors.keep_fingerprint()
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)

@@ -65,6 +65,11 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
 
             self.budget = RankBudget(edit, self.wrapped)
 
+    @property
+    def training_calls(self) -> frozenset[str]:
+        """Only AdaLoRA needs the calls below."""
+        return super().training_calls if self.config.type == "adalora" else frozenset()
+
     def on_train_start(self, total_steps: int) -> None:
         """Let AdaLoRA schedule its ranks over these steps; its option total_step takes precedence."""
         if self.budget is not None:

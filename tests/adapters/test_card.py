@@ -87,7 +87,7 @@ def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypat
     whole, own, _ = examples(text)
     names: dict[str, Any] = {}
     exec(whole, names)
-    assert capsys.readouterr().out.startswith("image.png (Guess(name='")
+    assert capsys.readouterr().out.startswith("image.png (ClassProbability(name='")
     plain = names["predictor"].model
     again = rebuild_backbone(read_run_adapter(digits)).model
     inner: dict[str, Any] = {"model": again}

@@ -104,7 +104,7 @@ def test_a_damaged_archive(published: Path) -> None:
         assert {p.name: p.read_bytes() for p in place.iterdir()} == {GZ: content}  # the user's file, as it was
 
     each()
-    tally("CIFAR's archive with changed bytes, the network up", "one error; file kept, no download", *outcome)
+    tally("CIFAR's archive with changed bytes, network available", "one error; file kept, no download", *outcome)
 
 
 def test_an_unpacking_that_was_cut_short(published: Path) -> None:
@@ -129,7 +129,7 @@ def test_an_unpacking_that_was_cut_short(published: Path) -> None:
             outcome[1] += not packed and f"{place / FOLDER} is not the published cifar10" in str(error)
 
     each()
-    tally("CIFAR's folder damaged or half unpacked", "the archive beside it is read, or one error", *outcome)
+    tally("CIFAR's folder, damaged or partly unpacked", "the archive is read instead, or one error", *outcome)
 
 
 def test_a_damaged_download_is_fetched_again(
@@ -183,7 +183,7 @@ def test_a_damaged_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             outcome[1] += "cifar10" in str(error)
 
     each()
-    tally("Parquet with changed bytes", "a dataset, or one error that names it", *outcome)
+    tally("Parquet with changed bytes", "a dataset, or one error that names the file", *outcome)
 
 
 COLUMNS: dict[str, Any] = {

@@ -184,6 +184,6 @@ def test_asked_to_stop(
         held += same and seconds < WITHIN_S
         print(f"moment {number}: exit {code} after {seconds:.2f} s, resumed {'the same' if same else 'different'}")
         slowest, ready = max(slowest, seconds), max(ready, run.ready_s)
-    note = f"out within {slowest:.1f} s" + (f", asked from {ready:.2f} s on" if moment is importing else "")
+    note = f"exited within {slowest:.1f} s" + (f", handler in place after {ready:.2f} s" if moment is importing else "")
     what = f"SIGTERM while {moment.__name__.replace('_', ' ')}, the installed program"
-    tally(what, "exit 75 or done within 5 s; resumed, equal to the bit", tried, held, note)
+    tally(what, "exit 75 or finished within 5 s; resumes bit-identically", tried, held, note)

@@ -58,7 +58,7 @@ def test_every_command_refuses_rubbish(
         assert "a bug in petune" not in err
         assert not any(c in out + err for c in "\x1b\x07\u202e"), rubbish
     assert not list(tmp_path.iterdir())
-    tally(f"rubbish for `petune {name}`", "one error, exit 2 or 4, nothing written", len(RUBBISH), len(RUBBISH))
+    tally(f"invalid input for `petune {name}`", "one error, exit 2 or 4, nothing written", len(RUBBISH), len(RUBBISH))
 
 
 PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
@@ -119,4 +119,4 @@ def test_public_functions(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if not words:
         call()
         return
-    tally(f"nonsense for each argument of {name}", "taken, or one error of petune's own", tried, tried)
+    tally(f"invalid values for each argument of {name}", "accepted, or one PetuneError", tried, tried)

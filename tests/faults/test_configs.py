@@ -85,7 +85,7 @@ def test_any_number_of_problems_is_one_message(made: str, config: type[Config]) 
 
     each()
     what = f"{config.__name__} with wrong keys, types and ranges at once"
-    tally(f"{what}, {made}", "one message, a line each, near names", tried[0], tried[0])
+    tally(f"{what}, {made}", "one message, one line per problem, similar names suggested", tried[0], tried[0])
 
 
 COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {

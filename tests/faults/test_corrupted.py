@@ -60,7 +60,12 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
             assert same, (number, what)
             held += "manifest" in what
         shutil.rmtree(place)
-    tally("an adapter with a flipped bit, a cut, swapped or missing file", "refused, the model as it was", wanted, held)
+    tally(
+        "an adapter with a flipped bit, or a truncated, swapped or missing file",
+        "refused; model unchanged",
+        wanted,
+        held,
+    )
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -89,7 +94,10 @@ def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
         held += (found.progress["step"] == 1 and len(problems) == 1) or "manifest" in what
         shutil.rmtree(place)
     tally(
-        "a checkpoint with a flipped bit, a cut, swapped or missing file", "found; the one before is used", wanted, held
+        "a checkpoint with a flipped bit, or a truncated, swapped or missing file",
+        "detected; the previous one is used",
+        wanted,
+        held,
     )
 
 
@@ -109,7 +117,7 @@ def test_killed_while_saving(program: Program, tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL
         found, problems = newest_checkpoint(place)
         held += found is not None and not problems
-    tally("SIGKILL at a random moment of saving", "a loadable checkpoint is there", wanted, held)
+    tally("SIGKILL at a random moment of saving", "a valid checkpoint exists", wanted, held)
 
 
 def save_for_ever(place: str) -> None:

@@ -78,7 +78,7 @@ def test_workers_killed(name: str, program: Program, tmp_path: Path) -> None:
         steps = [row["step"] for row in map(json.loads, metrics.read_text().splitlines()) if "step" in row]
         assert steps == sorted(set(steps))
     held = len(killed) if table(place) == table(tmp_path / "here") else 0
-    tally(f"SIGKILL of workers of `compare --executor {name}`", "retried; the table of serial runs", len(killed), held)
+    tally(f"SIGKILL of workers of `compare --executor {name}`", "retried; same table as serial runs", len(killed), held)
     assert len(killed) == KILLS
 
 
@@ -92,7 +92,7 @@ def test_workers_of_a_sweep_killed(name: str, program: Program, tmp_path: Path) 
     killed = here_and_there(name, program, tmp_path, words, "trial.json")
     place = tmp_path / "there"
     held = len(killed) if trials(place) == trials(tmp_path / "here") else 0
-    tally(f"SIGKILL of workers of `sweep --executor {name}`", "retried; the table of serial trials", len(killed), held)
+    tally(f"SIGKILL of workers of `sweep --executor {name}`", "retried; same table as serial trials", len(killed), held)
     assert len(killed) == KILLS
 
 
@@ -115,7 +115,7 @@ def test_a_sweep_on_ray_told_to_stop_and_started_again(program: Program, tmp_pat
     again.join(400)
     assert again.exitcode == 0
     held = trials(place) == trials(tmp_path / "here")
-    tally("SIGTERM of `sweep --executor ray`", "exit 75; started again, the table of serial trials", 1, int(held))
+    tally("SIGTERM of `sweep --executor ray`", "exit 75; after a restart, same table as serial trials", 1, int(held))
 
 
 @slow
@@ -131,4 +131,4 @@ def test_ray_told_to_stop(program: Program, tmp_path: Path) -> None:
     process.join(120)
     assert process.exitcode == 75
     assert list(place.glob("*/checkpoints/step-*"))
-    tally("SIGTERM of `compare --executor ray`", "exit 75; runs saved where they were", 1, 1)
+    tally("SIGTERM of `compare --executor ray`", "exit 75; progress of the runs is saved", 1, 1)

@@ -71,7 +71,7 @@ def test_a_run_on_a_disk_that_fills_up(disk: Path, tmp_path: Path) -> None:
         subprocess.run(["rm", "-r", disk / "run"], check=True)
         tried, free = tried + 1, free + (tries(3, 1) if tried > 1 else 1) * PAGE
     assert {"config.yaml", "metrics", "step-", "adapter", "result"} >= hit >= {"config.yaml", "metrics", "step-"}, hit
-    tally("a disk really full (tmpfs), at any point of a run", "one error; resumed, equal to the bit", tried, held)
+    tally("a full disk (tmpfs), at any point of a run", "one error; resumes bit-identically", tried, held)
 
 
 def test_a_table_and_an_export_on_a_full_disk(disk: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_table_and_an_export_on_a_full_disk(disk: Path) -> None:
     held += str(out) in message and "No space left" in message and not list(out.parent.iterdir())
     (disk / "ballast").unlink()
     assert export(source, out).bytes == out.stat().st_size
-    tally("a disk really full (tmpfs), at a table or an export", "one error; again, the same", tried + 1, held)
+    tally("a full disk (tmpfs), at a table or an export", "one error; a retry gives the same result", tried + 1, held)
 
 
 def test_a_place_that_becomes_read_only(disk: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_place_that_becomes_read_only(disk: Path, tmp_path: Path) -> None:
     held = int(digests(disk / "run") == digests(tmp_path / "whole"))
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     held += "Read-only file system" in refused(lambda: run(tiny_config(disk / "other")))
-    tally("a place that is or becomes read-only (tmpfs)", "one error; resumed, equal to the bit", 2, held)
+    tally("a directory that is or becomes read-only (tmpfs)", "one error; resumes bit-identically", 2, held)
 
 
 def test_a_cache_on_a_disk_that_fills_up(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,4 +139,4 @@ def test_a_cache_on_a_disk_that_fills_up(disk: Path, tmp_path: Path, monkeypatch
         tried += 1
     assert tried > 10
     assert np.array_equal(load_folder(tmp_path / "pets", 32).train.images[:], expected)
-    tally("the cache on a disk really full (tmpfs), at any point", "one error; nothing half written stays", tried, held)
+    tally("the cache on a full disk (tmpfs), at any point", "one error; no partial file remains", tried, held)

@@ -45,7 +45,7 @@ def test_killed_while_training(method: str, program: Program, tmp_path: Path) ->
         held += more if is_as_undisturbed(place, expected) else 0
         kills, runs = kills + more, runs + 1
     what = f"SIGKILL at a random moment of training, {method}, with mixup and accumulated gradients"
-    tally(what, "resumed, equal to the bit, each step logged once", kills, held)
+    tally(what, "resumes bit-identically, each step logged once", kills, held)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_killed_while_decoding_and_training(threads: int, program: Program, phot
         held += more if is_as_undisturbed(place, expected) and not stumps else 0
         kills, runs = kills + more, runs + 1
     what = f"SIGKILL at a random moment of decoding a folder and training, {threads} decoding thread(s)"
-    tally(what, "resumed, equal to the bit; no stump in the cache", kills, held)
+    tally(what, "resumes bit-identically; no partial file in the cache", kills, held)
 
 
 def test_compare_killed(program: Program, tmp_path: Path) -> None:
@@ -109,4 +109,9 @@ def test_compare_killed(program: Program, tmp_path: Path) -> None:
         held += (kills - first) if table(place) == expected and untouched else 0
         if kills == first:  # it was faster than the signal
             continue
-    tally("`compare` killed at a random moment", "restarted: the same table, no finished run run again", kills, held)
+    tally(
+        "`compare` killed at a random moment",
+        "after a restart, the same table; finished runs are not repeated",
+        kills,
+        held,
+    )

@@ -42,7 +42,12 @@ def test_an_adapter_of_another_backbone(tmp_path: Path) -> None:
         petune.load(tiny(), tmp_path / "a")
     tried = len(WRONG) + 3
     kinds = f"{', '.join(WRONG)}, other method, other options, newer format"
-    tally(f"an adapter on a wrong backbone: {kinds}", "refused by name, the model as it was", tried, held + 3)
+    tally(
+        f"an adapter on a wrong backbone: {kinds}",
+        "refused with the difference named; model unchanged",
+        tried,
+        held + 3,
+    )
 
 
 def test_images_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

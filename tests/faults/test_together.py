@@ -24,7 +24,7 @@ def test_eight_starts_into_one_directory(program: Program, tmp_path: Path) -> No
     codes = sorted(process.exitcode for process in started if process.exitcode is not None)
     assert codes == [0] + [2] * 7
     assert RunResult.exists(tmp_path / "x")
-    tally("eight starts into one directory", "one runs, seven are told", 8, 8)
+    tally("eight runs started in one directory", "one runs, seven are refused", 8, 8)
 
 
 def test_eight_starts_without_a_directory(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_eight_starts_without_a_directory(program: Program, tmp_path: Path, monk
         process.join(WAIT_S)
     finished = [place for place in (tmp_path / "runs").iterdir() if RunResult.exists(place)]
     assert [process.exitcode for process in started] == [0] * count
-    tally("eight starts without --output", "eight directories, eight results", count, len(finished))
+    tally("eight runs started without --output", "eight directories, eight results", count, len(finished))
 
 
 def tiny_config(place: Path, **fields: Any) -> RunConfig:
@@ -70,8 +70,8 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path, monkeypatch: pytest.Mo
         result = run(tiny_config(place, resume=True))
         held += caught.value.exit_code in (2, 4) and result.top1 > 0
     tally(
-        "a disk that is full at any one write of a run",
-        "one error with the path; resumed, it ends well",
+        "a disk that is full at any single write of a run",
+        "one error with the path; resumes to the end",
         len(numbers),
         held,
     )

@@ -1,4 +1,4 @@
-"""A broken plugin harms nobody: ten kinds of it, three commands each; and asking for it names it and the cause."""
+"""A broken plugin breaks nothing else, and using it names the package and the cause: ten kinds of broken."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DRY = ("run", "--method", "adaptformer", "--backbone", "vit_nano", "--weights", 
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to be broken: the module's code, and what asking for it must say; empty where it works after all."""
+    """One way to be broken: the module's code, and the cause that using it must name; empty if it works after all."""
 
     code: str | None
     cause: str
@@ -67,12 +67,12 @@ def install(fake: Fake, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_broken_plugin_harms_nobody(fake: Fake, run: Run, kind: Kind) -> None:
+def test_other_methods_work_beside_a_broken_plugin(fake: Fake, run: Run, kind: Kind) -> None:
     install(fake, kind)
     assert run("--help").code == 0
-    listed = run("methods", "--json")
-    assert listed.code == 0
-    rows = {row["name"]: row for row in json.loads(listed.out)}
+    listing = run("methods", "--json")
+    assert listing.code == 0
+    rows = {row["name"]: row for row in json.loads(listing.out)}
     assert rows["adaptformer"]["state"] == "ok"
     assert rows["fake"]["distribution"] in {"petune-fake", "petune-rival"}
     dry = run(*DRY, "--json")
@@ -81,7 +81,7 @@ def test_a_broken_plugin_harms_nobody(fake: Fake, run: Run, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_asking_for_it_names_distribution_and_cause(fake: Fake, run: Run, kind: Kind) -> None:
+def test_using_a_broken_plugin_names_package_and_cause(fake: Fake, run: Run, kind: Kind) -> None:
     install(fake, kind)
     done = run(*DRY[:2], "fake", *DRY[3:], "--json")
     if not kind.cause:
@@ -97,24 +97,24 @@ def test_asking_for_it_names_distribution_and_cause(fake: Fake, run: Run, kind: 
     assert kind.cause in table["fake"] or kind.twice
 
 
-def test_all_ten_at_once_in_a_process_of_their_own(fake: Fake, tmp_path: Path) -> None:
+def test_all_ten_kinds_at_once(fake: Fake, tmp_path: Path) -> None:
     for number, kind in enumerate(KINDS.values()):
         module = f"petune_fake_{number}"
         fake(f"petune-fake-{number}", {f"fake{number}": f"{module}:Fake"}, kind.code, kind.requires)
     words = [sys.executable, "-m", "petune", "methods"]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ, cwd=tmp_path, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
     assert all(f"fake{number}" in done.stdout for number in range(10))
 
 
-def test_names_of_petune_cannot_be_taken(fake: Fake) -> None:
+def test_plugins_cannot_take_built_in_names(fake: Fake) -> None:
     fake("petune-fake", {"adaptformer": "petune_fake:Fake"}, SOUND)
     assert load_tuner("adaptformer").__module__ == "petune.tuners.adaptformer"
     states = [t.state for t in list_tuners() if t.name == "adaptformer"]
     assert states == ["ok", "unusable: petune has a method 'adaptformer' of its own"]
 
 
-def test_nothing_is_imported_to_list(fake: Fake) -> None:
+def test_listing_imports_nothing(fake: Fake) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake"}, "raise SystemExit")
     assert "fake" in {t.name for t in list_tuners()}
     assert "petune_fake" not in sys.modules
@@ -124,55 +124,55 @@ def test_nothing_is_imported_to_list(fake: Fake) -> None:
     ("allowed", "seen"),
     [(None, {"fake", "other"}), ("none", set()), ("fake", {"fake"}), ("petune-second , x", {"other"}), ("", set())],
 )
-def test_the_environment_restricts(
+def test_the_environment_restricts_plugins(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, allowed: str | None, seen: set[str]
 ) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake"}, SOUND)
     fake("petune-second", {"other": "petune_fake_second:Fake"}, SOUND)
     if allowed is not None:
         monkeypatch.setenv("PETUNE_PLUGINS", allowed)
-    found = {t.name for t in list_tuners()}
-    assert {"adaptformer", "linear"} <= found
-    assert found & {"fake", "other"} == seen
+    names = {t.name for t in list_tuners()}
+    assert {"adaptformer", "linear"} <= names
+    assert names & {"fake", "other"} == seen
     if "fake" not in seen:
         with pytest.raises(UnknownName):
             load_tuner("fake")
 
 
-def test_a_sound_one_works(fake: Fake) -> None:
+def test_a_sound_plugin_works(fake: Fake) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake"}, SOUND)
     assert petune.check_tuner("fake")
 
 
-def test_ctrl_c_while_a_plugin_is_imported_is_ctrl_c(fake: Fake) -> None:
+def test_ctrl_c_during_an_import_passes_through(fake: Fake) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake"}, "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         load_tuner("fake")
 
 
-def test_metadata_in_ruins(fake: Fake, tmp_path: Path) -> None:
-    info = tmp_path / "site" / "ruin-1.dist-info"
+def test_damaged_metadata_is_survived(fake: Fake, tmp_path: Path) -> None:
+    info = tmp_path / "site" / "damaged-1.dist-info"
     info.mkdir()
-    (info / "entry_points.txt").write_text("[petune.tuners]\nruin = petune_fake:Fake\n")
-    record: Any = next(t for t in list_tuners() if t.name == "ruin")
+    (info / "entry_points.txt").write_text("[petune.tuners]\ndamaged = petune_fake:Fake\n")
+    record: Any = next(t for t in list_tuners() if t.name == "damaged")
     assert (record.distribution, record.version) == ("?", "?")
-    with pytest.raises(PluginError, match="ruin"):
-        load_tuner("ruin")
+    with pytest.raises(PluginError, match="damaged"):
+        load_tuner("damaged")
 
 
-FAULTY = SOUND.replace("pass", "edit.sites.blocks[0].width")
-UNMADE = SOUND + "    def __init__(self, config=None, **options): 1 / 0\n"
+FAILS_IN_ATTACH = SOUND.replace("pass", "edit.sites.blocks[0].width")
+FAILS_IN_INIT = SOUND + "    def __init__(self, config=None, **options): 1 / 0\n"
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
-    [(FAULTY, "was attached: AttributeError: .*'width'"), (UNMADE, "was made: ZeroDivisionError")],
+    ("code", "message"),
+    [(FAILS_IN_ATTACH, "was attached: AttributeError: .*'width'"), (FAILS_IN_INIT, "was made: ZeroDivisionError")],
     ids=["attach", "init"],
 )
-def test_what_a_tuner_raises_is_its_packages_to_mend(fake: Fake, code: str, said: str) -> None:
+def test_unexpected_errors_name_the_package(fake: Fake, code: str, message: str) -> None:
     fake("petune-bad", {"bad": "petune_fake_bad:Fake"}, code)
     model = tiny()
     before = list(model.state_dict())
-    with pytest.raises(PluginError, match=rf"the method 'bad' of petune-bad 1\.5 failed when it {said}"):
+    with pytest.raises(PluginError, match=rf"the method 'bad' of petune-bad 1\.5 failed when it {message}"):
         petune.attach(model, "bad")
     assert list(model.state_dict()) == before

@@ -1,4 +1,4 @@
-"""`petune plugin new`: the package installs, registers, passes its own tests and the contract, and trains as it is."""
+"""`petune plugin new`: the package installs, registers, passes its own tests and the contract, and trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from petune.base.errors import UsageError
 from petune.cli.main import main
-from petune.plugin_dev.contract import PROPERTIES
+from petune.plugin_dev.properties import PROPERTIES
 from petune.plugin_dev.scaffold import FILES, TEMPLATES, write_plugin
 from petune.plugin_dev.tiny_models import tiny_models
 from petune.serving.restore import restore
@@ -30,18 +30,18 @@ RUN = (
 
 
 def pip() -> list[str] | None:
-    """How to run pip; None where there is none, or no hatchling to build with."""
-    have = importlib.util.find_spec("pip") and importlib.util.find_spec("hatchling")
-    return [sys.executable, "-m", "pip"] if have else None
+    """Return how to run pip; None without pip, or without hatchling to build with."""
+    can_build = importlib.util.find_spec("pip") and importlib.util.find_spec("hatchling")
+    return [sys.executable, "-m", "pip"] if can_build else None
 
 
 def test_every_template_is_used() -> None:
     assert {path.name for path in TEMPLATES.iterdir()} == set(FILES.values())
 
 
-# looking for pip makes setuptools look whether its own distutils is in place, and say so
+# looking for pip makes setuptools check its own distutils, and warn
 @pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils:UserWarning")
-def test_the_package_works_as_it_is(
+def test_the_new_package_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fake: Callable[..., None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -55,7 +55,7 @@ def test_the_package_works_as_it_is(
     if command:
         words = ("install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", site, root)
         subprocess.run([*command, *words], check=True)
-    else:  # what an installer does, by hand
+    else:  # do by hand what an installer does
         project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
         fake(project["name"], project["entry-points"]["petune.tuners"], (root / "petune_my_scale.py").read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error"]
@@ -78,31 +78,31 @@ def test_the_package_works_as_it_is(
 
 @pytest.mark.parametrize("name", ["", "Scale", "1scale", "my-scale", "a__b", "../evil", "a/b", "scale "])
 def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="small letters"):
+    with pytest.raises(UsageError, match="lowercase letters"):
         write_plugin(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_existing_directories_are_not_overwritten(tmp_path: Path) -> None:
     write_plugin("once", tmp_path)
     with pytest.raises(UsageError, match="exists already"):
         write_plugin("once", tmp_path)
 
 
-def test_the_command_to_copy_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_command_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my plugins").mkdir()
     done = call("plugin", "new", "mine", "--in", tmp_path / "my plugins", capture=capsys)
     assert f"pip install -e '{tmp_path}/my plugins/petune-mine'\n" in done.out
 
 
 @pytest.mark.parametrize("name", ["none", "true", "lambda", "adaptformer", "linear"])
-def test_names_that_belong_to_others_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=f"a method needs a name of its own, but {name} is"):
+def test_taken_names_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=rf"{name} is a .* Choose another name"):
         write_plugin(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plugin_may_be_called_as_its_adapter_does(tmp_path: Path) -> None:
+def test_class_names_do_not_collide(tmp_path: Path) -> None:
     write_plugin("scale", tmp_path)
     names: dict[str, Any] = {"__name__": "petune_scale"}
     exec(compile((tmp_path / "petune-scale" / "petune_scale.py").read_text(), "petune_scale.py", "exec"), names)

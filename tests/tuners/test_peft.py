@@ -122,8 +122,7 @@ def test_attentions_that_read_their_weights_call_the_layer(name: str) -> None:
     torch.manual_seed(0)
     for p in built.parameters():
         nn.init.normal_(p, mean=0.1, std=0.1)
-    report = petune.check_tuner("lora", built, targets="attn")
-    assert "every tuned tensor learns" in report
+    assert petune.check_tuner("lora", built, targets="attn")
     assert any(
         key.endswith("qkv.lora_A.petune_lora.weight") for key in petune.attach(built, "lora", targets="attn").tuned
     )

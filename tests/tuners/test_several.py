@@ -228,7 +228,7 @@ MIXES = [
 def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None, ...]) -> None:
     tasks = petune.AdapterBank(model())
     for name in filter(None, mix):
-        if name not in tasks.tasks:
+        if name not in tasks.adapters:
             tasks.load(name, saved[name])
     names = list(itertools.islice(itertools.cycle(mix), max(6, len(mix))))
     x = torch.randn(len(names), 3, 16, 16)
@@ -260,13 +260,13 @@ def test_tasks_share_a_forward_where_they_can(saved: dict[str, Path], mix: tuple
 def test_what_tasks_refuse(saved: dict[str, Path]) -> None:
     tasks = petune.AdapterBank(model())
     tasks.load("pets", saved["pets"])
-    with pytest.raises(UsageError, match="loaded already"):
+    with pytest.raises(UsageError, match="already loaded"):
         tasks.load("pets", saved["cars"])
-    with pytest.raises(UsageError, match="no task 'dogs'"):
+    with pytest.raises(UsageError, match="no adapter 'dogs'"):
         tasks.use("dogs")
-    with pytest.raises(UsageError, match="every row needs a task"):
+    with pytest.raises(UsageError, match="one name per row"):
         tasks(X, ["pets"])
-    with pytest.raises(AttachError, match="detach that first"):
+    with pytest.raises(AttachError, match="detach"):
         petune.AdapterBank(tasks.model)
 
 
@@ -392,7 +392,7 @@ def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], t
     built = model()
     tasks = petune.AdapterBank(built)
     tasks.load("bitfit", saved["bitfit"])
-    tasks.tasks["bitfit"].attachment.save(tmp_path)
+    tasks.adapters["bitfit"].attachment.save(tmp_path)
     fresh = model(3)
     petune.load(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(alone(saved["bitfit"], "bitfit")))

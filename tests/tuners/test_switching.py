@@ -130,7 +130,7 @@ def test_tasks_have_the_statistics_of_their_classifiers(tmp_path: Path) -> None:
         tasks.use(name)
         assert torch.equal(logits(tasks.model, x), alone[name])
     tasks.use(None)
-    tasks.tasks["b"].attachment.save(tmp_path / "again")  # not in use
+    tasks.adapters["b"].attachment.save(tmp_path / "again")  # not in use
     again = with_batch_norm()
     petune.load(again, tmp_path / "again")
     assert torch.equal(logits(again, x), alone["b"])

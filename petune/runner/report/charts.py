@@ -18,7 +18,7 @@ Rows = Sequence[Mapping[str, Any]]
 """Rows of `compare.json` that are done."""
 PLOT_HEIGHT, KEY_LINE = 3.4, 0.2
 """Inches: of a plot, and of a line of the key below it."""
-LONGEST_NAME = 30
+LONGEST_NAME = 34
 
 
 @dataclass(frozen=True)
@@ -203,4 +203,6 @@ def _color(number: int) -> str:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    """Cut a long name in the middle: its end tells variants of a method apart."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MARK_PT = 4.0
 """Half the side of the square around a point that labels keep free."""
-DISTANCES_PT = (7.0, 12.0, 18.0, 26.0, 36.0)
+DISTANCES_PT = (7.0, 12.0, 18.0, 26.0, 36.0, 48.0)
 """From a point to the nearest edge of its label."""
 LEADER_FROM_PT = 15.0
 """Labels at this distance or more get a line to their point."""
@@ -46,12 +46,19 @@ def label_points(axes: Axes, points: Sequence[Point], labels: Sequence[str]) -> 
     Returns:
         False if a label has no room; no label is then written.
     """
+    numbers = range(len(points))
+    longest_first = sorted(numbers, key=lambda number: -len(labels[number]))
+    return any(_label_in_order(axes, points, labels, order) for order in (numbers, longest_first))
+
+
+def _label_in_order(axes: Axes, points: Sequence[Point], labels: Sequence[str], order: Iterable[int]) -> bool:
+    """Place one label after the other; remove all of them if one has no room."""
     marks = [_mark(axes, point) for point in points]
     written: list[Annotation] = []
     boxes: list[Bbox] = []
-    for number, (point, label) in enumerate(zip(points, labels, strict=True)):
+    for number in order:
         others = marks[:number] + marks[number + 1 :]
-        annotation = _place(axes, point, label, marks[number], others, boxes)
+        annotation = _place(axes, points[number], labels[number], marks[number], others, boxes)
         if annotation is None:
             for other in written:
                 other.remove()
@@ -134,5 +141,6 @@ def _mark(axes: Axes, point: Point) -> Bbox:
 
     ends = [(point.x, point.y - point.deviation), (point.x, point.y + point.deviation)]
     (x, bottom), (_, top) = axes.transData.transform(ends).tolist()
+    middle = (bottom + top) / 2
     side = MARK_PT * axes.figure.dpi / 72
-    return Bbox.from_extents(x - side, bottom - side, x + side, top + side)
+    return Bbox.from_extents(x - side, min(bottom, middle - side), x + side, max(top, middle + side))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup, escape
+
 from petune.base.errors import UsageError
 from petune.base.files import replace_file
 from petune.base.text import printable
@@ -72,11 +74,16 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"no such directory: {output.parent}")
 
 
+def _breakable(method: str) -> Markup:
+    """Let a browser break a long method between its options: `vpt:` `deep=false,` `num_prompts=10`."""
+    escaped = str(escape(printable(method)))
+    return Markup(escaped.replace(":", ":<wbr>").replace(",", ",<wbr>"))
+
+
 def _render(**values: object) -> str:
     from importlib.metadata import version
 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -86,5 +93,6 @@ def _render(**values: object) -> str:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
+    environment.filters["breakable"] = _breakable
     template = environment.get_template("report.html.jinja")
     return template.render(**values, generator=Markup(GENERATOR), version=version("petune"))

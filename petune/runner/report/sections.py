@@ -16,7 +16,7 @@ from petune.runner.report.charts import Chart, Curve, accuracy_chart, cost_chart
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.report.method_rows import backbone_of, labels_of, rows_of, shared_config, subject_of
 from petune.runner.report.origin_facts import commands_of, facts_of, facts_of_origins
-from petune.runner.report.tables import COLUMNS, cells, ranked, trial_table
+from petune.runner.report.tables import COLUMNS, UNKNOWN, cells, ranked, trial_table
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _comparison_section(path: Path, comparison: Comparison, runs: Sequence[RunDi
     rows = [row.model_dump() for row in comparison.rows]
     rows = [row | {"epochs": row["epochs"] or run.train.epochs} for row in rows]  # older tables lack it
     return _methods_section(
-        title=f"{run.backbone} on {run.dataset}",
+        title=f"{path.name}: {run.backbone} on {run.dataset}",
         about=f"Comparison in {path}: {comparison.backbone}, weights {comparison.weights}.",
         rows=rows,
         runs=runs,
@@ -97,7 +97,7 @@ def _comparison_section(path: Path, comparison: Comparison, runs: Sequence[RunDi
 
 def _unfinished_section(directory: RunDirectory, runs: Sequence[RunDirectory]) -> Section:
     return _methods_section(
-        title=subject_of(runs[0]) if runs else directory.path.name,
+        title=f"{directory.path.name}: {subject_of(runs[0])}" if runs else directory.path.name,
         about=f"Comparison in {directory.path}.",
         rows=rows_of(runs),
         runs=runs,
@@ -151,7 +151,7 @@ def _methods_section(
     charts = [accuracy_chart(salt, done)] if done else []
     charts += curve_charts(salt, curves, [row["method"] for row in done])
     charts += cost_charts(salt, done) if done else []
-    columns = tuple(COLUMNS)
+    columns = [name for name in COLUMNS if any(COLUMNS[name](row) != UNKNOWN for row in done)]
     failed = {row["method"]: f"failed: {row['reason']}" for row in rows if row["status"] == "failed"}
     texts = [[m, failed[m]] if (m := row["method"]) in failed else cells(row, columns) for row in rows]
     return Section(title, about, columns, texts, charts, **rest)

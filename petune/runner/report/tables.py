@@ -11,6 +11,9 @@ from petune.runner.file_names import COMPARE_PLOT
 Row = Mapping[str, Any]
 """A row of `compare.json`."""
 
+UNKNOWN = "–"
+"""The text of a value that was not measured."""
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: str(row["method"]),
     "top-1": lambda row: _mean_and_std(row["top1_mean"], row["top1_std"]),
@@ -25,7 +28,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "epochs": lambda row: _number(row.get("epochs"), "d"),
     "seeds": lambda row: ", ".join(map(str, row["seeds"])),
     "images/s": lambda row: f"{row['images_per_s']:,.0f}",
-    "step": lambda row: "–" if row.get("step_time_s") is None else f"{1000 * row['step_time_s']:,.0f} ms",
+    "step": lambda row: UNKNOWN if row.get("step_time_s") is None else f"{1000 * row['step_time_s']:,.0f} ms",
     "peak memory": lambda row: format_size(row["peak_memory_bytes"]),
     "time per run": lambda row: format_duration(row["time_s"] / len(row["seeds"])),
 }
@@ -38,7 +41,7 @@ COMPARE_COLUMNS = tuple(name for name in COLUMNS if name not in {"val", "lr", "e
 def cells(row: Row, columns: Sequence[str]) -> list[str]:
     """Return the text of a row; a method that failed has its reason in the last column."""
     if row["status"] == "failed":
-        return [row["method"], *["–"] * (len(columns) - 2), f"failed: {row['reason']}"]
+        return [row["method"], *[UNKNOWN] * (len(columns) - 2), f"failed: {row['reason']}"]
     return [COLUMNS[name](row) for name in columns]
 
 
@@ -102,11 +105,11 @@ def trial_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         [
             str(row["trial"]),
             *(_parameter(row["params"].get(name)) for name in names),
-            "–" if row["tuned"] is None else f"{row['tuned']:,}",
+            UNKNOWN if row["tuned"] is None else f"{row['tuned']:,}",
             _number(row["val_top1"], ".2f"),
             _number(test.get(row["trial"]), ".2f"),
             _parameter(row["epoch"]),
-            "–" if row["time_s"] is None else format_duration(row["time_s"]),
+            UNKNOWN if row["time_s"] is None else format_duration(row["time_s"]),
             f"failed: {row['reason']}" if row["state"] == "failed" else row["state"],
         ]
         for row in trials
@@ -129,11 +132,11 @@ def _mean_and_std(mean: float, std: float | None) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else f"{value:{form}}"
+    return UNKNOWN if value is None else f"{value:{form}}"
 
 
 def _parameter(value: Any) -> str:
-    return _number(value, ".4g") if isinstance(value, float) else "–" if value is None else str(value)
+    return _number(value, ".4g") if isinstance(value, float) else UNKNOWN if value is None else str(value)
 
 
 def _table_cell(text: str) -> str:

@@ -11,9 +11,10 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import UsageError
 from petune.base.files import replace_file
+from petune.runner.report.plots import FileType
 from petune.serving.evaluation.eval_images import EvalRequest, EvalSplit, select_images
 from petune.serving.evaluation.metrics import Evaluation, compute_metrics
-from petune.serving.evaluation.plots import PlotFormat, confusion_plot, reliability_plot
+from petune.serving.evaluation.plots import confusion_plot, reliability_plot
 from petune.serving.predict import Predictor
 from petune.training.config import Precision
 
@@ -83,7 +84,7 @@ def evaluate(
     )
 
 
-def write_evaluation(evaluation: Evaluation, directory: Path, format: PlotFormat = "svg") -> list[Path]:
+def write_evaluation(evaluation: Evaluation, directory: Path, format: FileType = "svg") -> list[Path]:
     """Write `eval.json`, `confusion.svg` and `reliability.svg` (or `.png`) into a directory; return the files.
 
     Raises:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from petune.base.text import matplotlib_text
+from petune.runner.report.plots import INK, FileType, draw, to_file
 from petune.serving.evaluation.metrics import Evaluation
 
-PlotFormat = Literal["svg", "png"]
 MAX_NAMED, MAX_NUMBERED = 40, 15
 """With up to so many classes, the axes show their names, and the cells their numbers."""
 MAX_NAME = 24
 
 
-def confusion_plot(evaluation: Evaluation, format: PlotFormat = "svg") -> bytes:
+def confusion_plot(evaluation: Evaluation, format: FileType = "svg") -> bytes:
     """Draw the confusion matrix: true class by row, predicted class by column, in percent of the row."""
     counts = np.array(evaluation.confusion, float)
     percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
@@ -25,7 +23,7 @@ def confusion_plot(evaluation: Evaluation, format: PlotFormat = "svg") -> bytes:
     title = f"{_short_name(evaluation.dataset)}, {evaluation.split}: top-1 {evaluation.top1:.2f} %"
     side = 3.2 + 0.32 * min(len(names), MAX_NAMED)
 
-    def draw(figure: Any) -> None:
+    def content(figure: Any) -> None:
         axes = figure.add_subplot()
         image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
         figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
@@ -40,45 +38,36 @@ def confusion_plot(evaluation: Evaluation, format: PlotFormat = "svg") -> bytes:
         axes.set_ylabel("true")
         axes.set_title(title)
 
-    return _render(draw, (side + 1, side), format)
+    return to_file(draw(content, (side + 1, side)), format)
 
 
-def reliability_plot(evaluation: Evaluation, format: PlotFormat = "svg") -> bytes:
+def reliability_plot(evaluation: Evaluation, format: FileType = "svg") -> bytes:
     """Draw the reliability diagram: accuracy over confidence, and below it the number of images."""
     bins, width = evaluation.bins, 1 / len(evaluation.bins)
     centers = [(number + 0.5) * width for number in range(len(bins))]
 
-    def draw(figure: Any) -> None:
+    def content(figure: Any) -> None:
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         upper.bar(centers, [bin.accuracy or 0 for bin in bins], 0.92 * width, label="accuracy")
         filled = [bin for bin in bins if bin.confidence is not None]
-        upper.plot([bin.confidence for bin in filled], [bin.accuracy for bin in filled], "k.", label="mean of the bin")
+        upper.plot(
+            [bin.confidence for bin in filled],
+            [bin.accuracy for bin in filled],
+            ".",
+            color=INK,
+            label="mean of the bin",
+        )
         upper.plot((0, 1), (0, 1), "--", color="grey", label="perfect calibration")
         upper.set_ylabel("accuracy")
         upper.set_ylim(0, 1)
-        upper.legend(loc="upper left", fontsize=8)
+        upper.legend(loc="upper left", fontsize="small")
         upper.set_title(f"expected calibration error {evaluation.calibration_error:.2f} %")
         lower.bar(centers, [bin.num_images for bin in bins], 0.92 * width, color="grey")
         lower.set_ylabel("images")
         lower.set_xlabel("confidence (probability of the predicted class)")
         lower.set_xlim(0, 1)
 
-    return _render(draw, (4.8, 5.0), format)
-
-
-def _render(draw: Callable[[Any], None], inches: tuple[float, float], format: PlotFormat) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # A fixed salt and no date, so that the same numbers give the same bytes.
-    style = {"svg.hashsalt": "petune", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0}
-    metadata = {"Date": None} if format == "svg" else {"Software": None}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=inches, layout="constrained")
-        draw(figure)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=format, dpi=150, metadata=metadata)
-    return buffer.getvalue()
+    return to_file(draw(content, (4.8, 5.0)), format)
 
 
 def _short_name(name: str) -> str:

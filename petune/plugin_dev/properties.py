@@ -1,0 +1,206 @@
+"""The properties of the contract, in the order in which they are checked: as attached, trained, in use, detached.
+
+Each is a function from a Trial to the problem in words; the text is empty if the property holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from petune.base.errors import BackboneMismatch, NotMergeable
+from petune.injector.attachment import Attachment
+from petune.injector.load import load
+from petune.plugin_dev.trial import Trial, logits
+from petune.sites.forward import forget_caches
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Property:
+    """One property of the contract.
+
+    Attributes:
+        name: A noun phrase, for tables and messages.
+        requirement: What must hold.
+        problem: Returns what is wrong on a trial, or an empty text.
+    """
+
+    name: str
+    requirement: str
+    problem: Callable[[Trial], str]
+
+
+def _backbone_keys(t: Trial) -> str:
+    gone = sorted(set(t.base.state_dict()) - set(t.model.state_dict()))
+    return f"{gone[0]} is gone" if gone else ""
+
+
+def _backbone_values(t: Trial) -> str:
+    now = t.model.state_dict()
+    return _first(key for key, old in t.base.state_dict().items() if key in now and not torch.equal(now[key], old))
+
+
+def _identity_at_init(t: Trial) -> str:
+    if not t.att.tuner.identity_at_init:
+        return ""
+    change = float((logits(t.model, t.x) - t.base_logits).abs().max())
+    if change < 1e-5:
+        return ""
+    return f"the output changes by {change:.2g}. If that is intended, set identity_at_init = False"
+
+
+def _parameter_count(t: Trial) -> str:
+    formula, count = t.att.tuner.num_parameters(t.att.sites), t.att.counts.tuned
+    return "" if formula in (None, count) else f"{count:,} parameters, but num_parameters() returns {formula:,}"
+
+
+def _gradients(t: Trial) -> str:
+    silent = t.train().silent
+    if not silent:
+        return ""
+    return f"{len(silent)} of {len(t.att.tuned)} tensors never had a gradient other than zero, such as {silent[0]}"
+
+
+def _frozen_tensors(t: Trial) -> str:
+    return f"{t.training.changed} differs" if t.training.changed else ""
+
+
+def _effect_in_eval_mode(t: Trial) -> str:
+    return "" if t.training.has_effect else "other values of the tuned tensors give the same logits"
+
+
+def _repeatable_evaluation(t: Trial) -> str:
+    return _difference(logits(t.model, t.x), t.training.logits, "is there dropout that ignores self.training?")
+
+
+def _no_state_between_forwards(t: Trial) -> str:
+    logits(t.model, t.x.flip(-1) + 1)
+    change = _difference(
+        logits(t.model, t.x), t.training.logits, "the output depends on the images of an earlier forward"
+    )
+    return change or _tensor_left_behind(t)
+
+
+def _tensor_left_behind(t: Trial) -> str:
+    """Return a message about a tensor that a forward has left in a module's attributes."""
+    known = {f"{path}.{name}" for path, module in t.base.named_modules() for name in vars(module)}
+    for path, module in t.model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and f"{path}.{name}" not in known:
+                return f"{path}.{name} keeps a tensor after the forward"
+    return ""
+
+
+def _independent_images(t: Trial) -> str:
+    change = _change_in_batch(t.model, t.x)
+    if change >= 1e-5:  # rounding, which a deep model may amplify, all but vanishes in float64; mixing does not
+        exact = copy.deepcopy(t.model).double()
+        forget_caches(exact)
+        change = _change_in_batch(exact, t.x.double())
+    return "" if change < 1e-5 else f"an image alone differs by {change:.2g} from the same image in a batch"
+
+
+def _change_in_batch(model: nn.Module, x: Tensor) -> float:
+    """Return how much logits of single images differ from those in a batch, relative to the largest above one."""
+    together = logits(model, x)
+    alone = torch.cat([logits(model, x[i : i + 1]) for i in range(len(x))])
+    return float((alone - together).abs().max() / together.abs().max().clamp(min=1))
+
+
+def _deep_copy(t: Trial) -> str:
+    return _difference(logits(copy.deepcopy(t.model), t.x), t.training.logits, "the copy computes something else")
+
+
+def _disabled_output(t: Trial) -> str:
+    backbone, now = copy.deepcopy(t.base), dict(t.model.named_parameters())
+    for name, p in backbone.named_parameters():  # torch multiplies a frozen weight by another kernel: other last bits
+        p.requires_grad_(now[name].requires_grad if name in now else p.requires_grad)
+    with t.att.disabled():
+        return _difference(logits(t.model, t.x), logits(backbone, t.x), "the output is not the backbone's")
+
+
+def _save_and_load(t: Trial) -> str:
+    problem = "something that the output depends on is not saved"
+    try:
+        loaded = _loaded_again(t).model.eval()
+    except BackboneMismatch as error:  # mostly because it computes something else where it is loaded
+        return f"{problem} ({error})"
+    return _difference(logits(loaded, t.x), t.training.logits, problem)
+
+
+def _merge(t: Trial) -> str:
+    try:
+        _loaded_again(t).merge()
+    except NotMergeable as error:
+        return str(error) if error.changes_output else ""
+    return ""
+
+
+def _detach(t: Trial) -> str:
+    t.att.detach()
+    after, before = t.model.state_dict(), t.base.state_dict()
+    if list(after) != list(before):
+        return f"other keys: {sorted(set(after) ^ set(before))[:1] or 'the order changed'}"
+    if [name for name, _ in t.model.named_modules()] != [name for name, _ in t.base.named_modules()]:
+        return "a module was left behind"
+    if _num_hooks(t.model) != _num_hooks(t.base):
+        return "a hook was left behind"
+    flags = zip(t.model.parameters(), t.base.parameters(), strict=True)
+    if any(a.requires_grad != b.requires_grad for a, b in flags):
+        return "requires_grad was not restored"
+    return _first(key for key, old in before.items() if not torch.equal(after[key], old))
+
+
+PROPERTIES = (
+    Property("backbone keys", "attaching keeps every key of the backbone", _backbone_keys),
+    Property("backbone values", "attaching changes no value of the backbone", _backbone_values),
+    Property("identity at init", "the output is unchanged, if identity_at_init says so", _identity_at_init),
+    Property("parameter count", "num_parameters() returns the true count, if it returns one", _parameter_count),
+    Property("gradients", "every tuned tensor gets a gradient", _gradients),
+    Property("frozen tensors", "training changes no frozen tensor or buffer by a bit", _frozen_tensors),
+    Property("effect in eval mode", "what trains changes the output in eval mode", _effect_in_eval_mode),
+    Property("repeatable evaluation", "two evaluations are equal", _repeatable_evaluation),
+    Property("no state between forwards", "a forward leaves nothing behind", _no_state_between_forwards),
+    Property("independent images", "images of a batch do not mix", _independent_images),
+    Property("deep copy", "a deep copy of the model computes the same", _deep_copy),
+    Property("disabled output", "disabled, the model is the backbone to the bit", _disabled_output),
+    Property("re-enabled output", "enabled again, the model computes the same as before", _repeatable_evaluation),
+    Property("save and load", "saved and loaded, the model computes the same to the bit", _save_and_load),
+    Property("merge", "merged, the model computes the same, if it can be merged", _merge),
+    Property("detach", "detached, the model is as it was to the bit", _detach),
+)
+
+
+def _loaded_again(t: Trial) -> Attachment:
+    with tempfile.TemporaryDirectory() as folder:
+        t.att.save(f"{folder}/adapter")
+        return load(copy.deepcopy(t.base), f"{folder}/adapter", tuner=t.att.tuner)
+
+
+def _difference(now: Tensor, before: Tensor, problem: str) -> str:
+    if torch.equal(now, before):
+        return ""
+    change = f"differs by {float((now - before).abs().max()):.2g}" if now.shape == before.shape else "another shape"
+    return f"{problem} ({change})"
+
+
+def _first(keys: Iterator[str]) -> str:
+    key = next(keys, None)
+    return "" if key is None else f"{key} differs"
+
+
+def _num_hooks(model: nn.Module) -> int:
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in HOOKS)

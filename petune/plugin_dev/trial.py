@@ -1,0 +1,125 @@
+"""A tuner on a small model, as the properties of the contract look at it: attached, trained for three steps."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.injector.attach import attach
+from petune.injector.tuner import Tuner
+from petune.sites.forward import forget_caches
+from petune.sites.logits import logits_of
+
+DRAWS = 5
+"""How often a tuned tensor may have no gradient, with another seed each time, before it counts as a finding.
+
+All units of a ReLU in a narrow adapter may be silent by chance; two factors that both start at zero are always silent.
+"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What three steps of training did.
+
+    Attributes:
+        silent: Tuned tensors that never had a gradient other than zero, in any draw.
+        changed: A frozen tensor that changed; empty if none did.
+        logits: The logits in eval mode, with tuned tensors as far from their start as after a long training.
+        has_effect: True if the logits depend on the tuned tensors.
+    """
+
+    silent: list[str]
+    changed: str
+    logits: Tensor
+    has_effect: bool
+
+
+class Trial:
+    """A tuner on a copy of a model.
+
+    Attributes:
+        base: The model without the tuner.
+        att: The tuner on another copy.
+        x: Four images.
+        base_logits: What `base` returns for them.
+    """
+
+    def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str) -> None:
+        self.base = copy.deepcopy(model).eval()
+        self.att = attach(copy.deepcopy(self.base), tuner, name=name)
+        self.x = torch.randn(4, *self.att.sites.input_size, generator=torch.Generator().manual_seed(0))
+        self.base_logits = logits(self.base, self.x)
+        self._training: Training | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with the tuner."""
+        return self.att.model
+
+    @property
+    def training(self) -> Training:
+        """The outcome of `train`, which must have been called."""
+        if self._training is None:
+            raise RuntimeError("not checked, because training failed")
+        return self._training
+
+    def train(self) -> Training:
+        """Train three steps, then move the tuned tensors by noise, so that their effect is clearly visible."""
+        trained = {id(v) for v in self.att.state().values()}
+        frozen = {k: v for k, v in self.model.state_dict(keep_vars=True).items() if id(v) not in trained}
+        before = {key: v.detach().clone() for key, v in frozen.items()}
+        silent = _silent_after_three_steps(self)
+        logits_after = logits(self.model, self.x)
+        perturbed = self._perturb()
+        changed = next((key for key, value in before.items() if not torch.equal(frozen[key], value)), "")
+        for seed in range(1, DRAWS):
+            if silent:
+                torch.manual_seed(seed)
+                again = Trial(self.att.tuner, self.base, self.att.name)
+                silent = sorted({*silent} & {*_silent_after_three_steps(again)})
+        has_effect = not self.att.tuned or not torch.equal(perturbed, logits_after)
+        self._training = Training(silent, changed, perturbed, has_effect)
+        return self._training
+
+    @torch.no_grad()
+    def _perturb(self) -> Tensor:
+        """Add noise to the tuned tensors, as much as keeps the logits finite; return these logits."""
+        values = [(p, p.detach().clone()) for p in self.att.tuned.values()]
+        for strength in (0.1, 0.01, 0.001):
+            for p, value in values:
+                p.copy_(value + strength * torch.randn_like(p))
+            forget_caches(self.model)
+            perturbed = logits(self.model, self.x)
+            if perturbed.isfinite().all():  # they may not be in a deep model of random weights
+                break
+        return perturbed
+
+
+@torch.no_grad()
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits of a batch, also from a model that returns an object that holds them."""
+    return logits_of(model(x))
+
+
+def _silent_after_three_steps(trial: Trial) -> list[str]:
+    """Train three steps; return the tuned tensors that never had a gradient other than zero."""
+    att, x = trial.att, trial.x
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+    target = torch.arange(len(x)) % 2
+    att.train()
+    att.on_train_start(3)
+    live: set[str] = set()
+    for step in range(3):
+        loss = nn.functional.cross_entropy(logits_of(att.model(x)), target) + att.loss(step)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(att.parameters(), 1.0)  # a deep model of random weights would diverge
+        live |= {key for key, p in att.tuned.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+        att.on_step_end(step)
+    att.model.eval()
+    return list(att.missing_gradients({*att.tuned} - live))

@@ -1,0 +1,116 @@
+"""Figures: plain numbers at the axes, labels that neither overlap nor leave the figure, light and dark."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petune.runner.report.charts import accuracy_chart, accuracy_file, cost_charts
+from petune.runner.report.labels import Point, label_points
+from petune.runner.report.plots import count_ticks, draw, set_count_axis, short_number, to_file
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def _rows(*methods: tuple[str, int, float]) -> list[dict[str, Any]]:
+    measured = {"head": 10, "top1_std": None, "seeds": [0], "time_s": 3.0, "peak_memory_bytes": 10**9}
+    return [{"method": name, "tuned": tuned, "top1_mean": top1, **measured} for name, tuned, top1 in methods]
+
+
+def _texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(999, "999"), (10_000, "10k"), (2_500_000, "2.5M"), (86e6, "86M"), (1.1e9, "1.1G")]
+)
+def test_numbers_are_short(number: float, text: str) -> None:
+    assert short_number(number) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(1e3, 1e7), (1200, 4e6), (1e3, 1e12), (9e3, 1.1e5), (150_000, 300_000), (40_000, 41_000), (7, 11), (1, 3)],
+)
+def test_ticks_are_few_and_inside(low: float, high: float) -> None:
+    ticks = count_ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert all(low <= tick <= high for tick in ticks)
+    assert len({short_number(tick) for tick in ticks}) == len(ticks)
+
+
+@pytest.mark.parametrize("sizes", [(100, 10**6), (150_922, 150_928), (150_922, 150_922)])
+def test_an_axis_of_sizes_has_plain_labels(sizes: tuple[int, int]) -> None:
+    rows = _rows(("a", sizes[0], 80.0), ("b", sizes[1], 81.0))
+    svg = accuracy_file(rows, "t").decode()
+    assert "mathdefault" not in svg
+    labels = [text for text in _texts(svg) if re.fullmatch(r"[\d.]+[kMG]?", text)]
+    assert any(label[-1] in "kM" for label in labels)
+
+
+def test_the_file_is_light_or_dark_and_the_same_every_time() -> None:
+    rows = _rows(("linear", 0, 70.0), ("vpt", 5000, 75.0))
+    svg = accuracy_file(rows, "vit on pets")
+    assert svg == accuracy_file(rows, "vit on pets")
+    assert b"prefers-color-scheme: dark" in svg
+    assert b"currentColor" in svg
+    assert {"linear", "vpt", "vit on pets"} <= set(_texts(svg.decode()))
+
+
+def test_names_cannot_become_formulas_or_markup() -> None:
+    svg = accuracy_chart("salt", _rows(("$x^2$ <b>", 100, 50.0))).svg
+    assert "$x^2$ &lt;b&gt;" in svg
+    assert all("$x^2$ &lt;b&gt;" in chart.svg for chart in cost_charts("salt", _rows(("$x^2$ <b>", 100, 50.0))))
+
+
+def test_many_methods_are_numbered_and_listed() -> None:
+    rows = json.loads((RESULTS / "cifar-small" / "compare.json").read_text())["rows"]
+    texts = _texts(accuracy_file(rows, "t").decode())
+    for number, row in enumerate(rows):
+        assert texts.count(str(number + 1)) >= 2  # at the point and in the list
+        assert f"{row['method']}  {row['top1_mean']:.2f}" in texts
+    chart = accuracy_chart("salt", rows)
+    assert [name for _, name in chart.key] == [f"{number + 1}  {row['method']}" for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("comparison", sorted(path.parent.name for path in RESULTS.glob("*/compare.json")))
+def test_labels_neither_overlap_nor_leave_the_axes(comparison: str) -> None:
+    rows = json.loads((RESULTS / comparison / "compare.json").read_text())["rows"]
+    points = [Point(row["tuned"] + row["head"], row["top1_mean"], row["top1_std"] or 0.0) for row in rows]
+
+    def content(figure: Any) -> None:
+        axes = figure.add_subplot()
+        set_count_axis(axes, [int(point.x) for point in points])
+        axes.errorbar([p.x for p in points], [p.y for p in points], yerr=[p.deviation for p in points], fmt="o")
+        axes.margins(y=0.12)
+
+    figure = draw(content, (4.4, 3.4))
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    axes = figure.axes[0]
+    assert label_points(axes, points, [str(number + 1) for number in range(len(points))])
+    figure.draw_without_rendering()
+    labels = [text for text in axes.texts if text.get_text()]
+    assert len(labels) == len(points)
+    plain = [axes.text(0, 0, label.get_text(), fontsize=label.get_fontsize()) for label in labels]
+    boxes = []
+    for label, text in zip(labels, plain, strict=True):  # a copy without the line to the point
+        text.set_position(label.get_transform().transform(label.get_position()))
+        text.set_transform(None)
+        text.set_ha(label.get_ha())
+        text.set_va(label.get_va())
+        boxes.append(text.get_window_extent())
+    inside = axes.get_window_extent().padded(1.0)
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+    assert all(inside.y0 <= box.y0 and box.y1 <= inside.y1 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_a_png_is_a_png() -> None:
+    figure = draw(lambda figure: None, (1, 1))
+    assert to_file(figure, "png").startswith(b"\x89PNG")
