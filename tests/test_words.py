@@ -1,0 +1,66 @@
+"""The words of the design: none of the retired ones is a name in the code, a flag, a file or a word for users."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+READS_OLD_FILES = "migrations"
+"""Files of this name hold old keys, since they read what older versions wrote."""
+
+NAMES = {
+    "picture", "pictures", "scores", "began", "held", "claimed", "hold_config", "free_path", "ledger", "claim", "bequeath",
+    "beneath", "behaviour", "moved_by", "branch", "adopt", "wake", "unread", "linears", "readers", "passage", "begin",
+    "stepped", "identity_at_start", "pack", "switch", "savings", "heap", "passing", "leg", "thought", "foreign", "led",
+    "in_turn", "agree", "tasks", "extra_loss", "train_per_class", "trust_code", "at_once",
+}  # fmt: skip
+TEXTS = re.compile(
+    r"\bpictures?\b|\bledger\b|\bbequeath|\bbehaviour\b|--(over|at-once|trust-code|track|train-per-class)(?![\w-])"
+    r"|\b(compare\.yaml|pictures\.json|began\.json)\b|\bvariant[=:] ?seed\b|\bvit_seed\b",
+    re.IGNORECASE,
+)
+CODE = sorted(f for folder in ("petune", "plugins", "benchmarks", "examples") for f in (ROOT / folder).rglob("*.py"))
+PAGES = [f for f in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")) if f.is_file()]
+TEMPLATES = sorted(f for f in (ROOT / "petune").rglob("*") if f.suffix in {".jinja", ".tmpl"})
+
+
+def shown(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def names_in(tree: ast.AST) -> Iterator[str]:
+    """Yield every name that the code gives to something: functions, classes, arguments, variables, attributes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(CODE) > 150
+    assert len(PAGES) > 20
+    assert len(TEMPLATES) >= 4
+
+
+@pytest.mark.parametrize("file", [f for f in CODE if READS_OLD_FILES not in f.stem], ids=shown)
+def test_no_name_is_a_retired_word(file: Path) -> None:
+    names = {name.strip("_").lower() for name in names_in(ast.parse(file.read_text(encoding="utf-8")))}
+    assert not names & NAMES
+
+
+@pytest.mark.parametrize("file", [*CODE, *PAGES, *TEMPLATES], ids=shown)
+def test_no_text_says_a_retired_word(file: Path) -> None:
+    if READS_OLD_FILES in file.stem:
+        return
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if TEXTS.search(line)] == []
