@@ -7,10 +7,38 @@ import pytest
 # PEFT's BOFT imports setuptools, which fails once anything (transformers, triton) has imported Python's own distutils.
 import setuptools  # noqa: F401
 
+SLOW = {
+    "base/test_distributed.py", "cli/test_compare.py", "cli/test_eval.py", "cli/test_export.py", "cli/test_inspect.py",
+    "cli/test_predict.py", "cli/test_pretrain.py", "cli/test_report.py", "cli/test_run.py", "cli/test_sweep.py",
+    "cli/test_trust.py", "data/test_manifest.py", "families/test_page.py", "faults/test_asked_to_stop.py",
+    "faults/test_corrupted.py", "faults/test_full_disk.py", "faults/test_hostile.py", "faults/test_killed.py",
+    "faults/test_promises.py", "faults/test_together.py", "injector/test_attach.py", "injector/test_peft_type.py",
+    "plugin_dev/test_check_command.py", "plugin_dev/test_isolation.py", "plugin_dev/test_new.py",
+    "runner/test_executors.py", "runner/test_migrations.py", "runner/test_provenance.py", "runner/test_ray.py",
+    "runner/test_run_inputs.py", "runner/test_sweep_elsewhere.py", "sites/test_strangers.py", "sites/test_toys.py",
+    "test_docs.py", "test_examples.py", "test_notebook.py", "test_results.py", "test_speed.py", "test_suites.py",
+    "test_wheel.py", "training/speed/test_feature_cache.py", "training/speed/test_onednn_linear.py",
+    "training/speed/test_speedups.py", "training/test_memory.py", "training/test_resume.py", "tuners/test_adalora.py",
+    "tuners/test_parity.py", "tuners/test_peft.py", "tuners/test_several.py", "tuners/test_transforms.py",
+}  # fmt: skip
+"""Files that train, start processes, or go through many models; `make quick` leaves them out."""
+BROWSER = {"serving/test_demo.py"}
+NETWORK = {"base/test_hub.py", "backbones/test_other_libraries.py", "serving/test_share.py"}
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their file: `slow`, `browser`, `network`."""
+    for item in items:
+        name = item.path.relative_to(HERE).as_posix() if item.path.is_relative_to(HERE) else "plugins"
+        for marker, files in (("slow", {*SLOW, "plugins"}), ("browser", BROWSER), ("network", NETWORK)):
+            if name in files:
+                item.add_marker(marker)
+
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a second, of AdaptFormer on digits; to be read, not written."""
+    """Return the directory of a finished run of AdaptFormer on digits. Read it, do not write to it."""
     from petune.runner.run import run
 
     place = tmp_path_factory.mktemp("digits") / "run"

@@ -41,6 +41,7 @@ def test_the_hand_written_model_is_the_injected_one_to_the_bit(bf16: bool, fused
     assert names[0] == pytest.approx(names[1], rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_runs_on_a_toy(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "speed.py"
     words = [sys.executable, str(script), "--quick", "--no-memory", "--output", str(tmp_path)]

@@ -148,6 +148,7 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
     assert f"- `bitfit`: {'**' if record['rates']['bitfit']['lr'] == 0.003 else ''}0.003 " in page
 
 
+@pytest.mark.exhaustive
 def test_what_two_machines_measured_is_joined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,11 +14,11 @@ READS_OLD_FILES = "migrations"
 """Files of this name hold old keys, since they read what older versions wrote."""
 
 NAMES = {
-    "picture", "pictures", "scores", "began", "held", "claimed", "hold_config", "free_path", "ledger", "claim", "bequeath",
-    "beneath", "behaviour", "moved_by", "branch", "adopt", "wake", "unread", "linears", "readers", "passage", "begin",
-    "stepped", "identity_at_start", "pack", "switch", "savings", "heap", "passing", "leg", "thought", "foreign", "led",
-    "in_turn", "agree", "tasks", "extra_loss", "train_per_class", "trust_code", "at_once",
-}  # fmt: skip
+    *("picture", "pictures", "scores", "began", "held", "claimed", "hold_config", "free_path", "ledger", "claim"),
+    *("bequeath", "beneath", "behaviour", "moved_by", "adopt", "wake", "unread", "linears", "readers", "passage"),
+    *("begin", "stepped", "identity_at_start", "pack", "savings", "heap", "passing", "leg", "thought", "foreign"),
+    *("led", "in_turn", "agree", "tasks", "extra_loss", "train_per_class", "trust_code", "at_once"),
+}
 TEXTS = re.compile(
     r"\bpictures?\b|\bledger\b|\bbequeath|\bbehaviour\b|--(over|at-once|trust-code|track|train-per-class)(?![\w-])"
     r"|\b(compare\.yaml|pictures\.json|began\.json)\b|\bvariant[=:] ?seed\b|\bvit_seed\b",

@@ -87,6 +87,7 @@ def test_killed_while_decoding_and_training(threads: int, program: Program, phot
     tally(what, "resumes bit-identically; no partial file in the cache", kills, held)
 
 
+@pytest.mark.exhaustive
 def test_compare_killed(program: Program, tmp_path: Path) -> None:
     methods = ("linear", "adaptformer", "full")
 

@@ -16,6 +16,7 @@ from petune.runner.run_config import RunConfig
 from tests.faults.conftest import TINY, WAIT_S, Program, tally, tries
 
 
+@pytest.mark.exhaustive
 def test_eight_starts_into_one_directory(program: Program, tmp_path: Path) -> None:
     words = ("run", "--method=linear", *TINY, "--output", tmp_path / "x")
     started = [program.start(*words) for _ in range(8)]

@@ -66,6 +66,7 @@ def test_a_method_that_refuses_every_model_fails_the_check(
     assert "refused  it wants another model" in capfd.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_the_fixture_fails_passes_and_skips(fake: Callable[..., None], pytester: pytest.Pytester) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake", "shy": "petune_fake_shy:Fake"}, BROKEN)
     fake("petune-fake-shy", {"unused": "petune_fake_shy:Fake"}, REFUSES)

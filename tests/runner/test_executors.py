@@ -86,6 +86,7 @@ def test_a_worker_does_a_run_and_tells_in_plain_data(tmp_path: Path, monkeypatch
         read_answer(trial(), one)
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_takes_outcomes_in_any_order(tmp_path: Path) -> None:
     def backwards(configs: Sequence[RunConfig], *rest: Any) -> Iterator[tuple[int, Outcome]]:
         yield from ((len(configs) - 1 - i, outcome) for i, outcome in serial(configs[::-1], *rest))

@@ -94,6 +94,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.exhaustive
 def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
     two = {"search": {"train.lr": (0.001, 0.02)}, "test": True}
     here = sweep(config(tmp_path / "here", **two))
@@ -138,6 +139,7 @@ def test_a_grid_is_handed_over_whole_and_nothing_done_is_done_again(
     assert (idle.batches, len(trained)) == ([], 3)
 
 
+@pytest.mark.exhaustive
 def test_sampled_in_batches_it_ends_alike_wherever_it_is_done_and_cut_off(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     fields = {"search": LRS, "trials": 5, "parallel_trials": 2}

@@ -59,6 +59,7 @@ def test_a_single_image_has_no_statistics(sizes: dict[str, int], tmp_path: Path)
         petune.run(**RUN, head="bn_linear", train={**TRAIN, **sizes}, output=tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_models_of_runs_before_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would count in the peak memory of the next run of a comparison."""
     models: list[weakref.ref[nn.Module]] = []

@@ -86,7 +86,11 @@ def _resumed(method: str, make: Make, toy: Make, directory: Path, **train: Any) 
     return _outcome(att, make(att, directory=directory, **train).fit(), directory)
 
 
-@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"])
+@pytest.mark.parametrize(
+    "mixing",
+    [pytest.param({}, marks=pytest.mark.exhaustive), {"mixup": 0.8, "cutmix": 1.0}],
+    ids=["plain", "mixed"],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_at_any_step(
     method: str, mixing: dict[str, float], tmp_path: Path, make_trainer: Make, toy: Make
