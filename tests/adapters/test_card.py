@@ -1,4 +1,4 @@
-"""The model card: what the hub reads, what people read, what runs; names from outside are text and nothing else."""
+"""The model card: the hub reads its head, its examples run, and names from outside are only text."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tests.tiny import X, randomised, tiny
 MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_images": 360}, "dataset": "digits", "method": "vpt:deep=false"}
 
 
-def card(place: Path, tuner: str = "adaptformer", /, **metadata: Any) -> str:
-    petune.attach(tiny(), tuner).save(place, metadata=metadata)
-    return (place / "README.md").read_text(encoding="utf-8")
+def card(path: Path, tuner: str = "adaptformer", /, **metadata: Any) -> str:
+    petune.attach(tiny(), tuner).save(path, metadata=metadata)
+    return (path / "README.md").read_text(encoding="utf-8")
 
 
 def head(text: str) -> dict[str, Any]:
-    """The front matter, as the hub's own parser finds it."""
+    """The front matter, which the hub's own parser accepts."""
     from huggingface_hub import ModelCard
 
-    found = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
-    assert found
-    parsed: dict[str, Any] = yaml.safe_load(found[1])
+    block = re.match(r"---\n(.*?)\n---\n", text, flags=re.S)
+    assert block
+    parsed: dict[str, Any] = yaml.safe_load(block[1])
     assert ModelCard(text).data.to_dict()["library_name"] == parsed["library_name"]
     return parsed
 
@@ -42,20 +42,20 @@ def examples(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
 
 
-def test_the_head_says_what_is_known_and_nothing_else(tmp_path: Path) -> None:
+def test_the_head_has_what_is_known_and_nothing_else(tmp_path: Path) -> None:
     assert set(head(card(tmp_path / "a"))) == {"library_name", "pipeline_tag", "tags"}
     known = {"backbone": {"hub_id": "timm/vit", "full_name": "vit"}, "license": "mit", **MEASURED, "dataset": "cifar10"}
-    said = head(card(tmp_path / "b", **known))
-    assert (said["base_model"], said["license"], said["datasets"]) == ("timm/vit", "mit", ["uoft-cs/cifar10"])
-    result = said["model-index"][0]["results"][0]
+    front = head(card(tmp_path / "b", **known))
+    assert (front["base_model"], front["license"], front["datasets"]) == ("timm/vit", "mit", ["uoft-cs/cifar10"])
+    result = front["model-index"][0]["results"][0]
     assert [metric["value"] for metric in result["metrics"]] == [0.8125, 0.995]
 
 
 def test_the_hub_reads_the_results(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
-    found = ModelCard(card(tmp_path / "a", **MEASURED)).data.eval_results
-    assert [(one.dataset_name, one.metric_value) for one in found] == [("digits", 0.8125), ("digits", 0.995)]
+    results = ModelCard(card(tmp_path / "a", **MEASURED)).data.eval_results
+    assert [(result.dataset_name, result.metric_value) for result in results] == [("digits", 0.8125), ("digits", 0.995)]
 
 
 @pytest.mark.parametrize(("method", "library"), [("lora", "peft"), ("adaptformer", "petune")])
@@ -103,9 +103,9 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
     text = card(tmp_path / "a", classes=[NASTY, "cat"], method=NASTY, license=NASTY, dataset=NASTY,
                 backbone={"full_name": NASTY, "weights": NASTY, "hub_id": NASTY}, training={"seed": NASTY},
                 test=MEASURED["test"])  # fmt: skip
-    said = head(text)
-    assert said["license"].startswith("<script>")
-    assert "\n" not in said["license"]
+    front = head(text)
+    assert front["license"].startswith("<script>")
+    assert "\n" not in front["license"]
     body = text.split("\n---\n", 1)[1]
     assert "<script" not in body
     assert "http://" not in body
@@ -134,7 +134,7 @@ def test_markdown_shows_it_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("name", "shown"),
     [
         ("folder:../clients/acme/pets", "folder:pets"),
         ("folder:clients/pets/", "folder:pets"),
@@ -146,8 +146,8 @@ def test_markdown_shows_it_as_it_is() -> None:
         ("cifar10", "cifar10"),
     ],
 )
-def test_folders_are_taken_out_of_names(said: str, shown: str) -> None:
-    assert hide_folders(said) == shown
+def test_folders_are_taken_out_of_names(name: str, shown: str) -> None:
+    assert hide_folders(name) == shown
 
 
 def test_weights_are_called_by_their_file() -> None:

@@ -1,4 +1,4 @@
-"""The fingerprint: read once while nothing changes, and never an old one for changed tensors."""
+"""The fingerprint: computed once while nothing changes, and again when a tensor has changed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Change = Callable[[nn.Module], Any]
 
 
 def weight(model: nn.Module) -> nn.Parameter:
-    found: nn.Parameter = model.blocks[1].mlp.fc1.weight
-    return found
+    fc1: nn.Parameter = model.blocks[1].mlp.fc1.weight
+    return fc1
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ CHANGES = [
 
 
 def fresh(att: petune.Attachment) -> str:
-    """Of a copy, which has nothing kept."""
+    """The fingerprint of a copy, which has no cache."""
     return petune.attach(copy.deepcopy(att.model), "linear", train_head=False, name="other").fingerprint()
 
 
@@ -90,7 +90,7 @@ def test_a_change_is_seen(change: Change) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every backbone that is read as a whole."""
+    """A list that grows whenever a whole backbone is hashed."""
     count: list[int] = []
 
     def sha256() -> Any:
@@ -108,10 +108,10 @@ def test_what_has_not_changed_is_read_once(reads: list[int], tmp_path: Any) -> N
         att.save(tmp_path / name)
         att.detach()
     assert len(reads) == 1
-    tasks = petune.AdapterBank(model)
+    bank = petune.AdapterBank(model)
     for number, name in enumerate(["adaptformer", "vpt", "lora", "adaptformer", "vpt"]):
-        tasks.load(str(number), tmp_path / name)
-        tasks.use(str(number))
+        bank.load(str(number), tmp_path / name)
+        bank.use(str(number))
     assert len(reads) == 1
     petune.load(copy.deepcopy(tiny()), tmp_path / "vpt")
     assert len(reads) == 2

@@ -1,4 +1,4 @@
-"""The test image: a backbone, or a method, of the same tensors that computes something else is refused."""
+"""Reference logits: a backbone or a method with the same tensors that computes something else is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS = ["adaptformer", "vpt", "bitfit", "linear", "lora"]
 
 
 def sharpened(**options: Any) -> nn.Module:
-    """Attention as trained ones have it: an untrained one averages, and it does not matter over how many heads."""
+    """A model with sharp attention, as after training: an untrained one averages, whatever the number of heads."""
     model = tiny(**options)
     with torch.no_grad():
         for block in model.blocks:
@@ -89,7 +89,7 @@ def test_rounding_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["adaptformer", "linear", "vpt", "bitfit"])
 def test_a_forward_that_enters_autocast_itself_is_the_same_backbone(method: str, tmp_path: Path) -> None:
-    """As accelerate's does, whose model is saved from, loaded into, and attached to."""
+    """accelerate prepares models in that way."""
 
     def prepared() -> nn.Module:
         model = sharpened()
@@ -97,32 +97,32 @@ def test_a_forward_that_enters_autocast_itself_is_the_same_backbone(method: str,
         model.forward = lambda x: torch.autocast("cpu", torch.bfloat16)(plain)(x)  # type: ignore[method-assign]
         return model
 
-    for made, other in ((prepared, sharpened), (sharpened, prepared)):
-        att = randomised(petune.attach(made(), method))
-        att.save(tmp_path / made.__name__)
-        said = petune.load(other(), tmp_path / made.__name__).reference_logits()
-        assert said == att.reference_logits()
+    for build, other in ((prepared, sharpened), (sharpened, prepared)):
+        att = randomised(petune.attach(build(), method))
+        att.save(tmp_path / build.__name__)
+        reference = petune.load(other(), tmp_path / build.__name__).reference_logits()
+        assert reference == att.reference_logits()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_allowed_lies_above_rounding_and_below_another_backbone(dtype: torch.dtype) -> None:
+def test_the_tolerance_is_above_rounding_and_below_another_backbone(dtype: torch.dtype) -> None:
     att = randomised(petune.attach(sharpened().to(dtype), "adaptformer"))
-    said = att.reference_logits()
-    assert said is not None
-    assert len(said["logits"]) == 5
-    exact = torch.tensor(said["logits"], dtype=torch.float64)
+    reference = att.reference_logits()
+    assert reference is not None
+    assert len(reference["logits"]) == 5
+    exact = torch.tensor(reference["logits"], dtype=torch.float64)
     places = torch.arange(3 * 16 * 16, dtype=torch.float64)
     image = torch.sin(places**2 / 10).reshape(1, 3, 16, 16).float()
     with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32), torch.no_grad():
         rounded = (att.model if dtype == torch.float32 else att.model.float())(image).flatten().double()
     off = float((rounded - exact).abs().max())
-    assert off < said["tolerance"] < float(exact.abs().max()) / 6
+    assert off < reference["tolerance"] < float(exact.abs().max()) / 6
 
 
 @pytest.mark.parametrize(
     "damage", [[], {}, {"logits": "abc", "tolerance": 1}, {"logits": [1.0], "tolerance": 1}, {"logits": None}, "x", 3]
 )
-def test_what_cannot_be_read_is_one_error(damage: Any, tmp_path: Path) -> None:
+def test_reference_logits_that_cannot_be_read_are_an_error(damage: Any, tmp_path: Path) -> None:
     randomised(petune.attach(tiny(), "adaptformer")).save(tmp_path / "a")
     saved = read_adapter(tmp_path / "a")
     saved.config["reference_logits"] = damage
@@ -145,7 +145,7 @@ def test_a_large_bias_hides_nothing(tmp_path: Path) -> None:
 
 def test_a_forward_with_choices_allows_for_them() -> None:
     class Choosing(nn.Module):
-        """Takes whichever of two roads a hair decides."""
+        """Adds 1 to the logits if their sum is above a limit."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -171,14 +171,14 @@ def test_a_forward_with_choices_allows_for_them() -> None:
     assert max(above["tolerance"], below["tolerance"]) > 0.9 > 0.1 > plain["tolerance"]
 
 
-def test_beside_others_it_cannot_be_told_and_what_is_off_is_told_as_on(tmp_path: Path) -> None:
+def test_there_are_none_next_to_others_and_a_disabled_attachment_is_enabled_for_them(tmp_path: Path) -> None:
     first = randomised(petune.attach(sharpened(), "adaptformer"))
-    alone = first.reference_logits()
+    expected = first.reference_logits()
     second = petune.attach(first.model, "linear")
     assert first.reference_logits() is None
     second.disable()
     first.disable()
-    assert first.reference_logits() == alone
+    assert first.reference_logits() == expected
     assert not first.enabled
     first.save(tmp_path / "a")
     with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
@@ -194,14 +194,14 @@ def test_logits_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
     assert petune.load(tiny(), tmp_path / "a").attached
 
 
-def test_a_model_that_passed_once_is_looked_at_again(tmp_path: Path) -> None:
+def test_a_model_that_passed_once_is_checked_again(tmp_path: Path) -> None:
     randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "two")
     randomised(petune.attach(sharpened(num_heads=3), "adaptformer")).save(tmp_path / "three")
-    tasks = petune.AdapterBank(sharpened())
-    tasks.load("a", tmp_path / "two")
+    bank = petune.AdapterBank(sharpened())
+    bank.load("a", tmp_path / "two")
     with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
-        tasks.load("b", tmp_path / "three")
-    tasks.load("b", tmp_path / "two")
+        bank.load("b", tmp_path / "three")
+    bank.load("b", tmp_path / "two")
     model = sharpened()
     petune.load(model, tmp_path / "two").detach()
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""attach: what trains, what stays, and that nothing is left when it fails or ends."""
+"""attach: what trains, what stays frozen, and that nothing is left after a failure or detach."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def steps(att: petune.Attachment, number: int = 3) -> None:
 
 
 class Custom(petune.Tuner[petune.TunerConfig]):
-    """A tuner made of a function."""
+    """A tuner that calls a function."""
 
-    def __init__(self, how: Callable[[petune.Edit], None]) -> None:
+    def __init__(self, edit_model: Callable[[petune.Edit], None]) -> None:
         super().__init__()
-        self.how = how
+        self.edit_model = edit_model
 
     def attach(self, edit: petune.Edit) -> None:
-        self.how(edit)
+        self.edit_model(edit)
 
 
 class Shift(nn.Module):
@@ -162,9 +162,9 @@ FAILURES: dict[str, tuple[Callable[[petune.Edit], None], type[Exception], str]] 
 }
 
 
-@pytest.mark.parametrize("what", FAILURES)
-def test_a_failed_attach_leaves_the_model_as_it_was(what: str) -> None:
-    how, error, message = FAILURES[what]
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_attach_leaves_the_model_as_it_was(failure: str) -> None:
+    edit_model, error, message = FAILURES[failure]
     model = tiny()
     model.unused = nn.Linear(24, 24)
     before = snapshot(model)
@@ -173,7 +173,7 @@ def test_a_failed_attach_leaves_the_model_as_it_was(what: str) -> None:
         edit.after(edit.sites.blocks[0].attn, Shift(24))
         edit.prompt(edit.sites.blocks[0], Prompt())
         edit.train(edit.sites.blocks[1])
-        how(edit)
+        edit_model(edit)
 
     with pytest.raises(error, match=message):
         petune.attach(model, Custom(first_something))
@@ -204,7 +204,7 @@ def test_a_parameter_without_gradient_is_named() -> None:
         att.check_gradients()
 
 
-def test_disabled_is_the_backbone_to_the_bit_and_nests() -> None:
+def test_disabled_is_the_backbone_bit_for_bit_and_nests() -> None:
     model = tiny()
     plain = model(X)
     att = petune.attach(model, "adaptformer")
@@ -276,7 +276,7 @@ def test_what_a_backbone_never_uses_may_stay_as_it_is() -> None:
         att.check_gradients()
 
 
-def test_an_adapter_that_does_nothing_is_told() -> None:
+def test_an_adapter_that_does_nothing_is_an_error() -> None:
     class Off(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 0 * super().forward(x)
@@ -298,9 +298,9 @@ def test_an_adapter_that_does_nothing_is_told() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "fact", "vpt", "vpt:deep=false", "adaptformer", "lst"])
 def test_no_activation_is_kept(method: str) -> None:
-    """A hundred tasks hold a hundred adapters, and nothing of the images that attaching looked at."""
+    """An attachment holds no activations of the forwards that attaching ran."""
 
-    def held(model: nn.Module) -> int:
+    def held_elsewhere(model: nn.Module) -> int:
         gc.collect()
         own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
@@ -311,9 +311,9 @@ def test_no_activation_is_kept(method: str) -> None:
         "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=24, depths=(2, 2),
         num_heads=(2, 4), num_classes=3,
     ) if method.startswith("vpt") else tiny()  # fmt: skip
-    before = held(model)
+    before = held_elsewhere(model)
     att = petune.attach(model, method)
-    assert held(model) - before <= sum(p.numel() for p in att.head.values())  # the head's values from before
+    assert held_elsewhere(model) - before <= sum(p.numel() for p in att.head.values())  # the head's values from before
 
 
 def test_a_method_that_finds_nothing_to_train_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Saved adapters: equal to the bit when loaded, and refused on any other backbone."""
+"""Saved adapters: bit-exact when loaded, and refused on any other backbone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trained(method: str = "adaptformer", model: nn.Module | None = None) -> petu
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_loaded_on_a_fresh_model_it_is_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
+def test_loaded_on_a_fresh_model_it_is_bit_exact(method: str, tmp_path: Path) -> None:
     att = trained(method)
     att.save(tmp_path / "a", metadata={"classes": list("abcde")})
     fresh = tiny()
@@ -97,10 +97,10 @@ def _nudged() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_another_backbone_is_refused_by_name_and_left_as_it_was(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("difference", WRONG)
+def test_another_backbone_is_refused_with_the_difference_and_left_as_it_was(difference: str, tmp_path: Path) -> None:
     trained().save(tmp_path / "a")
-    build, message = WRONG[what]
+    build, message = WRONG[difference]
     model = build()
     before = {key: t.clone() for key, t in model.state_dict().items()}
     with pytest.raises(BackboneMismatch, match=message):
@@ -110,9 +110,9 @@ def test_another_backbone_is_refused_by_name_and_left_as_it_was(what: str, tmp_p
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_size_of_images_is_the_files(tmp_path: Path) -> None:
+def test_the_image_size_is_taken_from_the_file(tmp_path: Path) -> None:
     class Silent(nn.Module):
-        """Does not tell how large its images are."""
+        """A model that does not tell how large its images are."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -133,28 +133,28 @@ def test_the_size_of_images_is_the_files(tmp_path: Path) -> None:
 
 
 def test_damage_and_newer_formats_are_named(tmp_path: Path) -> None:
-    place = tmp_path / "a"
+    path = tmp_path / "a"
     with pytest.raises(CheckpointError, match=r"no adapter in .*adapter_config\.json"):
-        petune.load(tiny(), place)
+        petune.load(tiny(), path)
     att = trained()
-    att.save(place)
-    file = place / "adapter_model.safetensors"
+    att.save(path)
+    file = path / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
     file.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is damaged"):
-        petune.load(tiny(), place)
-    att.save(place)
-    petune.load(tiny(), place)
+        petune.load(tiny(), path)
+    att.save(path)
+    petune.load(tiny(), path)
 
 
-def _resealed(place: Path, change: Callable[[dict[str, object]], object]) -> None:
+def _resealed(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     from petune.base.files import write_directory
 
-    files = {p.name: p.read_bytes() for p in place.iterdir() if p.name != "manifest.json"}
+    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != "manifest.json"}
     config = json.loads(files["adapter_config.json"])
     change(config)
-    write_directory(place, {**files, "adapter_config.json": json.dumps(config).encode()})
+    write_directory(path, {**files, "adapter_config.json": json.dumps(config).encode()})
 
 
 def test_a_newer_format_and_an_unknown_tuner_say_what_to_do(tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_only_an_adapter_is_replaced(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     (tmp_path / "link").symlink_to("elsewhere")
     before = sorted(tmp_path.rglob("*"))
-    for place in ("run", "file", "link"):
+    for path in ("run", "file", "link"):
         with pytest.raises(UsageError, match=r"exists and is not an adapter directory"):
-            att.save(tmp_path / place)
+            att.save(tmp_path / path)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "file").read_text() == (tmp_path / "run" / "adapter_config.json").read_text() == "mine"
     (tmp_path / "empty").mkdir()

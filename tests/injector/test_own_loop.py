@@ -1,4 +1,4 @@
-"""Attachments in training code of one's own: own models, autocast, parts and wholes, forwards that are cut short."""
+"""Attachments in the user's own training code: own models, autocast, parts of models, interrupted forwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Own(nn.Module):
         return self.head(self.backbone(x))
 
 
-def test_layers_before_the_classifier_are_told_and_may_belong_to_it(tmp_path: Path) -> None:
+def test_layers_before_the_classifier_are_named_and_may_belong_to_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"head\.2\. Further layers .* head\.0\. "):
         assert list(petune.attach(Own(), "adaptformer").head) == ["head.2.weight", "head.2.bias"]
     model = Own().eval()
@@ -44,7 +44,7 @@ def test_layers_before_the_classifier_are_told_and_may_belong_to_it(tmp_path: Pa
     assert list(att.head) == ["head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"]
     att.save(tmp_path / "a")
     other = Own().eval()
-    nn.init.zeros_(other.head[0].weight)  # a new one is another one
+    nn.init.zeros_(other.head[0].weight)  # its initial values are not part of the backbone
     petune.load(other, tmp_path / "a", sites=petune.find_sites(other, head="head"))
     assert torch.equal(other(X), model(X))
     with pytest.raises(AttachError, match=r"head must be the path of a module of Own with parameters, but is 'hed'"):
@@ -64,17 +64,17 @@ def test_a_part_and_its_whole_are_not_both_attached_to() -> None:
     petune.attach(net, "adaptformer")
 
 
-def test_a_backbone_in_two_models_is_attached_to_in_one() -> None:
-    one = nn.Sequential(body(), nn.Linear(24, 5))
-    two = nn.Sequential(nn.Identity(), one[0], nn.Linear(24, 5))
-    att = petune.attach(one, "adaptformer")
+def test_a_backbone_in_two_models_gets_attachments_in_one() -> None:
+    first = nn.Sequential(body(), nn.Linear(24, 5))
+    second = nn.Sequential(nn.Identity(), first[0], nn.Linear(24, 5))
+    att = petune.attach(first, "adaptformer")
     with pytest.raises(AttachError, match=r"another model|attached already to 1"):
-        petune.attach(two, "adaptformer")
+        petune.attach(second, "adaptformer")
     assert all(p.requires_grad for p in att.parameters())
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "bitfit", "full"])
-def test_switched_inside_autocast_it_is_the_backbone(method: str) -> None:
+def test_disabled_inside_autocast_it_is_the_backbone(method: str) -> None:
     model = tiny()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = model(X)
@@ -86,7 +86,7 @@ def test_switched_inside_autocast_it_is_the_backbone(method: str) -> None:
         assert torch.equal(model(X), with_it)
 
 
-def test_a_forward_that_was_cut_short_leaves_nothing_to_the_next() -> None:
+def test_an_interrupted_forward_leaves_nothing_to_the_next() -> None:
     model = tiny()
     randomised(petune.attach(model, "lst"))
     whole = model(X)

@@ -1,4 +1,4 @@
-"""petune's tuners as PEFT methods: what petune has saved loads with PEFT, equal to the bit, and the other way round."""
+"""petune's tuners as a PEFT type: what petune saved loads with PEFT, bit for bit, and the other way round."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def test_saved_by_petune_loaded_by_peft_saved_by_peft_loaded_by_petune(name: str
         pytest.skip(str(refused))
     att.save(tmp_path / "a", metadata={"classes": ["x", "y", "z"]})
     theirs = peft.PeftModel.from_pretrained(build(), str(tmp_path / "a"))
-    wanted = logits(att.model)
-    assert torch.equal(logits(theirs), wanted)
-    assert not torch.equal(wanted, logits(plain))
+    expected = logits(att.model)
+    assert torch.equal(logits(theirs), expected)
+    assert not torch.equal(expected, logits(plain))
     assert not any(p.requires_grad for p in theirs.base_model.attachments["default"].parameters())
     with theirs.disable_adapter():
         assert torch.equal(logits(theirs), logits(plain))
     theirs.save_pretrained(tmp_path / "b")
     again = petune.load(build(), tmp_path / "b")
-    assert torch.equal(logits(again.model), wanted)
+    assert torch.equal(logits(again.model), expected)
     assert torch.equal(logits(theirs.unload()), logits(plain))
 
 
-def test_begun_and_trained_with_peft(tmp_path: Path) -> None:
+def test_created_and_trained_with_peft(tmp_path: Path) -> None:
     built = peft.get_peft_model(tiny(), PetuneConfig(tuner="adaptformer", config={"bottleneck": 3}))
     trainable, total = built.get_nb_trainable_parameters()
     assert trainable == petune.attach(tiny(), "adaptformer", bottleneck=3).counts.tuned + 24 * 5 + 5
@@ -87,28 +87,28 @@ def test_begun_and_trained_with_peft(tmp_path: Path) -> None:
     assert isinstance(peft.PeftConfig.from_pretrained(str(tmp_path / "a")), PetuneConfig)
 
 
-def test_several_adapters_are_switched(tmp_path: Path) -> None:
-    wanted = {}
+def test_several_adapters_take_turns(tmp_path: Path) -> None:
+    expected = {}
     for number, name in enumerate(["adaptformer", "vpt", "bitfit"]):
         att = trained(name, tiny(), seed=number)
         att.save(tmp_path / name)
-        wanted[name] = logits(att.model)
+        expected[name] = logits(att.model)
     model = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "adaptformer"), "adaptformer")
     for name in ("vpt", "bitfit"):
         model.load_adapter(str(tmp_path / name), name)
-        assert torch.equal(logits(model), wanted["adaptformer"])  # loading one more does not switch
+        assert torch.equal(logits(model), expected["adaptformer"])  # loading one more does not switch
     for name in ("bitfit", "vpt", "adaptformer", "bitfit"):
         model.set_adapter(name)
-        assert torch.equal(logits(model), wanted[name])
+        assert torch.equal(logits(model), expected[name])
         held = {id(p) for p in model.base_model.attachments[name].parameters()}
         assert {id(p) for p in model.parameters() if p.requires_grad} == held
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tiny()))
     model.delete_adapter("bitfit")
-    assert torch.equal(logits(model), wanted["adaptformer"])
+    assert torch.equal(logits(model), expected["adaptformer"])
     model.save_pretrained(tmp_path / "all")
     for name in ("adaptformer", "vpt"):
-        assert torch.equal(logits(petune.load(tiny(), tmp_path / "all" / name).model), wanted[name])
+        assert torch.equal(logits(petune.load(tiny(), tmp_path / "all" / name).model), expected[name])
     back = model.unload()
     assert torch.equal(logits(back), logits(tiny()))
     assert list(back.state_dict()) == list(tiny().state_dict())
@@ -129,7 +129,7 @@ def test_merged(tmp_path: Path) -> None:
         model.merge_adapter()
 
 
-def test_petunes_checks_stay(tmp_path: Path) -> None:
+def test_another_backbone_is_refused(tmp_path: Path) -> None:
     trained("adaptformer", tiny()).save(tmp_path / "a")
     other = tiny(seed=5)
     before = logits(other)
@@ -150,7 +150,7 @@ def test_petunes_checks_stay(tmp_path: Path) -> None:
         model(X, adapter_names=["default", "__base__"])
 
 
-def test_the_enum_is_whole() -> None:
+def test_the_enum_is_complete() -> None:
     petune.register_with_peft()  # a second time
     member = peft.PeftType("PETUNE")
     assert member is peft.PeftType.PETUNE is peft.PeftType["PETUNE"] is list(peft.PeftType)[-1]

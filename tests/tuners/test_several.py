@@ -1,4 +1,4 @@
-"""Several attachments on one model: stacked, in any order; tasks by name; and one batch for many tasks."""
+"""Several attachments on one model: stacked in any order; tasks by name; one batch for many tasks."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ IN_TURN = [
 @pytest.mark.parametrize("stack", IN_TURN, ids="+".join)
 def test_stacked_is_saved_and_loaded_in_turn(stack: tuple[str, ...], tmp_path: Path) -> None:
     built = model()
-    names = [f"{method}{place}" for place, method in enumerate(stack)]
+    names = [f"{method}{index}" for index, method in enumerate(stack)]
     atts = [petune.attach(built, method, name=name) for method, name in zip(stack, names, strict=True)]
     for _ in range(2):
         step(*atts)
@@ -111,7 +111,7 @@ def test_stacked_is_not_loaded_in_another_order(tmp_path: Path) -> None:
         petune.load(fresh, tmp_path / "adaptformer")
 
 
-def test_what_a_later_one_has_not_kept_is_not_guessed(tmp_path: Path) -> None:
+def test_a_value_that_a_later_attachment_did_not_keep_is_an_error(tmp_path: Path) -> None:
     built = model()
     first = petune.attach(built, "adaptformer")
     petune.attach(built, "bitfit", keep_original=False)
@@ -122,10 +122,10 @@ def test_what_a_later_one_has_not_kept_is_not_guessed(tmp_path: Path) -> None:
 
 def test_counts_leave_others_out() -> None:
     built = model()
-    alone = petune.attach(model(), "bitfit").counts
+    single = petune.attach(model(), "bitfit").counts
     petune.attach(built, "adaptformer")
     stacked = petune.attach(built, "bitfit").counts
-    assert (stacked.tuned, stacked.backbone) == (alone.tuned, alone.backbone)
+    assert (stacked.tuned, stacked.backbone) == (single.tuned, single.backbone)
 
 
 def test_names_must_differ() -> None:
@@ -157,18 +157,18 @@ METHODS = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every task trained alone, on the same backbone."""
-    place = tmp_path_factory.mktemp("tasks")
+    root = tmp_path_factory.mktemp("tasks")
     for name, (method, classes, options) in METHODS.items():
         torch.manual_seed(len(name))
         att = petune.attach(model(classes), method, **options)
         with torch.no_grad():
             for p in att.parameters():
                 p.add_(torch.randn_like(p), alpha=0.2)
-        att.save(place / name)
-    return {name: place / name for name in METHODS}
+        att.save(root / name)
+    return {name: root / name for name in METHODS}
 
 
-def alone(path: Path, name: str) -> nn.Module:
+def single_task(path: Path, name: str) -> nn.Module:
     built = model(METHODS[name][1])
     petune.load(built, path)
     return built
@@ -177,15 +177,15 @@ def alone(path: Path, name: str) -> nn.Module:
 def test_tasks_by_name(saved: dict[str, Path]) -> None:
     built = model()
     plain, keys = logits(built), list(built.state_dict())
-    tasks = petune.AdapterBank(built)
+    bank = petune.AdapterBank(built)
     names = ["pets", "vpt", "lora", "bitfit", "lora2"]
     for name in names:
-        tasks.load(name, saved[name])
+        bank.load(name, saved[name])
     for name in (*names, None, *reversed(names), None):
-        wanted = plain if name is None else logits(alone(saved[name], name))
-        assert torch.equal(logits(tasks.use(name)), wanted), name
+        expected = plain if name is None else logits(single_task(saved[name], name))
+        assert torch.equal(logits(bank.use(name)), expected), name
     for name in names:
-        tasks.remove(name)
+        bank.remove(name)
     assert torch.equal(logits(built), plain)
     assert list(built.state_dict()) == keys
 
@@ -193,23 +193,23 @@ def test_tasks_by_name(saved: dict[str, Path]) -> None:
 @pytest.mark.parametrize("active", ["pets", None])
 @torch.no_grad()
 def test_classifiers_follow_a_model_that_moved(saved: dict[str, Path], active: str | None) -> None:
-    tasks = petune.AdapterBank(model())
+    bank = petune.AdapterBank(model())
     for name in ("pets", "vpt", "bitfit"):
-        tasks.load(name, saved[name])
-    tasks.use(active)
-    tasks.model.double()
-    tasks.use(None)
+        bank.load(name, saved[name])
+    bank.use(active)
+    bank.model.double()
+    bank.use(None)
     mix = ["pets", None, "vpt", "bitfit", "pets"]
-    for row, out in zip(mix, tasks(X[:5].double(), mix), strict=True):
-        wanted = logits(model() if row is None else alone(saved[row], row).eval(), X[:5])[mix.index(row)]
+    for row, out in zip(mix, bank(X[:5].double(), mix), strict=True):
+        expected = logits(model() if row is None else single_task(saved[row], row).eval(), X[:5])[mix.index(row)]
         if mix.count(row) == 1:
-            torch.testing.assert_close(out.float(), wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out.float(), expected, atol=1e-5, rtol=1e-5)
     for name in ("bitfit", "pets", "vpt"):
         torch.testing.assert_close(
-            logits(tasks.use(name), X.double()).float(), logits(alone(saved[name], name)), atol=1e-5, rtol=1e-5
+            logits(bank.use(name), X.double()).float(), logits(single_task(saved[name], name)), atol=1e-5, rtol=1e-5
         )
-        tasks.remove(name)
-    torch.testing.assert_close(logits(tasks.model, X.double()).float(), logits(model()), atol=1e-5, rtol=1e-5)
+        bank.remove(name)
+    torch.testing.assert_close(logits(bank.model, X.double()).float(), logits(model()), atol=1e-5, rtol=1e-5)
 
 
 MIXES = [
@@ -226,19 +226,19 @@ MIXES = [
 @pytest.mark.parametrize("mix", MIXES, ids=str)
 @torch.no_grad()
 def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None, ...]) -> None:
-    tasks = petune.AdapterBank(model())
+    bank = petune.AdapterBank(model())
     for name in filter(None, mix):
-        if name not in tasks.adapters:
-            tasks.load(name, saved[name])
+        if name not in bank.adapters:
+            bank.load(name, saved[name])
     names = list(itertools.islice(itertools.cycle(mix), max(6, len(mix))))
     x = torch.randn(len(names), 3, 16, 16)
-    out = tasks(x, names)
+    out = bank(x, names)
     for row, name in enumerate(names):
-        wanted = logits(model() if name is None else alone(saved[name], name), x[row : row + 1])[0]
-        assert out[row].shape == wanted.shape
-        torch.testing.assert_close(out[row], wanted, atol=1e-6, rtol=1e-5)
-    assert tasks.active is None
-    assert torch.equal(logits(tasks.model), logits(model()))
+        expected = logits(model() if name is None else single_task(saved[name], name), x[row : row + 1])[0]
+        assert out[row].shape == expected.shape
+        torch.testing.assert_close(out[row], expected, atol=1e-6, rtol=1e-5)
+    assert bank.active is None
+    assert torch.equal(logits(bank.model), logits(model()))
 
 
 @pytest.mark.parametrize(
@@ -247,38 +247,38 @@ def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None,
      (("vpt", "vpt3", "shallow", "bitfit", "lst", "ia3"), 6)],
 )  # fmt: skip
 def test_tasks_share_a_forward_where_they_can(saved: dict[str, Path], mix: tuple[str | None, ...], passes: int) -> None:
-    tasks = petune.AdapterBank(model())
+    bank = petune.AdapterBank(model())
     for name in filter(None, mix):
-        tasks.load(name, saved[name])
+        bank.load(name, saved[name])
     seen: list[int] = []
-    tasks.model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    tasks(torch.randn(len(mix), 3, 16, 16), list(mix))
+    bank.model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    bank(torch.randn(len(mix), 3, 16, 16), list(mix))
     assert len(seen) == passes
     assert sum(seen) == len(mix)
 
 
-def test_what_tasks_refuse(saved: dict[str, Path]) -> None:
-    tasks = petune.AdapterBank(model())
-    tasks.load("pets", saved["pets"])
+def test_refused_calls_of_a_bank(saved: dict[str, Path]) -> None:
+    bank = petune.AdapterBank(model())
+    bank.load("pets", saved["pets"])
     with pytest.raises(UsageError, match="already loaded"):
-        tasks.load("pets", saved["cars"])
+        bank.load("pets", saved["cars"])
     with pytest.raises(UsageError, match="no adapter 'dogs'"):
-        tasks.use("dogs")
+        bank.use("dogs")
     with pytest.raises(UsageError, match="one name per row"):
-        tasks(X, ["pets"])
+        bank(X, ["pets"])
     with pytest.raises(AttachError, match="detach"):
-        petune.AdapterBank(tasks.model)
+        petune.AdapterBank(bank.model)
 
 
 def test_a_task_that_does_not_fit_leaves_the_others_alone(saved: dict[str, Path], tmp_path: Path) -> None:
     other = model()
     nn.init.normal_(other.blocks[0].attn.qkv.weight)
     petune.attach(other, "adaptformer").save(tmp_path / "foreign")
-    tasks = petune.AdapterBank(model())
-    tasks.load("pets", saved["pets"])
+    bank = petune.AdapterBank(model())
+    bank.load("pets", saved["pets"])
     with pytest.raises(petune.PetuneError, match="other weights"):
-        tasks.load("foreign", tmp_path / "foreign")
-    assert torch.equal(logits(tasks.use("pets")), logits(alone(saved["pets"], "pets")))
+        bank.load("foreign", tmp_path / "foreign")
+    assert torch.equal(logits(bank.use("pets")), logits(single_task(saved["pets"], "pets")))
 
 
 WINDOWS = {"lora": {"r": 2}, "lora:": {"targets": "attn"}, "adaptformer": {}, "ssf": {}, "houlsby": {}}
@@ -298,23 +298,24 @@ def windowed(num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
-    """A layer inside the attention has a row for each window: what cannot share a forward must not do so unseen."""
-    tasks, alone = petune.AdapterBank(windowed(3)), {}
+    """A layer inside the attention has a row for each window, so its task cannot share a forward."""
+    bank = petune.AdapterBank(windowed(3))
+    single = {}
     for number, (name, options) in enumerate(WINDOWS.items(), 2):
         att = petune.attach(windowed(number), name.strip(":"), **options)
         for p in att.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
         att.save(tmp_path / str(number))
-        tasks.load(name, tmp_path / str(number))
-        alone[name] = att.model
+        bank.load(name, tmp_path / str(number))
+        single[name] = att.model
     names = [*WINDOWS, None, *WINDOWS]
     x = torch.randn(len(names), 3, 28, 28)
     for _ in range(2):
-        for row, (name, out) in enumerate(zip(names, tasks(x, names), strict=True)):
-            wanted = logits(alone[name] if name else windowed(3), x[row : row + 1])[0]
-            assert out.shape == wanted.shape
-            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
-    assert torch.equal(logits(tasks.model, x), logits(windowed(3), x))
+        for row, (name, out) in enumerate(zip(names, bank(x, names), strict=True)):
+            expected = logits(single[name] if name else windowed(3), x[row : row + 1])[0]
+            assert out.shape == expected.shape
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(bank.model, x), logits(windowed(3), x))
 
 
 def filled(att: petune.Attachment, value: float) -> petune.Attachment:
@@ -324,8 +325,8 @@ def filled(att: petune.Attachment, value: float) -> petune.Attachment:
     return att
 
 
-@pytest.mark.parametrize("first_on", [True, False])
-def test_what_two_train_comes_back_in_any_order(first_on: bool) -> None:
+@pytest.mark.parametrize("first_enabled", [True, False])
+def test_what_two_train_is_restored_in_any_order(first_enabled: bool) -> None:
     built = model()
     plain = logits(built)
     a = filled(petune.attach(built, "linear", name="a"), 0.1)
@@ -333,10 +334,10 @@ def test_what_two_train_comes_back_in_any_order(first_on: bool) -> None:
     b = filled(petune.attach(built, "linear", name="b"), 0.2)
     of_b = logits(built)
     a.disable()
-    assert torch.equal(logits(built), of_b)  # the last that is on has its way
+    assert torch.equal(logits(built), of_b)  # the last one that is enabled counts
     b.disable()
     assert torch.equal(logits(built), plain)
-    for att in (a, b) if first_on else (b, a):
+    for att in (a, b) if first_enabled else (b, a):
         att.enable()
     assert torch.equal(logits(built), of_b)
     b.disable()
@@ -350,7 +351,7 @@ def test_what_two_train_comes_back_in_any_order(first_on: bool) -> None:
     assert torch.equal(logits(built), plain)
 
 
-def test_one_that_is_off_while_another_comes_keeps_what_it_trained() -> None:
+def test_one_that_is_disabled_while_another_attaches_keeps_its_values() -> None:
     built = model()
     plain = logits(built)
     a = filled(petune.attach(built, "linear", name="a"), 0.1)
@@ -368,7 +369,7 @@ def test_one_that_is_off_while_another_comes_keeps_what_it_trained() -> None:
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "bitfit", "full"])
-def test_one_that_is_off_is_saved_as_trained(method: str, tmp_path: Path) -> None:
+def test_one_that_is_disabled_is_saved_as_trained(method: str, tmp_path: Path) -> None:
     built = model()
     att = filled(petune.attach(built, method), 0.05)
     trained = logits(built)
@@ -390,12 +391,12 @@ def test_one_that_is_off_is_saved_as_trained(method: str, tmp_path: Path) -> Non
 
 def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], tmp_path: Path) -> None:
     built = model()
-    tasks = petune.AdapterBank(built)
-    tasks.load("bitfit", saved["bitfit"])
-    tasks.adapters["bitfit"].attachment.save(tmp_path)
+    bank = petune.AdapterBank(built)
+    bank.load("bitfit", saved["bitfit"])
+    bank.adapters["bitfit"].attachment.save(tmp_path)
     fresh = model(3)
     petune.load(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(alone(saved["bitfit"], "bitfit")))
+    assert torch.equal(logits(fresh), logits(single_task(saved["bitfit"], "bitfit")))
 
 
 def test_an_attachment_is_not_copied() -> None:
@@ -449,7 +450,7 @@ def test_what_trains_the_backbone_leaves_others_adapters_alone(method: str, tmp_
 
 
 class Logarithms(nn.Module):
-    """A model that does something behind its classifier."""
+    """A model that changes the output of its classifier."""
 
     image_size = 16
 
@@ -488,7 +489,7 @@ def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn
         torch.manual_seed(0)
         return kind().eval()
 
-    tasks, singles = petune.AdapterBank(make()), []
+    bank, singles = petune.AdapterBank(make()), []
     for name in "ab":
         built = make()
         att = petune.attach(built, "houlsby")
@@ -498,11 +499,11 @@ def test_a_mixed_batch_is_right_where_tasks_cannot_share_a_forward(kind: type[nn
                 p.add_(torch.randn_like(p), alpha=0.3)
         att.save(tmp_path / name)
         singles.append(built)
-        tasks.load(name, tmp_path / name)
-    tokens = 1 + next(m.num_patches for m in tasks.model.modules() if hasattr(m, "num_patches"))
+        bank.load(name, tmp_path / name)
+    tokens = 1 + next(m.num_patches for m in bank.model.modules() if hasattr(m, "num_patches"))
     x = torch.randn(tokens, 3, 16, 16)
     with torch.no_grad():
-        mixed = tasks(x, ["ab"[row % 2] for row in range(tokens)])
+        mixed = bank(x, ["ab"[row % 2] for row in range(tokens)])
     for row, got in enumerate(mixed):
         torch.testing.assert_close(got, logits(singles[row % 2], x[row : row + 1])[0])
 

@@ -1,4 +1,4 @@
-"""On, off, merged and detached in any order: nothing is done twice, and what cannot be given back is said."""
+"""Enabled, disabled, merged and detached in any order: nothing happens twice, and what cannot be undone is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import randomised, tiny
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 WIDTHS = {"embed_dim": 24, "depth": 2, "num_heads": 2}
-POSITIONS: dict[str, dict[str, Any]] = {  # one for each way in which attentions are told of prompts
+POSITIONS: dict[str, dict[str, Any]] = {  # one for each way in which attentions know positions
     "beit_base_patch16_224": WIDTHS,
     "eva02_tiny_patch14_224": {**WIDTHS, "patch_size": 16},
     "vit_relpos_small_patch16_224": WIDTHS,
@@ -30,12 +30,12 @@ POSITIONS: dict[str, dict[str, Any]] = {  # one for each way in which attentions
 
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
-    made: nn.Module = timm.create_model(name, img_size=64, num_classes=3, **POSITIONS[name])
-    nn.init.normal_(made.get_classifier().weight)
-    for module in made.modules():
+    model: nn.Module = timm.create_model(name, img_size=64, num_classes=3, **POSITIONS[name])
+    nn.init.normal_(model.get_classifier().weight)
+    for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)  # Swin-V2 starts with blocks that add nothing
-    return made.eval()
+    return model.eval()
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def logits(model: nn.Module, x: Tensor = X) -> Tensor:
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_prompts_that_are_off_come_off(name: str, tmp_path: Path) -> None:
+def test_disabled_prompts_can_be_detached(name: str, tmp_path: Path) -> None:
     model = built(name)
     plain, state = logits(model), copy.deepcopy(model.state_dict())
     att = randomised(petune.attach(model, "vpt", num_prompts=2))
@@ -60,12 +60,12 @@ def test_prompts_that_are_off_come_off(name: str, tmp_path: Path) -> None:
     att.detach()
     assert torch.equal(logits(model), plain)
     assert list(model.state_dict()) == list(state)
-    tasks = petune.AdapterBank(model)
-    tasks.load("one", tmp_path / "a")
-    tasks.load("two", tmp_path / "a")
-    tasks.remove("one")
-    assert torch.equal(logits(tasks.use("two")), prompted)
-    tasks.remove("two")
+    bank = petune.AdapterBank(model)
+    bank.load("one", tmp_path / "a")
+    bank.load("two", tmp_path / "a")
+    bank.remove("one")
+    assert torch.equal(logits(bank.use("two")), prompted)
+    bank.remove("two")
     assert torch.equal(logits(model), plain)
 
 
@@ -74,19 +74,19 @@ def test_prompts_of_two_take_turns(name: str) -> None:
     model = built(name)
     plain = logits(model)
     first = randomised(petune.attach(model, "vpt", num_prompts=2))
-    one = logits(model)
+    with_first = logits(model)
     first.disable()
     second = randomised(petune.attach(model, "vpt", num_prompts=3, name="second"))
-    two = logits(model)
+    with_second = logits(model)
     with pytest.raises(AttachError, match="prompts of another attachment"):
         first.enable()
     assert not first.enabled
-    assert torch.equal(logits(model), two)
+    assert torch.equal(logits(model), with_second)
     second.disable()
     first.enable()
-    assert torch.equal(logits(model), one)
+    assert torch.equal(logits(model), with_first)
     second.detach()
-    assert torch.equal(logits(model), one)
+    assert torch.equal(logits(model), with_first)
     first.detach()
     assert torch.equal(logits(model), plain)
 
@@ -112,28 +112,28 @@ def with_batch_norm(seed: int = 0) -> nn.Module:
 
 def test_tasks_have_the_statistics_of_their_classifiers(tmp_path: Path) -> None:
     x, names = X[..., :16, :16], ["a", "b"]
-    alone = {}
+    single = {}
     for seed, name in enumerate(names):
         att = randomised(petune.attach(with_batch_norm(), "adaptformer"))
         statistics = att.model.head.norm
         statistics.running_mean.fill_(seed + 1.0)
         statistics.running_var.fill_(seed + 2.0)
         att.save(tmp_path / name)
-        alone[name] = logits(att.model, x)
-    tasks = petune.AdapterBank(with_batch_norm())
+        single[name] = logits(att.model, x)
+    bank = petune.AdapterBank(with_batch_norm())
     for name in names:
-        tasks.load(name, tmp_path / name)
+        bank.load(name, tmp_path / name)
     with torch.no_grad():
-        mixed = tasks(x, names)
+        mixed = bank(x, names)
     for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], alone[name][row])
-        tasks.use(name)
-        assert torch.equal(logits(tasks.model, x), alone[name])
-    tasks.use(None)
-    tasks.adapters["b"].attachment.save(tmp_path / "again")  # not in use
+        torch.testing.assert_close(mixed[row], single[name][row])
+        bank.use(name)
+        assert torch.equal(logits(bank.model, x), single[name])
+    bank.use(None)
+    bank.adapters["b"].attachment.save(tmp_path / "again")  # not in use
     again = with_batch_norm()
     petune.load(again, tmp_path / "again")
-    assert torch.equal(logits(again, x), alone["b"])
+    assert torch.equal(logits(again, x), single["b"])
 
 
 class Folds(nn.Module):
@@ -162,14 +162,14 @@ class Shift(petune.Tuner[petune.TunerConfig]):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_nothing_is_folded_into_what_another_gives_back(first: bool) -> None:
+def test_nothing_is_folded_into_what_another_attachment_restores(first: bool) -> None:
     model, x = tiny(), X[..., :16, :16]
     order: list[Callable[[], petune.Attachment]] = [
         lambda: petune.attach(model, Shift(), name="shift"),
         lambda: petune.attach(model, "bitfit"),
     ]
-    made = [make() for make in (order if first else order[::-1])]
-    shift, bitfit = made if first else made[::-1]
+    attached = [attach() for attach in (order if first else order[::-1])]
+    shift, bitfit = attached if first else attached[::-1]
     randomised(shift)
     before = logits(model, x)
     with pytest.raises(NotMergeable, match="bitfit trains in place"):
@@ -212,7 +212,7 @@ def test_a_tuner_must_have_the_options_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["bitfit", "adaptformer"])
-def test_what_was_assigned_cannot_be_given_back_without_a_word(method: str) -> None:
+def test_tensors_that_were_replaced_cannot_be_restored_silently(method: str) -> None:
     att = petune.attach(tiny(), method)
     att.model.load_state_dict(att.model.state_dict(), assign=True)
     for give_back in (att.detach, lambda: att.disable(), lambda: att.disabled().__enter__()):
@@ -229,24 +229,24 @@ def test_statistics_that_full_moves_are_not_those_of_a_still_classifier(tmp_path
     att = petune.attach(with_batch_norm(), "full", train_head=False)
     att.train()(X[..., :16, :16])
     assert att.model.head.norm.running_mean.any()
-    wanted = logits(att.model, X[..., :16, :16])
+    expected = logits(att.model, X[..., :16, :16])
     att.save(tmp_path / "a")
     fresh = with_batch_norm()
     petune.load(fresh, tmp_path / "a")
-    assert torch.equal(logits(fresh, X[..., :16, :16]), wanted)
+    assert torch.equal(logits(fresh, X[..., :16, :16]), expected)
 
 
-def test_prompts_that_are_off_belong_to_the_same_backbone(tmp_path: Path) -> None:
-    """Swin-V2 holds in a buffer which pairs of tokens there are."""
+def test_disabled_prompts_belong_to_the_same_backbone(tmp_path: Path) -> None:
+    """Swin-V2 has a buffer of the pairs of tokens, which prompts replace."""
     name = "swinv2_tiny_window8_256"
     att = randomised(petune.attach(built(name), "vpt", num_prompts=2))
     prompted = logits(att.model)
     att.save(tmp_path / "on")
     with att.disabled():
         att.save(tmp_path / "off")
-    for place in ("on", "off"):
+    for path in ("on", "off"):
         fresh = built(name)
-        petune.load(fresh, tmp_path / place)
+        petune.load(fresh, tmp_path / path)
         assert torch.equal(logits(fresh), prompted)
 
 
