@@ -155,8 +155,8 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
         (("pretrain", "--dry-run", "--tracker=nothing"), "no such tracker: nothing"),
         ((*COMPARE, "--executor=banana"), "no such executor: banana"),
         ((*SWEEP, "--search=bottleneck=2", "--executor=banana"), "no such executor: banana"),
-        (("pretrain", "--dry-run", "--set=method=linear"), "pretraining trains everything, but linear leaves"),
-        (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "there is mean without std"),
+        (("pretrain", "--dry-run", "--set=method=linear"), "linear"),
+        (("pretrain", "--dry-run", "--set=mean=[.9,.9,.9]"), "mean is given without std"),
     ],
 )
 def test_no_option_is_silently_ignored(words: tuple[str, ...], message: str, petune: Run) -> None:
@@ -172,7 +172,7 @@ def test_paths_expand_the_home_directory(petune: Run, tmp_path: Path, monkeypatc
     assert (shown["output"], shown["data_dir"]) == (f"{tmp_path}/y", f"{tmp_path}/data")
     words = ("run", "--output=~/x", "--weights=~/none.safetensors", "--backbone=vit_nano", "--dataset=digits")
     assert yaml.safe_load(petune(*words, "--dry-run").out)["output"] == f"{tmp_path}/x"
-    assert f"there is no file {tmp_path}/none.safetensors" in petune(*words).err
+    assert f"{tmp_path}/none.safetensors" in petune(*words).err
     (tmp_path / "here").mkdir()
     assert petune("plugin", "new", "mine", "--in", "~/here").code == 0
     assert (tmp_path / "here" / "petune-mine" / "pyproject.toml").is_file()

@@ -33,7 +33,7 @@ def test_an_adapter_of_another_backbone(tmp_path: Path) -> None:
             petune.load(model, tmp_path / "a")
         after = model.state_dict()
         held += list(after) == list(before) and all(torch.equal(after[key], t) for key, t in before.items())
-    with pytest.raises(CheckpointError, match=r"options it was saved with.*build VPT"):
+    with pytest.raises(CheckpointError, match=r"other options.*Build VPT"):
         petune.load(tiny(), tmp_path / "a", tuner=petune.attach(tiny(), "vpt").tuner)
     with pytest.raises(CheckpointError, match=r"shape|size|width|must"):
         petune.load(tiny(), tmp_path / "a", tuner=AdaptFormer(bottleneck=3))
