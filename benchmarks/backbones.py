@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from survey.models import FAMILIES, build
 from survey.pairs import METHODS, enliven, examine
-from survey.places import unproven_mids
+from survey.residual_stream import unproven_mids
 from survey.table import page
 from survey.variants import walk
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.injector.hooks.base import Parallel, Prompts
-from petune.injector.hooks.hidden_prompts import HiddenPrompts
+from petune.injector.hooks.base import Parallel
+from petune.injector.hooks.prompt_check import HiddenPrompts
+from petune.injector.hooks.prompts import Prompts
 from petune.injector.registry import build_tuner, parse_method
 
 
@@ -254,9 +255,9 @@ def _prompts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
         return 0
     with torch.no_grad(), contextlib.ExitStack() as stack:
         plain, seen = model(x), att.model(x)
-        modes = [stack.enter_context(HiddenPrompts(room)) for room in {h.room for h in holders}]
+        modes = [stack.enter_context(HiddenPrompts(slot)) for slot in {h.slot for h in holders}]
         unseen = att.model(x)
-    if not any(mode.count for mode in modes):
+    if not any(mode.num_attentions for mode in modes):
         raise Wrong("no attention saw prompts")
     if not torch.allclose(plain, unseen, atol=1e-4, rtol=1e-3):
         raise Wrong(f"hidden prompts change the output by {(plain - unseen).abs().max():.2g}: a position is falsified")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from petune.injector.edit_log import EditLog, RowToggle
-from petune.injector.hooks.base import After, Before, Gather, Parallel, once
+from petune.injector.hooks.base import After, Before, Gather, Parallel, idempotent
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
@@ -203,7 +203,7 @@ class Edit:
             rows: Restricts the change to some rows of a batch: `rows([0, 2], batch_size)`, and `rows(None,
                 batch_size)` for all rows. Without it, `AdapterBank` gives these rows a forward of their own.
         """
-        self._log.toggles.append(once(fn, on=True))
+        self._log.toggles.append(idempotent(fn, on=True))
         if check is not None:
             self._log.enable_checks.append(check)
         if rows is not None:
@@ -225,7 +225,7 @@ class Edit:
         self._placer.call_qkv(*enters, exit)
         self._placer.add(holder, exit, *enters, exit)
         for index, site in enumerate(enters):
-            hook = holder.enter if index else holder.begin
+            hook = holder.enter if index else holder.enter_first
             self._placer.hook(site.enter.register_forward_pre_hook(hook, with_kwargs=True))
         self._placer.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
 

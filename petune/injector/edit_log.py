@@ -80,7 +80,7 @@ class EditLog:
     def set_enabled(self, on: bool) -> None:
         """Enable or disable every adapter, and everything that was changed by hand."""
         for holder, _ in self.placed:
-            holder.forget()
+            holder.clear()
             holder.enabled = on
         for toggle in self.toggles if on else reversed(self.toggles):
             toggle(on)
@@ -105,6 +105,6 @@ class EditLog:
     def undo(self) -> None:
         """Undo every edit, the last one first; the model is as it was."""
         for holder, _ in self.placed:
-            holder.forget()
+            holder.clear()
         while self.undo_steps:
             self.undo_steps.pop()()

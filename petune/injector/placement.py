@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from petune.injector.edit_log import EditLog, Placed
-from petune.injector.hooks.base import Holder, once
+from petune.injector.hooks.base import Holder, idempotent
 from petune.injector.qkv import qkv_readers
 from petune.injector.trainable import CONTAINERS, host_for, open_trainable_state
 from petune.sites.site import Block, Site, Sites
@@ -53,7 +53,7 @@ class Placer:
             switch: Called with True and False.
             on: The state that it is in now.
         """
-        guarded = once(switch, on=on)
+        guarded = idempotent(switch, on=on)
         guarded(True)
         self.log.toggles.append(guarded)
         self.log.undo_steps.append(lambda: guarded(False))

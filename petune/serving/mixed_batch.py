@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.injector.attachment import Attachment
-from petune.injector.hooks.base import After, Before, Holder, Parallel, Prompts
+from petune.injector.hooks.base import After, Before, Holder, Parallel
+from petune.injector.hooks.prompts import Prompts
 
 Part = tuple[nn.Module, Tensor]
 """An adapter's module, and the rows that it works on, int64."""

@@ -1,53 +1,79 @@
-"""Widths, layouts, and Sites made from traced calls."""
+"""Widths and layouts of traced tensors, and sites made from traced calls."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.sites.site import Layout, Site
 from petune.sites.trace import Call
 
 
 def is_conv(call: Call) -> bool:
-    """Whether the call's first weight is a convolution kernel, so that channels come second."""
+    """Return whether the call's first weight is a convolution kernel, so that channels come second."""
     first = next((c for c in call.subtree() if c.has_matrix), None)
     return first is not None and any(p.ndim == 4 for p in first.module.parameters(recurse=False))
 
 
-def channel_axis(call: Call) -> int | None:
-    """Which axis of the (B, ., ., .) tensor that enters `call` holds the channels: 1, -1, or None if nothing tells.
+def is_pointwise(module: nn.Module) -> bool:
+    """Return whether a module is a 1×1 convolution: one matrix for every pixel."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
 
-    The first weight that meets the tensor tells: a kernel wants channels second, a matrix and torch's LayerNorm want
-    them last, and another norm has as many entries as there are channels.
+
+def channel_axis(call: Call) -> int | None:
+    """Return which axis of the (B, ., ., .) tensor that enters `call` holds the channels: 1, -1, or None if unknown.
+
+    The first weight that meets the tensor decides.
     """
     x = call.input
     assert x is not None
-    for inner in call.subtree():
-        y = inner.input
-        own = list(inner.module.parameters(recurse=False)) if inner.is_leaf else []
-        if y is None or not own:
+    for leaf in call.subtree():
+        y = leaf.input
+        weights = list(leaf.module.parameters(recurse=False)) if leaf.is_leaf else []
+        if y is None or not weights:
             continue
-        if y.ndim == 4 and y.shape == x.shape:
-            if max(p.ndim for p in own) >= 2:
-                return 1 if max(p.ndim for p in own) == 4 else -1
-            if type(inner.module) is nn.LayerNorm:  # some derived from it turn an image round themselves
-                return -1
-        width = y.shape[-1] if y.ndim == 3 and y.shape[1] == x.numel() // len(x) // y.shape[-1] else own[0].numel()
-        same = y.ndim == 3 or y.numel() == x.numel()  # the tensor itself, or cut into windows
-        if same and x.shape[1] != x.shape[-1] and width in (x.shape[1], x.shape[-1]):
-            return 1 if width == x.shape[1] else -1
+        axis = _axis_by_kind(leaf.module, weights) if y.ndim == 4 and y.shape == x.shape else None
+        axis = axis or _axis_by_width(x, y, weights[0].numel())
+        if axis is not None:
+            return axis
     return None
 
 
+def _axis_by_kind(module: nn.Module, weights: list[nn.Parameter]) -> int | None:
+    """Return the axis that a layer takes channels from: a kernel the second, a matrix or torch's LayerNorm the last."""
+    ndim = max(p.ndim for p in weights)
+    if ndim == 4:
+        return 1
+    # a class derived from LayerNorm may move the axes of an image itself
+    return -1 if ndim >= 2 or type(module) is nn.LayerNorm else None
+
+
+def _axis_by_width(x: Tensor, y: Tensor, num_entries: int) -> int | None:
+    """Return the axis of x whose size is the width that a layer works on.
+
+    Args:
+        x: The (B, ., ., .) tensor in question.
+        y: The layer's input: x as it is or cut into windows, or x as tokens (B, N, C).
+        num_entries: Size of the layer's first weight, which for a norm is its width.
+    """
+    second, last = x.shape[1], x.shape[-1]
+    if second == last or (y.ndim != 3 and y.numel() != x.numel()):
+        return None
+    as_tokens = y.ndim == 3 and y.shape[1] * y.shape[-1] == x.numel() // len(x)
+    width = y.shape[-1] if as_tokens else num_entries
+    if width not in (second, last):
+        return None
+    return 1 if width == second else -1
+
+
 def width_of(call: Call) -> int:
-    """Token width D of what enters a call with weights."""
+    """Return the width D of the tokens that enter a call with weights."""
     x = call.input
     assert x is not None
     return int(x.shape[1] if x.ndim == 4 and channel_axis(call) == 1 else x.shape[-1])
 
 
 def width_after(call: Call) -> int:
-    """Token width D of what leaves a call that keeps the layout of its tokens."""
+    """Return the width D of the tokens that leave a call that keeps their layout."""
     x, y = call.input, call.output
     assert x is not None
     assert y is not None
@@ -57,23 +83,23 @@ def width_after(call: Call) -> int:
 
 
 def layout_of(call: Call, dim: int, default: Layout = "BHWC") -> Layout:
-    """How the tokens that enter `call` are laid out; `default` where nothing tells."""
+    """Return the layout of the tokens that enter `call`; `default` if neither weights nor the width `dim` tell."""
     x = call.input
     if x is None or x.ndim != 4:
         return "BNC"
     axis = channel_axis(call)
-    if axis is None:
-        last, second = x.shape[-1] == dim, x.shape[1] == dim
-        axis = (1 if default == "BCHW" else -1) if last == second else 1 if second else -1
-    return "BCHW" if axis == 1 else "BHWC"
+    if axis is not None:
+        return "BCHW" if axis == 1 else "BHWC"
+    is_last, is_second = x.shape[-1] == dim, x.shape[1] == dim
+    if is_last == is_second:
+        return "BCHW" if default == "BCHW" else "BHWC"
+    return "BCHW" if is_second else "BHWC"
 
 
-def site(
-    role: str, first: Call | None, last: Call | None, dim: int, model: str, default: Layout, read_only: bool = False
-) -> Site | None:
-    """The Site from the input of `first` to the output of `last`; None if either is missing."""
-    if first is None or last is None:
-        return None
+def make_site(
+    role: str, first: Call, last: Call, dim: int, model: str, default: Layout = "BHWC", *, read_only: bool = False
+) -> Site:
+    """Return the site from the input of `first` to the output of `last`."""
     return Site(
         role=role,
         path=first.path,
@@ -85,8 +111,3 @@ def site(
         model=model,
         read_only=read_only,
     )
-
-
-def is_pointwise(module: nn.Module) -> bool:
-    """Return whether a module is a 1×1 convolution: one matrix for every pixel."""
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

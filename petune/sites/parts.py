@@ -1,8 +1,15 @@
-"""The parts of one block: attention, MLP, their norms, and the residual stream between them."""
+"""Find the parts of one block: MLP, attention, their norms, and the residual stream between them.
+
+    x ──┬── norm1 ── attention ──(+)─ mid ─┬── norm2 ── MLP ──(+)── y
+        └─────────────────────────┘        └───────────────────┘
+
+Tensors are compared by identity: `mid` is the one that enters norm2 and to which the MLP's output is added.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,201 +20,202 @@ from petune.sites.trace import Call, Trace
 
 @dataclass(eq=False)
 class Mlp:
-    """An MLP as a pair: what enters `first` enters it, what leaves `last` leaves it."""
+    """An MLP: its input enters `first`, its output leaves `last`."""
 
     first: Call
     last: Call
 
 
-def find_mlp(trace: Trace, scope: Call, inner: Call | None, after: float, before: float, dim: int) -> Mlp | None:
-    """The MLP directly in `scope`, outside `inner` (the branch with the attention), between two times.
+def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, before: float, dim: int) -> Mlp | None:
+    """Return the MLP in a module.
 
-    An MLP keeps the shape of its tokens and has two weight matrices or more. Where no call does that, the
-    last two matrices in a row, from width D and back to it, are one.
+    An MLP keeps the shape of its tokens and has two weight matrices or more. If no call does that, the last two
+    matrices in a row, from width D and back to it, are one.
+
+    Args:
+        trace: The forward.
+        scope: The module's call.
+        attention: The call in it that holds the attention, which is no part of the MLP; None if `scope` itself is it.
+        after, before: The MLP starts between these times.
+        dim: D.
     """
-    calls = [c for c in list(scope.subtree())[1:] if c.start > after and c.start < before]
-    calls = [c for c in calls if inner is None or not c.within(inner)]
+    calls = [c for c in scope.inner() if after < c.start < before]
+    calls = [c for c in calls if attention is None or not c.within(attention)]
     whole = [c for c in calls if c.keeps_shape and c.stop <= before and _num_matrices(c) >= 2]
-    if inner is None:  # what follows the softmax in the attention itself works on heads, not on tokens
+    if attention is None:  # what follows the softmax in the attention itself works on heads, not on tokens
         whole = [c for c in whole if width_of(c) == dim]
-    whole = [c for c in whole if not any(c is not o and c.within(o) for o in whole)]
-    if whole:
-        return _unwrapped(trace, max(whole, key=_num_weights), dim)
-    matrices = [c for c in calls if c.has_matrix and c.input is not None and c.input.ndim >= 3]
-    return _pair(matrices, dim)
+    outermost = [c for c in whole if not any(c is not other and c.within(other) for other in whole)]
+    if outermost:
+        return _unwrap(trace, max(outermost, key=_num_weights), dim)
+    return _mlp_of_matrices([c for c in calls if c.has_matrix and c.input is not None and c.input.ndim >= 3], dim)
 
 
-def _pair(matrices: list[Call], dim: int) -> Mlp | None:
+def _mlp_of_matrices(matrices: list[Call], dim: int) -> Mlp | None:
     last = next((c for c in reversed(matrices) if c.output is not None and c.output.shape[-1] == dim), None)
     if last is None:
         return None
-    hidden = (last.width, 2 * last.width)  # twice, where one matrix makes value and gate
-    entering = [c for c in matrices if c.stop < last.start and c.width == dim]
-    entering = [c for c in entering if c.output is not None and c.output.shape[-1] in hidden]
-    if not entering:
+    hidden = (last.width, 2 * last.width)  # twice if one matrix makes value and gate
+    entered = [c for c in matrices if c.stop < last.start and c.width == dim]
+    entered = [c for c in entered if c.output is not None and c.output.shape[-1] in hidden]
+    if not entered:
         return None
-    return Mlp(next(c for c in entering if c.input is entering[-1].input), last)
+    return Mlp(next(c for c in entered if c.input is entered[-1].input), last)
 
 
-def _unwrapped(trace: Trace, call: Call, dim: int) -> Mlp:
-    """Step into wrappers (residual, pre-norm) as long as the MLP itself is one call within them, or a pair."""
-    here = call
-    while norm_inside(here) is not None or is_residual(trace, here):
-        inner = [c for c in here.children if c.keeps_shape and _num_matrices(c) == _num_matrices(call)]
+def _unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
+    """Step into wrappers (residual, pre-norm) as long as the MLP is one call within them, or two matrices."""
+    wrapper = call
+    while norm_inside(wrapper) is not None or is_residual(trace, wrapper):
+        inner = [c for c in wrapper.children if c.keeps_shape and _num_matrices(c) == _num_matrices(call)]
         if len(inner) != 1:
-            pair = _pair([c for c in here.subtree() if c.has_matrix], dim) if is_residual(trace, here) else None
-            return pair or Mlp(here, here)
-        here = inner[0]
-    return Mlp(here, here)
+            matrices = [c for c in wrapper.subtree() if c.has_matrix]
+            pair = _mlp_of_matrices(matrices, dim) if is_residual(trace, wrapper) else None
+            return pair or Mlp(wrapper, wrapper)
+        wrapper = inner[0]
+    return Mlp(wrapper, wrapper)
 
 
 def is_residual(trace: Trace, call: Call) -> bool:
-    """Whether a call adds what enters it to what it computes."""
+    """Return whether a call adds its input to what it computes."""
     x, y = call.input, call.output
     return x is not None and any(add.result is y and add.other(x) is not None for add in trace.additions)
 
 
-def attention_of(trace: Trace, unit: Call, scope: Call) -> Call | None:
-    """The widest call around the mixing of tokens that is still a branch: its own norm is outside of it."""
-    if unit is scope:
+def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
+    """Return the widest call around an attention, inside `scope`, that holds neither its norm nor the addition."""
+    if attention is scope:
         return None
-    best = unit
-    for call in unit.ancestors():
+    branch = attention
+    for call in attention.ancestors():
         if call is scope or not call.keeps_shape or norm_inside(call) is not None or is_residual(trace, call):
             break
-        best = call
-    return best
-
-
-def norm_inside(call: Call) -> Call | None:
-    """A normalisation within `call` that is the first to see what enters `call`."""
-    return next((c for c in list(call.subtree())[1:] if is_norm(c) and c.input is call.input), None)
-
-
-def norm_of(trace: Trace, call: Call, scope: list[Call], near: Call, other: Call | None = None) -> Call | None:
-    """The normalisation of a branch: before it, inside it at the entrance, or after it.
-
-    Where tensors are rearranged in between (windows), identity is lost and order decides: the nearest norm
-    of the block that is not `other`, the norm of the branch before.
-
-    Args:
-        trace: The forward.
-        call: The branch: attention, or the MLP's first call.
-        scope: The calls of the block.
-        near: The module around it, which also holds the norm before a block that is no module itself.
-        other: The norm of the branch before.
-    """
-    before = trace.maker(call.input)
-    if (
-        before is not None
-        and before.within(near)
-        and before is not other
-        and is_norm(before)
-        and not _in_a_layer(trace, before)
-    ):
-        return before
-    norms = [c for c in scope if is_norm(c) and c is not other and not _in_a_layer(trace, c)]
-    inside = norm_inside(call)
-    if inside is not None:
-        return inside
-    norms = [c for c in norms if not c.within(call) and (other is None or c.start > other.start)]
-    earlier = [c for c in norms if c.stop < call.start]
-    return earlier[-1] if earlier else next((c for c in norms if c.start > call.stop), None)
-
-
-def _in_a_layer(trace: Trace, norm: Call) -> bool:
-    """Whether a norm follows a kernel, or normalises heads: it is then a part of that layer, not of the block."""
-    maker, x = trace.maker(norm.input), norm.input
-    per_head = x is not None and any(p.numel() not in (x.shape[1], x.shape[-1]) for p in norm.module.parameters())
-    return per_head or (maker is not None and maker.has_matrix and is_conv(maker))
+        branch = call
+    return branch
 
 
 def is_norm(call: Call) -> bool:
-    """Whether a call is a leaf that keeps the shape and divides by a guarded deviation (hence its `eps`)."""
+    """Return whether a call is a leaf that keeps the shape and divides by a guarded deviation (hence its `eps`)."""
     guarded = hasattr(call.module, "eps") or hasattr(call.module, "variance_epsilon")
     same = call.input is not None and call.output is not None and call.input.shape == call.output.shape
     return call.is_leaf and guarded and same and not call.has_matrix
 
 
-def mid_of(trace: Trace, mlp: Mlp, after: int, before: float = math.inf) -> Call | None:
-    """The call that the residual stream enters between attention and MLP.
+def norm_inside(call: Call) -> Call | None:
+    """Return a norm inside `call` that is the first to get its input."""
+    return next((c for c in call.inner() if is_norm(c) and c.input is call.input), None)
 
-    The stream is the tensor to which a later addition adds: what enters the MLP itself, or what enters the
-    norm before it. A tensor that existed before the attention is not between them; one that is added to only
-    behind the block (`before`) is another stream (of a reversible block).
+
+def norm_of(trace: Trace, branch: Call, calls: Sequence[Call], scope: Call, other: Call | None = None) -> Call | None:
+    """Return the norm of a branch: the one before it, else one at its entrance, else the nearest one.
+
+    Args:
+        trace: The forward.
+        branch: The attention, or the first call of the MLP.
+        calls: The calls of the block.
+        scope: The module around the block; it may hold the norm before a block that is no module itself.
+        other: The norm of the branch before.
+    """
+    return (
+        _norm_by_identity(trace, branch, scope, other)
+        or norm_inside(branch)
+        or _norm_by_order(trace, branch, calls, other)
+    )
+
+
+def _norm_by_identity(trace: Trace, branch: Call, scope: Call, other: Call | None) -> Call | None:
+    """Return the norm whose output is exactly what enters the branch."""
+    maker = trace.maker(branch.input)
+    if maker is None or maker is other or not maker.within(scope):
+        return None
+    return maker if is_norm(maker) and not _belongs_to_layer(trace, maker) else None
+
+
+def _norm_by_order(trace: Trace, branch: Call, calls: Sequence[Call], other: Call | None) -> Call | None:
+    """Return the last norm before the branch, else the first after it: windows make new tensors in between."""
+    norms = [c for c in calls if is_norm(c) and c is not other and not _belongs_to_layer(trace, c)]
+    norms = [c for c in norms if not c.within(branch) and (other is None or c.start > other.start)]
+    earlier = [c for c in norms if c.stop < branch.start]
+    return earlier[-1] if earlier else next((c for c in norms if c.start > branch.stop), None)
+
+
+def _belongs_to_layer(trace: Trace, norm: Call) -> bool:
+    """Return whether a norm follows a convolution or normalizes heads, and so is a part of that layer."""
+    maker, x = trace.maker(norm.input), norm.input
+    per_head = x is not None and any(p.numel() not in (x.shape[1], x.shape[-1]) for p in norm.module.parameters())
+    return per_head or (maker is not None and maker.has_matrix and is_conv(maker))
+
+
+def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.inf) -> Call | None:
+    """Return the call that `mid` enters: the norm before the MLP, or the MLP itself (see the figure above).
+
+    The stream is the tensor to which a later addition adds. A tensor that existed before the attention ended is not
+    between the two; one that is added to only after the block is another stream (of a reversible block).
     """
     maker = trace.maker(mlp.first.input)
     candidates = [mlp.first] if maker is None or not is_norm(maker) else [mlp.first, maker]
     for call in candidates:
-        if call.start < after or call.input is None or not _made_after(trace, call.input, after):
+        stream = call.input
+        if stream is None or call.start < attention_end or _used_before(trace, stream, attention_end):
             continue
-        forms = [call.input, *_scaled(trace, call.input)]
-        if any(_added_to(trace, form, mlp.last.stop, before) is not None for form in forms):
+        forms = [stream, *_scaled(trace, stream)]
+        if any(_addend(trace, form, mlp.last.stop, block_end) is not None for form in forms):
             return call
     return None
 
 
+def _used_before(trace: Trace, tensor: Tensor, time: int) -> bool:
+    return any(tensor is x for c in trace.calls if c.start < time for x in c.inputs)
+
+
 def _scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
-    """The stream behind modules that only scale it on its way to the addition."""
+    """Return the stream after modules that only scale it on its way to the addition."""
     scales = [c for c in trace.calls if c.input is stream and c.is_leaf and not c.has_matrix and not is_norm(c)]
     return [c.output for c in scales if c.output is not None and c.keeps_shape]
 
 
+def _addend(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Tensor | None:
+    """Return what is first added to the stream between two times."""
+    addends = (add.other(stream) for add in trace.additions if after < add.time < before)
+    return next((addend for addend in addends if addend is not None), None)
+
+
 def parallel_mid(trace: Trace, block: Call) -> Call | None:
-    """Where attention and MLP both read the stream that enters the block: the call it enters first."""
+    """Return the call that the block's input enters first, if attention and MLP both read that (ParallelScaling)."""
     if not is_residual(trace, block):
         return None
-    return next((c for c in list(block.subtree())[1:] if c.input is block.input), None)
+    return next((c for c in block.inner() if c.input is block.input), None)
 
 
-def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, after: int) -> Call | None:
-    """The MLP's norm, where the block adds what enters it past attention and MLP together (EdgeNeXt).
+def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_end: int) -> Call | None:
+    """Return the MLP's norm, if the block adds its input past attention and MLP together (EdgeNeXt).
 
-    The MLP is then no addition to the stream behind the attention, but what enters its norm is still what it reads.
+    The MLP's output is then not added to the stream after the attention, but the norm's input is still what it reads.
     """
-    added = [add for add in trace.additions if add.result is block.output and add.time > mlp.last.stop]
-    past = block.input is not None and any(add.other(block.input) is not None for add in added)
-    if norm is None or norm.start < after or not past:
+    additions = [add for add in trace.additions if add.result is block.output and add.time > mlp.last.stop]
+    adds_input = block.input is not None and any(add.other(block.input) is not None for add in additions)
+    if norm is None or norm.start < attention_end or not adds_input:
         return None
     return norm if trace.maker(mlp.first.input) is norm else None
 
 
-def reaches(trace: Trace, mid: Call | None, block: Call) -> bool:
-    """Whether the stream at `mid`, with one thing added, is what the block returns."""
-    if mid is None or mid.input is None:
-        return False
+def reaches_output(trace: Trace, mid: Call, block: Call) -> bool:
+    """Return whether the stream at `mid`, with one thing added, is what the block returns."""
     return any(add.result is block.output and add.other(mid.input) is not None for add in trace.additions)
 
 
-def span_exit(trace: Trace, mlp: Mlp, mid: Call | None) -> Call | None:
-    """In a block that is no module: the call whose output is added to the stream, unscaled.
+def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
+    """Return the call whose output is added to the stream unscaled: where a block that is no module ends.
 
     A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block.
     """
-    if mid is None or mid.input is None:
-        return None
-    addend = _added_to(trace, mid.input, mlp.last.stop)
+    addend = None if mid.input is None else _addend(trace, mid.input, mlp.last.stop)
     makers = [c for c in trace.calls if addend is not None and c.output is addend]
-    once = [c for c in makers if sum(c.module is o.module for o in trace.calls) == 1]
+    once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]
     return max(once, key=lambda c: c.stop, default=None)
 
 
-def _added_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Tensor | None:
-    for add in trace.additions:
-        if after < add.time < before:
-            other = add.other(stream)
-            if other is not None:
-                return other
-    return None
-
-
-def _made_after(trace: Trace, tensor: Tensor, after: int) -> bool:
-    """Whether `tensor` is new since the attention: nothing was called with it before the attention ended."""
-    return not any(tensor is x for c in trace.calls if c.start < after for x in c.inputs)
-
-
 def _num_matrices(call: Call) -> int:
-    """Layers with a matrix or kernel, and matrices that calls around other calls own themselves (experts)."""
+    """Count layers with a matrix or kernel, and matrices that calls around other calls own themselves (experts)."""
     return sum(1 if c.has_matrix else _num_bare(c) for c in call.subtree())
 
 

@@ -138,6 +138,11 @@ class Trace:
         """The model's own call."""
         return self.calls[0]
 
+    @property
+    def model_name(self) -> str:
+        """The model's class name."""
+        return type(self.root.module).__name__
+
     def maker(self, tensor: Tensor | None) -> Call | None:
         """Return the innermost call that returned `tensor`, or None if no module did."""
         makers = [c for c in self.calls if tensor is not None and c.output is tensor]

@@ -64,11 +64,12 @@ class VPT(petune.Tuner[VPTConfig]):
     Parameters: deep L·P·D for L blocks, shallow P·D. ViT-B/16, deep, P = 10: 92,160.
 
     Prompts have no position embedding and come after the prefix tokens (class token, registers). If attention sees
-    windows (Swin), every window gets the prompts. Shallow prompts pass through as many blocks as have the same tokens
-    (`Edit.prompt_span`): all blocks of a plain ViT, the first stage of a model that merges tokens. Between the blocks
-    they are tokens like others, so a model's intermediate features contain them.
+    windows (Swin), every window gets the prompts of its block. Shallow prompts pass through as many blocks as have the
+    same tokens (`Edit.prompt_span`): all blocks of a plain ViT, the first stage of a model that merges tokens. Between
+    the blocks they are tokens like others, so a model's intermediate features contain them.
 
-    Differs from the paper: AdamW instead of SGD, because its learning rate transfers between backbones.
+    Differs from the paper: AdamW instead of SGD, because its learning rate transfers between backbones. Shallow prompts
+    are refused on windowed models, where a token without a position cannot pass from window to window.
 
     Recipe: with vit_nano on 10,000 images of CIFAR-10 (2 epochs, batch 128, seed 0) top-1 on val was 69.28 at 1e-2 and
     68.84 at 3e-2.

@@ -78,14 +78,14 @@ SWIN = ("--set", "backbone_options.embed_dim=24", "--set", "backbone_options.dep
         "--set", "backbone_options.num_heads=[2,4]", "--set", "backbone_options.window_size=4")  # fmt: skip
 
 
-def test_shallow_prompts_on_a_windowed_model(petune: Run) -> None:
+def test_prompts_on_a_windowed_model(petune: Run) -> None:
     swin = ("--backbone=swin_tiny_patch4_window7_224", "--image-size=32", "--dataset=digits", *SWIN)
-    done = petune("inspect", "--method", "vpt:deep=false", *swin)
+    done = petune("inspect", "--method", "vpt", *swin)
     assert done.code == 0, done.err
-    assert f"tuned               {50 * 24:,}  (" in done.out
+    assert f"tuned               {10 * (2 * 24 + 2 * 48):,}  (" in done.out
 
 
 def test_a_method_that_cannot_be_attached_is_refused(petune: Run) -> None:
     done = petune("inspect", "--method", "vpt", "--backbone=torchvision:swin_t", "--dataset=digits")
     assert done.code == 1
-    assert "features.1.0 of SwinTransformer does not weigh its tokens one against another" in done.err
+    assert "features.1.0 of SwinTransformer cannot take prompts" in done.err

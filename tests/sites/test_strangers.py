@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from survey.pairs import examine
-from survey.places import unproven_mids
+from survey.residual_stream import unproven_mids
 from torch import Tensor, nn
 
 import petune
@@ -20,10 +20,10 @@ REFUSED = {
     ("reversible", "adaptformer"): "block 1 .* has no site 'mid'",
     ("reversible", "vpt"): "fails with the method attached",
     ("reversible", "vpt:deep=false"): "does not run with them",
-    ("Keras", "vpt:deep=false"): "has no way out for them",
-    ("windows joined at the end", "vpt:deep=false"): "has no way out for them",
-    ("sequence first", "vpt"): "does not weigh its tokens one against another where they come in",
-    ("sequence first", "vpt:deep=false"): "does not weigh its tokens one against another where they come in",
+    ("Keras", "vpt:deep=false"): "into its attention only",
+    ("windows joined at the end", "vpt:deep=false"): "into its attention only",
+    ("sequence first", "vpt"): "has no token-to-token attention where they enter",
+    ("sequence first", "vpt:deep=false"): "has no token-to-token attention where they enter",
 }
 """Why, where it is: there is no place between modules, two streams are no one's prompts, tokens come first."""
 

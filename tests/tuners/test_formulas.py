@@ -353,11 +353,10 @@ def test_prompt_dropout_differs_per_image() -> None:
     assert prompt.eval()(x).shape == (1, 4, 8)
 
 
-@pytest.mark.parametrize("deep", [True, False])
-def test_prompt_dropout_works_in_windows(deep: bool) -> None:
+def test_prompt_dropout_works_in_windows() -> None:
     size = {"img_size": 56, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 2)}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **size)
-    att = petune.attach(model, "vpt", deep=deep, dropout=0.5)
+    att = petune.attach(model, "vpt", dropout=0.5)
     att.train()
     assert model(torch.randn(2, 3, 56, 56)).shape == (2, 3)
 

@@ -117,8 +117,8 @@ def test_an_exception_between_enter_and_exit_leaves_nothing_behind(images: Tenso
         with pytest.raises(ValueError, match="in the MLP"):
             att.model(torch.randn(3, 3, 16, 16))
     handle.remove()
-    kept = [m.kept for m in att.model.modules() if hasattr(m, "kept")]
-    assert kept == [None] * 2
+    entered = [m.entered for m in att.model.modules() if hasattr(m, "entered")]
+    assert entered == [None] * 2
     assert torch.equal(att.model(images), expected)
 
 

@@ -1,8 +1,11 @@
-"""What must be told to a block's attention when tokens without a position (prompts) come in.
+"""Make attention that depends on positions ignore prompts, which have no position.
 
-Attention that looks at positions learns of them by one of a few ways. `admit_prompts` finds the ways of one block and
-makes each of them leave the prompts out: not rotated, with a bias of zero to and from every token. Whether that was
-all is not believed but proven, by `petune.anatomy.proof`.
+Attention knows positions in one of a few ways: tables of rotations (RoPE), a bias for each pair of tokens, a number of
+prefix tokens that are not rotated. For a block with prompts each is changed so that prompts are not rotated and have a
+bias of zero to and from every token. `prompt_check` then verifies that nothing was missed.
+
+What hooks and methods need is kept in objects with bound methods, so that it follows a deep copy of the model.
+Shapes: H heads, N tokens, P prompts, T rows of a table.
 """
 
 from __future__ import annotations
@@ -10,167 +13,115 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from petune.base.errors import AttachError
-from petune.sites.site import Block, Site, Sites
+from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
+from petune.sites.site import Block, Sites
 
 Switch = Callable[[bool], None]
 
-# How attentions know positions where neither shapes nor the trace can tell, with timm's classes that do so:
-PREFIX = "num_prefix_tokens"  # tokens that are not rotated (EVA, ROPE ViT, DINOv3, Qwen3)
-# A bias (1 or none, H, N, N) that is read without a call (BEiT and Swin; relpos; TinyViT, LeViT, EfficientViT):
-METHODS = ("_get_rel_pos_bias", "get_bias", "get_attention_biases")
-# A network that makes the bias of a window (Swin-V2; Swin-V2 CR; transformers' Swin-V2):
+# How attentions know positions where neither shapes nor the trace tell, with the timm classes that do so:
+PREFIX = "num_prefix_tokens"  # number of tokens that are not rotated (EVA, ROPE ViT, DINOv3, Qwen3)
+# methods that return a bias (1 or none, H, N, N) (BEiT and Swin; relpos; TinyViT, LeViT, EfficientViT):
+BIAS_METHODS = ("_get_rel_pos_bias", "get_bias", "get_attention_biases")
+# networks that compute the bias of a window (Swin-V2; Swin-V2 CR; transformers' Swin-V2):
 BIAS_MLPS = ("cpb_mlp", "meta_mlp", "continuous_position_bias_mlp")
 
-
 REPLACED = "petune_replaced"
-"""Attribute of a module: what it has without prompts, by name, while they are there."""
+"""Attribute of a module: by name, the values that it has without prompts, while they are replaced."""
 
 
-@dataclass(frozen=True)
-class Room:
-    """Where the prompts are: `count` of them from `index` on, among `tokens` others."""
-
-    index: int
-    count: int
-    tokens: int
-
-
-def admit_prompts(block: Block, sites: Sites, room: Room) -> list[Switch]:
-    """Prepare one block for prompts, or refuse.
+def position_switches(block: Block, sites: Sites, slot: PromptSlot) -> list[Switch]:
+    """Return switches that make the attention of a block ignore the positions of prompts.
 
     Args:
-        block: The block that prompts pass through.
+        block: The block that prompts enter or pass through.
         sites: Those of the whole model.
-        room: Where they are in the attention.
+        slot: Where the prompts are in the attention.
 
     Returns:
-        Switches that tell the attention (True) or take it back (False).
+        Switches that change the attention (True) or change it back (False).
 
     Raises:
-        AttachError: The block cannot take them, with the reason.
+        AttachError: The attention cuts windows itself.
     """
-    reason = _refusal(block)
-    if reason is not None:
-        raise refused(block, sites, reason)
-    attention = block.parts.get("attn", block).enter
-    switches: list[Switch] = [_hooked(module, PaddedOutput(room).pad) for module in block.bias_modules]
-    for module in attention.modules():
+    switches: list[Switch] = [_hook_switch(module, PaddedOutput(slot).pad) for module in block.bias_modules]
+    for module in _attention(block).modules():
         if isinstance(getattr(module, PREFIX, None), int):
-            switches.append(_grown_prefix(module, room.count))
-        for name in METHODS:
+            switches.append(_prefix_switch(module, slot.num_prompts))
+        for name in BIAS_METHODS:
             if callable(getattr(module, name, None)):
-                switches.append(_padded_method(module, name, room))
+                switches.append(_method_switch(module, name, slot))
         for name in BIAS_MLPS:
             if isinstance(getattr(module, name, None), nn.Module):
                 pairs = getattr(module, "relative_position_index", None)
-                if pairs is not None and pairs.numel() != room.tokens**2:
-                    raise refused(block, sites, "makes windows inside of its attention, where they cannot come in")
-                switches += _padded_window(module, name, room)
+                if pairs is not None and pairs.numel() != slot.num_tokens**2:
+                    raise prompts_refused(block, sites, "cuts windows inside its attention, where they cannot enter")
+                switches += _bias_mlp_switches(module, name, slot)
     return switches
 
 
-def refused(
-    block: Site, sites: Sites, reason: str, advice: str = "Use a method without prompts, such as adaptformer"
-) -> AttachError:
-    """The error that says why a block takes no prompts."""
-    return AttachError(
-        f"prompts are tokens that a block sees beside its patches, but {block.path} of {sites.model} {reason}. {advice}"
-    )
+def padding_values(block: Block) -> dict[int | str, float]:
+    """Return values for the prompts' rows in further tensors that a block is given, by position and by keyword.
 
-
-def is_inside(block: Block) -> bool:
-    """Whether prompts go into the block's attention alone, and not through the block.
-
-    What becomes of them behind the attention is thrown away, so that a block with prompts of its own computes the
-    same. It must be so where the block is no module, lays its tokens out as an image, attends in windows, or convolves
-    outside of its attention.
+    A table of rotations must not rotate prompts: its cosines are one, its sines zero.
     """
-    if "attn" not in block.parts or not block.attn.is_module:
-        return False
-    return block.num_windows > 1 or not block.is_module or block.layout != "BNC" or bool(_spatial(block.enter))
-
-
-def fills(block: Block) -> dict[int | str, float]:
-    """What fills the rows of prompts in the further tensors a block is given, by position and by keyword.
-
-    A table of rotations must not rotate them: its cosines are one, its sines zero.
-    """
-    attention = block.parts.get("attn", block).enter
-    if any(isinstance(getattr(m, PREFIX, None), int) for m in attention.modules()):
+    if any(isinstance(getattr(m, PREFIX, None), int) for m in _attention(block).modules()):
         return {}  # such attention is told how many tokens not to rotate
-    called = attention if is_inside(block) else block.enter
+    called = _attention(block) if enters_attention_only(block) else block.enter
     names = list(inspect.signature(called.forward).parameters)
-    values: dict[int | str, float] = {name: float("cos" in name) for name in names}
-    by_position: dict[int | str, float] = {i: values[name] for i, name in enumerate(names)}
-    return by_position | values
+    by_name: dict[int | str, float] = {name: float("cos" in name) for name in names}
+    by_position: dict[int | str, float] = {i: by_name[name] for i, name in enumerate(names)}
+    return by_position | by_name
 
 
-def padded(value: Any, room: Room, fill: float | None) -> Any:
-    """An argument of a block with room for prompts: rows and columns of zeros in a bias, rows of `fill` in a table."""
+def pad_argument(value: Any, slot: PromptSlot, padding: float | None) -> Any:
+    """Pad an argument for prompts: a bias with rows and columns of zeros, a table with rows of `padding`."""
     if isinstance(value, tuple | list):
-        return type(value)(padded(item, room, fill) for item in value)
-    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-2] != room.tokens:
+        return type(value)(pad_argument(item, slot, padding) for item in value)
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-2] != slot.num_tokens:
         return value
-    if value.shape[-1] == room.tokens:
-        return with_pairs(value, room)
-    return value if fill is None else _inserted(value, room, -2, fill)
+    if value.shape[-1] == slot.num_tokens:
+        return pad_pairs(value, slot)
+    return value if padding is None else _insert(value, slot, -2, padding)
 
 
-def with_pairs(bias: Tensor, room: Room) -> Tensor:
-    """A bias or mask (..., N, N) as (..., N + P, N + P): prompts see all and are seen by all, without any bias."""
+def pad_pairs(bias: Tensor, slot: PromptSlot) -> Tensor:
+    """Pad a bias or mask (..., N, N) to (..., N + P, N + P): prompts see all and are seen by all, without bias."""
     neutral = 1.0 if bias.dtype == torch.bool else 0.0
-    return _inserted(_inserted(bias, room, -2, neutral), room, -1, neutral)
+    return _insert(_insert(bias, slot, -2, neutral), slot, -1, neutral)
 
 
-def _inserted(x: Tensor, room: Room, dim: int, value: float) -> Tensor:
-    before, after = x.narrow(dim, 0, room.index), x.narrow(dim, room.index, x.shape[dim] - room.index)
-    pad = (0, room.count) if dim == -1 else (0, 0, 0, room.count)
+def _insert(x: Tensor, slot: PromptSlot, dim: int, value: float) -> Tensor:
+    before, after = x.narrow(dim, 0, slot.index), x.narrow(dim, slot.index, x.shape[dim] - slot.index)
+    pad = (0, slot.num_prompts) if dim == -1 else (0, 0, 0, slot.num_prompts)
     return torch.cat([before, F.pad(x.narrow(dim, 0, 0), pad, value=value), after], dim)
 
 
-def _refusal(block: Block) -> str | None:
-    inside = is_inside(block)
-    if not block.is_module and not inside:
-        return "is no module of its own that they could enter and leave"
-    layout = block.attn.layout if inside else block.layout
-    if layout == "BCHW" or (layout != "BNC" and not inside):
-        return f"lays its tokens out as an image ({layout})"
-    spatial = _spatial(block.attn.enter if inside else block.enter)
-    if spatial:
-        return f"convolves over the image ({spatial[0]})"
-    return None
+def _attention(block: Block) -> nn.Module:
+    return block.parts.get("attn", block).enter
 
 
-def _spatial(module: nn.Module) -> list[str]:
-    """Names of convolutions that mix neighbours."""
-    convs = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
-    return [n or "its own" for n, m in convs if any(k > 1 for k in m.kernel_size)]
-
-
-def _grown_prefix(module: Any, count: int) -> Switch:
+def _prefix_switch(module: Any, num_prompts: int) -> Switch:
     def switch(on: bool) -> None:
-        setattr(module, PREFIX, getattr(module, PREFIX) + (count if on else -count))
+        setattr(module, PREFIX, getattr(module, PREFIX) + (num_prompts if on else -num_prompts))
 
     return switch
 
 
-def _padded_method(module: Any, name: str, room: Room) -> Switch:
-    method = PaddedMethod(module, name, room)
+def _method_switch(module: Any, name: str, slot: PromptSlot) -> Switch:
+    method = PaddedMethod(module, name, slot)
 
     def switch(on: bool) -> None:
         if on:
-            method.before = module.__dict__.get(name)
+            method.original = module.__dict__.get(name)
             setattr(module, name, method.get)
-        elif method.before is not None:
-            setattr(module, name, method.before)
+        elif method.original is not None:
+            setattr(module, name, method.original)
         else:
             delattr(module, name)
 
@@ -178,32 +129,34 @@ def _padded_method(module: Any, name: str, room: Room) -> Switch:
 
 
 class PaddedMethod:
-    """Stands in for a method that returns a bias. Copies follow the module they are in."""
+    """Stands in for a method that returns a bias."""
 
-    def __init__(self, module: Any, name: str, room: Room) -> None:
-        self.module, self.name, self.room = module, name, room
-        self.before: Callable[..., Tensor] | None = None
+    def __init__(self, module: Any, name: str, slot: PromptSlot) -> None:
+        self.module = module
+        self.name = name
+        self.slot = slot
+        self.original: Callable[..., Tensor] | None = None
 
     def get(self, *args: Any) -> Tensor:
-        """The bias (1 or none, H, N + P, N + P)."""
-        own = self.before
-        if own is None:
-            own = functools.partial(getattr(type(self.module), self.name), self.module)
-        return with_pairs(own(*args), self.room)
+        """Return the bias (1 or none, H, N + P, N + P)."""
+        original = self.original
+        if original is None:
+            original = functools.partial(getattr(type(self.module), self.name), self.module)
+        return pad_pairs(original(*args), self.slot)
 
 
 class PaddedOutput:
     """A hook on a module that returns a bias."""
 
-    def __init__(self, room: Room) -> None:
-        self.room = room
+    def __init__(self, slot: PromptSlot) -> None:
+        self.slot = slot
 
     def pad(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """(..., N, N) to (..., N + P, N + P)."""
-        return with_pairs(output, self.room)
+        return pad_pairs(output, self.slot)
 
 
-def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Switch:
+def _hook_switch(module: nn.Module, hook: Callable[..., Tensor]) -> Switch:
     handles: list[Any] = []
 
     def switch(on: bool) -> None:
@@ -215,53 +168,50 @@ def _hooked(module: nn.Module, hook: Callable[..., Tensor]) -> Switch:
     return switch
 
 
-def _padded_window(module: Any, name: str, room: Room) -> list[Switch]:
-    """Swin-V2: a network makes the bias of N × N pairs in a window, whose size the attention reads from itself."""
+def _bias_mlp_switches(module: Any, name: str, slot: PromptSlot) -> list[Switch]:
+    """Swin-V2: a network computes the bias of N × N pairs in a window, whose size the attention has as an attribute."""
     index = getattr(module, "relative_position_index", None)
-    heads = getattr(module, "num_heads", None) or module.num_attention_heads
-    table = WindowTable(room, heads, indexed=index is not None)
-    size: dict[str, Any] = {"window_size": (1, room.tokens + room.count)}
-    if index is not None:  # the pairs with prompts look up one more row
-        size["relative_position_index"] = _inserted_index(index, room, table.rows(module))
-    return [_hooked(getattr(module, name), table.pad), _replaced(module, size)]
+    num_heads = getattr(module, "num_heads", None) or module.num_attention_heads
+    values: dict[str, Any] = {"window_size": (1, slot.num_tokens + slot.num_prompts)}
+    if index is not None:  # pairs with prompts look up one more row, after the last
+        table = module.relative_coords_table
+        row = int(table.numel() // table.shape[-1])
+        square = index.reshape(slot.num_tokens, slot.num_tokens)
+        values["relative_position_index"] = _insert(_insert(square, slot, -2, row), slot, -1, row)
+    padded = PaddedTable(slot, num_heads, indexed=index is not None)
+    return [_hook_switch(getattr(module, name), padded.pad), _attribute_switch(module, values)]
 
 
-def _inserted_index(index: Tensor, room: Room, row: int) -> Tensor:
-    square = index.reshape(room.tokens, room.tokens)
-    return _inserted(_inserted(square, room, -2, row), room, -1, row)
+class PaddedTable:
+    """A hook on a bias network: adds one row of zeros for all pairs with prompts, or inserts those pairs as zeros.
 
-
-class WindowTable:
-    """A hook on the network: a row more for pairs with prompts, or those pairs put in. Either is zero.
-
-    Swin-V2 has 16 · sigmoid(row) behind it, so zero is the middle; zero behind it would all but hide the prompts.
+    Swin-V2 applies 16 · sigmoid(row) afterwards, so zero is the middle; a zero after that would all but hide prompts.
     """
 
-    def __init__(self, room: Room, num_heads: int, *, indexed: bool) -> None:
-        self.room, self.num_heads, self.indexed = room, num_heads, indexed
-
-    def rows(self, module: Any) -> int:
-        """Rows of the table without the one more."""
-        return int(module.relative_coords_table.numel() // module.relative_coords_table.shape[-1])
+    def __init__(self, slot: PromptSlot, num_heads: int, *, indexed: bool) -> None:
+        self.slot = slot
+        self.num_heads = num_heads
+        self.indexed = indexed
 
     def pad(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """(..., H) to (T + 1, H), or (N·N, H) to ((N + P)·(N + P), H)."""
         rows_TH = output.reshape(-1, self.num_heads)
         if self.indexed:
             return torch.cat([rows_TH, rows_TH.new_zeros(1, self.num_heads)])
-        pairs_HNN = rows_TH.T.reshape(self.num_heads, self.room.tokens, self.room.tokens)
-        return with_pairs(pairs_HNN, self.room).reshape(self.num_heads, -1).T
+        pairs_HNN = rows_TH.T.reshape(self.num_heads, self.slot.num_tokens, self.slot.num_tokens)
+        return pad_pairs(pairs_HNN, self.slot).reshape(self.num_heads, -1).T
 
 
-def _replaced(module: Any, values: dict[str, Any]) -> Switch:
-    before = {name: getattr(module, name) for name in values}
+def _attribute_switch(module: Any, values: dict[str, Any]) -> Switch:
+    """Replace attributes of a module, and remember the originals on it (`REPLACED`)."""
+    originals = {name: getattr(module, name) for name in values}
 
     def switch(on: bool) -> None:
         if on:
-            module.__dict__[REPLACED] = before
+            module.__dict__[REPLACED] = originals
         else:
             module.__dict__.pop(REPLACED, None)
-        for name, value in (values if on else before).items():
+        for name, value in (values if on else originals).items():
             setattr(module, name, value)
 
     return switch

@@ -1,137 +1,194 @@
-"""Where prompts go in each block, and the proof that they falsify nothing there, from one forward seen beforehand."""
+"""Verify that prompts falsify nothing in a block: hidden from every attention, they leave its output as it was."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from petune.injector.hooks.hidden_prompts import HiddenPrompts, same
-from petune.injector.hooks.position_bias import Room, is_inside, refused
+from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import dtype_of, inference, tensors_in
+from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Sites
+
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass
-class Seen:
-    """One call of a block: what it was given and what it returned, and how many tokens its attention saw.
-
-    Attributes:
-        attended: What its attention returned.
-        mid: What entered its `mid`.
-    """
+class BlockCall:
+    """One call of a block without prompts: its arguments and output, and how many tokens its attention saw."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    tokens: int
+    num_tokens: int
     output: Any = None
-    attended: Tensor | None = None
-    mid: Tensor | None = None
-
-    @property
-    def stream(self) -> Tensor | None:
-        """The tokens that it was given."""
-        return next(tensors_in((self.args, self.kwargs)), None)
-
-    @property
-    def left(self) -> Tensor:
-        """The tokens that it returned."""
-        return next(tensors_in(self.output))
 
 
-class Prompting:
-    """What `Edit.prompt` needs to know of the model as it is without the prompts.
+class PromptCheck:
+    """Compares blocks with hidden prompts to the same blocks without prompts.
 
     Args:
-        model: As it is; nothing is run before it is asked.
+        model: The model without the prompts that are to be checked; one forward of it is recorded on first use.
         sites: Its sites.
     """
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
-        self.model, self.sites = model, sites
-        self._seen: dict[int, Seen] = {}
-        self._plain: Tensor | None = None
-        self._rooms: list[Room] = []
+        self.model = model
+        self.sites = sites
+        self._calls: dict[nn.Module, BlockCall] = {}
+        self._output: Any = None
+        self._slots: list[PromptSlot] = []
 
-    def room(self, block: Block, count: int) -> Room:
-        """Room for `count` prompts: behind the prefix tokens, or first of all in the attention alone."""
-        if not self._seen:
-            self._plain = self._look()
-        index = 0 if is_inside(block) else self.sites.num_prefix_tokens
-        return Room(index, count, self._seen[id(block.enter)].tokens)
+    def slot(self, block: Block, num_prompts: int) -> PromptSlot:
+        """Return where prompts go in a block: behind the prefix tokens, or in front of all in its attention alone."""
+        if not self._calls:
+            self._record()
+        index = 0 if enters_attention_only(block) else self.sites.num_prefix_tokens
+        return PromptSlot(index, num_prompts, self._calls[block.enter].num_tokens)
 
-    def seen(self, block: Block) -> Seen:
-        """The block's call in the forward without prompts."""
-        return self._seen[id(block.enter)]
+    def verify(self, blocks: Sequence[Block], slot: PromptSlot) -> None:
+        """Compare the blocks with hidden prompts to what they were without. On the meta device only shapes count.
 
-    def prove(self, run: tuple[Block, ...], room: Room) -> None:
-        """Compare the blocks with hidden prompts to what they were without; see `same` for the meta device.
+        Args:
+            blocks: Those that the prompts pass through; the prompts are in the model already.
+            slot: Where.
 
         Raises:
-            AttachError: They differ, or do not run.
+            AttachError: The outputs differ, the blocks do not run, or none of their attentions saw the prompts.
         """
-        seen, block = self._seen[id(run[0].enter)], run[0]
-        alone = len(run) == 1 and block.is_module
-        if room not in self._rooms:
-            self._rooms.append(room)  # earlier blocks' prompts are in the model already: hide them too
+        block, call = blocks[0], self._calls[blocks[0].enter]
+        alone = len(blocks) == 1 and block.is_module
+        if slot not in self._slots:
+            self._slots.append(slot)  # earlier blocks' prompts are in the model already: hide them too
         try:
             with inference(self.model), contextlib.ExitStack() as stack:
-                modes = [stack.enter_context(HiddenPrompts(r)) for r in self._rooms]
-                output = block.enter(*seen.args, **seen.kwargs) if alone else self.model(self._image())
+                hidden = {known: stack.enter_context(HiddenPrompts(known)) for known in self._slots}
+                output = block.enter(*call.args, **call.kwargs) if alone else self.model(self._image())
         except Exception as error:
-            raise refused(block, self.sites, f"does not run with them ({type(error).__name__}: {error})") from error
-        before = seen.output if alone else self._plain
-        if not modes[self._rooms.index(room)].count:
-            why = "does not weigh its tokens one against another where they come in (but channels, or tokens elsewhere)"
-            raise refused(block, self.sites, why)
-        if not same(next(tensors_in(before)), next(tensors_in(output))):
-            why = "knows the places of its tokens in a way that petune cannot tell about tokens without a place"
-            raise refused(block, self.sites, why)
-        if run[-1] is self.sites.blocks[-1]:
-            self._seen = {}  # activations are not kept longer than needed
+            reason = f"does not run with them ({type(error).__name__}: {error})"
+            raise prompts_refused(block, self.sites, reason) from error
+        if not hidden[slot].num_attentions:
+            reason = "has no token-to-token attention where they enter (but over channels, or over other tokens)"
+            raise prompts_refused(block, self.sites, reason)
+        before = call.output if alone else self._output
+        if not outputs_agree(next(tensors_in(before)), next(tensors_in(output))):
+            reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
+            raise prompts_refused(block, self.sites, reason)
+        if blocks[-1] is self.sites.blocks[-1]:
+            self._calls = {}  # activations are not kept longer than needed
 
-    def _look(self) -> Any:
-        handles = [h for block in self.sites.blocks for h in self._watch(block)]
+    def _record(self) -> None:
+        handles = [handle for block in self.sites.blocks for handle in self._watch(block)]
         try:
             with inference(self.model):
-                return self.model(self._image())
+                self._output = self.model(self._image())
         finally:
             for handle in handles:
                 handle.remove()
 
     def _watch(self, block: Block) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tokens = next(tensors_in((args, kwargs))).shape[-2]
-            self._seen[id(module)] = Seen(args, kwargs, tokens)
+            self._calls[block.enter] = BlockCall(args, kwargs, next(tensors_in((args, kwargs))).shape[-2])
 
-        def attend(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if is_inside(block):
-                self._seen[id(block.enter)].tokens = next(tensors_in((args, kwargs))).shape[-2]
+        def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if enters_attention_only(block):
+                self._calls[block.enter].num_tokens = next(tensors_in((args, kwargs))).shape[-2]
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._seen[id(block.enter)].output = output
+            self._calls[block.enter].output = output
 
-        def attended(module: nn.Module, args: Any, output: Any) -> None:
-            self._seen[id(block.enter)].attended = next(tensors_in(output), None)
-
-        def mid(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._seen[id(block.enter)].mid = next(tensors_in((args, kwargs)), None)
-
-        inner = block.parts.get("attn", block).enter
-        more = []
-        if is_inside(block):
-            more = [inner.register_forward_hook(attended)]
-            more += [block.mid.enter.register_forward_pre_hook(mid, with_kwargs=True)] if "mid" in block.parts else []
+        attention = block.parts.get("attn", block).enter
         return [
             block.enter.register_forward_pre_hook(enter, with_kwargs=True),
-            inner.register_forward_pre_hook(attend, with_kwargs=True),
+            attention.register_forward_pre_hook(enter_attention, with_kwargs=True),
             block.exit.register_forward_hook(leave),
-            *more,
         ]
 
     def _image(self) -> Tensor:
         x = torch.randn(1, *self.sites.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
         return x.to(next(self.model.parameters()).device, dtype_of(self.model))
+
+
+class HiddenPrompts(TorchFunctionMode):
+    """While active, no token attends to the prompts: their attention scores are -inf.
+
+    Attributes:
+        num_attentions: Number of attentions that had prompts to hide.
+    """
+
+    def __init__(self, slot: PromptSlot) -> None:
+        super().__init__()
+        self.slot = slot
+        self.num_attentions = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            kwargs = self._mask_sdpa(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs)
+            args = ()
+        elif name == "multi_head_attention_forward":
+            kwargs = self._mask_mha(inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments)
+            args = ()
+        elif name == "softmax":
+            args = (self._mask_scores(args[0]), *args[1:])
+        elif name in PRODUCTS and len(args) > 1:
+            args = (self._mask_weights(*args[:2]), *args[1:])
+        return func(*args, **kwargs)
+
+    def _mask_sdpa(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        query, mask = arguments["query"], arguments.get("attn_mask")
+        if not self._has_prompts(arguments["key"].shape[-2]):
+            return arguments
+        hidden = self._scores_to_add(query)
+        if mask is None:
+            return {**arguments, "attn_mask": hidden.expand(query.shape[-2], -1)}
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, -torch.inf)
+        return {**arguments, "attn_mask": mask + hidden}
+
+    def _mask_mha(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if not self._has_prompts(arguments["key"].shape[0]):
+            return arguments
+        mask = self._scores_to_add(arguments["query"]).expand(arguments["query"].shape[0], -1)
+        return {**arguments, "attn_mask": mask, "need_weights": True, "is_causal": False}
+
+    def _mask_scores(self, scores: Tensor) -> Tensor:
+        if scores.ndim < 3 or not self._has_prompts(scores.shape[-1]):
+            return scores
+        return scores + self._scores_to_add(scores)
+
+    def _mask_weights(self, weights: Any, values: Any) -> Any:
+        """Zero the weights of prompts where they are applied: heads may be mixed after the softmax (CaiT)."""
+        if not isinstance(weights, Tensor) or not isinstance(values, Tensor) or weights.ndim < 3:
+            return weights
+        is_square = weights.shape[-1] == weights.shape[-2] == values.shape[-2]
+        if not is_square or not self._has_prompts(weights.shape[-1]):
+            return weights
+        return weights.masked_fill(self._scores_to_add(weights) < 0, 0)
+
+    def _has_prompts(self, num_keys: int) -> bool:
+        return num_keys == self.slot.num_tokens + self.slot.num_prompts
+
+    def _scores_to_add(self, like: Tensor) -> Tensor:
+        """Return (N + P) scores: -inf for prompts, 0 for tokens. Called once for each attention that has prompts."""
+        self.num_attentions += 1
+        scores = torch.zeros(self.slot.num_tokens + self.slot.num_prompts, dtype=like.dtype, device=like.device)
+        scores[self.slot.index : self.slot.index + self.slot.num_prompts] = -torch.inf
+        return scores
+
+
+def outputs_agree(x: Tensor, y: Tensor) -> bool:
+    """Return whether two outputs are equal up to rounding; only in shape on the meta device, which has no numbers."""
+    if x.is_meta:
+        return x.shape == y.shape
+    scale = float(x.abs().max().clamp(min=1e-6))
+    tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    return x.shape == y.shape and float((x - y).abs().max()) <= tolerance * scale

@@ -1,0 +1,85 @@
+"""Find the attentions of a traced model, each with its MLP."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from petune.sites.layouts import width_after
+from petune.sites.parts import Mlp, find_mlp
+from petune.sites.trace import Call, Trace
+
+
+@dataclass(eq=False)
+class Attention:
+    """The innermost call with weights, from tokens to tokens, around an attention operation.
+
+    Attributes:
+        call: That call.
+        end: When the attention weights were last applied.
+        many_queries: See `AttentionOp`.
+        next_start: When the next attention of the model starts.
+        pair: The attention with its MLP; None if there is no MLP before the next attention.
+    """
+
+    call: Call
+    end: int
+    many_queries: bool = False
+    next_start: float = math.inf
+    pair: Pair | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of the tokens that it returns."""
+        return width_after(self.call)
+
+
+@dataclass(eq=False)
+class Pair:
+    """An attention and the MLP after it.
+
+    Attributes:
+        attention, mlp: The two.
+        holder: The smallest call that holds both.
+        inside: All attentions in the holder.
+    """
+
+    attention: Attention
+    mlp: Mlp
+    holder: Call
+    inside: list[Attention]
+
+
+def find_attentions(trace: Trace) -> list[Attention]:
+    """Return all attentions of a traced model, in order, each with its MLP if it has one."""
+    found: dict[int, Attention] = {}
+    for op in trace.attention_ops:
+        around = [c for c in (op.call, *op.call.ancestors()) if _has_matrix(c) and c is not trace.root]
+        call = next((c for c in around if c.maps_tokens), None)
+        if call is not None and op.is_over_tokens(call):
+            attention = found.setdefault(id(call), Attention(call, op.time))
+            attention.end = op.time
+            attention.many_queries = attention.many_queries or op.many_queries
+    attentions = sorted(found.values(), key=lambda a: a.call.start)
+    for attention, following in itertools.pairwise(attentions):
+        attention.next_start = following.call.start
+    for attention in attentions:
+        attention.pair = _pair_of(trace, attention, attentions)
+    return attentions
+
+
+def _has_matrix(call: Call) -> bool:
+    return any(p.ndim >= 2 for p in call.module.parameters())
+
+
+def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) -> Pair | None:
+    """Walk outwards to the smallest call that has an MLP after the attention and before the next one."""
+    inner: Call | None = None
+    for call in (attention.call, *attention.call.ancestors()):
+        after = attention.end if inner is None else inner.stop
+        mlp = find_mlp(trace, call, inner, after, attention.next_start, attention.dim)
+        if mlp is not None:
+            return Pair(attention, mlp, call, [a for a in attentions if a.call.within(call)])
+        inner = call
+    return None
