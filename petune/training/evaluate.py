@@ -72,7 +72,7 @@ def evaluate(
     forward = by_position or model
     counts = _Counts(job.dataset.num_classes, job.device)
     errors: list[Exception] = []
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for batch in _batches(job, split, group, positions_only=by_position is not None):
             stop.check(group, errors)
             with nullcontext() if sharded else group.collect_errors(errors):
@@ -107,7 +107,8 @@ class _Counts:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; the training flags of its modules are restored afterwards."""
     in_train_mode = [module for module in model.modules() if module.training]
     model.eval()
     try:

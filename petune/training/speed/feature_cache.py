@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from petune.base.errors import ConfigError
 from petune.data.dataset import Split
 from petune.training.dry_run import dry_run
+from petune.training.evaluate import eval_mode
 from petune.training.speed.context import Logits, StepContext
 from petune.training.speed.feature_store import FeatureStore
 from petune.training.speed.frozen_prefix import FrozenPrefix, find_prefix
@@ -65,18 +66,16 @@ def plan_cache(context: StepContext) -> CachePlan | None:
     with dry_run(context.model, context.job.device), context.autocast():
         attachment.train()
         prefix = find_prefix(attachment, context.images(2))
-    if prefix is None:
+    if prefix is None:  # not worth a note: that is how most methods are
         _refuse(context, f"{attachment.name} trains so far down that no large part of the model is frozen below it")
         return None
     reason = _why_not(context, prefix)
-    if not reason and not _is_proven(context, prefix):
-        reason = f"{attachment.sites.model} cannot be split there: its logits or gradients would differ"
-    if reason:
-        _refuse(context, reason)
-        context.note(f"the frozen layers run in every epoch: {reason}")
+    proven = None if reason else _proven(context, prefix)
+    if proven is None:
+        _give_up(context, reason or f"{attachment.sites.model} cannot be split: its logits or gradients would differ")
         return None
     where = f"{context.precision} {context.job.device.type} torch {torch.__version__}"
-    return CachePlan(prefix, f"{attachment.fingerprint()} {where}")
+    return CachePlan(proven, f"{attachment.fingerprint()} {where}")
 
 
 def fill_cache(context: StepContext, plan: CachePlan, micro_batch: int) -> Mapping[str, Logits]:
@@ -101,9 +100,7 @@ def fill_cache(context: StepContext, plan: CachePlan, micro_batch: int) -> Mappi
         stores = {name: _open(context, plan, name, split) for name, split in splits.items()}
     except OSError as error:
         delete_features(job.directory)
-        reason = f"{directory} is not writable ({error.strerror})"
-        _refuse(context, reason)
-        context.note(f"the frozen layers run in every epoch: {reason}")
+        _give_up(context, f"{directory} is not writable ({error.strerror})")
         return {}
     size = sum(map(len, splits.values())) * plan.prefix.bytes_per_image
     context.note(
@@ -119,6 +116,11 @@ def fill_cache(context: StepContext, plan: CachePlan, micro_batch: int) -> Mappi
 def delete_features(directory: Path) -> None:
     """Delete what is cached in a run directory."""
     shutil.rmtree(directory / DIRECTORY, ignore_errors=True)
+
+
+def _give_up(context: StepContext, reason: str) -> None:
+    _refuse(context, reason)
+    context.note(f"the frozen layers run in every epoch: {reason}")
 
 
 def _refuse(context: StepContext, reason: str) -> None:
@@ -161,8 +163,13 @@ def why_too_large(bytes_per_image: int, num_images: int, limit_gb: float, direct
     )
 
 
-def _is_proven(context: StepContext, prefix: FrozenPrefix) -> bool:
-    """Whether logits and gradients from cached features are those of the whole model."""
+def _proven(context: StepContext, prefix: FrozenPrefix) -> FrozenPrefix | None:
+    """The prefix, with one blank image if possible, if it gives the logits and gradients of the whole model."""
+    candidates = (prefix, replace(prefix, one_blank=False))
+    return next((candidate for candidate in candidates if _computes_the_same(context, candidate)), None)
+
+
+def _computes_the_same(context: StepContext, prefix: FrozenPrefix) -> bool:
     attachment, x = context.job.attachment, context.images(PROOF_IMAGES)
     with dry_run(context.model, context.job.device), context.autocast():
         attachment.train()
@@ -170,7 +177,7 @@ def _is_proven(context: StepContext, prefix: FrozenPrefix) -> bool:
             values = prefix.compute(x)
             parameters = {**attachment.tuned, **attachment.head}
             return same_step(lambda: context.model(x), lambda: prefix.forward(values), parameters)
-        except RuntimeError:  # a model's own code may not cope with one blank image
+        except (RuntimeError, ValueError):  # a model's own code may not cope with blank images
             return False
 
 
@@ -192,47 +199,27 @@ def _fill(
     context: StepContext, prefix: FrozenPrefix, store: FeatureStore, split: Split, name: str, batch_size: int
 ) -> None:
     """Compute what is missing. Every batch is full, so that each row is computed as in training."""
-    job, timer = context.job, _Timer()
-    in_train_mode = [m for m in context.model.modules() if m.training]
+    preprocess, device = context.job.preprocess, context.job.device
     first = store.done
-    context.model.eval()
-    try:
+    started = marked = noted = time.perf_counter()
+    with eval_mode(context.model):
         for start in range(first, len(split), batch_size):
             if context.stop.signal_name is not None:
                 store.mark(start)
                 context.stop.check()
             positions = np.arange(start, start + batch_size) % len(split)
             with context.autocast():
-                values = prefix.compute(job.preprocess.normalize(job.preprocess.pixels(split, positions, job.device)))
+                values = prefix.compute(preprocess.normalize(preprocess.pixels(split, positions, device)))
             store.write(start, [value[: len(split) - start] for value in values])
-            done = min(start + batch_size, len(split))
-            if timer.is_due("mark", MARK_EVERY_S):
+            done, now = min(start + batch_size, len(split)), time.perf_counter()
+            if now - marked > MARK_EVERY_S:
                 store.mark(done)
-            if timer.is_due("note", NOTE_EVERY_S):
-                minutes = timer.elapsed_s / (done - first) * (len(split) - done) / 60
+                marked = now
+            if now - noted > NOTE_EVERY_S:
+                minutes = (now - started) / (done - first) * (len(split) - done) / 60
                 context.note(f"features of {name}: {done:,} of {len(split):,} images, {minutes:.0f} min left")
-        store.mark(len(split))
-    finally:
-        for module in in_train_mode:
-            module.training = True
-
-
-class _Timer:
-    """Says when something is due again."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._last: dict[str, float] = {}
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self._start
-
-    def is_due(self, name: str, every_s: float) -> bool:
-        due = self.elapsed_s - self._last.get(name, 0.0) > every_s
-        if due:
-            self._last[name] = self.elapsed_s
-        return due
+                noted = now
+    store.mark(len(split))
 
 
 def _logits(prefix: FrozenPrefix, store: FeatureStore, device: torch.device, positions: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Split a model's forward into a frozen prefix, whose results can be cached, and the rest.
 
-The prefix ends where the first module with trainable parameters is entered: a block, the final norm or the classifier.
-What enters that module is cached. The rest is the model's own forward, run on one blank image: modules of the prefix
-return constants, and where the prefix ends the cached tensor takes the place of what the blank image has become.
+The prefix ends where the first modules that train are entered: a block, or the final norm or the classifier. What
+enters them is cached. The rest is the model's own forward on a blank image: modules of the prefix return constants, and
+where the prefix ends the cached tensors take the place of what the blank image has become.
 
 Legend: B batch.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import first_tensor, with_first_tensor
@@ -25,6 +26,7 @@ from petune.sites.recorder import record
 MIN_SHARE = 0.2
 """The least share of the model's parameters that a prefix must hold; less is not worth reading from disk."""
 
+Hook = Callable[[nn.Module, Any, Any], Any]
 Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape (without the batch) and dtype of a cached tensor."""
 
@@ -35,11 +37,12 @@ class FrozenPrefix:
 
     Attributes:
         model: The model.
-        entries: Modules whose input is cached, in the order of the forward. The last one is where the prefix ends; a
-            method that reads the input of frozen blocks as well (LST) has more.
+        entries: Modules whose input is cached, in the order of the forward.
         skipped: Modules that need not run, and what each returns for a blank image.
         kinds: What is cached per image, one for each entry.
         image_shape: (channels, height, width).
+        one_blank: Whether one blank image suffices for a whole batch, so that what still runs of the prefix costs
+            nothing. A model whose own code counts images needs as many as there are.
     """
 
     model: nn.Module
@@ -47,6 +50,7 @@ class FrozenPrefix:
     skipped: Mapping[nn.Module, Any]
     kinds: tuple[Kind, ...]
     image_shape: tuple[int, ...]
+    one_blank: bool = True
 
     @property
     def bytes_per_image(self) -> int:
@@ -59,10 +63,12 @@ class FrozenPrefix:
 
     def forward(self, values: Sequence[Tensor]) -> Tensor:
         """Return the model's output for images whose cached values are given, (B, …) per entry."""
-        blank_1CHW = torch.zeros(1, *self.image_shape, device=values[0].device)
-        constants = {module: _returning(output) for module, output in self.skipped.items()}
-        with _forwards(constants), _entered_with(dict(zip(self.entries, values, strict=True))):
-            out: Tensor = self.model(blank_1CHW)
+        num_blanks = 1 if self.one_blank else len(values[0])
+        blank_BCHW = torch.zeros(1, *self.image_shape, device=values[0].device).expand(num_blanks, -1, -1, -1)
+        constants = {module: _returning(_repeat(output, num_blanks)) for module, output in self.skipped.items()}
+        hooks = {entry: _replacing(value) for entry, value in zip(self.entries, values, strict=True)}
+        with _forwards(constants), _hooked(hooks):
+            out: Tensor = self.model(blank_BCHW)
         return out
 
 
@@ -74,50 +80,59 @@ def find_prefix(attachment: Attachment, x_BCHW: Tensor) -> FrozenPrefix | None:
         x_BCHW: Two different images or more.
     """
     model = attachment.model
-    entries = _entries(attachment)
-    skipped = _modules_before(entries[-1], attachment) if entries else []
-    if not skipped or any(not _is_frozen(module) for module in skipped):
-        return None
+    entries = _entries(attachment, x_BCHW)
+    skipped = _modules_before(entries, attachment) if entries else []
     in_prefix = sum(p.numel() for module in skipped for p in module.parameters())
     if in_prefix < MIN_SHARE * sum(p.numel() for p in model.parameters()):
         return None
+    if any(m.training for module in skipped for m in module.modules()):
+        return None
     values = _inputs_of(entries, model, x_BCHW)
-    if len(values) != len(entries) or any(len(v) != len(x_BCHW) or v.requires_grad for v in values):
+    if len(values) != len(entries) or any(len(value) != len(x_BCHW) for value in values):
         return None  # rows that are windows, not images
     outputs = _outputs_of(skipped, model, torch.zeros_like(x_BCHW[:1]))
-    kinds = tuple((tuple(v.shape[1:]), v.dtype) for v in values)
+    kinds = tuple((tuple(value.shape[1:]), value.dtype) for value in values)
     return FrozenPrefix(model, entries, outputs, kinds, tuple(x_BCHW.shape[1:]))
 
 
-def _entries(attachment: Attachment) -> tuple[nn.Module, ...]:
-    """The first module with trainable parameters, after frozen ones whose input an adapter reads; () if there is none.
+def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
+    """The modules where the prefix ends, in the order of the forward; () if it is not worth looking for them.
 
-    It is looked for among blocks, final norm and classifier: anything that trains elsewhere means no prefix.
+    If a block trains, they are the first such block, and the frozen ones before it whose input an adapter reads (LST).
+    Else they are the modules that own trainable parameters and whose input no gradient reaches.
     """
-    sites = attachment.sites
-    candidates = [*sites.blocks, *(sites.parts[role] for role in ("norm", "head") if role in sites.parts)]
-    trainable = {id(p) for p in attachment.model.parameters() if p.requires_grad}
-    inside = [{id(p) for m in site.modules for p in m.parameters()} for site in candidates]
-    start = next((number for number, ids in enumerate(inside) if ids & trainable), None)
-    if start is None or (sites.blocks and start == 0) or trainable - set().union(*inside[start:]):
-        return ()
-    read = {id(site.enter) for placed in attachment.edit_log.placed for site in placed.sites[:-1]}
-    below = [site.enter for site in candidates[:start] if id(site.enter) in read]
-    return (*below, candidates[start].enter)
+    blocks = [block.enter for block in attachment.sites.blocks]
+    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    if True in trains:
+        start = trains.index(True)
+        read = {id(site.enter) for placed in attachment.edit_log.placed for site in placed.sites[:-1]}
+        return (*(block for block in blocks[:start] if id(block) in read), blocks[start]) if start else ()
+    entries: dict[nn.Module, None] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not first_tensor(args, kwargs).requires_grad:
+            entries[module] = None
+
+    model = attachment.model
+    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    with _hooked(dict.fromkeys(owners, keep)):
+        model(x_BCHW)
+    return tuple(entries)
 
 
-def _modules_before(entry: nn.Module, attachment: Attachment) -> list[nn.Module]:
-    """The outermost modules with parameters that are left before `entry` is entered."""
+def _modules_before(entries: Sequence[nn.Module], attachment: Attachment) -> list[nn.Module]:
+    """The outermost frozen modules that are left before the last of `entries` is entered."""
     calls = record(attachment.model, attachment.sites.input_size).calls
-    start = next((call.start for call in calls if call.module is entry), 0)
+    start = max((call.start for call in calls if call.module in entries), default=0)
     before = [call for call in calls if call.stop < start]
-    outermost = [call for call in before if call.parent is not None and call.parent.stop > start]
-    return [call.module for call in outermost if any(True for _ in call.module.parameters())]
+    outermost = [call.module for call in before if call.parent is not None and call.parent.stop > start]
+    return [module for module in outermost if _is_frozen(module)]
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    in_train_mode = any(m.training for m in module.modules())
-    return not in_train_mode and not any(p.requires_grad for p in module.parameters())
+    """Whether it has parameters, and none of them trains."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 class _Reached(Exception):
@@ -129,7 +144,7 @@ def _inputs_of(entries: Sequence[nn.Module], model: nn.Module, x_BCHW: Tensor) -
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs[module] = first_tensor(args, kwargs)
-        if module is entries[-1]:
+        if len(inputs) == len(entries):
             raise _Reached
 
     with torch.no_grad(), suppress(_Reached), _hooked(dict.fromkeys(entries, keep)):
@@ -140,25 +155,27 @@ def _inputs_of(entries: Sequence[nn.Module], model: nn.Module, x_BCHW: Tensor) -
 def _outputs_of(modules: Sequence[nn.Module], model: nn.Module, x_BCHW: Tensor) -> dict[nn.Module, Any]:
     outputs: dict[nn.Module, Any] = {}
 
-    def recording(module: nn.Module) -> Callable[..., Any]:
-        original = module.forward
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs[module] = output
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            outputs[module] = original(*args, **kwargs)
-            return outputs[module]
-
-        return forward
-
-    with torch.no_grad(), undisturbed(model), _forwards({module: recording(module) for module in modules}):
+    with torch.no_grad(), undisturbed(model), ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(keep, prepend=True).remove)
         model(x_BCHW)
     return outputs
 
 
-def _entered_with(values: Mapping[nn.Module, Tensor]) -> Any:
-    def replacing(value: Tensor) -> Callable[..., Any]:
-        return lambda module, args, kwargs: with_first_tensor(args, kwargs, value)
+def _repeat(output: Any, count: int) -> Any:
+    """Repeat what a module returned for one image."""
 
-    return _hooked({module: replacing(value) for module, value in values.items()})
+    def repeat(x: Any) -> Any:
+        return x.expand(count, *x.shape[1:]) if isinstance(x, Tensor) and x.ndim and x.shape[0] == 1 else x
+
+    return tree_map(repeat, output) if count > 1 else output
+
+
+def _replacing(value: Tensor) -> Hook:
+    return lambda module, args, kwargs: with_first_tensor(args, kwargs, value)
 
 
 def _returning(value: Any) -> Callable[..., Any]:
@@ -166,25 +183,24 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def _hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these pre-hooks run, before those of any adapter."""
+def _hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
+    """Inside, these hooks run when their modules are entered, before those of any adapter."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
-            handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
         yield
 
 
 @contextmanager
 def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, these modules have another `forward`; their hooks still run."""
-    own = {module: module.__dict__.get("forward") for module in replacements}
+    own = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, forward in replacements.items():
-            module.__dict__["forward"] = forward
+            vars(module)["forward"] = forward
         yield
     finally:
         for module, before in own.items():
-            del module.__dict__["forward"]
+            del vars(module)["forward"]
             if before is not None:
-                module.__dict__["forward"] = before
+                vars(module)["forward"] = before

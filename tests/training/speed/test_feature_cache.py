@@ -247,7 +247,7 @@ def test_a_model_that_cannot_be_split_is_found_out(make_trainer: Make) -> None:
     notes: list[str] = []
     make_trainer(att, augment="none", on_event=lambda e: notes.extend([e.text] if isinstance(e, Note) else [])).fit()
     assert len(notes) == 1
-    assert "Skips cannot be split there: its logits or gradients would differ" in notes[0]
+    assert "Skips cannot be split: its logits or gradients would differ" in notes[0]
 
 
 class Counts(nn.Module):
@@ -266,13 +266,26 @@ class Counts(nn.Module):
         return out
 
 
-def test_a_model_that_counts_images_in_its_own_code_is_trained_without(make_trainer: Make) -> None:
-    """Its own code sees one blank image."""
-    torch.manual_seed(0)
-    att = petune.attach(Counts(), "linear", input_size=(3, 8, 8))
-    notes: list[str] = []
-    make_trainer(att, augment="none", on_event=lambda e: notes.extend([e.text] if isinstance(e, Note) else [])).fit()
-    assert "Counts cannot be split there" in notes[0]
+@pytest.mark.parametrize(
+    ("model", "one_blank"), [(Counts, False), (lambda: timm.create_model("vit_tiny_patch16_224", **SIZE), True)]
+)
+def test_one_blank_image_suffices_unless_the_model_counts_images(
+    model: Callable[[], nn.Module], one_blank: bool, make_trainer: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used, found, fill = set[bool](), [], speedups.fill_cache
+
+    def noting(context: Any, plan: Any, micro_batch: int) -> Any:
+        used.add(plan.prefix.one_blank)
+        return fill(context, plan, micro_batch)
+
+    monkeypatch.setattr(speedups, "fill_cache", noting)
+    for wanted in ("never", "always"):
+        torch.manual_seed(0)
+        att = petune.attach(model(), "linear", input_size=(3, 8, 8))
+        make_trainer(att, directory=tmp_path / wanted, augment="none", cache_features=wanted).fit()
+        found.append(torch.cat([p.detach().flatten() for p in att.parameters()]))
+    assert torch.equal(*found)
+    assert used == {one_blank}
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -1,0 +1,42 @@
+"""Checkpoints that older versions wrote still load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import petune
+from petune.backbones.create import create_backbone
+from petune.training.checkpoint import newest_checkpoint
+from petune.training.config import TrainConfig
+from petune.training.optim import create_optimizer
+from petune.training.state import TrainState
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
+METHODS = {"adaptformer": "adaptformer:variant=paddle_study,bottleneck=2", "vpt": "vpt:num_prompts=2"} | {
+    "lora": "lora:r=2",
+    "bitfit": "bitfit",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_of_a_golden_run_restores_what_its_adapter_holds(method: str) -> None:
+    run = GOLDEN / method
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    options = {"options": config["backbone_options"], "seed": config["seed"]}
+    models = [create_backbone("vit_nano", weights="none", num_classes=10, **options).model for _ in range(2)]
+    torch.manual_seed(99)
+    att, saved = petune.attach(models[0], METHODS[method]), petune.load(models[1], run / "adapter")
+    params = {**att.tuned, **att.head}
+    train = TrainConfig(lr=0.01, weight_decay=0.0, optimizer="adamw")
+    state = TrainState(att.model, params, create_optimizer(params, set(), train), keep="best")
+    checkpoint, problems = newest_checkpoint(run / "checkpoints")
+    assert problems == []
+    assert checkpoint is not None
+    state.load(checkpoint)
+    assert (state.progress.step, state.progress.precision) == (1, "fp32")
+    expected = saved.state()
+    assert {key for key, tensor in att.state().items() if not torch.equal(tensor, expected[key])} == set()
