@@ -1,4 +1,4 @@
-"""A web page to try adapters on: `petune demo DIR…`."""
+"""Try adapters on images in the browser: `petune demo DIR…`."""
 
 from petune.serving.demo.page import Served, serve
 from petune.serving.demo.side_by_side import Answer, SideBySide

@@ -1,10 +1,12 @@
-"""The page itself, in gradio: nothing is sent anywhere, nothing comes from the internet."""
+"""The page of the demo, in gradio. It sends nothing anywhere, and loads nothing from the internet."""
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,14 @@ from petune.base.errors import DataError, MissingExtra, UsageError
 from petune.base.text import escape_markdown, printable
 from petune.serving.demo.side_by_side import Answer, SideBySide
 
-LARGEST_UPLOAD = "100mb"
-KEPT_S = 3600  # uploaded images are deleted after an hour
-FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # gradio's are fetched
+MAX_UPLOAD = "100mb"
+KEEP_UPLOADS_S = 3600
+FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # gradio downloads its own
 
 
 @dataclass(frozen=True)
 class Served:
-    """A page that is being served: its address, and how to end it."""
+    """A page that is being served, and its address."""
 
     url: str
     page: Any
@@ -31,41 +33,61 @@ class Served:
 
 
 def serve(demo: SideBySide, *, host: str = "127.0.0.1", port: int = 7860) -> Served:
-    """Serve the page, in threads of its own.
+    """Serve the page, in separate threads.
 
     Args:
-        demo: What is asked.
-        host: Where to listen; the default answers this machine only.
-        port: 0 takes any that is free.
+        demo: The adapters to try.
+        host: Address to listen on; the default answers this machine only.
+        port: 0 chooses a free port.
 
     Raises:
         MissingExtra: gradio is not installed.
-        UsageError: The port is taken, or the host is none of this machine's.
+        UsageError: The port is taken, or the address is not one of this machine's.
     """
-    listening = _free(host, port)
-    # asked for at import: a count of starts, a look whether there is a newer version
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is up
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-    try:
-        import gradio
-    except ImportError:
-        raise MissingExtra("petune demo", "demo") from None
-    page = _page(gradio, demo)
-    _, url, _ = page.launch(
-        server_name=host, server_port=listening, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[],
-        max_file_size=LARGEST_UPLOAD, theme=gradio.themes.Default(**FONTS),
-    )  # fmt: skip
+    free_port = _free_port(host, port)
+    with _gradio_environment():
+        try:
+            import gradio
+        except ImportError:
+            raise MissingExtra("petune demo", "demo") from None
+        page = _build_page(gradio, demo)
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=free_port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            enable_monitoring=False,
+            footer_links=[],
+            max_file_size=MAX_UPLOAD,
+            theme=gradio.themes.Default(**FONTS),
+        )
     return Served(str(url), page)
 
 
-def _free(host: str, port: int) -> int:
-    """The port, or any that is free for 0.
+@contextlib.contextmanager
+def _gradio_environment() -> Iterator[None]:
+    """Turn off what gradio sends when imported, and let it reach its own server without a proxy."""
+    changed = {"GRADIO_ANALYTICS_ENABLED": "False"}
+    for name in ("no_proxy", "NO_PROXY"):
+        changed[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
-    Raises:
-        UsageError: It cannot be listened on.
-    """
+
+def _free_port(host: str, port: int) -> int:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,50 +95,51 @@ def _free(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise UsageError(
-            f"--host and --port must be free to listen on, but {host}:{port} is not: {error.strerror or error}. Name "
-            "another --port, or 0"
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Use another port, or 0 for any free one",
+            cli_hint="Set it with --port",
         ) from None
 
 
-def _page(gradio: Any, demo: SideBySide) -> Any:
-    with gradio.Blocks(title="petune demo", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
-        gradio.Markdown(f"# One backbone, {_adapters(len(demo.names))}\n\n{escape_markdown(demo.backbone)}")
-        problem = gradio.HTML(visible=False)
+def _build_page(gradio: Any, demo: SideBySide) -> Any:
+    notes = {name: escape_markdown(demo.notes[name]) for name in demo.names}
+    keep = (KEEP_UPLOADS_S, KEEP_UPLOADS_S)
+    with gradio.Blocks(title="petune demo", analytics_enabled=False, delete_cache=keep) as page:
+        count = "one adapter" if len(notes) == 1 else f"{len(notes)} adapters"
+        gradio.Markdown(f"# One backbone, {count}\n\n{escape_markdown(demo.backbone)}")
+        alert = gradio.HTML(visible=False)
         with gradio.Row():
-            image = gradio.File(label="Drop an image here", elem_id="image", height=200)
-            seen = gradio.Image(label="Its square", interactive=False, height=200, buttons=[], elem_id="seen")
-        labels, times = [], []
+            upload = gradio.File(label="Drop an image here", elem_id="image", height=200)
+            square = gradio.Image(
+                label="What the model sees", interactive=False, height=200, buttons=[], elem_id="square"
+            )
+        labels, captions = [], []
         with gradio.Row():
-            for name in demo.names:
+            for name, note in notes.items():
                 with gradio.Column(min_width=240):
                     labels.append(gradio.Label(label=printable(name), num_top_classes=5))
-                    times.append(gradio.Markdown(escape_markdown(demo.notes[name])))
+                    captions.append(gradio.Markdown(note))
 
-        def ask(file: str | None) -> list[Any]:
-            nothing = [None] * len(labels)
-            notes = [escape_markdown(demo.notes[name]) for name in demo.names]
+        def answer(file: str | None) -> list[Any]:
+            hidden = gradio.update(visible=False)
+            nothing = [None, *[None] * len(labels), *notes.values()]
             if file is None:
-                return [gradio.update(visible=False), None, *nothing, *notes]
+                return [hidden, *nothing]
             try:
-                square, answers = demo(Path(file))
+                image, answers = demo(Path(file))
             except DataError as error:
-                return [gradio.update(value=_alert(str(error)), visible=True), None, *nothing, *notes]
-            found = [{printable(guess.name): guess.probability for guess in answer.top} for answer in answers]
-            timed = [f"{note}<br>{_time(answer)}" for note, answer in zip(notes, answers, strict=True)]
-            return [gradio.update(visible=False), square, *found, *timed]
+                return [gradio.update(value=_alert(str(error)), visible=True), *nothing]
+            tops = [{printable(guess.name): guess.probability for guess in one.top} for one in answers]
+            return [hidden, image, *tops, *(_caption(notes[one.name], one) for one in answers)]
 
-        image.change(ask, image, [problem, seen, *labels, *times], api_visibility="private", show_progress="hidden")
+        outputs = [alert, square, *labels, *captions]
+        upload.change(answer, upload, outputs, api_visibility="private", show_progress="hidden")
     return page
 
 
-def _adapters(number: int) -> str:
-    return "one adapter" if number == 1 else f"{number} adapters"
+def _caption(note: str, answer: Answer) -> str:
+    return f"{note}<br>{1000 * answer.time_s:.1f} ms for this image"
 
 
-def _time(answer: Answer) -> str:
-    return f"{1000 * answer.time_s:.1f} ms for this image"
-
-
-def _alert(text: str) -> str:
-    words = html.escape(printable(text))
-    return f'<p role="alert" style="border-left: 4px solid #b3261e; padding: .5rem .75rem; margin: 0">{words}</p>'
+def _alert(message: str) -> str:
+    text = html.escape(printable(message))
+    return f'<p role="alert" style="border-left: 4px solid #b3261e; padding: .5rem .75rem; margin: 0">{text}</p>'
