@@ -1,4 +1,4 @@
-"""Join what was measured of one comparison on two machines: no run is lost, and none counted twice."""
+"""Merge two tables of one comparison, measured on two machines: no run is lost, none is counted twice."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from collections.abc import Sequence
 from petune.runner.comparison import ORIGIN_KEYS, Comparison, Origin, Row
 
 SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
-PLACES = {"output", "data_dir", "resume", "method", "seed"}
+PATHS_AND_RUN = {"output", "data_dir", "resume", "method", "seed"}
 
 
 def joined(old: Comparison, new: Comparison, order: Sequence[str], one_backbone: bool | None = None) -> Comparison:
-    """The rows of both, in that order. A method that both have with other seeds gets one row of all its seeds.
+    """Return one table. A method that both have with different seeds gets one row with all of its seeds.
 
     Args:
-        one_backbone: Whether their weights are of one pretraining, which paths do not tell; None where there is none.
+        old, new: The tables; `new` replaces rows that it has with all their seeds.
+        order: Of the methods.
+        one_backbone: Whether their weights come from the same pretraining; None if there was no pretraining.
 
     Raises:
-        ValueError: They are of other recipes or weights, or a method has other rates or sizes, or some of its seeds
-            in both.
+        ValueError: Recipe or weights differ, or a method has another learning rate or size, or some of its seeds are
+            in both tables.
     """
     again = {row.method: set(row.seeds) for row in new.rows}
     if all(row.method in again and set(row.seeds) <= again[row.method] for row in old.rows):
         return new
-    if not any(again.values()):  # all failed: not even the backbone's name is known
+    if not any(again.values()):  # all failed: even the backbone's name is unknown
         return old
     _need_one_recipe(old, new, one_backbone)
     rows, used = _rows(old, new)
@@ -34,23 +36,23 @@ def joined(old: Comparison, new: Comparison, order: Sequence[str], one_backbone:
     given = {*old.config.lrs, *new.config.lrs}
     lrs = {method: lr for method in methods if method in given and (lr := rows[method].lr) is not None}
     seeds = tuple(sorted({seed for row in rows.values() for seed in row.seeds}))
-    places = _merged([origin for origin in origins if origin.runs])
+    all_origins = _merged([origin for origin in origins if origin.runs])
     latest = new if any(rows[method].seeds for method in used) else old
     return latest.model_copy(
         update={
             "config": latest.config.model_copy(update={"methods": methods, "seeds": seeds, "lrs": lrs}),
             "rows": tuple(rows[method] for method in methods),
-            "origins": tuple(places) if len(places) > 1 else (),
+            "origins": tuple(all_origins) if len(all_origins) > 1 else (),
         }
     )
 
 
 def _rows(old: Comparison, new: Comparison) -> tuple[dict[str, Row], set[str]]:
-    """The rows by method, and of which methods runs of `new` are in them."""
+    """Return the rows by method, and the methods that have runs of `new`."""
     rows, used = {row.method: row for row in old.rows}, set[str]()
     for row in new.rows:
         before = rows.get(row.method)
-        if before is None or set(before.seeds) <= set(row.seeds):  # measured again, whole
+        if before is None or set(before.seeds) <= set(row.seeds):  # measured again with all seeds
             rows[row.method] = row
         elif not row.seeds:  # a failure
             continue
@@ -64,30 +66,30 @@ def _rows(old: Comparison, new: Comparison) -> tuple[dict[str, Row], set[str]]:
 
 
 def _need_one_recipe(old: Comparison, new: Comparison, one_backbone: bool | None) -> None:
-    paths = PLACES if one_backbone is None else {*PLACES, "weights"}
-    # The precision is the machine's, too: each place of the table names its own, and suites/precision.yaml shows that
-    # accuracy does not depend on it.
+    paths = PATHS_AND_RUN if one_backbone is None else {*PATHS_AND_RUN, "weights"}
+    # The precision depends on the machine: the table names it for each run, and suites/precision.yaml shows that it
+    # does not change the accuracy.
     apart = dict.fromkeys(paths, True) | {"train": {"precision"}}
     shared = [one.config.run.model_dump(mode="json", exclude=apart) for one in (old, new)]
     weights = old.weights == new.weights if one_backbone is None else one_backbone
     if shared[0] != shared[1] or old.backbone != new.backbone or not weights:
         raise ValueError(
-            "only runs of one recipe and one backbone can be joined, but the kept results have another; "
-            "measure all methods and seeds that are kept again, and they are replaced"
+            "the committed results have another recipe or backbone, so they cannot be merged. "
+            "Measure all of their methods and seeds again to replace them"
         )
 
 
 def _need_one_size(a: Row, b: Row) -> None:
     if other := [name for name in SAME if getattr(a, name) != getattr(b, name)]:
-        raise ValueError(f"{a.method}: the kept row has another {', '.join(other)}; see --kept-rates")
+        raise ValueError(f"{a.method}: the committed row has another {', '.join(other)}. See --kept-rates")
 
 
 def _one_row(a: Row, b: Row) -> Row:
-    """One row of the seeds of two; mean and standard deviation as from all of them."""
+    """Return one row with the seeds of two, and mean and standard deviation over all of them."""
     if set(a.seeds) & set(b.seeds):
         raise ValueError(
-            f"{a.method}: seeds {a.seeds} are kept and {b.seeds} were measured, "
-            "which cannot be joined; measure all of them, or with --seeds only those that are missing"
+            f"{a.method}: seeds {a.seeds} are committed and {b.seeds} were measured; some are in both. "
+            "Measure all of them, or with --seeds only the missing ones"
         )
     _need_one_size(a, b)
     n, m = len(a.seeds), len(b.seeds)
@@ -99,7 +101,7 @@ def _one_row(a: Row, b: Row) -> Row:
         return None if x is None or y is None else (n * x + m * y) / (n + m)
 
     def spread(name: str) -> float:
-        """From the sums of squares about each mean, and the distance of the means."""
+        """Combine the sums of squares around each mean, and the distance of the means."""
         x, y = getattr(a, f"{name}_mean"), getattr(b, f"{name}_mean")
         squares = sum((k - 1) * (getattr(row, f"{name}_std") or 0.0) ** 2 for k, row in ((n, a), (m, b)))
         return math.sqrt((squares + n * m / (n + m) * (x - y) ** 2) / (n + m - 1))
@@ -114,7 +116,7 @@ def _one_row(a: Row, b: Row) -> Row:
 
 
 def _origins(comparison: Comparison) -> tuple[Origin, ...]:
-    """Where it was measured, also where that is one place."""
+    """Return the origins, also if there is only one."""
     if comparison.origins:
         return comparison.origins
     runs = {row.method: row.seeds for row in comparison.rows if row.seeds}
@@ -130,13 +132,13 @@ def _only(origin: Origin, methods: set[str]) -> Origin:
 
 
 def _merged(origins: Sequence[Origin]) -> list[Origin]:
-    """One for each place."""
-    found: list[Origin] = []
+    """Merge origins with the same conditions."""
+    merged: list[Origin] = []
     for origin in origins:
-        same = next((one for one in found if one.provenance == origin.provenance), None)
+        same = next((other for other in merged if other.provenance == origin.provenance), None)
         if same is None:
-            found.append(origin)
+            merged.append(origin)
         else:
             runs = {m: (*same.runs.get(m, ()), *origin.runs.get(m, ())) for m in {**same.runs, **origin.runs}}
-            found[found.index(same)] = same.model_copy(update={"runs": runs})
-    return found
+            merged[merged.index(same)] = same.model_copy(update={"runs": runs})
+    return merged

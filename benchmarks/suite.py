@@ -1,15 +1,14 @@
-"""Run a suite of benchmarks: choose each method's rate on val, compare the methods, hold the numbers to a range.
+"""Run a suite of benchmarks: choose learning rates on val, compare the methods, check the numbers against ranges.
 
     python benchmarks/suite.py few-shot                      # all of benchmarks/suites/few-shot.yaml
-    python benchmarks/suite.py few-shot --smoke              # the same at a size of a minute, offline
-    python benchmarks/suite.py few-shot --only few-shot-10   # some pieces, or some methods, by name
-    python benchmarks/suite.py few-shot --seeds 0            # a first seed of each
-    python benchmarks/suite.py few-shot --finished --keep    # train nothing; keep what is finished in results/
-    python benchmarks/suite.py few-shot --kept-rates --keep  # go on with what another machine kept there
+    python benchmarks/suite.py few-shot --smoke              # the same in a minute, offline
+    python benchmarks/suite.py few-shot --only few-shot-10   # some pieces or methods, by name
+    python benchmarks/suite.py few-shot --seeds 0            # one seed of each
+    python benchmarks/suite.py few-shot --finished --keep    # train nothing; copy finished runs to results/
+    python benchmarks/suite.py few-shot --kept-rates --keep  # add to what another machine put there
 
-Everything that trains is `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not run again, and
-what was stopped or killed goes on with the same command. Exit code 1 where a number is out of its range, or a
-method failed.
+Everything is trained by `petune.pretrain`, `petune.sweep` and `petune.compare`: finished runs are not repeated. If
+interrupted, rerun the same command to resume. The exit code is 1 if a number is out of its range or a method failed.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ SUITES, RESULTS = HERE / "suites", HERE / "results"
 
 
 class Expected(Config):
-    """Top-1 on test in percent, mean over the seeds; or for `A - B` the difference of two methods in points.
+    """The expected top-1 on test in percent, mean over the seeds; for `A - B` the difference of two methods in points.
 
     Attributes:
-        top1: What was measured, or is aimed at; `source` says which.
-        range: From and to where a number is as expected.
+        top1: An earlier measurement or a goal; `source` says which.
+        range: The lowest and the highest value that are accepted.
     """
 
     top1: float
@@ -58,8 +57,8 @@ class Rates(Config):
     """The learning rates to try for each method, on val, with one seed.
 
     Attributes:
-        values: By method; `default` for those that are not named.
-        run: What the trials have other than the comparison, as fewer epochs.
+        values: By method; `default` is for methods that are not listed.
+        run: Options in which the trials differ from the comparison, such as fewer epochs.
     """
 
     values: dict[str, tuple[float, ...]]
@@ -67,7 +66,7 @@ class Rates(Config):
 
 
 class Piece(Config):
-    """A pretraining where there is one, then the rates, then the comparison; as `petune.pretrain` and so on take it."""
+    """A pretraining if needed, the learning rates, and the comparison; arguments of `petune.pretrain` and so on."""
 
     pretrain: dict[str, Any] | None = None
     rates: Rates | None = None
@@ -78,11 +77,11 @@ class Suite(Config):
     """A file of `suites/`.
 
     Attributes:
-        command: What runs it.
-        about: What it shows, on what it runs how long.
+        command: The command that runs it.
+        about: What it shows, and how long it takes.
         expected: By piece, then by method.
-        pieces: In their order.
-        smoke: Laid over every piece, or those it names as `pieces`; with an `expected` of its own for each.
+        pieces: In order.
+        smoke: Overrides values of every piece, or of those in its `pieces`; has its own `expected`.
     """
 
     command: str
@@ -94,7 +93,7 @@ class Suite(Config):
 
 @dataclass(frozen=True)
 class Check:
-    """A number beside what was expected; `value` is None where there is none (yet)."""
+    """A measured number and its expected range; `value` is None if there is none yet."""
 
     what: str
     value: float | None
@@ -104,62 +103,71 @@ class Check:
 
     @property
     def good(self) -> bool:
-        """Whether it is in its range."""
+        """Return whether it is in its range."""
         return self.value is not None and self.low <= self.value <= self.high
 
     def __str__(self) -> str:
-        said = "in range" if self.good else "missing" if self.value is None else "OUT OF RANGE"
+        verdict = "in range" if self.good else "missing" if self.value is None else "OUT OF RANGE"
         value = "–" if self.value is None else f"{self.value:.2f}"
-        return f"{self.what}: {value}, expected {self.expected:g} within {self.low:g} to {self.high:g}: {said}"
+        return f"{self.what}: {value}, expected {self.expected:g} within {self.low:g} to {self.high:g}: {verdict}"
 
 
 def read_suite(name: str, smoke: bool = False) -> Suite:
-    """The suite of that name, at its smoke size if asked for."""
+    """Read the suite of that name; with `smoke`, at its smallest size."""
     values = read_yaml(SUITES / f"{name}.yaml")
     if smoke:
-        over = dict(values["smoke"])
-        expected = over.pop("expected")
-        names = over.pop("pieces", list(values["pieces"]))
-        values["pieces"] = {name: laid_over(values["pieces"][name], over) for name in names}
+        overrides = dict(values["smoke"])
+        expected = overrides.pop("expected")
+        names = overrides.pop("pieces", list(values["pieces"]))
+        values["pieces"] = {name: merged(values["pieces"][name], overrides) for name in names}
         values["expected"] = dict.fromkeys(values["pieces"], expected)
     return Suite.build(values, f"{name}.yaml")
 
 
-def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the values of `above`, key by key; what `below` has no use for (a pretraining) stays out."""
-    merged = dict(below)
-    for key, value in above.items():
-        if key in {"pretrain", "rates"} and not below.get(key):
+def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `overrides`, key by key; a pretraining or rates that `values` lacks are not added."""
+    result = dict(values)
+    for key, value in overrides.items():
+        if key in {"pretrain", "rates"} and not values.get(key):
             continue
-        inner = merged.get(key)
-        merged[key] = laid_over(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
-    return merged
+        section = result.get(key)
+        result[key] = merged(section, value) if isinstance(value, dict) and isinstance(section, dict) else value
+    return result
 
 
 def run_piece(
     piece: Piece,
-    place: Path,
+    directory: Path,
     methods: tuple[str, ...],
     watch: Any,
     executor: str | Executor = "serial",
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Pretrain, choose rates, compare; what is finished is read. Returns what suite.json holds beside the checks.
+    """Pretrain, choose learning rates and compare; finished runs are read.
 
     Args:
-        known: Rates that were chosen before, by method, as this function returns them.
+        piece: What to run.
+        directory: Where the runs are.
+        methods: Those to compare.
+        watch: Called with every event.
+        executor: What does the runs.
+        known: Learning rates that were chosen before, by method, as this function returns them.
+
+    Returns:
+        The results of pretraining, rates and comparison as plain data, as in suite.json.
     """
-    pretraining = pretrain_config(piece, place)
+    pretraining = pretrain_config(piece, directory)
     pretrained = petune.pretrain(pretraining, watch=watch).model_dump(mode="json") if pretraining else None
-    configs = {method: rate_config(piece, place, method) for method in methods if piece.rates}
+    configs = {method: rate_config(piece, directory, method) for method in methods if piece.rates}
     known = known or {}
     rates = {m: known.get(m) or chosen_rate(config, watch, executor) for m, config in configs.items()}
     lrs = {method: rate["lr"] for method, rate in rates.items()}
-    comparison = petune.compare(compare_config(piece, place, methods, lrs), executor=executor, watch=watch)
+    comparison = petune.compare(compare_config(piece, directory, methods, lrs), executor=executor, watch=watch)
     other = [row.method for row in comparison.rows if row.method in lrs and row.lr not in {None, lrs[row.method]}]
     if other:
         raise SystemExit(
-            f"finished runs of {', '.join(other)} had another rate than was chosen; remove them in {place}"
+            f"finished runs of {', '.join(other)} have another learning rate than the chosen one. Remove them from "
+            f"{directory}"
         )
     return {"pretrain": pretrained, "rates": rates, "compare": comparison.model_dump(mode="json")}
 
@@ -167,73 +175,82 @@ def run_piece(
 def only_finished(
     configs: Sequence[petune.RunConfig], wanted: Any, watch: Any, work: Work = RUN
 ) -> Iterator[tuple[int, Any]]:
-    """The executor that does nothing: what is finished is read, the rest is left out."""
+    """An executor that trains nothing: yield the results of finished runs."""
     for index, config in enumerate(configs):
-        found = work.read_result(config)
-        if found is not None:
-            yield index, found
+        result = work.read_result(config)
+        if result is not None:
+            yield index, result
 
 
-def begun(place: Path, methods: tuple[str, ...], seeds: list[int]) -> tuple[str, ...]:
-    """Those of the methods that have a finished run in the comparison."""
-    results = [json.loads(file.read_text()) for file in (place / "compare").glob("*/result.json")]
+def methods_with_runs(directory: Path, methods: tuple[str, ...], seeds: list[int]) -> tuple[str, ...]:
+    """Return the methods that have a finished run in the comparison."""
+    results = [json.loads(file.read_text()) for file in (directory / "compare").glob("*/result.json")]
     done = {result["method"] for result in results if result["seed"] in seeds}
     return tuple(method for method in methods if method in done)
 
 
-def swept(piece: Piece, place: Path, method: str) -> bool:
-    """Whether the rate of the method was chosen here."""
-    output = rate_config(piece, place, method).output
+def has_sweep(piece: Piece, directory: Path, method: str) -> bool:
+    """Return whether the learning rate of a method was chosen in this directory."""
+    output = rate_config(piece, directory, method).output
     return output is not None and (output / SWEEP_TABLE).exists()
 
 
-def need_finished(piece: Piece, place: Path, methods: tuple[str, ...], known: Mapping[str, Any]) -> None:
-    """Hold that nothing is left to train, so that --finished trains nothing.
+def need_finished(piece: Piece, directory: Path, methods: tuple[str, ...], known: Mapping[str, Any]) -> None:
+    """Check that --finished has nothing to train.
 
     Raises:
-        SystemExit: A pretraining or a choice of rates is missing.
+        SystemExit: A pretraining or a learning rate is missing.
     """
-    if piece.pretrain and not RunResult.exists(place / "pretrain"):
-        raise SystemExit(f"--finished needs a finished pretraining, but there is none in {place / 'pretrain'}")
-    without = [m for m in methods if piece.rates and m not in known and not swept(piece, place, m)]
-    if without:
-        raise SystemExit(f"--finished needs rates, but {place} and results/ have none of {', '.join(without)}")
+    if piece.pretrain and not RunResult.exists(directory / "pretrain"):
+        raise SystemExit(f"--finished needs a finished pretraining; there is none in {directory / 'pretrain'}")
+    missing = [m for m in methods if piece.rates and m not in known and not has_sweep(piece, directory, m)]
+    if missing:
+        raise SystemExit(
+            f"no learning rate for {', '.join(missing)} in {directory} or results/. Run without --finished"
+        )
 
 
-def pretrain_config(piece: Piece, place: Path) -> petune.PretrainConfig | None:
-    """The pretraining of the piece, if it has one."""
+def pretrain_config(piece: Piece, directory: Path) -> petune.PretrainConfig | None:
+    """Return the configuration of the pretraining, if the piece has one."""
     if piece.pretrain is None:
         return None
-    return petune.PretrainConfig.build(piece.pretrain | {"output": place / "pretrain", "resume": True}, "pretrain")
+    return petune.PretrainConfig.build(piece.pretrain | {"output": directory / "pretrain", "resume": True}, "pretrain")
 
 
-def rate_config(piece: Piece, place: Path, method: str) -> petune.SweepConfig:
-    """The sweep of a method's rate, from the lowest to the highest."""
+def rate_config(piece: Piece, directory: Path, method: str) -> petune.SweepConfig:
+    """Return the configuration of the sweep of a method's learning rate, lowest first."""
     assert piece.rates is not None
     values = sorted(piece.rates.values.get(method) or piece.rates.values["default"])
-    run = laid_over(_shared(piece, place), piece.rates.run) | {"method": method}
+    run = merged(_shared_run(piece, directory), piece.rates.run) | {"method": method}
     fields = {"search": {"train.lr": values}, "trials": len(values), "test": False, "run": run}
-    return petune.SweepConfig.build(fields | {"output": place / "rates" / directory_name(method)}, f"rates of {method}")
+    return petune.SweepConfig.build(
+        fields | {"output": directory / "rates" / directory_name(method)}, f"rates of {method}"
+    )
 
 
 def compare_config(
-    piece: Piece, place: Path, methods: tuple[str, ...], lrs: Mapping[str, float]
+    piece: Piece, directory: Path, methods: tuple[str, ...], lrs: Mapping[str, float]
 ) -> petune.CompareConfig:
-    """The comparison of some methods, each with its rate."""
-    fields = {"methods": methods, "run": _shared(piece, place), "lrs": dict(lrs), "output": place / "compare"}
+    """Return the configuration of the comparison, with the learning rate of each method."""
+    fields = {
+        "methods": methods,
+        "run": _shared_run(piece, directory),
+        "lrs": dict(lrs),
+        "output": directory / "compare",
+    }
     return petune.CompareConfig.build(piece.compare | fields, "compare")
 
 
-def _shared(piece: Piece, place: Path) -> dict[str, Any]:
-    weights = {} if piece.pretrain is None else {"weights": str(place / "pretrain")}
+def _shared_run(piece: Piece, directory: Path) -> dict[str, Any]:
+    weights = {} if piece.pretrain is None else {"weights": str(directory / "pretrain")}
     return piece.compare["run"] | weights
 
 
 def chosen_rate(config: petune.SweepConfig, watch: Any, executor: str | Executor = "serial") -> dict[str, Any]:
-    """The rate with the best top-1 on val; test is not read. `edge` says that it was the lowest or highest tried."""
+    """Return the learning rate with the best top-1 on val; test is not read. `edge`: it is the lowest or highest."""
     table = petune.sweep(config, executor=executor, watch=watch)
     if table.best is None:
-        raise SystemExit(f"no rate worked for {config.run.method}: {table.rows[0].reason}")
+        raise SystemExit(f"every learning rate failed for {config.run.method}: {table.rows[0].reason}")
     lr = float(table.params["train.lr"])
     rows = sorted(table.rows, key=lambda row: float(row.params["train.lr"]))
     tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in rows}
@@ -242,62 +259,65 @@ def chosen_rate(config: petune.SweepConfig, watch: Any, executor: str | Executor
 
 
 def checks_of(expected: Mapping[str, Expected], comparison: Mapping[str, Any]) -> list[Check]:
-    """Every expected number beside the measured one."""
+    """Return a check for every expected number."""
     rows = {row["method"]: row for row in comparison["rows"] if row["status"] == "done"}
     checks = []
-    for what, one in expected.items():
+    for what, expectation in expected.items():
         first, *other = [rows.get(name.strip()) for name in what.split(" - ")]
         value = difference(first, other[0]) if other else first["top1_mean"] if first else None
-        checks.append(Check(what, value, one.top1, *one.range))
+        checks.append(Check(what, value, expectation.top1, *expectation.range))
     return checks
 
 
-def difference(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> float | None:
-    """By how much the first row's top-1 is higher, over the seeds of both; None where there are none."""
-    tops = [dict(zip(row["seeds"], row["top1"], strict=True)) if row else {} for row in (one, other)]
+def difference(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> float | None:
+    """Return top-1 of the first row minus that of the second, on the seeds that both have; None if there are none."""
+    tops = [dict(zip(row["seeds"], row["top1"], strict=True)) if row else {} for row in (first, second)]
     seeds = tops[0].keys() & tops[1].keys()
     return sum(tops[0][seed] - tops[1][seed] for seed in seeds) / len(seeds) if seeds else None
 
 
 def chosen(suite: Suite, only: list[str]) -> dict[str, tuple[str, ...]]:
-    """The methods to run of each piece: all, or those that are named, or whose piece is named."""
+    """Return the methods to run of each piece; `only` names methods, pieces or both, and nothing means all."""
     methods = {name: tuple(piece.compare["methods"]) for name, piece in suite.pieces.items()}
     known = {*methods, *(method for several in methods.values() for method in several)}
     unknown = [word for word in only if word not in known]
     if unknown:
-        raise SystemExit(f"--only takes pieces and methods of the suite, but not {unknown}: {', '.join(sorted(known))}")
+        raise SystemExit(f"--only: no such piece or method: {', '.join(unknown)}. Known: {', '.join(sorted(known))}")
     some = [word for word in only if word not in methods]
     pieces = [word for word in only if word in methods] or list(methods)
     wanted = {piece: tuple(m for m in methods[piece] if not some or m in some) for piece in pieces}
     return {piece: several for piece, several in wanted.items() if several}
 
 
-def kept(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
-    """What is committed of a piece: the table, and what stands in its suite.json; None and nothing at first."""
-    place = RESULTS / piece
-    if not (place / "compare.json").exists():
+def committed(piece: str) -> tuple[Comparison | None, dict[str, Any]]:
+    """Return the committed table of a piece and its suite.json; None and an empty record if there is none."""
+    directory = RESULTS / piece
+    if not (directory / "compare.json").exists():
         return None, {"rates": {}, "pretrain": None}
-    record: dict[str, Any] = json.loads((place / "suite.json").read_bytes())
-    return Comparison.read(place), record
+    record: dict[str, Any] = json.loads((directory / "suite.json").read_bytes())
+    return Comparison.read(directory), record
 
 
 def keep(done: dict[str, Any], piece: str, order: Sequence[str]) -> dict[str, Any]:
-    """Join the results of a piece to those that are committed, and write them there. Returns all of them."""
-    new, (old, record) = Comparison.model_validate(done["compare"]), kept(piece)
+    """Merge the results of a piece into the committed ones, write them there and return them."""
+    new = Comparison.model_validate(done["compare"])
+    old, record = committed(piece)
     same = record["pretrain"] == done["pretrain"] if done["pretrain"] else None
     table = new if old is None else joined(old, new, order, same)
     lrs = {row.method: row.lr for row in table.rows}
     both = [*record["rates"].items(), *done["rates"].items()]
-    place = RESULTS / piece
-    place.mkdir(parents=True, exist_ok=True)
-    table.write(place)
+    directory = RESULTS / piece
+    directory.mkdir(parents=True, exist_ok=True)
+    table.write(directory)
     rates = {method: rate for method, rate in both if rate["lr"] == lrs.get(method)}
     plain = table.model_dump(mode="json")
     return done | {"compare": plain, "rates": {method: rates[method] for method in lrs if method in rates}}
 
 
-def write_record(place: Path, suite: Suite, piece: str, args: argparse.Namespace, done: dict[str, Any]) -> list[Check]:
-    """suite.json: what a piece chose, and its numbers beside the expected ones. Returns those."""
+def write_record(
+    directory: Path, suite: Suite, piece: str, args: argparse.Namespace, done: dict[str, Any]
+) -> list[Check]:
+    """Write suite.json: the chosen learning rates, and the checks, which are returned."""
     methods = set(done["compare"]["config"]["methods"])
     expected = {what: one for what, one in suite.expected.get(piece, {}).items()
                 if set(map(str.strip, what.split(" - "))) <= methods}  # fmt: skip
@@ -307,38 +327,38 @@ def write_record(place: Path, suite: Suite, piece: str, args: argparse.Namespace
         "pretrain": done["pretrain"], "rates": done["rates"],
         "checks": [asdict(check) | {"good": check.good} for check in checks],
     }  # fmt: skip
-    replace_file(place / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
+    replace_file(directory / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
     return checks
 
 
 def show(done: dict[str, Any], checks: Sequence[Check]) -> None:
-    """Print the table, the rates and the checks."""
+    """Print the table, the learning rates and the checks."""
     print(comparison_page(done["compare"]).partition("\n![")[0])
     for method, rate in done["rates"].items():
-        edge = "; AT THE EDGE of what was tried" if rate["edge"] else ""
+        edge = "; AT THE EDGE of the grid" if rate["edge"] else ""
         print(f"{method}: rate {rate['lr']:g}, val {rate['tried']}{edge}")
     print("\n".join(map(str, checks)), flush=True)
 
 
 def main(words: list[str]) -> NoReturn:
-    """Run what is asked for, print tables and checks."""
+    """Run pieces of a suite; print tables and checks."""
     args = _arguments(words)
     suite = read_suite(args.name, args.smoke)
     top = args.output or Path("runs") / "suites" / (args.name + ("-smoke" if args.smoke else ""))
     good = True
     with Progress() as watch:
         for piece, methods in chosen(suite, args.only).items():
-            place, config = top / piece, suite.pieces[piece]
+            directory, config = top / piece, suite.pieces[piece]
             seeds = args.seeds or config.compare["seeds"]
             config = config.model_copy(update={"compare": config.compare | {"seeds": seeds}})
-            if args.finished and not (methods := begun(place, methods, seeds)):
+            if args.finished and not (methods := methods_with_runs(directory, methods, seeds)):
                 continue
-            known = kept(piece)[1]["rates"] if args.kept_rates or args.finished else {}
+            known = committed(piece)[1]["rates"] if args.kept_rates or args.finished else {}
             if args.finished:  # rates that were chosen here come first
-                known = {m: rate for m, rate in known.items() if args.kept_rates or not swept(config, place, m)}
-                need_finished(config, place, methods, known)
-            done = run_piece(config, place, methods, watch, only_finished if args.finished else "serial", known)
-            checks = write_record(place, suite, piece, args, done)
+                known = {m: rate for m, rate in known.items() if args.kept_rates or not has_sweep(config, directory, m)}
+                need_finished(config, directory, methods, known)
+            done = run_piece(config, directory, methods, watch, only_finished if args.finished else "serial", known)
+            checks = write_record(directory, suite, piece, args, done)
             good &= all(check.good for check in checks)
             good &= all(row["status"] == "done" for row in done["compare"]["rows"])
             show(done, checks)
@@ -355,16 +375,16 @@ def main(words: list[str]) -> NoReturn:
 def _arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(file.stem for file in SUITES.glob("*.yaml")))
-    parser.add_argument("--smoke", action="store_true", help="the size of a minute, offline")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="pieces, or methods of them")
+    parser.add_argument("--smoke", action="store_true", help="run in a minute, offline")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="pieces or methods")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the suite's")
-    parser.add_argument("--finished", action="store_true", help="train nothing; take what is finished")
+    parser.add_argument("--finished", action="store_true", help="train nothing; use finished runs")
     parser.add_argument("--output", type=Path, metavar="DIR", help="instead of runs/suites/NAME")
-    parser.add_argument("--keep", action="store_true", help="join the results to those in benchmarks/results/")
-    parser.add_argument("--kept-rates", action="store_true", help="choose no rate that was chosen for those already")
+    parser.add_argument("--keep", action="store_true", help="merge the results into benchmarks/results/")
+    parser.add_argument("--kept-rates", action="store_true", help="use the learning rates in benchmarks/results/")
     args = parser.parse_args(words)
     if args.keep and args.smoke:
-        parser.error("--keep is for results; a smoke run has none")
+        parser.error("--keep cannot be used with --smoke")
     return args
 
 

@@ -1,4 +1,4 @@
-"""The tables in README.md and docs/results.md are those of the committed results."""
+"""README.md, docs/results.md and compare.md show the committed results, and those are complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_tables_are_fresh() -> None:
+def test_tables_are_up_to_date() -> None:
     words = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def test_results_have_provenance_and_every_row_its_numbers() -> None:
             assert row["status"] == "done", (file, row)
             seeds = comparison["config"]["seeds"]
             assert row["seeds"], (file, row)
-            if row["seeds"] != seeds:  # a suite goes on in pieces; the page must say which are missing
+            if row["seeds"] != seeds:  # a suite can be done in parts; the page must say which are missing
                 assert set(row["seeds"]) < set(seeds), (file, row)
                 assert f"`{row['method']}`" in file.with_name("NOTE.md").read_text(), (file, row)
             assert len(row["top1"]) == len(row["seeds"]), (file, row)

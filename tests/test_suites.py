@@ -1,4 +1,4 @@
-"""The suites of benchmarks/: each can be run at both sizes, and the runner says what is in range and what is not."""
+"""The suites of benchmarks/ can be run at both sizes, and their numbers are checked against ranges."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_all_suites_are_known() -> None:
 
 @pytest.mark.parametrize("smoke", [False, True], ids=["whole", "smoke"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_suite_opens_with_command_and_expectations_and_all_of_it_can_be_built(name: str, smoke: bool) -> None:
+def test_a_suite_starts_with_command_and_expectations_and_every_piece_can_be_built(name: str, smoke: bool) -> None:
     text = (suite.SUITES / f"{name}.yaml").read_text()
     assert text.startswith(f"command: python benchmarks/suite.py {name}\n")
     assert list(yaml.safe_load(text))[:2] == ["command", "expected"]
@@ -57,14 +57,14 @@ def test_a_suite_opens_with_command_and_expectations_and_all_of_it_can_be_built(
     assert read.expected.keys() == read.pieces.keys()
     for piece_name, piece in read.pieces.items():
         methods = suite.chosen(read, [piece_name])[piece_name]
-        place = Path("nowhere") / piece_name
-        config = suite.compare_config(piece, place, methods, {})
-        pretraining = suite.pretrain_config(piece, place)
-        assert config.run.weights == ("default" if pretraining is None else str(place / "pretrain"))
+        directory = Path("nowhere") / piece_name
+        config = suite.compare_config(piece, directory, methods, {})
+        pretraining = suite.pretrain_config(piece, directory)
+        assert config.run.weights == ("default" if pretraining is None else str(directory / "pretrain"))
         for method in methods:
             build_tuner(method)
             if piece.rates:
-                assert suite.rate_config(piece, place, method).run.method == method
+                assert suite.rate_config(piece, directory, method).run.method == method
         for what, one in read.expected[piece_name].items():
             assert set(map(str.strip, what.split(" - "))) <= set(methods)
             assert one.range[0] <= one.top1 <= one.range[1]
@@ -99,7 +99,7 @@ def _run(capture: pytest.CaptureFixture[str], *words: str) -> tuple[object, str,
     return stopped.value.code, *capture.readouterr()
 
 
-def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
+def test_rates_are_chosen_on_val_numbers_checked_and_results_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -134,12 +134,12 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
     assert "linear, seed 1: finished before" in err
     assert "bitfit" not in again
     code, _, _ = _run(capsys, "tiny", "--only", "linaer")
-    assert "--only takes pieces and methods of the suite, but not ['linaer']" in str(code)
+    assert "--only: no such piece or method: linaer" in str(code)
 
     (result,) = (tmp_path / "runs").rglob("compare/linear*seed1/result.json")
     result.write_text(result.read_text().replace('"lr": 0.02', '"lr": 0.5'))
     code, _, _ = _run(capsys, "tiny", "--finished", "--only", "linear", "--seeds", "1")
-    assert "finished runs of linear had another rate than was chosen" in str(code)
+    assert "finished runs of linear have another learning rate" in str(code)
 
     page = tables.overview(tables.read_results(), tables.read_suites())
     linear = next(row["top1_mean"] for row in kept["rows"] if row["method"] == "linear")
@@ -149,7 +149,7 @@ def test_rates_are_chosen_on_val_numbers_held_to_their_range_and_results_kept(
 
 
 @pytest.mark.exhaustive
-def test_what_two_machines_measured_is_joined(
+def test_results_of_two_machines_are_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def rows(name: str) -> dict[str, dict[str, object]]:
@@ -184,19 +184,19 @@ def test_what_two_machines_measured_is_joined(
     words = ("tiny", "--only", "linear", "--kept-rates", "--keep")
     code, _, err = _run(capsys, *words, "--output", "d", "--seeds", "2", "3")
     assert code == 1
-    assert "one is not kept: linear: seeds (0, 1, 2) are kept and (2, 3) were measured, which cannot be joined" in err
+    assert "one is not kept: linear: seeds (0, 1, 2) are committed and (2, 3) were measured" in err
     assert rows("pieces") == both
-    _run(capsys, "tiny", "--output", "one", "--seeds", "1", "--only", "linear", "--keep")  # a part of what is kept
+    _run(capsys, "tiny", "--output", "one", "--seeds", "1", "--only", "linear", "--keep")  # some of the committed seeds
     assert rows("pieces") == both
     (tmp_path / "suites" / "tiny.yaml").write_text(TINY.replace("epochs: 2, precision", "epochs: 1, precision"))
     code, _, err = _run(capsys, *words, "--output", "e", "--seeds", "3")
     assert code == 1
-    assert "only runs of one recipe and one backbone can be joined" in err
+    assert "have another recipe or backbone" in err
     _, shown, err = _run(capsys, "tiny", "--output", "e", "--seeds", "3", "--only", "linear", "--finished")
-    assert "linear: rate 0.02" in shown  # the kept one, since none was chosen there
+    assert "linear: rate 0.02" in shown  # the committed one, since none was chosen there
     (tmp_path / "pieces" / "one" / "compare.json").unlink()
     code, _, _ = _run(capsys, "tiny", "--output", "e", "--seeds", "3", "--only", "linear", "--finished")
-    assert "--finished needs rates, but e/one and results/ have none of linear" in str(code)
+    assert "no learning rate for linear in e/one" in str(code)
 
 
 def _table(
@@ -218,7 +218,7 @@ def _table(
     return Comparison(config=config, rows=rows, backbone="b", weights="w", provenance=place, output="o")
 
 
-def test_a_joined_table_says_which_run_was_measured_where() -> None:
+def test_a_merged_table_records_where_each_run_was_measured() -> None:
     one = joined(_table("a", linear=(0, 1), vpt=(0,), full=(0, 1)), _table("b", vpt=(1,), full=(0, 1)), ["full", "vpt"])
     assert [origin.runs for origin in one.origins] == [{"linear": (0, 1), "vpt": (0,)}, {"vpt": (1,), "full": (0, 1)}]
     assert [row.method for row in one.rows] == ["full", "vpt", "linear"]
@@ -227,21 +227,21 @@ def test_a_joined_table_says_which_run_was_measured_where() -> None:
     assert joined(_table("a", linear=(0, 1)), _table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
     again = _table("b", vpt=(0, 1), linear=(0,))
     assert joined(_table("a", vpt=(1,), linear=(0,)), again, [], one_backbone=False) == again
-    with pytest.raises(ValueError, match="of one recipe and one backbone"):
+    with pytest.raises(ValueError, match="another recipe or backbone"):
         joined(_table("a", vpt=(2,)), again, [], one_backbone=False)
     part = joined(_table("a", linear=(0, 1)), _table("b", linear=(1,)), [])
-    assert part.provenance["device"] == "a"  # where all that is shown was measured
+    assert part.provenance["device"] == "a"  # where all of its runs were measured
     failed = _table("b", full=())
     assert joined(_table("a", linear=(0,)), failed, []) == _table("a", linear=(0,))
     broken = joined(_table("a", linear=(0,), vpt=()), _table("b", linear=(0,)), [])
     assert [row.method for row in broken.rows] == ["linear", "vpt"]
     other = _table("b", linear=(1,))
     other = other.model_copy(update={"rows": (other.rows[0].model_copy(update={"lr": 0.5}),)})
-    with pytest.raises(ValueError, match="linear: the kept row has another lr; see --kept-rates"):
+    with pytest.raises(ValueError, match="linear: the committed row has another lr"):
         joined(_table("a", linear=(0, 1)), other, [])
 
 
-def test_the_precision_is_the_machines_and_the_recipe_is_not() -> None:
+def test_the_precision_can_differ_but_not_the_recipe() -> None:
     new = _table("new", {"precision": "bf16", "epochs": 4}, linear=(0,))
     old = _table("old", {"precision": "auto", "epochs": 4}, precision="fp32", linear=(1,))
     one = joined(new, old, [])
@@ -250,7 +250,7 @@ def test_the_precision_is_the_machines_and_the_recipe_is_not() -> None:
         ({"linear": (0,)}, "bf16"),
         ({"linear": (1,)}, "fp32"),
     ]
-    with pytest.raises(ValueError, match="of one recipe and one backbone"):
+    with pytest.raises(ValueError, match="another recipe or backbone"):
         joined(new, _table("old", {"precision": "auto", "epochs": 5}, precision="fp32", linear=(1,)), [])
 
 
@@ -261,23 +261,24 @@ def test_the_nearest_to_full_is_named() -> None:
         return {"method": method, "status": "done", "percent_of_backbone": percent, **seeds}
 
     rows = [row("a", 1.0, s0=78.9), row("b", 2.0, s0=79.4), row("c", 3.0, s0=79.9), row("full", 100.0, s0=80, s1=70)]
-    assert "(75.00) on the seeds of both, with the fewest trained parameters: `b`, 0.60 below with 2.00 %" in (
-        tables.near_full({"rows": rows})
-    )
-    assert "the nearest, `a`, lacks 1.10" in tables.near_full({"rows": [rows[0], rows[3]]})
+    nearest = tables.near_full({"rows": rows})
+    assert "(75.00)" in nearest
+    assert "`b`, 0.60 below" in nearest
+    assert "2.00 % trained" in nearest
+    assert "The nearest is `a`, 1.10 below" in tables.near_full({"rows": [rows[0], rows[3]]})
     assert tables.near_full({"rows": rows[:3]}) == tables.near_full({"rows": [row("a", 1.0, s2=78.9), rows[3]]}) == ""
 
 
-def test_a_difference_is_of_the_same_seeds() -> None:
+def test_a_difference_uses_the_seeds_of_both() -> None:
     one, other = {"seeds": [0, 1], "top1": [80.0, 50.0]}, {"seeds": [2, 0], "top1": [10.0, 79.0]}
     assert suite.difference(one, other) == 1.0
     assert suite.difference(one, None) is suite.difference(one, {"seeds": [2], "top1": [10.0]}) is None
 
 
-def test_a_stale_page_is_seen(tmp_path: Path) -> None:
+def test_a_page_is_filled_between_its_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n")
     assert tables.filled(page, "new") == "a\n<!-- results:begin -->\nnew\n<!-- results:end -->\nb\n"
     page.write_text("no markers")
-    with pytest.raises(SystemExit, match="must have the markers"):
+    with pytest.raises(SystemExit, match="needs the markers"):
         tables.filled(page, "new")
