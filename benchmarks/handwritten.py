@@ -1,6 +1,6 @@
-"""A ViT with AdaptFormer as one writes it by hand, adapters in the blocks' own forward: what injection is held against.
+"""A ViT with AdaptFormer written by hand, with adapters in the forward of its blocks, to compare injection with.
 
-The names of timm's ViT are kept, so that its weights load; the adapters lie in `blocks.I.adapter`.
+Modules have the names of timm's ViT, so that its weights load; the adapters are `blocks.I.adapter`.
 
 Legend: B batch, N tokens, D width, H heads, E width of a head.
 """
@@ -17,7 +17,9 @@ class Adapter(nn.Module):
 
     def __init__(self, dim: int, bottleneck: int, scale: float, dropout: float) -> None:
         super().__init__()
-        self.down, self.up, self.dropout = nn.Linear(dim, bottleneck), nn.Linear(bottleneck, dim), nn.Dropout(dropout)
+        self.down = nn.Linear(dim, bottleneck)
+        self.up = nn.Linear(bottleneck, dim)
+        self.dropout = nn.Dropout(dropout)
         self.scale = scale
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -25,12 +27,14 @@ class Adapter(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; `fused` as in timm."""
+    """Self-attention; with `fused`, by the kernel that timm uses."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.fused = num_heads, True
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.num_heads = num_heads
+        self.fused = True
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         B, N, D = x_BND.shape
@@ -46,23 +50,26 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers and a GELU."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BND)))
 
 
 class Block(nn.Module):
-    """A pre-norm block with an adapter in parallel to its MLP, that reads the residual stream."""
+    """A pre-norm block with an adapter that reads the residual stream, in parallel to the MLP."""
 
     def __init__(self, dim: int, num_heads: int, bottleneck: int, scale: float, dropout: float) -> None:
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
         self.adapter = Adapter(dim, bottleneck, scale, dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens."""
+    """From patches to tokens."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
@@ -82,7 +89,7 @@ class PatchEmbed(nn.Module):
 
 
 class AdaptFormerViT(nn.Module):
-    """A ViT classifier of the class token; only adapters and head train."""
+    """A ViT that classifies its class token; only adapters and head train."""
 
     def __init__(
         self,
@@ -102,7 +109,8 @@ class AdaptFormerViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, (img_size // patch_size) ** 2 + 1, embed_dim))
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, bottleneck, scale, dropout) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(embed_dim, eps=1e-6), nn.Linear(embed_dim, num_classes)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
         for key, p in self.named_parameters():
             p.requires_grad = ".adapter." in key or key.startswith("head.")
 
@@ -112,7 +120,7 @@ class AdaptFormerViT(nn.Module):
         return self.head(self.norm(self.blocks(x_BND))[:, 0])
 
     def copy_from(self, model: nn.Module) -> AdaptFormerViT:
-        """Take over the weights of a timm ViT with petune's AdaptFormer on it."""
+        """Copy the weights of a timm ViT with petune's AdaptFormer attached, and return this model."""
         state = {k.replace(".petune_adaptformer.adapter.", ".adapter."): v for k, v in model.state_dict().items()}
         self.load_state_dict(state)
         return self

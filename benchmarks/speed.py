@@ -1,15 +1,16 @@
-"""How fast petune trains, beside what else trains the same model, and beside what the processor can do.
+"""Measure how fast petune trains: against other code on the same model, and against what the processor can do.
 
     python benchmarks/speed.py                      # everything, at most 12 minutes on an idle machine
-    python benchmarks/speed.py --quick --output DIR # a toy, to see that it runs
+    python benchmarks/speed.py --quick --output DIR # a toy model, to see that it runs
     python benchmarks/speed.py --sizes vit_nano --no-memory --compiled
 
-All steps of one size are measured in one process in turns: a round is one step of each, and one of the matrix product
-that the model consists of. A ratio is taken within a round, and shown as the median over rounds with its quartiles.
-The floor is the FLOPs of petune's step (torch's counter) over the rate of that product in the same round.
-Expected on a processor with bfloat16 (two cores, idle): floor at least 85 %; at least 3.5 times the fp32 peers and 1.3
-times PEFT's LoRA under autocast; injection within 2 % of the hand-written model; memory at most 60 % of full's, and
-35 % with checkpointing; ten epochs of a linear probe under 1.3 forward passes; input under 3 % for vit_nano.
+All steps of one size run in turns in one process: a round is one step of each, and one of the matrix product that the
+model mostly consists of. A ratio is taken within a round, and shown as the median over rounds with its quartiles.
+The floor is the time that the FLOPs of petune's step (torch's counter) take at the rate of that product.
+Expected on an idle processor with bfloat16, two cores: at least 85 % of the floor; at least 3.5 times as fast as the
+fp32 peers and 1.3 times as fast as PEFT's LoRA under autocast; injection within 2 % of the hand-written model; memory
+at most 60 % of full fine-tuning's, and 35 % with checkpointing; ten epochs of a linear probe under 1.3 forward passes
+over the images; input under 3 % of a step for vit_nano.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shlex
 import statistics
 import subprocess
@@ -38,46 +40,49 @@ from petune.training.evaluate import evaluate
 from petune.training.precision import choose_precision
 
 ROOT = Path(__file__).parents[1]
-PETUNE, BY_HAND, INJECTED = "petune adaptformer", "hand-written, bare loop", "injected, bare loop"
+PETUNE, HAND_WRITTEN, INJECTED = "petune adaptformer", "hand-written, bare loop", "injected, bare loop"
 MEMORY = ("adaptformer", "adaptformer, grad_checkpointing", "full, fp32", "full, petune's precision")
 
 
 def main() -> None:
     options = _options()
     if options.memory_of:
-        print(json.dumps(_memory_here(options.memory_of, options.quick)))
+        print(json.dumps(_measure_memory(options.memory_of, options.quick)))
         return
-    began = time.perf_counter()
-    sizes = ["toy"] if options.quick else options.sizes
-    found: dict[str, Any] = {
+    start = time.perf_counter()
+    small = SIZES["toy" if options.quick else "vit_nano"]
+    result: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         "precision": choose_precision("auto", CPU),
         "provenance": provenance(CPU),
-        "load": list(_load()),
+        "load": list(os.getloadavg()),
         "steps": {},
     }
-    for name in sizes:
-        found["steps"][name] = _steps(SIZES[name], options)
-        _say(found["steps"][name]["table"])
-    found["probe"] = _linear_probe(SIZES["toy" if options.quick else "vit_nano"], 24 if options.quick else 1024)
-    found["input"] = _input_share(SIZES["toy" if options.quick else "vit_nano"])
-    found["start"] = {command: _start(command, 1 if options.quick else 8) for command in ("--help", "methods")}
+    for name in ["toy"] if options.quick else options.sizes:
+        result["steps"][name] = _time_steps(SIZES[name], options)
+        print(_table(result["steps"][name]), flush=True)
+    result["probe"] = _time_linear_probe(small, 24 if options.quick else 1024)
+    result["input"] = _input_share(small)
+    result["start"] = {command: _start_time(command, 1 if options.quick else 8) for command in ("--help", "methods")}
     if options.memory:
-        found["memory"] = {name: _memory(name, options.quick) for name in MEMORY}
-    found["time_s"], found["load_after"] = time.perf_counter() - began, list(_load())
-    text = _markdown(found)
+        result["memory"] = {name: _memory_of_process(name, options.quick) for name in MEMORY}
+    result["time_s"] = time.perf_counter() - start
+    result["load_after"] = list(os.getloadavg())
+    text = markdown(result)
     options.output.mkdir(parents=True, exist_ok=True)
-    replace_file(options.output / "speed.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(options.output / "speed.json", (json.dumps(result, indent=1) + "\n").encode())
     replace_file(options.output / "speed.md", text.encode())
-    _say(text)
+    print(text, flush=True)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["vit_base_32", "vit_base_224", "vit_nano"])
-    parser.add_argument("--seconds", type=float, default=130, help="for each size (3 rounds at least)")
-    parser.add_argument("--rounds", type=int, default=15, help="at most so many")
-    parser.add_argument("--compiled", action="store_true", help="also petune's step compiled: a minute more a size")
+    parser.add_argument("--seconds", type=float, default=130, help="per size; at least 3 rounds")
+    parser.add_argument("--rounds", type=int, default=15, help="most rounds per size")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also petune's step compiled; a minute more per size"
+    )
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
@@ -85,8 +90,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:
-    """Times of all steps by round, and what follows from them."""
+def _time_steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:
+    """Time all steps in rounds, and compute the ratios."""
     peers = PEERS | (EXTRA if options.compiled else {})
     dtype = torch.bfloat16 if choose_precision("auto", CPU) == "bf16" else torch.float32
     product, product_flops = _product(size, dtype)
@@ -96,31 +101,30 @@ def _steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:
         for step in steps.values():  # the first step allocates, compiles, makes the optimizer's state
             step()
         times: dict[str, list[float]] = {name: [] for name in steps}
-        products: list[float] = []
+        product_times: list[float] = []
         end, names = time.perf_counter() + (0 if options.quick else options.seconds), list(steps)
-        while len(products) < 3 or (time.perf_counter() < end and len(products) < options.rounds):
-            products.append(min(_timed(product) for _ in range(5)))
-            names = names[1:] + names[:1]  # nobody is always behind the same neighbour
+        while len(product_times) < 3 or (time.perf_counter() < end and len(product_times) < options.rounds):
+            product_times.append(min(_timed(product) for _ in range(5)))
+            names = names[1:] + names[:1]  # no step always follows the same other one
             for name in names:
                 times[name].append(_timed(steps[name]))
-    floors = [flops / product_flops * p for p in products]
-    result: dict[str, Any] = {
+    floors = [flops / product_flops * time_s for time_s in product_times]
+    return {
         "size": size.name,
         "flops": flops,
-        "products_gflop_per_s": _spread([product_flops / p / 1e9 for p in products]),
+        "products_gflop_per_s": _spread([product_flops / time_s / 1e9 for time_s in product_times]),
         "times_s": times,
         "step_s": {name: _spread(t) for name, t in times.items()},
         "floor_share": _spread([a / b for a, b in zip(floors, times[PETUNE], strict=True)]),
         "petune_is_faster_by": {
             name: _spread([a / b for a, b in zip(t, times[PETUNE], strict=True)]) for name, t in times.items()
         },
-        "injection": _spread([a / b for a, b in zip(times[INJECTED], times[BY_HAND], strict=True)]),
+        "injection": _spread([a / b for a, b in zip(times[INJECTED], times[HAND_WRITTEN], strict=True)]),
     }
-    return result | {"table": _table(result)}
 
 
 def _product(size: Size, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """The largest product of the model (all tokens through the MLP's first layer), and its FLOPs."""
+    """Return the largest matrix product of the model (all tokens through the MLP's first layer), and its FLOPs."""
     x, w = torch.randn(size.rows, size.embed_dim).to(dtype), torch.randn(4 * size.embed_dim, size.embed_dim).to(dtype)
     return lambda: F.linear(x, w), 2 * size.rows * 4 * size.embed_dim**2
 
@@ -132,7 +136,7 @@ def _flops(step: Callable[[], object]) -> int:
     def product(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
 
-    # the counter does not see fused attention on CPU, and does not know the product that petune takes there
+    # the counter does not see fused attention on a CPU, and does not know the kernel of speed/onednn_linear
     known = {torch.ops.mkldnn._linear_pointwise: product}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as counter:
         step()
@@ -151,9 +155,9 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "low": low, "high": high, "count": len(values)}
 
 
-def _linear_probe(size: Size, images: int) -> dict[str, float]:
-    """Ten epochs of a linear probe, validation included, over one forward of all these images."""
-    import torchmetrics.classification  # noqa: F401  (a second that is no training)
+def _time_linear_probe(size: Size, images: int) -> dict[str, float]:
+    """Time ten epochs of a linear probe, evaluations included, and one forward pass over all its images."""
+    import torchmetrics.classification  # noqa: F401  (importing takes a second, which is not training)
 
     with tempfile.TemporaryDirectory() as directory:
         settings = {"augment": "none", "epochs": 10, "cache_features": "always", "eval_batch_size": size.batch_size}
@@ -171,7 +175,7 @@ def _forward_all(trainer: Any) -> None:
 
 
 def _input_share(size: Size) -> dict[str, float]:
-    """Images from the memory-mapped array to augmented, normalised batches, over petune's whole step."""
+    """Compare the time from stored images to augmented, normalized batches with that of the whole step."""
     with tempfile.TemporaryDirectory() as directory, petune_step(size) as step:
         trainer = trainer_of(size, "linear", Path(directory), images=20 * size.batch_size)
         batches = iter(trainer.batches.epoch(0))
@@ -181,23 +185,23 @@ def _input_share(size: Size) -> dict[str, float]:
     return _spread([a / (a + b) for a, b in pairs])
 
 
-def _start(command: str, times: int) -> dict[str, float]:
+def _start_time(command: str, times: int) -> dict[str, float]:
     words = [sys.executable, "-m", "petune", command]
 
     def run() -> None:
         subprocess.run(words, check=True, capture_output=True)
 
-    return _spread([_timed(run) for _ in range(times)][times // 4 :])  # the first ones fill the disk's cache
+    return _spread([_timed(run) for _ in range(times)][times // 4 :])  # the first ones fill the disk cache
 
 
-def _memory(name: str, quick: bool) -> dict[str, int]:
+def _memory_of_process(name: str, quick: bool) -> dict[str, int]:
     words = [sys.executable, __file__, "--memory-of", name, *(["--quick"] if quick else [])]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _memory_here(name: str, quick: bool) -> dict[str, int]:
-    """Peak resident memory of this process after two steps, and before any: VmHWM."""
+def _measure_memory(name: str, quick: bool) -> dict[str, int]:
+    """Return the peak resident memory (VmHWM) of this process after two steps, and before any."""
     from speed_peers import full
 
     from petune.runner.provenance import PeakMemory
@@ -205,32 +209,26 @@ def _memory_here(name: str, quick: bool) -> dict[str, int]:
     peak = PeakMemory(CPU)
     before = peak.bytes()
     size = SIZES["toy"] if quick else Size("", "vit_base_patch16_224", 224, 16, 768, 12, 12, 32)
-    made = {
+    context = {
         "adaptformer": lambda: petune_step(size),
         "adaptformer, grad_checkpointing": lambda: petune_step(size, grad_checkpointing=True),
         "full, fp32": lambda: full(size),
         "full, petune's precision": lambda: petune_step(size, "full"),
     }[name]()
-    with made as step:
+    with context as step:
         step()
         step()
     return {"peak_bytes": peak.bytes(), "before_bytes": before}
 
 
-def _load() -> tuple[float, float, float]:
-    import os
-
-    return os.getloadavg()
-
-
 def _table(result: dict[str, Any]) -> str:
     share, rate = result["floor_share"], result["products_gflop_per_s"]
     lines = [
-        f"{result['size']}: {result['flops'] / 1e9:,.0f} GFLOP a step, products at {rate['median']:,.0f} GFLOP/s "
-        f"({rate['low']:,.0f} to {rate['high']:,.0f}), {share['count']} rounds. Of the floor: {_percent(share)}. "
-        f"Injected over hand-written: {_times(result['injection'], 3)}.",
+        f"{result['size']}: {result['flops'] / 1e9:,.0f} GFLOP per step, matrix product at {rate['median']:,.0f} "
+        f"GFLOP/s ({rate['low']:,.0f} to {rate['high']:,.0f}), {share['count']} rounds. Share of the floor: "
+        f"{_percent(share)}. Injected relative to hand-written: {_times(result['injection'], 3)}.",
         "",
-        "| step | seconds | over petune's |",
+        "| step | seconds | relative to petune |",
         "| --- | ---: | ---: |",
     ]
     for name, step in result["step_s"].items():
@@ -247,33 +245,30 @@ def _percent(spread: dict[str, float]) -> str:
     return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * spread[key] for key in ("median", "low", "high")))
 
 
-def _markdown(found: dict[str, Any]) -> str:
-    where, probe = found["provenance"], found["probe"]
+def markdown(result: dict[str, Any]) -> str:
+    """Return the result as a page."""
+    machine, probe = result["provenance"], result["probe"]
     parts = [
         "# Speed",
-        f"`{found['command']}` took {found['time_s'] / 60:.1f} minutes on {where['device']}, "
-        f"{where['threads']} threads, precision {found['precision']}, "
-        + ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-        + f"; load average {found['load'][0]:.1f} before and {found['load_after'][0]:.1f} after. "
+        f"`{result['command']}` took {result['time_s'] / 60:.1f} minutes on {machine['device']}, "
+        f"{machine['threads']} threads, precision {result['precision']}, "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        + f"; load average {result['load'][0]:.1f} before and {result['load_after'][0]:.1f} after. "
         "Medians over rounds, quartiles in brackets.",
-        *(steps["table"] for steps in found["steps"].values()),
-        f"Ten epochs of a linear probe, with features cached: {probe['forwards']:.2f} forward passes.",
-        f"Input: {_percent(found['input'])} of a step.",
-        "; ".join(f"`petune {command}`: {_times(s, 2)} s" for command, s in found["start"].items()) + ".",
+        *(_table(steps) for steps in result["steps"].values()),
+        f"Ten epochs of a linear probe with cached features: {probe['forwards']:.2f} forward passes over the images.",
+        f"Input: {_percent(result['input'])} of a step.",
+        "; ".join(f"`petune {command}`: {_times(s, 2)} s" for command, s in result["start"].items()) + ".",
     ]
-    if "memory" in found:
-        whole = found["memory"]["full, fp32"]["peak_bytes"]
+    if "memory" in result:
+        whole = result["memory"]["full, fp32"]["peak_bytes"]
         rows = [
             f"| {name} | {m['peak_bytes'] / 1e9:.2f} | {100 * m['peak_bytes'] / whole:.1f} % |"
-            for name, m in found["memory"].items()
+            for name, m in result["memory"].items()
         ]
-        title = "Peak resident memory of a process that does two steps of ViT-B at 224, batch 32:"
-        parts.append("\n".join([title, "", "| step | GB | of full, fp32 |", "| --- | ---: | ---: |", *rows]))
+        title = "Peak resident memory of a process that takes two steps of ViT-B at 224, batch 32:"
+        parts.append("\n".join([title, "", "| step | GB | relative to full, fp32 |", "| --- | ---: | ---: |", *rows]))
     return "\n\n".join(parts) + "\n"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks/speed.py measures: one training step of petune, and of what else trains the same model."""
+"""The training steps that benchmarks/speed.py times: petune's, and those of other code on the same model."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ class Size:
 
     @property
     def shape(self) -> dict[str, int]:
-        """What the model is built with."""
+        """The arguments of the model."""
         keys = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
         return {key: getattr(self, key) for key in keys} | {"num_classes": CLASSES}
 
     @property
     def rows(self) -> int:
-        """Tokens of a batch."""
+        """Number of tokens in a batch."""
         return self.batch_size * ((self.img_size // self.patch_size) ** 2 + 1)
 
     def model(self) -> nn.Module:
-        """The plain timm model, random weights: the time does not depend on them."""
+        """Return the plain timm model with random weights: the time does not depend on them."""
         torch.manual_seed(0)
         model: nn.Module = timm.create_model(self.timm_name, **self.shape)
         return model
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) and labels (B,)."""
+        """Return images (B, 3, S, S) and labels (B,)."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(self.batch_size, 3, self.img_size, self.img_size, generator=generator)
         return x, torch.randint(0, CLASSES, (self.batch_size,), generator=generator)
@@ -76,7 +76,7 @@ SIZES = {
 
 
 def dataset_of(size: Size, count: int, val: int = 0) -> Dataset:
-    """Noise in the shape of images."""
+    """Return noise in the shape of images."""
 
     def split(n: int, seed: int) -> Split:
         generator = np.random.default_rng(seed)
@@ -88,7 +88,7 @@ def dataset_of(size: Size, count: int, val: int = 0) -> Dataset:
 
 
 def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val: int = 0, **settings: Any) -> Trainer:
-    """petune's own trainer on noise, configured as `petune run` does by default."""
+    """Return petune's trainer on noise, configured as `petune run` does by default."""
     data = dataset_of(size, images or 2 * size.batch_size, val)
     recipe = {"lr": 1e-4, "weight_decay": 0.01, "optimizer": "adamw", "augment": "light", "batch_size": size.batch_size}
     att = petune.attach(size.model(), method, keep_original=False)
@@ -105,7 +105,7 @@ def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val
 
 @contextlib.contextmanager
 def petune_step(size: Size, method: str = "adaptformer", **settings: Any) -> Iterator[Step]:
-    """petune's step as it trains: input from memory, then what `petune run` does with it."""
+    """Yield petune's step: what `petune run` does with a batch that is in memory."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = trainer_of(size, method, Path(directory), **settings)
         batch = next(iter(trainer.batches.epoch(0)))
@@ -115,7 +115,7 @@ def petune_step(size: Size, method: str = "adaptformer", **settings: Any) -> Ite
 
 
 def _plain(model: nn.Module, size: Size, bf16: bool) -> Step:
-    """The loop of a tutorial."""
+    """Return a step as tutorials write it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     x, y = size.batch()
 
@@ -131,13 +131,13 @@ def _plain(model: nn.Module, size: Size, bf16: bool) -> Step:
 
 @contextlib.contextmanager
 def full(size: Size, bf16: bool = False) -> Iterator[Step]:
-    """timm, everything trains."""
+    """Yield a step of timm's model, of which everything trains."""
     yield _plain(size.model().train(), size, bf16)
 
 
 @contextlib.contextmanager
 def peft_lora(size: Size, bf16: bool) -> Iterator[Step]:
-    """PEFT's LoRA as its documentation shows it for image classification; one target a block, as AdaptFormer has."""
+    """Yield a step of PEFT's LoRA as its documentation shows it; one target per block, as AdaptFormer has."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=16, target_modules=["qkv"], lora_dropout=0.1, modules_to_save=["head"])
@@ -145,19 +145,25 @@ def peft_lora(size: Size, bf16: bool) -> Iterator[Step]:
 
 
 def injected(size: Size) -> nn.Module:
-    """timm's ViT with petune's AdaptFormer on it, in train mode."""
+    """Return timm's ViT with petune's AdaptFormer attached, in train mode."""
     att = petune.attach(size.model(), "adaptformer")
     return att.train()
 
 
 def written_out(size: Size) -> nn.Module:
-    """The hand-written model with the same weights; its frozen parts know no dropout, so train mode is the same."""
+    """Return the hand-written model with the same weights, in train mode; its frozen parts have no dropout."""
     return AdaptFormerViT(**size.shape).copy_from(injected(size)).train()
 
 
 @contextlib.contextmanager
 def bare(size: Size, make: Callable[[Size], nn.Module], stored: bool) -> Iterator[Step]:
-    """Either of the two models in the same bare loop, in petune's number format and with its attention kernel."""
+    """Yield a step of one of the two models in a bare loop, with petune's number format and attention kernel.
+
+    Args:
+        size: Of the model.
+        make: Creates the model.
+        stored: Whether frozen weights are stored in bfloat16, as petune does.
+    """
     model = make(size)
     precision = choose_precision("auto", CPU)
     choose_attention(model, CPU, precision)
