@@ -80,9 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["vit_base_32", "vit_base_224", "vit_nano"])
     parser.add_argument("--seconds", type=float, default=130, help="per size; at least 3 rounds")
     parser.add_argument("--rounds", type=int, default=15, help="most rounds per size")
-    parser.add_argument(
-        "--compiled", action="store_true", help="also petune's step compiled; a minute more per size"
-    )
+    parser.add_argument("--compiled", action="store_true", help="also petune's step compiled; a minute more per size")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
