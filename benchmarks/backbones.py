@@ -1,8 +1,8 @@
 """Survey every family of backbones × every method, and write docs/backbones.md from the results.
 
     python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
-    python benchmarks/backbones.py --only beit      # some families; the rest stays as it was
-    python benchmarks/backbones.py --all            # the places of every timm variant, on the meta device; writes
+    python benchmarks/backbones.py --only beit      # some families; the other rows stay as they are
+    python benchmarks/backbones.py --all            # find the sites of every timm variant, on the meta device; writes
                                                     # results/variants.json
 
 About an hour each on one core.
@@ -32,7 +32,7 @@ PAGE = HERE.parent / "docs" / "backbones.md"
 
 
 def main() -> None:
-    """Parse the arguments and do one of the three."""
+    """Run the command line above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="parts of families' names")
     parser.add_argument("--methods", nargs="*", default=METHODS, metavar="METHOD")
@@ -47,17 +47,17 @@ def main() -> None:
         write({})
     else:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
-        count = []
+        states: list[str] = []
         for family in families:
             row = survey(family, args.methods)
-            if tuple(args.methods) == METHODS:  # each at once: a survey that is cut off is not lost
+            if tuple(args.methods) == METHODS:  # row by row: an interrupted survey is not lost
                 write({family: row})
-            count += [pair["state"] for pair in row["methods"].values()]
-        print(", ".join(f"{count.count(s)} {s}" for s in ("ok", "refused", "wrong")))
+            states += [pair["state"] for pair in row["methods"].values()]
+        print(", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "wrong")))
 
 
 def write(results: dict[str, object]) -> None:
-    """Results and page, with the rows of families that were not surveyed this time as they were."""
+    """Write results and page; the rows of families that were not surveyed this time stay as they are."""
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
     RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
@@ -65,7 +65,7 @@ def write(results: dict[str, object]) -> None:
 
 
 def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
-    """One row: what petune sees of the model, and every method on it."""
+    """Return one row: what petune finds in the model, and the outcome of every method on it."""
     start = time.monotonic()
     model = enliven(build(family))
     sites = petune.find_sites(model)

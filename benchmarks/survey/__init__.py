@@ -1,1 +1,1 @@
-"""The survey: every method on every family, each pair proven right or refused with a reason."""
+"""The survey: every method on every family of backbones; each pair is verified, or refused with a reason."""

@@ -1,4 +1,4 @@
-"""Every model of the survey by its family's name."""
+"""All models of the survey, by the name of their family."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from survey.other_library_models import TORCHVISION, TRANSFORMERS, build_torchvi
 from survey.timm_models import TIMM
 
 FAMILIES = {family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()}
-"""The model that stands for each family."""
+"""The model that represents each family."""
 
 
 def build(family: str) -> nn.Module:
-    """A small model of the family with three classes and random weights, always the same."""
+    """Return a small model of the family with three classes and random weights, always the same."""
     torch.manual_seed(0)
     if family in TORCHVISION:
         return build_torchvision(family)
@@ -24,8 +24,8 @@ def _timm(family: str) -> nn.Module:
     import timm
 
     name, options = TIMM[family]
-    given = {k: v for k, v in options.items() if k != "input_size"}
-    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=3, **given)
-    if "input_size" in options:  # a model that takes any size, and so has no img_size to build it with
+    arguments = {k: v for k, v in options.items() if k != "input_size"}
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=3, **arguments)
+    if "input_size" in options:  # a model that takes any size has no argument img_size
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": options["input_size"]}
     return model

@@ -1,4 +1,4 @@
-"""torchvision's and transformers' models of the survey: from a config, small, with random weights."""
+"""torchvision's and transformers' models of the survey: built from a config, small, with random weights."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_torchvision(family: str) -> nn.Module:
-    """A torchvision model as `--backbone torchvision:NAME` builds it."""
+    """Return a torchvision model as `--backbone torchvision:NAME` builds it."""
     name, options = TORCHVISION[family]
     return build_other_library(f"torchvision:{name}", 3, options, pretrained=False)
 
 
 def build_transformers(family: str) -> nn.Module:
-    """A transformers model as `--backbone hf:DIR` builds it."""
+    """Return a transformers model as `--backbone hf:DIR` builds it."""
     import transformers
 
     config, options = TRANSFORMERS[family]
-    with tempfile.TemporaryDirectory() as place:
-        getattr(transformers, config)(**options).save_pretrained(place)
-        return build_other_library(f"hf:{place}", 3, {}, pretrained=False)
+    with tempfile.TemporaryDirectory() as directory:
+        getattr(transformers, config)(**options).save_pretrained(directory)
+        return build_other_library(f"hf:{directory}", 3, {}, pretrained=False)

@@ -1,7 +1,7 @@
-"""One pair of model and method: right, refused with a reason, or wrong.
+"""Examine one pair of model and method: it works, it is refused with a reason, or it is wrong.
 
-`petune.check_tuner` proves the contract; what is here is the second computation of the same thing, made with hooks
-and function modes of its own, so that a mistake of petune's cannot hide behind petune's own machinery.
+`petune.check_tuner` verifies the contract. This file computes the same things a second time, with hooks of its own, so
+that a mistake of petune cannot hide behind petune's own machinery.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from petune.injector.registry import build_tuner, parse_method
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a pair turned out.
+    """The result for a pair.
 
     Attributes:
-        state: `ok`, `refused` (with petune's own message) or `wrong`.
-        detail: The reason of a refusal, what does not hold, or how many properties were proven.
+        state: `ok`, `refused` (by petune, with a message) or `wrong`.
+        detail: The reason of a refusal, the property that does not hold, or the number of verified properties.
     """
 
     state: str
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Wrong(AssertionError):
-    """Something that must hold does not."""
+    """A property does not hold."""
 
 
 METHODS = ("linear", "full", "adaptformer", "vpt", "vpt:deep=false", "lora", "bitfit", "norm")
@@ -45,25 +45,25 @@ METHODS = ("linear", "full", "adaptformer", "vpt", "vpt:deep=false", "lora", "bi
 
 
 def examine(model: nn.Module, method: str) -> Outcome:
-    """All checks of one method on one model; the model is left alone.
+    """Run all checks of one method on one model; the model is not changed.
 
     Args:
         model: A classifier; its weights should matter (see `enliven`).
-        method: Options in place allowed.
+        method: A name, with options if any: `vpt:deep=false`.
     """
     name, options = parse_method(method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return Outcome("ok", f"{_prove(model, name, options)} properties")
+            return Outcome("ok", f"{_verify(model, name, options)} properties")
         except petune.PetuneError as error:
             return Outcome("refused", str(error))
-        except Exception as error:  # a survey lists whatever happens
+        except Exception as error:  # a survey lists every outcome
             return Outcome("wrong", f"{type(error).__name__}: {error}")
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every tensor a value that matters: zero heads, small LayerScale and idle statistics hide mistakes."""
+    """Give every tensor a value that matters: zero heads, small LayerScale and unused statistics hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(tensor: Tensor, std: float) -> Tensor:
@@ -75,33 +75,33 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.momentum = 1.0
-        if norms:  # statistics of what the layers really see, or a deep model's numbers leave all bounds
+        if norms:  # real statistics, or the numbers of a deep model overflow
             model.train()(noise(torch.empty(4, *petune.find_sites(model).input_size), 1.0))
     return model.eval()
 
 
-def _prove(model: nn.Module, name: str, options: dict[str, Any]) -> int:
-    mine = copy.deepcopy(model).eval()
-    for parameter in list(mine.parameters())[::2]:
-        parameter.requires_grad_(False)  # detach must give flags back, and not set them all alike
-    before = _image_of(mine)
+def _verify(model: nn.Module, name: str, options: dict[str, Any]) -> int:
+    copied = copy.deepcopy(model).eval()
+    for parameter in list(copied.parameters())[::2]:
+        parameter.requires_grad_(False)  # detach must restore flags, and not set them all alike
+    before = _snapshot(copied)
     torch.manual_seed(0)
     try:
-        att = petune.attach(mine, build_tuner(name, **options), name=name)
+        att = petune.attach(copied, build_tuner(name, **options), name=name)
     except petune.PetuneError:
-        _same(before, _image_of(mine), "a refused model is as it was")
+        _compare(before, _snapshot(copied), "a refused model is as before")
         raise
     x = torch.randn(2, *att.sites.input_size, generator=torch.Generator().manual_seed(1))
-    done = sum(check(att, model, x) for check in (_counts, _branches, _prompts))
+    verified = sum(check(att, model, x) for check in (_check_count, _check_parallel, _check_prompts))
     att.detach()
-    _same(before, _image_of(mine), "detach gives back keys, flags, hooks, modes and values")
-    for parameter in mine.parameters():
+    _compare(before, _snapshot(copied), "detach restores keys, flags, hooks, modes and values")
+    for parameter in copied.parameters():
         parameter.requires_grad_(True)
-    return done + 1 + len(petune.check_tuner(build_tuner(name, **options), mine))
+    return verified + 1 + len(petune.check_tuner(build_tuner(name, **options), copied))
 
 
-def _image_of(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model that an edit could leave changed."""
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return everything of a model that an edit could leave changed."""
     hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
     plain = {
         f"{n}.{k}": v
@@ -115,31 +115,31 @@ def _image_of(model: nn.Module) -> dict[str, Any]:
     return {"hooks": hooks, "plain": plain, "attributes": attributes, "flags": flags, "values": values}
 
 
-def _same(before: dict[str, Any], after: dict[str, Any], what: str) -> None:
+def _compare(before: dict[str, Any], after: dict[str, Any], claim: str) -> None:
     for part in ("hooks", "attributes", "flags"):
         if before[part] != after[part]:
-            raise Wrong(f"{what} — {part} differ")
+            raise Wrong(f"{claim}: {part} differ")
     if str(before["plain"]) != str(after["plain"]):
-        raise Wrong(f"{what} — plain attributes differ")
+        raise Wrong(f"{claim}: plain attributes differ")
     if list(before["values"]) != list(after["values"]):
-        raise Wrong(f"{what} — keys differ")
+        raise Wrong(f"{claim}: keys differ")
     if not all(torch.equal(t, after["values"][k]) for k, t in before["values"].items()):
-        raise Wrong(f"{what} — values differ")
+        raise Wrong(f"{claim}: values differ")
 
 
-def _counts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
-    """The tuned count against the method's formula, with widths measured by hooks of our own."""
+def _check_count(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+    """Compare the tuned count with the method's formula, with widths measured by hooks of this file."""
     formula = FORMULAS.get(att.name)
     if formula is None:
         return 0
     expected = formula(att, _widths(att, x))
     if att.counts.tuned != expected:
-        raise Wrong(f"tuned count is {att.counts.tuned}, the formula says {expected}")
+        raise Wrong(f"the tuned count is {att.counts.tuned}, by the formula it is {expected}")
     return 1
 
 
 def _widths(att: petune.Attachment, x: Tensor) -> list[int]:
-    """Token width that leaves each block, measured as the weight it is multiplied with would see it."""
+    """Return the width of the tokens that leave each block."""
     widths: dict[int, int] = {}
     handles = []
     for i, block in enumerate(att.sites.blocks):
@@ -186,56 +186,53 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-def _branches(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
-    """Every third adapter alone: what it changes at EXIT is `adapter(what entered ENTER)`, seen by our own hooks."""
-    edits = [h for h in att.model.modules() if isinstance(h, Parallel)]
-    for holder in edits:
+def _check_parallel(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+    """Check some adapters, each alone: the change at EXIT is `adapter(what enters ENTER)`, by hooks of this file."""
+    holders = [h for h in att.model.modules() if isinstance(h, Parallel)]
+    for holder in holders:
         for parameter in holder.adapter.parameters():
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
         holder.enabled = False
-    for holder in edits[:: max(1, len(edits) // 3)]:
-        enter, exit = _hooked(att.model, holder)
-        entered, plain = _watch(att.model, x, enter, exit)
+    for holder in holders[:: max(1, len(holders) // 3)]:
+        enter, exit = _modules_of(att.model, holder)
+        entered, plain = _run(att.model, x, enter, exit)
         holder.enabled = True
-        _, changed = _watch(att.model, x, enter, exit)
+        _, changed = _run(att.model, x, enter, exit)
         holder.enabled = False
-        entered, before, after = (
-            _last(entered, holder.enter_layout),
-            _last(plain, holder.exit_layout),
-            _last(changed, holder.exit_layout),
-        )
+        before = _channels_last(plain, holder.exit_layout)
+        after = _channels_last(changed, holder.exit_layout)
         with torch.no_grad():
-            expected = holder.adapter(entered).reshape(before.shape)
+            expected = holder.adapter(_channels_last(entered, holder.enter_layout)).reshape(before.shape)
         if not torch.allclose(after - before, expected, atol=1e-4, rtol=1e-3):
-            raise Wrong(f"a branch of {type(exit).__name__} is not adapter(what enters {type(enter).__name__})")
-    for holder in edits:
+            raise Wrong(f"the change of {type(exit).__name__} is not adapter(what enters {type(enter).__name__})")
+    for holder in holders:
         holder.enabled = True
-    return int(bool(edits))
+    return int(bool(holders))
 
 
-def _hooked(model: nn.Module, holder: Parallel) -> tuple[nn.Module, nn.Module]:
-    """The modules that the holder's two hooks sit on."""
+def _modules_of(model: nn.Module, holder: Parallel) -> tuple[nn.Module, nn.Module]:
+    """Return the modules that have the holder's two hooks."""
 
-    def of(hooks: Any) -> bool:
+    def has_hook(hooks: Any) -> bool:
         return any(getattr(hook, "__self__", None) is holder for hook in hooks.values())
 
-    enter = next(m for m in model.modules() if of(m._forward_pre_hooks))
-    return enter, next(m for m in model.modules() if of(m._forward_hooks))
+    enter = next(m for m in model.modules() if has_hook(m._forward_pre_hooks))
+    return enter, next(m for m in model.modules() if has_hook(m._forward_hooks))
 
 
-def _last(x: Tensor, layout: str) -> Tensor:
+def _channels_last(x: Tensor, layout: str) -> Tensor:
     return x.movedim(1, -1) if layout == "BCHW" else x
 
 
-def _watch(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
-    """What enters ENTER and leaves EXIT in one forward (their first call, which nothing changed yet)."""
-    seen: dict[str, Tensor] = {}
+def _run(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return what enters ENTER and leaves EXIT in one forward, at their first call."""
+    tensors: dict[str, Tensor] = {}
 
     def pre(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.setdefault("enter", next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).clone())
+        tensors.setdefault("enter", next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)).clone())
 
     def post(module: nn.Module, args: Any, output: Any) -> None:
-        seen.setdefault("exit", (output if isinstance(output, Tensor) else output[0]).clone())
+        tensors.setdefault("exit", (output if isinstance(output, Tensor) else output[0]).clone())
 
     handles = [
         enter.register_forward_pre_hook(pre, with_kwargs=True, prepend=True),
@@ -245,22 +242,22 @@ def _watch(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tu
         model(x)
     for handle in handles:
         handle.remove()
-    return seen["enter"], seen["exit"]
+    return tensors["enter"], tensors["exit"]
 
 
-def _prompts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
-    """Prompts that no token may look at leave the whole model as it was; prompts that all see change something."""
+def _check_prompts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+    """Check that hidden prompts leave the whole model's output as it was, and that visible ones change it."""
     holders = [h for h in att.model.modules() if isinstance(h, Prompts)]
     if not holders:
         return 0
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        plain, seen = model(x), att.model(x)
+        plain, prompted = model(x), att.model(x)
         modes = [stack.enter_context(HiddenPrompts(slot)) for slot in {h.slot for h in holders}]
-        unseen = att.model(x)
+        hidden = att.model(x)
     if not any(mode.num_attentions for mode in modes):
-        raise Wrong("no attention saw prompts")
-    if not torch.allclose(plain, unseen, atol=1e-4, rtol=1e-3):
-        raise Wrong(f"hidden prompts change the output by {(plain - unseen).abs().max():.2g}: a position is falsified")
-    if torch.allclose(plain, seen, atol=1e-6):
+        raise Wrong("no attention had prompts")
+    if not torch.allclose(plain, hidden, atol=1e-4, rtol=1e-3):
+        raise Wrong(f"hidden prompts change the output by {(plain - hidden).abs().max():.2g}: a position is falsified")
+    if torch.allclose(plain, prompted, atol=1e-6):
         raise Wrong("prompts change nothing")
     return 2

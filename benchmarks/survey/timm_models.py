@@ -1,6 +1,6 @@
-"""The timm models of the survey: every family with attention by its smallest variant, made smaller where it can be.
+"""The timm models of the survey: the smallest variant of every family with attention, made smaller if possible.
 
-What is overridden is size alone (depth, width, image); the code that runs is the family's.
+Only sizes are overridden (depth, width, image); the code that runs is the family's.
 """
 
 from __future__ import annotations

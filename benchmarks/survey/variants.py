@@ -1,4 +1,4 @@
-"""The slow walk: the places of every timm model there is, on the meta device."""
+"""Find the sites of every timm model on the meta device; this takes most of an hour."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ import petune
 
 
 def walk() -> dict[str, Any]:
-    """Print a line a variant; return counts, time, what failed, and whose blocks lack the residual stream."""
-    begun, found = time.monotonic(), 0
+    """Print a line per variant; return counts, time, failures, and the variants whose blocks have no `mid`."""
+    start = time.monotonic()
+    with_attention = 0
     failed: dict[str, str] = {}
     without_mid: dict[str, str] = {}
     names = timm.list_models()
     for name in names:
-        start = time.monotonic()
+        start_of_one = time.monotonic()
         try:
-            blocks, lacking = see(name)
+            num_blocks, num_without = count_blocks(name)
         except Exception as error:  # the walk goes on
             failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
             print(f"{name:56s} failed: {failed[name]}", flush=True)
             continue
-        found += blocks > 0
-        if lacking:
-            without_mid[name] = f"{lacking} of {blocks}"
-        if blocks:
-            print(f"{name:56s} {blocks} blocks, {lacking} without mid  {time.monotonic() - start:.1f} s", flush=True)
+        with_attention += num_blocks > 0
+        if num_without:
+            without_mid[name] = f"{num_without} of {num_blocks}"
+        if num_blocks:
+            seconds = time.monotonic() - start_of_one
+            print(f"{name:56s} {num_blocks} blocks, {num_without} without mid  {seconds:.1f} s", flush=True)
     return {
         "timm": timm.__version__,
         "variants": len(names),
-        "with_attention": found,
-        "time_s": round(time.monotonic() - begun),
+        "with_attention": with_attention,
+        "time_s": round(time.monotonic() - start),
         "failed": failed,
         "without_mid": without_mid,
     }
 
 
-def see(name: str) -> tuple[int, int]:
-    """How many blocks petune finds in one variant, and how many of them lack the stream between their halves."""
+def count_blocks(name: str) -> tuple[int, int]:
+    """Return how many blocks petune finds in a variant, and how many of them have no `mid`."""
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=3)
     blocks = petune.find_sites(model).blocks
-    return len(blocks), sum("mid" not in b.parts for b in blocks)
+    return len(blocks), sum("mid" not in block.parts for block in blocks)

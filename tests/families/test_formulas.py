@@ -1,4 +1,4 @@
-"""AdaptFormer and VPT on well-known families, against the forward written out by hand over the family's own blocks."""
+"""AdaptFormer and VPT on well-known families, compared with a hand-written forward over the family's own layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def built(family: str) -> nn.Module:
 
 
 def embedded(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The tokens that enter the first block, and the table of rotations, if there is one."""
+    """Return the tokens that enter the first block, and the table of rotations if there is one."""
     x = model.patch_embed(x)
     if hasattr(model, "rope"):
         return model._pos_embed(x)
@@ -48,7 +48,7 @@ def embedded(model: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def attend(block: Any, x: Tensor, rope: Tensor | None, index: int, count: int) -> Tensor:
-    """Attention over all tokens; those from `index` on, `count` of them, have no place: no rotation and no bias."""
+    """Return attention over all tokens; `count` tokens at `index` have no position: no rotation and no bias."""
     a = block.attn
     if a.qkv is not None and getattr(a, "q_bias", None) is not None:
         bias = torch.cat([a.q_bias, torch.zeros_like(a.q_bias), a.v_bias])
@@ -84,7 +84,7 @@ def rotated(x: Tensor, sin: Tensor, cos: Tensor, half: bool) -> Tensor:
 
 
 def scaled(block: Any, which: int) -> Callable[[Tensor], Tensor]:
-    """LayerScale under its several names."""
+    """Return LayerScale under its several names."""
     gamma = getattr(block, f"gamma_{which}", None)
     if gamma is not None:
         return lambda y: gamma * y
@@ -92,7 +92,7 @@ def scaled(block: Any, which: int) -> Callable[[Tensor], Tensor]:
 
 
 def by_hand(model: Any, images: Tensor, method: str, adapters: list[nn.Module], index: int) -> Tensor:
-    """The whole forward: AdaptFormer beside the MLP, or VPT's prompts behind the prefix tokens."""
+    """Return the logits: AdaptFormer parallel to the MLP, or VPT's prompts after the prefix tokens."""
     x, rope = embedded(model, images)
     for i, block in enumerate(model.blocks):
         count = 0

@@ -1,4 +1,4 @@
-"""docs/backbones.md belongs to its results, and the results to what petune does now."""
+"""docs/backbones.md matches its results, and the results match what petune does now."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import petune
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS: dict[str, Any] = json.loads((ROOT / "benchmarks/results/backbones.json").read_text())
 VARIANTS: dict[str, Any] = json.loads((ROOT / "benchmarks/results/variants.json").read_text())
-CHECKED_AGAIN = [
+EXAMPLES = [
     "swin_transformer",
     "swin_transformer_v2",
     "vision_transformer_relpos",
@@ -27,7 +27,7 @@ CHECKED_AGAIN = [
 ]
 
 
-def test_the_page_is_made_from_the_results() -> None:
+def test_the_page_matches_the_results() -> None:
     assert (ROOT / "docs/backbones.md").read_text() == page(RESULTS, FAMILIES, VARIANTS)
 
 
@@ -36,7 +36,7 @@ def test_rows_are_families_and_columns_methods() -> None:
     assert all(tuple(row["methods"]) == METHODS for row in RESULTS.values())
 
 
-def test_every_family_is_surveyed_and_nothing_is_wrong() -> None:
+def test_every_family_is_surveyed_and_no_pair_is_wrong() -> None:
     pairs = {(f, m): pair for f, row in RESULTS.items() for m, pair in row["methods"].items()}
     assert {key: pair for key, pair in pairs.items() if pair["state"] not in ("ok", "refused")} == {}
     assert {family: row["unproven"] for family, row in RESULTS.items() if row["unproven"]} == {}
@@ -49,7 +49,7 @@ def test_every_variant_of_timm_is_walked() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", [CHECKED_AGAIN[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CHECKED_AGAIN[1:])]
+    "family", [EXAMPLES[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in EXAMPLES[1:])]
 )
 def test_the_results_still_hold(family: str) -> None:
     model = enliven(build(family))

@@ -1,4 +1,4 @@
-"""find_sites on a plain ViT, its printing and messages; and that it leaves a model alone."""
+"""find_sites on a plain ViT: its table, its messages, and that it does not change the model."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ def plain(**options: object) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **{**shape, **options})
 
 
-def test_all_places_of_a_plain_vit() -> None:
+def test_table_of_a_plain_vit() -> None:
     assert str(petune.find_sites(plain())) == TABLE
 
 
-def test_a_model_that_lacks_places_prints_dashes() -> None:
+def test_missing_sites_are_dashes_in_the_table() -> None:
     lines = str(petune.find_sites(timm.create_model("test_resnet", num_classes=3))).splitlines()
     assert lines[0] == "ResNet: 0 blocks, width 0, grid ?, 0 prefix tokens, input 3x160x160"
     assert lines[2].split() == ["patch_embed", "-", "-", "-"]
 
 
-def test_a_place_that_is_missing_is_named() -> None:
+def test_a_missing_site_is_named_in_the_error() -> None:
     block = petune.find_sites(timm.create_model("botnet26t_256", num_classes=3)).blocks[0]
     with pytest.raises(SiteNotFound, match=r"block 0 \(stages.2.1\) of ByobNet has no site 'mid'; it has: block"):
         print(block.mid)
 
 
-def test_no_attention_is_a_reason() -> None:
+def test_a_model_without_attention() -> None:
     model = timm.create_model("test_resnet", num_classes=3)
     with pytest.raises(SiteNotFound, match=r"ResNet has no attention block that petune can find. Use linear or full"):
         petune.attach(model, "adaptformer")
     assert petune.attach(model, "linear").counts.tuned == 0
 
 
-def test_no_head_is_a_reason() -> None:
+def test_a_model_without_a_classifier() -> None:
     with pytest.raises(SiteNotFound, match="VisionTransformer has no classifier"):
         petune.attach(plain(num_classes=0), "linear")
 
 
-def test_a_part_without_a_classifier_says_nothing_of_the_whole() -> None:
+def test_a_backbone_without_a_classifier_inside_a_model_with_one() -> None:
     model = nn.Sequential(plain(num_classes=0), nn.Linear(24, 7))
     assert petune.find_sites(model).head.path == "1"
     assert petune.attach(model, "linear").counts.head == 24 * 7 + 7
 
 
-def test_the_size_must_be_told_where_the_model_does_not() -> None:
+def test_input_size_is_needed_if_the_model_does_not_tell() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(AttachError, match=r"does not tell its image size. Pass input_size="):
         petune.find_sites(model)
@@ -78,7 +78,7 @@ def test_the_size_must_be_told_where_the_model_does_not() -> None:
         petune.find_sites(model, input_size=(5, 8, 8))
 
 
-def test_the_first_convolution_may_not_see_the_image() -> None:
+def test_the_first_convolution_need_not_see_the_image() -> None:
     assert petune.find_sites(timm.create_model("tresnet_m")).input_size == (3, 224, 224)
 
 
@@ -92,7 +92,7 @@ def test_weights_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("name", ["coat_lite_tiny", "vit_tiny_patch16_224"])
-def test_the_model_is_left_alone(name: str) -> None:
+def test_the_model_is_not_changed(name: str) -> None:
     """CoaT shares modules between blocks: each must get its own tensor back."""
     model = timm.create_model(name, num_classes=3).train()
     model.head.weight.requires_grad_(False)
@@ -106,7 +106,7 @@ def test_the_model_is_left_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gcresnext26ts", "test_resnet", "skresnet18"])
-def test_a_gate_is_no_attention(name: str) -> None:
+def test_a_gate_is_not_attention(name: str) -> None:
     assert petune.find_sites(timm.create_model(name)).blocks == ()
 
 
@@ -133,7 +133,7 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("returns", ["tuple", "dict", "embedding first", "log_softmax"])
-def test_the_classifier_is_what_makes_the_logits(returns: str) -> None:
+def test_the_classifier_is_the_layer_that_makes_the_logits(returns: str) -> None:
     model = Around(returns).eval()
     assert petune.find_sites(model).head.path == "head"
     with pytest.warns(UserWarning, match="count as backbone .* proj"):
@@ -142,7 +142,7 @@ def test_the_classifier_is_what_makes_the_logits(returns: str) -> None:
     att.merge()
 
 
-def test_the_classifier_of_a_part_is_a_layer_like_others_where_one_follows() -> None:
+def test_a_classifier_followed_by_another_layer_is_not_the_head() -> None:
     class Stacked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -159,7 +159,7 @@ def test_the_classifier_of_a_part_is_a_layer_like_others_where_one_follows() -> 
     assert [head.path for head in heads] == ["out", "body.head"]
 
 
-def test_where_nothing_makes_as_many_outputs_as_there_are_logits_there_is_no_classifier() -> None:
+def test_no_layer_with_as_many_outputs_as_logits_means_no_classifier() -> None:
     class Pairs(Around):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             z = self.body(x)

@@ -1,4 +1,4 @@
-"""Strangers' ViTs far from timm's style: each method is right, or refused with a reason that can be acted on."""
+"""ViTs in unusual styles: each method works, or is refused with a reason that helps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import petune
 from tests.tiny import module_beside
 
-strangers = module_beside(__file__, "strangers")
+models = module_beside(__file__, "unusual_models")
 REFUSED = {
     ("functional", "adaptformer"): r"block 0 \(body.0\) of Functional has no site 'mid'",
     ("functional", "lora"): "needs linear layers that are called, but Functional calls none",
@@ -25,27 +25,27 @@ REFUSED = {
     ("sequence first", "vpt"): "has no token-to-token attention where they enter",
     ("sequence first", "vpt:deep=false"): "has no token-to-token attention where they enter",
 }
-"""Why, where it is: there is no place between modules, two streams are no one's prompts, tokens come first."""
+"""Expected reasons: no tensor between modules, two streams, windows, or the batch dimension is not the first."""
 
 
-@pytest.mark.parametrize("name", strangers.STRANGERS)
-def test_its_blocks_and_its_head_are_found(name: str) -> None:
-    model = strangers.stranger(name)
+@pytest.mark.parametrize("name", models.UNUSUAL)
+def test_blocks_and_head_are_found(name: str) -> None:
+    model = models.build(name)
     sites = petune.find_sites(model)
-    assert (len(sites.blocks), sites.embed_dim) == (strangers.DEPTH, strangers.D)  # class attention pools
+    assert (len(sites.blocks), sites.embed_dim) == (models.DEPTH, models.D)  # class attention pools
     assert sites.head.enter is [m for m in model.modules() if getattr(m, "out_features", 0) == 3][-1]
     assert unproven_mids(model, sites) == []
 
 
-@pytest.mark.parametrize("name", strangers.STRANGERS)
+@pytest.mark.parametrize("name", models.UNUSUAL)
 @pytest.mark.parametrize("method", ["adaptformer:bottleneck=4", "vpt", "vpt:deep=false", "lora"])
-def test_every_method_is_right_or_refused(name: str, method: str) -> None:
-    outcome = examine(strangers.stranger(name), method)
+def test_every_method_works_or_is_refused(name: str, method: str) -> None:
+    outcome = examine(models.build(name), method)
     reason = REFUSED.get((name, method.removesuffix(":bottleneck=4")))
     assert outcome.state == ("refused" if reason else "ok"), outcome.detail
     if reason:
         with pytest.raises(petune.PetuneError, match=reason):
-            petune.attach(strangers.stranger(name), method.partition(":")[0], **_options(method))
+            petune.attach(models.build(name), method.partition(":")[0], **_options(method))
 
 
 def _options(method: str) -> dict[str, bool]:
@@ -53,12 +53,12 @@ def _options(method: str) -> dict[str, bool]:
 
 
 class Masked(nn.Module):
-    """A masked autoencoder's encoder: other patches are dropped in each forward."""
+    """A masked autoencoder's encoder: each forward drops other patches."""
 
     def __init__(self, draw: str) -> None:
         super().__init__()
         self.image_size, self.draw = 16, draw
-        self.inner = strangers.stranger("class attention")
+        self.inner = models.build("class attention")
 
     def forward(self, x: Tensor) -> Tensor:
         keep = torch.rand(1, 1, 16, 16) if self.draw == "torch" else random.random()
@@ -67,14 +67,14 @@ class Masked(nn.Module):
 
 @pytest.mark.parametrize("draw", ["torch", "python"])
 @pytest.mark.parametrize("method", ["linear", "vpt"])
-def test_a_backbone_that_draws_in_eval_is_refused(draw: str, method: str) -> None:
+def test_random_numbers_in_eval_mode_are_refused(draw: str, method: str) -> None:
     model = Masked(draw)
     with pytest.raises(petune.AttachError, match=r"Masked draws random numbers in eval mode.* encoder"):
         petune.attach(model, method)
-    assert not any(hasattr(m, "petune") for m in model.modules())
+    assert not any(hasattr(m, "is_petune_holder") for m in model.modules())
 
 
-def test_a_random_number_without_effect_is_no_reason() -> None:
+def test_a_random_number_without_effect_is_accepted() -> None:
     class Draws(Masked):
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x + 0 * torch.rand(()))

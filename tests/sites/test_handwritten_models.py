@@ -1,4 +1,4 @@
-"""ViTs by strangers: every block is found, and every method is right or refused."""
+"""Hand-written ViTs: every block is found, and every method works or is refused."""
 
 from __future__ import annotations
 
@@ -11,75 +11,75 @@ from torch import nn
 import petune
 from tests.tiny import module_beside
 
-toys = module_beside(__file__, "toys")
+models = module_beside(__file__, "handwritten_models")
 
 
-@pytest.mark.parametrize("name", toys.TOYS)
-def test_its_places_are_found(name: str) -> None:
-    model = toys.toy(name)
+@pytest.mark.parametrize("name", models.HANDWRITTEN)
+def test_all_sites_are_found(name: str) -> None:
+    model = models.build(name)
     sites = petune.find_sites(model)
-    assert len(sites.blocks) == (1 if name == "shared weights" else toys.DEPTH)
-    assert (sites.embed_dim, sites.grid_size) == (toys.D, (4, 4))
+    assert len(sites.blocks) == (1 if name == "shared weights" else models.DEPTH)
+    assert (sites.embed_dim, sites.grid_size) == (models.D, (4, 4))
     assert (sites.head.path, sites.norm.path) == ("to_classes", "last")
     assert all({"mid", "mlp"} <= block.parts.keys() for block in sites.blocks)
     assert unproven_mids(model, sites) == []
 
 
-@pytest.mark.parametrize("name", toys.TOYS)
+@pytest.mark.parametrize("name", models.HANDWRITTEN)
 @pytest.mark.parametrize("method", ["linear", "full", "adaptformer:bottleneck=4", "vpt", "vpt:deep=false"])
-def test_every_method_is_right(name: str, method: str) -> None:
-    outcome = examine(toys.toy(name), method)
+def test_every_method_works_or_is_refused(name: str, method: str) -> None:
+    outcome = examine(models.build(name), method)
     refused = (name, method) == ("ModuleList of pairs", "vpt:deep=false")  # no module passes prompts on
     assert outcome.state == ("refused" if refused else "ok"), outcome.detail
 
 
-@pytest.mark.filterwarnings("ignore:Toy reads the weights of 3 linear layers")
+@pytest.mark.filterwarnings("ignore:Vit reads the weights of 3 linear layers")
 @pytest.mark.parametrize("name", ["nn.TransformerEncoderLayer", "nn.TransformerEncoderLayer, post-norm"])
-def test_lora_is_not_passed_by_the_fused_kernel(name: str) -> None:
-    """Torch's layer reads q, k and v's weights itself where nothing is watched; what LoRA trained must be in there."""
-    model = toys.toy(name)
+def test_lora_takes_effect_in_the_fused_kernel(name: str) -> None:
+    """torch's layer reads the weights of q, k and v itself in its fast path, which must include what LoRA trained."""
+    model = models.build(name)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         plain = model(x)
         att = petune.attach(model, "lora", targets="attn")
         for p in att.tuned.values():
             torch.nn.init.normal_(p)
-        watched, tuned = model.train()(x), model.eval()(x)
-        assert torch.allclose(watched, tuned, atol=1e-5)
-        assert not torch.allclose(plain, tuned, atol=1e-2)
+        slow_path, fast_path = model.train()(x), model.eval()(x)
+        assert torch.allclose(slow_path, fast_path, atol=1e-5)
+        assert not torch.allclose(plain, fast_path, atol=1e-2)
         with att.disabled():
             assert torch.equal(model(x), plain)
         att.detach()
         assert torch.equal(model(x), plain)
 
 
-class Placed(nn.Module):
-    """Attention with positions of its own making: petune cannot know them."""
+class OwnPositions(nn.Module):
+    """Attention that adds positions itself, in a way that petune cannot know."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = toys.SplitAttention()
+        self.inner = models.SplitAttention()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x + torch.arange(x.shape[1], dtype=x.dtype, device=x.device)[:, None] / 10)
 
 
-def test_positions_that_cannot_be_told_are_noticed() -> None:
-    """No shape forbids prompts here; only the proof with hidden prompts sees that later tokens are moved."""
+def test_unknown_positions_are_detected() -> None:
+    """No shape forbids prompts here; only the check with hidden prompts sees that later tokens are moved."""
     torch.manual_seed(0)
-    model = toys.Toy(nn.Sequential(*(toys.Layer(Placed()) for _ in range(2)))).eval()
+    model = models.Vit(nn.Sequential(*(models.Layer(OwnPositions()) for _ in range(2)))).eval()
     assert examine(model, "adaptformer").state == "ok"
     with pytest.raises(petune.PetuneError, match="cannot take prompts: it knows the positions of its tokens"):
         petune.attach(model, "vpt")
 
 
 @pytest.mark.parametrize("verb", ["train", "before", "after"])
-def test_a_block_that_is_no_module_is_not_changed_at_its_ends(verb: str) -> None:
+def test_a_block_that_is_not_a_module_cannot_be_changed_as_a_whole(verb: str) -> None:
     class Verb(petune.Tuner[petune.TunerConfig]):
         def attach(self, edit: petune.Edit) -> None:
             getattr(edit, verb)(edit.sites.blocks[0], *([] if verb == "train" else [nn.Identity()]))
 
-    model = toys.toy("ModuleList of pairs")
+    model = models.build("ModuleList of pairs")
     assert not petune.find_sites(model).blocks[0].is_module
     with pytest.raises(petune.AttachError, match=f"{verb} needs a block that is one module, but block 0"):
         petune.attach(model, Verb())

@@ -1,4 +1,4 @@
-"""Vision Transformers as strangers write them by hand; none of their names is known to petune.
+"""Vision Transformers as people write them by hand; petune knows none of their names.
 
 Each takes (B, 3, 16, 16) and has 3 classes, width 24, 3 blocks; patch 4, so 16 patches.
 """
@@ -15,7 +15,7 @@ D, HEADS, DEPTH, CLASSES = 24, 4, 3, 3
 
 
 class Stem(nn.Module):
-    """Patches, class token (in front, behind or none) and positions."""
+    """Patches, class token (first, last or none) and positions."""
 
     def __init__(self, where: str = "front") -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Plus(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP in plain sight, names of no library."""
+    """Attention and MLP as modules, with names that no library uses."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class MhaLayer(nn.Module):
 
 
 class OneModule(nn.Module):
-    """Everything in one module, fused attention, no module for attention or MLP."""
+    """Everything in one module: fused attention, no module for attention or MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class OneModule(nn.Module):
 
 
 class Pairs(nn.Module):
-    """A ModuleList of pairs in a plain loop, as in vit-pytorch: a block is no module."""
+    """A ModuleList of pairs in a loop, as in vit-pytorch: a block is not a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Pairs(nn.Module):
 
 
 class Shared(nn.Module):
-    """One block, called again and again (ALBERT's way)."""
+    """One block, called several times (as in ALBERT)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class Shared(nn.Module):
         return x
 
 
-class Toy(nn.Module):
-    """Stem, trunk, and a head on the class token or on the mean."""
+class Vit(nn.Module):
+    """Stem, trunk, and a classifier on the class token or on the mean."""
 
     def __init__(self, trunk: nn.Module, where: str = "front", pool: str = "token") -> None:
         super().__init__()
@@ -172,29 +172,29 @@ def encoder(norm_first: bool) -> nn.TransformerEncoder:
 
 
 def nested() -> nn.Module:
-    """Sequentials in Sequentials, residuals as modules, no class for a block."""
+    """Return Sequentials in Sequentials: residuals are modules, blocks have no class."""
     branch = lambda f: Plus(nn.Sequential(nn.LayerNorm(D), f))  # noqa: E731
     return nn.Sequential(*(nn.Sequential(branch(SplitAttention()), branch(mlp())) for _ in range(DEPTH)))
 
 
-TOYS: dict[str, Callable[[], nn.Module]] = {
-    "split q, k, v": lambda: Toy(nn.Sequential(*(Layer(SplitAttention()) for _ in range(DEPTH)))),
-    "nested Sequentials": lambda: Toy(nested(), "none", "mean"),
-    "einops, pre-norm inside": lambda: Toy(
+HANDWRITTEN: dict[str, Callable[[], nn.Module]] = {
+    "split q, k, v": lambda: Vit(nn.Sequential(*(Layer(SplitAttention()) for _ in range(DEPTH)))),
+    "nested Sequentials": lambda: Vit(nested(), "none", "mean"),
+    "einops, pre-norm inside": lambda: Vit(
         nn.Sequential(*(nn.Sequential(Plus(EinopsAttention()), Plus(normed_mlp())) for _ in range(DEPTH)))
     ),
-    "nn.MultiheadAttention": lambda: Toy(nn.Sequential(*(MhaLayer() for _ in range(DEPTH)))),
-    "nn.TransformerEncoderLayer": lambda: Toy(encoder(norm_first=True)),
-    "nn.TransformerEncoderLayer, post-norm": lambda: Toy(encoder(norm_first=False)),
-    "all in one module": lambda: Toy(nn.Sequential(*(OneModule() for _ in range(DEPTH)))),
-    "ModuleList of pairs": lambda: Toy(Pairs(), pool="mean"),
-    "shared weights": lambda: Toy(Shared()),
-    "class token at the end": lambda: Toy(nn.Sequential(*(Layer(SplitAttention()) for _ in range(DEPTH))), "behind"),
-    "mean pooling": lambda: Toy(nn.Sequential(*(Layer(EinopsAttention()) for _ in range(DEPTH))), "none", "mean"),
+    "nn.MultiheadAttention": lambda: Vit(nn.Sequential(*(MhaLayer() for _ in range(DEPTH)))),
+    "nn.TransformerEncoderLayer": lambda: Vit(encoder(norm_first=True)),
+    "nn.TransformerEncoderLayer, post-norm": lambda: Vit(encoder(norm_first=False)),
+    "all in one module": lambda: Vit(nn.Sequential(*(OneModule() for _ in range(DEPTH)))),
+    "ModuleList of pairs": lambda: Vit(Pairs(), pool="mean"),
+    "shared weights": lambda: Vit(Shared()),
+    "class token at the end": lambda: Vit(nn.Sequential(*(Layer(SplitAttention()) for _ in range(DEPTH))), "behind"),
+    "mean pooling": lambda: Vit(nn.Sequential(*(Layer(EinopsAttention()) for _ in range(DEPTH))), "none", "mean"),
 }
 
 
-def toy(name: str) -> nn.Module:
-    """A toy of the list, in eval mode, always with the same weights."""
+def build(name: str) -> nn.Module:
+    """Return a model of the list, in eval mode, always with the same weights."""
     torch.manual_seed(0)
-    return TOYS[name]().eval()
+    return HANDWRITTEN[name]().eval()

@@ -1,4 +1,4 @@
-"""More Vision Transformers by strangers, in styles further off than those of `toys`.
+"""Vision Transformers in unusual styles, further from timm than `handwritten_models`.
 
 Each takes (B, 3, 16, 16) and has 3 classes, width 24, 3 blocks; 16 patches.
 """
@@ -109,7 +109,7 @@ class Functional(nn.Module):
 
 
 class Parallel22B(nn.Module):
-    """As ViT-22B: one Linear makes q, k, v and the MLP's hidden units, one takes both back; norms of q and k."""
+    """As in ViT-22B: one Linear makes q, k, v and the MLP's hidden units, one maps them back; norms of q and k."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Parallel22B(nn.Module):
 
 
 class ConvStemLast(nn.Module):
-    """A convolutional stem, a class token behind the patches, and any trunk."""
+    """A convolutional stem, a class token after the patches, and any trunk."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Reversible(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts for an MLP: a router weighs all experts for every token (soft, batch-independent)."""
+    """A mixture of experts instead of an MLP: a router weighs all experts for every token (soft, batch-independent)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class KerasLike(nn.Module):
 
 
 class KeywordBlock(nn.Module):
-    """A block that is called by keyword, gets a mask and a rotary table, and returns a dictionary-free tuple."""
+    """A block that is called by keyword, with a mask, and returns a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class Keywords(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """CaiT's: only the class token asks, patches come along unchanged; behind blocks without a class token."""
+    """CaiT's: only the class token attends; it follows blocks that have no class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ class Cait(nn.Module):
 
 
 class SequenceFirst(nn.Module):
-    """(N, B, D) inside, as fairseq and CLIP's first code have it."""
+    """(N, B, D) inside, as in fairseq and in CLIP's first code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class SequenceFirst(nn.Module):
 
 
 class Tied(nn.Module):
-    """Blocks of their own whose MLPs are one and the same module."""
+    """Different blocks that share one MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class Tied(nn.Module):
 
 
 class Windows(nn.Module):
-    """Works in windows of 2×2 and joins them at its end: 4 windows of 4 tokens have the shape of an image of 4×4."""
+    """Works in windows of 2×2 and joins them at its end; 4 windows of 4 tokens have the shape of a 4×4 image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,18 +328,18 @@ class Windows(nn.Module):
         self.attn, self.mlp = CausalSelfAttention(config), GptMlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.turned(x).view(-1, 4, 4, D)
+        x = self.swapped(x).view(-1, 4, 4, D)
         x = x + self.attn(self.ln_1(x).flatten(0, 1)).view(x.shape)
         x = x + self.mlp(self.ln_2(x))
-        return self.turned(x)
+        return self.swapped(x)
 
-    def turned(self, x: Tensor) -> Tensor:
-        """Windows to rows, or rows to windows: (B, 16, D)."""
+    def swapped(self, x: Tensor) -> Tensor:
+        """Return windows as rows, or rows as windows: (B, 16, D)."""
         return x.reshape(-1, 2, 2, 2, 2, D).transpose(2, 3).reshape(-1, 16, D)
 
 
 class WindowViT(nn.Module):
-    """Images are what the mean of all patches says."""
+    """Blocks that work in windows; the mean of all patches is classified."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ def _stack(make: Callable[[], nn.Module]) -> nn.Module:
     return ConvStemLast(nn.Sequential(*(make() for _ in range(DEPTH))))
 
 
-STRANGERS: dict[str, Callable[[], nn.Module]] = {
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "nanoGPT": Gpt,
     "functional": Functional,
     "ViT-22B in one Linear": lambda: _stack(Parallel22B),
@@ -371,7 +371,7 @@ STRANGERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def stranger(name: str) -> nn.Module:
-    """One of the list, in eval mode, always with the same weights."""
+def build(name: str) -> nn.Module:
+    """Return a model of the list, in eval mode, always with the same weights."""
     torch.manual_seed(0)
-    return STRANGERS[name]().eval()
+    return UNUSUAL[name]().eval()
