@@ -61,9 +61,8 @@ def _is_module(trace: Trace, pair: Pair) -> bool:
 def _joins_windows(trace: Trace, pair: Pair) -> bool:
     """Return whether a block ends by rearranging its tokens: it joins the windows that it has cut.
 
-    What is read between attention and MLP and what leaves the block then hold the tokens in different orders. Shapes do
-    not always tell: 64 windows of 64 tokens are an image of 64 × 64. A row of tokens that becomes an image keeps its
-    order.
+    `mid` and the block's output then hold the tokens in different orders. Shapes do not always show that: 64 windows of
+    64 tokens have the shape of an image of 64 × 64. A row of tokens that becomes an image keeps its order.
     """
     if not _is_module(trace, pair):
         return False
@@ -129,7 +128,7 @@ def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
 Predicate = Callable[[Trace, Pair], bool]
 Builder = Callable[[Trace, Pair], Found | None]
 SHAPES: tuple[tuple[Predicate, Builder], ...] = (
-    (_joins_windows, _build_span),  # torchvision's MaxViT; the block is what lies before the windows are joined
+    (_joins_windows, _build_span),  # torchvision's MaxViT; the block ends before the windows are joined
     (_is_module, _build_module),  # vit_base_patch16_224
     (_has_parallel_attentions, _build_parallel_attentions),  # vit_small_patch16_18x2_224
     (_always, _build_span),  # tnt_s_patch16_224: a module with two attentions, one of them with this MLP
@@ -138,7 +137,7 @@ SHAPES: tuple[tuple[Predicate, Builder], ...] = (
 
 
 def _without_mlp(trace: Trace, attention: Attention, attentions: list[Attention]) -> Found | None:
-    """Build a block without a separate MLP: attention alone (botnet26t_256), or fused with the MLP (ViT-22B)."""
+    """Build a block without a separate MLP: attention alone (botnet26t_256), or fused with it (vit_base_patch16_xp)."""
     holders = [a.pair.holder for a in attentions if a.pair is not None]
     if any(holder.keeps_shape and attention.call.within(holder) for holder in holders):
         return None

@@ -33,7 +33,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None,
 
     Args:
         model: Any image classifier: timm, torchvision, transformers, hand-written.
-        input_size: (channels, height, width); by default what the model tells about itself.
+        input_size: (channels, height, width); by default the size that the model has as an attribute or in its config.
         head: Path of the module that is the classifier, if that is more than the layer that makes the logits.
 
     Returns:
@@ -54,7 +54,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None,
 
 @contextlib.contextmanager
 def _disabled(added: set[nn.Module]) -> Iterator[None]:
-    """Disable what attachments have added to the model."""
+    """Disable the adapters of all attachments."""
     holders: list[Any] = [m for m in added if hasattr(m, "enabled")]
     enabled = [holder.enabled for holder in holders]
     try:

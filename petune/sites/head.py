@@ -53,7 +53,7 @@ def _matrices_after(trace: Trace, time: int) -> list[Call]:
 
 
 def _maker_of_logits(trace: Trace, blocks_end: int) -> Call | None:
-    """Return the last matrix whose output is the logits, or one with as many outputs if more is done with them."""
+    """Return the last matrix that returns the logits; if they are processed further, the last with as many outputs."""
     logits = trace.root.output
     if logits is None:
         return None

@@ -187,7 +187,7 @@ def parallel_mid(trace: Trace, block: Call) -> Call | None:
 
 
 def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_end: int) -> Call | None:
-    """Return the MLP's norm, if the block adds its input past attention and MLP together (EdgeNeXt).
+    """Return the MLP's norm, if the block adds its input past attention and MLP together (edgenext_xx_small).
 
     The MLP's output is then not added to the stream after the attention, but the norm's input is still what it reads.
     """

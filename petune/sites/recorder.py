@@ -24,7 +24,7 @@ ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
 def record(model: nn.Module, input_size: tuple[int, int, int], skip: Set[nn.Module] = frozenset()) -> Trace:
-    """Record calls and operations of one forward, on the meta device where the model allows it.
+    """Record calls and operations of one forward, on the meta device if the model allows it.
 
     Args:
         model: Modes and random state are as before afterwards.
@@ -161,8 +161,9 @@ class _OperationRecorder(TorchFunctionMode):
         call = self.calls.stack[-1]
         attention = AttentionOp(self.calls.tick(), call, many_queries=False, applied=False, num_keys=num_keys)
         self.trace.attention_ops.append(attention)
-        has_children = any(True for _ in call.module.children())
-        scope = call if call.parent is None or has_children else call.parent  # what calls nn.Softmax uses the weights
+        # the weights of nn.Softmax are used by its caller
+        is_softmax_module = not any(True for _ in call.module.children())
+        scope = call.parent if is_softmax_module and call.parent is not None else call
         self.weights[id(result)] = result, attention, scope
 
     def _follow(self, inputs: list[Tensor], name: str, result: Any) -> None:

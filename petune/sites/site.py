@@ -62,7 +62,7 @@ class Site:
     def where(self) -> str:
         """The site as text, for tables and messages."""
         if self.read_only:
-            return f"what enters {self.path}"
+            return f"input of {self.path}"
         return self.path if self.is_module else f"{self.path} … {self.exit_path}"
 
     def __repr__(self) -> str:
@@ -217,7 +217,7 @@ class Sites:
 
 
 def require_site(site: object, verb: str) -> Site:
-    """Return what a verb of `Edit` was given, if it is a site.
+    """Return the argument of a verb of `Edit`, if it is a site.
 
     Raises:
         AttachError: It is something else.

@@ -14,16 +14,16 @@ Run = Callable[..., Any]
 SMALL = ("--backbone", "vit_nano", "--set", "backbone_options.depth=1", "--dataset", "digits")
 SITES = """\
 VisionTransformer: 1 blocks, width 192, grid 8x8, 1 prefix tokens, input 3x32x32
-site         where                       layout  dim
-patch_embed  patch_embed                 BNC     192
-block 0      blocks.0                    BNC     192
-  attn       blocks.0.attn               BNC     192
-  mlp        blocks.0.mlp                BNC     192
-  norm1      blocks.0.norm1              BNC     192
-  norm2      blocks.0.norm2              BNC     192
-  mid        what enters blocks.0.norm2  BNC     192
-norm         norm                        BNC     192
-head         head                        BNC     192
+site         where                    layout  dim
+patch_embed  patch_embed              BNC     192
+block 0      blocks.0                 BNC     192
+  attn       blocks.0.attn            BNC     192
+  mlp        blocks.0.mlp             BNC     192
+  norm1      blocks.0.norm1           BNC     192
+  norm2      blocks.0.norm2           BNC     192
+  mid        input of blocks.0.norm2  BNC     192
+norm         norm                     BNC     192
+head         head                     BNC     192
 """
 PLAN = """
 method              linear
@@ -55,7 +55,7 @@ def test_json_has_sites_and_counts(petune: Run) -> None:
     assert found["weights_loaded"] is False
     assert found["sites"]["grid_size"] == [8, 8]
     assert found["sites"]["blocks"][0]["mid"] == {
-        "where": "what enters blocks.0.norm2",
+        "where": "input of blocks.0.norm2",
         "layout": "BNC",
         "dim": 192,
     }

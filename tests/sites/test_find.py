@@ -12,22 +12,22 @@ from petune.base.errors import AttachError, SiteNotFound
 
 TABLE = """\
 VisionTransformer: 2 blocks, width 24, grid 4x4, 1 prefix tokens, input 3x16x16
-site         where                       layout  dim
-patch_embed  patch_embed                 BNC     24
-block 0      blocks.0                    BNC     24
-  attn       blocks.0.attn               BNC     24
-  mlp        blocks.0.mlp                BNC     24
-  norm1      blocks.0.norm1              BNC     24
-  norm2      blocks.0.norm2              BNC     24
-  mid        what enters blocks.0.norm2  BNC     24
-block 1      blocks.1                    BNC     24
-  attn       blocks.1.attn               BNC     24
-  mlp        blocks.1.mlp                BNC     24
-  norm1      blocks.1.norm1              BNC     24
-  norm2      blocks.1.norm2              BNC     24
-  mid        what enters blocks.1.norm2  BNC     24
-norm         norm                        BNC     24
-head         head                        BNC     24"""
+site         where                    layout  dim
+patch_embed  patch_embed              BNC     24
+block 0      blocks.0                 BNC     24
+  attn       blocks.0.attn            BNC     24
+  mlp        blocks.0.mlp             BNC     24
+  norm1      blocks.0.norm1           BNC     24
+  norm2      blocks.0.norm2           BNC     24
+  mid        input of blocks.0.norm2  BNC     24
+block 1      blocks.1                 BNC     24
+  attn       blocks.1.attn            BNC     24
+  mlp        blocks.1.mlp             BNC     24
+  norm1      blocks.1.norm1           BNC     24
+  norm2      blocks.1.norm2           BNC     24
+  mid        input of blocks.1.norm2  BNC     24
+norm         norm                     BNC     24
+head         head                     BNC     24"""
 
 
 def plain(**options: object) -> nn.Module:

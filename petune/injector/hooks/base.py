@@ -29,11 +29,11 @@ class Holder(nn.Module):
         self.enabled = True
 
     def clear(self) -> None:
-        """Drop what is kept between two hooks."""
+        """Drop tensors that are kept between two hooks."""
 
 
 class Parallel(Holder):
-    """Adds `adapter(what enters ENTER)` to what leaves EXIT."""
+    """Adds `adapter(input of ENTER)` to the output of EXIT."""
 
     def __init__(self, adapter: nn.Module, enter_layout: Layout, exit_layout: Layout) -> None:
         super().__init__(adapter)
@@ -53,8 +53,8 @@ class Parallel(Holder):
             return None
         if x is None:
             raise RuntimeError(
-                f"an adapter adds to what leaves {type(module).__name__}, but the module whose input it reads was not "
-                "called before. Both must be called in this order, in the same segment of gradient checkpointing"
+                f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
+                "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
             )
         change = self.adapter(to_channels_last(x, self.enter_layout))
         return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
@@ -67,7 +67,7 @@ class Parallel(Holder):
 
 
 class Gather(Holder):
-    """Adds `adapter([what enters each of ENTERS])` to what leaves EXIT."""
+    """Adds `adapter([input of each of ENTERS])` to the output of EXIT."""
 
     def __init__(self, adapter: nn.Module, enter_layouts: tuple[Layout, ...], exit_layout: Layout) -> None:
         super().__init__(adapter)
@@ -107,7 +107,7 @@ class Gather(Holder):
 
 
 class Before(Holder):
-    """Replaces what enters a module by `adapter(it)`."""
+    """Replaces the input of a module by `adapter(input)`."""
 
     def __init__(self, adapter: nn.Module, layout: Layout) -> None:
         super().__init__(adapter)
@@ -123,7 +123,7 @@ class Before(Holder):
 
 
 class After(Holder):
-    """Replaces what leaves a module by `adapter(it)`."""
+    """Replaces the output of a module by `adapter(output)`."""
 
     def __init__(self, adapter: nn.Module, layout: Layout) -> None:
         super().__init__(adapter)

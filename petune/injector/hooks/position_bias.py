@@ -4,7 +4,7 @@ Attention knows positions in one of a few ways: tables of rotations (RoPE), a bi
 prefix tokens that are not rotated. For a block with prompts each is changed so that prompts are not rotated and have a
 bias of zero to and from every token. `prompt_check` then verifies that nothing was missed.
 
-What hooks and methods need is kept in objects with bound methods, so that it follows a deep copy of the model.
+Hooks and methods are bound to small objects, so that they follow a deep copy of the model.
 Shapes: H heads, N tokens, P prompts, T rows of a table.
 """
 
@@ -24,7 +24,7 @@ from petune.sites.site import Block, Sites
 
 Switch = Callable[[bool], None]
 
-# How attentions know positions where neither shapes nor the trace tell, with the timm classes that do so:
+# Ways to use positions that neither shapes nor the trace show, with the timm classes that have them:
 PREFIX = "num_prefix_tokens"  # number of tokens that are not rotated (EVA, ROPE ViT, DINOv3, Qwen3)
 # methods that return a bias (1 or none, H, N, N) (BEiT and Swin; relpos; TinyViT, LeViT, EfficientViT):
 BIAS_METHODS = ("_get_rel_pos_bias", "get_bias", "get_attention_biases")
@@ -71,7 +71,7 @@ def padding_values(block: Block) -> dict[int | str, float]:
     A table of rotations must not rotate prompts: its cosines are one, its sines zero.
     """
     if any(isinstance(getattr(m, PREFIX, None), int) for m in _attention(block).modules()):
-        return {}  # such attention is told how many tokens not to rotate
+        return {}  # such attention has the number of tokens not to rotate as an attribute
     called = _attention(block) if enters_attention_only(block) else block.enter
     names = list(inspect.signature(called.forward).parameters)
     by_name: dict[int | str, float] = {name: float("cos" in name) for name in names}
@@ -91,7 +91,7 @@ def pad_argument(value: Any, slot: PromptSlot, padding: float | None) -> Any:
 
 
 def pad_pairs(bias: Tensor, slot: PromptSlot) -> Tensor:
-    """Pad a bias or mask (..., N, N) to (..., N + P, N + P): prompts see all and are seen by all, without bias."""
+    """Pad a bias or mask (..., N, N) to (..., N + P, N + P): prompts attend to all and all to them."""
     neutral = 1.0 if bias.dtype == torch.bool else 0.0
     return _insert(_insert(bias, slot, -2, neutral), slot, -1, neutral)
 

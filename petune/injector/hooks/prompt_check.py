@@ -47,18 +47,18 @@ class PromptCheck:
         self._slots: list[PromptSlot] = []
 
     def slot(self, block: Block, num_prompts: int) -> PromptSlot:
-        """Return where prompts go in a block: behind the prefix tokens, or in front of all in its attention alone."""
+        """Return where prompts go: after the prefix tokens of a block, or before all tokens of its attention."""
         if not self._calls:
             self._record()
         index = 0 if enters_attention_only(block) else self.sites.num_prefix_tokens
         return PromptSlot(index, num_prompts, self._calls[block.enter].num_tokens)
 
     def verify(self, blocks: Sequence[Block], slot: PromptSlot) -> None:
-        """Compare the blocks with hidden prompts to what they were without. On the meta device only shapes count.
+        """Compare the outputs of blocks with hidden prompts and without prompts; on the meta device only their shapes.
 
         Args:
             blocks: Those that the prompts pass through; the prompts are in the model already.
-            slot: Where.
+            slot: Where the prompts are.
 
         Raises:
             AttachError: The outputs differ, the blocks do not run, or none of their attentions saw the prompts.

@@ -43,7 +43,7 @@ class Prompts(Holder):
         return self._padded(*with_first_tensor(args, kwargs, self._with_prompts(x_BND, self.adapter(x_BND))))
 
     def pass_through(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Pad what the model passes beside the tokens; pre-hook of the blocks after the first."""
+        """Pad the arguments that come with the tokens; pre-hook of the blocks after the first."""
         return self._padded(args, kwargs) if self.enabled else None
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
