@@ -19,7 +19,7 @@ from petune.sites.logits import synthetic_logits
 from petune.sites.site import Sites
 
 NUM_LOGITS = 8
-"""How many logits are saved; another backbone changes all of them."""
+"""Number of saved logits; another backbone changes all of them."""
 MANTISSA_BITS = 8
 MANTISSA_BITS_IN_HALF = 6
 """Every layer's output is rounded to so many bits, to estimate how far rounding on other machines moves the logits.

@@ -1,1 +1,1 @@
-"""What everything stands on: errors, configuration, files, text, the hub, processes. No torch at import."""
+"""Foundations: errors, configuration, files, text, the hub, processes. No torch at import."""

@@ -47,7 +47,7 @@ LESS_MEMORY = (
 DISTRIBUTED = ("run", "compare", "pretrain")
 """Commands that several processes may share, started by torchrun or accelerate."""
 SYNONYMS = {"train": "run", "fit": "run", "finetune": "run", "evaluate": "eval", "test": "eval", "search": "sweep"}
-"""What users try, and the command that does it."""
+"""Words that users try, and the commands that do it."""
 
 
 class Commands(TyperGroup):

@@ -16,7 +16,7 @@ from petune.cli.options import Assignments, ConfigFile, user_path
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command line sets in a configuration.
+    """Configuration values that a command line sets.
 
     Attributes:
         config: A YAML file to start from.

@@ -17,7 +17,7 @@ from petune.base.errors import ConfigError, DataError
 CHUNK = 32
 """Images per step of computing statistics; bounds the memory."""
 OnBroken = Literal["error", "skip"]
-"""What to do with an image that cannot be decoded: stop, or leave it out."""
+"""Policy for an image that cannot be decoded: stop, or skip it."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from petune.injector.registry import TunerRecord
 
 @dataclass(frozen=True)
 class TunerDescription:
-    """What a tuner says about itself; fields are empty where it says nothing.
+    """A tuner's description of itself; unknown fields are empty.
 
     Attributes:
         summary: What the method does, in one line.

@@ -14,7 +14,7 @@ from petune.sites.logits import synthetic_logits
 from petune.sites.site import Sites
 
 MAX_CHANGE = 1e-3
-"""How far the logits may move, as a share of the largest."""
+"""Tolerated change of the logits, relative to the largest."""
 MAX_CHANGE_IN_HALF = 5e-2
 
 

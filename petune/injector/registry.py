@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TunerRecord:
-    """What a package's metadata says about a tuner; nothing was imported to learn it.
+    """A tuner as its package's metadata describes it, without an import.
 
     Attributes:
         name: The method's name, the left side of the entry point.

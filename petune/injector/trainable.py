@@ -39,7 +39,7 @@ class TensorValues:
 
 @dataclass(eq=False)
 class TrainedParts:
-    """What one attachment trains, and what it added.
+    """Parameters that one attachment trains, and those that it added.
 
     Attributes:
         parameters: All parameters that it trains, the classifier's among them.

@@ -15,7 +15,7 @@ from petune.sites.forward import forget_caches
 from petune.sites.logits import logits_of
 
 DRAWS = 5
-"""How often a tuned tensor may have no gradient, with another seed each time, before it counts as a finding.
+"""Maximum number of tries in which a tuned tensor may have no gradient, with another seed each time, before it counts as a finding.
 
 All units of a ReLU in a narrow adapter may be silent by chance; two factors that both start at zero are always silent.
 """
@@ -23,7 +23,7 @@ All units of a ReLU in a narrow adapter may be silent by chance; two factors tha
 
 @dataclass(frozen=True)
 class Training:
-    """What three steps of training did.
+    """Effects of three training steps.
 
     Attributes:
         silent: Tuned tensors that never had a gradient other than zero, in any draw.

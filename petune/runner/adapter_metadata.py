@@ -1,4 +1,4 @@
-"""What a run writes into its adapter directory beyond the adapter: how to build the backbone, class names, results."""
+"""Metadata in a run's adapter directory: how to build the backbone, class names, results."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from petune.training.evaluate import Accuracy
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured after training.
+    """Measurements after training.
 
     Attributes:
         test: On the test split, read once.

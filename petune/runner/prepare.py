@@ -30,7 +30,7 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where a run writes, what can stop it, who watches it, and the processes that share the work."""
+    """A run's directory, its stop flag, its watcher, and the processes that share the work."""
 
     run_dir: Path
     stop: StopFlag

@@ -1,4 +1,4 @@
-"""What a method would train on a backbone, computed on the meta device: no weights, no data, no training."""
+"""Preview what a method would train on a backbone, computed on the meta device: no weights, no data, no training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BackbonePreview:
 
 @dataclass(frozen=True)
 class MethodPreview:
-    """What a method would train.
+    """Parameters that a method would train.
 
     Attributes:
         method: As given, with its options.

@@ -1,4 +1,4 @@
-"""What a method costs: FLOPs, memory, bytes; and where and with what a number was measured."""
+"""Measure FLOPs and memory, and record versions, machine and commit beside a number."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _processor() -> str:
 
 @cache
 def git_state() -> dict[str, Any] | None:
-    """Of petune's checkout, when first asked: a process runs what it imported, whatever is committed meanwhile."""
+    """Return commit and dirtiness of petune's checkout at the first call; later commits do not change what a process runs."""
 
     def git(*words: str) -> str:
         where = Path(__file__).parent

@@ -49,7 +49,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any
 
 @dataclass(frozen=True)
 class Procedure:
-    """What `run` and `pretrain` do differently.
+    """Differences between `run` and `pretrain`.
 
     Attributes:
         command: Of the command line.

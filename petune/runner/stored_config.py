@@ -14,7 +14,7 @@ from petune.runner.migrations import read_config
 from petune.training.run_files import METRICS_FILE
 
 MAY_CHANGE = {"output", "resume", "train.eval_batch_size"}
-"""What does not decide a result: where the directory is, and how many images are evaluated at a time."""
+"""Keys that do not affect a result: the directory, and the evaluation batch size."""
 
 
 def write_config(run_dir: Path, config: Config, command: str) -> None:

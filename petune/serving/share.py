@@ -46,7 +46,7 @@ DISK = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM}
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did: the repository, its address, the commit, the bytes of the files, whether it is new."""
+    """Result of a push: the repository, its address, the commit, the bytes of the files, whether it is new."""
 
     repo: str
     url: str
@@ -57,7 +57,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull brought: from which repository and commit, where it is now, its bytes, method and backbone."""
+    """Result of a pull: from which repository and commit, where it is now, its bytes, method and backbone."""
 
     repo: str
     commit: str
@@ -283,7 +283,7 @@ def _download(repo: str, commit: str, listed: Mapping[str, Any], place: Path) ->
 
 
 def _read(repo: str, place: Path, listed: Mapping[str, Any]) -> SavedAdapter:
-    """What came, if it is an adapter as the hub's listing says."""
+    """Read the downloaded files, and check that they are the adapter in the hub's listing."""
     for name, file in listed.items():
         expected = getattr(file.lfs, "sha256", None)
         if expected and hashlib.sha256((place / name).read_bytes()).hexdigest() != expected:

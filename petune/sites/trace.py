@@ -1,4 +1,4 @@
-"""What `record` keeps of one forward: calls of modules, additions and attention, with the tensors of each."""
+"""The record of one forward: calls of modules, additions and attention, with the tensors of each."""
 
 from __future__ import annotations
 

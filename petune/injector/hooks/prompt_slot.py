@@ -1,4 +1,4 @@
-"""Where prompts enter a block, behind its prefix tokens or only in its attention; and which blocks take none."""
+"""Find the position at which prompts enter a block: after its prefix tokens, or only in its attention; refuse others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from petune.sites.site import Block, Site, Sites
 
 @dataclass(frozen=True)
 class PromptSlot:
-    """Where prompts are: `num_prompts` of them at `index`, among `num_tokens` others."""
+    """Position of prompts: `num_prompts` of them at `index`, among `num_tokens` others."""
 
     index: int
     num_prompts: int

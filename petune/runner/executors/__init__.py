@@ -1,4 +1,4 @@
-"""Where many runs are done: here one after the other, on a Ray cluster, or by Slurm.
+"""Executors of many runs: here one after the other, on a Ray cluster, or by Slurm.
 
 An executor takes configurations and yields the result of each. Run directories and results are the same wherever the
 runs are done. Start with `run_all`. `Work` other than a whole run is possible: a sweep only trains.

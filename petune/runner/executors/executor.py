@@ -67,7 +67,7 @@ Wanted = Callable[[RunConfig], bool]
 
 @dataclass(frozen=True)
 class Work:
-    """What an executor does with each configuration, as two functions of a module, which workers import by name.
+    """The work of an executor on each configuration, as two functions of a module, which workers import by name.
 
     Attributes:
         do: Works in the configuration's directory, or resumes there, and returns the result.

@@ -24,7 +24,7 @@ SAVE_TIMEOUT_S = 30.0
 
 
 class RayOptions(Config):
-    """What a run needs, and on which cluster.
+    """Resources of each run, and the cluster.
 
     Attributes:
         cpus: Per run; also the threads of torch.

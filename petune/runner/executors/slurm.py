@@ -23,7 +23,7 @@ POLL_S = 1.0
 
 
 class SlurmOptions(Config):
-    """What each job requests.
+    """Resources that each job requests.
 
     Attributes:
         cpus, gpus, memory_gb, time_min: Per run.
@@ -121,7 +121,7 @@ class SlurmExecutor:
 
 @dataclass(frozen=True)
 class RequeuedJob:
-    """What Slurm runs. submitit queues it again when it is preempted or out of time."""
+    """A Slurm job. submitit queues it again when it is preempted or out of time."""
 
     job: WorkerJob
 

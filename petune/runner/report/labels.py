@@ -21,7 +21,7 @@ DISTANCES_PT = (7.0, 12.0, 18.0, 26.0, 36.0, 48.0)
 LEADER_FROM_PT = 15.0
 """Labels at this distance or more get a line to their point."""
 CLEARER = 2.5
-"""How many times nearer a label without a line is to its own mark than to any other."""
+"""Minimum ratio of the distances to the nearest other mark and to the own mark, for a label without a line."""
 ANGLES = (20, -20, 160, -160, 90, -90, 50, -50, 130, -130, 0, 180)
 """Directions from a point to its label in degrees, the most usual first."""
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a section come from: machine, versions, commit, command."""
+"""Origin of the numbers in a section: machine, versions, commit, command."""
 
 from __future__ import annotations
 

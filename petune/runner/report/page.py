@@ -21,7 +21,7 @@ TEMPLATES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Page:
-    """What was written.
+    """Summary of the written page.
 
     Attributes:
         output, bytes: The file and its size.

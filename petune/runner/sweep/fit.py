@@ -23,7 +23,7 @@ from petune.training.stop import StopFlag
 
 
 class Fit(Config):
-    """What a trial measured, without a test; saved as `trial.json`."""
+    """Measurements of a trial, without a test; saved as `trial.json`."""
 
     val_top1: float
     val_top5: float

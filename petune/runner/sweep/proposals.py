@@ -11,7 +11,7 @@ from petune.base.errors import MissingExtra
 from petune.runner.sweep.space import Params, Range, Space, Value, grid
 
 MAX_REPEATS = 30
-"""How often the sampler is asked again after it proposed what was tried before."""
+"""Maximum number of new proposals after the sampler repeats a trial."""
 
 
 def num_trials(space: Space, trials: int) -> int:

@@ -19,7 +19,7 @@ TRAINING = "train."
 
 
 class SweepConfig(Config):
-    """What to search.
+    """Configuration of a sweep.
 
     Attributes:
         search: Values or a Range (`low`, `high`, `log`) per key. `train.lr` etc. are training options; any other

@@ -30,7 +30,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What to evaluate on; see `petune.evaluate`.
+    """Images to evaluate on; see `petune.evaluate`.
 
     Attributes:
         path: The run or adapter directory.

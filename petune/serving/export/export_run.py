@@ -27,7 +27,7 @@ FORMATS: dict[ExportFormat, str] = {"torch": ".pt2", "onnx": ".onnx", "safetenso
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """Summary of an export.
 
     Attributes:
         output: The file.

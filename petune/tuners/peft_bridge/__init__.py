@@ -1,1 +1,1 @@
-"""What `petune.tuners.peft` is made of: options, target layers, wrapping, saving."""
+"""Parts of `petune.tuners.peft`: options, target layers, wrapping, saving."""

@@ -1,4 +1,4 @@
-"""What petune reads from a layer of PEFT's, and changes on it."""
+"""Read and change a layer that PEFT made."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from petune.tuners.peft_bridge.rows import set_rows
 
 
 class Snapshot:
-    """What a model holds before PEFT changes it."""
+    """State of a model before PEFT changes it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = peft_layers(model)
