@@ -15,7 +15,7 @@ from petune.sites.forward import forget_caches
 from petune.sites.logits import logits_of
 
 DRAWS = 5
-"""Maximum number of tries in which a tuned tensor may have no gradient, with another seed each time, before it counts as a finding.
+"""Tries, each with another seed, before a tuned tensor without a gradient counts as a finding.
 
 All units of a ReLU in a narrow adapter may be silent by chance; two factors that both start at zero are always silent.
 """

@@ -115,7 +115,7 @@ def _processor() -> str:
 
 @cache
 def git_state() -> dict[str, Any] | None:
-    """Return commit and dirtiness of petune's checkout at the first call; later commits do not change what a process runs."""
+    """Return commit and dirtiness of petune's checkout at the first call: a process runs what it imported."""
 
     def git(*words: str) -> str:
         where = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""Find the position at which prompts enter a block: after its prefix tokens, or only in its attention; refuse others."""
+"""Find where prompts enter a block: after its prefix tokens, or only in its attention; refuse other blocks."""
 
 from __future__ import annotations
 
