@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: repositories, LFS uploads, commits, downloads; and faults on demand."""
+"""A Hugging Face Hub on this machine: repositories, LFS uploads, commits, downloads, and faults on demand."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ TOKEN = "hf_right"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """What it holds, and how it misbehaves.
+    """Its repositories, and how it fails.
 
     Attributes:
-        repos: Name to files by name; `private` ones answer only to TOKEN.
+        repos: Files by name, by repository; `private` ones need TOKEN.
         blobs: Uploaded LFS contents by SHA-256.
-        fault: (part of a path, what happens there): a status, `hangs`, `stalls`, `cut off`, `other bytes`, `endless`.
+        fault: (part of a path, failure of requests to it): a status, `hangs`, `stalls`, `cut off`,
+            `other bytes` or `endless`.
         asked: Method and path of every request.
-        said_size: Stands in the listing in place of the sizes.
+        listed_size: The size of every file in the listing, instead of the true one.
     """
 
     daemon_threads = True
@@ -43,7 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.fault = ("", "")
         self.asked: list[str] = []
-        self.said_size: int | None = None
+        self.listed_size: int | None = None
 
     @property
     def url(self) -> str:
@@ -147,7 +148,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def _listed(self, file: tuple[str, bytes]) -> dict[str, Any]:
         name, content = file
-        size = len(content) if self.server.said_size is None else self.server.said_size
+        size = len(content) if self.server.listed_size is None else self.server.listed_size
         large = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}
         return {"rfilename": name, "size": size, **({"lfs": large} if name.endswith(".safetensors") else {})}
 
@@ -193,7 +194,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 
 def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, silence_s: float = 2.0) -> None:
-    """Let petune and huggingface_hub ask that address, with little patience and a cache of their own."""
+    """Let petune and huggingface_hub use that address, with short timeouts and a cache of its own."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for proxy in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):

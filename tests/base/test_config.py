@@ -30,7 +30,7 @@ def test_frozen() -> None:
         Outer().seed = 1  # type: ignore[misc]
 
 
-def test_all_problems_in_one_message_with_near_names() -> None:
+def test_all_problems_are_in_one_message_with_suggestions() -> None:
     with pytest.raises(ConfigError) as caught:
         Outer.build({"sed": 1, "train": {"learning_rate": 1, "epoch": 2, "lr": "fast"}}, "run.yaml")
     lines = str(caught.value).splitlines()
@@ -79,12 +79,12 @@ class Numbers(Config):
     ("key", "value"),
     [("count", True), ("scale", False), ("lrs", {"full": True}), ("seeds", [0, True]), ("mean", (0.5, False))],
 )
-def test_truth_is_no_number(key: str, value: object) -> None:
+def test_booleans_are_not_numbers(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"{key}[.0-9a-z]*: should be a number"):
         Numbers.build({key: value})
 
 
-def test_truth_stays_where_it_is_asked_for() -> None:
+def test_booleans_are_accepted_for_boolean_keys() -> None:
     taken = Numbers(flag=True, either=True, off=False, flags={"a": True}, seeds=(1,), mean=(0.5, 0.5))
     assert (taken.either, taken.off, taken.flags) == (True, False, {"a": True})
     with pytest.raises(ConfigError, match="seeds: should be a valid tuple"):
@@ -112,13 +112,13 @@ def test_yaml_round_trip(seed: int, lr: float, name: str | None, tmp_path_factor
     [("3", 3), ("1e-3", 1e-3), ("0.5", 0.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]),
      ("a b", "a b"), ("[1,", "[1,"), ("", None)],
 )  # fmt: skip
-def test_override_values_are_read_as_people_mean_them(text: str, value: object) -> None:
+def test_override_values_are_read_with_their_types(text: str, value: object) -> None:
     read = parse_value(text)
     assert read == value
     assert type(read) is type(value)
 
 
-def test_override_goes_deep_and_leaves_the_original_alone() -> None:
+def test_override_sets_nested_keys_in_a_copy() -> None:
     values = {"seed": 1, "train": {"lr": 0.1}}
     assert override(values, ["train.lr=0.5", "train.name=x", "new.key=1"]) == {
         "seed": 1,
@@ -128,7 +128,7 @@ def test_override_goes_deep_and_leaves_the_original_alone() -> None:
     assert values == {"seed": 1, "train": {"lr": 0.1}}
 
 
-def test_override_does_not_write_into_deeper_mappings() -> None:
+def test_override_copies_deeper_mappings() -> None:
     values = {"a": {"b": {"c": 1}}}
     assert override(values, ["a.b.c=2"]) == {"a": {"b": {"c": 2}}}
     assert values == {"a": {"b": {"c": 1}}}
@@ -145,7 +145,7 @@ def test_override_through_a_value_is_refused() -> None:
         override({"seed": 1}, ["seed.x=2"])
 
 
-def test_options_in_place() -> None:
+def test_options_are_parsed() -> None:
     assert parse_options("deep=false, num_prompts=10,") == {"deep": False, "num_prompts": 10}
     with pytest.raises(ConfigError, match="not an option: 'deep'"):
         parse_options("deep")
@@ -159,33 +159,33 @@ def test_options_in_place() -> None:
         ("!!python/object:os.system x", "not valid YAML"),
     ],
 )
-def test_yaml_that_is_no_plain_mapping_is_refused(content: str, message: str, tmp_path: Path) -> None:
+def test_yaml_other_than_a_plain_mapping_is_refused(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_yaml(file)
 
 
-def test_missing_yaml_is_named(tmp_path: Path) -> None:
+def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config file .*nowhere\.yaml"):
         read_yaml(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("text", ["1: x", "on: x", "train: {1: 2}", "a: [{null: 1}]"])
-def test_keys_that_yaml_does_not_read_as_words_are_an_error(text: str, tmp_path: Path) -> None:
+def test_keys_that_yaml_does_not_read_as_text_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"YAML reads a key of .*a\.yaml as (1|True|None)\."):
         read_yaml(tmp_path / "a.yaml")
 
 
-def test_a_date_that_is_none_is_not_valid_yaml(tmp_path: Path) -> None:
+def test_an_impossible_date_is_not_valid_yaml(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("output: 2026-13-45")
     with pytest.raises(ConfigError, match="is not valid YAML: month must be in"):
         read_yaml(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize("text", ["2026-13-45", "2026-11-26", "2026-11-26 10:00:00", "0x_", "[" * 5000])
-def test_what_yaml_reads_as_a_date_or_fails_to_read_is_text(text: str) -> None:
+def test_dates_and_unreadable_values_are_text(text: str) -> None:
     assert parse_value(text) == text
 
 
@@ -193,7 +193,7 @@ class Placed(Config):
     output: UserPath | None = None
 
 
-def test_paths_know_home_and_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_expand_home_and_must_be_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert Placed(output="~/x").output == Path("/home/me/x")  # type: ignore[arg-type]
     assert Placed(output="~nobody-here/x").output == Path("~nobody-here/x")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Directories are whole or not there; damage is found; a failed write leaves the old one."""
+"""Directories are written completely or not at all, and damage is detected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _fails_at(number: int, monkeypatch: pytest.MonkeyPatch, name: str = "fsync")
     monkeypatch.setattr(os, name, call)
 
 
-def test_what_is_written_verifies_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_written_directory_verifies_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_directory(tmp_path / "deep" / "x", CONTENT)
     verify_directory(tmp_path / "deep" / "x")
     assert {p.name for p in (tmp_path / "deep").iterdir()} == {"x"}
@@ -127,12 +127,12 @@ def test_a_failed_rename_puts_the_old_directory_back(
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("in_one_step", [True, False])
+@pytest.mark.parametrize("atomic", [True, False])
 def test_killed_at_any_point_leaves_a_directory_that_verifies(
-    in_one_step: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    atomic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "x"
-    if not in_one_step:
+    if not atomic:
         monkeypatch.setattr(files, "_exchange", lambda new, path: False)
     elif not sys.platform.startswith("linux"):
         pytest.skip("only Linux swaps two directories in one step")
@@ -144,12 +144,12 @@ def test_killed_at_any_point_leaves_a_directory_that_verifies(
             write_directory(target, {"a.bin": b"n" * 10, "b.bin": b"e" * 10})
             os._exit(0)
         os.waitpid(child, 0)
-        if in_one_step:
-            assert _verifies(target), f"nothing in its place after a kill at call {point}"
-        # between its two renames the old directory lies beside the place it had
+        if atomic:
+            assert _verifies(target), f"no directory after a kill at call {point}"
+        # a kill between the two renames leaves the old directory under a hidden name
         whole = [p for p in tmp_path.iterdir() if _verifies(p)]
         assert whole, f"nothing can be loaded after a kill at call {point}"
-        assert _verifies(target) or not target.exists(), f"half a directory after a kill at call {point}"
+        assert _verifies(target) or not target.exists(), f"an incomplete directory after a kill at call {point}"
 
 
 def _die_at(point: int) -> None:
@@ -176,7 +176,7 @@ def _verifies(path: Path) -> bool:
     return True
 
 
-def test_replace_file_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "result.json"
     replace_file(file, b"old")
     _fails_at(1, monkeypatch)
@@ -189,7 +189,7 @@ def test_replace_file_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_place_that_cannot_be_a_directory_is_an_error(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot write"):
         write_directory(tmp_path / "file" / "x", CONTENT)

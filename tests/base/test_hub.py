@@ -1,4 +1,4 @@
-"""Weights from a hub on this machine that answers in every wrong way, and in the right one."""
+"""Weights from a hub on this machine that answers correctly, or fails in every way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPE = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_hea
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A hub for one file; `fault` says how it misbehaves."""
+    """A hub for one file; `fault` is the way in which it fails."""
 
     daemon_threads = True
     fault = ""
@@ -90,7 +90,7 @@ def build() -> Any:
     return create_backbone("vit_tiny", num_classes=3, options=SHAPE).model
 
 
-def test_good_weights_arrive(server: Hub) -> None:
+def test_weights_are_downloaded_once(server: Hub) -> None:
     server.content = weights()
     model = build()
     torch.manual_seed(1)
@@ -116,7 +116,7 @@ def test_a_bad_hub_is_one_error_with_the_file_and_the_cache(fault: str, server: 
     assert vars(huggingface_hub.constants) == before
 
 
-def test_no_network_is_said_within_three_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_network_is_reported_within_three_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     point_at("http://127.0.0.1:9", tmp_path / "cache", monkeypatch)
     started = time.monotonic()
     with pytest.raises(WeightsUnavailable, match=r"http://127\.0\.0\.1:9 cannot be reached"):
@@ -141,7 +141,7 @@ def test_a_file_at_a_url_is_downloaded_once(server: Hub, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("content", [b"<html>a captive portal</html>", b"\xff" * 4096, b""])
-def test_wrong_bytes_are_named(content: bytes, server: Hub) -> None:
+def test_a_download_with_wrong_bytes_is_an_error(content: bytes, server: Hub) -> None:
     server.content = content
     with pytest.raises(PetuneError, match=r"vit_tiny.*model\.safetensors"):
         build()

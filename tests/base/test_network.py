@@ -1,4 +1,4 @@
-"""Whether a host is there is known within seconds."""
+"""Whether a host answers is known within seconds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_listening_host_is_reachable(listening: int) -> None:
     assert reachable(f"http://127.0.0.1:{listening}/file.tar.gz")
 
 
-def test_a_closed_port_is_not(closed_port: int) -> None:
+def test_a_closed_port_is_not_reachable(closed_port: int) -> None:
     assert not reachable(f"http://127.0.0.1:{closed_port}/")
 
 
@@ -49,7 +49,7 @@ def test_a_proxy_is_asked_instead_of_the_host(
     assert not reachable("https://host.invalid/x")
 
 
-def test_a_proxy_without_a_scheme_and_hosts_that_go_without_one(
+def test_a_proxy_without_a_scheme_and_hosts_without_a_proxy(
     listening: int, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("https_proxy", f"127.0.0.1:{listening}")
@@ -63,7 +63,7 @@ def test_a_proxy_without_a_scheme_and_hosts_that_go_without_one(
 
 
 @pytest.mark.parametrize("url", ["https://host.invalid/x", "http://192.0.2.1/x", "not a url", ""])
-def test_nowhere_is_known_within_three_seconds(url: str) -> None:
+def test_an_unreachable_host_is_known_within_three_seconds(url: str) -> None:
     start = time.perf_counter()
     assert not reachable(url, timeout_s=1)
     assert time.perf_counter() - start < 3

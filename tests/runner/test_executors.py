@@ -36,7 +36,7 @@ def config(method: str, place: Path, **fields: Any) -> RunConfig:
     return RunConfig.build({**PLAIN, "method": method, "output": place, "resume": True, **fields})
 
 
-def test_outcomes_come_in_order_and_failures_are_some_of_them(tmp_path: Path) -> None:
+def test_outcomes_are_in_order_and_include_failures(tmp_path: Path) -> None:
     bad = config("lora:r=4", tmp_path / "b", train={**PLAIN["train"], "lr": 1e4, "grad_clip": None, "optimizer": "sgd"})
     events: list[Any] = []
     configs = [bad, config("linear", tmp_path / "a"), bad.model_copy(update={"output": tmp_path / "c"})]
@@ -53,7 +53,7 @@ def test_outcomes_come_in_order_and_failures_are_some_of_them(tmp_path: Path) ->
     assert run_all(configs[1:2]) == [second]
 
 
-def test_each_run_needs_a_place_of_its_own(tmp_path: Path) -> None:
+def test_each_run_needs_its_own_directory(tmp_path: Path) -> None:
     one = config("linear", tmp_path / "a")
     for configs in ([one, one], [one.model_copy(update={"output": None})], [one.model_copy(update={"resume": False})]):
         with pytest.raises(UsageError, match="several runs need an output each"):
@@ -68,7 +68,7 @@ def same_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("same_threads")
-def test_a_worker_does_a_run_and_tells_in_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_does_a_run_and_answers_with_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = config("linear", Path("a"))
     answer = WorkerJob.create(one, 1)()
@@ -127,7 +127,7 @@ def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("finished", [RUN.read_result, lambda one: next(iter(serial([one], lambda _: True, print)))[1]])
-def test_a_finished_run_of_another_configuration_is_not_taken(finished: Any, tmp_path: Path) -> None:
+def test_a_finished_run_of_another_configuration_is_refused(finished: Any, tmp_path: Path) -> None:
     done = run_all([config("linear", tmp_path / "a")])[0]
     assert finished(config("linear", tmp_path / "a")) == done
     with pytest.raises(UsageError, match="was started with a different configuration"):
@@ -143,7 +143,7 @@ def test_a_method_that_cannot_be_built_is_refused_before_anything_trains(tmp_pat
     assert events == []
 
 
-def test_what_is_no_executor_is_refused_before_a_directory_is_made(tmp_path: Path) -> None:
+def test_something_that_is_no_executor_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for function, more in ((petune.compare, {"methods": ("linear",)}), (petune.sweep, {"search": {"train.lr": [0.1]}})):
         wrong: Any = {"executor": 3, "output": tmp_path / "c", "run": PLAIN, **more}
         with pytest.raises(UsageError, match="executor must be serial, ray, slurm or a function like them, not 3"):
@@ -152,12 +152,12 @@ def test_what_is_no_executor_is_refused_before_a_directory_is_made(tmp_path: Pat
 
 
 @pytest.mark.parametrize("wrong", [{"seeds": (-1,)}, {"seeds": (2**31,)}, {"lrs": {"linear": 1e9}}])
-def test_seeds_and_rates_are_those_that_a_run_takes(wrong: dict[str, Any]) -> None:
+def test_seeds_and_rates_have_the_limits_of_a_run(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"seeds\.0|lrs\.linear"):
         CompareConfig.build({"methods": ("linear",), **wrong})
 
 
-def test_a_comparison_says_what_was_measured_where_and_needs_its_own_directory(tmp_path: Path) -> None:
+def test_a_comparison_lists_machines_and_needs_its_own_directory(tmp_path: Path) -> None:
     place, events = tmp_path / "c", list[Any]()
     asked = CompareConfig.build({"methods": ("linear", "norm"), "run": PLAIN, "output": place})
     assert compare(asked).origins == ()

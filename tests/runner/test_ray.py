@@ -122,7 +122,7 @@ def test_a_worker_that_died_is_a_failure_and_a_bug_is_raised(ray: FakeRay, tmp_p
         list(choose_executor("ray")(configs(tmp_path, 1), lambda run: True, print, RUN))
 
 
-def test_what_no_node_has_and_no_cluster_are_refused(ray: FakeRay, tmp_path: Path) -> None:
+def test_a_request_without_a_node_and_a_missing_cluster_are_errors(ray: FakeRay, tmp_path: Path) -> None:
     for name, message in (
         ("ray:cpus=3", "no node of 1 node, 2 CPUs, 0 GPUs has the 3 CPUs"),
         ("ray:gpus=0.5", "and 0.5 GPUs"),

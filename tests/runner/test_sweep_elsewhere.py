@@ -95,7 +95,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.exhaustive
-def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
+def test_another_process_gives_the_same_table(tmp_path: Path) -> None:
     two = {"search": {"train.lr": (0.001, 0.02)}, "test": True}
     here = sweep(config(tmp_path / "here", **two))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -119,7 +119,7 @@ def test_a_process_of_its_own_makes_the_same_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", [True, False])
-def test_a_grid_is_handed_over_whole_and_nothing_done_is_done_again(
+def test_a_grid_is_submitted_at_once_and_finished_trials_are_not_repeated(
     said: bool, tmp_path: Path, trained: list[str]
 ) -> None:
     first = Backwards(2, said=said)
@@ -140,7 +140,7 @@ def test_a_grid_is_handed_over_whole_and_nothing_done_is_done_again(
 
 
 @pytest.mark.exhaustive
-def test_sampled_in_batches_it_ends_alike_wherever_it_is_done_and_cut_off(tmp_path: Path) -> None:
+def test_batches_give_the_same_table_wherever_they_run_and_are_interrupted(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     fields = {"search": LRS, "trials": 5, "parallel_trials": 2}
     whole = sweep(config(tmp_path / "whole", **fields), executor=(executor := Backwards()))
@@ -159,7 +159,7 @@ def test_sampled_in_batches_it_ends_alike_wherever_it_is_done_and_cut_off(tmp_pa
     assert (more.config.parallel_trials, plain(more)) == (2, plain(whole))
 
 
-def test_a_lost_trial_is_a_row_and_a_lost_test_an_error(tmp_path: Path) -> None:
+def test_a_lost_trial_is_a_row_and_a_lost_test_is_an_error(tmp_path: Path) -> None:
     table = sweep(config(tmp_path / "a"), executor=Backwards(lost=1))
     assert [row.state for row in table.rows] == ["done", "failed", "done"]
     assert table.rows[1].reason == LOST.reason

@@ -239,7 +239,7 @@ def test_what_is_no_adapter_is_not_taken(hub: Server, adapter: Path, monkeypatch
 
 def test_more_bytes_than_said_are_not_waited_for(hub: Server, adapter: Path) -> None:
     hub.repos["me/flowers"] = there(adapter)
-    hub.said_size, hub.fault = 10, ("safetensors", "endless")
+    hub.listed_size, hub.fault = 10, ("safetensors", "endless")
     assert "me/flowers" in str(asked_of(hub, adapter, "pull"))
 
 
