@@ -112,8 +112,8 @@ def print_sweep(table: Sweep) -> None:
     run = table.config.run
     print_status(f"{table.backbone or run.backbone}, weights {table.weights or run.weights}, on {run.dataset}")
     columns, rows = trial_table(table.model_dump(mode="json"))
-    short = [[*row[:-1], row[-1].partition(":")[0]] for row in rows]  # the reason of a failure is printed below
-    print_table(columns, short, right=columns[:-1], optional=OPTIONAL_COLUMNS)
+    states = {str(row.trial): row.state for row in table.rows}  # the reasons of failures are printed below
+    print_table(columns, [[*row[:-1], states[row[0]]] for row in rows], right=columns[:-1], optional=OPTIONAL_COLUMNS)
     for row in table.rows:
         if row.state == "failed":
             print_status(clean(f"trial {row.trial} failed: {row.reason}"))
