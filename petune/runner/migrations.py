@@ -61,6 +61,8 @@ def updated(data: Any) -> Any:
 def _value(key: str, value: Any) -> Any:
     if key == "provenance":  # a record of what happened then
         return value
+    if isinstance(value, list):
+        return [_value(key, item) for item in value]
     return VALUES[key, value] if isinstance(value, str) and (key, value) in VALUES else updated(value)
 
 

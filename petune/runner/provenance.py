@@ -1,10 +1,9 @@
-"""Measure FLOPs and memory, and record versions, machine and commit beside a number."""
+"""Costs of a run (FLOPs, peak memory), and the conditions under which they were measured."""
 
 from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from functools import cache
@@ -21,16 +20,21 @@ PACKAGES = ("petune", "torch", "torchvision", "timm", "peft", "numpy")
 
 
 def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """FLOPs of one image's forward (a multiply-add counts two), by torch's counter."""
+    """Return the FLOPs of the forward pass of one image, by torch's counter; a multiply-add counts as two.
+
+    Args:
+        model: On any device; nothing about it changes.
+        input_size: Of one image, (C, H, W).
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     parameter = next(model.parameters())
     x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:  # the counter would ask a parameter that is a module's input (a class token) for its history
+    for p in trained:  # the counter fails on parameters that are inputs of a module, such as a class token
         p.requires_grad_(False)
-    try:  # the counter does not see fused attention on CPU, so it is switched to plain products
+    try:  # the counter misses fused attention on CPU, so plain matrix products are used
         with (
             undisturbed(model),
             torch.no_grad(),
@@ -45,7 +49,7 @@ def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 class PeakMemory:
-    """Peak memory since it was made: allocated on a CUDA device, else resident of the process."""
+    """Peak memory since this object was created: allocated memory on CUDA, else resident memory of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -55,13 +59,15 @@ class PeakMemory:
             _reset_resident_peak()
 
     def bytes(self) -> int:
-        """The peak so far, in bytes."""
+        """Return the peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")
         if status.exists():
             line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
             return int(line.split()[1]) * 1024
+        import resource  # Unix only
+
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
@@ -69,12 +75,12 @@ class PeakMemory:
 def _reset_resident_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak is then that of the process's whole life
+    except OSError:  # not Linux, or not permitted: the peak then counts from the start of the process
         return
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, device, threads and git state: what must stand beside a number for it to be trusted."""
+    """Return versions, device, threads, git state and command, for the record of a measurement."""
     return {
         "versions": {name: installed_version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -87,7 +93,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """The installed version, or None."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -95,7 +101,7 @@ def installed_version(package: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU or of the processor with its number of usable cores."""
+    """Return the name of the GPU, or of the processor with its number of usable cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -106,24 +112,27 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         fields = dict(row.split(":", 1) for row in info.read_text().splitlines() if ":" in row)
-        named = {key.strip(): value.strip() for key, value in fields.items()}
-        if "model name" in named:
-            family, model = (named.get(key, "?") for key in ("cpu family", "model"))
-            return f"{named['model name']} (family {family}, model {model})"
+        values = {key.strip(): value.strip() for key, value in fields.items()}
+        if "model name" in values:
+            family, model = values.get("cpu family", "?"), values.get("model", "?")
+            return f"{values['model name']} (family {family}, model {model})"
     return platform.processor() or platform.machine()
 
 
 @cache
 def git_state() -> dict[str, Any] | None:
-    """Return commit and dirtiness of petune's checkout at the first call: a process runs what it imported."""
+    """Return commit and dirty flag of petune's checkout, as of the first call; None if petune is not a checkout.
 
-    def git(*words: str) -> str:
-        where = Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=where, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
+    Cached because a process runs the code that it imported, whatever is committed later.
+    """
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=package, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[2]:
+        if Path(git("rev-parse", "--show-toplevel")) != package.parent:
             return None
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):

@@ -167,6 +167,7 @@ def test_values_are_updated_where_they_mean_the_study() -> None:
         "seed": 3,
         "dataset": "folder:variant=seed",
         "train": {"augment": "seed"},
+        "over": {"variant": ["seed", "official"]},
         "lrs": {"adaptformer:variant=seed": 0.1},
         "provenance": {"argv": ["--train-per-class", "adaptformer:variant=seed"]},
     }
@@ -175,6 +176,7 @@ def test_values_are_updated_where_they_mean_the_study() -> None:
         "seed": 3,
         "dataset": "folder:variant=seed",
         "train": {"augment": "paddle_study"},
+        "search": {"variant": ["paddle_study", "official"]},
         "lrs": {"adaptformer:variant=paddle_study": 0.1},
         "provenance": {"argv": ["--train-per-class", "adaptformer:variant=seed"]},
     }

@@ -18,7 +18,8 @@ Rows = Sequence[Mapping[str, Any]]
 """Rows of `compare.json` that are done."""
 PLOT_HEIGHT, KEY_LINE = 3.4, 0.2
 """Inches: of a plot, and of a line of the key below it."""
-LONGEST_NAME = 34
+LONGEST_BAR, LONGEST_LINE = 34, 46
+"""Letters of a name at a bar, and of one over the width of the figure."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _accuracy_figure(rows: Rows, title: str, *, with_key: bool = False) -> tuple
         else:
             axes = figure.add_subplot()
         _draw_points(axes, rows)
-        axes.set_title(matplotlib_text(title), fontsize="medium")
+        axes.set_title(_shorten(title, LONGEST_LINE), fontsize="medium")
 
     figure = draw(content, (WIDTH, PLOT_HEIGHT + key_height))
     return figure, _name_points(figure, rows, numbers_only=with_key)
@@ -103,7 +104,7 @@ def _draw_key(axes: Axes, rows: Rows) -> None:
         y = number + 0.5
         axes.plot(0.025, y, "o", color=_color(number), markersize=5, clip_on=False, **style)
         axes.text(0.105, y, str(number + 1), ha="right", va="center", fontsize="small", **style)
-        name = f"{matplotlib_text(row['method'])}  {row['top1_mean']:.2f}"
+        name = f"{_shorten(row['method'], LONGEST_LINE)}  {row['top1_mean']:.2f}"
         axes.text(0.125, y, name, va="center", fontsize="small", **style)
 
 
@@ -170,7 +171,7 @@ def cost_charts(salt: str, rows: Rows) -> list[Chart]:
     in_minutes = max(seconds, default=0) >= 120
     times = [time / 60 for time in seconds] if in_minutes else seconds
     gigabytes = [row["peak_memory_bytes"] / 1e9 for row in rows]
-    names = [_shorten(matplotlib_text(row["method"])) for row in rows]
+    names = [_shorten(row["method"], LONGEST_BAR) for row in rows]
     time_figure = _draw_bars(names, times, "minutes" if in_minutes else "seconds")
     memory_figure = _draw_bars(names, gigabytes, "GB")
     return [
@@ -202,7 +203,8 @@ def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
-def _shorten(name: str) -> str:
-    """Cut a long name in the middle: its end tells variants of a method apart."""
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+def _shorten(name: str, longest: int) -> str:
+    """Cut a long name in the middle, because its end tells variants of a method apart."""
+    text = matplotlib_text(name)
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[: half - 1]}…{text[-half:]}"

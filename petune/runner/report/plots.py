@@ -21,7 +21,7 @@ LIGHT_INK, LIGHT_PAPER = "#1f2328", "#ffffff"
 DARK_INK, DARK_PAPER = "#e6edf3", "#0d1117"
 COLORS = ("#3b82d6", "#e07b39", "#3aa66b", "#d1495b", "#8e6bbf", "#a0764f", "#d972b0", "#7f8c8d", "#a8a033", "#2ba8b0")
 """Colors of the methods, in their order; readable on light and on dark."""
-FONT_SIZE = 10.5
+FONT_SIZE = 11.0
 WIDTH = 4.4
 """Inches. Scaled to the width of a phone, text of `FONT_SIZE` points has about 12 pixels."""
 STYLE = {
