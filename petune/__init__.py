@@ -56,8 +56,9 @@ if TYPE_CHECKING:
     from petune.serving.adapter_bank import AdapterBank as AdapterBank
     from petune.serving.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from petune.serving.export import Exported as Exported, export as export
+    from petune.serving.hub_pull import Pulled as Pulled, pull as pull
+    from petune.serving.hub_push import Pushed as Pushed, push as push
     from petune.serving.predict import Prediction as Prediction, Predictor as Predictor, predict as predict
-    from petune.serving.share import Pulled as Pulled, Pushed as Pushed, pull as pull, push as push
     from petune.sites.find import find_sites as find_sites
     from petune.sites.site import Block as Block, Site as Site, Sites as Sites
     from petune.training.config import TrainConfig as TrainConfig
@@ -95,7 +96,8 @@ _PUBLIC = {
     "serving.evaluation": "Evaluation evaluate",
     "serving.export": "Exported export",
     "serving.predict": "Prediction Predictor predict",
-    "serving.share": "Pulled Pushed pull push",
+    "serving.hub_pull": "Pulled pull",
+    "serving.hub_push": "Pushed push",
     "sites.find": "find_sites",
     "sites.site": "Block Site Sites",
     "training.config": "TrainConfig",

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: repositories, LFS uploads, commits, downloads, and faults on demand."""
+"""A Hugging Face Hub on this machine, with repositories, LFS uploads, commits and downloads, and faults on demand."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ TOKEN = "hf_right"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Its repositories, and how it fails.
+    """The contents of the hub, and how it misbehaves.
 
     Attributes:
-        repos: Files by name, by repository; `private` ones need TOKEN.
+        repos: Files by name, by repository; those in `private` answer only to TOKEN.
         blobs: Uploaded LFS contents by SHA-256.
-        fault: (part of a path, failure of requests to it): a status, `hangs`, `stalls`, `cut off`,
-            `other bytes` or `endless`.
-        asked: Method and path of every request.
-        listed_size: The size of every file in the listing, instead of the true one.
+        fault: (part of a path, fault): a status, `hangs`, `stalls`, `cut off`, `other bytes`, or `endless`.
+        requests: Method and path of every request.
+        listed_size: Size that the listing gives for every file; None gives the real ones.
     """
 
     daemon_threads = True
@@ -43,7 +42,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.fault = ("", "")
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.listed_size: int | None = None
 
     @property
@@ -51,7 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def commit(self, repo: str) -> str:
-        """Changes with the files, as a commit does."""
+        """Return an id that changes with the files."""
         return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
 
 
@@ -77,13 +76,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def _route(self) -> None:
         path = self.path.partition("?")[0]
         body = self._body()
-        self.server.asked.append(f"{self.command} {path}")
-        where, fault = self.server.fault
-        self.here = fault if where and where in path else ""
-        if self.here == "hangs":
+        self.server.requests.append(f"{self.command} {path}")
+        part, fault = self.server.fault
+        self.fault = fault if part and part in path else ""
+        if self.fault == "hangs":
             time.sleep(20)
-        if self.here.isdigit():
-            self._send(int(self.here), b"{}")
+        if self.fault.isdigit():
+            self._send(int(self.fault), b"{}")
         elif (
             self.command in ("POST", "PUT")
             and self.headers.get("Authorization") != f"Bearer {TOKEN}"
@@ -96,12 +95,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def _answer(self, path: str, body: bytes) -> None:
         hub = self.server
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            fields = json.loads(body)
+            name = f"{fields.get('organization') or 'me'}/{fields['name']}"
             if name in hub.repos:
                 return self._send(409, b'{"error": "You already created this model repo"}')
             hub.repos[name] = {}
-            if asked.get("visibility") == "private" or asked.get("private"):
+            if fields.get("visibility") == "private" or fields.get("private"):
                 hub.private.add(name)
             return self._json({"url": f"{hub.url}/{name}"})
         if path == "/api/validate-yaml":
@@ -109,10 +108,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if path.startswith("/lfs-put/"):
             hub.blobs[path.rpartition("/")[2]] = body
             return self._send(200, b"")
-        found = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?", path)
-        repo, rest = (found[1], found[2] or "") if found else ("", "")
-        seen = repo in hub.repos and (repo not in hub.private or TOKEN in self.headers.get("Authorization", ""))
-        if not seen:
+        match = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?", path)
+        repo, rest = (match[1], match[2] or "") if match else ("", "")
+        is_visible = repo in hub.repos and (repo not in hub.private or TOKEN in self.headers.get("Authorization", ""))
+        if not is_visible:
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         return self._of_repo(repo, rest, body)
 
@@ -155,15 +154,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def _file(self, content: bytes | None, commit: str) -> None:
         if content is None:
             return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        if self.here == "other bytes":
+        if self.fault == "other bytes":
             content = content[:-8] + bytes(8)
-        if self.here == "endless":
+        if self.fault == "endless":
             content += bytes(4 << 20)
         etag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
-        if self.here in ("stalls", "cut off") and self.command == "GET":
-            self._send(200, content, etag, upto=len(content) // 2)
+        if self.fault in ("stalls", "cut off") and self.command == "GET":
+            self._send(200, content, etag, end=len(content) // 2)
             self.close_connection = True
-            if self.here == "stalls":
+            if self.fault == "stalls":
                 time.sleep(20)
             return None
         return self._send(200, content, etag)
@@ -171,15 +170,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def _json(self, value: Any) -> None:
         self._send(200, json.dumps(value).encode())
 
-    def _send(
-        self, status: int, content: bytes, headers: dict[str, str] | None = None, upto: int | None = None
-    ) -> None:
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None, end: int | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[:upto])
+            self.wfile.write(content[:end])
             self.wfile.flush()
 
     def _body(self) -> bytes:
@@ -193,8 +190,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
 
-def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, silence_s: float = 2.0) -> None:
-    """Let petune and huggingface_hub use that address, with short timeouts and a cache of its own."""
+def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, stall_timeout_s: float = 2.0) -> None:
+    """Let petune and huggingface_hub use that address, with short timeouts and a separate cache."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for proxy in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
@@ -208,12 +205,12 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch, silence_s: 
     monkeypatch.setattr("huggingface_hub.utils._http.close_session", lambda: None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(hub, "TIMEOUT_S", 1.0)
-    monkeypatch.setattr(transfer, "STALL_TIMEOUT_S", silence_s)
+    monkeypatch.setattr(transfer, "STALL_TIMEOUT_S", stall_timeout_s)
 
 
 @contextmanager
 def running() -> Iterator[Server]:
-    """A hub until the end of the block."""
+    """Run a hub until the end of the block."""
     served = Server()
     threading.Thread(target=served.serve_forever, daemon=True).start()
     try:

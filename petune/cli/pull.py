@@ -33,7 +33,7 @@ def pull(
     The files are checked before the directory is created.
     """
     from petune.base.text import format_size
-    from petune.serving.share import pull
+    from petune.serving.hub_pull import pull
 
     pulled = pull(repo, output, revision=revision, trust_remote_code=trust_remote_code)
     if json:

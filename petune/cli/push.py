@@ -23,7 +23,7 @@ def push(source: Source, repo: Repo, private: Private = False, update: Update = 
     The token comes from HF_TOKEN or `hf auth login`. HF_ENDPOINT and HF_HUB_OFFLINE are respected.
     """
     from petune.base.text import format_size
-    from petune.serving.share import push
+    from petune.serving.hub_push import push
 
     pushed = push(source, repo, private=private, update=update)
     if json:
