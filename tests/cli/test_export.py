@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -53,31 +53,25 @@ def test_a_torch_program(method: str, options: dict[str, object], merged: bool, 
     assert not find_pickles((tmp_path / "out.pt2").read_bytes())
 
 
-def test_a_file_describes_the_preprocessing(tmp_path: Path) -> None:
-    from PIL import Image
-    from torch.nn import functional as F
-
-    place, _ = saved_run(tmp_path / "a", "linear")
-    image = torch.randint(0, 256, (90, 60, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    file = tmp_path / "p.png"
-    Image.fromarray(image.numpy()).resize((300, 450), Image.Resampling.BICUBIC).save(file)
-    public.export(place, tmp_path / "out.pt2")
-    extra = {"petune": ""}
-    program = torch.export.load(tmp_path / "out.pt2", extra_files=extra).module()
-    said = json.loads(extra["petune"])
-    assert (said["stored_size"], said["crop"], said["interpolation"]) == (37, 0.875, "bicubic")
-
-    side, kept = said["stored_size"], int(said["stored_size"] * said["crop"])
-    square = Image.open(file).resize((side, side), Image.Resampling.BICUBIC, box=(0, 75, 300, 375), reducing_gap=3.0)
-    margin = (side - kept) // 2
-    x = torch.tensor(np.asarray(square)).permute(2, 0, 1)[None, :, margin : margin + kept, margin : margin + kept]
-    x = F.interpolate(x.float(), said["image_size"], mode=said["interpolation"], antialias=True).clamp(0, 255)
-    mean, std = (torch.tensor(said[key]).view(3, 1, 1) for key in ("mean", "std"))
-    logits = program((x / 255 - mean) / std).softmax(-1)[0]
-    top = public.predict(place, file, top_k=3, device="cpu")[0].top
-    assert {guess.name: guess.probability for guess in top} == pytest.approx(
-        dict(zip(said["classes"], logits.tolist(), strict=True)), abs=1e-5
-    )
+def test_the_documented_preprocessing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example of docs/everyday-use.md gives the same logits as `petune.predict`."""
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(0, 256, (90, 60, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).resize((60, 45), Image.Resampling.BICUBIC).save("cat.jpg")
+    adapter, _ = saved_run(tmp_path / "a", "linear")
+    public.export(adapter, "pets.pt2")
+    page = Path(__file__).parents[2] / "docs" / "everyday-use.md"
+    example = next(code for code in page.read_text(encoding="utf-8").split("```py\n") if code.startswith("import json"))
+    names: dict[str, Any] = {}
+    exec(example.partition("```")[0], names)
+    info = names["info"]
+    assert (info["stored_size"], info["crop"], info["interpolation"]) == (37, 0.875, "bicubic")
+    (prediction,) = public.predict(adapter, "cat.jpg", top_k=3, device="cpu")
+    probabilities = names["model"]((names["x"] - names["mean"]) / names["std"]).softmax(-1)[0].tolist()
+    assert dict(prediction.top) == pytest.approx(dict(zip(info["classes"], probabilities, strict=True)), abs=1e-5)
+    assert capsys.readouterr().out.strip() == prediction.top[0].name
 
 
 def test_swin_with_prompts(tmp_path: Path) -> None:
