@@ -157,8 +157,8 @@ class Dataset:
                 f"shots is {count}, but the smallest class of {self.name} has {smallest} training images. Use at most "
                 f"{smallest}"
             )
-        kept = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
-        return replace(self, train=self.train.take(np.sort(np.concatenate(kept))))
+        chosen = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
+        return replace(self, train=self.train.take(np.sort(np.concatenate(chosen))))
 
     def _absent_classes(self, split: Split) -> Sequence[str]:
         counts = np.bincount(split.labels, minlength=self.num_classes)

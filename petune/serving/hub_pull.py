@@ -40,7 +40,7 @@ SLACK_BYTES = 1 << 20  # for huggingface_hub's own files
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was pulled.
+    """Result of a pull.
 
     Attributes:
         repo, commit: Where it came from.
@@ -161,7 +161,7 @@ def _download(hub: HubClient, commit: str, listed: Mapping[str, Any], directory:
 
 
 def _read(repo: str, directory: Path, listed: Mapping[str, Any]) -> SavedAdapter:
-    """Read what was downloaded.
+    """Read the downloaded adapter.
 
     Raises:
         CheckpointError: It differs from the listing, or is not a valid adapter.

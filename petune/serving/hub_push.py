@@ -22,7 +22,7 @@ COMMIT_TIMEOUT_S = 30.0  # longer than for other calls: after a timeout nobody k
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was pushed.
+    """Result of a push.
 
     Attributes:
         repo: Full name of the repository.

@@ -170,9 +170,9 @@ def test_position_embeddings_of_another_size_are_resampled(saved_vit: str) -> No
     own = create_backbone(saved_vit, num_classes=3).model.state_dict()
     large = [create_backbone(saved_vit, num_classes=3, image_size=32, seed=seed).model for seed in (0, 1)]
     for model in large:
-        found = model.state_dict()
-        torch.testing.assert_close(found[key], resample_abs_pos_embed(own[key], [4, 4], num_prefix_tokens=1))
-        assert all(torch.equal(found[k], own[k]) for k in own if k != key and "classifier" not in k)
+        state = model.state_dict()
+        torch.testing.assert_close(state[key], resample_abs_pos_embed(own[key], [4, 4], num_prefix_tokens=1))
+        assert all(torch.equal(state[k], own[k]) for k in own if k != key and "classifier" not in k)
     assert large[0](torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
@@ -193,8 +193,8 @@ def test_unknown_config_options_are_refused(saved_vit: str) -> None:
 def test_weights_stored_in_half_precision_become_float32(saved_vit: str, stored: torch.dtype) -> None:
     import transformers
 
-    place = saved_vit.removeprefix("hf:")
-    transformers.ViTForImageClassification.from_pretrained(place).to(stored).save_pretrained(place)
+    directory = saved_vit.removeprefix("hf:")
+    transformers.ViTForImageClassification.from_pretrained(directory).to(stored).save_pretrained(directory)
     for weights in ("default", "none"):
         model = create_backbone(saved_vit, weights=weights, num_classes=3).model
         assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -214,9 +214,9 @@ def test_images_are_normalized_as_the_processor_does(
 ) -> None:
     import transformers
 
-    place = Path(saved_vit.removeprefix("hf:"))
-    transformers.ViTImageProcessor().save_pretrained(place)
-    file = place / "preprocessor_config.json"
+    directory = Path(saved_vit.removeprefix("hf:"))
+    transformers.ViTImageProcessor().save_pretrained(directory)
+    file = directory / "preprocessor_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     assert create_backbone(saved_vit, num_classes=3).mean == mean
 
@@ -232,13 +232,13 @@ def test_bgr_weights_give_a_warning(saved_vit: str) -> None:
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 
 
-def _timms(place: Path, num_classes: int) -> nn.Module:
+def _timms(directory: Path, num_classes: int) -> nn.Module:
     import timm
     from timm.models._hub import save_for_hf
 
     torch.manual_seed(0)
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **SMALL).eval()
-    save_for_hf(model, str(place), model_args=SMALL, safe_serialization=True)
+    save_for_hf(model, str(directory), model_args=SMALL, safe_serialization=True)
     return model
 
 
@@ -279,16 +279,16 @@ print(backbone.hub_id, backbone.model.pos_embed.sum().item())
 
 
 def test_a_repository_in_timms_layout_comes_from_the_hub_and_then_from_the_cache(tmp_path: Path) -> None:
-    saved = _timms(tmp_path / "made", 0)
+    saved = _timms(tmp_path / "model", 0)
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "HF_HUB_OFFLINE"}
 
     def built(**more: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-c", BUILD]
-        there = {**env, "HF_HOME": str(tmp_path / "cache"), **more}
-        return subprocess.run(words, capture_output=True, text=True, env=there, check=False)
+        environment = {**env, "HF_HOME": str(tmp_path / "cache"), **more}
+        return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
 
     with running() as hub:
-        hub.repos["lab/foundation"] = {f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()}
+        hub.repos["lab/foundation"] = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
         first = built(HF_ENDPOINT=hub.url)
         assert first.returncode == 0, first.stderr
     again = built(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")

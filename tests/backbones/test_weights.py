@@ -50,10 +50,12 @@ def test_timm_supplies_statistics_that_a_file_lacks(tmp_path: Path) -> None:
     shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
     saved = create_backbone("vit_tiny", weights="none", num_classes=2, image_size=32, options=shape).model
     save_file(saved.state_dict(), tmp_path / "w.safetensors")
-    asked = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32, "options": shape}
-    timms = create_backbone("vit_tiny", **asked)
+    arguments = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32, "options": shape}
+    timms = create_backbone("vit_tiny", **arguments)
     assert (timms.mean, timms.std) == ((0.5,) * 3, (0.5,) * 3)
-    unknown = create_backbone("vit_paddle_study", **(asked | {"patch_size": 16, "options": shape | {"qkv_bias": True}}))
+    unknown = create_backbone(
+        "vit_paddle_study", **(arguments | {"patch_size": 16, "options": shape | {"qkv_bias": True}})
+    )
     assert (unknown.mean, unknown.std) == (None, None)
 
 

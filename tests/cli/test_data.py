@@ -25,7 +25,7 @@ def test_a_sound_folder(petune: Run, tmp_path: Path) -> None:
     done = petune("data", "check", "pets")
     assert done.code == 0, done.err
     assert "| cat" in done.out
-    assert done.out.endswith("no problems found\n")
+    assert done.out.endswith("no problems report\n")
     assert "\x1b" not in done.out
 
 
@@ -36,9 +36,9 @@ def test_a_broken_image_exits_with_4(petune: Run, tmp_path: Path) -> None:
     assert done.code == 4
     assert "pets/dog/0.png: not a readable image" in done.out
     assert done.out.endswith("1 broken, 0 in two splits, 0 in two classes\n")
-    found = json.loads(petune("data", "check", "pets", "--json").out)
-    assert found["images"]["train"]["cat"] == 2
-    assert len(found["broken"]) == 1
+    report = json.loads(petune("data", "check", "pets", "--json").out)
+    assert report["images"]["train"]["cat"] == 2
+    assert len(report["broken"]) == 1
 
 
 def test_copies_are_counted_and_copies_in_another_class_are_a_problem(petune: Run, tmp_path: Path) -> None:
@@ -48,15 +48,15 @@ def test_copies_are_counted_and_copies_in_another_class_are_a_problem(petune: Ru
     assert done.code == 0, done.err
     assert done.out.endswith(
         "1 copies within a class; cutting a split keeps copies together\n"
-        "too few different images for a val split: cat, d[31mg, dog\nno problems found\n"
+        "too few different images for a val split: cat, d[31mg, dog\nno problems report\n"
     )
     shutil.copy(tmp_path / "pets" / "dog" / "0.png", tmp_path / "pets" / "cat" / "x.png")
     done = petune("data", "check", "pets")
     assert done.code == 4
     assert "pets/dog/0.png is the same file as pets/cat/x.png, in another class\n" in done.out
     assert done.out.endswith("0 broken, 0 in two splits, 1 in two classes\n")
-    found = json.loads(petune("data", "check", "pets", "--json").out)
-    assert (found["copies"], found["in_two_classes"]) == (1, [["pets/dog/0.png", "pets/cat/x.png"]])
+    report = json.loads(petune("data", "check", "pets", "--json").out)
+    assert (report["copies"], report["in_two_classes"]) == (1, [["pets/dog/0.png", "pets/cat/x.png"]])
 
 
 def test_classes_too_small_for_every_split_are_named(petune: Run, tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_classes_too_small_for_every_split_are_named(petune: Run, tmp_path: Path
     (tmp_path / "split").mkdir()
     shutil.copytree(tmp_path / "pets", tmp_path / "split" / "train")
     shutil.copytree(tmp_path / "pets", tmp_path / "split" / "test")
-    found = json.loads(petune("data", "check", "split", "--json").out)
-    assert (found["too_few_for_test"], found["too_few_for_val"]) == ([], ["cat"])
+    report = json.loads(petune("data", "check", "split", "--json").out)
+    assert (report["too_few_for_test"], report["too_few_for_val"]) == ([], ["cat"])
 
 
 def test_a_missing_folder(petune: Run) -> None:

@@ -27,11 +27,13 @@ def test_the_result_of_the_run_is_reproduced(petune: Run, digits: Path, tmp_path
     result = RunResult.read(digits)
     done = petune("eval", digits, "--device", "cpu", "--precision", "fp32", "--output", "out", "--json")
     assert done.code == 0, done.err
-    found = Evaluation.build(json.loads(done.out))
-    assert (found.top1, found.top5) == pytest.approx((result.top1, result.top5))
-    assert found.num_images == sum(one.num_images for one in found.classes) == len(load_dataset("digits").test)
-    right = sum(found.confusion[c][c] for c in range(10))
-    assert 100 * right / found.num_images == pytest.approx(found.top1)
+    evaluation = Evaluation.build(json.loads(done.out))
+    assert (evaluation.top1, evaluation.top5) == pytest.approx((result.top1, result.top5))
+    assert (
+        evaluation.num_images == sum(one.num_images for one in evaluation.classes) == len(load_dataset("digits").test)
+    )
+    right = sum(evaluation.confusion[c][c] for c in range(10))
+    assert 100 * right / evaluation.num_images == pytest.approx(evaluation.top1)
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == json.loads(done.out)
     for name in ("confusion.svg", "reliability.svg"):
         assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
@@ -82,14 +84,14 @@ def folder(tmp_path: Path) -> Path:
 def test_other_images_of_the_same_classes(petune: Run, digits: Path, folder: Path, tmp_path: Path) -> None:
     done = petune("eval", digits, "--dataset", "folder:more", "--device", "cpu", "--output", "out", "--json")
     assert done.code == 0, done.err
-    found = Evaluation.build(json.loads(done.out))
+    evaluation = Evaluation.build(json.loads(done.out))
     files = sorted(folder.rglob("*.png"))
     named = public.predict(digits, files, top_k=1, device="cpu")
     right = [one.top[0].name == Path(one.image).parent.name for one in named]
-    assert found.num_images == len(files)
-    assert found.top1 == pytest.approx(100 * sum(right) / len(right))
-    assert [one.name for one in found.classes if one.num_images] == ["2", "5", "7"]
-    assert next(one for one in found.classes if one.name == "0").accuracy is None
+    assert evaluation.num_images == len(files)
+    assert evaluation.top1 == pytest.approx(100 * sum(right) / len(right))
+    assert [row.name for row in evaluation.classes if row.num_images] == ["2", "5", "7"]
+    assert next(row for row in evaluation.classes if row.name == "0").accuracy is None
 
     (folder / "7" / "x.png").write_bytes(b"no image")
     broken = petune("eval", digits, "--dataset", "folder:more", "--output", "none")
@@ -131,30 +133,36 @@ def test_which_images_of_a_folder_are_read(digits: Path, folder: Path, tmp_path:
 def test_calibration_computed_by_hand() -> None:
     sure = torch.tensor([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
     logits = torch.stack([sure, 1 - sure], 1).log()
-    found = compute_metrics(logits, torch.tensor([0, 0, 0, 1, 0, 1]), ("a", "b"), **ABOUT)
-    assert found.calibration_error == pytest.approx(100 * (4 / 6 * abs(0.9 - 0.75) + 2 / 6 * abs(0.6 - 0.5)), abs=1e-4)
-    filled = [one for one in found.bins if one.num_images]
-    assert [(one.num_images, one.accuracy) for one in filled] == [(2, 0.5), (4, 0.75)]
-    weights = [one.num_images / 6 * abs((one.confidence or 0) - (one.accuracy or 0)) for one in filled]
-    assert 100 * sum(weights) == pytest.approx(found.calibration_error, abs=1e-4)
-    assert (found.top1, found.top5, found.balanced_accuracy) == pytest.approx((400 / 6, 100.0, 50.0))
-    assert found.confusion == ((4, 0), (2, 0))
-    assert (found.classes[1].mistaken_for, found.classes[1].mistakes, found.classes[1].accuracy) == ("a", 2, 0.0)
+    evaluation = compute_metrics(logits, torch.tensor([0, 0, 0, 1, 0, 1]), ("a", "b"), **ABOUT)
+    assert evaluation.calibration_error == pytest.approx(
+        100 * (4 / 6 * abs(0.9 - 0.75) + 2 / 6 * abs(0.6 - 0.5)), abs=1e-4
+    )
+    filled = [bin for bin in evaluation.bins if bin.num_images]
+    assert [(bin.num_images, bin.accuracy) for bin in filled] == [(2, 0.5), (4, 0.75)]
+    weights = [bin.num_images / 6 * abs((bin.confidence or 0) - (bin.accuracy or 0)) for bin in filled]
+    assert 100 * sum(weights) == pytest.approx(evaluation.calibration_error, abs=1e-4)
+    assert (evaluation.top1, evaluation.top5, evaluation.balanced_accuracy) == pytest.approx((400 / 6, 100.0, 50.0))
+    assert evaluation.confusion == ((4, 0), (2, 0))
+    assert (evaluation.classes[1].mistaken_for, evaluation.classes[1].mistakes, evaluation.classes[1].accuracy) == (
+        "a",
+        2,
+        0.0,
+    )
 
 
 def test_the_calibration_error_includes_probabilities_of_exactly_one() -> None:
     logits = torch.tensor([[99.0, -99.0], [99.0, -99.0], [3.5, 0.0]])
     assert logits.softmax(-1)[0, 0] == 1
-    found = compute_metrics(logits, torch.tensor([0, 1, 0]), ("a", "b"), **ABOUT)
-    last = found.bins[-1]
+    evaluation = compute_metrics(logits, torch.tensor([0, 1, 0]), ("a", "b"), **ABOUT)
+    last = evaluation.bins[-1]
     assert (last.num_images, last.accuracy) == (3, pytest.approx(2 / 3))
-    assert found.calibration_error == pytest.approx(100 * abs((last.confidence or 0) - 2 / 3))
+    assert evaluation.calibration_error == pytest.approx(100 * abs((last.confidence or 0) - 2 / 3))
 
 
 def test_class_names_in_plots_are_escaped() -> None:
     names = ("<script>", "$x^2$\x1b" + 40 * "y")
-    found = compute_metrics(torch.eye(2), torch.tensor([0, 1]), names, **ABOUT)
-    image = confusion_plot(found)
+    evaluation = compute_metrics(torch.eye(2), torch.tensor([0, 1]), names, **ABOUT)
+    image = confusion_plot(evaluation)
     assert ET.fromstring(image) is not None
     assert b"<script>" not in image
     assert b"$x^2$?" in image

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
      ("linear", {}, True), ("full", {}, True)],
 )  # fmt: skip
 def test_a_torch_program(method: str, options: dict[str, object], merged: bool, tmp_path: Path) -> None:
-    place, att = saved_run(tmp_path / "a", method, **options)
+    adapter, att = saved_run(tmp_path / "a", method, **options)
     expected = att.model.eval()(X)
-    done = public.export(place, tmp_path / "out.pt2")
+    done = public.export(adapter, tmp_path / "out.pt2")
     assert (done.format, done.method, done.merged, bool(done.reason)) == ("torch", method, merged, not merged)
     assert done.difference < 1e-5
     assert done.bytes == (tmp_path / "out.pt2").stat().st_size
@@ -75,9 +75,9 @@ def test_the_documented_preprocessing(
 
 
 def test_swin_with_prompts(tmp_path: Path) -> None:
-    place, att = saved_run(tmp_path / "a", "vpt", "swin_tiny_patch4_window7_224", image_size=64)
+    adapter, att = saved_run(tmp_path / "a", "vpt", "swin_tiny_patch4_window7_224", image_size=64)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    assert public.export(place, tmp_path / "out.pt2").merged is False
+    assert public.export(adapter, tmp_path / "out.pt2").merged is False
     program = torch.export.load(tmp_path / "out.pt2").module()
     torch.testing.assert_close(program(x), att.model.eval()(x), atol=1e-5, rtol=1e-5)
 
@@ -90,8 +90,8 @@ def test_onnx(petune: Run, tmp_path: Path) -> None:
     done = petune("export", "a", "out.onnx", "--json")
     assert done.code == 0, done.err
     assert done.err == ""
-    said = json.loads(done.out)
-    assert (said["format"], said["merged"], said["difference"] < 1e-4) == ("onnx", False, True)
+    output = json.loads(done.out)
+    assert (output["format"], output["merged"], output["difference"] < 1e-4) == ("onnx", False, True)
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
     assert [(i.name, i.shape) for i in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
     assert [(o.name, o.shape) for o in session.get_outputs()] == [("logits", ["batch", 3])]
@@ -178,8 +178,8 @@ def test_a_file_that_computes_something_else_is_refused() -> None:
 def test_pickles_are_found(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     torch.export.save(torch.export.export(model, (torch.ones(2, 3),)), tmp_path / "p.pt2")
-    found = find_pickles((tmp_path / "p.pt2").read_bytes())
-    assert found == [next(n for n in zipfile.ZipFile(tmp_path / "p.pt2").namelist() if "sample_inputs" in n)]
+    pickles = find_pickles((tmp_path / "p.pt2").read_bytes())
+    assert pickles == [next(n for n in zipfile.ZipFile(tmp_path / "p.pt2").namelist() if "sample_inputs" in n)]
 
 
 def test_a_model_that_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -188,10 +188,10 @@ def test_a_model_that_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tm
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : no kernel\nand more")
 
-    place, _ = saved_run(tmp_path / "a", "linear")
+    adapter, _ = saved_run(tmp_path / "a", "linear")
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
     with pytest.raises(ExportError, match=r"cannot run this model: .* no kernel\. Use"):
-        public.export(place, tmp_path / "out.onnx")
+        public.export(adapter, tmp_path / "out.onnx")
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,10 +29,10 @@ BUILT_IN = ["adaptformer", "full", "linear", "vpt"]
 
 
 def test_methods_list_the_built_in_ones(petune: Run) -> None:
-    found = {row["name"]: row for row in json.loads(petune("methods", "--json").out)}
-    assert set(BUILT_IN) <= set(found)
-    assert {found[name]["distribution"] for name in BUILT_IN} == {"petune"}
-    assert {found[name]["state"] for name in BUILT_IN} == {"ok"}
+    rows = {row["name"]: row for row in json.loads(petune("methods", "--json").out)}
+    assert set(BUILT_IN) <= set(rows)
+    assert {rows[name]["distribution"] for name in BUILT_IN} == {"petune"}
+    assert {rows[name]["state"] for name in BUILT_IN} == {"ok"}
 
 
 def test_methods_show_broken_ones_without_control_characters(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +53,9 @@ def test_methods_show_broken_ones_without_control_characters(petune: Run, monkey
 
 
 def test_methods_say_what_they_do(petune: Run) -> None:
-    found = {row["name"]: row for row in json.loads(petune("methods", "--json").out)}
-    assert found["adaptformer"]["arxiv"] == "2205.13535"
-    assert "MLP" in found["adaptformer"]["summary"]
+    rows = {row["name"]: row for row in json.loads(petune("methods", "--json").out)}
+    assert rows["adaptformer"]["arxiv"] == "2205.13535"
+    assert "MLP" in rows["adaptformer"]["summary"]
     table = petune("methods").out
     assert "arXiv:2205.13535" in table
     assert "state" not in table.splitlines()[0]  # only shown if one is broken
@@ -110,8 +110,8 @@ def test_datasets(petune: Run) -> None:
 
 def test_datasets_that_are_here(petune: Run, tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
-    found = json.loads(petune("datasets", "--data-dir", tmp_path, "--json").out)
-    assert [row["found"] for row in found] == [
+    rows = json.loads(petune("datasets", "--data-dir", tmp_path, "--json").out)
+    assert [row["found"] for row in rows] == [
         str(tmp_path / "cifar-10-batches-py"),
         None,
         "scikit-learn",
@@ -120,14 +120,14 @@ def test_datasets_that_are_here(petune: Run, tmp_path: Path) -> None:
 
 
 def test_env(petune: Run, tmp_path: Path) -> None:
-    found = json.loads(petune("env", "--json").out)
-    assert set(found) == {
+    rows = json.loads(petune("env", "--json").out)
+    assert set(rows) == {
         "versions", "python", "platform", "git", "device", "threads", "precision", "cache_dir", "data_dir",
         "hub_cache_dir", "datasets",
     }  # fmt: skip
-    assert found["versions"]["numpy"] == np.__version__
-    assert (found["cache_dir"], found["data_dir"]) == (str(tmp_path / "cache"), None)
-    assert found["precision"] in {"fp32", "bf16"}
+    assert rows["versions"]["numpy"] == np.__version__
+    assert (rows["cache_dir"], rows["data_dir"]) == (str(tmp_path / "cache"), None)
+    assert rows["precision"] in {"fp32", "bf16"}
     shown = dict(line.split(maxsplit=1) for line in petune("env").out.splitlines())
     assert shown["numpy"] == np.__version__
     assert shown["precision"] in {"fp32", "bf16"}

@@ -39,10 +39,12 @@ def test_predictions_of_files_equal_those_of_the_test_split(digits: Path, images
     test = load_dataset("digits").test
     batch = next(eval_batches(test, predictor.transform.preprocess, 5, torch.device("cpu")))
     expected = predictor.logits(batch.x_BCHW).softmax(-1)
-    for found, row in zip(predictor(images, top_k=10, batch_size=2), expected, strict=True):
-        assert found.error == ""
-        assert [guess.probability for guess in found.top] == sorted((g.probability for g in found.top), reverse=True)
-        by_class = [dict(found.top)[str(digit)] for digit in range(10)]
+    for prediction, row in zip(predictor(images, top_k=10, batch_size=2), expected, strict=True):
+        assert prediction.error == ""
+        assert [guess.probability for guess in prediction.top] == sorted(
+            (g.probability for g in prediction.top), reverse=True
+        )
+        by_class = [dict(prediction.top)[str(digit)] for digit in range(10)]
         torch.testing.assert_close(torch.tensor(by_class), row, atol=1e-6, rtol=1e-5)
 
 

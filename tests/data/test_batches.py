@@ -121,18 +121,18 @@ def test_images_without_a_margin_are_scaled_not_cropped(image_size: int) -> None
 
 
 def test_prefetch_yields_the_same_batches_and_stays_one_ahead() -> None:
-    batches, made = _batches(_split(17), 5), list[int]()
+    batches, prepared = _batches(_split(17), 5), list[int]()
 
     def counted() -> Iterator[Batch]:
         for number, batch in enumerate(batches.epoch(1)):
             assert threading.current_thread() is not threading.main_thread()
-            made.append(number)
+            prepared.append(number)
             yield batch
 
     for number, (a, b) in enumerate(zip(prefetch(counted(), CPU), batches.epoch(1), strict=True)):
         assert torch.equal(a.x_BCHW, b.x_BCHW)
         assert torch.equal(a.y_B, b.y_B)
-        assert len(made) <= number + 2
+        assert len(prepared) <= number + 2
 
 
 def test_prefetch_raises_errors_and_may_be_closed_early() -> None:
@@ -140,10 +140,10 @@ def test_prefetch_raises_errors_and_may_be_closed_early() -> None:
         yield next(iter(_batches(_split(17), 5).epoch(0)))
         raise OSError("the disk is gone")
 
-    found = prefetch(failing(), CPU)
-    next(found)
+    batches = prefetch(failing(), CPU)
+    next(batches)
     with pytest.raises(OSError, match="the disk is gone"):
-        next(found)
+        next(batches)
     unfinished = prefetch(_batches(_split(17), 5).epoch(0), CPU)
     next(unfinished)
     unfinished.close()
@@ -155,8 +155,8 @@ def test_positions_only() -> None:
     for a, b in zip(whole, batches.epoch(1, positions_only=True), strict=True):
         assert np.array_equal(b.x_BCHW.numpy(), a.positions)
         assert torch.equal(a.y_B, b.y_B)
-    found = [b.x_BCHW for b in eval_batches(_split(17), PLAIN, 5, CPU, positions_only=True)]
-    assert torch.equal(torch.cat(found), torch.arange(17))
+    positions = [b.x_BCHW for b in eval_batches(_split(17), PLAIN, 5, CPU, positions_only=True)]
+    assert torch.equal(torch.cat(positions), torch.arange(17))
 
 
 def test_a_note_says_how_many_images_an_epoch_skips() -> None:

@@ -85,14 +85,14 @@ def test_images_are_cached_with_a_margin(tmp_path: Path) -> None:
 
 
 def test_decoding_is_cached_until_a_file_changes(tmp_path: Path, cache: Path) -> None:
-    place = tmp_path / "images"
-    _fill(place, {"cat": 5, "dog": 5})
-    load_folder(place, 32)
+    root = tmp_path / "images"
+    _fill(root, {"cat": 5, "dog": 5})
+    load_folder(root, 32)
     before = {p: p.stat().st_mtime_ns for p in cache.rglob("images.npy")}
-    load_folder(place, 32)
+    load_folder(root, 32)
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("images.npy")} == before
-    Image.new("L", (40, 40), 255).save(place / "cat" / "00.png")
-    data = load_folder(place, 32)
+    Image.new("L", (40, 40), 255).save(root / "cat" / "00.png")
+    data = load_folder(root, 32)
     assert 255 in data.train.images[:, 0, 0, 0]
 
 
@@ -221,14 +221,14 @@ def test_check_finds_broken_images_and_images_in_two_splits(tmp_path: Path) -> N
 def test_links_to_a_parent_are_not_followed(tmp_path: Path) -> None:
     from petune.data.find_images import find_images
 
-    place, other = tmp_path / "pets", tmp_path / "elsewhere"
-    _fill(place, {"cat": 5, "dog": 5})
+    root, other = tmp_path / "pets", tmp_path / "elsewhere"
+    _fill(root, {"cat": 5, "dog": 5})
     _fill(other, {"more": 3})
-    (place / "cat" / "back").symlink_to(place / "cat")
-    (place / "dog" / "up").symlink_to(place)
-    (place / "cat" / "more").symlink_to(other / "more")
-    assert [len(find_images(place / name)) for name in ("cat", "dog")] == [8, 5]
-    data = load_folder(place, 32)
+    (root / "cat" / "back").symlink_to(root / "cat")
+    (root / "dog" / "up").symlink_to(root)
+    (root / "cat" / "more").symlink_to(other / "more")
+    assert [len(find_images(root / name)) for name in ("cat", "dog")] == [8, 5]
+    data = load_folder(root, 32)
     assert len(data.train) + len(data.test) == 13
 
 

@@ -80,9 +80,9 @@ def test_evaluating_on_the_run_s_own_folder_uses_its_test_split(pets: Path, tmp_
     done = petune.run(**run)
     shutil.copytree(pets, tmp_path / "copy", copy_function=shutil.copyfile)
     for name in (pets, f"{pets}/../pets", tmp_path / "copy"):
-        found = petune.evaluate(tmp_path / "run", dataset=f"folder:{name}", device="cpu", precision="fp32")
-        assert (found.split, found.num_images, found.top1) == ("test", found.num_images, done.top1)
-        assert found.num_images < 20
+        evaluation = petune.evaluate(tmp_path / "run", dataset=f"folder:{name}", device="cpu", precision="fp32")
+        assert (evaluation.split, evaluation.num_images, evaluation.top1) == ("test", evaluation.num_images, done.top1)
+        assert evaluation.num_images < 20
     pets.rename(tmp_path / "moved")
     with pytest.raises(DataError, match=r"run was trained on folder:.*pets, which does not exist"):
         petune.evaluate(tmp_path / "run")

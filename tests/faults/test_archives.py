@@ -87,46 +87,46 @@ def is_the_published(data: Dataset) -> bool:
 
 
 def test_a_damaged_archive(published: Path) -> None:
-    good, outcome, place = (published / GZ).read_bytes(), [0, 0], published / "own"
-    place.mkdir()
+    good, outcome, own = (published / GZ).read_bytes(), [0, 0], published / "own"
+    own.mkdir()
 
     @seed(1)
     @SETTINGS
     @given(harms=DAMAGE)
     def each(harms: list[tuple[str, float, bytes]]) -> None:
         content = damaged(good, harms)
-        (place / GZ).write_bytes(content)
+        (own / GZ).write_bytes(content)
         outcome[0] += 1
         try:
-            outcome[1] += is_the_published(load_cifar("cifar10", place)) and content == good
+            outcome[1] += is_the_published(load_cifar("cifar10", own)) and content == good
         except DataError as error:
-            outcome[1] += f"{place / GZ} is not the published cifar10 archive" in str(error)
-        assert {p.name: p.read_bytes() for p in place.iterdir()} == {GZ: content}  # the user's file, as it was
+            outcome[1] += f"{own / GZ} is not the published cifar10 archive" in str(error)
+        assert {p.name: p.read_bytes() for p in own.iterdir()} == {GZ: content}  # the user's file, as it was
 
     each()
     tally("CIFAR's archive with changed bytes, network available", "one error; file kept, no download", *outcome)
 
 
 def test_an_unpacking_that_was_cut_short(published: Path) -> None:
-    good, outcome, place = (published / FOLDER), [0, 0], published / "own"
+    good, outcome, own = (published / FOLDER), [0, 0], published / "own"
 
     @seed(2)
     @SETTINGS
     @given(harms=DAMAGE, name=st.sampled_from(BATCHES), missing=st.sets(st.sampled_from(BATCHES)), packed=st.booleans())
     def each(harms: list[tuple[str, float, bytes]], name: str, missing: set[str], packed: bool) -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(good, place / FOLDER)
-        (place / FOLDER / name).write_bytes(damaged((good / name).read_bytes(), harms))
+        shutil.rmtree(own, ignore_errors=True)
+        shutil.copytree(good, own / FOLDER)
+        (own / FOLDER / name).write_bytes(damaged((good / name).read_bytes(), harms))
         for file in missing:
-            (place / FOLDER / file).unlink()
-        whole = packed or all((place / FOLDER / n).exists() for n in BATCHES)
+            (own / FOLDER / file).unlink()
+        whole = packed or all((own / FOLDER / n).exists() for n in BATCHES)
         if packed:
-            shutil.copy(published / GZ, place / GZ)
+            shutil.copy(published / GZ, own / GZ)
         outcome[0] += 1
         try:
-            outcome[1] += is_the_published(load_cifar("cifar10", place)) and whole
+            outcome[1] += is_the_published(load_cifar("cifar10", own)) and whole
         except DataError as error:
-            outcome[1] += not packed and f"{place / FOLDER} is not the published cifar10" in str(error)
+            outcome[1] += not packed and f"{own / FOLDER} is not the published cifar10" in str(error)
 
     each()
     tally("CIFAR's folder, damaged or partly unpacked", "the archive is read instead, or one error", *outcome)
@@ -139,16 +139,16 @@ def test_a_damaged_download_is_fetched_again(
     monkeypatch.setenv("PETUNE_CACHE", str(cache))
     (cache / "data").mkdir()
     (cache / "data" / GZ).write_bytes((published / GZ).read_bytes()[:1000])  # a download that was killed
-    asked: list[object] = []
+    urls: list[object] = []
 
     def download(url: str, root: Path, filename: str, md5: str) -> None:
-        asked.append(url)
+        urls.append(url)
         shutil.copy(published / GZ, root / filename)
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
     assert is_the_published(load_cifar("cifar10", None))
     assert is_the_published(load_cifar("cifar10", None))
-    assert asked == [CIFAR10.url]
+    assert urls == [CIFAR10.url]
 
 
 def parquet(count: int) -> bytes:

@@ -127,7 +127,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def url(digits: Path, other: Path, tmp_path: Path) -> Iterator[str]:
-    """Of the page, as the program serves it."""
+    """The address of the page that `petune demo` serves."""
     pytest.importorskip("gradio")
     words = [sys.executable, "-m", "petune", "demo", digits, other.parent, "--device=cpu", "--port=0"]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
@@ -140,7 +140,7 @@ def url(digits: Path, other: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def hosts(browser: Any) -> set[str]:
-    """Where the browser asked for anything."""
+    """Return the hosts that the browser sent requests to."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     return {urlsplit(url).hostname or "" for url in sent if url.startswith(("http", "ws"))}

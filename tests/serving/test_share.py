@@ -174,12 +174,12 @@ def test_without_token_network_or_repository(hub: Server, adapter: Path, monkeyp
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="HF_TOKEN"):
         raise error_of("push", adapter)
-    asked = len(hub.requests)
+    num_requests = len(hub.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for command in ("push", "pull"):
         with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
             raise error_of(command, adapter)
-    assert len(hub.requests) == asked
+    assert len(hub.requests) == num_requests
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match=r"http://127\.0\.0\.1:9 cannot be reached"):
