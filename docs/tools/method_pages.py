@@ -37,7 +37,7 @@ TESTS = {
     "lora": (f"{PEFT}::test_saved_adapters_load_with_peft",),
     "dora": (f"{PEFT}::test_saved_adapters_load_with_peft",),
 }
-"""Tests beside the contract; for other methods they are found by the method's name."""
+"""Tests in addition to the contract; for other methods they are found by the method's name."""
 
 
 def method_page(name: str) -> str:

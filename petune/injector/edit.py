@@ -78,7 +78,7 @@ class Edit:
         self._placer.hook(site.exit.register_forward_hook(holder.leave, prepend=True))
 
     def prompt(self, blocks: Block | Sequence[Block], adapter: nn.Module) -> None:
-        """Insert tokens behind the prefix tokens where `blocks` are entered, and cut them out where they are left.
+        """Insert tokens after the prefix tokens where `blocks` are entered, and cut them out where they are left.
 
         Args:
             blocks: One block, or neighbors from first to last: the tokens pass through all of them.

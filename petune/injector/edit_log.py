@@ -99,7 +99,7 @@ class EditLog:
                 raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
         for merge in self.merges:
             merge()
-        for holder, sites in reversed(self.placed):  # the innermost hook was put in last
+        for holder, sites in reversed(self.placed):  # the innermost hook was registered last
             holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
 
     def undo(self) -> None:

@@ -53,8 +53,8 @@ class LayerFinder:
         """See `Edit.uncalled_linears`."""
         calls = self._calls()
         inside = {id(m) for module in site.modules for m in module.modules()}
-        linears = [m for m in self._matrices() if isinstance(m, nn.Linear)]
-        return tuple(self.site(m) for m in linears if id(m) in inside and m not in calls)
+        candidates = [m for m in self._matrices() if isinstance(m, nn.Linear)]
+        return tuple(self.site(m) for m in candidates if id(m) in inside and m not in calls)
 
     def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
         """See `Edit.called`."""

@@ -1,4 +1,4 @@
-"""Place prompts: tokens behind the prefix tokens of blocks, or inside attentions that see windows."""
+"""Place prompts: tokens after the prefix tokens of blocks, or inside attentions that see windows."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PromptPlacer:
         holder = Prompts(adapter, slot, padding_values(run[0]))
         self.placer.add(holder, run[0], run[0], run[-1])
         hook = self.placer.hook
-        # outermost of all hooks: other adapters see the prompts as tokens, and nested prompts leave in turn
+        # the outermost hook: other adapters see the prompts as tokens, and nested prompts leave in reverse order
         hook(run[0].enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
         for block in run[1:]:
             hook(block.enter.register_forward_pre_hook(holder.pass_through, with_kwargs=True, prepend=True))
@@ -94,7 +94,7 @@ class PromptPlacer:
         self.check.verify((block,), slot)
 
     def _admit(self, run: tuple[Block, ...], slot: PromptSlot) -> None:
-        """Tell the attentions of the blocks about the prompts, for as long as the attachment is enabled."""
+        """Prepare the attentions of the blocks for the prompts, for as long as the attachment is enabled."""
         for block in run:
             for switch in position_switches(block, self.sites, slot):
                 self.placer.toggle(switch, on=False)

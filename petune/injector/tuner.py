@@ -1,6 +1,6 @@
 """The plugin contract: one class with one required method. This file is its manual.
 
-A tuner is a configured method. petune finds the sites of a model (`edit.sites`), the tuner says what changes there,
+A tuner is a configured method. petune finds the sites of a model (`edit.sites`), the tuner changes something there,
 and petune does the rest: it registers, freezes, checks, saves and undoes. A whole plugin:
 
     class SSFConfig(petune.TunerConfig):
@@ -79,7 +79,7 @@ class Tuner(Generic[ConfigT]):
     """Base of every tuner. Subclass it with the class of its options: `class SSF(petune.Tuner[SSFConfig])`.
 
     Attributes:
-        Config: The class of the options, taken from the brackets of `Tuner[...]`. `petune.attach(model, "name",
+        Config: The class of the options, taken from the type parameter of `Tuner[...]`. `petune.attach(model, "name",
             option=value)` builds one.
         recipe: The training defaults.
         identity_at_init: True if the model computes the same as before right after attaching.
@@ -93,7 +93,7 @@ class Tuner(Generic[ConfigT]):
     method: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Take `Config` from the brackets of the base class.
+        """Take `Config` from the type parameter of the base class.
 
         Raises:
             TypeError: The class names no config class.
@@ -124,7 +124,7 @@ class Tuner(Generic[ConfigT]):
     def attach(self, edit: Edit) -> None:
         """Change the model with the verbs of `edit`. Called once for each model.
 
-        What is not changed by a verb is not undone by `detach`, unless `edit.on_detach` is told how.
+        `detach` undoes what the verbs changed. Undo anything else in a function given to `edit.on_detach`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define attach(self, edit)")
 
@@ -176,7 +176,7 @@ class Tuner(Generic[ConfigT]):
 
 
 def _parameters_of_tuner(cls: type) -> list[Any]:
-    """Return what stands in the brackets of the bases of `cls` that are tuners."""
+    """Return the type parameters of the bases of `cls` that are tuners."""
     bases = cls.__dict__.get("__orig_bases__", ())
     tuners = [base for base in bases if isinstance(get_origin(base), type) and issubclass(get_origin(base), Tuner)]
     return [parameter for base in tuners for parameter in get_args(base)]

@@ -98,7 +98,7 @@ class Peft(PeftTuner[PeftConfig]):
 
     Differs from PEFT: layers come from the sites; the classifier trains as with every method, instead of through
     `modules_to_save`; a layer whose weight is read without a call is never a target, because PEFT's layer would do
-    nothing there (timm's BEiT and EVA are told to call it, others are named in a warning).
+    nothing there. timm's BEiT, EVA and Swin-V2 are made to call it; other such layers are named in a warning.
     """
 
 

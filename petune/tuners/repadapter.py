@@ -37,15 +37,17 @@ class RepAdapterConfig(petune.TunerConfig):
 
 
 class LinearAdapter(nn.Module):
-    """x + s · up(down(x)), the identity at the start; `merge` folds it into `readers`, the layers that read x."""
+    """x + s · up(down(x)), the identity at the start; `merge` folds it into `input_layers`, the layers that read x."""
 
-    def __init__(self, dim: int, config: RepAdapterConfig, readers: tuple[nn.Module, ...]) -> None:
+    def __init__(self, dim: int, config: RepAdapterConfig, input_layers: tuple[nn.Module, ...]) -> None:
         super().__init__()
         self.down = nn.Linear(dim, config.bottleneck)
         self.up = nn.Conv1d(config.bottleneck, dim, 1, groups=config.groups)
         self.dropout = nn.Dropout(config.dropout)
         self.scale = config.scale
-        self._readers = readers  # in a tuple, because they are the backbone's modules, not children of the adapter
+        self._input_layers = (
+            input_layers  # in a tuple, because they are the backbone's modules, not children of the adapter
+        )
         nn.init.xavier_uniform_(self.down.weight)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             assert zero is not None
@@ -61,9 +63,9 @@ class LinearAdapter(nn.Module):
     @property
     def why_not_mergeable(self) -> str | None:
         """The reason if no layer reads the adapter's output, or one without a bias does."""
-        if not self._readers:
+        if not self._input_layers:
             return "no linear layer reads exactly what the adapter returns"
-        missing_bias = any(getattr(reader, "bias", None) is None for reader in self._readers)
+        missing_bias = any(getattr(layer, "bias", None) is None for layer in self._input_layers)
         return "a linear layer after it has no bias to fold the adapter's into" if missing_bias else None
 
     @torch.no_grad()
@@ -73,10 +75,10 @@ class LinearAdapter(nn.Module):
         change = self.scale * (up @ self.down.weight)
         assert self.up.bias is not None
         shift = self.scale * (up @ self.down.bias + self.up.bias)
-        for reader in self._readers:
-            assert isinstance(reader, nn.Linear)
-            reader.bias.add_(reader.weight @ shift)
-            reader.weight.add_(reader.weight @ change)
+        for layer in self._input_layers:
+            assert isinstance(layer, nn.Linear)
+            layer.bias.add_(layer.weight @ shift)
+            layer.weight.add_(layer.weight @ change)
 
 
 class RepAdapter(petune.Tuner[RepAdapterConfig]):
@@ -107,8 +109,8 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
                     f"{edit.sites.model}. Use another number of groups"
                 )
             for site in (block.attn, block.mlp):
-                readers = tuple(layer.module for layer in edit.input_linears(site))
-                edit.before(site, LinearAdapter(site.dim, self.config, readers))
+                input_layers = tuple(layer.module for layer in edit.input_linears(site))
+                edit.before(site, LinearAdapter(site.dim, self.config, input_layers))
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """Return 2·(D·M + M + D·M/G + D) per block."""

@@ -69,5 +69,5 @@ def test_parameter_counts_of_the_paddle_study() -> None:
 
 def test_a_compiled_model_is_refused() -> None:
     model = torch.compile(tiny(depth=3), backend="eager")
-    with pytest.raises(AlreadyCompiled, match="compiled already"):
+    with pytest.raises(AlreadyCompiled):
         petune.attach(model, "linear")

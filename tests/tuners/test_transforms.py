@@ -113,7 +113,7 @@ def test_an_exception_between_enter_and_exit_leaves_nothing_behind(images: Tenso
 
     handle = att.model.blocks[1].mlp.fc1.register_forward_hook(fail)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that an always_call hook met the exception too
+        warnings.simplefilter("ignore")  # torch warns that an always_call hook saw the exception
         with pytest.raises(ValueError, match="in the MLP"):
             att.model(torch.randn(3, 3, 16, 16))
     handle.remove()

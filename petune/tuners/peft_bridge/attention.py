@@ -46,4 +46,4 @@ def wrap_attention(edit: petune.Edit, layer: nn.Module) -> None:
 
 
 def _do_nothing(module: nn.Module, args: Any) -> None:
-    """A hook whose presence keeps the owner from its fused kernel."""
+    """Do nothing; having a hook keeps the owner from its fused kernel."""

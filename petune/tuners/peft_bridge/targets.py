@@ -72,7 +72,7 @@ def original_path(site: petune.Site) -> str:
 
 
 def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
-    """Return the sites whose layers are wrapped; a block in which attention and MLP were not told apart is one site."""
+    """Return the sites whose layers are wrapped; a block without separate attention and MLP is one site."""
     roles = ("attn", "mlp") if config.targets == "all" else (config.targets,)
     sites: list[petune.Site] = []
     for block in edit.sites.require_blocks():

@@ -193,7 +193,7 @@ class WrappedLayers:
             try:
                 layer.merge(adapter_names=[self.name])
             except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
-                raise petune.NotMergeable(f"PEFT cannot fold {self.kind} into weights: {error}") from None
+                raise petune.NotMergeable(f"PEFT cannot merge {self.kind} into weights: {error}") from None
             layer.merged_adapters.clear()  # merged for good: the layer's other adapters stay active
 
 
