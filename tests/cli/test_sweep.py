@@ -225,7 +225,7 @@ def _table(place: Path) -> dict[str, Any]:
         ("bottleneck=2,2", "missing or repeated"),
         ("bottleneck=2,,4", "Write KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log]"),
         ("bottleneck=", "Write KEY=VALUE,VALUE,…"),
-        ("lr=1e-3,1e-2", "lr is an option of the training: train.lr"),
+        ("lr=1e-3,1e-2", "lr is a training option. Write train.lr"),
         (None, "search: required"),
     ],
 )

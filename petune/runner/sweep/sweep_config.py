@@ -83,4 +83,4 @@ def to_text(value: Value | None) -> str:
 def _training_hint(error: ConfigError) -> str:
     """Return advice if a training option was searched as an option of the method."""
     keys = [problem.key for problem in error.problems if problem.unknown and problem.key in TrainConfig.model_fields]
-    return "".join(f"\n{key} is an option of the training: {TRAINING}{key}" for key in keys)
+    return "".join(f"\n{key} is a training option. Write {TRAINING}{key}" for key in keys)
