@@ -115,16 +115,16 @@ def _snapshot(model: nn.Module) -> dict[str, Any]:
     return {"hooks": hooks, "plain": plain, "attributes": attributes, "flags": flags, "values": values}
 
 
-def _compare(before: dict[str, Any], after: dict[str, Any], claim: str) -> None:
+def _compare(before: dict[str, Any], after: dict[str, Any], property_name: str) -> None:
     for part in ("hooks", "attributes", "flags"):
         if before[part] != after[part]:
-            raise Wrong(f"{claim}: {part} differ")
+            raise Wrong(f"{property_name}: {part} differ")
     if str(before["plain"]) != str(after["plain"]):
-        raise Wrong(f"{claim}: plain attributes differ")
+        raise Wrong(f"{property_name}: plain attributes differ")
     if list(before["values"]) != list(after["values"]):
-        raise Wrong(f"{claim}: keys differ")
+        raise Wrong(f"{property_name}: keys differ")
     if not all(torch.equal(t, after["values"][k]) for k, t in before["values"].items()):
-        raise Wrong(f"{claim}: values differ")
+        raise Wrong(f"{property_name}: values differ")
 
 
 def _check_count(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:

@@ -45,21 +45,21 @@ def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
         heads = site.modules if site is not None else ()
     if not isinstance(heads, tuple | nn.ModuleList):  # CrossViT has one per scale
         heads = (heads,)
-    linears = {id(_last_linear(head)) for head in heads}
-    return {path: module for path, module in model.named_modules() if id(module) in linears}
+    layers = {id(_last_linear(head)) for head in heads}
+    return {path: module for path, module in model.named_modules() if id(module) in layers}
 
 
 def _last_linear(head: nn.Module) -> nn.Linear | None:
     """Return the linear layer at the end of a classifier, or None if the classifier was removed."""
     if isinstance(head, nn.Identity):
         return None
-    linears = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    if not linears:
+    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if not layers:
         raise ConfigError(
             f"the classifier is a {type(head).__name__} without a linear layer, so it cannot be replaced. Build the "
             "model yourself and call petune.attach(model, method)"
         )
-    return linears[-1]
+    return layers[-1]
 
 
 def _resize(model: nn.Module, num_classes: int) -> None:

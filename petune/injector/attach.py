@@ -124,10 +124,10 @@ def _check_same_root(model: nn.Module, existing: TrainableState | None) -> None:
 
 def _check_sites_of(model: nn.Module, sites: Sites) -> None:
     own = {id(m) for m in model.modules()}
-    foreign = [s.where for s in (*sites.blocks, *sites.parts.values()) if any(id(m) not in own for m in s.modules)]
-    if foreign:
+    not_own = [s.where for s in (*sites.blocks, *sites.parts.values()) if any(id(m) not in own for m in s.modules)]
+    if not_own:
         raise AttachError(
-            f"the sites are not this model's: {', '.join(foreign[:3])} is another module than the model's. The model "
+            f"the sites are not this model's: {', '.join(not_own[:3])} is another module than the model's. The model "
             "is a copy, or the module was replaced (reset_classifier) after find_sites or while it was attached. "
             "In that case detach first. Attach without sites, or with find_sites(this model)"
         )

@@ -21,11 +21,11 @@ def qkv_readers(module: nn.Module) -> list[Any]:
 @contextmanager
 def qkv_called(model: nn.Module) -> Iterator[None]:
     """Let every attention call its qkv layer inside the context."""
-    readers = [m for m in qkv_readers(model) if m.qkv_bias_separate is False]
-    for attention in readers:
+    attentions = [m for m in qkv_readers(model) if m.qkv_bias_separate is False]
+    for attention in attentions:
         attention.qkv_bias_separate = True
     try:
         yield
     finally:
-        for attention in readers:
+        for attention in attentions:
             attention.qkv_bias_separate = False

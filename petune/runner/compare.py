@@ -94,10 +94,10 @@ def check_methods(methods: Sequence[str]) -> dict[str, TunerConfig]:
 def _check_directory(run_dir: Path) -> None:
     if RunResult.exists(run_dir) or (run_dir / METRICS_FILE).exists():
         raise UsageError(f"{run_dir} holds a run. Use another output for the comparison", cli_hint=NEW_OUTPUT)
-    foreign = [name for name in TABLES if (run_dir / name).exists()]
-    if foreign and not (run_dir / CONFIG_FILE).exists():
+    other_tables = [name for name in TABLES if (run_dir / name).exists()]
+    if other_tables and not (run_dir / CONFIG_FILE).exists():
         raise UsageError(
-            f"{run_dir / foreign[0]} exists and was not written by a comparison in {run_dir}. Use another output",
+            f"{run_dir / other_tables[0]} exists and was not written by a comparison in {run_dir}. Use another output",
             cli_hint=NEW_OUTPUT,
         )
 

@@ -116,11 +116,11 @@ def _upload(hub: HubClient, name: str, files: dict[str, bytes], message: str) ->
     """Upload files as one commit and return it."""
     import huggingface_hub as hf
 
-    readers = [_CountingReader(content) for content in files.values()]
-    operations = [hf.CommitOperationAdd(file, reader) for file, reader in zip(files, readers, strict=True)]
+    counting = [_CountingReader(content) for content in files.values()]
+    operations = [hf.CommitOperationAdd(file, reader) for file, reader in zip(files, counting, strict=True)]
 
     def num_read() -> int:
-        return sum(reader.num_read for reader in readers)
+        return sum(reader.num_read for reader in counting)
 
     hub.ask(lambda: hub.api.preupload_lfs_files(name, operations, free_memory=False), num_read)
     commit = hub.ask(

