@@ -319,14 +319,22 @@ def write_record(
 ) -> list[Check]:
     """Write suite.json: the chosen learning rates, and the checks, which are returned."""
     methods = set(done["compare"]["config"]["methods"])
-    expected = {what: one for what, one in suite.expected.get(piece, {}).items()
-                if set(map(str.strip, what.split(" - "))) <= methods}  # fmt: skip
+    expected = {
+        what: expectation
+        for what, expectation in suite.expected.get(piece, {}).items()
+        if {name.strip() for name in what.split(" - ")} <= methods
+    }
     checks = checks_of(expected, done["compare"])
     record = {
-        "suite": args.name, "piece": piece, "smoke": args.smoke, "command": suite.command, "about": suite.about,
-        "pretrain": done["pretrain"], "rates": done["rates"],
+        "suite": args.name,
+        "piece": piece,
+        "smoke": args.smoke,
+        "command": suite.command,
+        "about": suite.about,
+        "pretrain": done["pretrain"],
+        "rates": done["rates"],
         "checks": [asdict(check) | {"good": check.good} for check in checks],
-    }  # fmt: skip
+    }
     replace_file(directory / "suite.json", (json.dumps(record, indent=1) + "\n").encode())
     return checks
 

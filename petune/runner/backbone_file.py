@@ -61,6 +61,6 @@ def write_weights(model: nn.Module, run_dir: Path, metadata: dict[str, Any], dty
 
 
 def _adapter_keys(attachment: Attachment) -> list[str]:
-    """The keys of what was not there before attaching."""
+    """Return the keys of the tensors that the method added."""
     added = {id(t) for t in attachment.edit_log.new_tensors()}
     return sorted(key for key, t in attachment.model.state_dict(keep_vars=True).items() if id(t) in added)

@@ -55,7 +55,7 @@ class CompareConfig(Config):
 
     @property
     def directory(self) -> Path:
-        """The directory of the comparison, whether it is given or not."""
+        """Return the directory of the comparison: `output`, or the default one."""
         return self.output or Path("runs") / compare_name(self)
 
     def to_store(self) -> CompareConfig:

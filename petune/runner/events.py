@@ -10,7 +10,7 @@ from petune.training.events import Event
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The next of several runs starts.
+    """Event: the next of several runs starts.
 
     Attributes:
         method, seed: Of the run; for a trial of a sweep, `method` names the trial and its parameters.
