@@ -20,6 +20,7 @@ from petune.base.errors import ConfigError, Diverged, Stopped
 from petune.data.batches import Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.training.checkpoint import check_optimizer
+from petune.training.config import NumberFormat
 from petune.training.dry_run import dry_run
 from petune.training.evaluate import Accuracy, evaluate
 from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
@@ -57,7 +58,6 @@ class Trainer:
         batches: The training batches.
         state: What training changes, and how far it is.
         params: Everything that trains, by state_dict key.
-        precision: Number format of the forward passes.
 
     Raises:
         ConfigError: An option is not possible, such as a batch with fewer images than processes.
@@ -97,8 +97,9 @@ class Trainer:
         self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config)
         self.schedule = create_schedule(self.optimizer, self.config, self.total_steps)
 
+        self.state = TrainState(self.model, self.params, self.optimizer, job.keep)
+        self.progress.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
         self.unfused_attention: list[nn.Module] = []
-        self.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
         self._apply_precision()
 
         self.sharded = self.config.shard and group.size > 1
@@ -108,10 +109,7 @@ class Trainer:
             shard_frozen_blocks(self.att, group, self.device)
 
         self.forward = Forward(self.model)
-        self.state = TrainState(self.model, self.params, self.optimizer, job.keep)
         self.saved_at = time.perf_counter()
-
-    # The training from top to bottom.
 
     def fit(self) -> FitResult:
         """Train to the end, from the newest valid checkpoint if there is one.
@@ -159,11 +157,12 @@ class Trainer:
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = float(self.sync.backward(lambda: self._backward(batch), self._request))
+        loss_tensor = self.sync.backward(lambda: self._backward(*self.mixer(batch, p.step)), self._request)
         # a warm-up's first step has a rate of zero and moves nothing, so the second check comes later
         if p.step in {0, max(2, min(CHECK_GRADIENTS_AT, self.total_steps - 1))}:
             self.att.check_gradients(under_way=p.step > 0)
-        norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip or math.inf))
+        norm_tensor = nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip or math.inf)
+        loss, norm = float(loss_tensor), float(norm_tensor)  # only now, since a GPU is waited for
         self._check_finite(loss, norm, lr, batch)
         self.optimizer.step()
         self.att.on_step_end(p.step)
@@ -173,16 +172,12 @@ class Trainer:
         if p.step % self.config.log_every == 0:
             self.files.write_metrics(step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr, grad_norm=norm)
 
-    def _backward(self, batch: Batch) -> Tensor:
+    def _backward(self, x: Tensor, target: Tensor) -> Tensor:
         """Compute gradients of this process's share of the batch's mean loss, a micro-batch at a time.
 
         Returns:
             That share of the loss. With one process it is the whole loss.
         """
-        x, target = self.mixer(batch, self.progress.step)
-        return self._accumulate(x, target)
-
-    def _accumulate(self, x: Tensor, target: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
         # nearly equal pieces: a small rest of a single image would be too small for BatchNorm
         num_pieces = math.ceil(len(x) / (self.progress.micro_batch or len(x)))
@@ -244,8 +239,6 @@ class Trainer:
             sharded=self.sharded,
         )
 
-    # What is done before, between and after.
-
     @contextmanager
     def speedups(self) -> Iterator[None]:
         """Inside, steps and evaluations use the speed-ups that the configuration allows."""
@@ -281,19 +274,17 @@ class Trainer:
 
     def largest_micro_batch(self) -> int:
         """Return the largest micro-batch that fits the device's memory."""
-        batch = next(iter(self.batches.epoch(0)))
+        x, target = self.mixer(next(self.batches.epoch(0, part=self.mixer.reads)), step=0)
         self.att.train()
 
         def step(size: int) -> None:
-            x, target = self.mixer(batch, 0)
-            self._accumulate(x[:size], target[:size])
+            self._backward(x[:size], target[:size])
 
         with dry_run(self.model, self.device):
-            size = self.sync.part.stop - self.sync.part.start
-            return largest_that_fits(step, size, list(self.params.values()))
+            return largest_that_fits(step, len(x), list(self.params.values()))
 
     def _apply_precision(self) -> None:
-        """Set what PyTorch and the attention layers need to know of `self.precision`."""
+        """Tell PyTorch and the attention layers about the number format."""
         choose_precision(self.precision, self.device)
         for module in self.unfused_attention:
             module.fused_attn = True  # type: ignore[assignment]
@@ -303,6 +294,11 @@ class Trainer:
     def progress(self) -> Progress:
         """How far the training is."""
         return self.state.progress
+
+    @property
+    def precision(self) -> NumberFormat:
+        """Number format of the forward passes."""
+        return self.state.progress.precision
 
     def _request(self) -> StepRequest:
         is_due = time.perf_counter() - self.saved_at > SAVE_EVERY_S
@@ -317,14 +313,12 @@ class Trainer:
             self.sync.share_initial_values(self.state.tensors())
             return
         self.state.load(checkpoint)
-        self.precision = self.progress.precision or self.precision  # `auto` may choose another on a busy machine
-        self._apply_precision()
+        self._apply_precision()  # that of the checkpoint: `auto` may choose another on a busy machine
 
     def _save(self) -> None:
         p = self.progress
         p.peak_bytes = max(p.peak_bytes, self.peak_bytes())
         p.log_bytes = self.files.metrics_bytes
-        p.precision = self.precision
         self.files.save(self.state.checkpoint())
         self.saved_at = time.perf_counter()
 
@@ -344,20 +338,10 @@ class Trainer:
         )
 
     def _result(self) -> FitResult:
-        p = self.progress
         self.state.restore_best()
-        val = None
-        if p.best_epoch > 0:
-            val = Accuracy(p.best_top1, p.best_top5, math.nan, len(self.job.dataset.val))
-        return FitResult(
-            epoch=p.best_epoch if val else p.epoch,
-            val=val,
-            images_per_s=self._images_per_s(),
-            step_time_s=p.train_time_s / max(1, p.step),
-            time_s=p.time_s,
-            epochs=p.epochs,
-            precision=self.precision,
-            micro_batch_size=p.micro_batch,
+        return self.progress.result(
+            num_val=len(self.job.dataset.val),
+            batch_size=self.batch_size,
             lr=self.config.lr or 0.0,
             num_processes=self.group.size,
         )
@@ -365,8 +349,5 @@ class Trainer:
     def _step_done(self) -> StepDone:
         p = self.progress
         lr = self.optimizer.param_groups[0]["lr"]
-        return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, self._images_per_s())
-
-    def _images_per_s(self) -> float:
-        p = self.progress
-        return p.step * self.batch_size / p.train_time_s if p.train_time_s else 0.0
+        speed = p.images_per_s(self.batch_size)
+        return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, speed)

@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from petune.training.config import NumberFormat
 from petune.training.evaluate import Accuracy
-
-
-@dataclass
-class Progress:
-    """Where the training is; saved with every checkpoint.
-
-    Attributes:
-        epoch, batch: Complete epochs, and complete batches of the next one.
-        step: Complete optimizer steps.
-        time_s: Time since the start, evaluations included; not while the run was interrupted.
-        train_time_s: Time of the training steps.
-        best_epoch: The kept epoch, from 1; -1 before the first evaluation.
-        best_top1, best_top5: Its accuracy on val in percent.
-        log_bytes: Size of metrics.jsonl.
-        loss_sum: Sum of the losses of this epoch's batches.
-        micro_batch: Images that go through the model at once; 0 before it is known.
-        peak_bytes: Peak memory of the processes before a resume.
-        precision: Number format; empty in checkpoints of older versions.
-        epochs: The metrics of complete epochs.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    time_s: float = 0.0
-    train_time_s: float = 0.0
-    best_epoch: int = -1
-    best_top1: float = -1.0
-    best_top5: float = -1.0
-    log_bytes: int = 0
-    loss_sum: float = 0.0
-    micro_batch: int = 0
-    peak_bytes: int = 0
-    precision: NumberFormat | Literal[""] = ""
-    epochs: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,3 +36,65 @@ class FitResult:
     micro_batch_size: int
     lr: float
     num_processes: int
+
+
+@dataclass
+class Progress:
+    """Where the training is; saved with every checkpoint.
+
+    Attributes:
+        epoch, batch: Complete epochs, and complete batches of the next one.
+        step: Complete optimizer steps.
+        time_s: Time since the start, evaluations included; not while the run was interrupted.
+        train_time_s: Time of the training steps.
+        best_epoch: The kept epoch, from 1; -1 before the first evaluation.
+        best_top1, best_top5: Its accuracy on val in percent.
+        log_bytes: Size of metrics.jsonl.
+        loss_sum: Sum of the losses of this epoch's batches.
+        micro_batch: Images that go through the model at once; 0 before it is known.
+        peak_bytes: Peak memory of the processes before a resume.
+        precision: Number format of the forward passes.
+        epochs: The metrics of complete epochs.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    time_s: float = 0.0
+    train_time_s: float = 0.0
+    best_epoch: int = -1
+    best_top1: float = -1.0
+    best_top5: float = -1.0
+    log_bytes: int = 0
+    loss_sum: float = 0.0
+    micro_batch: int = 0
+    peak_bytes: int = 0
+    precision: NumberFormat = "fp32"
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+    def images_per_s(self, batch_size: int) -> float:
+        """Return the mean training speed."""
+        return self.step * batch_size / self.train_time_s if self.train_time_s else 0.0
+
+    def result(self, *, num_val: int, batch_size: int, lr: float, num_processes: int) -> FitResult:
+        """Return the result of a finished training.
+
+        Args:
+            num_val: Size of the val split.
+            batch_size: Images per optimizer step.
+            lr: Peak learning rate.
+            num_processes: Processes that trained together.
+        """
+        val = Accuracy(self.best_top1, self.best_top5, math.nan, num_val) if self.best_epoch > 0 else None
+        return FitResult(
+            epoch=self.best_epoch if val else self.epoch,
+            val=val,
+            images_per_s=self.images_per_s(batch_size),
+            step_time_s=self.train_time_s / max(1, self.step),
+            time_s=self.time_s,
+            epochs=self.epochs,
+            precision=self.precision,
+            micro_batch_size=self.micro_batch,
+            lr=lr,
+            num_processes=num_processes,
+        )

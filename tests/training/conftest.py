@@ -1,4 +1,4 @@
-"""A toy problem, a model that trains as a whole, and trainers over both."""
+"""A toy dataset, a toy model of which everything trains, and trainers of both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEFAULTS = {
 
 
 class Toy(nn.Module):
-    """Dropout and BatchNorm on top of a linear layer: all that a resume can get wrong."""
+    """A linear layer with BatchNorm and dropout: everything that a resume can get wrong."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Toy(nn.Module):
 
 @dataclass
 class Everything:
-    """What Trainer asks of an Attachment, for a model that trains as a whole."""
+    """The part of an Attachment that Trainer uses, for a model of which everything trains."""
 
     model: nn.Module
     tuned: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -72,13 +72,13 @@ class Everything:
 
 
 def toy_attachment(seed: int = 0) -> Everything:
-    """The toy with its initial values from `seed`."""
+    """Return the toy model with initial values from `seed`."""
     torch.manual_seed(seed)
     return Everything(Toy())
 
 
 def toy_dataset() -> Dataset:
-    """26 training, 9 val and 12 test images; the class is the quadrant that is bright, with noise."""
+    """Return 26 training, 9 val and 12 test images; the class is the bright quadrant, with noise."""
 
     def split(count: int, seed: int) -> Split:
         generator = np.random.default_rng(seed)
@@ -96,7 +96,7 @@ MakeTrainer = Callable[..., Trainer]
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> MakeTrainer:
-    """`make_trainer(attachment, directory=…, stop=…, on_event=…, keep=…, lr=…, …)`."""
+    """Return `make_trainer(attachment, directory=…, stop=…, on_event=…, keep=…, lr=…, …)`."""
 
     def make(
         attachment: Any,
@@ -128,5 +128,5 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
 
 @pytest.fixture
 def toy() -> Callable[[int], Everything]:
-    """Makes the toy attachment; the argument is the seed of its initial values."""
+    """Return a function that makes the toy attachment from the seed of its initial values."""
     return toy_attachment

@@ -1,4 +1,4 @@
-"""One training step, to be compared bit by bit with the same step done otherwise."""
+"""One training step, to be compared bit for bit with the same step computed in another way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.tiny import X
 
 
 def step(att: petune.Attachment, x: Tensor = X, bf16: bool = False) -> list[Tensor | None]:
-    """Logits and gradients."""
+    """Return logits and gradients."""
     torch.manual_seed(7)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = att.model(x)
@@ -25,14 +25,14 @@ def step(att: petune.Attachment, x: Tensor = X, bf16: bool = False) -> list[Tens
 
 
 def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    """Whether they are equal to the bit, and absent in the same places."""
+    """Return whether two results of `step` are equal to the bit, and None in the same positions."""
     return all(
         x is y is None or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)
     )
 
 
 def logits_of(model: nn.Module) -> Callable[[], Tensor]:
-    """Gives the logits under autocast, always the same ones."""
+    """Return a function that computes logits under autocast, always the same ones."""
 
     def logits() -> Tensor:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Checkpoints: bit-exact, only good ones, the newest valid one."""
+"""Checkpoints: exact to the bit, finite, and read from the newest valid one."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def _checkpoint(step: int, value: float = 1.0) -> Checkpoint:
     return Checkpoint({"w": torch.full((2, 3), value)}, {}, {"state": {}, "param_groups": []}, {"step": step})
 
 
-def _found(directory: Path) -> Checkpoint:
+def _newest(directory: Path) -> Checkpoint:
     checkpoint, problems = newest_checkpoint(directory)
     assert problems == []
     assert checkpoint is not None
     return checkpoint
 
 
-def _trained(optimizer: str) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+def _trained(name: str) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
     torch.manual_seed(0)
     parameters = {"w": nn.Parameter(torch.randn(8, 6)), "b": nn.Parameter(torch.randn(8))}
-    made = create_optimizer(parameters, set(), TrainConfig(lr=1e-2, weight_decay=0.1, optimizer=optimizer))
-    _train(parameters, made, 3)
-    return parameters, made
+    optimizer = create_optimizer(parameters, set(), TrainConfig(lr=1e-2, weight_decay=0.1, optimizer=name))
+    _train(parameters, optimizer, 3)
+    return parameters, optimizer
 
 
 def _train(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -45,20 +45,20 @@ def _train(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "nadamw", "lion", "lamb", "nmuon"])
-def test_an_optimizer_read_back_goes_on_to_the_bit(name: str, tmp_path: Path) -> None:
+def test_a_restored_optimizer_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     parameters, optimizer = _trained(name)
     save_checkpoint(tmp_path, Checkpoint(parameters, {}, optimizer.state_dict(), {"step": 3}))
-    found = _found(tmp_path)
+    newest = _newest(tmp_path)
     copies, fresh = _trained(name)
     for key, copy in copies.items():
-        copy.data.copy_(found.tensors[key])
-    fresh.load_state_dict(found.optimizer)
+        copy.data.copy_(newest.tensors[key])
+    fresh.load_state_dict(newest.optimizer)
     _train(parameters, optimizer, 4)
     _train(copies, fresh, 4)
     assert all(torch.equal(parameters[key], copies[key]) for key in parameters)
 
 
-def test_tensors_of_every_kind_are_read_back_to_the_bit(tmp_path: Path) -> None:
+def test_tensors_of_every_kind_are_restored_bit_for_bit(tmp_path: Path) -> None:
     shared = torch.randn(4, 4)
     tensors: dict[str, Tensor] = {
         "a": shared, "the same": shared, "a view": shared[:, ::2], "transposed": shared.T,
@@ -68,24 +68,24 @@ def test_tensors_of_every_kind_are_read_back_to_the_bit(tmp_path: Path) -> None:
         "denormal": torch.tensor([1e-42, -0.0]),
     }  # fmt: skip
     save_checkpoint(tmp_path, Checkpoint(tensors, {"b": shared}, {"state": {}, "param_groups": []}, {"step": 1}))
-    found = _found(tmp_path)
-    assert set(found.tensors) == set(tensors)
+    newest = _newest(tmp_path)
+    assert set(newest.tensors) == set(tensors)
     for key, tensor in tensors.items():
-        read = found.tensors[key]
+        read = newest.tensors[key]
         assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(read, tensor)
-    assert torch.signbit(found.tensors["denormal"])[1]
-    assert torch.equal(found.best["b"], shared)
+    assert torch.signbit(newest.tensors["denormal"])[1]
+    assert torch.equal(newest.best["b"], shared)
 
 
-def test_progress_is_read_back_to_the_bit(tmp_path: Path) -> None:
+def test_progress_is_restored_bit_for_bit(tmp_path: Path) -> None:
     progress = {"step": 1, "loss_sum": 0.1 + 0.2, "epochs": [{"train_loss": 1 / 3}]}
     save_checkpoint(tmp_path, Checkpoint({}, {}, {"state": {}, "param_groups": []}, progress))
-    assert _found(tmp_path).progress == progress
+    assert _newest(tmp_path).progress == progress
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_never_written_and_the_good_one_stays(value: float, tmp_path: Path) -> None:
+def test_non_finite_tensors_are_not_saved_and_the_last_checkpoint_stays(value: float, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, _checkpoint(1))
     with pytest.raises(CheckpointError, match="w contains NaN"):
         save_checkpoint(tmp_path, _checkpoint(2, value))
@@ -93,31 +93,31 @@ def test_what_is_not_finite_is_never_written_and_the_good_one_stays(value: float
     with pytest.raises(CheckpointError, match=r"state\.0\.momentum contains NaN"):
         save_checkpoint(tmp_path, Checkpoint({}, {}, state, {"step": 2}))
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000001"]
-    assert _found(tmp_path).progress["step"] == 1
+    assert _newest(tmp_path).progress["step"] == 1
 
 
-def test_a_mask_with_infinity_is_no_reason_to_refuse_but_a_statistic_with_nan_is(tmp_path: Path) -> None:
+def test_a_buffer_may_contain_infinity_but_not_nan(tmp_path: Path) -> None:
     mask = {"buffer:attn_mask": torch.tensor([0.0, float("-inf")])}
     save_checkpoint(tmp_path, Checkpoint(mask, {}, {"state": {}, "param_groups": []}, {"step": 1}))
-    assert torch.equal(_found(tmp_path).tensors["buffer:attn_mask"], mask["buffer:attn_mask"])
+    assert torch.equal(_newest(tmp_path).tensors["buffer:attn_mask"], mask["buffer:attn_mask"])
     broken = {"buffer:running_mean": torch.tensor([float("nan")])}
     with pytest.raises(CheckpointError, match="running_mean contains NaN"):
         save_checkpoint(tmp_path, Checkpoint(broken, {}, {"state": {}, "param_groups": []}, {"step": 2}))
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 5, 12, 1000):
         save_checkpoint(tmp_path, _checkpoint(step))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000012", "step-000001000"]
-    assert _found(tmp_path).progress["step"] == 1000
+    assert _newest(tmp_path).progress["step"] == 1000
 
 
-def test_nothing_there_is_nothing_found(tmp_path: Path) -> None:
+def test_no_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") == (None, [])
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(file: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(file: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, _checkpoint(1, 1.0))
     newest = save_checkpoint(tmp_path, _checkpoint(2, 2.0))
     content = bytearray((newest / file).read_bytes())
@@ -130,7 +130,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(file: str, tm
     assert f"{newest / file} is damaged" in problems[0]
 
 
-def test_a_half_written_one_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, _checkpoint(1))
     newest = save_checkpoint(tmp_path, _checkpoint(2))
     os.unlink(newest / "manifest.json")
@@ -140,7 +140,7 @@ def test_a_half_written_one_is_passed_over(tmp_path: Path) -> None:
     assert "manifest.json" in problems[0]
 
 
-def test_one_of_a_newer_petune_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_petune_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, _checkpoint(1))
     newest = save_checkpoint(tmp_path, _checkpoint(2))
     files = {p.name: p.read_bytes() for p in newest.iterdir() if p.name != "manifest.json"}
@@ -151,32 +151,32 @@ def test_one_of_a_newer_petune_is_refused_with_the_way_out(tmp_path: Path) -> No
         newest_checkpoint(tmp_path)
 
 
-def test_an_optimizer_that_cannot_be_saved_is_named_as_the_cause(tmp_path: Path) -> None:
+def test_an_optimizer_state_that_cannot_be_saved_is_an_error(tmp_path: Path) -> None:
     state = {"state": {0: {"factors": [torch.ones(2)]}}, "param_groups": []}
     with pytest.raises(CheckpointError, match="optimizer's state"):
         save_checkpoint(tmp_path, Checkpoint({}, {}, state, {"step": 1}))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_new_one_stays_though_damaged_ones_claim_to_be_newer(tmp_path: Path) -> None:
+def test_saving_removes_damaged_checkpoints_of_later_steps(tmp_path: Path) -> None:
     for step in (1, 4, 8):
         save_checkpoint(tmp_path, _checkpoint(step))
     for step in (4, 8):
         (tmp_path / f"step-{step:09}" / "model.safetensors").write_bytes(b"damaged")
     assert newest_checkpoint(tmp_path)[0] is None
     save_checkpoint(tmp_path, _checkpoint(3, value=5.0))
-    assert float(_found(tmp_path).tensors["w"][0, 0]) == 5.0
+    assert float(_newest(tmp_path).tensors["w"][0, 0]) == 5.0
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000003"]
 
 
 @pytest.mark.parametrize("name", ["adafactorbv", "adahessian"])
-def test_an_optimizer_that_cannot_be_kept_is_refused_before_training(name: str) -> None:
+def test_an_unsupported_optimizer_is_refused_before_training(name: str) -> None:
     with pytest.raises(ConfigError, match=f"optimizer {name} is not supported"):
         check_optimizer(TrainConfig(lr=1e-3, weight_decay=0.0, optimizer=name))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "nmuon", "lamb", "lion"])
-def test_an_optimizer_is_tried_out_without_a_trace(name: str) -> None:
+def test_checking_an_optimizer_keeps_the_random_state(name: str) -> None:
     before = torch.get_rng_state()
     check_optimizer(TrainConfig(lr=1e-3, weight_decay=0.0, optimizer=name))
     assert torch.equal(torch.get_rng_state(), before)

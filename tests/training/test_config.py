@@ -16,13 +16,13 @@ from petune.training.config import TrainConfig
      {"augment": "all"}, {"precision": "fp16"},
      {"grad_clip": 0.0}, {"warmup": -1.0}, {"log_every": 0}, {"epoch": 3}],
 )  # fmt: skip
-def test_values_out_of_range_are_refused(values: dict[str, object]) -> None:
+def test_invalid_values_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:
         TrainConfig.build(values)
     assert [problem.key for problem in caught.value.problems] == list(values)
 
 
-def test_optimizers_are_timms_by_name() -> None:
+def test_optimizers_have_the_names_of_timm() -> None:
     assert TrainConfig(optimizer="nmuon").optimizer == "nmuon"
     with pytest.raises(ConfigError, match=r"optimizer: timm has no such optimizer. Did you mean .*adamw"):
         TrainConfig.build({"optimizer": "adamww"})
@@ -32,10 +32,10 @@ def test_optimizers_are_timms_by_name() -> None:
     ("warmup", "total", "steps"),
     [(0.1, 100, 10), (0.0, 100, 0), (2000.0, 10_000, 2000), (2000.0, 100, 99), (0.5, 1, 0)],
 )
-def test_warmup_is_a_share_below_one_and_a_number_of_steps_from_one_on(warmup: float, total: int, steps: int) -> None:
+def test_warmup_is_a_fraction_below_one_and_a_number_of_steps_from_one(warmup: float, total: int, steps: int) -> None:
     assert TrainConfig(warmup=warmup).warmup_steps(total) == steps
 
 
 @given(st.floats(0, 1e6), st.integers(1, 10**6))
-def test_warmup_always_leaves_a_step(warmup: float, total: int) -> None:
+def test_warmup_leaves_at_least_one_step(warmup: float, total: int) -> None:
     assert 0 <= TrainConfig(warmup=warmup).warmup_steps(total) < total

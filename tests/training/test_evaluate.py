@@ -60,7 +60,7 @@ def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, sto
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 100])
 @pytest.mark.parametrize("classes", [2, 4, 5, 10])
-def test_accuracies_and_loss_are_those_of_a_hand_count(classes: int, batch_size: int) -> None:
+def test_accuracy_and_loss_equal_a_manual_computation(classes: int, batch_size: int) -> None:
     model, split = _toy(50, classes)
     result = _evaluate(model, split, classes, batch_size)
     labels = torch.from_numpy(split.labels)
@@ -72,7 +72,7 @@ def test_accuracies_and_loss_are_those_of_a_hand_count(classes: int, batch_size:
     assert model.seen == list(range(50))
 
 
-def test_the_model_evaluates_in_eval_mode_and_gets_its_flags_back() -> None:
+def test_evaluation_uses_eval_mode_and_restores_training_flags() -> None:
     model, split = _toy(10, 3)
     model.other = nn.Linear(1, 1).eval()
     before = [module.training for module in model.modules()]
@@ -81,7 +81,7 @@ def test_the_model_evaluates_in_eval_mode_and_gets_its_flags_back() -> None:
     assert [module.training for module in model.modules()] == before == [True, True, False]
 
 
-def test_a_signal_stops_it_and_the_flags_come_back() -> None:
+def test_a_signal_stops_evaluation_and_training_flags_are_restored() -> None:
     model, split = _toy(10, 3)
     stop = StopFlag()
     stop.signal_name = "SIGTERM"
@@ -91,7 +91,7 @@ def test_a_signal_stops_it_and_the_flags_come_back() -> None:
     assert model.seen == []
 
 
-def test_an_error_in_the_model_puts_the_flags_back() -> None:
+def test_training_flags_are_restored_after_an_error() -> None:
     model, split = _toy(10, 3)
     model.logits_NC = torch.empty(0, 3)
     with suppress(IndexError):

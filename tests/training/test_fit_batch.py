@@ -1,4 +1,4 @@
-"""Micro-batches: the same step in pieces, the largest piece that fits, chosen once and kept."""
+"""Micro-batches: the same step in pieces, and the largest piece that fits, found once and kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def without_noise(attachment: Any) -> Any:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
-def test_a_step_in_pieces_is_the_same_step(
+def test_micro_batches_give_the_same_step(
     size: int, mixup: float, tmp_path: Path, make_trainer: Make, toy: Make
 ) -> None:
     for name, option in (("whole", {}), ("pieces", {"micro_batch_size": size})):
@@ -53,7 +53,7 @@ class Hungry(nn.Module):
         return x
 
 
-def test_what_fits_is_found_once_told_and_kept(
+def test_the_largest_micro_batch_is_found_without_a_trace(
     tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "can_run_out", lambda device: True)
@@ -67,21 +67,21 @@ def test_what_fits_is_found_once_told_and_kept(
     assert all(p.grad is None for p in trainer.params.values())
 
 
-def test_a_resume_keeps_the_size(
+def test_a_resume_keeps_the_micro_batch(
     tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Event] = []
+    events: list[Event] = []
     monkeypatch.setattr(loop, "can_run_out", lambda device: True)
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: 2)
-    first = make_trainer(without_noise(toy()), on_event=told.append, epochs=1)
+    first = make_trainer(without_noise(toy()), on_event=events.append, epochs=1)
     assert first.fit().micro_batch_size == 2
-    assert [e.text for e in told if isinstance(e, Note)] == ["each step runs 6 images through the model 2 at a time"]
+    assert [e.text for e in events if isinstance(e, Note)] == ["each step runs 6 images through the model 2 at a time"]
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: 1)
     again = make_trainer(without_noise(toy()), epochs=1)
     assert again.fit().micro_batch_size == 2
 
 
-def test_one_image_that_does_not_fit_is_an_error() -> None:
+def test_a_single_image_that_does_not_fit_is_an_error() -> None:
     sizes: list[int] = []
 
     def step(size: int) -> None:
@@ -93,7 +93,7 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
     assert sizes == [12, 6, 3, 1]
 
 
-def test_no_piece_is_a_single_image(make_trainer: Make, toy: Make) -> None:
+def test_micro_batches_have_nearly_equal_sizes(make_trainer: Make, toy: Make) -> None:
     attachment, seen = toy(), list[int]()
     attachment.model.body[2].register_forward_pre_hook(
         lambda m, args: seen.append(len(args[0])) if m.training else None
@@ -102,7 +102,9 @@ def test_no_piece_is_a_single_image(make_trainer: Make, toy: Make) -> None:
     assert set(seen) == {3}
 
 
-def test_a_size_that_is_given_is_not_looked_for(make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_micro_batch_is_not_searched(
+    make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "can_run_out", lambda device: True)
     monkeypatch.setattr(loop, "largest_that_fits", lambda step, batch_size, parameters: pytest.fail("probed"))
     assert make_trainer(toy(), epochs=1, micro_batch_size=3).fit().micro_batch_size == 3

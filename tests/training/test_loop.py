@@ -1,4 +1,4 @@
-"""The loop: the losses of a plain torch loop, good numbers only on disk, the chosen epoch in the model."""
+"""The loop: losses of a plain torch loop, only finite numbers on disk, the kept epoch in the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _lines(directory: Path) -> list[dict[str, float]]:
 
 
 def _plain_losses(att: Any, batches: Any, steps: int, lr: float, smoothing: float) -> list[float]:
-    """What a dozen lines of plain torch make of the same batches."""
+    """Return the losses of a dozen lines of plain torch on the same batches."""
     decayed = [p for p in att.model.parameters() if p.ndim > 1]
     plain = [p for p in att.model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
@@ -49,7 +49,7 @@ def _plain_losses(att: Any, batches: Any, steps: int, lr: float, smoothing: floa
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_losses_are_those_of_a_plain_loop(smoothing: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_losses_equal_those_of_a_plain_loop(smoothing: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     trainer = make_trainer(toy(0), epochs=3, optimizer="sgd", log_every=1, label_smoothing=smoothing, keep="last")
     trainer.fit()
     logged = [line["loss"] for line in _lines(tmp_path) if "step" in line]
@@ -58,7 +58,7 @@ def test_losses_are_those_of_a_plain_loop(smoothing: float, tmp_path: Path, make
     assert sum(logged[-4:]) < sum(logged[:4])
 
 
-def test_epochs_and_steps_are_told_and_logged_once(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_every_step_and_epoch_is_one_event_and_logged_once(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     events: list[Event] = []
     att = toy(0)
     fitted = make_trainer(att, on_event=events.append).fit()
@@ -76,7 +76,7 @@ def test_epochs_and_steps_are_told_and_logged_once(tmp_path: Path, make_trainer:
     assert fitted.step_time_s * 8 <= fitted.time_s
 
 
-def test_the_model_holds_the_best_epoch_afterwards(make_trainer: Make, toy: Make) -> None:
+def test_the_best_epoch_is_kept(make_trainer: Make, toy: Make) -> None:
     trainer = make_trainer(toy(0), epochs=5, lr=0.3)
     fitted = trainer.fit()
     tops = [row["val_top1"] for row in fitted.epochs]
@@ -86,16 +86,14 @@ def test_the_model_holds_the_best_epoch_afterwards(make_trainer: Make, toy: Make
     assert trainer.evaluate("val").loss == fitted.epochs[fitted.epoch - 1]["val_loss"]
 
 
-def test_the_model_holds_the_last_epoch_where_asked_for(make_trainer: Make, toy: Make) -> None:
+def test_the_last_epoch_is_kept_on_request(make_trainer: Make, toy: Make) -> None:
     trainer = make_trainer(toy(0), epochs=4, lr=0.3, keep="last")
     fitted = trainer.fit()
     assert fitted.epoch == 4
     assert trainer.evaluate("val").loss == fitted.epochs[-1]["val_loss"]
 
 
-def test_val_is_evaluated_every_so_many_epochs_and_after_the_last(
-    tmp_path: Path, make_trainer: Make, toy: Make
-) -> None:
+def test_val_every(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     fitted = make_trainer(toy(0), epochs=5, val_every=2).fit()
     assert [line["epoch"] for line in _lines(tmp_path) if "val_top1" in line] == [2, 4, 5]
     assert [line["epoch"] for line in _lines(tmp_path) if "train_loss" in line] == [1, 2, 3, 4, 5]
@@ -103,7 +101,7 @@ def test_val_is_evaluated_every_so_many_epochs_and_after_the_last(
 
 
 class Poisoned(nn.Module):
-    """Passes on what `inside` says, times NaN in one training step, or in every evaluation."""
+    """Returns the output of `inside`, times NaN in one training step or in every evaluation."""
 
     def __init__(self, inside: nn.Module, at: int | None = None, in_eval: bool = False, factor: float = math.nan):
         super().__init__()
@@ -124,7 +122,7 @@ def _all_finite(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, 1e38])
-def test_a_bad_step_is_refused_before_it_is_taken(factor: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_diverged_step_is_not_taken(factor: float, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     att = toy(0)
     att.model = Poisoned(att.model, at=6, factor=factor)
     trainer = make_trainer(att, epochs=3, log_every=1)
@@ -144,14 +142,14 @@ def test_a_bad_step_is_refused_before_it_is_taken(factor: float, tmp_path: Path,
     _all_finite(tmp_path)
 
 
-def test_a_bad_first_step_says_that_there_is_no_checkpoint(make_trainer: Make, toy: Make) -> None:
+def test_divergence_in_the_first_step(make_trainer: Make, toy: Make) -> None:
     att = toy(0)
     att.model = Poisoned(att.model, at=1)
     with pytest.raises(Diverged, match="there is no checkpoint yet"):
         make_trainer(att).fit()
 
 
-def test_a_bad_validation_is_divergence_too(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_divergence_in_validation(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     att = toy(0)
     att.model = Poisoned(att.model, in_eval=True)
     with pytest.raises(Diverged, match="the loss on val is nan"):
@@ -160,19 +158,19 @@ def test_a_bad_validation_is_divergence_too(tmp_path: Path, make_trainer: Make, 
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_rate_that_is_far_too_high_ends_in_a_message(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_far_too_high_learning_rate_is_an_error(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     with pytest.raises(Diverged):
         make_trainer(toy(0), epochs=50, lr=9e3, optimizer="sgd", grad_clip=None, weight_decay=5.0).fit()
     _all_finite(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_mixing_an_odd_batch_is_refused_before_training(name: str, make_trainer: Make, toy: Make) -> None:
+def test_mixing_an_odd_batch_is_an_error(name: str, make_trainer: Make, toy: Make) -> None:
     with pytest.raises(ConfigError, match="need an even batch size, but it is 5"):
         make_trainer(toy(0), batch_size=5, **{name: 1.0})
 
 
-def test_mixing_leaves_numpys_generator_alone(make_trainer: Make, toy: Make) -> None:
+def test_mixing_does_not_touch_numpys_generator(make_trainer: Make, toy: Make) -> None:
     import numpy as np
 
     np.random.seed(0)
@@ -181,7 +179,7 @@ def test_mixing_leaves_numpys_generator_alone(make_trainer: Make, toy: Make) -> 
     assert np.random.random() == expected
 
 
-def test_mixed_targets_sum_to_one_with_smoothing(make_trainer: Make, toy: Make) -> None:
+def test_mixed_targets_are_probabilities_with_smoothing(make_trainer: Make, toy: Make) -> None:
     trainer = make_trainer(toy(0), mixup=0.8, label_smoothing=0.1)
     batch = next(trainer.batches.epoch(0))
     before = batch.x_BCHW.clone()
@@ -192,7 +190,7 @@ def test_mixed_targets_sum_to_one_with_smoothing(make_trainer: Make, toy: Make) 
     assert not torch.equal(x, before)
 
 
-def test_a_checkpoint_of_another_model_is_refused(make_trainer: Make, toy: Make) -> None:
+def test_a_checkpoint_of_another_model_is_an_error(make_trainer: Make, toy: Make) -> None:
     make_trainer(toy(0)).fit()
     other = toy(0)
     other.model.head = nn.Linear(12, 5)

@@ -1,4 +1,4 @@
-"""What does not fit: an evaluation loses no training, a single image has no statistics, old models are let go."""
+"""Memory: out of memory in an evaluation, batches that are too small for BatchNorm, models that must be freed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN: dict[str, Any] = {
 TRAIN = {"epochs": 2, "batch_size": 10, "precision": "fp32", "augment": "none"}
 
 
-def test_an_evaluation_that_does_not_fit_goes_on_from_the_trained_epoch(
+def test_running_out_of_memory_in_evaluation_keeps_the_trained_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = petune.run(**RUN, train=TRAIN, output=tmp_path / "whole")
@@ -54,14 +54,14 @@ def test_an_evaluation_that_does_not_fit_goes_on_from_the_trained_epoch(
 
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 1}, {"batch_size": 6, "micro_batch_size": 1}])
-def test_a_single_image_has_no_statistics(sizes: dict[str, int], tmp_path: Path) -> None:
+def test_batchnorm_with_a_single_image_is_explained(sizes: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="BatchNorm that trains needs at least two images"):
         petune.run(**RUN, head="bn_linear", train={**TRAIN, **sizes}, output=tmp_path / "run")
 
 
 @pytest.mark.exhaustive
-def test_models_of_runs_before_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would count in the peak memory of the next run of a comparison."""
+def test_models_of_earlier_runs_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would count in the peak memory of the next run of a comparison."""
     models: list[weakref.ref[nn.Module]] = []
     alive: list[int] = []
     original = Trainer.fit

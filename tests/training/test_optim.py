@@ -27,7 +27,7 @@ def _optimizer(train: TrainConfig = TRAIN) -> torch.optim.Optimizer:
     return create_optimizer(_parameters(), {"pos_embed"}, train)
 
 
-def test_only_matrices_decay_and_not_those_the_model_names() -> None:
+def test_only_matrices_decay_unless_the_model_exempts_them() -> None:
     parameters = _parameters()
     optimizer = create_optimizer(parameters, {"pos_embed"}, TRAIN)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -40,15 +40,15 @@ def test_only_matrices_decay_and_not_those_the_model_names() -> None:
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(parameters)
 
 
-def test_vectors_that_are_written_as_matrices_do_not_decay() -> None:
+def test_vectors_stored_as_matrices_do_not_decay() -> None:
     """Factors of PEFT's IA3 start at 1: decay would pull what they multiply to zero."""
     parameters = {"ia3_l": nn.Parameter(torch.ones(1, 6)), "lora_E": nn.Parameter(torch.ones(6, 1))}
     (group,) = create_optimizer(parameters, set(), TRAIN).param_groups
     assert group["weight_decay"] == 0
 
 
-def test_tokens_and_positions_of_any_model_do_not_decay() -> None:
-    """Of timm's by its own list; of torchvision's and others by their shape, but not the prompts that VPT adds."""
+def test_class_token_and_position_embedding_do_not_decay() -> None:
+    """timm's models list them; in others they are found by shape, without the prompts that VPT adds."""
     model = VisionTransformer(
         image_size=8, patch_size=4, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=2
     )
@@ -60,7 +60,7 @@ def test_tokens_and_positions_of_any_model_do_not_decay() -> None:
     assert undecayed_keys(timms) == timms.no_weight_decay()  # type: ignore[operator]
 
 
-def test_everything_decays_where_asked_for() -> None:
+def test_decay_vectors_decays_everything() -> None:
     (group,) = _optimizer(TRAIN.model_copy(update={"decay_vectors": True})).param_groups
     assert (len(group["params"]), group["weight_decay"]) == (4, 0.1)
 
@@ -70,7 +70,7 @@ def test_no_group_is_empty() -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
 
 
-def test_decay_is_applied_as_said() -> None:
+def test_the_optimizer_applies_weight_decay() -> None:
     parameters = _parameters()
     optimizer = create_optimizer(parameters, {"pos_embed"}, TRAIN.model_copy(update={"optimizer": "adamw"}))
     for p in parameters.values():
@@ -97,7 +97,7 @@ def _cosine(step: int, warmup: int, total: int, lr: float) -> float:
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0.1, 50), (0.0, 50), (7.0, 20), (100.0, 10), (0.1, 1), (0.5, 3)])
-def test_cosine_with_warmup_is_the_formula(warmup: float, total: int) -> None:
+def test_cosine_schedule_with_warmup(warmup: float, total: int) -> None:
     train = TRAIN.model_copy(update={"warmup": warmup})
     steps = train.warmup_steps(total)
     expected = [_cosine(step, steps, total, 0.5) for step in range(total)]
@@ -105,7 +105,7 @@ def test_cosine_with_warmup_is_the_formula(warmup: float, total: int) -> None:
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0.1, 50), (0.0, 50), (7.0, 20)])
-def test_constant_with_warmup_is_the_formula(warmup: float, total: int) -> None:
+def test_constant_schedule_with_warmup(warmup: float, total: int) -> None:
     train = TRAIN.model_copy(update={"warmup": warmup, "schedule": "constant"})
     steps = train.warmup_steps(total)
     expected = [0.5 * min(1, step / steps) if steps else 0.5 for step in range(total)]
@@ -119,7 +119,7 @@ def test_both_groups_follow_the_schedule() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA bfloat16 is fast and stays")
-def test_muon_orthogonalises_in_float32_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_orthogonalizes_in_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from timm.optim import muon
 
     seen: list[torch.dtype] = []

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged, and resumed, equals the uninterrupted one to the bit."""
+"""A run that was stopped, killed or damaged and then resumed equals the uninterrupted one to the bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Killed(BaseException):
 
 
 def _attachment(method: str, toy: Make, seed: int) -> Any:
-    """The same backbone every time; the seed is only that of the adapters, which a resume must replace."""
+    """Return an attachment on always the same backbone; a resume must replace the adapters, which come from `seed`."""
     if method == "toy":
         return toy(seed)
     from petune.injector.attach import attach
@@ -92,7 +92,7 @@ def _resumed(method: str, make: Make, toy: Make, directory: Path, **train: Any) 
     ids=["plain", "mixed"],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_stopped_at_any_step(
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
     method: str, mixing: dict[str, float], tmp_path: Path, make_trainer: Make, toy: Make
 ) -> None:
     expected = _uninterrupted(method, make_trainer, toy, tmp_path / "whole", **mixing)
@@ -112,7 +112,7 @@ def test_stopped_at_any_step(
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nmuon", "lamb"])
-def test_stopped_with_other_optimizers(optimizer: str, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_resume_with_other_optimizers(optimizer: str, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", optimizer=optimizer)
     stop = StopFlag()
     trainer = make_trainer(toy(1), directory=tmp_path / "b", stop=stop, on_event=_stop_at(3, stop), optimizer=optimizer)
@@ -122,7 +122,7 @@ def test_stopped_with_other_optimizers(optimizer: str, tmp_path: Path, make_trai
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_killed_at_any_step_logs_each_step_once(step: int, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_killed_run_logs_each_step_once(step: int, tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", log_every=1)
     with pytest.raises(Killed):
         make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(step), log_every=1).fit()
@@ -132,7 +132,7 @@ def test_killed_at_any_step_logs_each_step_once(step: int, tmp_path: Path, make_
     _assert_equal(found, expected)
 
 
-def test_stopped_in_the_midst_of_validation(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_resume_after_a_stop_in_validation(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole")
     stop, att = StopFlag(), toy(1)
     trainer = make_trainer(att, directory=tmp_path / "b", stop=stop, eval_batch_size=4)
@@ -156,7 +156,7 @@ def test_stopped_in_the_midst_of_validation(tmp_path: Path, make_trainer: Make, 
     assert steps == [5, 6, 7, 8]  # no step of the first epoch was done twice
 
 
-def test_a_damaged_newest_checkpoint_costs_an_epoch_and_is_told(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_damaged_checkpoint_costs_an_epoch_and_is_reported(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", epochs=3)
     with pytest.raises(Killed):
         make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(10), epochs=3).fit()
@@ -176,7 +176,7 @@ def test_a_damaged_newest_checkpoint_costs_an_epoch_and_is_told(tmp_path: Path, 
     assert str(file) in (tmp_path / "b" / "notes.txt").read_text()
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole")
     att, steps = toy(99), list[Event]()
     found = _outcome(
@@ -187,18 +187,18 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, make_trainer: Make,
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "vpt", "lora", "bitfit"])
-def test_what_is_frozen_stays_to_the_bit_and_what_is_tuned_moves(method: str, make_trainer: Make, toy: Make) -> None:
+def test_only_trainable_tensors_change(method: str, make_trainer: Make, toy: Make) -> None:
     att = _attachment(method, toy, seed=1)
     before = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}
     make_trainer(att, keep="last").fit()
     trained = {*att.tuned, *att.head}
-    moved = {key for key, tensor in att.model.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert moved == trained
+    changed = {key for key, tensor in att.model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == trained
     assert trained < set(before)
 
 
 @pytest.mark.parametrize("speedups", [(8.0, 1.0), (1.0, 8.0)])
-def test_a_resume_keeps_the_number_format_that_was_measured(
+def test_a_resume_keeps_the_measured_number_format(
     speedups: tuple[float, float], tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedups[0])

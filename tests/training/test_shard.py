@@ -1,4 +1,4 @@
-"""Spread frozen blocks compute the same gradients to the bit; here in a group of one, in test_group.py in two."""
+"""Sharded blocks give the same gradients bit for bit: here with one process, in test_distributed.py with two."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gradients(att: Attachment) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "vpt", "lora", "bitfit", "lst", "fact"])
-def test_gradients_and_fingerprint_are_those_of_the_whole(method: str) -> None:
+def test_sharding_changes_neither_gradients_nor_fingerprint(method: str) -> None:
     whole = attached(method)
     expected, frozen = gradients(whole), whole.fingerprint()
     att = attached(method)
@@ -52,6 +52,6 @@ def test_gradients_and_fingerprint_are_those_of_the_whole(method: str) -> None:
     assert sum(isinstance(p, DTensor) for p in att.model.parameters()) == len(spread)  # let go after the step
 
 
-def test_where_all_trains_nothing_can_be_spread() -> None:
+def test_sharding_without_frozen_weights_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no block of VisionTransformer has frozen weights with full"):
         shard_frozen_blocks(attach(tiny(), "full"), Group(0, 1), torch.device("cpu"))

@@ -23,7 +23,7 @@ METHODS = {"adaptformer": "adaptformer:variant=paddle_study,bottleneck=2", "vpt"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_checkpoint_of_a_golden_run_restores_what_its_adapter_holds(method: str) -> None:
+def test_an_old_checkpoint_restores_the_tensors_of_its_adapter(method: str) -> None:
     run = GOLDEN / method
     config = yaml.safe_load((run / "config.yaml").read_text())
     options = {"options": config["backbone_options"], "seed": config["seed"]}

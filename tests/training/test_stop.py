@@ -1,4 +1,4 @@
-"""Signals ask to stop; a second one leaves at once; devices and number formats are chosen or refused."""
+"""Signals, devices and number formats."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_signal_sets_the_flag_and_check_raises(number: signal.Signals) -> None
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_leaves_at_once() -> None:
+def test_a_second_signal_ends_the_process() -> None:
     child = os.fork()
     if child == 0:
         with StopFlag():
@@ -43,7 +43,7 @@ def test_a_second_signal_leaves_at_once() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
-def test_another_thread_may_use_it() -> None:
+def test_it_works_outside_the_main_thread() -> None:
     found: list[object] = []
 
     def work() -> None:
@@ -60,37 +60,35 @@ def test_another_thread_may_use_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta:x"])
-def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+def test_a_missing_device_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match="no such device"):
         choose_device(name)
 
 
-def test_devices_by_name() -> None:
+def test_devices_are_chosen_by_name() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     mps = torch.backends.mps.is_available()
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 
 
 @pytest.mark.parametrize(("speedup", "chosen"), [(0.003, "fp32"), (1.2, "fp32"), (1.5, "bf16"), (8.0, "bf16")])
-def test_auto_takes_bfloat16_only_where_it_is_faster(
-    speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_bfloat16_only_if_it_is_faster(speedup: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedup)
     assert choose_precision("auto", torch.device("cpu")) == chosen
 
 
-def test_what_is_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explicit_precision_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: pytest.fail("measured"))
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "speedup", "said"),
+    ("wanted", "speedup", "warning"),
     [("bf16", 0.02, "takes 50 times as long"), ("bf16", 0.9, ""), ("bf16", 8.0, ""), ("fp32", 0.02, "")],
 )
-def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
-    wanted: str, speedup: float, said: str, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+def test_emulated_bfloat16_gives_a_warning(
+    wanted: str, speedup: float, warning: str, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "bf16_speedup_on_cpu", lambda: speedup)
     notes: list[str] = []
@@ -99,10 +97,10 @@ def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
         notes.extend([event.text] if isinstance(event, Note) else [])
 
     make_trainer(toy(0), precision=wanted, on_event=watch).fit()
-    assert [said in note for note in notes] == ([True] if said else [])
+    assert [warning in note for note in notes] == ([True] if warning else [])
 
 
-def test_tf32_is_for_gpus() -> None:
+def test_tf32_on_a_cpu_is_an_error() -> None:
     with pytest.raises(ConfigError, match="tf32 needs an NVIDIA GPU"):
         choose_precision("tf32", torch.device("cpu"))
 
@@ -113,7 +111,7 @@ def _interrupted(reached: list[str]) -> None:
         reached.append("the next line")
 
 
-def test_before_training_a_signal_does_not_wait() -> None:
+def test_a_signal_before_training_interrupts_immediately() -> None:
     reached: list[str] = []
     with pytest.raises(Stopped, match="stopped by SIGTERM before training"):
         _interrupted(reached)
@@ -125,6 +123,6 @@ def _swallowed() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_swallowed_interrupt_still_stops() -> None:
+def test_a_suppressed_interrupt_still_stops() -> None:
     with pytest.raises(Stopped, match="before training"):
         _swallowed()

@@ -1,4 +1,4 @@
-"""Training curves: what is logged, and what is said where it cannot be."""
+"""Trackers: what they log, and errors if they are not available."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def test_steps_and_epochs_are_logged(tmp_path: Path) -> None:
 CURVES = {"train/loss": [(10, 0.1), (20, 0.05)], "epoch/val_top1": [(20, 75.0)]}
 
 
-def _tracked(name: str, place: Path) -> None:
-    tracker = Tracker(name, place)
+def _tracked(name: str, directory: Path) -> None:
+    tracker = Tracker(name, directory)
     for step in range(1, 21):
         tracker(_step(step))
     tracker(EpochEnded(1, 2, {"val_top1": 75.0}))
     tracker.close()
 
 
-def test_mlflow_logs_to_files_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_logs_to_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -86,7 +86,7 @@ def test_trackio_logs_to_its_database_and_not_to_stdout(
     assert b"0.05" in rows[1][2]
 
 
-def test_an_unknown_tracker_and_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_tracker_or_a_missing_package_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownName, match=r"no such tracker: wandbb\. Did you mean wandb"):
         Tracker("wandbb", tmp_path)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)

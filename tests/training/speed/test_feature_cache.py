@@ -1,4 +1,4 @@
-"""Cached features: the frozen part runs once, and the run is the same to the bit, stopped, killed or not."""
+"""Cached features: the frozen part runs once per image, and the run is the same to the bit, interrupted or not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _attachment(method: str, *, pool: str = "token", options: dict[str, Any] | N
 
 
 def _count(module: nn.Module) -> list[int]:
-    """How many images go through the module, from now on."""
+    """Return a list to which the module will add the number of images of each call."""
     seen: list[int] = []
     module.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
     original = module.forward
@@ -72,16 +72,14 @@ def _assert_same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_with_features_equals_one_without_to_the_bit(
-    method: str, precision: str, tmp_path: Path, make_trainer: Make
-) -> None:
+def test_caching_does_not_change_a_run(method: str, precision: str, tmp_path: Path, make_trainer: Make) -> None:
     settings = {"epochs": 3, "precision": precision, "log_every": 1}
     without = _trained(make_trainer, tmp_path / "a", method, cache_features="never", **settings)
     _assert_same(_trained(make_trainer, tmp_path / "b", method, cache_features="always", **settings), without)
     assert not (tmp_path / "b" / "features").exists()
 
 
-def test_each_image_goes_through_the_frozen_part_once(make_trainer: Make) -> None:
+def test_the_frozen_part_runs_once_per_image(make_trainer: Make) -> None:
     att = _attachment("linear")
     trainer = make_trainer(att, augment="none", epochs=10)
     seen = _count(att.model.blocks[1])
@@ -102,7 +100,7 @@ def test_little_is_cached_per_image(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "vpt", "bitfit", "full"])
-def test_what_trains_from_below_has_no_frozen_prefix(method: str, make_trainer: Make) -> None:
+def test_methods_that_train_the_first_block_are_not_cached(method: str, make_trainer: Make) -> None:
     att = _attachment(method, options={})
     trainer = make_trainer(att, augment="none")
     trainer.fit()
@@ -124,7 +122,7 @@ def test_what_trains_from_below_has_no_frozen_prefix(method: str, make_trainer: 
         ({"augment": "none", "grad_checkpointing": True}, "grad_checkpointing computes blocks again"),
     ],
 )
-def test_where_it_cannot_be_done_the_run_says_why_and_goes_on(
+def test_a_run_that_cannot_cache_says_why(
     settings: dict[str, Any], reason: str, tmp_path: Path, make_trainer: Make
 ) -> None:
     notes: list[str] = []
@@ -141,7 +139,7 @@ def test_where_it_cannot_be_done_the_run_says_why_and_goes_on(
         make_trainer(_attachment("linear"), directory=tmp_path / "2", cache_features="always", **settings).fit()
 
 
-def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, make_trainer: Make) -> None:
+def test_a_directory_that_is_not_writable_is_reported(tmp_path: Path, make_trainer: Make) -> None:
     (tmp_path / "features").write_text("in the way")
     notes: list[str] = []
     fitted = make_trainer(
@@ -152,7 +150,7 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, make_trainer
 
 
 @pytest.mark.parametrize("method", ["linear", "lst"])
-def test_stopped_or_killed_at_any_step_and_resumed(method: str, tmp_path: Path, make_trainer: Make) -> None:
+def test_a_resume_uses_the_cached_features(method: str, tmp_path: Path, make_trainer: Make) -> None:
     expected = _trained(make_trainer, tmp_path / "whole", method)
     for step in (1, 6):
         stop = StopFlag()
@@ -161,11 +159,11 @@ def test_stopped_or_killed_at_any_step_and_resumed(method: str, tmp_path: Path, 
             if isinstance(event, StepDone) and event.step == at:
                 flag.signal_name = "SIGTERM"
 
-        place = tmp_path / f"stopped-{step}"
+        directory = tmp_path / f"stopped-{step}"
         with pytest.raises(Stopped):
-            _trained_with(make_trainer, place, method, stop=stop, on_event=watch)
-        assert (place / "features" / "train" / "mark.json").exists()
-        seen = _resumed_counting(make_trainer, place, method, expected)
+            _trained_with(make_trainer, directory, method, stop=stop, on_event=watch)
+        assert (directory / "features" / "train" / "mark.json").exists()
+        seen = _resumed_counting(make_trainer, directory, method, expected)
         assert seen < 20  # the proofs, and no image of the splits
 
         def kill(event: Event, at: int = step) -> None:
@@ -177,22 +175,22 @@ def test_stopped_or_killed_at_any_step_and_resumed(method: str, tmp_path: Path, 
         _resumed_counting(make_trainer, tmp_path / f"killed-{step}", method, expected)
 
 
-def _trained_with(make: Make, place: Path, method: str, **hooks: Any) -> None:
-    make(_attachment(method), directory=place, augment="none", **hooks).fit()
+def _trained_with(make: Make, directory: Path, method: str, **hooks: Any) -> None:
+    make(_attachment(method), directory=directory, augment="none", **hooks).fit()
 
 
-def _resumed_counting(make: Make, place: Path, method: str, expected: Any) -> int:
+def _resumed_counting(make: Make, directory: Path, method: str, expected: Any) -> int:
     att = _attachment(method)
-    trainer = make(att, directory=place, augment="none")
+    trainer = make(att, directory=directory, augment="none")
     seen = _count(att.model.blocks[1])
     fitted = trainer.fit()
     del att.model.blocks[1].__dict__["forward"]
     state = dict(att.model.state_dict())
-    _assert_same((state, (place / "metrics.jsonl").read_bytes(), fitted.epochs), expected)
+    _assert_same((state, (directory / "metrics.jsonl").read_bytes(), fitted.epochs), expected)
     return sum(seen)
 
 
-def test_stopped_while_features_are_computed(tmp_path: Path, make_trainer: Make) -> None:
+def test_a_resume_computes_the_missing_features(tmp_path: Path, make_trainer: Make) -> None:
     expected = _trained(make_trainer, tmp_path / "whole", "linear")
     stop, att = StopFlag(), _attachment("linear")
     trainer = make_trainer(att, directory=tmp_path / "b", augment="none", stop=stop)
@@ -219,16 +217,16 @@ def test_features_of_other_weights_are_not_used(tmp_path: Path, make_trainer: Ma
     with pytest.raises(Killed):
         _trained_with(make_trainer, tmp_path / "b", "linear", on_event=kill)
     found, wanted = [], []
-    for place, into in ((tmp_path / "b", found), (tmp_path / "c", wanted)):
+    for directory, into in ((tmp_path / "b", found), (tmp_path / "c", wanted)):
         att = _attachment("linear")
         with torch.no_grad():
             att.model.blocks[0].mlp.fc1.weight.mul_(1.5)
-        into += make_trainer(att, directory=place, augment="none").fit().epochs
+        into += make_trainer(att, directory=directory, augment="none").fit().epochs
     assert found == wanted
 
 
 class Skips(nn.Module):
-    """What trains reads a frozen module's state from aside: no cut can know."""
+    """Multiplies its output by a number that it computes from the image: no cached tensor has it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +239,7 @@ class Skips(nn.Module):
         return out * float(x.detach().abs().mean())
 
 
-def test_a_model_that_cannot_be_split_is_found_out(make_trainer: Make) -> None:
+def test_a_model_that_cannot_be_split_is_not_cached(make_trainer: Make) -> None:
     torch.manual_seed(0)
     att = petune.attach(Skips(), "linear", input_size=(3, 8, 8))
     notes: list[str] = []
@@ -290,7 +288,7 @@ def test_one_blank_image_suffices_unless_the_model_counts_images(
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_and_gradients_of_the_rest_are_those_of_the_whole(method: str, pool: str) -> None:
+def test_the_rest_gives_the_logits_and_gradients_of_the_whole_model(method: str, pool: str) -> None:
     att = _attachment(method, pool=pool)
     for p in att.tuned.values():
         nn.init.normal_(p, std=0.2)
@@ -309,7 +307,7 @@ def test_logits_and_gradients_of_the_rest_are_those_of_the_whole(method: str, po
     assert not any("forward" in m.__dict__ for m in att.model.modules())
 
 
-def test_a_resume_counts_what_is_cached_already_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_features_count_as_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000))
     assert "GB are free" in why_too_large(100, 100, 1.0, tmp_path)
     (tmp_path / "train").mkdir()
@@ -318,7 +316,7 @@ def test_a_resume_counts_what_is_cached_already_as_room(tmp_path: Path, monkeypa
     assert "train.feature_cache_gb" in why_too_large(100, 100, 1e-9, tmp_path)
 
 
-def test_a_diverged_run_leaves_no_features(make_trainer: Make) -> None:
+def test_a_diverged_run_deletes_its_features(make_trainer: Make) -> None:
     trainer = make_trainer(_attachment("linear"), augment="none", lr=1e4, optimizer="sgd", epochs=30, grad_clip=None)
     with torch.no_grad():
         trainer.model.head.weight.mul_(1e38)
@@ -327,7 +325,7 @@ def test_a_diverged_run_leaves_no_features(make_trainer: Make) -> None:
     assert not (trainer.job.directory / "features").exists()
 
 
-def test_the_time_includes_the_computing_of_features(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_s_includes_computing_features(make_trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     fill = feature_cache.fill_cache
 
     def slow(*args: Any) -> Any:
@@ -338,7 +336,7 @@ def test_the_time_includes_the_computing_of_features(make_trainer: Make, monkeyp
     assert make_trainer(_attachment("linear"), augment="none").fit().time_s > 0.6
 
 
-def test_what_is_not_compiled_is_told(make_trainer: Make) -> None:
+def test_a_cached_run_says_that_nothing_is_compiled(make_trainer: Make) -> None:
     notes: list[str] = []
 
     def watch(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""oneDNN's products give torch's bits; a heap that is kept need not be faulted in again."""
+"""oneDNN's kernel gives torch's bits; a kept heap need not be paged in again."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ METHODS: dict[str, tuple[dict[str, object], int]] = {
 
 @pytest.mark.parametrize("reorder", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_logits_and_gradients_are_the_same_bits(method: str, reorder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_gradients_have_the_same_bits(method: str, reorder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_linear, "should_reorder", lambda layer, rows: reorder)
     options, layers = METHODS[method]
     att = _attached(method, **options)
@@ -73,7 +73,7 @@ def test_logits_and_gradients_are_the_same_bits(method: str, reorder: bool, monk
 
 
 class Turned(nn.Module):
-    """Multiplies rows that lie elsewhere in memory, forward (transposed, cut) and backward (the gradient of a sum)."""
+    """Has inputs that are not contiguous, forward (transposed, sliced) and backward (the gradient of a sum)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Turned(nn.Module):
         return out
 
 
-def test_rows_that_do_not_lie_behind_each_other() -> None:
+def test_inputs_that_are_not_contiguous() -> None:
     torch.manual_seed(0)
     model, x = Turned().requires_grad_(False), torch.randn(2, 6, 8, requires_grad=True)
 
@@ -123,9 +123,7 @@ def _only_of_two_dimensions(original: Callable[..., Tensor]) -> Callable[..., Te
 
 
 @pytest.mark.parametrize("wrong", ["forward", "backward", "with more rows"])
-def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
-    wrong: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_fails_or_rounds_differently_is_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original, backward = onednn_linear.linear, onednn_linear.Weights.backward
     if wrong == "forward":
         monkeypatch.setattr(onednn_linear, "linear", lambda *args: original(*args) * 1.01)
@@ -140,7 +138,7 @@ def test_a_product_that_rounds_otherwise_or_cannot_be_had_is_not_taken(
         assert torch.equal(step(att, bf16=True)[0], plain[0])  # type: ignore[arg-type]
 
 
-def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_kernel_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*args: object) -> Tensor:
         raise RuntimeError("mkldnn bf16 path needs a cpu with avx512")
 
@@ -152,7 +150,7 @@ def test_a_torch_without_it_trains_as_before(monkeypatch: pytest.MonkeyPatch) ->
         assert count == 0
 
 
-def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+def test_a_replaced_forward_is_kept() -> None:
     att = _attached("adaptformer")
     layer = att.model.blocks[0].mlp.fc1
     own = layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
@@ -162,7 +160,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     assert layer.forward is own
 
 
-def test_a_layer_called_by_keyword_a_copy_and_new_weights() -> None:
+def test_keyword_calls_copies_and_new_weights() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16).requires_grad_(False), torch.randn(2, 8)
     layer = model[0]
     with (
@@ -194,7 +192,7 @@ def test_copies_are_kept_as_long_as_there_is_room(monkeypatch: pytest.MonkeyPatc
     assert kept == [True, True, True, *[False] * 5]
 
 
-def test_layers_come_back_after_an_error() -> None:
+def test_layers_are_restored_after_an_error() -> None:
     att = _attached("adaptformer")
     with pytest.raises(KeyError), _fast(att):
         raise KeyError
@@ -225,7 +223,7 @@ with keep_heap(lean=sys.argv[1] == "lean") as on:
 
 @pytest.mark.skipif(not GLIBC, reason="malloc is not glibc's, or set by the user")
 @pytest.mark.parametrize(("kind", "low", "high"), [("kept", 0, 5_120), ("lean", 40_000, 10**6)])
-def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back(kind: str, low: int, high: int) -> None:
+def test_a_kept_heap_is_not_paged_in_again_and_a_lean_one_is(kind: str, low: int, high: int) -> None:
     # of 51,200 pages; in a process of its own, since a heap with room is used whatever the thresholds
     done = subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True)
     on, faults = done.stdout.split()
@@ -236,13 +234,13 @@ def test_a_kept_heap_is_faulted_in_once_and_a_lean_one_given_back(kind: str, low
 @pytest.mark.parametrize(
     ("name", "value"), [("MALLOC_MMAP_THRESHOLD_", "1048576"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")]
 )
-def test_what_the_user_has_set_stays(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_stay(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with keep_heap(lean=False) as on:
         assert not on
 
 
-def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_libc_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str) -> str:
         raise ValueError("unrecognized configuration name")
 

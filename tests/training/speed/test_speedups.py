@@ -1,4 +1,4 @@
-"""What saves memory and time changes nothing: recomputed blocks, frozen weights in bfloat16, compiled forwards."""
+"""Speed-ups that change no result: checkpointed blocks, frozen weights in bfloat16, compiled forwards."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _counted(module: nn.Module) -> list[None]:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in {"linear", "lst"}])
-def test_recomputed_blocks_give_the_same_logits_and_gradients(method: str) -> None:
+def test_checkpointed_blocks_give_the_same_logits_and_gradients(method: str) -> None:
     att = _attached(method)
     plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
@@ -68,7 +68,7 @@ def test_recomputed_blocks_give_the_same_logits_and_gradients(method: str) -> No
     assert all(m._compiled_call_impl is None for m in att.model.modules())
 
 
-def test_a_model_without_blocks_to_recompute_is_told() -> None:
+def test_a_model_without_blocks_to_checkpoint_is_an_error() -> None:
     att = _attached("lst")
     assert checkpointable(att) == []
     with pytest.raises(ConfigError, match="grad_checkpointing is not possible"), checkpoint_blocks(att):
@@ -90,7 +90,7 @@ def _transformers() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [_torchvision, _transformers])
-def test_recomputed_blocks_of_other_libraries(make: Callable[[], nn.Module]) -> None:
+def test_checkpointing_works_with_other_libraries(make: Callable[[], nn.Module]) -> None:
     att = _attached("adaptformer", make())
     plain = step(att)
     calls = _counted(att.sites.blocks[-1].enter)
@@ -99,7 +99,7 @@ def test_recomputed_blocks_of_other_libraries(make: Callable[[], nn.Module]) -> 
     assert (count, len(calls)) == (2, 2)
 
 
-def test_nothing_is_recomputed_and_no_gradient_flows_below_the_lowest_tuner() -> None:
+def test_blocks_below_the_lowest_tuner_run_once_and_get_no_gradient() -> None:
     att = _attached("partial", tiny(depth=3))
     frozen, trained = (_counted(att.sites.blocks[i].enter) for i in (0, 2))
     below: list[bool] = []
@@ -110,12 +110,12 @@ def test_nothing_is_recomputed_and_no_gradient_flows_below_the_lowest_tuner() ->
     assert not any(below)
 
 
-PLACES = [("memory", "adaptformer"), ("no such directory", "lora"), *(("file", method) for method in METHODS)]
+TARGETS = [("memory", "adaptformer"), ("no such directory", "lora"), *(("file", method) for method in METHODS)]
 
 
-@pytest.mark.parametrize(("place", "method"), PLACES)
-def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str, place: str, tmp_path: Path) -> None:
-    directory = {"memory": None, "file": tmp_path, "no such directory": tmp_path / "none"}[place]
+@pytest.mark.parametrize(("target", "method"), TARGETS)
+def test_frozen_weights_in_bfloat16_give_the_same_bits(method: str, target: str, tmp_path: Path) -> None:
+    directory = {"memory": None, "file": tmp_path, "no such directory": tmp_path / "none"}[target]
     att = _attached(method)
     before = {key: t.clone() for key, t in att.model.state_dict().items()}
     identity, plain = att.fingerprint(), step(att, bf16=True)
@@ -133,7 +133,7 @@ def test_frozen_weights_in_bfloat16_give_the_same_bits_and_come_back(method: str
 
 
 class Reads(nn.Module):
-    """Uses a frozen weight outside of autocast."""
+    """Reads a frozen weight outside of autocast."""
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Reads(nn.Module):
         return self.inside(x) * weight.float().norm()  # type: ignore[no-any-return]
 
 
-def test_weights_that_are_read_otherwise_stay_as_they_are() -> None:
+def test_weights_that_are_read_in_another_way_stay_in_float32() -> None:
     torch.manual_seed(0)
     model = Reads(tiny()).requires_grad_(False)
 
@@ -154,7 +154,7 @@ def test_weights_that_are_read_otherwise_stay_as_they_are() -> None:
         assert model.inside.norm.weight.dtype == model.inside.pos_embed.dtype == torch.float32
 
 
-def test_weights_stay_as_they_are_where_the_logits_would_differ() -> None:
+def test_weights_stay_in_float32_if_the_logits_would_change() -> None:
     model, calls = tiny().requires_grad_(False), [0.0, 1.0]
     with torch.autocast("cpu", torch.bfloat16):
         model(X)
@@ -167,7 +167,7 @@ def test_weights_stay_as_they_are_where_the_logits_would_differ() -> None:
             assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_they_come_back_after_an_error_too() -> None:
+def test_weights_are_restored_after_an_error() -> None:
     model = tiny().requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError), store_in_bf16(model, lambda: model(X)):
@@ -184,7 +184,7 @@ def _vit8(method: str) -> petune.Attachment:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_with_recomputed_blocks_is_the_same_run(precision: str, tmp_path: Path, make_trainer: Make) -> None:
+def test_checkpointing_does_not_change_a_run(precision: str, tmp_path: Path, make_trainer: Make) -> None:
     found = []
     for on in (False, True):
         att = _vit8("adaptformer")
@@ -199,7 +199,7 @@ def test_a_run_with_recomputed_blocks_is_the_same_run(precision: str, tmp_path: 
     assert a == b
 
 
-def test_a_run_in_bfloat16_saves_an_adapter_of_the_weights_as_they_came(tmp_path: Path, make_trainer: Make) -> None:
+def test_a_run_in_bfloat16_saves_an_adapter_for_the_original_weights(tmp_path: Path, make_trainer: Make) -> None:
     att = _vit8("adaptformer")
     make_trainer(att, directory=tmp_path / "run", precision="bf16").fit()
     att.save(tmp_path / "adapter")
@@ -208,7 +208,7 @@ def test_a_run_in_bfloat16_saves_an_adapter_of_the_weights_as_they_came(tmp_path
     petune.load(fresh.model, tmp_path / "adapter")
 
 
-def test_recomputed_blocks_compile_into_one_graph() -> None:
+def test_checkpointed_blocks_compile_into_one_graph() -> None:
     att, graphs = _attached("adaptformer"), list[str]()
     plain = step(att)
 
@@ -228,7 +228,7 @@ def test_recomputed_blocks_compile_into_one_graph() -> None:
 
 
 @pytest.mark.skipif(not os.environ.get("PETUNE_SLOW"), reason="compiles for a minute; set PETUNE_SLOW=1")
-def test_a_compiled_run_trains_to_nearly_the_same(tmp_path: Path, make_trainer: Make) -> None:
+def test_a_compiled_run_has_nearly_the_same_losses(tmp_path: Path, make_trainer: Make) -> None:
     losses = []
     for on in (False, True):
         trainer = make_trainer(_vit8("adaptformer"), directory=tmp_path / str(on), compile=on, lr=0.01)
@@ -236,7 +236,7 @@ def test_a_compiled_run_trains_to_nearly_the_same(tmp_path: Path, make_trainer: 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_running_statistics_move_once_a_step() -> None:
+def test_running_statistics_are_updated_once_per_step() -> None:
     states = []
     for again in (False, True):
         torch.manual_seed(0)
