@@ -83,10 +83,6 @@ def _has_parallel_attentions(trace: Trace, pair: Pair) -> bool:
     return pair.holder.keeps_shape and not all(own)
 
 
-def _always(trace: Trace, pair: Pair) -> bool:
-    return True
-
-
 def _build_module(trace: Trace, pair: Pair) -> Found:
     """Build a block that is one module."""
     block = pair.holder
@@ -131,7 +127,10 @@ SHAPES: tuple[tuple[Predicate, Builder], ...] = (
     (_joins_windows, _build_span),  # torchvision's MaxViT; the block ends before the windows are joined
     (_is_module, _build_module),  # vit_base_patch16_224
     (_has_parallel_attentions, _build_parallel_attentions),  # vit_small_patch16_18x2_224
-    (_always, _build_span),  # tnt_s_patch16_224: a module with two attentions, one of them with this MLP
+    (
+        lambda trace, pair: True,
+        _build_span,
+    ),  # tnt_s_patch16_224: a module with another attention as well
 )
 """Shapes of blocks with an MLP, each with a model of timm that has it, in the order in which they are tried."""
 
@@ -158,18 +157,8 @@ def _mlp_is_fused(attention: Attention, block: Call) -> bool:
 
 def _bare(first: Call, last: Call, dim: int, model: str) -> Block:
     """Return a block without sites inside."""
-    return Block(
-        role="block",
-        path=first.path,
-        enter=first.module,
-        exit_path=last.path,
-        exit=last.module,
-        dim=dim,
-        layout=layout_of(first, dim),
-        model=model,
-        index=0,
-        extra_inputs=first.extra_inputs,
-    )
+    site = make_site("block", first, last, dim, model)
+    return Block(**vars(site), index=0, extra_inputs=first.extra_inputs)
 
 
 def _with_mid(bare: Block, mid: Call | None) -> Block:
