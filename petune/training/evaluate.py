@@ -22,7 +22,7 @@ from petune.training.stop import StopFlag
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How good a model is on `num_images` images.
+    """Accuracy and loss of a model on `num_images` images.
 
     Attributes:
         top1, top5: In percent. With fewer than five classes, top5 is the top-C accuracy.

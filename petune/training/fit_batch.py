@@ -56,7 +56,7 @@ def explain_single_image(error: ValueError, x: Tensor, model: nn.Module) -> Conf
 
 
 def _out_of_memory(step: Callable[[int], object], size: int, parameters: Sequence[nn.Parameter]) -> str:
-    """What torch says if a step of `size` images does not fit, else an empty string."""
+    """Return torch's message if a step of `size` images does not fit, else an empty string."""
     try:
         moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
         step(size)

@@ -16,7 +16,7 @@ from petune.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What a `Trainer` works on.
+    """Inputs of a `Trainer`.
 
     Attributes:
         attachment: What trains; its model is already on `device`.

@@ -259,7 +259,7 @@ class Trainer:
             self.forward = Forward(self.model)
 
     def _choose_micro_batch(self) -> int:
-        """What fits a GPU is measured once and kept by the checkpoint; elsewhere the configuration decides."""
+        """Measure once what fits a GPU, and keep it in the checkpoint; elsewhere the configuration decides."""
         p, config = self.progress, self.config
         if p.micro_batch and can_run_out(self.device):
             return p.micro_batch
@@ -292,7 +292,7 @@ class Trainer:
 
     @property
     def progress(self) -> Progress:
-        """How far the training is."""
+        """Progress of the training."""
         return self.state.progress
 
     @property

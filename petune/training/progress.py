@@ -1,4 +1,4 @@
-"""How far a training is, and what it returns in the end."""
+"""Progress of a training, and its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from petune.training.evaluate import Accuracy
 
 @dataclass(frozen=True)
 class FitResult:
-    """What training returns; the model holds the tensors of the kept epoch.
+    """Result of a training; the model holds the tensors of the kept epoch.
 
     Attributes:
         epoch: The kept epoch, from 1.
@@ -40,7 +40,7 @@ class FitResult:
 
 @dataclass
 class Progress:
-    """Where the training is; saved with every checkpoint.
+    """Position of the training; saved with every checkpoint.
 
     Attributes:
         epoch, batch: Complete epochs, and complete batches of the next one.

@@ -1,4 +1,4 @@
-"""What training changes, as one object that a checkpoint is made from and restored to."""
+"""The state that training changes, as one object for checkpoints."""
 
 from __future__ import annotations
 

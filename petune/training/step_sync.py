@@ -1,4 +1,4 @@
-"""What the processes of a group exchange at every training step, in one message. A single process exchanges nothing."""
+"""Exchange gradients and flags among processes at every training step, in one message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from petune.base.distributed import Group
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What to do after a step.
+    """Requests of a process after a step.
 
     Attributes:
         stop: Save a checkpoint and stop, because a signal came.

@@ -1,4 +1,4 @@
-"""What a speed-up may know of a training, and the forward that it gives back."""
+"""The inputs of a speed-up, and the forward that it returns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLE_IMAGES = 2
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the speed-ups of one training need to know.
+    """Inputs of the speed-ups of one training.
 
     Attributes:
         job: What trains, on which images, and how.
@@ -73,7 +73,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Forward:
-    """How training and evaluation get their logits.
+    """Forward passes for training and evaluation.
 
     Attributes:
         images: From images (B, 3, H, W) to logits (B, C), for training.
@@ -85,7 +85,7 @@ class Forward:
 
     @property
     def trains_on_positions(self) -> bool:
-        """Whether training batches need to hold positions only."""
+        """True if training batches need only image positions."""
         return "train" in self.cached
 
     @property

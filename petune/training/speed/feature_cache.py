@@ -37,7 +37,7 @@ PROOF_IMAGES = 4
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What to cache.
+    """Plan of what to cache.
 
     Attributes:
         prefix: The part of the model that need not run again.
@@ -129,7 +129,7 @@ def _refuse(context: StepContext, reason: str) -> None:
 
 
 def _why_not(context: StepContext, prefix: FrozenPrefix) -> str:
-    """Why features cannot be cached in this training, or an empty string."""
+    """Return why features cannot be cached in this training, or an empty string."""
     config = context.job.config
     changing = [] if config.augment == "none" else [f"augment={config.augment}"]
     changing += [f"{name}={value:g}" for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)) if value]

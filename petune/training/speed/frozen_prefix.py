@@ -54,7 +54,7 @@ class FrozenPrefix:
 
     @property
     def bytes_per_image(self) -> int:
-        """How much is cached per image."""
+        """Bytes cached per image."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.kinds)
 
     def compute(self, x_BCHW: Tensor) -> list[Tensor]:
@@ -130,7 +130,7 @@ def _modules_before(entries: Sequence[nn.Module], attachment: Attachment) -> lis
 
 
 def _is_frozen(module: nn.Module) -> bool:
-    """Whether it has parameters, and none of them trains."""
+    """Return True if it has parameters and none of them trains."""
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 

@@ -69,7 +69,7 @@ class Weights:
         self.for_gradient: Tensor | None = None
 
     def belong_to(self, layer: nn.Linear) -> bool:
-        """Whether the layer still has the weight that this was made from."""
+        """Return True if the layer still has the weight that this was made from."""
         return layer.weight.data_ptr() == self.weight.data_ptr() and layer.weight._version == self.version
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Weights:
         return linear(grad, self.for_gradient, None)
 
     def give_same_bits(self, bias: Tensor | None) -> bool:
-        """Whether forward and backward of a small input are those of torch; False if there is no such kernel."""
+        """Return True if forward and backward of a small input equal torch's; False if there is no such kernel."""
         outputs, inputs = self.weight.shape
         x = torch.linspace(-1, 1, 2 * inputs).view(2, inputs).bfloat16()
         grad = torch.linspace(-1, 1, 2 * outputs).view(2, outputs).bfloat16()
@@ -130,7 +130,7 @@ def has_kernel() -> bool:
 
 
 def _is_eligible(layer: nn.Linear) -> bool:
-    """Whether it is a plain layer, frozen and in bfloat16, that nobody gave another forward."""
+    """Return True for a plain, frozen bfloat16 layer with torch's own forward."""
     is_plain = type(layer) is nn.Linear and "forward" not in vars(layer)
     return is_plain and all(p.dtype == torch.bfloat16 and not p.requires_grad for p in layer.parameters())
 
@@ -147,7 +147,7 @@ def memory_for_copies() -> float:
 
 
 def _count_rows(layers: list[nn.Linear], forward: Callable[[], Tensor]) -> tuple[dict[nn.Linear, int], Tensor]:
-    """How many rows enter each layer, and the logits."""
+    """Count the rows that enter each layer; return them with the logits."""
     rows: dict[nn.Linear, int] = {}
 
     def count(layer: Any, args: Any, output: Tensor) -> None:
