@@ -104,7 +104,7 @@ class Addition:
 
 @dataclass(eq=False)
 class AttentionOp:
-    """One softmax over attention scores, or one fused attention.
+    """One softmax over attention logits, or one fused attention.
 
     Attributes:
         time: When the weights were last used.

@@ -117,7 +117,7 @@ class PromptCheck:
 
 
 class HiddenPrompts(TorchFunctionMode):
-    """While active, no token attends to the prompts: their attention scores are -inf.
+    """While active, no token attends to the prompts: their attention logits are -inf.
 
     Attributes:
         num_attentions: Number of attentions that had prompts to hide.
@@ -138,7 +138,7 @@ class HiddenPrompts(TorchFunctionMode):
             kwargs = self._mask_mha(inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments)
             args = ()
         elif name == "softmax":
-            args = (self._mask_scores(args[0]), *args[1:])
+            args = (self._mask_logits(args[0]), *args[1:])
         elif name in PRODUCTS and len(args) > 1:
             args = (self._mask_weights(*args[:2]), *args[1:])
         return func(*args, **kwargs)
@@ -147,7 +147,7 @@ class HiddenPrompts(TorchFunctionMode):
         query, mask = arguments["query"], arguments.get("attn_mask")
         if not self._has_prompts(arguments["key"].shape[-2]):
             return arguments
-        hidden = self._scores_to_add(query)
+        hidden = self._mask(query)
         if mask is None:
             return {**arguments, "attn_mask": hidden.expand(query.shape[-2], -1)}
         if mask.dtype == torch.bool:
@@ -157,13 +157,13 @@ class HiddenPrompts(TorchFunctionMode):
     def _mask_mha(self, arguments: dict[str, Any]) -> dict[str, Any]:
         if not self._has_prompts(arguments["key"].shape[0]):
             return arguments
-        mask = self._scores_to_add(arguments["query"]).expand(arguments["query"].shape[0], -1)
+        mask = self._mask(arguments["query"]).expand(arguments["query"].shape[0], -1)
         return {**arguments, "attn_mask": mask, "need_weights": True, "is_causal": False}
 
-    def _mask_scores(self, scores: Tensor) -> Tensor:
-        if scores.ndim < 3 or not self._has_prompts(scores.shape[-1]):
-            return scores
-        return scores + self._scores_to_add(scores)
+    def _mask_logits(self, logits: Tensor) -> Tensor:
+        if logits.ndim < 3 or not self._has_prompts(logits.shape[-1]):
+            return logits
+        return logits + self._mask(logits)
 
     def _mask_weights(self, weights: Any, values: Any) -> Any:
         """Zero the weights of prompts where they are applied: heads may be mixed after the softmax (CaiT)."""
@@ -172,17 +172,17 @@ class HiddenPrompts(TorchFunctionMode):
         is_square = weights.shape[-1] == weights.shape[-2] == values.shape[-2]
         if not is_square or not self._has_prompts(weights.shape[-1]):
             return weights
-        return weights.masked_fill(self._scores_to_add(weights) < 0, 0)
+        return weights.masked_fill(self._mask(weights) < 0, 0)
 
     def _has_prompts(self, num_keys: int) -> bool:
         return num_keys == self.slot.num_tokens + self.slot.num_prompts
 
-    def _scores_to_add(self, like: Tensor) -> Tensor:
-        """Return (N + P) scores: -inf for prompts, 0 for tokens. Called once for each attention that has prompts."""
+    def _mask(self, like: Tensor) -> Tensor:
+        """Return the additive mask (N + P): -inf for prompts. Called once for each attention that has prompts."""
         self.num_attentions += 1
-        scores = torch.zeros(self.slot.num_tokens + self.slot.num_prompts, dtype=like.dtype, device=like.device)
-        scores[self.slot.index : self.slot.index + self.slot.num_prompts] = -torch.inf
-        return scores
+        mask = torch.zeros(self.slot.num_tokens + self.slot.num_prompts, dtype=like.dtype, device=like.device)
+        mask[self.slot.index : self.slot.index + self.slot.num_prompts] = -torch.inf
+        return mask
 
 
 def outputs_agree(x: Tensor, y: Tensor) -> bool:
