@@ -102,5 +102,5 @@ FLAGS = (
     Flag("seed", int, "Random seed.", "0"),
     Flag("device", str, "Device: auto, cpu, cuda, cuda:N or mps.", "auto"),
     Flag("output", Path, "Run directory.", "a new one under runs/"),
-    Flag("resume", bool, "Resume the run in --output, or the latest run with that name."),
+    Flag("resume", bool, "Resume the run in --output, or the latest one of the same name in runs/."),
 )

@@ -47,7 +47,7 @@ LESS_MEMORY = (
 DISTRIBUTED = ("run", "compare", "pretrain")
 """Commands that several processes may share, started by torchrun or accelerate."""
 SYNONYMS = {"train": "run", "fit": "run", "finetune": "run", "evaluate": "eval", "test": "eval", "search": "sweep"}
-"""Words that users try, and the commands that do it."""
+"""Words that users try, and the commands to suggest for them."""
 
 
 class Commands(TyperGroup):

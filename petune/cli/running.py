@@ -52,7 +52,7 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
 
 @contextmanager
 def resume_hint(command: str, config: Path, *flags: str) -> Iterator[None]:
-    """Add the command that resumes to a stop by a signal; remove the directory if it is still empty.
+    """Add the resume command to the error when a signal stops training; remove the directory if it is still empty.
 
     Args:
         command: `run`, `pretrain`, `compare` or `sweep`.

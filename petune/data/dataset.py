@@ -29,7 +29,7 @@ class Split:
         labels: int64, (N,), from 0 to the number of classes - 1.
         rows: int64, (N,), the row in `images` of each image (splits may share an array). Copies of a file share the
             row of the first one.
-        crop: Share of the side that a model sees; below 1 if images are stored with a margin.
+        crop: Fraction of each side that the model sees; below 1 if images are stored with a margin.
     """
 
     images: NDArray[np.uint8]
@@ -140,7 +140,7 @@ class Dataset:
         return replace(self, source=f"{self.source}; {note}") if note else self
 
     def missing_classes_note(self, part: Literal["val", "test"]) -> str:
-        """Name the classes that a split has no image of; empty if there is none."""
+        """Return a note naming the classes without images in a split; empty if every class has some."""
         absent = self._absent_classes(self.val if part == "val" else self.test)
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         return f"no {part} image of {shown}" if absent else ""

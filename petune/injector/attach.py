@@ -1,4 +1,4 @@
-"""`attach`: put a tuner on a model and freeze the rest, or leave the model as it was."""
+"""`attach`: put a tuner on a model and freeze the rest. If this fails, the model is unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
-"""By model, the edits that a forward was seen to use."""
+"""For each model, the edits for which a forward pass called every adapter."""
 
 
 def attach(
@@ -47,7 +47,7 @@ def attach(
         train_head: Train the classifier too.
         keep_original: Keep a copy of the values that will train (classifier, unfrozen backbone), so that `disable` and
             `detach` give the model back bit for bit. False saves the memory: a whole model for `full`.
-        input_size: (channels, height, width), for a model that does not tell.
+        input_size: (channels, height, width), for a model that does not state its input size.
         **options: The tuner's options, if `method` is a name.
 
     Raises:
@@ -66,7 +66,7 @@ def attach(
     _check_not_compiled(model)
     if next(model.parameters(), None) is None:
         raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
-    tuner = copy.copy(build_tuner(method, **options))  # a tuner keeps things of its model, so each gets a copy
+    tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
     name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
     existing = trainable_state_of(model)
@@ -144,7 +144,7 @@ def _warn_of_layers_before_head(sites: Sites, train_head: bool) -> None:
 
 
 def _check_trains(attachment: Attachment) -> None:
-    """Check that the method trains something, unless its `num_parameters` is 0: it would silently be a linear probe."""
+    """Refuse a method that trains nothing, unless its `num_parameters` is 0: it would just be a linear probe."""
     if attachment.tuned or attachment.tuner.num_parameters(attachment.sites) == 0:
         return
     raise AttachError(

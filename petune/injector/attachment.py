@@ -120,8 +120,8 @@ class Attachment:
     def on_train_start(self, total_steps: int) -> None:
         """Tell the tuner the number of optimizer steps, before training and before a resume.
 
-        A training loop that leaves this, `on_step_end` or `loss` out although the method needs it gets an AttachError
-        from its second step on.
+        If the method needs this call, `on_step_end` or `loss`, and a training loop leaves it out, the loop gets an
+        AttachError within its first three steps.
         """
         self._loop_check.record("on_train_start")
         self.tuner.on_train_start(total_steps)
@@ -144,8 +144,8 @@ class Attachment:
         """Check after a backward that every tuned and head parameter has a gradient.
 
         Args:
-            under_way: Check too that not all gradients of the tuned parameters are zero, as they may be in the first
-                steps of adapters that start at zero.
+            under_way: Also check that the gradients of the tuned parameters are not all zero. Leave it out in the
+                first steps, when they may be, because some adapters start at zero.
 
         Raises:
             DeadSite: Some have no gradient, or all are zero.
@@ -155,14 +155,14 @@ class Attachment:
         gradients.check_gradients(self.name, self.tuned, self.head, self.edit_log.unfrozen, under_way=under_way)
 
     def missing_gradients(self, without: set[str]) -> list[str]:
-        """Return those keys in `without`, of parameters without a gradient, that should have got one."""
+        """Return those of the keys `without` a gradient whose parameters should have one."""
         return gradients.missing_gradients(self.tuned, self.edit_log.unfrozen, without)
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved, by state_dict key: tuned and head tensors, and the buffers that move with them.
 
-        They are the model's own tensors. While the attachment is disabled, tensors that it trains in place have the
-        values that it trained.
+        While the attachment is enabled, they are the model's own tensors. While it is disabled, those that it trains in
+        place may be copies with the trained values.
         """
         return self.tensors.saved()
 
@@ -348,7 +348,7 @@ class Attachment:
         return in_place
 
     def _exchange(self, on: bool, in_place: dict[str, Tensor]) -> None:
-        """Put the trained values of tensors that train in place into the model, or the values without them."""
+        """Give tensors that train in place their trained values, or the values they have without this attachment."""
         open_trainable_state(self.model, self.sites).set_enabled(self.edit_log.name, on, in_place)
         if in_place:
             forget_caches(self.model)

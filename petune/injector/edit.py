@@ -78,14 +78,14 @@ class Edit:
         self._placer.hook(site.exit.register_forward_hook(holder.leave, prepend=True))
 
     def prompt(self, blocks: Block | Sequence[Block], adapter: nn.Module) -> None:
-        """Insert tokens after the prefix tokens where `blocks` are entered, and cut them out where they are left.
+        """Insert tokens behind the prefix tokens on entry to `blocks`, and remove them on exit.
 
         Args:
             blocks: One block, or neighbors from first to last: the tokens pass through all of them.
             adapter: Has an attribute `num_prompts` and maps the (B, N, D) tokens to (1 or B, num_prompts, D).
 
         Raises:
-            AttachError: A block uses token positions in a way that prompts would silently falsify.
+            AttachError: A block uses token positions in a way that prompts would silently break.
         """
         self._prompts.place(blocks, adapter)
 
@@ -201,7 +201,7 @@ class Edit:
             fn: Switches off, and on again, what was changed by hand.
             check: Called before the attachment is enabled again; raises AttachError to forbid it.
             rows: Restricts the change to some rows of a batch: `rows([0, 2], batch_size)`, and `rows(None,
-                batch_size)` for all rows. Without it, `AdapterBank` gives these rows a forward of their own.
+                batch_size)` for all rows. Without it, `AdapterBank` runs these rows in a separate forward pass.
         """
         self._log.toggles.append(idempotent(fn, on=True))
         if check is not None:
@@ -231,6 +231,6 @@ class Edit:
 
 
 def forget_forwards(edit: Edit) -> None:
-    """Drop the forwards that the verbs have recorded: they hold every activation of an image."""
+    """Drop the forward passes that the verbs recorded: they keep all activations of one image in memory."""
     edit._layers.forget()
     edit._prompts.forget()

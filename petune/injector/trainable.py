@@ -1,7 +1,7 @@
 """The trainable state of a model: which attachment trains what, and the original values.
 
-Attachments may be enabled, disabled and removed in any order. What trains, what is in train mode and which values the
-model holds follow from the attachments that are left.
+Attachments may be enabled, disabled and removed in any order. Those that remain
+determine what trains, what is in train mode, and which values the model holds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TensorValues:
     Attributes:
         tensor: The model's tensor when it was first trained.
         original: Its value from before; None if that was not kept.
-        trained: By attachment, in the order of attaching, the value that it trained; None while the model holds it.
+        trained: For each attachment, in the order of attaching, its trained value; None while the model holds it.
     """
 
     tensor: Tensor
@@ -57,10 +57,10 @@ class TrainedParts:
 
 
 class TrainableState(nn.Module):
-    """Keep frozen parts of a model frozen and in eval mode, and the original values of those that train in place.
+    """Keep a model's frozen parts frozen and in eval mode, and store the original values of what trains in place.
 
-    It is a submodule of the model without parameters, and its bound method replaces the model's `train`, so that a
-    copy of the model gets a state of its own. The model's own `training` flag follows `train(mode)` as usual.
+    It is a submodule of the model and has no parameters. Its method `set_train` replaces the model's `train`. A deep
+    copy of the model therefore has its own state. The model's own `training` flag follows `train(mode)` as usual.
 
     Attributes:
         sites: The model's sites before anything was attached.
@@ -76,7 +76,7 @@ class TrainableState(nn.Module):
         self.attachments: dict[str, TrainedParts] = {}
         self.qkv_users: dict[nn.Module, set[str]] = {}
         self._train_before = model.__dict__.get("train")
-        self._model = (model,)  # in a tuple: as an attribute it would become a child of its own child
+        self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
 
@@ -108,7 +108,7 @@ class TrainableState(nn.Module):
         Args:
             name: The attachment.
             parts: What it trains.
-            in_place: By state_dict key, the tensors among that which were in the model before.
+            in_place: The tensors it trains that were in the model before it was attached, by state_dict key.
             keep_original: Keep a copy of their values.
         """
         known = {id(v.tensor): v for other in self.attachments.values() for v in other.in_place.values()}
@@ -170,7 +170,7 @@ class TrainableState(nn.Module):
         return live if kept is None else kept
 
     def value_before_later(self, name: str, key: str, live: Tensor) -> Tensor:
-        """Return the value of a tensor without what attachments made after `name` have trained there in place.
+        """Return the value that a tensor had before attachments made after `name` trained it in place.
 
         Raises:
             AttachError: That value was not kept.
@@ -178,7 +178,7 @@ class TrainableState(nn.Module):
         values = next((v for p in self.attachments.values() for v in p.in_place.values() if v.tensor is live), None)
         enabled = [other for other in values.trained if self.attachments[other].enabled] if values is not None else []
         order = list(self.attachments)
-        # what an earlier one trains too is saved by it as it is now, see `value`
+        # if an earlier attachment trains it too, that one saves the current value, see `value`
         if values is None or not enabled or order.index(enabled[0]) <= order.index(name):
             return live
         if values.original is None:
@@ -189,7 +189,7 @@ class TrainableState(nn.Module):
         return values.original
 
     def trainer_of(self, key: str, other_than: str) -> str | None:
-        """Return another attachment that trains the tensor at `key` in place and can give its original value back."""
+        """Return another attachment that trains the tensor at `key` in place and has kept its original value."""
         for name, parts in self.attachments.items():
             values = parts.in_place.get(key)
             if name != other_than and values is not None and values.original is not None:
@@ -197,7 +197,7 @@ class TrainableState(nn.Module):
         return None
 
     def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
-        """Let the values that an attachment trained in place be the original ones for the attachments after it."""
+        """Make the values that an attachment trained in place the original values for later attachments."""
         for key, values in self.attachments[name].in_place.items():
             others = len(values.trained) > 1
             if others and next(iter(values.trained)) == name:
@@ -281,7 +281,7 @@ def trainable_state_of(model: nn.Module) -> TrainableState | None:
 
 
 def host_for(module: nn.Module) -> nn.Module:
-    """Return `module`, or the first module inside it to which a child can be added without being called by it.
+    """Return the first of `module` and its submodules that does not call every child that is added to it.
 
     Raises:
         AttachError: There is none.

@@ -4,7 +4,7 @@ A tuner is a configured method. petune finds the sites of a model (`edit.sites`)
 and petune does the rest: it registers, freezes, checks, saves and undoes. A whole plugin:
 
     class SSFConfig(petune.TunerConfig):
-        "Scale and shift every attention and MLP output."
+        "Scale and shift the output of every attention."
         init_std: float = 0.02
 
     class ScaleShift(nn.Module):
@@ -12,6 +12,7 @@ and petune does the rest: it registers, freezes, checks, saves and undoes. A who
         def forward(self, x): return x * self.scale + self.shift      # (..., dim) -> (..., dim)
 
     class SSF(petune.Tuner[SSFConfig]):
+        identity_at_init = False  # scales start at random values near 1
         def attach(self, edit: petune.Edit) -> None:
             for block in edit.sites.require_blocks():
                 edit.after(block.attn, ScaleShift(block.dim, self.config.init_std))
@@ -20,7 +21,7 @@ and petune does the rest: it registers, freezes, checks, saves and undoes. A who
     [project.entry-points."petune.tuners"]
     ssf = "petune_ssf:SSF"
 
-`petune.check_tuner("ssf")` then checks the contract on a small model.
+`petune.check_tuner("ssf")` then checks the contract on a small model; `petune plugin check ssf` tries one per library.
 
 An adapter is a plain nn.Module. It receives (..., D) tensors, channels last whatever the model's layout, and must treat
 every image independently. Two optional attributes on it:

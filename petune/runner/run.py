@@ -52,8 +52,8 @@ class Procedure:
     """Differences between `run` and `pretrain`.
 
     Attributes:
-        command: Of the command line.
-        name: Of the run directory, where the configuration names none.
+        command: The command's name, `run` or `pretrain`.
+        name: The run directory's name, if the configuration sets no output.
         tuner: The method, built.
         recipe: Fills in the training options that the configuration leaves open.
         save: Writes what was trained and returns its size in bytes.

@@ -43,7 +43,7 @@ def open_run_dir(
         run_dir: The directory.
         config: Written to `config.yaml`; an existing directory must hold an equal one.
         resume: Accept an existing directory.
-        command: The command that `config` is for, as `run`.
+        command: The command that `config` is for, such as `run`.
         may_change: Top-level keys of `config` that need not be the same.
         tables: Files that describe the runs inside; removed when another configuration replaces the old one.
 
@@ -92,7 +92,7 @@ def _create(run_dir: Path, resume: bool) -> tuple[bool, IO[str]]:
 
 
 def _start_over(run_dir: Path, config: Config, may_change: Collection[str], tables: Collection[str]) -> None:
-    """Remove what ties a directory in which nothing has trained to earlier inputs and an earlier configuration."""
+    """Remove the records of earlier inputs, and of a different configuration, from a directory without training."""
     outdated = (CONFIG_FILE, *tables) if changed_values(run_dir, config, may_change) else ()
     for name in (INPUTS_FILE, MANIFEST_FILE, *outdated):
         (run_dir / name).unlink(missing_ok=True)

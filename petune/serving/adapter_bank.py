@@ -168,7 +168,7 @@ class AdapterBank:
         return list(groups.values())
 
     def _forward_group(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
-        """Run one forward; if a site turns out not to have a row per image, one per adapter, from then on."""
+        """Run one forward. If a site has no row per image, run one forward per adapter, now and in later calls."""
         try:
             if len(set(names)) == 1:
                 return self._forward_single(x, names[0])

@@ -39,7 +39,7 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
 
 
 def _is_complete(attention: Attention, block: Block) -> bool:
-    """Return whether a block is built like one, so that it counts even if its attention only pools."""
+    """Return whether a block has an attention and `mid`, so that it counts even if its attention only pools."""
     in_block = attention.pair is not None and attention.pair.holder.keeps_shape
     return in_block and {"attn", "mid"} <= block.parts.keys()
 
@@ -102,7 +102,7 @@ def _returns_as_many(mid: Site, block: Call) -> bool:
 
 
 def _build_span(trace: Trace, pair: Pair) -> Found | None:
-    """Build a block that is no module: its attention and its MLP are called by a module with more than these."""
+    """Build a block that is not a module: the module that calls its attention and MLP contains other parts too."""
     first = _child_towards(pair.holder, pair.attention.call)
     mid = mid_of(trace, pair.mlp, first.stop)
     last = None if mid is None else span_exit(trace, pair.mlp, mid)
@@ -209,7 +209,7 @@ def _num_windows(attention: Call | None, scope: Call) -> int:
 
 
 def _bias_modules(attention: Call | None, scope: Call) -> tuple[nn.Module, ...]:
-    """Return modules that return something for each pair of the tokens that enter the attention."""
+    """Return modules that output a value for each pair of attention tokens, such as relative position biases."""
     x = None if attention is None else attention.input
     if x is None or x.ndim != 3:
         return ()
@@ -220,7 +220,7 @@ def _bias_modules(attention: Call | None, scope: Call) -> tuple[nn.Module, ...]:
 
 
 def _child_towards(outer: Call, inner: Call) -> Call:
-    """Return the child of `outer` that `inner` happens in; `inner` itself if that is `outer`."""
+    """Return the child call of `outer` that contains `inner`; if `inner` is `outer`, return it."""
     call = inner
     while call is not outer and call.parent is not None and call.parent is not outer:
         call = call.parent

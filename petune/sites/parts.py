@@ -35,7 +35,7 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
     Args:
         trace: The forward.
         scope: The module's call.
-        attention: The call in it that holds the attention, which is no part of the MLP; None if `scope` itself is it.
+        attention: The call in `scope` that holds the attention and is left out; None if that is `scope` itself.
         after, before: The MLP starts between these times.
         dim: D.
     """
@@ -82,7 +82,7 @@ def is_residual(trace: Trace, call: Call) -> bool:
 
 
 def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
-    """Return the widest call around an attention, inside `scope`, that holds neither its norm nor the addition."""
+    """Return the widest call in `scope` around an attention, without its norm and the residual addition."""
     if attention is scope:
         return None
     branch = attention
@@ -94,7 +94,7 @@ def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
 
 
 def is_norm(call: Call) -> bool:
-    """Return whether a call is a leaf that keeps the shape and divides by a guarded deviation (hence its `eps`)."""
+    """Return whether a call is a leaf without a matrix that keeps the shape and has an `eps`, as norms do."""
     guarded = hasattr(call.module, "eps") or hasattr(call.module, "variance_epsilon")
     same = call.input is not None and call.output is not None and call.input.shape == call.output.shape
     return call.is_leaf and guarded and same and not call.has_matrix
@@ -131,7 +131,7 @@ def _norm_by_identity(trace: Trace, branch: Call, scope: Call, other: Call | Non
 
 
 def _norm_by_order(trace: Trace, branch: Call, calls: Sequence[Call], other: Call | None) -> Call | None:
-    """Return the last norm before the branch, else the first after it: windows make new tensors in between."""
+    """Return the last norm before the branch, or else the first after it, where windowing breaks tensor identity."""
     norms = [c for c in calls if is_norm(c) and c is not other and not _belongs_to_layer(trace, c)]
     norms = [c for c in norms if not c.within(branch) and (other is None or c.start > other.start)]
     earlier = [c for c in norms if c.stop < branch.start]
@@ -148,8 +148,8 @@ def _belongs_to_layer(trace: Trace, norm: Call) -> bool:
 def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.inf) -> Call | None:
     """Return the call that `mid` enters: the norm before the MLP, or the MLP itself (see the figure above).
 
-    The stream is the tensor to which a later addition adds. A tensor that existed before the attention ended is not
-    between the two; one that is added to only after the block is another stream (of a reversible block).
+    The stream is the tensor that a later addition adds to. A tensor that was used before the attention ended is not
+    between attention and MLP. One that is added to only after the block is the other stream of a reversible block.
     """
     maker = trace.maker(mlp.first.input)
     candidates = [mlp.first] if maker is None or not is_norm(maker) else [mlp.first, maker]
@@ -187,7 +187,7 @@ def parallel_mid(trace: Trace, block: Call) -> Call | None:
 
 
 def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_end: int) -> Call | None:
-    """Return the MLP's norm, if the block adds its input past attention and MLP together (edgenext_xx_small).
+    """Return the MLP's norm, if one skip connection spans attention and MLP together (edgenext_xx_small).
 
     The MLP's output is then not added to the stream after the attention, but the norm's input is still what it reads.
     """
@@ -204,7 +204,7 @@ def reaches_output(trace: Trace, mid: Call, block: Call) -> bool:
 
 
 def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
-    """Return the call whose output is added to the stream unscaled: where a block that is no module ends.
+    """Return the call whose output is added directly to the stream: a block that is not one module ends there.
 
     A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block.
     """
@@ -215,7 +215,7 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
 
 
 def _num_matrices(call: Call) -> int:
-    """Count layers with a matrix or kernel, and matrices that calls around other calls own themselves (experts)."""
+    """Count layers with a matrix or kernel, and matrices owned directly by a module with submodules (experts)."""
     return sum(1 if c.has_matrix else _num_bare(c) for c in call.subtree())
 
 

@@ -41,7 +41,7 @@ from petune.training.stop import StopFlag
 
 SAVE_EVERY_S = 600.0
 CHECK_GRADIENTS_AT = 5
-"""The second step after which gradients are checked: heads and adapters that start at zero have left it by then."""
+"""The step of the second gradient check (the first is step 0). What starts at zero has moved by then."""
 
 
 class Trainer:
