@@ -80,10 +80,12 @@ def find_prefix(attachment: Attachment, x_BCHW: Tensor) -> FrozenPrefix | None:
         x_BCHW: Two different images or more.
     """
     model = attachment.model
+    least = MIN_SHARE * sum(p.numel() for p in model.parameters())
+    if sum(p.numel() for p in model.parameters() if not p.requires_grad) < least:
+        return None  # without a forward
     entries = _entries(attachment, x_BCHW)
     skipped = _modules_before(entries, attachment) if entries else []
-    in_prefix = sum(p.numel() for module in skipped for p in module.parameters())
-    if in_prefix < MIN_SHARE * sum(p.numel() for p in model.parameters()):
+    if sum(p.numel() for module in skipped for p in module.parameters()) < least:
         return None
     if any(m.training for module in skipped for m in module.modules()):
         return None
