@@ -29,11 +29,16 @@ class ParameterCounts(Protocol):
     """The numbers of parameters that a card shows."""
 
     @property
-    def tuned(self) -> int: ...
+    def tuned(self) -> int:
+        """The method's."""
+
     @property
-    def head(self) -> int: ...
+    def head(self) -> int:
+        """The classifier's."""
+
     @property
-    def percent_of_backbone(self) -> float: ...
+    def percent_of_backbone(self) -> float:
+        """Both, of backbone and classifier."""
 
 
 def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: bool) -> str:

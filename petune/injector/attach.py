@@ -59,23 +59,13 @@ def attach(
         PluginError: The method's package is broken.
         ConfigError: An option is unknown or has a wrong value.
     """
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"attach takes an nn.Module, but was given {type(model).__name__}")
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
+    _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
-    _check_not_compiled(model)
-    if next(model.parameters(), None) is None:
-        raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
     tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
     name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
-    existing = trainable_state_of(model)
-    _check_same_root(model, existing)
-    sites = sites or (existing.sites if existing else find_sites(model, input_size))
-    _check_sites_of(model, sites)
-    if existing is None:
-        refuse_random(model, sites)
-        _warn_of_layers_before_head(sites, train_head)
+    sites = _sites_for(model, sites, input_size, train_head)
     state = open_trainable_state(model, sites)
     state.add(label)
     log = EditLog(label, undo_steps=[lambda: state.remove(label)])
@@ -91,6 +81,28 @@ def attach(
         log.undo()
         raise
     return attachment
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach takes an nn.Module, but was given {type(model).__name__}")
+    _check_not_compiled(model)
+    if next(model.parameters(), None) is None:
+        raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
+
+
+def _sites_for(
+    model: nn.Module, sites: Sites | None, input_size: tuple[int, int, int] | None, train_head: bool
+) -> Sites:
+    """Return the sites to edit, after the checks that a model needs once: before its first attachment."""
+    existing = trainable_state_of(model)
+    _check_same_root(model, existing)
+    sites = sites or (existing.sites if existing else find_sites(model, input_size))
+    _check_sites_of(model, sites)
+    if existing is None:
+        refuse_random(model, sites)
+        _warn_of_layers_before_head(sites, train_head)
+    return sites
 
 
 def _default_name(tuner: Tuner[Any]) -> str:
@@ -139,7 +151,7 @@ def _warn_of_layers_before_head(sites: Sites, train_head: bool) -> None:
             f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone "
             f"and stay frozen unless the method trains them: {', '.join(sites.beside_head)}. If they are new, pass the "
             'module that holds them and the classifier, to petune.load too: sites=petune.find_sites(model, head="…")',
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
