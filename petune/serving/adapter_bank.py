@@ -170,9 +170,7 @@ class AdapterBank:
     def _forward_group(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
         """Run one forward. If a site has no row per image, run one forward per adapter, now and in later calls."""
         try:
-            if len(set(names)) == 1:
-                return self._forward_single(x, names[0])
-            return self._forward_mixed(x, names)
+            return self._forward_single(x, names[0]) if len(set(names)) == 1 else self._forward_mixed(x, names)
         except AttachError:
             self._unshared |= {name for name in names if name is not None}
             if len(set(names)) == 1:
@@ -224,10 +222,10 @@ class AdapterBank:
         return output.data_ptr() == logits.data_ptr() and torch.equal(copy, logits)
 
     def _can_share(self, attachment: Attachment) -> bool:
-        """Return True if the adapter can share a forward with others.
+        """Return True if the adapter can share a forward with others, because its sites have a row per image.
 
-        Runs two forwards to see whether its sites have a row per image (inside Swin's attention they have a row per
-        window): with two and with three images, so that no other size is mistaken for the batch.
+        Inside Swin's attention they have a row per window. Two and three images are tried, so that no other size is
+        mistaken for the batch.
         """
         if not self._head_is_last or sharing_key(attachment) is None:
             return False
@@ -249,5 +247,5 @@ class AdapterBank:
         return self.adapters[name]
 
     def _set_head(self, head: nn.Module) -> None:
-        current = self.model.get_submodule(self._head.path)
-        self.model.set_submodule(self._head.path, match_device(head, current))
+        path = self._head.path
+        self.model.set_submodule(path, match_device(head, self.model.get_submodule(path)))
