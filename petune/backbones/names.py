@@ -78,7 +78,13 @@ def _resolve_timm(name: str) -> Alias:
 
     if not timm.is_model(name):
         known = [*ALIASES, *timm.list_models()]
-        raise UnknownName("backbone", name, known, "petune.list_backbones('vit*') lists them")
+        raise UnknownName(
+            "backbone",
+            name,
+            known,
+            "petune.list_backbones('vit*') lists them",
+            cli_hint="So does: petune backbones 'vit*'",
+        )
     config = timm.get_pretrained_cfg(name, allow_unregistered=False)
     tag = f".{config.tag}" if config is not None and config.tag and "." not in name else ""
     return Alias(name + tag)

@@ -62,8 +62,8 @@ def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool =
             except DataError as error:
                 if not skip:
                     raise DataError(
-                        f"{error}. Repair or remove it, or skip broken images (up to 1 %) with on_broken='skip'",
-                        cli_hint="Skip them with --set on_broken=skip",
+                        f"{error}. Repair or remove it, or skip up to 1 % of the images with on_broken='skip'",
+                        cli_hint="The flag is --set on_broken=skip",
                     ) from None
                 out[i], broken[i] = 0, str(error)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petune.adapters.card import model_card
@@ -136,7 +137,8 @@ class Attachment:
 
         Add it to your loss in every step: `loss = loss + att.loss(step)`. With micro-batches, add it once per step.
         """
-        self._loop_check.record("loss")
+        if torch.is_grad_enabled():  # a validation loss trains nothing
+            self._loop_check.record("loss")
         term = self.tuner.loss(step)
         return 0.0 if term is None else term
 

@@ -186,3 +186,20 @@ def test_detached_and_copied_models_are_not_checked() -> None:
     for _ in range(3):
         nn.functional.cross_entropy(att.model(X), Y).backward()
         optimizer.step()
+
+
+def test_a_loss_term_in_validation_only_is_not_enough() -> None:
+    att = petune.attach(tiny(), "l2sp")
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+
+    def step_then_validate(step: int) -> None:
+        optimizer.zero_grad()
+        att.model(X).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            att.loss(step)
+
+    step_then_validate(0)
+    step_then_validate(1)
+    with pytest.raises(petune.AttachError, match=r"att\.loss"):
+        step_then_validate(2)
