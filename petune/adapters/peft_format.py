@@ -24,6 +24,7 @@ NOT_OPTIONS = {
     "revision",
     "task_type",
 }
+"""Keys of a PEFT adapter config that are not options of the method."""
 
 
 def as_peft(config: Mapping[str, Any], peft_config: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -22,17 +22,6 @@ if TYPE_CHECKING:
 NOT_IDENTITY = {"fourierft", "unilora", "vblora", "c3a"}
 """Types that change the output right after attaching."""
 
-NOT_OPTIONS = {
-    "peft_type",
-    "peft_version",
-    "auto_mapping",
-    "inference_mode",
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-}
-"""Keys of an adapter config of PEFT's that are no options of the method."""
-
 PeftConfigT = TypeVar("PeftConfigT", bound=PeftConfig)
 
 
