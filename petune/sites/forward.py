@@ -1,4 +1,4 @@
-"""Run a model's forward and leave no trace of it: modes, random state and the model's own caches stay as they are."""
+"""Run a model's forward and leave no trace of it: attributes, hooks, modes and random state stay as they are."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ def dry_forward(model: nn.Module, input_size: tuple[int, int, int], watch: Watch
     because the model computes with tensors that are neither parameters nor buffers, it runs on one black image.
 
     Args:
-        model: Any model that maps a batch of images to something. Modes and random state are as before afterwards.
+        model: Any model that maps a batch of images to something; see `undisturbed`.
         input_size: (channels, height, width).
         watch: Makes a fresh context manager for each attempt.
 
     Raises:
         AttachError: The model's own forward fails on an image of that size.
     """
-    with undisturbed(model), torch.no_grad():
-        try:
+    try:
+        with undisturbed(model), torch.no_grad():
             return _on_meta(model, input_size, watch)
-        except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
-            pass
-        try:
+    except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
+        pass
+    try:
+        with undisturbed(model), torch.no_grad():
             return _on_black_image(model, input_size, watch)
-        except Exception as error:
-            size = "x".join(map(str, input_size))
-            raise AttachError(
-                f"the forward of {type(model).__name__} fails on a {size} image: {type(error).__name__}: {error}. "
-                "If that is not its size, pass input_size=(channels, height, width)"
-            ) from error
+    except Exception as error:
+        size = "x".join(map(str, input_size))
+        raise AttachError(
+            f"the forward of {type(model).__name__} fails on a {size} image: {type(error).__name__}: {error}. "
+            "If that is not its size, pass input_size=(channels, height, width)"
+        ) from error
 
 
 def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
     x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
-    with _caches_restored(model), watch() as watched:
+    with watch() as watched:
         functional_call(model, _meta_tensors(model), (x_BCHW,), tie_weights=False)
     return watched
 
@@ -81,23 +82,58 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; restore every module's mode and every random state afterwards.
+    """Put the model in eval mode; afterwards restore every module's attributes, hooks and mode, and the random states.
 
-    Autocast keeps no copies of weights inside: it would use them after the weights have changed.
+    A forward may store tensors on modules, or register hooks (transformers does, to collect hidden states). Autocast
+    keeps no copies of weights inside: it would use them after the weights have changed.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    attributes = [_Attributes(module) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     cache_enabled = torch.is_autocast_cache_enabled()
     try:
-        for module, _ in modes:
+        for module in list(model.modules()):
             module.training = False
         torch.set_autocast_cache_enabled(False)
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
             yield
     finally:
         torch.set_autocast_cache_enabled(cache_enabled)
-        for module, training in modes:
-            module.training = training
+        for saved in attributes:
+            saved.restore()
+
+
+class _Attributes:
+    """The attributes of a module, with the contents of its dicts, lists and sets: caches, hooks, buffers, children."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = dict(module.__dict__)
+        containers = [v for v in self._values.values() if isinstance(v, dict | list | set)]
+        self._contents = [(v, dict(v) if isinstance(v, dict) else list(v)) for v in containers]
+
+    def restore(self) -> None:
+        """Undo what has changed, in place: the handle of a hook refers to the dict that holds the hook."""
+        current = self._module.__dict__
+        if not _same_items(current, self._values):
+            current.clear()
+            current.update(self._values)
+        for container, contents in self._contents:
+            if isinstance(container, dict) and not _same_items(container, contents):
+                container.clear()
+                container.update(contents)
+            elif isinstance(container, list) and not _same_entries(container, contents):
+                container[:] = contents
+            elif isinstance(container, set) and container != set(contents):
+                container.clear()
+                container.update(contents)
+
+
+def _same_items(left: dict[Any, Any], right: dict[Any, Any]) -> bool:
+    return list(left) == list(right) and _same_entries(list(left.values()), list(right.values()))
+
+
+def _same_entries(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
 @contextlib.contextmanager
@@ -129,23 +165,6 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _caches_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward stores on modules, so that no meta tensor stays in a model's own cache."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            for key, value in list(module.__dict__.items()):
-                if value is attributes.get(key):
-                    continue
-                if key in attributes:
-                    module.__dict__[key] = attributes[key]
-                else:
-                    del module.__dict__[key]
 
 
 def forget_caches(model: nn.Module) -> None:
