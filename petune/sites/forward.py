@@ -13,6 +13,7 @@ from torch.func import functional_call
 from petune.base.errors import AttachError
 
 Watch = Callable[[], contextlib.AbstractContextManager[Any]]
+Container = dict[Any, Any] | list[Any] | set[Any]
 
 
 def forward_of(model: nn.Module, x_BCHW: Tensor) -> Any:
@@ -106,34 +107,31 @@ class _Attributes:
     """The attributes of a module, with the contents of its dicts, lists and sets: caches, hooks, buffers, children."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._values = dict(module.__dict__)
-        containers = [v for v in self._values.values() if isinstance(v, dict | list | set)]
-        self._contents = [(v, dict(v) if isinstance(v, dict) else list(v)) for v in containers]
+        own = module.__dict__
+        containers = [own, *(value for value in own.values() if isinstance(value, dict | list | set))]
+        self._contents = [(container, _entries(container)) for container in containers]
 
     def restore(self) -> None:
         """Undo what has changed, in place: the handle of a hook refers to the dict that holds the hook."""
-        current = self._module.__dict__
-        if not _same_items(current, self._values):
-            current.clear()
-            current.update(self._values)
-        for container, contents in self._contents:
-            if isinstance(container, dict) and not _same_items(container, contents):
-                container.clear()
-                container.update(contents)
-            elif isinstance(container, list) and not _same_entries(container, contents):
-                container[:] = contents
-            elif isinstance(container, set) and container != set(contents):
-                container.clear()
-                container.update(contents)
+        for container, entries in self._contents:
+            now = _entries(container)
+            if len(now) != len(entries) or any(a is not b for a, b in zip(now, entries, strict=True)):
+                _refill(container, entries)
 
 
-def _same_items(left: dict[Any, Any], right: dict[Any, Any]) -> bool:
-    return list(left) == list(right) and _same_entries(list(left.values()), list(right.values()))
+def _entries(container: Container) -> list[Any]:
+    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
 
 
-def _same_entries(left: list[Any], right: list[Any]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+def _refill(container: Container, entries: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        size = len(entries) // 2
+        container.update(zip(entries[:size], entries[size:], strict=True))
+    elif isinstance(container, set):
+        container.update(entries)
+    else:
+        container.extend(entries)
 
 
 @contextlib.contextmanager
