@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from petune.adapters.fingerprint import digest, fingerprint
 from petune.base.errors import AttachError
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import frozen_backbone, frozen_head
-from petune.injector.keys import buffer_owners, named_parameters
+from petune.injector.keys import buffer_owners, named_parameters, persistent_buffers
 from petune.injector.trainable import TrainedParts, trainable_state_of
 from petune.sites.site import Sites
 
@@ -38,7 +39,9 @@ class AdapterTensors:
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         self._modules = self._modules_in_train_mode(self.head_modules if train_head else ())
-        self._buffers = buffer_owners(model, self._modules, log.added_buffers)
+        adapters = [owner for holder, _ in log.placed for owner in persistent_buffers(holder)]
+        self._buffers = buffer_owners(model, self._modules, [*log.added_buffers, *adapters])
+        self._adapter_buffers = {*adapters}
         self._fingerprint: str | None = None
 
     def parts(self) -> TrainedParts:
@@ -62,6 +65,23 @@ class AdapterTensors:
         live = self.live()
         state = trainable_state_of(self._model)
         return live if state is None else {key: state.value(self._log.name, key, t) for key, t in live.items()}
+
+    def adapter_buffers(self) -> set[str]:
+        """Return the state_dict keys of the buffers of adapters that verbs put in, also of those that are None."""
+        return {key for key, owner in self._buffers.items() if owner in self._adapter_buffers}
+
+    def shape_adapter_buffers(self, like: Mapping[str, Tensor]) -> None:
+        """Make room for the values of adapter buffers whose shape the adapter's forward decides.
+
+        Args:
+            like: By state_dict key, tensors of the shape and dtype that the buffers are to have.
+        """
+        for key in self.adapter_buffers() & like.keys():
+            module, name = self._buffers[key]
+            buffer = module._buffers[name]
+            if buffer is None or buffer.shape != like[key].shape:
+                near = next(t for t in (*module.parameters(), *self._model.parameters()))
+                module._buffers[name] = torch.empty_like(like[key], device=near.device)
 
     def in_place(self) -> dict[str, Tensor]:
         """Return the tensors that were in the model before attaching and that training may change."""

@@ -174,8 +174,20 @@ class Attachment:
         external = self.tuner.to_external(state)
         if external is not None:
             return external[1]
-        own, in_file = f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}"
-        return {".".join(_replace_start(part, own, in_file) for part in key.split(".")): t for key, t in state.items()}
+        return {self._file_key(key): t for key, t in state.items()}
+
+    def shape_buffers(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """Let the adapters' buffers have the shapes of a file, where a forward made or resized them.
+
+        Args:
+            tensors: By the file's keys.
+
+        Returns:
+            The file's keys of all buffers of adapters.
+        """
+        keys = {self._file_key(key): key for key in self.tensors.adapter_buffers()}
+        self.tensors.shape_adapter_buffers({keys[key]: t for key, t in tensors.items() if key in keys})
+        return {*keys}
 
     def describe(self) -> dict[str, Any]:
         """Return what the configuration of an adapter says about it: the method, and the backbone it belongs to."""
@@ -323,6 +335,10 @@ class Attachment:
     def _method(self) -> str:
         """The method's name in the registry; the attachment's name for a tuner that was made by hand."""
         return self.tuner.method or self.name
+
+    def _file_key(self, key: str) -> str:
+        own, in_file = f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}"
+        return ".".join(_replace_start(part, own, in_file) for part in key.split("."))
 
     def _set_enabled(self, on: bool) -> None:
         in_place = self._exchangeable()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
+
+BufferOwner = tuple[nn.Module, str]
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -14,11 +16,11 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def buffer_owners(
-    model: nn.Module, modules: Iterable[nn.Module], single: Iterable[tuple[nn.Module, str]]
-) -> dict[str, tuple[nn.Module, str]]:
+    model: nn.Module, modules: Iterable[nn.Module], single: Iterable[BufferOwner]
+) -> dict[str, BufferOwner]:
     """Return, by state_dict key, the module that holds a buffer and the buffer's name there.
 
-    A forward may replace a buffer, and a module may be taken out of the model: the owner still leads to the buffer.
+    A forward may make or replace a buffer, and a module may be taken out of the model: the owner still leads to it.
 
     Args:
         model: The model.
@@ -27,14 +29,23 @@ def buffer_owners(
     """
     wanted = set(modules)
     wanted_single = set(single)
-    owners: dict[int, tuple[str, nn.Module, str]] = {}
+    owners: dict[int | BufferOwner, tuple[str, nn.Module, str]] = {}
     for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module._buffers.items():
             if module in wanted or (module, name) in wanted_single:
                 key = f"{path}.{name}" if path else name
-                owners.setdefault(id(buffer), (key, module, name))  # several modules may share one buffer
+                identity = (module, name) if buffer is None else id(buffer)
+                owners.setdefault(identity, (key, module, name))  # several modules may share one buffer
     keys = _state_dict_keys(model) if owners else {}
-    return {keys.get(identity, key): (module, name) for identity, (key, module, name) in owners.items()}
+    return {keys.get(id(module._buffers[name]), key): (module, name) for key, module, name in owners.values()}
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[BufferOwner]:
+    """Yield the buffers of a module and its submodules that are part of `state_dict`, also those that are None yet."""
+    for part in module.modules():
+        for name in part._buffers:
+            if name not in part._non_persistent_buffers_set:
+                yield part, name
 
 
 def _state_dict_keys(model: nn.Module) -> dict[int, str]:

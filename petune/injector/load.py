@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,8 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
     """
     with torch.no_grad():
         for key, target in attachment.file_state().items():
-            target.copy_(saved.tensors[key])
+            if key in saved.tensors:  # `check_fits` has warned about those that are not
+                target.copy_(saved.tensors[key])
     forget_caches(attachment.model)
     reference = saved.config.get("reference_logits")
     if reference is None or not attachment.tensors.are_alone():
@@ -180,7 +182,11 @@ def _check_geometry(attachment: Attachment, saved: SavedAdapter) -> None:
 
 
 def _check_tensors(attachment: Attachment, saved: SavedAdapter) -> None:
-    """Check that the file has exactly the attachment's tensors, in their shapes."""
+    """Check that the file has exactly the attachment's tensors, in their shapes.
+
+    Buffers of adapters may be missing: a development version did not save them.
+    """
+    buffers = attachment.shape_buffers(saved.tensors)
     state = attachment.file_state()
     reshaped = [key for key in state if key in saved.tensors and saved.tensors[key].shape != state[key].shape]
     if reshaped:
@@ -190,10 +196,17 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter) -> None:
             f"{saved.path} was trained with another {'number of classes' if of_head else 'shape'}: {key} is "
             f"{tuple(saved.tensors[key].shape)} there and {tuple(state[key].shape)} in this model"
         )
-    if state.keys() != saved.tensors.keys():
-        key = min(state.keys() ^ saved.tensors.keys())
+    not_saved = buffers & (state.keys() - saved.tensors.keys())
+    if state.keys() - not_saved != saved.tensors.keys():
+        key = min((state.keys() - not_saved) ^ saved.tensors.keys())
         where = "is missing in the file" if key in state else "is in the file, but not in this model"
         raise BackboneMismatch(f"{saved.path} does not hold the tensors of {attachment.name}: {key} {where}")
+    if not_saved:
+        warnings.warn(
+            f"{saved.path} was saved without the buffers of its adapters, such as {min(not_saved)}. They keep the "
+            "values that they start with",
+            stacklevel=5,
+        )
 
 
 def _weights(saved: SavedAdapter) -> str:
