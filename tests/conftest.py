@@ -19,7 +19,7 @@ SLOW = {
     "faults/test_promises.py", "faults/test_together.py", "injector/test_attach.py", "injector/test_peft_type.py",
     "plugin_dev/test_check_command.py", "plugin_dev/test_isolation.py", "plugin_dev/test_new.py",
     "runner/test_executors.py", "runner/test_migrations.py", "runner/test_provenance.py", "runner/test_ray.py",
-    "runner/test_run_inputs.py", "runner/test_sweep_elsewhere.py", "sites/test_handwritten_models.py",
+    "runner/test_run_inputs.py", "runner/test_sweep_elsewhere.py", "sites/test_final_norm.py", "sites/test_handwritten_models.py",
     "sites/test_undisturbed.py", "sites/test_unusual_models.py",
     "test_docs.py", "test_examples.py", "test_notebook.py", "test_results.py", "test_speed.py", "test_suites.py",
     "test_wheel.py", "training/speed/test_feature_cache.py", "training/speed/test_onednn_linear.py",

@@ -152,13 +152,22 @@ def _patch_embed(trace: Trace, first: Call | None, grid: tuple[int, int] | None)
 
 
 def _final_norm(trace: Trace, blocks_end: int, head: Site | None) -> Site | None:
-    """Return the last norm between the last block and the classifier, outside attention pooling."""
+    """Return the last norm between the last block and the classifier, outside attention pooling.
+
+    A norm of layers that pooled features go through, such as those of an MLP as classifier, does not count if there is
+    one before.
+    """
     heads = {id(m) for m in head.modules} if head is not None else set()
     end = next((c.start for c in trace.calls if id(c.module) in heads), trace.root.stop)
-    attentions = {id(c) for op in trace.attention_ops for c in (op.call, *op.call.ancestors())} - {id(trace.root)}
+    # a module around all blocks (a backbone, an encoder) starts before their end, one that pools does not
+    around = [c for op in trace.attention_ops for c in (op.call, *op.call.ancestors())]
+    pooling = {id(c) for c in around if c.start > blocks_end}
     norms = [c for c in trace.calls if blocks_end < c.start < end and is_norm(c)]
-    norms = [c for c in norms if not any(id(a) in attentions for a in c.ancestors())]
+    norms = [c for c in norms if not any(id(a) in pooling for a in c.ancestors())]
     if not norms:
         return None
-    dim = next((p.numel() for p in norms[-1].module.parameters()), norms[-1].width)
-    return make_site("norm", norms[-1], norms[-1], dim, trace.model_name)
+    later = [c for c in trace.calls if c.start > blocks_end and c.has_matrix]
+    pooled = next((c.start for c in later if c.input is not None and c.input.ndim == 2), end)
+    norm = next((c for c in reversed(norms) if c.start < pooled), norms[-1])
+    dim = next((p.numel() for p in norm.module.parameters()), norm.width)
+    return make_site("norm", norm, norm, dim, trace.model_name)

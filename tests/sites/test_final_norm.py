@@ -1,0 +1,104 @@
+"""The final norm: found where it shares a module with the blocks, and covered by the methods that train or scale it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torchvision
+import transformers
+from torch import Tensor, nn
+
+import petune
+
+WIDTH = 192
+COLUMN = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 4 * WIDTH}
+IMAGE = {"image_size": 64, "patch_size": 16}
+SWIN = {"image_size": 64, "embed_dim": 96, "depths": [1, 1], "num_heads": [3, 6], "window_size": 4, "patch_size": 4}
+BODY = {"img_size": 64, "depth": 2}
+
+
+class Wrapper(nn.Module):
+    """A backbone and a classifier, as every second project has it."""
+
+    image_size = 64
+
+    def __init__(self, *head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, **BODY)
+        self.head = nn.Sequential(*head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def torchvision_vit() -> nn.Module:
+    shape = {"num_layers": 2, "num_heads": 3, "hidden_dim": WIDTH, "mlp_dim": 4 * WIDTH}
+    return torchvision.models.VisionTransformer(64, 16, **shape, num_classes=3)
+
+
+def projector() -> nn.Module:
+    return Wrapper(nn.Linear(WIDTH, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+
+
+def timm_wrapper() -> nn.Module:
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=BODY, num_labels=3)
+    return transformers.TimmWrapperForImageClassification(config)
+
+
+def from_config(model: str, config: str, **options: object) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**options))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "torchvision ViT": (torchvision_vit, "encoder.ln"),
+    "Wrapper": (lambda: Wrapper(nn.Linear(WIDTH, 3)), "backbone.norm"),
+    "Wrapper, MLP with BatchNorm": (projector, "backbone.norm"),
+    "TimmWrapper": (timm_wrapper, "timm_model.norm"),
+    "ViT": (from_config("ViTForImageClassification", "ViTConfig", **COLUMN, **IMAGE), "vit.layernorm"),
+    "DeiT": (from_config("DeiTForImageClassification", "DeiTConfig", **COLUMN, **IMAGE), "deit.layernorm"),
+    "DINOv2": (from_config("Dinov2ForImageClassification", "Dinov2Config", **COLUMN, **IMAGE), "dinov2.layernorm"),
+    "CLIP": (from_config("CLIPForImageClassification", "CLIPConfig", vision_config={**COLUMN, **IMAGE}), ""),
+    "Swin": (from_config("SwinForImageClassification", "SwinConfig", **SWIN), "swin.layernorm"),
+}
+PLAIN = ("torchvision ViT", "Wrapper", "TimmWrapper", "ViT", "DeiT")
+"""Models with plain blocks: 12·D² + 13·D parameters each."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_final_norm_is_found(name: str) -> None:
+    build, path = MODELS[name]
+    assert petune.find_sites(build(), (3, 64, 64)).norm.path == (path or "vision_model.post_layernorm")
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, about the norms that it tunes itself
+@pytest.mark.parametrize("name", PLAIN)
+def test_methods_that_reach_the_final_norm_do_so_here(name: str) -> None:
+    model = MODELS[name][0]()
+    norm = petune.find_sites(model).norm
+    expected = {
+        "partial": 12 * WIDTH**2 + 13 * WIDTH + 2 * WIDTH,
+        "norm": 2 * 4 * WIDTH + 2 * WIDTH,
+        "peft:ln_tuning": 2 * 4 * WIDTH + 2 * WIDTH,
+    }
+    for method, tuned in expected.items():
+        att = petune.attach(model, method)
+        assert att.counts.tuned == tuned, method
+        parameters = {id(p) for p in att.parameters()}
+        assert all(id(p) in parameters for p in norm.module.parameters() if method != "peft:ln_tuning")
+        att.detach()
+    assert expected["partial"] == 445_248
+
+
+def test_a_model_without_a_final_norm_has_none() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **BODY)
+    model.norm = nn.Identity()
+    assert "norm" not in petune.find_sites(model).parts
+
+
+def test_norms_of_attention_pooling_are_not_the_final_norm() -> None:
+    shape = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 4}
+    model = Wrapper(nn.Linear(48, 3))
+    model.backbone = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, **shape)
+    assert petune.find_sites(model).norm.path == "backbone.norm"
