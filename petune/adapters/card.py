@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from petune.adapters.card_code import model_code
 from petune.base.text import escape_markdown, hide_folders, printable
 
 TEMPLATES = Path(__file__).parent
@@ -74,6 +75,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         training=known["training"],
         classes=classes[:MAX_CLASSES],
         more_classes=max(0, len(classes) - MAX_CLASSES),
+        build=_Markup(model_code(config, public_metadata(config["metadata"]))),
         is_complete={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
         is_peft=is_peft,
     )

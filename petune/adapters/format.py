@@ -14,6 +14,7 @@ from torch import Tensor
 
 from petune.adapters.migrations import migrate
 from petune.adapters.peft_format import as_peft, from_peft, petune_part
+from petune.adapters.unwrapped import unwrap
 from petune.base.errors import CheckpointError, UsageError
 from petune.base.files import MANIFEST, verify_directory, write_directory
 from petune.sites.site import Sites
@@ -110,7 +111,13 @@ def read_adapter(path: Path) -> SavedAdapter:
     missing = sorted(REQUIRED - set(config))
     if missing:
         raise CheckpointError(f"{path / CONFIG_FILE} is incomplete: {', '.join(missing)} is missing")
-    return SavedAdapter(path, config, tensors)
+    return SavedAdapter(path, *unwrap(config, tensors))
+
+
+def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return the keys of `geometry` in which a saved adapter differs; a model that it does not name is any model."""
+    is_unnamed = "model" in saved and saved["model"] is None
+    return [key for key in current if saved.get(key) != current[key] and not (key == "model" and is_unnamed)]
 
 
 def geometry(sites: Sites) -> dict[str, Any]:

@@ -14,39 +14,35 @@ from petune.backbones.transformers_weights import load_pretrained
 from petune.base.errors import ConfigError, MissingExtra, WeightsUnavailable, did_you_mean
 from petune.base.hub import hub_url
 from petune.base.network import reachable
+from petune.sites.logits import logits_of
 
 
-class Logits(nn.Module):
-    """Wrap a transformers classifier so that it returns its logits instead of an output object."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C)."""
-        logits_BC: Tensor = self.model(images_BCHW).logits
-        return logits_BC
+def _return_logits(model: nn.Module, args: Any, output: Any) -> Tensor:
+    """Forward hook: let a classifier of transformers return its logits (B, C) instead of an output object."""
+    return logits_of(output)
 
 
-class PooledClassifier(nn.Module):
-    """Put a linear classifier on a transformers model without one: on its pooled output, else on the mean token."""
+def _classify(model: nn.Module, args: Any, output: Any) -> Tensor:
+    """Forward hook: put `model.classifier` on the pooled output, or on the mean token if there is none: (B, C)."""
+    pooled_BD = getattr(output, "pooler_output", None)
+    if pooled_BD is None:
+        pooled_BD = output.last_hidden_state.mean(1)
+    logits_BC: Tensor = model.classifier(pooled_BD)  # type: ignore[operator]
+    return logits_BC
 
-    def __init__(self, model: nn.Module, dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.model = model
-        self.head = nn.Linear(dim, num_classes)
-        self.pretrained_cfg = getattr(model, "pretrained_cfg", None)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C)."""
-        output = self.model(images_BCHW)
-        pooled_BD = getattr(output, "pooler_output", None)
-        if pooled_BD is None:
-            pooled_BD = output.last_hidden_state.mean(1)
-        logits_BC: Tensor = self.head(pooled_BD)
-        return logits_BC
+def _with_logits(model: Any, num_classes: int, *, classifies: bool) -> nn.Module:
+    """Let a model of transformers map images to logits; it stays transformers' own, so adapters have its keys.
+
+    Args:
+        model: Changed in place. One without a classifier gets a linear one, as `classifier`.
+        num_classes: Outputs of that one.
+        classifies: The model has a classifier.
+    """
+    if not classifies:
+        model.classifier = nn.Linear(model.config.hidden_size, num_classes)
+    model.register_forward_hook(_return_logits if classifies else _classify)
+    return model  # type: ignore[no-any-return]
 
 
 def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
@@ -100,7 +96,7 @@ def _build_transformers(
     auto_class = AutoModelForImageClassification if classifies else AutoModel
     try:
         model = load_pretrained(auto_class, name, config, offline) if pretrained else auto_class.from_config(config)
-        return Logits(model) if classifies else PooledClassifier(model, config.hidden_size, num_classes)
+        return _with_logits(model, num_classes, classifies=classifies)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {error}") from error
 

@@ -109,7 +109,21 @@ def read_weights(path: Path) -> Weights:
         raise CheckpointError(f"cannot read {file} as safetensors: {error}") from None
     if not isinstance(info, dict):
         raise CheckpointError(f"the metadata of {file} is damaged: `petune` is {info!r}, not a mapping")
+    if _is_wrapped(tensors, info):
+        tensors = {_unwrapped_key(key): tensor for key, tensor in tensors.items()}
+        info = {**info, "adapters": [_unwrapped_key(str(key)) for key in info.get("adapters") or ()]}
     return Weights(tensors, info, _source(file))
+
+
+def _is_wrapped(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> bool:
+    """Return True for a pretraining of a transformers model whose keys start with `model`, as in early versions."""
+    is_inner = [key.startswith("model.") for key in tensors]
+    in_wrapper = all(inner or key.startswith("head.") for key, inner in zip(tensors, is_inner, strict=True))
+    return str(info.get("backbone")).startswith("hf:") and any(is_inner) and in_wrapper
+
+
+def _unwrapped_key(key: str) -> str:
+    return "classifier." + key.removeprefix("head.") if key.startswith("head.") else key.removeprefix("model.")
 
 
 def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.adapters.fingerprint import digest, fingerprint
+from petune.adapters.unwrapped import wrapped_key
 from petune.base.errors import AttachError
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import frozen_backbone, frozen_head
@@ -99,8 +100,11 @@ class AdapterTensors:
             return False
         return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.name)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, wrapper: str | None = None) -> str:
         """Return the SHA-256 of the frozen backbone.
+
+        Args:
+            wrapper: Compute that of an adapter which was trained in this wrapper; see `petune.adapters.unwrapped`.
 
         Raises:
             AttachError: A later attachment trains some of it in place, and did not keep the values from before.
@@ -109,19 +113,23 @@ class AdapterTensors:
             return self._fingerprint
         is_trained = bool(self.head)
         frozen = frozen_backbone(self._model, self._sites, self._log.name, self.live(), train_head=is_trained)
-        return fingerprint(self._model, frozen)
+        return fingerprint(self._model, {wrapped_key(key, wrapper): t for key, t in frozen.items()})
 
     def keep_fingerprint(self) -> None:
         """Compute the fingerprint now, before the frozen tensors are sharded and cannot be read by one process."""
         self._fingerprint = self.fingerprint()
         self.is_sharded = True
 
-    def head_fingerprint(self) -> str | None:
-        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none."""
+    def head_fingerprint(self, wrapper: str | None = None) -> str | None:
+        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none.
+
+        Args:
+            wrapper: See `fingerprint`.
+        """
         if self.head:
             return None
         tensors = frozen_head(self._model, self._sites, self._log.name, self.live())
-        return None if tensors is None else digest(tensors)
+        return None if tensors is None else digest({wrapped_key(key, wrapper): t for key, t in tensors.items()})
 
     def check_in_model(self, name: str, *, active: bool, only: Mapping[str, Tensor] | None = None) -> None:
         """Check that the tensors that train, or `only` some of them, are still the model's.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.adapters.format import CONFIG_FILE, SavedAdapter, geometry, read_adapter
+from petune.adapters.format import CONFIG_FILE, SavedAdapter, geometry, geometry_differences, read_adapter
 from petune.adapters.reference_logits import max_abs_diff
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
@@ -93,7 +93,8 @@ def check_fits(attachment: Attachment, saved: SavedAdapter) -> None:
     _check_geometry(attachment, saved)
     _check_tensors(attachment, saved)
     fingerprint, head_fingerprint = saved.config["fingerprint"], saved.config.get("head_fingerprint")
-    if fingerprint is not None and attachment.fingerprint() != fingerprint:
+    wrapper = saved.config.get("wrapper")
+    if fingerprint is not None and attachment.tensors.fingerprint(wrapper) != fingerprint:
         state = trainable_state_of(attachment.model)
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""
@@ -101,7 +102,7 @@ def check_fits(attachment: Attachment, saved: SavedAdapter) -> None:
             f"{saved.path} belongs to a backbone of the same shape with other weights: {_weights(saved)}. Load those "
             f"weights first{hint}"
         )
-    if head_fingerprint not in {None, attachment.tensors.head_fingerprint()}:
+    if head_fingerprint not in {None, attachment.tensors.head_fingerprint(wrapper)}:
         raise BackboneMismatch(
             f"{saved.path} was trained with another classifier that did not train (train_head=False). Load the model "
             f"with that classifier first: {_weights(saved)}"
@@ -168,14 +169,14 @@ def _sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None) -> Sites 
         return None
     with contextlib.suppress(PetuneError, KeyError, TypeError):  # attaching without the file's size says what is wrong
         sites = find_sites(model, tuple(saved["input"]))
-        return sites if geometry(sites) == saved else None
+        return sites if not geometry_differences(saved, geometry(sites)) else None
     return None
 
 
 def _check_geometry(attachment: Attachment, saved: SavedAdapter) -> None:
     current = geometry(attachment.sites)
     in_file = saved.config["geometry"] or current
-    different = [key for key in current if in_file.get(key) != current[key]]
+    different = geometry_differences(in_file, current)
     if different:
         shown = [f"{key} {in_file.get(key)} (this model: {current[key]})" for key in different]
         raise BackboneMismatch(f"{saved.path} belongs to another backbone: {', '.join(shown)}")

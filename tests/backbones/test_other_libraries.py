@@ -91,9 +91,9 @@ def test_transformers_weights_are_loaded_or_reported_missing(dinov2: str) -> Non
     with pytest.raises(WeightsUnavailable, match="cannot load hf:"):
         create_backbone(dinov2, num_classes=5)
     saved = create_backbone(dinov2, weights="none", num_classes=5, seed=3).model
-    saved.model.save_pretrained(dinov2.removeprefix("hf:"))
+    saved.save_pretrained(dinov2.removeprefix("hf:"))
     again = create_backbone(dinov2, num_classes=5, seed=4)
-    key = "model.dinov2.embeddings.cls_token"
+    key = "dinov2.embeddings.cls_token"
     assert torch.equal(again.model.state_dict()[key], saved.state_dict()[key])
     assert again.weights == dinov2
 
@@ -121,7 +121,7 @@ def test_the_encoder_of_a_masked_autoencoder_sees_all_patches(tmp_path: Path) ->
     saved.config.mask_ratio = 0.0
     tokens = saved.vit.eval()(x)
     seen = tokens.last_hidden_state[:, 1:].gather(1, tokens.ids_restore[..., None].expand(-1, -1, 48))
-    torch.testing.assert_close(model.model.vit(x).last_hidden_state[:, 1:], seen, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.vit(x).last_hidden_state[:, 1:], seen, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(x), model(x))
 
 
@@ -166,7 +166,7 @@ def saved_vit(tmp_path: Path) -> str:
 def test_position_embeddings_of_another_size_are_resampled(saved_vit: str) -> None:
     from timm.layers import resample_abs_pos_embed
 
-    key = "model.vit.embeddings.position_embeddings"
+    key = "vit.embeddings.position_embeddings"
     own = create_backbone(saved_vit, num_classes=3).model.state_dict()
     large = [create_backbone(saved_vit, num_classes=3, image_size=32, seed=seed).model for seed in (0, 1)]
     for model in large:
