@@ -105,6 +105,7 @@ def test_generated_pages_are_up_to_date() -> None:
     assert pages.stale(pages.pages()) == [], "run: python docs/tools/pages.py"
 
 
+@pytest.mark.exhaustive
 def test_the_site_builds_strictly_and_loads_nothing_from_other_hosts(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")

@@ -34,6 +34,7 @@ class Tags(HTMLParser):
 TABLE = {"table", "thead", "tbody", "tr", "th", "td", "caption"}
 
 
+@pytest.mark.exhaustive
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Jupyter's packages

@@ -99,6 +99,7 @@ def _run(capture: pytest.CaptureFixture[str], *words: str) -> tuple[object, str,
     return stopped.value.code, *capture.readouterr()
 
 
+@pytest.mark.exhaustive
 def test_rates_are_chosen_on_val_numbers_checked_and_results_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

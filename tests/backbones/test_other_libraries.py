@@ -278,6 +278,7 @@ print(backbone.hub_id, backbone.model.pos_embed.sum().item())
 """
 
 
+@pytest.mark.exhaustive
 def test_a_repository_in_timms_layout_comes_from_the_hub_and_then_from_the_cache(tmp_path: Path) -> None:
     saved = _timms(tmp_path / "model", 0)
     env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "HF_HUB_OFFLINE"}

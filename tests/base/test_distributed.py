@@ -270,6 +270,7 @@ def test_commands_for_one_process_refuse_a_launcher(several: Several, tmp_path: 
     assert several.said(1) == ""
 
 
+@pytest.mark.exhaustive
 def test_torchrun(several: Several, tmp_path: Path) -> None:
     words = ("run", "--method=linear", *TINY, "--epochs=1", "--output")
     assert several.finish(1, *words, tmp_path / "one") == [0]

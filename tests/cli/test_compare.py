@@ -116,6 +116,7 @@ def test_another_learning_rate_for_a_finished_run_is_refused_before_training(
     assert petune("compare", "--config", "there/config.yaml", "--output", "there").code == 0
 
 
+@pytest.mark.exhaustive
 def test_omitted_seeds_are_named_and_tables_from_elsewhere_kept(petune: Run, tiny: Words, tmp_path: Path) -> None:
     assert petune("compare", "linear", *tiny, "--output", "there", "--seeds", "0,1").code == 0
     done = petune("compare", "linear", *tiny, "--output", "there")
@@ -128,6 +129,7 @@ def test_omitted_seeds_are_named_and_tables_from_elsewhere_kept(petune: Run, tin
     assert (tmp_path / "kept" / "compare.md").read_text() == "mine"
 
 
+@pytest.mark.exhaustive
 def test_a_moved_or_copied_directory_is_resumed_where_it_is(
     petune: Run, tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

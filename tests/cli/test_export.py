@@ -74,6 +74,7 @@ def test_the_documented_preprocessing(
     assert capsys.readouterr().out.strip() == prediction.top[0].name
 
 
+@pytest.mark.exhaustive
 def test_swin_with_prompts(tmp_path: Path) -> None:
     adapter, att = saved_run(tmp_path / "a", "vpt", "swin_tiny_patch4_window7_224", image_size=64)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))

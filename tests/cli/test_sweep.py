@@ -81,6 +81,7 @@ def test_a_trial_that_the_method_refuses_is_a_row(petune: Run, tiny: Words) -> N
     assert json.loads(again.out)["rows"] == rows
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_sweep_ends_with_the_same_table(
     petune: Run, tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def test_every_template_is_used() -> None:
 
 
 # looking for pip makes setuptools check its own distutils, and warn
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils:UserWarning")
 def test_the_new_package_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fake: Callable[..., None]

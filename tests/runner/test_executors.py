@@ -157,6 +157,7 @@ def test_seeds_and_rates_have_the_limits_of_a_run(wrong: dict[str, Any]) -> None
         CompareConfig.build({"methods": ("linear",), **wrong})
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_lists_machines_and_needs_its_own_directory(tmp_path: Path) -> None:
     place, events = tmp_path / "c", list[Any]()
     asked = CompareConfig.build({"methods": ("linear", "norm"), "run": PLAIN, "output": place})

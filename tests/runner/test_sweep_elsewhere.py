@@ -159,6 +159,7 @@ def test_batches_give_the_same_table_wherever_they_run_and_are_interrupted(tmp_p
     assert (more.config.parallel_trials, plain(more)) == (2, plain(whole))
 
 
+@pytest.mark.exhaustive
 def test_a_lost_trial_is_a_row_and_a_lost_test_is_an_error(tmp_path: Path) -> None:
     table = sweep(config(tmp_path / "a"), executor=Backwards(lost=1))
     assert [row.state for row in table.rows] == ["done", "failed", "done"]
