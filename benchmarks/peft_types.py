@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import petune
-from petune.base.errors import NotMergeable
+from petune.base.errors import AttachError, NotMergeable
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.tuners.peft_bridge.options import REFUSED, peft_types
 
@@ -19,15 +19,16 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "peft.md"
 BEGIN, END = "<!-- types:begin -->\n", "<!-- types:end -->\n"
 
 
-def rows() -> Iterator[tuple[str, str, str, str]]:
-    """Yield (type, state, identity at the start, can be merged) for every type of the installed PEFT."""
+def rows() -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield (type, state, identity at the start, can be merged, two on a model) for every type of PEFT."""
     for kind in sorted(_types()):
         if kind in REFUSED:
-            yield kind, f"refused: {REFUSED[kind]}", "", ""
+            yield kind, f"refused: {REFUSED[kind]}", "", "", ""
         else:
             att = petune.attach(tiny_timm(embed_dim=32), f"peft:{kind}")
             identity = "yes" if att.tuner.identity_at_init else "no"
-            yield kind, f"works: {_wrapped_layers(att)}", identity, _can_be_merged(att)
+            two = _two_on_a_model(kind)
+            yield kind, f"works: {_wrapped_layers(att)}", identity, _can_be_merged(att), two
 
 
 def _types() -> set[str]:
@@ -45,6 +46,18 @@ def _wrapped_layers(att: petune.Attachment) -> str:
     return ", ".join(sorted(words.get(name, name) for name in names))
 
 
+def _two_on_a_model(kind: str) -> str:
+    model = tiny_timm(embed_dim=32)
+    first = petune.attach(model, f"peft:{kind}", name="first", train_head=False)
+    try:
+        petune.attach(model, f"peft:{kind}", name="second", train_head=False)
+    except AttachError:
+        first.disable()
+        petune.attach(model, f"peft:{kind}", name="second", train_head=False)
+        return "one enabled"
+    return "both enabled"
+
+
 def _can_be_merged(att: petune.Attachment) -> str:
     try:
         att.merge()
@@ -59,9 +72,10 @@ def table() -> str:
 
     intro = (
         f"PEFT {peft.__version__} has {len(_types())} types of its own:\n\n"
-        "| type | on a ViT | identity at the start | can be merged |\n| --- | --- | --- | --- |\n"
+        "| type | on a ViT | identity at the start | can be merged | two on a model |\n"
+        "| --- | --- | --- | --- | --- |\n"
     )
-    lines = "".join(f"| `{kind}` | {state} | {identity} | {merged} |\n" for kind, state, identity, merged in rows())
+    lines = "".join(f"| `{kind}` | {' | '.join(cells)} |\n" for kind, *cells in rows())
     return f"{BEGIN}{intro}{lines}{END}"
 
 

@@ -25,6 +25,8 @@ NOT_OPTIONS = {
     "task_type",
 }
 """Keys of a PEFT adapter config that are not options of the method."""
+WITHOUT_EFFECT = {"OFT": {"module_dropout"}}
+"""Options that PEFT accepts and never applies, by type. petune refuses them for new adapters."""
 
 
 def as_peft(config: Mapping[str, Any], peft_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -58,10 +60,11 @@ def from_peft(peft_config: Mapping[str, Any]) -> dict[str, Any]:
     kind = str(peft_config["peft_type"])
     config_class: Any = {str(k.value): c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
     known = {f.name: f for f in fields(config_class)} if config_class is not None else {}
+    skipped = NOT_OPTIONS | WITHOUT_EFFECT.get(kind, set())
     options = {
         key: value
         for key, value in peft_config.items()
-        if key in known and key not in NOT_OPTIONS and value != known[key].default and value not in (None, {}, [])
+        if key in known and key not in skipped and value != known[key].default and value not in (None, {}, [])
     }
     train_head = bool(options.pop("modules_to_save", None))
     return {

@@ -168,6 +168,7 @@ class Edit:
         parameters: Iterable[nn.Parameter],
         modules: Iterable[nn.Module] = (),
         buffers: Iterable[tuple[nn.Module, str]] = (),
+        wrappers: Iterable[nn.Module] = (),
     ) -> None:
         """Register what was put into the model by hand: it trains, is saved, and counts as the tuner's.
 
@@ -175,10 +176,12 @@ class Edit:
             parameters: New parameters.
             modules: New modules, which go to train mode (dropout) and whose buffers are saved.
             buffers: Single buffers that are saved, as (module that holds it, name there).
+            wrappers: New modules around the backbone's own. They go to train mode, the modules inside them do not.
         """
         self._log.added_parameters += parameters
         self._log.added_modules += modules
         self._log.added_buffers += buffers
+        self._log.wrappers += wrappers
 
     def use_qkv_module(self, site: Site) -> None:
         """Let attentions call their qkv layer where they only read its weight (timm: EVA, BEiT, Swin-V2).

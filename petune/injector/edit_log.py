@@ -40,6 +40,7 @@ class EditLog:
         added_parameters: Parameters that the tuner put in by hand.
         added_modules: Modules that the tuner put in by hand; they go to train mode and their buffers are saved.
         added_buffers: Single buffers that are saved, by the module that holds them and their name there.
+        wrappers: Modules that the tuner put around the backbone's own; they go to train mode, those inside do not.
         toggles: Called with False when the attachment is disabled and with True when it is enabled again.
         enable_checks: Called before the attachment is enabled again; they raise AttachError to forbid it.
         row_toggles: Called with (rows, batch size) to restrict an edit made by hand to some rows of a batch, and with
@@ -55,6 +56,7 @@ class EditLog:
     added_parameters: list[nn.Parameter] = field(default_factory=list)
     added_modules: list[nn.Module] = field(default_factory=list)
     added_buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    wrappers: list[nn.Module] = field(default_factory=list)
     toggles: list[Toggle] = field(default_factory=list)
     enable_checks: list[Callable[[], object]] = field(default_factory=list)
     row_toggles: list[RowToggle] = field(default_factory=list)

@@ -33,9 +33,7 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
 
     def __init__(self, config: PeftConfigT | None = None, **options: Any) -> None:
         super().__init__(config, **options)
-        options = self.config.peft_options
-        starts = [value for key, value in options.items() if key.startswith("init_") or key == "init_weights"]
-        self.identity_at_init = self.config.type not in NOT_IDENTITY and False not in starts
+        self.identity_at_init = _is_identity_at_init(self.config.type, self.config.peft_options)
 
     def attach(self, edit: petune.Edit) -> None:
         """Let PEFT wrap the target layers, and register what it has added."""
@@ -78,6 +76,14 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
         from petune.tuners.peft_bridge.saving import to_peft
 
         return to_peft(self.wrapped, state)
+
+
+def _is_identity_at_init(kind: str, options: Mapping[str, Any]) -> bool:
+    """Return False for types, and options of types, that change the output right after attaching."""
+    starts = [value for key, value in options.items() if key.startswith("init_") or key == "init_weights"]
+    rank = options.get("r", 8)
+    has_odd_rank = kind == "hra" and isinstance(rank, int) and rank % 2 == 1  # reflections only cancel in pairs
+    return kind not in NOT_IDENTITY and False not in starts and not has_odd_rank
 
 
 class Peft(PeftTuner[PeftConfig]):

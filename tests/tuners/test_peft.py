@@ -153,9 +153,15 @@ def test_lora_changes_the_fused_weight_of_torch_attention(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "lora", "rank": 4}, "no option 'rank'"),
-        ({"type": "nonsense"}, "no such PEFT type for vision models: 'nonsense'"),
-        ({}, "there are adalora, adamss, beft"),
+        ({"type": "lora", "rank": 4}, r"no such option of lora: rank. Did you mean r\?"),
+        ({"type": "lora", "alpha": 4}, r"alpha. Did you mean lora_alpha\?"),
+        ({"type": "lora", "target": "attn"}, r"target. Did you mean .*targets"),
+        ({"type": "nonsense"}, r"^no such PEFT type for vision models: nonsense. Known: adalora, adamss"),
+        ({"type": "fourier"}, r"^no such PEFT type for vision models: fourier. Did you mean fourierft\?$"),
+        ({}, "peft needs a type: peft:TYPE. Known: adalora, adamss, beft"),
+        ({"type": "oft", "module_dropout": 0.1}, "PEFT never applies it"),
+        ({"type": "supertuning", "lora_dropout": 0.1}, "Set r too"),
+        ({"type": "pvera", "sample_at_inference": True}, "would be random in eval mode"),
         ({"type": "lora", "init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"type": "lora", "bias": "all"}, "attach bitfit as well"),
         ({"type": "vblora", "save_only_topk_weights": True}, "save_only_topk_weights"),
@@ -365,18 +371,6 @@ def test_two_of_a_type_are_saved_apart(kind: str, tmp_path: Path) -> None:
         assert torch.equal(logits(fresh), wanted), name
 
 
-@pytest.mark.parametrize("kind", ["frod", "randlora"])
-def test_types_with_shared_projections_allow_one_adapter(kind: str) -> None:
-    built = model()
-    first = randomized(petune.attach(built, f"peft:{kind}", name="a", train_head=False))
-    alone = logits(built)
-    with pytest.raises(AttachError, match=f"only one adapter of {kind}"):
-        petune.attach(built, f"peft:{kind}", name="b", train_head=False)
-    assert torch.equal(logits(built), alone)
-    first.detach()
-    assert petune.attach(built, f"peft:{kind}", name="b", train_head=False).attached
-
-
 def test_constants_of_a_type_do_not_count_as_backbone(tmp_path: Path) -> None:
     built = model()
     below = randomized(petune.attach(built, "adaptformer"))
@@ -392,3 +386,66 @@ def test_a_set_of_layers_is_saved_in_a_fixed_order(tmp_path: Path) -> None:
         "target_modules"
     ] == sorted(names)
     assert petune.load(model(), tmp_path / "a", tuner=build_tuner("lora", target_modules=names)).attached
+
+
+@pytest.mark.parametrize(("rank", "is_identity"), [(3, False), (4, True)])
+def test_hra_is_the_identity_at_even_ranks(rank: int, is_identity: bool) -> None:
+    built = model()
+    plain = logits(built)
+    att = petune.attach(built, "peft:hra", r=rank)
+    assert att.tuner.identity_at_init == is_identity
+    assert torch.allclose(logits(built), plain, atol=1e-5) == is_identity
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA, PEFT may build its extension")
+def test_boft_is_refused_where_peft_would_train_fewer_factors() -> None:
+    built = model()
+    before = dict(built.named_modules())
+    with pytest.raises(AttachError, match="boft_n_butterfly_factor=2 needs PEFT's CUDA extension"):
+        petune.attach(built, "peft:boft", boft_n_butterfly_factor=2)
+    assert dict(built.named_modules()) == before
+
+
+def test_pvera_learns_the_variance_that_it_samples_with() -> None:
+    att = randomized(petune.attach(model(), "peft:pvera", r=8))
+    att.model.train()(X).square().sum().backward()
+    variances = [p.grad[8:] for key, p in att.tuned.items() if "lambda_d" in key]
+    assert len(variances) == 8
+    assert all(bool(grad.all()) for grad in variances)
+
+
+BFLOAT16 = ["lora", "dora", "peft:oft", "peft:vera"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        m if m in BFLOAT16 else pytest.param(m, marks=pytest.mark.exhaustive)
+        for m in (*(f"peft:{kind}" for kind in TYPES), "lora", "dora")
+    ],
+)
+def test_files_of_a_bfloat16_model_are_exchanged_with_peft(method: str, tmp_path: Path) -> None:
+    def half() -> nn.Module:
+        return model().bfloat16()
+
+    x = X.bfloat16()
+    att = petune.attach(half(), method)
+    config = att.tuner.wrapped.config
+    randomized(att).save(tmp_path / "ours")
+    with torch.no_grad():
+        ours = att.model.eval()(x)
+        theirs = peft.PeftModel.from_pretrained(half(), str(tmp_path / "ours"))
+        assert torch.equal(theirs.eval()(x), ours)
+        in_peft = peft.get_peft_model_state_dict(theirs)
+    assert {key: t.dtype for key, t in in_peft.items()} == {key: t.dtype for key, t in att.file_state().items()}
+    skipped = {"peft_type", "runtime_config", "inference_mode", "auto_mapping"}
+    config = type(config)(**{k: v for k, v in config.to_dict().items() if k not in skipped})
+    config.modules_to_save = ["head"]
+    trained = peft.get_peft_model(half(), config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.05)
+        trained.save_pretrained(tmp_path / "theirs")
+        assert torch.equal(petune.load(half(), tmp_path / "theirs").model.eval()(x), trained.eval()(x))

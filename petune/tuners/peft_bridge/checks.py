@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
 import petune
 from petune.tuners.peft_bridge.layer import active_adapters, adapters_in, nested_layers, peft_layers
-
-SHARED_PROJECTIONS = {"FROD", "RANDLORA", "VERA"}
-"""Types whose projections PEFT keeps in the first adapter, for all of them."""
+from petune.tuners.peft_bridge.nesting import ONE_AT_A_TIME
 
 ONE_TYPE = "Attach one PEFT type at a time, or several of the same"
 
 
-def refuse_shared_projections(model: nn.Module, config: Any) -> None:
-    """Refuse a second adapter of a type that shares its projections."""
-    kind = config.peft_type
-    others = [other.peft_type for other in getattr(model, "peft_config", {}).values()]
-    if kind.value in SHARED_PROJECTIONS and kind in others:
-        raise petune.AttachError(
-            f"only one adapter of {kind.value.lower()} is possible on a model, because PEFT keeps the projections of "
-            "all in the first one. Detach the first, or use lora"
-        )
+def refuse_bypassed(model: nn.Module, kind: str, uncalled: list[nn.Module]) -> None:
+    """Refuse layers inside an enabled adapter that reads their weights, such as HRA's, instead of calling them.
+
+    Args:
+        model: The model.
+        kind: The type to attach, for the message.
+        uncalled: The layers that the forward does not call.
+    """
+    for path, outer in peft_layers(model).items():
+        if outer.get_base_layer() in uncalled and active_adapters(outer):
+            raise petune.AttachError(
+                f"{path} has an active adapter that reads the layer's weight without calling it, so {kind} would do "
+                f"nothing there. {ONE_TYPE} that can be enabled together, or disable the other first"
+            )
 
 
 def refuse_left_out(model: nn.Module, layers: dict[str, Any], name: str, wanted: list[str], before: set[str]) -> None:
@@ -66,7 +71,7 @@ def refuse_classifier(sites: petune.Sites, layers: dict[str, Any]) -> None:
 
 def refuse_uncalled(edit: petune.Edit, layers: dict[str, Any]) -> None:
     """Refuse layers that the forward never calls."""
-    called = edit.called(layers.values())
+    called = _called_without_hooks(edit, layers.values())
     for path, layer in layers.items():
         if layer not in called:
             raise petune.AttachError(
@@ -75,18 +80,60 @@ def refuse_uncalled(edit: petune.Edit, layers: dict[str, Any]) -> None:
             )
 
 
+def refuse_fewer_factors(layers: dict[str, Any], config: Any, name: str) -> None:
+    """Refuse a BOFT with fewer factors than its config says: PEFT trains one where its CUDA extension is missing."""
+    if config.peft_type.value != "BOFT":
+        return
+    wanted = config.boft_n_butterfly_factor
+    num_factors = next(len(layer.boft_R[name]) for layer in layers.values())
+    if num_factors != wanted:
+        raise petune.AttachError(
+            f"boft_n_butterfly_factor={wanted} needs PEFT's CUDA extension, which could not be built here; PEFT would "
+            f"train {num_factors} and save {wanted}. Use boft_n_butterfly_factor=1, or a machine with CUDA and ninja"
+        )
+
+
 def refuse_nested(model: nn.Module, kind: str, own: set[Any]) -> None:
-    """Refuse active layers of two types around each other: one may read the weight past the other.
+    """Refuse active layers around each other of which one may read the weight past the other.
 
     Args:
         model: The model.
-        kind: The type of `own`, for the message.
+        kind: The type of `own`.
         own: The attachment's layers.
     """
+    kinds = {adapter: config.peft_type.value.lower() for adapter, config in getattr(model, "peft_config", {}).items()}
     for path, outer in peft_layers(model).items():
         nested = list(nested_layers(outer))
-        others_active = any(active_adapters(layer) for layer in nested if layer not in own)
-        if own & {*nested} and others_active:
+        if not own & {*nested}:
+            continue
+        others = {kinds.get(name) for layer in nested if layer not in own for name in active_adapters(layer)}
+        if others == {kind} and kind in ONE_AT_A_TIME:
+            raise petune.AttachError(
+                f"{path} has an active adapter of {kind} already, and only one can be enabled at a time. Disable the "
+                "other first"
+            )
+        if others - {kind}:
             raise petune.AttachError(
                 f"{path} has an active adapter of another PEFT type than {kind}. {ONE_TYPE}, or disable the other first"
             )
+
+
+def _called_without_hooks(edit: petune.Edit, layers: Iterable[Any]) -> set[Any]:
+    """Return the layers that a forward calls. Hooks would see more calls: they keep torch from its fused kernels."""
+    called: set[Any] = set()
+    replaced = {layer: vars(layer).get("forward") for layer in layers}  # accelerate replaces a forward too
+    for layer in replaced:
+        layer.forward = functools.partial(_record_call, layer.forward, layer, called)
+    try:
+        edit.called([edit.model])
+    finally:
+        for layer, forward in replaced.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+    return called
+
+
+def _record_call(forward: Callable[..., Any], layer: Any, called: set[Any], *args: Any, **kwargs: Any) -> Any:
+    called.add(layer)
+    return forward(*args, **kwargs)

@@ -33,6 +33,7 @@ NOT_ACCEPTED = {
     "modules_to_save": "the classifier trains anyway; attach partial or norm as well to train more",
     "inference_mode": "an attached method trains",
     "task_type": "the task is to classify images",
+    "sample_at_inference": "the logits of an image would be random in eval mode",
     "save_only_topk_weights": "the file must hold everything that trains",
     **dict.fromkeys(NEED_TARGETS, "PEFT only reads it together with target_modules"),
 }
@@ -56,12 +57,12 @@ class PeftConfig(petune.TunerConfig):
     @model_validator(mode="after")
     def _check(self) -> Self:
         config_class = _config_class(self.type)
-        _check_names(config_class, self.peft_options)
-        _check_values(self.peft_options)
+        _check_names(self.type, config_class, self.peft_options)
+        _check_values(self.type, self.peft_options)
         try:
             config_class(**completed(self.type, self.peft_options))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"these options are refused by PEFT's {config_class.__name__}: {error}") from None
+            raise petune.ConfigError(f"these options are refused by PEFT's {config_class.__name__}: {error}") from None
         return self
 
     @property
@@ -130,28 +131,43 @@ def completed(kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _config_class(kind: str) -> Any:
     if kind in REFUSED:
-        raise ValueError(f"the type {kind} of PEFT cannot be a petune method: {REFUSED[kind]}")
+        raise petune.ConfigError(f"the type {kind} of PEFT cannot be a petune method: {REFUSED[kind]}")
     known = peft_types()
-    if kind not in known:
-        raise ValueError(f"no such PEFT type for vision models: {kind!r}; there are {', '.join(sorted(known))}")
-    return known[kind]
+    if kind in known:
+        return known[kind]
+    names = ", ".join(sorted(known))
+    if not kind:
+        raise petune.ConfigError(f"peft needs a type: peft:TYPE. Known: {names}")
+    similar = difflib.get_close_matches(kind, known, 3, 0.5)
+    hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Known: {names}"
+    raise petune.ConfigError(f"no such PEFT type for vision models: {kind}. {hint}")
 
 
-def _check_names(config_class: Any, options: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(config_class)}
+def _check_names(kind: str, config_class: Any, options: dict[str, Any]) -> None:
+    known = {"targets", *(field.name for field in dataclasses.fields(config_class))} - NOT_ACCEPTED.keys()
     for name in options:
-        if name not in known:
-            similar = difflib.get_close_matches(name, known, 3)
-            hint = f". Did you mean {' or '.join(similar)}?" if similar else ""
-            raise ValueError(f"{config_class.__name__} has no option {name!r}{hint}")
+        if name not in known | NOT_ACCEPTED.keys():
+            ends = sorted(option for option in known if option.endswith(f"_{name}"))
+            rank = ["r"] if name == "rank" and "r" in known else []
+            similar = rank or ends or difflib.get_close_matches(name, known, 3)
+            hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Options: {', '.join(sorted(known))}"
+            raise petune.ConfigError(f"no such option of {kind}: {name}. {hint}")
 
 
-def _check_values(options: dict[str, Any]) -> None:
+def _check_values(kind: str, options: dict[str, Any]) -> None:
+    if kind == "oft" and options.get("module_dropout"):
+        raise petune.ConfigError("module_dropout of oft does nothing: PEFT never applies it. Leave it out")
+    if kind == "supertuning" and options.get("lora_dropout") and not options.get("r"):
+        raise petune.ConfigError(
+            "lora_dropout of supertuning acts on its low-rank part only. Set r too, or leave it out"
+        )
     if options.get("init_lora_weights", True) not in IDENTITY_STARTS:
-        raise ValueError(f"init_lora_weights is none of {IDENTITY_STARTS}: other values change the backbone's weights")
+        raise petune.ConfigError(
+            f"init_lora_weights is none of {IDENTITY_STARTS}: other values change the backbone's weights"
+        )
     if options.get("bias", "none") != "none":
-        raise ValueError("bias is not 'none'; attach bitfit as well to train biases")
+        raise petune.ConfigError("bias is not 'none'; attach bitfit as well to train biases")
     for name, reason in NOT_ACCEPTED.items():
         is_read = name in NEED_TARGETS and "target_modules" in options
         if options.get(name) and not is_read:
-            raise ValueError(f"{name} is not accepted: {reason}")
+            raise petune.ConfigError(f"{name} is not accepted: {reason}")

@@ -57,8 +57,8 @@ def _tensors_that_peft_saves(wrapped: WrappedLayers, own: set[int]) -> dict[str,
     shell.base_model = wrapped.tuner
     config = copy.copy(wrapped.config)
     config.rank_pattern = None  # the layers have AdaLoRA's ranks already
-    shell.peft_config = {wrapped.name: config}  # type: ignore[assignment]
     model = wrapped.model
+    shell.peft_config = {**getattr(model, "peft_config", {}), wrapped.name: config}  # type: ignore[assignment]
     others = {id(t) for t in (*model.parameters(), *model.buffers())} - own  # FRoD keeps some outside of the model
     in_state = {id(t) for t in shell.state_dict(keep_vars=True).values()} - others
     named = (*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False))

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 import petune
+from petune.tuners.peft_bridge.checks import refuse_bypassed
 from petune.tuners.peft_bridge.options import PeftConfig, completed, defaults_of
 
 MUST_DIVIDE = {
@@ -120,6 +121,7 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
     ]
     layers = list({id(layer.module): layer for layer in layers}.values())
     uncalled = [layer for site in sites for layer in edit.uncalled_linears(site)]
+    refuse_bypassed(edit.model, config.type, [layer.module for layer in uncalled])
     model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in uncalled[:3]))
     if required and not layers:
         raise petune.AttachError(

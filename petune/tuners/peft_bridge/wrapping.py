@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 import petune
-from petune.tuners.peft_bridge.attention import wrap_attention
 from petune.tuners.peft_bridge.checks import (
     refuse_classifier,
+    refuse_fewer_factors,
     refuse_left_out,
     refuse_nested,
-    refuse_shared_projections,
     refuse_uncalled,
 )
+from petune.tuners.peft_bridge.encoder_layer import fit_encoder_layers
 from petune.tuners.peft_bridge.layer import (
     active_adapters,
     adapters_in,
@@ -25,6 +26,7 @@ from petune.tuners.peft_bridge.layer import (
     peft_layers,
     set_active,
 )
+from petune.tuners.peft_bridge.nesting import hidden_layers, needs_own_layers
 from petune.tuners.peft_bridge.rows import set_rows
 
 
@@ -81,23 +83,25 @@ class WrappedLayers:
         """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+        nesting = hidden_layers(self.model) if needs_own_layers(self.config) else nullcontext()
         try:
-            with warnings.catch_warnings():  # a second adapter is intended here, and `check` looks at the result
+            with warnings.catch_warnings(), nesting:
+                # a second adapter is intended here, and `check` looks at the result
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
                 self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type](self.model, self.config, self.name)
+                self.tuner._cast_adapter_dtype(self.name)  # to float32, as PeftModel does
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise petune.AttachError(f"PEFT cannot put {self.kind} on {self.edit.sites.model}: {error}") from None
         self.layers = {
             path: layer for path, layer in peft_layers(self.model).items() if self.name in adapters_in(layer)
         }
-        for layer in self.layers.values():
-            if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
-                wrap_attention(self.edit, layer)
+        fit_encoder_layers(self.edit, self.layers.values())
 
     def check(self, wanted: list[str]) -> None:
         """See that PEFT has wrapped the layers at the paths `wanted`, and that all of them act."""
         refuse_left_out(self.model, self.layers, self.name, wanted, set(self.before.layers))
         refuse_classifier(self.edit.sites, self.layers)
+        refuse_fewer_factors(self.layers, self.config, self.name)
         refuse_uncalled(self.edit, self.layers)
 
     def register(self) -> None:
@@ -174,7 +178,8 @@ class WrappedLayers:
         buffers += [(layer, name) for layer in self.layers.values() for name in layer._buffers]
         self.added_parameters = [p for p in self.model.parameters() if id(p) not in before.parameters]
         self.added_buffers = list(dict.fromkeys(buffers))
-        self.edit.add_parameters(self.added_parameters, buffers=self.added_buffers)
+        wrappers = self.layers.values()  # they use dropout by their own training flag; the layers inside are frozen
+        self.edit.add_parameters(self.added_parameters, buffers=self.added_buffers, wrappers=wrappers)
         self.add_modules(m for m in modules if not isinstance(m, BufferDict))
 
     def _refuse_nested(self) -> None:
@@ -208,7 +213,6 @@ def wrap_layers(edit: petune.Edit, config: Any, wanted: list[str]) -> WrappedLay
     Raises:
         AttachError: PEFT refuses, leaves out a layer, or would do nothing in one.
     """
-    refuse_shared_projections(edit.model, config)
     wrapped = WrappedLayers(edit, config)
     edit.on_detach(wrapped.unwrap)
     wrapped.run_peft()

@@ -1,0 +1,47 @@
+"""Several adapters of one PEFT type at a layer, where one layer of PEFT's cannot hold them.
+
+Such an adapter gets layers of its own around those of the adapters before it. Layers that add to what the layer inside
+returns work together. For the others, only one adapter can be enabled at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from petune.tuners.peft_bridge.layer import peft_layers
+
+OWN_LAYERS = {"c3a", "frod", "ln_tuning", "osf", "pvera", "randlora", "tinylora", "unilora", "vblora", "vera"}
+"""Types of which a layer cannot hold two adapters: they share tensors through PEFT's model, or only one can act."""
+
+ONE_AT_A_TIME = {"frod", "ln_tuning"}
+"""Those of them whose layer does not call the layer inside."""
+
+
+def needs_own_layers(config: Any) -> bool:
+    """Return True for a PEFT config whose adapter cannot share layers; PEFT wraps a parameter once only."""
+    return config.peft_type.value.lower() in OWN_LAYERS or bool(getattr(config, "target_parameters", None))
+
+
+@contextmanager
+def hidden_layers(model: nn.Module) -> Iterator[None]:
+    """Take PEFT's layers out of a model inside the context, and put them inside the new ones that PEFT makes there."""
+    hidden = {path: layer for path, layer in peft_layers(model).items() if "base_layer" not in path.split(".")}
+    configs: dict[str, Any] = model.__dict__.pop("peft_config", {})
+    for path, layer in hidden.items():
+        model.set_submodule(path, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        new_layers = peft_layers(model)
+        for path, layer in hidden.items():
+            if path in new_layers:
+                new_layers[path].base_layer = layer
+            else:
+                model.set_submodule(path, layer)
+        configs.update(model.__dict__.get("peft_config", {}))
+        if configs:
+            model.peft_config = configs  # type: ignore[assignment]
