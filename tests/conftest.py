@@ -24,7 +24,8 @@ SLOW = {
     "test_docs.py", "test_examples.py", "test_notebook.py", "test_results.py", "test_speed.py", "test_suites.py",
     "test_wheel.py", "training/speed/test_feature_cache.py", "training/speed/test_onednn_linear.py",
     "training/speed/test_speedups.py", "training/test_memory.py", "training/test_resume.py", "tuners/test_adalora.py",
-    "tuners/test_parity.py", "tuners/test_peft.py", "tuners/test_several.py", "tuners/test_transforms.py",
+    "tuners/test_parity.py", "tuners/test_peft.py", "tuners/test_peft_harness.py",
+    "tuners/test_several.py", "tuners/test_transforms.py",
 }  # fmt: skip
 """Files that train, start processes, or go through many models; `make quick` leaves them out."""
 BROWSER = {"serving/test_demo.py"}

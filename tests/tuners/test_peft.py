@@ -444,8 +444,8 @@ def test_files_of_a_bfloat16_model_are_exchanged_with_peft(method: str, tmp_path
     trained = peft.get_peft_model(half(), config)
     torch.manual_seed(3)
     with torch.no_grad():
-        for p in trained.parameters():
-            if p.requires_grad:
+        for key, p in trained.named_parameters():
+            if p.requires_grad and "ranknum" not in key:  # AdaLoRA's number of ranks is no weight
                 p.add_(torch.randn_like(p), alpha=0.05)
         trained.save_pretrained(tmp_path / "theirs")
         assert torch.equal(petune.load(half(), tmp_path / "theirs").model.eval()(x), trained.eval()(x))

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora import layer as lora_layer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 import petune
 
 
-class TransparentWrapper(ParamWrapper):
-    """PEFT's layer; attributes that it does not have are the attention's."""
+class ParamWrapper(lora_layer.ParamWrapper):
+    """PEFT's layer; attributes that it does not have are the attention's. PEFT knows the class by its name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the attention's, which may be called with keywords alone."""
@@ -43,8 +43,8 @@ def fit_encoder_layers(edit: petune.Edit, layers: Iterable[Any]) -> None:
     inside = {m for encoder_layer in encoder_layers for m in encoder_layer.modules()}
     for layer in layers:
         base = layer.get_base_layer()
-        if type(layer) is ParamWrapper and isinstance(base, nn.MultiheadAttention):
-            layer.__class__ = TransparentWrapper
+        if type(layer) is lora_layer.ParamWrapper and isinstance(base, nn.MultiheadAttention):
+            layer.__class__ = ParamWrapper
         if isinstance(base, nn.LayerNorm):
             layer.eps = base.eps
         if layer in inside:

@@ -21,11 +21,6 @@ ONE_AT_A_TIME = {"frod", "ln_tuning"}
 """Those of them whose layer does not call the layer inside."""
 
 
-def needs_own_layers(config: Any) -> bool:
-    """Return True for a PEFT config whose adapter cannot share layers; PEFT wraps a parameter once only."""
-    return config.peft_type.value.lower() in OWN_LAYERS or bool(getattr(config, "target_parameters", None))
-
-
 @contextmanager
 def hidden_layers(model: nn.Module) -> Iterator[None]:
     """Take PEFT's layers out of a model inside the context, and put them inside the new ones that PEFT makes there."""

@@ -26,7 +26,7 @@ from petune.tuners.peft_bridge.layer import (
     peft_layers,
     set_active,
 )
-from petune.tuners.peft_bridge.nesting import hidden_layers, needs_own_layers
+from petune.tuners.peft_bridge.nesting import OWN_LAYERS, hidden_layers
 from petune.tuners.peft_bridge.rows import set_rows
 
 
@@ -83,7 +83,7 @@ class WrappedLayers:
         """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-        nesting = hidden_layers(self.model) if needs_own_layers(self.config) else nullcontext()
+        nesting = hidden_layers(self.model) if self.kind in OWN_LAYERS else nullcontext()
         try:
             with warnings.catch_warnings(), nesting:
                 # a second adapter is intended here, and `check` looks at the result
