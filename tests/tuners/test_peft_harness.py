@@ -30,6 +30,10 @@ SAMPLE = {
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+SMALL = {"psoft": {"r": 8}, "fourierft": {"n_frequency": 100}}
+"""Options of types whose defaults are too large for these models."""
+
+
 def combinations() -> list[object]:
     """Return every base with every type."""
     return [
@@ -46,7 +50,7 @@ def method(kind: str) -> str:
 
 def attached(model: nn.Module, kind: str, name: str, **options: object) -> petune.Attachment:
     """Attach a type without the classifier, with values away from their start."""
-    att = petune.attach(model, method(kind), name=name, train_head=False, **options)
+    att = petune.attach(model, method(kind), name=name, train_head=False, **SMALL.get(kind, {}), **options)
     generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
     with torch.no_grad():
         for p in att.parameters():
@@ -89,7 +93,7 @@ def check_alive_and_exact(att: petune.Attachment, plain: Tensor) -> None:
 def test_one_adapter_acts_in_both_modes(base: str, kind: str, tmp_path: Path) -> None:
     model = BASES[base]()
     plain, modules = logits(model), dict(model.named_modules())
-    petune.attach(model, method(kind), name="start", train_head=False).detach()
+    petune.attach(model, method(kind), name="start", train_head=False, **SMALL.get(kind, {})).detach()
     assert torch.equal(logits(model), plain)
     att = attached(model, kind, "one")
     check_alive_and_exact(att, plain)
