@@ -9,11 +9,13 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.injector.attachment import Attachment, label_of
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
+from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, parse_method, plugin_errors
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
@@ -75,6 +77,7 @@ def attach(
             tuner.attach(edit)
         attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
         _check_trains(attachment)
+        _check_kinds_of_tensors(attachment)
         _check_used(model, sites, tuner, log)
         forget_forwards(edit)
     except BaseException:
@@ -163,6 +166,20 @@ def _check_trains(attachment: Attachment) -> None:
         f"{attachment.name} found nothing to train in {attachment.sites.model}. Use another method, or linear to train "
         "only the classifier"
     )
+
+
+def _check_kinds_of_tensors(attachment: Attachment) -> None:
+    """Check that quantized weights stay frozen and that the fingerprint can read them, before training."""
+    trainable = attachment.tensors.trainable()
+    for key, tensor in named_parameters(attachment.model).items():
+        if type(tensor) is nn.Parameter:
+            continue
+        parts = plain_parts(key, tensor)
+        if key in trainable and not all(part.is_floating_point() for _, part in parts):
+            raise AttachError(
+                f"{attachment.name} would train {key}, which is quantized ({type(tensor).__name__}). Leave it out of "
+                "the quantization, or use a method that keeps it frozen; for a classifier, also train_head=False"
+            )
 
 
 def _check_used(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog) -> None:

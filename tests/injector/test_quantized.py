@@ -1,0 +1,57 @@
+"""Backbones with quantized weights, which are tensor subclasses: methods train on them, adapters save and load."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import petune
+from tests.injector.quantized import LockedWeight, OpaqueWeight, quantize
+from tests.tiny import X, randomised, tiny
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "bitfit", "fact", "linear", "lst", "norm", "vpt"])
+def test_an_adapter_of_a_quantized_backbone_loads_on_it_and_on_no_other(method: str, tmp_path: Path) -> None:
+    att = randomised(petune.attach(quantize(tiny()), method))
+    att.save(tmp_path / "out")
+    loaded = petune.load(quantize(tiny()), tmp_path / "out")
+    assert loaded.fingerprint() == att.fingerprint()
+    with torch.no_grad():
+        assert torch.equal(loaded.model(X), att.model(X))
+    for other in (quantize(tiny(1)), tiny()):
+        with pytest.raises(petune.BackboneMismatch):
+            petune.load(other, tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["rows", "scale"])
+def test_the_fingerprint_follows_every_part_of_a_quantized_weight(part: str) -> None:
+    model = quantize(tiny())
+    att = petune.attach(model, "adaptformer")
+    before = att.fingerprint()
+    assert att.fingerprint() == before
+    assert petune.attach(copy.deepcopy(quantize(tiny())), "adaptformer").fingerprint() == before
+    getattr(model.blocks[1].mlp.fc1.weight, part)[3] += 1
+    assert att.fingerprint() != before
+
+
+def test_a_quantized_weight_that_would_train_is_refused_when_attaching() -> None:
+    model = quantize(tiny(), with_head=True)
+    keys = model.state_dict().keys()
+    for method, key in (("full", "blocks.0.attn.qkv.weight"), ("adaptformer", "head.weight")):
+        with pytest.raises(petune.AttachError, match=key):
+            petune.attach(model, method)
+    assert model.state_dict().keys() == keys
+    petune.attach(model, "adaptformer", train_head=False)
+
+
+def test_a_weight_that_does_not_say_what_it_is_made_of_counts_by_its_values() -> None:
+    att, same, other = (petune.attach(quantize(tiny(seed), OpaqueWeight), "adaptformer") for seed in (0, 0, 1))
+    assert att.fingerprint() == same.fingerprint() != other.fingerprint()
+
+
+def test_weights_that_cannot_be_read_are_refused_before_training() -> None:
+    with pytest.raises(petune.AttachError, match=r"blocks.0.attn.qkv.weight.*LockedWeight"):
+        petune.attach(quantize(tiny(), LockedWeight), "adaptformer")
