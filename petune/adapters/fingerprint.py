@@ -91,8 +91,9 @@ def plain_parts(key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(key, tensor)]
     if hasattr(tensor, "full_tensor"):
         raise AttachError(f"{key} is sharded over processes. Attach and save with a model that is not sharded")
-    if getattr(tensor, "__tensor_flatten__", None):
-        names = tensor.__tensor_flatten__()[0]
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        names = flatten()[0]
         return [part for name in names for part in plain_parts(f"{key}.{name}", getattr(tensor, name))]
     return [(key, _values(key, tensor))]
 
