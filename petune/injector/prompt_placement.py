@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from petune.base.errors import AttachError, SiteNotFound
-from petune.injector.hooks.position_bias import padding_values, position_switches
+from petune.injector.hooks.position_bias import paddings, position_switches
 from petune.injector.hooks.prompt_check import PromptCheck
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused, refuse_obstacles
-from petune.injector.hooks.prompts import AttentionPrompts, Prompts
+from petune.injector.hooks.prompts import AttentionPrompts, PromptedModule, Prompts
 from petune.injector.placement import Placer
 from petune.sites.site import Block, Site, Sites
 
@@ -70,14 +70,10 @@ class PromptPlacer:
                 reason = f"has other tokens than {run[0].path}, because they are pooled or merged in between"
                 raise prompts_refused(block, self.sites, reason, USE_DEEP)
         self._admit(run, slot)
-        holder = Prompts(adapter, slot, padding_values(run[0]))
+        holder = Prompts(adapter, slot, paddings(run[0]))
         self.placer.add(holder, run[0], run[0], run[-1])
-        hook = self.placer.hook
-        # the outermost hook: other adapters see the prompts as tokens, and nested prompts leave in reverse order
-        hook(run[0].enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
-        for block in run[1:]:
-            hook(block.enter.register_forward_pre_hook(holder.pass_through, with_kwargs=True, prepend=True))
-        hook(run[-1].exit.register_forward_hook(holder.leave))
+        for index, block in enumerate(run):
+            self._hook(PromptedModule(holder, block.enter, index, last=block is run[-1]))
         self.check.verify(run, slot)
 
     def _into_attention(self, block: Block, adapter: nn.Module, count: int) -> None:
@@ -87,11 +83,18 @@ class PromptPlacer:
         norm = block.parts.get("norm1") if block.norm_first else None
         if norm is not None and norm.enter in set(attn.enter.modules()):
             norm = None  # the attention normalizes them itself
-        holder = AttentionPrompts(adapter, slot, padding_values(block), norm)
+        holder = AttentionPrompts(adapter, slot, paddings(block), norm)
         self.placer.add(holder, block, attn)
-        self.placer.hook(attn.enter.register_forward_pre_hook(holder.enter, with_kwargs=True, prepend=True))
-        self.placer.hook(attn.exit.register_forward_hook(holder.leave))
+        self._hook(PromptedModule(holder, attn.enter, 0, last=True))
         self.check.verify((block,), slot)
+
+    def _hook(self, prompted: PromptedModule) -> None:
+        """Install the hooks of a module that prompts enter, and its forward with them."""
+        module = prompted.module
+        self.placer.hook(module.register_forward_pre_hook(prompted.enter, with_kwargs=True, prepend=True))
+        self.placer.hook(module.register_forward_pre_hook(prompted.conceal, with_kwargs=True))
+        self.placer.hook(module.register_forward_hook(prompted.leave))
+        self.placer.toggle(prompted.switch, on=False)
 
     def _admit(self, run: tuple[Block, ...], slot: PromptSlot) -> None:
         """Prepare the attentions of the blocks for the prompts, for as long as the attachment is enabled."""

@@ -65,8 +65,9 @@ class VPT(petune.Tuner[VPTConfig]):
 
     Prompts have no position embedding and come after the prefix tokens (class token, registers). If attention sees
     windows (Swin), every window gets the prompts of its block. Shallow prompts pass through as many blocks as have the
-    same tokens (`Edit.prompt_span`): all blocks of a plain ViT, the first stage of a model that merges tokens. Between
-    the blocks they are tokens like others, so a model's intermediate features contain them.
+    same tokens (`Edit.prompt_span`): all blocks of a plain ViT, the first stage of a model that merges tokens. Outside
+    the blocks nothing sees prompts: hidden states and intermediate features have the backbone's own tokens. Attention
+    maps have rows and columns for prompts. A token that a mask hides from all others is hidden from prompts, too.
 
     Differs from the paper: AdamW instead of SGD, because its learning rate transfers between backbones. Shallow prompts
     are refused on windowed models, where a token without a position cannot pass from window to window.

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,35 +66,80 @@ def position_switches(block: Block, sites: Sites, slot: PromptSlot) -> list[Swit
     return switches
 
 
-def padding_values(block: Block) -> dict[int | str, float]:
-    """Return values for the prompts' rows in further tensors that a block is given, by position and by keyword.
+@dataclass(frozen=True)
+class Padding:
+    """Values that make prompts neutral in a further tensor that a block is given.
+
+    Attributes:
+        row: For the prompts' rows of a table; None leaves tables alone.
+        mask: `pairs` or `keys` for a tensor that says which tokens can be attended to: for each pair of tokens, or for
+            each token.
+        attended: In a boolean mask, the value of a token that can be attended to: False in masks of padding, and in all
+            masks of torch's own attention.
+    """
+
+    row: float | None = None
+    mask: Literal["pairs", "keys"] | None = None
+    attended: bool = True
+
+
+def paddings(block: Block) -> dict[int | str, Padding]:
+    """Return how the further arguments of a block are padded for prompts, by position and by keyword.
 
     A table of rotations must not rotate prompts: its cosines are one, its sines zero.
     """
-    if any(isinstance(getattr(m, PREFIX, None), int) for m in _attention(block).modules()):
-        return {}  # such attention has the number of tokens not to rotate as an attribute
+    # such attention has the number of tokens not to rotate as an attribute
+    has_prefix = any(isinstance(getattr(m, PREFIX, None), int) for m in _attention(block).modules())
+    of_torch = any(isinstance(m, nn.MultiheadAttention) for m in block.enter.modules())
     called = _attention(block) if enters_attention_only(block) else block.enter
-    names = list(inspect.signature(called.forward).parameters)
-    by_name: dict[int | str, float] = {name: float("cos" in name) for name in names}
-    by_position: dict[int | str, float] = {i: by_name[name] for i, name in enumerate(names)}
+    by_name: dict[int | str, Padding] = {}
+    for name in inspect.signature(called.forward).parameters:
+        is_padding = "padding_mask" in name
+        mask: Literal["pairs", "keys"] | None = "keys" if is_padding else "pairs" if "mask" in name else None
+        row = None if has_prefix else float("cos" in name)
+        by_name[name] = Padding(row, mask, attended=not (is_padding or of_torch))
+    by_position: dict[int | str, Padding] = dict(enumerate(by_name.values()))
     return by_position | by_name
 
 
-def pad_argument(value: Any, slot: PromptSlot, padding: float | None) -> Any:
-    """Pad an argument for prompts: a bias with rows and columns of zeros, a table with rows of `padding`."""
+def pad_argument(value: Any, slot: PromptSlot, padding: Padding) -> Any:
+    """Pad an argument for prompts: a bias or mask of pairs, a mask of tokens, or a table with a row for each token.
+
+    Args:
+        value: The argument.
+        slot: Where prompts are, and how many other tokens this call has.
+        padding: From `paddings`.
+    """
     if isinstance(value, tuple | list):
         return type(value)(pad_argument(item, slot, padding) for item in value)
-    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-2] != slot.num_tokens:
+    if not isinstance(value, Tensor) or value.ndim < 2:
         return value
-    if value.shape[-1] == slot.num_tokens:
-        return pad_pairs(value, slot)
-    return value if padding is None else _insert(value, slot, -2, padding)
+    keys, rows = (value.shape[dim] == slot.num_tokens for dim in (-1, -2))
+    if keys and rows and padding.mask != "keys":
+        return pad_pairs(value, slot, attended=padding.attended)
+    if padding.mask is not None:
+        neutral = _neutral(value, attended=padding.attended)
+        return _insert(value, slot, -1 if keys else -2, neutral) if keys or rows else value
+    return _insert(value, slot, -2, padding.row) if rows and padding.row is not None else value
 
 
-def pad_pairs(bias: Tensor, slot: PromptSlot) -> Tensor:
-    """Pad a bias or mask (..., N, N) to (..., N + P, N + P): prompts attend to all and all to them."""
-    neutral = 1.0 if bias.dtype == torch.bool else 0.0
-    return _insert(_insert(bias, slot, -2, neutral), slot, -1, neutral)
+def pad_pairs(bias: Tensor, slot: PromptSlot, *, attended: bool = True) -> Tensor:
+    """Pad a bias or mask (..., N, N) to (..., N + P, N + P): all attend to prompts, and prompts to all.
+
+    A token that no token attends to is padding, and prompts do not attend to it either.
+    """
+    if bias.is_floating_point():
+        highest = bias.amax(-2, keepdim=True)
+        row = torch.where(highest <= torch.finfo(bias.dtype).min / 2, highest, torch.zeros_like(highest))
+    else:
+        row = bias.amax(-2, keepdim=True) if attended else bias.amin(-2, keepdim=True)
+    before, after = bias.narrow(-2, 0, slot.index), bias.narrow(-2, slot.index, bias.shape[-2] - slot.index)
+    rows = row.expand(*bias.shape[:-2], slot.num_prompts, bias.shape[-1])
+    return _insert(torch.cat([before, rows, after], -2), slot, -1, _neutral(bias, attended=attended))
+
+
+def _neutral(mask: Tensor, *, attended: bool) -> float:
+    return 0.0 if mask.is_floating_point() else float(attended)
 
 
 def _insert(x: Tensor, slot: PromptSlot, dim: int, value: float) -> Tensor:

@@ -1,20 +1,38 @@
 """Holders that insert prompts, extra tokens, into a block or only into its attention, and cut them out again.
 
+Outside the blocks nothing sees the prompts: not the model's own code, nor hooks that others have put on a block. What
+happens when a block is called, in this order:
+
+    enter     pre-hook: insert the prompts
+              pre-hooks of other adapters, which see the prompts as tokens
+    conceal   pre-hook: cut them out again; the hooks of others see the block's own input
+    forward   replaced by `PromptedForward`: the block's own forward, with the prompts
+              hooks of other adapters, which see the prompts as tokens
+    leave     hook: cut the prompts out
+              hooks of others
+
+Prompts that pass through several blocks are kept with the output of one block until the next one is entered.
 Shapes: B batch, N tokens, D width, P prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petune.injector.hooks.base import Args, Holder, Kwargs, first_tensor, with_first_tensor, with_tensor
-from petune.injector.hooks.position_bias import pad_argument
+from petune.injector.hooks.position_bias import Padding, pad_argument
 from petune.injector.hooks.prompt_slot import PromptSlot
 from petune.sites.site import Site
+
+CARRIED = "petune_prompts"
+"""Attribute of a block's output: the prompts that leave the block with it. A repeated forward finds them there."""
 
 
 class Prompts(Holder):
@@ -22,56 +40,82 @@ class Prompts(Holder):
 
     Attributes:
         slot: Where the prompts are among the tokens.
-        padding: Values for the prompts' rows in further arguments of a block; see `position_bias.padding_values`.
+        padding: How further arguments of a block are padded; see `position_bias.paddings`.
     """
 
-    def __init__(self, adapter: nn.Module, slot: PromptSlot, padding: Mapping[int | str, float]) -> None:
+    def __init__(self, adapter: nn.Module, slot: PromptSlot, padding: Mapping[int | str, Padding]) -> None:
         super().__init__(adapter)
         self.slot = slot
         self.padding = padding
+        self.clear()
+
+    def clear(self) -> None:
+        self.hidden: tuple[Tensor, Tensor] | None = None  # a block's input without and with prompts
+        self.carried: tuple[int, Tensor] | None = None  # the block that prompts have left last, and these prompts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hidden": None, "carried": None}
 
     @property
     def num_prompts(self) -> int:
         """P."""
         return self.slot.num_prompts
 
-    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Insert the prompts; pre-hook of the first block."""
-        if not self.enabled:
-            return None
-        x_BND = first_tensor(args, kwargs)
-        return self._padded(*with_first_tensor(args, kwargs, self._with_prompts(x_BND, self.adapter(x_BND))))
+    def prompts_for(self, x_BND: Tensor, index: int) -> Tensor:
+        """Return the (1 or B, P, D) prompts that enter a block with these tokens.
 
-    def pass_through(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Pad the arguments that come with the tokens; pre-hook of the blocks after the first."""
-        return self._padded(args, kwargs) if self.enabled else None
+        Args:
+            x_BND: The block's input.
+            index: The block's position among those that the prompts pass through.
+        """
+        if index == 0:
+            prompts: Tensor = self.adapter(x_BND)
+            return prompts
+        kept: Tensor | None = getattr(x_BND, CARRIED, None)
+        if kept is None and self.carried is not None and self.carried[0] == index - 1:
+            kept = self.carried[1]
+        if kept is None:
+            raise RuntimeError(
+                "prompts that pass through several blocks were lost between two of them: a block was entered out of "
+                "order, or is recomputed from a copy of its input. Use prompts in each block (vpt:deep=true), or "
+                "gradient checkpointing with use_reentrant=False"
+            )
+        return kept
 
-    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
-        """Cut the prompts out; hook of the last block."""
-        return with_tensor(output, self._without_prompts) if self.enabled else None
-
-    def _with_prompts(self, x_BND: Tensor, prompts: Tensor) -> Tensor:
+    def with_prompts(self, x_BND: Tensor, prompts: Tensor) -> Tensor:
         """Return (B, N + P, D)."""
         if prompts.shape[-2] != self.num_prompts:
             raise RuntimeError(
                 f"the prompt adapter returned {prompts.shape[-2]} tokens, but its num_prompts is {self.num_prompts}. "
                 "Both must be the same"
             )
-        if x_BND.ndim == 4:  # windows have a dimension of their own (NesT)
+        if x_BND.ndim > prompts.ndim:  # windows have a dimension of their own (NesT)
             prompts = prompts.unsqueeze(1)
         prompts_BPD = prompts.to(x_BND.dtype).expand(*x_BND.shape[:-2], -1, -1)
         index = self.slot.index
         return torch.cat([x_BND[..., :index, :], prompts_BPD, x_BND[..., index:, :]], dim=-2)
 
-    def _without_prompts(self, x_BND: Tensor) -> Tensor:
+    def without_prompts(self, x_BND: Tensor) -> Tensor:
         """(B, N + P, D) to (B, N, D)."""
         start, stop = self.slot.index, self.slot.index + self.num_prompts
         return torch.cat([x_BND[..., :start, :], x_BND[..., stop:, :]], dim=-2)
 
-    def _padded(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Return the arguments with rows for the prompts in all but the first."""
-        further = (pad_argument(a, self.slot, self.padding.get(i)) for i, a in enumerate(args) if i)
-        padded = {name: pad_argument(value, self.slot, self.padding.get(name)) for name, value in kwargs.items()}
+    def only_prompts(self, x_BND: Tensor) -> Tensor:
+        """(B, N + P, D) to (B, P, D)."""
+        return x_BND.narrow(-2, self.slot.index, self.num_prompts)
+
+    def padded(self, args: Args, kwargs: Kwargs, num_tokens: int) -> tuple[Args, Kwargs]:
+        """Return the arguments with rows for the prompts in all but the first.
+
+        Args:
+            args: Of the block.
+            kwargs: Of the block.
+            num_tokens: N of this call; a model may take images of several sizes.
+        """
+        slot = replace(self.slot, num_tokens=num_tokens)
+        default = Padding()
+        further = (pad_argument(a, slot, self.padding.get(i, default)) for i, a in enumerate(args) if i)
+        padded = {name: pad_argument(value, slot, self.padding.get(name, default)) for name, value in kwargs.items()}
         return (*args[:1], *further), padded
 
 
@@ -83,19 +127,15 @@ class AttentionPrompts(Prompts):
     """
 
     def __init__(
-        self, adapter: nn.Module, slot: PromptSlot, padding: Mapping[int | str, float], norm: Site | None
+        self, adapter: nn.Module, slot: PromptSlot, padding: Mapping[int | str, Padding], norm: Site | None
     ) -> None:
         super().__init__(adapter, slot, padding)
         # a tuple hides the block's own norm from the holder's submodules
         self.norm = None if norm is None else (norm.enter, norm.layout)
 
-    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
-        """Insert the prompts; pre-hook of the attention, whose input is normalized if its block does that first."""
-        if not self.enabled:
-            return None
-        x_BND = first_tensor(args, kwargs)
-        prompts_BPD = self._normalized(self.adapter(x_BND).to(x_BND.dtype))
-        return self._padded(*with_first_tensor(args, kwargs, self._with_prompts(x_BND, prompts_BPD)))
+    def prompts_for(self, x_BND: Tensor, index: int) -> Tensor:
+        """Return the prompts, normalized if the attention's block does that first."""
+        return self._normalized(super().prompts_for(x_BND, index).to(x_BND.dtype))
 
     def _normalized(self, prompts_BPD: Tensor) -> Tensor:
         if self.norm is None:
@@ -107,3 +147,95 @@ class AttentionPrompts(Prompts):
         else:
             normalized = norm(prompts_BPD)
         return normalized
+
+
+class PromptedModule:
+    """The hooks of one module that prompts enter, and its forward with them.
+
+    Args:
+        holder: The prompts.
+        module: A block or an attention; bound methods of this object follow a deep copy of it.
+        index: Its position among the modules that the prompts pass through.
+        last: True if the prompts end here.
+    """
+
+    def __init__(self, holder: Prompts, module: nn.Module, index: int, *, last: bool) -> None:
+        self.holder = holder
+        self.module = module
+        self.index = index
+        self.last = last
+        self.original: Callable[..., Any] | None = None
+
+    def switch(self, on: bool) -> None:
+        """Replace the module's forward, or restore it."""
+        if on:
+            self.original = self.module.__dict__.get("forward")
+            self.module.forward = self.forward
+        elif self.original is not None:
+            self.module.forward = self.original
+        else:
+            del self.module.forward
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Insert the prompts; pre-hook."""
+        holder = self.holder
+        if not holder.enabled:
+            return None
+        x_BND = first_tensor(args, kwargs)
+        prompted = holder.with_prompts(x_BND, holder.prompts_for(x_BND, self.index))
+        holder.hidden = x_BND, prompted
+        return with_first_tensor(args, kwargs, prompted)
+
+    def conceal(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Cut the prompts out until the forward; pre-hook."""
+        holder = self.holder
+        if not holder.enabled or holder.hidden is None:
+            return None
+        prompted = first_tensor(args, kwargs)
+        if prompted is not holder.hidden[1]:  # an adapter has changed it
+            holder.hidden = holder.without_prompts(prompted), prompted
+        return with_first_tensor(args, kwargs, holder.hidden[0])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own forward with the prompts."""
+        original = self.original or functools.partial(type(self.module).forward, self.module)
+        hidden, self.holder.hidden = self.holder.hidden, None
+        if not self.holder.enabled or hidden is None:
+            return original(*args, **kwargs)
+        x_BND = first_tensor(args, kwargs)
+        own, prompted = hidden
+        if x_BND is not own:  # a hook of someone else has changed it
+            prompted = self.holder.with_prompts(x_BND, self.holder.only_prompts(prompted))
+        args, kwargs = with_first_tensor(args, kwargs, prompted)
+        args, kwargs = self.holder.padded(args, kwargs, x_BND.shape[-2])
+        return original(*args, **kwargs)
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Cut the prompts out; hook. Between two blocks they are kept with the output."""
+        return with_tensor(output, self._cut) if self.holder.enabled else None
+
+    def _cut(self, x_BND: Tensor) -> Tensor:
+        holder = self.holder
+        tokens = holder.without_prompts(x_BND)
+        if self.last:
+            holder.carried = None
+            return tokens
+        prompts = holder.only_prompts(x_BND)
+        holder.carried = self.index, prompts
+        if tokens.requires_grad and not torch.compiler.is_compiling():
+            setattr(tokens, CARRIED, prompts)
+        return tokens
+
+
+def keep_prompts_outermost(hooks: OrderedDict[int, Callable[..., Any]]) -> None:
+    """Order a module's hooks: petune's adapters see prompts as tokens, and hooks of others never see them."""
+
+    def rank(hook: Callable[..., Any]) -> int:
+        owner = getattr(hook, "__self__", None)
+        outer = getattr(hook, "__func__", None) in (PromptedModule.conceal, PromptedModule.leave)
+        return 1 if outer else 0 if isinstance(owner, Holder | PromptedModule) else 2
+
+    ranks = {key: rank(hook) for key, hook in hooks.items()}
+    if 1 in ranks.values():
+        for key in sorted(ranks, key=lambda key: ranks[key]):
+            hooks.move_to_end(key)

@@ -1,0 +1,226 @@
+"""Prompts stay inside the blocks: nothing outside sees them, and masks and images of any size work with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import petune
+from petune.plugin_dev.tiny_models import tiny_transformers
+from tests.tiny import X, randomised, tiny
+
+METHODS = ["vpt:num_prompts=10", "vpt:num_prompts=10,deep=false"]
+
+
+def prompted(model: nn.Module, method: str) -> nn.Module:
+    randomised(petune.attach(model, method))
+    return model
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_of_transformers(method: str, asked_before: bool) -> None:
+    """transformers records them by hooks on the layers, which it installs when they are first asked for."""
+    model: Any = tiny_transformers()
+    if asked_before:
+        model(X, output_hidden_states=True)
+    prompted(model, method)
+    out = model(X, output_hidden_states=True)
+    assert [tuple(state.shape) for state in out.hidden_states] == 3 * [(2, 17, 24)]
+    last = model.vit.layernorm(out.hidden_states[-1])[:, 0]
+    assert torch.equal(model.classifier(last), out.logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_intermediate_features_of_timm(method: str) -> None:
+    model: Any = prompted(tiny(), method)
+    last, features = model.forward_intermediates(X)
+    assert [tuple(x.shape) for x in features] == 2 * [(2, 24, 4, 4)]
+    assert torch.equal(model.forward_head(last), model(X))
+    assert [tuple(x.shape) for x in model.get_intermediate_layers(X, 2)] == 2 * [(2, 16, 24)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_only(method: str) -> None:
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 1), **shape).eval()
+    before = model(X)
+    petune.attach(model, method, input_size=(3, 16, 16), train_head=False)
+    after = model(X)
+    assert [x.shape for x in after] == [x.shape for x in before]
+    assert not torch.equal(after[-1], before[-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_of_others_see_no_prompts(method: str) -> None:
+    model: Any = tiny()
+    seen: list[Tensor] = []
+
+    def watch() -> None:
+        block = model.blocks[1]
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        block.register_forward_hook(lambda module, args, output: seen.extend((args[0], output)))
+
+    watch()
+    prompted(model, method)
+    petune.attach(model, "adaptformer")
+    watch()
+    seen.clear()  # attaching runs forwards, too
+    model(X)
+    assert [x.shape[1] for x in seen] == 6 * [17]
+
+
+@pytest.mark.parametrize("order", [("vpt:deep=false", "adaptformer"), ("adaptformer", "vpt:deep=false")])
+def test_other_adapters_see_prompts_as_tokens(order: tuple[str, str]) -> None:
+    model: Any = tiny()
+    for method in order:
+        randomised(petune.attach(model, method))
+    adapters = [m for m in model.modules() if type(m).__name__ == "BottleneckAdapter"]
+    seen: list[int] = []
+    for adapter in adapters:
+        adapter.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    model(X)
+    assert seen == [67, 67]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_of_others_can_change_the_input(method: str) -> None:
+    """The prompts then enter with the changed tokens."""
+    model: Any = prompted(tiny(), method)
+    expected = model(2 * X)
+    embed = model.patch_embed
+    doubled = embed.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assert torch.equal(model(X), expected)
+    doubled.remove()
+    tokens: list[Tensor] = []
+    model.blocks[1].register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
+    model(2 * X)
+    model.blocks[1].register_forward_pre_hook(lambda module, args: (tokens[0].clone(),))
+    if "deep=false" not in method:  # shallow prompts are not the same in another image
+        assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_has_its_own_prompts(method: str) -> None:
+    model = prompted(tiny(), method)
+    expected = model(X)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(X), expected)
+    for p in other.parameters():
+        nn.init.zeros_(p)
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_with_two_forwards_before_a_backward(method: str) -> None:
+    """A repeated block must get the prompts of its own forward, not of the latest one."""
+    model: Any = tiny()
+    att = randomised(petune.attach(model, method))
+    values = list(att.tuned.values())
+
+    def gradients() -> tuple[Tensor, ...]:
+        first, _ = model(X).sum(), model(2 * X).sum()
+        return torch.autograd.grad(first, values)
+
+    model.train()
+    expected = gradients()
+    model.set_grad_checkpointing(True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+
+
+def test_prompts_that_get_lost_are_an_error() -> None:
+    model: Any = prompted(tiny(), METHODS[1])
+    with pytest.raises(RuntimeError, match="vpt:deep=true"):
+        model.blocks[1](torch.zeros(1, 17, 24))
+
+
+def test_detached_the_blocks_are_as_they_were() -> None:
+    model: Any = tiny()
+    before = [dict(block.__dict__) for block in model.blocks]
+    petune.attach(model, METHODS[0]).detach()
+    assert [dict(block.__dict__) for block in model.blocks] == before
+
+
+# Masks and sizes other than those of attaching
+
+
+def naflex(sizes: list[tuple[int, int]], length: int) -> dict[str, Tensor]:
+    """Images of (rows, columns) patches as NaFlexVit gets them, padded to one length."""
+
+    def image(number: int, rows: int, columns: int) -> Iterator[Tensor]:
+        count = rows * columns
+        patches = torch.randn(count, 48, generator=torch.Generator().manual_seed(rows * columns))
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        yield torch.cat([patches, torch.full((length - count, 48), 7.0)])
+        yield torch.cat([grid, grid.new_zeros(length - count, 2)])
+        yield torch.arange(length) < count
+
+    columns = zip(*(image(i, *size) for i, size in enumerate(sizes)), strict=True)
+    return dict(zip(("patches", "patch_coord", "patch_valid"), map(torch.stack, columns), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_naflex_images_of_several_sizes(method: str) -> None:
+    """An image has the same logits alone as padded beside a larger one: not even prompts see the padding."""
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("naflexvit_base_patch16_gap", num_classes=5, **shape).eval()
+    nn.init.normal_(model.head.weight)
+    prompted(model, method)
+    together = model(naflex([(3, 4), (4, 5)], 33))
+    alone = [model(naflex([size], size[0] * size[1])) for size in ((3, 4), (4, 5))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_at_another_image_size(method: str) -> None:
+    """The last four tokens are hidden, so an image that differs only there has the same class token."""
+    model: Any = prompted(tiny(dynamic_img_size=True), method)
+    wide = torch.randn(1, 3, 24, 16, generator=torch.Generator().manual_seed(0))
+    other = wide.clone()
+    other[:, :, -4:] = 5.0
+    mask = torch.ones(1, 1, 25, 25, dtype=torch.bool)
+    assert torch.equal(model(wide, attn_mask=mask), model(wide))
+    mask[..., -4:] = False
+    assert torch.equal(model(wide, attn_mask=mask), model(other, attn_mask=mask))
+    assert not torch.equal(model(wide), model(other))
+
+
+class Masked(nn.Module):
+    """A ViT of torch's own layers, which take a mask of pairs and one of padding; true hides in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image_size = 16
+        self.embed = nn.Conv2d(3, 24, 4, 4)
+        layers = [nn.TransformerEncoderLayer(24, 2, 48, batch_first=True, norm_first=True) for _ in range(2)]
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, src_key_padding_mask=padding)
+        logits: Tensor = self.head(x[:, 0])
+        return logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["mask", "padding"])
+def test_masks_of_torch(method: str, kind: str) -> None:
+    model = prompted(Masked().eval(), method)
+    other = X.clone()
+    other[:, :, -4:, -4:] = 5.0
+    hidden = torch.zeros(2, 16, dtype=torch.bool) if kind == "padding" else torch.zeros(16, 16, dtype=torch.bool)
+    torch.testing.assert_close(model(X, **{kind: hidden}), model(X))
+    hidden[:, -1] = True
+    torch.testing.assert_close(model(X, **{kind: hidden}), model(other, **{kind: hidden}))
+    assert not torch.allclose(model(X), model(other))
+    assert not torch.allclose(model(X, **{kind: hidden}), model(X))
