@@ -72,6 +72,7 @@ class PromptPlacer:
         self._admit(run, slot)
         holder = Prompts(adapter, slot, paddings(run[0]))
         self.placer.add(holder, run[0], run[0], run[-1])
+        self.placer.log.undo_steps.append(lambda: setattr(holder, "enabled", False))
         for index, block in enumerate(run):
             self._hook(PromptedModule(holder, block.enter, index, last=block is run[-1]))
         self.check.verify(run, slot)
@@ -85,6 +86,7 @@ class PromptPlacer:
             norm = None  # the attention normalizes them itself
         holder = AttentionPrompts(adapter, slot, paddings(block), norm)
         self.placer.add(holder, block, attn)
+        self.placer.log.undo_steps.append(lambda: setattr(holder, "enabled", False))
         self._hook(PromptedModule(holder, attn.enter, 0, last=True))
         self.check.verify((block,), slot)
 
@@ -94,7 +96,8 @@ class PromptPlacer:
         self.placer.hook(module.register_forward_pre_hook(prompted.enter, with_kwargs=True, prepend=True))
         self.placer.hook(module.register_forward_pre_hook(prompted.conceal, with_kwargs=True))
         self.placer.hook(module.register_forward_hook(prompted.leave))
-        self.placer.toggle(prompted.switch, on=False)
+        prompted.switch(True)
+        prompted.holder.entered.append(prompted)
 
     def _admit(self, run: tuple[Block, ...], slot: PromptSlot) -> None:
         """Prepare the attentions of the blocks for the prompts, for as long as the attachment is enabled."""

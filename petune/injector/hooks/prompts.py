@@ -41,13 +41,27 @@ class Prompts(Holder):
     Attributes:
         slot: Where the prompts are among the tokens.
         padding: How further arguments of a block are padded; see `position_bias.paddings`.
+        entered: The modules that the prompts enter.
     """
 
     def __init__(self, adapter: nn.Module, slot: PromptSlot, padding: Mapping[int | str, Padding]) -> None:
+        self.entered: list[PromptedModule] = []
         super().__init__(adapter)
         self.slot = slot
         self.padding = padding
         self.clear()
+
+    @property
+    def enabled(self) -> bool:
+        """True while the modules that the prompts enter have a forward with prompts."""
+        return bool(self.__dict__.get("_enabled", False))
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        if on != self.enabled:
+            self.__dict__["_enabled"] = on
+            for module in self.entered:
+                module.switch(on)
 
     def clear(self) -> None:
         self.hidden: tuple[Tensor, Tensor] | None = None  # a block's input without and with prompts
