@@ -74,7 +74,7 @@ def test_commands_are_valid(
     monkeypatch.setenv("HOME", str(tmp_path))
     _images(tmp_path / "pets")
     words = shlex.split(command, comments=True)[1:]
-    if words[0] not in DRY_RUN_COMMANDS:
+    if words[0] not in DRY_RUN_COMMANDS or "--from" in words:  # there is no finished run to continue from
         return parse(words)
     with pytest.raises(SystemExit) as stopped:
         main([*words, "--dry-run"])

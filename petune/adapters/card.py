@@ -22,6 +22,7 @@ FIELDS = {
     "training": Mapping,
     "test": Mapping,
     "classes": list | tuple,
+    "continued_from": list,
 }
 """The metadata that a card shows, and the type that each entry must have."""
 
@@ -74,6 +75,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         test=known["test"],
         training=known["training"],
         classes=classes[:MAX_CLASSES],
+        earlier=known["continued_from"],
         more_classes=max(0, len(classes) - MAX_CLASSES),
         build=_Markup(model_code(config, public_metadata(config["metadata"]))),
         is_complete={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
@@ -88,7 +90,20 @@ def public_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         shown["dataset"] = hide_folders(shown["dataset"])
     if isinstance(shown.get("backbone"), Mapping):
         shown["backbone"] = {key: _public_value(key, value) for key, value in shown["backbone"].items()}
+    if isinstance(shown.get("continued_from"), list):
+        shown["continued_from"] = [_public_run(entry) for entry in shown["continued_from"]]
     return shown
+
+
+def _public_run(entry: Any) -> dict[str, Any]:
+    """Return what an adapter records about an earlier run, without folders of this machine."""
+    known = entry if isinstance(entry, Mapping) else {}
+    dataset = known.get("dataset")
+    return {
+        "sha256": known.get("sha256"),
+        "dataset": hide_folders(dataset) if isinstance(dataset, str) else None,
+        "epochs": known.get("epochs"),
+    }
 
 
 def _public_value(key: str, value: Any) -> Any:
@@ -109,6 +124,7 @@ def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(test.get(key), int | float) for key in ("top1", "top5", "num_images")):
         known["test"] = None
     known["classes"] = known["classes"] or []
+    known["continued_from"] = known["continued_from"] or []
     known["backbone"] = {"full_name": None, "weights": None, "hub_id": None, **(known["backbone"] or {})}
     known["training"] = {"val_top1": None, **(known["training"] or {})}
     return known

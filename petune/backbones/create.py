@@ -72,6 +72,7 @@ def create_backbone(
     head: HeadKind = "linear",
     seed: int = 0,
     keep_head_of: tuple[str, ...] | None = None,
+    initial_classes: int | None = None,
 ) -> Backbone:
     """Build a backbone.
 
@@ -84,6 +85,8 @@ def create_backbone(
         options: More arguments of the model, such as `drop_path_rate`.
         head: See `set_head`.
         seed: Seed of all random initialization.
+        initial_classes: Outputs of the head that a model with random weights is built with, before it gets the fresh
+            one. The values that are drawn for the backbone depend on it. None is `num_classes`.
         keep_head_of: Load the file's head as well, if it was trained on exactly these classes.
 
     Raises:
@@ -100,7 +103,8 @@ def create_backbone(
     source = _weights_source(name, alias, weights)
     file = None if source in {"none", HUB} else read_weights(Path(source))
     with _seeded(seed):
-        model = _build(name, alias, settings, num_classes, pretrained=source == HUB)
+        outputs = (initial_classes or num_classes) if source == "none" else num_classes
+        model = _build(name, alias, settings, outputs, pretrained=source == HUB)
     if image_size is not None and not is_other_library(name):
         _record_input_size(model, image_size)
     set_head(model, num_classes, head, seed)

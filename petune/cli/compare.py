@@ -30,7 +30,7 @@ Methods = Annotated[
 ]
 
 
-@configured(without=("method", "resume"), defaults={"output": "runs/compare-BACKBONE-DATASET"})
+@configured(without=("method", "from", "resume"), defaults={"output": "runs/compare-BACKBONE-DATASET"})
 def compare(
     settings: Settings,
     methods: Methods = None,

@@ -34,9 +34,11 @@ def print_dry_run(
     Raises:
         ConfigError: The method of a pretraining leaves parameters frozen.
     """
+    from petune.runner.continued import describe_start
     from petune.runner.pretrain import PretrainConfig
     from petune.runner.preview import preview_backbone, preview_data, preview_method
     from petune.runner.run import check_all_trains
+    from petune.runner.run_adapter import read_run_adapter
     from petune.runner.run_config import RunConfig
 
     backbone = preview_backbone(config if isinstance(config, RunConfig) else config.run)
@@ -50,6 +52,8 @@ def print_dry_run(
         return
     print_data(config.to_yaml().rstrip())
     print_status(f"\n{backbone.full_name}; dry run: nothing was trained or written")
+    if isinstance(config, RunConfig) and config.from_run is not None:
+        print_status(f"continues from {describe_start(read_run_adapter(config.from_run))}")
     for preview in previews:
         print_status("")
         print_facts(method_facts(preview, backbone.forward_flops), to_stderr=True)

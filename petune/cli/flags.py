@@ -24,6 +24,7 @@ class Flag:
         default: The default, in words; a test compares it with RunConfig.
         metavar: How help shows the value; None takes the type's.
         group: The section of RunConfig that holds the key, if any.
+        own_key: The key, where it is not the name: Python has no parameter `from`.
     """
 
     name: str
@@ -32,11 +33,12 @@ class Flag:
     default: str = ""
     metavar: str | None = None
     group: str = ""
+    own_key: str = ""
 
     @property
     def parameter(self) -> str:
         """Return the name of the Python parameter."""
-        return self.name.replace("-", "_")
+        return self.own_key or self.name.replace("-", "_")
 
     @property
     def key(self) -> str:
@@ -101,6 +103,12 @@ FLAGS = (
     Flag("shots", int, "Training images per class (few-shot).", "all"),
     Flag("seed", int, "Random seed.", "0"),
     Flag("device", str, "Device: auto, cpu, cuda, cuda:N or mps.", "auto"),
+    Flag(
+        "from",
+        Path,
+        "Finished run or adapter to continue from; method, backbone and dataset are its own unless given.",
+        own_key="from_run",
+    ),
     Flag("output", Path, "Run directory.", "a new one under runs/"),
     Flag("resume", bool, "Resume the run in --output, or the latest one of the same name in runs/."),
 )

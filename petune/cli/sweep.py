@@ -49,7 +49,7 @@ OPTIONAL_COLUMNS = ("time", "epoch", "tuned")
 """Columns hidden on a narrow terminal."""
 
 
-@configured(without=("method", "resume"), defaults={"output": "runs/sweep-METHOD-BACKBONE-DATASET-seedSEED"})
+@configured(without=("method", "from", "resume"), defaults={"output": "runs/sweep-METHOD-BACKBONE-DATASET-seedSEED"})
 def sweep(
     settings: Settings,
     method: Method = None,

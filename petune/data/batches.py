@@ -6,7 +6,7 @@ Legend: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from petune.data.augment import augment, epoch_order, random_draws
 from petune.data.dataset import Split
+
+MAX_LEFT_OUT = 0.05
+"""Share of the training images that an epoch may leave out so that all its batches are full."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,66 @@ def center_crop(x_BCHW: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Normalized images (B, 3, H, W), labels (B,), and the position of each image in the split."""
+    """Images of one step, or the part of them that one process takes.
+
+    Attributes:
+        x_BCHW: Normalized images (B, 3, H, W).
+        y_B: Labels (B,).
+        positions: Position of each image in the split.
+        num_images: Images of the whole batch, of all processes together.
+    """
 
     x_BCHW: Tensor
     y_B: Tensor
     positions: NDArray[np.int64]
+    num_images: int
+
+
+def batch_bounds(num_images: int, batch_size: int, *, even: bool = False) -> NDArray[np.int64]:
+    """Divide an epoch into batches.
+
+    Batches are full if they leave out less than `MAX_LEFT_OUT` of the images. Otherwise an epoch has as many batches
+    as it takes to use all images, of nearly equal sizes: a small last batch would move the parameters as far as the
+    others, with a noisier gradient.
+
+    Args:
+        num_images: Size of the training split.
+        batch_size: Images per batch at most.
+        even: Give every batch an even number of images, which leaves out one image of an odd number.
+
+    Returns:
+        Where each batch starts in the epoch's order, and where the last one ends; int64 (batches + 1,).
+    """
+    usable = num_images - num_images % 2 if even else num_images
+    size = min(batch_size, usable)
+    if usable % size < MAX_LEFT_OUT * num_images:
+        return np.arange(0, usable + 1, size)
+    unit = 2 if even or size == 2 else 1  # BatchNorm cannot train on a single image
+    units = usable // unit
+    num_batches = math.ceil(units / (size // unit))
+    return np.arange(num_batches + 1) * units // num_batches * unit
+
+
+def whole_batch(num_images: int) -> slice:
+    """Return all images of a batch, as the part of a single process."""
+    return slice(0, num_images)
 
 
 class TrainBatches:
-    """Shuffled, augmented batches. Any batch of any epoch can be requested, so a resume repeats nothing."""
+    """Shuffled, augmented batches. Any batch of any epoch can be requested, so a resume repeats nothing.
+
+    Args:
+        split: The training images.
+        preprocess: Size and statistics that the backbone expects.
+        preset: Name of the augmentation.
+        batch_size: Images per batch; see `batch_bounds`.
+        seed: Seed of order and augmentation.
+        device: Device of the batches.
+        even: See `batch_bounds`.
+
+    Attributes:
+        batch_size: Images of the largest batch.
+    """
 
     def __init__(
         self,
@@ -82,32 +136,45 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         device: torch.device,
+        *,
+        even: bool = False,
     ) -> None:
         self.split = split
         self.preprocess = preprocess
         self.preset = preset
-        self.batch_size = min(batch_size, len(split))
+        self.bounds = batch_bounds(len(split), batch_size, even=even)
+        self.sizes = np.diff(self.bounds)
+        self.full_size = min(batch_size, len(split))
+        self.batch_size = int(self.sizes.max())
         self.seed = seed
         self.device = device
 
     def __len__(self) -> int:
-        return len(self.split) // self.batch_size  # an incomplete last batch is dropped
+        return len(self.sizes)
+
+    def num_images(self, steps: int) -> int:
+        """Return how many images the first `steps` batches of a training have."""
+        epochs, batches = divmod(steps, len(self))
+        return int(epochs * self.bounds[-1] + self.bounds[batches])
 
     def note(self) -> str:
-        """Describe how many images each epoch skips if that is more than a tenth; otherwise return an empty string."""
-        num_images, skipped = len(self.split), len(self.split) % self.batch_size
-        if skipped <= num_images / 10:
+        """Describe batches that are smaller than the batch size; return an empty string if they are full."""
+        num_images, full = len(self.split), self.full_size
+        if self.sizes.min() == full or len(self) == 1:
             return ""
-        sizes = range(self.batch_size - 1, self.batch_size // 2, -1)
-        better = next((size for size in sizes if num_images % size <= num_images / 10), None)
-        advice = f". batch_size={better} would use {num_images - num_images % better:,}" if better else ""
+        sizes = " or ".join(f"{size}" for size in sorted({*self.sizes.tolist()}))
         return (
-            f"each epoch skips {skipped:,} of {num_images:,} images (a random selection) because they do not fill a "
-            f"batch of {self.batch_size}{advice}"
+            f"each epoch has {len(self)} batches of {sizes} images, because full ones of {full} would leave out "
+            f"{num_images % full:,} of {num_images:,}"
         )
 
     def epoch(
-        self, epoch: int, start: int = 0, part: slice = slice(None), *, positions_only: bool = False
+        self,
+        epoch: int,
+        start: int = 0,
+        part: Callable[[int], slice] = whole_batch,
+        *,
+        positions_only: bool = False,
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch.
 
@@ -116,19 +183,20 @@ class TrainBatches:
         Args:
             epoch: Number of the epoch, from 0.
             start: First batch to yield.
-            part: Images of each batch to yield; every process of a distributed run takes its own.
+            part: Returns the images to yield of a batch of that size; every process of a distributed run takes its own.
             positions_only: Yield positions of the images in the split, int64 (B,), instead of the images.
         """
         batches = self._epoch(epoch, start, part, positions_only)
         return prefetch(batches, self.device) if self.device.type == "cuda" else batches
 
-    def _epoch(self, epoch: int, start: int, part: slice, positions_only: bool) -> Iterator[Batch]:
+    def _epoch(self, epoch: int, start: int, part: Callable[[int], slice], positions_only: bool) -> Iterator[Batch]:
         order = epoch_order(self.seed, epoch, len(self.split))
         draws = random_draws(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
-            positions = order[step * self.batch_size : (step + 1) * self.batch_size][part]
+            size = int(self.sizes[step])
+            positions = order[self.bounds[step] : self.bounds[step + 1]][part(size)]
             x = torch.from_numpy(positions) if positions_only else self._images(positions, draws)
-            yield Batch(x, _labels(self.split, positions, self.device), positions)
+            yield Batch(x, _labels(self.split, positions, self.device), positions, size)
 
     def _images(self, positions: NDArray[np.int64], draws: NDArray[np.float32]) -> Tensor:
         u = to_device(torch.from_numpy(draws[positions]), self.device)
@@ -154,7 +222,7 @@ def eval_batches(
             x = torch.from_numpy(positions)
         else:
             x = preprocess.normalize(preprocess.pixels(split, positions, device))
-        yield Batch(x, _labels(split, positions, device), positions)
+        yield Batch(x, _labels(split, positions, device), positions, len(positions))
 
 
 def _labels(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petune.adapters.format import CONFIG_FILE, SavedAdapter, geometry, geometry_differences, read_adapter
 from petune.adapters.reference_logits import max_abs_diff
@@ -84,14 +85,40 @@ def attach_saved(
     return attachment
 
 
-def check_fits(attachment: Attachment, saved: SavedAdapter) -> None:
+def start_from(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) -> None:
+    """Give an attachment the values of a saved adapter, to train on from there.
+
+    Args:
+        attachment: Of the same method, on the same backbone.
+        saved: The adapter.
+        with_head: Take its classifier too. Without it the attachment keeps its own, which may have other classes.
+
+    Raises:
+        BackboneMismatch: See `load`.
+    """
+    if with_head:
+        check_fits(attachment, saved)
+        fill(attachment, saved)
+        return
+    head = _head_keys(attachment)
+    without_head = replace(saved, tensors={key: t for key, t in saved.tensors.items() if key not in head})
+    check_fits(attachment, without_head, with_head=False)
+    _copy_tensors(attachment, without_head)
+
+
+def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool = True) -> None:
     """Check that a saved adapter belongs to the attachment's backbone.
+
+    Args:
+        attachment: The attachment.
+        saved: The adapter.
+        with_head: It must have the classifier's tensors, too.
 
     Raises:
         BackboneMismatch: See `load`.
     """
     _check_geometry(attachment, saved)
-    _check_tensors(attachment, saved)
+    _check_tensors(attachment, saved, with_head=with_head)
     fingerprint, head_fingerprint = saved.config["fingerprint"], saved.config.get("head_fingerprint")
     wrapper = saved.config.get("wrapper")
     if fingerprint is not None and attachment.tensors.fingerprint(wrapper) != fingerprint:
@@ -120,11 +147,7 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
         BackboneMismatch: The model computes something else.
         CheckpointError: The saved reference logits cannot be read.
     """
-    with torch.no_grad():
-        for key, target in attachment.file_state().items():
-            if key in saved.tensors:  # `check_fits` has warned about those that are not
-                target.copy_(saved.tensors[key])
-    forget_caches(attachment.model)
+    _copy_tensors(attachment, saved)
     reference = saved.config.get("reference_logits")
     if reference is None or not attachment.tensors.are_alone():
         return
@@ -139,6 +162,26 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
             f"test image, up to {largest:.3g} when it was saved, differ by {difference:.3g} here. Build the backbone "
             f"as for training (number of heads, activation, normalization, pooling){_other_version(attachment, saved)}"
         )
+
+
+def _copy_tensors(attachment: Attachment, saved: SavedAdapter) -> None:
+    with torch.no_grad():
+        for key, target in attachment.file_state().items():
+            if key in saved.tensors:  # `check_fits` has warned about buffers that are not
+                target.copy_(saved.tensors[key])
+    forget_caches(attachment.model)
+
+
+def _head_keys(attachment: Attachment) -> set[str]:
+    """Return the classifier's keys in an adapter file: parameters and buffers."""
+    modules = attachment.tensors.head_modules
+    head = {_memory(t) for module in modules for t in (*module.parameters(), *module.buffers())}
+    return {key for key, tensor in attachment.file_state().items() if _memory(tensor) in head}
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what identifies a tensor, also behind the views of it that PEFT returns."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _build_saved_tuner(saved: SavedAdapter) -> Tuner[Any]:
@@ -182,13 +225,15 @@ def _check_geometry(attachment: Attachment, saved: SavedAdapter) -> None:
         raise BackboneMismatch(f"{saved.path} belongs to another backbone: {', '.join(shown)}")
 
 
-def _check_tensors(attachment: Attachment, saved: SavedAdapter) -> None:
+def _check_tensors(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) -> None:
     """Check that the file has exactly the attachment's tensors, in their shapes.
 
     Buffers of adapters may be missing: a development version did not save them.
     """
     buffers = attachment.shape_buffers(saved.tensors)
     state = attachment.file_state()
+    if not with_head:
+        state = {key: tensor for key, tensor in state.items() if key not in _head_keys(attachment)}
     reshaped = [key for key in state if key in saved.tensors and saved.tensors[key].shape != state[key].shape]
     if reshaped:
         of_head = all(key.endswith(tuple(attachment.head) or "-") for key in reshaped)

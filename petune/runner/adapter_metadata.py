@@ -7,8 +7,10 @@ from typing import Any
 from petune.backbones.create import Backbone
 from petune.backbones.weights import absolute_weights
 from petune.data.manifest import digests
+from petune.runner.continued import history
 from petune.runner.file_names import MANIFEST_FILE
 from petune.runner.migrations import read_record
+from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
 from petune.runner.trained import Trained
 from petune.training.evaluate import Accuracy
@@ -29,7 +31,7 @@ def adapter_metadata(trained: Trained, test: Accuracy) -> dict[str, Any]:
     config, dataset, preprocess = ready.config, ready.dataset, ready.preprocess
     return {
         "method": config.method,
-        "backbone": _describe_backbone(config, ready.backbone),
+        "backbone": _describe_backbone(config, ready.backbone, ready.initial_values),
         "classes": list(dataset.classes),
         "preprocess": {
             "image_size": preprocess.image_size,
@@ -49,17 +51,19 @@ def adapter_metadata(trained: Trained, test: Accuracy) -> dict[str, Any]:
             "precision": fit.precision,
         },
         "test": {"top1": test.top1, "top5": test.top5, "num_images": test.num_images},
+        **({"continued_from": history(ready.start)} if ready.start else {}),
     }
 
 
-def _describe_backbone(config: RunConfig, backbone: Backbone) -> dict[str, Any]:
+def _describe_backbone(config: RunConfig, backbone: Backbone, initial: InitialValues) -> dict[str, Any]:
     return {
         "name": config.backbone,
         "full_name": backbone.full_name,
         "hub_id": backbone.hub_id,
         "weights": backbone.weights,
         "weights_option": absolute_weights(config.weights),
-        "seed": config.seed,
+        "seed": initial.seed,
+        "initial_classes": initial.num_classes,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "options": config.backbone_options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petune.runner.continued import history
 from petune.runner.provenance import forward_flops, provenance
 from petune.runner.result import RunResult
 from petune.runner.trained import Trained
@@ -43,11 +44,13 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         saved_bytes: Size of the saved tensors.
     """
     config, backbone, fit = trained.ready.config, trained.ready.backbone, trained.fit
+    start = trained.ready.start
     counts = trained.ready.attachment.counts
     how = {
         "precision": fit.precision,
         "micro_batch_size": fit.micro_batch_size,
         "num_processes": fit.num_processes,
+        **({"continued_from": history(start)} if start else {}),
     }
     return RunResult(
         method=config.method,
@@ -75,4 +78,5 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         time_s=fit.time_s,
         output=str(trained.run_dir),
         provenance=provenance(trained.ready.device) | how,
+        from_run=str(config.from_run) if config.from_run else None,
     )

@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+from petune.adapters.format import SavedAdapter
 from petune.backbones.create import Backbone, create_backbone, input_side
 from petune.backbones.weights import load_adapters
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.data import Dataset, Preprocess, load_dataset
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
+from petune.injector.load import start_from
 from petune.injector.tuner import Recipe, Tuner
+from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
 from petune.runner.provenance import PeakMemory, git_state
+from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
 from petune.runner.run_inputs import check_inputs
 from petune.training.config import TrainConfig
@@ -24,7 +28,7 @@ from petune.training.events import Note, Watch, ignore
 from petune.training.precision import choose_device
 from petune.training.stop import StopFlag
 
-Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of the channels, for pixels in [0, 1]."""
 
 
@@ -54,6 +58,7 @@ class Prepared:
         backbone, attachment: The model with its weights, on `device`, and the method on it.
         preprocess: From stored pixels to the backbone's input.
         memory: Measures the peak from here on.
+        start: The adapter that the run continues from, if it does.
     """
 
     config: RunConfig
@@ -64,6 +69,12 @@ class Prepared:
     preprocess: Preprocess
     device: torch.device
     memory: PeakMemory
+    start: SavedAdapter | None = None
+
+    @property
+    def initial_values(self) -> InitialValues:
+        """The seed and the size that the backbone's random values depend on."""
+        return initial_values(self.config, self.dataset, self.start)
 
 
 def prepare(
@@ -94,18 +105,55 @@ def prepare(
         train = complete_options(config.train, recipe, dataset)
         options = {config.method: tuner.config}
         filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
-        group.broadcast(lambda: check_inputs(context.run_dir, config.dataset, config.weights, filled_in, options))
-        backbone = group.main_first(lambda: prepare_backbone(config, dataset, keep_head=keep_head))
+        start = read_start(config)
+        digest = tensors_digest(start) if start else ""
+        inputs = (config.dataset, config.weights, filled_in, options, digest)
+        group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
+        initial = initial_values(config, dataset, start)
+        backbone = group.main_first(lambda: prepare_backbone(config, dataset, initial, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
         attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
         if backbone.file is not None and backbone.file.adapters:
             load_adapters(attachment.model, backbone.file, config.method)
+        if start is not None:
+            statistics = _continue(attachment, start, dataset, context)
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
     preprocess = choose_preprocess(backbone, dataset, statistics)
-    return Prepared(config, train, dataset, backbone, attachment, preprocess, device, memory)
+    return Prepared(config, train, dataset, backbone, attachment, preprocess, device, memory, start)
+
+
+def read_start(config: RunConfig) -> SavedAdapter | None:
+    """Return the adapter that a run continues from, if it does.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+        ConfigError: It has another method or backbone than `config`.
+    """
+    if config.from_run is None:
+        return None
+    saved = read_run_adapter(config.from_run)
+    check_same_model(config, saved)
+    return saved
+
+
+def initial_values(config: RunConfig, dataset: Dataset, start: SavedAdapter | None) -> InitialValues:
+    """Return what the backbone's random values depend on: as in the first of the runs that continue each other."""
+    if start is None:
+        return InitialValues(config.seed, dataset.num_classes)
+    return InitialValues.of(start)
+
+
+def _continue(attachment: Attachment, start: SavedAdapter, dataset: Dataset, context: RunContext) -> Statistics:
+    """Start from an adapter's values; return the statistics that its images were normalized by."""
+    with_head = keeps_head(start, dataset.classes)
+    start_from(attachment, start, with_head=with_head)
+    classifier = "with its classifier" if with_head else "with a new classifier, because the classes differ"
+    context.note(f"continues from {describe_start(start)}, {classifier}")
+    recorded = start.config["metadata"]["preprocess"]
+    return tuple(recorded["mean"]), tuple(recorded["std"])
 
 
 def prepare_data(config: RunConfig) -> Dataset:
@@ -118,12 +166,15 @@ def prepare_data(config: RunConfig) -> Dataset:
     return dataset
 
 
-def prepare_backbone(config: RunConfig, dataset: Dataset, *, keep_head: bool = False) -> Backbone:
+def prepare_backbone(
+    config: RunConfig, dataset: Dataset, initial: InitialValues, *, keep_head: bool = False
+) -> Backbone:
     """Create the backbone with its weights and a new head for the dataset.
 
     Args:
         config: The run.
         dataset: Its classes are the head's.
+        initial: What its random values depend on.
         keep_head: Keep the head of the weights where it has the same classes.
     """
     return create_backbone(
@@ -134,7 +185,8 @@ def prepare_backbone(config: RunConfig, dataset: Dataset, *, keep_head: bool = F
         patch_size=config.patch_size,
         options=config.backbone_options,
         head=config.head,
-        seed=config.seed,
+        seed=initial.seed,
+        initial_classes=initial.num_classes,
         keep_head_of=dataset.classes if keep_head else None,
     )
 

@@ -54,6 +54,12 @@ class PretrainConfig(RunConfig):
     train: PretrainTraining = PretrainTraining.model_construct()
 
     @model_validator(mode="after")
+    def _starts_from_weights(self) -> Self:
+        if self.from_run is not None:
+            raise ValueError("a pretraining does not continue from an adapter. Use weights=PATH of a pretraining")
+        return self
+
+    @model_validator(mode="after")
     def _mean_with_std(self) -> Self:
         if (self.mean is None) != (self.std is None):
             given, missing = ("std", "mean") if self.mean is None else ("mean", "std")

@@ -33,6 +33,7 @@ class RunResult(Config):
         time_s: Wall time of the training.
         output: The run directory, as it was called then.
         provenance: Versions, machine, threads, commit; see `petune.runner.provenance`.
+        from_run: The run that this one continues from, if it does.
     """
 
     method: str
@@ -60,6 +61,7 @@ class RunResult(Config):
     time_s: float
     output: str
     provenance: dict[str, Any]
+    from_run: str | None = None
 
     @staticmethod
     def exists(directory: Path) -> bool:
@@ -92,6 +94,7 @@ class RunResult(Config):
         share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
         return [
             ("method", self.method),
+            *([("continued from", self.from_run)] if self.from_run else ()),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}"),
             ("top-1 on test", format_percent(self.top1)),

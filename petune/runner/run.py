@@ -15,6 +15,7 @@ from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.adapter_metadata import save_adapter
+from petune.runner.continued import complete_from_run
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, Statistics, prepare
 from petune.runner.result import RunResult
@@ -32,6 +33,8 @@ from petune.training.stop import StopFlag
 def run(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any) -> RunResult:
     """Train a method and test it once: `petune.run(method="vpt", dataset="digits")`.
 
+    `petune.run(from_run="runs/pets", dataset="folder:birds")` continues from a finished run, with a fresh optimizer.
+
     Several processes started by torchrun or `accelerate launch` do one run together. Each of them returns the result;
     the first one writes the files and calls `watch`.
 
@@ -43,7 +46,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any
         PetuneError: See `petune.base.errors` for its kinds.
     """
     check_watch("petune.run", watch)
-    config = RunConfig.from_call(config, fields, "petune.run(...)")
+    config = complete_from_run(RunConfig.from_call(config, fields, "petune.run(...)"))
     return train_and_test(config, fine_tuning(config), watch)
 
 

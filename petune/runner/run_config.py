@@ -17,6 +17,8 @@ class RunConfig(Config):
 
     Attributes:
         method: A registered method, with options if needed: `vpt:deep=false,num_prompts=10`.
+        from_run: A finished run, or its adapter directory, to continue from: its values are the start, and what is not
+            given of method, backbone and dataset is the run's.
         backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
         dataset, data_dir: See `petune.data`.
         on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); `error` stops at the
@@ -31,6 +33,7 @@ class RunConfig(Config):
     """
 
     method: str = "adaptformer"
+    from_run: UserPath | None = None
     backbone: str = "vit_base"
     weights: str = "default"
     dataset: str = "cifar10"

@@ -29,6 +29,7 @@ def check_inputs(
     weights: str,
     recipe: Mapping[str, Any] | None = None,
     methods: Options | None = None,
+    from_run: str = "",
 ) -> None:
     """Record the inputs of a directory when it starts; check that they are the same when it is continued.
 
@@ -37,14 +38,15 @@ def check_inputs(
         dataset, weights: As in the configuration.
         recipe: Learning rate and so on, by name; of a single run only.
         methods: Their options.
+        from_run: SHA-256 of the adapter that the run continues from, if it does.
 
     Raises:
         DataError: The images changed.
-        CheckpointError: The weights, the recipe or the options changed.
+        CheckpointError: The weights, the adapter to continue from, the recipe or the options changed.
     """
     check_manifest(run_dir, dataset)
     before = read_record(run_dir / INPUTS_FILE)
-    now = {"weights": _digest(weights), **(recipe or {})}
+    now = {"weights": _digest(weights), "from_run": from_run, **(recipe or {})}
     _check_recipe(run_dir, weights, before, now)
     options = _checked_options(run_dir, before.get("options", {}), methods or {})
     merged = {**now, **before, "options": options}
@@ -80,6 +82,12 @@ def _check_recipe(run_dir: Path, weights: str, before: Mapping[str, Any], now: M
         raise CheckpointError(
             f"the weights file {weights} has changed since {run_dir} started. Put the old file back, or use another "
             "output",
+            cli_hint=NEW_OUTPUT,
+        )
+    if "from_run" in changed:
+        raise CheckpointError(
+            f"the adapter that {run_dir} continues from has changed since it started. Put the old one back, or use "
+            "another output",
             cli_hint=NEW_OUTPUT,
         )
     if changed:

@@ -14,8 +14,8 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.errors import HubError
 from petune.base.files import MANIFEST, manifest_bytes
 from petune.base.hub import hub_url
+from petune.runner.run_adapter import find_adapter
 from petune.serving.hub_client import HubClient
-from petune.serving.restore import find_adapter
 
 COMMIT_TIMEOUT_S = 30.0  # longer than for other calls: after a timeout nobody knows whether the commit was made
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, read_adapter
+from petune.adapters.format import SavedAdapter
 from petune.backbones.create import Backbone, create_backbone
-from petune.backbones.names import calls_user_code
-from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
-from petune.runner.directory_kind import explain_missing_adapter
+from petune.runner.run_adapter import InitialValues, read_run_adapter, user_code_of
 
 
 @dataclass(frozen=True)
@@ -50,37 +47,6 @@ def restore(path: Path, weights: str | None = None, *, trust_remote_code: bool =
     return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
 
 
-def read_run_adapter(path: Path) -> SavedAdapter:
-    """Read the adapter of a run, whose metadata describes its backbone and its classes.
-
-    Args:
-        path: A run directory, or the adapter directory in it.
-
-    Raises:
-        CheckpointError: There is no adapter, it is damaged, or its metadata lacks the description.
-    """
-    directory = find_adapter(path)
-    saved = read_adapter(directory)
-    if not {"backbone", "classes", "preprocess"} <= saved.config["metadata"].keys():
-        raise CheckpointError(
-            f"{directory} does not record its backbone, because it was not saved by `petune run`. Build the model "
-            "yourself and call petune.load(model, directory)"
-        )
-    return saved
-
-
-def find_adapter(path: Path) -> Path:
-    """Return the adapter directory of a run directory, or the path itself if it is one.
-
-    Raises:
-        CheckpointError: It is neither; the message says what the directory is.
-    """
-    directory = adapter_path(expand_home(path))
-    if not (directory / CONFIG_FILE).is_file():
-        raise CheckpointError(explain_missing_adapter(directory))
-    return directory
-
-
 def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
     """Rebuild the backbone of an adapter, with nothing attached; `petune.AdapterBank` takes its model.
 
@@ -97,14 +63,15 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
     metadata = saved.config["metadata"]
     recorded = metadata["backbone"]
     try:
-        arguments = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
+        initial = InitialValues.of(saved)
+        arguments: dict[str, Any] = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
+        arguments |= {"seed": initial.seed, "initial_classes": initial.num_classes}
         name = recorded["name"]
         source = weights or recorded.get("weights_option", "default")
-        seed = recorded.get("seed", 0)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
     try:
-        return create_backbone(name, weights=source, num_classes=len(metadata["classes"]), seed=seed, **arguments)
+        return create_backbone(name, weights=source, num_classes=len(metadata["classes"]), **arguments)
     except WeightsUnavailable as error:
         if weights is not None:
             raise
@@ -125,10 +92,8 @@ def check_no_user_code(saved: SavedAdapter, source: str) -> None:
     Raises:
         CheckpointError: Its backbone is built by code outside petune, timm, torchvision and transformers.
     """
-    backbone = saved.config["metadata"].get("backbone")
-    recorded = backbone if isinstance(backbone, Mapping) else {}
-    name, options = str(recorded.get("name", "")), recorded.get("options")
-    if calls_user_code(name) or (isinstance(options, Mapping) and options.get("trust_remote_code")):
+    name = user_code_of(saved)
+    if name:
         raise CheckpointError(
             f"{source} has a backbone that is built by {name}, code that would run here. If you trust that code, use "
             "trust_remote_code=True. Otherwise build the model yourself and call petune.load(model, directory)",

@@ -21,8 +21,9 @@ class TrainConfig(Config):
 
     Attributes:
         epochs: Passes over the training split. 10, because most methods are close to their best there on CIFAR.
-        batch_size: Images per optimizer step; an incomplete last batch of an epoch is dropped. 128 is the batch that
-            the learning rates of the methods' recipes are for.
+        batch_size: Images per optimizer step. Images that fill no batch are left out of an epoch, at random, if they
+            are fewer than 5 % of the training split; otherwise the epoch has one more batch, and all are nearly equal.
+            128 is the batch that the learning rates of the methods' recipes are for.
         micro_batch_size: Images that go through the model at once. The gradients of a step are summed over its
             micro-batches, so the step is the same except for BatchNorm. None takes the whole batch on a CPU, and on a
             GPU finds what fits, once before training; checkpoints and result.json record it.
@@ -91,6 +92,11 @@ class TrainConfig(Config):
         if value not in known:
             raise ValueError(f"timm has no such optimizer{did_you_mean(value, known)}")
         return value
+
+    @property
+    def mixes(self) -> bool:
+        """True if images are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
 
     def warmup_steps(self, total_steps: int) -> int:
         """Return the number of warm-up steps, which is always less than `total_steps`."""

@@ -127,6 +127,6 @@ def _batches(job: TrainJob, split: Split, group: Group, *, positions_only: bool)
         largest = -(-len(split) // group.size)
     batches = eval_batches(own, job.preprocess, batch_size, job.device, positions_only=positions_only)
     no_labels = torch.empty(0, dtype=torch.int64, device=job.device)
-    blank = Batch(job.preprocess.blank(job.device), no_labels, np.empty(0, np.int64))
+    blank = Batch(job.preprocess.blank(job.device), no_labels, np.empty(0, np.int64), 0)
     for _ in range(0, largest, batch_size):
         yield next(batches, blank)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petune.base.distributed import SINGLE_PROCESS, Group
-from petune.base.errors import ConfigError, Diverged, Stopped
+from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
 from petune.data.batches import Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.training.checkpoint import check_optimizer
@@ -84,12 +84,19 @@ class Trainer:
         self.files = RunFiles(job.directory, group)
 
         self.batches = TrainBatches(
-            job.dataset.train, job.preprocess, self.config.augment, self.config.batch_size, job.seed, self.device
+            job.dataset.train,
+            job.preprocess,
+            self.config.augment,
+            self.config.batch_size,
+            job.seed,
+            self.device,
+            even=self.config.mixes,
         )
         self.batch_size = self.batches.batch_size
         self.total_steps = len(self.batches) * self.config.epochs
-        if self.batch_size < group.size:
-            raise ConfigError(f"a batch of {self.batch_size} images is too small for {group.size} processes")
+        smallest = int(self.batches.sizes.min())
+        if smallest < group.size:
+            raise ConfigError(f"a batch of {smallest} images is too small for {group.size} processes")
         self.att.on_train_start(self.total_steps)
 
         self.params = {**self.att.tuned, **self.att.head}
@@ -103,8 +110,8 @@ class Trainer:
         self._apply_precision()
 
         self.sharded = self.config.shard and group.size > 1
-        self.sync = StepSync(group, self.model, list(self.params.values()), self.batch_size, self.sharded)
-        self.mixer = BatchMixer(self.config, job.dataset.num_classes, self.batch_size, job.seed, self.sync.part)
+        self.sync = StepSync(group, self.model, list(self.params.values()), self.sharded)
+        self.mixer = BatchMixer(self.config, job.dataset.num_classes, self.batch_size, job.seed, group.shard)
         if self.sharded:
             shard_frozen_blocks(self.att, group, self.device)
 
@@ -157,7 +164,10 @@ class Trainer:
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss_tensor = self.sync.backward(lambda: self._backward(*self.mixer(batch, p.step)), self._request)
+        num_images = batch.num_images
+        loss_tensor = self.sync.backward(
+            lambda: self._backward(*self.mixer(batch, p.step), num_images), self._request, num_images
+        )
         # a warm-up's first step has a rate of zero and moves nothing, so the second check comes later
         if p.step in {0, max(2, min(CHECK_GRADIENTS_AT, self.total_steps - 1))}:
             self.att.check_gradients(under_way=p.step > 0)
@@ -172,8 +182,13 @@ class Trainer:
         if p.step % self.config.log_every == 0:
             self.files.write_metrics(step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr, grad_norm=norm)
 
-    def _backward(self, x: Tensor, target: Tensor) -> Tensor:
+    def _backward(self, x: Tensor, target: Tensor, num_images: int) -> Tensor:
         """Compute gradients of this process's share of the batch's mean loss, a micro-batch at a time.
+
+        Args:
+            x: This process's images.
+            target: Their labels, or probabilities if they are mixed.
+            num_images: Images of the whole batch, of all processes together.
 
         Returns:
             That share of the loss. With one process it is the whole loss.
@@ -185,9 +200,9 @@ class Trainer:
         for number, (x_piece, target_piece) in enumerate(pieces):
             logits_BC = self._logits(x_piece)
             loss = F.cross_entropy(logits_BC.float(), target_piece, label_smoothing=self.mixer.label_smoothing)
-            loss = loss * (len(x_piece) / self.batch_size)
+            loss = loss * (len(x_piece) / num_images)
             if number == 0:  # the method's own term counts once per step
-                loss = loss + self.att.loss(self.progress.step) * (len(x) / self.batch_size)
+                loss = loss + self.att.loss(self.progress.step) * (len(x) / num_images)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
@@ -267,18 +282,21 @@ class Trainer:
         # a sharded process that runs out of memory would leave the others waiting
         if can_run_out(self.device) and not config.micro_batch_size and not self.sharded:
             p.micro_batch = self.group.all_reduce_min(self.largest_micro_batch())
-        num_images = self.sync.part.stop - self.sync.part.start
+        part = self.group.shard(self.batch_size)
+        num_images = part.stop - part.start
         if p.micro_batch < num_images:
             self.on_event(Note(f"each step runs {num_images} images through the model {p.micro_batch} at a time"))
         return p.micro_batch
 
     def largest_micro_batch(self) -> int:
         """Return the largest micro-batch that fits the device's memory."""
-        x, target = self.mixer(next(self.batches.epoch(0, part=self.mixer.reads)), step=0)
+        largest = int(self.batches.sizes.argmax())
+        batch = next(self.batches.epoch(0, largest, self.mixer.reads))
+        x, target = self.mixer(batch, step=0)
         self.att.train()
 
         def step(size: int) -> None:
-            self._backward(x[:size], target[:size])
+            self._backward(x[:size], target[:size], batch.num_images)
 
         with dry_run(self.model, self.device):
             return largest_that_fits(step, len(x), list(self.params.values()))
@@ -310,10 +328,27 @@ class Trainer:
         for problem in problems:
             self.on_event(Note(f"{problem}; {instead}"))
         if checkpoint is None:
+            self.progress.steps_per_epoch = len(self.batches)
             self.sync.share_initial_values(self.state.tensors())
             return
         self.state.load(checkpoint)
+        self._check_same_batches()
         self._apply_precision()  # that of the checkpoint: `auto` may choose another on a busy machine
+
+    def _check_same_batches(self) -> None:
+        """Check that a checkpoint's epochs have the same batches as now.
+
+        Raises:
+            CheckpointError: An older version left out the images that fill no batch.
+        """
+        full, num_images = self.batches.full_size, len(self.job.dataset.train)
+        if (self.progress.steps_per_epoch or num_images // full) != len(self.batches):
+            raise CheckpointError(
+                f"{self.job.directory} was started by an older version of petune, which left out {num_images % full} "
+                f"of {num_images} images in every epoch. Start again in another output, to train on all of them",
+                cli_hint="Name a new directory with --output",
+            )
+        self.progress.steps_per_epoch = len(self.batches)
 
     def _save(self) -> None:
         p = self.progress
@@ -341,7 +376,7 @@ class Trainer:
         self.state.restore_best()
         return self.progress.result(
             num_val=len(self.job.dataset.val),
-            batch_size=self.batch_size,
+            num_images=self.batches.num_images(self.progress.step),
             lr=self.config.lr or 0.0,
             num_processes=self.group.size,
         )
@@ -349,5 +384,5 @@ class Trainer:
     def _step_done(self) -> StepDone:
         p = self.progress
         lr = self.optimizer.param_groups[0]["lr"]
-        speed = p.images_per_s(self.batch_size)
+        speed = p.images_per_s(self.batches.num_images(p.step))
         return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, speed)

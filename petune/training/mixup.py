@@ -5,13 +5,14 @@ Legend: B batch, C classes or channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from petune.base.errors import ConfigError
-from petune.data.batches import Batch
+from petune.data.batches import Batch, whole_batch
 from petune.training.config import TrainConfig
 from petune.training.randomness import step_seed
 
@@ -22,25 +23,27 @@ class BatchMixer:
     Args:
         config: `mixup`, `cutmix` and `label_smoothing`.
         num_classes: C.
-        batch_size: Images per optimizer step. timm mixes each image with its mirror position, so it must be even.
+        batch_size: Images of the largest batch. timm mixes each image with its mirror position, so it must be even.
         seed: The run's seed.
-        part: The images of a batch that this process trains on.
+        part: Returns the images of a batch of that size that this process trains on.
 
     Attributes:
-        reads: The images of a batch that have to be read: all of them if they are mixed with each other.
+        reads: Returns the images of a batch that have to be read: all of them if they are mixed with each other.
         label_smoothing: What is left for the loss to apply; timm smooths mixed targets itself.
 
     Raises:
         ConfigError: An odd batch size with mixup or cutmix.
     """
 
-    def __init__(self, config: TrainConfig, num_classes: int, batch_size: int, seed: int, part: slice) -> None:
+    def __init__(
+        self, config: TrainConfig, num_classes: int, batch_size: int, seed: int, part: Callable[[int], slice]
+    ) -> None:
         self.seed = seed
         self.part = part
         self.reads = part
         self.label_smoothing = config.label_smoothing
         self._mixup: Any = None
-        if not (config.mixup or config.cutmix):
+        if not config.mixes:
             return
         if batch_size % 2:
             raise ConfigError(
@@ -49,7 +52,7 @@ class BatchMixer:
             )
         from timm.data import Mixup
 
-        self.reads = slice(None)
+        self.reads = whole_batch
         self.label_smoothing = 0.0
         self._mixup = Mixup(
             mixup_alpha=config.mixup,
@@ -68,4 +71,5 @@ class BatchMixer:
             x_BCHW, target_BC = self._mixup(batch.x_BCHW, batch.y_B)
         finally:
             np.random.set_state(state)
-        return x_BCHW[self.part], target_BC[self.part]
+        part = self.part(batch.num_images)
+        return x_BCHW[part], target_BC[part]

@@ -50,7 +50,8 @@ def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total
 
     warmup = config.warmup_steps(total_steps)
     shared = {"warmup_t": warmup, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False}
-    if config.schedule == "constant":
+    # a cosine of one step is its first value, and timm's logs that it has no effect
+    if config.schedule == "constant" or total_steps - warmup == 1:
         return StepLRScheduler(optimizer, decay_t=total_steps + 1, **shared)
     return CosineLRScheduler(optimizer, t_initial=total_steps - warmup, **shared)
 

@@ -54,6 +54,7 @@ class Progress:
         micro_batch: Images that go through the model at once; 0 before it is known.
         peak_bytes: Peak memory of the processes before a resume.
         precision: Number format of the forward passes.
+        steps_per_epoch: Batches of an epoch; 0 in checkpoints of older versions.
         epochs: The metrics of complete epochs.
     """
 
@@ -70,18 +71,28 @@ class Progress:
     micro_batch: int = 0
     peak_bytes: int = 0
     precision: NumberFormat = "fp32"
+    steps_per_epoch: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
 
-    def images_per_s(self, batch_size: int) -> float:
-        """Return the mean training speed."""
-        return self.step * batch_size / self.train_time_s if self.train_time_s else 0.0
+    @property
+    def best_loss(self) -> float:
+        """Loss on val of the kept epoch; infinite before the first evaluation."""
+        return self.epochs[self.best_epoch - 1]["val_loss"] if self.best_epoch > 0 else math.inf
 
-    def result(self, *, num_val: int, batch_size: int, lr: float, num_processes: int) -> FitResult:
+    def images_per_s(self, num_images: int) -> float:
+        """Return the mean training speed.
+
+        Args:
+            num_images: Images of all steps.
+        """
+        return num_images / self.train_time_s if self.train_time_s else 0.0
+
+    def result(self, *, num_val: int, num_images: int, lr: float, num_processes: int) -> FitResult:
         """Return the result of a finished training.
 
         Args:
             num_val: Size of the val split.
-            batch_size: Images per optimizer step.
+            num_images: Images of all steps.
             lr: Peak learning rate.
             num_processes: Processes that trained together.
         """
@@ -89,7 +100,7 @@ class Progress:
         return FitResult(
             epoch=self.best_epoch if val else self.epoch,
             val=val,
-            images_per_s=self.images_per_s(batch_size),
+            images_per_s=self.images_per_s(num_images),
             step_time_s=self.train_time_s / max(1, self.step),
             time_s=self.time_s,
             epochs=self.epochs,

@@ -47,9 +47,13 @@ class TrainState:
         return {**self.params, **{f"{BUFFER}{name}": buffer for name, buffer in self.model.named_buffers()}}
 
     def record(self, val: Accuracy) -> None:
-        """Note the accuracy at the end of an epoch; if it is the best, or the last one is kept, keep this epoch."""
+        """Note the accuracy at the end of an epoch; if it is the best, or the last one is kept, keep this epoch.
+
+        Of epochs with the same top-1, which are common with few val images, the one with the lowest loss is the best;
+        if that is the same too, the later one.
+        """
         p = self.progress
-        if self.keep == "best" and val.top1 <= p.best_top1:
+        if self.keep == "best" and (val.top1, -val.loss) < (p.best_top1, -p.best_loss):
             return
         p.best_epoch = p.epoch + 1
         p.best_top1 = val.top1

@@ -33,30 +33,23 @@ class StepSync:
         group: The processes that train together.
         model: Running statistics of its BatchNorm layers become their mean, since each process sees other images.
         parameters: What trains, in the same order on all processes.
-        batch_size: Images per optimizer step, of all processes together.
         sharded: Whether the processes already meet inside the forward, because frozen blocks are spread over them.
-
-    Attributes:
-        part: The images of a batch that this process trains on.
     """
 
-    def __init__(
-        self, group: Group, model: nn.Module, parameters: Sequence[nn.Parameter], batch_size: int, sharded: bool
-    ) -> None:
+    def __init__(self, group: Group, model: nn.Module, parameters: Sequence[nn.Parameter], sharded: bool) -> None:
         self.group = group
         self.model = model
         self.parameters = parameters
         self.sharded = sharded
-        self.part = group.shard(batch_size)
-        self._share = (self.part.stop - self.part.start) / batch_size
         self._agreed: StepRequest | None = None
 
-    def backward(self, work: Callable[[], Tensor], request: Callable[[], StepRequest]) -> Tensor:
+    def backward(self, work: Callable[[], Tensor], request: Callable[[], StepRequest], num_images: int) -> Tensor:
         """Run the backward of this process's images; gradients become those of the whole batch.
 
         Args:
             work: Computes gradients, and returns this process's part of the loss.
             request: Returns what this process requests to be done after the step.
+            num_images: Images of the whole batch, of all processes together.
 
         Returns:
             The loss of the whole batch.
@@ -73,8 +66,9 @@ class StepSync:
             loss = work()
         flags = torch.tensor([bool(errors), own.stop, own.save], dtype=torch.float32, device=loss.device)
         statistics = _running_statistics(self.model)
+        part = self.group.shard(num_images)
         for tensor in statistics:
-            tensor.mul_(self._share)
+            tensor.mul_((part.stop - part.start) / num_images)
         self.group.all_reduce_gradients(self.parameters, [flags, loss, *statistics])
         failed, stop, save = (bool(flag) for flag in flags.tolist())
         if failed:

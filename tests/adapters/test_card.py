@@ -16,7 +16,8 @@ from torch import nn
 import petune
 from petune.adapters.card import public_metadata
 from petune.base.text import escape_markdown, hide_folders
-from petune.serving.restore import read_run_adapter, rebuild_backbone
+from petune.runner.run_adapter import read_run_adapter
+from petune.serving.restore import rebuild_backbone
 from tests.tiny import X, randomised, tiny
 
 MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_images": 360}, "dataset": "digits", "method": "vpt:deep=false"}

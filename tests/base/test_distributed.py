@@ -161,7 +161,12 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "words"), [("adaptformer:dropout=0", ()), ("full", ("--mixup=0.4", "--batch-size=16"))]
+    ("method", "words"),
+    [
+        ("adaptformer:dropout=0", ()),
+        ("full", ("--mixup=0.4", "--batch-size=16")),
+        ("adaptformer:dropout=0", ("--shots=7", "--batch-size=32")),
+    ],
 )
 def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several: Several, tmp_path: Path) -> None:
     whole = ("run", "--method", method, *TINY, *words, "--output")

@@ -29,6 +29,7 @@ IN_WORDS = {
     "weight-decay",
     "optimizer",
     "output",
+    "from",
 }
 FLAG_NAMES = [flag.name for flag in FLAGS]
 

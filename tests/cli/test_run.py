@@ -48,10 +48,7 @@ def test_a_run_prints_its_result_on_stdout_and_progress_on_stderr(
     assert first == f"{BACKBONE}, weights none; digits from scikit-learn"
     assert second == "0 tuned and 490 head parameters train (0.782 % of backbone and head, 0.782 % of all)"
     assert re.fullmatch(r"epoch 1/1  loss \d\.\d+  val top-1 \d+\.\d\d %", last)
-    assert note == (
-        "each epoch skips 72 of 200 images (a random selection) because they do not fill a batch of 128. "
-        "batch_size=100 would use 200"
-    )
+    assert note == "each epoch has 2 batches of 100 images, because full ones of 128 would leave out 72 of 200"
     place = tmp_path / "runs" / "linear-vit_nano-digits-seed0"
     assert {"config.yaml", "metrics.jsonl", "result.json", "adapter", "checkpoints"} <= set(os.listdir(place))
 
@@ -215,3 +212,20 @@ def test_an_unreachable_hub_is_reported_before_timm_is_imported(tmp_path: Path) 
     ):
         assert words in done.stderr
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_from_continues_a_finished_run(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    assert petune("run", "--method=lora:r=2", *tiny, "--output", "first").code == 0
+    shown = petune("run", "--from", "first", "--epochs", 2, "--dry-run")
+    assert (shown.code, list(tmp_path.glob("runs/*"))) == (0, [])
+    assert yaml.safe_load(shown.out)["method"] == "lora:r=2"
+    assert "continues from first/adapter (digits, 1 epochs)" in shown.err.replace(str(tmp_path) + "/", "")
+    done = petune("run", "--from", "first", "--epochs", 2, "--device=cpu", "--output", "second")
+    assert done.code == 0, done.err
+    assert "with its classifier" in done.err
+    assert re.search(r"continued from +\S*first", done.out)
+    again = petune("run", "--config", "second/config.yaml", "--output", "second", "--resume")
+    assert (again.code, again.out) == (0, done.out)
+    refused = petune("run", "--from", "first", "--backbone", "vit_tiny", "--epochs", 1)
+    assert refused.code == 2
+    assert "backbone: 'vit_nano' there, 'vit_tiny' here" in refused.err

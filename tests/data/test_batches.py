@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from petune.data.batches import Batch, Preprocess, TrainBatches, eval_batches, prefetch
+from petune.base.distributed import Group
+from petune.data.batches import (
+    MAX_LEFT_OUT,
+    Batch,
+    Preprocess,
+    TrainBatches,
+    batch_bounds,
+    eval_batches,
+    prefetch,
+)
 from petune.data.dataset import Split
 
 CPU = torch.device("cpu")
@@ -31,8 +40,8 @@ def _batches(split: Split, batch_size: int, seed: int = 0, preset: str = "paddle
 def test_a_resumed_epoch_yields_the_same_batches(start: int) -> None:
     batches = _batches(_split(17), 5)
     whole, rest = list(batches.epoch(2)), list(batches.epoch(2, start))
-    assert len(whole) == len(batches) == 3
-    assert len(rest) == 3 - start
+    assert len(whole) == len(batches) == 4
+    assert len(rest) == 4 - start
     for a, b in zip(whole[start:], rest, strict=True):
         assert torch.equal(a.x_BCHW, b.x_BCHW)
         assert torch.equal(a.y_B, b.y_B)
@@ -159,14 +168,59 @@ def test_positions_only() -> None:
     assert torch.equal(torch.cat(positions), torch.arange(17))
 
 
-def test_a_note_says_how_many_images_an_epoch_skips() -> None:
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "sizes"),
+    [
+        (220, 128, [110, 110]),  # a quarter of full batches would leave out 92
+        (300, 128, [100, 100, 100]),
+        (7, 100, [7]),
+        (129, 128, [128]),  # leaves out less than 1 %
+        (45_000, 128, [128] * 351),  # leaves out 72, as in the published results
+        (1_000, 64, [64] * 15),  # leaves out 40, as in the published results
+        (26, 6, [5, 5, 5, 5, 6]),
+        (7, 2, [2, 2, 2]),  # no batch of a single image, which BatchNorm refuses
+        (7, 1, [1] * 7),
+    ],
+)
+def test_an_epoch_leaves_out_few_images(num_images: int, batch_size: int, sizes: list[int]) -> None:
+    assert np.diff(batch_bounds(num_images, batch_size)).tolist() == sizes
+
+
+@pytest.mark.parametrize("num_images", range(2, 60))
+def test_batches_are_nearly_equal_and_none_is_a_single_image(num_images: int) -> None:
+    for batch_size in range(2, 70):
+        sizes = np.diff(batch_bounds(num_images, batch_size))
+        assert 2 <= sizes.min() <= sizes.max() <= batch_size
+        assert sizes.max() - sizes.min() <= 1
+        assert num_images - sizes.sum() <= max(1, MAX_LEFT_OUT * num_images)
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(26, 6), (27, 6), (7, 100), (9, 4), (300, 128)])
+def test_images_to_be_mixed_come_in_even_batches(num_images: int, batch_size: int) -> None:
+    bounds = batch_bounds(num_images, batch_size, even=True)
+    assert not (np.diff(bounds) % 2).any()
+    assert bounds[-1] >= num_images - 1
+
+
+def test_every_image_of_a_small_split_is_in_an_epoch() -> None:
+    batches = _batches(_split(22), 12)
+    epoch = list(batches.epoch(3))
+    assert [batch.num_images for batch in epoch] == [len(batch.y_B) for batch in epoch] == [11, 11]
+    assert sorted(position for batch in epoch for position in batch.positions) == list(range(22))
+    assert [batches.num_images(steps) for steps in range(5)] == [0, 11, 22, 33, 44]
+
+
+def test_parts_of_a_batch_join_to_the_whole() -> None:
+    batches, groups = _batches(_split(22), 12), [Group(rank, 3) for rank in range(3)]
+    for whole, *parts in zip(batches.epoch(0), *(batches.epoch(0, 0, group.shard) for group in groups), strict=True):
+        assert np.array_equal(np.concatenate([part.positions for part in parts]), whole.positions)
+        assert {part.num_images for part in parts} == {11}
+
+
+def test_a_note_names_batches_that_are_not_full() -> None:
     assert _batches(_split(7), 100).note() == ""
     assert _batches(_split(101), 10).note() == ""
-    assert _batches(_split(255), 128).note() == (
-        "each epoch skips 127 of 255 images (a random selection) because they do not fill a batch of 128. "
-        "batch_size=127 would use 254"
+    assert _batches(_split(220), 128).note() == (
+        "each epoch has 2 batches of 110 images, because full ones of 128 would leave out 92 of 220"
     )
-    assert len(_batches(_split(255), 127)) == 2
-    assert "batch_size=5 would use 25" in _batches(_split(27), 8).note()
-    assert _batches(_split(27), 5).note() == ""
-    assert "batch_size" not in _batches(_split(11), 4).note()  # 3 would skip 2, and fewer is hardly a batch
+    assert "5 batches of 5 or 6 images" in _batches(_split(26), 6).note()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import petune
-from petune.serving.restore import read_run_adapter, rebuild_backbone
+from petune.runner.run_adapter import read_run_adapter
+from petune.serving.restore import rebuild_backbone
 
 V0 = Path(__file__).parents[1] / "golden" / "v0"
 RUNS = ("adaptformer", "bitfit", "lora", "vpt")

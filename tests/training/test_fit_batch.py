@@ -40,7 +40,7 @@ def test_micro_batches_give_the_same_step(
         trainer = make_trainer(without_noise(toy()), directory=tmp_path / name, mixup=mixup, log_every=1, **option)
         trainer.fit()
     whole, pieces = losses(tmp_path / "whole"), losses(tmp_path / "pieces")
-    assert len(whole) == 8
+    assert len(whole) == 10
     assert pieces == pytest.approx(whole, abs=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_the_largest_micro_batch_is_found_without_a_trace(
     attachment.model.body.insert(0, Hungry())
     attachment.__post_init__()
     state = {key: t.clone() for key, t in attachment.model.state_dict().items()}
-    trainer = make_trainer(attachment, batch_size=8)
+    trainer = make_trainer(attachment, batch_size=4)
     assert trainer.largest_micro_batch() == 2
     assert all(torch.equal(t, state[key]) for key, t in attachment.model.state_dict().items())
     assert all(p.grad is None for p in trainer.params.values())
@@ -99,7 +99,7 @@ def test_micro_batches_have_nearly_equal_sizes(make_trainer: Make, toy: Make) ->
         lambda m, args: seen.append(len(args[0])) if m.training else None
     )
     make_trainer(attachment, batch_size=9, micro_batch_size=4, epochs=1).fit()  # 4, 4 and 1 are none for BatchNorm
-    assert set(seen) == {3}
+    assert set(seen) == {3, 4}  # of batches of 9 and 8
 
 
 def test_a_configured_micro_batch_is_not_searched(

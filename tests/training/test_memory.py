@@ -59,6 +59,11 @@ def test_batchnorm_with_a_single_image_is_explained(sizes: dict[str, int], tmp_p
         petune.run(**RUN, head="bn_linear", train={**TRAIN, **sizes}, output=tmp_path / "run")
 
 
+def test_batchnorm_trains_on_every_batch_of_a_small_split(tmp_path: Path) -> None:
+    done = petune.run(**RUN, head="bn_linear", train={**TRAIN, "batch_size": 27}, output=tmp_path / "run")
+    assert done.epochs == TRAIN["epochs"]
+
+
 @pytest.mark.exhaustive
 def test_models_of_earlier_runs_are_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would count in the peak memory of the next run of a comparison."""

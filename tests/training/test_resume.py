@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import timm
 import torch
 from torch import Tensor
 
-from petune.base.errors import Stopped
+from petune.base.errors import CheckpointError, Stopped
+from petune.base.files import MANIFEST, write_manifest
 from petune.training import precision
 from petune.training.events import Event, Note, StepDone
 from petune.training.stop import StopFlag
@@ -23,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2, "lora_dropout": 0.3}, "peft:adalora": {"init_r": 4, "target_r": 2, "tfinal": 2},
     "bitfit": {}, "full": {}, "toy": {},
 }  # fmt: skip
-STEPS = 8  # two epochs of four
+STEPS = 10  # two epochs of five batches, four of 5 images and one of 6
 
 
 class Killed(BaseException):
@@ -126,7 +128,7 @@ def test_a_killed_run_logs_each_step_once(step: int, tmp_path: Path, make_traine
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", log_every=1)
     with pytest.raises(Killed):
         make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(step), log_every=1).fit()
-    seed = 99 if step > 4 else 1  # before the first checkpoint there is nothing but the same start
+    seed = 99 if step > 5 else 1  # before the first checkpoint there is nothing but the same start
     att = toy(seed)
     found = _outcome(att, make_trainer(att, directory=tmp_path / "b", log_every=1).fit(), tmp_path / "b")
     _assert_equal(found, expected)
@@ -153,14 +155,14 @@ def test_a_resume_after_a_stop_in_validation(tmp_path: Path, make_trainer: Make,
         on_event=lambda e: steps.append(e.step) if isinstance(e, StepDone) else None,
     )
     _assert_equal(_outcome(att, trainer.fit(), tmp_path / "b"), expected)
-    assert steps == [5, 6, 7, 8]  # no step of the first epoch was done twice
+    assert steps == [6, 7, 8, 9, 10]  # no step of the first epoch was done twice
 
 
 def test_a_damaged_checkpoint_costs_an_epoch_and_is_reported(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
     expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", epochs=3)
     with pytest.raises(Killed):
-        make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(10), epochs=3).fit()
-    file = tmp_path / "b" / "checkpoints" / "step-000000008" / "model.safetensors"
+        make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(12), epochs=3).fit()
+    file = tmp_path / "b" / "checkpoints" / "step-000000010" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     notes: list[str] = []
     att = toy(99)
@@ -174,6 +176,18 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_is_reported(tmp_path: Path, mak
     assert len(notes) == 1
     assert str(file) in notes[0]
     assert str(file) in (tmp_path / "b" / "notes.txt").read_text()
+
+
+def test_a_checkpoint_without_the_rest_of_each_epoch_is_refused(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    """Older versions left out what fills no batch, here two of 26 images, and recorded no number of batches."""
+    make_trainer(toy(1)).fit()
+    state_file = max((tmp_path / "checkpoints").glob("*")) / "state.json"
+    state = json.loads(state_file.read_text())
+    state["progress"]["steps_per_epoch"] = 0
+    state_file.write_text(json.dumps(state))
+    write_manifest(state_file.parent, [file.name for file in state_file.parent.iterdir() if file.name != MANIFEST])
+    with pytest.raises(CheckpointError, match="left out 2 of 26 images in every epoch"):
+        make_trainer(toy(1)).fit()
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path, make_trainer: Make, toy: Make) -> None:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from petune.adapters.format import SavedAdapter
 from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, DataError, UsageError
+from petune.runner.run_adapter import read_run_adapter
 from petune.serving.adapter_bank import AdapterBank
 from petune.serving.image_transform import ImageTransform
 from petune.serving.predict import ClassProbability, top_classes
-from petune.serving.restore import read_run_adapter, rebuild_backbone
+from petune.serving.restore import rebuild_backbone
 from petune.sites.logits import logits_of
 from petune.training.precision import choose_device
 

@@ -1,0 +1,148 @@
+"""Continue from a finished run, with more epochs or on another dataset.
+
+The new run takes method, options and backbone from the old one, and starts from the values that it trained. Its
+optimizer, schedule and training options are its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from petune.adapters.format import TENSOR_FILE, SavedAdapter
+from petune.base.errors import CheckpointError, ConfigError, Problem
+from petune.injector.registry import build_tuner
+from petune.runner.file_names import CONFIG_FILE
+from petune.runner.migrations import read_config
+from petune.runner.run_adapter import read_run_adapter, user_code_of
+from petune.runner.run_config import RunConfig
+
+DATA_KEYS = ("dataset", "data_dir", "on_broken", "val_fraction", "shots", "seed")
+"""Options that choose the images. The old run's are taken together, so that its val images stay in val."""
+RECORDED_KEYS = {
+    "backbone": "name",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "backbone_options": "options",
+    "head": "head",
+}
+"""Options that the adapter's metadata records about its backbone, and their names there."""
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def complete_from_run(config: Run) -> Run:
+    """Return a configuration with what it leaves open filled in from the run in `from_run`, if it names one.
+
+    Raises:
+        ConfigError: It contradicts that run, or the run's backbone is built by code of others.
+        CheckpointError: There is no finished run.
+    """
+    if config.from_run is None:
+        return config
+    saved = read_run_adapter(config.from_run)
+    given = config.model_dump(exclude_unset=True)
+    _check_trusted(saved, given)
+    recorded = _recorded_backbone(saved) | {"method": saved.config["metadata"].get("method", saved.config["tuner"])}
+    data = _data_options(config.from_run, saved)
+    if given.get("dataset", data["dataset"]) != data["dataset"]:
+        data = {}
+    given["from_run"] = config.from_run.absolute()
+    complete = type(config).build({**data, **recorded, **given}, f"{config.from_run} and the given values")
+    check_same_model(complete, saved)
+    return complete
+
+
+def check_same_model(config: RunConfig, saved: SavedAdapter) -> None:
+    """Check that a complete configuration has the method and the backbone of the adapter that it continues from.
+
+    Raises:
+        ConfigError: It has others. Weights may be elsewhere now: their content is checked when they are loaded.
+    """
+    recorded = _recorded_backbone(saved)
+    given = {key: getattr(config, key) for key in recorded if key != "weights"}
+    problems = [
+        Problem(key, f"{key}: {recorded[key]!r} there, {value!r} here")
+        for key, value in given.items()
+        if recorded[key] != value
+    ]
+    problems += _changed_method(config.method, saved)
+    if problems:
+        raise ConfigError(
+            f"these values contradict {config.from_run}:"
+            + "".join(f"\n  - {problem.message}" for problem in problems)
+            + "\nLeave them out to take them from that run, or start without it",
+            tuple(problems),
+        )
+
+
+def keeps_head(saved: SavedAdapter, classes: tuple[str, ...]) -> bool:
+    """Return whether a dataset has the classes that an adapter was trained on, in the same order."""
+    return tuple(saved.config["metadata"]["classes"]) == classes
+
+
+def tensors_digest(saved: SavedAdapter) -> str:
+    """Return the SHA-256 of an adapter's file of tensors."""
+    return hashlib.sha256((saved.path / TENSOR_FILE).read_bytes()).hexdigest()
+
+
+def history(saved: SavedAdapter) -> list[dict[str, Any]]:
+    """Return what a continued run records about the runs before it, the first one first."""
+    metadata = saved.config["metadata"]
+    training = metadata.get("training")
+    entry = {
+        "path": str(saved.path.absolute()),
+        "sha256": tensors_digest(saved),
+        "dataset": metadata.get("dataset"),
+        "epochs": training.get("epochs") if isinstance(training, Mapping) else None,
+    }
+    earlier = metadata.get("continued_from")
+    return [*(earlier if isinstance(earlier, list) else ()), entry]
+
+
+def describe_start(saved: SavedAdapter) -> str:
+    """Return `runs/pets/adapter (folder:pets, 10 epochs)`."""
+    entry = history(saved)[-1]
+    facts = [entry["dataset"], entry["epochs"] and f"{entry['epochs']} epochs"]
+    return f"{saved.path} ({', '.join(str(fact) for fact in facts if fact)})"
+
+
+def _check_trusted(saved: SavedAdapter, given: Mapping[str, Any]) -> None:
+    name = user_code_of(saved)
+    if name and not {"backbone", "backbone_options"} & given.keys():
+        raise ConfigError(
+            f"{saved.path} has a backbone that is built by {name}, code that would run here. If you trust that code, "
+            f"name it: backbone={name!r}",
+            cli_hint=f"Add --backbone {name} if you trust it",
+        )
+
+
+def _recorded_backbone(saved: SavedAdapter) -> dict[str, Any]:
+    recorded = saved.config["metadata"]["backbone"]
+    try:
+        weights = recorded.get("weights_option", "default")
+        return {key: recorded[name] for key, name in RECORDED_KEYS.items()} | {"weights": weights}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
+
+
+def _data_options(path: Path, saved: SavedAdapter) -> dict[str, Any]:
+    """Return the options of the old run that choose its images; only the dataset if its directory is not there."""
+    for directory in (path, saved.path.parent):
+        if (directory / CONFIG_FILE).is_file():
+            stored = read_config(directory / CONFIG_FILE)
+            return {key: stored[key] for key in DATA_KEYS if key in stored}
+    return {"dataset": saved.config["metadata"].get("dataset")}
+
+
+def _changed_method(method: str, saved: SavedAdapter) -> list[Problem]:
+    tuner = build_tuner(method)
+    if tuner.method != saved.config["tuner"]:
+        return [Problem("method", f"method: {saved.config['tuner']!r} there, {method!r} here")]
+    options = tuner.config.plain()
+    changed = {key: value for key, value in saved.config["config"].items() if options.get(key) != value}
+    return [
+        Problem("method", f"method {method}: {key} is {value!r} there, {options.get(key)!r} here")
+        for key, value in changed.items()
+    ]
