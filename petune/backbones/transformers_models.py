@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from petune.backbones.timm_models import build_timm_repository, describe, repository_architecture
-from petune.backbones.transformers_weights import load_pretrained
+from petune.backbones.transformers_weights import load_pretrained, quiet_transformers
 from petune.base.errors import ConfigError, MissingExtra, WeightsUnavailable, did_you_mean
 from petune.base.hub import hub_url
 from petune.base.network import reachable
@@ -64,7 +63,7 @@ def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrai
     except ImportError:
         raise MissingExtra("a backbone named hf:…", "transformers") from None
     offline = not Path(name).is_dir() and not reachable(hub_url())
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             config_file = Path(transformers.utils.cached_file(name, "config.json", local_files_only=offline))
             architecture = repository_architecture(config_file)
@@ -117,19 +116,3 @@ def _classification_config(config: Any) -> Any:
     from transformers import ViTConfig
 
     return ViTConfig(**config.to_dict()) if config.model_type == "vit_mae" else config
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars inside the context."""
-    from transformers.utils import logging
-
-    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress_bar:
-            logging.enable_progress_bar()

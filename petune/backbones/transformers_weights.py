@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +83,38 @@ def _unfilled_keys(model: Any, info: Any) -> set[str]:
         unfilled = {key for key in unfilled if key.startswith(prefix)}
     elif "ForImageClassification" in type(model).__name__:
         unfilled = {key for key in unfilled if "classifier" not in key.partition(".")[0]}
+    unfilled -= _timm_classifier_keys(model)
     return {key for key in unfilled if not key.endswith("mask_token")}
+
+
+def _timm_classifier_keys(model: Any) -> set[str]:
+    """Return the keys of the classifier that a model of timm in transformers' wrapper has inside; else none."""
+    inner = getattr(model, "timm_model", None)
+    classifier = inner.get_classifier() if inner is not None and hasattr(inner, "get_classifier") else None
+    parts = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
+    tensors = {id(t) for part in parts if isinstance(part, nn.Module) for t in part.state_dict(keep_vars=True).values()}
+    return {key for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in tensors}
+
+
+def renamed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a file's tensors by the keys of a model of transformers, which may be others than those in its files.
+
+    transformers itself renames them: from older versions, and between a model and the same with a classifier.
+
+    Args:
+        model: Any model; the tensors are returned as they are unless it is one of transformers with other keys.
+        tensors: As stored. If a shape differs, the result has an empty tensor of the file's shape.
+    """
+    from_transformers = type(model).__module__.startswith("transformers.")
+    if not from_transformers or model.state_dict().keys() <= tensors.keys():
+        return tensors
+    load: Any = type(model).from_pretrained  # type: ignore[attr-defined]
+    arguments = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        loaded, info = load(None, config=model.config, state_dict=dict(tensors), **arguments)
+    shapes = {key: torch.empty(shape, device="meta") for key, shape, _ in info["mismatched_keys"]}
+    unfilled = {*info["missing_keys"], *shapes}
+    return {key: tensor for key, tensor in loaded.state_dict().items() if key not in unfilled} | shapes
 
 
 def _resample(target: Mapping[str, Tensor], source: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> set[str]:
@@ -117,3 +149,19 @@ def _num_prefix_tokens(new_length: int, old_length: int) -> int | None:
         if all(math.isqrt(length - count) ** 2 == length - count for length in (new_length, old_length)):
             return count
     return None
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars inside the context."""
+    from transformers.utils import logging
+
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()

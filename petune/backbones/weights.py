@@ -13,8 +13,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from petune.backbones.torch_checkpoint import is_torch_checkpoint, read_torch_checkpoint, without_wrappers
+from petune.backbones.transformers_weights import renamed_tensors
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
+from petune.base.text import printable
 
 BUNDLED = Path(__file__).with_name("pretrained")
 BACKBONE_FILE = "backbone.safetensors"
@@ -83,36 +86,37 @@ def find_weights(path: Path) -> Path:
     if not file.is_file():
         problem = f"there is no {BACKBONE_FILE} in {path}" if path.is_dir() else f"no such weights file: {path}"
         raise WeightsUnavailable(
-            f"{problem}. weights is default, none, cifar100, a safetensors file, or the directory of a finished "
-            "pretraining run",
+            f"{problem}. weights is default, none, cifar100, a safetensors file, a checkpoint of "
+            "torch, or the directory of a finished pretraining run",
             cli_hint="Set it with --weights",
         )
     return file
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a safetensors file, the directory of a pretraining run, or a `.pt` file of others (tensors only).
+    """Read a safetensors file, the directory of a pretraining run, or a checkpoint of torch (tensors only).
 
     Raises:
         WeightsUnavailable: There is no such file.
         CheckpointError: The file is damaged or not a weights file.
     """
     file = find_weights(path)
-    if file.suffix in {".pt", ".pth", ".bin"}:
-        return Weights(_read_torch(file), {}, str(file))
     try:
+        if is_torch_checkpoint(file):
+            tensors, entry = read_torch_checkpoint(file)
+            return Weights(tensors, {}, f"{file} ({entry})" if entry else str(file))
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
             info = json.loads(metadata.get("petune", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file} as safetensors: {error}") from None
+        raise CheckpointError(f"cannot read {file} as safetensors: {printable(str(error))}") from None
     if not isinstance(info, dict):
         raise CheckpointError(f"the metadata of {file} is damaged: `petune` is {info!r}, not a mapping")
     if _is_wrapped(tensors, info):
         tensors = {_unwrapped_key(key): tensor for key, tensor in tensors.items()}
         info = {**info, "adapters": [_unwrapped_key(str(key)) for key in info.get("adapters") or ()]}
-    return Weights(tensors, info, _source(file))
+    return Weights(tensors if info else without_wrappers(tensors), info, _source(file))
 
 
 def _is_wrapped(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> bool:
@@ -138,6 +142,7 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
         CheckpointError: A key is missing, unexpected, or has another shape.
     """
     tensors: Mapping[str, Tensor] = {k: tensor for k, tensor in weights.tensors.items() if k not in weights.adapters}
+    tensors = renamed_tensors(model, tensors)
     state = model.state_dict()
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if resample is not None and any(k in state and state[k].shape != tensor.shape for k, tensor in tensors.items()):
@@ -170,21 +175,3 @@ def _source(file: Path) -> str:
     if file.parent != BUNDLED:
         return str(file)
     return f"petune's {file.stem} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:8]})"
-
-
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    import torch
-
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises many types on other files: KeyError, IndexError, …
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(
-            f"cannot read {file} as a checkpoint of tensors only (no code is run): {reason}"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{file} does not contain a state_dict (names to tensors)")
-    return loaded

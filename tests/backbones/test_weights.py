@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import hashlib
 import shutil
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import petune
 from petune.backbones.create import create_backbone
@@ -92,11 +97,62 @@ def test_an_adapter_finds_its_weights_file_from_another_directory(
         restore(tmp_path / "run")
 
 
+TENSORS = {"a.weight": torch.ones(2), "b.bias": torch.zeros(3)}
+OPTIONS = argparse.Namespace(lr=0.1, output=Path("out"))
+
+
+def _prefixed(*starts: str) -> dict[str, Tensor]:
+    return {"".join(starts) + key: tensor for key, tensor in TENSORS.items()}
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "model_best.pth.tar", "last.ckpt", "weights"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        TENSORS,
+        {"state_dict": TENSORS, "args": OPTIONS, "epoch": 3, "arch": "vit"},
+        {"model": OrderedDict(TENSORS), "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
+        {"state_dict": _prefixed("module.")},
+        {"state_dict": _prefixed("_orig_mod.")},
+        {"state_dict": _prefixed("module.", "_orig_mod.")},
+        {"state_dict": {"a.weight": torch.zeros(2)}, "state_dict_ema": _prefixed("module.")},
+        {"state_dict": TENSORS, "state_dict_ema": None},
+    ],
+    ids=["bare", "timm", "model", "ddp", "compiled", "both", "ema", "no-ema"],
+)
+def test_a_checkpoint_is_read_as_timm_reads_it(name: str, content: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(content, tmp_path / name)
+    weights = read_weights(tmp_path / name)
+    assert weights.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in weights.tensors.items())
+    assert ("state_dict_ema" in weights.source) == bool(content.get("state_dict_ema"))
+
+
+def test_starts_of_wrappers_are_removed_from_safetensors_too(tmp_path: Path) -> None:
+    save_file(_prefixed("module."), tmp_path / "w.bin")  # safetensors by content
+    assert read_weights(tmp_path / "w.bin").tensors.keys() == TENSORS.keys()
+
+
+def test_a_module_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
+    save_file({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.safetensors")
+    assert read_weights(tmp_path / "w.safetensors").tensors.keys() == {"module.a", "b"}
+
+
+def test_other_objects_are_named_in_whole_sentences(tmp_path: Path) -> None:
+    torch.save({"state_dict": TENSORS, "when": datetime.date(2024, 1, 1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"objects that are not read: datetime\.date") as caught:
+        read_weights(tmp_path / "w.pt")
+    text = str(caught.value)
+    assert text.isprintable()
+    assert text.endswith("torch.save(model.state_dict(), path)")
+
+
 @pytest.mark.parametrize("content", [b"hello world\n", b"", b"<html>", b"\x80\x02."])
 def test_an_invalid_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"t\.pt"):
+    with pytest.raises(CheckpointError, match=r"t\.pt") as caught:
         read_weights(tmp_path / "t.pt")
+    assert str(caught.value).isprintable()
 
 
 def test_invalid_metadata_is_reported(tmp_path: Path) -> None:
@@ -128,3 +184,54 @@ def test_only_what_was_read_and_found_damaged_is_taken_out_of_the_cache(
     with pytest.raises(WeightsUnavailable, match="It was deleted"):
         hub.verify_safetensors(file, "the cached weights")
     assert not file.exists()
+
+
+@pytest.fixture(scope="module")
+def transformers_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories that transformers wrote: a ViT with five classes, one without a classifier, one of timm."""
+    folder = tmp_path_factory.mktemp("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8,
+        num_labels=5,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(folder / "classifier")
+    transformers.ViTModel(config).save_pretrained(folder / "features")
+    arguments = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    wrapped = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", num_labels=5, model_args=arguments, do_pooling=True
+    )
+    transformers.TimmWrapperForImageClassification(wrapped).save_pretrained(folder / "timm")
+    return folder
+
+
+@pytest.mark.parametrize("num_classes", [5, 3])
+@pytest.mark.parametrize("source", ["classifier", "features"])
+@pytest.mark.parametrize("backbone", ["classifier", "features"])
+def test_transformers_own_file_fits_its_models(
+    backbone: str, source: str, num_classes: int, transformers_files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = transformers_files / source / "model.safetensors"
+    model = create_backbone(f"hf:{transformers_files / backbone}", weights=str(file), num_classes=num_classes).model
+    original = transformers.ViTModel.from_pretrained(transformers_files / source, add_pooling_layer=False).eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.vit(x).last_hidden_state, original(x).last_hidden_state)  # type: ignore[operator]
+    assert model(x).shape == (2, num_classes)
+
+
+def test_a_file_of_another_model_does_not_fit_one_of_transformers(transformers_files: Path, tmp_path: Path) -> None:
+    save_file({"encoder.other": torch.ones(1)}, tmp_path / "w.safetensors")
+    backbone = f"hf:{transformers_files / 'classifier'}"
+    with pytest.raises(CheckpointError, match="does not fit this backbone: 38 missing"):
+        create_backbone(backbone, weights=str(tmp_path / "w.safetensors"), num_classes=3)
+
+
+@pytest.mark.parametrize("num_classes", [5, 3])
+def test_timms_model_in_a_wrapper_of_transformers_gets_another_classifier(
+    num_classes: int, transformers_files: Path
+) -> None:
+    model = create_backbone(f"hf:{transformers_files / 'timm'}", num_classes=num_classes).model
+    stored = read_weights(transformers_files / "timm" / "model.safetensors").tensors
+    key = "timm_model.blocks.1.mlp.fc1.weight"
+    assert torch.equal(model.state_dict()[key], stored[key])
+    assert model(torch.rand(1, 3, 32, 32)).shape == (1, num_classes)
