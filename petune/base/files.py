@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +24,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
+IS_LOCKED = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+HAS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+"""Errors of file systems without locks: NFS without a lock service, Lustre without `-o flock`, some FUSE and SMB."""
 
 
 def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
@@ -94,19 +99,39 @@ def truncate(path: Path, size: int) -> None:
         raise _cannot_write(path, 0, error) from None
 
 
-def try_lock(file: IO[str]) -> bool:
-    """Lock an open file until it is closed; return false if another process holds the lock.
+class Lock(Enum):
+    """Result of locking a file: it is locked now, another process holds the lock, or there are no file locks."""
 
-    Without file locks (Windows) a warning is shown once, and nothing protects a directory from two processes.
+    LOCKED = "locked"
+    BUSY = "busy"
+    UNAVAILABLE = "unavailable"
+
+
+def try_lock(file: IO[str]) -> Lock:
+    """Lock an open file until it is closed.
+
+    Without file locks (Windows, some network file systems) a warning is shown.
+
+    Raises:
+        CheckpointError: The file system reports another error.
     """
     if fcntl is None:
         warnings.warn("this system has no file locks: run one petune process per directory", stacklevel=2)
-        return True
+        return Lock.UNAVAILABLE
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        if error.errno in IS_LOCKED:
+            return Lock.BUSY
+        if error.errno not in HAS_NO_LOCKS:
+            raise CheckpointError(f"cannot lock {file.name}: {error.strerror}. Use another directory") from None
+        warnings.warn(
+            f"the file system of {file.name} has no file locks ({error.strerror}): run one petune process per "
+            "directory, or use a directory on a local disk",
+            stacklevel=2,
+        )
+        return Lock.UNAVAILABLE
+    return Lock.LOCKED
 
 
 def verify_directory(path: Path, *, except_for: Collection[str] = ()) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from petune.base.config import Config
 from petune.base.errors import UsageError
-from petune.base.files import replace_file, try_lock
+from petune.base.files import Lock, replace_file, try_lock
 from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, LOCK_FILE, MANIFEST_FILE
 from petune.runner.migrations import migrate_run_dir
 from petune.runner.stored_config import changed_values, has_trained, refuse_changes, write_config
@@ -52,8 +52,7 @@ def open_run_dir(
     """
     made_by_petune, lock_file = _create(run_dir, resume)
     with lock_file:
-        if not try_lock(lock_file):
-            raise UsageError(f"{run_dir} is in use by another petune process", cli_hint=NEW_OUTPUT)
+        _lock(run_dir, lock_file, created=not made_by_petune, resume=resume)
         migrate_run_dir(run_dir)
         is_new = not (run_dir / CONFIG_FILE).exists()
         try:
@@ -72,6 +71,19 @@ def open_run_dir(
             raise
 
 
+def _lock(run_dir: Path, lock_file: IO[str], *, created: bool, resume: bool) -> None:
+    """Lock a run directory. Without file locks, only the process that created the lock file starts a run there."""
+    lock = try_lock(lock_file)
+    if lock is Lock.BUSY:
+        raise UsageError(f"{run_dir} is in use by another petune process", cli_hint=NEW_OUTPUT)
+    if lock is Lock.UNAVAILABLE and not created and not resume:
+        raise UsageError(
+            f"{run_dir} is in use by another petune process, or one was killed there as it started. If none is "
+            f"running, delete {lock_file.name}",
+            cli_hint=NEW_OUTPUT,
+        )
+
+
 def _create(run_dir: Path, resume: bool) -> tuple[bool, IO[str]]:
     """Create the directory and its lock file; return whether the lock file existed, and the open file."""
     try:
@@ -85,8 +97,10 @@ def _create(run_dir: Path, resume: bool) -> tuple[bool, IO[str]]:
                     f"{run_dir} already exists. Resume it, or use another output",
                     cli_hint="Add --resume, or name a new directory with --output",
                 ) from None
-        made_by_petune = (run_dir / LOCK_FILE).exists()
-        return made_by_petune, (run_dir / LOCK_FILE).open("w")
+        try:
+            return False, (run_dir / LOCK_FILE).open("x")
+        except FileExistsError:
+            return True, (run_dir / LOCK_FILE).open("w")
     except OSError as error:
         raise UsageError(f"cannot create or write the run directory {run_dir}: {error.strerror}") from None
 

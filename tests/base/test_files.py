@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from petune.base import files
 from petune.base.errors import CheckpointError
-from petune.base.files import MANIFEST, replace_file, try_lock, verify_directory, write_directory
+from petune.base.files import MANIFEST, Lock, replace_file, try_lock, verify_directory, write_directory
 
 CONTENT = {"a.bin": bytes(range(256)) * 4, "b.bin": bytes(reversed(range(256))) * 4, "c.json": b"{}"}
 
@@ -197,11 +199,33 @@ def test_a_path_that_cannot_be_a_directory_is_an_error(tmp_path: Path) -> None:
 
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     with (tmp_path / ".lock").open("w") as mine, (tmp_path / ".lock").open("w") as other:
-        assert try_lock(mine)
-        assert not try_lock(other)
+        assert try_lock(mine) is Lock.LOCKED
+        assert try_lock(other) is Lock.BUSY
 
 
 def test_without_file_locks_a_warning_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "fcntl", None)
     with (tmp_path / ".lock").open("w") as file, pytest.warns(UserWarning, match="no file locks"):
-        assert try_lock(file)
+        assert try_lock(file) is Lock.UNAVAILABLE
+
+
+def _flock_fails(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def failing(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EINVAL"])
+def test_a_file_system_without_locks_is_not_a_locked_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _flock_fails(monkeypatch, getattr(errno, name))
+    with (tmp_path / ".lock").open("w") as file, pytest.warns(UserWarning, match=r"has no file locks .*local disk"):
+        assert try_lock(file) is Lock.UNAVAILABLE
+
+
+def test_another_error_of_a_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _flock_fails(monkeypatch, errno.EIO)
+    with (tmp_path / ".lock").open("w") as file, pytest.raises(CheckpointError, match=r"cannot lock .*Input/output"):
+        try_lock(file)

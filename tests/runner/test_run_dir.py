@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 from multiprocessing.synchronize import Barrier
@@ -39,6 +41,22 @@ def _start(path: Path, resume: bool, barrier: Barrier, results: Any) -> None:
     except UsageError as error:
         results.put(str(error))
         barrier.wait(20)
+
+
+@pytest.mark.filterwarnings("ignore:the file system of")
+def test_without_file_locks_one_process_starts_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run_dir = tmp_path / "run"
+    with open_run_dir(run_dir, Settings(), resume=False, command=COMMAND):
+        (run_dir / CONFIG_FILE).unlink()  # as another process finds it that comes a moment later
+        second = open_run_dir(run_dir, Settings(), resume=False, command=COMMAND)
+        with pytest.raises(UsageError, match=r"in use .*delete .*\.lock"):
+            second.__enter__()
+    with open_run_dir(run_dir, Settings(), resume=True, command=COMMAND):
+        assert (run_dir / CONFIG_FILE).exists()
 
 
 @pytest.mark.parametrize("resume", [False, True])
