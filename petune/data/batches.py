@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from petune.data.augment import augment, epoch_order, random_draws
 from petune.data.dataset import Split
 
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in gray (ITU-R BT.601)."""
 MAX_LEFT_OUT = 0.05
 """Share of the training images that an epoch may leave out so that all its batches are full."""
 
@@ -29,7 +31,7 @@ class Preprocess:
 
     Attributes:
         image_size: Side of the square image, in pixels.
-        mean, std: Mean and standard deviation per channel, for pixels in [0, 1].
+        mean, std: Mean and standard deviation per channel, for pixels in [0, 1]. A single channel is gray.
     """
 
     image_size: int
@@ -48,13 +50,21 @@ class Preprocess:
         return x_BCHW
 
     def blank(self, device: torch.device) -> Tensor:
-        """Return one black image, float32 (1, 3, H, W)."""
-        return torch.zeros(1, 3, self.image_size, self.image_size, device=device)
+        """Return one black image, float32 (1, C, H, W)."""
+        return torch.zeros(1, len(self.mean), self.image_size, self.image_size, device=device)
 
     def normalize(self, x_BCHW: Tensor) -> Tensor:
-        """Normalize images in 0..255 by the mean and standard deviation."""
-        statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, 3, 1, 1) * 255
+        """Normalize RGB images in 0..255 by mean and standard deviation, as gray ones if there is a single mean."""
+        if len(self.mean) == 1:
+            x_BCHW = to_gray(x_BCHW)
+        statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, -1, 1, 1) * 255
         return (x_BCHW - statistics[0]) / statistics[1]
+
+
+def to_gray(x_BCHW: Tensor) -> Tensor:
+    """Return the luma of RGB images, (B, 1, H, W), by the weights that Pillow uses too."""
+    weights_C = torch.tensor(GRAY_WEIGHTS, device=x_BCHW.device).view(1, 3, 1, 1)
+    return (x_BCHW * weights_C).sum(1, keepdim=True)
 
 
 def center_crop(x_BCHW: Tensor, share: float) -> Tensor:

@@ -32,7 +32,7 @@ def measure(trained: Trained) -> Measured:
     side = ready.backbone.image_size
     test = trained.trainer.evaluate("test")
     peak = max(ready.memory.bytes(), trained.trainer.progress.peak_bytes)
-    return Measured(test, forward_flops(ready.attachment.model, (3, side, side)), peak)
+    return Measured(test, forward_flops(ready.attachment.model, (len(ready.preprocess.mean), side, side)), peak)
 
 
 def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunResult:

@@ -12,7 +12,9 @@ from petune.adapters.format import SavedAdapter
 from petune.backbones.create import Backbone, create_backbone, input_side
 from petune.backbones.weights import load_adapters
 from petune.base.distributed import SINGLE_PROCESS, Group
+from petune.base.errors import ConfigError
 from petune.data import Dataset, Preprocess, load_dataset
+from petune.data.batches import GRAY_WEIGHTS
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import start_from
@@ -121,7 +123,7 @@ def prepare(
             statistics = _continue(attachment, start, dataset, context)
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
-    preprocess = choose_preprocess(backbone, dataset, statistics)
+    preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[0])
     return Prepared(config, train, dataset, backbone, attachment, preprocess, device, memory, start)
 
 
@@ -191,13 +193,41 @@ def prepare_backbone(
     )
 
 
-def choose_preprocess(backbone: Backbone, dataset: Dataset, statistics: Statistics | None = None) -> Preprocess:
-    """Normalize by `statistics`, else as the weights were trained, else by the training split's own mean and std."""
-    if statistics is not None:
-        return Preprocess(backbone.image_size, *statistics)
-    if backbone.mean and backbone.std:
-        return Preprocess(backbone.image_size, backbone.mean, backbone.std)
-    return Preprocess(backbone.image_size, *dataset.train.channel_statistics())
+def choose_preprocess(
+    backbone: Backbone, dataset: Dataset, statistics: Statistics | None = None, channels: int = 3
+) -> Preprocess:
+    """Normalize by `statistics`, else as the weights were trained, else by the training split's own mean and std.
+
+    Args:
+        backbone: Its image size, and the statistics of its weights.
+        dataset: RGB images.
+        statistics: Mean and standard deviation per channel.
+        channels: Channels of the backbone's input. One gets gray images, with the mean of the channels' statistics,
+            weighted as the channels are in gray.
+
+    Raises:
+        ConfigError: It is neither 1 nor 3.
+    """
+    check_channels(channels)
+    if statistics is None and backbone.mean and backbone.std:
+        statistics = backbone.mean, backbone.std
+    mean, std = statistics or dataset.train.channel_statistics()
+    if channels == 1 and len(mean) == 3:
+        mean, std = ((sum(w * v for w, v in zip(GRAY_WEIGHTS, values, strict=True)),) for values in (mean, std))
+    return Preprocess(backbone.image_size, mean, std)
+
+
+def check_channels(channels: int) -> None:
+    """Check that a backbone takes images as datasets have them.
+
+    Raises:
+        ConfigError: Its input has neither three channels nor one.
+    """
+    if channels not in {1, 3}:
+        raise ConfigError(
+            f"the backbone takes images of {channels} channels, but datasets have 3 (RGB), or 1 after conversion to "
+            "gray. Use 1 or 3 as in_chans"
+        )
 
 
 def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:

@@ -15,6 +15,7 @@ from petune.injector.attach import attach
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe
+from petune.runner.prepare import check_channels
 from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
 from petune.sites.find import find_sites
@@ -70,6 +71,7 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
             head=config.head,
         )
         sites = find_sites(backbone.model)
+        check_channels(sites.input_size[0])
         flops = forward_flops(backbone.model, sites.input_size)
     return BackbonePreview(backbone.model, backbone.full_name, sites, flops)
 

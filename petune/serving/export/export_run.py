@@ -89,7 +89,8 @@ def export(
     chosen = _choose_format(file, format)
     restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name
-    check = OutputCheck.of(model, restored.backbone.image_size)
+    channels = len(restored.metadata["preprocess"]["mean"])
+    check = OutputCheck.of(model, restored.backbone.image_size, channels)
     reason = _merge(restored)
     if chosen == "safetensors" and reason:
         raise NotMergeable(

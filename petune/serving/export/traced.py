@@ -28,11 +28,11 @@ class OutputCheck:
     expected: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, image_size: int) -> OutputCheck:
+    def of(cls, model: nn.Module, image_size: int, channels: int = 3) -> OutputCheck:
         """Run the model on fixed random images."""
         generator = torch.Generator().manual_seed(0)
         sizes = (2, 1, 5)  # the first batch is the one that is traced
-        images = tuple(torch.randn(n, 3, image_size, image_size, generator=generator) for n in sizes)
+        images = tuple(torch.randn(n, channels, image_size, image_size, generator=generator) for n in sizes)
         with torch.no_grad():
             return cls(images, tuple(logits_of(model(x)) for x in images))
 
