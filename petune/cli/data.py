@@ -63,7 +63,7 @@ def _show(report: FolderReport) -> None:
     for part, classes in (("test", report.too_few_for_test), ("val", report.too_few_for_val)):
         if classes:
             messages.append(f"too few different images for a {part} split: {', '.join(classes)}")
-    messages.append(unsupported_note(report.skipped))
+    messages += [unsupported_note(report.skipped), report.left_out]
     for message in filter(None, messages):
         print_data(clean(message))
     print_data(_summary(report))

@@ -12,6 +12,7 @@ import numpy as np
 
 from petune.data.images import decode_images
 from petune.data.layout import ClassFiles, list_images
+from petune.data.splits import left_out_note
 
 
 @dataclass
@@ -28,6 +29,7 @@ class FolderReport:
             split will be cut from train.
         copies: Number of copies within one split and class; cutting never separates them.
         skipped: Number of visible files that are not read, by suffix.
+        left_out: A note naming folders and images outside the class folders, which are not read; empty without any.
     """
 
     images: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class FolderReport:
     too_few_for_val: list[str] = field(default_factory=list)
     copies: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    left_out: str = ""
 
     @property
     def is_sound(self) -> bool:
@@ -61,7 +64,7 @@ def check_folder(path: Path) -> FolderReport:
         DataError: The layout is wrong: see `petune.data.folder`.
     """
     splits, skipped = list_images(path)
-    report = FolderReport(skipped=skipped)
+    report = FolderReport(skipped=skipped, left_out=left_out_note(path))
     seen: dict[bytes, _Seen] = {}
     for part, classes in splits.items():
         report.images[part] = {name: len(files) for name, files in classes.items()}

@@ -19,6 +19,7 @@ from petune.data.dataset import Dataset, OnBroken, Split, stratified_mask
 from petune.data.find_images import size_and_time, unsupported_note
 from petune.data.images import decode_images
 from petune.data.layout import ClassFiles, list_images
+from petune.data.splits import left_out_note
 
 FORMAT = 2
 CROP = 0.875  # timm's usual share of the side for evaluation; the rest is stored as a margin
@@ -57,6 +58,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
         f"{num_copies} copies of other images, kept in the same split" if num_copies else "",
         dataset.missing_classes_note("test"),
         unsupported_note(skipped),
+        left_out_note(path),
     )
     for note in notes:
         dataset = dataset.with_note(note)

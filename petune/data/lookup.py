@@ -9,8 +9,9 @@ from petune.data.cache import cache_dir
 from petune.data.cifar import published_files
 from petune.data.cifar_parquet import parquet_files
 from petune.data.find_images import visible_subfolders
-from petune.data.layout import folder_path, split_folders
+from petune.data.layout import folder_path
 from petune.data.load import DATASETS, FOLDER_HINT, default_data_dir
+from petune.data.splits import split_folders
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from petune.base.errors import DataError
 from petune.data.find_images import size_and_time
-from petune.data.layout import folder_path, list_images, split_folders
+from petune.data.layout import folder_path, list_images
+from petune.data.splits import split_folders
 
 Manifest = dict[str, dict[str, str]]
 """Split, then class, to the number of images and a digest of their names and sizes, such as `61 3f0c…`."""

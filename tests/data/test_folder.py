@@ -36,16 +36,6 @@ def test_existing_splits_are_kept(tmp_path: Path) -> None:
         assert np.array_equal(values % 50 // 10, np.full(len(split), start // 10))
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_val_folder_alone_is_used_for_testing(name: str, tmp_path: Path) -> None:
-    _fill(tmp_path / "train", {"cat": 4, "dog": 4})
-    _fill(tmp_path / name, {"cat": 2, "dog": 2})
-    data = load_folder(tmp_path, 32)
-    assert (len(data.train), len(data.val), len(data.test)) == (8, 0, 4)
-    assert "val is used for testing" in data.source
-    assert len(data.with_val(0.25, seed=0).val) == 2
-
-
 @pytest.mark.parametrize("part", ["train", "."])
 def test_without_a_test_folder_a_fifth_is_cut_from_train(part: str, tmp_path: Path) -> None:
     _fill(tmp_path / part, {"cat": 10, "dog": 20})
@@ -55,11 +45,6 @@ def test_without_a_test_folder_a_fifth_is_cut_from_train(part: str, tmp_path: Pa
     assert not set(data.train.rows) & set(data.test.rows)
     assert "20% of each class is used for testing" in data.source
     assert data.test.rows.tolist() == load_folder(tmp_path, 32).test.rows.tolist()
-
-
-def test_a_class_may_be_named_train(tmp_path: Path) -> None:
-    _fill(tmp_path, {"bus": 5, "train": 5, "test": 5})
-    assert load_folder(tmp_path, 32).classes == ("bus", "test", "train")
 
 
 def test_subfolders_are_searched_and_hidden_or_other_files_ignored(tmp_path: Path) -> None:
@@ -163,13 +148,6 @@ def test_a_test_folder_without_train_is_refused(tmp_path: Path) -> None:
         load_folder(tmp_path, 32)
 
 
-def test_two_validation_folders_are_refused(tmp_path: Path) -> None:
-    for part in ("train", "val", "valid"):
-        _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match="more than one validation folder: val and valid"):
-        load_folder(tmp_path, 32)
-
-
 def test_a_file_or_a_missing_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file"):
@@ -245,16 +223,6 @@ def test_a_dangling_link_is_a_broken_image(tmp_path: Path) -> None:
     assert not report.in_two_splits
 
 
-@pytest.mark.parametrize("names", [("Test", "Train"), ("testing", "training"), ("seg_test", "seg_train")])
-@pytest.mark.parametrize("beside", [{}, {"sample": 3}])
-def test_splits_with_other_names_are_refused(names: tuple[str, ...], beside: dict[str, int], tmp_path: Path) -> None:
-    _fill(tmp_path, beside)
-    for part in names:
-        _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match=rf"unknown split folders in .*: {names[0]}, {names[1]}\. Rename"):
-        load_folder(tmp_path, 32)
-
-
 def test_copies_are_always_cut_into_the_same_split(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 30, "dog": 30})
     for image in [*tmp_path.glob("*/*.png")]:
@@ -267,12 +235,6 @@ def test_copies_are_always_cut_into_the_same_split(tmp_path: Path) -> None:
         assert [len(split) for split in (data.train, data.val, data.test)] == [76, 20, 24]
         for split in (data.train, data.val, data.test):
             assert np.array_equal(split.images[split.rows][:, 0, 0, 0] // 50, split.labels)
-
-
-def test_classes_may_have_names_of_splits(tmp_path: Path) -> None:
-    _fill(tmp_path, {"Train": 3, "Test": 3})
-    _fill(tmp_path / "crash-test" / "monday", {"cat": 3})
-    assert load_folder(tmp_path, 32).classes == ("Test", "Train", "crash-test")
 
 
 def test_class_folders_need_utf8_names(tmp_path: Path) -> None:
@@ -318,13 +280,3 @@ def test_a_cache_that_another_process_finishes_meanwhile_is_kept(
     monkeypatch.setattr(np, "load", load_too_early)
     load_folder(tmp_path / "p", 32)
     assert (first[0] / "theirs").exists()
-
-
-@pytest.mark.parametrize("name", ["testing", "Validation", "Test"])
-def test_an_unknown_split_next_to_train_is_refused(name: str, tmp_path: Path) -> None:
-    for part in ("train", name, "val"):
-        _fill(tmp_path / part, {"cat": 3, "dog": 3})
-    with pytest.raises(DataError, match=rf"next to train/ in .*: {name}\."):
-        load_folder(tmp_path, 32)
-    (tmp_path / name).rename(tmp_path / "notes")
-    load_folder(tmp_path, 32)
