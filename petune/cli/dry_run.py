@@ -48,10 +48,14 @@ def print_dry_run(
         check_all_trains(counts.total - counts.trainable, config.method)
     if as_json:
         data = [preview_data(preview) for preview in previews]
+        if backbone.warning:
+            print_status(f"warning: {backbone.warning}")
         print_json({"config": config.model_dump(mode="json"), "backbone": backbone.full_name, "methods": data})
         return
     print_data(config.to_yaml().rstrip())
     print_status(f"\n{backbone.full_name}; dry run: nothing was trained or written")
+    if backbone.warning:
+        print_status(f"warning: {backbone.warning}")
     if isinstance(config, RunConfig) and config.from_run is not None:
         print_status(f"continues from {describe_start(read_run_adapter(config.from_run))}")
     for preview in previews:

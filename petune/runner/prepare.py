@@ -20,10 +20,12 @@ from petune.injector.attachment import Attachment
 from petune.injector.load import start_from
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
+from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.provenance import PeakMemory, git_state
 from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
 from petune.runner.run_inputs import check_inputs
+from petune.sites.find import find_sites
 from petune.training.config import TrainConfig
 from petune.training.evaluate import load_accuracy
 from petune.training.events import Note, Watch, ignore
@@ -114,6 +116,7 @@ def prepare(
         initial = initial_values(config, dataset, start)
         backbone = group.main_first(lambda: prepare_backbone(config, dataset, initial, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
+        context.note(warn_of_tokens(config, find_sites(backbone.model)) if config.image_size else "")
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
         attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)

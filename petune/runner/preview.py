@@ -15,6 +15,7 @@ from petune.injector.attach import attach
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe
+from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.prepare import check_channels
 from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
@@ -31,12 +32,14 @@ class BackbonePreview:
         full_name: The name, as a result reports it.
         sites: Its sites.
         forward_flops: FLOPs of the forward pass of one image.
+        warning: About its size, if there is one.
     """
 
     model: nn.Module
     full_name: str
     sites: Sites
     forward_flops: int
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
         sites = find_sites(backbone.model)
         check_channels(sites.input_size[0])
         flops = forward_flops(backbone.model, sites.input_size)
-    return BackbonePreview(backbone.model, backbone.full_name, sites, flops)
+    return BackbonePreview(backbone.model, backbone.full_name, sites, flops, warn_of_tokens(config, sites))
 
 
 def preview_method(method: str, backbone: BackbonePreview, recipe: Recipe | None = None) -> MethodPreview:
