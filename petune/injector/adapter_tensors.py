@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +100,12 @@ class AdapterTensors:
             return False
         return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.name)
 
-    def fingerprint(self, wrapper: str | None = None) -> str:
+    def fingerprint(self, wrapper: str | None = None, also_frozen: Collection[str] = ()) -> str:
         """Return the SHA-256 of the frozen backbone.
 
         Args:
             wrapper: Compute that of an adapter which was trained in this wrapper; see `petune.adapters.unwrapped`.
+            also_frozen: Keys that train now, and were frozen when the adapter was saved.
 
         Raises:
             AttachError: A later attachment trains some of it in place, and did not keep the values from before.
@@ -112,7 +113,8 @@ class AdapterTensors:
         if self._fingerprint is not None:
             return self._fingerprint
         is_trained = bool(self.head)
-        frozen = frozen_backbone(self._model, self._sites, self._log.name, self.live(), train_head=is_trained)
+        own = {key: t for key, t in self.live().items() if key not in also_frozen}
+        frozen = frozen_backbone(self._model, self._sites, self._log.name, own, train_head=is_trained)
         return fingerprint(self._model, {wrapped_key(key, wrapper): t for key, t in frozen.items()})
 
     def keep_fingerprint(self) -> None:

@@ -121,7 +121,8 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
     _check_tensors(attachment, saved, with_head=with_head)
     fingerprint, head_fingerprint = saved.config["fingerprint"], saved.config.get("head_fingerprint")
     wrapper = saved.config.get("wrapper")
-    if fingerprint is not None and attachment.tensors.fingerprint(wrapper) != fingerprint:
+    was_frozen = _frozen_when_saved(attachment, saved)
+    if fingerprint is not None and attachment.tensors.fingerprint(wrapper, was_frozen) != fingerprint:
         state = trainable_state_of(attachment.model)
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""
@@ -242,6 +243,7 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, *, with_head: bo
             f"{saved.path} was trained with another {'number of classes' if of_head else 'shape'}: {key} is "
             f"{tuple(saved.tensors[key].shape)} there and {tuple(state[key].shape)} in this model"
         )
+    state = {key: tensor for key, tensor in state.items() if key not in _frozen_when_saved(attachment, saved)}
     not_saved = buffers & (state.keys() - saved.tensors.keys())
     if state.keys() - not_saved != saved.tensors.keys():
         key = min((state.keys() - not_saved) ^ saved.tensors.keys())
@@ -253,6 +255,19 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, *, with_head: bo
             "values that they start with",
             stacklevel=5,
         )
+
+
+def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
+    """Return the keys of the final norm that the file lacks, because a development version did not find that norm.
+
+    The fingerprint proves it: it covers tensors that were frozen, so a file that lost some is refused.
+    """
+    norm = attachment.sites.parts.get("norm")
+    if norm is None or saved.config["fingerprint"] is None:
+        return set()
+    in_norm = {id(p) for module in norm.modules for p in module.parameters()}
+    in_place = attachment.tensors.in_place()
+    return {key for key, t in in_place.items() if id(t) in in_norm and key not in saved.tensors}
 
 
 def _weights(saved: SavedAdapter) -> str:

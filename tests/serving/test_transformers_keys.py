@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import petune
 from petune.backbones.create import create_backbone
+from petune.base.files import write_manifest
 from petune.serving.restore import restore
 from tests.tiny import randomised
 
@@ -123,6 +124,16 @@ def test_adapters_with_the_keys_of_petunes_old_wrapper_load(backbone: str, metho
     model = create_backbone(f"hf:{backbone}", num_classes=3).model
     petune.load(model, "again")
     assert torch.equal(model.eval()(X), logits)
+
+
+def test_a_file_that_lost_the_final_norm_is_refused() -> None:
+    """It loads only if the norm was frozen when it was saved, as in development versions."""
+    saved_adapter("partial")
+    file = Path("adapter/adapter_model.safetensors")
+    save_file({key: t for key, t in load_file(file).items() if "vit.layernorm." not in key}, file)
+    write_manifest(Path("adapter"), ["adapter_config.json", file.name])
+    with pytest.raises(petune.BackboneMismatch, match="other weights"):
+        petune.load(transformers_vit(), "adapter")
 
 
 def test_an_old_adapter_is_still_refused_on_other_weights() -> None:
