@@ -14,6 +14,7 @@ from petune.sites.parts import (
     is_norm,
     late_mid,
     mid_of,
+    norm_inside,
     norm_of,
     parallel_mid,
     reaches_output,
@@ -77,10 +78,30 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
     return bool(sums) and all(s is not y for s in sums) and not has_weights
 
 
+def _ends_with_norm(trace: Trace, pair: Pair) -> bool:
+    """Return whether a module normalizes what its only block returns: a transformer of depth 1 with its final norm.
+
+    The norm at the end of a post-norm block belongs to the block; there, no norm reads the stream before the MLP.
+    """
+    if not _is_module(trace, pair):
+        return False
+    norms = [c for c in pair.holder.inner() if is_norm(c) and c.start > pair.mlp.last.stop]
+    norm = next((c for c in norms if c.output is pair.holder.output), None)
+    mid = mid_of(trace, pair.mlp, _child_towards(pair.holder, pair.attention.call).stop)
+    if norm is None or mid is None:
+        return False
+    follows_norm = any(c.output is norm.input for c in norms)
+    return is_norm(mid) or norm_inside(mid) is not None or follows_norm
+
+
 def _has_parallel_attentions(trace: Trace, pair: Pair) -> bool:
-    """Return whether several attentions, and then several MLPs, are summed in one module."""
+    """Return whether several attentions, and then several MLPs, are summed in one module.
+
+    A module that also holds complete blocks, of which each attention has its own MLP, is a transformer.
+    """
     own = (a.pair is not None and a.pair.holder is pair.holder for a in pair.inside)
-    return pair.holder.keeps_shape and not all(own)
+    nested = all(a.pair is not None for a in pair.inside)
+    return pair.holder.keeps_shape and not all(own) and not nested
 
 
 def _build_module(trace: Trace, pair: Pair) -> Found:
@@ -125,6 +146,7 @@ Predicate = Callable[[Trace, Pair], bool]
 Builder = Callable[[Trace, Pair], Found | None]
 SHAPES: tuple[tuple[Predicate, Builder], ...] = (
     (_joins_windows, _build_span),  # torchvision's MaxViT; the block ends before the windows are joined
+    (_ends_with_norm, _build_span),  # a hand-written transformer of depth 1
     (_is_module, _build_module),  # vit_base_patch16_224
     (_has_parallel_attentions, _build_parallel_attentions),  # vit_small_patch16_18x2_224
     (

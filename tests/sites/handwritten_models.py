@@ -138,6 +138,35 @@ class Pairs(nn.Module):
         return x
 
 
+class Transformer(nn.Module):
+    """vit-pytorch's: pairs in a loop, and a final norm in the same module."""
+
+    def __init__(self, depth: int, final: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([EinopsAttention(), normed_mlp()]) for _ in range(depth))
+        self.final = nn.LayerNorm(D) if final else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        return self.final(x)
+
+
+class Nested(nn.Module):
+    """A transformer that holds its first block's parts, and the transformer of the blocks after."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.look, self.think = EinopsAttention(), normed_mlp()
+        self.rest = Nested(depth - 1) if depth > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.look(x) + x
+        x = self.think(x) + x
+        return self.rest(x)
+
+
 class Shared(nn.Module):
     """One block, called several times (as in ALBERT)."""
 

@@ -83,3 +83,46 @@ def test_a_block_that_is_not_a_module_cannot_be_changed_as_a_whole(verb: str) ->
     assert not petune.find_sites(model).blocks[0].is_module
     with pytest.raises(petune.AttachError, match=f"{verb} needs a block that is one module, but block 0"):
         petune.attach(model, Verb())
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_final_norm_in_the_module_of_the_blocks_is_not_a_part_of_them(depth: int) -> None:
+    model = models.Vit(models.Transformer(depth))
+    model.last = nn.Identity()
+    sites = petune.find_sites(model)
+    spans = [f"trunk.layers.{i}.0 … trunk.layers.{i}.1" for i in range(depth)]
+    assert [block.where for block in sites.blocks] == spans
+    assert sites.norm.path == "trunk.final"
+    assert unproven_mids(model, sites) == []
+
+
+def test_adaptformer_adds_before_the_final_norm_of_a_transformer_of_depth_1() -> None:
+    torch.manual_seed(0)
+    model = models.Vit(models.Transformer(1)).eval()
+    att = petune.attach(model, "adaptformer", bottleneck=4)
+    adapter = next(m.adapter for m in model.modules() if hasattr(m, "is_petune_holder") and hasattr(m, "adapter"))
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p)
+    (attention, feed), x = model.trunk.layers[0], torch.randn(2, 17, models.D)
+    with torch.no_grad():
+        output = model.trunk(x)
+        with att.disabled():
+            mid = attention(x) + x
+            expected = model.trunk.final(feed(mid) + mid + adapter(mid))
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_post_norm_block_keeps_its_norm() -> None:
+    layer = nn.TransformerEncoderLayer(models.D, models.HEADS, 48, 0.0, batch_first=True)
+    model = models.Vit(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False))
+    assert [block.where for block in petune.find_sites(model).blocks] == ["trunk.layers.0"]
+
+
+def test_a_transformer_of_transformers_has_all_its_blocks() -> None:
+    model = models.Vit(models.Nested(3))
+    wheres = [block.where for block in petune.find_sites(model).blocks]
+    assert wheres == ["trunk.look … trunk.think", "trunk.rest.look … trunk.rest.think", "trunk.rest.rest"]
+    stages = models.Vit(nn.Sequential(*(models.Transformer(depth) for depth in (1, 2, 1))))
+    assert len(petune.find_sites(stages).blocks) == 4
+    att = petune.attach(model, "adaptformer", bottleneck=4)
+    assert att.counts.tuned == 3 * (2 * models.D * 4 + 4 + models.D)
