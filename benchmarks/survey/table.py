@@ -24,6 +24,10 @@ foundation models for pathology do. Both need `pip install "petune[transformers]
 and `image_size` if it has such arguments. `--image-size` and `--set backbone_options.KEY=VALUE` are passed to whatever
 builds the model. Pretrained weights must fill everything but the classifier; anything else is an error.
 
+An `hf:` backbone is transformers' own model, so the keys of its adapters and exports are transformers', and
+`petune.load(AutoModelForImageClassification.from_pretrained(…), "RUN/adapter")` works. Where transformers has no
+classifier for a model (CLIP's and SigLIP's encoders, DINOv3), petune adds a linear one as `model.classifier`.
+
 ## Which method works on which backbone
 
 `make backbones` builds a small model of every family with random weights, attaches every method, and checks each pair:
