@@ -1,4 +1,4 @@
-"""The small ViT that tests attach to, and the two things most of them do with it."""
+"""The small ViT that tests attach to, and what most of them do with it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def randomised(att: petune.Attachment) -> petune.Attachment:
     """The attachment with tuned values far from their start, so that what they do is seen."""
     for p in att.tuned.values():
         nn.init.normal_(p, std=0.2)
+    return att
+
+
+def trained(att: petune.Attachment) -> petune.Attachment:
+    """The attachment after two steps, in eval mode."""
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+    att.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(att.model(X), torch.tensor([0, 1])).backward()
+        optimizer.step()
+    att.model.eval()
     return att
 
 

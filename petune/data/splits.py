@@ -20,7 +20,7 @@ MAX_SHOWN = 5
 
 
 def split_of(folder_name: str) -> str | None:
-    """Return the split that a folder name stands for (`Hold-out` is test, `train_set` is train), or None."""
+    """Return the split that a folder name means (`Hold-out` is test, `train_set` is train), or None."""
     plain = re.sub(r"[-_ .]", "", folder_name.casefold())
     names = {plain, plain.removesuffix("set")}
     return next((split for split, known in SPLIT_NAMES.items() if names.intersection(known)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,11 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
         BackboneMismatch: See `load`.
     """
     _check_geometry(attachment, saved)
-    _check_tensors(attachment, saved, with_head=with_head)
+    was_frozen = _frozen_when_saved(attachment, saved)
+    not_in_file = was_frozen if with_head else was_frozen | _head_keys(attachment)
+    _check_tensors(attachment, saved, not_in_file)
     fingerprint, head_fingerprint = saved.config["fingerprint"], saved.config.get("head_fingerprint")
     wrapper = saved.config.get("wrapper")
-    was_frozen = _frozen_when_saved(attachment, saved)
     if fingerprint is not None and attachment.tensors.fingerprint(wrapper, was_frozen) != fingerprint:
         state = trainable_state_of(attachment.model)
         is_stacked = state is not None and len(state.attachments) > 1
@@ -226,15 +227,13 @@ def _check_geometry(attachment: Attachment, saved: SavedAdapter) -> None:
         raise BackboneMismatch(f"{saved.path} belongs to another backbone: {', '.join(shown)}")
 
 
-def _check_tensors(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) -> None:
-    """Check that the file has exactly the attachment's tensors, in their shapes.
+def _check_tensors(attachment: Attachment, saved: SavedAdapter, not_in_file: Collection[str]) -> None:
+    """Check that the file has exactly the attachment's tensors but those `not_in_file`, in their shapes.
 
     Buffers of adapters may be missing: a development version did not save them.
     """
     buffers = attachment.shape_buffers(saved.tensors)
-    state = attachment.file_state()
-    if not with_head:
-        state = {key: tensor for key, tensor in state.items() if key not in _head_keys(attachment)}
+    state = {key: tensor for key, tensor in attachment.file_state().items() if key not in not_in_file}
     reshaped = [key for key in state if key in saved.tensors and saved.tensors[key].shape != state[key].shape]
     if reshaped:
         of_head = all(key.endswith(tuple(attachment.head) or "-") for key in reshaped)
@@ -243,7 +242,6 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, *, with_head: bo
             f"{saved.path} was trained with another {'number of classes' if of_head else 'shape'}: {key} is "
             f"{tuple(saved.tensors[key].shape)} there and {tuple(state[key].shape)} in this model"
         )
-    state = {key: tensor for key, tensor in state.items() if key not in _frozen_when_saved(attachment, saved)}
     not_saved = buffers & (state.keys() - saved.tensors.keys())
     if state.keys() - not_saved != saved.tensors.keys():
         key = min((state.keys() - not_saved) ^ saved.tensors.keys())

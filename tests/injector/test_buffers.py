@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import petune
 from petune.adapters.format import read_adapter
 from petune.injector.load import attach_saved
-from tests.tiny import X, tiny
+from tests.tiny import X, tiny, trained as train
 
 
 class Normalized(nn.Module):
@@ -86,14 +86,7 @@ class WithBuffers(petune.Tuner[petune.TunerConfig]):
 def trained(verb: str, seed: int = 1) -> petune.Attachment:
     torch.manual_seed(seed)
     att = petune.attach(tiny(), WithBuffers(verb), name="own")
-    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
-    att.train()
-    for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(att.model(X), torch.tensor([0, 1])).backward()
-        optimizer.step()
-    att.model.eval()
-    return att
+    return train(att)
 
 
 @pytest.mark.parametrize("verb", VERBS)

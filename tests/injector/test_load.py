@@ -14,7 +14,7 @@ from torch import nn
 import petune
 from petune.adapters.format import read_adapter
 from petune.base.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
-from tests.tiny import X, tiny
+from tests.tiny import X, tiny, trained as train
 
 METHODS = ["adaptformer", "vpt", "vpt:shallow", "linear", "full"]
 
@@ -22,14 +22,7 @@ METHODS = ["adaptformer", "vpt", "vpt:shallow", "linear", "full"]
 def trained(method: str = "adaptformer", model: nn.Module | None = None) -> petune.Attachment:
     name, _, shallow = method.partition(":")
     att = petune.attach(model or tiny(), name, **({"deep": False} if shallow else {}))
-    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
-    att.train()
-    for _ in range(2):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(att.model(X), torch.tensor([0, 1])).backward()
-        optimizer.step()
-    att.model.eval()
-    return att
+    return train(att)
 
 
 @pytest.mark.parametrize("method", METHODS)
