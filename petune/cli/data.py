@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petune.cli.help import Command
 from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, print_data, print_json, print_table
 
 if TYPE_CHECKING:
     from petune.data.check import FolderReport
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder with a directory for each class, or with train/, val/ and test/.")
+]
 
 data = typer.Typer(help="Check a folder of images.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -22,8 +27,8 @@ def _group() -> None:
     """Check a folder of images."""
 
 
-@data.command()
-def check(folder: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)], json: Json = False) -> None:
+@data.command(cls=Command)
+def check(folder: Folder, json: Json = False) -> None:
     """Decode every image of a folder dataset; exit code 4 if any is broken or in two splits or classes."""
     from petune.data.check import check_folder
 

@@ -17,7 +17,7 @@ Sources = Annotated[
 Host = Annotated[
     str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on; 0.0.0.0 accepts other machines.")
 ]
-Port = Annotated[int, typer.Option("--port", metavar="INT", min=0, max=65535, help="Port; 0 takes a free one.")]
+Port = Annotated[int, typer.Option("--port", metavar="NUMBER", min=0, max=65535, help="Port; 0 takes a free one.")]
 
 
 def demo(

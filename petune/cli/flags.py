@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-METAVARS = {str: "NAME", int: "INT", float: "FLOAT", Path: "DIR", bool: None}
+METAVARS = {str: "NAME", int: "NUMBER", float: "NUMBER", Path: "DIR", bool: None}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from petune.cli.demo import demo
 from petune.cli.env import env
 from petune.cli.eval import evaluate
 from petune.cli.export import export
+from petune.cli.help import Command
 from petune.cli.inspect import inspect
 from petune.cli.methods import methods
 from petune.cli.plugin import plugin
@@ -46,7 +47,16 @@ LESS_MEMORY = (
 )
 DISTRIBUTED = ("run", "compare", "pretrain")
 """Commands that several processes may share, started by torchrun or accelerate."""
-SYNONYMS = {"train": "run", "fit": "run", "finetune": "run", "evaluate": "eval", "test": "eval", "search": "sweep"}
+WORDS_FOR = {
+    "run": "train fit finetune fine-tune",
+    "eval": "evaluate test",
+    "predict": "infer classify",
+    "sweep": "search tune",
+    "compare": "benchmark",
+    "push": "upload",
+    "pull": "download",
+}
+SYNONYMS = {word: command for command, words in WORDS_FOR.items() for word in words.split()}
 """Words that users try, and the commands to suggest for them."""
 
 
@@ -55,8 +65,9 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that `args` names, or fail with a suggestion."""
-        if args and args[0] in SYNONYMS:
-            ctx.fail(f"No such command '{args[0]}'. Did you mean '{SYNONYMS[args[0]]}'?")
+        command = SYNONYMS.get(args[0].casefold()) if args else None
+        if command:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{command}'?")
         return super().resolve_command(ctx, args)
 
 
@@ -71,10 +82,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 for command in (run, compare, sweep, pretrain, report, inspect, predict):
-    app.command()(command)
-app.command("eval")(evaluate)
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluate)
 for command in (export, demo, push, pull, methods, backbones, datasets, env):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")
 

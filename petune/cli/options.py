@@ -18,7 +18,7 @@ Assignments = Annotated[
 ]
 Seeds = Annotated[
     str | None,
-    typer.Option("--seeds", metavar="INT,INT,…", help="Comma-separated seeds: one run each, results averaged."),
+    typer.Option("--seeds", metavar="NUMBER,NUMBER,…", help="Comma-separated seeds: one run each, results averaged."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 DryRun = Annotated[
@@ -56,7 +56,7 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
     typer.Option("--precision", metavar="auto|fp32|bf16", help="Number format; auto uses the fastest on this device."),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="INT", min=1, help="Batch size.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="NUMBER", min=1, help="Batch size.")]
 
 
 def user_path(path: Path) -> Path:

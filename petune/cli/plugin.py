@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from petune.cli.help import Command
 from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, print_data, print_json
 
@@ -40,7 +41,7 @@ class CheckedModel:
     findings: tuple[Finding, ...]
 
 
-@plugin.command()
+@plugin.command(cls=Command)
 def new(name: Name, parent: Parent = Path()) -> None:
     """Write a package with a working method, its test and its entry point."""
     from petune.plugin_dev.scaffold import write_plugin
@@ -52,7 +53,7 @@ def new(name: Name, parent: Parent = Path()) -> None:
     print_data(f"\npip install -e {shlex.quote(str(root))}\npetune plugin check {name}")
 
 
-@plugin.command()
+@plugin.command(cls=Command)
 def check(method: Method, json: Json = False) -> None:
     """Check the contract on tiny models of timm, torchvision and transformers; exit code 1 if it is broken."""
     models = list(_check(method))

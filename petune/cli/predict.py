@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Images = Annotated[
     list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders that are searched for images.")
 ]
-TopK = Annotated[int, typer.Option("--top-k", metavar="INT", min=1, help="Classes to show per image.")]
+TopK = Annotated[int, typer.Option("--top-k", metavar="NUMBER", min=1, help="Classes to show per image.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per image on stdout.")]
 
 

@@ -32,7 +32,7 @@ Trials = Annotated[
     int | None,
     typer.Option(
         "--trials",
-        metavar="INT",
+        metavar="NUMBER",
         help="The most trials; a grid with no more combinations is tried completely.  [default: 20]",
     ),
 ]
@@ -40,7 +40,7 @@ ParallelTrials = Annotated[
     int | None,
     typer.Option(
         "--parallel-trials",
-        metavar="INT",
+        metavar="NUMBER",
         help="Trials sampled before the results of any of them are known.  [default: 1; 4 with an executor]",
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
@@ -71,6 +72,19 @@ def test_every_option_has_help_text() -> None:
     assert missing == []
 
 
+def test_help_shows_arguments_by_name_without_python_types(petune: Run) -> None:
+    for command in COMMANDS:
+        lines = petune(command, "--help").out.splitlines()
+        shown = [line for line in lines if line.startswith(("Usage:", "  -", "  DIR", "  METHOD", "  REPO"))]
+        assert [line for line in shown if re.search(r"[<{]|\b(str|int|float|path|INT|FLOAT)\b[>}]?", line[:35])] == []
+    assert "Usage: petune compare [OPTIONS] [METHOD...]\n" in petune("compare", "--help").out
+    predict = petune("predict", "--help").out
+    assert "Usage: petune predict [OPTIONS] DIR IMAGE...\n" in predict
+    assert "  IMAGE...  Image files" in predict
+    assert "Usage: petune pull [OPTIONS] REPO [DIR]\n" in petune("pull", "--help").out
+    assert "  --lr NUMBER " in petune("run", "--help").out
+
+
 def test_version_is_printed(petune: Run) -> None:
     done = petune("--version")
     assert (done.code, done.out) == (0, f"petune {version('petune')}\n")
@@ -112,7 +126,11 @@ def test_without_a_command_help_is_printed(petune: Run) -> None:
     ("words", "suggestion"),
     [
         (("rum",), "'run'"),
-        (("train",), "'run'?"),
+        (("train",), "Did you mean 'run'?"),
+        (("fit", "--epochs", 3), "Did you mean 'run'?"),
+        (("finetune",), "Did you mean 'run'?"),
+        (("Fine-tune",), "Did you mean 'run'?"),
+        (("classify", "runs/x"), "Did you mean 'predict'?"),
         (("evaluate", "runs/x"), "'eval'?"),
         (("run", "--epoch", 3), "--epochs"),
         (("run", "--epochs", "many"), "'--epochs'"),
