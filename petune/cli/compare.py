@@ -23,6 +23,7 @@ UNUSED = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "r
 """Keys that a comparison sets itself, for every run."""
 OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter", "top-5", "images/s")
 """Columns hidden on a narrow terminal; compare.md has them all."""
+EXAMPLE = "petune compare linear adaptformer vpt:deep=false --backbone vit_nano --dataset digits"
 
 Methods = Annotated[
     list[str] | None,
@@ -120,6 +121,8 @@ def _values(settings: Settings, methods: list[str] | None, seeds: str | None) ->
         values["seeds"] = seed_list
     elif "seed" in settings.flags:
         values["seeds"] = (settings.flags["seed"],)
+    if not values.get("methods"):
+        raise UsageError(f"no methods to compare. Name at least one, for example:\n  {EXAMPLE}")
     return values
 
 

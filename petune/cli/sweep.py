@@ -47,6 +47,7 @@ ParallelTrials = Annotated[
 NoTest = Annotated[bool, typer.Option("--no-test", help="Do not test the best trial.")]
 OPTIONAL_COLUMNS = ("time", "epoch", "tuned")
 """Columns hidden on a narrow terminal."""
+EXAMPLE = "petune sweep adaptformer --search bottleneck=16,64 --search train.lr=1e-4..1e-2:log"
 
 
 @configured(without=("method", "from", "resume"), defaults={"output": "runs/sweep-METHOD-BACKBONE-DATASET-seedSEED"})
@@ -142,7 +143,10 @@ def _values(settings: Settings, method: str | None, own: dict[str, Any]) -> dict
         values["run"] = {**values.get("run", {}), "method": method}
     if own["search"]:
         own["search"] = {**(values.get("search") or {}), **own["search"]}
-    return values | {key: value for key, value in own.items() if value not in (None, {})}
+    values |= {key: value for key, value in own.items() if value not in (None, {})}
+    if not values.get("search"):
+        raise UsageError(f"nothing to search. Give at least one --search, for example:\n  {EXAMPLE}")
+    return values
 
 
 def _parse_searches(texts: list[str] | tuple[()]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""Which command made a directory."""
+"""Find out which command made a directory, and explain one that has no adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
+from petune.adapters.format import CONFIG_FILE as ADAPTER_FILE
+from petune.base.errors import MAX_LISTED
 from petune.runner.file_names import COMPARE_TABLE, CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
@@ -48,4 +50,23 @@ def explain_missing_adapter(path: Path) -> str:
         return f"{path} is a run that is not finished. Continue it: {again}"
     if not path.exists():
         return f"no run or adapter directory at {path}"
-    return f"no adapter in {path}: adapter_config.json is missing"
+    if path.is_file():
+        return f"{path} is a file, not a run or adapter directory. Give the directory first, then any other files"
+    runs = runs_with_adapters(path)
+    if runs:
+        listed = "".join(f"\n  {run}" for run in runs[:MAX_LISTED]) + ("\n  …" if len(runs) > MAX_LISTED else "")
+        return f"{path} is not a run itself. Name one of the runs in it:{listed}"
+    return f"no adapter in {path}: adapter_config.json is missing, and no finished run is in it"
+
+
+def runs_with_adapters(path: Path) -> list[Path]:
+    """Return the run and adapter directories up to two levels below a directory, the newest first."""
+    levels = ("*", "*/*", "*/*/*")  # the last one is the adapter directory of a run two levels below
+    files = [file for level in levels for file in path.glob(f"{level}/{ADAPTER_FILE}")]
+    newest_first = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    return [_run_of(file.parent) for file in newest_first if _run_of(file.parent) != path]
+
+
+def _run_of(adapter: Path) -> Path:
+    """Return the directory of the run that saved an adapter, or the adapter itself if it stands alone."""
+    return adapter.parent if adapter.name == "adapter" and (adapter.parent / CONFIG_FILE).is_file() else adapter

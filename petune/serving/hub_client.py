@@ -36,12 +36,8 @@ class HubClient:
             HubError: The hub cannot be reached.
         """
         import huggingface_hub as hf
-        from huggingface_hub.errors import HFValidationError
 
-        try:
-            _hub_utils().validate_repo_id(repo)
-        except HFValidationError as error:
-            raise UsageError(f"not a valid repository name: {repo!r}. Use user/name ({error})") from None
+        check_repo_name(repo)
         problem = why_unreachable(hub_url(), is_hub=True)
         if problem is not None:
             raise HubError(f"cannot ask the hub for {repo}: {problem}. Nothing was transferred")
@@ -68,6 +64,23 @@ class HubClient:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             raise _hub_error(self.repo, error) from None
+
+
+def check_repo_name(repo: str) -> None:
+    """Check the name of a repository as the hub would, without asking it.
+
+    Raises:
+        UsageError: It is not a valid name.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        _hub_utils().validate_repo_id(repo)
+    except HFValidationError:
+        raise UsageError(
+            f"not a valid repository name: {repo!r}. Use user/name, of letters, digits, '-', '_' and '.', at most 96 "
+            "characters"
+        ) from None
 
 
 def _hub_utils() -> Any:

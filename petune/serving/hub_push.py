@@ -11,11 +11,11 @@ from petune.adapters.card import public_metadata
 from petune.adapters.format import CARD_FILE, CONFIG_FILE, TENSOR_FILE, read_adapter
 from petune.adapters.peft_format import petune_part
 from petune.base.arguments import PathText, check_arguments
-from petune.base.errors import HubError
+from petune.base.errors import HubError, UsageError
 from petune.base.files import MANIFEST, manifest_bytes
 from petune.base.hub import hub_url
 from petune.runner.run_adapter import find_adapter
-from petune.serving.hub_client import HubClient
+from petune.serving.hub_client import HubClient, check_repo_name
 
 COMMIT_TIMEOUT_S = 30.0  # longer than for other calls: after a timeout nobody knows whether the commit was made
 
@@ -44,7 +44,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
 
     Args:
         path: A run directory, or an adapter directory.
-        repo: `user/name`.
+        repo: `user/name`; without the user, a new repository is made in the account of the token.
         private: Make the new repository private.
         update: Add a commit to an existing repository; otherwise a new one is created.
 
@@ -57,6 +57,9 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     check_arguments(
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
+    check_repo_name(repo)
+    if update and "/" not in repo:
+        raise UsageError(f"an existing repository is named with its owner: user/{repo}, not {repo}")
     files = _read_files(find_adapter(Path(path)))
     hub = HubClient.open(repo)
     _check_token(repo)

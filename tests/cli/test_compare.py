@@ -182,7 +182,7 @@ def test_keys_of_a_run_go_to_the_section_run(petune: Run, tiny: Words, tmp_path:
 def test_no_method_and_a_method_given_twice_are_refused(petune: Run, tiny: Words) -> None:
     none = petune("compare", *tiny)
     assert none.code == 2
-    assert "methods: required" in none.err
+    assert "for example:\n  petune compare linear adaptformer" in none.err
     twice = petune("compare", "linear", "linear", *tiny)
     assert twice.code == 2
     assert "methods: linear is given twice" in twice.err

@@ -227,7 +227,7 @@ def _table(place: Path) -> dict[str, Any]:
         ("bottleneck=2,,4", "Write KEY=VALUE,VALUE,… or KEY=LOW..HIGH[:log]"),
         ("bottleneck=", "Write KEY=VALUE,VALUE,…"),
         ("lr=1e-3,1e-2", "lr is a training option. Write train.lr"),
-        (None, "search: required"),
+        (None, "for example:\n  petune sweep adaptformer --search "),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused_before_the_first_trial(

@@ -303,6 +303,24 @@ def test_a_directory_without_an_adapter_is_explained(
         restore("here")
 
 
+def test_a_directory_of_runs_names_them_the_newest_first(tmp_path: Path) -> None:
+    for number, run in enumerate(("old", "study/new")):
+        adapter = tmp_path / "runs" / run / "adapter"
+        adapter.mkdir(parents=True)
+        (adapter.parent / "config.yaml").touch()
+        (adapter / "adapter_config.json").touch()
+        os.utime(adapter / "adapter_config.json", (number, number))
+    (tmp_path / "runs" / "pulled").mkdir()
+    (tmp_path / "runs" / "pulled" / "adapter_config.json").touch()
+    (tmp_path / "runs" / "unfinished").mkdir()
+    runs = [tmp_path / "runs" / name for name in ("pulled", "study/new", "old")]
+    with pytest.raises(CheckpointError, match="not a run itself") as caught:
+        restore(tmp_path / "runs")
+    assert [Path(line.strip()) for line in str(caught.value).splitlines()[1:]] == runs
+    with pytest.raises(CheckpointError, match="is a file"):
+        restore(tmp_path / "runs" / "old" / "config.yaml")
+
+
 def test_partial_writes_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     with open_run_dir(tmp_path / "run", Settings(), resume=False, command=COMMAND):
         for name in (*PARTIAL_WRITES, *OTHERS):

@@ -19,7 +19,7 @@ import torch
 
 import petune
 from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
-from petune.serving import hub_pull, hub_push
+from petune.serving import hub_client, hub_pull, hub_push
 from petune.serving.hub_pull import pull
 from petune.serving.hub_push import push
 from tests.fake_hub import TOKEN, Server, point_at, running
@@ -227,6 +227,18 @@ def test_invalid_names_and_other_directories_are_refused(hub: Server, adapter: P
     with pytest.raises(CheckpointError, match="nowhere"):
         push(tmp_path / "nowhere", "me/x")
     assert "me/x" not in hub.repos
+
+
+def test_a_name_is_checked_before_anything_else(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "why_unreachable", lambda *_, **__: pytest.fail("asked the hub"))
+    for name in ("x y", "me/", "a/b/c", "-pets"):
+        with pytest.raises(UsageError, match="Use user/name"):
+            push(adapter.parent / "nowhere", name)
+    with pytest.raises(UsageError, match="user/pets"):
+        push(adapter, "pets", update=True)
+    monkeypatch.setattr(hub_client, "why_unreachable", lambda *_, **__: "asked the hub")
+    with pytest.raises(HubError, match="asked the hub"):
+        push(adapter, "pets")  # the hub completes the name with the user of the token
 
 
 def test_other_repositories_are_refused(hub: Server, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
