@@ -52,9 +52,9 @@ def explain_missing_adapter(path: Path) -> str:
         return f"no run or adapter directory at {path}"
     if path.is_file():
         return f"{path} is a file, not a run or adapter directory. Give the directory first, then any other files"
-    runs = runs_with_adapters(path)
-    if runs:
-        listed = "".join(f"\n  {run}" for run in runs[:MAX_LISTED]) + ("\n  …" if len(runs) > MAX_LISTED else "")
+    inside = runs_with_adapters(path)
+    if inside:
+        listed = "".join(f"\n  {run}" for run in inside[:MAX_LISTED]) + ("\n  …" if len(inside) > MAX_LISTED else "")
         return f"{path} is not a run itself. Name one of the runs in it:{listed}"
     return f"no adapter in {path}: adapter_config.json is missing, and no finished run is in it"
 
