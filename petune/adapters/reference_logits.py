@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import CheckpointError
+from petune.base.text import plural
 from petune.sites.logits import synthetic_logits
 from petune.sites.site import Sites
 
@@ -64,7 +65,7 @@ def max_abs_diff(model: nn.Module, sites: Sites, saved: Mapping[str, Any]) -> fl
         logits = torch.tensor(saved["logits"], dtype=torch.float64)
         tolerance = float(saved["tolerance"])
         if logits.shape != current.shape:
-            raise ValueError(f"{logits.numel()} logits were saved, and this model has {current.numel()}")
+            raise ValueError(f"saved for {plural(logits.numel(), 'logit')}, and this model has {current.numel()}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"reference_logits cannot be read: {error!r}. Save the adapter again") from None
     difference = float((current - logits).abs().max())

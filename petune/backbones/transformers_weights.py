@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petune.backbones.timm_models import set_statistics
 from petune.base.errors import WeightsUnavailable
+from petune.base.text import plural
 
 
 def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> nn.Module:
@@ -42,8 +43,8 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> n
     if unfilled:
         shown = ", ".join(sorted(unfilled)[:3]) + (", …" if len(unfilled) > 3 else "")
         raise WeightsUnavailable(
-            f"the weights of hf:{name} leave {len(unfilled)} tensors besides the classifier unfilled (missing, or with "
-            f"another shape): {shown}. Drop the options that change the model, or use weights='none'",
+            f"the weights of hf:{name} leave {plural(len(unfilled), 'tensor')} besides the classifier unfilled "
+            f"(missing, or with another shape): {shown}. Drop the options that change the model, or use weights='none'",
             cli_hint="--weights none starts from random weights",
         )
     _set_statistics(model, name, offline)

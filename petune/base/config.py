@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 from petune.base.errors import ConfigError, Problem, did_you_mean, similar_names
+from petune.base.text import plural
 
 MAX_SHOWN = 120
 
@@ -135,7 +136,7 @@ def _config_error(error: ValidationError, cls: type[BaseModel], values: Mapping[
             problems[key] = Problem(key, f"{key}: required")
         else:
             problems[key] = Problem(key, f"{key}: {text} (got {shown(item['input'])})")
-    head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {source or cls.__name__}:"
+    head = f"{plural(len(problems), 'problem')} in {source or cls.__name__}:"
     return ConfigError("\n  - ".join([head, *(p.message for p in problems.values())]), tuple(problems.values()))
 
 

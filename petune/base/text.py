@@ -24,6 +24,17 @@ def format_duration(time_s: float) -> str:
     return f"{int(time_s // 60)} min {int(time_s % 60):02d} s" if time_s >= 60 else f"{time_s:.1f} s"
 
 
+def plural(count: int, noun: str, several: str = "") -> str:
+    """Return `1 image`, or `1,024 images`.
+
+    Args:
+        count: How many.
+        noun: For one of them.
+        several: For another number; by default `noun` with an s.
+    """
+    return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
+
+
 def format_percent(value: float | None, digits: int = 2) -> str:
     """Return `12.35 %` for 12.3456, `-` for None."""
     return "-" if value is None else f"{value:.{digits}f} %"

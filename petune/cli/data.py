@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petune.base.text import plural
 from petune.cli.help import Command
 from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, print_data, print_json, print_table
@@ -64,7 +65,9 @@ def _show(report: FolderReport) -> None:
         *(f"{file} is the same file as {twin}, in another class" for file, twin in report.in_two_classes),
     ]
     if report.copies:
-        messages.append(f"{report.copies} copies within a class; cutting a split keeps copies together")
+        messages.append(
+            f"{plural(report.copies, 'copy', 'copies')} within a class; cutting a split keeps copies together"
+        )
     for part, classes in (("test", report.too_few_for_test), ("val", report.too_few_for_val)):
         if classes:
             messages.append(f"too few different images for a {part} split: {', '.join(classes)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.base.text import format_percent
+from petune.base.text import format_percent, plural
 from petune.cli.options import BatchSize, Device, Precision, Source, TrustRemoteCode, Weights, user_path
 from petune.cli.terminal import clean, one_line, print_data, print_status, print_table
 
@@ -81,7 +81,7 @@ def _print_table(predictions: Iterable[Prediction]) -> list[Prediction]:
         rows = [row[:-1] for row in rows]
     if rows:
         print_table(columns, rows, right=("probability",), optional=columns[3:])
-    print_status(f"{len(rows)} images classified" + (f", {len(unreadable)} unreadable" if unreadable else ""))
+    print_status(f"{plural(len(rows), 'image')} classified" + (f", {len(unreadable)} unreadable" if unreadable else ""))
     return unreadable
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from petune.base.text import plural
 from petune.data.augment import augment, epoch_order, random_draws
 from petune.data.dataset import Split
 
@@ -174,8 +175,8 @@ class TrainBatches:
             return ""
         sizes = " or ".join(f"{size}" for size in sorted({*self.sizes.tolist()}))
         return (
-            f"each epoch has {len(self)} batches of {sizes} images, because full ones of {full} would leave out "
-            f"{num_images % full:,} of {num_images:,}"
+            f"each epoch has {plural(len(self), 'batch', 'batches')} of {sizes} images, because full ones of {full} "
+            f"would leave out {num_images % full:,} of {num_images:,}"
         )
 
     def epoch(

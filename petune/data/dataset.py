@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import ConfigError, DataError
+from petune.base.text import plural
 
 CHUNK = 32
 """Images per step of computing statistics; bounds the memory."""
@@ -97,7 +98,8 @@ class Dataset:
         """
         if self.num_classes < 2:
             raise DataError(
-                f"{self.name} has {self.num_classes} classes: {list(self.classes)}. At least two are needed"
+                f"{self.name} has {plural(self.num_classes, 'class', 'classes')}: {list(self.classes)}. "
+                "At least two are needed"
             )
         for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
             if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.num_classes:
@@ -128,8 +130,9 @@ class Dataset:
         held_out = stratified_mask(self.train.labels, self.train.rows, fraction, seed)
         if not held_out.any() or held_out.all():
             raise ConfigError(
-                f"val_fraction={fraction} of {len(self.train)} training images leaves a split empty. A class needs two "
-                "different images, besides those cut for test, to give one to val. Add images, or a val folder"
+                f"val_fraction={fraction} of {plural(len(self.train), 'training image')} leaves a split empty. A "
+                "class needs two different images, besides those cut for test, to give one to val. Add "
+                "images, or a val folder"
             )
         positions = np.arange(len(self.train))
         cut = replace(self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out]))
@@ -154,8 +157,8 @@ class Dataset:
         smallest = int(np.bincount(self.train.labels, minlength=self.num_classes).min())
         if count > smallest:
             raise ConfigError(
-                f"shots is {count}, but the smallest class of {self.name} has {smallest} training images. Use at most "
-                f"{smallest}"
+                f"shots is {count}, but the smallest class of {self.name} has "
+                f"{plural(smallest, 'training image')}. Use at most {smallest}"
             )
         chosen = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
         return replace(self, train=self.train.take(np.sort(np.concatenate(chosen))))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
+from petune.base.text import plural
 from petune.data.cache import Allocate, cached_split
 from petune.data.dataset import Dataset, OnBroken, Split, stratified_mask
 from petune.data.find_images import size_and_time, unsupported_note
@@ -55,7 +56,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
     num_copies = len(splits["train"]) - len(np.unique(splits["train"].rows))
     notes = (
         _broken_note(path, broken),
-        f"{num_copies} copies of other images, kept in the same split" if num_copies else "",
+        f"{plural(num_copies, 'copy', 'copies')} of other images, kept in the same split" if num_copies else "",
         dataset.missing_classes_note("test"),
         unsupported_note(skipped),
         left_out_note(path),
@@ -85,7 +86,7 @@ def _assemble(path: Path, classes: tuple[str, ...], splits: dict[str, Split]) ->
 
 def _broken_note(path: Path, broken: Sequence[Path]) -> str:
     shown = ", ".join(str(file.relative_to(path)) for file in broken[:5]) + (", …" if len(broken) > 5 else "")
-    return f"{len(broken)} broken images skipped: {shown}" if broken else ""
+    return f"{plural(len(broken), 'broken image')} skipped: {shown}" if broken else ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class _Decoder:
         broken = decode_images(paths, allocate(len(paths), self.side), skip=self.skip)
         if len(broken) > MAX_BROKEN * len(paths):
             raise DataError(
-                f"{len(broken)} of {len(paths)} images are broken, more than the {MAX_BROKEN:.0%} that may be skipped. "
+                f"broken images: {len(broken)} of {len(paths)}, more than the {MAX_BROKEN:.0%} that may be skipped. "
                 f"The first: {next(iter(broken.values()))}",
                 cli_hint=f"`petune data check {self.root}` lists them all",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from petune.base.errors import DataError, UnknownName
+from petune.base.text import plural
 from petune.data.cache import cache_dir
 from petune.data.cifar import published_files
 from petune.data.cifar_parquet import parquet_files
@@ -53,5 +54,5 @@ def count_classes(name: str) -> int:
     path = folder_path(name)
     num_classes = len(visible_subfolders(split_folders(path)["train"]))
     if num_classes < 2:
-        raise DataError(f"{path} has {num_classes} class folders. A dataset needs at least two")
+        raise DataError(f"{path} has {plural(num_classes, 'class folder')}. A dataset needs at least two")
     return num_classes

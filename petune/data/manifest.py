@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.base.errors import DataError
+from petune.base.text import plural
 from petune.data.find_images import size_and_time
 from petune.data.layout import folder_path, list_images
 from petune.data.splits import split_folders
@@ -55,7 +56,9 @@ def changes(before: Mapping[str, Any], now: Manifest) -> str:
 
 def _change(old: str, new: str) -> str:
     old_count, new_count = old.split()[0], new.split()[0]
-    return f"had {old_count} images, has {new_count}{' different ones' if old_count == new_count else ''}"
+    return (
+        f"had {plural(int(old_count), 'image')}, has {new_count}{' different ones' if old_count == new_count else ''}"
+    )
 
 
 def is_training_dataset(dataset: str, trained_on: str, trained_digests: Mapping[str, Any]) -> bool:

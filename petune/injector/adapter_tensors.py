@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from petune.adapters.fingerprint import digest, fingerprint
 from petune.adapters.unwrapped import wrapped_key
 from petune.base.errors import AttachError
+from petune.base.text import plural
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import frozen_backbone, frozen_head
 from petune.injector.keys import buffer_owners, named_parameters, persistent_buffers
@@ -153,9 +154,9 @@ class AdapterTensors:
         replaced += [key for key, p in self.head.items() if id(p) not in in_head]
         if replaced:
             raise AttachError(
-                f"{len(replaced)} tensors that {name} trains were replaced in the model, among them "
-                f"{', '.join(replaced[:3])}: by load_state_dict(…, assign=True) or a new classifier. Change the model "
-                "first and attach then; load values without assign=True"
+                f"the model has others instead of {plural(len(replaced), 'tensor')} that {name} trains, such as "
+                f"{', '.join(replaced[:3])}: replaced by load_state_dict(…, assign=True) or a new classifier. "
+                "Change the model first and attach then; load values without assign=True"
             )
 
     def _modules_in_train_mode(self, head_modules: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from petune.base.errors import DeadSite
+from petune.base.text import plural
 
 
 def check_gradients(
@@ -33,14 +34,14 @@ def check_gradients(
     missing = missing_gradients(tuned, unfrozen, without)
     if missing:
         raise DeadSite(
-            f"{len(missing)} parameters of {name} got no gradient, among them {', '.join(missing[:3])}: the model does "
-            "not use them in its output. Use another method on this model"
+            f"{plural(len(missing), 'parameter')} of {name} got no gradient, such as {', '.join(missing[:3])}: the "
+            "output of the model does not depend on them. Use another method on this model"
         )
     # if the classifier has no gradient either, everything is learned
     if under_way and tuned and _learns(head) and not _learns(tuned):
         raise DeadSite(
-            f"{name} does not learn: all gradients of its {len(tuned)} tensors are zero. Check its options (a scale of "
-            "0, a dropout of 1), or use another method"
+            f"{name} does not learn: all gradients are zero ({plural(len(tuned), 'tensor')}). Check its options "
+            "(a scale of 0, a dropout of 1), or use another method"
         )
 
 

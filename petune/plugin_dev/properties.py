@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import BackboneMismatch, NotMergeable
+from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.load import load
 from petune.plugin_dev.trial import Trial, logits
@@ -64,7 +65,7 @@ def _identity_at_init(t: Trial) -> str:
 
 def _parameter_count(t: Trial) -> str:
     formula, count = t.att.tuner.num_parameters(t.att.sites), t.att.counts.tuned
-    return "" if formula in (None, count) else f"{count:,} parameters, but num_parameters() returns {formula:,}"
+    return "" if formula in (None, count) else f"{plural(count, 'parameter')}, but num_parameters() returns {formula:,}"
 
 
 def _gradients(t: Trial) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from petune.adapters.format import TENSOR_FILE, SavedAdapter
 from petune.base.errors import CheckpointError, ConfigError, Problem
+from petune.base.text import plural
 from petune.injector.registry import build_tuner
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
@@ -104,7 +105,7 @@ def history(saved: SavedAdapter) -> list[dict[str, Any]]:
 def describe_start(saved: SavedAdapter) -> str:
     """Return `runs/pets/adapter (folder:pets, 10 epochs)`."""
     entry = history(saved)[-1]
-    facts = [entry["dataset"], entry["epochs"] and f"{entry['epochs']} epochs"]
+    facts = [entry["dataset"], entry["epochs"] and plural(entry["epochs"], "epoch")]
     return f"{saved.path} ({', '.join(str(fact) for fact in facts if fact)})"
 
 

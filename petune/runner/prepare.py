@@ -13,6 +13,7 @@ from petune.backbones.create import Backbone, create_backbone, input_side
 from petune.backbones.weights import load_adapters
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
+from petune.base.text import plural
 from petune.data import Dataset, Preprocess, load_dataset
 from petune.data.batches import GRAY_WEIGHTS
 from petune.injector.attach import attach
@@ -228,8 +229,8 @@ def check_channels(channels: int) -> None:
     """
     if channels not in {1, 3}:
         raise ConfigError(
-            f"the backbone takes images of {channels} channels, but datasets have 3 (RGB), or 1 after conversion to "
-            "gray. Use 1 or 3 as in_chans"
+            f"the backbone takes images of {plural(channels, 'channel')}, but datasets have 3 (RGB), or 1 after "
+            "conversion to gray. Use 1 or 3 as in_chans"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from petune.base.text import plural
 from petune.sites.forward import undisturbed
 
 PACKAGES = ("petune", "torch", "torchvision", "timm", "peft", "numpy")
@@ -105,7 +106,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores"
+    return f"{_processor()}, {plural(cores or 1, 'core')}"
 
 
 def _processor() -> str:

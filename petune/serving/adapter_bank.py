@@ -15,6 +15,7 @@ from petune.adapters.format import read_adapter
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError, UsageError
+from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
 from petune.injector.trainable import trainable_state_of
@@ -141,7 +142,9 @@ class AdapterBank:
             UsageError: The number of names differs from the number of rows, or a name is not loaded.
         """
         if len(names) != len(x):
-            raise UsageError(f"there are {len(x)} rows and {len(names)} names. Give one name per row")
+            raise UsageError(
+                f"x has {plural(len(x), 'row')}, and there are {plural(len(names), 'name')}. Give one name per row"
+            )
         active = self.active
         self.use(None)
         logits: list[Tensor] = [x] * len(names)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import After, Before, Holder, Parallel
 from petune.injector.hooks.prompts import Prompts
@@ -41,7 +42,8 @@ class RowAdapters(nn.Module):
         """
         if len(x) != self.batch_size:
             raise AttachError(
-                f"a site has {len(x)} rows for {self.batch_size} images, so its adapters cannot be mixed in one batch"
+                f"a site has {plural(len(x), 'row')} for {plural(self.batch_size, 'image')}, so its adapters cannot be "
+                "mixed in one batch"
             )
         out: Tensor | None = x if self.replaces else None
         for adapter, rows in self.parts:

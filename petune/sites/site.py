@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from petune.base.errors import AttachError, SiteNotFound
+from petune.base.text import plural
 
 Layout = Literal["BNC", "BHWC", "BCHW"]
 """The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns."""
@@ -196,8 +197,8 @@ class Sites:
     def __str__(self) -> str:
         grid = "?" if self.grid_size is None else f"{self.grid_size[0]}x{self.grid_size[1]}"
         title = (
-            f"{self.model}: {len(self.blocks)} blocks, width {self.embed_dim}, grid {grid}, "
-            f"{self.num_prefix_tokens} prefix tokens, input {'x'.join(map(str, self.input_size))}"
+            f"{self.model}: {plural(len(self.blocks), 'block')}, width {self.embed_dim}, grid {grid}, "
+            f"{plural(self.num_prefix_tokens, 'prefix token')}, input {'x'.join(map(str, self.input_size))}"
         )
         rows = [("site", "where", "layout", "dim")]
         for name, site in self._rows():

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
+from petune.base.text import plural
 from petune.data.batches import Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.training.checkpoint import check_optimizer
@@ -96,7 +97,7 @@ class Trainer:
         self.total_steps = len(self.batches) * self.config.epochs
         smallest = int(self.batches.sizes.min())
         if smallest < group.size:
-            raise ConfigError(f"a batch of {smallest} images is too small for {group.size} processes")
+            raise ConfigError(f"a batch of {plural(smallest, 'image')} is too small for {group.size} processes")
         self.att.on_train_start(self.total_steps)
 
         self.params = {**self.att.tuned, **self.att.head}
@@ -285,7 +286,9 @@ class Trainer:
         part = self.group.shard(self.batch_size)
         num_images = part.stop - part.start
         if p.micro_batch < num_images:
-            self.on_event(Note(f"each step runs {num_images} images through the model {p.micro_batch} at a time"))
+            self.on_event(
+                Note(f"each step runs {plural(num_images, 'image')} through the model {p.micro_batch} at a time")
+            )
         return p.micro_batch
 
     def largest_micro_batch(self) -> int:

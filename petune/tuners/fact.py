@@ -117,7 +117,7 @@ def _report(model: str, num_changed: int, skipped: list[str]) -> None:
         )
     if skipped:
         warnings.warn(
-            f"{len(skipped)} linear layers of {model} get no fact, because their sides are no multiples of the width: "
-            f"{names}; the other {num_changed} do",
+            f"fact leaves out {len(skipped)} of {len(skipped) + num_changed} linear layers of {model}, because their "
+            f"sides are no multiples of the width: {names}",
             stacklevel=3,
         )

@@ -47,7 +47,7 @@ def test_copies_are_counted_and_copies_in_another_class_are_a_problem(petune: Ru
     done = petune("data", "check", "pets")
     assert done.code == 0, done.err
     assert done.out.endswith(
-        "1 copies within a class; cutting a split keeps copies together\n"
+        "1 copy within a class; cutting a split keeps copies together\n"
         "too few different images for a val split: cat, d[31mg, dog\nno problems found\n"
     )
     shutil.copy(tmp_path / "pets" / "dog" / "0.png", tmp_path / "pets" / "cat" / "x.png")

@@ -13,7 +13,7 @@ Run = Callable[..., Any]
 
 SMALL = ("--backbone", "vit_nano", "--set", "backbone_options.depth=1", "--dataset", "digits")
 SITES = """\
-VisionTransformer: 1 blocks, width 192, grid 8x8, 1 prefix tokens, input 3x32x32
+VisionTransformer: 1 block, width 192, grid 8x8, 1 prefix token, input 3x32x32
 site         where                    layout  dim
 patch_embed  patch_embed              BNC     192
 block 0      blocks.0                 BNC     192

@@ -62,6 +62,7 @@ def test_json_lines_with_a_broken_image(petune: Run, digits: Path, images: list[
     assert "nowhere.png" in done.err
     alone = petune("predict", digits, images[4], "--top-k", 2, "--json")
     assert alone.code == 0
+    assert "1 image classified" in petune("predict", digits, images[4]).err
     for one, other in zip(json.loads(alone.out)["top"], lines[5]["top"], strict=True):
         assert one == {"class": other["class"], "probability": pytest.approx(other["probability"], abs=1e-5)}
 

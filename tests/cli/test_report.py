@@ -91,7 +91,7 @@ def test_unfinished_and_broken_directories_are_listed_and_names_are_escaped(
     assert (counts["done"], counts["unfinished"], counts["broken"]) == (6, 1, 1)
     page = Tags((tmp_path / "report.html").read_text())
     assert "img" not in page.tags
-    assert "1 of 1 epochs done" in page.text
+    assert "epochs done: 1 of 1" in page.text
     assert "is not the result of a finished run" in page.text
     assert "<img src=x onerror=alert(1)>&" in page.text
     assert "\u202e" not in page.text

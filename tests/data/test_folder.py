@@ -178,7 +178,7 @@ def test_broken_images_can_be_skipped_and_are_named(tmp_path: Path) -> None:
 
 def test_too_many_broken_images_are_an_error(tmp_path: Path) -> None:
     _with_broken(tmp_path, 3)
-    with pytest.raises(DataError, match=r"3 of 200 images are broken.*1%.*00\.png"):
+    with pytest.raises(DataError, match=r"broken images: 3 of 200.*1%.*00\.png"):
         load_folder(tmp_path, 32, "skip")
 
 
@@ -217,7 +217,7 @@ def test_a_dangling_link_is_a_broken_image(tmp_path: Path) -> None:
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"gone\.png: no such file"):
         load_folder(tmp_path, 32)
-    assert "1 broken images skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
+    assert "1 broken image skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
     report = check_folder(tmp_path)
     assert len(report.broken) == 1
     assert not report.in_two_splits

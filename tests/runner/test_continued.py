@@ -149,7 +149,7 @@ def test_result_adapter_and_card_record_all_earlier_runs(source: Path, tmp_path:
     assert [entry["path"] for entry in recorded] == [str(source / "adapter"), str(tmp_path / "second" / "adapter")]
     assert recorded == _metadata(tmp_path / "third")["continued_from"]
     card = (tmp_path / "third" / "adapter" / "README.md").read_text()
-    assert "first trained on | digits, 1 epochs" in card
+    assert "first trained on | digits, 1 epoch " in card
     assert str(source) not in card
 
 

@@ -11,7 +11,7 @@ import petune
 from petune.base.errors import AttachError, SiteNotFound
 
 TABLE = """\
-VisionTransformer: 2 blocks, width 24, grid 4x4, 1 prefix tokens, input 3x16x16
+VisionTransformer: 2 blocks, width 24, grid 4x4, 1 prefix token, input 3x16x16
 site         where                    layout  dim
 patch_embed  patch_embed              BNC     24
 block 0      blocks.0                 BNC     24

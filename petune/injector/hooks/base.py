@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from petune.base.text import plural
 from petune.sites.site import Layout
 
 Args = tuple[Any, ...]
@@ -92,7 +93,7 @@ class Gather(Holder):
             return None
         if len(inputs) != len(self.enter_layouts):
             raise RuntimeError(
-                f"an adapter reads {len(self.enter_layouts)} sites in one forward, but {len(inputs)} were entered "
+                f"an adapter reads {plural(len(self.enter_layouts), 'site')} in one forward, but entered {len(inputs)} "
                 f"before {type(module).__name__} was left. Each must be called once, in one segment of checkpointing"
             )
         pairs = zip(inputs, self.enter_layouts, strict=True)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from petune.base.config import Config
 from petune.base.errors import MissingExtra, Stopped, UsageError
+from petune.base.text import plural
 from petune.runner.executors.executor import RUN, Failure, Wanted, Watch, Work, read_finished
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
@@ -98,7 +99,7 @@ class RayExecutor:
     ) -> Iterator[tuple[int, Any]]:
         ray = _ray()
         indices = {self._submit(config, work): index for index, config in configs.items()}
-        watch(Note(f"{len(indices)} runs on a Ray cluster of {self._cluster_size()}"))
+        watch(Note(f"{plural(len(indices), 'run')} on a Ray cluster of {self._cluster_size()}"))
         while indices:
             if stop.signal_name is not None:
                 self._cancel(list(indices))
@@ -124,7 +125,7 @@ class RayExecutor:
             raise  # a bug, as it would be in a run here
         except ray.exceptions.RayError as error:
             first_line = str(error).strip().splitlines()[0]
-            return Failure(type(error).__name__, f"{first_line} ({self.options.retries} retries)")
+            return Failure(type(error).__name__, f"{first_line} ({plural(self.options.retries, 'retry', 'retries')})")
 
     def _resources(self, config: RunConfig) -> dict[str, float]:
         """Return what a run requests of a node.

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from petune.base.config import Config
 from petune.base.errors import MissingExtra, UsageError
+from petune.base.text import plural
 from petune.runner.executors.executor import RUN, Failure, Wanted, Watch, Work, read_finished
 from petune.runner.executors.worker import WorkerJob, read_answer
 from petune.runner.run_config import RunConfig
@@ -90,7 +91,10 @@ class SlurmExecutor:
                             watch(Note(f"{configs[index].output}: the job died, submitting it again"))
                             waiting.insert(0, index)
                         else:
-                            yield index, Failure("JobDied", f"{attempts[index]} times, see {self.options.logs}")
+                            yield (
+                                index,
+                                Failure("JobDied", f"{plural(attempts[index], 'time')}, see {self.options.logs}"),
+                            )
                     if jobs:
                         time.sleep(POLL_S)
             finally:

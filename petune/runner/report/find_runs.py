@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from petune.base.errors import CheckpointError, ConfigError, UsageError
+from petune.base.text import plural
 from petune.runner.comparison import Comparison
 from petune.runner.directory_kind import TABLES, Kind, kind_of
 from petune.runner.file_names import CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
@@ -118,18 +119,18 @@ def _read_sweep(path: Path, config: dict[str, Any]) -> RunDirectory:
     if sweep.finished:
         return RunDirectory(path, "sweep", "done", "", config, sweep=sweep)
     done = sum(trial.state != "running" for trial in sweep.rows)
-    return RunDirectory(path, "sweep", "unfinished", f"{done} trials done; {RESUME}", config, sweep=sweep)
+    return RunDirectory(path, "sweep", "unfinished", f"{plural(done, 'trial')} done; {RESUME}", config, sweep=sweep)
 
 
 def _read_run(path: Path, kind: Kind, config: dict[str, Any]) -> RunDirectory:
     epochs, damaged = _read_epochs(path / METRICS_FILE)
-    warning = f"{damaged} damaged lines in {METRICS_FILE}" if damaged else ""
+    warning = f"{plural(damaged, 'damaged line')} in {METRICS_FILE}" if damaged else ""
     if kind == "trial" and (path / TRIAL_FILE).exists():
         return RunDirectory(path, kind, "done", warning, config, epochs=epochs)
     if not RunResult.exists(path):
         train = config.get("train")
         planned = train.get("epochs") if isinstance(train, dict) else None
-        progress = f"{len(epochs)} of {planned or '?'} epochs done"
+        progress = f"epochs done: {len(epochs)} of {planned or '?'}"
         detail = f"{progress}; {warning}" if warning else progress
         return RunDirectory(path, kind, "unfinished", detail, config, epochs=epochs)
     try:

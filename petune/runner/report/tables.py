@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from petune.base.text import escape_markdown, format_duration, format_size, printable
+from petune.base.text import escape_markdown, format_duration, format_size, plural, printable
 from petune.runner.file_names import COMPARE_PLOT
 
 Row = Mapping[str, Any]
@@ -59,7 +59,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         f"# {escape_markdown(run['backbone'])} on {escape_markdown(run['dataset'])}",
         "",
         f"Backbone `{_table_cell(comparison['backbone'])}`, weights `{_table_cell(comparison['weights'])}`; "
-        f"{run['train']['epochs']} epochs; seeds {', '.join(map(str, seeds))}. The epoch is chosen on a validation "
+        f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. The epoch is chosen on a validation "
         "split, and test is read once. Top-1 and top-5 are percentages: mean ± sample standard deviation over the "
         "seeds. The best method is first.",
         "",
@@ -88,11 +88,16 @@ def _conditions(comparison: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def list_seeds(seeds: Sequence[int]) -> str:
+    """Return `seed 0`, or `seeds 0, 1`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def seeds_by_method(runs: Mapping[str, Sequence[int]]) -> str:
     """Return `linear (seeds 0, 1), vpt (seed 0)`."""
     parts = []
     for method, seeds in runs.items():
-        parts.append(f"{method} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})")
+        parts.append(f"{method} ({list_seeds(seeds)})")
     return ", ".join(parts)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.errors import DataError, UsageError, did_you_mean
+from petune.base.text import plural
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
 from petune.data.layout import ClassFiles, folder_path, list_split
@@ -155,5 +156,5 @@ def _with_labels(folder: Path, classes: ClassFiles, known: Sequence[str]) -> tup
 
 def _first_difference(data: Sequence[str], model: Sequence[str]) -> str:
     if len(data) != len(model):
-        return f"{len(data)} classes instead of {len(model)}"
+        return f"{plural(len(data), 'class', 'classes')} instead of {len(model)}"
     return next(f"{ours!r} instead of {theirs!r}" for ours, theirs in zip(data, model, strict=True) if ours != theirs)

@@ -53,8 +53,8 @@ def refuse_left_out(model: nn.Module, layers: dict[str, Any], name: str, wanted:
     occupied = [path for path in (*mixed, *missing) if path in before]
     reason = f"{occupied[0]} holds another PEFT type already" if occupied else "they are of a kind it does not know"
     raise petune.AttachError(
-        f"PEFT has left out {', '.join((mixed or missing)[:3]) or 'all'} of the {len(wanted)} layers that it was "
-        f"given: {reason}. {ONE_TYPE}"
+        f"PEFT has left out {', '.join((mixed or missing)[:3]) or 'all'} of the layers that it was given "
+        f"({len(wanted)}): {reason}. {ONE_TYPE}"
     )
 
 

@@ -130,8 +130,8 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
         )
     if uncalled:
         warnings.warn(
-            f"{model} reads the weights of {len(uncalled)} linear layers without calling them, such as {names}: they "
-            f"get no {config.type}, the other {len(layers)} do",
+            f"{model} reads the weights of {len(uncalled)} of {len(uncalled) + len(layers)} linear layers without "
+            f"calling them, such as {names}: they get no {config.type}, the others do",
             stacklevel=2,
         )
     return layers
