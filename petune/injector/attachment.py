@@ -28,6 +28,7 @@ from petune.injector.param_groups import param_groups, undecayed_keys
 from petune.injector.registry import list_tuners
 from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
+from petune.injector.unfrozen import refuse_unfrozen, warn_of_unfrozen
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
 
@@ -95,9 +96,11 @@ class Attachment:
         """Return what an optimizer trains: tuned and head parameters.
 
         Raises:
-            AttachError: The model has another tensor in the place of one of them.
+            AttachError: The model has another tensor in the place of one of them, or parameters that train though no
+                attachment saves them, because someone called `requires_grad_(True)`.
         """
         self._check_in_model()
+        refuse_unfrozen(self.model, self.sites)
         return list(self.tensors.trainable().values())
 
     def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -111,6 +114,7 @@ class Attachment:
         """
         check_arguments("param_groups", weight_decay=(weight_decay, int | float | None))
         self._check_in_model()
+        refuse_unfrozen(self.model, self.sites)
         decay = self.recipe.weight_decay if weight_decay is None else weight_decay
         return param_groups(self.tensors.trainable(), decay, undecayed_keys(self.model))
 
@@ -123,7 +127,11 @@ class Attachment:
 
         If the method needs this call, `on_step_end` or `loss`, and a training loop leaves it out, the loop gets an
         AttachError within its first three steps.
+
+        Raises:
+            AttachError: See `parameters`.
         """
+        refuse_unfrozen(self.model, self.sites)
         self._loop_check.record("on_train_start")
         self.tuner.on_train_start(total_steps)
 
@@ -244,6 +252,7 @@ class Attachment:
                 f"{self.sites.model} has another classifier than when {self.name} was attached with train_head=False. "
                 "Change the classifier first and attach then"
             )
+        warn_of_unfrozen(self.model, self.sites)
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         further = {"reference_logits": self.reference_logits(), "metadata": dict(metadata or {})}
         config = {**self.describe(), **further}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.injector.keys import named_parameters
 from petune.sites.site import Sites
 
 ATTRIBUTE = "petune_trainable_state"
@@ -195,6 +196,15 @@ class TrainableState(nn.Module):
             if name != other_than and values is not None and values.original is not None:
                 return name
         return None
+
+    def unfrozen_by_hand(self) -> list[str]:
+        """Return the keys of frozen parameters that require a gradient again, though no attachment trains them.
+
+        A classifier that AdapterBank puts in later was never frozen, and is not among them.
+        """
+        trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
+        frozen = {id(p) for p, _ in self._flags} - trained
+        return [key for key, p in named_parameters(self.model).items() if p.requires_grad and id(p) in frozen]
 
     def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
         """Make the values that an attachment trained in place the original values for later attachments."""
