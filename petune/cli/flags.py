@@ -80,6 +80,7 @@ FLAGS = (
     Flag("image-size", int, "Input size in pixels.", "the backbone's"),
     Flag("patch-size", int, "Patch size in pixels.", "the backbone's"),
     Flag("head", str, "Classifier; bn_linear puts a BatchNorm before the linear layer.", "linear", "linear|bn_linear"),
+    Flag("drop-path", float, "Drop path rate of the backbone, for every method alike.", "0.0"),
     _train("epochs", int, "Number of epochs.", "10"),
     _train("batch-size", int, "Batch size.", "128"),
     _train("lr", float, "Peak learning rate; not scaled with the batch size.", RECIPE),

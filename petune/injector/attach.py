@@ -12,10 +12,10 @@ from torch import nn
 from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
-from petune.injector.attachment import Attachment, label_of
+from petune.injector.attachment import Attachment
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
-from petune.injector.keys import named_parameters
+from petune.injector.keys import label_of, named_parameters
 from petune.injector.registry import build_tuner, parse_method, plugin_errors
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig

@@ -21,7 +21,7 @@ from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
-from petune.injector.keys import named_parameters
+from petune.injector.keys import label_of, named_parameters, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import param_groups, undecayed_keys
@@ -121,6 +121,17 @@ class Attachment:
     def train(self, mode: bool = True) -> nn.Module:
         """Do `model.train(mode)`; what is frozen stays in eval mode."""
         return self.model.train(mode)
+
+    def set_backbone_dropout(self, active: bool) -> int:
+        """Let dropout and drop path of the backbone act in train mode in frozen parts, too (True), or nowhere (False).
+
+        Without this call they act in what the method trains: then `full` is regularized and an adapter is not.
+
+        Returns:
+            The number of the backbone's modules that draw random numbers; those with a rate of zero do not.
+        """
+        self._check_attached()
+        return open_trainable_state(self.model, self.sites).set_backbone_dropout(active)
 
     def on_train_start(self, total_steps: int) -> None:
         """Tell the tuner the number of optimizer steps, before training and before a resume.
@@ -346,8 +357,7 @@ class Attachment:
         return self.tuner.method or self.name
 
     def _file_key(self, key: str) -> str:
-        own, in_file = f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}"
-        return ".".join(_replace_start(part, own, in_file) for part in key.split("."))
+        return renamed_key(key, f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}")
 
     def _set_enabled(self, on: bool) -> None:
         in_place = self._exchangeable()
@@ -387,12 +397,3 @@ class Attachment:
     def _check_attached(self) -> None:
         if not self.attached:
             raise AttachError(f"{self.name} was detached or merged. Attach it again first")
-
-
-def label_of(name: str) -> str:
-    """Return an attachment's name as a part of state_dict keys."""
-    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
-
-
-def _replace_start(part: str, start: str, replacement: str) -> str:
-    return replacement + part.removeprefix(start) if part.startswith(start) else part

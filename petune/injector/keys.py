@@ -51,3 +51,14 @@ def persistent_buffers(module: nn.Module) -> Iterator[BufferOwner]:
 def _state_dict_keys(model: nn.Module) -> dict[int, str]:
     """Return the key of each tensor by identity; the first key of a shared one."""
     return {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}
+
+
+def label_of(name: str) -> str:
+    """Return an attachment's name as a part of state_dict keys."""
+    return "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+
+
+def renamed_key(key: str, start: str, replacement: str) -> str:
+    """Return a key in which the parts that begin with `start` begin with `replacement` instead."""
+    parts = key.split(".")
+    return ".".join(replacement + part.removeprefix(start) if part.startswith(start) else part for part in parts)

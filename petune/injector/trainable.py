@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.injector.keys import named_parameters
+from petune.sites.random_draws import RandomDraws, find_random_draws
 from petune.sites.site import Sites
 
 ATTRIBUTE = "petune_trainable_state"
@@ -80,6 +81,7 @@ class TrainableState(nn.Module):
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
+        self._active_draws = self._silent_draws = RandomDraws()
 
     @property
     def model(self) -> nn.Module:
@@ -249,8 +251,23 @@ class TrainableState(nn.Module):
         for module, mode in self._modes:
             module.training = mode if now == before else now
 
+    @property
+    def drawing(self) -> tuple[nn.Module, ...]:
+        """The backbone's modules that `set_backbone_dropout` lets draw random numbers."""
+        return self._active_draws.drawing
+
+    def set_backbone_dropout(self, active: bool) -> int:
+        """See `Attachment.set_backbone_dropout`."""
+        draws = find_random_draws(self.model, self.sites.input_size)
+        own = {m for m, _ in self._modes} - {self.model}
+        backbone = RandomDraws(tuple(m for m in draws.drawing if m in own), tuple(m for m in draws.around if m in own))
+        self._active_draws = backbone if active else RandomDraws()
+        self._silent_draws = RandomDraws() if active else backbone
+        self.set_train(self.model.training)
+        return len(backbone.drawing) + (self.model in draws.drawing)
+
     def set_train(self, mode: bool = True) -> nn.Module:
-        """Do `model.train(mode)`, then put the frozen modules in eval mode."""
+        """Do `model.train(mode)`, then put the frozen modules in eval mode; see `set_backbone_dropout`."""
         model = self.model
         if self._train_before is not None:
             self._train_before(mode)
@@ -261,6 +278,10 @@ class TrainableState(nn.Module):
         for module in model.modules():
             if id(module) not in moving:
                 module.training = False
+        for module in (*self._active_draws.drawing, *self._active_draws.around):
+            module.training = mode
+        for module in self._silent_draws.drawing:
+            module.training = False
         return model
 
     def _holder(self, values: TensorValues) -> str | None:

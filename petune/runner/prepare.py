@@ -20,6 +20,7 @@ from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import start_from
 from petune.injector.tuner import Recipe, Tuner
+from petune.runner.backbone_dropout import choose_backbone_dropout
 from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
 from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.provenance import PeakMemory, git_state
@@ -121,6 +122,7 @@ def prepare(
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
         attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+        choose_backbone_dropout(attachment, config.drop_rates, context.note)
         if backbone.file is not None and backbone.file.adapters:
             load_adapters(attachment.model, backbone.file, config.method)
         if start is not None:
@@ -189,7 +191,7 @@ def prepare_backbone(
         num_classes=dataset.num_classes,
         image_size=config.image_size,
         patch_size=config.patch_size,
-        options=config.backbone_options,
+        options=config.options_to_build,
         head=config.head,
         seed=initial.seed,
         initial_classes=initial.num_classes,

@@ -70,7 +70,7 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
             num_classes=count_classes(config.dataset),
             image_size=config.image_size,
             patch_size=config.patch_size,
-            options=config.backbone_options,
+            options=config.options_to_build,
             head=config.head,
         )
         sites = find_sites(backbone.model)

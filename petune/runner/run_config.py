@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
 from petune.data import OnBroken
@@ -20,6 +21,9 @@ class RunConfig(Config):
         from_run: A finished run, or its adapter directory, to continue from: its values are the start, and what is not
             given of method, backbone and dataset is the run's.
         backbone, weights, image_size, patch_size, backbone_options, head: See `petune.backbones`.
+        drop_path: Rate of drop path (stochastic depth) in the backbone's last block while training; it rises from 0 in
+            the first. Papers train adapters with 0 to 0.1. Drop path and dropout of the backbone act in frozen blocks,
+            too, for every method alike, if this or a drop rate in `backbone_options` is set, and else for none.
         dataset, data_dir: See `petune.data`.
         on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); `error` stops at the
             first one.
@@ -42,6 +46,7 @@ class RunConfig(Config):
     patch_size: int | None = Field(None, ge=1, le=512)
     backbone_options: dict[str, Any] = {}
     head: HeadKind = "linear"
+    drop_path: float = Field(0.0, ge=0, lt=1)
     on_broken: OnBroken = "error"
     val_fraction: float = Field(0.1, gt=0, lt=1)
     shots: int | None = Field(None, ge=1)
@@ -58,3 +63,22 @@ class RunConfig(Config):
         if value is not None and side is not None and value > side:
             raise ValueError(f"patch_size {value} is larger than image_size {side}")
         return value
+
+    @field_validator("drop_path")
+    @classmethod
+    def _one_drop_path(cls, value: float, info: ValidationInfo) -> float:
+        name = info.data.get("backbone", "")
+        if value and (key := drop_path_key(name)) in info.data.get("backbone_options", {}):
+            raise ValueError(f"drop_path and backbone_options.{key} are the same option of {name}. Give one of them")
+        return value
+
+    @property
+    def options_to_build(self) -> dict[str, Any]:
+        """Return the arguments of the backbone for training: `backbone_options`, and drop path if there is any."""
+        drop_path = {drop_path_key(self.backbone): self.drop_path} if self.drop_path else {}
+        return self.backbone_options | drop_path
+
+    @property
+    def drop_rates(self) -> dict[str, float]:
+        """Return the rates of dropout and drop path that the run asks for, by the backbone's option."""
+        return drop_rates(self.options_to_build)

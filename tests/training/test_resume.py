@@ -44,7 +44,9 @@ def _attachment(method: str, toy: Make, seed: int) -> Any:
         drop_path_rate=0.2,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return attach(model, method, **METHODS[method])
+    att = attach(model, method, **METHODS[method])
+    assert att.set_backbone_dropout(True) == 2  # drop path acts in frozen blocks, too
+    return att
 
 
 def _stop_at(step: int, stop: StopFlag) -> Callable[[Event], None]:

@@ -135,6 +135,8 @@ def _why_not(context: StepContext, prefix: FrozenPrefix) -> str:
     changing += [f"{name}={value:g}" for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)) if value]
     if changing:
         return f"{', '.join(changing)} changes the images each time. augment=none would let them run once"
+    if prefix.is_random:
+        return "dropout or drop path of the backbone changes the features each time"
     if config.grad_checkpointing:
         return "grad_checkpointing computes blocks again"
     if context.num_processes > 1:

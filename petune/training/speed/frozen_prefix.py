@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import first_tensor, with_first_tensor
+from petune.injector.trainable import trainable_state_of
 from petune.sites.forward import undisturbed
 from petune.sites.recorder import record
 
@@ -41,6 +42,7 @@ class FrozenPrefix:
         skipped: Modules that need not run, and what each returns for a blank image.
         kinds: What is cached per image, one for each entry.
         image_shape: (channels, height, width).
+        is_random: True if dropout or drop path of the backbone acts in it, so that it must not be cached.
         one_blank: Whether one blank image suffices for a whole batch, so that what still runs of the prefix costs
             nothing. A model whose own code counts images needs as many as there are.
     """
@@ -50,6 +52,7 @@ class FrozenPrefix:
     skipped: Mapping[nn.Module, Any]
     kinds: tuple[Kind, ...]
     image_shape: tuple[int, ...]
+    is_random: bool = False
     one_blank: bool = True
 
     @property
@@ -84,17 +87,17 @@ def find_prefix(attachment: Attachment, x_BCHW: Tensor) -> FrozenPrefix | None:
     if sum(p.numel() for p in model.parameters() if not p.requires_grad) < least:
         return None  # without a forward
     entries = _entries(attachment, x_BCHW)
-    skipped = _modules_before(entries, attachment) if entries else []
+    skipped, is_random = _modules_before(entries, attachment) if entries else ([], False)
     if sum(p.numel() for module in skipped for p in module.parameters()) < least:
         return None
-    if any(m.training for module in skipped for m in module.modules()):
+    if not is_random and any(m.training for module in skipped for m in module.modules()):
         return None
     values = _inputs_of(entries, model, x_BCHW)
     if len(values) != len(entries) or any(len(value) != len(x_BCHW) for value in values):
         return None  # rows that are windows, not images
     outputs = _outputs_of(skipped, model, torch.zeros_like(x_BCHW[:1]))
     kinds = tuple((tuple(value.shape[1:]), value.dtype) for value in values)
-    return FrozenPrefix(model, entries, outputs, kinds, tuple(x_BCHW.shape[1:]))
+    return FrozenPrefix(model, entries, outputs, kinds, tuple(x_BCHW.shape[1:]), is_random)
 
 
 def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
@@ -122,13 +125,16 @@ def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
     return tuple(entries)
 
 
-def _modules_before(entries: Sequence[nn.Module], attachment: Attachment) -> list[nn.Module]:
-    """The outermost frozen modules that are left before the last of `entries` is entered."""
+def _modules_before(entries: Sequence[nn.Module], attachment: Attachment) -> tuple[list[nn.Module], bool]:
+    """The outermost frozen modules that are left before the last of `entries` is entered, and if anything is random."""
     calls = record(attachment.model, attachment.sites.input_size).calls
     start = max((call.start for call in calls if call.module in entries), default=0)
+    state = trainable_state_of(attachment.model)
+    drawing = state.drawing if state is not None else ()
+    is_random = any(call.module in drawing for call in calls if call.start < start)
     before = [call for call in calls if call.stop < start]
     outermost = [call.module for call in before if call.parent is not None and call.parent.stop > start]
-    return [module for module in outermost if _is_frozen(module)]
+    return [module for module in outermost if _is_frozen(module)], is_random
 
 
 def _is_frozen(module: nn.Module) -> bool:

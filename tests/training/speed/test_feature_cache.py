@@ -70,6 +70,25 @@ def _assert_same(a: Any, b: Any) -> None:
     assert [key for key in a[0] if not torch.equal(a[0][key], b[0][key])] == []
 
 
+@pytest.mark.parametrize(("rates", "is_random"), [({"drop_rate": 0.5}, False), ({"drop_path_rate": 0.5}, True)])
+def test_only_dropout_above_the_frozen_prefix_allows_caching(
+    rates: dict[str, float], is_random: bool, tmp_path: Path, make_trainer: Make
+) -> None:
+    def trained(name: str, cache_features: str) -> tuple[dict[str, Any], bytes, Any]:
+        torch.manual_seed(0)
+        att = petune.attach(timm.create_model("vit_tiny_patch16_224", **rates, **SIZE), "partial")
+        att.set_backbone_dropout(True)
+        settings = {"augment": "none", "epochs": 3, "log_every": 1, "cache_features": cache_features}
+        fitted = make_trainer(att, directory=tmp_path / name, **settings).fit()
+        return dict(att.model.state_dict()), (tmp_path / name / "metrics.jsonl").read_bytes(), fitted.epochs
+
+    if is_random:
+        with pytest.raises(ConfigError, match="drop path of the backbone changes the features"):
+            trained("refused", "always")
+    else:
+        _assert_same(trained("cached", "always"), trained("whole", "never"))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_caching_does_not_change_a_run(method: str, precision: str, tmp_path: Path, make_trainer: Make) -> None:

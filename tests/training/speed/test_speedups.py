@@ -36,6 +36,7 @@ def _attached(method: str, model: nn.Module | None = None, size: int = 16) -> pe
     with torch.no_grad():
         for p in att.tuned.values():
             p.add_(torch.randn_like(p), alpha=0.02)
+    att.set_backbone_dropout(True)
     att.train()
     return att
 
