@@ -68,7 +68,7 @@ def test_an_adapter_trained_with_drop_path_evaluates_without(tmp_path: Path) -> 
 
 
 def test_a_rate_that_does_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="drop_path_rate=.* has no effect"):
+    with pytest.raises(ConfigError, match=r"drop_path_rate=.* has no effect"):
         _run(tmp_path / "run", "linear", {"depth": 1}, drop_path=0.1)
 
 
