@@ -23,9 +23,7 @@ def choose_backbone_dropout(attachment: Attachment, rates: Mapping[str, float], 
     model = attachment.sites.model
     if rates and not number:
         given = " and ".join(f"{key}={value:g}" for key, value in rates.items())
-        raise ConfigError(
-            f"{given} has no effect on {model}: no layer drops anything in training. Leave it out"
-        )
+        raise ConfigError(f"{given} has no effect on {model}: no layer drops anything in training. Leave it out")
     if rates:
         note(f"dropout and drop path act in {number} modules of {model} in training, whether they are frozen or not")
     elif number:
