@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points, version
 
 GROUP = "petune.tuners"
 OWN = "petune"
@@ -54,6 +54,15 @@ def registered_tuners() -> list[RegisteredTuner]:
         if names is None or tuner.is_own or names & {tuner.name, tuner.distribution}:
             tuners[tuner.name, point.value, tuner.distribution] = tuner  # an editable install can be listed twice
     return sorted(tuners.values(), key=lambda t: (not t.is_own, t.name))
+
+
+def own_tuner(name: str) -> RegisteredTuner | None:
+    """Return petune's own tuner of that name. Reads one package's metadata, where `registered_tuners` reads all."""
+    try:
+        points = distribution(OWN).entry_points.select(group=GROUP, name=name)
+    except PackageNotFoundError:
+        return None
+    return next((RegisteredTuner(name, point, OWN, "", "") for point in points), None)
 
 
 def state_of(tuner: RegisteredTuner, registered: list[RegisteredTuner]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from petune.base.errors import ConfigError, PetuneError, PluginError, UnknownName, did_you_mean
-from petune.injector.entry_points import OWN, RegisteredTuner, registered_tuners, state_of, unmet_requirement
+from petune.injector.entry_points import OWN, RegisteredTuner, own_tuner, registered_tuners, state_of, unmet_requirement
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Tuner, TunerConfig
@@ -72,15 +72,17 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
         UnknownName: No tuner has that name.
         PluginError: Two packages claim the name, or the package cannot be loaded; it and the cause are named.
     """
+    own = own_tuner(name)
+    if own is not None:
+        return _import(own)
     registered = registered_tuners()
     candidates = [t for t in registered if t.name == name]
     if not candidates:
         raise UnknownName("method", name, {t.name for t in registered}, "`petune methods` lists them")
-    own = [t for t in candidates if t.is_own]
-    if len(candidates) > 1 and not own:
+    if len(candidates) > 1:
         owners = " and ".join(f"{t.distribution} ({t.point.value})" for t in candidates)
         raise PluginError(f"{owners} both register the method {name!r}. Remove one of the two packages")
-    return _import((own or candidates)[0])
+    return _import(candidates[0])
 
 
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:

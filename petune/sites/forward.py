@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -88,11 +89,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     A forward may store tensors on modules, or register hooks (transformers does, to collect hidden states). Autocast
     keeps no copies of weights inside: it would use them after the weights have changed.
     """
-    attributes = [_Attributes(module) for module in model.modules()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    modules = list(model.modules())
+    attributes = [_Attributes(module) for module in modules]
+    devices = {p.device.index for p in _parameters_of(modules) if p.device.type == "cuda"}
     cache_enabled = torch.is_autocast_cache_enabled()
     try:
-        for module in list(model.modules()):
+        for module in modules:
             module.training = False
         torch.set_autocast_cache_enabled(False)
         with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
@@ -103,19 +105,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             saved.restore()
 
 
+def _parameters_of(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Yield the parameters that the modules own, in order; `Module.parameters` walks the whole tree again."""
+    return (p for module in modules for p in module._parameters.values() if p is not None)
+
+
 class _Attributes:
-    """The attributes of a module, with the contents of its dicts, lists and sets: caches, hooks, buffers, children."""
+    """The attributes of a module, with the contents of its dicts, lists and sets: caches, hooks, buffers, children.
+
+    Most of these containers are empty, and this is done for every forward that petune runs: they are checked apart.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         own = module.__dict__
         containers = [own, *(value for value in own.values() if isinstance(value, dict | list | set))]
-        self._contents = [(container, _entries(container)) for container in containers]
+        self._empty = [container for container in containers if not container]
+        self._contents = [(container, _entries(container)) for container in containers if container]
 
     def restore(self) -> None:
         """Undo what has changed, in place: the handle of a hook refers to the dict that holds the hook."""
+        for container in self._empty:
+            if container:
+                container.clear()
         for container, entries in self._contents:
             now = _entries(container)
-            if len(now) != len(entries) or any(a is not b for a, b in zip(now, entries, strict=True)):
+            if len(now) != len(entries) or not all(map(operator.is_, now, entries)):
                 _refill(container, entries)
 
 
@@ -147,8 +161,9 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
     A model of several formats is left alone: it may need autocast to run at all.
     """
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    device = next((p.device.type for p in model.parameters()), "cpu")
+    modules = list(model.modules())
+    dtypes = {p.dtype for p in _parameters_of(modules) if p.is_floating_point()}
+    device = next((p.device.type for p in _parameters_of(modules)), "cpu")
     if len(dtypes) > 1 or device == "meta":
         yield
         return
@@ -156,7 +171,7 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
     def disable(module: nn.Module, args: Any) -> None:
         torch.set_autocast_enabled(device, False)  # until the model's own autocast is left
 
-    handles = [m.register_forward_pre_hook(disable) for m in model.modules() if m is not model]
+    handles = [m.register_forward_pre_hook(disable) for m in modules if m is not model]
     try:
         with torch.autocast(device, enabled=False):
             yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import sys
 from typing import Any
@@ -67,6 +68,6 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
 
 def _random_state(device: torch.device) -> tuple[object, ...]:
     numpy = sys.modules.get("numpy")
-    numpy_state = str(numpy.random.get_state()) if numpy is not None else ""
+    numpy_state = pickle.dumps(numpy.random.get_state()) if numpy is not None else b""
     cuda_state = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
     return torch.get_rng_state().numpy().tobytes(), cuda_state, random.getstate(), numpy_state
