@@ -22,7 +22,7 @@ def test_all_examples_are_found() -> None:
 
 
 CASES = [
-    pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem == "compare_methods" else [])
+    pytest.param(file, id=file.stem, marks=[pytest.mark.exhaustive] if file.stem == "compare_methods" else [])
     for file in EXAMPLES
 ]
 

@@ -16,6 +16,7 @@ from joined import joined
 from petune.injector.registry import build_tuner
 from petune.runner.compare_config import CompareConfig
 from petune.runner.comparison import Comparison, Row
+from tests.sampling import sampled
 
 NAMES = ("cifar-small", "few-shot", "paddle_study", "precision")
 TINY = """\
@@ -47,7 +48,7 @@ def test_all_suites_are_known() -> None:
     assert tuple(sorted(file.stem for file in suite.SUITES.glob("*.yaml"))) == NAMES
 
 
-@pytest.mark.parametrize("smoke", [False, True], ids=["whole", "smoke"])
+@pytest.mark.parametrize("smoke", sampled([False, True], bool), ids=["whole", "smoke"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_suite_starts_with_command_and_expectations_and_every_piece_can_be_built(name: str, smoke: bool) -> None:
     text = (suite.SUITES / f"{name}.yaml").read_text()

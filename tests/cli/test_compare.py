@@ -40,6 +40,7 @@ def test_one_table_and_finished_runs_are_skipped(petune: Run, tiny: Words, tmp_p
     assert result == json.loads((tmp_path / "runs" / "compare-vit_nano-digits" / "compare.json").read_text())
 
 
+@pytest.mark.exhaustive
 def test_a_method_that_fails_is_a_row_with_its_reason(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_method_that_fails_does_not_stop_the_others(
     assert (kept.parent / "compare.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_missing_seed_is_named(petune: Run, tiny: Words, tmp_path: Path) -> None:
     from petune.runner.report.tables import comparison_page
 
@@ -102,6 +104,7 @@ def test_before_training_the_configuration_can_be_corrected(petune: Run, tiny: W
     assert petune(*words, "--val-fraction", "0.2").code == 2  # now something has
 
 
+@pytest.mark.exhaustive
 def test_another_learning_rate_for_a_finished_run_is_refused_before_training(
     petune: Run, tiny: Words, tmp_path: Path
 ) -> None:
@@ -188,6 +191,7 @@ def test_no_method_and_a_method_given_twice_are_refused(petune: Run, tiny: Words
     assert "methods: linear is given twice" in twice.err
 
 
+@pytest.mark.exhaustive
 def test_a_method_can_have_its_own_learning_rate(petune: Run, tiny: Words, tmp_path: Path) -> None:
     words = ("compare", "linear", "full", *tiny, "--lr=0.02", "--set=lrs.full=0.001")
     assert petune(*words).code == 0

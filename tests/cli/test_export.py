@@ -183,6 +183,7 @@ def test_pickles_are_found(tmp_path: Path) -> None:
     assert pickles == [next(n for n in zipfile.ZipFile(tmp_path / "p.pt2").namelist() if "sample_inputs" in n)]
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_onnxruntime_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -19,6 +19,7 @@ import typer
 
 from petune.base import errors
 from petune.cli import main as program
+from tests.sampling import sampled
 
 Run = Callable[..., Any]
 
@@ -241,7 +242,7 @@ def test_sigterm_during_imports_exits_with_75(tmp_path: Path) -> None:
     assert "stopped by SIGTERM" in err
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("encoding", sampled(["latin-1", "ascii"], "ascii".__eq__))
 def test_characters_that_the_terminal_cannot_encode_are_replaced(encoding: str, tmp_path: Path) -> None:
     for name in ("кот", "dog"):
         (tmp_path / name).mkdir()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors import safe_open
@@ -52,6 +53,7 @@ def test_there_is_no_flag_for_the_method(petune: Run) -> None:
     assert petune("pretrain", "--method", "vpt").code == 2
 
 
+@pytest.mark.exhaustive
 def test_adapters_can_be_part_of_a_pretraining(petune: Run, tiny: Words, tmp_path: Path) -> None:
     both = "adaptformer:variant=paddle_study,bottleneck=2,train_backbone=true"
     where = ("--set=mean=[0.5, 0.5, 0.5]", "--set=std=[0.2, 0.2, 0.2]", "--output=a pre", "--image-size=16")

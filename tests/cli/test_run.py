@@ -105,6 +105,7 @@ def test_resume_of_nothing_is_refused(petune: Run, tiny: Words, tmp_path: Path) 
     assert petune("run", "--method=linear", *tiny, "--output=nowhere", "--resume", "--json").out == first.out
 
 
+@pytest.mark.exhaustive
 def test_seeds_give_mean_and_deviation(petune: Run, tiny: Words, plain: Callable[[str], str], tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--seeds", "0,1")
     assert done.code == 0, done.err

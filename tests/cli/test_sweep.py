@@ -113,6 +113,7 @@ def test_an_interrupted_sweep_ends_with_the_same_table(
     assert list(tmp_path.glob("*/*/result.json")) == []
 
 
+@pytest.mark.exhaustive
 def test_a_moved_sweep_is_resumed_in_its_new_directory(petune: Run, tiny: Words, tmp_path: Path) -> None:
     assert petune("sweep", "linear", "--search=train.lr=0.01,0.1", *tiny, "--output", "first").code == 0
     (tmp_path / "first").rename(tmp_path / "moved")
@@ -124,6 +125,7 @@ def test_a_moved_sweep_is_resumed_in_its_new_directory(petune: Run, tiny: Words,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_sampled_sweep_can_be_resumed_with_more_trials_and_a_wider_range(
     petune: Run, tiny: Words, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_sampled_sweep_can_be_resumed_with_more_trials_and_a_wider_range(
     assert (tmp_path / "there" / "config.yaml").read_text() == before
 
 
+@pytest.mark.exhaustive
 def test_a_failed_trial_is_a_row_and_is_not_repeated(petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     original, begun = sys.modules["petune.runner.sweep.fit"].train, []  # type: ignore[attr-defined]
 
@@ -172,6 +175,7 @@ def test_a_failed_trial_is_a_row_and_is_not_repeated(petune: Run, tiny: Words, m
     assert "failed: Diverged: loss is nan" in html
 
 
+@pytest.mark.exhaustive
 def test_a_trial_that_failed_because_of_data_is_repeated_on_resume(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -195,6 +199,7 @@ def test_a_trial_that_failed_because_of_data_is_repeated_on_resume(
     assert _table(tmp_path)["result"]["top1"] >= 0
 
 
+@pytest.mark.exhaustive
 def test_an_earlier_test_is_not_shown_for_a_new_best_trial(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_run_on_a_disk_that_fills_up(disk: Path, tmp_path: Path) -> None:
     tally("a full disk (tmpfs), at any point of a run", "one error; resumes bit-identically", tried, held)
 
 
+@pytest.mark.exhaustive
 def test_a_table_and_an_export_on_a_full_disk(disk: Path) -> None:
     shared = tiny_config(disk / "x").model_copy(update={"output": None})
     config = CompareConfig(methods=("linear",), run=shared, output=disk / "c")

@@ -161,6 +161,7 @@ def test_the_enum_is_complete() -> None:
     assert len(set(peft.PeftType)) == len(list(peft.PeftType)) == len(peft.PeftType)
 
 
+@pytest.mark.exhaustive
 def test_importing_petune_changes_nothing_in_peft() -> None:
     code = """
 import sys

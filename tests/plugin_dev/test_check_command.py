@@ -48,6 +48,7 @@ def test_one_line_per_property(capfd: pytest.CaptureFixture[str]) -> None:
     assert "BROKEN" not in "".join(lines)
 
 
+@pytest.mark.exhaustive
 def test_a_broken_method_is_reported(fake: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake"}, BROKEN)
     assert check("fake") == 1

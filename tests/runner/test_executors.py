@@ -36,6 +36,7 @@ def config(method: str, place: Path, **fields: Any) -> RunConfig:
     return RunConfig.build({**PLAIN, "method": method, "output": place, "resume": True, **fields})
 
 
+@pytest.mark.exhaustive
 def test_outcomes_are_in_order_and_include_failures(tmp_path: Path) -> None:
     bad = config("lora:r=4", tmp_path / "b", train={**PLAIN["train"], "lr": 1e4, "grad_clip": None, "optimizer": "sgd"})
     events: list[Any] = []

@@ -98,6 +98,7 @@ def test_the_command_line_takes_an_old_config(capsys: pytest.CaptureFixture[str]
     assert json.loads(done.out)["top1"] == pytest.approx(RunResult.read(V0 / "lora").top1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("no_training")
 def test_a_comparison_is_finished_again_without_training(v0: Path) -> None:
     before = Comparison.read(v0 / "compare")
@@ -109,6 +110,7 @@ def test_a_comparison_is_finished_again_without_training(v0: Path) -> None:
     assert not (v0 / "compare" / "compare.yaml").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.usefixtures("v0")
 def test_the_command_line_resumes_an_old_comparison(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +126,7 @@ def test_a_comparison_can_get_another_method(v0: Path) -> None:
     assert [row.status for row in rows] == ["done"] * 3
 
 
+@pytest.mark.exhaustive
 def test_runs_of_a_renamed_variant_are_found_again(v0: Path) -> None:
     """Of a method whose option has another name today, which is part of the name of the run directory."""
     old_name = "adaptformer_variant=seed_bottleneck=2-vit_nano-digits-seed0"

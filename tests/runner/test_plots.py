@@ -68,6 +68,7 @@ def test_names_cannot_become_formulas_or_markup() -> None:
     assert all("$x^2$ &lt;b&gt;" in chart.svg for chart in cost_charts("salt", _rows(("$x^2$ <b>", 100, 50.0))))
 
 
+@pytest.mark.exhaustive
 def test_many_methods_are_numbered_and_listed() -> None:
     rows = json.loads((RESULTS / "cifar-small" / "compare.json").read_text())["rows"]
     texts = _texts(accuracy_file(rows, "t").decode())

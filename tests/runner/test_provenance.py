@@ -75,6 +75,7 @@ print(memory.bytes() - base, size)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(platform.system() != "Linux", reason="resident peak is only resettable on Linux")
 def test_peak_memory_counts_only_later_allocations() -> None:
     # in a process of its own: memory freed by other tests' threads would hide the allocation

@@ -65,6 +65,7 @@ def test_a_changed_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "rates of 0.005 and 0.0001" in rows["adaptformer"].reason
 
 
+@pytest.mark.exhaustive
 def test_changed_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Defaults that changed with the method's package; a run or a comparison would mix the two."""
     run = {**RUN, "weights": "none"}

@@ -146,6 +146,7 @@ def hosts(browser: Any) -> set[str]:
     return {urlsplit(url).hostname or "" for url in sent if url.startswith(("http", "ws"))}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # selenium warns of much
 def test_the_page(url: str, both: SideBySide, image: Path, browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait

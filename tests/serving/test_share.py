@@ -24,6 +24,7 @@ from petune.serving.hub_pull import pull
 from petune.serving.hub_push import push
 from tests.fake_hub import TOKEN, Server, point_at, running
 from tests.program import call
+from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
 from tests.trained import changed
 
@@ -129,7 +130,7 @@ PUSH_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("where", "fault", "message"), PUSH_FAULTS)
+@pytest.mark.parametrize(("where", "fault", "message"), sampled(PUSH_FAULTS, lambda row: row[1] in {"403", "400"}))
 def test_push_reports_a_bad_hub(
     where: str, fault: str, message: str, hub: Server, adapter: Path, impatient: None
 ) -> None:
@@ -138,6 +139,7 @@ def test_push_reports_a_bad_hub(
         raise error_of("push", adapter)
 
 
+KEPT = {"other bytes", "stalls"}
 PULL_FAULTS = [
     ("/api/models/", "500", "failed for me/flowers"),
     ("/api/models/", "hangs", "no data for 2 s"),
@@ -149,7 +151,7 @@ PULL_FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("where", "fault", "message"), PULL_FAULTS)
+@pytest.mark.parametrize(("where", "fault", "message"), sampled(PULL_FAULTS, lambda row: row[1] in KEPT))
 def test_pull_reports_a_bad_hub(
     where: str, fault: str, message: str, hub: Server, adapter: Path, impatient: None
 ) -> None:

@@ -18,6 +18,7 @@ from petune.base.files import MANIFEST, write_manifest
 from petune.training import precision
 from petune.training.events import Event, Note, StepDone
 from petune.training.stop import StopFlag
+from tests.sampling import sampled
 
 Make = Callable[..., Any]
 METHODS: dict[str, dict[str, Any]] = {
@@ -95,7 +96,7 @@ def _resumed(method: str, make: Make, toy: Make, directory: Path, **train: Any) 
     [pytest.param({}, marks=pytest.mark.exhaustive), {"mixup": 0.8, "cutmix": 1.0}],
     ids=["plain", "mixed"],
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sampled(METHODS, {"adaptformer", "vpt"}.__contains__))
 def test_a_run_stopped_at_any_step_resumes_bit_for_bit(
     method: str, mixing: dict[str, float], tmp_path: Path, make_trainer: Make, toy: Make
 ) -> None:

@@ -48,6 +48,7 @@ def test_equal_to_the_formula(method: str, options: dict[str, object], layer_sca
             assert not torch.allclose(model(x), by_hand(model, x, method, att.tuned), atol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_parameter_counts_of_vit_base() -> None:
     model = timm.create_model("vit_base_patch16_224", num_classes=10)
     counts = petune.attach(model, "adaptformer", keep_original=False).counts
@@ -55,6 +56,7 @@ def test_parameter_counts_of_vit_base() -> None:
     assert (round(counts.percent_of_backbone, 3), round(counts.percent_of_total, 3)) == (1.395, 1.376)
 
 
+@pytest.mark.exhaustive
 def test_parameter_counts_of_the_paddle_study() -> None:
     pretrained = create_backbone("vit_paddle_study", weights="none", num_classes=100).model
     left_out = pretrained.pos_embed.numel() + pretrained.cls_token.numel()  # not in the size that the study prints

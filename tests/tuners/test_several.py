@@ -223,7 +223,9 @@ MIXES = [
 ]
 
 
-@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize(
+    "mix", [pytest.param(mix, marks=pytest.mark.exhaustive if len(mix) > 6 else ()) for mix in MIXES], ids=str
+)
 @torch.no_grad()
 def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None, ...]) -> None:
     bank = petune.AdapterBank(model())
@@ -297,6 +299,7 @@ def windowed(num_classes: int) -> nn.Module:
 
 
 @torch.no_grad()
+@pytest.mark.exhaustive
 def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
     """A layer inside the attention has a row for each window, so its task cannot share a forward."""
     bank = petune.AdapterBank(windowed(3))

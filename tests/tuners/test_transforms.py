@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
 
 CASES = [("adaptformer", {}), ("vpt", {"num_prompts": 3}), ("vpt", {"num_prompts": 3, "deep": False})]
@@ -42,7 +43,7 @@ def assert_same_gradients(
         torch.testing.assert_close(found[key], slope, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize(("method", "options"), sampled(CASES, lambda case: case[0] == "adaptformer"), ids=IDS)
 def test_compiled_without_a_graph_break(method: str, options: dict[str, object], images: Tensor) -> None:
     att = attached(method, options)
     expected, slopes = att.model(images), gradients(att, att.model, images)
