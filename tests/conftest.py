@@ -9,7 +9,8 @@ import setuptools  # noqa: F401
 
 SLOW = {
     "adapters/test_reference_logits.py", "adapters/test_migrations.py", "injector/test_loop_check.py",
-    "injector/test_attachment.py", "faults/test_calls.py", "cli/test_main.py", "test_public.py", "test_peers.py",
+    "injector/test_attachment.py", "injector/test_compiled.py", "faults/test_calls.py", "cli/test_main.py",
+    "test_public.py", "test_peers.py",
     "serving/test_golden.py", "tuners/test_contract.py", "base/test_config.py", "backbones/test_weights.py",
     "families/test_formulas.py", "tuners/test_formulas.py",
     "base/test_distributed.py", "cli/test_compare.py", "cli/test_eval.py", "cli/test_export.py", "cli/test_inspect.py",

@@ -13,6 +13,7 @@ from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
 from petune.injector.attachment import Attachment
+from petune.injector.compiled import forget_compiled_code
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.keys import label_of, named_parameters
@@ -42,7 +43,8 @@ def attach(
     """Attach a tuner to a model, in place.
 
     Args:
-        model: Any image classifier; not compiled yet.
+        model: Any image classifier; not a compiled one. If `torch.compile(model)` exists already, it compiles again
+            in its next call, as all compiled code of the process does.
         method: A registered name (options can be part of it: `vpt:deep=false`), a Tuner, or its config.
         sites: From `find_sites`; found now by default.
         name: Distinguishes attachments on one model. Defaults to the method's name.
@@ -83,6 +85,7 @@ def attach(
     except BaseException:
         log.undo()
         raise
+    forget_compiled_code()
     return attachment
 
 

@@ -19,6 +19,7 @@ from petune.base.config import expand_home
 from petune.base.errors import AttachError
 from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
+from petune.injector.compiled import forget_compiled_code
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
 from petune.injector.keys import label_of, named_parameters, renamed_key
@@ -320,8 +321,7 @@ class Attachment:
         """
         self._check_attached()
         self._exchange(False, self._exchangeable())
-        self.edit_log.undo()
-        self.attached = False
+        self._undo()
 
     def merge(self) -> None:
         """Fold the adapters into the backbone's weights and remove them; weights that trained in place stay.
@@ -342,8 +342,7 @@ class Attachment:
                     self.disable()
                 raise
         open_trainable_state(self.model, self.sites).make_original(self.edit_log.name, in_place)
-        self.edit_log.undo()
-        self.attached = False
+        self._undo()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         raise AttachError(
@@ -358,6 +357,11 @@ class Attachment:
 
     def _file_key(self, key: str) -> str:
         return renamed_key(key, f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}")
+
+    def _undo(self) -> None:
+        self.edit_log.undo()
+        self.attached = False
+        forget_compiled_code()
 
     def _set_enabled(self, on: bool) -> None:
         in_place = self._exchangeable()
