@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         BackboneMismatch as BackboneMismatch,
         CheckpointError as CheckpointError,
         ConfigError as ConfigError,
+        ContractViolation as ContractViolation,
         DataError as DataError,
         DeadSite as DeadSite,
         Diverged as Diverged,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from petune.injector.peft_type import register_with_peft as register_with_peft
     from petune.injector.registry import TunerRecord as TunerRecord, list_tuners as list_tuners
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
-    from petune.plugin_dev.contract import ContractViolation as ContractViolation, check_tuner as check_tuner
+    from petune.plugin_dev.contract import check_tuner as check_tuner
     from petune.runner.compare import compare as compare
     from petune.runner.compare_config import CompareConfig as CompareConfig
     from petune.runner.comparison import Comparison as Comparison
@@ -68,9 +69,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "backbones.names": "list_backbones",
-    "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError DataError DeadSite "
-    "Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError ProcessLost SiteNotFound Stopped "
-    "UnknownName UsageError WeightsUnavailable",
+    "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError ContractViolation "
+    "DataError DeadSite Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError "
+    "ProcessLost SiteNotFound Stopped UnknownName UsageError WeightsUnavailable",
     "data.load": "list_datasets",
     "injector.attach": "attach",
     "injector.attachment": "Attachment",
@@ -80,7 +81,7 @@ _PUBLIC = {
     "injector.peft_type": "register_with_peft",
     "injector.registry": "TunerRecord list_tuners",
     "injector.tuner": "Recipe Tuner TunerConfig",
-    "plugin_dev.contract": "ContractViolation check_tuner",
+    "plugin_dev.contract": "check_tuner",
     "runner.compare": "compare",
     "runner.compare_config": "CompareConfig",
     "runner.comparison": "Comparison",

@@ -49,6 +49,14 @@ def test_type_checkers_see_the_same_names() -> None:
         assert getattr(importlib.import_module(str(module)), str(name)) is getattr(petune, str(name))
 
 
+def test_no_error_is_defined_elsewhere() -> None:
+    """A public class that is an exception is a PetuneError; private ones never reach users."""
+    defined = re.compile(r"^class ([A-Z]\w*)\(.*(?:Error|Exception|Warning)\)", re.MULTILINE)
+    files = [file for file in ROOT.rglob("*.py") if file != ROOT / "base" / "errors.py"]
+    assert [name for file in files for name in defined.findall(file.read_text(encoding="utf-8"))] == []
+    assert issubclass(petune.ContractViolation, AssertionError)
+
+
 def test_every_error_is_public_and_in_the_tree() -> None:
     tree = (petune.base.errors.__doc__ or "").splitlines()
     drawn = {match[2]: match.start(2) for line in tree if (match := re.match(r"((?:[│├└─ ]{4})*)([A-Z]\w+)  ", line))}

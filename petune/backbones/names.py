@@ -82,8 +82,9 @@ def _resolve_timm(name: str) -> Alias:
             "backbone",
             name,
             known,
-            "petune.list_backbones('vit*') lists them",
-            cli_hint="So does: petune backbones 'vit*'",
+            "petune.list_backbones('vit*') lists timm's; a new one may need pip install -U timm. Models of other "
+            "packages are torchvision:NAME, hf:NAME or package.module:factory, once the package is installed",
+            cli_hint="To list names: petune backbones 'vit*'",
         )
     config = timm.get_pretrained_cfg(name, allow_unregistered=False)
     tag = f".{config.tag}" if config is not None and config.tag and "." not in name else ""

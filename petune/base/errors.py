@@ -19,6 +19,7 @@ PetuneError                  exit code 1
 ├── ExportError              1   the target format cannot represent the model, or its output differs
 ├── Diverged                 1   loss or gradient became NaN or infinite
 ├── ProcessLost              1   one process of a distributed run is gone
+├── ContractViolation        1   a tuner breaks the contract that `check_tuner` checks
 └── Stopped                  75  stopped by a signal; rerun to resume
 """
 
@@ -107,7 +108,7 @@ class UnknownName(UsageError):
         shown = name if re.fullmatch(r"[\w.:/+-]+", name) else repr(name)
         sentence = f"no such {kind}: {shown}{did_you_mean(name, names)}"
         if hint:
-            sentence += f"{'' if sentence.endswith('?') else '.'} {hint}"
+            sentence += f"{'' if sentence.endswith(('?', '…')) else '.'} {hint}"
         super().__init__(sentence, cli_hint=cli_hint)
         self.kind = kind
         self.name = name
@@ -131,7 +132,7 @@ class PluginError(PetuneError):
 
 
 class AttachError(PetuneError):
-    """A tuner cannot be attached to this model; the model is unchanged."""
+    """A tuner cannot be attached to this model, which is unchanged; or its adapter does not fit a later call of it."""
 
 
 class SiteNotFound(AttachError):
@@ -199,6 +200,10 @@ class Diverged(PetuneError):
 
 class ProcessLost(PetuneError):
     """One process of a distributed run is gone."""
+
+
+class ContractViolation(PetuneError, AssertionError):
+    """A property of the tuner contract does not hold; the message names it. Test runners show it as a failure."""
 
 
 class Stopped(PetuneError):

@@ -15,7 +15,7 @@ DATASETS = {
     "folder:PATH": "your images: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/",
 }
 """Name to a line of description."""
-FOLDER_HINT = "For a folder of images use folder:PATH"
+FOLDER_HINT = "For a folder of images use folder:PATH; save any other dataset as such a folder"
 
 
 def list_datasets() -> list[str]:

@@ -19,6 +19,11 @@ from petune.injector.entry_points import OWN, RegisteredTuner, own_tuner, regist
 if TYPE_CHECKING:
     from petune.injector.tuner import Tuner, TunerConfig
 
+PLUGIN_HINT = (
+    "`petune methods` lists the installed ones; for a plugin's method install its package first, such as "
+    "pip install petune-NAME"
+)
+
 
 @dataclass(frozen=True)
 class TunerRecord:
@@ -78,7 +83,7 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
     registered = registered_tuners()
     candidates = [t for t in registered if t.name == name]
     if not candidates:
-        raise UnknownName("method", name, {t.name for t in registered}, "`petune methods` lists them")
+        raise UnknownName("method", name, {t.name for t in registered}, PLUGIN_HINT)
     if len(candidates) > 1:
         owners = " and ".join(f"{t.distribution} ({t.point.value})" for t in candidates)
         raise PluginError(f"{owners} both register the method {name!r}. Remove one of the two packages")

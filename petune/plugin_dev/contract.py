@@ -10,15 +10,12 @@ import torch
 from torch import nn
 
 from petune.base.arguments import check_arguments
+from petune.base.errors import ContractViolation
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Tuner
 from petune.plugin_dev.properties import PROPERTIES
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.plugin_dev.trial import Trial
-
-
-class ContractViolation(AssertionError):
-    """A property of the contract does not hold; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from petune.base import errors
 from petune.base.errors import ConfigError, MissingExtra, PetuneError, Problem, UnknownName, did_you_mean
 
 EXIT_CODES = {
-    "PetuneError": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3,
+    "PetuneError": 1, "ContractViolation": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3,
     "PluginError": 3,
     "AttachError": 1, "SiteNotFound": 1, "DeadSite": 1, "AlreadyCompiled": 1, "NotMergeable": 1,
     "WeightsUnavailable": 4, "HubError": 4, "ProcessLost": 1, "DataError": 4, "CheckpointError": 4,

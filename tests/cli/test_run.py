@@ -137,6 +137,19 @@ def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: 
 
 
 @pytest.mark.parametrize(
+    ("flag", "advice"),
+    [
+        ("--method", "pip install petune-NAME"),
+        ("--backbone", "once the package is installed"),
+        ("--dataset", "folder:PATH"),
+    ],
+)
+def test_an_unknown_name_says_what_may_have_to_be_installed(flag: str, advice: str, petune: Run, tiny: Words) -> None:
+    for name in ("nothing_like_it", "vit_bsae"):
+        assert advice in petune("run", *tiny, flag, name).err
+
+
+@pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (
@@ -220,7 +233,7 @@ def test_from_continues_a_finished_run(petune: Run, tiny: Words, tmp_path: Path)
     shown = petune("run", "--from", "first", "--epochs", 2, "--dry-run")
     assert (shown.code, list(tmp_path.glob("runs/*"))) == (0, [])
     assert yaml.safe_load(shown.out)["method"] == "lora:r=2"
-    assert "continues from first/adapter (digits, 1 epochs)" in shown.err.replace(str(tmp_path) + "/", "")
+    assert "continues from first/adapter (digits, 1 epoch)" in shown.err.replace(str(tmp_path) + "/", "")
     done = petune("run", "--from", "first", "--epochs", 2, "--device=cpu", "--output", "second")
     assert done.code == 0, done.err
     assert "with its classifier" in done.err

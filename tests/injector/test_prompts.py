@@ -136,7 +136,7 @@ def test_checkpointing_with_two_forwards_before_a_backward(method: str) -> None:
 
 def test_prompts_that_get_lost_are_an_error() -> None:
     model: Any = prompted(tiny(), METHODS[1])
-    with pytest.raises(RuntimeError, match="vpt:deep=true"):
+    with pytest.raises(petune.AttachError, match="vpt:deep=true"):
         model.blocks[1](torch.zeros(1, 17, 24))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.plugin_dev.contract import ContractViolation
+from petune.base.errors import ContractViolation
 from petune.plugin_dev.properties import PROPERTIES
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.sites.site import Layout
 
@@ -53,7 +54,7 @@ class Parallel(Holder):
         if output is None or not self.enabled:
             return None
         if x is None:
-            raise RuntimeError(
+            raise AttachError(
                 f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
                 "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
             )
@@ -92,7 +93,7 @@ class Gather(Holder):
         if output is None or not self.enabled:
             return None
         if len(inputs) != len(self.enter_layouts):
-            raise RuntimeError(
+            raise AttachError(
                 f"an adapter reads {plural(len(self.enter_layouts), 'site')} in one forward, but entered {len(inputs)} "
                 f"before {type(module).__name__} was left. Each must be called once, in one segment of checkpointing"
             )
@@ -143,7 +144,7 @@ def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:
     for value in (*args[:1], *kwargs.values()):
         if isinstance(value, Tensor):
             return value
-    raise RuntimeError("an edited module was called without a tensor as its first argument. Edit another site")
+    raise AttachError("an edited module was called without a tensor as its first argument. Edit another site")
 
 
 def with_first_tensor(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:
@@ -158,7 +159,7 @@ def with_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(output)
     if type(output) is tuple and output and isinstance(output[0], Tensor):
         return (change(output[0]), *output[1:])
-    raise RuntimeError(
+    raise AttachError(
         f"an edited module returned a {type(output).__name__}. Edit one that returns a tensor, or a tuple that starts "
         "with one"
     )
@@ -174,7 +175,7 @@ def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     shape = x.movedim(1, -1).shape if layout == "BCHW" else x.shape
     if y.shape != shape:
         if y.ndim < 3 or y.shape[0] != shape[0] or y.shape[-1] != shape[-1]:
-            raise RuntimeError(
+            raise AttachError(
                 f"an adapter returned shape {tuple(y.shape)}, but its site has the (..., D) shape {tuple(shape)}. "
                 "Let the adapter keep batch and width"
             )

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from petune.base.errors import AttachError
 from petune.injector.hooks.base import Args, Holder, Kwargs, first_tensor, with_first_tensor, with_tensor
 from petune.injector.hooks.position_bias import Padding, pad_argument
 from petune.injector.hooks.prompt_slot import PromptSlot
@@ -89,7 +90,7 @@ class Prompts(Holder):
         if kept is None and self.carried is not None and self.carried[0] == index - 1:
             kept = self.carried[1]
         if kept is None:
-            raise RuntimeError(
+            raise AttachError(
                 "prompts that pass through several blocks were lost between two of them: a block was entered out of "
                 "order, or is recomputed from a copy of its input. Use prompts in each block (vpt:deep=true), or "
                 "gradient checkpointing with use_reentrant=False"
@@ -99,7 +100,7 @@ class Prompts(Holder):
     def with_prompts(self, x_BND: Tensor, prompts: Tensor) -> Tensor:
         """Return (B, N + P, D)."""
         if prompts.shape[-2] != self.num_prompts:
-            raise RuntimeError(
+            raise AttachError(
                 f"the prompt adapter returned {prompts.shape[-2]} tokens, but its num_prompts is {self.num_prompts}. "
                 "Both must be the same"
             )

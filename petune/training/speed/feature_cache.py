@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from petune.base.errors import ConfigError
+from petune.base.errors import AttachError, ConfigError
 from petune.data.dataset import Split
 from petune.training.dry_run import dry_run
 from petune.training.evaluate import eval_mode
@@ -179,7 +179,7 @@ def _computes_the_same(context: StepContext, prefix: FrozenPrefix) -> bool:
             values = prefix.compute(x)
             parameters = {**attachment.tuned, **attachment.head}
             return same_step(lambda: context.model(x), lambda: prefix.forward(values), parameters)
-        except (RuntimeError, ValueError):  # a model's own code may not cope with blank images
+        except (RuntimeError, ValueError, AttachError):  # a model's own code may not cope with blank images
             return False
 
 
