@@ -27,6 +27,10 @@ def test_vpt_variants(options: dict[str, object]) -> None:
     petune.check_tuner("vpt", **options)
 
 
+def test_fact_in_tuckers_form() -> None:
+    petune.check_tuner("fact", form="tk")
+
+
 @pytest.mark.parametrize("options", [{"variant": "paddle_study"}, {"input": "norm"}, {"scale": "learnable"}])
 def test_adaptformer_variants(options: dict[str, object]) -> None:
     petune.check_tuner("adaptformer", **options)

@@ -110,10 +110,29 @@ def test_repadapter() -> None:
 
 def test_fact() -> None:
     att = attached("fact", rank=3, scale=0.5)
+    assert_fact(att, lambda adapter: adapter.core)
+    assert att.counts.tuned == 2 * D * 3 + 2 * (3 + 1 + 4 + 4) * 3**2
+
+
+def test_fact_in_tuckers_form() -> None:
+    att = attached("fact", form="tk", rank=3, scale=0.5)
+    c = next(p for key, p in att.tuned.items() if key.endswith("shared_core"))
+
+    def cores(adapter: nn.Module) -> Tensor:
+        """The sum over t of P_it C_t for each D×D matrix i."""
+        return sum(adapter.p[..., t, None, None] * c[t] for t in range(3))
+
+    assert_fact(att, cores)
+    assert att.counts.tuned == 2 * D * 3 + 3**3 + 2 * (3 + 1 + 4 + 4) * 3
+
+
+def assert_fact(att: petune.Attachment, cores: Callable[[nn.Module], Tensor]) -> None:
+    """Check that the layers have the weights W + s · U Σ Vᵀ, with s = 0.5 and Σ from `cores`."""
     u, v = (next(p for k, p in att.tuned.items() if k.endswith(f"adapter.{name}")) for name in "uv")
 
-    def changed(linear: nn.Linear, core: Tensor) -> nn.Linear:
+    def changed(linear: nn.Linear, adapter: nn.Module) -> nn.Linear:
         """W + s · U Σ Vᵀ, chunk by chunk."""
+        core = cores(adapter)
         out = nn.Linear(linear.in_features, linear.out_features)
         rows = [torch.cat([v @ core[i, o].T @ u.T for i in range(core.shape[0])], 1) for o in range(core.shape[1])]
         out.weight.data = linear.weight + 0.5 * torch.cat(rows)
@@ -121,20 +140,18 @@ def test_fact() -> None:
         return out
 
     def attn(b: nn.Module, x: Tensor) -> Tensor:
-        cores = b.attn.petune_fact_qkv.adapter.core, b.attn.petune_fact_proj.adapter.core
-        old = b.attn.qkv, b.attn.proj
         fake = type("A", (), {"num_heads": b.attn.num_heads, "head_dim": b.attn.head_dim})()
-        fake.qkv, fake.proj = (changed(layer, core) for layer, core in zip(old, cores, strict=True))
+        fake.qkv = changed(b.attn.qkv, b.attn.petune_fact_qkv.adapter)
+        fake.proj = changed(b.attn.proj, b.attn.petune_fact_proj.adapter)
         return attention(fake, x)
 
     def mlp(b: nn.Module, x: Tensor) -> Tensor:
         fake = type("M", (), {})()
-        fake.fc1 = changed(b.mlp.fc1, b.mlp.petune_fact_fc1.adapter.core)
-        fake.fc2 = changed(b.mlp.fc2, b.mlp.petune_fact_fc2.adapter.core)
+        fake.fc1 = changed(b.mlp.fc1, b.mlp.petune_fact_fc1.adapter)
+        fake.fc2 = changed(b.mlp.fc2, b.mlp.petune_fact_fc2.adapter)
         return plain_mlp(fake, x)
 
     assert_same(att, forward(att.model, attn, mlp))
-    assert att.counts.tuned == 2 * D * 3 + 2 * (3 + 1 + 4 + 4) * 3**2
 
 
 def test_lst() -> None:
@@ -254,6 +271,7 @@ COUNTS = {  # by the papers' formulas
     "convpass": 327_552,
     "dora": 1_179_648 + 12 * 9 * 768,
     "fact": 61_440,
+    "fact:form=tk": 30_976,
     "houlsby": 2_379_264,
     "lora": 1_179_648,
     "norm": 38_400,
@@ -275,7 +293,7 @@ def test_parameter_counts_of_vit_base(method: str) -> None:
 
 
 @pytest.mark.parametrize("library", sorted(tiny_models()))
-@pytest.mark.parametrize("method", ["bitfit", "fact", "norm", "partial", "repadapter", "ssf"])
+@pytest.mark.parametrize("method", ["bitfit", "fact", "fact:form=tk", "norm", "partial", "repadapter", "ssf"])
 def test_merged_models_compute_the_same(library: str, method: str) -> None:
     base = tiny_models()[library]()
     torch.manual_seed(0)
