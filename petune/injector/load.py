@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.format import CONFIG_FILE, SavedAdapter, geometry, geometry_differences, read_adapter
+from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, geometry, geometry_differences, read_adapter
 from petune.adapters.reference_logits import max_abs_diff
+from petune.adapters.trained_on import describe_weights
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, CheckpointError, PetuneError, PluginError
@@ -39,7 +40,7 @@ def load(
 
     Args:
         model: The backbone that the adapter was trained on, with a classifier of as many classes.
-        path: The adapter directory.
+        path: The adapter directory, or the run directory that it is in.
         name: The attachment's name. Defaults to the method's.
         tuner: The method, if it is not registered; its options must be those of the file.
         sites: The model's sites; found by default, for images of the size in the file.
@@ -52,7 +53,7 @@ def load(
     """
     kinds = {"name": (name, str | None), "tuner": (tuner, Tuner | None), "sites": (sites, Sites | None)}
     check_arguments("petune.load", model=(model, nn.Module), path=(path, PathText), **kinds)
-    return attach_saved(model, read_adapter(expand_home(path)), name=name, tuner=tuner, sites=sites)
+    return attach_saved(model, read_adapter(adapter_path(expand_home(path))), name=name, tuner=tuner, sites=sites)
 
 
 def attach_saved(
@@ -128,13 +129,12 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""
         raise BackboneMismatch(
-            f"{saved.path} belongs to a backbone of the same shape with other weights: {_weights(saved)}. Load those "
-            f"weights first{hint}"
+            f"{saved.path} belongs to a backbone of the same shape with other weights: {describe_weights(saved)}{hint}"
         )
     if head_fingerprint not in {None, attachment.tensors.head_fingerprint(wrapper)}:
         raise BackboneMismatch(
-            f"{saved.path} was trained with another classifier that did not train (train_head=False). Load the model "
-            f"with that classifier first: {_weights(saved)}"
+            f"{saved.path} was trained with another classifier that did not train (train_head=False), of other "
+            f"weights: {describe_weights(saved)}"
         )
 
 
@@ -266,12 +266,6 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
     in_norm = {id(p) for module in norm.modules for p in module.parameters()}
     in_place = attachment.tensors.in_place()
     return {key for key, t in in_place.items() if id(t) in in_norm and key not in saved.tensors}
-
-
-def _weights(saved: SavedAdapter) -> str:
-    """Return the name of the weights that the backbone had, as far as it is known."""
-    backbone = saved.config["metadata"].get("backbone")
-    return str(backbone.get("weights", "not recorded")) if isinstance(backbone, Mapping) else "not recorded"
 
 
 def _other_version(attachment: Attachment, saved: SavedAdapter) -> str:

@@ -57,6 +57,14 @@ def test_what_is_saved_is_what_trains_and_small(tmp_path: Path) -> None:
     assert config["geometry"]["depth"] == 2
 
 
+def test_a_run_directory_is_loaded_from_the_adapter_in_it(tmp_path: Path) -> None:
+    att = trained()
+    att.save(tmp_path / "run" / "adapter")
+    fresh = tiny()
+    petune.load(fresh, tmp_path / "run")
+    assert torch.equal(fresh(X), att.model(X))
+
+
 def test_buffers_of_the_head_are_saved(tmp_path: Path) -> None:
     def model() -> nn.Module:
         built = tiny()
