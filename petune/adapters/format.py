@@ -120,6 +120,15 @@ def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
     return [key for key in current if saved.get(key) != current[key] and not (key == "model" and is_unnamed)]
 
 
+def chosen_sites(sites: Sites) -> dict[str, Any]:
+    """Return which sites the user has chosen, for the configuration: indices of blocks, and the path of the head.
+
+    None stands for what `find_sites` finds.
+    """
+    is_reduced = len(sites.blocks) < len(sites.all_blocks)
+    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": sites.chosen_head}
+
+
 def geometry(sites: Sites) -> dict[str, Any]:
     """Return the shape of a backbone, for the configuration; the first thing that is compared when loading."""
     return {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.adapters.card import model_card
-from petune.adapters.format import geometry, write_adapter
+from petune.adapters.format import chosen_sites, geometry, write_adapter
 from petune.adapters.migrations import FORMAT
 from petune.adapters.reference_logits import reference_logits
 from petune.base.arguments import PathText, check_arguments
@@ -220,6 +220,7 @@ class Attachment:
             "config": self.tuner.config.plain(),
             "train_head": bool(self.head),
             "geometry": geometry(self.sites),
+            "chosen_sites": chosen_sites(self.sites),
             "fingerprint": self.fingerprint(),
             "head_fingerprint": self.tensors.head_fingerprint(),
         }

@@ -142,8 +142,15 @@ class Edit:
         return self._prompts.span()
 
     def backbone(self) -> list[nn.Module]:
-        """Return the backbone's own modules: without the classifier and without what attachments have added."""
+        """Return the backbone's own modules.
+
+        They are without the classifier, what attachments have added, and blocks that the user left out of the sites.
+        """
         return self._layers.backbone()
+
+    def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return those of `parameters` that a forward uses: their module is called, or another one reads them."""
+        return self._layers.used(parameters)
 
     def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
         """Return those of `modules` that a forward calls now."""

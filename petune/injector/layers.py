@@ -11,7 +11,7 @@ from petune.base.errors import SiteNotFound
 from petune.injector.qkv import qkv_called
 from petune.injector.trainable import added_to
 from petune.sites.layouts import is_pointwise
-from petune.sites.recorder import record_calls
+from petune.sites.recorder import parameters_used, record_calls
 from petune.sites.site import Site, Sites
 from petune.sites.trace import Call
 
@@ -61,14 +61,21 @@ class LayerFinder:
         candidates = list(modules)
         return set(record_calls(self.model, self.sites.input_size, candidates)) if candidates else set()
 
+    def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """See `Edit.used`."""
+        read = parameters_used(self.model, self.sites.input_size)
+        return [p for p in parameters if id(p) in read]
+
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""
         classifier = self.sites.parts.get("head")
         head = {id(m) for h in classifier.modules for m in h.modules()} if classifier else set()
 
+        left_out = self.sites.left_out_modules()
+
         def is_own(module: nn.Module) -> bool:
             added = any(id(p) in self.others for p in module.parameters(recurse=False))
-            return id(module) not in head and not added
+            return id(module) not in head and module not in left_out and not added
 
         return [m for m in self.model.modules() if is_own(m)]
 

@@ -75,7 +75,7 @@ def attach_saved(
         tuner,
         name=name or config["tuner"],
         train_head=config["train_head"],
-        sites=sites or _sites_as_saved(model, config["geometry"]),
+        sites=_sites_for(model, saved, sites),
     )
     try:
         check_fits(attachment, saved)
@@ -208,12 +208,26 @@ def _check_options(tuner: Tuner[Any], saved: SavedAdapter) -> None:
         )
 
 
-def _sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None) -> Sites | None:
+def _sites_for(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Sites | None:
+    """Return the sites that an adapter was saved with; None if `attach` should find them and say what is wrong."""
+    chosen = saved.config.get("chosen_sites") or {}
+    state = trainable_state_of(model)
+    if sites is None and state is None:
+        return _sites_as_saved(model, saved.config["geometry"], chosen)
+    known = sites or (state.sites if state is not None else None)
+    # sites that the caller has chosen stay, unless the file says which ones
+    if known is None or (sites is not None and chosen.get("blocks") is None):
+        return known
+    return known.with_blocks(chosen.get("blocks"))
+
+
+def _sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> Sites | None:
     """Return the model's sites for images of the size in the file; None if its geometry is another one."""
-    if saved is None or trainable_state_of(model) is not None:
+    if saved is None:
         return None
     with contextlib.suppress(PetuneError, KeyError, TypeError):  # attaching without the file's size says what is wrong
-        sites = find_sites(model, tuple(saved["input"]))
+        found = find_sites(model, tuple(saved["input"]), head=chosen.get("head"))
+        sites = found.with_blocks(chosen.get("blocks"))
         return sites if not geometry_differences(saved, geometry(sites)) else None
     return None
 

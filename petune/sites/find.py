@@ -94,6 +94,7 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
+        chosen_head=head_path,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -143,6 +143,8 @@ class Sites:
         embed_dim: Width of the tokens in the last block, 0 without blocks.
         grid_size: Patches as (rows, columns) at the first block's input; None if unknown.
         beside_head: Paths of further layers that pooled features go through; they count as backbone.
+        chosen_head: The path that `find_sites` was given as `head`; None if it found the classifier itself.
+        all_blocks: The model's blocks, also those that were left out by `dataclasses.replace(sites, blocks=…)`.
     """
 
     model: str
@@ -153,6 +155,23 @@ class Sites:
     embed_dim: int
     grid_size: tuple[int, int] | None
     beside_head: tuple[str, ...] = ()
+    chosen_head: str | None = None
+    all_blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.all_blocks:
+            object.__setattr__(self, "all_blocks", self.blocks)
+
+    def with_blocks(self, indices: Sequence[int] | None) -> Sites:
+        """Return these sites with the blocks of these indices only; None stands for all."""
+        chosen = tuple(b for b in self.all_blocks if indices is None or b.index in indices)
+        return replace(self, blocks=chosen)
+
+    def left_out_modules(self) -> set[nn.Module]:
+        """Return the modules of the blocks that were left out."""
+        chosen = {id(block.enter) for block in self.blocks}
+        left_out = [block for block in self.all_blocks if id(block.enter) not in chosen]
+        return _modules_of(left_out) - _modules_of(self.blocks)
 
     @property
     def patch_embed(self) -> Site:
@@ -215,6 +234,11 @@ class Sites:
             rows.append((f"block {block.index}", block))
             rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
         return [*rows, ("norm", self.parts.get("norm")), ("head", self.parts.get("head"))]
+
+
+def _modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
+    sites = [site for block in blocks for site in (block, *block.parts.values())]
+    return {m for site in sites for bound in site.modules for m in bound.modules()}
 
 
 def require_site(site: object, verb: str) -> Site:

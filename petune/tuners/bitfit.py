@@ -29,8 +29,8 @@ class BitFit(petune.Tuner[BitFitConfig]):
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Unfreeze every bias vector."""
-        edit.train(bias for module in edit.backbone() for bias in biases_of(module))
+        """Unfreeze every bias vector that the forward uses."""
+        edit.train(edit.used(bias for module in edit.backbone() for bias in biases_of(module)))
 
 
 def biases_of(module: nn.Module) -> list[nn.Parameter]:

@@ -28,8 +28,8 @@ class Norm(petune.Tuner[NormConfig]):
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Unfreeze the parameters of every normalization."""
-        edit.train(p for module in edit.backbone() if is_norm(module) for p in module.parameters())
+        """Unfreeze the parameters of every normalization that the forward uses."""
+        edit.train(edit.used(p for module in edit.backbone() if is_norm(module) for p in module.parameters()))
 
 
 def is_norm(module: nn.Module) -> bool:
