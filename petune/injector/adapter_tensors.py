@@ -101,12 +101,15 @@ class AdapterTensors:
             return False
         return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.name)
 
-    def fingerprint(self, wrapper: str | None = None, also_frozen: Collection[str] = ()) -> str:
+    def fingerprint(
+        self, wrapper: str | None = None, also_frozen: Collection[str] = (), left_out: Collection[str] = ()
+    ) -> str:
         """Return the SHA-256 of the frozen backbone.
 
         Args:
             wrapper: Compute that of an adapter which was trained in this wrapper; see `petune.adapters.unwrapped`.
             also_frozen: Keys that train now, and were frozen when the adapter was saved.
+            left_out: Keys that are frozen now, and trained when the adapter was saved.
 
         Raises:
             AttachError: A later attachment trains some of it in place, and did not keep the values from before.
@@ -116,7 +119,9 @@ class AdapterTensors:
         is_trained = bool(self.head)
         own = {key: t for key, t in self.live().items() if key not in also_frozen}
         frozen = frozen_backbone(self._model, self._sites, self._log.name, own, train_head=is_trained)
-        return fingerprint(self._model, {wrapped_key(key, wrapper): t for key, t in frozen.items()})
+        return fingerprint(
+            self._model, {wrapped_key(key, wrapper): t for key, t in frozen.items() if key not in left_out}
+        )
 
     def keep_fingerprint(self) -> None:
         """Compute the fingerprint now, before the frozen tensors are sharded and cannot be read by one process."""

@@ -144,12 +144,12 @@ class Edit:
     def backbone(self) -> list[nn.Module]:
         """Return the backbone's own modules.
 
-        They are without the classifier, what attachments have added, and blocks that the user left out of the sites.
+        Left out are the classifier, what attachments have added, and blocks that the user left out of the sites.
         """
         return self._layers.backbone()
 
     def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Return those of `parameters` that a forward uses: their module is called, or another one reads them."""
+        """Return those of `parameters` that the model's output depends on."""
         return self._layers.used(parameters)
 
     def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:

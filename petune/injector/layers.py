@@ -11,9 +11,10 @@ from petune.base.errors import SiteNotFound
 from petune.injector.qkv import qkv_called
 from petune.injector.trainable import added_to
 from petune.sites.layouts import is_pointwise
-from petune.sites.recorder import parameters_used, record_calls
+from petune.sites.recorder import record_calls
 from petune.sites.site import Site, Sites
 from petune.sites.trace import Call
+from petune.sites.used_parameters import used_parameters
 
 
 class LayerFinder:
@@ -63,8 +64,7 @@ class LayerFinder:
 
     def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """See `Edit.used`."""
-        read = parameters_used(self.model, self.sites.input_size)
-        return [p for p in parameters if id(p) in read]
+        return used_parameters(self.model, self.sites.input_size, parameters)
 
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""

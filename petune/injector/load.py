@@ -20,6 +20,7 @@ from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, CheckpointError, PetuneError, PluginError
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
+from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
@@ -120,11 +121,13 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
     """
     _check_geometry(attachment, saved)
     was_frozen = _frozen_when_saved(attachment, saved)
+    unused = _unused_in_file(attachment, saved)
     not_in_file = was_frozen if with_head else was_frozen | _head_keys(attachment)
-    _check_tensors(attachment, saved, not_in_file)
+    needed = {key: t for key, t in saved.tensors.items() if key not in unused}
+    _check_tensors(attachment, replace(saved, tensors=needed), not_in_file)
     fingerprint, head_fingerprint = saved.config["fingerprint"], saved.config.get("head_fingerprint")
     wrapper = saved.config.get("wrapper")
-    if fingerprint is not None and attachment.tensors.fingerprint(wrapper, was_frozen) != fingerprint:
+    if fingerprint is not None and attachment.tensors.fingerprint(wrapper, was_frozen, unused) != fingerprint:
         state = trainable_state_of(attachment.model)
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""
@@ -280,6 +283,16 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
     in_norm = {id(p) for module in norm.modules for p in module.parameters()}
     in_place = attachment.tensors.in_place()
     return {key for key, t in in_place.items() if id(t) in in_norm and key not in saved.tensors}
+
+
+def _unused_in_file(attachment: Attachment, saved: SavedAdapter) -> set[str]:
+    """Return the file's keys of parameters that do not train and have the same values in the model.
+
+    A development version unfroze, and saved, biases and norms that the output does not depend on.
+    """
+    state, named = attachment.file_state(), named_parameters(attachment.model)
+    frozen = {key: t for key, t in saved.tensors.items() if key in named and key not in state}
+    return {key for key, t in frozen.items() if torch.equal(t, named[key].detach().to("cpu", t.dtype))}
 
 
 def _other_version(attachment: Attachment, saved: SavedAdapter) -> str:

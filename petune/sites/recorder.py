@@ -77,32 +77,6 @@ def record_calls(
     return {call.module: call for call in reversed(calls.trace.calls)}
 
 
-def parameters_used(model: nn.Module, input_size: tuple[int, int, int]) -> set[int]:
-    """Return the identities of the parameters that a forward of one black image uses, in eval mode.
-
-    Those are the parameters of layers that are called, and those that enter a torch function, as fused attention's do.
-    """
-    reads = _ReadRecorder()
-    with reads:
-        called = record_calls(model, input_size, model.modules())
-    layers = [module for module in called if next(module.children(), None) is None]
-    own = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
-    return own | reads.tensors
-
-
-class _ReadRecorder(TorchFunctionMode):
-    """Records the identities of the tensors that enter torch functions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # a shape or dtype that is read
-            self.tensors |= {id(t) for t in tensors_in((args, kwargs or {}))}
-        return func(*args, **(kwargs or {}))
-
-
 class _CallRecorder:
     """Records the calls of modules, by hooks."""
 

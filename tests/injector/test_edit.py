@@ -60,7 +60,7 @@ def test_what_authors_see_fits_a_screen() -> None:
     assert names == [
         "add_parameters", "after", "backbone", "before", "called", "input_linears", "linear_layers", "on_detach",
         "on_merge", "on_toggle", "parallel", "prompt", "prompt_span", "site", "train", "uncalled_linears",
-        "use_qkv_module",
+        "use_qkv_module", "used",
     ]  # fmt: skip
 
 

@@ -1,0 +1,69 @@
+"""Find the parameters that a model's output depends on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.sites.forward import dtype_of, tensors_in, undisturbed
+
+REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
+"""The node of torch's reentrant gradient checkpointing, which hides the parameters inside."""
+
+
+def used_parameters(
+    model: nn.Module, input_size: tuple[int, int, int], parameters: Iterable[nn.Parameter]
+) -> list[nn.Parameter]:
+    """Return those of `parameters` that the output depends on: the ones that a gradient reaches.
+
+    A layer that is never called is left out, and one whose output is not used (a pooler next to the classifier).
+    The graph of one forward of a black image in eval mode decides, without a backward pass. If gradient checkpointing
+    hides the parameters, all are returned.
+
+    Args:
+        model: Modes, flags and random state are as before afterwards.
+        input_size: (channels, height, width) of the image.
+        parameters: Floating-point parameters of the model.
+    """
+    candidates = list(parameters)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x_BCHW = torch.zeros(1, *input_size, device=device, dtype=dtype_of(model))
+    with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
+        reached = _leaves(tensors_in(model(x_BCHW)))
+    if reached is None:
+        return candidates
+    return [p for p in candidates if id(p) in reached]
+
+
+@contextlib.contextmanager
+def _gradients_for(parameters: list[nn.Parameter]) -> Iterator[None]:
+    flags = [p.requires_grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _leaves(outputs: Iterable[Tensor]) -> set[int] | None:
+    """Return the identities of the leaves of the outputs' graph; None if checkpointing hides some."""
+    nodes: list[Any] = [y.grad_fn for y in outputs]
+    visited: set[Any] = {None}
+    leaves: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in visited:
+            continue
+        if node.name() == REENTRANT_CHECKPOINT:
+            return None
+        visited.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
