@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.keys import named_parameters
 from petune.sites.random_draws import RandomDraws, find_random_draws
 from petune.sites.site import Sites
@@ -82,6 +83,7 @@ class TrainableState(nn.Module):
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
         self._active_draws = self._silent_draws = RandomDraws()
+        self._layer_hooks = LayerCheckpointing(model).hook()
 
     @property
     def model(self) -> nn.Module:
@@ -239,6 +241,8 @@ class TrainableState(nn.Module):
             return
         model = self.model
         delattr(host_for(model), ATTRIBUTE)
+        for handle in self._layer_hooks:
+            handle.remove()
         if self._train_before is not None:
             model.train = self._train_before  # type: ignore[method-assign]
         else:
