@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from petune.tuners.peft_bridge.layer import peft_layers
+from petune.tuners.peft_bridge.shared_modules import put_in_all_places
 
 OWN_LAYERS = {"c3a", "frod", "ln_tuning", "osf", "pvera", "randlora", "tinylora", "unilora", "vblora", "vera"}
 """Types of which a layer cannot hold two adapters: they share tensors through PEFT's model, or only one can act."""
@@ -26,8 +27,8 @@ def hidden_layers(model: nn.Module) -> Iterator[None]:
     """Take PEFT's layers out of a model inside the context, and put them inside the new ones that PEFT makes there."""
     hidden = {path: layer for path, layer in peft_layers(model).items() if "base_layer" not in path.split(".")}
     configs: dict[str, Any] = model.__dict__.pop("peft_config", {})
-    for path, layer in hidden.items():
-        model.set_submodule(path, layer.get_base_layer())
+    for layer in hidden.values():
+        put_in_all_places(model, layer, layer.get_base_layer())
     try:
         yield
     finally:
@@ -36,7 +37,7 @@ def hidden_layers(model: nn.Module) -> Iterator[None]:
             if path in new_layers:
                 new_layers[path].base_layer = layer
             else:
-                model.set_submodule(path, layer)
+                put_in_all_places(model, layer.get_base_layer(), layer)
         configs.update(model.__dict__.get("peft_config", {}))
         if configs:
             model.peft_config = configs  # type: ignore[assignment]

@@ -149,10 +149,20 @@ def _fitting_options(edit: petune.Edit, config: PeftConfig, layers: list[petune.
     if kind == "waveft":
         return {"n_frequency": min(defaults_of(kind)["n_frequency"], min(sides) ** 2)}
     if kind == "ia3":
-        last = [edit.linear_layers(block.mlp)[-1:] for block in edit.sites.blocks if "mlp" in block.parts]
-        paths = {original_path(site) for site in layers}
-        return {"feedforward_modules": [original_path(s) for sites in last for s in sites if original_path(s) in paths]}
+        wrapped = {original_path(site) for site in layers}
+        return {"feedforward_modules": [path for path in _last_of_mlps(edit) if path in wrapped]}
     return {}
+
+
+def _last_of_mlps(edit: petune.Edit) -> list[str]:
+    """Return the path of the last linear layer of each MLP, once for MLPs that share it."""
+    last: dict[nn.Module, str] = {}
+    for mlp in [block.mlp for block in edit.sites.blocks if "mlp" in block.parts]:
+        inside = {m for module in mlp.modules for m in module.modules()}
+        layers = edit.linear_layers(mlp)  # without a layer that an earlier block has called
+        if layers and not inside & last.keys():
+            last[layers[-1].module] = original_path(layers[-1])
+    return list(last.values())
 
 
 def _exact_names(paths: list[str], model: nn.Module) -> list[str] | str:

@@ -28,6 +28,7 @@ from petune.tuners.peft_bridge.layer import (
 )
 from petune.tuners.peft_bridge.nesting import OWN_LAYERS, hidden_layers
 from petune.tuners.peft_bridge.rows import set_rows
+from petune.tuners.peft_bridge.shared_modules import put_in_all_places
 
 
 class Snapshot:
@@ -95,7 +96,20 @@ class WrappedLayers:
         self.layers = {
             path: layer for path, layer in peft_layers(self.model).items() if self.name in adapters_in(layer)
         }
+        self._wrap_other_places()
         fit_encoder_layers(self.edit, self.layers.values())
+
+    def _wrap_other_places(self) -> None:
+        """Put the layers in all places of the modules that they wrap; PEFT has put them in the first place only."""
+        before = set(self.before.layers.values())
+        new = {path: layer for path, layer in self.layers.items() if layer not in before}
+        shared = [p for p, layer in new.items() if put_in_all_places(self.model, layer.get_base_layer(), layer)]
+        if shared:
+            warnings.warn(
+                f"{self.edit.sites.model} has {', '.join(shared[:3])} in several places: one adapter acts in all of them. "
+                "PEFT's own PeftModel would put it in the first place only, so load it with petune.load",
+                stacklevel=2,
+            )
 
     def check(self, wanted: list[str]) -> None:
         """See that PEFT has wrapped the layers at the paths `wanted`, and that all of them act."""
@@ -160,13 +174,12 @@ class WrappedLayers:
             del self.model.peft_config
 
     def _remove_layers(self) -> None:
-        for path, layer in peft_layers(self.model).items():
+        for layer in peft_layers(self.model).values():
             others = adapters_in(layer) - {self.name}
             if others and self.name in adapters_in(layer):
                 layer.delete_adapter(self.name)
             elif not others:
-                parent, _, attribute = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
+                put_in_all_places(self.model, layer, layer.base_layer)
 
     def _register_tensors(self) -> None:
         from peft.tuners._buffer_dict import BufferDict
