@@ -106,8 +106,8 @@ class WrappedLayers:
         shared = [p for p, layer in new.items() if put_in_all_places(self.model, layer.get_base_layer(), layer)]
         if shared:
             warnings.warn(
-                f"{self.edit.sites.model} has {', '.join(shared[:3])} in several places: one adapter acts in all of them. "
-                "PEFT's own PeftModel would put it in the first place only, so load it with petune.load",
+                f"{self.edit.sites.model} has {', '.join(shared[:3])} in several places: one adapter acts in all of "
+                "them. PEFT itself would put it in the first place only, so load it with petune.load",
                 stacklevel=2,
             )
 
