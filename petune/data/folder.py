@@ -22,7 +22,8 @@ from petune.data.images import decode_images
 from petune.data.layout import ClassFiles, list_images
 from petune.data.splits import left_out_note
 
-FORMAT = 2
+FORMAT = 3
+"""Raised when the same files are decoded to other pixels, so that decoded caches are rebuilt."""
 CROP = 0.875  # timm's usual share of the side for evaluation; the rest is stored as a margin
 TEST_FRACTION = 0.2
 MAX_BROKEN = 0.01

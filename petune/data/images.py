@@ -1,4 +1,8 @@
-"""Decode image files to uint8 RGB squares: orientation, transparency, CMYK, 16 bit; broken files are reported."""
+"""Decode image files to uint8 RGB squares: orientation, transparency, CMYK, 16 bit; broken files are reported.
+
+A JPEG is decoded at its full size. Pillow's `draft` would decode a photo of 12 megapixels in 46 instead of 167 ms, but
+to other pixels than those of the same image when it is given opened.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +90,6 @@ def decode_image(path: Path, side: int) -> NDArray[np.uint8]:
 
     try:
         with Image.open(path) as image:
-            image.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
             return center_square(image, side)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

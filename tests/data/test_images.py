@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from petune.base.errors import DataError
-from petune.data.images import decode_image, decode_images
+from petune.data.images import center_square, decode_image, decode_images
 
 RED, HALF = (255, 0, 0), 128
 
@@ -146,12 +146,23 @@ def test_downscaling_is_antialiased(tmp_path: Path) -> None:
     assert np.abs(decode_image(tmp_path / "x.png", 16).astype(int) - 127).max() < 20
 
 
-def test_a_large_jpeg_decoded_at_reduced_size_stays_close_to_the_original(tmp_path: Path) -> None:
+def test_a_large_jpeg_that_is_reduced_in_two_steps_stays_close_to_one(tmp_path: Path) -> None:
     y, x = np.mgrid[:800, :1000] / 6
     waves = np.stack([np.sin(x), np.sin(y), np.cos(x + y)], -1) * 100 + 128
     Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "x.jpg", quality=95)
     whole = Image.open(tmp_path / "x.jpg").resize((96, 96), Image.Resampling.BICUBIC, box=(100, 0, 900, 800))
     assert np.abs(decode_image(tmp_path / "x.jpg", 96).astype(int) - np.asarray(whole)).max() <= 3
+
+
+@pytest.mark.parametrize("side", [24, 96, 300])
+def test_a_jpeg_gives_the_same_pixels_as_a_path_and_as_an_opened_image(side: int, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.jpg", quality=90)
+    from_path = decode_image(tmp_path / "x.jpg", side)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert np.array_equal(center_square(image, side), from_path)
+        assert np.array_equal(center_square(image.copy(), side), from_path)
+        assert np.array_equal(center_square(Image.fromarray(np.asarray(image)), side), from_path)
 
 
 def _noise(form: str) -> bytes:
