@@ -118,7 +118,8 @@ class Edit:
         """Return the backbone's linear layers that the forward calls within `site`, in the order of the calls.
 
         A qkv layer whose weight an attention only reads is listed where timm can call it instead (EVA, BEiT,
-        Swin-V2); `before`, `after` and `parallel` at that layer then make the attention call it.
+        Swin-V2); `before`, `after` and `parallel` at that layer then make the attention call it. A layer that several
+        blocks share is listed for the first of them only: an adapter there acts in all.
 
         Args:
             site: A site with an extent, such as `block.attn`.

@@ -34,7 +34,7 @@ class LayerFinder:
         """See `Edit.linear_layers`."""
         calls = self._calls()
         first, last = calls.get(site.enter), calls.get(site.exit)
-        if first is None or last is None:
+        if first is None or last is None or self.sites.first_owner(site) is not None:
             return ()
 
         def within(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from petune.base.errors import AttachError
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.base import Holder, idempotent
 from petune.injector.hooks.prompts import keep_prompts_outermost
@@ -31,8 +32,12 @@ class Placer:
         Args:
             holder: The adapter and its hooks.
             near: The site whose module, or parent module, the holder becomes a child of.
-            *passed: The sites that the forward must pass for the adapter to be called.
+            *passed: The sites that the forward must pass for the adapter to be called; it acts at the last one.
+
+        Raises:
+            AttachError: It would act in two blocks that share a module.
         """
+        self._refuse_shared(passed[-1])
         host = self._host(near)
         role = "" if isinstance(near, Block) else f"_{near.role}"
         attribute = _free_name(host, f"petune_{self.log.name}{role}")
@@ -77,6 +82,14 @@ class Placer:
         state, name = open_trainable_state(self.model, self.sites), self.log.name
         if attention.qkv_bias_separate is False or attention in state.qkv_users:
             self.toggle(lambda on: state.use_qkv_module(attention, name, on), on=False)
+
+    def _refuse_shared(self, site: Site) -> None:
+        owner = self.sites.first_owner(site)
+        if owner is not None:
+            raise AttachError(
+                f"two blocks of {self.sites.model} share {site.where}, their {site.role}. An adapter for one of them would "
+                "act in both. Use a method that edits the layers inside, such as lora, or one that edits other sites"
+            )
 
     def _host(self, site: Site) -> nn.Module:
         """Return the site's block for a block, else the module around the site; never a container of children."""

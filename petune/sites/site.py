@@ -213,6 +213,17 @@ class Sites:
             return None
         return self.input_size[1] // self.grid_size[0], self.input_size[2] // self.grid_size[1]
 
+    def first_owner(self, site: Site) -> Block | None:
+        """Return the earlier block with which the block of `site` shares that module; None for one of its own.
+
+        Args:
+            site: A site of a block, from `Block.parts`.
+        """
+        block = next((b for b in self.blocks if any(part is site for part in b.parts.values())), None)
+        earlier = self.blocks[: block.index] if block is not None else ()
+        owners = (b for b in earlier if site.role in b.parts and b.parts[site.role].exit is site.exit)
+        return None if site.read_only else next(owners, None)
+
     def __str__(self) -> str:
         grid = "?" if self.grid_size is None else f"{self.grid_size[0]}x{self.grid_size[1]}"
         title = (

@@ -103,10 +103,25 @@ def test_ia3_scales_what_enters_a_shared_last_layer_of_the_mlps() -> None:
     assert set(feedforward) == {"blocks.0.mlp.fc2"}
 
 
+@pytest.mark.parametrize("method", ["lora", "fact", "ssf"])
 @pytest.mark.parametrize("part", ["attn", "mlp"])
-def test_a_shared_attention_or_mlp_gets_the_adapters_of_its_layers_once(part: str) -> None:
-    path = f"{part}.{'proj' if part == 'attn' else 'fc1'}"
-    model = shared(part)
-    randomised(petune.attach(model, "lora"))
-    first, second = outputs(model, path)
+def test_a_shared_attention_or_mlp_gets_one_adapter_at_each_of_its_layers(part: str, method: str) -> None:
+    num_tuned = len(petune.attach(tiny(), method).tuned)
+    att = randomised(petune.attach(shared(part), method))
+    shared_factors = (".u", ".v")  # FacT's; they are registered at its first layer
+    inside = [key for key in att.tuned if f".{part}." in key and not key.endswith(shared_factors)]
+    assert inside
+    assert all(key.startswith("blocks.0.") for key in inside)
+    assert len(att.tuned) == num_tuned - len(inside)
+    first, second = outputs(att.model, f"{part}.{'proj' if part == 'attn' else 'fc1'}")
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("part", "method"), [("mlp", "houlsby"), ("attn", "repadapter"), ("norm1", "ssf")])
+def test_adapters_of_two_blocks_at_one_shared_module_are_refused(part: str, method: str) -> None:
+    model = shared(part)
+    logits = model(X)
+    with pytest.raises(petune.AttachError, match=rf"share blocks\.0\.{part}"):
+        petune.attach(model, method)
+    assert torch.equal(model(X), logits)
+    assert list(model.state_dict()) == list(shared(part).state_dict())
