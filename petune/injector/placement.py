@@ -87,7 +87,7 @@ class Placer:
         owner = self.sites.first_owner(site)
         if owner is not None:
             raise AttachError(
-                f"two blocks of {self.sites.model} share {site.where}, their {site.role}. An adapter for one of them would "
+                f"two blocks of {self.sites.model} share {site.where} ({site.role}). An adapter for one of them would "
                 "act in both. Use a method that edits the layers inside, such as lora, or one that edits other sites"
             )
 

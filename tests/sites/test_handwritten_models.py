@@ -33,7 +33,7 @@ def test_every_method_works_or_is_refused(name: str, method: str) -> None:
     assert outcome.state == ("refused" if refused else "ok"), outcome.detail
 
 
-@pytest.mark.filterwarnings("ignore:Vit reads the weights of 3 linear layers")
+@pytest.mark.filterwarnings("ignore:Vit reads the weights of 3 of 3 linear layers")
 @pytest.mark.parametrize("name", ["nn.TransformerEncoderLayer", "nn.TransformerEncoderLayer, post-norm"])
 def test_lora_takes_effect_in_the_fused_kernel(name: str) -> None:
     """torch's layer reads the weights of q, k and v itself in its fast path, which must include what LoRA trained."""
