@@ -8,6 +8,7 @@ from torch import nn
 
 from petune.injector.edit_log import EditLog, RowToggle
 from petune.injector.hooks.base import After, Before, Gather, Parallel, idempotent
+from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
@@ -54,6 +55,9 @@ class Edit:
             self._gather(enter, exit, adapter)
             return
         enter = require_site(enter, "parallel")
+        if spans_blocks(self.sites, [enter], exit):
+            self._gather([enter], exit, adapter, single=True)
+            return
         holder = Parallel(adapter, enter.layout, exit.layout)
         self._placer.call_qkv(enter, exit)
         self._placer.add(holder, exit, enter, exit)
@@ -231,8 +235,12 @@ class Edit:
         """Call `fn` on detach, to undo what was changed by hand. The last registered one is called first."""
         self._log.undo_steps.append(fn)
 
-    def _gather(self, enters: Sequence[Site], exit: Site, adapter: nn.Module) -> None:
-        holder = Gather(adapter, tuple(site.layout for site in enters), exit.layout)
+    def _gather(self, enters: Sequence[Site], exit: Site, adapter: nn.Module, *, single: bool = False) -> None:
+        layouts = tuple(site.layout for site in enters)
+        if spans_blocks(self.sites, enters, exit):
+            holder: Gather = Spanning(adapter, layouts, exit.layout, single=single)
+        else:
+            holder = Gather(adapter, layouts, exit.layout)
         self._placer.call_qkv(*enters, exit)
         self._placer.add(holder, exit, *enters, exit)
         for index, site in enumerate(enters):

@@ -98,8 +98,13 @@ class Gather(Holder):
                 f"before {type(module).__name__} was left. Each must be called once, in one segment of checkpointing"
             )
         pairs = zip(inputs, self.enter_layouts, strict=True)
-        change = self.adapter([to_channels_last(x, layout) for x, layout in pairs])
+        change = self.changed([to_channels_last(x, layout) for x, layout in pairs])
         return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+
+    def changed(self, inputs: list[Tensor]) -> Tensor:
+        """Return the adapter's output."""
+        change: Tensor = self.adapter(inputs)
+        return change
 
     def clear(self) -> None:
         self.entered = []
