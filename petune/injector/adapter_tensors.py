@@ -23,6 +23,7 @@ class AdapterTensors:
 
     Attributes:
         tuned: The method's trainable parameters, by state_dict key.
+        fixed: Parameters that the tuner added with requires_grad=False: saved as buffers are, and not trained.
         head: The classifier's trainable parameters, by state_dict key; empty if it does not train.
         head_modules: The modules of the classifier, whether it trains or not.
         is_sharded: The frozen backbone is spread over processes; see `keep_fingerprint`.
@@ -36,9 +37,12 @@ class AdapterTensors:
         head = sites.head if train_head else sites.parts.get("head")
         self.head_modules = tuple(head.modules) if head is not None else ()
         classifier = {id(p) for m in self.head_modules for p in m.parameters()}
-        tuned = {id(p) for p in log.new_parameters()} | {id(p) for p in log.unfrozen} - classifier
+        new = log.new_parameters()
+        tuned = {id(p) for p in new if p.requires_grad} | {id(p) for p in log.unfrozen} - classifier
+        fixed = {id(p) for p in new} - tuned
         named = named_parameters(model)
         self.tuned = {key: p for key, p in named.items() if id(p) in tuned}
+        self.fixed = {key: p for key, p in named.items() if id(p) in fixed}
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         self._modules = self._modules_in_train_mode(self.head_modules if train_head else ())
         adapters = [owner for holder, _ in log.placed for owner in persistent_buffers(holder)]
@@ -60,7 +64,7 @@ class AdapterTensors:
         They are the model's tensors as they are now, also while the attachment is disabled.
         """
         buffers = {key: module._buffers[name] for key, (module, name) in self._buffers.items()}
-        return {**self.tuned, **self.head, **{key: b for key, b in buffers.items() if b is not None}}
+        return {**self.tuned, **self.fixed, **self.head, **{key: b for key, b in buffers.items() if b is not None}}
 
     def saved(self) -> dict[str, Tensor]:
         """Return the tensors of `live`; while the attachment is disabled, with the values that it trained."""

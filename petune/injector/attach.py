@@ -165,6 +165,12 @@ def _check_trains(attachment: Attachment) -> None:
     """Refuse a method that trains nothing, unless its `num_parameters` is 0: it would just be a linear probe."""
     if attachment.tuned or attachment.tuner.num_parameters(attachment.sites) == 0:
         return
+    if attachment.tensors.fixed:
+        raise AttachError(
+            f"{attachment.name} would train nothing: all parameters that it adds have requires_grad=False, such as "
+            f"{next(iter(attachment.tensors.fixed))}. Copies of frozen layers are frozen too: call "
+            "requires_grad_(True) on what should train, and register constants as buffers"
+        )
     raise AttachError(
         f"{attachment.name} found nothing to train in {attachment.sites.model}. Use another method, or linear to train "
         "only the classifier"

@@ -25,6 +25,9 @@ class Edit:
     Several adapters at one site: `before` applies them in the order in which they were declared, `after` and
     `parallel` in the reverse order (the one declared last acts on the site's own output first).
 
+    Parameters of an adapter train, except those that have `requires_grad=False` when `Tuner.attach` returns: they are
+    saved, as buffers are.
+
     Attributes:
         model: The model that is edited. Read it, but change it only by the verbs.
         sites: Its sites.
@@ -183,6 +186,8 @@ class Edit:
         wrappers: Iterable[nn.Module] = (),
     ) -> None:
         """Register what was put into the model by hand: it trains, is saved, and counts as the tuner's.
+
+        Parameters with `requires_grad=False` are saved and do not train.
 
         Args:
             parameters: New parameters.
