@@ -14,6 +14,7 @@ from typing import Any
 import petune
 from petune.injector.describe import describe_tuner
 from petune.injector.registry import load_tuner
+from petune.runner.preview import describe_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = {
@@ -54,6 +55,7 @@ def method_page(name: str) -> str:
         f"On ViT-B/16 at 224 it trains {count_on_vit_base(name):,} parameters, not counting the classifier's. Default "
         f"recipe: {recipe.optimizer}, peak learning rate {recipe.lr:g} at a batch size of 128, weight decay "
         f"{recipe.weight_decay:g}.{identity}",
+        *(f"Recipe `{key}`: {describe_recipe(recipe)}." for key, recipe in tuner.recipes.items()),
         "## Options",
         _options(tuner.Config),
         "## Tests",

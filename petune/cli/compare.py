@@ -48,7 +48,7 @@ def compare(
     """
     from petune.runner.compare_config import CompareConfig
 
-    config = CompareConfig.build(_values(settings, methods, seeds), settings.source)
+    config = CompareConfig.build(_values(settings, methods, seeds), settings.source).completed()
     check_tracker(tracker)
     check_executor(executor, tracker)
     if dry_run:

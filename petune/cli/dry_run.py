@@ -34,15 +34,19 @@ def print_dry_run(
     Raises:
         ConfigError: The method of a pretraining leaves parameters frozen.
     """
+    from petune.injector.registry import build_tuner
     from petune.runner.continued import describe_start
     from petune.runner.pretrain import PretrainConfig
     from petune.runner.preview import preview_backbone, preview_data, preview_method
+    from petune.runner.recipes import choose_recipe
     from petune.runner.run import check_all_trains
     from petune.runner.run_adapter import read_run_adapter
     from petune.runner.run_config import RunConfig
 
-    backbone = preview_backbone(config if isinstance(config, RunConfig) else config.run)
-    previews = [preview_method(method, backbone, recipe) for method in methods]
+    run = config if isinstance(config, RunConfig) else config.run
+    backbone = preview_backbone(run)
+    recipes = [recipe or choose_recipe(build_tuner(method), run.recipe) for method in methods]
+    previews = [preview_method(method, backbone, chosen) for method, chosen in zip(methods, recipes, strict=True)]
     if isinstance(config, PretrainConfig):
         counts = previews[0].counts
         check_all_trains(counts.total - counts.trainable, config.method)

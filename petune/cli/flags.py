@@ -75,6 +75,7 @@ FLAGS = (
         "vit_base",
     ),
     Flag("weights", str, "default, none, cifar100, a file, or a petune pretrain directory.", "default", "NAME|PATH"),
+    Flag("recipe", str, "Recipe of the method; adaptformer has official, that of its authors.", "default"),
     Flag("dataset", str, "cifar10, cifar100, digits or folder:PATH.", "cifar10"),
     Flag("data-dir", Path, "Directory that holds CIFAR.", "$PETUNE_DATA, then the cache"),
     Flag("image-size", int, "Input size in pixels.", "the backbone's"),

@@ -29,7 +29,7 @@ DEFAULTS = {
 }
 
 
-@configured(without=("method", "from"), defaults=DEFAULTS)
+@configured(without=("method", "from", "recipe"), defaults=DEFAULTS)
 def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False, tracker: Tracker = None) -> None:
     """Train a backbone from scratch, for --weights.
 

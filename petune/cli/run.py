@@ -29,9 +29,11 @@ def run(
     The epoch is chosen on a validation split. The run directory holds config, metrics, result and adapter.
     """
     from petune.runner.continued import complete_from_run
+    from petune.runner.recipes import complete_from_recipe
     from petune.runner.run_config import RunConfig
 
     config = complete_from_run(RunConfig.build(settings.values(), settings.source))
+    config = complete_from_recipe(config, (config.method,))
     seed_list = settings.seeds(seeds)
     check_tracker(tracker)
     if dry_run:

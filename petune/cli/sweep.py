@@ -77,7 +77,7 @@ def sweep(
         "parallel_trials": parallel_trials,
         "test": False if no_test else None,
     }
-    config = SweepConfig.build(_values(settings, method, own), settings.source)
+    config = SweepConfig.build(_values(settings, method, own), settings.source).completed()
     check_tracker(tracker)
     check_executor(executor, tracker)
     if dry_run:

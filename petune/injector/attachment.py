@@ -126,10 +126,8 @@ class Attachment:
     def set_backbone_dropout(self, active: bool) -> int:
         """Let dropout and drop path of the backbone act in train mode in frozen parts, too (True), or nowhere (False).
 
-        Without this call they act in what the method trains: then `full` is regularized and an adapter is not.
-
-        Returns:
-            The number of the backbone's modules that draw random numbers; those with a rate of zero do not.
+        Without this call they act in what the method trains: then `full` is regularized and an adapter is not. Return
+        the number of the backbone's modules that draw random numbers; those with a rate of zero do not.
         """
         self._check_attached()
         return open_trainable_state(self.model, self.sites).set_backbone_dropout(active)

@@ -35,7 +35,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args, get_origin
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic_core import to_jsonable_python
 
@@ -66,11 +67,21 @@ class Recipe:
         lr: Peak learning rate at a batch size of 128, from the paper or from a search on validation data.
         weight_decay: Decoupled weight decay of the tuned weights and the classifier's.
         optimizer: timm's name of the optimizer.
+        scales_lr: Scale `lr` in proportion to the batch size.
+        epochs, warmup, head: Options of a run that a recipe of `Tuner.recipes` may set, too; None leaves them alone.
     """
 
     lr: float = 1e-3
     weight_decay: float = 0.0
     optimizer: str = "adamw"
+    scales_lr: bool = False
+    epochs: int | None = None
+    warmup: float | None = None
+    head: Literal["linear", "bn_linear"] | None = None
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Return the peak learning rate for a batch size."""
+        return self.lr * batch_size / 128 if self.scales_lr else self.lr
 
 
 ConfigT = TypeVar("ConfigT", bound=TunerConfig)
@@ -83,6 +94,7 @@ class Tuner(Generic[ConfigT]):
         Config: The class of the options, taken from the type parameter of `Tuner[...]`. `petune.attach(model, "name",
             option=value)` builds one.
         recipe: The training defaults.
+        recipes: Further recipes by name, such as `official` for that of the authors' code; a run names one.
         identity_at_init: True if the model computes the same as before right after attaching.
         method: The name under which the tuner was built; empty for one that was made by hand.
         config: The options of this instance.
@@ -90,6 +102,7 @@ class Tuner(Generic[ConfigT]):
 
     Config: ClassVar[type[TunerConfig]]
     recipe: Recipe = Recipe()
+    recipes: ClassVar[Mapping[str, Recipe]] = MappingProxyType({})
     identity_at_init: bool = True
     method: str = ""
 

@@ -53,7 +53,7 @@ def compare(
     """
     check_watch("petune.compare", watch)
     chosen = choose_executor(executor)
-    config = CompareConfig.from_call(config, fields, "petune.compare(...)")
+    config = CompareConfig.from_call(config, fields, "petune.compare(...)").completed()
     run_dir = config.directory
     options = check_methods(config.methods)
     _check_directory(run_dir)

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.base.config import Config, UserPath
 from petune.base.errors import did_you_mean
+from petune.runner.recipes import complete_from_recipe
 from petune.runner.run_config import RunConfig
 from petune.runner.run_name import directory_name, run_name
 
@@ -57,6 +58,10 @@ class CompareConfig(Config):
     def directory(self) -> Path:
         """Return the directory of the comparison: `output`, or the default one."""
         return self.output or Path("runs") / compare_name(self)
+
+    def completed(self) -> CompareConfig:
+        """Return the configuration with what its recipe sets for all runs; see `complete_from_recipe`."""
+        return self.model_copy(update={"run": complete_from_recipe(self.run, self.methods)})
 
     def to_store(self) -> CompareConfig:
         """Return the configuration for `config.yaml`, without values that are not used."""

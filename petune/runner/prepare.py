@@ -239,7 +239,7 @@ def check_channels(channels: int) -> None:
 def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:
     """Return `train` with open options filled in from the method's recipe and the dataset."""
     filled = {
-        "lr": recipe.lr if train.lr is None else train.lr,
+        "lr": recipe.peak_lr(train.batch_size) if train.lr is None else train.lr,
         "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,
         "optimizer": train.optimizer or recipe.optimizer,
         "augment": dataset.augment if train.augment == "auto" else train.augment,

@@ -13,7 +13,7 @@ from petune.injector.tuner import Recipe
 from petune.runner.backbone_file import Dtype, save_backbone
 from petune.runner.result import RunResult
 from petune.runner.run import Procedure, train_and_test
-from petune.runner.run_config import RunConfig
+from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
 from petune.runner.run_name import directory_name
 from petune.training.config import TrainConfig
 from petune.training.events import Watch, ignore
@@ -57,6 +57,12 @@ class PretrainConfig(RunConfig):
     def _starts_from_weights(self) -> Self:
         if self.from_run is not None:
             raise ValueError("a pretraining does not continue from an adapter. Use weights=PATH of a pretraining")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_recipe(self) -> Self:
+        if self.recipe != DEFAULT_RECIPE:
+            raise ValueError(f"a pretraining has a recipe of its own. Leave recipe at {DEFAULT_RECIPE}")
         return self
 
     @model_validator(mode="after")

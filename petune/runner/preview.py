@@ -119,4 +119,5 @@ def preview_data(preview: MethodPreview) -> dict[str, Any]:
 
 def describe_recipe(recipe: Recipe) -> str:
     """Return a recipe in words."""
-    return f"{recipe.optimizer}, learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}"
+    scaled = " · batch / 128" if recipe.scales_lr else ""
+    return f"{recipe.optimizer}, learning rate {recipe.lr:g}{scaled}, weight decay {recipe.weight_decay:g}"

@@ -18,6 +18,7 @@ from petune.runner.adapter_metadata import save_adapter
 from petune.runner.continued import complete_from_run
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, Statistics, prepare
+from petune.runner.recipes import choose_recipe, complete_from_recipe
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import open_run_dir, unique_path
@@ -47,6 +48,7 @@ def run(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any
     """
     check_watch("petune.run", watch)
     config = complete_from_run(RunConfig.from_call(config, fields, "petune.run(...)"))
+    config = complete_from_recipe(config, (config.method,))
     return train_and_test(config, fine_tuning(config), watch)
 
 
@@ -80,7 +82,7 @@ class Procedure:
 def fine_tuning(config: RunConfig) -> Procedure:
     """Return the procedure of `run`: the method's own recipe, the best epoch, an adapter directory."""
     tuner = build_tuner(config.method)
-    return Procedure("run", run_name(config), tuner, tuner.recipe, save_adapter)
+    return Procedure("run", run_name(config), tuner, choose_recipe(tuner, config.recipe), save_adapter)
 
 
 def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> RunResult:

@@ -12,6 +12,8 @@ from petune.base.config import Config, UserPath
 from petune.data import OnBroken
 from petune.training.config import TrainConfig
 
+DEFAULT_RECIPE = "default"
+
 
 class RunConfig(Config):
     """The complete configuration of a run; saved as `config.yaml`, which repeats the run.
@@ -24,6 +26,9 @@ class RunConfig(Config):
         drop_path: Rate of drop path (stochastic depth) in the backbone's last block while training; it rises from 0 in
             the first. Papers train adapters with 0 to 0.1. Drop path and dropout of the backbone act in frozen blocks,
             too, for every method alike, if this or a drop rate in `backbone_options` is set, and else for none.
+        recipe: Fills in learning rate, weight decay and optimizer where `train` leaves them open. `default` is the
+            method's own; another one that the method has, such as AdaptFormer's `official`, may set epochs, warm-up and
+            head, too.
         dataset, data_dir: See `petune.data`.
         on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); `error` stops at the
             first one.
@@ -40,6 +45,7 @@ class RunConfig(Config):
     from_run: UserPath | None = None
     backbone: str = "vit_base"
     weights: str = "default"
+    recipe: str = DEFAULT_RECIPE
     dataset: str = "cifar10"
     data_dir: UserPath | None = None
     image_size: int | None = Field(None, ge=1, le=4096)

@@ -6,7 +6,8 @@ Legend: B batch, N tokens, D width, M bottleneck.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -91,11 +92,17 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
 
     Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 images of CIFAR-10 (2
     epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2. The authors' own script trains image
-    models differently: SGD with momentum 0.9, learning rate 0.1 · batch / 256, no weight decay, 100 epochs with 20 of
-    warm-up, and a BatchNorm without affine parameters before the linear classifier (`--head bn_linear`).
+    models differently, which is the recipe `official` (`--recipe official`): SGD with momentum 0.9, learning rate
+    0.1 · batch / 256, no weight decay, 100 epochs with 20 of warm-up, and a BatchNorm without affine parameters before
+    the linear classifier (`--head bn_linear`). What you give yourself, such as `--epochs 10`, is not changed.
     """
 
     recipe = petune.Recipe(lr=5e-3)
+    recipes: ClassVar[Mapping[str, petune.Recipe]] = {
+        "official": petune.Recipe(
+            lr=0.05, scales_lr=True, optimizer="momentum", epochs=100, warmup=0.2, head="bn_linear"
+        ),
+    }
 
     def attach(self, edit: petune.Edit) -> None:
         """Put one adapter beside the MLP of every block."""

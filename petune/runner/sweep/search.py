@@ -55,7 +55,7 @@ def sweep(
         Stopped: A signal arrived; call again to resume.
     """
     check_watch("petune.sweep", watch)
-    config = SweepConfig.from_call(config, fields, "petune.sweep(...)")
+    config = SweepConfig.from_call(config, fields, "petune.sweep(...)").completed()
     require_sampler(config.search, config.trials)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)

@@ -10,6 +10,7 @@ from petune.base.config import Config, UserPath
 from petune.base.errors import ConfigError
 from petune.base.yaml_values import override
 from petune.injector.registry import build_tuner, parse_method
+from petune.runner.recipes import complete_from_recipe
 from petune.runner.run_config import RunConfig
 from petune.runner.sweep.space import Params, Range, Value, corners
 from petune.training.config import TrainConfig
@@ -53,6 +54,10 @@ class SweepConfig(Config):
         for params in corners(self.search):
             self.trial(params)
         return self
+
+    def completed(self) -> SweepConfig:
+        """Return the configuration with what its recipe sets for all trials; see `complete_from_recipe`."""
+        return self.model_copy(update={"run": complete_from_recipe(self.run, (self.run.method,))})
 
     def trial(self, params: Params) -> RunConfig:
         """Return the run with these parameters.

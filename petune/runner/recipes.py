@@ -1,0 +1,61 @@
+"""Choose a method's recipe by name, and fill in what it says about a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from petune.base.errors import ConfigError, did_you_mean
+from petune.injector.registry import build_tuner
+from petune.injector.tuner import Recipe, Tuner
+from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
+
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def choose_recipe(tuner: Tuner[Any], name: str) -> Recipe:
+    """Return a recipe of a method by its name; `default` is the one that every method has.
+
+    Raises:
+        ConfigError: The method has no such recipe.
+    """
+    if name == DEFAULT_RECIPE:
+        return tuner.recipe
+    if name not in tuner.recipes:
+        known = [DEFAULT_RECIPE, *tuner.recipes]
+        raise ConfigError(
+            f"{tuner.method} has no recipe {name!r}{did_you_mean(name, known)}. It has: {', '.join(known)}",
+            cli_hint="Choose one with --recipe, or leave it out",
+        )
+    return tuner.recipes[name]
+
+
+def complete_from_recipe(config: Run, methods: Sequence[str]) -> Run:
+    """Return a configuration with epochs, warm-up and head from the recipe that it names, where it leaves them open.
+
+    Learning rate, weight decay and optimizer stay open: they are filled in for each method when it trains.
+
+    Args:
+        config: A run, or what the runs of a comparison share.
+        methods: The methods that run with it.
+
+    Raises:
+        ConfigError: A method has no such recipe, or the recipes of two methods differ in one of these options.
+    """
+    if config.recipe == DEFAULT_RECIPE:
+        return config
+    recipes = {method: choose_recipe(build_tuner(method), config.recipe) for method in methods}
+    train = {key: _shared(recipes, key) for key in ("epochs", "warmup") if key not in config.train.model_fields_set}
+    head = {} if "head" in config.model_fields_set else {"head": _shared(recipes, "head")}
+    update = {key: value for key, value in head.items() if value is not None}
+    update["train"] = config.train.model_copy(update={key: v for key, v in train.items() if v is not None})
+    return config.model_copy(update=update)
+
+
+def _shared(recipes: dict[str, Recipe], key: str) -> Any:
+    """Return the value that the recipes of all methods have."""
+    values = {method: getattr(recipe, key) for method, recipe in recipes.items()}
+    if len(set(values.values())) > 1:
+        listed = ", ".join(f"{value} for {method}" for method, value in values.items())
+        raise ConfigError(f"the recipes of these methods differ in {key}: {listed}. Give {key}, which all runs share")
+    return next(iter(values.values()))
