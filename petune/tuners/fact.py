@@ -34,7 +34,7 @@ class FacTConfig(petune.TunerConfig):
 
 @dataclass(frozen=True)
 class SharedFactors:
-    """What all layers of one width share.
+    """Factors that all layers of one width share.
 
     Attributes:
         u_DR, v_DR: U and V.
