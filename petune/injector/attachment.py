@@ -76,8 +76,7 @@ class Attachment:
         classifier = {id(p) for module in self.tensors.head_modules for p in module.parameters()}
         self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier)
         state = open_trainable_state(model, sites)
-        parts, in_place = self.tensors.parts(), self.tensors.in_place()
-        state.set_parts(edit_log.name, parts, in_place, keep_original=keep_original)
+        state.set_parts(edit_log.name, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
         self._loop_check = LoopCheck(name, tuner.training_calls, self.tuned.values())
         edit_log.undo_steps.append(self._loop_check.remove)
 
@@ -126,8 +125,7 @@ class Attachment:
     def set_backbone_dropout(self, active: bool) -> int:
         """Let dropout and drop path of the backbone act in train mode in frozen parts, too (True), or nowhere (False).
 
-        Without this call they act in what the method trains: then `full` is regularized and an adapter is not. Return
-        the number of the backbone's modules that draw random numbers; those with a rate of zero do not.
+        Without it they act in what the method trains. Return the number of the backbone's modules that drop something.
         """
         self._check_attached()
         return open_trainable_state(self.model, self.sites).set_backbone_dropout(active)
