@@ -27,6 +27,7 @@ from petune.base.distributed import SINGLE_PROCESS, Group, init_group, is_main_p
 from petune.base.errors import ConfigError, DataError, Stopped, UnknownName
 from petune.cli.main import main
 from petune.runner.result import RunResult
+from tests.sampling import sampled
 
 TINY = (
     "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
@@ -162,11 +163,14 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [
-        ("adaptformer:dropout=0", ()),
-        ("full", ("--mixup=0.4", "--batch-size=16")),
-        ("adaptformer:dropout=0", ("--shots=7", "--batch-size=32")),
-    ],
+    sampled(
+        [
+            ("adaptformer:dropout=0", ()),
+            ("full", ("--mixup=0.4", "--batch-size=16")),
+            ("adaptformer:dropout=0", ("--shots=7", "--batch-size=32")),
+        ],
+        lambda row: row[1][:1] == ("--shots=7",),
+    ),
 )
 def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several: Several, tmp_path: Path) -> None:
     whole = ("run", "--method", method, *TINY, *words, "--output")

@@ -92,6 +92,7 @@ def test_a_missing_seed_is_named(petune: Run, tiny: Words, tmp_path: Path) -> No
     assert "With fewer seeds: bitfit (seed 0)." in comparison_page(table)
 
 
+@pytest.mark.exhaustive
 def test_before_training_the_configuration_can_be_corrected(petune: Run, tiny: Words, tmp_path: Path) -> None:
     words = ("compare", "linear", *tiny, "--output", "there")
     none = petune(*words, "--weights", "typo.safetensors")

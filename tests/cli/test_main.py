@@ -274,7 +274,7 @@ def test_an_unwritable_stdout_is_a_one_line_error(
 
 
 def test_messages_for_a_closed_stderr_do_not_go_to_stdout() -> None:
-    line = f"{sys.executable} -m petune backbones --json 2>&-"
+    line = f"{sys.executable} -m petune methods --json 2>&-"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("[")
     done = subprocess.run(line.replace("--json", "zzz"), shell=True, capture_output=True, text=True, check=True)

@@ -28,6 +28,7 @@ def test_eight_starts_into_one_directory(program: Program, tmp_path: Path) -> No
     tally("eight runs started in one directory", "one runs, seven are refused", 8, 8)
 
 
+@pytest.mark.exhaustive
 def test_eight_starts_without_a_directory(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words, count = ("run", "--method=linear", *TINY), tries(3, 8)

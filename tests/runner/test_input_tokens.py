@@ -11,19 +11,27 @@ import petune
 from petune.runner.preview import preview_backbone
 from petune.runner.run_config import RunConfig
 from petune.training.events import Event, Note
+from tests.sampling import sampled
 
 
 @pytest.mark.parametrize(
     ("backbone", "sizes", "words"),
-    [
-        ("vit_nano", {"image_size": 224}, ("3,136 tokens", "made for 64", "instead of 0.37 GFLOPs", "patch_size=28")),
-        ("vit_nano", {"image_size": 224, "patch_size": 28}, ()),
-        ("vit_nano", {"image_size": 64}, ()),
-        ("vit_nano", {}, ()),
-        ("vit_tiny", {"image_size": 384}, ()),
-        ("vit_tiny", {"image_size": 32}, ()),
-        ("vit_tiny", {"image_size": 32, "patch_size": 4}, ()),
-    ],
+    sampled(
+        [
+            (
+                "vit_nano",
+                {"image_size": 224},
+                ("3,136 tokens", "made for 64", "instead of 0.37 GFLOPs", "patch_size=28"),
+            ),
+            ("vit_nano", {"image_size": 224, "patch_size": 28}, ()),
+            ("vit_nano", {"image_size": 64}, ()),
+            ("vit_nano", {}, ()),
+            ("vit_tiny", {"image_size": 384}, ()),
+            ("vit_tiny", {"image_size": 32}, ()),
+            ("vit_tiny", {"image_size": 32, "patch_size": 4}, ()),
+        ],
+        lambda row: row[0] == "vit_nano",
+    ),
 )
 def test_many_more_tokens_give_a_warning(backbone: str, sizes: dict[str, int], words: tuple[str, ...]) -> None:
     warning = preview_backbone(RunConfig(backbone=backbone, dataset="digits", **sizes)).warning

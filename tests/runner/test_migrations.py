@@ -119,6 +119,7 @@ def test_the_command_line_resumes_an_old_comparison(capsys: pytest.CaptureFixtur
     assert [row["status"] for row in json.loads(done.out)["rows"]] == ["done", "done"]
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_can_get_another_method(v0: Path) -> None:
     values = {**read_config(v0 / "compare" / CONFIG_FILE), "output": v0 / "compare"}
     values["methods"] = [*values["methods"], "bitfit"]

@@ -49,6 +49,7 @@ def test_a_changed_weights_file_is_refused(tmp_path: Path) -> None:
     assert petune.run(**run, method="linear", output=tmp_path / "run", resume=True).top1 == done.top1
 
 
+@pytest.mark.exhaustive
 def test_a_changed_recipe_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = {**RUN, "weights": "none", "train": {**RUN["train"], "weight_decay": 0.0}}  # type: ignore[dict-item]
     petune.run(**run, output=tmp_path / "run")

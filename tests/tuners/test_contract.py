@@ -7,11 +7,12 @@ import pytest
 import petune
 from petune.base.errors import ConfigError
 from petune.plugin_dev.tiny_models import tiny_models
+from tests.sampling import sampled
 
 NAMES = [t.name for t in petune.list_tuners() if t.name != "peft"]  # it needs a type, see test_peft.py
 
 
-@pytest.mark.parametrize("library", sorted(tiny_models()))
+@pytest.mark.parametrize("library", sampled(sorted(tiny_models()), "timm".__eq__))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:VisionTransformer reads the weights")
 def test_every_registered_tuner_meets_the_contract(name: str, library: str) -> None:

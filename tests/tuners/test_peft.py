@@ -65,12 +65,12 @@ def test_the_docs_list_every_type() -> None:
     assert set(states) == {*TYPES, *REFUSED} - {"petune"} == {m.value.lower() for m in peft.PeftType} - {"petune"}
 
 
-@pytest.mark.parametrize("kind", sampled(TYPES, lambda kind: kind in CONTRACT))
+@pytest.mark.parametrize("kind", sampled(TYPES, CONTRACT.__contains__))
 def test_every_type_meets_the_contract(kind: str) -> None:
     assert petune.check_tuner(f"peft:{kind}", model())
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", sampled(TYPES, CONTRACT.__contains__))
 def test_saved_adapters_load_with_peft(kind: str, tmp_path: Path) -> None:
     att = randomized(petune.attach(model(), f"peft:{kind}"))
     att.save(tmp_path / "a", metadata={"classes": ["a", "b", "c"]})
@@ -80,7 +80,7 @@ def test_saved_adapters_load_with_peft(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(theirs), logits(att.model))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", sampled(TYPES, CONTRACT.__contains__))
 def test_adapters_saved_by_peft_load_here(kind: str, tmp_path: Path) -> None:
     ours = petune.attach(model(), f"peft:{kind}").tuner.wrapped.config
     skipped = {"peft_type", "runtime_config", "inference_mode"}
@@ -100,7 +100,7 @@ def test_adapters_saved_by_peft_load_here(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(petune.load(model(), tmp_path / "c").model), logits(theirs))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", sampled(TYPES, CONTRACT.__contains__))
 def test_merged_models_compute_the_same(kind: str) -> None:
     att = randomized(petune.attach(model(), f"peft:{kind}"))
     before = logits(att.model)
