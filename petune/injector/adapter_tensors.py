@@ -98,6 +98,21 @@ class AdapterTensors:
         """Return False if the model has another classifier now, such as another task's."""
         return {*self.head_modules} <= {*self._model.modules()}
 
+    def check_left_head(self, name: str) -> None:
+        """Check that a classifier that does not train is still the one from when the attachment was made.
+
+        Args:
+            name: The attachment, for messages.
+
+        Raises:
+            AttachError: The model has another one.
+        """
+        if not self.head and not self.head_is_in_model():
+            raise AttachError(
+                f"{self._sites.model} has another classifier than when {name} was attached with train_head=False. "
+                "Change the classifier first and attach then"
+            )
+
     def are_alone(self) -> bool:
         """Return True if no other attachment is enabled, and the classifier in the model is this attachment's."""
         state = trainable_state_of(self._model)

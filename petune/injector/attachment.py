@@ -96,8 +96,7 @@ class Attachment:
         """Return what an optimizer trains: tuned and head parameters.
 
         Raises:
-            AttachError: The model has another tensor in the place of one of them, or parameters that train though no
-                attachment saves them, because someone called `requires_grad_(True)`.
+            AttachError: The model has another tensor in the place of one of them, or parameters that someone unfroze.
         """
         self._check_in_model()
         refuse_unfrozen(self.model, self.sites)
@@ -256,11 +255,8 @@ class Attachment:
         """
         self._check_attached()
         self._check_in_model()
-        if self.enabled and not self.head and not self.tensors.head_is_in_model():
-            raise AttachError(
-                f"{self.sites.model} has another classifier than when {self.name} was attached with train_head=False. "
-                "Change the classifier first and attach then"
-            )
+        if self.enabled:
+            self.tensors.check_left_head(self.name)
         warn_of_unfrozen(self.model, self.sites)
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         further = {"reference_logits": self.reference_logits(), "metadata": dict(metadata or {})}

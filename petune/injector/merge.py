@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from petune.adapters.fingerprint import plain_parts
 from petune.base.errors import NotMergeable
 from petune.injector.edit_log import EditLog
 from petune.injector.trainable import open_trainable_state
@@ -34,7 +35,7 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
     before = {key: t.detach().clone() for key, t in model.state_dict().items() if isinstance(t, Tensor)}
     expected = synthetic_logits(model, sites)
     try:
-        log.fold(name)
+        _fold(model, log, name)
         _check_not_shared(model, sites, log, name, before)
         log.set_enabled(False)
         change = float((synthetic_logits(model, sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
@@ -45,9 +46,38 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
                 changes_output=True,
             )
     except BaseException:
-        model.load_state_dict(before, strict=False)
+        _restore(model, before)
         log.set_enabled(True)
         raise
+
+
+def _fold(model: nn.Module, log: EditLog, name: str) -> None:
+    """Fold the adapters.
+
+    Raises:
+        NotMergeable: See `EditLog.fold`; or quantized weights do not take the change.
+    """
+    try:
+        log.fold(name)
+    except (NotImplementedError, RuntimeError) as error:
+        kinds = {type(p).__name__ for p in model.parameters() if type(p) is not nn.Parameter}
+        if not kinds:
+            raise
+        raise NotMergeable(
+            f"{name} cannot be merged into quantized weights ({', '.join(sorted(kinds))}): {error}. Merge before "
+            "quantizing: attach and train on the model in full precision"
+        ) from error
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Give the tensors their values back; quantized weights by their parts, because they may refuse to be copied to."""
+    quantized = {key: t for key, t in before.items() if hasattr(t, "__tensor_flatten__")}
+    model.load_state_dict({key: t for key, t in before.items() if key not in quantized}, strict=False)
+    now = model.state_dict()
+    for key, values in quantized.items():
+        for (_, part), (_, old) in zip(plain_parts(key, now[key]), plain_parts(key, values), strict=True):
+            part.copy_(old)
 
 
 def _check_not_shared(model: nn.Module, sites: Sites, log: EditLog, name: str, before: Mapping[str, Tensor]) -> None:

@@ -67,6 +67,16 @@ class LockedWeight(OpaqueWeight):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+class ConstantWeight(Int8Weight):
+    """One that nothing can change in place, as torchao's for most operations."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise NotImplementedError(f"{func} of a ConstantWeight")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def quantize(model: nn.Module, kind: type[Int8Weight] = Int8Weight, *, with_head: bool = False) -> nn.Module:
     """The model with the weights of its linear layers quantized, by default without the classifier."""
     for path, module in model.named_modules():

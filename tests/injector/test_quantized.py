@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import petune
-from tests.injector.quantized import LockedWeight, OpaqueWeight, quantize
+from tests.injector.quantized import ConstantWeight, LockedWeight, OpaqueWeight, quantize
 from tests.tiny import X, randomised, tiny
 
 
@@ -55,3 +55,29 @@ def test_a_weight_that_does_not_say_what_it_is_made_of_counts_by_its_values() ->
 def test_weights_that_cannot_be_read_are_refused_before_training() -> None:
     with pytest.raises(petune.AttachError, match=r"blocks.0.attn.qkv.weight.*LockedWeight"):
         petune.attach(quantize(tiny(), LockedWeight), "adaptformer")
+
+
+@pytest.mark.parametrize("method", ["fact", "lora", "repadapter", "ssf"])
+def test_weights_that_take_no_change_are_not_mergeable(method: str) -> None:
+    att = randomised(petune.attach(quantize(tiny(), ConstantWeight), method))
+    before = {key: t.clone() for key, t in att.model.state_dict().items()}
+    with torch.no_grad():
+        logits = att.model(X)
+        with pytest.raises(petune.NotMergeable):
+            att.merge()
+        assert torch.equal(att.model(X), logits)
+    assert before.keys() == att.model.state_dict().keys()
+    assert att.enabled
+    att.detach()
+    with torch.no_grad():
+        assert torch.equal(att.model(X), quantize(tiny(), ConstantWeight)(X))
+
+
+def test_a_fault_of_a_merge_on_plain_weights_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    att = petune.attach(tiny(), "ssf")
+    monkeypatch.setattr(att.edit_log.placed[0].holder.adapter, "merge", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        att.merge()

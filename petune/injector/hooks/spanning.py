@@ -72,10 +72,6 @@ class Spanning(Gather):
         change: Tensor = self.adapter(inputs[0] if self.single else inputs)
         return change
 
-    def clear(self) -> None:
-        super().clear()
-        self.records = []
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "records": []}
 
