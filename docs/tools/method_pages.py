@@ -73,6 +73,10 @@ def index_page() -> str:
         "`petune methods` lists what is installed; PEFT's other types are on [their own page](../peft.md), and "
         "[Write a tuner](../write-a-tuner.md) adds yours. Trained parameters are those of ViT-B/16, not counting the "
         "classifier's.",
+        "",
+        "Frozen parts are in eval mode, so a backbone's drop path and dropout are off, where papers often train with a "
+        "drop path of 0.1. `--drop-path 0.1` turns it on, for every method alike: "
+        "[Compare fairly](../tutorials/compare-fairly.md).",
     ]
     for group, names in GROUPS.items():
         lines += ["", f"## {group}", "", "| method | what it does | trained | paper |", "| --- | --- | ---: | --- |"]

@@ -88,7 +88,8 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
     Parameters: 2·D·M + M + D per block, one more with a learnable scale. ViT-B/16, M = 64: 1,189,632.
 
     Differs from the paper: figure and equation show norm2's output as the input; the authors' code reads the raw
-    residual stream, and they say that the code is right, so that is the default here.
+    residual stream, and they say that the code is right, so that is the default here. A frozen backbone is in eval
+    mode, without drop path; `--drop-path 0.1` lets it act, as in papers that train with it.
 
     Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 images of CIFAR-10 (2
     epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2. The authors' own script trains image

@@ -54,8 +54,9 @@ class Houlsby(petune.Tuner[HoulsbyConfig]):
     Trains: two adapters per block. Identity at the start: the up-projection is zero.
     Parameters: 2·(2·D·M + M + D) per block. ViT-B/16, M = 64: 2,379,264.
 
-    The adapter comes before LayerScale, drop path and the residual sum: in a model with LayerScale (DINOv2, DeiT-3) its
-    output is scaled with the sublayer's. Adapter+ (Steitz & Roth, CVPR 2024) puts it after them.
+    The adapter comes before LayerScale, drop path and the residual sum: in a model with LayerScale (which starts at
+    1e-5 in DINOv2 and at 1e-6 in DeiT-3) its output is scaled with the sublayer's. Adapter+ (Steitz & Roth, CVPR 2024)
+    puts it after them.
 
     Differs from the paper: the up-projection starts at zero instead of N(0, 0.01²), so the start is exactly the
     identity; the norms do not train (attach `norm` as well for that).

@@ -28,7 +28,8 @@ class Pfeiffer(petune.Tuner[PfeifferConfig]):
     Trains: one adapter per block. Identity at the start: the up-projection is zero.
     Parameters: 2·D·M + M + D per block. ViT-B/16, M = 64: 1,189,632.
 
-    The adapter comes before LayerScale, drop path and the residual sum, as Houlsby's do here.
+    The adapter comes before LayerScale (which starts at 1e-5 in DINOv2 and at 1e-6 in DeiT-3), drop path and the
+    residual sum, as Houlsby's do here.
 
     Differs from the paper: in a post-norm transformer the adapter is between the MLP's residual sum and its norm; in a
     pre-norm ViT it comes after the MLP. The code of Adapter+ (Steitz & Roth, CVPR 2024, github.com/visinf/adapter_plus)

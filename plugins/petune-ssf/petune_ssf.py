@@ -48,7 +48,10 @@ class SSF(petune.Tuner[SSFConfig]):
     Trains: γ and β per output channel. Not the identity at the start.
     Parameters: 22·D per block with an MLP of 4·D, 2·D for the final norm. ViT-B/16: 204,288.
 
-    Differs from the paper: the patch embedding is not scaled (2·D more there), nor are the norms between Swin's stages.
+    Differs from the paper: the patch embedding is not scaled (2·D more there). The authors' code also scales inside
+    Swin's PatchMerging, between the stages; γ and β after its norm and its linear layer would be 12·D more for each
+    (Swin-T: 8,064). Where a model averages its tokens before the last norm (timm's `fc_norm`), they scale before the
+    average, and here the norm's output is scaled, after it: 2·D either way.
     """
 
     recipe = petune.Recipe(lr=5e-3, weight_decay=0.0)
