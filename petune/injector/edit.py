@@ -22,8 +22,8 @@ class Edit:
     if the model does not have it. A verb raises AttachError if it cannot change the site, such as a tensor between two
     modules.
 
-    Several adapters at one site: `before` applies them in the order in which they were declared, `after` and
-    `parallel` in the reverse order (the one declared last acts on the site's own output first).
+    Several adapters at one site act in the order in which they were declared, whatever the verbs, and in the order of
+    their attachments. An adapter that calls a module of the backbone runs it with all adapters but itself.
 
     Parameters of an adapter train, except those that have `requires_grad=False` when `Tuner.attach` returns: they are
     saved, as buffers are.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from petune.base.errors import NotMergeable
-from petune.injector.hooks.base import Holder
+from petune.injector.hooks.base import After, Before, Holder
 from petune.sites.site import Site
 
 Toggle = Callable[[bool], object]
@@ -101,7 +102,7 @@ class EditLog:
                 raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
         for merge in self.merges:
             merge()
-        for holder, sites in reversed(self.placed):  # the innermost hook was registered last
+        for holder, sites in _fold_order(self.placed, method):
             holder.adapter.merge(sites[-1].exit)  # type: ignore[operator]
 
     def undo(self) -> None:
@@ -110,3 +111,29 @@ class EditLog:
             holder.clear()
         while self.undo_steps:
             self.undo_steps.pop()()
+
+
+def _fold_order(placed: list[Placed], method: str) -> list[Placed]:
+    """Return the adapters in the order in which folding them one by one gives what they compute together.
+
+    What acts on a module's output is folded in the order in which it acts. What acts on its input is folded in reverse
+    order: the module takes in the last one first, and what a parallel adapter reads first too.
+
+    Raises:
+        NotMergeable: There is no such order.
+    """
+    sorter: TopologicalSorter[int] = TopologicalSorter()
+    by_module: dict[nn.Module, list[int]] = {}
+    for index, (holder, sites) in enumerate(placed):
+        sorter.add(index)
+        for earlier in by_module.setdefault(sites[-1].exit, []):
+            kinds = {type(placed[earlier].holder), type(holder)}
+            if After in kinds and Before not in kinds:
+                sorter.add(index, earlier)
+            elif Before in kinds and After not in kinds:
+                sorter.add(earlier, index)
+        by_module[sites[-1].exit].append(index)
+    try:
+        return [placed[index] for index in sorter.static_order()]
+    except CycleError:
+        raise NotMergeable(f"{method} has adapters at one site that cannot be folded one by one") from None

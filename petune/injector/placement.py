@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from petune.base.errors import AttachError
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.base import Holder, idempotent
-from petune.injector.hooks.prompts import keep_prompts_outermost
+from petune.injector.hooks.prompts import order_hooks
 from petune.injector.qkv import qkv_readers
 from petune.injector.trainable import CONTAINERS, host_for, open_trainable_state
 from petune.sites.site import Block, Site, Sites
@@ -51,7 +51,7 @@ class Placer:
     def hook(self, handle: RemovableHandle) -> None:
         """Remove this hook when the edit is undone."""
         hooks: Any = handle.hooks_dict_ref()
-        keep_prompts_outermost(hooks)
+        order_hooks(hooks, handle.id)
         self.log.undo_steps.append(handle.remove)
 
     def toggle(self, switch: Callable[[bool], None], *, on: bool) -> None:

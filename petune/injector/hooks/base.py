@@ -21,14 +21,34 @@ Kwargs = dict[str, Any]
 
 
 class Holder(nn.Module):
-    """Base of all holders. With `enabled` False the model runs as if nothing were attached."""
+    """Base of all holders. With `enabled` False the model runs as if nothing were attached.
+
+    An adapter may call a module of the backbone. Other adapters act there, but the calling one does not, so that it
+    can call the module that it is attached to and never calls itself.
+    """
 
     is_petune_holder = True
+    running = False
+    """True while the adapter runs."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__()
         self.adapter = adapter
         self.enabled = True
+
+    @property
+    def acts(self) -> bool:
+        """True if the hooks do something now: the adapter is enabled, and not what calls their module."""
+        return self.enabled and not self.running
+
+    def run(self, x: Any) -> Tensor:
+        """Return what the adapter makes of `x`; modules that it calls run without it."""
+        self.running = True
+        try:
+            y: Tensor = self.adapter(x)
+        finally:
+            self.running = False
+        return y
 
     def clear(self) -> None:
         """Drop tensors that are kept between two hooks."""
@@ -45,20 +65,20 @@ class Parallel(Holder):
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Keep the input; pre-hook of ENTER."""
-        if self.enabled:
+        if self.acts:
             self.entered = first_tensor(args, kwargs)
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
         x, self.entered = self.entered, None
-        if output is None or not self.enabled:
+        if output is None or not self.acts:
             return None
         if x is None:
             raise AttachError(
                 f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
                 "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
             )
-        change = self.adapter(to_channels_last(x, self.enter_layout))
+        change = self.run(to_channels_last(x, self.enter_layout))
         return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
 
     def clear(self) -> None:
@@ -79,18 +99,18 @@ class Gather(Holder):
 
     def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Start a new list of inputs; pre-hook of the first of ENTERS. An earlier forward may not have reached EXIT."""
-        self.entered = []
-        self.enter(module, args, kwargs)
+        if self.acts:
+            self.entered = [first_tensor(args, kwargs)]
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Keep the input; pre-hook of the others of ENTERS, which are entered in their order."""
-        if self.enabled:
+        if self.acts:
             self.entered.append(first_tensor(args, kwargs))
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
         inputs, self.entered = self.entered, []
-        if output is None or not self.enabled:
+        if output is None or not self.acts:
             return None
         if len(inputs) != len(self.enter_layouts):
             raise AttachError(
@@ -103,8 +123,7 @@ class Gather(Holder):
 
     def changed(self, inputs: list[Tensor]) -> Tensor:
         """Return the adapter's output."""
-        change: Tensor = self.adapter(inputs)
-        return change
+        return self.run(inputs)
 
     def clear(self) -> None:
         self.entered = []
@@ -122,10 +141,10 @@ class Before(Holder):
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Replace the input; pre-hook of the site."""
-        if not self.enabled:
+        if not self.acts:
             return None
         x = first_tensor(args, kwargs)
-        y = shaped_like(self.adapter(to_channels_last(x, self.layout)), x, self.layout)
+        y = shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
         return with_first_tensor(args, kwargs, y)
 
 
@@ -138,10 +157,10 @@ class After(Holder):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Replace the output; hook of the site."""
-        return with_tensor(output, self._changed) if self.enabled else None
+        return with_tensor(output, self._changed) if self.acts else None
 
     def _changed(self, x: Tensor) -> Tensor:
-        return shaped_like(self.adapter(to_channels_last(x, self.layout)), x, self.layout)
+        return shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
 
 
 def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:

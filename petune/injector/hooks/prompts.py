@@ -84,8 +84,7 @@ class Prompts(Holder):
             index: The block's position among those that the prompts pass through.
         """
         if index == 0:
-            prompts: Tensor = self.adapter(x_BND)
-            return prompts
+            return self.run(x_BND)
         kept: Tensor | None = getattr(x_BND, CARRIED, None)
         if kept is None and self.carried is not None and self.carried[0] == index - 1:
             kept = self.carried[1]
@@ -194,7 +193,7 @@ class PromptedModule:
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Insert the prompts; pre-hook."""
         holder = self.holder
-        if not holder.enabled:
+        if not holder.acts:
             return None
         x_BND = first_tensor(args, kwargs)
         prompted = holder.with_prompts(x_BND, holder.prompts_for(x_BND, self.index))
@@ -204,8 +203,13 @@ class PromptedModule:
     def conceal(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Cut the prompts out until the forward; pre-hook."""
         holder = self.holder
-        if not holder.enabled or holder.hidden is None:
+        if not holder.acts:
             return None
+        if holder.hidden is None:
+            raise RuntimeError(
+                f"an adapter that acts where {type(module).__name__} is entered calls that module, which has prompts. "
+                "Call another module there, or disable the prompts"
+            )
         prompted = first_tensor(args, kwargs)
         if prompted is not holder.hidden[1]:  # an adapter has changed it
             holder.hidden = holder.without_prompts(prompted), prompted
@@ -214,8 +218,10 @@ class PromptedModule:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward with the prompts."""
         original = self.original or functools.partial(type(self.module).forward, self.module)
+        if not self.holder.acts:
+            return original(*args, **kwargs)
         hidden, self.holder.hidden = self.holder.hidden, None
-        if not self.holder.enabled or hidden is None:
+        if hidden is None:
             return original(*args, **kwargs)
         x_BND = first_tensor(args, kwargs)
         own, prompted = hidden
@@ -227,7 +233,7 @@ class PromptedModule:
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Cut the prompts out; hook. Between two blocks they are kept with the output."""
-        return with_tensor(output, self._cut) if self.holder.enabled else None
+        return with_tensor(output, self._cut) if self.holder.acts else None
 
     def _cut(self, x_BND: Tensor) -> Tensor:
         holder = self.holder
@@ -242,14 +248,25 @@ class PromptedModule:
         return tokens
 
 
-def keep_prompts_outermost(hooks: OrderedDict[int, Callable[..., Any]]) -> None:
-    """Order a module's hooks: petune's adapters see prompts as tokens, and hooks of others never see them."""
+def order_hooks(hooks: OrderedDict[int, Callable[..., Any]], newest: int) -> None:
+    """Order a module's hooks after petune has added one: adapters act in the order in which they were declared.
+
+    Petune's adapters see prompts as tokens, and hooks of others never see them.
+
+    Args:
+        hooks: Forward hooks or forward pre-hooks of one module, by id; ids grow with time.
+        newest: Id of the hook that was added. If it is the first one, other adapters' hooks go before it.
+    """
 
     def rank(hook: Callable[..., Any]) -> int:
         owner = getattr(hook, "__self__", None)
         outer = getattr(hook, "__func__", None) in (PromptedModule.conceal, PromptedModule.leave)
         return 1 if outer else 0 if isinstance(owner, Holder | PromptedModule) else 2
 
+    if next(iter(hooks)) == newest and isinstance(getattr(hooks[newest], "__self__", None), Holder):
+        earlier = [key for key, hook in hooks.items() if key != newest and rank(hook) == 0]
+        for key in reversed(earlier):
+            hooks.move_to_end(key, last=False)
     ranks = {key: rank(hook) for key, hook in hooks.items()}
     if 1 in ranks.values():
         for key in sorted(ranks, key=lambda key: ranks[key]):

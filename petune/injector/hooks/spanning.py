@@ -50,7 +50,7 @@ class Spanning(Gather):
         """
         if not _in_backward():
             super().enter(module, args, kwargs)
-        elif self.enabled and not _saving_is_hooked():
+        elif self.acts and not _saving_is_hooked():
             raise RuntimeError(
                 f"an adapter reads the input of {type(module).__name__} for another block, which reentrant gradient "
                 f"checkpointing cuts off from the gradient. {ADVICE}"
@@ -59,7 +59,7 @@ class Spanning(Gather):
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output, in a repetition from what its forward has kept; hook of EXIT."""
         exit_input = next((x for x in args if isinstance(x, Tensor)), None)
-        if self.enabled and output is not None and _in_backward():
+        if self.acts and output is not None and _in_backward():
             self.entered = self._inputs_of(exit_input)
         inputs = self.entered
         result = super().leave(module, args, output)
@@ -69,8 +69,7 @@ class Spanning(Gather):
 
     def changed(self, inputs: list[Tensor]) -> Tensor:
         """Return the adapter's output."""
-        change: Tensor = self.adapter(inputs[0] if self.single else inputs)
-        return change
+        return self.run(inputs[0] if self.single else inputs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "records": []}
