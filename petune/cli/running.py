@@ -33,7 +33,7 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
         UsageError: There is no run to resume.
     """
     from petune.runner.file_names import CONFIG_FILE
-    from petune.runner.run_dir import latest_path, unique_path
+    from petune.runner.run_dir import latest_path, make_unique_dir
 
     if config.output is not None:
         if resume and not (config.output / CONFIG_FILE).is_file():
@@ -43,7 +43,7 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
             )
         return config.output
     if not config.resume:
-        return unique_path(RUNS / name)
+        return make_unique_dir(RUNS / name)
     latest = latest_path(RUNS / name)
     if latest is None:
         raise UsageError(f"nothing to resume: there is no {RUNS / name}. Name the run's directory with --output")

@@ -21,7 +21,7 @@ from petune.runner.prepare import RunContext, Statistics, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
-from petune.runner.run_dir import open_run_dir, unique_path
+from petune.runner.run_dir import make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
 from petune.runner.trained import Trained
 from petune.training.evaluate import Accuracy
@@ -90,7 +90,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
     group = init_group()
     if config.output is None or not RunResult.exists(config.output):
         group.main_first(lambda: check_weights(config.backbone, config.weights))
-    run_dir = group.broadcast(lambda: config.output or unique_path(Path("runs") / procedure.name))
+    run_dir = group.broadcast(lambda: config.output or make_unique_dir(Path("runs") / procedure.name))
     opened = open_run_dir(run_dir, config, resume=config.resume, command=procedure.command)
     with group.on_main(opened), StopFlag() as stop:
         finished = group.broadcast(lambda: RunResult.read(run_dir) if RunResult.exists(run_dir) else None)

@@ -127,7 +127,7 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
     replace_file(file, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def unique_path(wanted: Path) -> Path:
+def make_unique_dir(wanted: Path) -> Path:
     """Create and return `wanted`, or the first of `wanted-2`, `wanted-3`, … that does not exist.
 
     Raises:

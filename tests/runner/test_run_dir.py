@@ -17,7 +17,7 @@ from petune.base.errors import CheckpointError, UsageError
 from petune.base.yaml_values import read_yaml
 from petune.runner.file_names import CONFIG_FILE, LOCK_FILE
 from petune.runner.result import RunResult
-from petune.runner.run_dir import latest_path, open_run_dir, unique_path
+from petune.runner.run_dir import latest_path, make_unique_dir, open_run_dir
 from petune.runner.stored_config import check_config
 from petune.serving.restore import restore
 from petune.training.run_files import METRICS_FILE
@@ -194,13 +194,13 @@ def test_an_error_inside_the_context_passes_unchanged(tmp_path: Path) -> None:
         raise OSError("inside")
 
 
-def test_unique_path_creates_what_it_returns(tmp_path: Path) -> None:
+def test_make_unique_dir_creates_what_it_returns(tmp_path: Path) -> None:
     for name in ("run", "run-2", "run-3"):
-        assert unique_path(tmp_path / "a" / "run") == tmp_path / "a" / name
+        assert make_unique_dir(tmp_path / "a" / "run") == tmp_path / "a" / name
         assert (tmp_path / "a" / name).is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot create"):
-        unique_path(tmp_path / "file" / "run")
+        make_unique_dir(tmp_path / "file" / "run")
 
 
 def test_the_latest_of_a_name_is_the_run_that_started_last(tmp_path: Path) -> None:
