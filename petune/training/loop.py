@@ -36,7 +36,7 @@ from petune.training.run_files import RunFiles
 from petune.training.shard import shard_frozen_blocks
 from petune.training.speed.context import Forward, StepContext
 from petune.training.speed.speedups import apply_speedups
-from petune.training.state import TrainState
+from petune.training.state import ResumableState
 from petune.training.step_sync import StepRequest, StepSync
 from petune.training.stop import StopFlag
 
@@ -105,7 +105,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config)
         self.schedule = create_schedule(self.optimizer, self.config, self.total_steps)
 
-        self.state = TrainState(self.model, self.params, self.optimizer, job.keep)
+        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep)
         self.progress.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
         self.unfused_attention: list[nn.Module] = []
         self._apply_precision()

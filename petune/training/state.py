@@ -15,7 +15,7 @@ from petune.training.evaluate import Accuracy
 from petune.training.progress import Progress
 
 
-class TrainState:
+class ResumableState:
     """Parameters, buffers, optimizer and progress of a training, and the tensors of the best epoch.
 
     Args:

@@ -13,7 +13,7 @@ from petune.backbones.create import create_backbone
 from petune.training.checkpoint import newest_checkpoint
 from petune.training.config import TrainConfig
 from petune.training.optim import create_optimizer
-from petune.training.state import TrainState
+from petune.training.state import ResumableState
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
 METHODS = {"adaptformer": "adaptformer:variant=paddle_study,bottleneck=2", "vpt": "vpt:num_prompts=2"} | {
@@ -32,7 +32,7 @@ def test_an_old_checkpoint_restores_the_tensors_of_its_adapter(method: str) -> N
     att, saved = petune.attach(models[0], METHODS[method]), petune.load(models[1], run / "adapter")
     params = {**att.tuned, **att.head}
     train = TrainConfig(lr=0.01, weight_decay=0.0, optimizer="adamw")
-    state = TrainState(att.model, params, create_optimizer(params, set(), train), keep="best")
+    state = ResumableState(att.model, params, create_optimizer(params, set(), train), keep="best")
     checkpoint, problems = newest_checkpoint(run / "checkpoints")
     assert problems == []
     assert checkpoint is not None
