@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class ProgressDisplay:
     """A `watch` callback, and a context manager, that shows the events of training.
 
     Args:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from petune.base.distributed import is_main_process
 from petune.base.errors import Stopped, UsageError
-from petune.cli.progress import Progress
+from petune.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from petune.runner.events import RunStarted
@@ -87,7 +87,7 @@ def watching(tracker: str | None, output: Path) -> Iterator[Callable[[Event | Ru
         yield lambda event: None
         return
     tracking = _Tracking(tracker, output) if tracker else None
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
 
         def watch(event: Event | RunStarted) -> None:
             progress(event)

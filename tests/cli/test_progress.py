@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from petune.base.text import format_percent
-from petune.cli.progress import Progress
+from petune.cli.progress import ProgressDisplay
 from petune.cli.terminal import clean, format_count, format_flops, print_table
 from petune.runner.events import RunStarted
 from petune.training.events import EpochEnded, Note, StepDone
@@ -21,7 +21,7 @@ EPOCH = EpochEnded(1, 2, {"epoch": 1, "train_loss": 1.25, "val_top1": 50.0})
 def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("petune.cli.progress.time.monotonic", lambda: now)
-    with Progress(bar=False) as watch:
+    with ProgressDisplay(bar=False) as watch:
         watch(Note("a\x1bnote"))
         watch(_step(10))
         now += 5
@@ -40,7 +40,7 @@ def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_several_runs_are_labeled(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(bar=False) as watch:
+    with ProgressDisplay(bar=False) as watch:
         watch(RunStarted("vpt", 1, 0, 2, True))
         watch(RunStarted("full", 0, 1, 2, False))
         watch(EpochEnded(1, 2, {"epoch": 1, "train_loss": 1.25}))
@@ -55,7 +55,7 @@ def test_the_bar_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with Progress(bar=True) as watch:
+    with ProgressDisplay(bar=True) as watch:
         watch(RunStarted("vpt", 1, 0, 2, False))
         watch(_step(99))
         watch(EPOCH)
