@@ -121,9 +121,9 @@ class TrainableState(nn.Module):
         for key, tensor in in_place.items():
             copied = tensor.detach().clone() if keep_original else None
             values = known.get(id(tensor)) or TensorValues(tensor, copied)
-            holder = self._holder(values)
-            if holder is not None:
-                values.trained[holder] = copied
+            current = self._current_trainer(values)
+            if current is not None:
+                values.trained[current] = copied
             values.trained[name] = None
             parts.in_place[key] = values
         self._freeze()
@@ -139,10 +139,10 @@ class TrainableState(nn.Module):
         """
         parts = self.attachments[name]
         stacks = {key: parts.in_place[key] for key in live if key in parts.in_place}
-        before = {key: self._holder(values) for key, values in stacks.items()}
+        before = {key: self._current_trainer(values) for key, values in stacks.items()}
         parts.enabled = on
         for key, values in stacks.items():
-            tensor, old, new = live[key], before[key], self._holder(values)
+            tensor, old, new = live[key], before[key], self._current_trainer(values)
             if old == new:
                 continue
             if old is not None:
@@ -288,7 +288,7 @@ class TrainableState(nn.Module):
             module.training = False
         return model
 
-    def _holder(self, values: TensorValues) -> str | None:
+    def _current_trainer(self, values: TensorValues) -> str | None:
         """Return the attachment whose value the model holds: the last one that is enabled."""
         return next((name for name in reversed(values.trained) if self.attachments[name].enabled), None)
 
