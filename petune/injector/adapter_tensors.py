@@ -70,7 +70,7 @@ class AdapterTensors:
         """Return the tensors of `live`; while the attachment is disabled, with the values that it trained."""
         live = self.live()
         state = trainable_state_of(self._model)
-        return live if state is None else {key: state.value(self._log.name, key, t) for key, t in live.items()}
+        return live if state is None else {key: state.value(self._log.label, key, t) for key, t in live.items()}
 
     def adapter_buffers(self) -> set[str]:
         """Return the state_dict keys of the buffers of adapters that verbs put in, also of those that are None."""
@@ -118,7 +118,7 @@ class AdapterTensors:
         state = trainable_state_of(self._model)
         if state is None or not self.head_is_in_model():
             return False
-        return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.name)
+        return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.label)
 
     def fingerprint(
         self, wrapper: str | None = None, also_frozen: Collection[str] = (), left_out: Collection[str] = ()
@@ -137,7 +137,7 @@ class AdapterTensors:
             return self._fingerprint
         is_trained = bool(self.head)
         own = {key: t for key, t in self.live().items() if key not in also_frozen}
-        frozen = frozen_backbone(self._model, self._sites, self._log.name, own, train_head=is_trained)
+        frozen = frozen_backbone(self._model, self._sites, self._log.label, own, train_head=is_trained)
         return fingerprint(
             self._model, {wrapped_key(key, wrapper): t for key, t in frozen.items() if key not in left_out}
         )
@@ -155,7 +155,7 @@ class AdapterTensors:
         """
         if self.head:
             return None
-        tensors = frozen_head(self._model, self._sites, self._log.name, self.live())
+        tensors = frozen_head(self._model, self._sites, self._log.label, self.live())
         return None if tensors is None else digest({wrapped_key(key, wrapper): t for key, t in tensors.items()})
 
     def check_in_model(self, name: str, *, active: bool, only: Mapping[str, Tensor] | None = None) -> None:

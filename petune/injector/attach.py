@@ -208,7 +208,7 @@ def _check_used(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog)
         if holder.adapter not in called:
             where = " or ".join(dict.fromkeys(site.where for site in passed))
             raise DeadSite(
-                f"{log.name} would do nothing: the forward of {sites.model} never calls {where} (it may read the "
+                f"{log.label} would do nothing: the forward of {sites.model} never calls {where} (it may read the "
                 "weights without calling the module). Use another method on this model"
             )
     _CHECKED.setdefault(model, set()).add(key)

@@ -76,7 +76,7 @@ class Attachment:
         classifier = {id(p) for module in self.tensors.head_modules for p in module.parameters()}
         self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier)
         state = open_trainable_state(model, sites)
-        state.set_parts(edit_log.name, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
+        state.set_parts(edit_log.label, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
         self._loop_check = LoopCheck(name, tuner.training_calls, self.tuned.values())
         edit_log.undo_steps.append(self._loop_check.remove)
 
@@ -334,7 +334,7 @@ class Attachment:
                 if not was_enabled:
                     self.disable()
                 raise
-        open_trainable_state(self.model, self.sites).make_original(self.edit_log.name, in_place)
+        open_trainable_state(self.model, self.sites).make_original(self.edit_log.label, in_place)
         self._undo()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -349,7 +349,7 @@ class Attachment:
         return self.tuner.method or self.name
 
     def _file_key(self, key: str) -> str:
-        return renamed_key(key, f"petune_{self.edit_log.name}", f"petune_{label_of(self._method)}")
+        return renamed_key(key, f"petune_{self.edit_log.label}", f"petune_{label_of(self._method)}")
 
     def _undo(self) -> None:
         self.edit_log.undo()
@@ -383,7 +383,7 @@ class Attachment:
 
     def _exchange(self, on: bool, in_place: dict[str, Tensor]) -> None:
         """Give tensors that train in place their trained values, or the values they have without this attachment."""
-        open_trainable_state(self.model, self.sites).set_enabled(self.edit_log.name, on, in_place)
+        open_trainable_state(self.model, self.sites).set_enabled(self.edit_log.label, on, in_place)
         if in_place:
             forget_caches(self.model)
 

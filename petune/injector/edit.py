@@ -37,7 +37,7 @@ class Edit:
     def __init__(self, model: nn.Module, sites: Sites, log: EditLog) -> None:
         self.model = model
         self.sites = sites
-        self.name = log.name
+        self.name = log.label
         self._log = log
         self._layers = LayerFinder(model, sites)
         self._placer = Placer(model, sites, log)

@@ -34,7 +34,7 @@ class EditLog:
     """The record of one tuner's edits. The verbs of `Edit` write it, the framework reads it.
 
     Attributes:
-        name: The attachment's name as part of state_dict keys.
+        label: The attachment's name as part of state_dict keys: other characters than letters, digits and _ are replaced.
         placed: The adapters that verbs put in.
         unfrozen: The backbone's own parameters that train.
         train_modules: The backbone's own modules that go to train mode.
@@ -50,7 +50,7 @@ class EditLog:
         undo_steps: Called on detach, the last one first.
     """
 
-    name: str
+    label: str
     placed: list[Placed] = field(default_factory=list)
     unfrozen: list[nn.Parameter] = field(default_factory=list)
     train_modules: list[nn.Module] = field(default_factory=list)

@@ -86,7 +86,7 @@ def _check_not_shared(model: nn.Module, sites: Sites, log: EditLog, name: str, b
     for key, tensor in model.state_dict().items():
         if key not in before or torch.equal(tensor, before[key]):
             continue
-        other = state.trainer_of(key, other_than=log.name)
+        other = state.trainer_of(key, other_than=log.label)
         if other is not None:
             raise NotMergeable(
                 f"{name} cannot be folded into {key}, which {other} trains in place: the change would be lost when "

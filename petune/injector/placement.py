@@ -40,7 +40,7 @@ class Placer:
         self._refuse_shared(passed[-1])
         host = self._host(near)
         role = "" if isinstance(near, Block) else f"_{near.role}"
-        attribute = _free_name(host, f"petune_{self.log.name}{role}")
+        attribute = _free_name(host, f"petune_{self.log.label}{role}")
         weights = (p for p in self._weights(near) if p.is_floating_point())
         holder.to(next(weights, torch.empty(0, device="cpu")))
         holder.train(self.model.training)
@@ -79,7 +79,7 @@ class Placer:
             self._call_qkv_of(attention)
 
     def _call_qkv_of(self, attention: Any) -> None:
-        state, name = open_trainable_state(self.model, self.sites), self.log.name
+        state, name = open_trainable_state(self.model, self.sites), self.log.label
         if attention.qkv_bias_separate is False or attention in state.qkv_users:
             self.toggle(lambda on: state.use_qkv_module(attention, name, on), on=False)
 
