@@ -187,6 +187,6 @@ class AdapterTensors:
         """Return the modules that follow `train()`: unfrozen ones, the tuner's, and those of a head that trains."""
         roots = [*self._log.train_modules, *self._log.added_modules, *head_modules]
         own = {id(m) for holder, _ in self._log.placed for m in holder.modules()}
-        added = {id(m) for h in self._model.modules() if hasattr(h, "is_petune_holder") for m in h.modules()}
+        added = {id(m) for h in self._model.modules() if hasattr(h, "is_petune_module") for m in h.modules()}
         inside = (m for root in roots for m in root.modules() if id(m) in own or id(m) not in added)
         return (*inside, *self._log.wrappers)

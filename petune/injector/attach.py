@@ -132,7 +132,7 @@ def _check_same_root(model: nn.Module, existing: TrainableState | None) -> None:
     """
     states = {path.rpartition(".")[0]: m for path, m in model.named_modules() if isinstance(m, TrainableState)}
     others = [path or "the model that this is a part of" for path, m in states.items() if m.model is not model]
-    in_another_model = existing is None and any(hasattr(m, "is_petune_holder") for m in model.modules())
+    in_another_model = existing is None and any(hasattr(m, "is_petune_module") for m in model.modules())
     if others or in_another_model:
         other = others[0] if others else "another model that shares a part of this one"
         raise AttachError(

@@ -34,7 +34,7 @@ class EditLog:
     """The record of one tuner's edits. The verbs of `Edit` write it, the framework reads it.
 
     Attributes:
-        label: The attachment's name as part of state_dict keys: other characters than letters, digits and _ are replaced.
+        label: The attachment's name as part of state_dict keys: letters, digits and _, others replaced by _.
         placed: The adapters that verbs put in.
         unfrozen: The backbone's own parameters that train.
         train_modules: The backbone's own modules that go to train mode.

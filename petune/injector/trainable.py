@@ -71,7 +71,7 @@ class TrainableState(nn.Module):
         qkv_users: By attention, the attachments that need it to call its qkv layer.
     """
 
-    is_petune_holder = True
+    is_petune_module = True
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         super().__init__()
@@ -335,4 +335,4 @@ def added_to(model: nn.Module) -> set[int]:
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "is_petune_holder")]
+    return [m for m in model.modules() if hasattr(m, "is_petune_module")]

@@ -41,13 +41,13 @@ class Pair:
 
     Attributes:
         attention, mlp: The two.
-        holder: The smallest call that holds both.
-        inside: All attentions in the holder.
+        scope: The smallest call that holds both.
+        inside: All attentions in the scope.
     """
 
     attention: Attention
     mlp: Mlp
-    holder: Call
+    scope: Call
     inside: list[Attention]
 
 

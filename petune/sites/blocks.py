@@ -41,7 +41,7 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
 
 def _is_complete(attention: Attention, block: Block) -> bool:
     """Return whether a block has an attention and `mid`, so that it counts even if its attention only pools."""
-    in_block = attention.pair is not None and attention.pair.holder.keeps_shape
+    in_block = attention.pair is not None and attention.pair.scope.keeps_shape
     return in_block and {"attn", "mid"} <= block.parts.keys()
 
 
@@ -56,7 +56,7 @@ def _block_of(trace: Trace, attention: Attention, attentions: list[Attention]) -
 
 
 def _is_module(trace: Trace, pair: Pair) -> bool:
-    return len(pair.inside) == 1 and pair.holder is not trace.root and pair.holder.maps_tokens
+    return len(pair.inside) == 1 and pair.scope is not trace.root and pair.scope.maps_tokens
 
 
 def _joins_windows(trace: Trace, pair: Pair) -> bool:
@@ -67,13 +67,13 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
     """
     if not _is_module(trace, pair):
         return False
-    mid, y = mid_of(trace, pair.mlp, pair.attention.call.stop, pair.holder.stop), pair.holder.output
+    mid, y = mid_of(trace, pair.mlp, pair.attention.call.stop, pair.scope.stop), pair.scope.output
     x = None if mid is None else mid.input
     if x is None or y is None or x.numel() != y.numel() or (x.ndim < y.ndim and len(x) == len(y)):
         return False
     later = (add for add in trace.additions if add.time > pair.mlp.last.stop)
     sums = [add.result for add in later if add.other(x) is not None]
-    makers = [c for c in pair.holder.inner() if c.output is y]
+    makers = [c for c in pair.scope.inner() if c.output is y]
     has_weights = any(is_norm(c) or any(True for _ in c.module.parameters()) for c in makers)
     return bool(sums) and all(s is not y for s in sums) and not has_weights
 
@@ -85,9 +85,9 @@ def _ends_with_norm(trace: Trace, pair: Pair) -> bool:
     """
     if not _is_module(trace, pair):
         return False
-    norms = [c for c in pair.holder.inner() if is_norm(c) and c.start > pair.mlp.last.stop]
-    norm = next((c for c in norms if c.output is pair.holder.output), None)
-    mid = mid_of(trace, pair.mlp, _child_towards(pair.holder, pair.attention.call).stop)
+    norms = [c for c in pair.scope.inner() if is_norm(c) and c.start > pair.mlp.last.stop]
+    norm = next((c for c in norms if c.output is pair.scope.output), None)
+    mid = mid_of(trace, pair.mlp, _child_towards(pair.scope, pair.attention.call).stop)
     if norm is None or mid is None:
         return False
     follows_norm = any(c.output is norm.input for c in norms)
@@ -99,14 +99,14 @@ def _has_parallel_attentions(trace: Trace, pair: Pair) -> bool:
 
     A module that also holds complete blocks, of which each attention has its own MLP, is a transformer.
     """
-    own = (a.pair is not None and a.pair.holder is pair.holder for a in pair.inside)
+    own = (a.pair is not None and a.pair.scope is pair.scope for a in pair.inside)
     nested = all(a.pair is not None for a in pair.inside)
-    return pair.holder.keeps_shape and not all(own) and not nested
+    return pair.scope.keeps_shape and not all(own) and not nested
 
 
 def _build_module(trace: Trace, pair: Pair) -> Found:
     """Build a block that is one module."""
-    block = pair.holder
+    block = pair.scope
     inner = _child_towards(block, pair.attention.call)
     bare = _bare(block, block, width_after(block), trace.model_name)
     described = _with_parts(trace, pair, bare, inner, list(block.subtree()))
@@ -124,22 +124,22 @@ def _returns_as_many(mid: Site, block: Call) -> bool:
 
 def _build_span(trace: Trace, pair: Pair) -> Found | None:
     """Build a block that is not a module: the module that calls its attention and MLP contains other parts too."""
-    first = _child_towards(pair.holder, pair.attention.call)
+    first = _child_towards(pair.scope, pair.attention.call)
     mid = mid_of(trace, pair.mlp, first.stop)
     last = None if mid is None else span_exit(trace, pair.mlp, mid)
     if last is None:
         return None
     bare = _bare(first, last, pair.attention.dim, trace.model_name)
-    calls = [c for c in pair.holder.subtree() if c.start >= first.start]
+    calls = [c for c in pair.scope.subtree() if c.start >= first.start]
     return first.start, _with_parts(trace, pair, bare, first, calls)
 
 
 def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     """Build a block with several attentions and MLPs: one stream, read after the attentions."""
-    bare = _bare(pair.holder, pair.holder, pair.attention.dim, trace.model_name)
+    bare = _bare(pair.scope, pair.scope, pair.attention.dim, trace.model_name)
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
-    reached = mid is not None and reaches_output(trace, mid, pair.holder)
-    return pair.holder.start, _with_mid(bare, mid if reached else None)
+    reached = mid is not None and reaches_output(trace, mid, pair.scope)
+    return pair.scope.start, _with_mid(bare, mid if reached else None)
 
 
 Predicate = Callable[[Trace, Pair], bool]
@@ -159,8 +159,8 @@ SHAPES: tuple[tuple[Predicate, Builder], ...] = (
 
 def _without_mlp(trace: Trace, attention: Attention, attentions: list[Attention]) -> Found | None:
     """Build a block without a separate MLP: attention alone (botnet26t_256), or fused with it (vit_base_patch16_xp)."""
-    holders = [a.pair.holder for a in attentions if a.pair is not None]
-    if any(holder.keeps_shape and attention.call.within(holder) for holder in holders):
+    scopes = [a.pair.scope for a in attentions if a.pair is not None]
+    if any(scope.keeps_shape and attention.call.within(scope) for scope in scopes):
         return None
     around = [c for c in (attention.call, *attention.call.ancestors()) if c is not trace.root and c.keeps_shape]
     alone = [c for c in around if sum(a.call.within(c) for a in attentions) == 1]
@@ -196,10 +196,10 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         trace: The forward.
         pair: Its attention and MLP.
         bare: The block.
-        inner: The holder's child with the attention, or the holder if that is the attention itself.
+        inner: The child of the scope with the attention, or the scope if that is the attention itself.
         calls: The calls of the block.
     """
-    scope, attention, mlp = pair.holder, pair.attention, pair.mlp
+    scope, attention, mlp = pair.scope, pair.attention, pair.mlp
     branch = attention_branch(trace, attention.call, scope)
     norm1 = None if branch is None else norm_of(trace, branch, calls, scope)
     norm2 = norm_of(trace, mlp.first, calls, scope, norm1)

@@ -46,7 +46,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None,
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
     check_input_size("find_sites", input_size)
     sizes = [input_size] if input_size is not None else input_sizes_of(model)
-    added = {m for holder in model.modules() if hasattr(holder, "is_petune_holder") for m in holder.modules()}
+    added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
     with _disabled(added):
         trace, size = _first_that_runs(model, sizes, added)
     return _sites(model, trace, size, head)

@@ -122,7 +122,7 @@ def test_equal_to_the_forward_by_hand(family: str, method: str) -> None:
         att = petune.attach(model, name, **parse_options(options))
         for p in att.tuned.values():
             nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))
-        adapters = [m.adapter for m in model.modules() if hasattr(m, "is_petune_holder") and hasattr(m, "adapter")]
+        adapters = [m.adapter for m in model.modules() if hasattr(m, "is_petune_module") and hasattr(m, "adapter")]
         tuned = model(images)
         with att.disabled():
             plain = model(images)

@@ -104,7 +104,7 @@ def test_adaptformer_adds_before_the_final_norm_of_a_transformer_of_depth_1() ->
     torch.manual_seed(0)
     model = models.Vit(models.Transformer(1)).eval()
     att = petune.attach(model, "adaptformer", bottleneck=4)
-    adapter = next(m.adapter for m in model.modules() if hasattr(m, "is_petune_holder") and hasattr(m, "adapter"))
+    adapter = next(m.adapter for m in model.modules() if hasattr(m, "is_petune_module") and hasattr(m, "adapter"))
     for p in adapter.parameters():
         torch.nn.init.normal_(p)
     (attention, feed), x = model.trunk.layers[0], torch.randn(2, 17, models.D)

@@ -75,7 +75,7 @@ def test_random_numbers_in_eval_mode_are_refused(draw: str, method: str) -> None
     model = Masked(draw)
     with pytest.raises(petune.AttachError, match=r"Masked draws random numbers in eval mode.* encoder"):
         petune.attach(model, method)
-    assert not any(hasattr(m, "is_petune_holder") for m in model.modules())
+    assert not any(hasattr(m, "is_petune_module") for m in model.modules())
 
 
 def test_a_random_number_without_effect_is_accepted() -> None:

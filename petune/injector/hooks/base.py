@@ -27,7 +27,7 @@ class Holder(nn.Module):
     can call the module that it is attached to and never calls itself.
     """
 
-    is_petune_holder = True
+    is_petune_module = True
     running = False
     """True while the adapter runs."""
 
