@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from petune.sites.attentions import Attention, Pair, find_attentions
-from petune.sites.layouts import is_conv, layout_of, make_site, width_after
+from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
 from petune.sites.parts import (
     attention_branch,
     is_norm,
@@ -40,9 +40,14 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
 
 
 def _is_complete(attention: Attention, block: Block) -> bool:
-    """Return whether a block has an attention and `mid`, so that it counts even if its attention only pools."""
-    in_block = attention.pair is not None and attention.pair.scope.keeps_shape
-    return in_block and {"attn", "mid"} <= block.parts.keys()
+    """Return whether a block has an attention and `mid`, so that it counts even if its attention only pools.
+
+    It then keeps the shape of its tokens, or changes their width too, as blocks between two stages do.
+    """
+    if attention.pair is None or not {"attn", "mid"} <= block.parts.keys():
+        return False
+    scope = attention.pair.scope
+    return scope.keeps_shape or (scope.maps_tokens and width_after(scope) != width_of(scope))
 
 
 def _block_of(trace: Trace, attention: Attention, attentions: list[Attention]) -> Found | None:
@@ -208,7 +213,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
     dim, model, layout = attention.dim, bare.model, layout_of(scope, attention.dim)
     ends = {"attn": (branch, branch), "mlp": (mlp.first, mlp.last), "norm1": (norm1, norm1), "norm2": (norm2, norm2)}
     parts = {
-        role: make_site(role, first, last, dim, model, layout)
+        role: make_site(role, first, last, (role == "mlp" and mlp.dim) or dim, model, layout)
         for role, (first, last) in ends.items()
         if first is not None and last is not None
     }

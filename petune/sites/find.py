@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,22 +12,21 @@ from torch import nn
 from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError
 from petune.sites.blocks import find_blocks
+from petune.sites.grid import grid_and_prefix
 from petune.sites.head import find_head, head_at, layers_beside_head
 from petune.sites.input_size import input_sizes_of
-from petune.sites.layouts import channel_axis, is_conv, make_site
+from petune.sites.layouts import make_site
 from petune.sites.parts import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Layout, Site, Sites
 from petune.sites.trace import Call, Trace
 
-MAX_PREFIX = 64
-"""More tokens than this before the patches are taken for something else."""
-
 
 def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None, *, head: str | None = None) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
 
-    The model is run once, without gradient and in eval mode, on the meta device if possible. Its weights, modes and the
+    The model is run once, without gradient and in eval mode, on the meta device if possible; if that leaves open
+    which tokens are patches, on two images of noise too. Its weights, modes and the
     random state are not changed.
 
     Args:
@@ -49,7 +47,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
     with _disabled(added):
         trace, size = _first_that_runs(model, sizes, added)
-    return _sites(model, trace, size, head)
+        return _sites(model, trace, size, head)
 
 
 @contextlib.contextmanager
@@ -81,7 +79,7 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
     calls = [c for c in trace.calls if id(c.module) in bounds]
     first = calls[0] if calls else None
     blocks_end = max((c.stop for c in calls), default=0)
-    grid, num_prefix_tokens = _grid_and_prefix(model, trace, first, size)
+    grid, num_prefix_tokens = grid_and_prefix(model, trace, first, size)
     head = find_head(model, trace, blocks_end) if head_path is None else head_at(model, head_path)
     norm = _final_norm(trace, blocks_end, head) if blocks else None
     parts = (_patch_embed(trace, first, grid), norm, head)
@@ -96,38 +94,6 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
         grid_size=grid,
         chosen_head=head_path,
     )
-
-
-def _grid_and_prefix(
-    model: nn.Module, trace: Trace, first: Call | None, size: tuple[int, int, int]
-) -> tuple[tuple[int, int] | None, int]:
-    """Return rows and columns of patches where the first block is entered, and the number of tokens before them."""
-    if first is None or first.input is None:
-        return None, 0
-    x = first.input
-    if x.ndim == 4:
-        return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
-    num_tokens = x.shape[1]
-    grid = _grid(trace, first, num_tokens, size)
-    if grid is not None:
-        return grid, num_tokens - grid[0] * grid[1]
-    known: Any = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
-    return None, int(known or 0)
-
-
-def _grid(trace: Trace, first: Call, num_tokens: int, size: tuple[int, int, int]) -> tuple[int, int] | None:
-    """Return the grid of the last convolution before the blocks, or of the tokens that the last matrix makes."""
-    before = [c for c in trace.calls if c.has_matrix and c.stop < first.start]
-    outputs = [(c, c.output) for c in reversed(before) if c.output is not None]
-    for call, y in outputs:
-        if y.ndim == 4 and is_conv(call) and 0 <= num_tokens - y.shape[2] * y.shape[3] <= MAX_PREFIX:
-            return int(y.shape[2]), int(y.shape[3])
-    for _, y in outputs:
-        if y.ndim == 3 and 0 <= num_tokens - y.shape[1] <= MAX_PREFIX:
-            rows = round(math.sqrt(y.shape[1] * size[1] / size[2]))
-            if rows and y.shape[1] % rows == 0:
-                return rows, y.shape[1] // rows
-    return None
 
 
 def _patch_embed(trace: Trace, first: Call | None, grid: tuple[int, int] | None) -> Site | None:

@@ -20,10 +20,15 @@ from petune.sites.trace import Call, Trace
 
 @dataclass(eq=False)
 class Mlp:
-    """An MLP: its input enters `first`, its output leaves `last`."""
+    """An MLP: its input enters `first`, its output leaves `last`.
+
+    Attributes:
+        dim: Width of its output, if it returns another one than the attention.
+    """
 
     first: Call
     last: Call
+    dim: int | None = None
 
 
 def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, before: float, dim: int) -> Mlp | None:
@@ -47,7 +52,18 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
     outermost = [c for c in whole if not any(c is not other and c.within(other) for other in whole)]
     if outermost:
         return _unwrap(trace, max(outermost, key=_num_weights), dim)
-    return _mlp_of_matrices([c for c in calls if c.has_matrix and c.input is not None and c.input.ndim >= 3], dim)
+    matrices = [c for c in calls if c.has_matrix and c.input is not None and c.input.ndim >= 3]
+    return _mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
+
+
+def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Mlp | None:
+    """Return an MLP that changes the width of its tokens to that of its block's output (torchvision's mvit_v1_b)."""
+    y = scope.output
+    if scope.parent is None or y is None or y.ndim != 3 or y.shape[-1] == dim:
+        return None
+    entered = [c for c in calls if c.stop <= before and c.width == dim and _num_matrices(c) >= 2]
+    whole = [c for c in entered if c.output is not None and c.output.shape == y.shape]
+    return Mlp(whole[0], whole[0], int(y.shape[-1])) if whole else None
 
 
 def _mlp_of_matrices(matrices: list[Call], dim: int) -> Mlp | None:

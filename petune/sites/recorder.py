@@ -20,6 +20,9 @@ from petune.sites.trace import Addition, AttentionOp, Call, Trace
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
+SAMPLERS = {"grid_sample"}
+"""Operations that read values at computed places of an image: deformable attention weighs what they return."""
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
@@ -135,6 +138,8 @@ class _OperationRecorder(TorchFunctionMode):
         self.trace = calls.trace
         self.weights: dict[int, tuple[Tensor, AttentionOp, Call]] = {}
         """Attention weights by identity, the operation that they are of, and the call in which they are followed."""
+        self.samples: dict[int, Tensor] = {}
+        """Values that were sampled from an image, and what was made of them, by identity."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -148,6 +153,7 @@ class _OperationRecorder(TorchFunctionMode):
 
     def _record_attention(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
+        is_sampled = name in SAMPLERS or any(id(t) in self.samples for t in tensors)
         if name in FUSED_ATTENTION and tensors:
             num_queries = tensors[0].shape[0 if name == "multi_head_attention_forward" else -2]
             self.trace.attention_ops.append(AttentionOp(self.calls.tick(), self.calls.stack[-1], num_queries > 1))
@@ -155,7 +161,11 @@ class _OperationRecorder(TorchFunctionMode):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             self._record_softmax(tensors[0].shape[-1 if dim is None else dim], result)
         else:
-            self._follow([t for t in tensors if id(t) in self.weights], name, result)
+            weighs_samples = is_sampled and name in MULTIPLICATIONS
+            applies = name in PRODUCTS or weighs_samples
+            self._follow([t for t in tensors if id(t) in self.weights], result, applies=applies)
+            if is_sampled and not weighs_samples:
+                self.samples |= {id(t): t for t in tensors_in(result)}
 
     def _record_softmax(self, num_keys: int, result: Tensor) -> None:
         call = self.calls.stack[-1]
@@ -166,13 +176,13 @@ class _OperationRecorder(TorchFunctionMode):
         scope = call.parent if is_softmax_module and call.parent is not None else call
         self.weights[id(result)] = result, attention, scope
 
-    def _follow(self, inputs: list[Tensor], name: str, result: Any) -> None:
-        """Follow weights through an operation, up to the product that applies them."""
+    def _follow(self, inputs: list[Tensor], result: Any, *, applies: bool) -> None:
+        """Follow weights through an operation, up to the one that applies them."""
         for tensor in inputs:
             weights, attention, scope = self.weights[id(tensor)]
             if scope.stop:
                 continue  # outside the call that computed them they are ordinary features
-            if name not in PRODUCTS:
+            if not applies:
                 self.weights |= {id(t): (t, attention, scope) for t in tensors_in(result)}
                 continue
             attention.applied = True

@@ -19,15 +19,25 @@ from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Sites
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+NUM_IMAGES = 2
+"""Blocks are compared for more than one image, so that prompts of one that reach another are seen."""
 
 
 @dataclass
 class BlockCall:
-    """One call of a block without prompts: its arguments and output, and how many tokens its attention saw."""
+    """One call of a block without prompts, for two images.
+
+    Attributes:
+        args, kwargs: The block's arguments.
+        num_tokens: Number of tokens of a row that its attention saw.
+        num_rows: Number of rows of tokens.
+        output: The block's output.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     num_tokens: int
+    num_rows: int
     output: Any = None
 
 
@@ -35,7 +45,7 @@ class PromptCheck:
     """Compares blocks with hidden prompts to the same blocks without prompts.
 
     Args:
-        model: The model without the prompts that are to be checked; one forward of it is recorded on first use.
+        model: The model without the prompts that are to be checked; one forward of two images is recorded on first use.
         sites: Its sites.
     """
 
@@ -47,11 +57,18 @@ class PromptCheck:
         self._slots: list[PromptSlot] = []
 
     def slot(self, block: Block, num_prompts: int) -> PromptSlot:
-        """Return where prompts go: after the prefix tokens of a block, or before all tokens of its attention."""
+        """Return where prompts go: after the prefix tokens of a block, or before all tokens of its attention.
+
+        Raises:
+            AttachError: The block's tokens are not laid out in rows that belong to one image.
+        """
         if not self._calls:
             self._record()
+        call = self._calls[block.enter]
+        if call.num_rows % NUM_IMAGES:
+            raise prompts_refused(block, self.sites, "puts all images of a batch into one row of tokens")
         index = 0 if enters_attention_only(block) else self.sites.num_prefix_tokens
-        return PromptSlot(index, num_prompts, self._calls[block.enter].num_tokens)
+        return PromptSlot(index, num_prompts, call.num_tokens)
 
     def verify(self, blocks: Sequence[Block], slot: PromptSlot) -> None:
         """Compare the outputs of blocks with hidden prompts and without prompts; on the meta device only their shapes.
@@ -70,7 +87,7 @@ class PromptCheck:
         try:
             with inference(self.model), contextlib.ExitStack() as stack:
                 hidden = {known: stack.enter_context(HiddenPrompts(known)) for known in self._slots}
-                output = block.enter(*call.args, **call.kwargs) if alone else self.model(self._image())
+                output = block.enter(*call.args, **call.kwargs) if alone else self.model(self._images())
         except Exception as error:
             reason = f"does not run with them ({type(error).__name__}: {error})"
             raise prompts_refused(block, self.sites, reason) from error
@@ -88,14 +105,15 @@ class PromptCheck:
         handles = [handle for block in self.sites.blocks for handle in self._watch(block)]
         try:
             with inference(self.model):
-                self._output = self.model(self._image())
+                self._output = self.model(self._images())
         finally:
             for handle in handles:
                 handle.remove()
 
     def _watch(self, block: Block) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._calls[block.enter] = BlockCall(args, kwargs, next(tensors_in((args, kwargs))).shape[-2])
+            x = next(tensors_in((args, kwargs)))
+            self._calls[block.enter] = BlockCall(args, kwargs, num_tokens=x.shape[-2], num_rows=len(x))
 
         def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
             if enters_attention_only(block):
@@ -111,8 +129,8 @@ class PromptCheck:
             block.exit.register_forward_hook(leave),
         ]
 
-    def _image(self) -> Tensor:
-        x = torch.randn(1, *self.sites.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
+    def _images(self) -> Tensor:
+        x = torch.randn(NUM_IMAGES, *self.sites.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
         return x.to(next(self.model.parameters()).device, dtype_of(self.model))
 
 

@@ -1,0 +1,130 @@
+"""Find the grid of patches that enters the first block, and the tokens before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from petune.sites.forward import dtype_of, inference, tensors_in
+from petune.sites.layouts import channel_axis, is_conv
+from petune.sites.trace import Call, Trace
+
+MAX_PREFIX = 64
+"""More tokens than this before the patches are taken for something else."""
+
+Grid = tuple[int, int]
+
+
+def grid_and_prefix(
+    model: nn.Module, trace: Trace, first: Call | None, size: tuple[int, int, int]
+) -> tuple[Grid | None, int]:
+    """Return rows and columns of patches where the first block is entered, and the number of tokens before them.
+
+    Args:
+        model: The model.
+        trace: One forward of it.
+        first: The call that enters the first block; None without blocks.
+        size: (channels, height, width) of the traced image.
+    """
+    if first is None or first.input is None:
+        return None, 0
+    x = first.input
+    if x.ndim == 4:
+        return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
+    grid, num_prefix_tokens = _fitting_grid(trace, first, size)
+    stated = _stated_prefix(model)
+    if num_prefix_tokens in {0, 1, stated}:
+        return grid, num_prefix_tokens
+    measured = _measured_prefix(model, first.module, size)
+    if measured is None:
+        return grid, (stated or 0) if grid is None else num_prefix_tokens
+    return (grid if measured == num_prefix_tokens else None), measured
+
+
+def _stated_prefix(model: nn.Module) -> int | None:
+    """Return the number of prefix tokens that a model of timm states."""
+    stated: Any = next((m.num_prefix_tokens for m in model.modules() if hasattr(m, "num_prefix_tokens")), None)
+    return None if stated is None else int(stated)
+
+
+def _fitting_grid(trace: Trace, first: Call, size: tuple[int, int, int]) -> tuple[Grid | None, int]:
+    """Return the grid made before the first block that leaves the fewest tokens over, and how many those are.
+
+    Several branches make grids of their own (CrossViT), of which one enters the first block.
+    """
+    before = [c for c in trace.calls if c.has_matrix and c.stop < first.start and c.output is not None]
+    for grids in (_image_grids(before), _token_grids(before, size)):
+        fitting = [(left_over, grid) for images, grid in grids if (left_over := _left_over(first, images, grid)) >= 0]
+        if fitting:
+            left_over, grid = min(fitting, key=lambda fit: fit[0])
+            if left_over <= MAX_PREFIX:
+                return grid, left_over
+    return None, -1
+
+
+def _left_over(first: Call, num_images: int, grid: Grid) -> int:
+    """Return how many tokens of a row of the first block are not patches of a grid; negative if it does not fit.
+
+    A row may hold several frames of a video, or all images of a batch. A row that holds a part of an image, a window,
+    is compared with the grid itself.
+    """
+    assert first.input is not None
+    num_rows = min(num_images, len(first.input))
+    num_patches, rest = divmod(num_images * math.prod(grid), num_rows)
+    return -1 if rest else first.input.shape[1] - num_patches
+
+
+def _image_grids(before: list[Call]) -> Iterator[tuple[int, Grid]]:
+    """Yield the grids that convolutions make, the last first, each with its number of images."""
+    for call in reversed(before):
+        y = call.output
+        if y is not None and y.ndim == 4 and is_conv(call):
+            yield len(y), (int(y.shape[2]), int(y.shape[3]))
+
+
+def _token_grids(before: list[Call], size: tuple[int, int, int]) -> Iterator[tuple[int, Grid]]:
+    """Yield the grids of the tokens that matrices make, the last first, with the image's ratio of sides."""
+    for call in reversed(before):
+        y = call.output
+        rows = round(math.sqrt(y.shape[1] * size[1] / size[2])) if y is not None and y.ndim == 3 else 0
+        if y is not None and rows and y.shape[1] % rows == 0:
+            yield len(y), (rows, y.shape[1] // rows)
+
+
+def _measured_prefix(model: nn.Module, block: nn.Module, size: tuple[int, int, int]) -> int | None:
+    """Return the number of leading tokens of a block's input that do not depend on the image: class token, registers.
+
+    None if the weights do not tell: they are on the meta device, or zero. 0 if the model does not run on one image.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, *size, generator=generator).to(device, dtype_of(model)) for _ in range(2)]
+    try:
+        x_ND, y_ND = (_block_input(model, block, image).flatten(0, -2) for image in images)
+    except Exception:  # whatever the model's own code raises on noise
+        return 0
+    tolerance = 1e-5 * float(x_ND.abs().max())
+    is_fixed = ((x_ND - y_ND).abs() <= tolerance).all(-1)
+    return None if bool(is_fixed.all()) else int(is_fixed.int().cumprod(0).sum())
+
+
+def _block_input(model: nn.Module, block: nn.Module, image: Tensor) -> Tensor:
+    entered: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append(next(tensors_in((args, kwargs))))
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with inference(model):
+            torch.manual_seed(0)  # the same random masks for both images
+            model(image)
+    finally:
+        handle.remove()
+    return entered[0]
