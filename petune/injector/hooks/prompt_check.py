@@ -60,12 +60,12 @@ class PromptCheck:
         """Return where prompts go: after the prefix tokens of a block, or before all tokens of its attention.
 
         Raises:
-            AttachError: The block's tokens are not laid out in rows that belong to one image.
+            AttachError: One row of tokens belongs to several images.
         """
         if not self._calls:
             self._record()
         call = self._calls[block.enter]
-        if call.num_rows % NUM_IMAGES:
+        if call.num_rows == 1:
             raise prompts_refused(block, self.sites, "puts all images of a batch into one row of tokens")
         index = 0 if enters_attention_only(block) else self.sites.num_prefix_tokens
         return PromptSlot(index, num_prompts, call.num_tokens)
