@@ -18,7 +18,10 @@ FILE_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model
 """Names of a weights file in a repository, tried in this order."""
 TIMEOUT_S = 5.0
 """For the first answer of a server. A stalled download ends by huggingface_hub's own HF_HUB_DOWNLOAD_TIMEOUT."""
-CLI_HINT = "Use --weights PATH for a file you have, or --weights none for random ones"
+CLI_HINT = (
+    "Use --weights PATH for a file you have, --weights none for random ones, or --backbone vit_nano, whose weights "
+    "come with petune"
+)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import CheckpointError, PetuneError, UsageError
+from petune.data.lookup import count_classes
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
 from petune.runner.compare_config import MAY_GROW, CompareConfig
@@ -61,6 +62,7 @@ def compare(
     stored = config.to_store()
     group = init_group()
     if not all(run.output and RunResult.exists(run.output) for run in runs):
+        group.main_first(lambda: count_classes(config.run.dataset))
         group.main_first(lambda: check_weights(config.run.backbone, config.run.weights))
     opened = open_run_dir(run_dir, stored, resume=True, command="compare", may_change=MAY_GROW, tables=TABLES)
     with group.on_main(opened):

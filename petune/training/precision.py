@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition("Expected one of")[0].strip() or "PyTorch has no such type"
         raise ConfigError(f"no such device: {name!r} ({reason}). Use auto, cpu, cuda, cuda:N or mps") from None
     return device
 

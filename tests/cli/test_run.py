@@ -171,6 +171,12 @@ def test_an_unknown_name_says_what_may_have_to_be_installed(flag: str, advice: s
         ),
         (("--dataset", "folder:/no/where"), 4, "/no/where"),
         (("--weights", "/no/where"), 4, "/no/where"),
+        (("--device", "gpu"), 2, "error: no such device: 'gpu' (PyTorch has no such type). Use auto"),
+        (
+            ("--backbone", "vit_base", "--weights", "default", "--dataset", "cifr10"),
+            2,
+            "error: no such dataset: cifr10",
+        ),
         (("--device", "cuda:7"), 2, "error: no such device: 'cuda:7'"),
         (
             ("--tracker", "tensorbord"),
