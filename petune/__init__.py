@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from petune.injector.load import load as load
     from petune.injector.peft_type import register_with_peft as register_with_peft
     from petune.injector.registry import TunerRecord as TunerRecord, list_tuners as list_tuners
+    from petune.injector.token_grid import TokenGrid as TokenGrid
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
     from petune.plugin_dev.contract import check_tuner as check_tuner
     from petune.runner.compare import compare as compare
@@ -80,6 +81,7 @@ _PUBLIC = {
     "injector.load": "load",
     "injector.peft_type": "register_with_peft",
     "injector.registry": "TunerRecord list_tuners",
+    "injector.token_grid": "TokenGrid",
     "injector.tuner": "Recipe Tuner TunerConfig",
     "plugin_dev.contract": "check_tuner",
     "runner.compare": "compare",

@@ -12,6 +12,7 @@ from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
+from petune.injector.token_grid import TokenGrid, patch_convolution
 from petune.sites.site import Block, Site, Sites, require_editable, require_site, require_whole
 
 
@@ -148,6 +149,15 @@ class Edit:
         These are all blocks, unless tokens are pooled or merged between two of them.
         """
         return self._prompts.span()
+
+    def token_grid(self) -> TokenGrid:
+        """Return the grid of patches of each call: `token_grid.of(num_tokens)` inside an adapter, at any image size."""
+        grid = TokenGrid(self.sites)
+        self.sites.require_blocks()
+        maker = patch_convolution(self.model, self.sites)
+        if maker is not None:
+            self._placer.hook(maker.register_forward_hook(grid.leave))
+        return grid
 
     def backbone(self) -> list[nn.Module]:
         """Return the backbone's own modules.

@@ -29,11 +29,10 @@ class Bypass(nn.Module):
 
     why_not_mergeable = "it mixes neighboring tokens and is not linear"
 
-    def __init__(self, dim: int, grid: tuple[int, int], num_prefix_tokens: int, config: ConvpassConfig) -> None:
+    def __init__(self, dim: int, grid: petune.TokenGrid, config: ConvpassConfig) -> None:
         super().__init__()
         hidden_dim = config.hidden_dim
         self.grid = grid
-        self.num_prefix_tokens = num_prefix_tokens
         self.scale = config.scale
         self.down = nn.Linear(dim, hidden_dim)
         self.up = nn.Linear(hidden_dim, dim)
@@ -52,8 +51,10 @@ class Bypass(nn.Module):
 
     def conv_tokens(self, hidden_BNH: Tensor) -> Tensor:
         """Convolve the patches on their grid, and each prefix token as an image of one pixel."""
-        prefix, patches = hidden_BNH[:, : self.num_prefix_tokens], hidden_BNH[:, self.num_prefix_tokens :]
-        patches = self.conv_grid(patches.unflatten(1, self.grid)).flatten(1, 2)
+        num_prefix_tokens = self.grid.num_prefix_tokens
+        prefix, patches = hidden_BNH[:, :num_prefix_tokens], hidden_BNH[:, num_prefix_tokens:]
+        rows_and_columns = self.grid.of(hidden_BNH.shape[1])  # of this call's images
+        patches = self.conv_grid(patches.unflatten(1, rows_and_columns)).flatten(1, 2)
         alone = self.conv_grid(prefix.reshape(-1, 1, 1, prefix.shape[-1])).reshape(prefix.shape)
         return torch.cat([alone, patches], dim=1)
 
@@ -83,16 +84,16 @@ class Convpass(petune.Tuner[ConvpassConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Put one adapter beside the attention and one beside the MLP."""
-        grid = edit.sites.grid_size
         blocks = edit.sites.require_blocks()
-        if grid is None or len({block.dim for block in blocks}) > 1:
+        if edit.sites.grid_size is None or len({block.dim for block in blocks}) > 1:
             raise petune.AttachError(
                 f"Convpass needs blocks that all see one grid of patches, which {edit.sites.model} does not have. "
                 "Use adaptformer"
             )
+        grid = edit.token_grid()
         for block in blocks:
             for site in (block.attn, block.mlp):
-                edit.parallel(site, site, Bypass(block.dim, grid, edit.sites.num_prefix_tokens, self.config))
+                edit.parallel(site, site, Bypass(block.dim, grid, self.config))
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """Return 2·(2·D·H + H + D + 9·H² + H) per block."""

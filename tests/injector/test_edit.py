@@ -59,7 +59,7 @@ def test_what_authors_see_fits_a_screen() -> None:
     names = [name for name in dir(petune.Edit) if not name.startswith("_")]
     assert names == [
         "add_parameters", "after", "backbone", "before", "called", "input_linears", "linear_layers", "on_detach",
-        "on_merge", "on_toggle", "parallel", "prompt", "prompt_span", "site", "train", "uncalled_linears",
+        "on_merge", "on_toggle", "parallel", "prompt", "prompt_span", "site", "token_grid", "train", "uncalled_linears",
         "use_qkv_module", "used",
     ]  # fmt: skip
 

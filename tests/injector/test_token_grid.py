@@ -1,0 +1,80 @@
+"""Adapters that work on the grid of tokens see the grid of each call, at any image size."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from tests.tiny import randomised, tiny
+
+SIZES = [(16, 16), (24, 24), (16, 8), (8, 16), (32, 12), (12, 32)]
+
+
+def image(rows: int, columns: int) -> Tensor:
+    return torch.randn(2, 3, rows, columns, generator=torch.Generator().manual_seed(1))
+
+
+def attached() -> petune.Attachment:
+    torch.manual_seed(1)
+    model = tiny(dynamic_img_size=True)
+    nn.init.zeros_(model.pos_embed)  # so that a mirrored image gives mirrored tokens
+    return randomised(petune.attach(model, "convpass", train_head=False))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_convpass_convolves_the_grid_of_the_call(size: tuple[int, int]) -> None:
+    """A model attached at another size computes what one that was attached at this size computes."""
+    att = attached()
+    model = att.model
+    for other in SIZES:
+        model(image(*other))
+    fresh = tiny(dynamic_img_size=True)
+    nn.init.zeros_(fresh.pos_embed)
+    own = petune.attach(fresh, "convpass", train_head=False, input_size=(3, *size))
+    for key, p in own.tuned.items():
+        p.copy_(att.tuned[key])
+    torch.testing.assert_close(model(image(*size)), fresh(image(*size)))
+    torch.testing.assert_close(copy.deepcopy(model)(image(*size)), fresh(image(*size)))
+
+
+@torch.no_grad()
+def test_a_wide_image_is_not_laid_out_as_a_high_one() -> None:
+    model = attached().model
+    wide = model(image(8, 16))
+    high = model(image(8, 16).reshape(2, 3, 8, 16).transpose(2, 3).contiguous())
+    assert not torch.allclose(wide, high, atol=1e-4)
+
+
+def test_saved_at_one_size_it_works_at_another(tmp_path: Path) -> None:
+    att = attached()
+    att.save(tmp_path)
+    fresh = tiny(dynamic_img_size=True)
+    nn.init.zeros_(fresh.pos_embed)
+    petune.load(fresh, tmp_path)
+    assert torch.equal(fresh(image(24, 8)), att.model(image(24, 8)))
+    hooks = len(att.model.patch_embed.proj._forward_hooks)
+    att.detach()
+    assert len(att.model.patch_embed.proj._forward_hooks) == hooks - 1
+
+
+def test_tokens_that_are_no_grid_are_an_error() -> None:
+    model = attached().model
+    with pytest.raises(petune.AttachError, match=r"10 tokens.*1 prefix"):
+        model.blocks[0](torch.randn(1, 10, 24))
+
+
+def test_a_repeated_block_of_an_ambiguous_grid_is_an_error() -> None:
+    model = attached().model
+    model.set_grad_checkpointing()
+    model.train()
+    for size in ((24, 8), (32, 16)):
+        model(image(*size)).sum().backward()  # one shape for each number of patches
+    loss = model(image(8, 24)).sum()
+    with pytest.raises(petune.AttachError, match="checkpointing"):
+        loss.backward()
