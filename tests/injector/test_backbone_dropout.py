@@ -51,6 +51,26 @@ def test_a_rate_acts_for_every_method(method: str, rates: dict[str, float]) -> N
         assert not _is_random(model)
 
 
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+@pytest.mark.parametrize("method", ["linear", "adaptformer:dropout=0", "full"])
+def test_a_rate_of_transformers_acts_for_every_method(method: str, rate: str) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(**shape, image_size=16, patch_size=4, **{rate: 0.5})
+    model = transformers.ViTForImageClassification(config)
+    model.register_forward_hook(lambda module, args, output: output.logits)
+    att = petune.attach(model, method)
+    with torch.no_grad():
+        assert att.set_backbone_dropout(True) > 0
+        att.train()
+        assert _is_random(model)
+        att.set_backbone_dropout(False)
+        att.train()
+        assert not _is_random(model)
+
+
 def test_without_a_choice_drop_path_acts_where_the_method_trains() -> None:
     for method, acts in (("linear", False), ("full", True)):
         att = petune.attach(tiny(drop_path_rate=0.5), method)
