@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from petune.base.errors import ConfigError
+from petune.base.errors import AttachError, ConfigError
 from petune.injector.attachment import Attachment
 
 
@@ -17,12 +17,19 @@ def choose_backbone_dropout(attachment: Attachment, rates: Mapping[str, float], 
         note: Shows a sentence to the user.
 
     Raises:
-        ConfigError: The backbone has no layer in which the rates act.
+        ConfigError: The backbone has no layer in which the rates act, or the method does not work with them.
     """
-    number = attachment.set_backbone_dropout(bool(rates))
     model = attachment.sites.model
+    given = " and ".join(f"{key}={value:g}" for key, value in rates.items())
+    try:
+        number = attachment.set_backbone_dropout(bool(rates))
+    except AttachError as error:
+        if not rates:
+            return  # the frozen parts run in eval mode, in which they work
+        raise ConfigError(
+            f"{attachment.name} does not work with {given} on {model}: {error}. Leave it out, or use another method"
+        ) from None
     if rates and not number:
-        given = " and ".join(f"{key}={value:g}" for key, value in rates.items())
         raise ConfigError(f"{given} has no effect on {model}: no layer drops anything in training. Leave it out")
     if rates:
         note(f"dropout and drop path act in {number} modules of {model} in training, whether they are frozen or not")

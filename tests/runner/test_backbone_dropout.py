@@ -72,6 +72,26 @@ def test_a_rate_that_does_nothing_is_refused(tmp_path: Path) -> None:
         _run(tmp_path / "run", "linear", {"depth": 1}, drop_path=0.1)
 
 
+def test_a_method_that_needs_all_tokens_names_the_rate_that_drops_some(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"convpass does not work with patch_drop_rate=0\.3"):
+        _run(tmp_path / "run", "convpass", {"patch_drop_rate": 0.3})
+
+
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_a_rate_of_transformers_is_honored(method: str, tmp_path: Path) -> None:
+    import transformers
+
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(**shape, image_size=16, patch_size=4)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    run = TINY | {"backbone": f"hf:{tmp_path / 'vit'}", "method": method}
+    for rate in (0.0, 0.5):
+        petune.run(**run, backbone_options={"hidden_dropout_prob": rate}, output=tmp_path / str(rate))
+    assert _losses(tmp_path / "0.5") != _losses(tmp_path / "0.0")
+    with pytest.raises(ConfigError, match="drop_path_rate"):  # transformers' ViT has none
+        petune.run(**run, drop_path=0.1, output=tmp_path / "none")
+
+
 def test_one_option_is_not_given_twice() -> None:
     with pytest.raises(ConfigError, match=r"drop_path and backbone_options\.drop_path_rate"):
         RunConfig.build({"drop_path": 0.1, "backbone_options": {"drop_path_rate": 0.2}}, "a test")
