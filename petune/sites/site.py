@@ -220,7 +220,7 @@ class Sites:
             site: A site of a block, from `Block.parts`.
         """
         block = next((b for b in self.blocks if any(part is site for part in b.parts.values())), None)
-        earlier = self.blocks[: block.index] if block is not None else ()
+        earlier = [b for b in self.blocks if block is not None and b.index < block.index]  # some may be left out
         owners = (b for b in earlier if site.role in b.parts and b.parts[site.role].exit is site.exit)
         return None if site.read_only else next(owners, None)
 
