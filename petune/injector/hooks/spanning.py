@@ -109,7 +109,7 @@ class Spanning(Gather):
 
 
 class ForwardRecord:
-    """What an adapter read in one forward.
+    """Inputs that an adapter read in one forward.
 
     Attributes:
         inputs: The inputs of ENTERS; empty when the backward is done.
