@@ -121,12 +121,15 @@ def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def chosen_sites(sites: Sites) -> dict[str, Any]:
-    """Return which sites the user has chosen, for the configuration: indices of blocks, and the path of the head.
+    """Return which sites the user has chosen, for the configuration: indices of blocks, and the paths of the heads.
 
     None stands for what `find_sites` finds.
     """
     is_reduced = len(sites.blocks) < len(sites.all_blocks)
-    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": sites.chosen_head}
+    head = (
+        sites.chosen_head if sites.chosen_head is None or isinstance(sites.chosen_head, str) else [*sites.chosen_head]
+    )
+    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": head}
 
 
 def geometry(sites: Sites) -> dict[str, Any]:

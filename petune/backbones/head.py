@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
 
 from petune.backbones.input_size import backbone_sites
 from petune.base.errors import ConfigError
+from petune.sites.named_heads import classifiers_of
 
 HeadKind = Literal["linear", "bn_linear"]
 
@@ -39,12 +41,10 @@ def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed
 
 def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear classifiers by path: those that timm names, otherwise those that are found."""
-    heads: Any = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    heads: Iterable[nn.Module] | None = classifiers_of(model)  # CrossViT has one per scale
     if heads is None:
         site = backbone_sites(model).parts.get("head")
         heads = site.modules if site is not None else ()
-    if not isinstance(heads, tuple | nn.ModuleList):  # CrossViT has one per scale
-        heads = (heads,)
     layers = {id(_last_linear(head)) for head in heads}
     return {path: module for path, module in model.named_modules() if id(module) in layers}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from petune.backbones.timm_models import set_statistics
 from petune.base.errors import WeightsUnavailable
 from petune.base.text import plural
+from petune.sites.named_heads import classifiers_of
 
 
 def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> nn.Module:
@@ -91,9 +92,8 @@ def _unfilled_keys(model: Any, info: Any) -> set[str]:
 def _timm_classifier_keys(model: Any) -> set[str]:
     """Return the keys of the classifier that a model of timm in transformers' wrapper has inside; else none."""
     inner = getattr(model, "timm_model", None)
-    classifier = inner.get_classifier() if inner is not None and hasattr(inner, "get_classifier") else None
-    parts = classifier if isinstance(classifier, tuple | nn.ModuleList) else (classifier,)
-    tensors = {id(t) for part in parts if isinstance(part, nn.Module) for t in part.state_dict(keep_vars=True).values()}
+    classifiers = (classifiers_of(inner) or ()) if inner is not None else ()
+    tensors = {id(t) for part in classifiers for t in part.state_dict(keep_vars=True).values()}
     return {key for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in tensors}
 
 

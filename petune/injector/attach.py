@@ -12,6 +12,7 @@ from torch import nn
 from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
+from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.edit import Edit, forget_forwards
@@ -22,6 +23,7 @@ from petune.injector.trainable import TrainableState, open_trainable_state, trai
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.find import find_sites
 from petune.sites.logits import refuse_random
+from petune.sites.new_weights import new_weights
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
@@ -69,6 +71,7 @@ def attach(
     tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
     name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
+    new = new_weights(model) if trainable_state_of(model) is None and train_head else []
     sites = _sites_for(model, sites, input_size, train_head)
     state = open_trainable_state(model, sites)
     state.add(label)
@@ -80,6 +83,7 @@ def attach(
         attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
         _check_trains(attachment)
         _check_kinds_of_tensors(attachment)
+        _warn_of_new_weights(attachment, new)
         _check_used(model, sites, tuner, log)
         forget_forwards(edit)
     except BaseException:
@@ -154,10 +158,23 @@ def _check_sites_of(model: nn.Module, sites: Sites) -> None:
 def _warn_of_layers_before_head(sites: Sites, train_head: bool) -> None:
     if train_head and "head" in sites.parts and sites.beside_head:
         warnings.warn(
-            f"the classifier of {sites.model} is {sites.head.where}. Further layers on its features count as backbone "
-            f"and stay frozen unless the method trains them: {', '.join(sites.beside_head)}. If they are new, pass the "
-            'module that holds them and the classifier, to petune.load too: sites=petune.find_sites(model, head="…")',
+            f"the head of {sites.model} is {sites.head.where}. Further layers before it count as backbone and stay "
+            f"frozen unless the method trains them: {', '.join(sites.beside_head)}. If they are new, pass the modules "
+            'that train as head, to petune.load too: sites=petune.find_sites(model, head=["…", "…"])',
             stacklevel=4,
+        )
+
+
+def _warn_of_new_weights(attachment: Attachment, new: list[str]) -> None:
+    """Warn about frozen parameters that are random, because the checkpoint did not have them."""
+    frozen = [key for key in new if key not in attachment.tensors.trainable()]
+    if frozen:
+        warnings.warn(
+            f"{plural(len(frozen), 'parameter')} of {attachment.sites.model} were not in the weights that it was "
+            f"loaded from, so they are random, and {attachment.name} keeps them frozen: {', '.join(frozen[:3])}"
+            f"{', …' if len(frozen) > 3 else ''}. To train them, pass their modules as head, to petune.load too: "
+            'sites=petune.find_sites(model, head=["…", "…"])',
+            stacklevel=3,
         )
 
 

@@ -47,7 +47,7 @@ def frozen_head(model: nn.Module, sites: Sites, name: str, own: Mapping[str, Ten
     if head is None:
         return None
     named: dict[str, Tensor] = {}
-    for path, module in ((head.path, head.enter), (head.exit_path, head.exit)):
+    for path, module in head.named_modules:
         for key, tensor in (*module.named_parameters(), *module.named_buffers()):
             named[f"{path}.{key}"] = tensor
     saved = {id(t) for t in own.values()}
@@ -56,7 +56,7 @@ def frozen_head(model: nn.Module, sites: Sites, name: str, own: Mapping[str, Ten
 
 def _head_keys(head: Site | None, *, with_buffers: bool) -> set[str]:
     keys: set[str] = set()
-    for path, module in ((head.path, head.enter), (head.exit_path, head.exit)) if head is not None else ():
+    for path, module in head.named_modules if head is not None else ():
         buffers = module.named_buffers() if with_buffers else ()
         keys |= {f"{path}.{key}" for key, _ in (*module.named_parameters(), *buffers)}
     return keys

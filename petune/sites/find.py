@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +11,24 @@ from torch import nn
 
 from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError
+from petune.sites.beside_head import layers_beside_head
 from petune.sites.blocks import find_blocks
 from petune.sites.grid import grid_and_prefix
-from petune.sites.head import find_head, head_at, layers_beside_head
+from petune.sites.head import end_of, find_head, head_at
 from petune.sites.input_size import input_sizes_of
 from petune.sites.layouts import make_site
 from petune.sites.parts import is_norm
 from petune.sites.recorder import record
-from petune.sites.site import Layout, Site, Sites
+from petune.sites.site import Block, Layout, Site, Sites
 from petune.sites.trace import Call, Trace
 
 
-def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None, *, head: str | None = None) -> Sites:
+def find_sites(
+    model: nn.Module,
+    input_size: tuple[int, int, int] | None = None,
+    *,
+    head: str | Sequence[str] | None = None,
+) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
 
     The model is run once, without gradient and in eval mode, on the meta device if possible; if that leaves open
@@ -32,7 +38,7 @@ def find_sites(model: nn.Module, input_size: tuple[int, int, int] | None = None,
     Args:
         model: Any image classifier: timm, torchvision, transformers, hand-written.
         input_size: (channels, height, width); by default the size that the model has as an attribute or in its config.
-        head: Path of the module that is the classifier, if that is more than the layer that makes the logits.
+        head: Path of the module that is the classifier, or paths of several, if that is more than petune finds.
 
     Returns:
         All sites. A model without attention has empty `blocks`.
@@ -73,27 +79,33 @@ def _first_that_runs(
     return record(model, sizes[-1], added), sizes[-1]
 
 
-def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path: str | None) -> Sites:
+def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_paths: str | Sequence[str] | None) -> Sites:
     blocks = find_blocks(trace)
+    head = find_head(model, trace, blocks) if head_paths is None else head_at(model, head_paths)
+    blocks = _outside_of(head, blocks)
     bounds = {id(m) for block in blocks for m in block.modules}
-    calls = [c for c in trace.calls if id(c.module) in bounds]
-    first = calls[0] if calls else None
-    blocks_end = max((c.stop for c in calls), default=0)
+    first = next((c for c in trace.calls if id(c.module) in bounds), None)
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, size)
-    head = find_head(model, trace, blocks_end) if head_path is None else head_at(model, head_path)
-    norm = _final_norm(trace, blocks_end, head) if blocks else None
+    norm = _final_norm(trace, end_of(trace, blocks), head) if blocks else None
     parts = (_patch_embed(trace, first, grid), norm, head)
     return Sites(
         model=trace.model_name,
         input_size=size,
         blocks=blocks,
         parts={part.role: part for part in parts if part is not None},
-        beside_head=layers_beside_head(model, trace, blocks_end, head),
+        beside_head=layers_beside_head(model, trace, blocks, head),
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
-        chosen_head=head_path,
+        chosen_head=head_paths,
     )
+
+
+def _outside_of(head: Site | None, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """Return the blocks without those of a decoder that is a head: it trains as a whole."""
+    inside = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
+    outside = (block for block in blocks if id(block.enter) not in inside)
+    return tuple(replace(block, index=index) for index, block in enumerate(outside))
 
 
 def _patch_embed(trace: Trace, first: Call | None, grid: tuple[int, int] | None) -> Site | None:
@@ -124,8 +136,8 @@ def _final_norm(trace: Trace, blocks_end: int, head: Site | None) -> Site | None
     A norm of layers that pooled features go through, such as those of an MLP as classifier, does not count if there is
     one before.
     """
-    heads = {id(m) for m in head.modules} if head is not None else set()
-    end = next((c.start for c in trace.calls if id(c.module) in heads), trace.root.stop)
+    heads = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
+    end = next((c.start for c in trace.calls if id(c.module) in heads and c.start > blocks_end), trace.root.stop)
     # a module around all blocks (a backbone, an encoder) starts before their end, one that pools does not
     around = [c for op in trace.attention_ops for c in (op.call, *op.call.ancestors())]
     pooling = {id(c) for c in around if c.start > blocks_end}

@@ -1,98 +1,129 @@
-"""Find the classifier of a model, and the layers next to it."""
+"""Find the heads of a model, the layers that compute its predictions, and the layers between backbone and heads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.sites.layouts import is_conv
-from petune.sites.site import Site
+from petune.sites.named_heads import NamedModules, classifiers_of, has_matrix, named_by_library
+from petune.sites.parts import is_norm
+from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
 
-NamedModules = Sequence[tuple[str, nn.Module]]
+
+def find_head(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Site | None:
+    """Return the heads as one site, or None for a model without.
+
+    For a model that returns logits (B, classes) they are what the model's library names as such, else the matrix that
+    makes the logits. For a model that predicts more than that for an image (boxes, masks, a depth map), they are what
+    its library names, and every module after the last block.
+    """
+    heads = named_by_library(model, trace, start_of(trace, blocks))
+    end = end_of(trace, blocks)
+    if heads is None and predicts_classes(trace):
+        heads = _makers_of_logits(trace, end)
+    elif not predicts_classes(trace) and classifiers_of(model) is None:
+        heads = _with_others(heads or [], _after_blocks(model, trace, blocks, end))
+    return _head_site(heads, trace.model_name) if heads else None
 
 
-def find_head(model: nn.Module, trace: Trace, blocks_end: int) -> Site | None:
-    """Return the classifier: what the model names (timm's get_classifier), else the matrix that makes its logits."""
-    named = _named_by_model(model, trace)
-    if named is not None:
-        return _head_site(named, trace.model_name) if named else None
-    call = _maker_of_logits(trace, blocks_end)
-    return None if call is None else _head_site([(call.path, call.module)], trace.model_name)
-
-
-def head_at(model: nn.Module, path: str) -> Site:
-    """Return the module at `path` as the classifier.
+def head_at(model: nn.Module, paths: str | Sequence[str]) -> Site:
+    """Return the modules at `paths` as the heads.
 
     Raises:
         AttachError: There is no such module, or it has no parameters.
     """
-    name, module = type(model).__name__, dict(model.named_modules()).get(path)
-    if module is None or next(module.parameters(), None) is None:
-        raise AttachError(f"head={path!r} is not a module of {name} with parameters. Give its dotted path")
-    return _head_site([(path, module)], name)
+    name, modules = type(model).__name__, dict(model.named_modules())
+    wanted = list(dict.fromkeys(paths)) if isinstance(paths, list | tuple) else [str(paths)]
+    for path in wanted or [""]:
+        if path not in modules or next(modules[path].parameters(), None) is None:
+            raise AttachError(f"head={path!r} is not a module of {name} with parameters. Give its dotted path")
+    return _head_site([(path, modules[path]) for path in wanted], name)
 
 
-def layers_beside_head(model: nn.Module, trace: Trace, blocks_end: int, head: Site | None) -> tuple[str, ...]:
-    """Return paths of matrices after the blocks that pooled features go through, without the classifier.
+def predicts_classes(trace: Trace) -> bool:
+    """Return whether the model returns logits (B, classes), and nothing like boxes or masks."""
+    return trace.root.output is None or trace.root.output.ndim <= 2
 
-    Empty if the model names its classifier itself.
+
+def start_of(trace: Trace, blocks: Sequence[Block]) -> int:
+    """Return when the first block is entered; 0 without blocks."""
+    bounds = {id(m) for block in blocks for m in block.modules}
+    return min((c.start for c in trace.calls if id(c.module) in bounds), default=0)
+
+
+def end_of(trace: Trace, blocks: Sequence[Block]) -> int:
+    """Return when the last block is left; 0 without blocks."""
+    bounds = {id(m) for block in blocks for m in block.modules}
+    return max((c.stop for c in trace.calls if id(c.module) in bounds), default=0)
+
+
+def _with_others(heads: NamedModules, others: NamedModules) -> NamedModules:
+    """Return both, without those that are inside another one."""
+    every = dict([*heads, *others])
+    inside = {id(m) for head in every.values() for m in head.modules() if m is not head}
+    return [(path, head) for path, head in every.items() if id(head) not in inside]
+
+
+def _makers_of_logits(trace: Trace, blocks_end: int) -> NamedModules:
+    """Return the matrix that returns the logits of an image.
+
+    If the logits are processed further, the last one with as many outputs; or two whose outputs are added.
     """
-    if head is None or _named_by_model(model, trace) is not None:
-        return ()
-    own = {id(m) for bound in head.modules for m in bound.modules()}
-    others = [c for c in _matrices_after(trace, blocks_end) if id(c.module) not in own]
-    return tuple(c.path for c in others if c.output is not None and c.output.ndim == 2)
-
-
-def _matrices_after(trace: Trace, time: int) -> list[Call]:
-    return [c for c in trace.calls if c.start > time and c.has_matrix and c.output is not None]
-
-
-def _maker_of_logits(trace: Trace, blocks_end: int) -> Call | None:
-    """Return the last matrix that returns the logits; if they are processed further, the last with as many outputs."""
     logits = trace.root.output
-    if logits is None:
-        return None
-    matrices = _matrices_after(trace, blocks_end)
-    makers = [c for c in matrices if c.output is logits]
-    if not makers:
-        sized = [(c, y) for c in matrices if (y := c.output) is not None and y.shape[-1] == logits.shape[-1]]
-        # every token may be classified, and one of them or their mean taken
-        makers = [c for c, y in sized if y.ndim == 2] or [c for c, _ in sized if not is_conv(c)]
-    return makers[-1] if makers else None
+    if logits is None or (logits.ndim == 2 and len(logits) != trace.batch_size):
+        return []  # (tokens, width): features of a model that has no row for each image
+    matrices = [c for c in trace.calls if c.start > blocks_end and c.has_matrix and c.output is not None]
+    makers = [c for c in matrices if c.output is logits][-1:] or _sized_like(trace, matrices, logits)
+    return [(c.path, c.module) for c in makers]
 
 
-def _named_by_model(model: nn.Module, trace: Trace) -> NamedModules | None:
-    """Return the classifiers that the model names itself; empty if it was built without, None if it names none."""
-    paths = {id(m): path for path, m in model.named_modules()}
-    for module in model.modules():
-        get_classifier: Any = getattr(module, "get_classifier", None)
-        if not callable(get_classifier):
-            continue
-        answer = get_classifier()
-        heads = answer if isinstance(answer, tuple | list) else (answer,)
-        own = [h for h in heads if isinstance(h, nn.Module) and id(h) in paths]
-        named = [(paths[id(h)], h) for h in own if any(True for _ in h.parameters())]
-        # a part without a classifier says nothing about the whole, nor one whose logits enter another layer
-        if module is model or (named and _is_last(trace, {id(h) for _, h in named})):
-            return named
-    return None
+def _sized_like(trace: Trace, matrices: list[Call], logits: Tensor) -> list[Call]:
+    sized = [(c, y) for c in matrices if (y := c.output) is not None and y.shape[-1] == logits.shape[-1]]
+    of_images = [c for c, y in sized if y.ndim == 2 and len(y) == trace.batch_size]
+    for add in trace.additions:
+        added = [c for c in of_images if any(c.output is operand for operand in add.operands)]
+        if len(added) > 1:  # a distilled model returns the mean of two
+            return added
+    # every token may be classified, and one of them or their mean taken
+    of_tokens = [c for c, y in sized if y.ndim > 2 and not is_conv(c)]
+    return (of_images or of_tokens)[-1:]
 
 
-def _is_last(trace: Trace, heads: set[int]) -> bool:
-    """Return whether these modules are called, and no matrix is called after them."""
-    stop = max((c.stop for c in trace.calls if id(c.module) in heads), default=trace.root.stop)
-    return stop < trace.root.stop and not any(c.start > stop and c.has_matrix for c in trace.calls)
+def _after_blocks(model: nn.Module, trace: Trace, blocks: Sequence[Block], blocks_end: int) -> NamedModules:
+    """Return the outermost modules with a matrix after the last block; empty if the model returns features."""
+    if trace.root.output is None or _is_feature(trace, trace.root.output, blocks):
+        return []
+    after = [c for c in trace.calls if c.start > blocks_end and has_matrix(c.module)]
+    outermost = [c for c in after if c.parent is None or c.parent.start <= blocks_end]
+    return list(dict(_list_of(model, c, blocks) for c in outermost).items())
+
+
+def _is_feature(trace: Trace, y: Tensor, blocks: Sequence[Block]) -> bool:
+    """Return whether a tensor is what a block or the final norm returns."""
+    bounds = {id(m) for block in blocks for m in block.modules}
+    makers = [c for c in trace.calls if c.output is y and c is not trace.root]
+    innermost = max(makers, key=lambda c: c.start, default=None)
+    return any(id(c.module) in bounds for c in makers) or (innermost is not None and is_norm(innermost))
+
+
+def _list_of(model: nn.Module, call: Call, blocks: Sequence[Block]) -> tuple[str, nn.Module]:
+    """Return the list that a module is in, such as the predictors of all decoder layers; else the module."""
+    path = call.path.rpartition(".")[0]
+    parent = model.get_submodule(path)
+    alike = all(type(m) is type(call.module) for m in parent.children())
+    within = {id(m) for m in parent.modules()}
+    is_list = isinstance(parent, nn.ModuleList) and alike and not any(id(b.enter) in within for b in blocks)
+    return (path, parent) if is_list else (call.path, call.module)
 
 
 def _head_site(heads: NamedModules, model: str) -> Site:
-    """Return one site; a distilled model has two classifiers, which are its first and last module."""
-    (path, first), (exit_path, last) = heads[0], heads[-1]
+    """Return one site for all heads: a distilled model has two classifiers, a detector predicts classes and boxes."""
+    (path, first), *others = heads
+    exit_path, last = others.pop() if others else (path, first)
     dim = next((p.shape[1] for p in first.parameters() if p.ndim >= 2), 0)
-    return Site(
-        role="head", path=path, enter=first, exit_path=exit_path, exit=last, dim=int(dim), layout="BNC", model=model
-    )
+    ends = {"path": path, "enter": first, "exit_path": exit_path, "exit": last}
+    return Site(role="head", dim=int(dim), layout="BNC", model=model, further=tuple(others), **ends)  # type: ignore[arg-type]

@@ -32,6 +32,7 @@ class Site:
         layout: Layout of the tensor.
         model: The model's class name, for messages.
         read_only: True for a tensor between modules (`mid`): an adapter can read it, but no module returns it.
+        further: Of the role `head`, path and module of all heads but the first (`enter`) and the last (`exit`).
     """
 
     role: str
@@ -43,6 +44,7 @@ class Site:
     layout: Layout
     model: str
     read_only: bool = False
+    further: tuple[tuple[str, nn.Module], ...] = ()
 
     @property
     def module(self) -> nn.Module:
@@ -51,8 +53,14 @@ class Site:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that bound the site: one, or two if enter and exit differ."""
-        return (self.enter,) if self.enter is self.exit else (self.enter, self.exit)
+        """The modules that bound the site: one, or two if enter and exit differ; of the role `head`, all heads."""
+        return tuple(module for _, module in self.named_modules)
+
+    @property
+    def named_modules(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Path and module of each of `modules`."""
+        first, last = (self.path, self.enter), (self.exit_path, self.exit)
+        return (first,) if self.enter is self.exit else (first, *self.further, last)
 
     @property
     def is_module(self) -> bool:
@@ -64,6 +72,8 @@ class Site:
         """The site as text, for tables and messages."""
         if self.read_only:
             return f"input of {self.path}"
+        if self.role == "head":
+            return ", ".join(path for path, _ in self.named_modules)
         return self.path if self.is_module else f"{self.path} … {self.exit_path}"
 
     def __repr__(self) -> str:
@@ -142,8 +152,9 @@ class Sites:
         num_prefix_tokens: Number of tokens before the patches (CLS, registers, distillation).
         embed_dim: Width of the tokens in the last block, 0 without blocks.
         grid_size: Patches as (rows, columns) at the first block's input; None if unknown.
-        beside_head: Paths of further layers that pooled features go through; they count as backbone.
-        chosen_head: The path that `find_sites` was given as `head`; None if it found the classifier itself.
+        beside_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they count as
+            backbone.
+        chosen_head: What `find_sites` was given as `head`; None if it found the heads itself.
         all_blocks: The model's blocks, also those that were left out by `dataclasses.replace(sites, blocks=…)`.
     """
 
@@ -155,7 +166,7 @@ class Sites:
     embed_dim: int
     grid_size: tuple[int, int] | None
     beside_head: tuple[str, ...] = ()
-    chosen_head: str | None = None
+    chosen_head: str | Sequence[str] | None = None
     all_blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
@@ -185,7 +196,7 @@ class Sites:
 
     @property
     def head(self) -> Site:
-        """The classifier."""
+        """The classifier; of a model for detection or segmentation, all layers that predict."""
         advice = "Build the model with the number of classes (timm: num_classes=N, or model.reset_classifier(N))"
         return self._part("head", f"classifier. {advice}")
 
@@ -235,7 +246,15 @@ class Sites:
             rows.append((name, "-", "-", "-") if site is None else (name, site.where, site.layout, str(site.dim)))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([title, *lines])
+        return "\n".join([title, *lines, *self.describe_heads()[1:]])
+
+    def describe_heads(self) -> list[str]:
+        """Return lines that name the heads, and the layers before them; empty for a single classifier."""
+        head = self.parts.get("head")
+        if head is None or (head.is_module and not self.beside_head):
+            return []
+        before = [f"before the head, counted as backbone: {', '.join(self.beside_head)}"] if self.beside_head else []
+        return [f"head: {head.where}", *before]
 
     __repr__ = __str__
 

@@ -139,6 +139,12 @@ class Trace:
         return self.calls[0]
 
     @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        x = self.root.input
+        return len(x) if x is not None else 0
+
+    @property
     def model_name(self) -> str:
         """The model's class name."""
         return type(self.root.module).__name__

@@ -1,0 +1,82 @@
+"""Find the layers between a backbone and its heads. They count as backbone, so they are named to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from petune.sites.head import end_of, predicts_classes, start_of
+from petune.sites.named_heads import classifiers_of, has_matrix
+from petune.sites.site import Block, Site
+from petune.sites.trace import Call, Trace
+
+Condition = Callable[[nn.Module], bool]
+
+
+def layers_beside_head(model: nn.Module, trace: Trace, blocks: Sequence[Block], head: Site | None) -> tuple[str, ...]:
+    """Return paths of layers with a matrix between backbone and heads: layers for pooled features, necks, decoders.
+
+    Empty if the model names its classifier by `get_classifier`.
+    """
+    if head is None or classifiers_of(model) is not None:
+        return ()
+    own = {id(m) for bound in head.modules for m in bound.modules()}
+    if predicts_classes(trace):
+        end = end_of(trace, blocks)
+        after = [c for c in trace.calls if c.start > end and c.has_matrix and id(c.module) not in own]
+        return tuple(dict.fromkeys(c.path for c in after if c.output is not None and c.output.ndim == 2))
+    in_backbone = _backbone_test(model, trace, blocks)
+    return tuple(_outermost(model, "", lambda m: id(m) in own or in_backbone(m)))
+
+
+def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Condition:
+    """Return a function that says if a layer belongs to the backbone: a model of another configuration inside this one.
+
+    Without such a model, to the backbone belong the encoder's blocks, and what is called before the last of them ends.
+    """
+    inner = _inner_backbone(model, trace)
+    if inner is not None:
+        inside = {id(m) for m in inner.modules()}
+        return lambda module: id(module) in inside
+    decoder = [block for block in blocks if any(_attends_to_others(c) for c in trace.calls if c.module is block.enter)]
+    encoder = [block for block in blocks if block not in decoder]
+    start, end = start_of(trace, blocks), end_of(trace, encoder or blocks)
+    in_encoder = {id(m) for block in encoder for bound in block.modules for m in bound.modules()}
+    in_decoder = {id(m) for block in decoder for bound in block.modules for m in bound.modules()}
+    called = {id(c.module) for c in trace.calls if c.start < (end if encoder else start)}
+    return lambda module: id(module) in in_encoder or (id(module) in called and id(module) not in in_decoder)
+
+
+def _inner_backbone(model: nn.Module, trace: Trace) -> nn.Module | None:
+    """Return the first transformers model with another configuration that is called: the backbone of a detector."""
+    own = type(getattr(model, "config", None))
+    configs = (
+        (c.module, getattr(c.module, "config", None)) for c in trace.calls if hasattr(c.module, "base_model_prefix")
+    )
+    return next((module for module, config in configs if type(config) is not own), None)
+
+
+def _attends_to_others(block: Call) -> bool:
+    """Return whether a block is called with a second row of tokens, as a decoder is with the encoder's."""
+    x = block.input
+    if x is None or x.ndim != 3:
+        return False
+    others = [y for y in block.inputs[1:] if y.ndim == 3 and y.shape[-1] == x.shape[-1] and y.is_floating_point()]
+    rows = {x.numel(), x.numel() // len(x), x.numel() // x.shape[1]}
+    return any(y.numel() not in rows for y in others)
+
+
+def _outermost(module: nn.Module, path: str, is_known: Condition) -> list[str]:
+    """Return the paths of the largest modules without a known layer, that have a matrix."""
+    if not has_matrix(module) or (is_known(module) and _is_layer(module)):
+        return []
+    layers = [m for m in module.modules() if _is_layer(m)]
+    if path and not any(is_known(m) for m in layers):
+        return [path]
+    children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+    return [found for name, child in children for found in _outermost(child, name, is_known)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))

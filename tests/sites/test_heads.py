@@ -1,0 +1,261 @@
+"""Every head of a model trains, and what lies between backbone and heads is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+
+import petune
+
+VIT = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+DETR = {
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "num_queries": 5,
+}
+STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
+
+
+def column(**options: Any) -> dict[str, Any]:
+    return {**VIT, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8, "num_labels": 3, **options}
+
+
+def swin() -> Any:
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    return transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, out_features=stages
+    )
+
+
+def yolos() -> nn.Module:
+    config = transformers.YolosConfig(**column(image_size=[32, 32], num_detection_tokens=5))
+    return transformers.YolosForObjectDetection(config)
+
+
+def segformer() -> nn.Module:
+    config = transformers.SegformerConfig(image_size=64, **STAGES, num_attention_heads=[1, 1, 2, 2], num_labels=3)
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+def eomt() -> nn.Module:
+    config = transformers.EomtConfig(**column(num_hidden_layers=3, num_blocks=1, num_queries=5, num_upscale_blocks=1))
+    return transformers.EomtForUniversalSegmentation(config)
+
+
+def mask_former() -> nn.Module:
+    config = transformers.MaskFormerConfig(
+        backbone_config=swin(),
+        decoder_config=transformers.DetrConfig(d_model=32, **DETR),
+        fpn_feature_size=32,
+        mask_feature_size=32,
+        num_labels=3,
+    )
+    return transformers.MaskFormerForInstanceSegmentation(config)
+
+
+def mask2former() -> nn.Module:
+    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim"), 32)
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin(),
+        **sizes,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        num_queries=5,
+        num_labels=3,
+    )
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
+def detr() -> nn.Module:
+    resnet = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    config = transformers.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=resnet,
+        d_model=16,
+        num_labels=3,
+        **DETR,
+    )
+    return transformers.DetrForObjectDetection(config)
+
+
+def upernet() -> nn.Module:
+    config = transformers.UperNetConfig(
+        backbone_config=swin(), hidden_size=16, auxiliary_in_channels=32, num_labels=3, pool_scales=[1, 2]
+    )
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def distilled() -> nn.Module:
+    return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**column()))
+
+
+def vit() -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**column()))
+
+
+WHOLE = [
+    (yolos, 32, {"class_labels_classifier", "bbox_predictor"}),
+    (segformer, 64, {"decode_head"}),
+    (upernet, 64, {"decode_head", "auxiliary_head"}),
+    (distilled, 32, {"cls_classifier", "distillation_classifier"}),
+    (vit, 32, {"classifier"}),
+]
+WITH_DECODER = [
+    (eomt, 32, {"class_predictor", "mask_head", "upscale_block"}, {"query"}),
+    (
+        mask_former,
+        64,
+        {"class_predictor", "mask_embedder"},
+        {"model.pixel_level_module.decoder", "model.transformer_module"},
+    ),
+    (
+        mask2former,
+        64,
+        {"class_predictor", "model.transformer_module.decoder.mask_predictor"},
+        {"model.pixel_level_module.decoder", "model.transformer_module.decoder.layers"},
+    ),
+    (detr, 64, {"class_labels_classifier", "bbox_predictor"}, {"model.encoder", "model.decoder"}),
+]
+
+
+def keys(model: nn.Module, paths: set[str]) -> set[str]:
+    return {key for key, _ in model.named_parameters() if key.startswith(tuple(f"{path}." for path in paths))}
+
+
+@pytest.mark.parametrize(("build", "size", "heads"), WHOLE)
+def test_every_head_trains(build: Any, size: int, heads: set[str]) -> None:
+    model = build().eval()
+    wanted = keys(model, heads)
+    att = petune.attach(model, "adaptformer", bottleneck=2, input_size=(3, size, size))
+    assert set(att.head) == wanted
+    assert {key for key, p in model.named_parameters() if p.requires_grad} == wanted | set(att.tuned)
+    assert not att.sites.beside_head
+
+
+@pytest.mark.parametrize(("build", "size", "heads", "frozen"), WITH_DECODER)
+def test_a_decoder_that_stays_frozen_is_named(build: Any, size: int, heads: set[str], frozen: set[str]) -> None:
+    model = build().eval()
+    wanted = keys(model, heads)
+    with pytest.warns(UserWarning, match="stay frozen") as warned:
+        att = petune.attach(model, "linear", input_size=(3, size, size))
+    assert set(att.head) == wanted
+    assert all(path in str(warned[0].message) and path in str(att) for path in frozen)
+
+
+def test_the_decoder_trains_as_a_head_if_it_is_named(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return detr().eval()
+
+    model = fresh()
+    heads = ["model.decoder", "class_labels_classifier", "bbox_predictor"]
+    sites = petune.find_sites(model, (3, 64, 64), head=heads)
+    assert [block.path for block in sites.blocks] == ["model.encoder.layers.0"]
+    wanted = keys(model, set(heads))
+    with pytest.warns(UserWarning, match="stay frozen"):
+        att = petune.attach(model, "adaptformer", bottleneck=2, sites=sites)
+    assert set(att.head) == wanted
+    att.save(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="stay frozen"):
+        loaded = petune.load(fresh(), tmp_path / "adapter")
+    assert set(loaded.head) == wanted
+
+
+def test_three_heads_are_saved_and_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Answering(nn.ModuleList([nn.Linear(24, 4) for _ in range(3)]))
+
+    model = build()
+    att = petune.attach(model, "linear")
+    for p in att.head.values():
+        nn.init.normal_(p)
+    att.save(tmp_path / "adapter")
+    other = build()
+    petune.load(other, tmp_path / "adapter")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(x), other.eval()(x))
+
+
+class Answering(nn.Module):
+    """A ViT whose `get_classifier` returns `answer`."""
+
+    img_size = 32
+
+    def __init__(self, heads: nn.Module, answer: Any = None) -> None:
+        super().__init__()
+        size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        self.body = timm.models.vision_transformer.VisionTransformer(**size, num_classes=0)
+        self.heads = heads
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        return sum((head(features) for head in self.heads.children()), torch.zeros(()))
+
+    def get_classifier(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return {"list": self.heads, "tuple": tuple(self.heads.children())}.get(self.answer, self.heads)
+
+
+@pytest.mark.parametrize("answer", ["list", "tuple"])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_get_classifier_of_three_heads_trains_three(answer: str, as_dict: bool) -> None:
+    layers = [nn.Linear(24, 4) for _ in range(3)]
+    heads = nn.ModuleDict(dict(zip("abc", layers, strict=True))) if as_dict else nn.ModuleList(layers)
+    att = petune.attach(Answering(heads, answer), "linear")
+    assert len(att.head) == 6
+
+
+def test_a_get_classifier_that_raises_names_nothing() -> None:
+    model = Answering(nn.ModuleList([nn.Linear(24, 4)]), NotImplementedError("override this"))
+    assert petune.find_sites(model).head.path == "heads.0"
+
+
+def test_features_of_tokens_are_not_logits() -> None:
+    """Qwen2-VL's vision tower returns (tokens, width) for all images together."""
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    class Tower(nn.Module):
+        image_size = 32
+
+        def __init__(self) -> None:
+            super().__init__()
+            config = Qwen2VLVisionConfig(depth=2, embed_dim=16, hidden_size=16, num_heads=2, patch_size=8, mlp_ratio=2)
+            self.tower = Qwen2VisionTransformerPretrainedModel(config)
+
+        def forward(self, x: Tensor) -> Any:
+            patches = x.reshape(len(x), 3, 4, 8, 4, 8).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 1, 8, 8)
+            flat = patches.expand(-1, -1, 2, -1, -1).reshape(len(patches), -1)
+            return self.tower(flat, torch.tensor([[1, 4, 4]] * len(x)))
+
+    assert "head" not in petune.find_sites(Tower().eval()).parts
+
+
+def test_new_weights_that_stay_frozen_are_named(tmp_path: Path) -> None:
+    """The detection tokens of a YOLOS model that starts from a ViT are in its base model, and random."""
+    model = yolos()
+    state = {key: t for key, t in model.state_dict().items() if "detection_tokens" not in key}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = transformers.YolosForObjectDetection.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="detection_tokens"):
+        petune.attach(loaded, "linear", input_size=(3, 32, 32))
