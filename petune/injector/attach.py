@@ -26,6 +26,7 @@ from petune.sites.logits import refuse_random
 from petune.sites.new_weights import new_weights
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
+from petune.sites.used_parameters import used_parameters
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """For each model, the edits for which a forward pass called every adapter."""
@@ -111,7 +112,7 @@ def _sites_for(
     _check_sites_of(model, sites)
     if existing is None:
         refuse_random(model, sites)
-        _warn_of_layers_before_head(sites, train_head)
+        _warn_of_layers_before_head(model, sites, train_head)
     return sites
 
 
@@ -155,11 +156,17 @@ def _check_sites_of(model: nn.Module, sites: Sites) -> None:
         )
 
 
-def _warn_of_layers_before_head(sites: Sites, train_head: bool) -> None:
-    if train_head and "head" in sites.parts and sites.beside_head:
+def _warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
+    if not train_head or "head" not in sites.parts or not sites.beside_head:
+        return
+    parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
+    floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
+    used = {id(p) for p in used_parameters(model, sites.input_size, floating)}
+    before = [path for path, layer in parameters.items() if any(id(p) in used for p in layer)]
+    if before:
         warnings.warn(
             f"the head of {sites.model} is {sites.head.where}. Further layers before it count as backbone and stay "
-            f"frozen unless the method trains them: {', '.join(sites.beside_head)}. If they are new, pass the modules "
+            f"frozen unless the method trains them: {', '.join(before)}. If they are new, pass the modules "
             'that train as head, to petune.load too: sites=petune.find_sites(model, head=["…", "…"])',
             stacklevel=4,
         )
