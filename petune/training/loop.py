@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ from petune.training.dry_run import dry_run
 from petune.training.evaluate import Accuracy, evaluate
 from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
 from petune.training.fit_batch import can_run_out, explain_single_image, largest_that_fits
+from petune.training.gradient_check import check_step_gradients
 from petune.training.job import TrainJob
 from petune.training.mixup import BatchMixer
 from petune.training.optim import create_optimizer, create_schedule
@@ -171,7 +173,8 @@ class Trainer:
         )
         # a warm-up's first step has a rate of zero and moves nothing, so the second check comes later
         if p.step in {0, max(2, min(CHECK_GRADIENTS_AT, self.total_steps - 1))}:
-            self.att.check_gradients(under_way=p.step > 0)
+            again = partial(self._backward, *self.mixer(batch, p.step), num_images)
+            check_step_gradients(self.att, self.params, again, under_way=p.step > 0)
         norm_tensor = nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip or math.inf)
         loss, norm = float(loss_tensor), float(norm_tensor)  # only now, since a GPU is waited for
         self._check_finite(loss, norm, lr, batch)

@@ -164,6 +164,7 @@ def test_lora_changes_the_fused_weight_of_torch_attention(tmp_path: Path) -> Non
         ({"type": "fourier"}, r"^no such PEFT type for vision models: fourier. Did you mean fourierft\?$"),
         ({}, "peft needs a type: peft:TYPE. Known: adalora, adamss, beft"),
         ({"type": "oft", "module_dropout": 0.1}, "PEFT never applies it"),
+        ({"type": "loha", "module_dropout": 1.0}, "module_dropout is 1"),
         ({"type": "supertuning", "lora_dropout": 0.1}, "Set r too"),
         ({"type": "pvera", "sample_at_inference": True}, "would be random in eval mode"),
         ({"type": "lora", "init_lora_weights": "pissa"}, "init_lora_weights"),

@@ -157,6 +157,8 @@ def _check_names(kind: str, config_class: Any, options: dict[str, Any]) -> None:
 def _check_values(kind: str, options: dict[str, Any]) -> None:
     if kind == "oft" and options.get("module_dropout"):
         raise petune.ConfigError("module_dropout of oft does nothing: PEFT never applies it. Leave it out")
+    if float(options.get("module_dropout") or 0) >= 1:
+        raise petune.ConfigError("module_dropout is 1 or more: every module is skipped in training. Use less than 1")
     if kind == "supertuning" and options.get("lora_dropout") and not options.get("r"):
         raise petune.ConfigError(
             "lora_dropout of supertuning acts on its low-rank part only. Set r too, or leave it out"
