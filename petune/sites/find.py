@@ -21,6 +21,7 @@ from petune.sites.parts import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites
 from petune.sites.trace import Call, Trace
+from petune.sites.used_parameters import used_parameters
 
 
 def find_sites(
@@ -87,6 +88,8 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, size)
     norm = _final_norm(trace, end_of(trace, blocks), head) if blocks else None
+    if norm is not None and not _is_used(model, norm, size):  # the norm of features that the classifier does not read
+        norm = None
     parts = (_patch_embed(trace, first, grid), norm, head)
     return Sites(
         model=trace.model_name,
@@ -99,6 +102,11 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
         grid_size=grid,
         chosen_head=head_paths,
     )
+
+
+def _is_used(model: nn.Module, norm: Site, size: tuple[int, int, int]) -> bool:
+    parameters = [p for p in norm.enter.parameters() if p.is_floating_point()]
+    return not parameters or bool(used_parameters(model, size, parameters))
 
 
 def _outside_of(head: Site | None, blocks: tuple[Block, ...]) -> tuple[Block, ...]:

@@ -56,11 +56,11 @@ def dry_forward(model: nn.Module, input_size: tuple[int, int, int], watch: Watch
 def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
     x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
     with watch() as watched:
-        functional_call(model, _meta_tensors(model), (x_BCHW,), tie_weights=False)
+        functional_call(model, meta_tensors(model), (x_BCHW,), tie_weights=False)
     return watched
 
 
-def _meta_tensors(model: nn.Module) -> dict[str, Tensor]:
+def meta_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return meta tensors for all parameters and buffers. A module that is shared must not be swapped twice."""
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from petune.sites.forward import dtype_of, tensors_in, undisturbed
+from petune.sites.forward import dtype_of, meta_tensors, tensors_in, undisturbed
 
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 """The node of torch's reentrant gradient checkpointing, which hides the parameters inside."""
@@ -21,8 +22,8 @@ def used_parameters(
     """Return those of `parameters` that the output depends on: the ones that a gradient reaches.
 
     A layer that is never called is left out, and one whose output is not used (a pooler next to the classifier).
-    The graph of one forward of a black image in eval mode decides, without a backward pass. If gradient checkpointing
-    hides the parameters, all are returned.
+    The graph of one forward in eval mode decides, without a backward pass: on the meta device if possible, else of a
+    black image. If gradient checkpointing hides the parameters, all are returned.
 
     Args:
         model: Modes, flags and random state are as before afterwards.
@@ -30,13 +31,33 @@ def used_parameters(
         parameters: Floating-point parameters of the model.
     """
     candidates = list(parameters)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x_BCHW = torch.zeros(1, *input_size, device=device, dtype=dtype_of(model))
-    with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
-        reached = _leaves(tensors_in(model(x_BCHW)))
+    try:
+        with undisturbed(model), torch.enable_grad():
+            reached = _reached_on_meta(model, input_size, candidates)
+    except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
+        with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
+            reached = _reached_by_black_image(model, input_size)
     if reached is None:
         return candidates
     return [p for p in candidates if id(p) in reached]
+
+
+def _reached_on_meta(
+    model: nn.Module, input_size: tuple[int, int, int], parameters: list[nn.Parameter]
+) -> set[int] | None:
+    wanted, tensors, originals = {id(p) for p in parameters}, meta_tensors(model), {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if path in tensors and id(parameter) in wanted:
+            originals[id(tensors[path].requires_grad_(True))] = id(parameter)
+    x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
+    leaves = _leaves(tensors_in(functional_call(model, tensors, (x_BCHW,), tie_weights=False)))
+    return None if leaves is None else {originals[leaf] for leaf in leaves if leaf in originals}
+
+
+def _reached_by_black_image(model: nn.Module, input_size: tuple[int, int, int]) -> set[int] | None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x_BCHW = torch.zeros(1, *input_size, device=device, dtype=dtype_of(model))
+    return _leaves(tensors_in(model(x_BCHW)))
 
 
 @contextlib.contextmanager

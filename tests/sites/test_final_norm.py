@@ -59,7 +59,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "ViT": (from_config("ViTForImageClassification", "ViTConfig", **COLUMN, **IMAGE), "vit.layernorm"),
     "DeiT": (from_config("DeiTForImageClassification", "DeiTConfig", **COLUMN, **IMAGE), "deit.layernorm"),
     "DINOv2": (from_config("Dinov2ForImageClassification", "Dinov2Config", **COLUMN, **IMAGE), "dinov2.layernorm"),
-    "CLIP": (from_config("CLIPForImageClassification", "CLIPConfig", vision_config={**COLUMN, **IMAGE}), ""),
     "Swin": (from_config("SwinForImageClassification", "SwinConfig", **SWIN), "swin.layernorm"),
 }
 PLAIN = ("torchvision ViT", "Wrapper", "TimmWrapper", "ViT", "DeiT")
@@ -69,7 +68,7 @@ PLAIN = ("torchvision ViT", "Wrapper", "TimmWrapper", "ViT", "DeiT")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_final_norm_is_found(name: str) -> None:
     build, path = MODELS[name]
-    assert petune.find_sites(build(), (3, 64, 64)).norm.path == (path or "vision_model.post_layernorm")
+    assert petune.find_sites(build(), (3, 64, 64)).norm.path == path
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, about the norms that it tunes itself
@@ -102,3 +101,39 @@ def test_norms_of_attention_pooling_are_not_the_final_norm() -> None:
     model = Wrapper(nn.Linear(48, 3))
     model.backbone = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, **shape)
     assert petune.find_sites(model).norm.path == "backbone.norm"
+
+
+class Clip(nn.Module):
+    """Two readings of CLIP's vision model: the pooled token, after the final norm, or the last block's tokens."""
+
+    image_size = 64
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.backbone = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**COLUMN, **IMAGE))
+        self.head = nn.Linear(WIDTH, 3)
+        self.pooled = pooled
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        output = self.backbone(x_BCHW)
+        return self.head(output.pooler_output if self.pooled else output.last_hidden_state.mean(1))
+
+
+UNUSED = {
+    "CLIP's tokens": lambda: Clip(pooled=False),
+    "CLIP's own classifier": from_config(
+        "CLIPForImageClassification", "CLIPConfig", vision_config={**COLUMN, **IMAGE}, num_labels=3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_a_norm_that_the_logits_do_not_depend_on_is_not_found(name: str) -> None:
+    model = UNUSED[name]()
+    assert "norm" not in petune.find_sites(model).parts
+    att = petune.attach(model, "partial")
+    assert att.counts.tuned == 12 * WIDTH**2 + 13 * WIDTH
+
+
+def test_clips_norm_is_found_where_the_pooled_token_is_read() -> None:
+    assert petune.find_sites(Clip(pooled=True)).norm.path.endswith("post_layernorm")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import timm
 import torch
@@ -83,12 +85,12 @@ def test_the_first_convolution_need_not_see_the_image() -> None:
 
 
 def test_weights_are_not_copied() -> None:
-    """The only forward sees meta tensors."""
+    """All forwards see meta tensors."""
     model = timm.create_model("vit_base_patch16_224", num_classes=3, depth=1)
     devices: list[str] = []
     model.blocks[0].register_forward_hook(lambda module, args, output: devices.append(output.device.type))
     assert len(petune.find_sites(model).blocks) == 1
-    assert devices == ["meta"]
+    assert {*devices} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["coat_lite_tiny", "vit_tiny_patch16_224"])
@@ -136,7 +138,8 @@ class Around(nn.Module):
 def test_the_classifier_is_the_layer_that_makes_the_logits(returns: str) -> None:
     model = Around(returns).eval()
     assert petune.find_sites(model).head.path == "head"
-    with pytest.warns(UserWarning, match="count as backbone .* proj"):
+    is_unused = returns == "log_softmax"
+    with contextlib.nullcontext() if is_unused else pytest.warns(UserWarning, match="count as backbone .* proj"):
         att = petune.attach(model, "lora")
     assert set(att.head) == {"head.weight", "head.bias"}
     att.merge()

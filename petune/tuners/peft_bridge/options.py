@@ -34,6 +34,8 @@ NOT_ACCEPTED = {
     "inference_mode": "an attached method trains",
     "task_type": "the task is to classify images",
     "sample_at_inference": "the logits of an image would be random in eval mode",
+    "alora_invocation_tokens": "it waits for word tokens, which images have none of, so the adapter would do nothing",
+    "trainable_token_indices": "it trains word embeddings",
     "save_only_topk_weights": "the file must hold everything that trains",
     **dict.fromkeys(NEED_TARGETS, "PEFT only reads it together with target_modules"),
 }
@@ -159,6 +161,11 @@ def _check_values(kind: str, options: dict[str, Any]) -> None:
         raise petune.ConfigError("module_dropout of oft does nothing: PEFT never applies it. Leave it out")
     if float(options.get("module_dropout") or 0) >= 1:
         raise petune.ConfigError("module_dropout is 1 or more: every module is skipped in training. Use less than 1")
+    if kind == "hra" and options.get("apply_GS") and options.get("init_weights", True) is not False:
+        raise petune.ConfigError(
+            "apply_GS of hra makes its vectors orthogonal, but they start as pairs of equal ones: the output would "
+            "change at the start, or be NaN. Set init_weights=false too, or leave apply_GS out"
+        )
     if kind == "supertuning" and options.get("lora_dropout") and not options.get("r"):
         raise petune.ConfigError(
             "lora_dropout of supertuning acts on its low-rank part only. Set r too, or leave it out"
