@@ -155,8 +155,9 @@ class Edit:
         grid = TokenGrid(self.sites)
         self.sites.require_blocks()
         maker = patch_convolution(self.model, self.sites)
-        if maker is not None:
-            self._placer.hook(maker.register_forward_hook(grid.leave))
+        handles = grid.watch(self.model) if maker is None else [maker.register_forward_hook(grid.leave)]
+        for handle in handles:
+            self._placer.hook(handle)
         return grid
 
     def backbone(self) -> list[nn.Module]:

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.sites.forward import tensors_in
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
 
 class TokenGrid:
-    """The grid of patches in the current forward, as the convolution that makes the patches has left it.
+    """The grid of patches in the current forward: what the convolution that makes the patches returns.
+
+    Where a linear layer makes them (NaFlexViT, gemma4), its output has no rows and columns. There the grid follows from
+    the size of the image that the model is called with.
 
     Attributes:
         model: The model's class name, for messages.
@@ -28,22 +32,29 @@ class TokenGrid:
         self._ambiguous: set[int] = set()
         if sites.grid_size is not None:
             self._add(sites.grid_size)
+        self._seen = sites.input_size, sites.grid_size
+        self._reads_images = False
+        self._of_image: tuple[int, int] | None = None
 
     def of(self, num_tokens: int) -> tuple[int, int]:
         """Return rows and columns of the patches among a block's tokens, prefix tokens included.
 
         Raises:
-            AttachError: The tokens are not a prefix and one grid of patches.
+            AttachError: The tokens are not a prefix and one grid of patches, or the grid is not known.
         """
         num_patches = num_tokens - self.num_prefix_tokens
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         grid = self._grids.get(num_patches)
+        if self._reads_images and not in_backward:
+            grid = self._of_image
+            if grid is not None and grid[0] * grid[1] != num_patches:
+                grid = None
         if grid is None:
             raise AttachError(
                 f"a block of {self.model} has {num_tokens} tokens, not {self.num_prefix_tokens} prefix tokens "
                 "and the grid of patches of this image. Use images of the size that petune.attach has seen, without "
-                "padding, packing or prompts; or a method that needs no grid, such as adaptformer"
+                f"padding, packing or prompts{self._advice()}; or a method that needs no grid, such as adaptformer"
             )
-        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if num_patches in self._ambiguous and in_backward:
             raise AttachError(
                 f"a block is repeated in a backward pass, and {num_patches} patches were both wide and high. Train "
@@ -55,6 +66,36 @@ class TokenGrid:
         """Note the grid; hook of the convolution that makes the patches."""
         self._add((output.shape[-2], output.shape[-1]))
 
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Note the grid from the images that the model is called with; return handles of the hooks."""
+        self._reads_images = True
+        return [
+            model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+            model.register_forward_hook(self._leave_model, always_call=True),
+        ]
+
+    def _enter_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._of_image = self._image_grid(next(tensors_in((args, kwargs)), None))
+        if self._of_image is not None:
+            self._add(self._of_image)
+
+    def _leave_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._of_image = None
+
+    def _image_grid(self, x: Tensor | None) -> tuple[int, int] | None:
+        """Return rows and columns of the patches of images (B, C, H, W); None if they are unknown."""
+        (channels, height, width), grid = self._seen
+        if grid is None or x is None or x.ndim != 4 or x.shape[1] != channels:
+            return None
+        rows, rest_of_height = divmod(x.shape[2] * grid[0], height)
+        columns, rest_of_width = divmod(x.shape[3] * grid[1], width)
+        return None if rest_of_height or rest_of_width else (rows, columns)
+
+    def _advice(self) -> str:
+        if not self._reads_images or self._of_image is not None:
+            return ""
+        return ", and call the model itself, with images (B, C, H, W)"
+
     def _add(self, grid: tuple[int, int]) -> None:
         num_patches = grid[0] * grid[1]
         if self._grids.get(num_patches, grid) != grid:
@@ -63,15 +104,25 @@ class TokenGrid:
 
 
 def patch_convolution(model: nn.Module, sites: Sites) -> nn.Module | None:
-    """Return the last convolution before the blocks that returns the grid of patches; None if there is none."""
+    """Return the last convolution before the blocks that returns the grid of patches; None if there is none.
+
+    Raises:
+        AttachError: The model puts all images of a batch into one row of tokens.
+    """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    calls = record_calls(model, sites.input_size, [*convolutions, sites.blocks[0].enter])
-    start = calls[sites.blocks[0].enter].start
+    first = sites.blocks[0].enter
+    calls = record_calls(model, sites.input_size, [*convolutions, first], num_images=2)
+    x = calls[first].input
+    if x is not None and x.ndim == 3 and len(x) == 1:
+        raise AttachError(
+            f"{sites.model} puts all images of a batch into one row of tokens, which is no grid of patches. Use a "
+            "method that needs no grid, such as adaptformer"
+        )
     makers = [
         m
         for m in convolutions
         if m in calls
-        and calls[m].start < start
+        and calls[m].start < calls[first].start
         and (y := calls[m].output) is not None
         and tuple(y.shape[-2:]) == sites.grid_size
     ]

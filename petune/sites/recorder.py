@@ -49,14 +49,15 @@ def record(model: nn.Module, input_size: tuple[int, int, int], skip: Set[nn.Modu
 
 
 def record_calls(
-    model: nn.Module, input_size: tuple[int, int, int], modules: Iterable[nn.Module]
+    model: nn.Module, input_size: tuple[int, int, int], modules: Iterable[nn.Module], *, num_images: int = 1
 ) -> dict[nn.Module, Call]:
-    """Record the first call of each of `modules` in a real forward of one black image, in eval mode.
+    """Record the first call of each of `modules` in a real forward of black images, in eval mode.
 
     Args:
         model: Modes and random state are as before afterwards.
         input_size: (channels, height, width) of the image.
         modules: Modules of the model.
+        num_images: Number of images. 1 is the fastest, and every model runs on it.
 
     Returns:
         The calls by module; a module that was not called is missing.
@@ -68,7 +69,7 @@ def record_calls(
     named = [(path, module) for path, module in model.named_modules() if module in watched]
     try:
         with _record_calls(named) as calls:
-            forward_of(model, torch.zeros(1, *input_size))
+            forward_of(model, torch.zeros(num_images, *input_size))
     except PetuneError:
         raise
     except Exception as error:  # whatever a model's own code, or an adapter's, raises
