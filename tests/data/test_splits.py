@@ -102,12 +102,108 @@ def test_a_split_without_train_is_refused(name: str, tmp_path: Path) -> None:
         load_folder(tmp_path, 32)
 
 
-@pytest.mark.parametrize("names", [("seg_test", "seg_train"), ("test_images", "train"), ("test2", "train")])
-def test_unknown_names_that_look_like_splits_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+USUAL_NAMES = [
+    ("train_images", "test_images"),
+    ("seg_train", "seg_test"),
+    ("train_data", "test_data"),
+    ("TrainData", "TestData"),
+    ("traindata", "testdata"),
+    ("trainImages", "testImages"),
+    ("imagesTr", "imagesTs"),
+    ("trn", "tst"),
+    ("training_set", "test_set"),
+    ("TRAIN", "TEST_IMAGES"),
+    ("train2017", "test2017"),
+    ("trainval", "test"),
+]
+
+
+@pytest.mark.parametrize("names", USUAL_NAMES)
+def test_usual_names_of_splits_are_read(names: tuple[str, str], tmp_path: Path) -> None:
+    train, test = names
+    _fill(tmp_path / train, "cat", "dog")
+    _fill(tmp_path / test, "cat", "dog", count=2)
+    data = load_folder(tmp_path, 32)
+    assert (data.classes, len(data.train), len(data.test)) == (("cat", "dog"), 6, 4)
+    assert check_folder(tmp_path).images == {"train": {"cat": 3, "dog": 3}, "test": {"cat": 2, "dog": 2}}
+    assert list_split(tmp_path, "test")[1]["cat"][0].parent == tmp_path / test / "cat"
+
+
+@pytest.mark.parametrize("others", [(), ("misc",)])
+@pytest.mark.parametrize("names", [*USUAL_NAMES, ("segtrain", "segtest"), ("trainA", "testA"), ("train", "test1")])
+def test_loose_images_in_splits_with_usual_names_are_refused(
+    names: tuple[str, str], others: tuple[str, ...], tmp_path: Path
+) -> None:
+    _fill(tmp_path, *names, *others)
+    for read in (
+        lambda: load_folder(tmp_path, 32),
+        lambda: check_folder(tmp_path),
+        lambda: count_classes(f"folder:{tmp_path}"),
+        lambda: list_split(tmp_path, "test"),
+    ):
+        with pytest.raises(DataError, match=f"{names[0]}.*put all class folders into train/"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test2", "train"),
+        ("segtest", "segtrain"),
+        ("testA", "testB", "trainA", "trainB"),
+        ("cats_test", "dogs_train"),
+        ("test1", "test2"),
+    ],
+)
+def test_ambiguous_names_that_look_like_splits_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     for part in names:
         _fill(tmp_path / part, "cat", "dog")
-    with pytest.raises(DataError, match=f"unknown split folders in .*: {names[0]}.*Rename"):
-        load_folder(tmp_path, 32)
+    for read in (load_folder, lambda path, _: check_folder(path)):
+        with pytest.raises(DataError, match=f"unknown split folders in .*: {names[0]}.*Rename"):
+            read(tmp_path, 32)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("bus", "trains"),
+        ("testudo", "turtle"),
+        ("rejected", "validated"),
+        ("evening", "morning"),
+        ("airport", "train station"),
+        ("test_negative", "test_positive"),
+        ("contest", "restrain"),
+        ("tr", "us"),
+        ("device", "trainer"),
+        ("trains", "testudo"),
+    ],
+)
+def test_classes_whose_names_contain_a_split_are_read(classes: tuple[str, ...], tmp_path: Path) -> None:
+    _fill(tmp_path, *classes)
+    assert load_folder(tmp_path, 32).classes == tuple(sorted(classes))
+    assert check_folder(tmp_path).is_sound
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "test"), ("TrainData", "TestData")])
+def test_splits_inside_class_folders_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        _fill(tmp_path / name, *names)
+    for read in (
+        lambda: load_folder(tmp_path, 32),
+        lambda: check_folder(tmp_path),
+        lambda: list_split(tmp_path, "test"),
+    ):
+        with pytest.raises(
+            DataError, match=r"cats has splits in it: .*Move them above the class folders, as train/cats/"
+        ):
+            read()
+
+
+def test_unlabeled_images_next_to_read_splits_are_left_out(tmp_path: Path) -> None:
+    for part in ("seg_train", "seg_test"):
+        _fill(tmp_path / part, "cat", "dog")
+    _fill(tmp_path, "seg_pred")
+    assert "left out: seg_pred/" in load_folder(tmp_path, 32).source
 
 
 def test_what_is_left_out_is_named(tmp_path: Path) -> None:
