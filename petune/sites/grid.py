@@ -33,6 +33,8 @@ def grid_and_prefix(
     if first is None or first.input is None:
         return None, 0
     x = first.input
+    if x.is_nested:  # each image has a grid of its own
+        return None, 0
     if x.ndim == 4:
         return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
     grid, num_prefix_tokens = _fitting_grid(trace, first, size)

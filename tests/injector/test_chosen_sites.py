@@ -14,12 +14,15 @@ import transformers
 from torch import nn
 
 import petune
+from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
 
 METHODS = [
     "adaptformer:bottleneck=4", "lora", "bitfit", "norm", "partial", "vpt:num_prompts=3,deep=false", "peft:ln_tuning",
     "lst",
 ]  # fmt: skip
+SAMPLE = {"adaptformer:bottleneck=4", "norm", "vpt:num_prompts=3,deep=false"}
+"""Methods that every run of the tests saves and loads."""
 
 
 def chosen(model: nn.Module, *indices: int) -> petune.Sites:
@@ -28,7 +31,7 @@ def chosen(model: nn.Module, *indices: int) -> petune.Sites:
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT's own, about timm's LayerNorm
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sampled(METHODS, lambda method: method in SAMPLE))
 def test_what_was_attached_to_chosen_blocks_is_saved_and_loaded(method: str, tmp_path: Path) -> None:
     model = tiny(depth=4)
     att = randomised(petune.attach(model, method, sites=chosen(model, 0, 1)))

@@ -265,3 +265,27 @@ def test_compiled_and_exported_an_adapter_that_calls_its_site_computes_the_same(
     attach(model, [("after", Calls(model.blocks[0].mlp))])
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(X), model(X))
     torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), model(X))
+
+
+@pytest.mark.parametrize("prompts_first", [True, False])
+def test_an_adapter_at_the_entry_of_a_block_with_prompts_cannot_call_that_block(prompts_first: bool) -> None:
+    model = tiny()
+    block = model.blocks[0]
+
+    def change(edit: petune.Edit) -> None:
+        edit.before(edit.sites.blocks[0], Calls(block))
+
+    def calling() -> petune.Attachment:
+        return petune.attach(model, Custom(change), train_head=False)
+
+    def prompts() -> petune.Attachment:
+        return petune.attach(model, "vpt", train_head=False)
+
+    with torch.no_grad():
+        kept = prompts() if prompts_first else calling()
+        before = model(X)
+        with pytest.raises(petune.AttachError, match=r"where Block is entered calls that module"):
+            calling() if prompts_first else prompts()
+        assert torch.equal(model(X), before)
+        kept.detach()
+        assert torch.equal(model(X), tiny()(X))

@@ -43,9 +43,27 @@ class Holder(nn.Module):
 
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
+        if isinstance(x, Tensor) and x.is_nested:
+            return self._run_on_nested(x)
         self.running = True
         try:
             y: Tensor = self.adapter(x)
+        finally:
+            self.running = False
+        return y
+
+    def _run_on_nested(self, x: Tensor) -> Tensor:
+        self.running = True
+        try:
+            y: Tensor = self.adapter(x)
+        except AttachError:
+            raise
+        except Exception as error:  # PyTorch has few operations for nested tensors
+            raise AttachError(
+                f"the adapter {type(self.adapter).__name__} cannot compute with a nested tensor, whose images have "
+                f"different numbers of tokens ({type(error).__name__}: {error}). Use images of one size, or another "
+                "method, such as adaptformer"
+            ) from error
         finally:
             self.running = False
         return y

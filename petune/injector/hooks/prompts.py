@@ -196,6 +196,11 @@ class PromptedModule:
         if not holder.acts:
             return None
         x_BND = first_tensor(args, kwargs)
+        if x_BND.is_nested:
+            raise AttachError(
+                "prompts cannot enter a nested tensor, whose images have different numbers of tokens. Use images of "
+                "one size, or a method without prompts, such as adaptformer"
+            )
         prompted = holder.with_prompts(x_BND, holder.prompts_for(x_BND, self.index))
         holder.hidden = x_BND, prompted
         return with_first_tensor(args, kwargs, prompted)
@@ -206,7 +211,7 @@ class PromptedModule:
         if not holder.acts:
             return None
         if holder.hidden is None:
-            raise RuntimeError(
+            raise AttachError(
                 f"an adapter that acts where {type(module).__name__} is entered calls that module, which has prompts. "
                 "Call another module there, or disable the prompts"
             )
