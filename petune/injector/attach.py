@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from petune.adapters.fingerprint import plain_parts
@@ -30,6 +31,8 @@ from petune.sites.used_parameters import used_parameters
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """For each model, the edits for which a forward pass called every adapter."""
+TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""Those of which gradients exist: a float8 weight is floating point, too, but gets none."""
 
 
 def attach(
@@ -208,7 +211,7 @@ def _check_kinds_of_tensors(attachment: Attachment) -> None:
         if type(tensor) is nn.Parameter:
             continue
         parts = plain_parts(key, tensor)
-        if key in trainable and not all(part.is_floating_point() for _, part in parts):
+        if key in trainable and any(part.dtype not in TRAINABLE_DTYPES for _, part in parts):
             raise AttachError(
                 f"{attachment.name} would train {key}, which is quantized ({type(tensor).__name__}). Leave it out of "
                 "the quantization, or use a method that keeps it frozen; for a classifier, also train_head=False"

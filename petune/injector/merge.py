@@ -80,11 +80,17 @@ def _restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
             part.copy_(old)
 
 
+def _are_equal(tensor: Tensor, other: Tensor) -> bool:
+    """Compare values; quantized ones by their parts, because they may refuse to be compared."""
+    pairs = zip(plain_parts("", tensor), plain_parts("", other), strict=True)
+    return all(torch.equal(part, old) for (_, part), (_, old) in pairs)
+
+
 def _check_not_shared(model: nn.Module, sites: Sites, log: EditLog, name: str, before: Mapping[str, Tensor]) -> None:
     """Check that no other attachment would undo the fold when it restores its original values."""
     state = open_trainable_state(model, sites)
     for key, tensor in model.state_dict().items():
-        if key not in before or torch.equal(tensor, before[key]):
+        if key not in before or _are_equal(tensor, before[key]):
             continue
         other = state.trainer_of(key, other_than=log.label)
         if other is not None:

@@ -68,13 +68,23 @@ class LockedWeight(OpaqueWeight):
 
 
 class ConstantWeight(Int8Weight):
-    """One that nothing can change in place, as torchao's for most operations."""
+    """One that nothing can change in place or compare, as torchao's."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable and isinstance(args[0], cls):
+        compares = func is aten.equal.default
+        if (func._schema.is_mutable or compares) and isinstance(args[0], cls):
             raise NotImplementedError(f"{func} of a ConstantWeight")
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Float8Weight(Int8Weight):
+    """One whose parts are all floating-point."""
+
+    @classmethod
+    def quantized(cls, weight: Tensor) -> Int8Weight:
+        scale = weight.detach().abs().amax(1, keepdim=True)
+        return cls((weight.detach() / scale).to(torch.float8_e4m3fn), scale)
 
 
 def quantize(model: nn.Module, kind: type[Int8Weight] = Int8Weight, *, with_head: bool = False) -> nn.Module:

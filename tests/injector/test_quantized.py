@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import petune
-from tests.injector.quantized import ConstantWeight, LockedWeight, OpaqueWeight, quantize
+from tests.injector.quantized import ConstantWeight, Float8Weight, Int8Weight, LockedWeight, OpaqueWeight, quantize
 from tests.tiny import X, randomised, tiny
 
 
@@ -37,8 +37,9 @@ def test_the_fingerprint_follows_every_part_of_a_quantized_weight(part: str) -> 
     assert att.fingerprint() != before
 
 
-def test_a_quantized_weight_that_would_train_is_refused_when_attaching() -> None:
-    model = quantize(tiny(), with_head=True)
+@pytest.mark.parametrize("kind", [Int8Weight, Float8Weight])
+def test_a_quantized_weight_that_would_train_is_refused_when_attaching(kind: type[Int8Weight]) -> None:
+    model = quantize(tiny(), kind, with_head=True)
     keys = model.state_dict().keys()
     for method, key in (("full", "blocks.0.attn.qkv.weight"), ("adaptformer", "head.weight")):
         with pytest.raises(petune.AttachError, match=key):
@@ -71,6 +72,15 @@ def test_weights_that_take_no_change_are_not_mergeable(method: str) -> None:
     att.detach()
     with torch.no_grad():
         assert torch.equal(att.model(X), quantize(tiny(), ConstantWeight)(X))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, about the norms that it tunes itself
+def test_weights_that_cannot_be_compared_do_not_keep_norms_from_merging() -> None:
+    att = randomised(petune.attach(quantize(tiny(), ConstantWeight), "peft:ln_tuning"))
+    with torch.no_grad():
+        logits = att.model(X)
+        att.merge()
+        torch.testing.assert_close(att.model(X), logits)
 
 
 def test_a_fault_of_a_merge_on_plain_weights_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

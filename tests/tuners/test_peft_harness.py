@@ -125,7 +125,10 @@ def test_two_adapters_are_independent(base: str, kind: str, tmp_path: Path) -> N
         one.disable()
         assert torch.equal(logits(model), plain)
     two = attached(model, kind, "two")
-    if together:
+    if not together:
+        with pytest.raises(AttachError, match="only one"):
+            one.enable()
+    else:
         both = logits(model)
         check_gradients(one, two)
         one.disable()

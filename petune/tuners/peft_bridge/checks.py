@@ -10,7 +10,7 @@ from torch import nn
 
 import petune
 from petune.tuners.peft_bridge.layer import active_adapters, adapters_in, nested_layers, peft_layers
-from petune.tuners.peft_bridge.nesting import ONE_AT_A_TIME
+from petune.tuners.peft_bridge.nesting import ONE_AT_A_TIME, ONE_IN_A_LAYER
 
 ONE_TYPE = "Attach one PEFT type at a time, or several of the same"
 
@@ -93,21 +93,24 @@ def refuse_fewer_factors(layers: dict[str, Any], config: Any, name: str) -> None
         )
 
 
-def refuse_nested(model: nn.Module, kind: str, own: set[Any]) -> None:
-    """Refuse active layers around each other of which one may read the weight past the other.
+def refuse_together(model: nn.Module, kind: str, own: set[Any], name: str) -> None:
+    """Refuse active adapters at one layer of which one may read the weight past the other.
 
     Args:
         model: The model.
         kind: The type of `own`.
         own: The attachment's layers.
+        name: PEFT's name of the attachment's adapter.
     """
     kinds = {adapter: config.peft_type.value.lower() for adapter, config in getattr(model, "peft_config", {}).items()}
     for path, outer in peft_layers(model).items():
         nested = list(nested_layers(outer))
         if not own & {*nested}:
             continue
-        others = {kinds.get(name) for layer in nested if layer not in own for name in active_adapters(layer)}
-        if others == {kind} and kind in ONE_AT_A_TIME:
+        others = {kinds.get(adapter) for layer in nested if layer not in own for adapter in active_adapters(layer)}
+        if kind in ONE_IN_A_LAYER and any(active_adapters(layer) - {name} for layer in nested if layer in own):
+            others |= {kind}
+        if others == {kind} and kind in ONE_AT_A_TIME | ONE_IN_A_LAYER:
             raise petune.AttachError(
                 f"{path} has an active adapter of {kind} already, and only one can be enabled at a time. Disable the "
                 "other first"

@@ -21,6 +21,9 @@ OWN_LAYERS = {"c3a", "frod", "ln_tuning", "osf", "pvera", "randlora", "tinylora"
 ONE_AT_A_TIME = {"frod", "ln_tuning"}
 """Those of them whose layer does not call the layer inside."""
 
+ONE_IN_A_LAYER = {"hra", "shira", "supertuning"}
+"""Types of which a layer holds several adapters, but PEFT does not attach a second one while the first is enabled."""
+
 
 @contextmanager
 def hidden_layers(model: nn.Module) -> Iterator[None]:

@@ -14,7 +14,7 @@ from petune.tuners.peft_bridge.checks import (
     refuse_classifier,
     refuse_fewer_factors,
     refuse_left_out,
-    refuse_nested,
+    refuse_together,
     refuse_uncalled,
 )
 from petune.tuners.peft_bridge.encoder_layer import fit_encoder_layers
@@ -141,14 +141,14 @@ class WrappedLayers:
         for layer in {**self.before.active, **dict.fromkeys(self.layers.values())}:
             own = {self.name} & adapters_in(layer)
             set_active(layer, self.before.active.get(layer, set()) | own)
-        self._refuse_nested()
+        self._refuse_together()
         self._complete = True
 
     def register_callbacks(self) -> None:
         """Let the layers be toggled, merged and restricted to rows with the attachment."""
         plain_lora = self.kind == "lora" and not self.config.use_dora
         has_rows = plain_lora and not getattr(self.config, "target_parameters", None)
-        self.edit.on_toggle(self._toggle, check=self._refuse_nested, rows=self._set_rows if has_rows else None)
+        self.edit.on_toggle(self._toggle, check=self._refuse_together, rows=self._set_rows if has_rows else None)
         self.edit.on_merge(self._merge)
 
     def added_tensors(self) -> list[Tensor]:
@@ -195,8 +195,8 @@ class WrappedLayers:
         self.edit.add_parameters(self.added_parameters, buffers=self.added_buffers, wrappers=wrappers)
         self.add_modules(m for m in modules if not isinstance(m, BufferDict))
 
-    def _refuse_nested(self) -> None:
-        refuse_nested(self.model, self.kind, set(self.layers.values()))
+    def _refuse_together(self) -> None:
+        refuse_together(self.model, self.kind, set(self.layers.values()), self.name)
 
     def _toggle(self, on: bool) -> None:
         for layer in self.layers.values():
