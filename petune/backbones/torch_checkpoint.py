@@ -16,10 +16,12 @@ from petune.base.errors import CheckpointError
 SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 MAGIC = (b"PK\x03\x04", b"\x80\x02")
 """First bytes of a checkpoint: an archive since torch 1.6, a pickle before."""
-STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module")
 """Entries that hold the weights, in the order in which timm looks for them: averaged weights first."""
 WRAPPERS = ("module.", "_orig_mod.")
 """Starts of keys that DistributedDataParallel and torch.compile add."""
+AVERAGED_COUNT = "n_averaged"
+"""The number of averaged steps that `torch.optim.swa_utils.AveragedModel` keeps beside the weights."""
 
 
 def is_torch_checkpoint(file: Path) -> bool:
@@ -40,9 +42,8 @@ def read_torch_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
         CheckpointError: It holds other objects, is damaged, or has no weights.
     """
     loaded = _load(file)
-    entry = next((key for key in STATE_KEYS if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)), "")
-    state = loaded[entry] if entry else loaded
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    state, entry = _find_state(loaded)
+    if state is None:
         raise CheckpointError(
             f"{file} does not contain a state_dict (names to tensors), neither directly nor under "
             f"{', '.join(STATE_KEYS)}. Save the model's own: torch.save(model.state_dict(), path)"
@@ -50,9 +51,20 @@ def read_torch_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
     return without_wrappers(state), entry
 
 
+def _find_state(loaded: Any) -> tuple[dict[str, Tensor] | None, str]:
+    """Return the first dict of tensors, directly or in an entry of an entry, and the path of its entry."""
+    if not isinstance(loaded, dict) or not loaded:
+        return None, ""
+    entry = next((key for key in STATE_KEYS if isinstance(loaded.get(key), dict)), None)
+    if entry is not None:
+        state, inner = _find_state(loaded[entry])
+        return state, f"{entry}.{inner}" if inner else entry
+    return (loaded if all(isinstance(value, Tensor) for value in loaded.values()) else None), ""
+
+
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights without the starts that wrappers add, if all keys have them: `module.blocks.0…`."""
-    tensors = dict(state)
+    tensors = {key: tensor for key, tensor in state.items() if key != AVERAGED_COUNT}
     while True:
         wrapper = next((w for w in WRAPPERS if tensors and all(key.startswith(w) for key in tensors)), None)
         if wrapper is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,15 @@ def _mismatches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], hea
         for key in sorted(wanted.keys() & tensors.keys())
         if tensors[key].shape != wanted[key].shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return [f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in kinds if keys]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes), *_faulty(wanted, tensors))
+    return [f"{len(keys)} {kind}: {printable(', '.join(keys[:3]))}" for kind, keys in kinds if keys]
+
+
+def _faulty(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
+    """Yield what is wrong with values, and the keys: whole numbers as weights, which are quantized, and NaN."""
+    floating = [key for key in sorted(wanted.keys() & tensors.keys()) if wanted[key].is_floating_point()]
+    yield "quantized (whole numbers)", [key for key in floating if not tensors[key].is_floating_point()]
+    yield "with NaN or infinite values", [key for key in floating if not bool(tensors[key].isfinite().all())]
 
 
 def _source(file: Path) -> str:

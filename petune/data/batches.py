@@ -110,7 +110,7 @@ def batch_bounds(num_images: int, batch_size: int, *, even: bool = False) -> NDA
     """
     usable = num_images - num_images % 2 if even else num_images
     size = min(batch_size, usable)
-    if usable % size < MAX_LEFT_OUT * num_images:
+    if num_images - usable // size * size < MAX_LEFT_OUT * num_images:
         return np.arange(0, usable + 1, size)
     unit = 2 if even or size == 2 else 1  # BatchNorm cannot train on a single image
     units = usable // unit

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -117,8 +118,23 @@ def _prefixed(*starts: str) -> dict[str, Tensor]:
         {"state_dict": _prefixed("module.", "_orig_mod.")},
         {"state_dict": {"a.weight": torch.zeros(2)}, "state_dict_ema": _prefixed("module.")},
         {"state_dict": TENSORS, "state_dict_ema": None},
+        {"model_state_dict": TENSORS, "epoch": 3},
+        {"model_ema": {"module": _prefixed("module."), "decay": 0.9}},
+        {"n_averaged": torch.tensor(3), **_prefixed("module.")},
     ],
-    ids=["bare", "timm", "model", "ddp", "compiled", "both", "ema", "no-ema"],
+    ids=[
+        "bare",
+        "timm",
+        "model",
+        "ddp",
+        "compiled",
+        "both",
+        "ema",
+        "no-ema",
+        "model_state_dict",
+        "entry of an entry",
+        "AveragedModel",
+    ],
 )
 def test_a_checkpoint_is_read_as_timm_reads_it(name: str, content: dict[str, Any], tmp_path: Path) -> None:
     torch.save(content, tmp_path / name)
@@ -126,6 +142,18 @@ def test_a_checkpoint_is_read_as_timm_reads_it(name: str, content: dict[str, Any
     assert weights.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in weights.tensors.items())
     assert ("state_dict_ema" in weights.source) == bool(content.get("state_dict_ema"))
+
+
+@pytest.mark.parametrize(("fill", "problem"), [(1, "quantized"), (float("nan"), "NaN")])
+def test_values_that_cannot_be_weights_are_refused(fill: float, problem: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    state = timm.create_model("vit_tiny_patch16_224", **options).state_dict()
+    state["blocks.0.mlp.fc1.weight"] = torch.full_like(
+        state["blocks.0.mlp.fc1.weight"], fill, dtype=torch.int8 if problem == "quantized" else torch.float32
+    )
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=f"1 .*{problem}.*: blocks.0.mlp.fc1.weight"):
+        create_backbone("vit_tiny", num_classes=3, weights=str(tmp_path / "w.safetensors"), options=options)
 
 
 def test_starts_of_wrappers_are_removed_from_safetensors_too(tmp_path: Path) -> None:
