@@ -11,6 +11,8 @@ from petune.base.text import escape_markdown, hide_folders, printable
 
 TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma"}
+"""Licenses of timm's weights that the Hugging Face Hub knows by the same name."""
 WEIGHTS = {"weights", "weights_option"}
 MAX_CLASSES = 20
 """More class names than these are only counted."""
@@ -73,6 +75,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         backbone=known["backbone"],
         dataset=known["dataset"],
         test=known["test"],
+        has_top5=_has_top5(known),
         training=known["training"],
         classes=classes[:MAX_CLASSES],
         earlier=known["continued_from"],
@@ -125,7 +128,13 @@ def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         known["test"] = None
     known["classes"] = known["classes"] or []
     known["continued_from"] = known["continued_from"] or []
-    known["backbone"] = {"full_name": None, "weights": None, "hub_id": None, **(known["backbone"] or {})}
+    known["backbone"] = {
+        "full_name": None,
+        "weights": None,
+        "hub_id": None,
+        "license": None,
+        **(known["backbone"] or {}),
+    }
     known["training"] = {"val_top1": None, **(known["training"] or {})}
     return known
 
@@ -141,24 +150,41 @@ def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[s
         "tags": ["petune", "vision-transformer", "adapter", tuner],
         "base_model": base_model,
         "base_model_relation": "adapter" if base_model else None,
-        "license": known["license"],
+        **_license(known["license"] or known["backbone"]["license"]),
         "datasets": [hub_dataset] if hub_dataset else None,
     }
     if known["test"] and dataset:
         head["metrics"] = ["accuracy"]
-        head["model-index"] = [_model_index(known["method"] or tuner, dataset, hub_dataset, known["test"])]
+        head["model-index"] = [_model_index(tuner, known)]
     return {key: value for key, value in head.items() if value is not None}
 
 
-def _model_index(name: str, dataset: str, hub_dataset: str | None, test: Mapping[str, Any]) -> dict[str, Any]:
+def _license(name: Any) -> dict[str, str]:
+    """Return the license as the hub reads it: it refuses names that it does not know, unless they are `other`."""
+    if not isinstance(name, str) or not name:
+        return {}
+    if name in HUB_LICENSES:
+        return {"license": name}
+    return {"license": "other", "license_name": name}
+
+
+def _has_top5(known: Mapping[str, Any]) -> bool:
+    """Return True unless the dataset is known to have five classes or fewer, when top-5 is always 100 %."""
+    return not 1 <= len(known["classes"]) <= 5
+
+
+def _model_index(tuner: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results as the hub reads them."""
-    metrics = [
-        {"type": kind, "name": title, "value": round(test[key] / 100, 6)}
-        for kind, title, key in (("accuracy", "top-1 accuracy", "top1"), ("top_5_accuracy", "top-5 accuracy", "top5"))
-    ]
+    dataset = known["dataset"]
+    test = known["test"]
+    hub_dataset = HUB_DATASETS.get(dataset)
+    kinds = [("accuracy", "top-1 accuracy", "top1")]
+    if _has_top5(known):
+        kinds.append(("top_5_accuracy", "top-5 accuracy", "top5"))
+    metrics = [{"type": kind, "name": title, "value": round(test[key] / 100, 6)} for kind, title, key in kinds]
     dataset_type = hub_dataset or "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset)
     return {
-        "name": name,
+        "name": known["method"] or tuner,
         "results": [
             {
                 "task": {"type": "image-classification"},

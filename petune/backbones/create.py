@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +56,20 @@ class Backbone:
         if self.weights.startswith("hf:"):
             name = self.weights.removeprefix("hf:")
             return None if Path(name).exists() else name
+        return self._timm_config.get("hf_hub_id") or None
+
+    @property
+    def license(self) -> str | None:
+        """License of the weights, as timm records it; None if it is not known."""
+        name = self._timm_config.get("license")
+        return name if name and name != "unknown" else None
+
+    @property
+    def _timm_config(self) -> Mapping[str, Any]:
+        """What timm records about pretrained weights; empty if the weights came from elsewhere."""
         config: Any = getattr(self.model, "pretrained_cfg", None)
         from_timm = bool(config) and self.full_name.partition(",")[0] == self.weights
-        return config.get("hf_hub_id") or None if from_timm else None
+        return config if from_timm else {}
 
 
 def create_backbone(

@@ -78,18 +78,20 @@ def run_comparison(config: CompareConfig, *, as_json: bool, tracker: str | None,
 
 def print_comparison(comparison: Comparison) -> None:
     """Print the table, the reason of each failed method, and the directory."""
-    from petune.runner.report.tables import COMPARE_COLUMNS, cells, ranked
+    from petune.runner.report.tables import cells, compare_columns, ranked
 
     print_status(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
     table = []
     reasons = []
-    for row in ranked([row.model_dump(mode="json") for row in comparison.rows]):
-        texts = cells(row, COMPARE_COLUMNS)
+    rows = ranked([row.model_dump(mode="json") for row in comparison.rows])
+    columns = compare_columns(rows)
+    for row in rows:
+        texts = cells(row, columns)
         if row["status"] == "failed":
             texts[-1] = "failed"  # the reason is a sentence, printed below the table
             reasons.append(f"{row['method']} failed: {row['reason']}")
         table.append(texts)
-    print_table(COMPARE_COLUMNS, table, right=COMPARE_COLUMNS[1:], optional=OPTIONAL_COLUMNS)
+    print_table(columns, table, right=columns[1:], optional=OPTIONAL_COLUMNS)
     for reason in reasons:
         print_data(clean(reason))
     print_status(f"output: {comparison.output}")

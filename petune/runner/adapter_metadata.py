@@ -60,6 +60,7 @@ def _describe_backbone(config: RunConfig, backbone: Backbone, initial: InitialVa
         "name": config.backbone,
         "full_name": backbone.full_name,
         "hub_id": backbone.hub_id,
+        "license": backbone.license,
         "weights": backbone.weights,
         "weights_option": absolute_weights(config.weights),
         "seed": initial.seed,

@@ -18,7 +18,7 @@ from petune.runner.compare_config import CompareConfig
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE
 from petune.runner.migrations import updated
 from petune.runner.report.charts import accuracy_file
-from petune.runner.report.tables import COMPARE_COLUMNS, cells, comparison_page, ranked
+from petune.runner.report.tables import cells, compare_columns, comparison_page, ranked
 from petune.runner.result import RunResult
 
 
@@ -55,11 +55,12 @@ class Row(Config):
     step_time_s: float | None = None
     peak_memory_bytes: int | None = None
     time_s: float | None = None
+    num_classes: int | None = None
 
     @model_validator(mode="after")
     def _done_has_numbers(self) -> Self:
         # one seed has no deviation, a run without val no accuracy on it, and older versions did not write the rest
-        optional = {"top1_std", "top5_std", "val_top1_mean", "epochs", "step_time_s"}
+        optional = {"top1_std", "top5_std", "val_top1_mean", "epochs", "step_time_s", "num_classes"}
         missing = [key for key, value in self if value in (None, ()) and key not in optional]
         if self.status == "done" and missing:
             raise ValueError(f"a method that is done lacks {', '.join(missing)}")
@@ -121,9 +122,11 @@ class Comparison(Config):
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        rows = [cells(row, COMPARE_COLUMNS) for row in ranked([row.model_dump(mode="json") for row in self.rows])]
+        plain = ranked([row.model_dump(mode="json") for row in self.rows])
+        columns = compare_columns(plain)
+        rows = [cells(row, columns) for row in plain]
         caption = f"{self.backbone}, weights {self.weights}, on {self.config.run.dataset}"
-        return html_table(rows, COMPARE_COLUMNS, caption)
+        return html_table(rows, columns, caption)
 
 
 def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Row:
@@ -164,6 +167,7 @@ def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
         step_time_s=statistics.fmean(result.step_time_s for result in results),
         peak_memory_bytes=max(result.peak_memory_bytes for result in results),
         time_s=sum(result.time_s for result in results),
+        num_classes=first.num_classes,
     )
 
 

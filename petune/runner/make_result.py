@@ -78,5 +78,6 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         time_s=fit.time_s,
         output=str(trained.run_dir),
         provenance=provenance(trained.ready.device) | how,
+        num_classes=len(trained.ready.dataset.classes),
         from_run=str(config.from_run) if config.from_run else None,
     )

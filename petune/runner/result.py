@@ -14,6 +14,15 @@ from petune.runner.file_names import RESULT_FILE
 from petune.runner.migrations import updated
 
 
+def has_top5(num_classes: int | None) -> bool:
+    """Return True if a top-5 accuracy is worth showing: with five classes or fewer it is always 100 %.
+
+    Args:
+        num_classes: None if it is not known; then top-5 is shown.
+    """
+    return num_classes is None or num_classes > 5
+
+
 class RunResult(Config):
     """The result of a run; saved as `result.json`.
 
@@ -34,6 +43,7 @@ class RunResult(Config):
         output: The run directory, as it was called then.
         provenance: Versions, machine, threads, commit; see `petune.runner.provenance`.
         from_run: The run that this one continues from, if it does.
+        num_classes: Classes of the dataset; None if an older version wrote the result.
     """
 
     method: str
@@ -62,6 +72,7 @@ class RunResult(Config):
     output: str
     provenance: dict[str, Any]
     from_run: str | None = None
+    num_classes: int | None = None
 
     @staticmethod
     def exists(directory: Path) -> bool:
@@ -98,7 +109,7 @@ class RunResult(Config):
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}"),
             ("top-1 on test", format_percent(self.top1)),
-            ("top-5 on test", format_percent(self.top5)),
+            *([("top-5 on test", format_percent(self.top5))] if has_top5(self.num_classes) else ()),
             ("top-1 on val", f"{format_percent(self.val_top1)}  (epoch {self.epoch} of {self.epochs})"),
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),

@@ -39,6 +39,33 @@ class Pushed:
     new: bool
 
 
+@dataclass(frozen=True)
+class PushPreview:
+    """What a push would upload.
+
+    Attributes:
+        repo: The repository, as given.
+        files: Size of each file in bytes.
+        card: The model card; empty if the directory has none.
+    """
+
+    repo: str
+    files: dict[str, int]
+    card: str
+
+
+def preview_push(path: str | Path, repo: str, *, update: bool = False) -> PushPreview:
+    """Return what `push` would upload, without the network and without a token; arguments are those of `push`.
+
+    Raises:
+        CheckpointError: `path` has no valid adapter.
+        UsageError: `repo` is not a valid name.
+    """
+    files = _checked_files(path, repo, update=update)
+    sizes = {name: len(content) for name, content in files.items()}
+    return PushPreview(repo, sizes, files.get(CARD_FILE, b"").decode(errors="replace"))
+
+
 def push(path: str | Path, repo: str, *, private: bool = False, update: bool = False) -> Pushed:
     """Push an adapter directory to a repository of the Hugging Face Hub.
 
@@ -57,10 +84,7 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
     check_arguments(
         "petune.push", path=(path, PathText), repo=(repo, str), private=(private, bool), update=(update, bool)
     )
-    check_repo_name(repo)
-    if update and "/" not in repo:
-        raise UsageError(f"an existing repository is named with its owner: user/{repo}, not {repo}")
-    files = _read_files(find_adapter(Path(path)))
+    files = _checked_files(path, repo, update=update)
     hub = HubClient.open(repo)
     _check_token(repo)
     if update:
@@ -76,6 +100,14 @@ def push(path: str | Path, repo: str, *, private: bool = False, update: bool = F
             cli_hint="Try again with --update",
         ) from None
     return Pushed(name, f"{hub_url()}/{name}", commit, sum(map(len, files.values())), not update)
+
+
+def _checked_files(path: str | Path, repo: str, *, update: bool) -> dict[str, bytes]:
+    """Check the name of the repository, then the adapter, and return the files to push."""
+    check_repo_name(repo)
+    if update and "/" not in repo:
+        raise UsageError(f"an existing repository is named with its owner: user/{repo}, not {repo}")
+    return _read_files(find_adapter(Path(path)))
 
 
 def _read_files(directory: Path) -> dict[str, bytes]:

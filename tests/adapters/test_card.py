@@ -52,6 +52,25 @@ def test_the_head_has_what_is_known_and_nothing_else(tmp_path: Path) -> None:
     assert [metric["value"] for metric in result["metrics"]] == [0.8125, 0.995]
 
 
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [("apache-2.0", ("apache-2.0", None)), ("dinov3-license", ("other", "dinov3-license")), (None, (None, None))],
+)
+def test_the_license_of_the_backbone_is_shown(
+    recorded: str | None, expected: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    text = card(tmp_path / "a", backbone={"hub_id": "timm/vit", "full_name": "vit", "license": recorded})
+    front = head(text)
+    assert (front.get("license"), front.get("license_name")) == expected
+    assert ("license of the backbone" in text) == (recorded is not None)
+
+
+@pytest.mark.parametrize(("num_classes", "shown"), [(2, False), (5, False), (6, True)])
+def test_top_5_is_shown_only_with_more_than_five_classes(num_classes: int, shown: bool, tmp_path: Path) -> None:
+    text = card(tmp_path / "a", **MEASURED, classes=[f"class {c}" for c in range(num_classes)])
+    assert ("top-5" in text) == shown
+
+
 def test_the_hub_reads_the_results(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 

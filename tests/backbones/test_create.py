@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import petune
-from petune.backbones.create import create_backbone
+from petune.backbones.create import Backbone, create_backbone
 from petune.base.errors import ConfigError
 
 
@@ -40,3 +40,15 @@ def test_classifiers_inside_a_head(name: str, options: dict[str, object], width:
     sizes = [p.numel() for key, p in att.head.items() if key.endswith("weight")]
     assert sum(sizes) == 5 * width
     assert backbone.model.eval()(torch.randn(2, 3, *att.sites.input_size[1:])).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "recorded", "expected"),
+    [("vit", "apache-2.0", "apache-2.0"), ("vit", "unknown", None), ("vit", None, None), ("none", "mit", None)],
+)
+def test_the_license_of_pretrained_weights_is_known_where_timm_records_it(
+    weights: str, recorded: str | None, expected: str | None
+) -> None:
+    model = torch.nn.Linear(1, 1)
+    model.__dict__["pretrained_cfg"] = {"license": recorded}
+    assert Backbone(model, "vit", "vit,img_size=32", weights, 32, None, None).license == expected

@@ -43,6 +43,29 @@ def test_the_result_of_the_run_is_reproduced(petune: Run, digits: Path, tmp_path
     assert (named.top1, named.num_images) == (val.top1, val.num_images)
 
 
+def test_top_5_is_not_shown_for_two_classes(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    for name, value in (("cat", 10), ("dog", 150)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("L", (9, 9), value + 5 * i).save(tmp_path / "pets" / name / f"{i}.png")
+    few = [flag for flag in tiny if not flag.startswith("--shots")]
+    pets = [*few, "--dataset=folder:pets"]
+    texts = []
+    for words in (
+        ("run", "--method=linear", *pets, "--output=runs/one"),
+        ("eval", "runs/one"),
+        ("compare", "linear", *pets, "--output=runs/all"),
+        ("report", "runs/one", "runs/all"),
+        ("predict", "runs/one", "pets/cat/0.png"),
+    ):
+        done = petune(*words)
+        assert done.code == 0, done.err
+        texts.append(done.out + done.err)
+    texts += [file.read_text() for end in ("md", "html") for file in tmp_path.rglob(f"*.{end}")]
+    assert len(texts) > 6
+    assert not [text for text in texts if "top-5" in text.lower()]
+
+
 def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "run")
     done = petune("eval", "run", "--device", "cpu", "--format", "png")

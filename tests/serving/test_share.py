@@ -76,6 +76,24 @@ def test_push_and_pull(hub: Server, adapter: Path, tmp_path: Path) -> None:
     assert hidden_files(tmp_path) == []
 
 
+def test_a_dry_run_shows_the_files_and_the_card_without_the_hub(
+    hub: Server, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    done = call("push", str(adapter), "me/flowers", "--dry-run", capture=capsys)
+    assert done.code == 0, done.err
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert "adapter_model.safetensors" in done.out
+    assert card.strip() in done.out
+    report = json.loads(call("push", str(adapter), "me/flowers", "--dry-run", "--json", capture=capsys).out)
+    assert report["files"] == {name: len(content) for name, content in files_in(adapter).items()}
+    assert report["card"] == card
+    assert call("push", str(adapter), "no/such/name", "--dry-run", capture=capsys).code == 2
+    assert call("push", str(adapter.parent), "me/flowers", "--dry-run", capture=capsys).code == 4
+    assert hub.repos == {}
+
+
 def test_an_update_replaces_the_files_and_keeps_an_edited_card(hub: Server, adapter: Path) -> None:
     push(adapter, "me/flowers")
     (adapter / "README.md").write_text("---\nlicense: mit\n---\nmine")

@@ -7,6 +7,7 @@ from typing import Any
 
 from petune.base.text import escape_markdown, format_duration, format_size, plural, printable
 from petune.runner.file_names import COMPARE_PLOT
+from petune.runner.result import has_top5
 
 Row = Mapping[str, Any]
 """A row of `compare.json`."""
@@ -17,7 +18,7 @@ UNKNOWN = "–"
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "method": lambda row: str(row["method"]),
     "top-1": lambda row: _mean_and_std(row["top1_mean"], row["top1_std"]),
-    "top-5": lambda row: _mean_and_std(row["top5_mean"], row["top5_std"]),
+    "top-5": lambda row: _mean_and_std(row["top5_mean"], row["top5_std"]) if _has_top5(row) else UNKNOWN,
     "val": lambda row: _number(row["val_top1_mean"], ".2f"),
     "tuned": lambda row: f"{row['tuned']:,}",
     "head": lambda row: f"{row['head']:,}",
@@ -35,7 +36,13 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 """Every column of a table of methods, by its heading; other tables show a selection of them."""
 
 COMPARE_COLUMNS = tuple(name for name in COLUMNS if name not in {"val", "lr", "epochs", "seeds", "step"})
-"""The columns of `compare.md` and of the terminal."""
+"""The columns of `compare.md` and of the terminal; see `compare_columns`."""
+
+
+def compare_columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the columns of a comparison; without top-5 if the dataset has five classes or fewer."""
+    has_top5 = all(map(_has_top5, rows))
+    return tuple(name for name in COMPARE_COLUMNS if has_top5 or name != "top-5")
 
 
 def cells(row: Row, columns: Sequence[str]) -> list[str]:
@@ -55,17 +62,19 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     run = comparison["config"]["run"]
     seeds = comparison["config"]["seeds"]
     rows = ranked(comparison["rows"])
+    columns = compare_columns(rows)
+    percentages = "Top-1 and top-5 are percentages" if "top-5" in columns else "Top-1 is a percentage"
     lines = [
         f"# {escape_markdown(run['backbone'])} on {escape_markdown(run['dataset'])}",
         "",
         f"Backbone `{_table_cell(comparison['backbone'])}`, weights `{_table_cell(comparison['weights'])}`; "
         f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. The epoch is chosen on a validation "
-        "split, and test is read once. Top-1 and top-5 are percentages: mean ± sample standard deviation over the "
+        f"split, and test is read once. {percentages}: mean ± sample standard deviation over the "
         "seeds. The best method is first.",
         "",
-        "| " + " | ".join(COMPARE_COLUMNS) + " |",
-        "| --- |" + " ---: |" * (len(COMPARE_COLUMNS) - 1),
-        *("| " + " | ".join(map(_table_cell, cells(row, COMPARE_COLUMNS))) + " |" for row in rows),
+        "| " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * (len(columns) - 1),
+        *("| " + " | ".join(map(_table_cell, cells(row, columns))) + " |" for row in rows),
     ]
     done = [row for row in rows if row["status"] == "done"]
     if done:
@@ -130,6 +139,10 @@ def _describe_origin(provenance: Mapping[str, Any]) -> str:
     threads = f"{provenance['threads']} thread{'s' * (provenance['threads'] != 1)}"
     device = escape_markdown(provenance["device"])
     return f"{device}, {threads}, {provenance['precision']}; {versions}{commit}."
+
+
+def _has_top5(row: Row) -> bool:
+    return has_top5(row.get("num_classes"))
 
 
 def _mean_and_std(mean: float, std: float | None) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.config import Config
 from petune.base.text import format_percent, html_table
+from petune.runner.result import has_top5
 
 NUM_BINS = 15
 """Bins of the calibration error, as in most papers since Guo et al., 2017 (1706.04599)."""
@@ -87,7 +88,7 @@ class Evaluation(Config):
             ("method", self.method),
             ("images", f"{self.num_images:,} of {self.dataset}, {self.split}"),
             ("top-1", format_percent(self.top1)),
-            ("top-5", format_percent(self.top5)),
+            *([("top-5", format_percent(self.top5))] if has_top5(len(self.classes)) else ()),
             ("balanced accuracy", format_percent(self.balanced_accuracy)),
             ("loss", f"{self.loss:.4f}"),
             ("calibration error", format_percent(self.calibration_error)),
