@@ -150,7 +150,7 @@ def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[s
         "tags": ["petune", "vision-transformer", "adapter", tuner],
         "base_model": base_model,
         "base_model_relation": "adapter" if base_model else None,
-        **_license(known["license"] or known["backbone"]["license"]),
+        **_license(known),
         "datasets": [hub_dataset] if hub_dataset else None,
     }
     if known["test"] and dataset:
@@ -159,13 +159,14 @@ def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[s
     return {key: value for key, value in head.items() if value is not None}
 
 
-def _license(name: Any) -> dict[str, str]:
-    """Return the license as the hub reads it: it refuses names that it does not know, unless they are `other`."""
+def _license(known: Mapping[str, Any]) -> dict[str, str]:
+    """Return the license that the user gave, or that of the backbone; the hub calls those it does not know `other`."""
+    if known["license"]:
+        return {"license": known["license"]}
+    name = known["backbone"]["license"]
     if not isinstance(name, str) or not name:
         return {}
-    if name in HUB_LICENSES:
-        return {"license": name}
-    return {"license": "other", "license_name": name}
+    return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
 
 
 def _has_top5(known: Mapping[str, Any]) -> bool:

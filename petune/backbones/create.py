@@ -13,7 +13,7 @@ from torch import nn
 
 from petune.backbones.head import HeadKind, set_head
 from petune.backbones.input_size import backbone_sites, square_input
-from petune.backbones.names import ALIASES, HUB, Alias, is_other_library, resolve_name
+from petune.backbones.names import ALIASES, HUB, Alias, calls_user_code, is_other_library, resolve_name
 from petune.backbones.other_libraries import build_other_library
 from petune.backbones.timm_models import (
     Statistics,
@@ -22,6 +22,7 @@ from petune.backbones.timm_models import (
     pretrained_overlay,
     pretrained_statistics,
 )
+from petune.backbones.user_factory import check_returns_logits
 from petune.backbones.weights import Weights, bundled_file, find_weights, load_into, read_weights
 from petune.base.errors import ConfigError, WeightsUnavailable
 from petune.sites.site import Site
@@ -121,6 +122,8 @@ def create_backbone(
     set_head(model, num_classes, head, seed)
     statistics = pretrained_statistics(model) if source == HUB else None
     sites = backbone_sites(model)
+    if calls_user_code(name):
+        check_returns_logits(name, model, sites, num_classes)
     if file is not None:
         keeps_head = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
         load_into(model, file, set() if keeps_head else _head_keys(model, sites.parts.get("head")))

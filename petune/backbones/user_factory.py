@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.backbones.timm_models import describe
-from petune.base.errors import ConfigError
+from petune.base.errors import AttachError, ConfigError
+from petune.sites.logits import synthetic_logits
+from petune.sites.site import Sites
 
 
 def build_with_factory(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:
@@ -35,8 +37,28 @@ def build_with_factory(name: str, num_classes: int, options: Mapping[str, Any]) 
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(f"{describe(name, options)} failed: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{name} returned a {type(model).__name__}, not an nn.Module")
+        raise ConfigError(
+            f"{name} returned {type(model).__name__}, not an nn.Module. Let the factory return the model alone"
+        )
     return model
+
+
+def check_returns_logits(name: str, model: nn.Module, sites: Sites, num_classes: int) -> None:
+    """Check that a user's model returns logits: of another output, the first tensor would be taken for them.
+
+    Raises:
+        ConfigError: The forward returns no tensor, or one that is not (images, classes).
+    """
+    try:
+        logits: Tensor = synthetic_logits(model, sites)
+    except AttachError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    if tuple(logits.shape) != (2, num_classes):
+        raise ConfigError(
+            f"the model of {name} returns a tensor of shape {tuple(logits.shape)} for 2 images, instead of logits of "
+            f"shape (2, {num_classes}). Let its forward return the logits as a tensor, as `logits` of an object or "
+            "dict, or first in a tuple"
+        )
 
 
 def _import_factory(name: str) -> Callable[..., Any]:

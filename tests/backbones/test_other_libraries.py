@@ -31,6 +31,32 @@ def fixed():
 
 def nothing():
     return 3
+
+def in_a_dict(num_classes):
+    return {"model": make()}
+
+def in_a_tuple(num_classes):
+    return make(), 224
+
+class Wrapper(nn.Module):
+    def __init__(self, keys, num_classes):
+        super().__init__()
+        self.body, self.head = make(num_classes)
+        self.keys = keys
+
+    def forward(self, x):
+        features = self.body(x)
+        values = {"features": features, "logits": self.head(features)}
+        return {new: values[old] for old, new in self.keys.items()}
+
+def with_logits(num_classes):
+    return Wrapper({"features": "features", "logits": "logits"}, num_classes)
+
+def with_one_tensor(num_classes):
+    return Wrapper({"logits": "predictions"}, num_classes)
+
+def with_features_first(num_classes):
+    return Wrapper({"features": "features", "logits": "predictions"}, num_classes)
 """
 
 
@@ -65,10 +91,29 @@ def test_a_user_factory(factory: str, own: str) -> None:
     assert str(Path.cwd()) not in sys.path
 
 
+@pytest.mark.parametrize("factory", ["with_logits", "with_one_tensor"])
+def test_a_model_that_returns_a_dict_of_logits_works(factory: str, own: str) -> None:
+    backbone = create_backbone(f"{own}:{factory}", num_classes=5)
+    assert petune.attach(backbone.model, "linear").counts.head == 192 * 5 + 5
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("in_a_dict", "returned dict, not an nn.Module"),
+        ("in_a_tuple", "returned tuple, not an nn.Module"),
+        ("with_features_first", r"instead of logits of shape \(2, 5\)"),
+    ],
+)
+def test_a_factory_without_logits_is_refused(factory: str, message: str, own: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_backbone(f"{own}:{factory}", num_classes=5)
+
+
 def test_an_invalid_factory(own: str) -> None:
     with pytest.raises(ConfigError, match=r"package\.module:factory"):
         create_backbone(f"{own}:missing", num_classes=5)
-    with pytest.raises(ConfigError, match="returned a int"):
+    with pytest.raises(ConfigError, match="returned int, not"):
         create_backbone(f"{own}:nothing", num_classes=5)
     with pytest.raises(ConfigError, match="No module named 'not_there'"):
         create_backbone("not_there:make", num_classes=5)
