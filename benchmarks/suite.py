@@ -28,7 +28,7 @@ import petune
 from petune.base.config import Config
 from petune.base.files import replace_file
 from petune.base.yaml_values import read_yaml
-from petune.cli.progress import Progress
+from petune.cli.progress import ProgressDisplay
 from petune.runner.comparison import Comparison
 from petune.runner.executors import RUN, Executor, Work
 from petune.runner.file_names import SWEEP_TABLE
@@ -354,7 +354,7 @@ def main(words: list[str]) -> NoReturn:
     suite = read_suite(args.name, args.smoke)
     top = args.output or Path("runs") / "suites" / (args.name + ("-smoke" if args.smoke else ""))
     good = True
-    with Progress() as watch:
+    with ProgressDisplay() as watch:
         for piece, methods in chosen(suite, args.only).items():
             directory, config = top / piece, suite.pieces[piece]
             seeds = args.seeds or config.compare["seeds"]

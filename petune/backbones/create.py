@@ -67,7 +67,7 @@ class Backbone:
 
     @property
     def _timm_config(self) -> Mapping[str, Any]:
-        """What timm records about pretrained weights; empty if the weights came from elsewhere."""
+        """Return timm's record of the pretrained weights; empty if the weights came from elsewhere."""
         config: Any = getattr(self.model, "pretrained_cfg", None)
         from_timm = bool(config) and self.full_name.partition(",")[0] == self.weights
         return config if from_timm else {}

@@ -15,7 +15,7 @@ SHORT_NAMES = {"tr": "train", "trn": "train", "ts": "test", "te": "test", "tst":
 """Names that mean a split only next to another split, as in `imagesTr` and `imagesTs`."""
 FILLERS = (
     *("dataset", "data", "set", "split", "folder", "samples"),
-    *("images", "image", "imgs", "img", "photos", "pictures"),
+    *("images", "image", "imgs", "img", "photos", "pics"),
 )
 """Words that say nothing about what is in a split."""
 

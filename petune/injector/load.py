@@ -216,7 +216,7 @@ def _sites_for(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Si
     chosen = saved.config.get("chosen_sites") or {}
     state = trainable_state_of(model)
     if sites is None and state is None:
-        return _sites_as_saved(model, saved.config["geometry"], chosen)
+        return sites_as_saved(model, saved.config["geometry"], chosen)
     known = sites or (state.sites if state is not None else None)
     # sites that the caller has chosen stay, unless the file says which ones
     if known is None or (sites is not None and chosen.get("blocks") is None):
@@ -224,7 +224,7 @@ def _sites_for(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Si
     return known.with_blocks(chosen.get("blocks"))
 
 
-def _sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> Sites | None:
+def sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> Sites | None:
     """Return the model's sites for images of the size in the file; None if its geometry is another one."""
     if saved is None:
         return None

@@ -24,7 +24,7 @@ from petune.base.errors import PetuneError, UsageError
 from petune.base.files import write_manifest
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
-from petune.injector.load import check_fits, fill
+from petune.injector.load import check_fits, fill, sites_as_saved
 from petune.injector.registry import build_tuner, load_tuner
 
 PREFIX = "base_model.model."
@@ -67,6 +67,7 @@ class PetuneConfig(PeftConfig):
         format: See `petune.adapters.migrations`; an older one is brought to the current one.
         distribution, version: The package of the method.
         geometry, fingerprint, head_fingerprint, reference_logits: The backbone, see `Attachment.describe`.
+        chosen_sites: Blocks and heads that the user has chosen; None for all.
         metadata: Further plain data.
     """
 
@@ -77,6 +78,7 @@ class PetuneConfig(PeftConfig):
     distribution: str | None = None
     version: str | None = None
     geometry: dict[str, Any] | None = None
+    chosen_sites: dict[str, Any] | None = None
     fingerprint: str | None = None
     head_fingerprint: str | None = None
     reference_logits: dict[str, Any] | None = None
@@ -133,7 +135,8 @@ class PetuneModel(BaseTuner):
         self._activate([])
         try:
             tuner = build_tuner(config.tuner, **config.config)
-            attachment = attach(model, tuner, name=adapter_name, train_head=config.train_head)
+            sites = None if self.attachments else sites_as_saved(model, config.geometry, config.chosen_sites or {})
+            attachment = attach(model, tuner, sites=sites, name=adapter_name, train_head=config.train_head)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             self._activate(active_before)

@@ -41,7 +41,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class PushPreview:
-    """What a push would upload.
+    """Files and card that a push would upload.
 
     Attributes:
         repo: The repository, as given.

@@ -77,7 +77,9 @@ def test_help_shows_arguments_by_name_without_python_types(petune: Run) -> None:
     for command in COMMANDS:
         lines = petune(command, "--help").out.splitlines()
         shown = [line for line in lines if line.startswith(("Usage:", "  -", "  DIR", "  METHOD", "  REPO"))]
-        assert [line for line in shown if re.search(r"[<{]|\b(str|int|float|path|INT|FLOAT)\b[>}]?", line[:35])] == []
+        assert [
+            line for line in shown if re.search(r"[<{]|(?<!-)\b(str|int|float|path|INT|FLOAT)\b[>}]?", line[:35])
+        ] == []
     assert "Usage: petune compare [OPTIONS] [METHOD...]\n" in petune("compare", "--help").out
     predict = petune("predict", "--help").out
     assert "Usage: petune predict [OPTIONS] DIR IMAGE...\n" in predict
@@ -277,5 +279,5 @@ def test_messages_for_a_closed_stderr_do_not_go_to_stdout() -> None:
     line = f"{sys.executable} -m petune methods --json 2>&-"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("[")
-    done = subprocess.run(line.replace("--json", "zzz"), shell=True, capture_output=True, text=True, check=True)
+    done = subprocess.run(line.replace("--json", "zzz"), shell=True, capture_output=True, text=True, check=False)
     assert done.stdout == ""

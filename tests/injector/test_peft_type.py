@@ -214,3 +214,15 @@ def test_a_classifier_that_does_not_train_belongs_to_the_file(tmp_path: Path) ->
     with pytest.raises(BackboneMismatch, match="train_head=False"):
         petune.load(other, tmp_path / "b")
     assert petune.load(tiny(), tmp_path / "b").attached
+
+
+def test_adapters_on_chosen_blocks_load_with_peft(tmp_path: Path) -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer", sites=petune.find_sites(model).with_blocks([1]))
+    with torch.no_grad():
+        for parameter in att.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    att.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(), str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(X), att.model.eval()(X))
