@@ -15,7 +15,7 @@ SLOW = {
     "families/test_formulas.py", "tuners/test_formulas.py",
     "base/test_distributed.py", "cli/test_compare.py", "cli/test_eval.py", "cli/test_export.py", "cli/test_inspect.py",
     "cli/test_predict.py", "cli/test_pretrain.py", "cli/test_report.py", "cli/test_run.py", "cli/test_sweep.py",
-    "cli/test_trust.py", "data/test_manifest.py", "families/test_page.py", "faults/test_asked_to_stop.py",
+    "cli/test_trust.py", "data/test_manifest.py", "families/test_left_as_it_was.py", "families/test_page.py", "faults/test_asked_to_stop.py",
     "faults/test_corrupted.py", "faults/test_full_disk.py", "faults/test_hostile.py", "faults/test_killed.py",
     "faults/test_promises.py", "faults/test_together.py", "injector/test_attach.py", "injector/test_peft_type.py",
     "plugin_dev/test_check_command.py", "plugin_dev/test_isolation.py", "plugin_dev/test_new.py",

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 import petune
 from petune.sites.forward import tensors_in
+from tests.sampling import sampled
 
-SAMPLE = {
-    "vision_transformer", "eva (EVA)", "beit", "cait", "crossvit", "pit", "swin_transformer", "mvitv2", "levit",
-    "transformers ViT", "transformers Swin", "transformers DINOv2, registers",
-}  # fmt: skip
-CASES = [f if f in SAMPLE else pytest.param(f, marks=pytest.mark.exhaustive) for f in FAMILIES]
+SAMPLE = {"vision_transformer", "beit", "swin_transformer", "transformers ViT", "transformers DINOv2, registers"}
+CASES = sampled(FAMILIES, SAMPLE.__contains__)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
