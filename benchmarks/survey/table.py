@@ -25,8 +25,8 @@ and `image_size` if it has such arguments. `--image-size` and `--set backbone_op
 builds the model. Pretrained weights must fill everything but the classifier; anything else is an error.
 
 An `hf:` backbone is transformers' own model, so the keys of its adapters and exports are transformers', and
-`petune.load(AutoModelForImageClassification.from_pretrained(…), "RUN/adapter")` works. Where transformers has no
-classifier for a model (CLIP's and SigLIP's encoders, DINOv3), petune adds a linear one as `model.classifier`.
+`petune.load(AutoModelForImageClassification.from_pretrained(…), "RUN/adapter")` works. The exceptions are encoders
+that petune loads alone (CLIP's and SigLIP's vision models, DINOv3): petune adds a linear `model.classifier` to them.
 
 ## Which method works on which backbone
 
