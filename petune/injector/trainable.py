@@ -202,13 +202,18 @@ class TrainableState(nn.Module):
         return None
 
     def unfrozen_by_hand(self) -> list[str]:
-        """Return the keys of frozen parameters that require a gradient again, though no attachment trains them.
+        """Return the keys of parameters that require a gradient though no attachment trains them.
 
-        A classifier that AdapterBank puts in later was never frozen, and is not among them.
+        They were unfrozen, or came into the model after attaching. Another classifier is not among them: AdapterBank
+        puts them in.
         """
         trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
-        frozen = {id(p) for p, _ in self._flags} - trained
-        return [key for key, p in named_parameters(self.model).items() if p.requires_grad and id(p) in frozen]
+        known = {id(p) for p, _ in self._flags}
+        head = self.sites.parts.get("head")
+        ends = (head.path, *(path for path, _ in head.further), head.exit_path) if head is not None else ()
+        paths = tuple(f"{path}." for path in ends)
+        loose = {key: p for key, p in named_parameters(self.model).items() if p.requires_grad and id(p) not in trained}
+        return [key for key, p in loose.items() if id(p) in known or not key.startswith(paths)]
 
     def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
         """Make the values that an attachment trained in place the original values for later attachments."""

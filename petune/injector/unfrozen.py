@@ -43,4 +43,4 @@ def _unfrozen_by_hand(model: nn.Module, sites: Sites) -> str:
     if not keys:
         return ""
     named = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-    return f"{len(keys)} tensors of {sites.model} were unfrozen by hand after attaching: {named}."
+    return f"{len(keys)} tensors of {sites.model} were unfrozen or put in by hand after attaching: {named}."

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from petune.sites.head import end_of, predicts_classes, start_of
+from petune.sites.head import attends_to_others, encoder_of, end_of, predicts_classes, start_of
 from petune.sites.named_heads import classifiers_of, has_matrix
 from petune.sites.site import Block, Site
-from petune.sites.trace import Call, Trace
+from petune.sites.trace import Trace
 
 Condition = Callable[[nn.Module], bool]
 
@@ -39,10 +39,12 @@ def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> C
     if inner is not None:
         inside = {id(m) for m in inner.modules()}
         return lambda module: id(module) in inside
-    decoder = [block for block in blocks if any(_attends_to_others(c) for c in trace.calls if c.module is block.enter)]
+    decoder = [block for block in blocks if any(attends_to_others(c) for c in trace.calls if c.module is block.enter)]
     encoder = [block for block in blocks if block not in decoder]
     start, end = start_of(trace, blocks), end_of(trace, encoder or blocks)
-    in_encoder = {id(m) for block in encoder for bound in block.modules for m in bound.modules()}
+    in_encoder = encoder_of(trace, blocks) | {
+        id(m) for block in encoder for bound in block.modules for m in bound.modules()
+    }
     in_decoder = {id(m) for block in decoder for bound in block.modules for m in bound.modules()}
     called = {id(c.module) for c in trace.calls if c.start < (end if encoder else start)}
     return lambda module: id(module) in in_encoder or (id(module) in called and id(module) not in in_decoder)
@@ -55,16 +57,6 @@ def _inner_backbone(model: nn.Module, trace: Trace) -> nn.Module | None:
         (c.module, getattr(c.module, "config", None)) for c in trace.calls if hasattr(c.module, "base_model_prefix")
     )
     return next((module for module, config in configs if type(config) is not own), None)
-
-
-def _attends_to_others(block: Call) -> bool:
-    """Return whether a block is called with a second row of tokens, as a decoder is with the encoder's."""
-    x = block.input
-    if x is None or x.ndim != 3:
-        return False
-    others = [y for y in block.inputs[1:] if y.ndim == 3 and y.shape[-1] == x.shape[-1] and y.is_floating_point()]
-    rows = {x.numel(), x.numel() // len(x), x.numel() // x.shape[1]}
-    return any(y.numel() not in rows for y in others)
 
 
 def _outermost(module: nn.Module, path: str, is_known: Condition) -> list[str]:

@@ -61,6 +61,16 @@ def end_of(trace: Trace, blocks: Sequence[Block]) -> int:
     return max((c.stop for c in trace.calls if id(c.module) in bounds), default=0)
 
 
+def attends_to_others(block: Call) -> bool:
+    """Return whether a block is called with a second row of tokens, as a decoder is with the encoder's."""
+    x = block.input
+    if x is None or x.ndim != 3:
+        return False
+    others = [y for y in block.inputs[1:] if y.ndim == 3 and y.shape[-1] == x.shape[-1] and y.is_floating_point()]
+    rows = {x.numel(), x.numel() // len(x), x.numel() // x.shape[1]}
+    return any(y.numel() not in rows for y in others)
+
+
 def _with_others(heads: NamedModules, others: NamedModules) -> NamedModules:
     """Return both, without those that are inside another one."""
     every = dict([*heads, *others])
@@ -99,7 +109,25 @@ def _after_blocks(model: nn.Module, trace: Trace, blocks: Sequence[Block], block
         return []
     after = [c for c in trace.calls if c.start > blocks_end and has_matrix(c.module)]
     outermost = [c for c in after if c.parent is None or c.parent.start <= blocks_end]
+    encoder = encoder_of(trace, blocks)
+    outermost = [c for c in outermost if id(c.module) not in encoder] or outermost
     return list(dict(_list_of(model, c, blocks) for c in outermost).items())
+
+
+def encoder_of(trace: Trace, blocks: Sequence[Block]) -> set[int]:
+    """Return the modules of the innermost module that calls all blocks, unless that is the model.
+
+    What such an encoder calls after its last block is a part of it (MobileViT's convolutions). With a decoder, whose
+    blocks may predict something themselves, nothing is.
+    """
+    enters = {id(block.enter) for block in blocks}
+    calls = [c for c in trace.calls if id(c.module) in enters]
+    last = max(calls, key=lambda c: c.stop, default=None)
+    if last is None or any(attends_to_others(c) for c in calls):
+        return set()
+    around = (c for c in last.ancestors() if all(c.start < other.start and other.stop < c.stop for other in calls))
+    encoder = next(around, None)
+    return {id(m) for m in encoder.module.modules()} if encoder is not None and encoder is not trace.root else set()
 
 
 def _is_feature(trace: Trace, y: Tensor, blocks: Sequence[Block]) -> bool:

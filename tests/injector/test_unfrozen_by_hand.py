@@ -30,6 +30,15 @@ def test_training_does_not_start_with_them(start: Callable[[petune.Attachment], 
     start(att)
 
 
+def test_what_is_put_in_after_attaching_is_named_too() -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer")
+    model.norm = torch.nn.LayerNorm(model.norm.normalized_shape)
+    model.blocks[0].extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(petune.AttachError, match=r"blocks\.0\.extra.*norm\.weight"):
+        att.parameters()
+
+
 def test_saving_names_them_and_loses_nothing(tmp_path: Path) -> None:
     model = tiny()
     att = petune.attach(model, "adaptformer")

@@ -102,6 +102,15 @@ def upernet() -> nn.Module:
     return transformers.UperNetForSemanticSegmentation(config)
 
 
+def mobilevit() -> nn.Module:
+    """Its encoder calls convolutions after its last block; they are backbone."""
+    config = transformers.MobileViTConfig(
+        image_size=64, num_labels=3, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 32],
+        aspp_out_channels=8, atrous_rates=[1, 2, 3],
+    )  # fmt: skip
+    return transformers.MobileViTForSemanticSegmentation(config)
+
+
 def distilled() -> nn.Module:
     return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**column()))
 
@@ -113,6 +122,7 @@ def vit() -> nn.Module:
 WHOLE = [
     (yolos, 32, {"class_labels_classifier", "bbox_predictor"}),
     (segformer, 64, {"decode_head"}),
+    (mobilevit, 64, {"segmentation_head"}),
     (upernet, 64, {"decode_head", "auxiliary_head"}),
     (distilled, 32, {"cls_classifier", "distillation_classifier"}),
     (vit, 32, {"classifier"}),
