@@ -1,7 +1,7 @@
 """Adapters of transformers' models from development versions, which put a module of petune's around the model.
 
-That module is gone: `model.vit.layers.0…` in such a file is `vit.layers.0…` now, and a linear classifier that petune
-added, once `head`, is the model's `classifier`.
+That module is gone: `model.vit.layers.0…` in such a file is `vit.layers.0…` now. The linear classifier that petune
+added was called `head`; now it is the model's `classifier`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,18 @@ from typer.core import TyperCommand
 class Command(TyperCommand):
     """A command whose help is the same with every version of typer."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words, or fail with what to write instead of an argument too many: `run adaptformer`."""
+        ctx.allow_extra_args = True
+        rest = super().parse_args(ctx, args)
+        if ctx.args:
+            takes_method = any("--method" in param.opts for param in self.get_params(ctx))
+            advice = (
+                f"To choose a method, write --method {ctx.args[0]}" if takes_method else f"See {ctx.command_path} -h"
+            )
+            ctx.fail(f"unexpected argument: {ctx.args[0]}. {advice}")
+        return rest
+
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words of the usage line; what may be left out is in brackets."""
         arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]

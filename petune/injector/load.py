@@ -114,7 +114,7 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
     Args:
         attachment: The attachment.
         saved: The adapter.
-        with_head: It must have the classifier's tensors, too.
+        with_head: Require the classifier's tensors in the file, too.
 
     Raises:
         BackboneMismatch: See `load`.

@@ -6,6 +6,7 @@ determine what trains, what is in train mode, and which values the model holds.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -272,6 +273,12 @@ class TrainableState(nn.Module):
         backbone = RandomDraws(tuple(m for m in draws.drawing if m in own), tuple(m for m in draws.around if m in own))
         self._active_draws = backbone if active else RandomDraws()
         self._silent_draws = RandomDraws() if active else backbone
+        if self.model in draws.drawing and not active:
+            warnings.warn(
+                f"{self.sites.model} draws random numbers in its own forward, which follows model.training, so they stay "
+                "on. Build the model with a drop rate of 0",
+                stacklevel=3,
+            )
         self.set_train(self.model.training)
         return len(backbone.drawing) + (self.model in draws.drawing)
 

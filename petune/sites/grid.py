@@ -76,6 +76,8 @@ def _left_over(first: Call, num_images: int, grid: Grid) -> int:
     """
     assert first.input is not None
     num_rows = min(num_images, len(first.input))
+    if num_rows == 0:  # an empty tensor, such as YOLOS' positions between its layers when it has one layer
+        return -1
     num_patches, rest = divmod(num_images * math.prod(grid), num_rows)
     return -1 if rest else first.input.shape[1] - num_patches
 

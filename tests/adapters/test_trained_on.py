@@ -34,7 +34,7 @@ def test_random_weights_are_rebuilt_from_the_seed_as_the_message_says(tmp_path: 
         (BACKBONE, "cannot be rebuilt, because their seed was not recorded"),
         ({**BACKBONE, "name": "my.models:build"}, r"those that my\.models:build builds"),
         ({"name": "vit_nano", "weights": "vit_tiny.augreg"}, r"vit_tiny\.augreg\. Load those weights first"),
-        (None, "not recorded"),
+        (None, "the file does not name"),
     ],
 )
 def test_what_is_recorded_of_other_weights_is_said(backbone: object, words: str, tmp_path: Path) -> None:

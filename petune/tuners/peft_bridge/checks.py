@@ -94,7 +94,7 @@ def refuse_fewer_factors(layers: dict[str, Any], config: Any, name: str) -> None
 
 
 def refuse_together(model: nn.Module, kind: str, own: set[Any], name: str) -> None:
-    """Refuse active adapters at one layer of which one may read the weight past the other.
+    """Refuse active adapters at one layer if one of them may read the layer's weight without the change by the other.
 
     Args:
         model: The model.
