@@ -275,8 +275,8 @@ class TrainableState(nn.Module):
         self._silent_draws = RandomDraws() if active else backbone
         if self.model in draws.drawing and not active:
             warnings.warn(
-                f"{self.sites.model} draws random numbers in its own forward, which follows model.training, so they stay "
-                "on. Build the model with a drop rate of 0",
+                f"{self.sites.model} draws random numbers in its own forward, which follows model.training: they "
+                "stay on. Build the model with a drop rate of 0",
                 stacklevel=3,
             )
         self.set_train(self.model.training)

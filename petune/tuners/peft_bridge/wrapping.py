@@ -126,6 +126,9 @@ class WrappedLayers:
             self.config.inference_mode = True  # petune decides what trains; PEFT would allow only one on a model
             if self.config.rank_pattern:  # a trained adapter has fewer ranks
                 self.tuner.resize_modules_by_rank_pattern(self.config.rank_pattern, self.name)
+            for layer in self.layers.values():  # PEFT freezes a second adapter, and one that was loaded
+                for factors in (layer.lora_A, layer.lora_B, layer.lora_E):
+                    factors[self.name].requires_grad_(True)
         self._register_tensors()
         for layer in self.layers.values():
             keep_state_dict_names(layer)
