@@ -96,9 +96,9 @@ class FacT(petune.Tuner[FacTConfig]):
     Here i counts the D×D matrices of the model. A layer of a·D inputs and b·D outputs is a·b of them: qkv 3, proj 1,
     each layer of the MLP 4. Its own are Σ_i (r×r), and in Tucker's form the row P_i (r).
 
-    Trains: shared factors, and a small core per matrix. Shared are U and V, and in Tucker's form the core C too; a
-    matrix's own is Σ, in Tucker's form a row of P. The matrices are those of the layers of attention and MLP whose sides
-    are multiples of the width. Identity at the start: V is zero.
+    Trains: shared factors, and a small core per matrix. Shared are U and V, and in Tucker's form the core C too;
+    a matrix's own is Σ, in Tucker's form a row of P. The matrices are those of the layers of attention and MLP whose
+    sides are multiples of the width. Identity at the start: V is zero.
     Parameters: 2·D·r for each width, and 12·r² per block with an MLP of 4·D. ViT-B/16, r = 16: 61,440. FacT-TK: 2·D·r +
     r³ for each width, and 12·r per block. ViT-B/16, r = 16: 30,976.
 
