@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 def reachable(url: str, timeout_s: float = 1.0) -> bool:
-    """Return true if the host of `url`, or the proxy for its scheme, accepts a connection within `timeout_s`."""
+    """Return True if the host of `url`, or the proxy for its scheme, accepts a connection within `timeout_s`."""
     parts = urlsplit(_proxy_for(url) or url)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)

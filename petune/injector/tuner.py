@@ -176,10 +176,10 @@ class Tuner(Generic[ConfigT]):
         return frozenset(name for name in names if getattr(type(self), name) is not getattr(Tuner, name))
 
     def on_train_start(self, total_steps: int) -> None:
-        """Called before training, and again before it is resumed, with the number of steps. Most methods ignore it."""
+        """Prepare for training, and again before it is resumed, with the number of steps. Most methods ignore it."""
 
     def on_step_end(self, step: int) -> None:
-        """Called after each optimizer step (from 0), while its gradients still exist.
+        """Follow an optimizer step (from 0), while its gradients still exist.
 
         Keep what must survive from step to step in buffers of the model, so that a resumed run is bit-exact.
         """

@@ -87,7 +87,7 @@ def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, recorder: _DrawRecorder) -> Iterator[_DrawRecorder]:
-    """Inside, the recorder knows which modules are being called."""
+    """Let the recorder know, inside the context, which modules are being called."""
 
     def enter(module: nn.Module, args: Any) -> None:
         recorder.stack.append(module)

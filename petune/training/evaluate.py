@@ -119,7 +119,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _batches(job: TrainJob, split: Split, group: Group, *, positions_only: bool) -> Iterator[Batch]:
-    """This process's batches, then blank ones without labels until every process has had equally many."""
+    """Yield this process's batches, then blank ones without labels until every process has had equally many."""
     batch_size = job.config.eval_batch_size
     own, largest = split, len(split)
     if group.size > 1 and len(split) >= group.size:  # else every process evaluates the few images

@@ -260,7 +260,7 @@ class Trainer:
 
     @contextmanager
     def speedups(self) -> Iterator[None]:
-        """Inside, steps and evaluations use the speed-ups that the configuration allows."""
+        """Let steps and evaluations inside use the speed-ups that the configuration allows."""
         context = StepContext(
             job=self.job,
             precision=self.precision,

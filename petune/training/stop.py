@@ -50,7 +50,7 @@ class StopFlag:
 
     @contextmanager
     def immediately(self, group: Group = SINGLE_PROCESS) -> Iterator[None]:
-        """Inside this context a signal interrupts immediately; there is no progress to lose.
+        """Let a signal interrupt immediately inside, where there is no progress to lose.
 
         Raises:
             Stopped: A signal came.

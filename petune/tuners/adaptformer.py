@@ -26,9 +26,9 @@ class AdaptFormerConfig(petune.TunerConfig):
         dropout: Dropout on the hidden units; the authors' 0.1.
         input: `residual` reads the residual stream, as the authors' code does; `norm` reads what enters the MLP. By
             default `residual`; `norm` in the variant `paddle_study`.
-        variant: `official` is the authors' code. `paddle_study` is the study that petune started from: input `norm`,
+        variant: `official` is the authors' code. `paddle_study` is a reproduction in PaddlePaddle: input `norm`,
             learnable scale, added to the MLP's output and so inside drop path (and LayerScale, if there is one).
-        train_backbone: Train the backbone too, as the second row of that study does, and its pretraining, in which the
+        train_backbone: Train the backbone too, as the second row of its table does, and its pretraining, in which the
             adapters exist from the start.
     """
 

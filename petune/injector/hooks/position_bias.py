@@ -198,7 +198,7 @@ class PaddedOutput:
         self.slot = slot
 
     def pad(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """(..., N, N) to (..., N + P, N + P)."""
+        """Add the prompts' rows and columns: (..., N, N) to (..., N + P, N + P)."""
         return pad_pairs(output, self.slot)
 
 
@@ -215,7 +215,7 @@ def _hook_switch(module: nn.Module, hook: Callable[..., Tensor]) -> Switch:
 
 
 def _bias_mlp_switches(module: Any, name: str, slot: PromptSlot) -> list[Switch]:
-    """Swin-V2: a network computes the bias of N × N pairs in a window, whose size the attention has as an attribute."""
+    """Return the switches for Swin-V2, where a network computes the bias of the N × N pairs in a window."""
     index = getattr(module, "relative_position_index", None)
     num_heads = getattr(module, "num_heads", None) or module.num_attention_heads
     values: dict[str, Any] = {"window_size": (1, slot.num_tokens + slot.num_prompts)}
@@ -240,7 +240,7 @@ class PaddedTable:
         self.indexed = indexed
 
     def pad(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """(..., H) to (T + 1, H), or (N·N, H) to ((N + P)·(N + P), H)."""
+        """Add the prompts' entries: (..., H) to (T + 1, H), or (N·N, H) to ((N + P)·(N + P), H)."""
         rows_TH = output.reshape(-1, self.num_heads)
         if self.indexed:
             return torch.cat([rows_TH, rows_TH.new_zeros(1, self.num_heads)])

@@ -110,12 +110,12 @@ class Prompts(Holder):
         return torch.cat([x_BND[..., :index, :], prompts_BPD, x_BND[..., index:, :]], dim=-2)
 
     def without_prompts(self, x_BND: Tensor) -> Tensor:
-        """(B, N + P, D) to (B, N, D)."""
+        """Take the prompts out: (B, N + P, D) to (B, N, D)."""
         start, stop = self.slot.index, self.slot.index + self.num_prompts
         return torch.cat([x_BND[..., :start, :], x_BND[..., stop:, :]], dim=-2)
 
     def only_prompts(self, x_BND: Tensor) -> Tensor:
-        """(B, N + P, D) to (B, P, D)."""
+        """Keep the prompts alone: (B, N + P, D) to (B, P, D)."""
         return x_BND.narrow(-2, self.slot.index, self.num_prompts)
 
     def padded(self, args: Args, kwargs: Kwargs, num_tokens: int) -> tuple[Args, Kwargs]:

@@ -71,7 +71,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) to (B, C)."""
+        """Classify images: (B, 3, S, S) to (B, C)."""
         return logits_of(self.model(images))
 
 

@@ -166,7 +166,7 @@ def why_too_large(bytes_per_image: int, num_images: int, limit_gb: float, direct
 
 
 def _proven(context: StepContext, prefix: FrozenPrefix) -> FrozenPrefix | None:
-    """The prefix, with one blank image if possible, if it gives the logits and gradients of the whole model."""
+    """Return the prefix, with one blank image if possible, if it gives the whole model's logits and gradients."""
     candidates = (prefix, replace(prefix, one_blank=False))
     return next((candidate for candidate in candidates if _computes_the_same(context, candidate)), None)
 

@@ -101,7 +101,7 @@ def find_prefix(attachment: Attachment, x_BCHW: Tensor) -> FrozenPrefix | None:
 
 
 def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
-    """The modules where the prefix ends, in the order of the forward; () if it is not worth looking for them.
+    """Return the modules where the prefix ends, in the order of the forward; () if it is not worth looking for them.
 
     If a block trains, they are the first such block, and the frozen ones before it whose input an adapter reads (LST).
     Else they are the modules that own trainable parameters and whose input no gradient reaches.
@@ -126,7 +126,7 @@ def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
 
 
 def _modules_before(entries: Sequence[nn.Module], attachment: Attachment) -> tuple[list[nn.Module], bool]:
-    """The outermost frozen modules that are left before the last of `entries` is entered, and if anything is random."""
+    """Return the outermost frozen modules that end before the last of `entries`, and whether anything is random."""
     calls = record(attachment.model, attachment.sites.input_size).calls
     start = max((call.start for call in calls if call.module in entries), default=0)
     state = trainable_state_of(attachment.model)
@@ -192,7 +192,7 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
-    """Inside, these hooks run when their modules are entered, before those of any adapter."""
+    """Run these hooks when their modules are entered, before those of any adapter, inside the context."""
     with ExitStack() as stack:
         for module, hook in hooks.items():
             stack.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
@@ -201,7 +201,7 @@ def _hooked(hooks: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
 @contextmanager
 def _forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these modules have another `forward`; their hooks still run."""
+    """Give these modules another `forward` inside the context; their hooks still run."""
     own = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, forward in replacements.items():

@@ -17,7 +17,7 @@ from petune.injector.hooks.base import Gather, Parallel
 
 @contextmanager
 def checkpoint_blocks(attachment: Attachment) -> Iterator[int]:
-    """Inside, every block that gradients reach runs again in the backward pass, its hooks included.
+    """Run every block that gradients reach again in the backward pass, its hooks included, inside the context.
 
     Yields:
         The number of blocks.
@@ -60,7 +60,7 @@ def checkpointable(attachment: Attachment) -> list[nn.Module]:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of the forward and of its repetition."""
+    """Return the contexts of the forward and of its repetition."""
     return nullcontext(), _statistics_unchanged(block)
 
 

@@ -17,7 +17,7 @@ LEAN_THRESHOLD = 16 << 20
 
 @contextmanager
 def keep_heap(lean: bool) -> Iterator[bool]:
-    """Inside, glibc keeps freed memory; docs/decisions.md has what this saves.
+    """Let glibc keep freed memory inside the context; docs/decisions.md has what this saves.
 
     Args:
         lean: Memory matters more than time. Large activations go back to the system at once, because a kept heap has
@@ -41,7 +41,7 @@ def keep_heap(lean: bool) -> Iterator[bool]:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library if it is glibc and no variable of the user configures its malloc."""
+    """Return the C library if it is glibc and no variable of the user configures its malloc."""
     if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return None
     try:

@@ -29,7 +29,7 @@ SHARE_OF_MEMORY = 1 / 16
 
 @contextmanager
 def use_onednn_linear(model: nn.Module, sample_logits: Callable[[], Tensor], scale: float) -> Iterator[int]:
-    """Inside, linear layers whose frozen weights are in bfloat16 use oneDNN's kernel, if that gives the same bits.
+    """Use oneDNN's kernel for linear layers with frozen bfloat16 weights inside the context, if it gives the same bits.
 
     Args:
         model: See `store_in_bf16`, which converts the weights.

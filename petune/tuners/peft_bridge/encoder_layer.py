@@ -21,7 +21,7 @@ class ParamWrapper(lora_layer.ParamWrapper):
     """PEFT's layer; attributes that it does not have are the attention's. PEFT knows the class by its name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the attention's, which may be called with keywords alone."""
+        """Call the attention, which may get keywords alone."""
         inputs = args or (kwargs.pop("query"),)
         return super().forward(*inputs, **kwargs)
 
