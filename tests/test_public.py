@@ -77,6 +77,7 @@ IMPORTS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("imports", sampled(IMPORTS, "whole program".__eq__))
 def test_functions_are_not_hidden_by_modules(imports: str) -> None:
     code = (

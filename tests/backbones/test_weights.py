@@ -65,6 +65,7 @@ def test_timm_supplies_statistics_that_a_file_lacks(tmp_path: Path) -> None:
     assert (unknown.mean, unknown.std) == (None, None)
 
 
+@pytest.mark.exhaustive
 def test_a_run_notes_that_a_file_has_no_statistics(tmp_path: Path) -> None:
     shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
     saved = create_backbone("vit_nano", weights="none", num_classes=10, image_size=8, options=shape).model

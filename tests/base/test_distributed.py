@@ -182,6 +182,7 @@ def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several
     assert several.said(1) == several.said(1, "out") == ""
 
 
+@pytest.mark.exhaustive
 def test_sharded_blocks_train_the_same_adapter(several: Several, tmp_path: Path) -> None:
     words = ("run", "--method=adaptformer:dropout=0", *TINY, "--set=train.eval_batch_size=71", "--output")
     assert several.finish(1, *words, tmp_path / "one") == [0]
@@ -194,7 +195,10 @@ def test_sharded_blocks_train_the_same_adapter(several: Several, tmp_path: Path)
     assert list((tmp_path / "two" / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize("words", [("--set=train.shard=true",), ("--epochs=1", "--batch-size=60")])
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(("--set=train.shard=true",), marks=pytest.mark.exhaustive), ("--epochs=1", "--batch-size=60")],
+)
 def test_an_adapter_without_effect_is_an_error(words: tuple[str, ...], several: Several, tmp_path: Path) -> None:
     """Also where the blocks are spread, and in a run of three steps."""
     run = ("run", "--method=lora:lora_dropout=0.5", *TINY, *words, "--output", tmp_path / "x")
@@ -224,10 +228,13 @@ def test_a_signal_to_one_process_stops_all_and_another_number_resumes(several: S
 
 @pytest.mark.parametrize(
     ("prelude", "codes", "message"),
-    [
-        (full_disk, [4, 4], "No space left on device"),
-        (second_fails_at_its_third_step, [1, 1], "process 2 failed: RuntimeError: out of everything"),
-    ],
+    sampled(
+        [
+            (full_disk, [4, 4], "No space left on device"),
+            (second_fails_at_its_third_step, [1, 1], "process 2 failed: RuntimeError: out of everything"),
+        ],
+        lambda row: row[1] == [1, 1],
+    ),
 )
 def test_an_error_on_one_process_ends_all(
     prelude: Prelude, codes: list[int], message: str, several: Several, tmp_path: Path

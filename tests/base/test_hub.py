@@ -131,6 +131,7 @@ def test_a_missing_network_is_reported_within_three_seconds(monkeypatch: pytest.
         fetch_weights("vit_tiny", HubFile("timm/vit_tiny"))
 
 
+@pytest.mark.exhaustive
 def test_a_file_at_a_url_is_downloaded_once(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "torch"))
     server.content = weights()

@@ -60,6 +60,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(
     assert reason == "full failed: Diverged: loss is nan"
 
 
+@pytest.mark.exhaustive
 def test_a_method_that_fails_does_not_stop_the_others(
     petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_moved_or_copied_directory_is_resumed_where_it_is(
     assert petune("compare", "--config", "config.yaml", "--output", "../new", "--dry-run").code == 0
 
 
+@pytest.mark.exhaustive
 def test_config_yaml_is_the_comparison_and_a_runs_config_a_start_for_one(
     petune: Run, tiny: Words, tmp_path: Path
 ) -> None:

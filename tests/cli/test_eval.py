@@ -43,6 +43,7 @@ def test_the_result_of_the_run_is_reproduced(petune: Run, digits: Path, tmp_path
     assert (named.top1, named.num_images) == (val.top1, val.num_images)
 
 
+@pytest.mark.exhaustive
 def test_top_5_is_not_shown_for_two_classes(petune: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
     for name, value in (("cat", 10), ("dog", 150)):
         (tmp_path / "pets" / name).mkdir(parents=True)

@@ -85,6 +85,7 @@ def test_prompts_on_a_windowed_model(petune: Run) -> None:
     assert f"tuned               {10 * (2 * 24 + 2 * 48):,}  (" in done.out
 
 
+@pytest.mark.exhaustive
 def test_a_method_that_cannot_be_attached_is_refused(petune: Run) -> None:
     done = petune("inspect", "--method", "vpt", "--backbone=torchvision:swin_t", "--dataset=digits")
     assert done.code == 1

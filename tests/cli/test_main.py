@@ -244,6 +244,7 @@ def test_sigterm_during_imports_exits_with_75(tmp_path: Path) -> None:
     assert "stopped by SIGTERM" in err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("encoding", sampled(["latin-1", "ascii"], "ascii".__eq__))
 def test_characters_that_the_terminal_cannot_encode_are_replaced(encoding: str, tmp_path: Path) -> None:
     for name in ("кот", "dog"):

@@ -166,6 +166,7 @@ def test_no_option_is_silently_ignored(words: tuple[str, ...], message: str, pet
     assert message in done.err
 
 
+@pytest.mark.exhaustive
 def test_paths_expand_the_home_directory(petune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("output: ~/y\ndata_dir: ~/data\n")

@@ -198,6 +198,7 @@ def test_a_tracker_logs_in_the_run_directory(petune: Run, tiny: Words, tmp_path:
     assert list((tmp_path / "here" / "tensorboard").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_exits_with_75_and_prints_the_command_to_resume(tiny: Words, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "petune", "run", "--method", "linear", *tiny, "--epochs", "200", "--json"]
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -66,6 +66,7 @@ def test_the_best_on_val_is_tested_and_no_other_trial(petune: Run, tiny: Words, 
     assert json.loads(alone.out)["top1"] == result["top1"]
 
 
+@pytest.mark.exhaustive
 def test_a_trial_that_the_method_refuses_is_a_row(petune: Run, tiny: Words) -> None:
     over = ("--search=bottleneck=6,8", "--search=groups=3,2")  # the corners fit together: 6 in 3 groups, and 8 in 2
     done = petune("sweep", "repadapter", *over, *tiny, "--no-test", "--json")
@@ -256,6 +257,7 @@ def test_dry_run_prints_a_config_that_the_command_accepts(petune: Run, tiny: Wor
     assert petune("sweep", "--config", "sweep.yaml", "--dry-run").out == done.out
 
 
+@pytest.mark.exhaustive
 def test_the_function_accepts_plain_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = {

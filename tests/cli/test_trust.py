@@ -51,6 +51,7 @@ def test_a_function_named_by_an_adapter_is_not_called(
     assert "models_of_mine" not in sys.modules
 
 
+@pytest.mark.exhaustive
 def test_trusted_code_is_used(petune: Run, factory: str) -> None:
     words = ("--backbone", factory, "--weights=none", "--dataset=digits", "--shots=5", "--epochs=1")
     done = petune("run", "--method=linear", *words, "--device=cpu", "--precision=fp32", "--output=mine")

@@ -209,6 +209,7 @@ def test_an_unreachable_download_is_an_error_within_three_seconds(
     assert "--data-dir" in caught.value.cli_hint
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (REAL / "cifar100" / "test.parquet").exists(), reason="CIFAR is not in PETUNE_DATA")
 def test_the_real_cifar100_test_file(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "cifar100"

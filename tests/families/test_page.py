@@ -48,6 +48,7 @@ def test_every_variant_of_timm_is_walked() -> None:
     assert VARIANTS["with_attention"] > 650
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "family", [EXAMPLES[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in EXAMPLES[1:])]
 )

@@ -53,6 +53,7 @@ def refused(call: Callable[[], object]) -> str:
     return ""
 
 
+@pytest.mark.exhaustive
 def test_a_run_on_a_disk_that_fills_up(disk: Path, tmp_path: Path) -> None:
     run(tiny_config(tmp_path / "whole"))
     expected, held, free, tried = digests(tmp_path / "whole"), 0, 0, 0

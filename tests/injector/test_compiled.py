@@ -57,6 +57,7 @@ def test_code_compiled_before_attaching_runs_the_adapter(
     torch.testing.assert_close(call(X), plain)
 
 
+@pytest.mark.exhaustive
 def test_attaching_does_not_import_the_compiler() -> None:
     code = """
 import sys, torch, petune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 
@@ -9,6 +10,7 @@ import petune
 
 
 @torch.no_grad()
+@pytest.mark.exhaustive
 def test_prompts_fit_gemma4_at_other_sizes_than_that_of_attaching() -> None:
     """The model pads its tables of rotations and its masks for each call."""
     torch.manual_seed(0)

@@ -138,6 +138,7 @@ def test_transformers_checkpointing(case: str) -> None:
     assert all(torch.equal(g, e) for g, e in zip(slopes(), expected, strict=True))
 
 
+@pytest.mark.exhaustive
 def test_compiled_without_a_graph_break() -> None:
     att = attached("lst")
     expected = att.model(X)

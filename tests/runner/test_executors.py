@@ -127,6 +127,7 @@ def test_executors_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_executor("ray")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("finished", [RUN.read_result, lambda one: next(iter(serial([one], lambda _: True, print)))[1]])
 def test_a_finished_run_of_another_configuration_is_refused(finished: Any, tmp_path: Path) -> None:
     done = run_all([config("linear", tmp_path / "a")])[0]

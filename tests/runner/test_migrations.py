@@ -143,6 +143,7 @@ def test_runs_of_a_renamed_variant_are_found_again(v0: Path) -> None:
     assert _metrics(run_dir) == lines
 
 
+@pytest.mark.exhaustive
 def test_a_report_shows_all_of_them(tmp_path: Path) -> None:
     directories = find_runs([V0])
     assert {directory.state for directory in directories} == {"done"}

@@ -104,6 +104,7 @@ def test_results_come_as_they_finish_and_finished_ones_first(ray: FakeRay, tmp_p
     assert (ray.connections, ray.is_connected) == (1, False)
 
 
+@pytest.mark.exhaustive
 def test_a_connection_is_kept_inside_the_context(ray: FakeRay, tmp_path: Path) -> None:
     executor: Any = choose_executor("ray")
     with executor:

@@ -119,6 +119,7 @@ def test_another_process_gives_the_same_table(tmp_path: Path) -> None:
         FIT.read_result(one.model_copy(update={"seed": 1}))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("said", sampled([True, False], bool))
 def test_a_grid_is_submitted_at_once_and_finished_trials_are_not_repeated(
     said: bool, tmp_path: Path, trained: list[str]

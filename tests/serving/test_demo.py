@@ -78,6 +78,7 @@ def test_adapters_that_do_not_fit_together(digits: Path, other: Path, tmp_path: 
         SideBySide([digits, tmp_path / "far"], device="cpu")
 
 
+@pytest.mark.exhaustive
 def test_adapters_with_other_heads_do_not_fit(digits: Path, tmp_path: Path) -> None:
     """Neither the number of attention heads nor the kind of classifier is in the fingerprint."""
     shape: dict[str, Any] = {"depth": 2, "embed_dim": 48}

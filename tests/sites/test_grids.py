@@ -125,6 +125,7 @@ def test_prompts_are_refused_where_a_block_cuts_its_row_into_frames(deep: bool) 
         petune.attach(timesformer(32, 2), "vpt", deep=deep, input_size=(3, 32, 32))
 
 
+@pytest.mark.exhaustive
 def test_prompts_in_both_branches_come_after_the_class_token() -> None:
     model = crossvit(120)
     att = petune.attach(model, "vpt", num_prompts=3)

@@ -42,7 +42,7 @@ METHODS = ["adaptformer:bottleneck=4", "vpt", "vpt:deep=false", "lora"]
 
 
 @pytest.mark.parametrize("name", models.UNUSUAL)
-@pytest.mark.parametrize("method", sampled(METHODS, {"adaptformer:bottleneck=4", "vpt"}.__contains__))
+@pytest.mark.parametrize("method", sampled(METHODS, "adaptformer:bottleneck=4".__eq__))
 def test_every_method_works_or_is_refused(name: str, method: str) -> None:
     outcome = examine(models.build(name), method)
     reason = REFUSED.get((name, method.removesuffix(":bottleneck=4")))

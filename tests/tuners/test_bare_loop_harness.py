@@ -45,7 +45,7 @@ WITH_DROPOUT: dict[str, dict[str, Any]] = {
 """Options that draw random numbers in each step."""
 
 TUNERS = [record.name for record in petune.list_tuners() if record.name != "peft"] + list(PEFT_TYPES)
-SAMPLE = {"adaptformer", "l2sp", "lora", "vpt", "peft:adalora"}
+SAMPLE = {"adaptformer", "l2sp", "peft:adalora"}
 """Tuners that every run of the tests tries; `make test-all` tries all."""
 
 

@@ -221,6 +221,7 @@ with keep_heap(lean=sys.argv[1] == "lean") as on:
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not GLIBC, reason="malloc is not glibc's, or set by the user")
 @pytest.mark.parametrize(("kind", "low", "high"), [("kept", 0, 5_120), ("lean", 40_000, 10**6)])
 def test_a_kept_heap_is_not_paged_in_again_and_a_lean_one_is(kind: str, low: int, high: int) -> None:

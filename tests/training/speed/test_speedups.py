@@ -209,6 +209,7 @@ def test_a_run_in_bfloat16_saves_an_adapter_for_the_original_weights(tmp_path: P
     petune.load(fresh.model, tmp_path / "adapter")
 
 
+@pytest.mark.exhaustive
 def test_checkpointed_blocks_compile_into_one_graph() -> None:
     att, graphs = _attached("adaptformer"), list[str]()
     plain = step(att)
