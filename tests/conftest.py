@@ -35,13 +35,12 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their file: `slow`, `browser`, `network`. Slow files go first, so that two workers end together."""
+    """Mark tests by their file: `slow`, `browser`, `network`."""
     for item in items:
         name = item.path.relative_to(HERE).as_posix() if item.path.is_relative_to(HERE) else "plugins"
         for marker, files in (("slow", {*SLOW, "plugins"}), ("browser", BROWSER), ("network", NETWORK)):
             if name in files:
                 item.add_marker(marker)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
