@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from petune.adapters.card_code import model_code
-from petune.base.text import escape_markdown, hide_folders, printable
+from petune.base.text import escape_markdown, has_top5, hide_folders, printable
 
 TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
@@ -75,7 +75,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         backbone=known["backbone"],
         dataset=known["dataset"],
         test=known["test"],
-        has_top5=_has_top5(known),
+        has_top5=has_top5(len(known["classes"]) or None),
         training=known["training"],
         classes=classes[:MAX_CLASSES],
         earlier=known["continued_from"],
@@ -169,18 +169,13 @@ def _license(known: Mapping[str, Any]) -> dict[str, str]:
     return {"license": name} if name in HUB_LICENSES else {"license": "other", "license_name": name}
 
 
-def _has_top5(known: Mapping[str, Any]) -> bool:
-    """Return True unless the dataset is known to have five classes or fewer, when top-5 is always 100 %."""
-    return not 1 <= len(known["classes"]) <= 5
-
-
 def _model_index(tuner: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results as the hub reads them."""
     dataset = known["dataset"]
     test = known["test"]
     hub_dataset = HUB_DATASETS.get(dataset)
     kinds = [("accuracy", "top-1 accuracy", "top1")]
-    if _has_top5(known):
+    if has_top5(len(known["classes"]) or None):
         kinds.append(("top_5_accuracy", "top-5 accuracy", "top5"))
     metrics = [{"type": kind, "name": title, "value": round(test[key] / 100, 6)} for kind, title, key in kinds]
     dataset_type = hub_dataset or "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset)

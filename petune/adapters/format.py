@@ -123,7 +123,7 @@ def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 def chosen_sites(sites: Sites) -> dict[str, Any]:
     """Return which sites the user has chosen, for the configuration: indices of blocks, and the paths of the heads.
 
-    None stands for what `find_sites` finds.
+    None means what `find_sites` finds.
     """
     is_reduced = len(sites.blocks) < len(sites.all_blocks)
     head = (

@@ -15,9 +15,9 @@ def describe_weights(saved: SavedAdapter) -> str:
     """Return the weights that an adapter was trained on and how to get them, as `NAME. Load those weights first`."""
     recorded = saved.config["metadata"].get("backbone")
     backbone: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
-    weights = str(backbone.get("weights"))
     if "weights" not in backbone:
         return "weights that the file does not name. Load those that it was trained on first"
+    weights = str(backbone["weights"])
     if weights != RANDOM:
         return f"{weights}. Load those weights first"
     name = str(backbone.get("name", ""))

@@ -24,6 +24,15 @@ def format_duration(time_s: float) -> str:
     return f"{int(time_s // 60)} min {int(time_s % 60):02d} s" if time_s >= 60 else f"{time_s:.1f} s"
 
 
+def has_top5(num_classes: int | None) -> bool:
+    """Return True if a top-5 accuracy is worth showing: with five classes or fewer it is always 100 %.
+
+    Args:
+        num_classes: None if it is not known; then top-5 is shown.
+    """
+    return num_classes is None or num_classes > 5
+
+
 def plural(count: int, noun: str, several: str = "") -> str:
     """Return `1 image`, or `1,024 images`.
 

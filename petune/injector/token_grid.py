@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.injector.hooks.spanning import in_backward
 from petune.sites.forward import tensors_in
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
@@ -43,9 +43,9 @@ class TokenGrid:
             AttachError: The tokens are not a prefix and one grid of patches, or the grid is not known.
         """
         num_patches = num_tokens - self.num_prefix_tokens
-        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        is_repeated = in_backward()
         grid = self._grids.get(num_patches)
-        if self._reads_images and not in_backward:
+        if self._reads_images and not is_repeated:
             grid = self._of_image
             if grid is not None and grid[0] * grid[1] != num_patches:
                 grid = None
@@ -55,7 +55,7 @@ class TokenGrid:
                 "and the grid of patches of this image. Use images of the size that petune.attach has seen, without "
                 f"padding, packing or prompts{self._advice()}; or a method that needs no grid, such as adaptformer"
             )
-        if num_patches in self._ambiguous and in_backward:
+        if num_patches in self._ambiguous and is_repeated:
             raise AttachError(
                 f"a block is repeated in a backward pass, and {num_patches} patches were both wide and high. Train "
                 "without gradient checkpointing, or with images of one shape"

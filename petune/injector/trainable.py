@@ -211,8 +211,7 @@ class TrainableState(nn.Module):
         trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
         known = {id(p) for p, _ in self._flags}
         head = self.sites.parts.get("head")
-        ends = (head.path, *(path for path, _ in head.further), head.exit_path) if head is not None else ()
-        paths = tuple(f"{path}." for path in ends)
+        paths = tuple(f"{path}." for path, _ in head.named_modules) if head is not None else ()
         loose = {key: p for key, p in named_parameters(self.model).items() if p.requires_grad and id(p) not in trained}
         return [key for key, p in loose.items() if id(p) in known or not key.startswith(paths)]
 

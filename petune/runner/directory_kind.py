@@ -68,5 +68,5 @@ def runs_with_adapters(path: Path) -> list[Path]:
 
 
 def _run_of(adapter: Path) -> Path:
-    """Return the directory of the run that saved an adapter, or the adapter itself if it stands alone."""
+    """Return the directory of the run that saved an adapter, or the adapter itself if it is in no run."""
     return adapter.parent if adapter.name == "adapter" and (adapter.parent / CONFIG_FILE).is_file() else adapter

@@ -9,18 +9,9 @@ from typing import Any, Self
 from petune.base.config import Config
 from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
-from petune.base.text import format_duration, format_percent, format_size, html_table
+from petune.base.text import format_duration, format_percent, format_size, has_top5, html_table
 from petune.runner.file_names import RESULT_FILE
 from petune.runner.migrations import updated
-
-
-def has_top5(num_classes: int | None) -> bool:
-    """Return True if a top-5 accuracy is worth showing: with five classes or fewer it is always 100 %.
-
-    Args:
-        num_classes: None if it is not known; then top-5 is shown.
-    """
-    return num_classes is None or num_classes > 5
 
 
 class RunResult(Config):

@@ -32,9 +32,9 @@ def find_sites(
 ) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
 
-    The model is run once, without gradient and in eval mode, on the meta device if possible; if that leaves open
-    which tokens are patches, on two images of noise too. Its weights, modes and the
-    random state are not changed.
+    The model is run in eval mode, on the meta device if possible: once to see its calls, and once to see if the output
+    depends on the final norm. If that leaves open which tokens are patches, it is run on two images of noise too. Its
+    weights, modes and the random state are not changed.
 
     Args:
         model: Any image classifier: timm, torchvision, transformers, hand-written.

@@ -71,10 +71,15 @@ def meta_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _on_black_image(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with watch() as watched:
-        model(torch.zeros(1, *input_size, device=device, dtype=dtype_of(model)))
+        model(black_image(model, input_size))
     return watched
+
+
+def black_image(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """Return one black image (1, channels, height, width), where the model is and in its dtype."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.zeros(1, *input_size, device=device, dtype=dtype_of(model))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

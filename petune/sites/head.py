@@ -1,4 +1,4 @@
-"""Find the heads of a model, the layers that compute its predictions, and the layers between backbone and heads."""
+"""Find the heads of a model: the layers that compute its predictions."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ class Sites:
             object.__setattr__(self, "all_blocks", self.blocks)
 
     def with_blocks(self, indices: Sequence[int] | None) -> Sites:
-        """Return these sites with the blocks of these indices only; None stands for all."""
+        """Return these sites with the blocks of these indices only; None means all."""
         chosen = tuple(b for b in self.all_blocks if indices is None or b.index in indices)
         return replace(self, blocks=chosen)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from petune.sites.forward import dtype_of, meta_tensors, tensors_in, undisturbed
+from petune.sites.forward import black_image, dtype_of, meta_tensors, tensors_in, undisturbed
 
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 """The node of torch's reentrant gradient checkpointing, which hides the parameters inside."""
@@ -36,7 +36,7 @@ def used_parameters(
             reached = _reached_on_meta(model, input_size, candidates)
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
-            reached = _reached_by_black_image(model, input_size)
+            reached = _leaves(tensors_in(model(black_image(model, input_size))))
     if reached is None:
         return candidates
     return [p for p in candidates if id(p) in reached]
@@ -52,12 +52,6 @@ def _reached_on_meta(
     x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
     leaves = _leaves(tensors_in(functional_call(model, tensors, (x_BCHW,), tie_weights=False)))
     return None if leaves is None else {originals[leaf] for leaf in leaves if leaf in originals}
-
-
-def _reached_by_black_image(model: nn.Module, input_size: tuple[int, int, int]) -> set[int] | None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x_BCHW = torch.zeros(1, *input_size, device=device, dtype=dtype_of(model))
-    return _leaves(tensors_in(model(x_BCHW)))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ import typer
 
 from petune.base import errors
 from petune.cli import main as program
-from tests.sampling import sampled
 
 Run = Callable[..., Any]
 
@@ -245,7 +244,7 @@ def test_sigterm_during_imports_exits_with_75(tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("encoding", sampled(["latin-1", "ascii"], "ascii".__eq__))
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_characters_that_the_terminal_cannot_encode_are_replaced(encoding: str, tmp_path: Path) -> None:
     for name in ("кот", "dog"):
         (tmp_path / name).mkdir()

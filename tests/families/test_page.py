@@ -49,9 +49,7 @@ def test_every_variant_of_timm_is_walked() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "family", [EXAMPLES[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in EXAMPLES[1:])]
-)
+@pytest.mark.parametrize("family", EXAMPLES)
 def test_the_results_still_hold(family: str) -> None:
     model = enliven(build(family))
     sites = petune.find_sites(model)

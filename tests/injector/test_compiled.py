@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's and the compiler's
 METHODS = sorted({record.name for record in petune.list_tuners()} - {"peft"} | {"peft:ia3", "peft:oft"})
 SAMPLE = {"adaptformer"}
-CASES = [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.exhaustive) for name in METHODS]
+CASES = sampled(METHODS, SAMPLE.__contains__)
 
 
 def frozen() -> nn.Module:

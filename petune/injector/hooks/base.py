@@ -43,17 +43,15 @@ class Holder(nn.Module):
 
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
-        if isinstance(x, Tensor) and x.is_nested:
-            return self._run_on_nested(x)
         self.running = True
         try:
-            y: Tensor = self.adapter(x)
+            is_nested = isinstance(x, Tensor) and x.is_nested
+            y: Tensor = self._adapted_nested(x) if is_nested else self.adapter(x)
         finally:
             self.running = False
         return y
 
-    def _run_on_nested(self, x: Tensor) -> Tensor:
-        self.running = True
+    def _adapted_nested(self, x: Tensor) -> Tensor:
         try:
             y: Tensor = self.adapter(x)
         except AttachError:
@@ -64,8 +62,6 @@ class Holder(nn.Module):
                 f"different numbers of tokens ({type(error).__name__}: {error}). Use images of one size, or another "
                 "method, such as adaptformer"
             ) from error
-        finally:
-            self.running = False
         return y
 
     def clear(self) -> None:

@@ -39,7 +39,7 @@ class Spanning(Gather):
 
     def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Start a new list of inputs, but not in a repetition; pre-hook of the first of ENTERS."""
-        if not _in_backward():
+        if not in_backward():
             super().enter_first(module, args, kwargs)
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -48,7 +48,7 @@ class Spanning(Gather):
         Raises:
             RuntimeError: The repetition is of the reentrant kind, in which the forward has kept nothing.
         """
-        if not _in_backward():
+        if not in_backward():
             super().enter(module, args, kwargs)
         elif self.acts and not _saving_is_hooked():
             raise RuntimeError(
@@ -59,11 +59,11 @@ class Spanning(Gather):
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output, in a repetition from what its forward has kept; hook of EXIT."""
         exit_input = next((x for x in args if isinstance(x, Tensor)), None)
-        if self.acts and output is not None and _in_backward():
+        if self.acts and output is not None and in_backward():
             self.entered = self._inputs_of(exit_input)
         inputs = self.entered
         result = super().leave(module, args, output)
-        if result is not None and not _in_backward() and not torch.compiler.is_compiling() and _saving_is_hooked():
+        if result is not None and not in_backward() and not torch.compiler.is_compiling() and _saving_is_hooked():
             with_tensor(result, lambda y: self._record(y, inputs, exit_input))
         return result
 
@@ -151,7 +151,7 @@ def _equal(x: Tensor | None, y: Tensor | None) -> bool:
     return x is not None and y is not None and x.shape == y.shape and torch.equal(x, y)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Return True in a repetition. A compiled model repeats traced operations instead of calling hooks."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from petune.base.text import escape_markdown, format_duration, format_size, plural, printable
+from petune.base.text import escape_markdown, format_duration, format_size, has_top5, plural, printable
 from petune.runner.file_names import COMPARE_PLOT
-from petune.runner.result import has_top5
 
 Row = Mapping[str, Any]
 """A row of `compare.json`."""

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from petune.base.config import Config
-from petune.base.text import format_percent, html_table
-from petune.runner.result import has_top5
+from petune.base.text import format_percent, has_top5, html_table
 
 NUM_BINS = 15
 """Bins of the calibration error, as in most papers since Guo et al., 2017 (1706.04599)."""
