@@ -5,7 +5,7 @@ PetuneError                  exit code 1
 │   ├── ConfigError              unknown key, wrong type, value out of range (lists every problem)
 │   └── UnknownName              no method, backbone or dataset with that name (suggests similar names)
 ├── MissingExtra             3   an optional package is not installed (shows the pip command)
-├── PluginError              3   a registered tuner cannot be loaded (names the package and the cause)
+├── PluginError              3   a registered tuner, dataset or task cannot be loaded (names the package and the cause)
 ├── AttachError              1   a tuner cannot be attached to this model (the model is unchanged)
 │   ├── SiteNotFound             the model has no such part
 │   ├── DeadSite                 the model has the part, but its forward never uses it
@@ -126,7 +126,7 @@ class MissingExtra(PetuneError):
 
 
 class PluginError(PetuneError):
-    """A registered tuner cannot be loaded."""
+    """A registered tuner, dataset or task cannot be loaded."""
 
     exit_code = 3
 

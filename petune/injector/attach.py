@@ -13,13 +13,14 @@ from torch import nn
 from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
+from petune.base.plugins import plugin_errors
 from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.keys import label_of, named_parameters
-from petune.injector.registry import build_tuner, parse_method, plugin_errors
+from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.find import find_sites
@@ -82,7 +83,7 @@ def attach(
     log = EditLog(label, undo_steps=[lambda: state.remove(label)])
     edit = Edit(model, sites, log)
     try:
-        with plugin_errors(tuner.method, type(tuner), "was attached"):
+        with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"):
             tuner.attach(edit)
         attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
         _check_trains(attachment)

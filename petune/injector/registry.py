@@ -6,22 +6,21 @@ tuner that comes with petune.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from petune.base.errors import ConfigError, PetuneError, PluginError, UnknownName, did_you_mean
-from petune.injector.entry_points import OWN, RegisteredTuner, own_tuner, registered_tuners, state_of, unmet_requirement
+from petune.base.entry_points import OWN, PluginKind, registered_plugins, state_of
+from petune.base.errors import ConfigError, PluginError, UnknownName, did_you_mean
+from petune.base.plugins import load_plugin, plugin_errors
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Tuner, TunerConfig
 
-PLUGIN_HINT = (
-    "`petune methods` lists the installed ones; for a plugin's method install its package first, such as "
-    "pip install petune-NAME"
+TUNERS = PluginKind(
+    group="petune.tuners",
+    noun="method",
+    hint="`petune methods` lists the installed ones; for a plugin's method install its package first, such as "
+    "pip install petune-NAME",
 )
 
 
@@ -52,7 +51,7 @@ class TunerRecord:
 
 def list_tuners() -> list[TunerRecord]:
     """List every registered tuner, petune's own first, without importing any."""
-    registered = registered_tuners()
+    registered = registered_plugins(TUNERS)
     return [
         TunerRecord(t.name, t.distribution, t.version, t.point.value, state_of(t, registered), t.summary)
         for t in registered
@@ -77,17 +76,9 @@ def load_tuner(name: str) -> type[Tuner[Any]]:
         UnknownName: No tuner has that name.
         PluginError: Two packages claim the name, or the package cannot be loaded; it and the cause are named.
     """
-    own = own_tuner(name)
-    if own is not None:
-        return _import(own)
-    registered = registered_tuners()
-    candidates = [t for t in registered if t.name == name]
-    if not candidates:
-        raise UnknownName("method", name, {t.name for t in registered}, PLUGIN_HINT)
-    if len(candidates) > 1:
-        owners = " and ".join(f"{t.distribution} ({t.point.value})" for t in candidates)
-        raise PluginError(f"{owners} both register the method {name!r}. Remove one of the two packages")
-    return _import(candidates[0])
+    from petune.injector.tuner import Tuner, TunerConfig
+
+    return load_plugin(TUNERS, name, Tuner, TunerConfig)
 
 
 def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner[Any]:
@@ -129,34 +120,6 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return text, {}
 
 
-@contextlib.contextmanager
-def plugin_errors(method: str | None, cls: type[Tuner[Any]], phase: str) -> Iterator[None]:
-    """Turn an unexpected error of a plugin into a PluginError that names its package.
-
-    petune's own errors pass, and so does what a built-in or an unregistered tuner raises.
-
-    Args:
-        method: The name that the tuner was built by.
-        cls: Its class.
-        phase: What was being done, for the message: `was attached`.
-
-    Raises:
-        PluginError: The plugin raised something else than a PetuneError.
-    """
-    try:
-        yield
-    except PetuneError:
-        raise
-    except Exception as error:
-        plugin = next((t for t in list_tuners() if t.name == method and not t.is_own), None)
-        if plugin is None or cls.__module__.partition(".")[0] == OWN:
-            raise
-        raise PluginError(
-            f"the method {method!r} of {plugin.distribution} {plugin.version} failed when it {phase}: "
-            f"{type(error).__name__}: {error}. Update or remove {plugin.distribution}"
-        ) from error
-
-
 def _build_from_config(config: TunerConfig, options: dict[str, Any]) -> Tuner[Any]:
     """Build the built-in tuner whose config class this is; plugins are not imported to look."""
     for record in list_tuners():
@@ -180,37 +143,7 @@ def _build_from_name(method: str, options: dict[str, Any]) -> Tuner[Any]:
         option, suggestion = (kind, "") if kind in known else ("OPTION", did_you_mean(kind, known))
         raise ConfigError(f"options are written {family}:{option}=VALUE, but the method is {name!r}{suggestion}")
     config = cls.Config.build({"type": kind, **options} if colon else options, f"the options of {name}")
-    with plugin_errors(family, cls, "was made"):
+    with plugin_errors(TUNERS, family, cls, "was made"):
         tuner = cls(config)
     tuner.method = family
     return tuner
-
-
-def _import(registered: RegisteredTuner) -> type[Tuner[Any]]:
-    from petune.injector.tuner import Tuner, TunerConfig
-
-    point = registered.point
-    package = f"{registered.distribution} {registered.version}"
-    requirement = "" if registered.is_own else unmet_requirement(registered)
-    if requirement:
-        raise PluginError(
-            f"the method {registered.name!r} of {package} needs {requirement}. Upgrade petune, or use an older "
-            f"{registered.distribution}"
-        )
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for data
-            cls = point.load()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a plugin may call sys.exit at import: it must not end petune
-        raise PluginError(
-            f"the method {registered.name!r} of {package} cannot be imported from {point.value}: "
-            f"{type(error).__name__}: {error}. Update or remove {registered.distribution}"
-        ) from error
-    has_config = issubclass(getattr(cls, "Config", object), TunerConfig)
-    if not (has_config and inspect.isclass(cls) and issubclass(cls, Tuner)):
-        raise PluginError(
-            f"the method {registered.name!r} of {package} is registered as {point.value}, which is no subclass of "
-            f"petune.Tuner with a config class. Update or remove {registered.distribution}"
-        )
-    return cls

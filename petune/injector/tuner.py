@@ -36,11 +36,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic_core import to_jsonable_python
 
 from petune.base.config import Config
+from petune.base.plugins import set_config_class
 
 if TYPE_CHECKING:
     import torch
@@ -113,16 +114,7 @@ class Tuner(Generic[ConfigT]):
             TypeError: The class names no config class.
         """
         super().__init_subclass__(**kwargs)
-        parameters = _parameters_of_tuner(cls)
-        config = next((p for p in parameters if isinstance(p, type) and issubclass(p, TunerConfig)), None)
-        if config is not None and "Config" not in cls.__dict__:
-            cls.Config = config
-        is_generic = any(isinstance(p, TypeVar) for p in parameters)
-        if not is_generic and not hasattr(cls, "Config"):
-            raise TypeError(
-                f"{cls.__name__} names no config class. Write class {cls.__name__}(petune.Tuner[MyConfig]), or "
-                "petune.Tuner[petune.TunerConfig] if it has no options"
-            )
+        set_config_class(cls, Tuner, TunerConfig)
 
     def __init__(self, config: ConfigT | None = None, **options: Any) -> None:
         """Configure the method with a config, or with options; it is not bound to any model yet.
@@ -187,10 +179,3 @@ class Tuner(Generic[ConfigT]):
     def loss(self, step: int) -> torch.Tensor | None:
         """Return a term to add to the loss at this step (from 0), or None, the default."""
         return None
-
-
-def _parameters_of_tuner(cls: type) -> list[Any]:
-    """Return the type parameters of the bases of `cls` that are tuners."""
-    bases = cls.__dict__.get("__orig_bases__", ())
-    tuners = [base for base in bases if isinstance(get_origin(base), type) and issubclass(get_origin(base), Tuner)]
-    return [parameter for base in tuners for parameter in get_args(base)]
