@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from petune.base.errors import MAX_LISTED, DataError
 from petune.base.text import format_percent, plural
 from petune.cli.options import BatchSize, Device, Precision, Source, TrustRemoteCode, Weights, user_path
-from petune.cli.terminal import clean, one_line, print_data, print_status, print_table
+from petune.cli.terminal import one_line, print_data, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.serving.predict import Prediction
@@ -44,15 +45,27 @@ def predict(
         user_path(source), weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
-    unreadable = _print_lines(predictions) if json else _print_table(predictions)
-    for prediction in unreadable:
-        print_status(clean(f"error: {prediction.error}"))
-    if unreadable:
+    classified, unreadable = _print_lines(predictions) if json else _print_table(predictions)
+    reasons = [one_line(prediction.error) for prediction in unreadable]
+    if not classified:
+        raise DataError(_nothing_readable(reasons))
+    for reason in reasons:
+        print_status(f"error: {reason}")
+    if reasons:
         raise typer.Exit(4)
 
 
-def _print_lines(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Print each prediction as a line of JSON; return those of unreadable images."""
+def _nothing_readable(reasons: list[str]) -> str:
+    if len(reasons) == 1:
+        return reasons[0]
+    others = f"\n  … and {len(reasons) - MAX_LISTED} more" if len(reasons) > MAX_LISTED else ""
+    listed = "".join(f"\n  - {reason}" for reason in reasons[:MAX_LISTED])
+    return f"none of these {len(reasons)} can be read:{listed}{others}"
+
+
+def _print_lines(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
+    """Print each prediction as a line of JSON; return how many there are, and those of unreadable images."""
+    classified = 0
     unreadable = []
     for prediction in predictions:
         line: dict[str, Any] = {"image": prediction.image}
@@ -63,12 +76,13 @@ def _print_lines(predictions: Iterable[Prediction]) -> list[Prediction]:
             line["top"] = [
                 {"class": guess.name, "probability": round(guess.probability, 6)} for guess in prediction.top
             ]
+            classified += 1
         print_data(json_format.dumps(line))
-    return unreadable
+    return classified, unreadable
 
 
-def _print_table(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Print the predictions as a table; return those of unreadable images."""
+def _print_table(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
+    """Print the predictions as a table; return how many there are, and those of unreadable images."""
     rows, unreadable = [], []
     for prediction in predictions:
         if prediction.error:
@@ -81,8 +95,9 @@ def _print_table(predictions: Iterable[Prediction]) -> list[Prediction]:
         rows = [row[:-1] for row in rows]
     if rows:
         print_table(columns, rows, right=("probability",), optional=columns[3:])
-    print_status(f"{plural(len(rows), 'image')} classified" + (f", {len(unreadable)} unreadable" if unreadable else ""))
-    return unreadable
+        note = f", {len(unreadable)} unreadable" if unreadable else ""
+        print_status(f"{plural(len(rows), 'image')} classified{note}")
+    return len(rows), unreadable
 
 
 def _row(prediction: Prediction) -> list[str]:

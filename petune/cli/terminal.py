@@ -9,8 +9,8 @@ from typing import Any
 
 from petune.base.distributed import is_main_process
 
-PIPE_WIDTH = 200
-"""Width in columns of a table that goes to a file or a pipe."""
+PIPE_WIDTH = 1_000_000
+"""Width of a table in a file or a pipe: wider than any table, so that nothing is hidden or wrapped there."""
 
 
 def clean(text: str) -> str:
@@ -48,7 +48,7 @@ def print_table(
     right: Collection[str] = (),
     optional: Sequence[str] = (),
 ) -> None:
-    """Print a table on stdout.
+    """Print a table on stdout. In a file or a pipe it has every column, and one line for each row.
 
     Args:
         columns: The headings.
@@ -64,8 +64,9 @@ def print_table(
 
     terminal = sys.stdout.isatty()
     width = None if terminal else PIPE_WIDTH
+    plain = clean if terminal else one_line
     console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False, width=width)
-    cells = [[clean(cell) for cell in row] for row in rows]
+    cells = [[plain(cell) for cell in row] for row in rows]
     visible = _visible_columns(columns, cells, optional, console.width)
     table = Table(box=box.SIMPLE_HEAD if terminal else box.MARKDOWN, header_style="bold")
     for index in visible:

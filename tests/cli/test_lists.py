@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from petune.cli.terminal import print_table
 from petune.injector.registry import TunerRecord
 
 Run = Callable[..., Any]
@@ -44,11 +46,10 @@ def test_methods_show_broken_ones_without_control_characters(petune: Run, monkey
     done = petune("methods")
     assert done.code == 0
     assert done.out == (
-        "| method | what it does | trains | paper | package    | state       |\n"
-        "|--------|--------------|--------|-------|------------|-------------|\n"
-        "| good   | A good one   | -      | -     | petune 1.0 | ok          |\n"
-        "| bad[2J | -            | -      | -     | ? ?        | broken: no  |\n"
-        "|        |              |        |       |            | such module |\n"
+        "| method | what it does | trains | paper | package    | state                  |\n"
+        "|--------|--------------|--------|-------|------------|------------------------|\n"
+        "| good   | A good one   | -      | -     | petune 1.0 | ok                     |\n"
+        "| bad[2J | -            | -      | -     | ? ?        | broken: no such module |\n"
     )
 
 
@@ -96,10 +97,31 @@ def test_help_says_each_default_once_and_arguments_in_capitals(petune: Run) -> N
 
 
 def test_on_a_narrow_terminal_no_word_is_broken(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("petune.cli.terminal.PIPE_WIDTH", 40)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
     done = petune("backbones")
     assert {"vit_nano", "vit_large", "ImageNet-21k", "(AugReg),"} <= set(done.out.split())
     assert done.err.startswith("hidden (terminal too narrow): timm model, default weights\n")
+
+
+def test_a_piped_table_has_every_column_and_one_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = [f"column {number}" for number in range(30)]
+    rows = [["x" * 500, *["two\nlines 漢字"] * 29], ["y"] * 30]
+    print_table(columns, rows, optional=columns[1:])
+    shown, note = capsys.readouterr()
+    assert note == ""
+    assert _cells(shown) == [columns, ["x" * 500, *["two lines 漢字"] * 29], ["y"] * 30]
+
+
+def test_piped_methods_say_what_each_trains(petune: Run) -> None:
+    done = petune("methods")
+    heading, *rows = _cells(done.out)
+    assert done.err == ""
+    assert heading == ["method", "what it does", "trains", "paper", "package"]
+    assert {len(row) for row in rows} == {len(heading)}
+    assert len(rows) == len(json.loads(petune("methods", "--json").out))
 
 
 def test_datasets(petune: Run) -> None:

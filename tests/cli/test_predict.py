@@ -78,6 +78,20 @@ def test_unreadable_images_are_named(petune: Run, digits: Path, images: list[Pat
     assert "5 images classified, 2 unreadable" in done.err
 
 
+@pytest.mark.parametrize("json_flag", [(), ("--json",)])
+def test_if_nothing_can_be_read_there_is_one_error(
+    petune: Run, digits: Path, tmp_path: Path, json_flag: tuple[str, ...]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for names in (["nowhere.png"], ["empty"], ["nowhere.png", "empty"]):
+        done = petune("predict", digits, *names, *json_flag)
+        assert done.code == 4
+        assert done.err.count("error:") == 1
+        assert "classified" not in done.err
+        assert all(name in done.err for name in names)
+        assert len(done.out.splitlines()) == (len(names) if json_flag else 0)
+
+
 def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = petune("predict", digits / "adapter", *images[:2], "empty", "--top-k", 3)

@@ -37,6 +37,10 @@ def test_text_is_read_with_its_types(text: str, expected: Any) -> None:
         ("=3", "KEY=VALUE"),
         ("a=1,,2", "KEY=VALUE"),
         ("r=8..1", "empty"),
+        ("train.lr=1e-3..", "train.lr=LOW..HIGH"),
+        ("train.lr=..1e-2:log", "LOW..HIGH"),
+        ("r=1..b", "LOW..HIGH"),
+        ("r=1..8:lgo", "LOW..HIGH"),
         ("train.lr=0..1:log", "above 0"),
     ],
 )

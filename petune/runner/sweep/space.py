@@ -51,7 +51,7 @@ def parse_search(text: str) -> tuple[str, Range | tuple[Value, ...]]:
     """Read `bottleneck=8,16,64` as `("bottleneck", (8, 16, 64))`, and `train.lr=1e-4..1e-2:log` as a Range.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or a range lacks one of its two numbers.
     """
     key, equals, right = (part.strip() for part in text.partition("="))
     words = [word.strip() for word in right.split(",")]
@@ -62,6 +62,8 @@ def parse_search(text: str) -> tuple[str, Range | tuple[Value, ...]]:
         low, high = parse_value(ends[1]), parse_value(ends[2])
         if type(low) in (int, float) and type(high) in (int, float):
             return key, Range.build({"low": low, "high": high, "log": bool(ends[3])}, text)
+    if ".." in right and "/" not in right:
+        raise ConfigError(f"not a range: {right!r}. Write {key}=LOW..HIGH or {key}=LOW..HIGH:log, with two numbers")
     return key, tuple(parse_value(word) for word in words)
 
 

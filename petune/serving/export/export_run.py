@@ -93,10 +93,7 @@ def export(
     check = OutputCheck.of(model, restored.backbone.image_size, channels)
     reason = _merge(restored)
     if chosen == "safetensors" and reason:
-        raise NotMergeable(
-            f"{reason}. The formats torch and onnx can include its adapters",
-            cli_hint="Use --format torch or --format onnx",
-        )
+        raise NotMergeable(f"{reason}. Name a file that ends in .pt2 or .onnx instead: these formats include adapters")
     info = json.dumps(_info(restored, method, merged=not reason))
     content, difference = _convert(chosen, model, check, info)
     replace_file(file, content)

@@ -15,7 +15,7 @@ from petune.serving.export.traced import BATCH, OutputCheck, first_line, trace
 INPUT, OUTPUT = "images", "logits"
 MAX_BYTES = 1_900_000_000
 """Bytes of weights: ONNX files are protobuf messages, which are limited to 2 GiB."""
-USE_TORCH = "Use --format torch"
+USE_TORCH = "Name a file that ends in .pt2 instead"
 
 
 def onnx_file(model: nn.Module, check: OutputCheck, info: str) -> tuple[bytes, float]:
@@ -42,17 +42,12 @@ def onnx_file(model: nn.Module, check: OutputCheck, info: str) -> tuple[bytes, f
         raise MissingExtra("writing ONNX", "onnx") from None
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if num_bytes > MAX_BYTES:
-        raise ExportError(
-            f"the weights are {num_bytes:,} bytes, and an ONNX file holds less than 2 GB. Use format='torch'",
-            cli_hint=USE_TORCH,
-        )
+        raise ExportError(f"the weights are {num_bytes:,} bytes, and an ONNX file holds less than 2 GB. {USE_TORCH}")
     content = _convert(model, check, info)
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a separate class for each status
-        raise ExportError(
-            f"onnxruntime cannot run this model: {first_line(error)}. Use format='torch'", cli_hint=USE_TORCH
-        ) from error
+        raise ExportError(f"onnxruntime cannot run this model: {first_line(error)}. {USE_TORCH}") from error
 
     def compute(x_B3SS: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: x_B3SS.numpy()})[0])
@@ -76,9 +71,7 @@ def _convert(model: nn.Module, check: OutputCheck, info: str) -> bytes:
                 external_data=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise ExportError(
-                f"the model cannot be converted to ONNX: {first_line(error)}. Use format='torch'", cli_hint=USE_TORCH
-            ) from error
+            raise ExportError(f"the model cannot be converted to ONNX: {first_line(error)}. {USE_TORCH}") from error
     assert exported is not None
     proto = exported.model_proto
     onnx.helper.set_model_props(proto, {"petune": info})

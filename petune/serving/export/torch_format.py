@@ -39,8 +39,8 @@ def torch_file(model: nn.Module, check: OutputCheck, info: str) -> tuple[bytes, 
     pickles = find_pickles(content)
     if pickles:
         raise ExportError(
-            f"the .pt2 file of this model would contain pickles ({', '.join(pickles[:3])}). Use format='onnx'",
-            cli_hint="Use --format onnx",
+            f"the .pt2 file of this model would contain pickles ({', '.join(pickles[:3])}). Name a file that ends in "
+            ".onnx instead"
         )
     loaded: Any = torch.export.load(io.BytesIO(content)).module()
     return content, check.difference(loaded, "the .pt2 file")
