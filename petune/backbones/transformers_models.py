@@ -72,11 +72,14 @@ def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrai
                 return build_timm_repository(name, architecture, folder, num_classes, options, pretrained=pretrained)
             return _build_transformers(name, num_classes, options, pretrained, offline)
         except OSError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            needed = (
+                "config.json and the weights; weights='none' needs config.json only" if pretrained else "config.json"
+            )
             raise WeightsUnavailable(
                 f"cannot load {describe(f'hf:{name}', options)}: {reason}. Name a model of the Hugging Face Hub, or a "
-                "directory with config.json and the weights; weights='none' needs config.json only",
-                cli_hint="--weights none starts from random weights",
+                f"directory with {needed}",
+                cli_hint="To start from random weights, use --weights none" if pretrained else "",
             ) from error
 
 

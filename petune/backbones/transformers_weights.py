@@ -46,7 +46,7 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> n
         raise WeightsUnavailable(
             f"the weights of hf:{name} leave {plural(len(unfilled), 'tensor')} besides the classifier unfilled "
             f"(missing, or with another shape): {shown}. Drop the options that change the model, or use weights='none'",
-            cli_hint="--weights none starts from random weights",
+            cli_hint="To start from random weights, use --weights none",
         )
     _set_statistics(model, name, offline)
     return model  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from petune.base.distributed import is_main_process, is_reported_elsewhere, num_processes, process_name
 from petune.base.errors import PetuneError, UsageError
+from petune.cli.advice import advice_for
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
 from petune.cli.data import data
@@ -43,8 +44,12 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 NO_MEMORY = re.compile(r"can't allocate memory|MPS backend out of memory|ALLOC_FAILED")
 LESS_MEMORY = (
     "Try a smaller batch size, or --grad-checkpointing. If training fits and evaluation does not, rerun with --resume "
-    "--set train.eval_batch_size=N"
+    "--set train.eval_batch_size=N",
+    "Try a smaller batch size, or --grad-checkpointing. If training fits and evaluation does not, rerun with "
+    "--set train.eval_batch_size=N",
+    "Try a smaller --batch-size",
 )
+"""Advice for a command without memory; the first one that it has all flags for is printed."""
 DISTRIBUTED = ("run", "compare", "pretrain")
 """Commands that several processes may share, started by torchrun or accelerate."""
 WORDS_FOR = {
@@ -127,17 +132,17 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
         if not is_reported_elsewhere(error):
-            _print_error(_with_hint(str(error), error.cli_hint), debug)
+            _print_error(_with_hint(str(error), _advice(words, error.cli_hint)), debug)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        _print_error(_describe(error, debug), debug)
+        _print_error(_describe(error, words, debug), debug)
         sys.exit(1)
     sys.exit(0)
 
 
-def _describe(error: Exception, debug: bool) -> str:
+def _describe(error: Exception, words: Sequence[str], debug: bool) -> str:
     """Return the message for an error that is not petune's own."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         reason = _why_stdout_fails()
@@ -145,9 +150,14 @@ def _describe(error: Exception, debug: bool) -> str:
             return f"cannot write to stdout: {reason.lower()}"
     if _is_out_of_memory(error):
         first_line = str(error).strip().partition("\n")[0]
-        return _with_hint(f"out of memory: {first_line}" if first_line else "out of memory", LESS_MEMORY)
+        advice = next((text for text in LESS_MEMORY if _advice(words, text) == text), "")
+        return _with_hint(f"out of memory: {first_line}" if first_line else "out of memory", advice)
     hint = "" if debug else f"Rerun with {DEBUG} for the traceback"
     return _with_hint(f"this is a bug in petune: {type(error).__name__}: {error}", hint)
+
+
+def _advice(words: Sequence[str], advice: str) -> str:
+    return advice_for(typer.main.get_command(app), words, advice)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

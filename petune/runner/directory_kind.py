@@ -42,7 +42,7 @@ def explain_missing_adapter(path: Path) -> str:
             runs = ", ".join(sorted(str(file.parent) for file in path.glob(f"*/{RESULT_FILE}")))
             return f"{path} is a {kind}; its runs have the adapters. Name one that is finished: {runs or 'none is'}"
     if (path / RESULT_FILE).exists():
-        return f"{path} is a run without an adapter. A pretraining is used with --weights"
+        return f"{path} is a run without an adapter. A pretraining is used with petune run --weights {path}"
     if (path / TRIAL_FILE).exists():
         return f"{path} is a trial that was not tested and has no adapter. Run it: petune run --config {config_file}"
     if config_file.exists():

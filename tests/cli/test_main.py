@@ -159,12 +159,12 @@ def test_an_error_is_one_message_with_its_exit_code(
 
 @pytest.mark.parametrize(
     ("message", "printed"),
-    [("lr is 0", "error: lr is 0. Set it with --lr\n"), ("why is lr 0?", "error: why is lr 0? Set it with --lr\n")],
+    [("lr is 0", "error: lr is 0. See --help\n"), ("why is lr 0?", "error: why is lr 0? See --help\n")],
 )
 def test_the_hint_for_the_command_line_follows_the_message(
     message: str, printed: str, petune: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _fail_with(monkeypatch, errors.ConfigError(message, cli_hint="Set it with --lr"))
+    _fail_with(monkeypatch, errors.ConfigError(message, cli_hint="See --help"))
     assert petune("env").err == printed
 
 
@@ -189,20 +189,17 @@ def test_an_unexpected_error_is_called_a_bug(petune: Run, monkeypatch: pytest.Mo
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), ": CUDA out of memory. Tried"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "DefaultCPUAllocator"),
-        (MemoryError(), "out of memory. Try"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory. Try"),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "MPS allocated: 9 GB). Try"),
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "MPS allocated: 9 GB)"),
     ],
 )
-def test_out_of_memory_is_one_line_with_advice(
-    error: Exception, reason: str, petune: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_is_one_line(error: Exception, reason: str, petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _fail_with(monkeypatch, error)
     done = petune("env")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: out of memory")
     assert reason in done.err
-    assert "Try a smaller batch size, or --grad-checkpointing." in done.err
     assert len(done.err.splitlines()) == 1
 
 
