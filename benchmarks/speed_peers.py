@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import petune
-from petune.data import Dataset, Preprocess, Split
+from petune.data import Dataset, Preprocess, Split, Target
 from petune.training.config import TrainConfig
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
@@ -84,7 +84,7 @@ def dataset_of(size: Size, count: int, val: int = 0) -> Dataset:
         return Split.of(images, np.arange(n, dtype=np.int64) % CLASSES)
 
     names = tuple(str(i) for i in range(CLASSES))
-    return Dataset("noise", names, "made", "light", split(count, 0), split(val, 1), split(CLASSES, 2))
+    return Dataset("noise", Target("class", names), "made", "light", split(count, 0), split(val, 1), split(CLASSES, 2))
 
 
 def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val: int = 0, **settings: Any) -> Trainer:

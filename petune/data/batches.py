@@ -82,7 +82,7 @@ class Batch:
 
     Attributes:
         x_BCHW: Normalized images (B, 3, H, W).
-        y_B: Labels (B,).
+        y_B: Targets, one per image: (B,), (B, C), (B, K) or (B, S, S); see `petune.data.target.Target`.
         positions: Position of each image in the split.
         num_images: Images of the whole batch, of all processes together.
     """
@@ -207,7 +207,7 @@ class TrainBatches:
             size = int(self.sizes[step])
             positions = order[self.bounds[step] : self.bounds[step + 1]][part(size)]
             x = torch.from_numpy(positions) if positions_only else self._images(positions, draws)
-            yield Batch(x, _labels(self.split, positions, self.device), positions, size)
+            yield Batch(x, _targets(self.split, positions, self.device), positions, size)
 
     def _images(self, positions: NDArray[np.int64], draws: NDArray[np.float32]) -> Tensor:
         u = to_device(torch.from_numpy(draws[positions]), self.device)
@@ -233,11 +233,11 @@ def eval_batches(
             x = torch.from_numpy(positions)
         else:
             x = preprocess.normalize(preprocess.pixels(split, positions, device))
-        yield Batch(x, _labels(split, positions, device), positions, len(positions))
+        yield Batch(x, _targets(split, positions, device), positions, len(positions))
 
 
-def _labels(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-    return to_device(torch.from_numpy(split.labels[positions]), device)
+def _targets(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(np.ascontiguousarray(split.targets_at(positions))), device)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from petune.base.errors import DataError
 from petune.base.network import reachable
 from petune.data.cache import cache_dir
 from petune.data.cifar_parquet import SIDE, load_parquet, parquet_files
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import Dataset, Split, Target
 
 
 def load_cifar(name: str, data_dir: Path | None) -> Dataset:
@@ -125,4 +125,5 @@ def _download(name: str, data_dir: Path | None, target: Path) -> Dataset:
 
 
 def _dataset(name: str, classes: tuple[str, ...], source: str, train: Split, test: Split) -> Dataset:
-    return Dataset(name, classes, source, "light", train, train.take(np.arange(0)), test).validated()
+    target = Target("class", classes)
+    return Dataset(name, target, source, "light", train, train.take(np.arange(0)), test).validated()

@@ -1,47 +1,73 @@
-"""The dataset that the rest of petune works with: uint8 images in memory-mapped arrays, labels, class names.
+"""The dataset that the rest of petune works with: images in memory-mapped arrays, and their targets.
 
-Legend: N images, H height, W width.
+Legend: N images, H height, W width, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import ConfigError, DataError
 from petune.base.text import plural
+from petune.data.cut import Samples, draw_shots, held_out
+from petune.data.target import Target, TargetKind
+
+__all__ = ["Dataset", "Images", "OnBroken", "Split", "Target", "TargetKind"]
 
 CHUNK = 32
 """Images per step of computing statistics; bounds the memory."""
 OnBroken = Literal["error", "skip"]
 """Policy for an image that cannot be decoded: stop, or skip it."""
+TEST_FRACTION = 0.2
+
+
+class Images(Protocol):
+    """Images by row: a memory-mapped array, or an object that decodes on request."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a pixel."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Return the images of these rows, as an array."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and labels of one split.
+    """Images and targets of one split.
 
     Attributes:
         images: uint8, (N, H, W, 3), usually memory-mapped: index it, do not copy it.
-        labels: int64, (N,), from 0 to the number of classes - 1.
+        targets: One per image, see `Target`; masks are indexed by `rows`, as images are.
         rows: int64, (N,), the row in `images` of each image (splits may share an array). Copies of a file share the
             row of the first one.
         crop: Fraction of each side that the model sees; below 1 if images are stored with a margin.
+        weights: float64, (N,), weight of each image in the loss; None if all count the same.
+        groups: int64, (N,), images of one group (a patient, a video) are never divided; None if there are no groups.
     """
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    images: Images
+    targets: NDArray[Any]
     rows: NDArray[np.int64]
     crop: float = 1.0
+    weights: NDArray[np.float64] | None = None
+    groups: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, images: NDArray[np.uint8], labels: NDArray[np.int64], crop: float = 1.0) -> Split:
+    def of(cls, images: Images, targets: NDArray[Any], crop: float = 1.0) -> Split:
         """Return a split with all of `images`, in order."""
-        return cls(images, labels, np.arange(len(labels)), crop)
+        return cls(images, targets, np.arange(len(targets)), crop)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,9 +75,10 @@ class Split:
     def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel in [0, 1], from up to 20,000 evenly spaced images."""
         chosen = self.rows[:: max(1, len(self) // 10_000)]
-        counts_C256 = np.zeros((3, 256), np.int64)  # pixels as float64 would take 8 times the memory of the images
+        channels = self.images.shape[-1]
+        counts_C256 = np.zeros((channels, 256), np.int64)  # pixels as float64 would take 8 times the memory
         for start in range(0, len(chosen), CHUNK):
-            pixels_NC = np.asarray(self.images[chosen[start : start + CHUNK]]).reshape(-1, 3)
+            pixels_NC = np.asarray(self.images[chosen[start : start + CHUNK]]).reshape(-1, channels)
             counts_C256 += [np.bincount(channel, minlength=256) for channel in pixels_NC.T]
         values_256 = (np.arange(256, dtype=np.float32) / 255).astype(np.float64)
         shares_C256 = counts_C256 / counts_C256.sum(1, keepdims=True)
@@ -61,28 +88,55 @@ class Split:
 
     def take(self, positions: NDArray[np.int64]) -> Split:
         """Return the split with only these positions; the images are shared."""
-        return replace(self, labels=self.labels[positions], rows=self.rows[positions])
+        return replace(
+            self,
+            targets=self.targets if self.has_masks else self.targets[positions],
+            rows=self.rows[positions],
+            weights=None if self.weights is None else self.weights[positions],
+            groups=None if self.groups is None else self.groups[positions],
+        )
+
+    @property
+    def has_masks(self) -> bool:
+        """True if the targets are masks."""
+        return self.targets.ndim == 3
+
+    def targets_at(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the targets of the images at these positions of the split."""
+        return self.targets[self.rows[positions] if self.has_masks else positions]
+
+    def samples(self, kind: TargetKind) -> Samples:
+        """Return what decides how the split may be divided."""
+        return Samples(kind, self.targets, self.rows, self.groups)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits with the same classes.
+    """Three splits with targets of the same kind and names.
 
     Attributes:
         name: The name on the command line, such as `cifar10` or `folder:pets`.
-        classes: Class names in label order.
+        target: Kind and names of the targets.
         source: Where the images were read from, for the record.
         augment: The augmentation preset that suits these images.
         train, val, test: The splits; `val` is empty until `with_val` has cut one.
+        license, citation: Of the images, where they are known.
     """
 
     name: str
-    classes: tuple[str, ...]
+    target: Target
     source: str
     augment: str
     train: Split
     val: Split
     test: Split
+    license: str = ""
+    citation: str = ""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in label order; empty if the targets are numbers."""
+        return self.target.classes
 
     @property
     def num_classes(self) -> int:
@@ -90,30 +144,46 @@ class Dataset:
         return len(self.classes)
 
     def validated(self) -> Dataset:
-        """Return the dataset after checking its classes and labels.
+        """Return the dataset after checking its splits and targets.
 
         Raises:
-            DataError: Fewer than two classes, a class without training images, no test images, or a label out of
-                range.
+            DataError: Too few classes, a class without training images, no test images, a target out of range or not
+                finite, or a group in two splits.
         """
-        if self.num_classes < 2:
-            raise DataError(
-                f"{self.name} has {plural(self.num_classes, 'class', 'classes')}: {list(self.classes)}. "
-                "At least two are needed"
-            )
-        for part, split in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if len(split) and not 0 <= int(split.labels.min()) <= int(split.labels.max()) < self.num_classes:
-                span = f"{split.labels.min()}..{split.labels.max()}"
-                raise DataError(f"{self.name}/{part}: labels are {span}, outside 0..{self.num_classes - 1}")
-        empty = self._absent_classes(self.train)
+        self._check_names()
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        for part, split in splits.items():
+            _check_lengths(split, f"{self.name}/{part}")
+            self.target.check(split.targets, f"{self.name}/{part}")
+        empty = self.target.absent(self.train.targets)
         if empty:
             raise DataError(f"{self.name} has no training images for {', '.join(empty[:5])}")
+        if not len(self.train):
+            raise DataError(f"{self.name} has no training images")
         if not len(self.test):
             raise DataError(
                 f"{self.name} has no test images. A test split can only be cut from classes with at least two "
                 "different images"
             )
+        _check_groups(self.name, splits)
         return self
+
+    def _check_names(self) -> None:
+        if self.target.kind in {"class", "mask"} and self.num_classes < 2:
+            raise DataError(
+                f"{self.name} has {plural(self.num_classes, 'class', 'classes')}: {list(self.classes)}. "
+                "At least two are needed"
+            )
+        if not self.target.names:
+            raise DataError(f"{self.name} names no {'number' if self.target.kind == 'number' else 'label'} to learn")
+
+    def with_test(self, fraction: float = TEST_FRACTION) -> Dataset:
+        """Cut a stratified test split from train, always the same one, unless the dataset has a test split."""
+        if len(self.test):
+            return self
+        in_test = held_out(self.train.samples(self.target.kind), fraction, seed=0)
+        train, test = (self.train.take(np.flatnonzero(mask)) for mask in (~in_test, in_test))
+        return replace(self, train=train, test=test)
 
     def with_val(self, fraction: float, seed: int) -> Dataset:
         """Cut a stratified validation split from train, unless the dataset has one.
@@ -127,15 +197,15 @@ class Dataset:
         """
         if len(self.val):
             return self
-        held_out = stratified_mask(self.train.labels, self.train.rows, fraction, seed)
-        if not held_out.any() or held_out.all():
+        in_val = held_out(self.train.samples(self.target.kind), fraction, seed)
+        if not in_val.any() or in_val.all():
             raise ConfigError(
                 f"val_fraction={fraction} of {plural(len(self.train), 'training image')} leaves a split empty. A "
                 "class needs two different images, besides those cut for test, to give one to val. Add "
                 "images, or a val folder"
             )
-        positions = np.arange(len(self.train))
-        cut = replace(self, train=self.train.take(positions[~held_out]), val=self.train.take(positions[held_out]))
+        train, val = (self.train.take(np.flatnonzero(mask)) for mask in (~in_val, in_val))
+        cut = replace(self, train=train, val=val)
         return cut.with_note(cut.missing_classes_note("val"))
 
     def with_note(self, note: str) -> Dataset:
@@ -144,7 +214,7 @@ class Dataset:
 
     def missing_classes_note(self, part: Literal["val", "test"]) -> str:
         """Return a note naming the classes without images in a split; empty if every class has some."""
-        absent = self._absent_classes(self.val if part == "val" else self.test)
+        absent = self.target.absent((self.val if part == "val" else self.test).targets)
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         return f"no {part} image of {shown}" if absent else ""
 
@@ -152,47 +222,43 @@ class Dataset:
         """Keep `count` training images per class, drawn by `seed` (few-shot).
 
         Raises:
-            ConfigError: A class has fewer images.
+            ConfigError: A class has fewer images, or the targets are not classes of images.
         """
-        smallest = int(np.bincount(self.train.labels, minlength=self.num_classes).min())
+        targets = self.train.targets
+        if self.target.kind == "class":
+            counts = np.bincount(targets, minlength=self.num_classes)
+        elif self.target.kind == "multi_hot":
+            counts = targets.sum(0, dtype=np.int64)
+        else:
+            raise ConfigError(
+                f"shots counts images per class, but the targets of {self.name} are of kind {self.target.kind!r}. "
+                "Leave shots out"
+            )
+        smallest = int(counts.min())
         if count > smallest:
             raise ConfigError(
                 f"shots is {count}, but the smallest class of {self.name} has "
                 f"{plural(smallest, 'training image')}. Use at most {smallest}"
             )
-        chosen = [order[:count] for order in _shuffled_by_class(self.train.labels, seed)]
-        return replace(self, train=self.train.take(np.sort(np.concatenate(chosen))))
-
-    def _absent_classes(self, split: Split) -> Sequence[str]:
-        counts = np.bincount(split.labels, minlength=self.num_classes)
-        return [self.classes[i] for i in np.flatnonzero(counts == 0)]
+        return replace(self, train=self.train.take(draw_shots(self.train.samples(self.target.kind), count, seed)))
 
 
-def stratified_mask(
-    labels: NDArray[np.int64], rows: NDArray[np.int64], fraction: float, seed: int
-) -> NDArray[np.bool_]:
-    """Select a share of each class: at least one image, and never a whole class.
-
-    A class with a single image keeps it. Copies of a file (equal rows) are always selected together, because testing
-    on a copy of a training image would measure memorization.
-
-    Args:
-        labels: int64 (N,).
-        rows: int64 (N,); see `Split`.
-        fraction: Share of each class.
-        seed: Selects the images.
-
-    Returns:
-        Mask, bool (N,).
-    """
-    _, first, group = np.unique(rows, return_index=True, return_inverse=True)
-    selected = np.zeros(len(first), dtype=bool)
-    for order in _shuffled_by_class(labels[first], seed):
-        count = min(max(1, round(len(order) * fraction)), len(order) - 1)
-        selected[order[:count]] = True
-    return selected[group]
+def _check_lengths(split: Split, where: str) -> None:
+    """Check that there is one target, weight and group per image."""
+    if not split.has_masks and len(split.targets) != len(split):
+        raise DataError(f"{where}: {plural(len(split.targets), 'target')} for {plural(len(split), 'image')}")
+    for name, values in (("weights", split.weights), ("groups", split.groups)):
+        if values is not None and values.shape != (len(split),):
+            raise DataError(f"{where}: {name} of shape {values.shape} for {plural(len(split), 'image')}")
+    if split.weights is not None and not (np.isfinite(split.weights).all() and (split.weights >= 0).all()):
+        raise DataError(f"{where}: a weight is negative or not finite. Use weights from 0")
 
 
-def _shuffled_by_class(labels: NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
-    generator = np.random.Generator(np.random.Philox(key=[seed, 0x5EED]))
-    return [generator.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+def _check_groups(name: str, splits: dict[str, Split]) -> None:
+    first: dict[int, str] = {}
+    for part, split in splits.items():
+        for group in [] if split.groups is None else np.unique(split.groups).tolist():
+            if first.setdefault(group, part) != part:
+                raise DataError(
+                    f"{name}: group {group} is in {first[group]} and in {part}. Move its images into one split"
+                )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from petune.data.dataset import Dataset, Split, stratified_mask
+from petune.data.dataset import Dataset, Split, Target
 
-TEST_FRACTION = 0.2
 MAX_INTENSITY = 16  # the pixels count the ink in 4×4 cells
 
 
@@ -22,13 +21,13 @@ def load_digits() -> Dataset:
     gray_NHW = np.rint(bunch.images * (255 / MAX_INTENSITY)).astype(np.uint8)
     images = np.repeat(gray_NHW[..., None], 3, axis=-1)
     split = Split.of(images, bunch.target.astype(np.int64))
-    in_test = stratified_mask(split.labels, split.rows, TEST_FRACTION, seed=0)
-    return Dataset(
+    dataset = Dataset(
         name="digits",
-        classes=tuple(str(digit) for digit in bunch.target_names),
+        target=Target("class", tuple(str(digit) for digit in bunch.target_names)),
         source="scikit-learn",
         augment="shift",
-        train=split.take(np.flatnonzero(~in_test)),
+        train=split,
         val=split.take(np.arange(0)),
-        test=split.take(np.flatnonzero(in_test)),
-    ).validated()
+        test=split.take(np.arange(0)),
+    )
+    return dataset.with_test().validated()

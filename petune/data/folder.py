@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cache import Allocate, cached_split
-from petune.data.dataset import Dataset, OnBroken, Split, stratified_mask
+from petune.data.dataset import TEST_FRACTION, Dataset, OnBroken, Split, Target
 from petune.data.find_images import size_and_time, unsupported_note
 from petune.data.images import decode_images
 from petune.data.layout import ClassFiles, list_images
@@ -25,7 +25,6 @@ from petune.data.splits import left_out_note
 FORMAT = 3
 """Raised when the same files are decoded to other pixels, so that decoded caches are rebuilt."""
 CROP = 0.875  # timm's usual share of the side for evaluation; the rest is stored as a margin
-TEST_FRACTION = 0.2
 MAX_BROKEN = 0.01
 BROKEN_LABEL = -1
 
@@ -71,18 +70,13 @@ def _assemble(path: Path, classes: tuple[str, ...], splits: dict[str, Split]) ->
     """Use the splits that the folder has, and cut test from train if it has neither test nor val."""
     train = splits["train"]
     empty = train.take(np.arange(0))
-    dataset = Dataset(f"folder:{path}", classes, str(path), "crop", train, empty, empty)
+    dataset = Dataset(f"folder:{path}", Target("class", classes), str(path), "crop", train, empty, empty)
     if "test" in splits:
         return replace(dataset, val=splits.get("val", empty), test=splits["test"])
     if "val" in splits:
         return replace(dataset, test=splits["val"], source=f"{path} (val is used for testing)")
-    in_test = stratified_mask(train.labels, train.rows, TEST_FRACTION, seed=0)
-    return replace(
-        dataset,
-        train=train.take(np.flatnonzero(~in_test)),
-        test=train.take(np.flatnonzero(in_test)),
-        source=f"{path} (no test folder: {TEST_FRACTION:.0%} of each class is used for testing)",
-    )
+    source = f"{path} (no test folder: {TEST_FRACTION:.0%} of each class is used for testing)"
+    return replace(dataset.with_test(), source=source)
 
 
 def _broken_note(path: Path, broken: Sequence[Path]) -> str:
@@ -109,7 +103,7 @@ class _Decoder:
         paths = [image for images in classes.values() for image in images]
         labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
         split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP)
-        is_broken = split.labels == BROKEN_LABEL
+        is_broken = split.targets == BROKEN_LABEL
         if not is_broken.any():
             return split, []
         return split.take(np.flatnonzero(~is_broken)), [paths[i] for i in np.flatnonzero(is_broken)]

@@ -98,7 +98,7 @@ def folder(tmp_path: Path) -> Path:
     """Images of three of the ten classes, in no order of the model's."""
     test = load_dataset("digits").test
     for i in range(60):
-        if (label := int(test.labels[i])) in {7, 2, 5}:
+        if (label := int(test.targets[i])) in {7, 2, 5}:
             file = tmp_path / "more" / str(label) / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(test.images[test.rows[i]]).save(file)

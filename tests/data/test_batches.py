@@ -80,7 +80,7 @@ def test_labels_match_pixels() -> None:
     split = _split(9).take(np.array([8, 2, 5, 3]))
     for batch in _batches(split, 2, preset="none").epoch(0):
         for x, y, position in zip(batch.x_BCHW, batch.y_B, batch.positions, strict=True):
-            assert int(y) == split.labels[position]
+            assert int(y) == split.targets[position]
             assert np.array_equal(x.permute(1, 2, 0).round().numpy(), split.images[split.rows[position]])
 
 
@@ -89,7 +89,7 @@ def test_evaluation_yields_every_image_once_in_order() -> None:
     batches = list(eval_batches(split, PLAIN, 4, CPU))
     assert [len(b.y_B) for b in batches] == [4, 4, 3]
     assert np.concatenate([b.positions for b in batches]).tolist() == list(range(11))
-    assert torch.equal(torch.cat([b.y_B for b in batches]), torch.from_numpy(split.labels))
+    assert torch.equal(torch.cat([b.y_B for b in batches]), torch.from_numpy(split.targets))
 
 
 def test_normalize_follows_the_formula() -> None:

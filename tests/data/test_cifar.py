@@ -59,7 +59,7 @@ def test_parquet_is_read_to_the_pixel(tmp_path: Path) -> None:
     data = load_cifar("cifar10", tmp_path)
     assert np.array_equal(data.train.images, images)
     assert np.array_equal(data.test.images, images[::-1])
-    assert data.train.labels.tolist() == [i % 10 for i in range(20)]
+    assert data.train.targets.tolist() == [i % 10 for i in range(20)]
     assert data.classes == tuple(NAMES)
     assert data.augment == "light"
     assert isinstance(data.train.images, np.memmap)
@@ -218,7 +218,7 @@ def test_the_real_cifar100_test_file(tmp_path: Path) -> None:
         (folder / f"{part}.parquet").symlink_to(REAL / "cifar100" / "test.parquet")
     data = load_cifar("cifar100", tmp_path / "data")
     assert len(data.test) == 10_000
-    assert np.bincount(data.test.labels).tolist() == [100] * 100
+    assert np.bincount(data.test.targets).tolist() == [100] * 100
     assert (data.classes[0], data.classes[1], data.classes[99]) == ("apple", "aquarium_fish", "worm")
     mean, std = data.test.channel_statistics()
     np.testing.assert_allclose(mean, (0.5088, 0.4874, 0.4419), atol=2e-3)

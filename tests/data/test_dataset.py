@@ -13,7 +13,7 @@ from torch import nn
 from petune.backbones.create import Backbone
 from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data import DATASETS, load_dataset
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import Dataset, Split, Target
 from petune.data.digits import load_digits
 from petune.runner.prepare import choose_preprocess
 
@@ -22,18 +22,18 @@ def _dataset(per_class: tuple[int, ...] = (10, 20, 30), crop: float = 1.0) -> Da
     labels = np.repeat(np.arange(len(per_class)), per_class)
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None].repeat(3, 3)
     train = Split.of(images, labels, crop)
-    classes = tuple("abcdefgh"[: len(per_class)])
-    return Dataset("toy", classes, "here", "none", train, train.take(np.arange(0)), train.take(np.arange(2)))
+    target = Target("class", tuple("abcdefgh"[: len(per_class)]))
+    return Dataset("toy", target, "here", "none", train, train.take(np.arange(0)), train.take(np.arange(2)))
 
 
 def test_val_is_stratified_disjoint_and_complete() -> None:
     whole = _dataset()
     cut = whole.with_val(0.2, seed=0)
-    assert np.bincount(cut.val.labels).tolist() == [2, 4, 6]
-    assert np.bincount(cut.train.labels).tolist() == [8, 16, 24]
+    assert np.bincount(cut.val.targets).tolist() == [2, 4, 6]
+    assert np.bincount(cut.train.targets).tolist() == [8, 16, 24]
     assert sorted([*cut.train.rows, *cut.val.rows]) == list(range(60))
     for split in (cut.train, cut.val):
-        assert np.array_equal(whole.train.labels[split.rows], split.labels)
+        assert np.array_equal(whole.train.targets[split.rows], split.targets)
 
 
 def test_val_is_the_same_for_the_same_seed_only() -> None:
@@ -51,7 +51,7 @@ def test_copies_are_always_in_the_same_split() -> None:
     for seed in range(5):
         cut = twice.with_val(0.2, seed)
         assert not set(cut.val.rows) & set(cut.train.rows)
-        assert np.bincount(cut.val.labels).tolist() == [2, 4, 6]
+        assert np.bincount(cut.val.targets).tolist() == [2, 4, 6]
 
 
 def test_an_existing_val_split_is_kept() -> None:
@@ -61,7 +61,7 @@ def test_an_existing_val_split_is_kept() -> None:
 
 def test_a_class_with_one_image_gives_none_to_val() -> None:
     cut = _dataset((2, 1, 50)).with_val(0.1, seed=0)
-    assert np.bincount(cut.val.labels, minlength=3).tolist() == [1, 0, 5]
+    assert np.bincount(cut.val.targets, minlength=3).tolist() == [1, 0, 5]
 
 
 def test_classes_missing_from_val_are_named() -> None:
@@ -76,10 +76,10 @@ def test_a_val_split_that_would_be_empty_is_refused() -> None:
 
 def test_few_shot_draws_the_same_count_from_each_class() -> None:
     few = _dataset().with_shots(4, seed=3)
-    assert np.bincount(few.train.labels).tolist() == [4, 4, 4]
+    assert np.bincount(few.train.targets).tolist() == [4, 4, 4]
     assert few.train.rows.tolist() == _dataset().with_shots(4, seed=3).train.rows.tolist()
     assert few.train.rows.tolist() != _dataset().with_shots(4, seed=4).train.rows.tolist()
-    assert np.array_equal(_dataset().train.labels[few.train.rows], few.train.labels)
+    assert np.array_equal(_dataset().train.targets[few.train.rows], few.train.targets)
 
 
 def test_few_shot_images_do_not_come_from_val() -> None:
@@ -100,11 +100,11 @@ def test_inconsistent_datasets_are_refused() -> None:
     good = _dataset()
     assert good.validated() is good
     with pytest.raises(DataError, match="At least two"):
-        replace(good, classes=("a",)).validated()
+        replace(good, target=Target("class", ("a",))).validated()
     with pytest.raises(DataError, match=r"toy/train: labels are 0\.\.2, outside 0\.\.1"):
-        replace(good, classes=("a", "b")).validated()
+        replace(good, target=Target("class", ("a", "b"))).validated()
     with pytest.raises(DataError, match="no training images for d"):
-        replace(good, classes=("a", "b", "c", "d")).validated()
+        replace(good, target=Target("class", tuple("abcd"))).validated()
     with pytest.raises(DataError, match="no test images"):
         replace(good, test=good.train.take(np.arange(0))).validated()
 
@@ -150,7 +150,7 @@ def test_digits_are_complete_and_stratified() -> None:
     assert digits.train.images.shape == (1797, 8, 8, 3)
     assert (digits.train.images.min(), digits.train.images.max()) == (0, 255)
     assert not set(digits.train.rows) & set(digits.test.rows)
-    counts = np.bincount(digits.test.labels) / (np.bincount(digits.train.labels) + np.bincount(digits.test.labels))
+    counts = np.bincount(digits.test.targets) / (np.bincount(digits.train.targets) + np.bincount(digits.test.targets))
     assert np.abs(counts - 0.2).max() < 0.01
     assert digits.train.images[:, 0, 0].mean() < 1  # the paper around a digit is 0
 

@@ -32,7 +32,7 @@ def test_existing_splits_are_kept(tmp_path: Path) -> None:
     assert (data.source, data.augment) == (str(tmp_path), "crop")
     for split, start in ((data.train, 0), (data.val, 10), (data.test, 20)):
         values = split.images[split.rows][:, 0, 0, 0].astype(int)
-        assert np.array_equal(values // 50, split.labels)
+        assert np.array_equal(values // 50, split.targets)
         assert np.array_equal(values % 50 // 10, np.full(len(split), start // 10))
 
 
@@ -40,8 +40,8 @@ def test_existing_splits_are_kept(tmp_path: Path) -> None:
 def test_without_a_test_folder_a_fifth_is_cut_from_train(part: str, tmp_path: Path) -> None:
     _fill(tmp_path / part, {"cat": 10, "dog": 20})
     data = load_folder(tmp_path, 32)
-    assert np.bincount(data.train.labels).tolist() == [8, 16]
-    assert np.bincount(data.test.labels).tolist() == [2, 4]
+    assert np.bincount(data.train.targets).tolist() == [8, 16]
+    assert np.bincount(data.test.targets).tolist() == [2, 4]
     assert not set(data.train.rows) & set(data.test.rows)
     assert "20% of each class is used for testing" in data.source
     assert data.test.rows.tolist() == load_folder(tmp_path, 32).test.rows.tolist()
@@ -57,7 +57,7 @@ def test_subfolders_are_searched_and_hidden_or_other_files_ignored(tmp_path: Pat
     Image.new("RGB", (9, 9)).save(tmp_path / "dog" / "UPPER.JPG", "JPEG")
     data = load_folder(tmp_path, 32)
     assert data.classes == ("cat", "dog")
-    assert np.bincount(np.concatenate([data.train.labels, data.test.labels])).tolist() == [8, 6]
+    assert np.bincount(np.concatenate([data.train.targets, data.test.targets])).tolist() == [8, 6]
 
 
 def test_images_are_cached_with_a_margin(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_copies_are_always_cut_into_the_same_split(tmp_path: Path) -> None:
         assert not rows[0] & rows[1] | rows[0] & rows[2] | rows[1] & rows[2]
         assert [len(split) for split in (data.train, data.val, data.test)] == [76, 20, 24]
         for split in (data.train, data.val, data.test):
-            assert np.array_equal(split.images[split.rows][:, 0, 0, 0] // 50, split.labels)
+            assert np.array_equal(split.images[split.rows][:, 0, 0, 0] // 50, split.targets)
 
 
 def test_class_folders_need_utf8_names(tmp_path: Path) -> None:

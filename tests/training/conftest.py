@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.data.batches import Preprocess
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import Dataset, Split, Target
 from petune.training.config import TrainConfig
 from petune.training.events import Event
 from petune.training.job import TrainJob
@@ -88,7 +88,8 @@ def toy_dataset() -> Dataset:
             image[4 * (label // 2) :, 4 * (label % 2) :] += 60
         return Split.of(images, labels)
 
-    return Dataset("toy", ("a", "b", "c"), "made", "none", split(26, 0), split(9, 1), split(12, 2)).validated()
+    target = Target("class", ("a", "b", "c"))
+    return Dataset("toy", target, "made", "none", split(26, 0), split(9, 1), split(12, 2)).validated()
 
 
 MakeTrainer = Callable[..., Trainer]

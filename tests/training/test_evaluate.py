@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import Stopped
 from petune.data.batches import Preprocess
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import Dataset, Split, Target
 from petune.training.config import TrainConfig
 from petune.training.evaluate import Accuracy, evaluate
 from petune.training.job import TrainJob
@@ -49,7 +49,7 @@ def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, sto
     names = tuple(map(str, range(classes)))
     job = TrainJob(
         attachment=SimpleNamespace(model=model),  # type: ignore[arg-type]
-        dataset=Dataset("toy", names, "made", "none", split, split, split),
+        dataset=Dataset("toy", Target("class", names), "made", "none", split, split, split),
         preprocess=PLAIN,
         config=TrainConfig(eval_batch_size=batch_size),
         device=CPU,
@@ -63,7 +63,7 @@ def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, sto
 def test_accuracy_and_loss_equal_a_manual_computation(classes: int, batch_size: int) -> None:
     model, split = _toy(50, classes)
     result = _evaluate(model, split, classes, batch_size)
-    labels = torch.from_numpy(split.labels)
+    labels = torch.from_numpy(split.targets)
     ranks = (model.logits_NC > model.logits_NC.gather(1, labels[:, None])).sum(1)
     assert result.top1 == pytest.approx(100 * float((ranks == 0).float().mean()), abs=1e-4)
     assert result.top5 == pytest.approx(100 * float((ranks < 5).float().mean()), abs=1e-4)

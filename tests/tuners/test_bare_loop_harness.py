@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import petune
 from petune.data.batches import Preprocess
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import Dataset, Split, Target
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.training.config import TrainConfig
 from petune.training.job import TrainJob
@@ -60,7 +60,7 @@ def dataset() -> Dataset:
     pixels = np.random.default_rng(0).integers(0, 256, (18 + 6, 16, 16, 3), dtype=np.uint8)
     labels = np.arange(len(pixels)) % 3
     train, test = Split.of(pixels[:18], labels[:18]), Split.of(pixels[18:], labels[18:])
-    return Dataset("noise", ("a", "b", "c"), "made", "none", train, test, test).validated()
+    return Dataset("noise", Target("class", ("a", "b", "c")), "made", "none", train, test, test).validated()
 
 
 def trainer(att: petune.Attachment, directory: Path) -> Trainer:
