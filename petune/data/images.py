@@ -110,9 +110,9 @@ def center_square(image: Image, side: int) -> NDArray[np.uint8]:
         ValueError: The image has a mode without a defined white.
         OSError: Pillow decodes lazily, and decoding fails.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    upright = _to_rgb(ImageOps.exif_transpose(_to_8_bit(image)))
+    upright = _to_rgb(_upright(_to_8_bit(image)))
     width, height = upright.size
     edge = min(width, height)
     left, top = (width - edge) / 2, (height - edge) / 2
@@ -133,11 +133,19 @@ def _to_8_bit(image: Image) -> Image:
     return converted
 
 
+def _upright(image: Image) -> Image:
+    """Turn an image as its EXIF orientation says; one without is not copied, unlike in Pillow."""
+    from PIL import ExifTags, ImageOps
+
+    image.load()  # a PNG may hold its EXIF data after the pixels
+    return ImageOps.exif_transpose(image) if ExifTags.Base.Orientation in image.getexif() else image
+
+
 def _to_rgb(image: Image) -> Image:
     from PIL import Image
 
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     # On white, as a page or a viewer shows it: most such images are cut-outs and logos made for a white
     # background. Dropping alpha would reveal colors that nobody sees.
     layered = image.convert("RGBA")
