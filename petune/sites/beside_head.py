@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from petune.sites.head import attends_to_others, encoder_of, end_of, predicts_classes, start_of
+from petune.sites.encoder import attends_to_others, encoder_of, end_of, start_of
+from petune.sites.head import predicts_classes
 from petune.sites.named_heads import classifiers_of, has_matrix
 from petune.sites.site import Block, Site
 from petune.sites.trace import Trace

@@ -8,13 +8,13 @@ from dataclasses import replace
 from torch import nn
 
 from petune.sites.attentions import Attention, Pair, find_attentions
+from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
 from petune.sites.parts import (
     attention_branch,
     is_norm,
     late_mid,
     mid_of,
-    norm_inside,
     norm_of,
     parallel_mid,
     reaches_output,
@@ -60,17 +60,13 @@ def _block_of(trace: Trace, attention: Attention, attentions: list[Attention]) -
     return _without_mlp(trace, attention, attentions)
 
 
-def _is_module(trace: Trace, pair: Pair) -> bool:
-    return len(pair.inside) == 1 and pair.scope is not trace.root and pair.scope.maps_tokens
-
-
 def _joins_windows(trace: Trace, pair: Pair) -> bool:
     """Return whether a block ends by rearranging its tokens: it joins the windows that it has cut.
 
     `mid` and the block's output then hold the tokens in different orders. Shapes do not always show that: 64 windows of
     64 tokens have the shape of an image of 64 × 64. A row of tokens that becomes an image keeps its order.
     """
-    if not _is_module(trace, pair):
+    if not is_module(trace, pair):
         return False
     mid, y = mid_of(trace, pair.mlp, pair.attention.call.stop, pair.scope.stop), pair.scope.output
     x = None if mid is None else mid.input
@@ -81,22 +77,6 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
     makers = [c for c in pair.scope.inner() if c.output is y]
     has_weights = any(is_norm(c) or any(True for _ in c.module.parameters()) for c in makers)
     return bool(sums) and all(s is not y for s in sums) and not has_weights
-
-
-def _ends_with_norm(trace: Trace, pair: Pair) -> bool:
-    """Return whether a module normalizes what its only block returns: a transformer of depth 1 with its final norm.
-
-    The norm at the end of a post-norm block belongs to the block; there, no norm reads the stream before the MLP.
-    """
-    if not _is_module(trace, pair):
-        return False
-    norms = [c for c in pair.scope.inner() if is_norm(c) and c.start > pair.mlp.last.stop]
-    norm = next((c for c in norms if c.output is pair.scope.output), None)
-    mid = mid_of(trace, pair.mlp, _child_towards(pair.scope, pair.attention.call).stop)
-    if norm is None or mid is None:
-        return False
-    follows_norm = any(c.output is norm.input for c in norms)
-    return is_norm(mid) or norm_inside(mid) is not None or follows_norm
 
 
 def _has_parallel_attentions(trace: Trace, pair: Pair) -> bool:
@@ -112,7 +92,7 @@ def _has_parallel_attentions(trace: Trace, pair: Pair) -> bool:
 def _build_module(trace: Trace, pair: Pair) -> Found:
     """Build a block that is one module."""
     block = pair.scope
-    inner = _child_towards(block, pair.attention.call)
+    inner = child_towards(block, pair.attention.call)
     bare = _bare(block, block, width_after(block), trace.model_name)
     described = _with_parts(trace, pair, bare, inner, list(block.subtree()))
     if "mid" in described.parts and not _returns_as_many(described.mid, block):
@@ -129,7 +109,7 @@ def _returns_as_many(mid: Site, block: Call) -> bool:
 
 def _build_span(trace: Trace, pair: Pair) -> Found | None:
     """Build a block that is not a module: the module that calls its attention and MLP contains other parts too."""
-    first = _child_towards(pair.scope, pair.attention.call)
+    first = child_towards(pair.scope, pair.attention.call)
     mid = mid_of(trace, pair.mlp, first.stop)
     last = None if mid is None else span_exit(trace, pair.mlp, mid)
     if last is None:
@@ -151,8 +131,8 @@ Predicate = Callable[[Trace, Pair], bool]
 Builder = Callable[[Trace, Pair], Found | None]
 SHAPES: tuple[tuple[Predicate, Builder], ...] = (
     (_joins_windows, _build_span),  # torchvision's MaxViT; the block ends before the windows are joined
-    (_ends_with_norm, _build_span),  # a hand-written transformer of depth 1
-    (_is_module, _build_module),  # vit_base_patch16_224
+    (contains_block, _build_span),  # a hand-written transformer of depth 1
+    (is_module, _build_module),  # vit_base_patch16_224
     (_has_parallel_attentions, _build_parallel_attentions),  # vit_small_patch16_18x2_224
     (
         lambda trace, pair: True,
@@ -218,8 +198,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         if first is not None and last is not None
     }
     if mid is not None:
-        mid_dim = width_after(scope) if scope.maps_tokens else dim
-        parts["mid"] = make_site("mid", mid, mid, mid_dim, model, layout, read_only=True)
+        parts["mid"] = make_site("mid", mid, mid, bare.dim, model, layout, read_only=True)
     return replace(
         bare,
         parts=parts,
@@ -244,11 +223,3 @@ def _bias_modules(attention: Call | None, scope: Call) -> tuple[nn.Module, ...]:
     without_input = [c for c in scope.subtree() if c.output is not None and not c.inputs]
     modules = (c.module for c in without_input if c.output is not None and c.output.shape[-2:] == pairs)
     return tuple(dict.fromkeys(modules))
-
-
-def _child_towards(outer: Call, inner: Call) -> Call:
-    """Return the child call of `outer` that contains `inner`; if `inner` is `outer`, return it."""
-    call = inner
-    while call is not outer and call.parent is not None and call.parent is not outer:
-        call = call.parent
-    return call

@@ -13,8 +13,9 @@ from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError
 from petune.sites.beside_head import layers_beside_head
 from petune.sites.blocks import find_blocks
+from petune.sites.encoder import end_of
 from petune.sites.grid import grid_and_prefix
-from petune.sites.head import end_of, find_head, head_at
+from petune.sites.head import find_head, head_at
 from petune.sites.input_size import input_sizes_of
 from petune.sites.layouts import make_site
 from petune.sites.parts import is_norm

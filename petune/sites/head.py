@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.sites.encoder import encoder_of, end_of, last_residual, outermost_after, start_of
 from petune.sites.layouts import is_conv
-from petune.sites.named_heads import NamedModules, classifiers_of, has_matrix, named_by_library
+from petune.sites.named_heads import NamedModules, classifiers_of, named_by_library
 from petune.sites.parts import is_norm
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
@@ -49,28 +50,6 @@ def predicts_classes(trace: Trace) -> bool:
     return trace.root.output is None or trace.root.output.ndim <= 2
 
 
-def start_of(trace: Trace, blocks: Sequence[Block]) -> int:
-    """Return when the first block is entered; 0 without blocks."""
-    bounds = {id(m) for block in blocks for m in block.modules}
-    return min((c.start for c in trace.calls if id(c.module) in bounds), default=0)
-
-
-def end_of(trace: Trace, blocks: Sequence[Block]) -> int:
-    """Return when the last block is left; 0 without blocks."""
-    bounds = {id(m) for block in blocks for m in block.modules}
-    return max((c.stop for c in trace.calls if id(c.module) in bounds), default=0)
-
-
-def attends_to_others(block: Call) -> bool:
-    """Return whether a block is called with a second row of tokens, as a decoder is with the encoder's."""
-    x = block.input
-    if x is None or x.ndim != 3:
-        return False
-    others = [y for y in block.inputs[1:] if y.ndim == 3 and y.shape[-1] == x.shape[-1] and y.is_floating_point()]
-    rows = {x.numel(), x.numel() // len(x), x.numel() // x.shape[1]}
-    return any(y.numel() not in rows for y in others)
-
-
 def _with_others(heads: NamedModules, others: NamedModules) -> NamedModules:
     """Return both, without those that are inside another one."""
     every = dict([*heads, *others])
@@ -107,31 +86,17 @@ def _after_blocks(model: nn.Module, trace: Trace, blocks: Sequence[Block], block
     """Return the outermost modules with a matrix after the last block; empty if the model returns features."""
     if trace.root.output is None or _is_feature(trace, trace.root.output, blocks):
         return []
-    after = [c for c in trace.calls if c.start > blocks_end and has_matrix(c.module)]
-    outermost = [c for c in after if c.parent is None or c.parent.start <= blocks_end]
+    outermost = outermost_after(trace, blocks_end)
     encoder = encoder_of(trace, blocks)
     outermost = [c for c in outermost if id(c.module) not in encoder] or outermost
     return list(dict(_list_of(model, c, blocks) for c in outermost).items())
 
 
-def encoder_of(trace: Trace, blocks: Sequence[Block]) -> set[int]:
-    """Return the modules of the innermost module that calls all blocks, unless that is the model.
-
-    What such an encoder calls after its last block is a part of it (MobileViT's convolutions). With a decoder, whose
-    blocks may predict something themselves, nothing is.
-    """
-    enters = {id(block.enter) for block in blocks}
-    calls = [c for c in trace.calls if id(c.module) in enters]
-    last = max(calls, key=lambda c: c.stop, default=None)
-    if last is None or any(attends_to_others(c) for c in calls):
-        return set()
-    around = (c for c in last.ancestors() if all(c.start < other.start and other.stop < c.stop for other in calls))
-    encoder = next(around, None)
-    return {id(m) for m in encoder.module.modules()} if encoder is not None and encoder is not trace.root else set()
-
-
 def _is_feature(trace: Trace, y: Tensor, blocks: Sequence[Block]) -> bool:
-    """Return whether a tensor is what a block or the final norm returns."""
+    """Return whether a tensor is what a block or the final norm returns, or a residual around all blocks."""
+    residual = last_residual(trace, blocks)
+    if residual is not None and residual.result is y:
+        return True
     bounds = {id(m) for block in blocks for m in block.modules}
     makers = [c for c in trace.calls if c.output is y and c is not trace.root]
     innermost = max(makers, key=lambda c: c.start, default=None)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from petune.sites.layouts import is_conv, width_of
-from petune.sites.trace import Call, Trace
+from petune.sites.trace import Addition, Call, Trace
 
 
 @dataclass(eq=False)
@@ -173,8 +173,7 @@ def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.i
         stream = call.input
         if stream is None or call.start < attention_end or _used_before(trace, stream, attention_end):
             continue
-        forms = [stream, *_scaled(trace, stream)]
-        if any(_addend(trace, form, mlp.last.stop, block_end) is not None for form in forms):
+        if addition_to(trace, stream, mlp.last.stop, block_end) is not None:
             return call
     return None
 
@@ -189,10 +188,15 @@ def _scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
     return [c.output for c in scales if c.output is not None and c.keeps_shape]
 
 
-def _addend(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Tensor | None:
-    """Return what is first added to the stream between two times."""
-    addends = (add.other(stream) for add in trace.additions if after < add.time < before)
-    return next((addend for addend in addends if addend is not None), None)
+def addition_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Addition | None:
+    """Return what first adds to the stream, or to the stream after scaling, between two times."""
+    forms = [stream, *_scaled(trace, stream)]
+    additions = (add for form in forms for add in _additions(trace, form, after, before))
+    return next(additions, None)
+
+
+def _additions(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> list[Addition]:
+    return [add for add in trace.additions if after < add.time < before and add.other(stream) is not None]
 
 
 def parallel_mid(trace: Trace, block: Call) -> Call | None:
@@ -224,7 +228,8 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
 
     A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block.
     """
-    addend = None if mid.input is None else _addend(trace, mid.input, mlp.last.stop)
+    additions = [] if mid.input is None else _additions(trace, mid.input, mlp.last.stop)
+    addend = additions[0].other(mid.input) if additions else None
     makers = [c for c in trace.calls if addend is not None and c.output is addend]
     once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]
     return max(once, key=lambda c: c.stop, default=None)

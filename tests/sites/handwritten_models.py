@@ -5,7 +5,7 @@ Each takes (B, 3, 16, 16) and has 3 classes, width 24, 3 blocks; patch 4, so 16 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,50 @@ class Transformer(nn.Module):
             x = attention(x) + x
             x = feed(x) + x
         return self.final(x)
+
+
+class Around(nn.Module):
+    """Pairs in a loop, with modules before and after them."""
+
+    def __init__(self, depth: int, after: Sequence[nn.Module], before: nn.Module | None = None) -> None:
+        super().__init__()
+        self.before, self.after = before or nn.Identity(), nn.Sequential(*after)
+        self.layers = nn.ModuleList(nn.ModuleList([EinopsAttention(), normed_mlp()]) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        for attention, feed in self.layers:
+            x = attention(x) + x
+            x = feed(x) + x
+        return self.after(x)
+
+
+class PostNorm(nn.Module):
+    """Post-norm blocks in lists of attentions, MLPs and norms, with modules after them."""
+
+    def __init__(self, depth: int, after: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.looks = nn.ModuleList(SplitAttention() for _ in range(depth))
+        self.thinks = nn.ModuleList(mlp() for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2 * depth))
+        self.after = nn.Sequential(*after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (look, think) in enumerate(zip(self.looks, self.thinks, strict=True)):
+            x = self.norms[2 * i](x + look(x))
+            x = self.norms[2 * i + 1](x + think(x))
+        return self.after(x)
+
+
+class Select(nn.Module):
+    """Some tokens, or their mean."""
+
+    def __init__(self, select: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.select = select
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.select(x)
 
 
 class Nested(nn.Module):

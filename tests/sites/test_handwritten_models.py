@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from survey.pairs import examine
@@ -98,6 +100,122 @@ def test_a_final_norm_in_the_module_of_the_blocks_is_not_a_part_of_them(depth: i
     assert [block.where for block in sites.blocks] == spans
     assert sites.norm.path == "trunk.final"
     assert unproven_mids(model, sites) == []
+
+
+def norm() -> nn.Module:
+    return nn.LayerNorm(models.D)
+
+
+def proj(*, bias: bool = True, width: int = models.D) -> nn.Module:
+    return nn.Linear(models.D, width, bias=bias)
+
+
+AFTER = {
+    "projection": (lambda: [proj()], None),
+    "projection without bias": (lambda: [proj(bias=False)], None),
+    "wider projection": (lambda: [proj(width=2 * models.D)], None),
+    "norm, projection": (lambda: [norm(), proj()], 0),
+    "projection, norm": (lambda: [proj(), norm()], 1),
+    "norm, dropout": (lambda: [norm(), nn.Dropout(0.1)], 0),
+    "norm, GELU": (lambda: [norm(), nn.GELU()], 0),
+    "two norms": (lambda: [norm(), norm()], 1),
+    "norm, MLP": (lambda: [norm(), proj(), nn.GELU(), proj()], 0),
+    "norm, residual MLP": (lambda: [norm(), models.Plus(models.mlp())], 0),
+    "residual projection": (lambda: [models.Plus(proj())], None),
+    "class token kept, norm, projection": (lambda: [models.Select(lambda x: x[:, :1]), norm(), proj()], 1),
+    "norm, class token kept": (lambda: [norm(), models.Select(lambda x: x[:, :1])], 0),
+    "norm, mean, projection": (lambda: [norm(), models.Select(lambda x: x.mean(1)), proj()], 0),
+    "class token, norm, projection": (lambda: [models.Select(lambda x: x[:, 0]), norm(), proj()], 1),
+}
+"""What a module calls after its blocks, and which of it is the final norm."""
+
+
+class Pooled(nn.Module):
+    """A trunk that may pool its tokens, and a classifier."""
+
+    def __init__(self, trunk: nn.Module, width: int) -> None:
+        super().__init__()
+        self.image_size = 16
+        self.stem, self.trunk, self.to_classes = models.Stem(), trunk, nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.trunk(self.stem(x))
+        return self.to_classes(x if x.ndim == 2 else x.mean(1))
+
+
+def wheres(model: nn.Module) -> list[str]:
+    return [block.where for block in petune.find_sites(model).blocks]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("name", AFTER)
+def test_what_follows_the_blocks_in_their_module_is_not_a_part_of_them(name: str, depth: int) -> None:
+    after, final = AFTER[name]
+    model = Pooled(models.Around(depth, after()), 2 * models.D if "wider" in name else models.D)
+    sites = petune.find_sites(model)
+    assert [block.where for block in sites.blocks] == [f"trunk.layers.{i}.0 … trunk.layers.{i}.1" for i in range(depth)]
+    assert (sites.norm.path if "norm" in sites.parts else None) == (None if final is None else f"trunk.after.{final}")
+    assert all(block.mid.dim == models.D for block in sites.blocks)
+    assert sites.head.path == "to_classes"
+    assert unproven_mids(model, sites) == []
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("before", [norm, proj, lambda: models.Select(lambda x: x + 1)])
+@pytest.mark.parametrize("after", [lambda: [], lambda: [norm()], lambda: [proj()]])
+def test_what_precedes_the_blocks_in_their_module_is_not_a_part_of_them(before: Any, after: Any, depth: int) -> None:
+    model = Pooled(models.Around(depth, after(), before()), models.D)
+    assert wheres(model) == [f"trunk.layers.{i}.0 … trunk.layers.{i}.1" for i in range(depth)]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("after", "final"), [([norm], 0), ([proj], None), ([norm, proj], 0), ([proj, norm], 1)])
+def test_what_follows_post_norm_blocks_is_not_a_part_of_them(after: Any, final: int | None, depth: int) -> None:
+    model = Pooled(models.PostNorm(depth, [build() for build in after]), models.D)
+    assert wheres(model) == [f"trunk.looks.{i} … trunk.thinks.{i}" for i in range(depth)]
+    path = f"trunk.norms.{2 * depth - 1}" if final is None else f"trunk.after.{final}"
+    assert petune.find_sites(model).norm.path == path
+
+
+def test_a_module_that_is_only_its_block_is_one() -> None:
+    """Its first and last layers are those of the block, so that `partial` can train it as a whole."""
+    assert wheres(Pooled(models.Around(1, []), models.D)) == ["trunk"]
+    assert wheres(Pooled(models.PostNorm(1, []), models.D)) == ["trunk"]
+    assert wheres(Pooled(models.Around(1, [nn.Dropout(0.1), nn.Identity()]), models.D)) == ["trunk"]
+
+
+class ThreeBranches(models.Layer):
+    """A block with a convolution's branch after its MLP, as transformers' VitDet has."""
+
+    def __init__(self) -> None:
+        super().__init__(models.SplitAttention())
+        self.third = models.Plus(nn.Sequential(norm(), proj()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(super().forward(x))
+
+
+def test_a_third_branch_belongs_to_its_block() -> None:
+    model = models.Vit(nn.Sequential(*(ThreeBranches() for _ in range(2))))
+    assert wheres(model) == ["trunk.0", "trunk.1"]
+
+
+@pytest.mark.parametrize("name", ["projection", "norm, projection", "two norms", "residual projection"])
+def test_adaptformer_adds_before_what_follows_the_only_block(name: str) -> None:
+    torch.manual_seed(0)
+    model = Pooled(models.Around(1, AFTER[name][0](), norm()), models.D).eval()
+    att = petune.attach(model, "adaptformer", bottleneck=4)
+    adapter = next(m.adapter for m in model.modules() if hasattr(m, "is_petune_module") and hasattr(m, "adapter"))
+    for p in adapter.parameters():
+        nn.init.normal_(p)
+    (attention, feed), x = model.trunk.layers[0], torch.randn(2, 17, models.D)
+    with torch.no_grad():
+        output = model.trunk(x)
+        with att.disabled():
+            y = model.trunk.before(x)
+            mid = attention(y) + y
+            expected = model.trunk.after(feed(mid) + mid + adapter(mid))
+    torch.testing.assert_close(output, expected)
 
 
 def test_adaptformer_adds_before_the_final_norm_of_a_transformer_of_depth_1() -> None:

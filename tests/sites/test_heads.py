@@ -111,6 +111,17 @@ def mobilevit() -> nn.Module:
     return transformers.MobileViTForSemanticSegmentation(config)
 
 
+def swin2sr(upsampler: str, resi_connection: str = "1conv") -> Any:
+    return transformers.Swin2SRConfig(
+        image_size=32, patch_size=1, embed_dim=24, depths=[1, 1], num_heads=[2, 2], window_size=8,
+        upscale=4 if upsampler == "nearest+conv" else 2, upsampler=upsampler, resi_connection=resi_connection,
+    )  # fmt: skip
+
+
+def super_resolution(upsampler: str, resi_connection: str = "1conv") -> nn.Module:
+    return transformers.Swin2SRForImageSuperResolution(swin2sr(upsampler, resi_connection))
+
+
 def distilled() -> nn.Module:
     return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**column()))
 
@@ -123,6 +134,10 @@ WHOLE = [
     (yolos, 32, {"class_labels_classifier", "bbox_predictor"}),
     (segformer, 64, {"decode_head"}),
     (mobilevit, 64, {"segmentation_head"}),
+    (lambda: super_resolution("pixelshuffle"), 32, {"upsample"}),
+    (lambda: super_resolution("pixelshuffle_aux", "3conv"), 32, {"upsample"}),
+    (lambda: super_resolution("nearest+conv"), 32, {"upsample"}),
+    (lambda: super_resolution(""), 32, {"final_convolution"}),
     (upernet, 64, {"decode_head", "auxiliary_head"}),
     (distilled, 32, {"cls_classifier", "distillation_classifier"}),
     (vit, 32, {"classifier"}),
@@ -156,6 +171,76 @@ def test_every_head_trains(build: Any, size: int, heads: set[str]) -> None:
     att = petune.attach(model, "adaptformer", bottleneck=2, input_size=(3, size, size))
     assert set(att.head) == wanted
     assert {key for key, p in model.named_parameters() if p.requires_grad} == wanted | set(att.tuned)
+    assert not att.sites.beside_head
+
+
+@pytest.mark.parametrize("resi_connection", ["1conv", "3conv"])
+def test_features_of_a_residual_around_all_blocks_are_no_prediction(resi_connection: str) -> None:
+    model = transformers.Swin2SRModel(swin2sr("pixelshuffle", resi_connection))
+    assert "head" not in petune.find_sites(model, (3, 32, 32)).parts
+
+
+class ResidualStage(nn.Module):
+    """Two blocks and a convolution inside a residual connection, as in SwinIR."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layer = {"d_model": width, "nhead": 2, "dim_feedforward": 16, "batch_first": True, "norm_first": True}
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(**layer) for _ in range(2))
+        self.conv = nn.Sequential(nn.Conv2d(width, 4, 3, 1, 1), nn.LeakyReLU(), nn.Conv2d(4, width, 3, 1, 1))
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        y_BNC = x_BNC
+        for block in self.blocks:
+            y_BNC = block(y_BNC)
+        y_BCHW = self.conv(y_BNC.mT.unflatten(2, (8, 8)))
+        return y_BCHW.flatten(2).mT + x_BNC
+
+
+class Restoration(nn.Module):
+    """Residual stages inside a residual connection, called by the model itself, and an image that is added last."""
+
+    image_size = 8
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, 1, 1)
+        self.stages = nn.ModuleList(ResidualStage(width) for _ in range(2))
+        self.body = nn.Conv2d(width, width, 3, 1, 1)
+        self.before_last, self.last = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, 3, 3, 1, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        first_BCHW = self.first(x_BCHW)
+        y_BNC = first_BCHW.flatten(2).mT
+        for stage in self.stages:
+            y_BNC = stage(y_BNC)
+        y_BCHW = self.body(y_BNC.mT.unflatten(2, (8, 8))) + first_BCHW
+        return x_BCHW + self.last(self.before_last(y_BCHW))
+
+
+class Upsampling(nn.Module):
+    """A decoder that enlarges the features of the blocks and adds those of the stem."""
+
+    image_size = 16
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        layer = {"d_model": width, "nhead": 2, "dim_feedforward": 16, "batch_first": True, "norm_first": True}
+        self.stem, self.down = nn.Conv2d(3, width, 3, 1, 1), nn.Conv2d(width, width, 2, 2)
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(**layer) for _ in range(2)))
+        self.up, self.out = nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, 3, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        stem_BCHW = self.stem(x_BCHW)
+        y_BNC = self.blocks(self.down(stem_BCHW).flatten(2).mT)
+        return self.out(self.up(y_BNC.mT.unflatten(2, (8, 8))) + stem_BCHW)
+
+
+@pytest.mark.parametrize(("build", "heads"), [(Restoration, {"before_last", "last"}), (Upsampling, {"up", "out"})])
+def test_only_what_follows_the_residual_around_all_blocks_is_a_head(build: Any, heads: set[str]) -> None:
+    model = build().eval()
+    att = petune.attach(model, "linear")
+    assert set(att.head) == keys(model, heads)
     assert not att.sites.beside_head
 
 

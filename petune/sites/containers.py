@@ -1,0 +1,70 @@
+"""Tell a module that is a block from a module that contains one block and more, as a transformer of depth 1 does."""
+
+from __future__ import annotations
+
+from petune.sites.attentions import Pair
+from petune.sites.parts import addition_to, is_norm, mid_of, norm_inside
+from petune.sites.trace import Addition, Call, Trace
+
+
+def is_module(trace: Trace, pair: Pair) -> bool:
+    """Return whether one module maps tokens and has exactly one attention and its MLP."""
+    return len(pair.inside) == 1 and pair.scope is not trace.root and pair.scope.maps_tokens
+
+
+def contains_block(trace: Trace, pair: Pair) -> bool:
+    """Return whether a module calls layers before or after its only block: a final norm, a projection.
+
+    Layers after the block take what the MLP's output was added to. The norm at the end of a post-norm block belongs to
+    the block; such a block has no norm that reads the stream before the MLP. A further branch that is added to the
+    stream (transformers' VitDet) belongs to the block too, unless attention and MLP are items of a list, as they are
+    where a loop calls them.
+    """
+    if not is_module(trace, pair):
+        return False
+    mid = mid_of(trace, pair.mlp, child_towards(pair.scope, pair.attention.call).stop)
+    last = (
+        None if mid is None or mid.input is None else addition_to(trace, mid.input, pair.mlp.last.stop, pair.scope.stop)
+    )
+    if mid is None or last is None:
+        return False
+    is_listed = _is_listed(pair)
+    if is_listed and _starts_inside(trace, pair, mid):
+        return True
+    end = last.time if is_listed else _end_of_stream(trace, pair.scope, last)
+    after = [c for c in pair.scope.inner() if c.start > end]
+    norms = [c for c in after if is_norm(c)]
+    num_own = 0 if is_norm(mid) or norm_inside(mid) is not None else 1
+    return len(norms) > num_own or any(c.has_matrix for c in after)
+
+
+def child_towards(outer: Call, inner: Call) -> Call:
+    """Return the child call of `outer` that contains `inner`; if `inner` is `outer`, return it."""
+    call = inner
+    while call is not outer and call.parent is not None and call.parent is not outer:
+        call = call.parent
+    return call
+
+
+def _is_listed(pair: Pair) -> bool:
+    """Return whether attention and MLP are in lists, and not modules of the scope itself."""
+    children = [child_towards(pair.scope, call) for call in (pair.attention.call, pair.mlp.first)]
+    return all(child.path.rpartition(".")[0] != pair.scope.path for child in children)
+
+
+def _starts_inside(trace: Trace, pair: Pair, mid: Call) -> bool:
+    """Return whether the stream that the attention's output is added to is not the module's input."""
+    attention = child_towards(pair.scope, pair.attention.call)
+    early = {id(x) for c in pair.scope.subtree() if c.start <= attention.start for x in c.inputs}
+    sums = [add for add in trace.additions if attention.stop < add.time < mid.start]
+    streams = [id(x) for add in sums for x in add.operands if id(x) in early]
+    inputs = [id(x) for x in pair.scope.inputs]
+    return bool(streams) and not any(stream in inputs for stream in streams)
+
+
+def _end_of_stream(trace: Trace, scope: Call, last: Addition) -> int:
+    """Return the time of the last addition to the stream in `scope`, of which `last` is one."""
+    for add in trace.additions:
+        if last.time < add.time < scope.stop and add.other(last.result) is not None:
+            last = add
+    return last.time
