@@ -55,6 +55,7 @@ class Split:
         crop: Fraction of each side that the model sees; below 1 if images are stored with a margin.
         weights: float64, (N,), weight of each image in the loss; None if all count the same.
         groups: int64, (N,), images of one group (a patient, a video) are never divided; None if there are no groups.
+        names: str, (N,), the file or key of each image, for people; None if images have only a position.
     """
 
     images: Images
@@ -63,6 +64,7 @@ class Split:
     crop: float = 1.0
     weights: NDArray[np.float64] | None = None
     groups: NDArray[np.int64] | None = None
+    names: NDArray[np.str_] | None = None
 
     @classmethod
     def of(cls, images: Images, targets: NDArray[Any], crop: float = 1.0) -> Split:
@@ -94,6 +96,7 @@ class Split:
             rows=self.rows[positions],
             weights=None if self.weights is None else self.weights[positions],
             groups=None if self.groups is None else self.groups[positions],
+            names=None if self.names is None else self.names[positions],
         )
 
     @property
@@ -247,7 +250,7 @@ def _check_lengths(split: Split, where: str) -> None:
     """Check that there is one target, weight and group per image."""
     if not split.has_masks and len(split.targets) != len(split):
         raise DataError(f"{where}: {plural(len(split.targets), 'target')} for {plural(len(split), 'image')}")
-    for name, values in (("weights", split.weights), ("groups", split.groups)):
+    for name, values in (("weights", split.weights), ("groups", split.groups), ("names", split.names)):
         if values is not None and values.shape != (len(split),):
             raise DataError(f"{where}: {name} of shape {values.shape} for {plural(len(split), 'image')}")
     if split.weights is not None and not (np.isfinite(split.weights).all() and (split.weights >= 0).all()):

@@ -103,6 +103,7 @@ class _Decoder:
         paths = [image for images in classes.values() for image in images]
         labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
         split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP)
+        split = replace(split, names=np.array([str(path) for path in paths]))
         is_broken = split.targets == BROKEN_LABEL
         if not is_broken.any():
             return split, []

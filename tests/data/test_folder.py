@@ -47,6 +47,16 @@ def test_without_a_test_folder_a_fifth_is_cut_from_train(part: str, tmp_path: Pa
     assert data.test.rows.tolist() == load_folder(tmp_path, 32).test.rows.tolist()
 
 
+def test_images_are_named_by_their_files(tmp_path: Path) -> None:
+    _fill(tmp_path, {"cat": 10, "dog": 20})
+    data = load_folder(tmp_path, 32)
+    for split in (data.train, data.test):
+        assert split.names is not None
+        for name, target, row in zip(split.names, split.targets, split.rows, strict=True):
+            assert Path(name).parent.name == data.classes[target]
+            assert int(Path(name).stem) == split.images[row][0, 0, 0] % 50
+
+
 def test_subfolders_are_searched_and_hidden_or_other_files_ignored(tmp_path: Path) -> None:
     _fill(tmp_path, {"cat": 5, "dog": 5})
     for name in ("notes.txt", ".hidden.png", "Thumbs.db"):
