@@ -33,7 +33,15 @@ if TYPE_CHECKING:
         UsageError as UsageError,
         WeightsUnavailable as WeightsUnavailable,
     )
-    from petune.data.load import list_datasets as list_datasets
+    from petune.data.dataset import Dataset as Dataset, Split as Split
+    from petune.data.reader import (
+        DatasetReader as DatasetReader,
+        LabeledFiles as LabeledFiles,
+        ReadContext as ReadContext,
+        ReaderConfig as ReaderConfig,
+    )
+    from petune.data.registry import DatasetRecord as DatasetRecord, list_datasets as list_datasets
+    from petune.data.target import Target as Target
     from petune.injector.attach import attach as attach
     from petune.injector.attachment import Attachment as Attachment
     from petune.injector.counts import Counts as Counts
@@ -73,7 +81,10 @@ _PUBLIC = {
     "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError ContractViolation "
     "DataError DeadSite Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError "
     "ProcessLost SiteNotFound Stopped UnknownName UsageError WeightsUnavailable",
-    "data.load": "list_datasets",
+    "data.dataset": "Dataset Split",
+    "data.reader": "DatasetReader LabeledFiles ReadContext ReaderConfig",
+    "data.registry": "DatasetRecord list_datasets",
+    "data.target": "Target",
     "injector.attach": "attach",
     "injector.attachment": "Attachment",
     "injector.counts": "Counts",

@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
+_DATASET_KIND = re.compile(r"[a-z]\w+:(?!//)")
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}|#~!$])")
 
 
@@ -61,8 +62,11 @@ def hide_folders(text: str, *, is_path: bool = False) -> str:
         text: A dataset, weights or backbone as configured.
         is_path: Treat `user/name`, which may be a hub id, as a path; `../name` and `a/b/c` always are one.
     """
-    kind = next((kind for kind in ("folder:", "hf:") if text.startswith(kind)), "")
+    match = _DATASET_KIND.match(text)
+    kind = match[0] if match else ""
     path = text.removeprefix(kind)
+    if kind not in ("", "folder:", "hf:"):  # such as table:FILE,label=breed
+        return kind + re.sub(r"(^|[,=\[])[^,=\[\]]*/", r"\1", path)
     if is_path or kind == "folder:" or path.startswith(("/", "~", ".")) or path.count("/") > 1:
         return f"{kind}{path.rstrip('/').rpartition('/')[2]}"
     return text

@@ -73,12 +73,24 @@ def parse_options(text: str) -> dict[str, Any]:
         ConfigError: An item has no `=` or no key.
     """
     options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in filter(None, (part.strip() for part in split_items(text))):
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"not an option: {item!r}. Write options as key=value,key=value")
         options[key.strip()] = parse_value(value.strip())
     return options
+
+
+def split_items(text: str) -> list[str]:
+    """Split at commas that are not inside brackets: `a=[1,2],b=3` has two items."""
+    items, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth <= 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return items if depth == 0 else text.split(",")
 
 
 def override(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from petune.cli.options import Json, user_path
-from petune.cli.terminal import print_json, print_table
+from petune.cli.terminal import clean, print_json, print_table
+
+if TYPE_CHECKING:
+    from petune.data.registry import DatasetRecord
 
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Directory that holds CIFAR.  [default: $PETUNE_DATA, then the cache]", show_default=False
+        metavar="DIR",
+        help="Directory of downloaded datasets.  [default: $PETUNE_DATA, then the cache]",
+        show_default=False,
     ),
 ]
 
 
 def datasets(data_dir: DataDir = None, json: Json = False) -> None:
-    """List the names that --dataset takes, and where their files are."""
-    from petune.data import DATASETS
-    from petune.data.lookup import find_dataset
+    """List the names that --dataset takes: what each is, what it needs, and where its files are."""
+    from petune.data.registry import list_datasets
 
     directory = user_path(data_dir) if data_dir else None
-    rows = [{"name": name, "about": about, "found": find_dataset(name, directory)} for name, about in DATASETS.items()]
-    columns = ("name", "about", "found")
+    rows = [_row(record, directory) for record in list_datasets()]
     if json:
         print_json(rows)
-    else:
-        print_table(columns, [[str(row[key] or "-") for key in columns] for row in rows])
+        return
+    columns = ["name", "about", "needs", "found", "package", "state"]
+    if all(row["state"] == "ok" for row in rows):
+        columns.remove("state")
+    if all(row["distribution"] == "petune" for row in rows):
+        columns.remove("package")
+    cells = [{**row, "name": row["usage"], "package": f"{row['distribution']} {row['version']}"} for row in rows]
+    table = [[clean(str(row[key] or "-")) for key in columns] for row in cells]
+    print_table(columns, table, optional=["package", "needs"])
+
+
+def _row(record: DatasetRecord, directory: Path | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from petune.base.errors import PetuneError
+    from petune.data.lookup import find_dataset
+
+    row = {**asdict(record), "usage": record.usage, "found": None}
+    if record.state == "ok" and not record.argument:
+        try:
+            row["found"] = find_dataset(record.name, directory)
+        except PetuneError as error:
+            row["state"] = str(error)
+    return row

@@ -28,10 +28,12 @@ def environment() -> dict[str, Any]:
 
     from petune.data.cache import cache_dir
     from petune.data.lookup import find_dataset
+    from petune.data.registry import list_datasets
     from petune.runner.provenance import provenance
     from petune.training.precision import choose_device, choose_precision
 
     device = choose_device("auto")
+    names = [record.name for record in list_datasets() if record.is_own and not record.argument]
     known = provenance(device)
     return {
         "versions": known["versions"],
@@ -44,7 +46,7 @@ def environment() -> dict[str, Any]:
         "cache_dir": str(cache_dir()),
         "data_dir": os.environ.get("PETUNE_DATA"),
         "hub_cache_dir": HF_HUB_CACHE,
-        "datasets": {name: find_dataset(name) for name in ("cifar10", "cifar100", "digits")},
+        "datasets": {name: find_dataset(name) for name in names},
     }
 
 

@@ -26,7 +26,7 @@ Dataset = Annotated[
         "--dataset", metavar="NAME", help="Other images of the same classes: folder:PATH.  [default: the run's]"
     ),
 ]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Directory that holds CIFAR.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", metavar="DIR", help="Directory of downloaded datasets.")]
 Output = Annotated[
     Path | None,
     typer.Option(

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
 from petune.data.find_images import find_images, unsupported_note, visible_subfolders
 from petune.data.images import supported_suffixes
@@ -14,11 +13,6 @@ from petune.data.splits import check_is_folder, left_out_note, named_splits, spl
 
 ClassFiles = Mapping[str, list[Path]]
 """Class name to its images, both in order."""
-
-
-def folder_path(dataset: str) -> Path:
-    """Return the PATH of `folder:PATH`, with `~` expanded."""
-    return expand_home(dataset.removeprefix("folder:"))
 
 
 def list_images(path: Path) -> tuple[dict[str, ClassFiles], dict[str, int]]:

@@ -62,13 +62,14 @@ def compare(
     stored = config.to_store()
     group = init_group()
     if not all(run.output and RunResult.exists(run.output) for run in runs):
-        group.main_first(lambda: count_classes(config.run.dataset))
+        group.main_first(lambda: count_classes(config.run.dataset, config.run.data_dir))
         group.main_first(lambda: check_weights(config.run.backbone, config.run.weights))
     opened = open_run_dir(run_dir, stored, resume=True, command="compare", may_change=MAY_GROW, tables=TABLES)
     with group.on_main(opened):
         group.broadcast(lambda: _check_runs(runs))
         group.broadcast(lambda: write_config(run_dir, stored, "compare"))
-        group.broadcast(lambda: check_inputs(run_dir, config.run.dataset, config.run.weights, methods=options))
+        inputs = (run_dir, config.run.dataset, config.run.weights)
+        group.broadcast(lambda: check_inputs(*inputs, methods=options, data_dir=config.run.data_dir))
         omitted = group.broadcast(lambda: _omitted_rows(config, run_dir))
         if omitted:
             watch(Note(f"not in the table this time: {', '.join(omitted)}. Their finished runs stay in {run_dir}"))

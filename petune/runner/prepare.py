@@ -113,7 +113,7 @@ def prepare(
         filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
         start = read_start(config)
         digest = tensors_digest(start) if start else ""
-        inputs = (config.dataset, config.weights, filled_in, options, digest)
+        inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir)
         group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
         initial = initial_values(config, dataset, start)
         backbone = group.main_first(lambda: prepare_backbone(config, dataset, initial, keep_head=keep_head))

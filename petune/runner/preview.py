@@ -67,7 +67,7 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
         backbone = create_backbone(
             config.backbone,
             weights="none",
-            num_classes=count_classes(config.dataset),
+            num_classes=count_classes(config.dataset, config.data_dir),
             image_size=config.image_size,
             patch_size=config.patch_size,
             options=config.options_to_build,

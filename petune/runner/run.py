@@ -90,7 +90,8 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
     """Train, test once and save in one run directory; return the result of a run that was finished before."""
     group = init_group()
     if config.output is None or not RunResult.exists(config.output):
-        group.main_first(lambda: count_classes(config.dataset))  # names are checked before a hub is asked for weights
+        # names are checked before a hub is asked for weights
+        group.main_first(lambda: count_classes(config.dataset, config.data_dir))
         group.main_first(lambda: check_weights(config.backbone, config.weights))
     run_dir = group.broadcast(lambda: config.output or make_unique_dir(Path("runs") / procedure.name))
     opened = open_run_dir(run_dir, config, resume=config.resume, command=procedure.command)

@@ -10,6 +10,7 @@ from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
 from petune.data import OnBroken
+from petune.data.registry import complete_name
 from petune.training.config import TrainConfig
 
 DEFAULT_RECIPE = "default"
@@ -29,7 +30,9 @@ class RunConfig(Config):
         recipe: Fills in learning rate, weight decay and optimizer where `train` leaves them open. `default` is the
             method's own; another one that the method has, such as AdaptFormer's `official`, may set epochs, warm-up and
             head, too.
-        dataset, data_dir: See `petune.data`.
+        dataset: A name that `petune.list_datasets` lists, with its argument and options: `folder:pets`,
+            `table:pets.csv,label=breed`; or the path of a folder or table.
+        data_dir: Directory of downloaded datasets; None takes `PETUNE_DATA`, then the cache.
         on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); `error` stops at the
             first one.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
@@ -69,6 +72,11 @@ class RunConfig(Config):
         if value is not None and side is not None and value > side:
             raise ValueError(f"patch_size {value} is larger than image_size {side}")
         return value
+
+    @field_validator("dataset")
+    @classmethod
+    def _complete_dataset(cls, value: str) -> str:
+        return complete_name(value)
 
     @field_validator("drop_path")
     @classmethod

@@ -1,6 +1,6 @@
 """Record inputs that the configuration does not pin, and refuse to resume if they changed.
 
-These are the images of a folder dataset (`dataset_manifest.json`), and the bytes of the weights file, the recipe's
+These are the images of a folder or table (`dataset_manifest.json`), and the bytes of the weights file, the recipe's
 defaults and the method's options (`inputs.json`).
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 
 from petune.backbones.weights import find_weights
 from petune.base.errors import CheckpointError, DataError, WeightsUnavailable
-from petune.data.manifest import changes, manifest_of
+from petune.data.lookup import manifest_of
+from petune.data.manifest import changes
 from petune.injector.tuner import TunerConfig
 from petune.runner.file_names import INPUTS_FILE, MANIFEST_FILE
 from petune.runner.migrations import read_record
@@ -30,6 +31,7 @@ def check_inputs(
     recipe: Mapping[str, Any] | None = None,
     methods: Options | None = None,
     from_run: str = "",
+    data_dir: Path | None = None,
 ) -> None:
     """Record the inputs of a directory when it starts; check that they are the same when it is continued.
 
@@ -39,12 +41,13 @@ def check_inputs(
         recipe: Learning rate and so on, by name; of a single run only.
         methods: Their options.
         from_run: SHA-256 of the adapter that the run continues from, if it does.
+        data_dir: As in the configuration.
 
     Raises:
         DataError: The images changed.
         CheckpointError: The weights, the adapter to continue from, the recipe or the options changed.
     """
-    check_manifest(run_dir, dataset)
+    check_manifest(run_dir, dataset, data_dir)
     before = read_record(run_dir / INPUTS_FILE)
     now = {"weights": _digest(weights), "from_run": from_run, **(recipe or {})}
     _check_recipe(run_dir, weights, before, now)
@@ -55,17 +58,17 @@ def check_inputs(
         write_record(run_dir / INPUTS_FILE, record)
 
 
-def check_manifest(run_dir: Path, dataset: str) -> None:
-    """Record the images of a folder dataset when a directory starts; check that they are the same later.
+def check_manifest(run_dir: Path, dataset: str, data_dir: Path | None = None) -> None:
+    """Record the images of a dataset when a directory starts; check that they are the same later.
 
     Args:
         run_dir: Of a run, or of several runs that are to be compared.
-        dataset: As in the configuration.
+        dataset, data_dir: As in the configuration.
 
     Raises:
         DataError: They changed.
     """
-    now, before = manifest_of(dataset), read_record(run_dir / MANIFEST_FILE)
+    now, before = manifest_of(dataset, data_dir), read_record(run_dir / MANIFEST_FILE)
     if now and not before:
         write_record(run_dir / MANIFEST_FILE, now)
     elif now and (changed := changes(before, now)):

@@ -1,10 +1,14 @@
-"""A separate cache directory for every test."""
+"""A separate cache directory for every test, and datasets of made-up distributions."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
+from tests.fake_plugin import fake
+
+__all__ = ["cache", "fake"]
 
 
 @pytest.fixture(autouse=True)

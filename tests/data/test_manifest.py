@@ -12,7 +12,7 @@ from PIL import Image
 
 import petune
 from petune.base.errors import DataError, PetuneError
-from petune.data.manifest import manifest_of
+from petune.data.lookup import manifest_of
 from petune.runner.file_names import MANIFEST_FILE
 from petune.runner.run_inputs import check_manifest
 from tests.sampling import sampled

@@ -65,7 +65,7 @@ def sweep(
     with open_run_dir(sweep_dir, asked, resume=True, command="sweep", may_change=MAY_CHANGE, tables=(SWEEP_TABLE,)):
         search = _Search(sweep_dir, config, chosen, watch)
         write_config(sweep_dir, asked, "sweep")
-        check_inputs(sweep_dir, config.run.dataset, config.run.weights)
+        check_inputs(sweep_dir, config.run.dataset, config.run.weights, data_dir=config.run.data_dir)
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             return search.run()
 

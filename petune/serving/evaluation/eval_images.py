@@ -16,8 +16,9 @@ from petune.base.errors import DataError, UsageError, did_you_mean
 from petune.base.text import plural
 from petune.data import Dataset, Split
 from petune.data.batches import eval_batches
-from petune.data.layout import ClassFiles, folder_path, list_split
-from petune.data.manifest import check_training_images, is_training_dataset
+from petune.data.lookup import check_training_images, is_training_dataset
+from petune.data.reader import LabeledFiles
+from petune.data.registry import build_reader
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
 from petune.runner.prepare import prepare_data
@@ -70,19 +71,21 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
     trained_on = str(predictor.metadata.get("dataset"))
     trained_digests = predictor.metadata.get("images") or {}
     if request.dataset is None:
-        _check_folder_exists(request.path, trained_on)
+        _check_exists(request.path, trained_on)
     dataset = trained_on if request.dataset is None else request.dataset
     is_own = request.dataset is None or is_training_dataset(dataset, trained_on, trained_digests)
-    if dataset.startswith("folder:") and not is_own:
-        return _folder_images(dataset, predictor, request)
+    labeled = None if is_own else build_reader(dataset).labeled_files(request.split)
+    if labeled is not None:
+        return _file_images(dataset, labeled, predictor, request.batch_size)
     if is_own:
-        check_training_images(dataset, trained_digests)
+        check_training_images(dataset, trained_digests, request.data_dir)
     data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request))
     return EvalImages(dataset, request.split, data.source, _dataset_batches(data, predictor, request))
 
 
-def _check_folder_exists(path: Path, trained_on: str) -> None:
-    if trained_on.startswith("folder:") and not folder_path(trained_on).exists():
+def _check_exists(path: Path, trained_on: str) -> None:
+    source = build_reader(trained_on).path
+    if source is not None and not source.exists():
         raise DataError(
             f"{path} was trained on {trained_on}, which does not exist here. Give its new location: "
             "dataset='folder:PATH'",
@@ -123,35 +126,34 @@ def _dataset_batches(data: Dataset, predictor: Predictor, request: EvalRequest) 
         yield batch.x_BCHW, batch.y_B
 
 
-def _folder_images(dataset: str, predictor: Predictor, request: EvalRequest) -> EvalImages:
-    folder = folder_path(dataset)
-    split, classes, note = list_split(folder, request.split)
-    source = "; ".join(filter(None, (str(folder), note)))
-    return EvalImages(dataset, split, source, _folder_batches(folder, classes, predictor, request.batch_size))
+def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor, batch_size: int) -> EvalImages:
+    path = str(build_reader(dataset).path or dataset)
+    labels = _labels_of_model(path, labeled, predictor.classes)
+    source = "; ".join(filter(None, (path, labeled.note)))
+    return EvalImages(dataset, labeled.split, source, _file_batches(path, labeled.files, labels, predictor, batch_size))
 
 
-def _folder_batches(folder: Path, classes: ClassFiles, predictor: Predictor, batch_size: int) -> Batches:
-    files, labels = _with_labels(folder, classes, predictor.classes)
+def _file_batches(
+    path: str, files: Sequence[Path], labels: NDArray[np.int64], predictor: Predictor, batch_size: int
+) -> Batches:
     for start in range(0, len(files), batch_size):
         squares, errors = predictor.transform.squares(files[start : start + batch_size])
         if errors:
             raise DataError(
                 f"{next(iter(errors.values()))}. Repair or remove it",
-                cli_hint=f"`petune data check {folder}` lists all broken images",
+                cli_hint=f"`petune data check {path}` lists all broken images",
             )
         y_B = torch.from_numpy(labels[start : start + batch_size])
         yield predictor.transform.batch(squares, predictor.device), y_B
 
 
-def _with_labels(folder: Path, classes: ClassFiles, known: Sequence[str]) -> tuple[list[Path], NDArray[np.int64]]:
-    unknown = [name for name in classes if name not in known]
+def _labels_of_model(path: str, labeled: LabeledFiles, known: Sequence[str]) -> NDArray[np.int64]:
+    """Return the labels by the model's numbers of the classes."""
+    unknown = [name for name in labeled.target.names if name not in known]
     if unknown:
-        raise DataError(
-            f"the model has no class {unknown[0]!r}, a class folder of {folder}{did_you_mean(unknown[0], known)}"
-        )
-    files = [file for images in classes.values() for file in images]
-    labels = [known.index(name) for name, images in classes.items() for _ in images]
-    return files, np.array(labels, np.int64)
+        raise DataError(f"the model has no class {unknown[0]!r}, a class of {path}{did_you_mean(unknown[0], known)}")
+    numbers = np.array([known.index(name) for name in labeled.target.names], np.int64)
+    return np.asarray(numbers[labeled.targets], np.int64)
 
 
 def _first_difference(data: Sequence[str], model: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ def evaluate(
             classes; some may be missing. Of PATH/test and PATH/val the split is read, of PATH/CLASS/* all images (the
             split is then called `all`). If the folder is the run's own, or a copy of it, only its own split is read,
             so that no training image is evaluated.
-        data_dir: Directory that holds CIFAR; None is the run's.
+        data_dir: Directory of downloaded datasets; None is the run's.
         weights: Where the backbone's weights are now; None takes them from where the run did.
         device, precision: As in a run.
         batch_size: Images per forward.
