@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from petune.runner.comparison import ORIGIN_KEYS, Comparison, Origin, Row
 
@@ -93,26 +93,37 @@ def _one_row(a: Row, b: Row) -> Row:
         )
     _need_one_size(a, b)
     n, m = len(a.seeds), len(b.seeds)
-    top1 = dict(zip((*a.seeds, *b.seeds), (*a.top1, *b.top1), strict=True))
-    seeds = tuple(sorted(top1))
+    seeds = tuple(sorted((*a.seeds, *b.seeds)))
 
-    def mean(name: str) -> float | None:
-        x, y = getattr(a, name), getattr(b, name)
+    def values(name: str) -> tuple[float, ...]:
+        by_seed = dict(zip((*a.seeds, *b.seeds), (*a.metrics[name], *b.metrics[name]), strict=True))
+        return tuple(by_seed[seed] for seed in seeds)
+
+    def mean(x: float | None, y: float | None) -> float | None:
         return None if x is None or y is None else (n * x + m * y) / (n + m)
+
+    def means(x: Mapping[str, float], y: Mapping[str, float]) -> dict[str, float]:
+        return {name: (n * x[name] + m * y[name]) / (n + m) for name in x if name in y}
 
     def spread(name: str) -> float:
         """Combine the sums of squares around each mean, and the distance of the means."""
-        x, y = getattr(a, f"{name}_mean"), getattr(b, f"{name}_mean")
-        squares = sum((k - 1) * (getattr(row, f"{name}_std") or 0.0) ** 2 for k, row in ((n, a), (m, b)))
+        x, y = a.mean[name], b.mean[name]
+        squares = sum((k - 1) * row.std.get(name, 0.0) ** 2 for k, row in ((n, a), (m, b)))
         return math.sqrt((squares + n * m / (n + m) * (x - y) ** 2) / (n + m - 1))
 
-    means = {name: mean(name) for name in ("top1_mean", "top5_mean", "val_top1_mean", "images_per_s", "step_time_s")}
-    spreads = {f"{name}_std": spread(name) for name in ("top1", "top5")}
-    used = {
+    both = means(a.mean, b.mean)
+    measured = {
+        "seeds": seeds,
+        "metrics": {name: values(name) for name in a.metrics if name in b.metrics},
+        "mean": both,
+        "std": {name: spread(name) for name in both},
+        "val_mean": means(a.val_mean, b.val_mean),
+        "images_per_s": mean(a.images_per_s, b.images_per_s),
+        "step_time_s": mean(a.step_time_s, b.step_time_s),
         "peak_memory_bytes": max(a.peak_memory_bytes or 0, b.peak_memory_bytes or 0),
         "time_s": (a.time_s or 0.0) + (b.time_s or 0.0),
     }
-    return b.model_copy(update={"seeds": seeds, "top1": tuple(top1[s] for s in seeds)} | means | spreads | used)
+    return b.model_copy(update=measured)
 
 
 def _origins(comparison: Comparison) -> tuple[Origin, ...]:

@@ -253,7 +253,7 @@ def chosen_rate(config: petune.SweepConfig, watch: Any, executor: str | Executor
         raise SystemExit(f"every learning rate failed for {config.run.method}: {table.rows[0].reason}")
     lr = float(table.params["train.lr"])
     rows = sorted(table.rows, key=lambda row: float(row.params["train.lr"]))
-    tried = {f"{row.params['train.lr']:g}": row.val_top1 for row in rows}
+    tried = {f"{row.params['train.lr']:g}": table.val(row) for row in rows}
     ends = {min(map(float, tried)), max(map(float, tried))}
     return {"lr": lr, "tried": tried, "edge": len(tried) > 1 and lr in ends}
 
@@ -264,14 +264,14 @@ def checks_of(expected: Mapping[str, Expected], comparison: Mapping[str, Any]) -
     checks = []
     for what, expectation in expected.items():
         first, *other = [rows.get(name.strip()) for name in what.split(" - ")]
-        value = difference(first, other[0]) if other else first["top1_mean"] if first else None
+        value = difference(first, other[0]) if other else first["mean"]["top1"] if first else None
         checks.append(Check(what, value, expectation.top1, *expectation.range))
     return checks
 
 
 def difference(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> float | None:
     """Return top-1 of the first row minus that of the second, on the seeds that both have; None if there are none."""
-    tops = [dict(zip(row["seeds"], row["top1"], strict=True)) if row else {} for row in (first, second)]
+    tops = [dict(zip(row["seeds"], row["metrics"]["top1"], strict=True)) if row else {} for row in (first, second)]
     seeds = tops[0].keys() & tops[1].keys()
     return sum(tops[0][seed] - tops[1][seed] for seed in seeds) / len(seeds) if seeds else None
 

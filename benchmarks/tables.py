@@ -16,7 +16,14 @@ from typing import Any
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
 from petune.runner.comparison import Comparison
-from petune.runner.report.tables import COMPARE_COLUMNS, UNKNOWN, cells, comparison_page, ranked
+from petune.runner.report.tables import (
+    UNKNOWN,
+    cells,
+    comparison_page,
+    method_columns,
+    metrics_of,
+    ranked,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +52,9 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> lis
 
 def methods_table(comparison: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     """Return some columns of a comparison as a Markdown table, the best method first."""
-    return markdown_table(columns, [cells(row, columns) for row in ranked(comparison["rows"])])
+    metrics = metrics_of(comparison)
+    chosen = {name: text for name, text in method_columns(metrics).items() if name in columns}
+    return markdown_table(list(chosen), [cells(row, chosen) for row in ranked(comparison["rows"], metrics)])
 
 
 def readme(results: Results) -> str:
@@ -105,9 +114,11 @@ def expectations(suite: Suite, results: Results) -> list[str]:
 
 def side_by_side(pieces: Sequence[str], results: Results) -> list[str]:
     """Return top-1 of each method in several comparisons; in the order of the first one, the best method first."""
-    by_piece = {
-        piece: {row["method"]: cells(row, ["top-1"])[0] for row in ranked(results[piece]["rows"])} for piece in pieces
-    }
+    by_piece = {}
+    for piece in pieces:
+        metrics = metrics_of(results[piece])
+        top1 = {metrics[0].label: method_columns(metrics)[metrics[0].label]}
+        by_piece[piece] = {row["method"]: cells(row, top1)[0] for row in ranked(results[piece]["rows"], metrics)}
     methods = dict.fromkeys(method for rows in by_piece.values() for method in rows)
     rows = [[f"`{m}`", *(by_piece[piece].get(m, UNKNOWN) for piece in pieces)] for m in methods]
     return markdown_table(("top-1", *pieces), rows)
@@ -135,12 +146,12 @@ def near_full(comparison: Mapping[str, Any]) -> str:
     if not near:
         gap, best = min(gaps, key=lambda pair: pair[0])
         return (
-            f"No method comes within a point of full fine-tuning ({full['top1_mean']:.2f}). The nearest is "
+            f"No method comes within a point of full fine-tuning ({full['mean']['top1']:.2f}). The nearest is "
             f"`{best['method']}`, {gap:.2f} below it on the seeds that both have."
         )
     gap, smallest = min(near, key=lambda pair: pair[1]["percent_of_backbone"])
     return (
-        f"Within a point of full fine-tuning ({full['top1_mean']:.2f}) with the fewest trained parameters: "
+        f"Within a point of full fine-tuning ({full['mean']['top1']:.2f}) with the fewest trained parameters: "
         f"`{smallest['method']}`, {abs(gap):.2f} {'below' if gap > 0 else 'above'} it on the seeds that both have, "
         f"with {smallest['percent_of_backbone']:.2f} % trained."
     )
@@ -180,7 +191,7 @@ def _comparison_section(name: str, comparison: Mapping[str, Any]) -> list[str]:
         f"`{run['backbone']}`, weights `{comparison['weights']}`, on `{run['dataset']}`; "
         f"{run['train']['epochs']} epochs; {describe_seeds(comparison)}.",
         "",
-        *methods_table(comparison, COMPARE_COLUMNS),
+        *methods_table(comparison, list(compare_columns(metrics_of(comparison)))),
         "",
         f"![top-1 over trained parameters]({link}/compare.svg)",
         "",

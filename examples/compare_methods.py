@@ -22,5 +22,7 @@ for row in comparison.rows:
     if row.status == "failed":
         print(f"{row.method} failed: {row.reason}")
     else:
-        print(f"{row.method}: {row.top1_mean:.1f} ± {row.top1_std:.1f} % top-1 with {row.tuned:,} tuned parameters")
+        print(
+            f"{row.method}: {row.mean['top1']:.1f} ± {row.std['top1']:.1f} % top-1 with {row.tuned:,} tuned parameters"
+        )
 print(f"table and figure: {comparison.output}/compare.md, compare.svg")

@@ -70,7 +70,16 @@ def test_a_result_is_a_table_with_escaped_names(digits_result: RunResult) -> Non
 def test_a_comparison_is_a_table_with_escaped_names() -> None:
     rows = (Row(method=EVIL, status="failed", reason=f"because {EVIL}"),)
     config = CompareConfig(methods=("linear",), run=RunConfig(dataset=f"folder:{EVIL}"))
-    html = Comparison(config=config, rows=rows, backbone="b", weights=EVIL, provenance={}, output="o")._repr_html_()
+    html = Comparison(
+        task="classification",
+        metric_info=(TOP1,),
+        config=config,
+        rows=rows,
+        backbone="b",
+        weights=EVIL,
+        provenance={},
+        output="o",
+    )._repr_html_()
     assert Tags(html).seen <= TABLE
     assert html.count("&lt;img") == 4
 
@@ -95,8 +104,10 @@ def test_html_table() -> None:
 @pytest.fixture
 def digits_result() -> RunResult:
     """Return a result as a run writes it."""
-    numbers = dict.fromkeys(("top1", "top5", "percent_of_total", "percent_of_backbone", "images_per_s"), 1.0)
+    numbers = dict.fromkeys(("percent_of_total", "percent_of_backbone", "images_per_s"), 1.0)
     counts = dict.fromkeys(("epoch", "epochs", "tuned", "head", "total", "forward_flops", "adapter_bytes"), 1)
     words = dict.fromkeys(("method", "backbone", "backbone_full_name", "weights", "dataset", "output"), "w")
-    more = {"seed": 0, "val_top1": None, "lr": 0.1, "step_time_s": 1.0, "peak_memory_bytes": 1, "time_s": 1.0}
-    return RunResult.build({**numbers, **counts, **words, **more, "provenance": {}})
+    more = {"seed": 0, "lr": 0.1, "step_time_s": 1.0, "peak_memory_bytes": 1, "time_s": 1.0}
+    metrics = {"task": "classification", "metrics": {"top1": 1.0}, "val_metrics": None}
+    info = [{"name": "top1", "label": "top-1", "percent": True}]
+    return RunResult.build({**numbers, **counts, **words, **more, **metrics, "metric_info": info, "provenance": {}})

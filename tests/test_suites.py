@@ -144,7 +144,7 @@ def test_rates_are_chosen_on_val_numbers_checked_and_results_written(
     assert "finished runs of linear have another learning rate" in str(code)
 
     page = tables.overview(tables.read_results(), tables.read_suites())
-    linear = next(row["top1_mean"] for row in kept["rows"] if row["method"] == "linear")
+    linear = next(row["mean"]["top1"] for row in kept["rows"] if row["method"] == "linear")
     assert f"| one | `linear` | 50 | 0 to 100 | {linear:.2f} | in range | nobody |" in page
     assert "| **out of range** |" in page
     assert f"- `bitfit`: {'**' if record['rates']['bitfit']['lr'] == 0.003 else ''}0.003 " in page
@@ -206,10 +206,12 @@ def _table(
 ) -> Comparison:
     measured = {
         "tuned": 1, "head": 1, "total": 9, "percent_of_total": 1, "percent_of_backbone": 1, "adapter_bytes": 1,
-        "lr": 0.1, "top1_mean": 50, "top5_mean": 90, "images_per_s": 1, "peak_memory_bytes": 1, "time_s": 1,
+        "lr": 0.1, "mean": {"top1": 50, "top5": 90}, "images_per_s": 1, "peak_memory_bytes": 1, "time_s": 1,
     }  # fmt: skip
     rows = tuple(
-        Row.build({"method": m, "status": "done", "seeds": s, "top1": (50.0,) * len(s), **measured}, "test")
+        Row.build(
+            {"method": m, "status": "done", "seeds": s, "metrics": {"top1": (50.0,) * len(s)}, **measured}, "test"
+        )
         if s
         else Row(method=m, status="failed", reason="it could not be done")
         for m, s in seeds.items()
@@ -217,7 +219,16 @@ def _table(
     run = {"train": dict(train or {})}
     config = CompareConfig.build({"methods": tuple(seeds), "seeds": (0,), "run": run}, "test")
     place = {"device": device, "threads": 1, "precision": precision, "versions": {}, "git": None}
-    return Comparison(config=config, rows=rows, backbone="b", weights="w", provenance=place, output="o")
+    return Comparison(
+        task="classification",
+        metric_info=(),
+        config=config,
+        rows=rows,
+        backbone="b",
+        weights="w",
+        provenance=place,
+        output="o",
+    )
 
 
 def test_a_merged_table_records_where_each_run_was_measured() -> None:
@@ -259,7 +270,11 @@ def test_the_precision_can_differ_but_not_the_recipe() -> None:
 def test_the_nearest_to_full_is_named() -> None:
     def row(method: str, percent: float, **top1: float) -> dict[str, object]:
         mean = sum(top1.values()) / len(top1)
-        seeds = {"seeds": [int(seed[1:]) for seed in top1], "top1": [*top1.values()], "top1_mean": mean}
+        seeds = {
+            "seeds": [int(seed[1:]) for seed in top1],
+            "metrics": {"top1": [*top1.values()]},
+            "mean": {"top1": mean},
+        }
         return {"method": method, "status": "done", "percent_of_backbone": percent, **seeds}
 
     rows = [row("a", 1.0, s0=78.9), row("b", 2.0, s0=79.4), row("c", 3.0, s0=79.9), row("full", 100.0, s0=80, s1=70)]
@@ -272,9 +287,10 @@ def test_the_nearest_to_full_is_named() -> None:
 
 
 def test_a_difference_uses_the_seeds_of_both() -> None:
-    one, other = {"seeds": [0, 1], "top1": [80.0, 50.0]}, {"seeds": [2, 0], "top1": [10.0, 79.0]}
+    one = {"seeds": [0, 1], "metrics": {"top1": [80.0, 50.0]}}
+    other = {"seeds": [2, 0], "metrics": {"top1": [10.0, 79.0]}}
     assert suite.difference(one, other) == 1.0
-    assert suite.difference(one, None) is suite.difference(one, {"seeds": [2], "top1": [10.0]}) is None
+    assert suite.difference(one, None) is suite.difference(one, {"seeds": [2], "metrics": {"top1": [10.0]}}) is None
 
 
 def test_a_page_is_filled_between_its_markers(tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from petune.adapters.card_code import model_code
-from petune.base.text import escape_markdown, has_top5, hide_folders, printable
+from petune.base.errors import ConfigError
+from petune.base.metric import Metric, shown_metrics
+from petune.base.text import escape_markdown, hide_folders, printable
 
 TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+HUB_METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+"""The hub's type and name of a metric, where it has its own."""
 HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma"}
 """Licenses of timm's weights that the Hugging Face Hub knows by the same name."""
 WEIGHTS = {"weights", "weights_option"}
@@ -23,6 +27,7 @@ FIELDS = {
     "backbone": Mapping,
     "training": Mapping,
     "test": Mapping,
+    "metric_info": list,
     "classes": list | tuple,
     "continued_from": list,
 }
@@ -64,7 +69,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         autoescape=False,
         finalize=lambda value: escape_markdown(value) if type(value) is str else value,
     )
-    known = _known_metadata(config["metadata"])
+    known = known_metadata(config["metadata"])
     classes = [str(name) for name in known["classes"]]
     return environment.get_template("model_card.md.jinja").render(
         head=_Markup(_yaml(_front_matter(config["tuner"], known, is_peft))),
@@ -75,7 +80,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         backbone=known["backbone"],
         dataset=known["dataset"],
         test=known["test"],
-        has_top5=has_top5(len(known["classes"]) or None),
+        metrics=known["metric_info"],
         training=known["training"],
         classes=classes[:MAX_CLASSES],
         earlier=known["continued_from"],
@@ -119,13 +124,11 @@ class _Markup(str):
     """Text that is Markdown or YAML already and is not escaped."""
 
 
-def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the metadata of a run. Users may save anything: entries of another type count as missing."""
     shown = public_metadata(metadata)
     known = {key: shown.get(key) if isinstance(shown.get(key), kind) else None for key, kind in FIELDS.items()}
-    test = known["test"] or {}
-    if not all(isinstance(test.get(key), int | float) for key in ("top1", "top5", "num_images")):
-        known["test"] = None
+    known["test"], known["metric_info"] = _known_results(known["test"], known["metric_info"])
     known["classes"] = known["classes"] or []
     known["continued_from"] = known["continued_from"] or []
     known["backbone"] = {
@@ -135,8 +138,27 @@ def _known_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "license": None,
         **(known["backbone"] or {}),
     }
-    known["training"] = {"val_top1": None, **(known["training"] or {})}
+    training = known["training"] or {}
+    val = training.get("val_metrics")
+    known["training"] = {**training, "val_metrics": val if _are_numbers(val) else {}}
     return known
+
+
+def _known_results(test: Any, metrics: Any) -> tuple[Mapping[str, Any] | None, list[Metric]]:
+    """Return the results and the metrics to show of them; none if either has another form."""
+    try:
+        shown = shown_metrics(Metric.build(metric) for metric in metrics or ())
+    except ConfigError:
+        return None, []
+    values = (test or {}).get("metrics")
+    if not isinstance(values, Mapping) or not _are_numbers(values) or not isinstance(test.get("num_images"), int):
+        return None, []
+    shown = [metric for metric in shown if metric.name in values]
+    return (test, shown) if shown else (None, [])
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(isinstance(value, int | float) for value in values.values())
 
 
 def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[str, Any]:
@@ -154,7 +176,7 @@ def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[s
         "datasets": [hub_dataset] if hub_dataset else None,
     }
     if known["test"] and dataset:
-        head["metrics"] = ["accuracy"]
+        head["metrics"] = [_hub_metric(known["metric_info"][0])[0]]
         head["model-index"] = [_model_index(tuner, known)]
     return {key: value for key, value in head.items() if value is not None}
 
@@ -172,12 +194,12 @@ def _license(known: Mapping[str, Any]) -> dict[str, str]:
 def _model_index(tuner: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return the results as the hub reads them."""
     dataset = known["dataset"]
-    test = known["test"]
     hub_dataset = HUB_DATASETS.get(dataset)
-    kinds = [("accuracy", "top-1 accuracy", "top1")]
-    if has_top5(len(known["classes"]) or None):
-        kinds.append(("top_5_accuracy", "top-5 accuracy", "top5"))
-    metrics = [{"type": kind, "name": title, "value": round(test[key] / 100, 6)} for kind, title, key in kinds]
+    metrics = []
+    for metric in known["metric_info"]:
+        kind, title = _hub_metric(metric)
+        value = known["test"]["metrics"][metric.name] / (100 if metric.percent else 1)
+        metrics.append({"type": kind, "name": title, "value": round(value, 6)})
     dataset_type = hub_dataset or "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset)
     return {
         "name": known["method"] or tuner,
@@ -189,6 +211,10 @@ def _model_index(tuner: str, known: Mapping[str, Any]) -> dict[str, Any]:
             }
         ],
     }
+
+
+def _hub_metric(metric: Metric) -> tuple[str, str]:
+    return HUB_METRICS.get(metric.name, (metric.name, metric.label))
 
 
 def _yaml(head: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 Format 1: `behaviour: {scores, tolerance}`, `pictures`, `num_pictures`; `seed` stands for the Paddle study's settings.
 Format 2: `reference_logits: {logits, tolerance}`, `images`, `num_images`; `paddle_study`.
+Format 3: in the metadata of a run, metrics by name and `metric_info` instead of `top1`, `top5` and `val_top1`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from petune.base.errors import CheckpointError
+from petune.base.text import has_top5
 
-FORMAT = 2
+FORMAT = 3
 """The format that petune writes."""
 
 Config = dict[str, Any]
@@ -66,9 +68,40 @@ def _metadata_2(metadata: Mapping[str, Any]) -> Config:
     return renamed
 
 
+def _from_2_to_3(config: Config) -> Config:
+    """Put the accuracy that `petune run` wrote into the metadata under the names of the metrics."""
+    metadata = config["metadata"]
+    test = metadata.get("test") if isinstance(metadata, Mapping) else None
+    names = ("top1", "top5")
+    if not isinstance(test, Mapping) or not all(isinstance(test.get(name), int | float) for name in names):
+        return config
+    others = {key: value for key, value in test.items() if key not in names}
+    classes = metadata.get("classes")
+    changes: Config = {
+        "test": {"metrics": {name: test[name] for name in names}, **others},
+        "metric_info": classification_metrics(len(classes) if isinstance(classes, list | tuple) else None),
+    }
+    training = metadata.get("training")
+    if isinstance(training, Mapping):
+        val = training.get("val_top1")
+        kept = {key: value for key, value in training.items() if key != "val_top1"}
+        changes["training"] = {"val_metrics": None if val is None else {"top1": val}, **kept}
+    return {**config, "metadata": {**metadata, **changes}}
+
+
+def classification_metrics(num_classes: int | None) -> list[Config]:
+    """Return the metrics that older versions recorded, in the form of `petune.Metric`.
+
+    Args:
+        num_classes: With five or fewer, top-5 is left out; None if it is not known.
+    """
+    metrics = [{"name": "top1", "label": "top-1"}, {"name": "top5", "label": "top-5"}]
+    return [{**metric, "percent": True} for metric in (metrics if has_top5(num_classes) else metrics[:1])]
+
+
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> Config:
     return {names.get(key, key): value for key, value in values.items()}
 
 
-STEPS: list[Callable[[Config], Config]] = [_from_1_to_2]
+STEPS: list[Callable[[Config], Config]] = [_from_1_to_2, _from_2_to_3]
 """The step at index i brings format i + 1 to format i + 2."""

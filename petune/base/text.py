@@ -45,6 +45,11 @@ def plural(count: int, noun: str, several: str = "") -> str:
     return f"{count:,} {noun if count == 1 else several or f'{noun}s'}"
 
 
+def capitalized(text: str) -> str:
+    """Return the text with a capital at its start: `Top-1 on test` for `top-1 on test`."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def format_percent(value: float | None, digits: int = 2) -> str:
     """Return `12.35 %` for 12.3456, `-` for None."""
     return "-" if value is None else f"{value:.{digits}f} %"

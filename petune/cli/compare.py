@@ -21,8 +21,8 @@ LR_PREFIX = "lrs."
 """Start of a --set that gives one method its own learning rate."""
 UNUSED = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"}
 """Keys that a comparison sets itself, for every run."""
-OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter", "top-5", "images/s")
-"""Columns hidden on a narrow terminal; compare.md has them all."""
+OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter", "images/s")
+"""Columns hidden on a narrow terminal, as all metrics but the main one; compare.md has them all."""
 EXAMPLE = "petune compare linear adaptformer vpt:deep=false --backbone vit_nano --dataset digits"
 
 Methods = Annotated[
@@ -83,15 +83,18 @@ def print_comparison(comparison: Comparison) -> None:
     print_status(f"{comparison.backbone}, weights {comparison.weights}, on {comparison.config.run.dataset}")
     table = []
     reasons = []
-    rows = ranked([row.model_dump(mode="json") for row in comparison.rows])
-    columns = compare_columns(rows)
+    rows = ranked([row.model_dump(mode="json") for row in comparison.rows], comparison.metric_info)
+    columns = compare_columns(comparison.metric_info)
     for row in rows:
         texts = cells(row, columns)
         if row["status"] == "failed":
             texts[-1] = "failed"  # the reason is a sentence, printed below the table
             reasons.append(f"{row['method']} failed: {row['reason']}")
         table.append(texts)
-    print_table(columns, table, right=columns[1:], optional=OPTIONAL_COLUMNS)
+    names = list(columns)
+    first, last = OPTIONAL_COLUMNS[:-1], OPTIONAL_COLUMNS[-1:]
+    optional = (*first, *(metric.label for metric in comparison.metric_info[1:]), *last)
+    print_table(names, table, right=names[1:], optional=optional)
     for reason in reasons:
         print_data(clean(reason))
     print_status(f"output: {comparison.output}")

@@ -94,11 +94,13 @@ class ProgressDisplay:
         return f"  {format_duration(step_s * (event.total_steps - event.step))} left"
 
     def _show_epoch(self, event: EpochEnded) -> None:
-        metrics = event.metrics
-        accuracy = f"{metrics['val_top1']:.2f} %" if "val_top1" in metrics else ""
-        self._val = f"  val {accuracy}" if accuracy else ""
-        val = f"  val top-1 {accuracy}" if accuracy else ""
-        self.line(f"{self._run_label}epoch {event.epoch}/{event.epochs}  loss {metrics['train_loss']:.3f}{val}")
+        metric = event.metric
+        value = event.metrics.get(f"val_{metric.name}") if metric else None
+        self._val = val = ""
+        if metric and value is not None:
+            self._val = f"  val {metric.text(value)}"
+            val = f"  val {metric.label} {metric.text(value)}"
+        self.line(f"{self._run_label}epoch {event.epoch}/{event.epochs}  loss {event.metrics['train_loss']:.3f}{val}")
 
 
 def _bar() -> Any:

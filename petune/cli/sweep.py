@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.base.errors import UsageError
-from petune.base.text import format_percent
 from petune.cli.options import DryRun, Executor, Json, Tracker
 from petune.cli.running import RUNS, check_executor, check_tracker, resume_hint, watching
 from petune.cli.settings import Settings, configured
@@ -119,8 +118,9 @@ def print_sweep(table: Sweep) -> None:
         if row.state == "failed":
             print_status(clean(f"trial {row.trial} failed: {row.reason}"))
     if table.best is not None:
-        test = f", {format_percent(table.result.top1)} on test" if table.result else ""
-        print_status(clean(f"best: trial {table.best}, {format_percent(table.rows[table.best].val_top1)} on val{test}"))
+        main = table.metric_info[0]
+        test = f", {main.text(table.result.metrics.get(main.name))} on test" if table.result else ""
+        print_status(clean(f"best: trial {table.best}, {main.text(table.val(table.rows[table.best]))} on val{test}"))
     print_status(f"output: {table.output}")
 
 

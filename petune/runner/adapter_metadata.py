@@ -6,6 +6,7 @@ from typing import Any
 
 from petune.backbones.create import Backbone
 from petune.backbones.weights import absolute_weights
+from petune.base.metric import SplitMetrics
 from petune.data.manifest import digests
 from petune.runner.continued import history
 from petune.runner.file_names import MANIFEST_FILE
@@ -13,19 +14,18 @@ from petune.runner.migrations import read_record
 from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
 from petune.runner.trained import Trained
-from petune.training.evaluate import Accuracy
 
 ADAPTER_DIR = "adapter"
 
 
-def save_adapter(trained: Trained, test: Accuracy) -> int:
+def save_adapter(trained: Trained, test: SplitMetrics) -> int:
     """Save the adapter of a run in its directory and return the size of the tensors in bytes."""
     path = trained.run_dir / ADAPTER_DIR
     trained.ready.attachment.save(path, metadata=adapter_metadata(trained, test))
     return (path / "adapter_model.safetensors").stat().st_size
 
 
-def adapter_metadata(trained: Trained, test: Accuracy) -> dict[str, Any]:
+def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
     """Return what `petune predict` and a model card need to know about a run."""
     ready, fit = trained.ready, trained.fit
     config, dataset, preprocess = ready.config, ready.dataset, ready.preprocess
@@ -43,14 +43,15 @@ def adapter_metadata(trained: Trained, test: Accuracy) -> dict[str, Any]:
         "dataset": dataset.name,
         "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),
         "training": {
-            "val_top1": fit.val.top1 if fit.val else None,
+            "val_metrics": fit.val.report(trained.metric_info) if fit.val else None,
             "epochs": len(fit.epochs),
             "learning_rate": fit.lr,
             "batch_size": config.train.batch_size,
             "seed": config.seed,
             "precision": fit.precision,
         },
-        "test": {"top1": test.top1, "top5": test.top5, "num_images": test.num_images},
+        "test": {"metrics": test.report(trained.metric_info), "num_images": test.num_images},
+        "metric_info": [metric.model_dump() for metric in trained.metric_info],
         **({"continued_from": history(ready.start)} if ready.start else {}),
     }
 

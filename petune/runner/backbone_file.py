@@ -11,20 +11,20 @@ from torch import nn
 
 from petune.backbones.weights import BACKBONE_FILE
 from petune.base.files import replace_file
+from petune.base.metric import SplitMetrics
 from petune.injector.attachment import Attachment
 from petune.runner.provenance import provenance
 from petune.runner.trained import Trained
-from petune.training.evaluate import Accuracy
 
 Dtype = Literal["fp32", "fp16"]
 
 
-def save_backbone(trained: Trained, test: Accuracy, dtype: Dtype) -> int:
+def save_backbone(trained: Trained, test: SplitMetrics, dtype: Dtype) -> int:
     """Save the whole model of a pretraining in its run directory and return the size in bytes."""
     return write_weights(trained.ready.attachment.model, trained.run_dir, describe_weights(trained, test), dtype)
 
 
-def describe_weights(trained: Trained, test: Accuracy) -> dict[str, Any]:
+def describe_weights(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
     """Return the file's metadata: what the weights are, and how images must be prepared for them."""
     ready = trained.ready
     return {
@@ -35,8 +35,7 @@ def describe_weights(trained: Trained, test: Accuracy) -> dict[str, Any]:
         "image_size": ready.preprocess.image_size,
         "classes": ready.dataset.classes,
         "method": ready.config.method,
-        "top1": test.top1,
-        "top5": test.top5,
+        "metrics": test.report(trained.metric_info),
         "config": ready.config.model_dump(mode="json"),
         "adapters": _adapter_keys(ready.attachment),
         "provenance": provenance(ready.device),

@@ -24,6 +24,7 @@ from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import NEW_OUTPUT, open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.stored_config import check_config, write_config
+from petune.training.evaluate import METRICS
 from petune.training.events import Event, Note
 from petune.training.run_files import METRICS_FILE
 
@@ -158,6 +159,8 @@ def _write(config: CompareConfig, results: Sequence[RunResult], reasons: dict[st
     by_method = {method: [result for result in results if result.method == method] for method in config.methods}
     comparison = Comparison(
         config=config,
+        task=results[0].task if results else "classification",
+        metric_info=results[0].metric_info if results else METRICS,
         rows=tuple(summarize(method, done, reasons.get(method, "")) for method, done in by_method.items()),
         backbone=results[0].backbone_full_name if results else config.run.backbone,
         weights=results[0].weights if results else config.run.weights,

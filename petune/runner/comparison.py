@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,11 +13,12 @@ from pydantic import model_validator
 from petune.base.config import Config
 from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
+from petune.base.metric import Metric
 from petune.base.text import html_table
 from petune.runner.compare_config import CompareConfig
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE
-from petune.runner.migrations import updated
-from petune.runner.report.charts import accuracy_file
+from petune.runner.migrations import updated_comparison
+from petune.runner.report.charts import metric_file
 from petune.runner.report.tables import cells, compare_columns, comparison_page, ranked
 from petune.runner.result import RunResult
 
@@ -26,7 +27,9 @@ class Row(Config):
     """One method over all seeds. A method that failed has a reason and no numbers.
 
     Attributes:
-        top1_mean, top1_std: Percent on test; the sample standard deviation over seeds, None for one seed.
+        metrics: On test, by the metric's name: a value per seed.
+        mean, std: On test, by the metric's name; the sample standard deviation over seeds, missing for one seed.
+        val_mean: On val, by the metric's name.
         lr: Peak learning rate, from the recipe or as given.
         epochs: Of each run.
         images_per_s, step_time_s: Mean over the seeds.
@@ -43,25 +46,22 @@ class Row(Config):
     percent_of_total: float | None = None
     percent_of_backbone: float | None = None
     adapter_bytes: int | None = None
-    top1: tuple[float, ...] = ()
+    metrics: dict[str, tuple[float, ...]] = {}
     lr: float | None = None
     epochs: int | None = None
-    top1_mean: float | None = None
-    top1_std: float | None = None
-    top5_mean: float | None = None
-    top5_std: float | None = None
-    val_top1_mean: float | None = None
+    mean: dict[str, float] = {}
+    std: dict[str, float] = {}
+    val_mean: dict[str, float] = {}
     images_per_s: float | None = None
     step_time_s: float | None = None
     peak_memory_bytes: int | None = None
     time_s: float | None = None
-    num_classes: int | None = None
 
     @model_validator(mode="after")
     def _done_has_numbers(self) -> Self:
-        # one seed has no deviation, a run without val no accuracy on it, and older versions did not write the rest
-        optional = {"top1_std", "top5_std", "val_top1_mean", "epochs", "step_time_s", "num_classes"}
-        missing = [key for key, value in self if value in (None, ()) and key not in optional]
+        # one seed has no deviation, a run without val no metrics on it, and older versions did not write the rest
+        optional = {"std", "val_mean", "epochs", "step_time_s"}
+        missing = [key for key, value in self if value in (None, (), {}) and key not in optional]
         if self.status == "done" and missing:
             raise ValueError(f"a method that is done lacks {', '.join(missing)}")
         return self
@@ -82,11 +82,14 @@ class Comparison(Config):
     """The table of a comparison; saved as `compare.json`, with `compare.md` and `compare.svg`.
 
     Attributes:
+        task, metric_info: Of all runs; the first metric sorts the rows.
         provenance: Of the last run.
         origins: Filled in where runs differ in machine, threads, number format, versions or commit.
     """
 
     config: CompareConfig
+    task: str
+    metric_info: tuple[Metric, ...]
     rows: tuple[Row, ...]
     backbone: str
     weights: str
@@ -103,7 +106,7 @@ class Comparison(Config):
         """
         file = directory / COMPARE_TABLE
         try:
-            return cls.build(updated(json.loads(file.read_text(encoding="utf-8"))), COMPARE_TABLE)
+            return cls.build(updated_comparison(json.loads(file.read_text(encoding="utf-8"))), COMPARE_TABLE)
         except (OSError, ValueError, ConfigError) as error:
             raise CheckpointError(f"{file} is not the table of a comparison: {error}") from None
 
@@ -116,17 +119,17 @@ class Comparison(Config):
         """Write `compare.md` and `compare.svg` into an existing directory."""
         plain = self.model_dump(mode="json")
         replace_file(directory / COMPARE_PAGE, comparison_page(plain).encode())
-        done = [row for row in ranked(plain["rows"]) if row["status"] == "done"]
+        done = [row for row in ranked(plain["rows"], self.metric_info) if row["status"] == "done"]
         title = f"{self.config.run.backbone} on {self.config.run.dataset}"
-        replace_file(directory / COMPARE_PLOT, accuracy_file(done, title))
+        replace_file(directory / COMPARE_PLOT, metric_file(done, self.metric_info[0], title))
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
-        plain = ranked([row.model_dump(mode="json") for row in self.rows])
-        columns = compare_columns(plain)
+        plain = ranked([row.model_dump(mode="json") for row in self.rows], self.metric_info)
+        columns = compare_columns(self.metric_info)
         rows = [cells(row, columns) for row in plain]
         caption = f"{self.backbone}, weights {self.weights}, on {self.config.run.dataset}"
-        return html_table(rows, columns, caption)
+        return html_table(rows, list(columns), caption)
 
 
 def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Row:
@@ -142,9 +145,8 @@ def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
     first = results[0]
     if reason := _why_not_comparable(results):
         return Row(method=method, status="failed", reason=reason)
-    top1 = tuple(result.top1 for result in results)
-    top5 = tuple(result.top5 for result in results)
-    val_top1 = [result.val_top1 for result in results if result.val_top1 is not None]
+    metrics = _by_name([result.metrics for result in results])
+    val_metrics = _by_name([result.val_metrics or {} for result in results])
     return Row(
         method=method,
         status="done",
@@ -157,18 +159,21 @@ def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
         adapter_bytes=first.adapter_bytes,
         lr=first.lr,
         epochs=first.epochs,
-        top1=top1,
-        top1_mean=statistics.fmean(top1),
-        top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
-        top5_mean=statistics.fmean(top5),
-        top5_std=statistics.stdev(top5) if len(top5) > 1 else None,
-        val_top1_mean=statistics.fmean(val_top1) if val_top1 else None,
+        metrics=metrics,
+        mean={name: statistics.fmean(values) for name, values in metrics.items()},
+        std={name: statistics.stdev(values) for name, values in metrics.items() if len(values) > 1},
+        val_mean={name: statistics.fmean(values) for name, values in val_metrics.items()},
         images_per_s=statistics.fmean(result.images_per_s for result in results),
         step_time_s=statistics.fmean(result.step_time_s for result in results),
         peak_memory_bytes=max(result.peak_memory_bytes for result in results),
         time_s=sum(result.time_s for result in results),
-        num_classes=first.num_classes,
     )
+
+
+def _by_name(metrics: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """Return a value per seed for each metric that is defined for all seeds."""
+    names = [name for name in metrics[0] if all(name in values for values in metrics)]
+    return {name: tuple(values[name] for values in metrics) for name in names}
 
 
 def _why_not_comparable(results: Sequence[RunResult]) -> str:

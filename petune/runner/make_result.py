@@ -1,14 +1,14 @@
-"""From a trained model to `RunResult`: test accuracy, costs, provenance."""
+"""From a trained model to `RunResult`: metrics on test, costs, provenance."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petune.base.metric import SplitMetrics
 from petune.runner.continued import history
 from petune.runner.provenance import forward_flops, provenance
 from petune.runner.result import RunResult
 from petune.runner.trained import Trained
-from petune.training.evaluate import Accuracy
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Measured:
         peak_memory_bytes: Of training and test, in all processes that worked on this run.
     """
 
-    test: Accuracy
+    test: SplitMetrics
     forward_flops: int
     peak_memory_bytes: int
 
@@ -46,6 +46,7 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
     config, backbone, fit = trained.ready.config, trained.ready.backbone, trained.fit
     start = trained.ready.start
     counts = trained.ready.attachment.counts
+    metrics = trained.metric_info
     how = {
         "precision": fit.precision,
         "micro_batch_size": fit.micro_batch_size,
@@ -59,9 +60,10 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         weights=backbone.weights,
         dataset=config.dataset,
         seed=config.seed,
-        top1=measured.test.top1,
-        top5=measured.test.top5,
-        val_top1=fit.val.top1 if fit.val else None,
+        task="classification",
+        metrics=measured.test.report(metrics),
+        val_metrics=fit.val.report(metrics) if fit.val else None,
+        metric_info=metrics,
         epoch=fit.epoch,
         epochs=len(fit.epochs),
         lr=fit.lr,

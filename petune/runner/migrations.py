@@ -1,8 +1,8 @@
 """Read what older versions of petune wrote into run directories.
 
-There has been one change of format so far, before 0.1.0: files and keys got the names that the field uses, and a
-comparison keeps its own configuration in `config.yaml`. Everything is read through the functions here, in the words of
-today; files are renamed when a directory is opened to continue in it.
+There have been two changes of format so far, before 0.1.0: files and keys got the names that the field uses, and a
+comparison keeps its own configuration in `config.yaml`; then `top1` and `top5` became `metrics` by name. Everything
+is read through the functions here, in the words of today; files are renamed when a directory is opened to continue in it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from petune.adapters.migrations import classification_metrics
 from petune.base.yaml_values import read_yaml
 from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, MANIFEST_FILE
 
@@ -25,6 +26,8 @@ VALUES = {
     ("backbone", "vit_seed"): "vit_paddle_study",
 }
 """New values by key and old value."""
+METRIC_NAMES = ("top1", "top5")
+OLD_ROW_KEYS = {"top1", "top1_mean", "top1_std", "top5_mean", "top5_std", "val_top1_mean", "num_classes"}
 OLD_VARIANT, VARIANT = "variant=seed", "variant=paddle_study"
 
 
@@ -56,6 +59,73 @@ def updated(data: Any) -> Any:
     if isinstance(data, list):
         return [updated(item) for item in data]
     return _method(data)
+
+
+def updated_result(data: Any) -> Any:
+    """Return `result.json` of an older version in the words of today."""
+    data = updated(data)
+    if not isinstance(data, dict) or not {"top1", "top5"} <= data.keys():
+        return data
+    val = data.pop("val_top1", None)
+    test = {name: data.pop(name) for name in METRIC_NAMES}
+    return {
+        **data,
+        "task": "classification",
+        "metrics": test,
+        "val_metrics": None if val is None else {"top1": val},
+        "metric_info": classification_metrics(data.get("num_classes")),
+    }
+
+
+def updated_comparison(data: Any) -> Any:
+    """Return `compare.json` of an older version in the words of today."""
+    data = updated(data)
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if not isinstance(rows, list) or "metric_info" in data:
+        return data
+    counts = [row["num_classes"] for row in rows if isinstance(row, dict) and row.get("num_classes")]
+    metrics = classification_metrics(min(counts, default=None) if len(counts) == len(rows) else None)
+    return {**data, "task": "classification", "metric_info": metrics, "rows": [_row(row) for row in rows]}
+
+
+def updated_fit(data: Any) -> Any:
+    """Return `trial.json` of an older version in the words of today."""
+    data = _trial(updated(data))
+    if not isinstance(data, dict) or "metric_info" in data:
+        return data
+    return {**data, "task": "classification", "metric_info": classification_metrics(None)}
+
+
+def updated_sweep(data: Any) -> Any:
+    """Return `sweep.json` of an older version in the words of today."""
+    data = updated(data)
+    if not isinstance(data, dict) or "metric_info" in data or not isinstance(data.get("rows"), list):
+        return data
+    result = updated_result(data.get("result"))
+    metrics = result["metric_info"] if isinstance(result, dict) else classification_metrics(None)
+    rows = [_trial(row) for row in data["rows"]]
+    return {**data, "rows": rows, "result": result, "task": "classification", "metric_info": metrics}
+
+
+def _trial(row: Any) -> Any:
+    if not isinstance(row, dict) or "val_top1" not in row:
+        return row
+    values = {name: row.pop(f"val_{name}", None) for name in METRIC_NAMES}
+    val = {name: value for name, value in values.items() if value is not None}
+    return {**row, "val_metrics": val or None}
+
+
+def _row(row: Any) -> Any:
+    """Return a row of `compare.json`: a value per seed, mean and deviation, each by the metric's name."""
+    if not isinstance(row, dict):
+        return row
+    others = {key: value for key, value in row.items() if key not in OLD_ROW_KEYS}
+    by_field = {"metrics": "{}", "mean": "{}_mean", "std": "{}_std", "val_mean": "val_{}_mean"}
+    values = {
+        field: {name: row[key] for name in METRIC_NAMES if row.get(key := form.format(name)) not in (None, [])}
+        for field, form in by_field.items()
+    }
+    return {**others, **values}
 
 
 def _value(key: str, value: Any) -> Any:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import Field
+
 from petune.base.config import Config
 from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
-from petune.base.text import format_duration, format_percent, format_size, has_top5, html_table
+from petune.base.metric import Metric, shown_metrics
+from petune.base.text import format_duration, format_percent, format_size, html_table
 from petune.runner.file_names import RESULT_FILE
-from petune.runner.migrations import updated
+from petune.runner.migrations import updated_result
 
 
 class RunResult(Config):
@@ -20,8 +23,10 @@ class RunResult(Config):
     Attributes:
         method, backbone, weights, dataset, seed: As in the configuration.
         backbone_full_name: With the options that the model was built with.
-        top1, top5: Percent on test, of the epoch chosen on val.
-        val_top1: Percent on val; None without a val split.
+        task: What was trained for, as `classification`.
+        metrics: On test by name, of the epoch chosen on val.
+        val_metrics: On val; None without a val split.
+        metric_info: How to show the metrics; the first one chose the epoch and sorts tables.
         epoch, epochs: The chosen epoch, from 1, and how many were trained.
         lr: Peak learning rate.
         tuned, head, total: Parameters of the method, of the classifier, and of the whole model.
@@ -43,9 +48,10 @@ class RunResult(Config):
     weights: str
     dataset: str
     seed: int
-    top1: float
-    top5: float
-    val_top1: float | None
+    task: str
+    metrics: dict[str, float]
+    val_metrics: dict[str, float] | None
+    metric_info: tuple[Metric, ...] = Field(min_length=1)
     epoch: int
     epochs: int
     lr: float
@@ -65,6 +71,21 @@ class RunResult(Config):
     from_run: str | None = None
     num_classes: int | None = None
 
+    @property
+    def top1(self) -> float | None:
+        """Top-1 accuracy on test in percent; None if the task has no such metric."""
+        return self.metrics.get("top1")
+
+    @property
+    def top5(self) -> float | None:
+        """Top-5 accuracy on test in percent; None if the task has no such metric."""
+        return self.metrics.get("top5")
+
+    @property
+    def val_top1(self) -> float | None:
+        """Top-1 accuracy on val in percent; None without a val split, or if the task has no such metric."""
+        return (self.val_metrics or {}).get("top1")
+
     @staticmethod
     def exists(directory: Path) -> bool:
         """Return whether the run in `directory` is finished."""
@@ -79,7 +100,7 @@ class RunResult(Config):
         """
         file = directory / RESULT_FILE
         try:
-            return cls.build(updated(json.loads(file.read_text(encoding="utf-8"))), RESULT_FILE)
+            return cls.build(updated_result(json.loads(file.read_text(encoding="utf-8"))), RESULT_FILE)
         except (OSError, ValueError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} is not the result of a finished run: {error}") from None
 
@@ -91,6 +112,8 @@ class RunResult(Config):
 
     def facts(self) -> list[tuple[str, str]]:
         """Return names and values for people to read."""
+        main = self.metric_info[0]
+        val = (self.val_metrics or {}).get(main.name)
         of_all = format_percent(self.percent_of_total, 3)
         of_backbone = format_percent(self.percent_of_backbone, 3)
         share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
@@ -99,9 +122,8 @@ class RunResult(Config):
             *([("continued from", self.from_run)] if self.from_run else ()),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}"),
-            ("top-1 on test", format_percent(self.top1)),
-            *([("top-5 on test", format_percent(self.top5))] if has_top5(self.num_classes) else ()),
-            ("top-1 on val", f"{format_percent(self.val_top1)}  (epoch {self.epoch} of {self.epochs})"),
+            *((f"{m.label} on test", m.text(self.metrics.get(m.name))) for m in shown_metrics(self.metric_info)),
+            (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs})"),
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),

@@ -11,6 +11,7 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import ConfigError
+from petune.base.metric import SplitMetrics
 from petune.data.lookup import count_classes
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
@@ -25,7 +26,6 @@ from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
 from petune.runner.trained import Trained
-from petune.training.evaluate import Accuracy
 from petune.training.events import Watch, ignore
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
@@ -63,7 +63,7 @@ class Procedure:
         tuner: The method, built.
         recipe: Fills in the training options that the configuration leaves open.
         save: Writes what was trained and returns its size in bytes.
-        keep: The epoch to keep: the one with the highest top-1 on val, or the last one.
+        keep: The epoch to keep: the best one on val, or the last one.
         keep_head: Start from the weights' own classifier where it has the dataset's classes.
         statistics: Mean and std to normalize images by; None takes the backbone's or the dataset's.
         trains_all: Refuse a method that leaves parameters frozen.
@@ -73,7 +73,7 @@ class Procedure:
     name: str
     tuner: Tuner[Any]
     recipe: Recipe
-    save: Callable[[Trained, Accuracy], int]
+    save: Callable[[Trained, SplitMetrics], int]
     keep: Literal["best", "last"] = "best"
     keep_head: bool = False
     statistics: Statistics | None = None

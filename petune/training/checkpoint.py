@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import verify_directory, write_directory
 from petune.training.config import TrainConfig
+from petune.training.migrations import migrate_progress
 from petune.training.optim import create_optimizer
 
 NUM_KEPT = 2
-FORMAT = 1
+FORMAT = 2
 BUFFER = "buffer:"
 """Prefix of the keys of buffers."""
 
@@ -135,7 +136,8 @@ def _read(path: Path) -> Checkpoint:
     model, best, optimizer = (
         load_tensors((path / f"{name}.safetensors").read_bytes()) for name in ("model", "best", "optimizer")
     )
-    return Checkpoint(model, best, _join_optimizer(optimizer, state["optimizer"]), state["progress"])
+    progress = migrate_progress(state["progress"], state["format"])
+    return Checkpoint(model, best, _join_optimizer(optimizer, state["optimizer"]), progress)
 
 
 def _paths(directory: Path) -> list[Path]:

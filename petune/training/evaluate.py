@@ -1,10 +1,9 @@
-"""Top-1 and top-5 accuracy of a model on a split; every image counts once."""
+"""Metrics and loss of a model on a split; every image counts once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.distributed import SINGLE_PROCESS, Group
+from petune.base.metric import Metric, SplitMetrics
 from petune.data.batches import Batch, eval_batches
 from petune.data.dataset import Split
 from petune.training.config import NumberFormat
@@ -19,21 +19,11 @@ from petune.training.job import TrainJob
 from petune.training.precision import autocast
 from petune.training.stop import StopFlag
 
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Accuracy and loss of a model on `num_images` images.
-
-    Attributes:
-        top1, top5: In percent. With fewer than five classes, top5 is the top-C accuracy.
-        loss: Mean cross-entropy.
-        num_images: Size of the split.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    num_images: int
+METRICS = (
+    Metric(name="top1", label="top-1", percent=True),
+    Metric(name="top5", label="top-5", percent=True),
+)
+"""The metrics of classification. With fewer than five classes, top5 is the top-C accuracy."""
 
 
 def load_accuracy() -> Any:
@@ -52,7 +42,7 @@ def evaluate(
     by_position: Callable[[Tensor], Tensor] | None = None,
     group: Group = SINGLE_PROCESS,
     sharded: bool = False,
-) -> Accuracy:
+) -> SplitMetrics:
     """Evaluate a model in eval mode without gradients; training flags are restored afterwards.
 
     Args:
@@ -61,7 +51,7 @@ def evaluate(
         precision: Number format of the forward passes.
         stop: Checked before every batch.
         by_position: From positions in the split to logits, where features are cached; None runs the model.
-        group: Each process evaluates a part of the split, and gets the accuracy on all of it.
+        group: Each process evaluates a part of the split, and gets the metrics on all of it.
         sharded: The processes meet inside the forward, because frozen blocks are spread over them. An error is raised
             at once then.
 
@@ -81,7 +71,7 @@ def evaluate(
                 if len(batch.y_B):
                     counts.add(logits_BC, batch.y_B)
     group.any_rank(errors=errors)
-    return counts.accuracy(group, len(split))
+    return counts.metrics(group, len(split))
 
 
 class _Counts:
@@ -100,10 +90,10 @@ class _Counts:
         self.loss_and_count[0] += nn.functional.cross_entropy(logits_BC.float(), y_B, reduction="sum")
         self.loss_and_count[1] += len(y_B)
 
-    def accuracy(self, group: Group, num_images: int) -> Accuracy:
+    def metrics(self, group: Group, num_images: int) -> SplitMetrics:
         loss, count = group.all_reduce_sum(self.loss_and_count).tolist()
         top1, top5 = float(self.top1.compute()), float(self.top5.compute())  # torchmetrics adds up over processes
-        return Accuracy(100 * top1, 100 * top5, loss / count, num_images)
+        return SplitMetrics({"top1": 100 * top1, "top5": 100 * top5}, loss / count, num_images)
 
 
 @contextmanager

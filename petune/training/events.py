@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from petune.base.metric import Metric
+
 
 @dataclass(frozen=True)
 class StepDone:
@@ -34,13 +36,15 @@ class EpochEnded:
     Attributes:
         epoch: The epoch that ended, from 1.
         epochs: Epochs of the whole run.
-        metrics: Its line of metrics.jsonl: `epoch`, `train_loss`, and after an evaluation `val_loss`, `val_top1` and
-            `val_top5`.
+        metrics: Its line of metrics.jsonl: `epoch`, `train_loss`, and after an evaluation `val_loss` and `val_NAME` for
+            each metric.
+        metric: The metric that chooses the epoch.
     """
 
     epoch: int
     epochs: int
     metrics: dict[str, float]
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class TrainJob:
         device: Where the model is.
         directory: The run directory; `metrics.jsonl` and `checkpoints/` are written here.
         seed: Of order, augmentation, mixup and dropout.
-        keep: `best` keeps the epoch with the highest top-1 on val, `last` the last one.
+        keep: `best` keeps the epoch that is the best on val, `last` the last one.
     """
 
     attachment: Attachment

@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
+from petune.base.metric import SplitMetrics
 from petune.base.text import plural
 from petune.data.batches import Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.training.checkpoint import check_optimizer
 from petune.training.config import NumberFormat
 from petune.training.dry_run import dry_run
-from petune.training.evaluate import Accuracy, evaluate
+from petune.training.evaluate import METRICS, evaluate
 from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
 from petune.training.fit_batch import can_run_out, explain_single_image, largest_that_fits
 from petune.training.gradient_check import check_step_gradients
@@ -107,7 +108,7 @@ class Trainer:
         self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config)
         self.schedule = create_schedule(self.optimizer, self.config, self.total_steps)
 
-        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep)
+        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep, METRICS[0])
         self.progress.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
         self.unfused_attention: list[nn.Module] = []
         self._apply_precision()
@@ -227,16 +228,16 @@ class Trainer:
         is_due = (p.epoch + 1) % config.val_every == 0 or p.epoch + 1 == config.epochs
         if len(self.job.dataset.val) and is_due:
             val = self._validate()
-            row |= {"val_loss": val.loss, "val_top1": val.top1, "val_top5": val.top5}
+            row |= {"val_loss": val.loss, **{f"val_{name}": value for name, value in val.values.items()}}
             self.state.record(val)
         self.files.write_metrics(**row)
         p.epochs.append(row)
         p.epoch += 1
         p.batch = 0
         p.loss_sum = 0.0
-        self.on_event(EpochEnded(p.epoch, config.epochs, row))
+        self.on_event(EpochEnded(p.epoch, config.epochs, row, self.state.metric))
 
-    def _validate(self) -> Accuracy:
+    def _validate(self) -> SplitMetrics:
         try:
             val = self.evaluate("val")
         except (Stopped, torch.OutOfMemoryError):
@@ -246,8 +247,8 @@ class Trainer:
             raise self._diverged(f"the loss on val is {val.loss}")
         return val
 
-    def evaluate(self, split: Literal["val", "test"]) -> Accuracy:
-        """Return the accuracy of the model as it is now on a split."""
+    def evaluate(self, split: Literal["val", "test"]) -> SplitMetrics:
+        """Return the metrics of the model as it is now on a split."""
         return evaluate(
             self.job,
             getattr(self.job.dataset, split),

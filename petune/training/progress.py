@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from petune.base.metric import SplitMetrics
 from petune.training.config import NumberFormat
-from petune.training.evaluate import Accuracy
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class FitResult:
 
     Attributes:
         epoch: The kept epoch, from 1.
-        val: Its accuracy on val; None without a val split.
+        val: Its metrics on val; None without a val split.
         images_per_s: Mean training speed, without evaluations.
         step_time_s: Mean time of a training step.
         time_s: Time of the whole training, evaluations included.
@@ -27,7 +27,7 @@ class FitResult:
     """
 
     epoch: int
-    val: Accuracy | None
+    val: SplitMetrics | None
     images_per_s: float
     step_time_s: float
     time_s: float
@@ -48,7 +48,7 @@ class Progress:
         time_s: Time since the start, evaluations included; not while the run was interrupted.
         train_time_s: Time of the training steps.
         best_epoch: The kept epoch, from 1; -1 before the first evaluation.
-        best_top1, best_top5: Its accuracy on val in percent.
+        best_values: Its metrics on val, by name.
         log_bytes: Size of metrics.jsonl.
         loss_sum: Sum of the losses of this epoch's batches.
         micro_batch: Images that go through the model at once; 0 before it is known.
@@ -64,8 +64,7 @@ class Progress:
     time_s: float = 0.0
     train_time_s: float = 0.0
     best_epoch: int = -1
-    best_top1: float = -1.0
-    best_top5: float = -1.0
+    best_values: dict[str, float] = field(default_factory=dict)
     log_bytes: int = 0
     loss_sum: float = 0.0
     micro_batch: int = 0
@@ -78,6 +77,14 @@ class Progress:
     def best_loss(self) -> float:
         """Loss on val of the kept epoch; infinite before the first evaluation."""
         return self.epochs[self.best_epoch - 1]["val_loss"] if self.best_epoch > 0 else math.inf
+
+    def best(self, num_val: int) -> SplitMetrics:
+        """Return the metrics on val of the kept epoch.
+
+        Args:
+            num_val: Size of the val split.
+        """
+        return SplitMetrics(self.best_values, self.best_loss, num_val)
 
     def images_per_s(self, num_images: int) -> float:
         """Return the mean training speed.
@@ -96,7 +103,7 @@ class Progress:
             lr: Peak learning rate.
             num_processes: Processes that trained together.
         """
-        val = Accuracy(self.best_top1, self.best_top5, math.nan, num_val) if self.best_epoch > 0 else None
+        val = self.best(num_val) if self.best_epoch > 0 else None
         return FitResult(
             epoch=self.best_epoch if val else self.epoch,
             val=val,

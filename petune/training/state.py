@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import CheckpointError
+from petune.base.metric import Metric, SplitMetrics
 from petune.training.checkpoint import BUFFER, Checkpoint
-from petune.training.evaluate import Accuracy
 from petune.training.progress import Progress
 
 
@@ -23,6 +23,7 @@ class ResumableState:
         params: Everything that trains, by state_dict key.
         optimizer: Of these parameters.
         keep: Whether the best epoch or the last one is kept.
+        metric: Chooses the best epoch.
 
     Attributes:
         progress: How far the training is.
@@ -34,11 +35,13 @@ class ResumableState:
         params: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         keep: Literal["best", "last"],
+        metric: Metric,
     ) -> None:
         self.model = model
         self.params = params
         self.optimizer = optimizer
         self.keep = keep
+        self.metric = metric
         self.progress = Progress()
         self.best: Mapping[str, Tensor] = {}
 
@@ -46,20 +49,22 @@ class ResumableState:
         """Return the parameters that train and all buffers, by key."""
         return {**self.params, **{f"{BUFFER}{name}": buffer for name, buffer in self.model.named_buffers()}}
 
-    def record(self, val: Accuracy) -> None:
-        """Note the accuracy at the end of an epoch; if it is the best, or the last one is kept, keep this epoch.
+    def record(self, val: SplitMetrics) -> None:
+        """Note the metrics at the end of an epoch; if they are the best, or the last one is kept, keep this epoch.
 
-        Of epochs with the same top-1, which are common with few val images, the one with the lowest loss is the best;
+        Of epochs with the same value, which are common with few val images, the one with the lowest loss is the best;
         if that is the same too, the later one.
         """
         p = self.progress
-        if self.keep == "best" and (val.top1, -val.loss) < (p.best_top1, -p.best_loss):
+        if self.keep == "best" and p.best_epoch > 0 and self._rank(val) < self._rank(p.best(val.num_images)):
             return
         p.best_epoch = p.epoch + 1
-        p.best_top1 = val.top1
-        p.best_top5 = val.top5
+        p.best_values = dict(val.values)
         if self.keep == "best":
             self.best = {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
+
+    def _rank(self, val: SplitMetrics) -> tuple[float, float]:
+        return self.metric.score(val.value(self.metric)), -val.loss
 
     def restore_best(self) -> None:
         """Give the model the tensors of the kept epoch."""

@@ -20,7 +20,13 @@ from petune.runner.run_adapter import read_run_adapter
 from petune.serving.restore import rebuild_backbone
 from tests.tiny import X, randomised, tiny
 
-MEASURED = {"test": {"top1": 81.25, "top5": 99.5, "num_images": 360}, "dataset": "digits", "method": "vpt:deep=false"}
+TOP1, TOP5 = ({"name": f"top{k}", "label": f"top-{k}", "percent": True} for k in (1, 5))
+MEASURED = {
+    "test": {"metrics": {"top1": 81.25, "top5": 99.5}, "num_images": 360},
+    "metric_info": [TOP1, TOP5],
+    "dataset": "digits",
+    "method": "vpt:deep=false",
+}
 
 
 def card(path: Path, tuner: str = "adaptformer", /, **metadata: Any) -> str:
@@ -65,10 +71,15 @@ def test_the_license_of_the_backbone_is_shown(
     assert ("license of the backbone" in text) == (recorded is not None)
 
 
-@pytest.mark.parametrize(("num_classes", "shown"), [(2, False), (5, False), (6, True)])
-def test_top_5_is_shown_only_with_more_than_five_classes(num_classes: int, shown: bool, tmp_path: Path) -> None:
-    text = card(tmp_path / "a", **MEASURED, classes=[f"class {c}" for c in range(num_classes)])
-    assert ("top-5" in text) == shown
+def test_the_metrics_of_metric_info_are_shown(tmp_path: Path) -> None:
+    text = card(tmp_path / "a", **{**MEASURED, "metric_info": [TOP1]})
+    assert "81.25 %" in text
+    assert "top-5" not in text
+    mae = {"test": {"metrics": {"mae": 2.5}, "num_images": 3}, "metric_info": [{"name": "mae", "label": "MAE"}]}
+    text = card(tmp_path / "b", **mae, dataset="ages", training={"val_metrics": {"mae": 2.25}})
+    assert "| MAE on test | 2.5 |" in text
+    assert "| MAE on validation, which chose the epoch | 2.25 |" in text
+    assert head(text)["model-index"][0]["results"][0]["metrics"] == [{"type": "mae", "name": "MAE", "value": 2.5}]
 
 
 def test_the_hub_reads_the_results(tmp_path: Path) -> None:
@@ -101,8 +112,8 @@ def test_the_examples_of_a_runs_card_run(digits: Path, tmp_path: Path, monkeypat
     Image.new("L", (8, 8), 90).save("image.png")
     text = Path("adapter/README.md").read_text(encoding="utf-8")
     result = json.loads((digits / "result.json").read_text())
-    assert f"| top-1 on test | {result['top1']:.2f} % |" in text
-    assert f"| top-1 on validation, which chose the epoch | {result['val_top1']:.2f} % |" in text
+    assert f"| top-1 on test | {result['metrics']['top1']:.2f} % |" in text
+    assert f"| top-1 on validation, which chose the epoch | {result['val_metrics']['top1']:.2f} % |" in text
     assert f"| trained parameters | {result['tuned']:,} of the method and {result['head']:,} of the classifier:" in text
     whole, own, _ = examples(text)
     names: dict[str, Any] = {}
@@ -122,7 +133,8 @@ NASTY = "<script>alert(1)</script> | **x** [y](http://evil.example) `z`\n---\nli
 def test_names_from_outside_are_text(tmp_path: Path) -> None:
     text = card(tmp_path / "a", classes=[NASTY, "cat"], method=NASTY, license=NASTY, dataset=NASTY,
                 backbone={"full_name": NASTY, "weights": NASTY, "hub_id": NASTY}, training={"seed": NASTY},
-                test=MEASURED["test"])  # fmt: skip
+                test=MEASURED["test"],
+                metric_info=[{"name": "top1", "label": NASTY}])  # fmt: skip
     front = head(text)
     assert front["license"].startswith("<script>")
     assert "\n" not in front["license"]
@@ -135,7 +147,16 @@ def test_names_from_outside_are_text(tmp_path: Path) -> None:
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
 
 
-@pytest.mark.parametrize("odd", [{"test": "good"}, {"test": {"top1": None}}, {"classes": 7}, {"backbone": "vit"}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"test": "good"},
+        {"test": {"metrics": {"top1": None}}},
+        {"test": MEASURED["test"], "metric_info": [7]},
+        {"classes": 7},
+        {"backbone": "vit"},
+    ],
+)
 def test_metadata_of_another_form_is_no_error(odd: dict[str, Any], tmp_path: Path) -> None:
     assert "Results" not in card(tmp_path / "a", **odd)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from petune.base.metric import Metric
 from petune.base.text import format_percent
 from petune.cli.progress import ProgressDisplay
 from petune.cli.terminal import clean, format_count, format_flops, print_table
@@ -15,7 +16,9 @@ def _step(step: int) -> StepDone:
     return StepDone(step=step, total_steps=100, epoch=0, loss=1.5, lr=0.1, images_per_s=1234.5)
 
 
-EPOCH = EpochEnded(1, 2, {"epoch": 1, "train_loss": 1.25, "val_top1": 50.0})
+EPOCH = EpochEnded(
+    1, 2, {"epoch": 1, "train_loss": 1.25, "val_top1": 50.0}, Metric(name="top1", label="top-1", percent=True)
+)
 
 
 def test_a_line_every_few_seconds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_a_comparison_is_a_table_with_charts_and_origin(petune: Run, runs: Path,
     page = Tags((tmp_path / "page.html").read_text())
     rows = json.loads((runs / "two" / "compare.json").read_text())["rows"]
     for row in rows:
-        assert f"{row['top1_mean']:.2f} ± {row['top1_std']:.2f}" in page.text
+        assert f"{row['mean']['top1']:.2f} ± {row['std']['top1']:.2f}" in page.text
     assert page.tags.count("svg") == 5  # accuracy, two of curves, time, memory
     assert page.tags.count("section") == 1
     assert "commit" in page.text
@@ -137,8 +137,8 @@ def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
     ("damage", "problem"),
     [
         ({"seeds": []}, "1 problem in compare.json: - rows.0: a method that is done lacks seeds"),
-        ({"top1_mean": None}, "1 problem in compare.json: - rows.0: a method that is done lacks top1_mean"),
-        (None, "6 problems in compare.json: - config: required - rows: required"),
+        ({"mean": {}}, "1 problem in compare.json: - rows.0: a method that is done lacks mean"),
+        (None, "8 problems in compare.json: - config: required - rows: required"),
     ],
 )
 def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(

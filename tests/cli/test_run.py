@@ -65,7 +65,7 @@ def test_config_yaml_repeats_the_run(petune: Run, tiny: Words, tmp_path: Path) -
     first = json.loads(petune("run", "--method", "linear", *tiny, "--json").out)
     again = json.loads(petune("run", "--config", f"{first['output']}/config.yaml", "--json").out)
     assert again["output"] == f"{first['output']}-2"
-    assert (again["top1"], again["val_top1"]) == (first["top1"], first["val_top1"])
+    assert (again["metrics"], again["val_metrics"]) == (first["metrics"], first["val_metrics"])
 
 
 def test_an_existing_output_is_refused_and_resume_returns_a_finished_result(

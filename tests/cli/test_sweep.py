@@ -38,17 +38,17 @@ def test_the_best_on_val_is_tested_and_no_other_trial(petune: Run, tiny: Words, 
     ]
     assert [row["lr"] for row in rows] == [0.001, 0.02, 0.001, 0.02]
     assert rows[0]["tuned"] < rows[2]["tuned"]
-    best = max(rows, key=lambda row: row["val_top1"])
+    best = max(rows, key=lambda row: row["val_metrics"]["top1"])
     assert table["best"] == best["trial"]
     assert [p.parent.name for p in place.glob("*/result.json")] == [f"trial-{best['trial']:03d}"]
     result = json.loads((place / f"trial-{best['trial']:03d}" / "result.json").read_text())
     assert result == table["result"]
-    assert (result["val_top1"], result["epoch"]) == (best["val_top1"], best["epoch"])
+    assert (result["val_metrics"], result["epoch"]) == (best["val_metrics"], best["epoch"])
     assert [p.parent.name for p in place.glob("*/checkpoints")] == [f"trial-{best['trial']:03d}"]
     assert f"best: trial {best['trial']}, " in done.err
     heading, _, first, *_ = done.out.splitlines()
     assert [cell.strip() for cell in heading.split("|")[1:4]] == ["trial", "bottleneck", "train.lr"]
-    assert f"{result['top1']:.2f}" in first
+    assert f"{result['metrics']['top1']:.2f}" in first
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("nothing is run twice")
@@ -63,7 +63,7 @@ def test_the_best_on_val_is_tested_and_no_other_trial(petune: Run, tiny: Words, 
     # the best one is what `petune run` would have given
     config = place / f"trial-{best['trial']:03d}" / "config.yaml"
     alone = petune("run", "--config", config, "--output", "alone", "--json")
-    assert json.loads(alone.out)["top1"] == result["top1"]
+    assert json.loads(alone.out)["metrics"] == result["metrics"]
 
 
 @pytest.mark.exhaustive
@@ -197,7 +197,7 @@ def test_a_trial_that_failed_because_of_data_is_repeated_on_resume(
     assert petune(*words).code == 0
     assert [row["state"] for row in _table(tmp_path)["rows"]] == ["done", "done"]
     assert petune(*words[:-1]).code == 0  # tested after all
-    assert _table(tmp_path)["result"]["top1"] >= 0
+    assert _table(tmp_path)["result"]["metrics"]["top1"] >= 0
 
 
 @pytest.mark.exhaustive
@@ -301,8 +301,8 @@ def test_a_sweep_of_an_older_version_is_read_and_not_repeated(
     assert done.code == 0, done.err
     table = json.loads(done.out)
     assert table["config"]["search"] == before["config"]["over"]
-    assert [row["val_top1"] for row in table["rows"]] == [row["val_top1"] for row in before["rows"]]
-    assert table["result"]["top1"] == before["result"]["top1"]
+    assert [row["val_metrics"]["top1"] for row in table["rows"]] == [row["val_top1"] for row in before["rows"]]
+    assert table["result"]["metrics"]["top1"] == before["result"]["top1"]
 
 
 def test_a_sweep_of_an_older_version_can_be_extended(golden: Path, petune: Run) -> None:
@@ -310,7 +310,7 @@ def test_a_sweep_of_an_older_version_can_be_extended(golden: Path, petune: Run) 
     done = petune("sweep", "--config", golden / "config.yaml", "--search=bottleneck=2,4,8", "--json")
     assert done.code == 0, done.err
     rows = json.loads(done.out)["rows"]
-    assert [row["val_top1"] for row in rows[:2]] == [row["val_top1"] for row in before["rows"]]
+    assert [row["val_metrics"]["top1"] for row in rows[:2]] == [row["val_top1"] for row in before["rows"]]
     assert (rows[2]["params"], rows[2]["state"]) == ({"bottleneck": 8}, "done")
 
 
@@ -326,4 +326,4 @@ def test_an_interrupted_trial_of_an_older_version_is_finished(golden: Path, petu
     assert done.code == 0, done.err
     row = json.loads(done.out)["rows"][1]
     assert (row["state"], row["tuned"]) == ("done", numbers["tuned"])
-    assert row["val_top1"] == pytest.approx(numbers["val_top1"], abs=1)
+    assert row["val_metrics"]["top1"] == pytest.approx(numbers["val_top1"], abs=1)

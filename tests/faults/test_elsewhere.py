@@ -26,13 +26,13 @@ slow = pytest.mark.skipif(not FULL, reason="half a minute each; `make faults` do
 
 def table(place: Path) -> list[tuple[Any, ...]]:
     rows = json.loads((place / "compare.json").read_text())["rows"]
-    return [(row["method"], row["status"], row["top1"], row["top5_mean"], row["tuned"], row["lr"]) for row in rows]
+    return [(row["method"], row["status"], row["metrics"], row["mean"], row["tuned"], row["lr"]) for row in rows]
 
 
 def trials(place: Path) -> tuple[Any, ...]:
     table = json.loads((place / "sweep.json").read_text())
     rows = [{k: v for k, v in row.items() if k not in {"time_s", "images_per_s"}} for row in table["rows"]]
-    return rows, table["best"], table["result"]["top1"], table["finished"]
+    return rows, table["best"], table["result"]["metrics"], table["finished"]
 
 
 def kill_once(place: Path, tried: set[int], result: str = "result.json") -> bool:

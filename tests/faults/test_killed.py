@@ -94,7 +94,7 @@ def test_compare_killed(program: Program, tmp_path: Path) -> None:
 
     def table(place: Path) -> list[tuple[object, ...]]:
         rows = json.loads((place / "compare.json").read_text())["rows"]
-        return [(row["method"], row["status"], row["top1"], row["tuned"]) for row in rows]
+        return [(row["method"], row["status"], row["metrics"], row["tuned"]) for row in rows]
 
     words = ("compare", *methods, *TINY, "--epochs=1", "--output")
     assert program.finish(*words, tmp_path / "whole") == 0

@@ -13,6 +13,7 @@ from torch import nn
 
 import petune
 from petune.adapters.format import read_adapter
+from petune.adapters.migrations import FORMAT
 from petune.base.errors import BackboneMismatch, CheckpointError, PluginError, UsageError
 from tests.tiny import X, tiny, trained as train
 
@@ -53,7 +54,7 @@ def test_what_is_saved_is_what_trains_and_small(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert set(tensors) == {*att.tuned, *att.head}
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (config["format"], config["tuner"], config["distribution"]) == (2, "adaptformer", "petune")
+    assert (config["format"], config["tuner"], config["distribution"]) == (FORMAT, "adaptformer", "petune")
     assert config["geometry"]["depth"] == 2
 
 

@@ -97,7 +97,7 @@ def test_a_comparison_takes_outcomes_in_any_order(tmp_path: Path) -> None:
     there = compare(CompareConfig.build({**plan, "output": tmp_path / "there"}), executor=backwards)
 
     def numbers(comparison: Any) -> list[tuple[Any, ...]]:
-        return [(row.method, row.seeds, row.top1, row.tuned, row.lr) for row in comparison.rows]
+        return [(row.method, row.seeds, row.metrics, row.tuned, row.lr) for row in comparison.rows]
 
     assert numbers(there) == numbers(here)
     started: list[RunStarted] = []

@@ -95,7 +95,7 @@ def test_the_command_line_takes_an_old_config(capsys: pytest.CaptureFixture[str]
     (v0 / "lora" / "result.json").unlink()
     done = call("run", "--config", "lora/config.yaml", "--output", "lora", "--resume", "--json", capture=capsys)
     assert done.code == 0, done.err
-    assert json.loads(done.out)["top1"] == pytest.approx(RunResult.read(V0 / "lora").top1)
+    assert json.loads(done.out)["metrics"]["top1"] == pytest.approx(RunResult.read(V0 / "lora").top1)
 
 
 @pytest.mark.exhaustive
@@ -104,7 +104,7 @@ def test_a_comparison_is_finished_again_without_training(v0: Path) -> None:
     before = Comparison.read(v0 / "compare")
     config = petune.CompareConfig.build({**read_config(v0 / "compare" / CONFIG_FILE), "output": v0 / "compare"})
     again = petune.compare(config)
-    assert [row.top1 for row in again.rows] == [row.top1 for row in before.rows]
+    assert [row.metrics["top1"] for row in again.rows] == [row.metrics["top1"] for row in before.rows]
     stored = yaml.safe_load((v0 / "compare" / CONFIG_FILE).read_text())
     assert (stored["methods"], stored["run"]["shots"]) == (["linear", "adaptformer:bottleneck=2"], 10)
     assert not (v0 / "compare" / "compare.yaml").exists()
@@ -138,7 +138,7 @@ def test_runs_of_a_renamed_variant_are_found_again(v0: Path) -> None:
     values = {**read_config(v0 / "compare" / CONFIG_FILE), "output": v0 / "compare"}
     lines = _metrics(v0 / "compare" / old_name)
     rows = {row.method: row for row in petune.compare(petune.CompareConfig.build(values)).rows}
-    assert rows[VARIANT].top1 == (RunResult.read(V0 / "adaptformer").top1,)
+    assert rows[VARIANT].metrics["top1"] == (RunResult.read(V0 / "adaptformer").top1,)
     run_dir = v0 / "compare" / "adaptformer_variant=paddle_study_bottleneck=2-vit_nano-digits-seed0"
     assert _metrics(run_dir) == lines
 

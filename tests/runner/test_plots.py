@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 
-from petune.runner.report.charts import accuracy_chart, accuracy_file, cost_charts
+from petune.base.metric import Metric
+from petune.runner.report.charts import cost_charts, metric_chart, metric_file
 from petune.runner.report.labels import Point, label_points
 from petune.runner.report.plots import count_ticks, draw, set_count_axis, short_number, to_file
 
+TOP1 = Metric(name="top1", label="top-1", percent=True)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def _rows(*methods: tuple[str, int, float]) -> list[dict[str, Any]]:
-    measured = {"head": 10, "top1_std": None, "seeds": [0], "time_s": 3.0, "peak_memory_bytes": 10**9}
-    return [{"method": name, "tuned": tuned, "top1_mean": top1, **measured} for name, tuned, top1 in methods]
+    measured = {"head": 10, "std": {}, "seeds": [0], "time_s": 3.0, "peak_memory_bytes": 10**9}
+    return [{"method": name, "tuned": tuned, "mean": {"top1": top1}, **measured} for name, tuned, top1 in methods]
 
 
 def _texts(svg: str) -> list[str]:
@@ -47,7 +49,7 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
 @pytest.mark.parametrize("sizes", [(100, 10**6), (150_922, 150_928), (150_922, 150_922)])
 def test_an_axis_of_sizes_has_plain_labels(sizes: tuple[int, int]) -> None:
     rows = _rows(("a", sizes[0], 80.0), ("b", sizes[1], 81.0))
-    svg = accuracy_file(rows, "t").decode()
+    svg = metric_file(rows, TOP1, "t").decode()
     assert "mathdefault" not in svg
     labels = [text for text in _texts(svg) if re.fullmatch(r"[\d.]+[kMG]?", text)]
     assert any(label[-1] in "kM" for label in labels)
@@ -55,15 +57,15 @@ def test_an_axis_of_sizes_has_plain_labels(sizes: tuple[int, int]) -> None:
 
 def test_the_file_is_light_or_dark_and_the_same_every_time() -> None:
     rows = _rows(("linear", 0, 70.0), ("vpt", 5000, 75.0))
-    svg = accuracy_file(rows, "vit on pets")
-    assert svg == accuracy_file(rows, "vit on pets")
+    svg = metric_file(rows, TOP1, "vit on pets")
+    assert svg == metric_file(rows, TOP1, "vit on pets")
     assert b"prefers-color-scheme: dark" in svg
     assert b"currentColor" in svg
     assert {"linear", "vpt", "vit on pets"} <= set(_texts(svg.decode()))
 
 
 def test_names_cannot_become_formulas_or_markup() -> None:
-    svg = accuracy_chart("salt", _rows(("$x^2$ <b>", 100, 50.0))).svg
+    svg = metric_chart("salt", _rows(("$x^2$ <b>", 100, 50.0)), TOP1).svg
     assert "$x^2$ &lt;b&gt;" in svg
     assert all("$x^2$ &lt;b&gt;" in chart.svg for chart in cost_charts("salt", _rows(("$x^2$ <b>", 100, 50.0))))
 
@@ -71,18 +73,18 @@ def test_names_cannot_become_formulas_or_markup() -> None:
 @pytest.mark.exhaustive
 def test_many_methods_are_numbered_and_listed() -> None:
     rows = json.loads((RESULTS / "cifar-small" / "compare.json").read_text())["rows"]
-    texts = _texts(accuracy_file(rows, "t").decode())
+    texts = _texts(metric_file(rows, TOP1, "t").decode())
     for number, row in enumerate(rows):
         assert texts.count(str(number + 1)) >= 2  # at the point and in the list
-        assert f"{row['method']}  {row['top1_mean']:.2f}" in texts
-    chart = accuracy_chart("salt", rows)
+        assert f"{row['method']}  {row['mean']['top1']:.2f}" in texts
+    chart = metric_chart("salt", rows, TOP1)
     assert [name for _, name in chart.key] == [f"{number + 1}  {row['method']}" for number, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("comparison", sorted(path.parent.name for path in RESULTS.glob("*/compare.json")))
 def test_labels_neither_overlap_nor_leave_the_axes(comparison: str) -> None:
     rows = json.loads((RESULTS / comparison / "compare.json").read_text())["rows"]
-    points = [Point(row["tuned"] + row["head"], row["top1_mean"], row["top1_std"] or 0.0) for row in rows]
+    points = [Point(row["tuned"] + row["head"], row["mean"]["top1"], 0.0) for row in rows]
 
     def content(figure: Any) -> None:
         axes = figure.add_subplot()

@@ -234,6 +234,14 @@ def test_an_empty_directory_counts_as_new(tmp_path: Path) -> None:
         pass
 
 
+METRICS = {
+    "task": "classification",
+    "metrics": {"top1": 0.5},
+    "val_metrics": None,
+    "metric_info": [{"name": "top1", "label": "top-1", "percent": True}],
+}
+
+
 def _result() -> RunResult:
     numbers = dict.fromkeys(
         [
@@ -251,11 +259,11 @@ def _result() -> RunResult:
         1,
     )
     shares = dict.fromkeys(
-        ["top1", "top5", "percent_of_total", "percent_of_backbone", "images_per_s", "step_time_s", "time_s"],
+        ["percent_of_total", "percent_of_backbone", "images_per_s", "step_time_s", "time_s"],
         0.5,
     )
     texts = dict.fromkeys(["method", "backbone", "backbone_full_name", "weights", "dataset", "output"], "x")
-    return RunResult.build({**numbers, **shares, **texts, "val_top1": None, "provenance": {"git": None}})
+    return RunResult.build({**numbers, **shares, **texts, **METRICS, "provenance": {"git": None}})
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:

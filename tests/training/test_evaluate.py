@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import Stopped
+from petune.base.metric import SplitMetrics
 from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, Split, Target
 from petune.training.config import TrainConfig
-from petune.training.evaluate import Accuracy, evaluate
+from petune.training.evaluate import evaluate
 from petune.training.job import TrainJob
 from petune.training.stop import StopFlag
 
@@ -45,7 +46,9 @@ def _toy(count: int, classes: int) -> tuple[Table, Split]:
     return Table(torch.randn(count, classes, generator=generator)), Split.of(images, labels)
 
 
-def _evaluate(model: nn.Module, split: Split, classes: int, batch_size: int, stop: StopFlag | None = None) -> Accuracy:
+def _evaluate(
+    model: nn.Module, split: Split, classes: int, batch_size: int, stop: StopFlag | None = None
+) -> SplitMetrics:
     names = tuple(map(str, range(classes)))
     job = TrainJob(
         attachment=SimpleNamespace(model=model),  # type: ignore[arg-type]
@@ -65,8 +68,8 @@ def test_accuracy_and_loss_equal_a_manual_computation(classes: int, batch_size: 
     result = _evaluate(model, split, classes, batch_size)
     labels = torch.from_numpy(split.targets)
     ranks = (model.logits_NC > model.logits_NC.gather(1, labels[:, None])).sum(1)
-    assert result.top1 == pytest.approx(100 * float((ranks == 0).float().mean()), abs=1e-4)
-    assert result.top5 == pytest.approx(100 * float((ranks < 5).float().mean()), abs=1e-4)
+    assert result.values["top1"] == pytest.approx(100 * float((ranks == 0).float().mean()), abs=1e-4)
+    assert result.values["top5"] == pytest.approx(100 * float((ranks < 5).float().mean()), abs=1e-4)
     assert result.loss == pytest.approx(float(nn.functional.cross_entropy(model.logits_NC, labels)), rel=1e-5)
     assert result.num_images == 50
     assert model.seen == list(range(50))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petune.base.errors import CheckpointError, ConfigError, Diverged
-from petune.training.evaluate import Accuracy
+from petune.base.metric import SplitMetrics
 from petune.training.events import EpochEnded, Event, StepDone
 from petune.training.randomness import step_seed
 
@@ -81,9 +81,9 @@ def test_the_best_epoch_is_kept(make_trainer: Make, toy: Make) -> None:
     trainer = make_trainer(toy(0), epochs=5, lr=0.3)
     fitted = trainer.fit()
     tops = [row["val_top1"] for row in fitted.epochs]
-    assert fitted.val.top1 == max(tops)
+    assert fitted.val.values["top1"] == max(tops)
     assert fitted.epoch == max(range(5), key=lambda i: (tops[i], -fitted.epochs[i]["val_loss"], i)) + 1
-    assert trainer.evaluate("val").top1 == fitted.val.top1
+    assert trainer.evaluate("val").values == fitted.val.values
     assert trainer.evaluate("val").loss == fitted.epochs[fitted.epoch - 1]["val_loss"]
 
 
@@ -94,7 +94,7 @@ def test_of_tied_epochs_the_lowest_loss_and_then_the_latest_is_kept(
     losses: tuple[float, ...], kept: int, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(toy(0), epochs=4)
-    results = iter([*(Accuracy(50.0, 100.0, loss, 9) for loss in losses), Accuracy(40.0, 100.0, 0.1, 9)])
+    results = iter([*(SplitMetrics({"top1": 50.0}, loss, 9) for loss in losses), SplitMetrics({"top1": 40.0}, 0.1, 9)])
     monkeypatch.setattr(trainer, "evaluate", lambda split: next(results))
     assert trainer.fit().epoch == kept
 

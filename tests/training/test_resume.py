@@ -68,7 +68,7 @@ def _kill_at(step: int) -> Callable[[Event], None]:
 
 def _outcome(att: Any, fitted: Any, directory: Path) -> tuple[dict[str, Tensor], bytes, Any]:
     state = {key: tensor.clone() for key, tensor in att.model.state_dict().items()}
-    return state, (directory / "metrics.jsonl").read_bytes(), (fitted.epochs, fitted.epoch, fitted.val.top1)
+    return state, (directory / "metrics.jsonl").read_bytes(), (fitted.epochs, fitted.epoch, dict(fitted.val.values))
 
 
 def _assert_equal(found: Any, expected: Any) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 import petune
 from petune.backbones.create import create_backbone
+from petune.base.metric import Metric
 from petune.training.checkpoint import newest_checkpoint
 from petune.training.config import TrainConfig
 from petune.training.optim import create_optimizer
@@ -32,11 +33,18 @@ def test_an_old_checkpoint_restores_the_tensors_of_its_adapter(method: str) -> N
     att, saved = petune.attach(models[0], METHODS[method]), petune.load(models[1], run / "adapter")
     params = {**att.tuned, **att.head}
     train = TrainConfig(lr=0.01, weight_decay=0.0, optimizer="adamw")
-    state = ResumableState(att.model, params, create_optimizer(params, set(), train), keep="best")
+    state = ResumableState(
+        att.model,
+        params,
+        create_optimizer(params, set(), train),
+        keep="best",
+        metric=Metric(name="top1", label="top-1"),
+    )
     checkpoint, problems = newest_checkpoint(run / "checkpoints")
     assert problems == []
     assert checkpoint is not None
     state.load(checkpoint)
     assert (state.progress.step, state.progress.precision) == (1, "fp32")
+    assert state.progress.best_values == {name: state.progress.epochs[0][f"val_{name}"] for name in ("top1", "top5")}
     expected = saved.state()
     assert {key for key, tensor in att.state().items() if not torch.equal(tensor, expected[key])} == set()

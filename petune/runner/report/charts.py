@@ -1,4 +1,4 @@
-"""The figures of comparisons and reports: accuracy over size, curves over epochs, costs."""
+"""The figures of comparisons and reports: a metric over size, curves over epochs, costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from petune.base.text import matplotlib_text
+from petune.base.metric import LOSS, Metric
+from petune.base.text import capitalized, matplotlib_text
 from petune.runner.report.labels import Point, label_points
 from petune.runner.report.plots import COLORS, WIDTH, draw, set_count_axis, to_file, to_markup
 
@@ -45,55 +46,59 @@ class Curve:
     epochs: Sequence[Mapping[str, float]]
 
 
-def accuracy_file(rows: Rows, title: str) -> bytes:
-    """Return `compare.svg`: top-1 on test over trained parameters; a bar spans one standard deviation each way.
+def metric_file(rows: Rows, metric: Metric, title: str) -> bytes:
+    """Return `compare.svg`: a metric on test over trained parameters; a bar spans one standard deviation each way.
 
     Points are named in the plot, or numbered and named below it where there are too many.
     """
-    figure, names_fit = _accuracy_figure(rows, title)
+    rows = _with_value(rows, metric)
+    figure, names_fit = _metric_figure(rows, metric, title)
     if not names_fit:
-        figure, _ = _accuracy_figure(rows, title, with_key=True)
+        figure, _ = _metric_figure(rows, metric, title, with_key=True)
     return to_file(figure)
 
 
-def accuracy_chart(salt: str, rows: Rows) -> Chart:
+def metric_chart(salt: str, rows: Rows, metric: Metric) -> Chart:
     """Return the same figure for a page, where the key is part of the page."""
-    figure, names_fit = _accuracy_figure(rows, "")
+    rows = _with_value(rows, metric)
+    figure, names_fit = _metric_figure(rows, metric, "")
     key = [] if names_fit else [(_color(i), f"{i + 1}  {row['method']}") for i, row in enumerate(rows)]
-    return Chart(to_markup(figure, f"accuracy {salt}"), "Top-1 on test over trained parameters", key)
+    return Chart(
+        to_markup(figure, f"metric {salt}"), f"{capitalized(metric.label)} on test over trained parameters", key
+    )
 
 
-def _accuracy_figure(rows: Rows, title: str, *, with_key: bool = False) -> tuple[Figure, bool]:
+def _metric_figure(rows: Rows, metric: Metric, title: str, *, with_key: bool = False) -> tuple[Figure, bool]:
     """Return the figure, and whether each point could be named in it; else points are numbered."""
     key_height = KEY_LINE * len(rows) if with_key else 0.0
 
     def content(figure: Figure) -> None:
         if with_key:
             axes, key = figure.subplots(2, height_ratios=(PLOT_HEIGHT, key_height))
-            _draw_key(key, rows)
+            _draw_key(key, rows, metric)
         else:
             axes = figure.add_subplot()
-        _draw_points(axes, rows)
+        _draw_points(axes, rows, metric)
         axes.set_title(_shorten(title, LONGEST_LINE), fontsize="medium")
 
     figure = draw(content, (WIDTH, PLOT_HEIGHT + key_height))
-    return figure, _name_points(figure, rows, numbers_only=with_key)
+    return figure, _name_points(figure, rows, metric, numbers_only=with_key)
 
 
-def _draw_points(axes: Axes, rows: Rows) -> None:
+def _draw_points(axes: Axes, rows: Rows, metric: Metric) -> None:
     if rows:
         set_count_axis(axes, [_trained(row) for row in rows])
     for number, row in enumerate(rows):
-        x, y, deviation = _trained(row), row["top1_mean"], row["top1_std"]
-        axes.errorbar(x, y, yerr=deviation, fmt="o", capsize=3, color=_color(number), markersize=5)
+        y, deviation = row["mean"][metric.name], row["std"].get(metric.name)
+        axes.errorbar(_trained(row), y, yerr=deviation, fmt="o", capsize=3, color=_color(number), markersize=5)
     axes.margins(y=0.12)
     axes.set_xlabel("trained parameters (tuned and head)")
-    axes.set_ylabel("top-1 on test, percent")
+    axes.set_ylabel(metric.heading("test"))
     axes.grid(visible=True)
 
 
-def _draw_key(axes: Axes, rows: Rows) -> None:
-    """List number, method and accuracy of each point, over the whole width of the figure."""
+def _draw_key(axes: Axes, rows: Rows, metric: Metric) -> None:
+    """List number, method and value of each point, over the whole width of the figure."""
     from matplotlib.transforms import blended_transform_factory
 
     axes.set_axis_off()
@@ -104,11 +109,11 @@ def _draw_key(axes: Axes, rows: Rows) -> None:
         y = number + 0.5
         axes.plot(0.025, y, "o", color=_color(number), markersize=5, clip_on=False, **style)
         axes.text(0.105, y, str(number + 1), ha="right", va="center", fontsize="small", **style)
-        name = f"{_shorten(row['method'], LONGEST_LINE)}  {row['top1_mean']:.2f}"
+        name = f"{_shorten(row['method'], LONGEST_LINE)}  {metric.number(row['mean'][metric.name])}"
         axes.text(0.125, y, name, va="center", fontsize="small", **style)
 
 
-def _name_points(figure: Figure, rows: Rows, *, numbers_only: bool) -> bool:
+def _name_points(figure: Figure, rows: Rows, metric: Metric, *, numbers_only: bool) -> bool:
     import matplotlib
 
     from petune.runner.report.plots import STYLE
@@ -116,7 +121,8 @@ def _name_points(figure: Figure, rows: Rows, *, numbers_only: bool) -> bool:
     figure.draw_without_rendering()  # fixes the layout
     figure.set_layout_engine("none")
     axes = figure.axes[0]
-    points = [Point(_trained(row), row["top1_mean"], row["top1_std"] or 0.0) for row in rows]
+    values = [(row["mean"][metric.name], row["std"].get(metric.name, 0.0)) for row in rows]
+    points = [Point(_trained(row), mean, std) for row, (mean, std) in zip(rows, values, strict=True)]
     with matplotlib.rc_context(STYLE):
         if not numbers_only and label_points(axes, points, [matplotlib_text(row["method"]) for row in rows]):
             return True
@@ -124,12 +130,13 @@ def _name_points(figure: Figure, rows: Rows, *, numbers_only: bool) -> bool:
     return False
 
 
-def curve_charts(salt: str, curves: Sequence[Curve], order: Sequence[str] = ()) -> list[Chart]:
-    """Return top-1 on val, and the loss on train (solid) and val (dashed), over epochs; nothing without curves.
+def curve_charts(salt: str, curves: Sequence[Curve], metric: Metric, order: Sequence[str] = ()) -> list[Chart]:
+    """Return a metric on val, and the loss on train (solid) and val (dashed), over epochs; nothing without curves.
 
     Args:
         salt: Keeps ids apart from those of the page's other figures.
         curves: One per run.
+        metric: The metric that chooses the epoch.
         order: Labels of the section's other charts, so that colors agree.
     """
     if not curves:
@@ -138,12 +145,13 @@ def curve_charts(salt: str, curves: Sequence[Curve], order: Sequence[str] = ()) 
     colors = {label: _color(number) for number, label in enumerate(labels)}
     used = {curve.label for curve in curves}
     key = [(color, label) for label, color in colors.items() if label in used]
-    accuracy = _draw_curves(curves, colors, "top-1 on val, percent", {"val_top1": "-"})
     loss = _draw_curves(curves, colors, "loss", {"train_loss": "-", "val_loss": "--"})
-    return [
-        Chart(to_markup(accuracy, f"val {salt}"), "Top-1 on validation over epochs", key),
-        Chart(to_markup(loss, f"loss {salt}"), "Loss over epochs: train solid, validation dashed", key),
-    ]
+    loss_chart = Chart(to_markup(loss, f"loss {salt}"), "Loss over epochs: train solid, validation dashed", key)
+    if metric == LOSS:
+        return [loss_chart]
+    val = _draw_curves(curves, colors, metric.heading("val"), {f"val_{metric.name}": "-"})
+    caption = f"{capitalized(metric.label)} on validation over epochs"
+    return [Chart(to_markup(val, f"val {salt}"), caption, key), loss_chart]
 
 
 def _draw_curves(curves: Sequence[Curve], colors: Mapping[str, str], unit: str, dashes: Mapping[str, str]) -> Figure:
@@ -193,6 +201,10 @@ def _draw_bars(names: Sequence[str], values: Sequence[float], unit: str) -> Figu
         axes.grid(visible=True, axis="x")
 
     return draw(content, (WIDTH, 0.9 + 0.26 * len(names)))
+
+
+def _with_value(rows: Rows, metric: Metric) -> Rows:
+    return [row for row in rows if metric.name in row["mean"]]
 
 
 def _trained(row: Mapping[str, Any]) -> int:

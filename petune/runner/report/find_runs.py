@@ -15,7 +15,7 @@ from petune.base.text import plural
 from petune.runner.comparison import Comparison
 from petune.runner.directory_kind import TABLES, Kind, kind_of
 from petune.runner.file_names import CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
-from petune.runner.migrations import read_config, updated
+from petune.runner.migrations import read_config, updated_sweep
 from petune.runner.result import RunResult
 from petune.runner.sweep.trials import Sweep
 from petune.training.run_files import METRICS_FILE
@@ -113,7 +113,7 @@ def _read_sweep(path: Path, config: dict[str, Any]) -> RunDirectory:
     if not file.exists():
         return RunDirectory(path, "sweep", "unfinished", f"no {SWEEP_TABLE} yet; {RESUME}", config)
     try:
-        sweep = Sweep.build(updated(json.loads(file.read_text(encoding="utf-8"))), SWEEP_TABLE)
+        sweep = Sweep.build(updated_sweep(json.loads(file.read_text(encoding="utf-8"))), SWEEP_TABLE)
     except (OSError, ValueError, ConfigError) as error:
         return RunDirectory(path, "sweep", "broken", f"{SWEEP_TABLE} cannot be read: {error}", config)
     if sweep.finished:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from petune.base.metric import Metric
 from petune.runner.comparison import summarize
 from petune.runner.file_names import INPUTS_FILE, MANIFEST_FILE
 from petune.runner.migrations import read_record
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.result import RunResult
 from petune.runner.stored_config import flatten
+from petune.training.evaluate import METRICS
 
 MAY_DIFFER = {"seed", "output", "resume"}
 """Keys in which the runs of one row differ."""
@@ -35,6 +37,11 @@ def rows_of(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
         key = labels[run.path], json.dumps(same, sort_keys=True, default=str)
         groups.setdefault(key, {}).setdefault(run.result.seed, run.result)
     return [summarize(label, list(by_seed.values())).model_dump() for (label, _), by_seed in groups.items()]
+
+
+def metric_info_of(runs: Sequence[RunDirectory]) -> tuple[Metric, ...]:
+    """Return how to show the metrics of runs with the same task."""
+    return next((run.result.metric_info for run in runs if run.result), METRICS)
 
 
 def labels_of(runs: Sequence[RunDirectory]) -> dict[Path, str]:

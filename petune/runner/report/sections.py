@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
+from petune.base.metric import Metric
 from petune.runner.comparison import Comparison, origins_of
 from petune.runner.file_names import CONFIG_FILE
-from petune.runner.report.charts import Chart, Curve, accuracy_chart, cost_charts, curve_charts
+from petune.runner.report.charts import Chart, Curve, cost_charts, curve_charts, metric_chart
 from petune.runner.report.find_runs import RunDirectory
-from petune.runner.report.method_rows import backbone_of, labels_of, rows_of, shared_config, subject_of
+from petune.runner.report.method_rows import backbone_of, labels_of, metric_info_of, rows_of, shared_config, subject_of
 from petune.runner.report.origin_facts import commands_of, facts_of, facts_of_origins
-from petune.runner.report.tables import COLUMNS, UNKNOWN, cells, ranked, trial_table
+from petune.runner.report.tables import UNKNOWN, cells, method_columns, ranked, trial_table
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def _comparison_section(path: Path, comparison: Comparison, runs: Sequence[RunDi
     return _methods_section(
         title=f"{path.name}: {run.backbone} on {run.dataset}",
         about=f"Comparison in {path}: {comparison.backbone}, weights {comparison.weights}.",
+        metrics=comparison.metric_info,
         rows=rows,
         runs=runs,
         facts=facts_of_origins(comparison.origins) or facts_of(comparison.provenance),
@@ -99,6 +101,7 @@ def _unfinished_section(directory: RunDirectory, runs: Sequence[RunDirectory]) -
     return _methods_section(
         title=f"{directory.path.name}: {subject_of(runs[0])}" if runs else directory.path.name,
         about=f"Comparison in {directory.path}.",
+        metrics=metric_info_of(runs),
         rows=rows_of(runs),
         runs=runs,
         commands=[_command("compare", directory.path)],
@@ -115,6 +118,7 @@ def _runs_section(runs: Sequence[RunDirectory]) -> Section:
     return _methods_section(
         title=f"Pretraining {subject}" if kind == "pretrain" else subject,
         about=f"{about}. The last epoch is kept." if kind == "pretrain" else f"{about}.",
+        metrics=metric_info_of(runs),
         rows=rows_of(runs),
         runs=runs,
         facts=facts_of_origins(origins_of(results)) or facts_of(provenance),
@@ -140,21 +144,28 @@ def _sweep_section(directory: RunDirectory) -> Section:
 
 
 def _methods_section(
-    *, title: str, about: str, rows: Sequence[Mapping[str, Any]], runs: Sequence[RunDirectory], **rest: Any
+    *,
+    title: str,
+    about: str,
+    metrics: Sequence[Metric],
+    rows: Sequence[Mapping[str, Any]],
+    runs: Sequence[RunDirectory],
+    **rest: Any,
 ) -> Section:
     """Return a section whose rows are methods, best first, with their charts and the curves of the runs."""
-    rows = ranked(rows)
+    rows = ranked(rows, metrics)
     done = [row for row in rows if row["status"] == "done"]
     labels = labels_of(runs)
     curves = [Curve(labels[run.path], run.epochs) for run in runs if run.epochs]
     salt = f"{title} {about}"
-    charts = [accuracy_chart(salt, done)] if done else []
-    charts += curve_charts(salt, curves, [row["method"] for row in done])
+    charts = [metric_chart(salt, done, metrics[0])] if done else []
+    charts += curve_charts(salt, curves, metrics[0], [row["method"] for row in done])
     charts += cost_charts(salt, done) if done else []
-    columns = [name for name in COLUMNS if any(COLUMNS[name](row) != UNKNOWN for row in done)]
+    every = method_columns(metrics)
+    columns = {name: text for name, text in every.items() if any(text(row) != UNKNOWN for row in done)}
     failed = {row["method"]: f"failed: {row['reason']}" for row in rows if row["status"] == "failed"}
     texts = [[m, failed[m]] if (m := row["method"]) in failed else cells(row, columns) for row in rows]
-    return Section(title, about, columns, texts, charts, **rest)
+    return Section(title, about, list(columns), texts, charts, **rest)
 
 
 def _command(kind: str, path: Path) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from petune.base.text import escape_markdown, format_duration, format_size, has_top5, plural, printable
+from petune.base.metric import Metric, shown_metrics
+from petune.base.text import capitalized, escape_markdown, format_duration, format_size, plural, printable
 from petune.runner.file_names import COMPARE_PLOT
 
 Row = Mapping[str, Any]
@@ -14,11 +16,10 @@ Row = Mapping[str, Any]
 UNKNOWN = "–"
 """The text of a value that was not measured."""
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "method": lambda row: str(row["method"]),
-    "top-1": lambda row: _mean_and_std(row["top1_mean"], row["top1_std"]),
-    "top-5": lambda row: _mean_and_std(row["top5_mean"], row["top5_std"]) if _has_top5(row) else UNKNOWN,
-    "val": lambda row: _number(row["val_top1_mean"], ".2f"),
+Columns = Mapping[str, Callable[[Row], str]]
+"""The columns of a table of methods by their heading: functions that return the text of a row."""
+
+COLUMNS: Columns = {
     "tuned": lambda row: f"{row['tuned']:,}",
     "head": lambda row: f"{row['head']:,}",
     "% of backbone": lambda row: f"{row['percent_of_backbone']:.3f}",
@@ -32,44 +33,61 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "peak memory": lambda row: format_size(row["peak_memory_bytes"]),
     "time per run": lambda row: format_duration(row["time_s"] / len(row["seeds"])),
 }
-"""Every column of a table of methods, by its heading; other tables show a selection of them."""
+"""The columns that every task has."""
 
-COMPARE_COLUMNS = tuple(name for name in COLUMNS if name not in {"val", "lr", "epochs", "seeds", "step"})
-"""The columns of `compare.md` and of the terminal; see `compare_columns`."""
-
-
-def compare_columns(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the columns of a comparison; without top-5 if the dataset has five classes or fewer."""
-    has_top5 = all(map(_has_top5, rows))
-    return tuple(name for name in COMPARE_COLUMNS if has_top5 or name != "top-5")
+NOT_COMPARED = {"val", "lr", "epochs", "seeds", "step"}
+"""Columns that `compare.md` and the terminal leave out."""
 
 
-def cells(row: Row, columns: Sequence[str]) -> list[str]:
+def method_columns(metrics: Sequence[Metric]) -> Columns:
+    """Return every column of a table of methods.
+
+    Args:
+        metrics: How to show the metrics, the main one first.
+    """
+    of_metrics = {metric.label: partial(_mean_and_std, metric) for metric in shown_metrics(metrics)}
+    main = metrics[0]
+    val = {"val": lambda row: UNKNOWN if main.name not in row["val_mean"] else main.number(row["val_mean"][main.name])}
+    return {"method": lambda row: str(row["method"]), **of_metrics, **val, **COLUMNS}
+
+
+def compare_columns(metrics: Sequence[Metric]) -> Columns:
+    """Return the columns of `compare.md` and of the terminal; see `method_columns`."""
+    return {name: text for name, text in method_columns(metrics).items() if name not in NOT_COMPARED}
+
+
+def cells(row: Row, columns: Columns) -> list[str]:
     """Return the text of a row; a method that failed has its reason in the last column."""
     if row["status"] == "failed":
         return [row["method"], *[UNKNOWN] * (len(columns) - 2), f"failed: {row['reason']}"]
-    return [COLUMNS[name](row) for name in columns]
+    return [text(row) for text in columns.values()]
 
 
-def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Sort rows by top-1 on test, the best first; methods that failed come last."""
-    return sorted(rows, key=lambda row: -1.0 if row["top1_mean"] is None else row["top1_mean"], reverse=True)
+def ranked(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Row]:
+    """Sort rows by the main metric on test, the best first; methods that failed come last."""
+    main = metrics[0]
+    return sorted(rows, key=lambda row: main.score(row["mean"].get(main.name)), reverse=True)
+
+
+def metrics_of(table: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """Return how to show the metrics of the plain data of a `compare.json` or `sweep.json`."""
+    return tuple(Metric.build(metric) for metric in table["metric_info"])
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
     """Return `compare.md`: what was compared, the table, and where it was measured."""
     run = comparison["config"]["run"]
     seeds = comparison["config"]["seeds"]
-    rows = ranked(comparison["rows"])
-    columns = compare_columns(rows)
-    percentages = "Top-1 and top-5 are percentages" if "top-5" in columns else "Top-1 is a percentage"
+    metrics = metrics_of(comparison)
+    rows = ranked(comparison["rows"], metrics)
+    columns = compare_columns(metrics)
     lines = [
         f"# {escape_markdown(run['backbone'])} on {escape_markdown(run['dataset'])}",
         "",
         f"Backbone `{_table_cell(comparison['backbone'])}`, weights `{_table_cell(comparison['weights'])}`; "
         f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. The epoch is chosen on a validation "
-        f"split, and test is read once. {percentages}: mean ± sample standard deviation over the "
-        "seeds. The best method is first.",
+        f"split, and test is read once. {_how_shown(metrics)} mean ± sample standard deviation over the "
+        f"seeds. {_order(metrics[0])}",
         "",
         "| " + " | ".join(columns) + " |",
         "| --- |" + " ---: |" * (len(columns) - 1),
@@ -83,7 +101,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     if incomplete:
         lines += ["", f"With fewer seeds: {escape_markdown(seeds_by_method(incomplete))}."]
     lines += _conditions(comparison)
-    return "\n".join([*lines, "", f"![top-1 over trained parameters]({COMPARE_PLOT})", ""])
+    return "\n".join([*lines, "", f"![{metrics[0].label} over trained parameters]({COMPARE_PLOT})", ""])
 
 
 def _conditions(comparison: Mapping[str, Any]) -> list[str]:
@@ -110,24 +128,33 @@ def seeds_by_method(runs: Mapping[str, Sequence[int]]) -> str:
 
 
 def trial_table(sweep: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of a `sweep.json`: the trials, best first. Only the best one has a test accuracy."""
-    trials = sorted(sweep["rows"], key=lambda row: -(row["val_top1"] or -1))
+    """Return columns and rows of a `sweep.json`: the trials, best first. Only the best one has metrics on test."""
+    main = next(iter(metrics_of(sweep)), None)
+
+    def value(metrics: Mapping[str, float] | None) -> float | None:
+        return metrics.get(main.name) if main and metrics else None
+
+    def score(row: Row) -> float:
+        return main.score(value(row["val_metrics"])) if main else 0.0
+
+    trials = sorted(sweep["rows"], key=score, reverse=True)
     names = list(dict.fromkeys(name for row in sweep["rows"] for name in row["params"]))
-    test = {sweep["best"]: (sweep["result"] or {}).get("top1")}
+    test = {sweep["best"]: value((sweep["result"] or {}).get("metrics"))}
     rows = [
         [
             str(row["trial"]),
             *(_parameter(row["params"].get(name)) for name in names),
             UNKNOWN if row["tuned"] is None else f"{row['tuned']:,}",
-            _number(row["val_top1"], ".2f"),
-            _number(test.get(row["trial"]), ".2f"),
+            _metric(main, value(row["val_metrics"])),
+            _metric(main, test.get(row["trial"])),
             _parameter(row["epoch"]),
             UNKNOWN if row["time_s"] is None else format_duration(row["time_s"]),
             f"failed: {row['reason']}" if row["state"] == "failed" else row["state"],
         ]
         for row in trials
     ]
-    return ["trial", *names, "tuned", "top-1 on val", "top-1 on test", "epoch", "time", "state"], rows
+    label = f"{main.label} on " if main else ""
+    return ["trial", *names, "tuned", f"{label}val", f"{label}test", "epoch", "time", "state"], rows
 
 
 def _describe_origin(provenance: Mapping[str, Any]) -> str:
@@ -140,12 +167,29 @@ def _describe_origin(provenance: Mapping[str, Any]) -> str:
     return f"{device}, {threads}, {provenance['precision']}; {versions}{commit}."
 
 
-def _has_top5(row: Row) -> bool:
-    return has_top5(row.get("num_classes"))
+def _mean_and_std(metric: Metric, row: Row) -> str:
+    mean, std = row["mean"].get(metric.name), row["std"].get(metric.name)
+    if mean is None:
+        return UNKNOWN
+    return metric.number(mean) if std is None else f"{metric.number(mean)} ± {metric.number(std)}"
 
 
-def _mean_and_std(mean: float, std: float | None) -> str:
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+def _metric(metric: Metric | None, value: float | None) -> str:
+    return UNKNOWN if metric is None or value is None else metric.number(value)
+
+
+def _how_shown(metrics: Sequence[Metric]) -> str:
+    """Return `Top-1 and top-5 are percentages:`, to be followed by what the numbers are."""
+    percent = [metric.label for metric in shown_metrics(metrics) if metric.percent]
+    if not percent:
+        return "Metrics are"
+    names = capitalized(" and ".join([", ".join(percent[:-1]), percent[-1]] if percent[:-1] else percent))
+    return f"{names} are percentages:" if len(percent) > 1 else f"{names} is a percentage:"
+
+
+def _order(main: Metric) -> str:
+    lowest = "" if main.higher_is_better else f", with the lowest {main.label},"
+    return f"The best method{lowest} is first."
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,8 +10,10 @@ from typing import Any
 from petune.base.config import Config
 from petune.base.errors import ConfigError, UsageError
 from petune.base.files import replace_file
+from petune.base.metric import Metric
 from petune.runner.executors import Work
 from petune.runner.file_names import TRIAL_FILE
+from petune.runner.migrations import updated_fit
 from petune.runner.prepare import RunContext
 from petune.runner.provenance import provenance
 from petune.runner.run import fine_tuning, train
@@ -25,8 +27,9 @@ from petune.training.stop import StopFlag
 class Fit(Config):
     """Measurements of a trial, without a test; saved as `trial.json`."""
 
-    val_top1: float
-    val_top5: float
+    task: str
+    val_metrics: dict[str, float]
+    metric_info: tuple[Metric, ...]
     epoch: int
     lr: float
     tuned: int
@@ -66,7 +69,7 @@ FIT = Work(_fit, _read_fit)
 def _load(trial_dir: Path) -> Fit | None:
     """Read `trial.json`; None if there is none or it is damaged: training from the last checkpoint rewrites it."""
     try:
-        return Fit.build(json.loads((trial_dir / TRIAL_FILE).read_text(encoding="utf-8")), TRIAL_FILE)
+        return Fit.build(updated_fit(json.loads((trial_dir / TRIAL_FILE).read_text(encoding="utf-8"))), TRIAL_FILE)
     except (OSError, ValueError, ConfigError):
         return None
 
@@ -78,8 +81,9 @@ def _measure(trained: Trained) -> Fit:
     if fit.val is None:
         raise UsageError(f"a sweep needs a validation split, which {ready.dataset.name} does not have")
     return Fit(
-        val_top1=fit.val.top1,
-        val_top5=fit.val.top5,
+        task="classification",
+        val_metrics=fit.val.report(trained.metric_info),
+        metric_info=trained.metric_info,
         epoch=fit.epoch,
         lr=fit.lr,
         tuned=counts.tuned,

@@ -26,7 +26,7 @@ from petune.runner.sweep.fit import FIT, Fit
 from petune.runner.sweep.proposals import is_full_grid, num_trials, propose, require_sampler
 from petune.runner.sweep.space import contains
 from petune.runner.sweep.sweep_config import SweepConfig, to_text
-from petune.runner.sweep.trials import Sweep, Trial, best_of, read_sweep
+from petune.runner.sweep.trials import Sweep, Trial, read_sweep
 from petune.training.events import Event, Note
 
 PARALLEL_TRIALS = 4
@@ -124,7 +124,7 @@ class _Search:
         start = (running[0] if running else len(rows)) // size * size
         whole = self.executor is not serial and is_full_grid(config.search, config.trials)
         end = config.trials if whole else min(start + size, config.trials)
-        known = [(row.params, row.val_top1) for row in rows[:start]]
+        known = [(row.params, self.table.score(row)) for row in rows[:start]]
         while len(rows) < end:
             pending = [row.params for row in rows[start:]]
             params = propose(config.search, known, config.trials, config.run.seed, pending)
@@ -167,8 +167,8 @@ class _Search:
             failed = {"state": "failed", "reason": outcome.reason, "is_retryable": outcome.is_retryable}
             self._save(row.model_copy(update=failed))
         else:
-            facts = outcome.model_dump()
-            of_all = {key: facts.pop(key) for key in ("backbone", "weights", "provenance")}
+            facts = dict(outcome)
+            of_all = {key: facts.pop(key) for key in ("task", "metric_info", "backbone", "weights", "provenance")}
             self._save(row.model_copy(update={"state": "done", **facts}), **of_all)
         for other in self.table.rows:
             if other.state == "done" and other.trial != self.table.best:
@@ -197,8 +197,9 @@ class _Search:
     def _save(self, *rows: Trial, **changes: Any) -> None:
         """Replace or append rows, update the best trial and other fields, and write `sweep.json`."""
         by_number = {row.trial: row for row in (*self.table.rows, *rows)}
-        changes |= {"rows": tuple(by_number.values()), "best": best_of(list(by_number.values()))}
+        changes |= {"rows": tuple(by_number.values())}
         self.table = self.table.model_copy(update=changes)
+        self.table = self.table.model_copy(update={"best": self.table.best_trial()})
         content = self.table.model_dump_json(indent=1) + "\n"
         replace_file(self.sweep_dir / SWEEP_TABLE, content.encode())
 

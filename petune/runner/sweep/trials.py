@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from petune.base.config import Config
 from petune.base.errors import CheckpointError, ConfigError
+from petune.base.metric import Metric
 from petune.runner.file_names import SWEEP_TABLE
-from petune.runner.migrations import updated
+from petune.runner.migrations import updated_sweep
 from petune.runner.result import RunResult
 from petune.runner.sweep.space import Params
 from petune.runner.sweep.sweep_config import SweepConfig
@@ -28,8 +28,7 @@ class Trial(Config):
     state: Literal["running", "done", "failed"]
     reason: str = ""
     is_retryable: bool = False
-    val_top1: float | None = None
-    val_top5: float | None = None
+    val_metrics: dict[str, float] | None = None
     epoch: int | None = None
     lr: float | None = None
     tuned: int | None = None
@@ -44,9 +43,10 @@ class Sweep(Config):
 
     Attributes:
         rows: The trials in order.
-        best: The number of the trial with the highest top-1 on val; the first of equals.
+        best: The number of the best trial on val; the first of equals.
         result: The test of the best one; None until all trials are done, or without a test.
         finished: Everything is done.
+        task, metric_info: As the trials report them; the first metric chooses the best trial.
         backbone, weights, provenance: As the trials report them.
     """
 
@@ -55,6 +55,8 @@ class Sweep(Config):
     best: int | None = None
     result: RunResult | None = None
     finished: bool = False
+    task: str = ""
+    metric_info: tuple[Metric, ...] = ()
     backbone: str = ""
     weights: str = ""
     provenance: dict[str, Any] = {}
@@ -65,11 +67,20 @@ class Sweep(Config):
         """The parameters of the best trial; empty if none is done."""
         return {} if self.best is None else dict(self.rows[self.best].params)
 
+    def val(self, row: Trial) -> float | None:
+        """Return a trial's value of the main metric on val; None if there is none."""
+        return row.val_metrics.get(self.metric_info[0].name) if row.val_metrics and self.metric_info else None
 
-def best_of(rows: Sequence[Trial]) -> int | None:
-    """Return the number of the trial with the highest top-1 on val, the first of equals; None if none is done."""
-    done = [row for row in rows if row.val_top1 is not None]
-    return max(done, key=lambda row: (row.val_top1 or 0.0, -row.trial)).trial if done else None
+    def score(self, row: Trial) -> float | None:
+        """Return a number that is higher for a better trial; None for one without a value."""
+        value = self.val(row)
+        return None if value is None else self.metric_info[0].score(value)
+
+    def best_trial(self) -> int | None:
+        """Return the number of the best trial on val, the first of equals; None if none is done."""
+        scores = {row.trial: self.score(row) for row in self.rows}
+        done = {trial: score for trial, score in scores.items() if score is not None}
+        return max(done, key=lambda trial: (done[trial], -trial)) if done else None
 
 
 def read_sweep(sweep_dir: Path) -> Sweep | None:
@@ -82,6 +93,6 @@ def read_sweep(sweep_dir: Path) -> Sweep | None:
     if not file.exists():
         return None
     try:
-        return Sweep.build(updated(json.loads(file.read_text(encoding="utf-8"))), SWEEP_TABLE)
+        return Sweep.build(updated_sweep(json.loads(file.read_text(encoding="utf-8"))), SWEEP_TABLE)
     except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from petune.adapters.card import known_metadata
 from petune.adapters.format import SavedAdapter
 from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, DataError, UsageError
@@ -145,6 +146,9 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 
 def _note(adapter: SavedAdapter) -> str:
     metadata = adapter.config["metadata"]
-    top1 = (metadata.get("test") or {}).get("top1")
-    accuracy = f", {top1:.2f} % top-1 on test" if isinstance(top1, float | int) else ""
-    return f"{metadata.get('method') or adapter.config['tuner']} for {metadata.get('dataset', 'a task')}{accuracy}"
+    known = known_metadata(metadata)
+    test = ""
+    if known["test"]:
+        main = known["metric_info"][0]
+        test = f", {main.text(known['test']['metrics'][main.name])} {main.label} on test"
+    return f"{metadata.get('method') or adapter.config['tuner']} for {metadata.get('dataset', 'a task')}{test}"
