@@ -19,6 +19,7 @@ from petune.runner.comparison import Comparison
 from petune.runner.report.tables import (
     UNKNOWN,
     cells,
+    compare_columns,
     comparison_page,
     method_columns,
     metrics_of,

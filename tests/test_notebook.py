@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from petune.base.metric import Metric
 from petune.base.text import html_table
 from petune.runner.compare_config import CompareConfig
 from petune.runner.comparison import Comparison, Row
@@ -17,6 +18,9 @@ from petune.serving.evaluation import compute_metrics
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 EVIL = "<img src=x onerror=alert(1)>\u202e"
+
+
+TOP1 = Metric(name="top1", label="top-1", percent=True)
 
 
 class Tags(HTMLParser):

@@ -13,6 +13,7 @@ import tables
 import yaml
 from joined import joined
 
+from petune.base.metric import Metric
 from petune.injector.registry import build_tuner
 from petune.runner.compare_config import CompareConfig
 from petune.runner.comparison import Comparison, Row
@@ -42,6 +43,9 @@ pieces:
         train: {epochs: 2, precision: fp32, batch_size: 32}
 smoke: {expected: {linear: {top1: 1, range: [0, 2]}}, compare: {seeds: [0]}, pretrain: {epochs: 1}}
 """
+
+
+TOP1 = Metric(name="top1", label="top-1", percent=True)
 
 
 def test_all_suites_are_known() -> None:
@@ -221,7 +225,7 @@ def _table(
     place = {"device": device, "threads": 1, "precision": precision, "versions": {}, "git": None}
     return Comparison(
         task="classification",
-        metric_info=(),
+        metric_info=(TOP1,),
         config=config,
         rows=rows,
         backbone="b",

@@ -2,7 +2,8 @@
 
 There have been two changes of format so far, before 0.1.0: files and keys got the names that the field uses, and a
 comparison keeps its own configuration in `config.yaml`; then `top1` and `top5` became `metrics` by name. Everything
-is read through the functions here, in the words of today; files are renamed when a directory is opened to continue in it.
+is read through the functions here, in the words of today; files are renamed when a directory is opened to continue
+in it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from petune.base.metric import Metric
+from petune.runner.migrations import updated_comparison
 from petune.runner.report.charts import cost_charts, metric_chart, metric_file
 from petune.runner.report.labels import Point, label_points
 from petune.runner.report.plots import count_ticks, draw, set_count_axis, short_number, to_file
@@ -72,7 +73,7 @@ def test_names_cannot_become_formulas_or_markup() -> None:
 
 @pytest.mark.exhaustive
 def test_many_methods_are_numbered_and_listed() -> None:
-    rows = json.loads((RESULTS / "cifar-small" / "compare.json").read_text())["rows"]
+    rows = updated_comparison(json.loads((RESULTS / "cifar-small" / "compare.json").read_text()))["rows"]
     texts = _texts(metric_file(rows, TOP1, "t").decode())
     for number, row in enumerate(rows):
         assert texts.count(str(number + 1)) >= 2  # at the point and in the list
@@ -83,7 +84,7 @@ def test_many_methods_are_numbered_and_listed() -> None:
 
 @pytest.mark.parametrize("comparison", sorted(path.parent.name for path in RESULTS.glob("*/compare.json")))
 def test_labels_neither_overlap_nor_leave_the_axes(comparison: str) -> None:
-    rows = json.loads((RESULTS / comparison / "compare.json").read_text())["rows"]
+    rows = updated_comparison(json.loads((RESULTS / comparison / "compare.json").read_text()))["rows"]
     points = [Point(row["tuned"] + row["head"], row["mean"]["top1"], 0.0) for row in rows]
 
     def content(figure: Any) -> None:
