@@ -23,7 +23,7 @@ from petune.backbones.timm_models import (
     pretrained_statistics,
 )
 from petune.backbones.user_factory import check_returns_logits
-from petune.backbones.weights import Weights, bundled_file, find_weights, load_into, read_weights
+from petune.backbones.weights import Weights, bundled_file, find_weights, fitting_tensors, load_into, read_weights
 from petune.base.errors import ConfigError, WeightsUnavailable
 from petune.sites.site import Site
 
@@ -147,16 +147,31 @@ def check_weights(name: str, weights: str) -> None:
     Raises:
         WeightsUnavailable: They are not cached and the hub cannot be reached, or there is no such file.
     """
-    if is_other_library(name):
-        return
-    alias = ALIASES.get(name)
-    if alias is None:
-        if weights == "default":
-            pretrained_overlay(name, resolve_name(name), fetch=False)
-        return
+    alias = resolve_name(name)
     source = _weights_source(name, alias, weights)
-    if source == HUB:
+    if source != HUB or is_other_library(name):
+        return
+    if name in ALIASES:
         check_alias_weights(name, alias)
+    else:
+        pretrained_overlay(name, alias, fetch=False)
+
+
+def check_weights_file(name: str, weights: str, model: nn.Module, head: Site | None) -> None:
+    """Check that the weights fit a model of that name, if they come from a file.
+
+    Args:
+        name, weights: See `create_backbone`.
+        model: May be on the meta device.
+        head: Its classifier, which need not fit.
+
+    Raises:
+        WeightsUnavailable: There is no such file.
+        CheckpointError: It is damaged, or does not fit.
+    """
+    source = _weights_source(name, resolve_name(name), weights)
+    if source not in {"none", HUB}:
+        fitting_tensors(model, read_weights(Path(source)), _head_keys(model, head))
 
 
 def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> int:

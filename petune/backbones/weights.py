@@ -131,10 +131,16 @@ def _unwrapped_key(key: str) -> str:
 
 
 def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
-    """Load everything but the head, which keeps its fresh initialization.
+    """Load everything but the head, which keeps its fresh initialization; see `fitting_tensors`."""
+    model.load_state_dict(fitting_tensors(model, weights, head_keys), strict=False)
+
+
+def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> dict[str, Tensor]:
+    """Return the tensors of a file for everything but the head.
 
     Args:
-        model: Of the same architecture; timm's own filter resamples position embeddings of another size.
+        model: Of the same architecture; timm's own filter resamples position embeddings of another size. It may be on
+            the meta device.
         weights: What to load.
         head_keys: Keys of the classifier in `model`.
 
@@ -151,7 +157,7 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
     problems = _mismatches(wanted, tensors, head_keys)
     if problems:
         raise CheckpointError(f"{weights.source} does not fit this backbone: {'; '.join(problems)}")
-    model.load_state_dict({key: tensors[key] for key in wanted}, strict=False)
+    return {key: tensors[key] for key in wanted}
 
 
 def _mismatches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], head_keys: set[str]) -> list[str]:

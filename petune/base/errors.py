@@ -163,9 +163,19 @@ class NotMergeable(AttachError):
 
 
 class WeightsUnavailable(PetuneError):
-    """Pretrained weights are neither cached nor downloadable. petune never uses random ones instead."""
+    """Pretrained weights are neither cached nor downloadable. petune never uses random ones instead.
+
+    Args:
+        message: Why.
+        is_offline: True if they could be downloaded, but their server cannot be reached now.
+        cli_hint: See `PetuneError`.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str = "", *, is_offline: bool = False, cli_hint: str = "") -> None:
+        super().__init__(message, cli_hint=cli_hint)
+        self.is_offline = is_offline
 
 
 class HubError(PetuneError):

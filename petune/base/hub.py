@@ -139,13 +139,14 @@ def _find_cached(model_name: str, config: Any) -> Path | None:
 def _require_server(model_name: str, config: Any) -> None:
     problem = why_unreachable(_server(config), is_hub=bool(config.hf_hub_id))
     if problem is not None:
-        _refuse(model_name, config, problem)
+        _refuse(model_name, config, problem, is_offline=True)
 
 
-def _refuse(model_name: str, config: Any, problem: str) -> NoReturn:
+def _refuse(model_name: str, config: Any, problem: str, *, is_offline: bool = False) -> NoReturn:
     raise WeightsUnavailable(
         f"no pretrained weights for {model_name}: {_label(config)} is not in {_cache_dir(config)} and {problem}. "
         "Download it where there is a network and copy the cache, pass a weights file, or use random weights",
+        is_offline=is_offline,
         cli_hint=CLI_HINT,
     ) from None
 

@@ -53,7 +53,9 @@ def compare(
     check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
+        from petune.runner.compare import check_comparison
 
+        check_comparison(config)
         print_dry_run(config, config.methods, as_json=json)
     else:
         run_comparison(config, as_json=json, tracker=tracker, executor=executor)

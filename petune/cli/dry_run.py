@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from petune.base.text import format_percent
-from petune.cli.terminal import format_count, format_flops, print_data, print_facts, print_json, print_status
+from petune.cli.terminal import clean, format_count, format_flops, print_data, print_facts, print_json, print_status
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Recipe
@@ -32,8 +32,10 @@ def print_dry_run(
         recipe: The recipe used in place of the methods' own.
 
     Raises:
-        ConfigError: The method of a pretraining leaves parameters frozen.
+        PetuneError: Training would be refused before its first step. Images are not read.
     """
+    from petune.backbones.create import check_weights_file
+    from petune.data.lookup import count_classes
     from petune.injector.registry import build_tuner
     from petune.runner.continued import describe_start
     from petune.runner.pretrain import PretrainConfig
@@ -42,9 +44,14 @@ def print_dry_run(
     from petune.runner.run import check_all_trains
     from petune.runner.run_adapter import read_run_adapter
     from petune.runner.run_config import RunConfig
+    from petune.training.precision import choose_device
 
     run = config if isinstance(config, RunConfig) else config.run
+    count_classes(run.dataset)
+    offline = _check_weights(run)
+    choose_device(run.device)
     backbone = preview_backbone(run)
+    check_weights_file(run.backbone, run.weights, backbone.model, backbone.sites.parts.get("head"))
     recipes = [recipe or choose_recipe(build_tuner(method), run.recipe) for method in methods]
     previews = [preview_method(method, backbone, chosen) for method, chosen in zip(methods, recipes, strict=True)]
     if isinstance(config, PretrainConfig):
@@ -52,19 +59,39 @@ def print_dry_run(
         check_all_trains(counts.total - counts.trainable, config.method)
     if as_json:
         data = [preview_data(preview) for preview in previews]
-        if backbone.warning:
-            print_status(f"warning: {backbone.warning}")
+        _print_warnings(offline, backbone.warning)
         print_json({"config": config.model_dump(mode="json"), "backbone": backbone.full_name, "methods": data})
         return
     print_data(config.to_yaml().rstrip())
     print_status(f"\n{backbone.full_name}; dry run: nothing was trained or written")
-    if backbone.warning:
-        print_status(f"warning: {backbone.warning}")
+    _print_warnings(offline, backbone.warning)
     if isinstance(config, RunConfig) and config.from_run is not None:
         print_status(f"continues from {describe_start(read_run_adapter(config.from_run))}")
     for preview in previews:
         print_status("")
         print_facts(method_facts(preview, backbone.forward_flops), to_stderr=True)
+
+
+def _check_weights(run: RunConfig) -> str:
+    """Check that the backbone's weights are available; return why not where only their server cannot be reached.
+
+    That may be different where the training runs, so it is no error of a dry run.
+    """
+    from petune.backbones.create import check_weights
+    from petune.base.errors import WeightsUnavailable
+
+    try:
+        check_weights(run.backbone, run.weights)
+    except WeightsUnavailable as error:
+        if not error.is_offline:
+            raise
+        return str(error)
+    return ""
+
+
+def _print_warnings(*warnings: str) -> None:
+    for warning in filter(None, warnings):
+        print_status(clean(f"warning: {warning}"))
 
 
 def method_facts(preview: MethodPreview, backbone_flops: int) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from petune.base.distributed import init_group
 from petune.cli.options import DryRun, Json, Tracker
 from petune.cli.run import print_result
-from petune.cli.running import check_tracker, resume_hint, run_directory, watching
+from petune.cli.running import check_directory, check_tracker, resume_hint, run_directory, watching
 from petune.cli.settings import Settings, configured
 from petune.cli.terminal import print_status
 
@@ -40,12 +40,13 @@ def pretrain(settings: Settings, *, json: Json = False, dry_run: DryRun = False,
 
     config = PretrainConfig.build(settings.values(), settings.source)
     check_tracker(tracker)
+    resume = "resume" in settings.flags
     if dry_run:
         from petune.cli.dry_run import print_dry_run
 
+        check_directory(config, pretrain_name(config), command="pretrain", resume=resume)
         print_dry_run(config, (config.method,), as_json=json, recipe=RECIPE)
         return
-    resume = "resume" in settings.flags
     output = init_group().broadcast(lambda: run_directory(config, pretrain_name(config), resume=resume))
     config = config.model_copy(update={"output": output})
     with resume_hint("pretrain", output / CONFIG_FILE, "--resume"), watching(tracker, output) as watch:

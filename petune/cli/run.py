@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from petune.base.distributed import init_group
 from petune.cli.options import DryRun, Json, Seeds, Tracker
-from petune.cli.running import RUNS, check_tracker, resume_hint, run_directory, watching
+from petune.cli.running import RUNS, check_directory, check_tracker, resume_hint, run_directory, watching
 from petune.cli.settings import Settings, configured
 from petune.cli.terminal import print_facts, print_json
 
 if TYPE_CHECKING:
+    from petune.runner.compare_config import CompareConfig
     from petune.runner.result import RunResult
     from petune.runner.run_config import RunConfig
 
@@ -39,6 +40,7 @@ def run(
     if dry_run:
         from petune.cli.dry_run import print_dry_run
 
+        _check_directory(config, seed_list, resume="resume" in settings.flags)
         print_dry_run(config, (config.method,), as_json=json)
     elif seed_list is not None:
         _run_seeds(config, seed_list, json, tracker)
@@ -68,9 +70,25 @@ def _run_once(config: RunConfig, as_json: bool, tracker: str | None, *, resume: 
 
 def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, tracker: str | None) -> None:
     from petune.cli.compare import run_comparison
+
+    run_comparison(_comparison(config, seeds), as_json=as_json, tracker=tracker)
+
+
+def _comparison(config: RunConfig, seeds: tuple[int, ...]) -> CompareConfig:
+    """Return the comparison that does one run for each seed."""
     from petune.runner.compare_config import CompareConfig
     from petune.runner.run_name import run_name
 
     name = run_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
     values = {"methods": (config.method,), "seeds": seeds, "run": config, "output": config.output or RUNS / name}
-    run_comparison(CompareConfig.build(values, "the command line"), as_json=as_json, tracker=tracker)
+    return CompareConfig.build(values, "the command line")
+
+
+def _check_directory(config: RunConfig, seeds: tuple[int, ...] | None, *, resume: bool) -> None:
+    from petune.runner.compare import check_comparison
+    from petune.runner.run_name import run_name
+
+    if seeds is None:
+        check_directory(config, run_name(config), command="run", resume=resume)
+    else:
+        check_comparison(_comparison(config, seeds))

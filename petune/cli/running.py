@@ -50,6 +50,23 @@ def run_directory(config: RunConfig, name: str, *, resume: bool) -> Path:
     return latest
 
 
+def check_directory(config: RunConfig, name: str, *, command: str, resume: bool) -> None:
+    """Check for a dry run that the directory of a run can be used; nothing is created.
+
+    Args:
+        config, name, resume: See `run_directory`.
+        command: `run` or `pretrain`.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    from petune.runner.run_dir import check_run_dir
+
+    if config.output is not None or resume:
+        path = run_directory(config, name, resume=resume)
+        check_run_dir(path, config, resume=config.resume, command=command)
+
+
 @contextmanager
 def resume_hint(command: str, config: Path, *flags: str) -> Iterator[None]:
     """Add the resume command to the error when a signal stops training; remove the directory if it is still empty.

@@ -81,8 +81,10 @@ def sweep(
     check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
+        from petune.runner.sweep.search import check_sweep
         from petune.runner.sweep.space import corners
 
+        check_sweep(config)
         methods = dict.fromkeys(config.trial(params).method for params in corners(config.search))
         print_dry_run(config, list(methods), as_json=json)
     else:

@@ -15,13 +15,14 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
 from petune.runner.compare_config import MAY_GROW, CompareConfig
 from petune.runner.comparison import Comparison, origins_of, summarize
+from petune.runner.directory_kind import check_kind
 from petune.runner.events import RunStarted, Watch
 from petune.runner.executors import Executor, Started, choose_executor
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE, CONFIG_FILE
 from petune.runner.report.tables import seeds_by_method
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
-from petune.runner.run_dir import NEW_OUTPUT, open_run_dir
+from petune.runner.run_dir import NEW_OUTPUT, check_run_dir, open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.stored_config import check_config, write_config
 from petune.training.evaluate import METRICS
@@ -95,7 +96,20 @@ def check_methods(methods: Sequence[str]) -> dict[str, TunerConfig]:
     return options
 
 
+def check_comparison(config: CompareConfig) -> None:
+    """Check what `compare` would refuse because of its directory and its methods, and write nothing.
+
+    Raises:
+        UsageError: See `compare`.
+    """
+    check_methods(config.methods)
+    _check_directory(config.directory)
+    check_run_dir(config.directory, config.to_store(), resume=True, command="compare", may_change=MAY_GROW)
+    _check_runs(config.runs())
+
+
 def _check_directory(run_dir: Path) -> None:
+    check_kind(run_dir, "compare")
     if RunResult.exists(run_dir) or (run_dir / METRICS_FILE).exists():
         raise UsageError(f"{run_dir} holds a run. Use another output for the comparison", cli_hint=NEW_OUTPUT)
     other_tables = [name for name in TABLES if (run_dir / name).exists()]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
 from petune.adapters.format import CONFIG_FILE as ADAPTER_FILE
-from petune.base.errors import MAX_LISTED
+from petune.base.errors import MAX_LISTED, UsageError
 from petune.runner.file_names import COMPARE_TABLE, CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
 
 Kind = Literal["run", "pretrain", "trial", "compare", "sweep"]
 TABLES: dict[Kind, str] = {"compare": COMPARE_TABLE, "sweep": SWEEP_TABLE}
+NOUNS = {"run": "run", "pretrain": "pretraining", "compare": "comparison", "sweep": "sweep"}
+"""What each command makes."""
 
 
 def kind_of(path: Path) -> Kind:
@@ -22,6 +25,25 @@ def kind_of(path: Path) -> Kind:
         return "trial"
     commands: tuple[Kind, ...] = ("pretrain", "compare", "sweep")
     return next((kind for kind in commands if kind == _command(path)), "run")
+
+
+def check_kind(path: Path, command: str) -> None:
+    """Check that another command has not made a directory.
+
+    Args:
+        path: May be missing.
+        command: The command that is to work there, such as `run`.
+
+    Raises:
+        UsageError: Another one has; the message says which, and how to continue there.
+    """
+    kind = kind_of(path)
+    maker = "run" if kind == "trial" else kind
+    if maker == command or (maker == "run" and _command(path) != "run"):
+        return
+    flags = ["--resume"] if maker in {"run", "pretrain"} else []
+    again = shlex.join(["petune", maker, "--config", str(path / CONFIG_FILE), "--output", str(path), *flags])
+    raise UsageError(f"{path} is a {NOUNS[maker]}, not a {NOUNS[command]}. Use another output, or continue it: {again}")
 
 
 def _command(path: Path) -> str:

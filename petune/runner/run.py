@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.adapter_metadata import save_adapter
 from petune.runner.continued import complete_from_run
+from petune.runner.directory_kind import check_kind
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, Statistics, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
@@ -89,6 +91,8 @@ def fine_tuning(config: RunConfig) -> Procedure:
 def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> RunResult:
     """Train, test once and save in one run directory; return the result of a run that was finished before."""
     group = init_group()
+    if config.output is not None:
+        group.broadcast(partial(check_kind, config.output, procedure.command))
     if config.output is None or not RunResult.exists(config.output):
         # names are checked before a hub is asked for weights
         group.main_first(lambda: count_classes(config.dataset, config.data_dir))

@@ -13,6 +13,7 @@ from typing import IO, Any
 from petune.base.config import Config
 from petune.base.errors import UsageError
 from petune.base.files import Lock, replace_file, try_lock
+from petune.runner.directory_kind import check_kind
 from petune.runner.file_names import CONFIG_FILE, INPUTS_FILE, LOCK_FILE, MANIFEST_FILE
 from petune.runner.migrations import migrate_run_dir
 from petune.runner.stored_config import changed_values, has_trained, refuse_changes, write_config
@@ -71,6 +72,37 @@ def open_run_dir(
             raise
 
 
+def check_run_dir(
+    run_dir: Path, config: Config, *, resume: bool, command: str, may_change: Collection[str] = ()
+) -> None:
+    """Check that `open_run_dir` would accept a directory, and write nothing.
+
+    Args:
+        run_dir: The directory; may be missing.
+        config, resume, command, may_change: See `open_run_dir`.
+
+    Raises:
+        UsageError: It exists (without `resume`), holds another configuration, or is the work of another command.
+    """
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UsageError(f"{run_dir} is a file. Use another output", cli_hint=NEW_OUTPUT)
+    check_kind(run_dir, command)
+    if not resume and any(path.name != LOCK_FILE for path in run_dir.iterdir()):
+        raise _already_exists(run_dir)
+    starts_over = (run_dir / LOCK_FILE).exists() and not has_trained(run_dir)
+    if (run_dir / CONFIG_FILE).exists() and not starts_over:
+        refuse_changes(run_dir, config, may_change)
+
+
+def _already_exists(run_dir: Path) -> UsageError:
+    return UsageError(
+        f"{run_dir} already exists. Resume it, or use another output",
+        cli_hint="Add --resume, or name a new directory with --output",
+    )
+
+
 def _lock(run_dir: Path, lock_file: IO[str], *, created: bool, resume: bool) -> None:
     """Lock a run directory. Without file locks, only the process that created the lock file starts a run there."""
     lock = try_lock(lock_file)
@@ -93,10 +125,7 @@ def _create(run_dir: Path, resume: bool) -> tuple[bool, IO[str]]:
         except FileExistsError:
             # a process that was killed as it started leaves a lock file only
             if not resume and any(path.name != LOCK_FILE for path in run_dir.iterdir()):
-                raise UsageError(
-                    f"{run_dir} already exists. Resume it, or use another output",
-                    cli_hint="Add --resume, or name a new directory with --output",
-                ) from None
+                raise _already_exists(run_dir) from None
         try:
             return False, (run_dir / LOCK_FILE).open("x")
         except FileExistsError:

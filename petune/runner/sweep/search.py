@@ -18,7 +18,7 @@ from petune.runner.file_names import SWEEP_TABLE
 from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
-from petune.runner.run_dir import open_run_dir
+from petune.runner.run_dir import check_run_dir, open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.run_name import run_name
 from petune.runner.stored_config import write_config
@@ -56,18 +56,35 @@ def sweep(
     """
     check_watch("petune.sweep", watch)
     config = SweepConfig.from_call(config, fields, "petune.sweep(...)").completed()
-    require_sampler(config.search, config.trials)
+    check_sweep(config)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
-    sweep_dir = config.output or Path("runs") / sweep_name(config)
-    shared = config.run.model_copy(update={"output": None, "resume": False})
-    asked = config.model_copy(update={"run": shared})
+    sweep_dir, asked = _directory(config), _to_store(config)
     with open_run_dir(sweep_dir, asked, resume=True, command="sweep", may_change=MAY_CHANGE, tables=(SWEEP_TABLE,)):
         search = _Search(sweep_dir, config, chosen, watch)
         write_config(sweep_dir, asked, "sweep")
         check_inputs(sweep_dir, config.run.dataset, config.run.weights, data_dir=config.run.data_dir)
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             return search.run()
+
+
+def check_sweep(config: SweepConfig) -> None:
+    """Check what `sweep` would refuse because of its directory and its sampler, and write nothing.
+
+    Raises:
+        UsageError, MissingExtra: See `sweep`.
+    """
+    require_sampler(config.search, config.trials)
+    check_run_dir(_directory(config), _to_store(config), resume=True, command="sweep", may_change=MAY_CHANGE)
+
+
+def _directory(config: SweepConfig) -> Path:
+    return config.output or Path("runs") / sweep_name(config)
+
+
+def _to_store(config: SweepConfig) -> SweepConfig:
+    """Return the configuration without what belongs to one call."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"output": None, "resume": False})})
 
 
 def sweep_name(config: SweepConfig) -> str:
