@@ -185,6 +185,8 @@ def test_markdown_shows_it_as_it_is() -> None:
         ("hf:facebook/dinov2-small", "hf:facebook/dinov2-small"),
         ("timm/vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"),
         ("cifar10", "cifar10"),
+        ("table:/home/me/pets.csv,label=breed,root=/home/me/x", "table:pets.csv,label=breed,root=x"),
+        ("torchvision:FashionMNIST", "torchvision:FashionMNIST"),
     ],
 )
 def test_folders_are_taken_out_of_names(name: str, shown: str) -> None:

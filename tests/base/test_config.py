@@ -147,6 +147,12 @@ def test_override_through_a_value_is_refused() -> None:
 
 def test_options_are_parsed() -> None:
     assert parse_options("deep=false, num_prompts=10,") == {"deep": False, "num_prompts": 10}
+    assert parse_options("names=[cat, dog],of={a: 1, b: 2},c=3") == {
+        "names": ["cat", "dog"],
+        "of": {"a": 1, "b": 2},
+        "c": 3,
+    }
+    assert parse_options("a=[1,b=2") == {"a": "[1", "b": 2}
     with pytest.raises(ConfigError, match="not an option: 'deep'"):
         parse_options("deep")
 
