@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from petune.sites.attentions import Pair
 from petune.sites.parts import addition_to, is_norm, mid_of, norm_inside
 from petune.sites.trace import Addition, Call, Trace
@@ -63,8 +65,21 @@ def _starts_inside(trace: Trace, pair: Pair, mid: Call) -> bool:
 
 
 def _end_of_stream(trace: Trace, scope: Call, last: Addition) -> int:
-    """Return the time of the last addition to the stream in `scope`, of which `last` is one."""
+    """Return the time of the last addition to the stream in `scope`, of which `last` is one.
+
+    The stream may be rearranged in between: VitDet's block adds the branch of a convolution to an image.
+    """
     for add in trace.additions:
-        if last.time < add.time < scope.stop and add.other(last.result) is not None:
+        if last.time < add.time < scope.stop and any(_is_stream(scope, x, last, add) for x in add.operands):
             last = add
     return last.time
+
+
+def _is_stream(scope: Call, x: Tensor, last: Addition, add: Addition) -> bool:
+    """Return whether an operand is the stream after `last`, as it is or rearranged, and a branch reads it."""
+    if x is last.result:
+        return True
+    calls = [c for c in scope.inner() if last.time < c.start < add.time]
+    is_read = any(c.input is x for c in calls)
+    is_made = any(c.output is x and next(c.module.parameters(), None) is not None for c in calls)
+    return is_read and not is_made and x.numel() == last.result.numel()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from survey.pairs import examine
 from survey.residual_stream import unproven_mids
 from torch import nn
@@ -185,7 +186,7 @@ def test_a_module_that_is_only_its_block_is_one() -> None:
 
 
 class ThreeBranches(models.Layer):
-    """A block with a convolution's branch after its MLP, as transformers' VitDet has."""
+    """A block with one more branch after its MLP."""
 
     def __init__(self) -> None:
         super().__init__(models.SplitAttention())
@@ -198,6 +199,16 @@ class ThreeBranches(models.Layer):
 def test_a_third_branch_belongs_to_its_block() -> None:
     model = models.Vit(nn.Sequential(*(ThreeBranches() for _ in range(2))))
     assert wheres(model) == ["trunk.0", "trunk.1"]
+
+
+def test_a_branch_that_reads_the_tokens_as_an_image_belongs_to_its_block() -> None:
+    config = transformers.VitDetConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=64, pretrain_image_size=64,
+        patch_size=16, residual_block_indices=[0, 1], window_size=2, window_block_indices=[0],
+    )  # fmt: skip
+    sites = petune.find_sites(transformers.VitDetModel(config), (3, 64, 64))
+    assert [block.where for block in sites.blocks] == ["encoder.layer.0", "encoder.layer.1"]
+    assert "head" not in sites.parts
 
 
 @pytest.mark.parametrize("name", ["projection", "norm, projection", "two norms", "residual projection"])
