@@ -33,7 +33,9 @@ def compiled_function(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return torch.compile(lambda x: model(x), backend="eager")
 
 
-@pytest.mark.parametrize("compiled", sampled([compiled_model, compiled_function], lambda build: build is compiled_function))
+@pytest.mark.parametrize(
+    "compiled", sampled([compiled_model, compiled_function], lambda build: build is compiled_function)
+)
 @pytest.mark.parametrize("method", CASES)
 @torch.no_grad()
 def test_code_compiled_before_attaching_runs_the_adapter(
