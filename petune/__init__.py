@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from petune.injector.counts import Counts as Counts
     from petune.injector.edit import Edit as Edit
     from petune.injector.load import load as load
-    from petune.injector.peft_type import register_with_peft as register_with_peft
+    from petune.injector.peft_type import PetuneConfig as PetuneConfig, register_with_peft as register_with_peft
     from petune.injector.registry import TunerRecord as TunerRecord, list_tuners as list_tuners
     from petune.injector.token_grid import TokenGrid as TokenGrid
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from petune.runner.compare_config import CompareConfig as CompareConfig
     from petune.runner.comparison import Comparison as Comparison
     from petune.runner.events import RunStarted as RunStarted
+    from petune.runner.executors import run_all as run_all
     from petune.runner.pretrain import PretrainConfig as PretrainConfig, pretrain as pretrain
     from petune.runner.result import RunResult as RunResult
     from petune.runner.run import run as run
@@ -90,7 +91,7 @@ _PUBLIC = {
     "injector.counts": "Counts",
     "injector.edit": "Edit",
     "injector.load": "load",
-    "injector.peft_type": "register_with_peft",
+    "injector.peft_type": "PetuneConfig register_with_peft",
     "injector.registry": "TunerRecord list_tuners",
     "injector.token_grid": "TokenGrid",
     "injector.tuner": "Recipe Tuner TunerConfig",
@@ -99,6 +100,7 @@ _PUBLIC = {
     "runner.compare_config": "CompareConfig",
     "runner.comparison": "Comparison",
     "runner.events": "RunStarted",
+    "runner.executors": "run_all",
     "runner.pretrain": "PretrainConfig pretrain",
     "runner.result": "RunResult",
     "runner.run": "run",

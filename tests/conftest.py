@@ -10,7 +10,7 @@ import setuptools  # noqa: F401
 SLOW = {
     "adapters/test_reference_logits.py", "adapters/test_migrations.py", "injector/test_loop_check.py",
     "injector/test_attachment.py", "injector/test_compiled.py", "faults/test_calls.py", "cli/test_main.py",
-    "test_public.py", "test_peers.py",
+    "test_public.py", "test_peers.py", "cli/test_dry_run.py", "serving/test_adapter_bank.py",
     "serving/test_golden.py", "tuners/test_contract.py", "base/test_config.py", "backbones/test_weights.py",
     "families/test_formulas.py", "families/test_left_as_it_was.py", "tuners/test_formulas.py",
     "base/test_distributed.py", "cli/test_compare.py", "cli/test_eval.py", "cli/test_export.py", "cli/test_inspect.py",
@@ -25,7 +25,8 @@ SLOW = {
     "test_docs.py", "test_examples.py", "test_notebook.py", "test_results.py", "test_speed.py", "test_suites.py",
     "test_wheel.py", "training/speed/test_feature_cache.py", "training/speed/test_onednn_linear.py",
     "training/speed/test_speedups.py", "training/test_memory.py", "training/test_resume.py", "tuners/test_adalora.py",
-    "tuners/test_parity.py", "tuners/test_peft.py", "tuners/test_peft_harness.py",
+    "tuners/test_merging.py", "tuners/test_parity.py", "tuners/test_peft.py", "tuners/test_peft_harness.py",
+    "tuners/test_peft_stacked.py",
     "tuners/test_several.py", "tuners/test_transforms.py",
 }  # fmt: skip
 """Files that train, start processes, or go through many models; `make quick` leaves them out."""

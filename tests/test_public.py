@@ -100,3 +100,14 @@ def test_lists_of_names() -> None:
     assert "vit_nano" in petune.list_backbones("vit_*")
     assert petune.list_backbones("*dinov3*")
     assert petune.list_backbones("no-such-*") == []
+
+
+def test_pages_import_public_names_only() -> None:
+    """Pages for users; docs/api.md says where each name is defined."""
+    docs = ROOT.parent / "docs"
+    pages = [ROOT.parent / "README.md", *(page for page in docs.rglob("*.md") if page != docs / "api.md")]
+    rooms = "|".join(folder.name for folder in ROOT.iterdir() if (folder / "__init__.py").exists())
+    inner = re.compile(rf"(?:\bfrom|\bimport|`) ?petune\.(?:{rooms})\.\w+")
+    named = {str(page): inner.findall(page.read_text(encoding="utf-8")) for page in pages}
+    assert len(named) > 10
+    assert {page: names for page, names in named.items() if names} == {}

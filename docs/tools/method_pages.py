@@ -28,6 +28,7 @@ NAMES = [name for names in GROUPS.values() for name in names]
 
 CONTRACT = "tests/tuners/test_contract.py"
 FORMULAS = "tests/tuners/test_formulas.py"
+MERGING = "tests/tuners/test_merging.py"
 PARITY = "tests/tuners/test_parity.py"
 PEFT = "tests/tuners/test_peft.py"
 TESTS = {
@@ -158,7 +159,7 @@ def _tests(name: str) -> str:
         f"- `{CONTRACT}`: the contract (frozen weights stay frozen, every trained tensor gets a gradient and moves, "
         "disabled or detached the model is as it was, saved and loaded it is the same, the count is the formula's)"
     ]
-    tests = TESTS.get(name) or tuple(f"{FORMULAS}::{test}" for test in _tests_of_formula(name))
+    tests = TESTS.get(name) or tuple(_tests_of_formula(name))
     for test in tests:
         file, _, function = test.partition("::")
         known = {n.name for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)}
@@ -169,11 +170,12 @@ def _tests(name: str) -> str:
 
 
 def _tests_of_formula(name: str) -> Iterator[str]:
-    """Yield the tests against written-out formulas that mention the method."""
-    for node in ast.walk(ast.parse((ROOT / FORMULAS).read_text())):
-        is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        if is_test and any(isinstance(n, ast.Constant) and n.value == name for n in ast.walk(node)):
-            yield node.name
+    """Yield the tests against written-out formulas and of merging that mention the method."""
+    for file in (FORMULAS, MERGING):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+            if is_test and any(isinstance(n, ast.Constant) and n.value == name for n in ast.walk(node)):
+                yield f"{file}::{node.name}"
 
 
 def _cell(text: str) -> str:
