@@ -54,7 +54,7 @@ class ReaderConfig(Config):
 
 @dataclass(frozen=True)
 class ReadContext:
-    """Where and how to read, the same for every dataset.
+    """Directory, image size and policy of reading, the same for every dataset.
 
     Attributes:
         image_size: Side, in pixels, at which the images will be used.
