@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from petune.base.config import expand_home
 from petune.base.entry_points import OWN, PluginKind, RegisteredPlugin, registered_plugins, state_of
@@ -127,6 +129,10 @@ def complete_name(text: str) -> str:
     body, _ = _split_options(text)
     kind = _kind_of_path(body)
     return f"{kind}:{text}" if kind else text
+
+
+DatasetText = Annotated[str, AfterValidator(complete_name)]
+"""The type of a dataset in a configuration: a plain path is stored as `folder:PATH` or `table:FILE`."""
 
 
 def _split_options(text: str) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from petune.base.arguments import check_watch
+from petune.data.registry import DatasetText
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe
 from petune.runner.backbone_file import Dtype, save_backbone
@@ -46,7 +47,7 @@ class PretrainConfig(RunConfig):
     method: str = "full"
     backbone: str = "vit_nano"
     weights: str = "none"
-    dataset: str = "cifar100"
+    dataset: DatasetText = "cifar100"
     val_fraction: float = Field(0.02, gt=0, lt=1)
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None

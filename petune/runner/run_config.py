@@ -10,7 +10,7 @@ from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
 from petune.data import OnBroken
-from petune.data.registry import complete_name
+from petune.data.registry import DatasetText
 from petune.training.config import TrainConfig
 
 DEFAULT_RECIPE = "default"
@@ -49,7 +49,7 @@ class RunConfig(Config):
     backbone: str = "vit_base"
     weights: str = "default"
     recipe: str = DEFAULT_RECIPE
-    dataset: str = "cifar10"
+    dataset: DatasetText = "cifar10"
     data_dir: UserPath | None = None
     image_size: int | None = Field(None, ge=1, le=4096)
     patch_size: int | None = Field(None, ge=1, le=512)
@@ -72,11 +72,6 @@ class RunConfig(Config):
         if value is not None and side is not None and value > side:
             raise ValueError(f"patch_size {value} is larger than image_size {side}")
         return value
-
-    @field_validator("dataset")
-    @classmethod
-    def _complete_dataset(cls, value: str) -> str:
-        return complete_name(value)
 
     @field_validator("drop_path")
     @classmethod

@@ -85,6 +85,7 @@ def test_a_plain_path_is_a_folder_or_table(pets: Path) -> None:
     assert complete_name(str(pets)) == f"folder:{pets}"
     assert complete_name("a.CSV,label=x") == "table:a.CSV,label=x"
     assert RunConfig(dataset="pets").dataset == RunConfig(dataset="folder:pets").dataset == "folder:pets"
+    assert petune.PretrainConfig(dataset="pets").dataset == "folder:pets"
     assert load_dataset("pets").classes == ("bee", "cat")
     assert find_dataset("pets") == "pets"
     assert manifest_of("pets") == manifest_of(f"folder:{pets}") != {}
