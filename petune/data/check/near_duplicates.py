@@ -1,8 +1,8 @@
 """Find near-duplicates: recompressed, resized, brightened or mirrored copies of an image, by a perceptual hash.
 
-The hash is that of pHash (a cosine transform of the gray image, of which the low frequencies are kept) with real numbers
-instead of signs, so that two hashes are compared by their cosine. Frequencies are weighted by their radius, because in
-photos the lowest ones dominate and are alike in different images.
+The hash is that of pHash (low frequencies of a cosine transform of the gray image) with real numbers instead of signs,
+so that two hashes are compared by their cosine. Frequencies are weighted by their radius, because in photos the lowest
+ones dominate and are alike in different images.
 
 Shapes: N images, S side in pixels, F frequencies, Q queries, R references.
 """
@@ -21,11 +21,15 @@ SIDE = 32
 """Side in pixels of the gray images that are hashed."""
 NUM_FREQUENCIES = 8
 THRESHOLD = 0.95
-"""Smallest cosine of near-duplicates. In CIFAR-10, 579 of the 1.8 billion pairs are above it; of 96 of them that people
-looked at all were duplicates. Images with a brightness of 130 % are found to 98 %, all of JPEG quality 30."""
+"""Smallest cosine of near-duplicates. In CIFAR-10, 577 of the 1.8 billion pairs reach it, and all of 96 that were
+looked at are the same photo; from 0.93 to 0.95 about 7 of 96 are not. It finds all of 1,000 images after JPEG of
+quality 30, after halving their size, mirrored or at 70 % brightness, and 98 % of them at 130 % brightness."""
 MIN_CONTRAST = 2.0
 """Images whose gray levels deviate less from their mean (standard deviation, of 255) are only compared exactly."""
-QUERY_BLOCK, REFERENCE_BLOCK = 512, 2048  # products that fit the processor's cache; larger ones take three times as long
+QUERY_BLOCK, REFERENCE_BLOCK = (
+    512,
+    2048,
+)  # products that fit the processor's cache; larger ones take three times as long
 
 
 @dataclass(frozen=True)
