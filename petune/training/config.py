@@ -39,6 +39,8 @@ class TrainConfig(Config):
         label_smoothing: Probability that is spread over all classes.
         mixup, cutmix: Alpha of timm's Mixup; 0 turns it off. With few epochs they help little, so they are off.
         augment: An augmentation preset of `petune.data.augment`; `auto` takes the dataset's own.
+        choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. Of epochs with
+            the same value, the one with the lowest loss is chosen, then the later one.
         grad_clip: Largest gradient norm; None does not clip. 1 keeps rare large steps from ending a run.
         precision: Number format of forward and backward; trainable parameters stay in float32. `auto` measures whether
             bfloat16 is faster on this device. `tf32` lets an NVIDIA GPU round float32 products.
@@ -71,6 +73,7 @@ class TrainConfig(Config):
     mixup: float = Field(0.0, ge=0, le=10)
     cutmix: float = Field(0.0, ge=0, le=10)
     augment: Augment = "auto"
+    choose: str | None = None
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
     grad_checkpointing: bool = False

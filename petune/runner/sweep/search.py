@@ -28,6 +28,7 @@ from petune.runner.sweep.space import contains
 from petune.runner.sweep.sweep_config import SweepConfig, to_text
 from petune.runner.sweep.trials import Sweep, Trial, read_sweep
 from petune.training.events import Event, Note
+from petune.training.task_registry import check_task
 
 PARALLEL_TRIALS = 4
 """Default of `parallel_trials` for executors other than `serial`."""
@@ -57,6 +58,7 @@ def sweep(
     check_watch("petune.sweep", watch)
     config = SweepConfig.from_call(config, fields, "petune.sweep(...)").completed()
     check_sweep(config)
+    check_task(config.run.task, config.run.train.choose)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     sweep_dir, asked = _directory(config), _to_store(config)
