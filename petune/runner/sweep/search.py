@@ -58,7 +58,6 @@ def sweep(
     check_watch("petune.sweep", watch)
     config = SweepConfig.from_call(config, fields, "petune.sweep(...)").completed()
     check_sweep(config)
-    check_task(config.run.task, config.run.train.choose)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     sweep_dir, asked = _directory(config), _to_store(config)
@@ -71,11 +70,13 @@ def sweep(
 
 
 def check_sweep(config: SweepConfig) -> None:
-    """Check what `sweep` would refuse because of its directory and its sampler, and write nothing.
+    """Check what `sweep` would refuse because of its directory, its sampler and its task, and write nothing.
 
     Raises:
         UsageError, MissingExtra: See `sweep`.
+        UnknownName, ConfigError: See `check_task`.
     """
+    check_task(config.run.task, config.run.train.choose)
     require_sampler(config.search, config.trials)
     check_run_dir(_directory(config), _to_store(config), resume=True, command="sweep", may_change=MAY_CHANGE)
 
