@@ -22,8 +22,8 @@ from petune.runner.run_config import RunConfig
 from petune.training.task import Task
 from petune.training.task_registry import restore_task
 
-DATA_KEYS = ("dataset", "data_dir", "on_broken", "val_fraction", "shots", "seed")
-"""Options that choose the images. The old run's are taken together, so that its val images stay in val."""
+DATA_KEYS = ("dataset", "task", "data_dir", "on_broken", "val_fraction", "shots", "seed")
+"""Options that choose the images and the task. The old run's are taken together, so that its val images stay in val."""
 RECORDED_KEYS = {
     "backbone": "name",
     "image_size": "image_size",

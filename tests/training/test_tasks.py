@@ -235,7 +235,9 @@ def test_weights_of_the_images_count_in_the_loss(
         if factor is not None:
             dataset = replace(data, train=replace(data.train, weights=factor * weights))
         att = toy(0)
-        att.model.body[2], att.model.body[3] = torch.nn.Identity(), torch.nn.Identity()
+        att.model.body[2] = torch.nn.Identity()
+        att.model.body[3] = torch.nn.Identity()
+        att = type(att)(att.model)
         options = {"micro_batch_size": micro, "grad_clip": None}
         trainer = make_trainer(att, dataset=dataset, directory=tmp_path / f"{factor}-{micro}", **options)
         trainer.progress.micro_batch = micro or 0
