@@ -6,74 +6,28 @@ Legend: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from petune.base.text import plural
-from petune.data.augment import augment, epoch_order, random_draws
+from petune.data.augment import augment, augment_masks, epoch_order, image_seeds, random_draws
 from petune.data.dataset import Split
+from petune.data.images import num_threads
+from petune.data.policy import ImagePolicy, policy_pixels
+from petune.data.preprocess import Preprocess, float_pixels, read_images, to_device
+from petune.data.steps import StepConfig, steps_of
 
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)
-"""Shares of red, green and blue in gray (ITU-R BT.601)."""
+AUGMENT_FORMAT = 1
+"""Raised when a preset of `petune.data.steps` draws or computes other pixels, so that no epoch mixes both."""
 MAX_LEFT_OUT = 0.05
 """Share of the training images that an epoch may leave out so that all its batches are full."""
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """Size and statistics of the images that the backbone expects.
-
-    Attributes:
-        image_size: Side of the square image, in pixels.
-        mean, std: Mean and standard deviation per channel, for pixels in [0, 1]. A single channel is gray.
-    """
-
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-        """Return images in 0..255 at `image_size`, float32 (B, 3, H, W), without the margin they were stored with."""
-        raw = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
-        x_BCHW = to_device(raw, device).permute(0, 3, 1, 2).float()
-        if split.crop < 1:
-            x_BCHW = center_crop(x_BCHW, split.crop)
-        if x_BCHW.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True).clamp(0, 255)
-        return x_BCHW
-
-    def blank(self, device: torch.device) -> Tensor:
-        """Return one black image, float32 (1, C, H, W)."""
-        return torch.zeros(1, len(self.mean), self.image_size, self.image_size, device=device)
-
-    def normalize(self, x_BCHW: Tensor) -> Tensor:
-        """Normalize RGB images in 0..255 by mean and standard deviation, as gray ones if there is a single mean."""
-        if len(self.mean) == 1:
-            x_BCHW = to_gray(x_BCHW)
-        statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, -1, 1, 1) * 255
-        return (x_BCHW - statistics[0]) / statistics[1]
-
-
-def to_gray(x_BCHW: Tensor) -> Tensor:
-    """Return the luma of RGB images, (B, 1, H, W), by the weights that Pillow uses too."""
-    weights_C = torch.tensor(GRAY_WEIGHTS, device=x_BCHW.device).view(1, 3, 1, 1)
-    return (x_BCHW * weights_C).sum(1, keepdim=True)
-
-
-def center_crop(x_BCHW: Tensor, share: float) -> Tensor:
-    """Keep the center of square images, `share` of the side."""
-    stored = x_BCHW.shape[-1]
-    side = math.floor(stored * share)
-    start = (stored - side) // 2
-    return x_BCHW[..., start : start + side, start : start + side]
 
 
 @dataclass(frozen=True)
@@ -129,11 +83,12 @@ class TrainBatches:
     Args:
         split: The training images.
         preprocess: Size and statistics that the backbone expects.
-        preset: Name of the augmentation.
+        augmentation: Name of a preset, or a list of augmentations.
         batch_size: Images per batch; see `batch_bounds`.
         seed: Seed of order and augmentation.
         device: Device of the batches.
         even: See `batch_bounds`.
+        ignore_index: Value of the pixels of a mask that no pixel of the image moves to.
 
     Attributes:
         batch_size: Images of the largest batch.
@@ -143,16 +98,21 @@ class TrainBatches:
         self,
         split: Split,
         preprocess: Preprocess,
-        preset: str,
+        augmentation: str | Sequence[StepConfig],
         batch_size: int,
         seed: int,
         device: torch.device,
         *,
         even: bool = False,
+        ignore_index: int = 255,
     ) -> None:
         self.split = split
         self.preprocess = preprocess
-        self.preset = preset
+        self.augmentation = augmentation
+        self.ignore_index = ignore_index
+        self.policy: ImagePolicy | None = None
+        if steps_of(augmentation) is not None:
+            self.policy = ImagePolicy(augmentation, preprocess.image_size, ignore_index)
         self.bounds = batch_bounds(len(split), batch_size, even=even)
         self.sizes = np.diff(self.bounds)
         self.full_size = min(batch_size, len(split))
@@ -189,7 +149,7 @@ class TrainBatches:
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch.
 
-        On a GPU each batch is prepared while the previous one is in use.
+        Each batch is prepared while the previous one is in use, except for presets that a CPU applies to whole batches.
 
         Args:
             epoch: Number of the epoch, from 0.
@@ -198,27 +158,59 @@ class TrainBatches:
             positions_only: Yield positions of the images in the split, int64 (B,), instead of the images.
         """
         batches = self._epoch(epoch, start, part, positions_only)
-        return prefetch(batches, self.device) if self.device.type == "cuda" else batches
+        ahead = self.device.type == "cuda" or self.policy is not None or decodes(self.split)
+        return prefetch(batches, self.device) if ahead and not positions_only else batches
 
     def _epoch(self, epoch: int, start: int, part: Callable[[int], slice], positions_only: bool) -> Iterator[Batch]:
         order = epoch_order(self.seed, epoch, len(self.split))
-        draws = random_draws(self.seed, epoch, len(self.split))
-        for step in range(start, len(self)):
-            size = int(self.sizes[step])
-            positions = order[self.bounds[step] : self.bounds[step + 1]][part(size)]
-            x = torch.from_numpy(positions) if positions_only else self._images(positions, draws)
-            yield Batch(x, _targets(self.split, positions, self.device), positions, size)
+        numbers = (random_draws if self.policy is None else image_seeds)(self.seed, epoch, len(self.split))
+        with ThreadPoolExecutor(num_threads()) as pool:
+            for step in range(start, len(self)):
+                size = int(self.sizes[step])
+                positions = order[self.bounds[step] : self.bounds[step + 1]][part(size)]
+                if positions_only:
+                    x, y = torch.from_numpy(positions), _targets(self.split, self.preprocess, positions, self.device)
+                elif self.policy is None:
+                    x, y = self._together(positions, numbers[positions])
+                else:
+                    x, y = self._one_by_one(positions, numbers[positions], self.policy, pool)
+                yield Batch(x, y, positions, size)
 
-    def _images(self, positions: NDArray[np.int64], draws: NDArray[np.float32]) -> Tensor:
-        u = to_device(torch.from_numpy(draws[positions]), self.device)
-        x_BCHW = augment(self.preprocess.pixels(self.split, positions, self.device), self.preset, u)
-        return self.preprocess.normalize(x_BCHW)
+    def _together(self, positions: NDArray[np.int64], draws: NDArray[Any]) -> tuple[Tensor, Tensor]:
+        """Return images augmented by a preset that works on whole batches, on the device, and their targets."""
+        preset, u = str(self.augmentation), to_device(torch.from_numpy(draws), self.device)
+        x_BCHW = augment(self.preprocess.pixels(self.split, positions, self.device), preset, u)
+        y = _targets(self.split, self.preprocess, positions, self.device)
+        if self.split.has_masks:
+            y = augment_masks(y, preset, u, self.ignore_index)
+        return self.preprocess.normalize(x_BCHW), y
+
+    def _one_by_one(
+        self, positions: NDArray[np.int64], seeds: NDArray[Any], policy: ImagePolicy, pool: ThreadPoolExecutor
+    ) -> tuple[Tensor, Tensor]:
+        """Return images that threads read and augment, each as a whole, and their targets."""
+
+        def prepare(number: int) -> tuple[Tensor, Tensor | None]:
+            position = positions[number : number + 1]
+            mask = torch.from_numpy(self.split.targets_at(position)[0]) if self.split.has_masks else None
+            return policy(
+                policy_pixels(read_images(self.split, position)[0]), mask, self.split.crop, int(seeds[number])
+            )
+
+        samples = list(pool.map(prepare, range(len(positions))))
+        x_BCHW = float_pixels(to_device(torch.stack([image for image, _ in samples]), self.device))
+        masks = [mask for _, mask in samples if mask is not None]
+        if masks:
+            y = to_device(torch.stack(masks), self.device)
+        else:
+            y = _targets(self.split, self.preprocess, positions, self.device)
+        return self.preprocess.normalize(x_BCHW), y
 
 
 def eval_batches(
     split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, *, positions_only: bool = False
 ) -> Iterator[Batch]:
-    """Yield all images of a split in order, including an incomplete last batch.
+    """Yield all images of a split in order, including an incomplete last batch; masks at the model's size.
 
     Args:
         split: The images.
@@ -227,22 +219,31 @@ def eval_batches(
         device: Device of the batches.
         positions_only: As in `TrainBatches`.
     """
+    batches = _in_order(split, preprocess, batch_size, device, positions_only)
+    return prefetch(batches, device) if decodes(split) and not positions_only else batches
+
+
+def _in_order(
+    split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, positions_only: bool
+) -> Iterator[Batch]:
     for start in range(0, len(split), batch_size):
         positions = np.arange(start, min(start + batch_size, len(split)))
         if positions_only:
             x = torch.from_numpy(positions)
         else:
             x = preprocess.normalize(preprocess.pixels(split, positions, device))
-        yield Batch(x, _targets(split, positions, device), positions, len(positions))
+        yield Batch(x, _targets(split, preprocess, positions, device), positions, len(positions))
 
 
-def _targets(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
+def decodes(split: Split) -> bool:
+    """Return True if the images of a split are not an array, so that reading them takes time."""
+    return not isinstance(split.images, np.ndarray)
+
+
+def _targets(split: Split, preprocess: Preprocess, positions: NDArray[np.int64], device: torch.device) -> Tensor:
+    if split.has_masks:
+        return preprocess.masks(split, positions, device)
     return to_device(torch.from_numpy(np.ascontiguousarray(split.targets_at(positions))), device)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` on the device; copies to a GPU use pinned memory and do not block."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

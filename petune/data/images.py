@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from petune.base.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Converted = TypeVar("Converted")
 _ALWAYS_SUPPORTED = frozenset(
     [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
@@ -40,6 +39,12 @@ def supported_suffixes() -> frozenset[str]:
     from PIL import features
 
     return _ALWAYS_SUPPORTED | {".avif"} if features.check("avif") else _ALWAYS_SUPPORTED
+
+
+def num_threads() -> int:
+    """Return how many threads prepare images: one per core, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
 
 
 def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool = False) -> dict[int, str]:
@@ -72,8 +77,7 @@ def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool =
                     ) from None
                 out[i], broken[i] = 0, str(error)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(cores, 16)) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads()) as pool:
         warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata, not about pixels
         warnings.simplefilter("error", DecompressionBombWarning)
         for _ in pool.map(decode, range(0, len(paths), CHUNK)):
@@ -87,20 +91,11 @@ def decode_image(path: Path, side: int) -> NDArray[np.uint8]:
     Raises:
         DataError: The image is missing, broken, truncated, a decompression bomb, or of a mode without a defined white.
     """
-    return read_image(path, lambda image: center_square(image, side))
-
-
-def read_image(path: Path, convert: Callable[[Image], Converted]) -> Converted:
-    """Open an image and return what `convert` makes of it.
-
-    Raises:
-        DataError: As `decode_image`.
-    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return convert(image)
+            return center_square(image, side)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is broken
@@ -128,17 +123,6 @@ def center_square(image: Image, side: int) -> NDArray[np.uint8]:
     left, top = (width - edge) / 2, (height - edge) / 2
     box = (left, top, left + edge, top + edge)
     return np.asarray(upright.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
-
-
-def upright_rgb(image: Image) -> Image:
-    """Return an image of any mode as RGB of 8 bits, turned as its EXIF orientation says.
-
-    Raises:
-        ValueError, OSError: As `center_square`.
-    """
-    from PIL import ImageOps
-
-    return _to_rgb(ImageOps.exif_transpose(_to_8_bit(image)))
 
 
 def _to_8_bit(image: Image) -> Image:

@@ -15,7 +15,9 @@ from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess, load_dataset
-from petune.data.batches import GRAY_WEIGHTS
+from petune.data.policy import check_augment
+from petune.data.preprocess import GRAY_WEIGHTS
+from petune.data.steps import check_images
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import start_from
@@ -28,13 +30,11 @@ from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
 from petune.runner.run_inputs import check_inputs
 from petune.sites.find import find_sites
-from petune.training.batch_loss import check_task_options
-from petune.training.config import TrainConfig
+from petune.training.config import AUTO, TrainConfig
+from petune.training.evaluate import load_accuracy
 from petune.training.events import Note, Watch, ignore
 from petune.training.precision import choose_device
 from petune.training.stop import StopFlag
-from petune.training.task import Task
-from petune.training.task_registry import describe_task, fitted_task
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of the channels, for pixels in [0, 1]."""
@@ -63,7 +63,6 @@ class Prepared:
         config: As asked for.
         train: The training options of `config`, completed from recipe and dataset.
         dataset: With its val split.
-        task: Fitted to the training split.
         backbone, attachment: The model with its weights, on `device`, and the method on it.
         preprocess: From stored pixels to the backbone's input.
         memory: Measures the peak from here on.
@@ -73,7 +72,6 @@ class Prepared:
     config: RunConfig
     train: TrainConfig
     dataset: Dataset
-    task: Task[Any]
     backbone: Backbone
     attachment: Attachment
     preprocess: Preprocess
@@ -84,7 +82,7 @@ class Prepared:
     @property
     def initial_values(self) -> InitialValues:
         """The seed and the size that the backbone's random values depend on."""
-        return initial_values(self.config, self.task, self.start)
+        return initial_values(self.config, self.dataset, self.start)
 
 
 def prepare(
@@ -109,21 +107,18 @@ def prepare(
     git_state()  # of the code that trains, whatever is committed meanwhile
     group = context.group
     with context.stop.immediately(group):
+        load_accuracy()
         device = group.device(choose_device(config.device))
         dataset = group.main_first(lambda: prepare_data(config))
-        task = fitted_task(config.task, dataset)
-        task.new_meter()  # its imports may take seconds, which are spent before there is anything to lose
         train = complete_options(config.train, recipe, dataset)
-        check_task_options(task, train, dataset.train, group.size)
         options = {config.method: tuner.config}
         filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
         start = read_start(config)
         digest = tensors_digest(start) if start else ""
-        recorded = {key: value for key, value in describe_task(task).items() if key != "state"}
-        inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir, recorded)
+        inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir)
         group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
-        initial = initial_values(config, task, start)
-        backbone = group.main_first(lambda: prepare_backbone(config, task, initial, keep_head=keep_head))
+        initial = initial_values(config, dataset, start)
+        backbone = group.main_first(lambda: prepare_backbone(config, dataset, initial, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         context.note(warn_of_tokens(config, find_sites(backbone.model)) if config.image_size else "")
         memory = PeakMemory(device)
@@ -133,11 +128,11 @@ def prepare(
         if backbone.file is not None and backbone.file.adapters:
             load_adapters(attachment.model, backbone.file, config.method)
         if start is not None:
-            statistics = _continue(attachment, start, task, context)
+            statistics = _continue(attachment, start, dataset, context)
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
     preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[0])
-    return Prepared(config, train, dataset, task, backbone, attachment, preprocess, device, memory, start)
+    return Prepared(config, train, dataset, backbone, attachment, preprocess, device, memory, start)
 
 
 def read_start(config: RunConfig) -> SavedAdapter | None:
@@ -154,16 +149,16 @@ def read_start(config: RunConfig) -> SavedAdapter | None:
     return saved
 
 
-def initial_values(config: RunConfig, task: Task[Any], start: SavedAdapter | None) -> InitialValues:
+def initial_values(config: RunConfig, dataset: Dataset, start: SavedAdapter | None) -> InitialValues:
     """Return what the backbone's random values depend on: as in the first of the runs that continue each other."""
     if start is None:
-        return InitialValues(config.seed, task.num_outputs())
+        return InitialValues(config.seed, dataset.num_classes)
     return InitialValues.of(start)
 
 
-def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], context: RunContext) -> Statistics:
+def _continue(attachment: Attachment, start: SavedAdapter, dataset: Dataset, context: RunContext) -> Statistics:
     """Start from an adapter's values; return the statistics that its images were normalized by."""
-    with_head = keeps_head(start, task)
+    with_head = keeps_head(start, dataset.classes)
     start_from(attachment, start, with_head=with_head)
     classifier = "with its classifier" if with_head else "with a new classifier, because the classes differ"
     context.note(f"continues from {describe_start(start)}, {classifier}")
@@ -182,27 +177,27 @@ def prepare_data(config: RunConfig) -> Dataset:
 
 
 def prepare_backbone(
-    config: RunConfig, task: Task[Any], initial: InitialValues, *, keep_head: bool = False
+    config: RunConfig, dataset: Dataset, initial: InitialValues, *, keep_head: bool = False
 ) -> Backbone:
-    """Create the backbone with its weights and a new head for the task.
+    """Create the backbone with its weights and a new head for the dataset.
 
     Args:
         config: The run.
-        task: Sets the outputs of the head.
+        dataset: Its classes are the head's.
         initial: What its random values depend on.
         keep_head: Keep the head of the weights where it has the same classes.
     """
     return create_backbone(
         config.backbone,
         weights=config.weights,
-        num_classes=task.num_outputs(),
+        num_classes=dataset.num_classes,
         image_size=config.image_size,
         patch_size=config.patch_size,
         options=config.options_to_build,
         head=config.head,
         seed=initial.seed,
         initial_classes=initial.num_classes,
-        keep_head_of=task.target.classes if keep_head else None,
+        keep_head_of=dataset.classes if keep_head else None,
     )
 
 
@@ -244,11 +239,18 @@ def check_channels(channels: int) -> None:
 
 
 def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:
-    """Return `train` with open options filled in from the method's recipe and the dataset."""
+    """Return `train` with open options filled in from the method's recipe and the dataset.
+
+    Raises:
+        ConfigError: The augmentation is not for such images.
+    """
+    augment = dataset.augment if train.augment == AUTO else train.augment
+    check_augment(augment)
+    check_images(augment, dataset.train.images.shape[-1], masks=dataset.train.has_masks)
     filled = {
         "lr": recipe.peak_lr(train.batch_size) if train.lr is None else train.lr,
         "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,
         "optimizer": train.optimizer or recipe.optimizer,
-        "augment": dataset.augment if train.augment == "auto" else train.augment,
+        "augment": augment,
     }
     return train.model_copy(update=filled)

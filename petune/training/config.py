@@ -7,13 +7,15 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from petune.base.config import Config
-from petune.base.errors import did_you_mean
+from petune.base.errors import ConfigError, did_you_mean
+from petune.data.policy import check_augment
+from petune.data.steps import StepConfig
 
 NumberFormat = Literal["fp32", "tf32", "bf16"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 CacheFeatures = Literal["auto", "always", "never"]
-Augment = Literal["auto", "none", "shift", "light", "paddle_study", "crop"]
+AUTO = "auto"
 
 
 class TrainConfig(Config):
@@ -38,9 +40,9 @@ class TrainConfig(Config):
             as in most papers on ViTs.
         label_smoothing: Probability that is spread over all classes.
         mixup, cutmix: Alpha of timm's Mixup; 0 turns it off. With few epochs they help little, so they are off.
-        augment: An augmentation preset of `petune.data.augment`; `auto` takes the dataset's own.
-        choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. Of epochs with
-            the same value, the one with the lowest loss is chosen, then the later one.
+        augment: A preset (`none`, `shift`, `light`, `paddle_study`, `crop`, `randaug`, `trivial`, `augmix`, `color`) or
+            a list of torchvision's augmentations: `[random_resized_crop: {scale: [0.5, 1.0]}, horizontal_flip]`.
+            `auto` takes the dataset's own preset.
         grad_clip: Largest gradient norm; None does not clip. 1 keeps rare large steps from ending a run.
         precision: Number format of forward and backward; trainable parameters stay in float32. `auto` measures whether
             bfloat16 is faster on this device. `tf32` lets an NVIDIA GPU round float32 products.
@@ -72,8 +74,7 @@ class TrainConfig(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     mixup: float = Field(0.0, ge=0, le=10)
     cutmix: float = Field(0.0, ge=0, le=10)
-    augment: Augment = "auto"
-    choose: str | None = None
+    augment: str | list[StepConfig] = AUTO
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
     grad_checkpointing: bool = False
@@ -83,6 +84,15 @@ class TrainConfig(Config):
     val_every: int = Field(1, ge=1)
     shard: bool = False
     log_every: int = Field(50, ge=1)
+
+    @field_validator("augment")
+    @classmethod
+    def _known_augment(cls, value: str | list[StepConfig]) -> str | list[StepConfig]:
+        try:
+            check_augment(value, also=[AUTO])
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return value
 
     @field_validator("optimizer")
     @classmethod

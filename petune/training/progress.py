@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from petune.base.errors import CheckpointError
 from petune.base.metric import SplitMetrics
+from petune.data.batches import AUGMENT_FORMAT
 from petune.training.config import NumberFormat
 
 
@@ -55,6 +58,7 @@ class Progress:
         peak_bytes: Peak memory of the processes before a resume.
         precision: Number format of the forward passes.
         steps_per_epoch: Batches of an epoch; 0 in checkpoints of older versions.
+        augment_format: See `petune.data.batches`; 0 in checkpoints of older versions.
         epochs: The metrics of complete epochs.
     """
 
@@ -71,7 +75,26 @@ class Progress:
     peak_bytes: int = 0
     precision: NumberFormat = "fp32"
     steps_per_epoch: int = 0
+    augment_format: int = 0
     epochs: list[dict[str, float]] = field(default_factory=list)
+
+    def check_augment_format(self, directory: Path, *, one_by_one: bool) -> None:
+        """Check that a checkpoint's images were augmented as they are now, and record that from here on they are.
+
+        Args:
+            directory: The run, for the message.
+            one_by_one: The augmentation is one of `petune.data.steps`.
+
+        Raises:
+            CheckpointError: They were not.
+        """
+        if one_by_one and self.augment_format != AUGMENT_FORMAT:
+            raise CheckpointError(
+                f"{directory} was started by another version of petune, which cropped images in another way. Start "
+                "again in another output",
+                cli_hint="Name a new directory with --output",
+            )
+        self.augment_format = AUGMENT_FORMAT
 
     @property
     def best_loss(self) -> float:

@@ -103,7 +103,7 @@ def test_all_problems_are_in_one_message(petune: Run) -> None:
     assert done.err == (
         "error: 4 problems in the command line:\n"
         "  - train.lr: should be greater than 0 (got -3.0)\n"
-        "  - train.augment: should be 'auto', 'none', 'shift', 'light', 'paddle_study' or 'crop' (got 'foo')\n"
+        "  - train.augment: no such augmentation: foo. Did you mean color? (got 'foo')\n"
         "  - no such key: train.epohcs. Did you mean train.epochs?\n"
         "  - no such key: data_dri. Did you mean data_dir or dataset?\n"
     )

@@ -13,11 +13,11 @@ from petune.data.augment import (
     NUM_DRAWS,
     PRESETS,
     augment,
+    augment_masks,
     epoch_order,
     flip,
     jitter,
     random_draws,
-    resized_crop,
     rotate,
     shift,
 )
@@ -145,15 +145,26 @@ def test_rotation_stays_within_fifteen_degrees_and_fills_with_black() -> None:
     assert float((corner != expected).float().mean()) < 0.01
 
 
-def test_the_largest_crop_is_the_whole_image() -> None:
-    x = _images(2)
-    torch.testing.assert_close(resized_crop(x, _draws(2, brightness_on=1.0)), x, atol=1e-2, rtol=0)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("channels", [1, 4, 12])
+def test_presets_take_any_number_of_channels(preset: str, channels: int) -> None:
+    x = _images(6)[:, :1].repeat(1, channels, 1, 1)
+    u = torch.from_numpy(random_draws(0, 0, 6))
+    one = augment(x[:, :1], preset, u)
+    torch.testing.assert_close(augment(x, preset, u), one.repeat(1, channels, 1, 1), atol=1e-3, rtol=0)
 
 
-def test_the_draws_position_the_crop() -> None:
-    ramp = torch.arange(64.0).expand(1, 3, 64, 64)
-    left = resized_crop(ramp, _draws(1, left=0.0, brightness_on=0.0))
-    right = resized_crop(ramp, _draws(1, left=1.0, brightness_on=0.0))
-    side = 64 * 0.35**0.5
-    assert float(left[0, 0, 0].mean()) == pytest.approx(side / 2 - 0.5, abs=0.3)
-    assert float(right[0, 0, 0].mean()) == pytest.approx(63.5 - side / 2, abs=0.3)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_masks_move_as_their_images(preset: str) -> None:
+    masks = torch.randint(1, 20, (40, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    u = torch.from_numpy(random_draws(0, 0, 40))
+    moved = augment_masks(masks, preset, u, ignore_index=255)
+    # an image whose pixels are their own classes, without the functions that change colors
+    images = masks[:, None].float().repeat(1, 3, 1, 1)
+    for transform in PRESETS[preset]:
+        images = images if transform is jitter else transform(images, u, 0.0)
+    expected = torch.where(images[:, 0] == 0, 255, images[:, 0]).to(torch.uint8)
+    assert torch.equal(moved, expected)
+    assert moved.dtype == torch.uint8
+    assert set(moved.unique().tolist()) <= {*range(1, 20), 255}
+    assert bool((moved == 255).any()) == (preset != "none")

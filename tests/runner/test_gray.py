@@ -12,7 +12,7 @@ from PIL import Image
 
 import petune
 from petune.base.errors import ConfigError
-from petune.data.batches import Preprocess, to_gray
+from petune.data.preprocess import Preprocess, to_gray
 from petune.runner.preview import preview_backbone
 from petune.runner.run_config import RunConfig
 

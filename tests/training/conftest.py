@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, Split, Target
+from petune.data.preprocess import Preprocess
 from petune.training.config import TrainConfig
 from petune.training.events import Event
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
 from petune.training.stop import StopFlag
-from petune.training.task_registry import fitted_task
 
 SIDE, CLASSES = 8, 3
 DEFAULTS = {
@@ -108,7 +107,6 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         stop: StopFlag | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         keep: Any = "best",
-        task: str = "classification",
         seed: int = 3,
         **train: Any,
     ) -> Trainer:
@@ -116,7 +114,6 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         directory.mkdir(exist_ok=True)
         job = TrainJob(
             attachment=attachment,
-            task=fitted_task(task, data),
             dataset=data,
             preprocess=Preprocess(SIDE, *data.train.channel_statistics()),
             config=TrainConfig.build(DEFAULTS | train),

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from petune.base.errors import Stopped
 from petune.base.metric import SplitMetrics
-from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, Split, Target
+from petune.data.preprocess import Preprocess
 from petune.training.config import TrainConfig
 from petune.training.evaluate import evaluate
 from petune.training.job import TrainJob
 from petune.training.stop import StopFlag
-from petune.training.task_registry import task_for
 
 CPU = torch.device("cpu")
 PLAIN = Preprocess(1, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
@@ -53,7 +52,6 @@ def _evaluate(
     names = tuple(map(str, range(classes)))
     job = TrainJob(
         attachment=SimpleNamespace(model=model),  # type: ignore[arg-type]
-        task=task_for("classification", Target("class", names), "toy"),
         dataset=Dataset("toy", Target("class", names), "made", "none", split, split, split),
         preprocess=PLAIN,
         config=TrainConfig(eval_batch_size=batch_size),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from petune.base.errors import CheckpointError, Stopped
 from petune.base.files import MANIFEST, write_manifest
+from petune.data.batches import AUGMENT_FORMAT
 from petune.training import precision
 from petune.training.events import Event, Note, StepDone
 from petune.training.stop import StopFlag
@@ -191,6 +192,23 @@ def test_a_checkpoint_without_the_rest_of_each_epoch_is_refused(tmp_path: Path, 
     write_manifest(state_file.parent, [file.name for file in state_file.parent.iterdir() if file.name != MANIFEST])
     with pytest.raises(CheckpointError, match="left out 2 of 26 images in every epoch"):
         make_trainer(toy(1)).fit()
+
+
+@pytest.mark.parametrize("augment", ["crop", "paddle_study"])
+def test_a_checkpoint_with_older_crops_is_refused(augment: str, make_trainer: Make, toy: Make, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        make_trainer(toy(1), augment=augment, on_event=_kill_at(12), epochs=3).fit()
+    state_file = max((tmp_path / "checkpoints").glob("*")) / "state.json"
+    state = json.loads(state_file.read_text())
+    assert state["progress"].pop("augment_format") == AUGMENT_FORMAT
+    state_file.write_text(json.dumps(state))
+    write_manifest(state_file.parent, [file.name for file in state_file.parent.iterdir() if file.name != MANIFEST])
+    trainer = make_trainer(toy(1), augment=augment, epochs=3)
+    if augment == "paddle_study":  # the same images as before
+        trainer.fit()
+        return
+    with pytest.raises(CheckpointError, match="cropped images in another way"):
+        trainer.fit()
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path, make_trainer: Make, toy: Make) -> None:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.data.batches import Preprocess
 from petune.data.dataset import Dataset, Split, Target
+from petune.data.preprocess import Preprocess
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.training.config import TrainConfig
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
 from petune.training.randomness import step_seed
 from petune.training.stop import StopFlag
-from petune.training.task_registry import fitted_task
 from tests.sampling import sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -80,7 +79,7 @@ def trainer(att: petune.Attachment, directory: Path) -> Trainer:
     )
     preprocess = Preprocess(16, *data.train.channel_statistics())
     device = torch.device("cpu")
-    job = TrainJob(att, fitted_task("auto", data), data, preprocess, config, device, directory, seed=SEED, keep="last")
+    job = TrainJob(att, data, preprocess, config, device, directory, seed=SEED, keep="last")
     return Trainer(job, stop=StopFlag())
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.files import replace_file
-from petune.data.batches import to_device
+from petune.data.preprocess import to_device
 from petune.training.speed.frozen_prefix import Kind
 
 DATA_FILE, MARK_FILE = "features.bin", "mark.json"

@@ -1,0 +1,136 @@
+"""Apply a list of torchvision's augmentations to one image at a time, and to its mask.
+
+Each image has a generator of its own, so that an image depends neither on its batch nor on the thread that prepares
+it. torchvision draws from PyTorch's global generator, which all threads share: `OwnGenerator` redirects it.
+
+Legend: C channels, H height, W width, S side of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from petune.base.config import shown
+from petune.base.errors import ConfigError, did_you_mean
+from petune.data.augment import PRESETS
+from petune.data.preprocess import center_crop, resize_masks
+from petune.data.steps import RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, steps_of
+
+RANDOM_FUNCTIONS = frozenset({
+    "bernoulli", "bernoulli_", "exponential_", "multinomial", "normal", "normal_", "rand", "randint", "randn",
+    "randperm", "random_", "_sample_dirichlet", "uniform_",
+})  # fmt: skip
+TRIAL_SIDE, TRIAL_IMAGES = 32, 4
+"""Images that a list is tried on when it is configured."""
+
+
+class OwnGenerator(TorchFunctionMode):
+    """Let PyTorch's random functions draw from `generator` inside a `with` block, in this thread only."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, with the generator if it draws random numbers."""
+        options = dict(kwargs or {})
+        if getattr(func, "__name__", "") in RANDOM_FUNCTIONS:
+            options.setdefault("generator", self.generator)
+        return func(*args, **options)
+
+
+class ImagePolicy:
+    """A list of augmentations, ready to be applied.
+
+    Args:
+        augment: The list, or the name of a preset; see `petune.data.steps`.
+        image_size: Side S of the model's input.
+        ignore_index: Value of the pixels of a mask that no pixel of the image moves to.
+
+    Raises:
+        ConfigError: An unknown name or argument.
+    """
+
+    def __init__(self, augment: str | Sequence[StepConfig], image_size: int, ignore_index: int) -> None:
+        steps = steps_of(augment) or []
+        self.image_size = image_size
+        self.transforms = [build_step(name, arguments, image_size, ignore_index) for name, arguments in steps]
+        self.crops = any(name == RESIZED_CROP for name, _ in steps)
+
+    def __call__(
+        self, image_CHW: Tensor, mask_HW: Tensor | None, share: float, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Augment an image and its mask.
+
+        Args:
+            image_CHW: uint8, or float32 with white at 1.
+            mask_HW: Its mask, of the same side or another one.
+            share: Fraction of the side that is not margin; see `Split.crop`.
+            seed: Of this image's random numbers.
+
+        Returns:
+            The image (C, S, S) in the type it came in, and the mask (S, S).
+        """
+        from torchvision import tv_tensors
+
+        image = center_crop(image_CHW, share)
+        if not self.crops and image.shape[-1] != self.image_size:
+            image = resize_image(image, self.image_size)
+        sample: Any = tv_tensors.Image(image)
+        if mask_HW is not None:
+            mask = resize_masks(center_crop(mask_HW, share), *image.shape[-2:])
+            sample = sample, tv_tensors.Mask(mask)
+        with OwnGenerator(torch.Generator().manual_seed(seed)):
+            for transform in self.transforms:
+                sample = transform(sample)
+        if mask_HW is None:
+            return sample.as_subclass(Tensor), None
+        return sample[0].as_subclass(Tensor), sample[1].as_subclass(Tensor)
+
+
+def policy_pixels(image: Tensor) -> Tensor:
+    """Return an image as torchvision's transforms take it: uint8, or float32 with white at 1."""
+    if image.dtype == torch.uint16:
+        return image.float() / 65535
+    return image.float() if image.is_floating_point() else image
+
+
+def resize_image(image_CHW: Tensor, side: int) -> Tensor:
+    """Resize a square image as `Preprocess.pixels` does, in the type it comes in."""
+    return F.interpolate(image_CHW[None], (side, side), mode="bicubic", antialias=True)[0]
+
+
+def check_augment(augment: str | Sequence[StepConfig], also: Sequence[str] = ()) -> None:
+    """Check the name of a preset, or a list of augmentations by trying it on small images.
+
+    Args:
+        augment: The list, or the name.
+        also: Other names that are accepted.
+
+    Raises:
+        ConfigError: An unknown name or argument, or a value that torchvision refuses.
+    """
+    if isinstance(augment, str):
+        names = [*also, *PRESETS, *STEP_PRESETS]
+        if augment not in names:
+            raise ConfigError(f"no such augmentation: {augment}{did_you_mean(augment, names)}")
+        return
+    if not augment:
+        raise ConfigError("the list of augmentations is empty. Use none")
+    for step in augment:
+        policy = ImagePolicy([step], TRIAL_SIDE, ignore_index=0)
+        image = torch.zeros(3, TRIAL_SIDE, TRIAL_SIDE, dtype=torch.uint8)
+        for seed in range(TRIAL_IMAGES):
+            try:
+                policy(image, None, 1.0, seed)
+            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"the augmentation {shown(step)} does not work: {reason}") from None

@@ -1,1 +1,0 @@
-"""The built-in tasks, one file each; they register as a plugin's tasks do."""

@@ -1,0 +1,86 @@
+"""Lists of torchvision's augmentations: what is wrong in them is refused when they are configured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torchvision.transforms import v2
+
+from petune.base.errors import ConfigError
+from petune.data.steps import STEP_PRESETS, STEPS, build_step, check_images
+from petune.training.config import TrainConfig
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "rotation": {"degrees": 20},
+    "affine": {"degrees": 10, "translate": [0.1, 0.1], "scale": [0.8, 1.2]},
+    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "gaussian_blur": {"kernel_size": 3},
+    "sharpness": {"sharpness_factor": 2.0},
+    "posterize": {"bits": 4},
+    "solarize": {"threshold": 128},
+}
+"""Arguments of the augmentations that have no defaults, or none that does something."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_name_is_a_transform_of_torchvision(name: str) -> None:
+    step = build_step(name, NEEDED.get(name, {}), 32, 255)
+    assert isinstance(step, getattr(v2, STEPS[name].transform))
+
+
+@pytest.mark.parametrize("preset", STEP_PRESETS)
+def test_presets_and_lists_are_accepted_and_written_as_given(preset: str) -> None:
+    assert TrainConfig(augment=preset).augment == preset
+    steps = STEP_PRESETS[preset]
+    config = TrainConfig(augment=steps)
+    assert config.augment == steps
+    assert TrainConfig.build(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("augment", "key", "hint"),
+    [
+        ("crap", "crap", "crop"),
+        (["horizontl_flip"], "horizontl_flip", "horizontal_flip"),
+        (["RandAugment"], "RandAugment", "rand_augment"),
+        ([{"random_resized_crop": {"scales": [0.5, 1]}}], "scales", "scale"),
+        ([{"rand_augment": {"interpolation": "bicubi"}}], "bicubi", "bicubic"),
+        ([{"auto_augment": {"policy": "cifar"}}], "cifar", "cifar10"),
+        ([{"random_resized_crop": {"size": 32}}], "size", "set by petune"),
+        ([{"random_resized_crop": {"scale": [1.0, 0.5]}}], "random_resized_crop", "(min, max)"),
+        ([{"rand_augment": {"magnitude": 40}}], "rand_augment", "40"),
+        ([{"color_jitter": {"brightness": "much"}}], "color_jitter", "brightness"),
+        ([{"random_erasing": {"value": "random"}}], "random_erasing", "number"),
+        (["rotation"], "rotation", "degrees"),
+        ([{"horizontal_flip": {"p": 2}}], "horizontal_flip", "p"),
+        ([{"horizontal_flip": {}, "vertical_flip": {}}], "vertical_flip", "a name"),
+        ([], "augment", "none"),
+    ],
+)
+def test_what_is_wrong_is_named_when_it_is_configured(augment: Any, key: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(augment=augment)
+    assert caught.value.problems[0].key == "augment"
+    assert key in str(caught.value)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", ["randaug", "trivial", "augmix"])
+def test_policies_refuse_masks(preset: str) -> None:
+    check_images(preset, 3, masks=False)
+    with pytest.raises(ConfigError, match="masks"):
+        check_images(preset, 3, masks=True)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in STEPS.items() if kind.channels])
+def test_color_augmentations_refuse_images_of_many_bands(name: str) -> None:
+    step = {name: NEEDED.get(name, {})}
+    check_images([step], 3, masks=False)
+    with pytest.raises(ConfigError, match=f"{name}.*channels, not 12"):
+        check_images([step], 12, masks=False)
+
+
+@pytest.mark.parametrize("augment", ["none", "shift", "light", "paddle_study", "crop"])
+def test_the_other_presets_take_masks_and_any_number_of_channels(augment: str) -> None:
+    check_images(augment, 12, masks=True)
