@@ -23,11 +23,20 @@ DataDir = Annotated[
 ]
 
 
-def datasets(data_dir: DataDir = None, json: Json = False) -> None:
+Name = Annotated[
+    str | None,
+    typer.Argument(metavar="[NAME]", help="List what this one takes after its colon, such as torchvision's datasets."),
+]
+
+
+def datasets(name: Name = None, data_dir: DataDir = None, json: Json = False) -> None:
     """List the names that --dataset takes: what each is, what it needs, and where its files are."""
     from petune.data.registry import list_datasets
 
     directory = user_path(data_dir) if data_dir else None
+    if name is not None:
+        _print_arguments(name, directory, json=json)
+        return
     rows = [_row(record, directory) for record in list_datasets()]
     if json:
         print_json(rows)
@@ -40,6 +49,24 @@ def datasets(data_dir: DataDir = None, json: Json = False) -> None:
     cells = [{**row, "name": row["usage"], "package": f"{row['distribution']} {row['version']}"} for row in rows]
     table = [[clean(str(row[key] or "-")) for key in columns] for row in cells]
     print_table(columns, table, optional=["package", "needs"])
+
+
+def _print_arguments(name: str, directory: Path | None, *, json: bool) -> None:
+    from petune.base.errors import UsageError
+    from petune.data.lookup import find_dataset
+    from petune.data.registry import list_arguments
+
+    rows = [
+        {"name": f"{name}:{argument}", "about": about, "found": find_dataset(f"{name}:{argument}", directory)}
+        for argument, about in list_arguments(name).items()
+    ]
+    if not rows:
+        raise UsageError(f"{name} has no list of names. `petune datasets` says what it takes")
+    if json:
+        print_json(rows)
+        return
+    columns = ["name", "about", "found"]
+    print_table(columns, [[clean(str(row[key] or "-")) for key in columns] for row in rows], optional=["found"])
 
 
 def _row(record: DatasetRecord, directory: Path | None) -> dict[str, Any]:

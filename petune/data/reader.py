@@ -139,6 +139,11 @@ class DatasetReader(Generic[ConfigT]):
         """Return kind and names of the targets, if possible without decoding an image."""
         return self.load(context).target
 
+    @classmethod
+    def arguments(cls) -> dict[str, str]:
+        """Return the arguments that it takes, each with a line about it, for `petune datasets NAME`; default none."""
+        return {}
+
     def find(self, data_dir: Path | None) -> str | None:
         """Return where it would be read from; None, the default, if it would be downloaded or is not here."""
         return None

@@ -81,6 +81,18 @@ def list_datasets() -> list[DatasetRecord]:
     return [_record(plugin, state_of(plugin, registered)) for plugin in registered]
 
 
+def list_arguments(name: str) -> dict[str, str]:
+    """Return the arguments that a dataset takes, each with a line about it; empty if they cannot be listed.
+
+    Raises:
+        UnknownName: There is no such dataset.
+        PluginError: The package that brings it cannot be loaded.
+    """
+    cls = load_plugin(DATASETS, name, DatasetReader, ReaderConfig)
+    with plugin_errors(DATASETS, name, cls, "listed its arguments"):
+        return cls.arguments()
+
+
 def build_reader(text: str) -> DatasetReader[Any]:
     """Build the reader of a dataset.
 

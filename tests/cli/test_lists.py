@@ -22,6 +22,12 @@ DATASETS = [
     ["cifar100", "60,000 images of 100 classes, 32x32", "a download of 161 MB, or its files in data_dir", "-"],
     ["digits", "scikit-learn's 1,797 handwritten digits, 8x8, no download", "-", "scikit-learn"],
     ["folder:PATH", "your images: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/", "-", "-"],
+    [
+        "torchvision:NAME",
+        "39 labeled datasets of torchvision; `petune datasets torchvision` lists them",
+        "its files in data_dir, or a download",
+        "-",
+    ],
 ]
 BUILT_IN = ["adaptformer", "full", "linear", "vpt"]
 

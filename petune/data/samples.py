@@ -1,0 +1,142 @@
+"""Decode samples that another library yields, an image and a target each, once into the cache.
+
+Legend: N samples, S side of a stored image in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.base.errors import DataError
+from petune.data.cache import Allocate, cached_split
+from petune.data.dataset import Split, TargetKind
+from petune.data.folder import CROP
+from petune.data.images import center_square
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHUNK = 32
+FORMAT = 1
+"""Raised when the same samples are decoded to other pixels."""
+DTYPES: dict[TargetKind, type] = {"class": np.int64, "multi_hot": np.uint8, "number": np.float64, "mask": np.uint8}
+
+
+class Source(Protocol):
+    """Samples by number, as most of torchvision's datasets are."""
+
+    def __len__(self) -> int:
+        """Return N."""
+
+    def __getitem__(self, index: int, /) -> tuple[Any, Any]:
+        """Return image and target of a sample."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one split.
+
+    Attributes:
+        name: Of dataset and split, for messages: `torchvision:DTD/train`.
+        source: Yields them; from several threads at once.
+        kind: Kind of the targets.
+        image: Convert an image of `source` to one of Pillow.
+        target: Convert a target of `source`: an int, an array of labels or numbers, or a mask as large as its image.
+        side: Side of the images in pixels if all are square and are stored as they are; None for photos.
+        names: The file of each sample, if it has one.
+    """
+
+    name: str
+    source: Source
+    kind: TargetKind
+    image: Callable[[Any], Image]
+    target: Callable[[Any], Any]
+    side: int | None = None
+    names: Sequence[str] | None = None
+
+
+def read_samples(samples: Samples, image_size: int, key: dict[str, Any], *, find_copies: bool = False) -> Split:
+    """Return the samples as a split, decoded now or by an earlier run with the same key.
+
+    Args:
+        samples: What to read.
+        image_size: Side, in pixels, at which photos will be used; they are stored with a margin around it.
+        key: Everything that the samples depend on.
+        find_copies: Give equal images the same row, so that no split separates them; sort samples by file, because the
+            order of a folder depends on the disk.
+
+    Raises:
+        DataError: An image cannot be decoded, or a mask has another size than its image.
+    """
+    side = samples.side or math.ceil(image_size / CROP)
+    crop = 1.0 if samples.side else CROP
+    order = np.arange(len(samples.source))
+    if find_copies and samples.names is not None:
+        order = np.argsort(np.array(samples.names), kind="stable")
+    whole_key = {**key, "samples": FORMAT, "side": side, "count": len(order), "copies": find_copies}
+
+    def decode(allocate: Allocate) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        images = allocate(len(order), side)
+        targets = _decode(samples, order, images)
+        return targets, _rows(images) if find_copies else np.arange(len(order))
+
+    split = cached_split(whole_key, decode, crop)
+    names = None if samples.names is None else np.array(samples.names)[order]
+    return replace(split, names=names)
+
+
+def _decode(samples: Samples, order: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[Any]:
+    """Fill `out` with the images and return the targets."""
+    targets: list[Any] = [None] * len(order)
+
+    def decode(start: int) -> None:
+        for row in range(start, min(start + CHUNK, len(order))):
+            out[row], targets[row] = _sample(samples, int(order[row]), out.shape[1])
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(cores, 16)) as pool:
+        for _ in pool.map(decode, range(0, len(order), CHUNK)):
+            pass
+    return np.asarray(targets, DTYPES[samples.kind])
+
+
+def _sample(samples: Samples, index: int, side: int) -> tuple[NDArray[np.uint8], Any]:
+    where = samples.names[index] if samples.names else f"image {index} of {samples.name}"
+    try:
+        image, target = samples.source[index]
+        image = samples.image(image)
+        pixels = center_square(image, side)
+    except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
+        raise DataError(
+            f"{where}: not readable ({' '.join(str(error).split()) or type(error).__name__}). Get the files of "
+            f"{samples.name} again"
+        ) from None
+    value = samples.target(target)
+    return pixels, _mask_square(value, image.size, side, where) if samples.kind == "mask" else value
+
+
+def _mask_square(mask: NDArray[np.uint8], size: tuple[int, int], side: int, where: str) -> NDArray[np.uint8]:
+    """Return the center square of a mask at `side` pixels, the nearest pixel of each."""
+    from PIL import Image
+
+    height, width = mask.shape
+    if (width, height) != size:
+        raise DataError(f"{where}: the mask is {width}x{height}, but the image {size[0]}x{size[1]}")
+    edge = min(width, height)
+    left, top = (width - edge) / 2, (height - edge) / 2
+    box = (left, top, left + edge, top + edge)
+    return np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST, box=box))
+
+
+def _rows(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(hashlib.sha256(image).digest(), i) for i, image in enumerate(images)], np.int64)
