@@ -24,6 +24,7 @@ from petune.training.loop import Trainer
 from petune.training.precision import choose_attention, choose_precision
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.stop import StopFlag
+from petune.training.task_registry import fitted_task
 
 Step = Callable[[], object]
 CPU = torch.device("cpu")
@@ -94,6 +95,7 @@ def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val
     att = petune.attach(size.model(), method, keep_original=False)
     job = TrainJob(
         attachment=att,
+        task=fitted_task("classification", data),
         dataset=data,
         preprocess=Preprocess(size.img_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         config=TrainConfig.build(recipe | settings),

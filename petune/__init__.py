@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UsageError as UsageError,
         WeightsUnavailable as WeightsUnavailable,
     )
+    from petune.base.metric import Metric as Metric, SplitMetrics as SplitMetrics
     from petune.data.dataset import Dataset as Dataset, Split as Split
     from petune.data.reader import (
         DatasetReader as DatasetReader,
@@ -74,6 +75,9 @@ if TYPE_CHECKING:
     from petune.sites.site import Block as Block, Site as Site, Sites as Sites
     from petune.training.config import TrainConfig as TrainConfig
     from petune.training.events import EpochEnded as EpochEnded, Note as Note, StepDone as StepDone
+    from petune.training.meter import Meter as Meter, TorchMeter as TorchMeter
+    from petune.training.task import Task as Task, TaskConfig as TaskConfig
+    from petune.training.task_registry import TaskRecord as TaskRecord, list_tasks as list_tasks
 
 __version__ = "0.1.0"
 
@@ -82,6 +86,7 @@ _PUBLIC = {
     "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError ContractViolation "
     "DataError DeadSite Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError "
     "ProcessLost SiteNotFound Stopped UnknownName UsageError WeightsUnavailable",
+    "base.metric": "Metric SplitMetrics",
     "data.dataset": "Dataset Split",
     "data.reader": "DatasetReader LabeledFiles ReadContext ReaderConfig",
     "data.registry": "DatasetRecord list_datasets",
@@ -118,6 +123,9 @@ _PUBLIC = {
     "sites.site": "Block Site Sites",
     "training.config": "TrainConfig",
     "training.events": "EpochEnded Note StepDone",
+    "training.meter": "Meter TorchMeter",
+    "training.task": "Task TaskConfig",
+    "training.task_registry": "TaskRecord list_tasks",
 }
 """Public names by the module that defines them. The imports above say the same to type checkers and editors."""
 

@@ -1,73 +1,84 @@
-"""`petune data check`: check a folder of images."""
+"""`petune data`: check a dataset, and show what a model sees of it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from petune.base.text import plural
+from petune.cli.data_tables import print_counts
 from petune.cli.help import Command
 from petune.cli.options import Json, user_path
-from petune.cli.terminal import clean, print_data, print_json, print_table
+from petune.cli.terminal import clean, print_data, print_json
 
 if TYPE_CHECKING:
-    from petune.data.check import FolderReport
+    from petune.data.check import DataReport, NearDuplicates, NearPair
 
-Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="Folder with a directory for each class, or with train/, val/ and test/.")
+NUM_SHOWN = 3
+"""Near-duplicates that are printed, for each pair of splits; --json has more."""
+
+DatasetName = Annotated[
+    str,
+    typer.Argument(metavar="DATASET", help="Dataset: a name of `petune datasets`, or a folder or table of images."),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Directory of downloaded datasets.  [default: $PETUNE_DATA, then the cache]",
+        show_default=False,
+    ),
+]
+ImageSize = Annotated[
+    int, typer.Option("--image-size", metavar="PIXELS", min=1, help="Side of the model's input, in pixels.")
 ]
 
-data = typer.Typer(help="Check a folder of images.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(help="Check a dataset.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @data.callback()
 def _group() -> None:
-    """Check a folder of images."""
+    """Check a dataset."""
 
 
 @data.command(cls=Command)
-def check(folder: Folder, json: Json = False) -> None:
-    """Decode every image of a folder dataset; exit code 4 if any is broken or in two splits or classes."""
-    from petune.data.check import check_folder
+def check(dataset: DatasetName, data_dir: DataDir = None, image_size: ImageSize = 224, json: Json = False) -> None:
+    """Look for broken images, copies and near-duplicates, leaks between splits, imbalance and small images.
 
-    report = check_folder(user_path(folder))
+    The exit code is 4 if an image is broken, or is in two splits or classes. Near-duplicates (recompressed, resized,
+    brightened or mirrored) are reported only.
+    """
+    from petune.data.check import check_dataset
+
+    report = check_dataset(dataset, user_path(data_dir) if data_dir else None, image_size)
     if json:
-        print_json(_plain(report))
+        print_json(asdict(report))
     else:
         _show(report)
     if not report.is_sound:
         raise typer.Exit(4)
 
 
-def _plain(report: FolderReport) -> dict[str, Any]:
-    plain = asdict(report)
-    for key in ("in_two_splits", "in_two_classes"):
-        plain[key] = [[str(file), str(twin)] for file, twin in plain[key]]
-    return plain
-
-
-def _show(report: FolderReport) -> None:
+def _show(report: DataReport) -> None:
     from petune.data.find_images import unsupported_note
 
-    splits = tuple(report.images)
-    names = report.images[splits[0]]
-    print_table(
-        ("class", *splits),
-        [[name, *[str(report.images[part][name]) for part in splits]] for name in names],
-        right=splits,
-    )
+    print_counts(report)
+    otherwise = "in another class" if report.kind == "class" else "with other targets"
     messages = [
+        *_contents(report),
         *report.broken,
-        *(f"{file} is the same file as {twin}, in another split" for file, twin in report.in_two_splits),
-        *(f"{file} is the same file as {twin}, in another class" for file, twin in report.in_two_classes),
+        *(f"{image} is the same image as {twin}, in another split" for image, twin in report.in_two_splits),
+        *(f"{image} is the same image as {twin}, {otherwise}" for image, twin in report.in_two_classes),
     ]
     if report.copies:
         messages.append(
             f"{plural(report.copies, 'copy', 'copies')} within a class; cutting a split keeps copies together"
         )
+    for found in report.near_duplicates:
+        messages += _near_duplicates(found, report.num_images[found.split])
     for part, classes in (("test", report.too_few_for_test), ("val", report.too_few_for_val)):
         if classes:
             messages.append(f"too few different images for a {part} split: {', '.join(classes)}")
@@ -77,9 +88,44 @@ def _show(report: FolderReport) -> None:
     print_data(_summary(report))
 
 
-def _summary(report: FolderReport) -> str:
+def _contents(report: DataReport) -> list[str]:
+    lines = [f"read from {report.source}"] if report.source else []
+    balance, sizes = report.balance, report.sizes
+    if balance is not None and balance.ratio > 1:
+        (smallest, fewest), (largest, most) = balance.smallest, balance.largest
+        ends = f"largest {largest} ({most:,}), smallest {smallest} ({fewest:,})"
+        lines.append(f"imbalance in train: {balance.ratio:g} to 1; {ends}")
+    if sizes is not None:
+        low, middle, high = (f"{width}x{height}" for width, height in (sizes.smallest, sizes.median, sizes.largest))
+        extent = low if low == high else f"{low} to {high}, median {middle}"
+        total = sum(report.num_images.values())
+        number = "all" if sizes.num_smaller == total else f"{sizes.num_smaller:,} of {total:,}"
+        lines.append(f"sizes in pixels: {extent}; {number} smaller than the input of {sizes.input_size}")
+    return lines
+
+
+def _near_duplicates(found: NearDuplicates, total: int) -> list[str]:
+    images = plural(found.num_images, "image")
+    pairs = plural(found.num_pairs, "pair")
+    if found.split == found.other:
+        lines = [f"near-duplicates within {found.split}: {pairs}"]
+    else:
+        share = f"{found.num_images / total:.1%}"
+        lines = [f"leak: {images} of {found.split} ({share}) with a near-duplicate in {found.other}; {pairs}"]
+    lines += [f"  {_pair(pair)}" for pair in found.pairs[:NUM_SHOWN]]
+    return lines
+
+
+def _pair(pair: NearPair) -> str:
+    notes = [f"similarity {pair.similarity:.3f}"]
+    notes += ["mirrored"] * pair.mirrored + ["with other targets"] * (not pair.same_target)
+    return f"{pair.image} ~ {pair.twin} ({', '.join(notes)})"
+
+
+def _summary(report: DataReport) -> str:
     if report.is_sound:
-        return "no problems found"
+        leaks = [found for found in report.near_duplicates if found.split != found.other]
+        return "no problems found, besides near-duplicates between splits" if leaks else "no problems found"
     return (
         f"{len(report.broken)} broken, {len(report.in_two_splits)} in two splits, "
         f"{len(report.in_two_classes)} in two classes"

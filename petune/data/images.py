@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from petune.base.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Converted = TypeVar("Converted")
 _ALWAYS_SUPPORTED = frozenset(
     [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
@@ -91,11 +92,20 @@ def decode_image(path: Path, side: int) -> NDArray[np.uint8]:
     Raises:
         DataError: The image is missing, broken, truncated, a decompression bomb, or of a mode without a defined white.
     """
+    return read_image(path, lambda image: center_square(image, side))
+
+
+def read_image(path: Path, convert: Callable[[Image], Converted]) -> Converted:
+    """Open an image and return what `convert` makes of it.
+
+    Raises:
+        DataError: As `decode_image`.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return center_square(image, side)
+            return convert(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is broken
@@ -123,6 +133,17 @@ def center_square(image: Image, side: int) -> NDArray[np.uint8]:
     left, top = (width - edge) / 2, (height - edge) / 2
     box = (left, top, left + edge, top + edge)
     return np.asarray(upright.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+
+
+def upright_rgb(image: Image) -> Image:
+    """Return an image of any mode as RGB of 8 bits, turned as its EXIF orientation says.
+
+    Raises:
+        ValueError, OSError: As `center_square`.
+    """
+    from PIL import ImageOps
+
+    return _to_rgb(ImageOps.exif_transpose(_to_8_bit(image)))
 
 
 def _to_8_bit(image: Image) -> Image:

@@ -14,6 +14,7 @@ from petune.runner.migrations import read_record
 from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
 from petune.runner.trained import Trained
+from petune.training.task_registry import describe_task
 
 ADAPTER_DIR = "adapter"
 
@@ -33,6 +34,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
         "method": config.method,
         "backbone": _describe_backbone(config, ready.backbone, ready.initial_values),
         "classes": list(dataset.classes),
+        "task": describe_task(ready.task),
         "preprocess": {
             "image_size": preprocess.image_size,
             "mean": preprocess.mean,

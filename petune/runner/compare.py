@@ -10,7 +10,7 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import CheckpointError, PetuneError, UsageError
-from petune.data.lookup import count_classes
+from petune.base.metric import Metric
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
 from petune.runner.compare_config import MAY_GROW, CompareConfig
@@ -21,13 +21,15 @@ from petune.runner.executors import Executor, Started, choose_executor
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE, CONFIG_FILE
 from petune.runner.report.tables import seeds_by_method
 from petune.runner.result import RunResult
+from petune.runner.run import check_task_of_dataset
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import NEW_OUTPUT, check_run_dir, open_run_dir
 from petune.runner.run_inputs import check_inputs
 from petune.runner.stored_config import check_config, write_config
-from petune.training.evaluate import METRICS
 from petune.training.events import Event, Note
 from petune.training.run_files import METRICS_FILE
+from petune.training.task import choose_metrics
+from petune.training.task_registry import AUTO, BUILT_IN, build_task
 
 TABLES = (COMPARE_TABLE, COMPARE_PAGE, COMPARE_PLOT)
 
@@ -64,7 +66,7 @@ def compare(
     stored = config.to_store()
     group = init_group()
     if not all(run.output and RunResult.exists(run.output) for run in runs):
-        group.main_first(lambda: count_classes(config.run.dataset, config.run.data_dir))
+        group.main_first(lambda: check_task_of_dataset(config.run))
         group.main_first(lambda: check_weights(config.run.backbone, config.run.weights))
     opened = open_run_dir(run_dir, stored, resume=True, command="compare", may_change=MAY_GROW, tables=TABLES)
     with group.on_main(opened):
@@ -171,10 +173,11 @@ def _do_runs(runs: Sequence[RunConfig], executor: Executor, watch: Watch) -> tup
 
 def _write(config: CompareConfig, results: Sequence[RunResult], reasons: dict[str, str]) -> Comparison:
     by_method = {method: [result for result in results if result.method == method] for method in config.methods}
+    task, metrics = _task_of(config, results)
     comparison = Comparison(
         config=config,
-        task=results[0].task if results else "classification",
-        metric_info=results[0].metric_info if results else METRICS,
+        task=task,
+        metric_info=metrics,
         rows=tuple(summarize(method, done, reasons.get(method, "")) for method, done in by_method.items()),
         backbone=results[0].backbone_full_name if results else config.run.backbone,
         weights=results[0].weights if results else config.run.weights,
@@ -184,3 +187,11 @@ def _write(config: CompareConfig, results: Sequence[RunResult], reasons: dict[st
     )
     comparison.write(config.directory)
     return comparison
+
+
+def _task_of(config: CompareConfig, results: Sequence[RunResult]) -> tuple[str, tuple[Metric, ...]]:
+    """Return the task's name and its metrics, the main one first, also if no run finished."""
+    if results:
+        return results[0].task, results[0].metric_info
+    task = build_task(BUILT_IN["class"] if config.run.task == AUTO else config.run.task)
+    return task.name, choose_metrics(task, config.run.train.choose)

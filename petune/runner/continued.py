@@ -19,9 +19,11 @@ from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
 from petune.runner.run_adapter import read_run_adapter, user_code_of
 from petune.runner.run_config import RunConfig
+from petune.training.task import Task
+from petune.training.task_registry import restore_task
 
-DATA_KEYS = ("dataset", "data_dir", "on_broken", "val_fraction", "shots", "seed")
-"""Options that choose the images. The old run's are taken together, so that its val images stay in val."""
+DATA_KEYS = ("dataset", "task", "data_dir", "on_broken", "val_fraction", "shots", "seed")
+"""Options that choose the images and the task. The old run's are taken together, so that its val images stay in val."""
 RECORDED_KEYS = {
     "backbone": "name",
     "image_size": "image_size",
@@ -78,9 +80,10 @@ def check_same_model(config: RunConfig, saved: SavedAdapter) -> None:
         )
 
 
-def keeps_head(saved: SavedAdapter, classes: tuple[str, ...]) -> bool:
-    """Return whether a dataset has the classes that an adapter was trained on, in the same order."""
-    return tuple(saved.config["metadata"]["classes"]) == classes
+def keeps_head(saved: SavedAdapter, task: Task[Any]) -> bool:
+    """Return whether an adapter was trained for the same task and classes, in the same order."""
+    before = restore_task(saved.config["metadata"])
+    return (before.name, before.target.kind, before.target.names) == (task.name, task.target.kind, task.target.names)
 
 
 def tensors_digest(saved: SavedAdapter) -> str:

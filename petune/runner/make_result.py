@@ -60,7 +60,7 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         weights=backbone.weights,
         dataset=config.dataset,
         seed=config.seed,
-        task="classification",
+        task=trained.ready.task.name,
         metrics=measured.test.report(metrics),
         val_metrics=fit.val.report(metrics) if fit.val else None,
         metric_info=metrics,

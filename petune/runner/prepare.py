@@ -30,11 +30,13 @@ from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
 from petune.runner.run_inputs import check_inputs
 from petune.sites.find import find_sites
+from petune.training.batch_loss import check_task_options
 from petune.training.config import AUTO, TrainConfig
-from petune.training.evaluate import load_accuracy
 from petune.training.events import Note, Watch, ignore
 from petune.training.precision import choose_device
 from petune.training.stop import StopFlag
+from petune.training.task import Task
+from petune.training.task_registry import describe_task, fitted_task
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of the channels, for pixels in [0, 1]."""
@@ -63,6 +65,7 @@ class Prepared:
         config: As asked for.
         train: The training options of `config`, completed from recipe and dataset.
         dataset: With its val split.
+        task: Fitted to the training split.
         backbone, attachment: The model with its weights, on `device`, and the method on it.
         preprocess: From stored pixels to the backbone's input.
         memory: Measures the peak from here on.
@@ -72,6 +75,7 @@ class Prepared:
     config: RunConfig
     train: TrainConfig
     dataset: Dataset
+    task: Task[Any]
     backbone: Backbone
     attachment: Attachment
     preprocess: Preprocess
@@ -82,7 +86,7 @@ class Prepared:
     @property
     def initial_values(self) -> InitialValues:
         """The seed and the size that the backbone's random values depend on."""
-        return initial_values(self.config, self.dataset, self.start)
+        return initial_values(self.config, self.task, self.start)
 
 
 def prepare(
@@ -107,18 +111,21 @@ def prepare(
     git_state()  # of the code that trains, whatever is committed meanwhile
     group = context.group
     with context.stop.immediately(group):
-        load_accuracy()
         device = group.device(choose_device(config.device))
         dataset = group.main_first(lambda: prepare_data(config))
+        task = fitted_task(config.task, dataset)
+        task.new_meter()  # its imports may take seconds, which are spent before there is anything to lose
         train = complete_options(config.train, recipe, dataset)
+        check_task_options(task, train, dataset.train, group.size)
         options = {config.method: tuner.config}
         filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
         start = read_start(config)
         digest = tensors_digest(start) if start else ""
-        inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir)
+        recorded = {key: value for key, value in describe_task(task).items() if key != "state"}
+        inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir, recorded)
         group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
-        initial = initial_values(config, dataset, start)
-        backbone = group.main_first(lambda: prepare_backbone(config, dataset, initial, keep_head=keep_head))
+        initial = initial_values(config, task, start)
+        backbone = group.main_first(lambda: prepare_backbone(config, task, initial, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         context.note(warn_of_tokens(config, find_sites(backbone.model)) if config.image_size else "")
         memory = PeakMemory(device)
@@ -128,11 +135,11 @@ def prepare(
         if backbone.file is not None and backbone.file.adapters:
             load_adapters(attachment.model, backbone.file, config.method)
         if start is not None:
-            statistics = _continue(attachment, start, dataset, context)
+            statistics = _continue(attachment, start, task, context)
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
     preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[0])
-    return Prepared(config, train, dataset, backbone, attachment, preprocess, device, memory, start)
+    return Prepared(config, train, dataset, task, backbone, attachment, preprocess, device, memory, start)
 
 
 def read_start(config: RunConfig) -> SavedAdapter | None:
@@ -149,16 +156,16 @@ def read_start(config: RunConfig) -> SavedAdapter | None:
     return saved
 
 
-def initial_values(config: RunConfig, dataset: Dataset, start: SavedAdapter | None) -> InitialValues:
+def initial_values(config: RunConfig, task: Task[Any], start: SavedAdapter | None) -> InitialValues:
     """Return what the backbone's random values depend on: as in the first of the runs that continue each other."""
     if start is None:
-        return InitialValues(config.seed, dataset.num_classes)
+        return InitialValues(config.seed, task.num_outputs())
     return InitialValues.of(start)
 
 
-def _continue(attachment: Attachment, start: SavedAdapter, dataset: Dataset, context: RunContext) -> Statistics:
+def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], context: RunContext) -> Statistics:
     """Start from an adapter's values; return the statistics that its images were normalized by."""
-    with_head = keeps_head(start, dataset.classes)
+    with_head = keeps_head(start, task)
     start_from(attachment, start, with_head=with_head)
     classifier = "with its classifier" if with_head else "with a new classifier, because the classes differ"
     context.note(f"continues from {describe_start(start)}, {classifier}")
@@ -177,27 +184,27 @@ def prepare_data(config: RunConfig) -> Dataset:
 
 
 def prepare_backbone(
-    config: RunConfig, dataset: Dataset, initial: InitialValues, *, keep_head: bool = False
+    config: RunConfig, task: Task[Any], initial: InitialValues, *, keep_head: bool = False
 ) -> Backbone:
-    """Create the backbone with its weights and a new head for the dataset.
+    """Create the backbone with its weights and a new head for the task.
 
     Args:
         config: The run.
-        dataset: Its classes are the head's.
+        task: Sets the outputs of the head.
         initial: What its random values depend on.
         keep_head: Keep the head of the weights where it has the same classes.
     """
     return create_backbone(
         config.backbone,
         weights=config.weights,
-        num_classes=dataset.num_classes,
+        num_classes=task.num_outputs(),
         image_size=config.image_size,
         patch_size=config.patch_size,
         options=config.options_to_build,
         head=config.head,
         seed=initial.seed,
         initial_classes=initial.num_classes,
-        keep_head_of=dataset.classes if keep_head else None,
+        keep_head_of=task.target.classes if keep_head else None,
     )
 
 

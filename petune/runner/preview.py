@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from petune.backbones.create import create_backbone
-from petune.data.lookup import count_classes
+from petune.data.lookup import dataset_target
 from petune.injector.attach import attach
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
@@ -21,6 +21,7 @@ from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
 from petune.sites.find import find_sites
 from petune.sites.site import Sites
+from petune.training.task_registry import task_for
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ class MethodPreview:
 
 def preview_backbone(config: RunConfig) -> BackbonePreview:
     """Build the backbone of a run without its weights."""
+    task = task_for(config.task, dataset_target(config.dataset, config.data_dir), config.dataset)
     with torch.device("meta"):
         backbone = create_backbone(
             config.backbone,
             weights="none",
-            num_classes=count_classes(config.dataset, config.data_dir),
+            num_classes=task.num_outputs(),
             image_size=config.image_size,
             patch_size=config.patch_size,
             options=config.options_to_build,

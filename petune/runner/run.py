@@ -13,7 +13,7 @@ from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import ConfigError
 from petune.base.metric import SplitMetrics
-from petune.data.lookup import count_classes
+from petune.data.lookup import dataset_target
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
@@ -32,6 +32,8 @@ from petune.training.events import Watch, ignore
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
 from petune.training.stop import StopFlag
+from petune.training.task import choose_metrics
+from petune.training.task_registry import task_for
 
 
 def run(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any) -> RunResult:
@@ -95,7 +97,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
         group.broadcast(partial(check_kind, config.output, procedure.command))
     if config.output is None or not RunResult.exists(config.output):
         # names are checked before a hub is asked for weights
-        group.main_first(lambda: count_classes(config.dataset, config.data_dir))
+        group.main_first(lambda: check_task_of_dataset(config))
         group.main_first(lambda: check_weights(config.backbone, config.weights))
     run_dir = group.broadcast(lambda: config.output or make_unique_dir(Path("runs") / procedure.name))
     opened = open_run_dir(run_dir, config, resume=config.resume, command=procedure.command)
@@ -111,6 +113,17 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
             return make_result(trained, measured, saved_bytes).write(run_dir)
 
         return group.broadcast(save)
+
+
+def check_task_of_dataset(config: RunConfig) -> None:
+    """Check names and options of task and dataset, and that they fit each other, without reading an image.
+
+    Raises:
+        UnknownName: There is no such task or dataset.
+        ConfigError: An option is wrong, the task is for other targets, or it has no metric of `train.choose`.
+    """
+    target = dataset_target(config.dataset, config.data_dir)
+    choose_metrics(task_for(config.task, target, config.dataset), config.train.choose)
 
 
 def train(config: RunConfig, procedure: Procedure, context: RunContext) -> Trained:
@@ -129,6 +142,7 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext) -> Train
     context.note(describe_counts(counts))
     job = TrainJob(
         attachment=ready.attachment,
+        task=ready.task,
         dataset=ready.dataset,
         preprocess=ready.preprocess,
         config=ready.train,

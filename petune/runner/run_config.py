@@ -35,6 +35,8 @@ class RunConfig(Config):
         data_dir: Directory of downloaded datasets; None takes `PETUNE_DATA`, then the cache.
         on_broken: `skip` leaves out images of a folder that cannot be decoded (at most 1 %); `error` stops at the
             first one.
+        task: What to train for, with options if needed: `classification`, `count:power=2`. `auto` is the built-in task
+            of the dataset's kind of targets.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
         shots: Training images per class (few-shot); None keeps all.
         seed: Random seed of head, adapters, data order, augmentation and dropout. The val split does not depend on it.
@@ -57,6 +59,7 @@ class RunConfig(Config):
     head: HeadKind = "linear"
     drop_path: float = Field(0.0, ge=0, lt=1)
     on_broken: OnBroken = "error"
+    task: str = "auto"
     val_fraction: float = Field(0.1, gt=0, lt=1)
     shots: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)

@@ -32,6 +32,7 @@ def check_inputs(
     methods: Options | None = None,
     from_run: str = "",
     data_dir: Path | None = None,
+    task: Mapping[str, Any] | None = None,
 ) -> None:
     """Record the inputs of a directory when it starts; check that they are the same when it is continued.
 
@@ -42,17 +43,19 @@ def check_inputs(
         methods: Their options.
         from_run: SHA-256 of the adapter that the run continues from, if it does.
         data_dir: As in the configuration.
+        task: Name, options and targets of the task; of a single run only.
 
     Raises:
         DataError: The images changed.
-        CheckpointError: The weights, the adapter to continue from, the recipe or the options changed.
+        CheckpointError: The weights, the adapter to continue from, the recipe, the task or the options changed.
     """
     check_manifest(run_dir, dataset, data_dir)
     before = read_record(run_dir / INPUTS_FILE)
     now = {"weights": _digest(weights), "from_run": from_run, **(recipe or {})}
     _check_recipe(run_dir, weights, before, now)
+    _check_task(run_dir, before.get("task"), task)
     options = _checked_options(run_dir, before.get("options", {}), methods or {})
-    merged = {**now, **before, "options": options}
+    merged = {**now, "task": task, **before, "options": options}
     record = {key: value for key, value in merged.items() if value not in ("", None, {})}
     if record != before:
         write_record(run_dir / INPUTS_FILE, record)
@@ -99,6 +102,20 @@ def _check_recipe(run_dir: Path, weights: str, before: Mapping[str, Any], now: M
         raise CheckpointError(
             f"the recipe has changed since {run_dir} started: {values}. The method's package was updated. Install the "
             f"old version, or set {keys} and use another output",
+            cli_hint=NEW_OUTPUT,
+        )
+
+
+def _check_task(run_dir: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+    """Check that a run continues with the task and the targets that it started with, if it recorded any."""
+    changed = [key for key in now if now[key] != before.get(key)] if before and now else []
+    if changed:
+        assert before is not None
+        assert now is not None
+        values = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+        raise CheckpointError(
+            f"the task has changed since {run_dir} started: {values}. Use the same task and dataset, with the same "
+            "version of the task's package, or another output",
             cli_hint=NEW_OUTPUT,
         )
 

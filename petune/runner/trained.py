@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from petune.base.metric import Metric
-from petune.base.text import has_top5
 from petune.runner.prepare import Prepared
-from petune.training.evaluate import METRICS
 from petune.training.loop import Trainer
 from petune.training.progress import FitResult
 
@@ -30,7 +28,7 @@ class Trained:
     @property
     def metric_info(self) -> tuple[Metric, ...]:
         """Names and display of the metrics; the first one chose the epoch."""
-        return METRICS if has_top5(self.ready.dataset.num_classes) else METRICS[:1]
+        return self.trainer.metrics
 
     @property
     def run_dir(self) -> Path:

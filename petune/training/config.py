@@ -40,6 +40,8 @@ class TrainConfig(Config):
             as in most papers on ViTs.
         label_smoothing: Probability that is spread over all classes.
         mixup, cutmix: Alpha of timm's Mixup; 0 turns it off. With few epochs they help little, so they are off.
+        choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. Of epochs with
+            the same value, the one with the lowest loss is chosen, then the later one.
         augment: A preset (`none`, `shift`, `light`, `paddle_study`, `crop`, `randaug`, `trivial`, `augmix`, `color`) or
             a list of torchvision's augmentations: `[random_resized_crop: {scale: [0.5, 1.0]}, horizontal_flip]`.
             `auto` takes the dataset's own preset.
@@ -75,6 +77,7 @@ class TrainConfig(Config):
     mixup: float = Field(0.0, ge=0, le=10)
     cutmix: float = Field(0.0, ge=0, le=10)
     augment: str | list[StepConfig] = AUTO
+    choose: str | None = None
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
     grad_checkpointing: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,26 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.distributed import SINGLE_PROCESS, Group
-from petune.base.metric import Metric, SplitMetrics
+from petune.base.errors import PluginError
+from petune.base.metric import SplitMetrics
+from petune.base.plugins import plugin_errors
 from petune.data.batches import Batch, eval_batches
 from petune.data.dataset import Split
+from petune.training.batch_loss import image_losses
 from petune.training.config import NumberFormat
 from petune.training.job import TrainJob
 from petune.training.precision import autocast
 from petune.training.stop import StopFlag
-
-METRICS = (
-    Metric(name="top1", label="top-1", percent=True),
-    Metric(name="top5", label="top-5", percent=True),
-)
-"""The metrics of classification. With fewer than five classes, top5 is the top-C accuracy."""
-
-
-def load_accuracy() -> Any:
-    """Return torchmetrics' accuracy. The import takes a second, which a run spends before it has anything to lose."""
-    from torchmetrics.classification import MulticlassAccuracy
-
-    return MulticlassAccuracy
+from petune.training.task import Task
+from petune.training.task_registry import TASKS
 
 
 def evaluate(
@@ -46,11 +39,11 @@ def evaluate(
     """Evaluate a model in eval mode without gradients; training flags are restored afterwards.
 
     Args:
-        job: Its model, preprocessing, number of classes, eval_batch_size and device.
+        job: Its model, task, preprocessing, eval_batch_size and device.
         split: The images.
         precision: Number format of the forward passes.
         stop: Checked before every batch.
-        by_position: From positions in the split to logits, where features are cached; None runs the model.
+        by_position: From positions in the split to outputs, where features are cached; None runs the model.
         group: Each process evaluates a part of the split, and gets the metrics on all of it.
         sharded: The processes meet inside the forward, because frozen blocks are spread over them. An error is raised
             at once then.
@@ -60,40 +53,44 @@ def evaluate(
     """
     model = job.attachment.model
     forward = by_position or model
-    counts = _Counts(job.dataset.num_classes, job.device)
+    totals = _Totals(job.task, job.device)
     errors: list[Exception] = []
     with eval_mode(model), torch.no_grad():
         for batch in _batches(job, split, group, positions_only=by_position is not None):
             stop.check(group, errors)
             with nullcontext() if sharded else group.collect_errors(errors):
                 with autocast(job.device, precision):
-                    logits_BC = forward(batch.x_BCHW)
+                    outputs = forward(batch.x_BCHW)
                 if len(batch.y_B):
-                    counts.add(logits_BC, batch.y_B)
+                    totals.add(outputs, batch.y_B)
     group.any_rank(errors=errors)
-    return counts.metrics(group, len(split))
+    return totals.metrics(group, len(split))
 
 
-class _Counts:
-    """Right predictions and the sum of losses so far."""
+class _Totals:
+    """The meter and the sum of losses so far."""
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        accuracy = load_accuracy()
-        self.top1 = accuracy(num_classes, average="micro").to(device)
-        self.top5 = accuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device)
+    def __init__(self, task: Task[Any], device: torch.device) -> None:
+        self.task = task
+        self.meter = task.new_meter().to(device)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss_and_count = torch.zeros(2, device=device, dtype=dtype)
 
-    def add(self, logits_BC: Tensor, y_B: Tensor) -> None:
-        self.top1.update(logits_BC, y_B)
-        self.top5.update(logits_BC, y_B)
-        self.loss_and_count[0] += nn.functional.cross_entropy(logits_BC.float(), y_B, reduction="sum")
-        self.loss_and_count[1] += len(y_B)
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        with plugin_errors(TASKS, self.task.name, type(self.task), "updated its metrics"):
+            self.meter.update(outputs.float(), targets)
+        self.loss_and_count[0] += image_losses(self.task, outputs, targets).sum()
+        self.loss_and_count[1] += len(outputs)
 
     def metrics(self, group: Group, num_images: int) -> SplitMetrics:
         loss, count = group.all_reduce_sum(self.loss_and_count).tolist()
-        top1, top5 = float(self.top1.compute()), float(self.top5.compute())  # torchmetrics adds up over processes
-        return SplitMetrics({"top1": 100 * top1, "top5": 100 * top5}, loss / count, num_images)
+        with plugin_errors(TASKS, self.task.name, type(self.task), "computed its metrics"):
+            values = self.meter.compute()  # adds up over processes
+        missing = [metric.name for metric in self.task.metrics if metric.name not in values]
+        if missing:
+            raise PluginError(f"the meter of the task {self.task.name} does not compute {', '.join(missing)}")
+        defined = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        return SplitMetrics(defined, loss / count, num_images)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from petune.data.dataset import Dataset
 from petune.data.preprocess import Preprocess
 from petune.injector.attachment import Attachment
 from petune.training.config import TrainConfig
+from petune.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class TrainJob:
 
     Attributes:
         attachment: What trains; its model is already on `device`.
+        task: Loss and metrics, fitted to the training split.
         dataset: Training, validation and test images; the validation split is already cut.
         preprocess: Converts stored pixels to the backbone's input.
         config: Options of the training; learning rate, weight decay, optimizer and augmentation are filled in.
@@ -30,6 +32,7 @@ class TrainJob:
     """
 
     attachment: Attachment
+    task: Task[Any]
     dataset: Dataset
     preprocess: Preprocess
     config: TrainConfig

@@ -14,22 +14,23 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from petune.base.distributed import SINGLE_PROCESS, Group
-from petune.base.errors import CheckpointError, ConfigError, Diverged, Stopped
+from petune.base.errors import ConfigError, Diverged, Stopped
 from petune.base.metric import SplitMetrics
 from petune.base.text import plural
 from petune.data.batches import AUGMENT_FORMAT, Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
+from petune.training.batch_loss import BatchLoss
 from petune.training.checkpoint import check_optimizer
 from petune.training.config import NumberFormat
 from petune.training.dry_run import dry_run
-from petune.training.evaluate import METRICS, evaluate
+from petune.training.evaluate import evaluate
 from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
 from petune.training.fit_batch import can_run_out, explain_single_image, largest_that_fits
 from petune.training.gradient_check import check_step_gradients
 from petune.training.job import TrainJob
+from petune.training.migrations import check_same_batches
 from petune.training.mixup import BatchMixer
 from petune.training.optim import create_optimizer, create_schedule
 from petune.training.precision import autocast, choose_attention, choose_precision
@@ -42,6 +43,7 @@ from petune.training.speed.speedups import apply_speedups
 from petune.training.state import ResumableState
 from petune.training.step_sync import StepRequest, StepSync
 from petune.training.stop import StopFlag
+from petune.training.task import choose_metrics
 
 SAVE_EVERY_S = 600.0
 CHECK_GRADIENTS_AT = 5
@@ -62,6 +64,7 @@ class Trainer:
         batches: The training batches.
         state: What training changes, and how far it is.
         params: Everything that trains, by state_dict key.
+        metrics: The task's metrics, the one that chooses the epoch first.
 
     Raises:
         ConfigError: An option is not possible, such as a batch with fewer images than processes.
@@ -109,14 +112,16 @@ class Trainer:
         self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config)
         self.schedule = create_schedule(self.optimizer, self.config, self.total_steps)
 
-        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep, METRICS[0])
+        self.metrics = choose_metrics(job.task, self.config.choose)
+        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep, self.metrics[0])
         self.progress.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
         self.unfused_attention: list[nn.Module] = []
         self._apply_precision()
 
         self.sharded = self.config.shard and group.size > 1
         self.sync = StepSync(group, self.model, list(self.params.values()), self.sharded)
-        self.mixer = BatchMixer(self.config, job.dataset.num_classes, self.batch_size, job.seed, group.shard)
+        self.mixer = BatchMixer(self.config, job.task, self.batch_size, job.seed, group.shard)
+        self.loss = BatchLoss(job.task, job.dataset.train, self.mixer.label_smoothing, self.device)
         if self.sharded:
             shard_frozen_blocks(self.att, group, self.device)
 
@@ -169,14 +174,11 @@ class Trainer:
         self.schedule.step_update(p.step)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad(set_to_none=True)
-        num_images = batch.num_images
-        loss_tensor = self.sync.backward(
-            lambda: self._backward(*self.mixer(batch, p.step), num_images), self._request, num_images
-        )
+        backward = partial(self._backward_batch, batch)
+        loss_tensor = self.sync.backward(backward, self._request, batch.num_images)
         # a warm-up's first step has a rate of zero and moves nothing, so the second check comes later
         if p.step in {0, max(2, min(CHECK_GRADIENTS_AT, self.total_steps - 1))}:
-            again = partial(self._backward, *self.mixer(batch, p.step), num_images)
-            check_step_gradients(self.att, self.params, again, under_way=p.step > 0)
+            check_step_gradients(self.att, self.params, backward, under_way=p.step > 0)
         norm_tensor = nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip or math.inf)
         loss, norm = float(loss_tensor), float(norm_tensor)  # only now, since a GPU is waited for
         self._check_finite(loss, norm, lr, batch)
@@ -188,12 +190,17 @@ class Trainer:
         if p.step % self.config.log_every == 0:
             self.files.write_metrics(step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr, grad_norm=norm)
 
-    def _backward(self, x: Tensor, target: Tensor, num_images: int) -> Tensor:
+    def _backward_batch(self, batch: Batch) -> Tensor:
+        x, target = self.mixer(batch, self.progress.step)
+        return self._backward(x, target, self.loss.weights(batch), batch.num_images)
+
+    def _backward(self, x: Tensor, target: Tensor, weights_B: Tensor | None, num_images: int) -> Tensor:
         """Compute gradients of this process's share of the batch's mean loss, a micro-batch at a time.
 
         Args:
             x: This process's images.
-            target: Their labels, or probabilities if they are mixed.
+            target: Their targets, which may be mixed.
+            weights_B: Their weights.
             num_images: Images of the whole batch, of all processes together.
 
         Returns:
@@ -202,18 +209,17 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         # nearly equal pieces: a small rest of a single image would be too small for BatchNorm
         num_pieces = math.ceil(len(x) / (self.progress.micro_batch or len(x)))
-        pieces = zip(torch.tensor_split(x, num_pieces), torch.tensor_split(target, num_pieces), strict=True)
-        for number, (x_piece, target_piece) in enumerate(pieces):
-            logits_BC = self._logits(x_piece)
-            loss = F.cross_entropy(logits_BC.float(), target_piece, label_smoothing=self.mixer.label_smoothing)
-            loss = loss * (len(x_piece) / num_images)
+        for number, rows in enumerate(torch.tensor_split(torch.arange(len(x)), num_pieces)):
+            piece = slice(int(rows[0]), int(rows[-1]) + 1)
+            weights = None if weights_B is None else weights_B[piece]
+            loss = self.loss(self._outputs(x[piece]), target[piece], weights, num_images)
             if number == 0:  # the method's own term counts once per step
                 loss = loss + self.att.loss(self.progress.step) * (len(x) / num_images)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _outputs(self, x: Tensor) -> Tensor:
         try:
             with autocast(self.device, self.precision):
                 return self.forward.train(x)
@@ -285,6 +291,8 @@ class Trainer:
         if p.micro_batch and can_run_out(self.device):
             return p.micro_batch
         p.micro_batch = config.micro_batch_size or self.batch_size
+        if self.job.task.needs_whole_batch:
+            return p.micro_batch
         # a sharded process that runs out of memory would leave the others waiting
         if can_run_out(self.device) and not config.micro_batch_size and not self.sharded:
             p.micro_batch = self.group.all_reduce_min(self.largest_micro_batch())
@@ -301,10 +309,11 @@ class Trainer:
         largest = int(self.batches.sizes.argmax())
         batch = next(self.batches.epoch(0, largest, self.mixer.reads))
         x, target = self.mixer(batch, step=0)
+        weights = self.loss.weights(batch)
         self.att.train()
 
         def step(size: int) -> None:
-            self._backward(x[:size], target[:size], batch.num_images)
+            self._backward(x[:size], target[:size], None if weights is None else weights[:size], batch.num_images)
 
         with dry_run(self.model, self.device):
             return largest_that_fits(step, len(x), list(self.params.values()))
@@ -341,24 +350,9 @@ class Trainer:
             self.sync.share_initial_values(self.state.tensors())
             return
         self.state.load(checkpoint)
-        self._check_same_batches()
-        self._apply_precision()  # that of the checkpoint: `auto` may choose another on a busy machine
-
-    def _check_same_batches(self) -> None:
-        """Check that a checkpoint's epochs have the same batches as now.
-
-        Raises:
-            CheckpointError: An older version left out the images that fill no batch, or cropped them in another way.
-        """
-        full, num_images = self.batches.full_size, len(self.job.dataset.train)
-        if (self.progress.steps_per_epoch or num_images // full) != len(self.batches):
-            raise CheckpointError(
-                f"{self.job.directory} was started by an older version of petune, which left out {num_images % full} "
-                f"of {num_images} images in every epoch. Start again in another output, to train on all of them",
-                cli_hint="Name a new directory with --output",
-            )
-        self.progress.steps_per_epoch = len(self.batches)
+        check_same_batches(self.progress, self.batches, self.job.directory)
         self.progress.check_augment_format(self.job.directory, one_by_one=self.batches.policy is not None)
+        self._apply_precision()  # that of the checkpoint: `auto` may choose another on a busy machine
 
     def _save(self) -> None:
         p = self.progress

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 
 Run = Callable[..., Any]
 
@@ -53,7 +54,7 @@ def test_copies_are_counted_and_copies_in_another_class_are_a_problem(petune: Ru
     shutil.copy(tmp_path / "pets" / "dog" / "0.png", tmp_path / "pets" / "cat" / "x.png")
     done = petune("data", "check", "pets")
     assert done.code == 4
-    assert "pets/dog/0.png is the same file as pets/cat/x.png, in another class\n" in done.out
+    assert "pets/dog/0.png is the same image as pets/cat/x.png, in another class\n" in done.out
     assert done.out.endswith("0 broken, 0 in two splits, 1 in two classes\n")
     report = json.loads(petune("data", "check", "pets", "--json").out)
     assert (report["copies"], report["in_two_classes"]) == (1, [["pets/dog/0.png", "pets/cat/x.png"]])
@@ -75,9 +76,10 @@ def test_classes_too_small_for_every_split_are_named(petune: Run, tmp_path: Path
 
 
 def test_a_missing_folder(petune: Run) -> None:
-    done = petune("data", "check", "nowhere")
+    done = petune("data", "check", "folder:nowhere")
     assert done.code == 4
     assert "no such folder: nowhere" in done.err
+    assert petune("data", "check", "nowhere").code == 2
 
 
 def test_unsupported_images_are_reported(petune: Run, tmp_path: Path) -> None:
@@ -87,3 +89,47 @@ def test_unsupported_images_are_reported(petune: Run, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert "1 .heic skipped" in done.out
     assert json.loads(petune("data", "check", "pets", "--json").out)["skipped"] == {".heic": 1}
+
+
+def test_imbalance_sizes_and_histogram(petune: Run, tmp_path: Path) -> None:
+    for name, count in (("cat", 12), ("dog", 3)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(count):
+            side = 300 if i else 20
+            Image.new("L", (side, 40 + side), 10 * count + i).save(tmp_path / "pets" / name / f"{i}.png")
+    done = petune("data", "check", "pets", "--image-size", "100")
+    assert done.code == 0, done.err
+    assert "imbalance in train: 4 to 1; largest cat (12), smallest dog (3)\n" in done.out
+    assert "sizes in pixels: 20x60 to 300x340, median 300x340; 2 of 15 smaller than the input of 100\n" in done.out
+    bars = [line.split("|")[3].strip() for line in done.out.splitlines() if line.startswith(("| cat", "| dog"))]
+    assert [len(bar) for bar in bars] == [16, 4]
+    report = json.loads(petune("data", "check", "pets", "--json").out)
+    assert report["balance"] == {"ratio": 4.0, "smallest": ["dog", 3], "largest": ["cat", 12]}
+    assert (report["sizes"]["largest"], report["sizes"]["num_smaller"]) == ([300, 340], 2)
+
+
+def test_near_duplicates_between_splits_are_a_leak(petune: Run, tmp_path: Path) -> None:
+    for number, photo in enumerate(load_sample_images().images):
+        for i in range(6):
+            crop = Image.fromarray(photo).crop((90 * i, 40 * i, 90 * i + 180, 40 * i + 180))
+            for part, image in (("train", crop), ("test", ImageOps.mirror(crop).resize((120, 120)))):
+                if part == "train" or i == 3:
+                    (tmp_path / "photos" / part / f"photo{number}").mkdir(parents=True, exist_ok=True)
+                    image.save(tmp_path / "photos" / part / f"photo{number}" / f"{i}.jpg", quality=80)
+    done = petune("data", "check", "photos")
+    assert done.code == 0, done.err
+    assert "leak: 2 images of test (100.0%) with a near-duplicate in train; 2 pairs\n" in done.out
+    assert "photos/test/photo0/3.jpg ~ photos/train/photo0/3.jpg" in done.out
+    assert "mirrored" in done.out
+    (leak,) = json.loads(petune("data", "check", "photos", "--json").out)["near_duplicates"]
+    assert (leak["split"], leak["other"], leak["num_pairs"], len(leak["pairs"])) == ("test", "train", 2, 2)
+
+
+def test_any_dataset_can_be_checked(petune: Run) -> None:
+    done = petune("data", "check", "digits", "--json")
+    report = json.loads(done.out)
+    assert done.code == 0, done.err
+    assert (report["source"], sum(report["num_images"].values())) == ("scikit-learn", 1797)
+    assert report["sizes"]["smallest"] == [8, 8]
+    unknown = petune("data", "check", "digist")
+    assert (unknown.code, "digits" in unknown.err) == (2, True)

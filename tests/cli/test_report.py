@@ -138,7 +138,7 @@ def _like(run: Path, to: Path, seed: int = 0, **settings: Any) -> Path:
     [
         ({"seeds": []}, "1 problem in compare.json: - rows.0: a method that is done lacks seeds"),
         ({"mean": {}}, "1 problem in compare.json: - rows.0: a method that is done lacks mean"),
-        (None, "8 problems in compare.json: - config: required - rows: required"),
+        (None, "8 problems in compare.json: - config: required - task: required"),
     ],
 )
 def test_a_damaged_comparison_is_broken_and_its_runs_are_shown(

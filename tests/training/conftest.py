@@ -20,6 +20,7 @@ from petune.training.events import Event
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
 from petune.training.stop import StopFlag
+from petune.training.task_registry import fitted_task
 
 SIDE, CLASSES = 8, 3
 DEFAULTS = {
@@ -107,6 +108,7 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         stop: StopFlag | None = None,
         on_event: Callable[[Event], None] = lambda event: None,
         keep: Any = "best",
+        task: str = "classification",
         seed: int = 3,
         **train: Any,
     ) -> Trainer:
@@ -114,6 +116,7 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         directory.mkdir(exist_ok=True)
         job = TrainJob(
             attachment=attachment,
+            task=fitted_task(task, data),
             dataset=data,
             preprocess=Preprocess(SIDE, *data.train.channel_statistics()),
             config=TrainConfig.build(DEFAULTS | train),

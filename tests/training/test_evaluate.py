@@ -19,6 +19,7 @@ from petune.training.config import TrainConfig
 from petune.training.evaluate import evaluate
 from petune.training.job import TrainJob
 from petune.training.stop import StopFlag
+from petune.training.task_registry import task_for
 
 CPU = torch.device("cpu")
 PLAIN = Preprocess(1, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
@@ -52,6 +53,7 @@ def _evaluate(
     names = tuple(map(str, range(classes)))
     job = TrainJob(
         attachment=SimpleNamespace(model=model),  # type: ignore[arg-type]
+        task=task_for("classification", Target("class", names), "toy"),
         dataset=Dataset("toy", Target("class", names), "made", "none", split, split, split),
         preprocess=PLAIN,
         config=TrainConfig(eval_batch_size=batch_size),

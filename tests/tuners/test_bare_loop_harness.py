@@ -19,6 +19,7 @@ from petune.training.job import TrainJob
 from petune.training.loop import Trainer
 from petune.training.randomness import step_seed
 from petune.training.stop import StopFlag
+from petune.training.task_registry import fitted_task
 from tests.sampling import sampled
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -79,7 +80,7 @@ def trainer(att: petune.Attachment, directory: Path) -> Trainer:
     )
     preprocess = Preprocess(16, *data.train.channel_statistics())
     device = torch.device("cpu")
-    job = TrainJob(att, data, preprocess, config, device, directory, seed=SEED, keep="last")
+    job = TrainJob(att, fitted_task("auto", data), data, preprocess, config, device, directory, seed=SEED, keep="last")
     return Trainer(job, stop=StopFlag())
 
 

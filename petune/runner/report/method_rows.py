@@ -14,7 +14,8 @@ from petune.runner.migrations import read_record
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.result import RunResult
 from petune.runner.stored_config import flatten
-from petune.training.evaluate import METRICS
+from petune.training.task_registry import AUTO
+from petune.training.tasks.classification import Classification
 
 MAY_DIFFER = {"seed", "output", "resume"}
 """Keys in which the runs of one row differ."""
@@ -41,7 +42,7 @@ def rows_of(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
 def metric_info_of(runs: Sequence[RunDirectory]) -> tuple[Metric, ...]:
     """Return how to show the metrics of runs with the same task."""
-    return next((run.result.metric_info for run in runs if run.result), METRICS)
+    return next((run.result.metric_info for run in runs if run.result), Classification.metrics)
 
 
 def labels_of(runs: Sequence[RunDirectory]) -> dict[Path, str]:
@@ -74,6 +75,13 @@ def subject_of(run: RunDirectory) -> str:
 def backbone_of(run: RunDirectory) -> tuple[str, ...]:
     """Return what tells a run's backbone from others of the same name."""
     return tuple(str(run.config.get(key, "")) for key in BACKBONE_KEYS)
+
+
+def task_of(run: RunDirectory) -> tuple[str, ...]:
+    """Return what tells a run's task, and the metric that chose its epoch, from others."""
+    train = run.config.get("train")
+    choose = train.get("choose") if isinstance(train, dict) else None
+    return str(run.config.get("task", AUTO)), str(choose or "")
 
 
 def shared_config(runs: Sequence[RunDirectory]) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from petune.runner.comparison import Comparison, origins_of
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.report.charts import Chart, Curve, cost_charts, curve_charts, metric_chart
 from petune.runner.report.find_runs import RunDirectory
-from petune.runner.report.method_rows import backbone_of, labels_of, metric_info_of, rows_of, shared_config, subject_of
+from petune.runner.report.method_rows import (
+    backbone_of,
+    labels_of,
+    metric_info_of,
+    rows_of,
+    shared_config,
+    subject_of,
+    task_of,
+)
 from petune.runner.report.origin_facts import commands_of, facts_of, facts_of_origins
 from petune.runner.report.tables import UNKNOWN, cells, method_columns, ranked, trial_table
 
@@ -56,7 +64,7 @@ def sections_of(directories: Sequence[RunDirectory]) -> list[Section]:
         if run.kind == "run" and parent in tables:
             inside[parent].append(run)
         elif run.kind in ("run", "pretrain") and (run.epochs or run.result):
-            groups.setdefault((run.kind, subject_of(run), *backbone_of(run)), []).append(run)
+            groups.setdefault((run.kind, subject_of(run), *backbone_of(run), *task_of(run)), []).append(run)
     sections = []
     for path, directory in comparisons.items():
         sections += _comparison_sections(directory, inside[path])

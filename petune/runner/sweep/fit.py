@@ -81,7 +81,7 @@ def _measure(trained: Trained) -> Fit:
     if fit.val is None:
         raise UsageError(f"a sweep needs a validation split, which {ready.dataset.name} does not have")
     return Fit(
-        task="classification",
+        task=ready.task.name,
         val_metrics=fit.val.report(trained.metric_info),
         metric_info=trained.metric_info,
         epoch=fit.epoch,

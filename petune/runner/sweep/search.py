@@ -28,6 +28,7 @@ from petune.runner.sweep.space import contains
 from petune.runner.sweep.sweep_config import SweepConfig, to_text
 from petune.runner.sweep.trials import Sweep, Trial, read_sweep
 from petune.training.events import Event, Note
+from petune.training.task_registry import check_task
 
 PARALLEL_TRIALS = 4
 """Default of `parallel_trials` for executors other than `serial`."""
@@ -69,11 +70,13 @@ def sweep(
 
 
 def check_sweep(config: SweepConfig) -> None:
-    """Check what `sweep` would refuse because of its directory and its sampler, and write nothing.
+    """Check what `sweep` would refuse because of its directory, its sampler and its task, and write nothing.
 
     Raises:
         UsageError, MissingExtra: See `sweep`.
+        UnknownName, ConfigError: See `check_task`.
     """
+    check_task(config.run.task, config.run.train.choose)
     require_sampler(config.search, config.trials)
     check_run_dir(_directory(config), _to_store(config), resume=True, command="sweep", may_change=MAY_CHANGE)
 

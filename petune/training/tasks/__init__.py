@@ -1,0 +1,1 @@
+"""The built-in tasks, one file each; they register as a plugin's tasks do."""
