@@ -78,7 +78,7 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
     """
     if config.label_smoothing and not task.smooths_labels:
         raise ConfigError(
-            f"label_smoothing does not go with the task {task.name}. Set train.label_smoothing to 0",
+            f"label_smoothing does not go with the task {_with_options(task)}. Set train.label_smoothing to 0",
             cli_hint="Drop --label-smoothing",
         )
     if config.mixes:
@@ -91,9 +91,15 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
     micro_batch = config.micro_batch_size
     if task.needs_whole_batch and (num_processes > 1 or (micro_batch and micro_batch < config.batch_size)):
         raise ConfigError(
-            f"the loss of the task {task.name} depends on the whole batch. Train in one process, without "
+            f"the loss of the task {_with_options(task)} depends on the whole batch. Train in one process, without "
             "train.micro_batch_size"
         )
     weights = train.weights
     if weights is not None and not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
         raise DataError("weights of the training images must be 0 or more, finite, and not all 0. Correct them")
+
+
+def _with_options(task: Task[Any]) -> str:
+    """Return the name of a task and the options that differ from their defaults: `multi_label:loss=zlpr`."""
+    options = task.config.model_dump(exclude_defaults=True)
+    return ":".join([task.name, *([",".join(f"{key}={value}" for key, value in options.items())] if options else [])])

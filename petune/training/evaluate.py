@@ -20,6 +20,7 @@ from petune.data.dataset import Split
 from petune.training.batch_loss import image_losses
 from petune.training.config import NumberFormat
 from petune.training.job import TrainJob
+from petune.training.meter import Meter
 from petune.training.precision import autocast
 from petune.training.stop import StopFlag
 from petune.training.task import Task
@@ -35,6 +36,7 @@ def evaluate(
     by_position: Callable[[Tensor], Tensor] | None = None,
     group: Group = SINGLE_PROCESS,
     sharded: bool = False,
+    meter: Meter | None = None,
 ) -> SplitMetrics:
     """Evaluate a model in eval mode without gradients; training flags are restored afterwards.
 
@@ -47,13 +49,14 @@ def evaluate(
         group: Each process evaluates a part of the split, and gets the metrics on all of it.
         sharded: The processes meet inside the forward, because frozen blocks are spread over them. An error is raised
             at once then.
+        meter: A new meter of the task, for callers that use it afterwards; None makes one.
 
     Raises:
         Stopped: A signal came.
     """
     model = job.attachment.model
     forward = by_position or model
-    totals = _Totals(job.task, job.device)
+    totals = _Totals(job.task, meter or job.task.new_meter(), job.device)
     errors: list[Exception] = []
     with eval_mode(model), torch.no_grad():
         for batch in _batches(job, split, group, positions_only=by_position is not None):
@@ -70,9 +73,9 @@ def evaluate(
 class _Totals:
     """The meter and the sum of losses so far."""
 
-    def __init__(self, task: Task[Any], device: torch.device) -> None:
+    def __init__(self, task: Task[Any], meter: Meter, device: torch.device) -> None:
         self.task = task
-        self.meter = task.new_meter().to(device)
+        self.meter = meter.to(device)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss_and_count = torch.zeros(2, device=device, dtype=dtype)
 

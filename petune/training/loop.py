@@ -22,6 +22,7 @@ from petune.base.text import plural
 from petune.data.batches import AUGMENT_FORMAT, Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.training.batch_loss import BatchLoss
+from petune.training.calibrate import calibrate
 from petune.training.checkpoint import check_optimizer
 from petune.training.config import NumberFormat
 from petune.training.dry_run import dry_run
@@ -30,6 +31,7 @@ from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
 from petune.training.fit_batch import can_run_out, explain_single_image, largest_that_fits
 from petune.training.gradient_check import check_step_gradients
 from petune.training.job import TrainJob
+from petune.training.meter import Meter
 from petune.training.migrations import check_same_batches
 from petune.training.mixup import BatchMixer
 from petune.training.optim import create_optimizer, create_schedule
@@ -254,8 +256,8 @@ class Trainer:
             raise self._diverged(f"the loss on val is {val.loss}")
         return val
 
-    def evaluate(self, split: Literal["val", "test"]) -> SplitMetrics:
-        """Return the metrics of the model as it is now on a split."""
+    def evaluate(self, split: Literal["val", "test"], meter: Meter | None = None) -> SplitMetrics:
+        """Return the metrics of the model as it is now on a split; `meter` is a new one of the task."""
         return evaluate(
             self.job,
             getattr(self.job.dataset, split),
@@ -264,6 +266,7 @@ class Trainer:
             by_position=self.forward.cached.get(split),
             group=self.group,
             sharded=self.sharded,
+            meter=meter,
         )
 
     @contextmanager
@@ -378,6 +381,7 @@ class Trainer:
 
     def _result(self) -> FitResult:
         self.state.restore_best()
+        calibrate(self.job.task, partial(self.evaluate, "val") if len(self.job.dataset.val) else None)
         return self.progress.result(
             num_val=len(self.job.dataset.val),
             num_images=self.batches.num_images(self.progress.step),

@@ -83,7 +83,7 @@ class Task(Generic[ConfigT]):
         name: The name under which the task was built; empty for one that was made by hand.
         config: The options of this instance.
         target: Kind and names of the targets; set by `bind`.
-        state: What `fit` returned; set by `bind`.
+        state: What `fit` returned, and after training what `calibrate` did; set by `bind`.
     """
 
     Config: ClassVar[type[TaskConfig]]
@@ -120,7 +120,7 @@ class Task(Generic[ConfigT]):
 
         Args:
             target: Kind and names of the targets.
-            state: What `fit` returned.
+            state: What `fit` and `calibrate` returned.
         """
         self.target = target
         self.state = state
@@ -135,6 +135,19 @@ class Task(Generic[ConfigT]):
             target: Kind and names of its targets.
         """
         return {}
+
+    def calibrate(self, meter: Meter | None) -> dict[str, Any]:
+        """Return JSON data that is added to `state` when training ends, such as thresholds. Override it if needed.
+
+        Args:
+            meter: The meter of an evaluation on val with the kept epoch; None without a val split.
+        """
+        return {}
+
+    @property
+    def calibrates(self) -> bool:
+        """True for a task that defines `calibrate`, which needs one more evaluation on val."""
+        return type(self).calibrate is not Task.calibrate
 
     def num_outputs(self) -> int:
         """Return the outputs of the head; by default one per name of the targets."""
