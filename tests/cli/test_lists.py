@@ -23,6 +23,12 @@ DATASETS = [
     ["digits", "scikit-learn's 1,797 handwritten digits, 8x8, no download", "-", "scikit-learn"],
     ["folder:PATH", "your images: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/", "-", "-"],
     [
+        "medmnist:NAME",
+        "12 sets of medical images, 28 to 224 pixels; `petune datasets medmnist` lists them",
+        "petune[data], and a file in data_dir or a download",
+        "-",
+    ],
+    [
         "torchvision:NAME",
         "39 labeled datasets of torchvision; `petune datasets torchvision` lists them",
         "its files in data_dir, or a download",
