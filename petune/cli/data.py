@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -36,12 +36,29 @@ ImageSize = Annotated[
     int, typer.Option("--image-size", metavar="PIXELS", min=1, help="Side of the model's input, in pixels.")
 ]
 
-data = typer.Typer(help="Check a dataset.", no_args_is_help=True, rich_markup_mode=None)
+Split = Annotated[
+    Literal["train", "val", "test"], typer.Option("--split", metavar="train|val|test", help="Split to show.")
+]
+Augment = Annotated[
+    str,
+    typer.Option(
+        "--augment", metavar="NAME", help="Augmentation; auto uses the dataset's own, none shows images only."
+    ),
+]
+Images = Annotated[int, typer.Option("--images", metavar="NUMBER", min=1, help="Number of images.")]
+Times = Annotated[int, typer.Option("--times", metavar="NUMBER", min=1, help="Augmentations of each image.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="NUMBER", min=0, help="Selects images and augmentations.")]
+Output = Annotated[
+    Path,
+    typer.Option("-o", "--output", metavar="FILE", help="File to write; an older page is replaced, no other file."),
+]
+
+data = typer.Typer(help="Check and show a dataset.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @data.callback()
 def _group() -> None:
-    """Check a dataset."""
+    """Check and show a dataset."""
 
 
 @data.command(cls=Command)
@@ -57,12 +74,38 @@ def check(dataset: DatasetName, data_dir: DataDir = None, image_size: ImageSize 
     if json:
         print_json(asdict(report))
     else:
-        _show(report)
+        _print_report(report)
     if not report.is_sound:
         raise typer.Exit(4)
 
 
-def _show(report: DataReport) -> None:
+@data.command(cls=Command)
+def show(
+    dataset: DatasetName,
+    data_dir: DataDir = None,
+    image_size: ImageSize = 224,
+    split: Split = "train",
+    augment: Augment = "auto",
+    images: Images = 24,
+    times: Times = 3,
+    seed: Seed = 0,
+    output: Output = Path("images.html"),
+    json: Json = False,
+) -> None:
+    """Write one HTML page with random images as a model sees them, before and after augmentation."""
+    from petune.data import load_dataset
+    from petune.runner.report.data_page import Sample, write_data_page
+
+    loaded = load_dataset(dataset, user_path(data_dir) if data_dir else None, image_size)
+    sample = Sample(split, image_size, augment, images, times, seed)
+    page = write_data_page(loaded, user_path(output), sample)
+    if json:
+        print_json(page)
+    else:
+        print_data(clean(f"{page['output']}  {page['images']} images"))
+
+
+def _print_report(report: DataReport) -> None:
     from petune.data.find_images import unsupported_note
 
     print_counts(report)

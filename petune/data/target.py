@@ -72,6 +72,20 @@ class Target:
         else:
             self._check_finite(targets, where)
 
+    def text(self, value: Any) -> str:
+        """Return the target of one image for people: its class, labels or numbers; empty for a mask.
+
+        Args:
+            value: A row of the targets.
+        """
+        if self.kind == "mask":
+            return ""
+        if self.kind == "class":
+            return self.names[int(value)]
+        if self.kind == "multi_hot":
+            return ", ".join(self.names[i] for i in np.flatnonzero(value)) or "none"
+        return ", ".join(f"{name} {number:.4g}" for name, number in zip(self.names, value, strict=True))
+
     def absent(self, targets: NDArray[Any]) -> list[str]:
         """Return the classes that no image has; only for targets of kind class and multi_hot."""
         if self.kind == "class":

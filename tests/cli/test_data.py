@@ -133,3 +133,31 @@ def test_any_dataset_can_be_checked(petune: Run) -> None:
     assert report["sizes"]["smallest"] == [8, 8]
     unknown = petune("data", "check", "digist")
     assert (unknown.code, "digits" in unknown.err) == (2, True)
+
+
+def test_images_are_shown_as_the_model_sees_them(petune: Run, tmp_path: Path) -> None:
+    words = ("data", "show", "digits", "--images", "5", "--times", "2", "--image-size", "48", "-o", "page.html")
+    done = petune(*words)
+    assert done.code == 0, done.err
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<figure class="tile">') == 5
+    assert page.count("data:image/png;base64,") == 15
+    assert "Augmentation: shift" in page
+    assert "<script" not in page
+    assert (
+        petune("data", "show", "digits", "--images", "5", "--times", "2", "--image-size", "48", "-o", "page.html").code
+        == 0
+    )
+    assert (tmp_path / "page.html").read_text() == page
+    plain = petune("data", "show", "digits", "--augment", "none", "--split", "test", "--json")
+    assert json.loads(plain.out) == {"output": "images.html", "images": 24, "augment": "none"}
+
+
+def test_invalid_requests_to_show_images(petune: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine.html").write_text("my own")
+    other = petune("data", "show", "digits", "--output", "mine.html")
+    assert (other.code, (tmp_path / "mine.html").read_text()) == (2, "my own")
+    near = petune("data", "show", "digits", "--augment", "ligth")
+    assert (near.code, "light" in near.err) == (2, True)
+    empty = petune("data", "show", "digits", "--split", "val")
+    assert (empty.code, "no val split" in empty.err) == (2, True)

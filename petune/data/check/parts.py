@@ -72,13 +72,7 @@ def dataset_parts(dataset: Dataset) -> dict[str, Part]:
 
 
 def _texts(target: Target, split: Split) -> list[str]:
-    if target.kind == "mask":
-        return [""] * len(split)
-    if target.kind == "class":
-        return [target.names[label] for label in split.targets]
-    if target.kind == "multi_hot":
-        return [", ".join(target.names[i] for i in np.flatnonzero(row)) for row in split.targets]
-    return [", ".join(f"{value:g}" for value in row) for row in split.targets]
+    return [""] * len(split) if target.kind == "mask" else [target.text(value) for value in split.targets]
 
 
 def _counts(target: Target, split: Split, edges: Mapping[str, NDArray[np.float64]]) -> dict[str, int]:
