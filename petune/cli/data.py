@@ -42,7 +42,7 @@ Split = Annotated[
 Augment = Annotated[
     str,
     typer.Option(
-        "--augment", metavar="NAME", help="Augmentation; auto uses the dataset's own, none shows images only."
+        "--augment", metavar="NAME", help="Augmentation, or a list as in train.augment; auto is the dataset's own."
     ),
 ]
 Images = Annotated[int, typer.Option("--images", metavar="NUMBER", min=1, help="Number of images.")]
@@ -93,11 +93,13 @@ def show(
     json: Json = False,
 ) -> None:
     """Write one HTML page with random images as a model sees them, before and after augmentation."""
+    from petune.base.yaml_values import parse_value
     from petune.data import load_dataset
     from petune.runner.report.data_page import Sample, write_data_page
 
     loaded = load_dataset(dataset, user_path(data_dir) if data_dir else None, image_size)
-    sample = Sample(split, image_size, augment, images, times, seed)
+    steps = parse_value(augment) if augment.startswith("[") else augment
+    sample = Sample(split, image_size, steps, images, times, seed)
     page = write_data_page(loaded, user_path(output), sample)
     if json:
         print_json(page)

@@ -159,5 +159,8 @@ def test_invalid_requests_to_show_images(petune: Run, tmp_path: Path) -> None:
     assert (other.code, (tmp_path / "mine.html").read_text()) == (2, "my own")
     near = petune("data", "show", "digits", "--augment", "ligth")
     assert (near.code, "light" in near.err) == (2, True)
+    steps = petune("data", "show", "digits", "--images=2", "--augment", "[horizontal_flip, color_jitter: {hue: 0.2}]")
+    assert steps.code == 0, steps.err
+    assert "Augmentation: horizontal_flip, color_jitter." in (tmp_path / "images.html").read_text()
     empty = petune("data", "show", "digits", "--split", "val")
     assert (empty.code, "no val split" in empty.err) == (2, True)

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from petune.base.errors import UnknownName, UsageError
+from petune.base.errors import UsageError
 from petune.base.files import replace_file
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess, Split
-from petune.data.augment import PRESETS
+from petune.data.policy import check_augment
+from petune.data.steps import StepConfig, check_images
 from petune.runner.report.render import check_output, render
 from petune.runner.report.seen_images import Augmentations, augmented_gallery
 from petune.runner.report.tiles import mask_key
@@ -27,7 +28,8 @@ class Sample:
     Attributes:
         split: `train`, `val` or `test`.
         image_size: Side of the model's input, in pixels.
-        augment: The augmentation; `auto` takes the dataset's own, `none` shows the images only.
+        augment: The name of an augmentation, or a list as in a run's `train.augment`; `auto` takes the dataset's own,
+            `none` shows the images only.
         num_images: Number of images.
         times: Number of augmentations of each image.
         seed: Selects images and augmentations.
@@ -35,7 +37,7 @@ class Sample:
 
     split: str = "train"
     image_size: int = 224
-    augment: str = "auto"
+    augment: str | list[StepConfig] = "auto"
     num_images: int = 24
     times: int = 3
     seed: int = 0
@@ -53,7 +55,8 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
         The file, the number of images and the augmentation, as JSON data.
 
     Raises:
-        UsageError: The split is empty, there is no such augmentation, or `output` is some other file.
+        UsageError: The split is empty, or `output` is some other file.
+        ConfigError: There is no such augmentation, or it does not go with the images.
     """
     check_output(output, GENERATOR)
     split: Split = getattr(dataset, sample.split)
@@ -62,16 +65,16 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
     augmentations = Augmentations(
         dataset.augment if sample.augment == "auto" else sample.augment, sample.times, sample.seed
     )
-    if augmentations.name not in PRESETS:
-        raise UnknownName("augmentation", augmentations.name, PRESETS)
     channels = split.images.shape[-1]
+    check_augment(augmentations.steps)
+    check_images(augmentations.steps, channels, masks=split.has_masks)
     preprocess = Preprocess(sample.image_size, (0.5,) * channels, (0.5,) * channels)  # undone again: any values do
     generator = np.random.default_rng(sample.seed)
     positions = np.sort(generator.choice(len(split), min(sample.num_images, len(split)), replace=False))
     gallery = augmented_gallery(split, dataset.target, preprocess, positions, augmentations)
     about = (
         f"{len(positions):,} of {plural(len(split), 'image')} from {dataset.source}, at "
-        f"{sample.image_size}x{sample.image_size} pixels, as a model sees them. Augmentation: {augmentations.name}."
+        f"{sample.image_size}x{sample.image_size} pixels, as a model sees them. Augmentation: {augmentations}."
     )
     if channels not in {1, 3}:
         about += f" Of {channels} channels, the first {min(channels, 3)} are shown as red, green and blue."
@@ -84,4 +87,4 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
         galleries=[gallery],
     )
     replace_file(output, page)
-    return {"output": str(output), "images": len(positions), "augment": augmentations.name}
+    return {"output": str(output), "images": len(positions), "augment": augmentations.steps}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from petune.data import Preprocess, Split, Target
 from petune.data.batches import Batch, TrainBatches, eval_batches
+from petune.data.steps import StepConfig
 from petune.runner.report.tiles import Gallery, Tile, TileImage, tile_image, visible_images, with_mask
 
 NUM_SHOWN = 16
@@ -22,14 +23,19 @@ class Augmentations:
     """How images are augmented to be shown.
 
     Attributes:
-        name: The augmentation; `none` shows the images only.
+        steps: The name of the augmentation, or a list; `none` shows the images only.
         times: Number of augmentations of each image.
         seed: Seed of the augmentations.
     """
 
-    name: str
+    steps: str | list[StepConfig]
     times: int
     seed: int
+
+    def __str__(self) -> str:
+        if isinstance(self.steps, str):
+            return self.steps
+        return ", ".join(step if isinstance(step, str) else next(iter(step)) for step in self.steps)
 
 
 def first_batch(batches: TrainBatches, target: Target) -> Gallery:
@@ -55,10 +61,10 @@ def augmented_gallery(
     device = torch.device("cpu")
     (plain,) = eval_batches(split.take(positions), preprocess, len(positions), device)
     columns = [_encoded(plain, preprocess, target, "original")]
-    times = 0 if augmentations.name == "none" else augmentations.times
+    times = 0 if augmentations.steps == "none" else augmentations.times
     if times:
         repeated = split.take(np.repeat(positions, times))
-        batches = TrainBatches(repeated, preprocess, augmentations.name, len(repeated), augmentations.seed, device)
+        batches = TrainBatches(repeated, preprocess, augmentations.steps, len(repeated), augmentations.seed, device)
         batch = next(batches.epoch(0))
         images = dict(zip(batch.positions.tolist(), _encoded(batch, preprocess, target), strict=True))
         columns += [[images[i * times + k] for i in range(len(positions))] for k in range(times)]
