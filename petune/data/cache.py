@@ -1,14 +1,16 @@
-"""Cache decoded images on disk, as memory-mapped arrays."""
+"""Cache decoded images on disk, as memory-mapped arrays; where they do not fit, they are decoded on request."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,11 +20,15 @@ from numpy.typing import NDArray
 from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.data.dataset import Split
+from petune.data.on_request import OnRequest, ReadRow, scratch
 
 LOCK_FILE = ".lock"
 USE_ANOTHER_CACHE = "set PETUNE_CACHE to another directory"
-Allocate = Callable[[int, int], NDArray[np.uint8]]
-"""(number of images N, side S) to an array (N, S, S, 3) on disk; it may be larger than the memory."""
+MAX_SHARE_OF_DISK = 0.9
+CACHE_GB = 50.0
+"""Default of the largest size of a split in the cache: 250,000 photos for models with images of 224 pixels."""
+Allocate = Callable[..., NDArray[np.uint8]]
+"""(number of images N, side S, channels=3) to an array (N, S, S, C) on disk; it may be larger than the memory."""
 Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
 """Allocates the images (once), fills them, and returns their labels and rows, int64 (N,); see `Split`."""
 
@@ -33,29 +39,93 @@ def cache_dir() -> Path:
     return expand_home(os.environ.get("PETUNE_CACHE") or Path(base) / "petune")
 
 
-def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0) -> Split:
+@dataclass(frozen=True)
+class Fallback:
+    """Reading of images that do not fit the cache.
+
+    Attributes:
+        read: Decodes the image of a row to the pixels that `Decode` puts there.
+        limit_gb: Largest size of the images of a split in the cache, in 10⁹ bytes.
+    """
+
+    read: ReadRow
+    limit_gb: float
+
+
+class _TooLarge(Exception):
+    """Images that do not fit the cache.
+
+    Attributes:
+        shape: Theirs.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.shape = shape
+
+
+def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallback: Fallback | None = None) -> Split:
     """Return the split that `decode` yields, decoded now or by an earlier run with the same key.
 
     Args:
         key: Everything that the pixels depend on: files with size and time, size of the images, format number.
         decode: See `Decode`.
         crop: See `Split`.
+        fallback: Reads images that do not fit the cache. `decode` then gets an array that keeps no pixels, so that
+            images are checked all the same, and only targets and rows are stored.
 
     Raises:
-        DataError: The cache directory is full or not writable.
+        DataError: The cache directory is full or not writable; or the images do not fit, and there is no fallback.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_dir() / "decoded" / digest
+    try:
+        return _cached(path, key, _Allocator(decode, fallback), crop)
+    except _TooLarge as error:
+        if fallback is None:
+            raise
+        checked = _cached(path.with_name(f"{digest}-targets"), key, _Allocator(decode, fallback, keep=False), crop)
+        return replace(checked, images=OnRequest(fallback.read, error.shape))
+
+
+def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split:
     existed = path.exists()
     split = _read(path, crop)
     if split is None:
         if existed:  # it is damaged; a directory that appeared since then was finished by another process
             shutil.rmtree(path, ignore_errors=True)
-        _write(path, key, decode)
+        _write(path, key, allocator)
         split = _read(path, crop)
     if split is None:
         raise DataError(f"cannot read back the cache {path} that was just written; {USE_ANOTHER_CACHE}")
     return split
+
+
+@dataclass(frozen=True)
+class _Allocator:
+    """Calls `decode` with room for its images.
+
+    Attributes:
+        keep: Store the pixels; else only targets and rows.
+    """
+
+    decode: Decode
+    fallback: Fallback | None
+    keep: bool = True
+
+    def fill(self, path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Write images.npy, and return targets and rows."""
+        return self.decode(lambda count, side, channels=3: self._allocate(path, (count, side, side, channels)))
+
+    def _allocate(self, path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        if not self.keep:
+            np.save(path, np.empty((shape[0], 0), np.uint8))
+            return scratch(shape)
+        if self.fallback is not None:
+            room = min(self.fallback.limit_gb * 1e9, MAX_SHARE_OF_DISK * shutil.disk_usage(path.parent).free)
+            if math.prod(shape) > room:
+                raise _TooLarge(shape)
+        return _allocate(path, shape)
 
 
 def file_key(path: Path) -> list[Any]:
@@ -74,14 +144,14 @@ def _read(path: Path, crop: float) -> Split | None:
     return Split(images, labels, rows, crop) if len(images) == len(labels) == len(rows) else None
 
 
-def _write(path: Path, key: dict[str, Any], decode: Decode) -> None:
+def _write(path: Path, key: dict[str, Any], allocator: _Allocator) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with (path.parent / LOCK_FILE).open("a") as lock:
             _remove_abandoned(path.parent, lock)
             temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".new-"))
             try:
-                _fill(temporary, key, decode)
+                _fill(temporary, key, allocator)
                 os.rename(temporary, path)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -90,8 +160,8 @@ def _write(path: Path, key: dict[str, Any], decode: Decode) -> None:
             raise DataError(f"cannot write the cache {path} ({error}); {USE_ANOTHER_CACHE}") from None
 
 
-def _fill(path: Path, key: dict[str, Any], decode: Decode) -> None:
-    labels, rows = decode(lambda count, side: _allocate(path / "images.npy", count, side))
+def _fill(path: Path, key: dict[str, Any], allocator: _Allocator) -> None:
+    labels, rows = allocator.fill(path / "images.npy")
     np.save(path / "labels.npy", labels)
     np.save(path / "rows.npy", rows)
     (path / "key.json").write_text(json.dumps(key, indent=1))
@@ -114,15 +184,15 @@ def _remove_abandoned(parent: Path, lock: IO[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def _allocate(path: Path, count: int, side: int) -> NDArray[np.uint8]:
-    need, free = count * side * side * 3, shutil.disk_usage(path.parent).free
+def _allocate(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
     # Check for a full disk now: writing to a memory-mapped file without space kills the process (SIGBUS).
     if need > free:
         raise DataError(
             f"not enough disk space for the decoded images in {path.parent.parent}: {need:,} bytes needed, {free:,} "
             f"free. Make room, or {USE_ANOTHER_CACHE}"
         )
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, side, side, 3))
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

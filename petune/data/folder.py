@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.base.text import plural
-from petune.data.cache import Allocate, cached_split
+from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
 from petune.data.dataset import TEST_FRACTION, Dataset, OnBroken, Split, Target
 from petune.data.find_images import size_and_time, unsupported_note
-from petune.data.images import decode_images
+from petune.data.images import decode_image, decode_images
 from petune.data.layout import ClassFiles, list_images
+from petune.data.on_request import on_request_note
 from petune.data.splits import left_out_note
 
 FORMAT = 3
@@ -29,7 +30,7 @@ MAX_BROKEN = 0.01
 BROKEN_LABEL = -1
 
 
-def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> Dataset:
+def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cache_gb: float = CACHE_GB) -> Dataset:
     """Load PATH/train/CLASS/*, PATH/val/CLASS/*, PATH/test/CLASS/*, or PATH/CLASS/*.
 
     Missing splits are cut from train. If there is only val/, it is used for testing, as in ImageNet. The test split
@@ -40,13 +41,14 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
         image_size: Side, in pixels, at which the images will be used; they are stored with a margin around it.
         on_broken: What to do with an image that cannot be decoded. `skip` leaves it out and names it in `source`; more
             than 1 % of a split is an error.
+        cache_gb: Splits whose decoded images are larger, in 10⁹ bytes, are decoded each time they are read.
 
     Raises:
         DataError: No images, fewer than two classes, an empty class, classes that differ between splits, or an image
             that cannot be decoded (with its path).
     """
     files, skipped = list_images(path)
-    decoder = _Decoder(path, math.ceil(image_size / CROP), on_broken == "skip")
+    decoder = _Decoder(path, math.ceil(image_size / CROP), on_broken == "skip", cache_gb)
     splits: dict[str, Split] = {}
     broken: list[Path] = []
     for part, classes in files.items():
@@ -60,6 +62,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error") -> D
         dataset.missing_classes_note("test"),
         unsupported_note(skipped),
         left_out_note(path),
+        on_request_note(splits),
     )
     for note in notes:
         dataset = dataset.with_note(note)
@@ -92,17 +95,20 @@ class _Decoder:
         root: The folder.
         side: Side of the stored images, in pixels.
         skip: Leave out images that cannot be decoded.
+        cache_gb: Largest size of the decoded images of a split in the cache, in 10⁹ bytes.
     """
 
     root: Path
     side: int
     skip: bool
+    cache_gb: float
 
     def decode(self, classes: ClassFiles) -> tuple[Split, list[Path]]:
         """Return a split, and the files that were left out."""
         paths = [image for images in classes.values() for image in images]
         labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
-        split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP)
+        fallback = Fallback(lambda row: decode_image(paths[row], self.side), self.cache_gb)
+        split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP, fallback)
         split = replace(split, names=np.array([str(path) for path in paths]))
         is_broken = split.targets == BROKEN_LABEL
         if not is_broken.any():

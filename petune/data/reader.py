@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from petune.base.config import Config
 from petune.base.plugins import set_config_class
+from petune.data.cache import CACHE_GB
 from petune.data.dataset import Dataset, OnBroken, Target
 from petune.data.manifest import Manifest
 
@@ -61,12 +62,14 @@ class ReadContext:
         data_dir: Directory of downloaded datasets; None if the user named none.
         on_broken: What to do with an image that cannot be decoded.
         channels: Channels that the backbone takes; None if it takes RGB.
+        cache_gb: Splits whose decoded images are larger, in 10⁹ bytes, are to be decoded each time they are read.
     """
 
     image_size: int = 224
     data_dir: Path | None = None
     on_broken: OnBroken = "error"
     channels: int | None = None
+    cache_gb: float = CACHE_GB
 
 
 @dataclass(frozen=True)

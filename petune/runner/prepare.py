@@ -176,7 +176,7 @@ def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], cont
 def prepare_data(config: RunConfig) -> Dataset:
     """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
     side = input_side(config.backbone, config.image_size, config.backbone_options)
-    dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken)
+    dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken, cache_gb=config.cache_gb)
     dataset = dataset.with_val(config.val_fraction, seed=0)
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)

@@ -10,6 +10,7 @@ from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
 from petune.data import OnBroken
+from petune.data.cache import CACHE_GB
 from petune.data.registry import DatasetText
 from petune.training.config import TrainConfig
 
@@ -37,6 +38,8 @@ class RunConfig(Config):
             first one.
         task: What to train for, with options if needed: `classification`, `count:power=2`. `auto` is the built-in task
             of the dataset's kind of targets.
+        cache_gb: Images are decoded once into the cache. A split whose decoded images are larger, in 10⁹ bytes, or that
+            does not fit the disk, is decoded in every epoch; the images are the same.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
         shots: Training images per class (few-shot); None keeps all.
         seed: Random seed of head, adapters, data order, augmentation and dropout. The val split does not depend on it.
@@ -60,6 +63,7 @@ class RunConfig(Config):
     drop_path: float = Field(0.0, ge=0, lt=1)
     on_broken: OnBroken = "error"
     task: str = "auto"
+    cache_gb: float = Field(CACHE_GB, ge=0, le=1e6)
     val_fraction: float = Field(0.1, gt=0, lt=1)
     shots: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)

@@ -13,8 +13,8 @@ from petune.runner.file_names import CONFIG_FILE, RESULT_FILE
 from petune.runner.migrations import read_config
 from petune.training.run_files import METRICS_FILE
 
-MAY_CHANGE = {"output", "resume", "train.eval_batch_size"}
-"""Keys that do not affect a result: the directory, and the evaluation batch size."""
+MAY_CHANGE = {"output", "resume", "cache_gb", "train.eval_batch_size"}
+"""Keys that do not affect a result: the directory, the size of the cache, and the evaluation batch size."""
 
 
 def write_config(run_dir: Path, config: Config, command: str) -> None:

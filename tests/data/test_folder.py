@@ -112,14 +112,6 @@ def test_a_broken_image_is_an_error_with_its_path(tmp_path: Path, cache: Path) -
     assert not list(cache.rglob("*.npy"))
 
 
-def test_a_full_disk_is_reported_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fill(tmp_path, {"cat": 5, "dog": 5})
-    real = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: real._replace(free=1000))
-    with pytest.raises(DataError, match=r"41,070 bytes needed, 1,000 free"):
-        load_folder(tmp_path, 32)
-
-
 def test_an_unwritable_cache_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _fill(tmp_path / "p", {"cat": 5, "dog": 5})
     (tmp_path / "file").touch()

@@ -1,0 +1,73 @@
+"""Images that are decoded each time they are read, for datasets that do not fit the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.data.dataset import Split
+from petune.data.images import num_threads
+
+ReadRow = Callable[[int], NDArray[np.uint8]]
+"""Decodes the image of a row, uint8 (S, S, C), to the same pixels each time; called from several threads."""
+
+
+@dataclass(frozen=True)
+class OnRequest:
+    """Images by row, decoded when they are read.
+
+    Attributes:
+        read: See `ReadRow`.
+        shape: (N, S, S, C).
+    """
+
+    read: ReadRow
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a pixel."""
+        return np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> NDArray[np.uint8]:
+        """Return the images of these rows, or of one row, decoded on all cores.
+
+        Raises:
+            DataError: An image changed since it was checked, and cannot be decoded.
+        """
+        chosen = np.arange(len(self))[rows]
+        if chosen.ndim == 0:
+            return self.read(int(chosen))
+        images = np.empty((len(chosen), *self.shape[1:]), np.uint8)
+        if len(chosen) == 1:  # a thread that prepares one image starts no others
+            images[0] = self.read(int(chosen[0]))
+            return images
+        with ThreadPoolExecutor(num_threads()) as pool:
+            for number, image in enumerate(pool.map(self.read, chosen.tolist())):
+                images[number] = image
+        return images
+
+
+def on_request_note(splits: Mapping[str, Split]) -> str:
+    """Describe the splits that are not cached; empty if all are.
+
+    Args:
+        splits: By name.
+    """
+    names = [name for name, split in splits.items() if isinstance(split.images, OnRequest)]
+    return f"{' and '.join(names)} decoded in every epoch, because of cache_gb or the free disk space" if names else ""
+
+
+def scratch(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return an array in which all images share their memory, to decode without keeping the pixels."""
+    one = np.empty(shape[1:], np.uint8)
+    return np.lib.stride_tricks.as_strided(one, shape, (0, *one.strides))
