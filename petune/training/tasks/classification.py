@@ -5,16 +5,19 @@ Legend: B batch, C classes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from petune.base.metric import Metric
 from petune.base.text import has_top5
+from petune.data.dataset import Split
 from petune.data.target import Target
-from petune.training.meter import TorchMeter
+from petune.training.class_weights import fit_class_weights
+from petune.training.confusion import ConfusionMeter
 from petune.training.task import Task, TaskConfig
 
 if TYPE_CHECKING:
@@ -22,44 +25,69 @@ if TYPE_CHECKING:
 
 TOP1 = Metric(name="top1", label="top-1", percent=True)
 TOP5 = Metric(name="top5", label="top-5", percent=True)
+MACRO_ACCURACY = Metric(name="macro_accuracy", label="macro accuracy", percent=True)
+MACRO_F1 = Metric(name="macro_f1", label="macro-F1", percent=True)
 
 
 class ClassificationConfig(TaskConfig):
-    """Options of classification."""
+    """Options of classification.
+
+    Attributes:
+        class_weights: Weight of each class in the loss: `none`; `inverse`, so that every class has the same total
+            weight; `effective`, which weighs by the effective number of images (Cui et al., 2019, arXiv 1901.05555);
+            or a table of names, `{cat: 3}`, where a class that is not named counts 1. All are scaled so that the mean
+            over the training images is 1, so the learning rate need not change.
+        beta: Of `effective`: 0 does not weigh, values near 1 come near `inverse`. 0.999 is one of the paper's, for
+            classes of hundreds to thousands of images.
+    """
+
+    class_weights: Literal["none", "inverse", "effective"] | dict[str, Annotated[float, Field(ge=0)]] = "none"
+    beta: float = Field(0.999, ge=0, lt=1)
 
 
 class Classification(Task[ClassificationConfig]):
-    """Cross-entropy; top-1 and top-5 accuracy. With fewer than five classes, top5 is the top-C accuracy."""
+    """Cross-entropy; top-1 and top-5 accuracy, macro accuracy and macro-F1.
+
+    With fewer than five classes, top5 is the top-C accuracy. The macro metrics are means over the classes with images.
+    """
 
     target_kind = "class"
-    metrics: tuple[Metric, ...] = (TOP1, TOP5)
+    metrics: tuple[Metric, ...] = (TOP1, TOP5, MACRO_ACCURACY, MACRO_F1)
     smooths_labels = True
+    _weight_C: Tensor | None = None
 
     def bind(self, target: Target, state: dict[str, Any]) -> None:
         """Set the targets and the state; top-5 is not shown where it is always 100 %."""
         super().bind(target, state)
-        self.metrics = (TOP1, TOP5) if has_top5(len(target.names)) else (TOP1,)
+        every = type(self).metrics
+        self.metrics = every if has_top5(len(target.names)) else tuple(m for m in every if m != TOP5)
+        weights = state.get("class_weights")
+        self._weight_C = None if weights is None else torch.tensor([weights[name] for name in target.names])
+
+    def fit(self, train: Split, target: Target) -> dict[str, Any]:
+        """Return the weight of each class by name, if classes are weighted.
+
+        Raises:
+            ConfigError: A table names an unknown class, or gives every training image the weight 0.
+            DataError: A class has no training images.
+        """
+        weights = fit_class_weights(self.config.class_weights, self.config.beta, train, target)
+        return {} if weights is None else {"class_weights": weights}
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the cross-entropy of each image, (B,).
+        """Return the cross-entropy of each image, (B,): -Σ_c w_c t_c log p_c, with smoothed or mixed targets t.
 
         Args:
             outputs: Logits (B, C).
             targets: Classes (B,), or probabilities (B, C) if they are mixed.
             label_smoothing: Probability that is spread over all classes.
         """
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=label_smoothing)
+        weight_C = None if self._weight_C is None else self._weight_C.to(outputs.device)
+        return F.cross_entropy(outputs, targets, weight_C, reduction="none", label_smoothing=label_smoothing)
 
-    def new_meter(self) -> TorchMeter:
-        """Return a meter of top-1 and top-5."""
-        from torchmetrics.classification import MulticlassAccuracy
-
-        num_classes = len(self.target.names)
-        accuracies = {
-            TOP1.name: MulticlassAccuracy(num_classes, average="micro"),
-            TOP5.name: MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-        }
-        return TorchMeter(accuracies, percent=accuracies)
+    def new_meter(self) -> ConfusionMeter:
+        """Return a meter of top-1, top-5 and the macro metrics."""
+        return ConfusionMeter(len(self.target.names))
 
     def mix(self, mixup: float, cutmix: float, label_smoothing: float) -> Mix:
         """Return timm's Mixup, which turns classes into probabilities (B, C)."""
