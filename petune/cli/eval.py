@@ -50,7 +50,7 @@ def evaluate(
     format: Format = "svg",
     json: Json = False,
 ) -> None:
-    """Evaluate a trained model: accuracy by class, confusion, calibration.
+    """Evaluate a trained model: recall and precision by class, confusion, calibration.
 
     Writes eval.json, a confusion matrix and a reliability diagram.
     """
@@ -97,5 +97,5 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     if len(rows) > MAX_CLASSES:
         rows = tuple(sorted(rows, key=lambda row: 101 if row.accuracy is None else row.accuracy))[:MAX_CLASSES]
         print_status(f"the {MAX_CLASSES} worst of {len(evaluation.classes)} classes; eval.json and --json have all")
-    print_table(COLUMNS, [[one_line(text) for text in row.cells()] for row in rows], right=COLUMNS[1:3])
+    print_table(COLUMNS, [[one_line(text) for text in row.cells()] for row in rows], right=COLUMNS[1:4])
     print_facts([(name, one_line(value)) for name, value in evaluation.facts()])

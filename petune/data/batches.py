@@ -18,6 +18,7 @@ from torch import Tensor
 
 from petune.base.text import plural
 from petune.data.augment import augment, augment_masks, epoch_order, image_seeds, random_draws
+from petune.data.balanced import balanced_order
 from petune.data.dataset import Split
 from petune.data.images import num_threads
 from petune.data.policy import ImagePolicy, policy_pixels
@@ -89,6 +90,7 @@ class TrainBatches:
         device: Device of the batches.
         even: See `batch_bounds`.
         ignore_index: Value of the pixels of a mask that no pixel of the image moves to.
+        balanced: Draw every class equally often, instead of every image once.
 
     Attributes:
         batch_size: Images of the largest batch.
@@ -105,8 +107,10 @@ class TrainBatches:
         *,
         even: bool = False,
         ignore_index: int = 255,
+        balanced: bool = False,
     ) -> None:
         self.split = split
+        self.balanced = balanced
         self.preprocess = preprocess
         self.augmentation = augmentation
         self.ignore_index = ignore_index
@@ -162,19 +166,28 @@ class TrainBatches:
         return prefetch(batches, self.device) if ahead and not positions_only else batches
 
     def _epoch(self, epoch: int, start: int, part: Callable[[int], slice], positions_only: bool) -> Iterator[Batch]:
-        order = epoch_order(self.seed, epoch, len(self.split))
+        order, number_of = self._order(epoch)
         numbers = (random_draws if self.policy is None else image_seeds)(self.seed, epoch, len(self.split))
         with ThreadPoolExecutor(num_threads()) as pool:
             for step in range(start, len(self)):
                 size = int(self.sizes[step])
-                positions = order[self.bounds[step] : self.bounds[step + 1]][part(size)]
+                chosen = slice(self.bounds[step], self.bounds[step + 1])
+                positions, own = order[chosen][part(size)], numbers[number_of[chosen][part(size)]]
                 if positions_only:
                     x, y = torch.from_numpy(positions), _targets(self.split, self.preprocess, positions, self.device)
                 elif self.policy is None:
-                    x, y = self._together(positions, numbers[positions])
+                    x, y = self._together(positions, own)
                 else:
-                    x, y = self._one_by_one(positions, numbers[positions], self.policy, pool)
+                    x, y = self._one_by_one(positions, own, self.policy, pool)
                 yield Batch(x, y, positions, size)
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the position of each image of an epoch, and which of the epoch's random numbers are the image's."""
+        if not self.balanced:
+            order = epoch_order(self.seed, epoch, len(self.split))
+            return order, order
+        # an image that comes twice is augmented in two ways
+        return balanced_order(self.seed, epoch, self.split.targets), np.arange(len(self.split))
 
     def _together(self, positions: NDArray[np.int64], draws: NDArray[Any]) -> tuple[Tensor, Tensor]:
         """Return images augmented by a preset that works on whole batches, on the device, and their targets."""

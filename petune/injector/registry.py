@@ -114,9 +114,10 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """
     from petune.base.yaml_values import parse_options
 
-    name, colon, options = text.rpartition(":")
-    if colon and "=" in options:
-        return name, parse_options(options)
+    before_value, equals, _ = text.partition("=")
+    name, colon, _ = before_value.rpartition(":")  # a value may hold a colon, as {cat: 3} does
+    if colon and equals:
+        return name, parse_options(text[len(name) + 1 :])
     return text, {}
 
 

@@ -88,6 +88,11 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
                 "mixup and cutmix do not go with weights of the images. Set both to 0, or drop the weights",
                 cli_hint="Drop --mixup and --cutmix",
             )
+    if config.sampling == "balanced" and task.target_kind != "class":
+        raise ConfigError(
+            f"sampling=balanced draws every class equally often, but the task {task.name} is for targets of kind "
+            f"{task.target_kind!r}. Use train.sampling=all"
+        )
     micro_batch = config.micro_batch_size
     if task.needs_whole_batch and (num_processes > 1 or (micro_batch and micro_batch < config.batch_size)):
         raise ConfigError(

@@ -16,6 +16,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16"]
 Schedule = Literal["cosine", "constant"]
 CacheFeatures = Literal["auto", "always", "never"]
 AUTO = "auto"
+Sampling = Literal["all", "balanced"]
 
 
 class TrainConfig(Config):
@@ -40,6 +41,9 @@ class TrainConfig(Config):
             as in most papers on ViTs.
         label_smoothing: Probability that is spread over all classes.
         mixup, cutmix: Alpha of timm's Mixup; 0 turns it off. With few epochs they help little, so they are off.
+        sampling: `all` shows every training image once in an epoch. `balanced` draws as many images, but every class
+            equally often: images of small classes come several times, each time augmented in another way. It replaces
+            class weights; with both, small classes count twice as much.
         choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. Of epochs with
             the same value, the one with the lowest loss is chosen, then the later one.
         augment: A preset (`none`, `shift`, `light`, `paddle_study`, `crop`, `randaug`, `trivial`, `augmix`, `color`) or
@@ -77,6 +81,7 @@ class TrainConfig(Config):
     mixup: float = Field(0.0, ge=0, le=10)
     cutmix: float = Field(0.0, ge=0, le=10)
     augment: str | list[StepConfig] = AUTO
+    sampling: Sampling = "all"
     choose: str | None = None
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"

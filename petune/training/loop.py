@@ -101,6 +101,7 @@ class Trainer:
             self.device,
             even=self.config.mixes,
             ignore_index=job.dataset.target.ignore_index,
+            balanced=self.config.sampling == "balanced",
         )
         self.batch_size = self.batches.batch_size
         self.total_steps = len(self.batches) * self.config.epochs

@@ -1,4 +1,4 @@
-"""Evaluate a trained model: accuracy by class, confusion matrix, calibration."""
+"""Evaluate a trained model: recall and precision by class, confusion matrix, calibration."""
 
 from petune.serving.evaluation.evaluate_run import evaluate, write_evaluation
 from petune.serving.evaluation.metrics import COLUMNS, Bin, ClassMetrics, Evaluation, compute_metrics

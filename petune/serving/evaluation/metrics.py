@@ -14,7 +14,7 @@ from petune.base.text import format_percent, has_top5, html_table
 
 NUM_BINS = 15
 """Bins of the calibration error, as in most papers since Guo et al., 2017 (1706.04599)."""
-COLUMNS = ("class", "images", "accuracy", "most often predicted as")
+COLUMNS = ("class", "images", "recall", "precision", "most often predicted as")
 
 
 class ClassMetrics(Config):
@@ -23,7 +23,8 @@ class ClassMetrics(Config):
     Attributes:
         name: The class.
         num_images: Images of the class.
-        accuracy: Percent of its images that were classified correctly; None without images.
+        accuracy: Percent of its images that were classified correctly, the recall; None without images.
+        precision: Percent of the images with this prediction that are of the class; None without such predictions.
         mistaken_for: The most frequent wrong prediction for its images; None if there is none.
         mistakes: Number of images with that prediction.
     """
@@ -33,11 +34,21 @@ class ClassMetrics(Config):
     accuracy: float | None
     mistaken_for: str | None
     mistakes: int
+    precision: float | None = None
 
-    def cells(self) -> tuple[str, str, str, str]:
+    @property
+    def f1(self) -> float | None:
+        """Harmonic mean of precision and recall, in percent; None without images."""
+        if self.accuracy is None:
+            return None
+        total = self.accuracy + (self.precision or 0)
+        return 2 * self.accuracy * (self.precision or 0) / total if total else 0.0
+
+    def cells(self) -> tuple[str, ...]:
         """Return the text of its row, in the order of `COLUMNS`."""
         mistaken = f"{self.mistaken_for} ({self.mistakes})" if self.mistaken_for is not None else "-"
-        return self.name, f"{self.num_images:,}", format_percent(self.accuracy), mistaken
+        percents = format_percent(self.accuracy), format_percent(self.precision)
+        return self.name, f"{self.num_images:,}", *percents, mistaken
 
 
 class Bin(Config):
@@ -56,7 +67,7 @@ class Evaluation(Config):
         dataset, split, source: What was evaluated on, and where it was read from.
         num_images: Number of images.
         top1, top5: Accuracy in percent; with fewer than five classes, top5 is 100.
-        balanced_accuracy: Mean of the accuracies of the classes, in percent.
+        balanced_accuracy, macro_f1: Means of recall and F1 over the classes with images, in percent.
         loss: Mean cross-entropy.
         calibration_error: Expected calibration error over `NUM_BINS` bins, in percent: the average gap between the
             probability of the predicted class and how often it is right.
@@ -80,6 +91,7 @@ class Evaluation(Config):
     confusion: tuple[tuple[int, ...], ...]
     bins: tuple[Bin, ...]
     precision: str
+    macro_f1: float | None = None
 
     def facts(self) -> list[tuple[str, str]]:
         """Return the main results as names and values."""
@@ -88,10 +100,16 @@ class Evaluation(Config):
             ("images", f"{self.num_images:,} of {self.dataset}, {self.split}"),
             ("top-1", format_percent(self.top1)),
             *([("top-5", format_percent(self.top5))] if has_top5(len(self.classes)) else ()),
-            ("balanced accuracy", format_percent(self.balanced_accuracy)),
+            ("macro accuracy", f"{format_percent(self.balanced_accuracy)}{self._counted()}"),
+            ("macro-F1", f"{format_percent(self.macro_f1)}{self._counted()}"),
             ("loss", f"{self.loss:.4f}"),
             ("calibration error", format_percent(self.calibration_error)),
         ]
+
+    def _counted(self) -> str:
+        """Say how many classes a mean is over, if some have no images."""
+        counted = sum(row.num_images > 0 for row in self.classes)
+        return "" if counted == len(self.classes) else f"  (over {counted} of {len(self.classes)} classes)"
 
     def _repr_html_(self) -> str:
         """Return tables for a notebook."""
@@ -113,6 +131,7 @@ def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str],
     confusion_CC = multiclass_confusion_matrix(logits_NC, labels_N, num_classes)
     per_class = tuple(_class_metrics(c, confusion_CC, classes) for c in range(num_classes))
     accuracies = [row.accuracy for row in per_class if row.accuracy is not None]
+    f1s = [row.f1 for row in per_class if row.f1 is not None]
 
     def accuracy(k: int) -> float:
         return 100 * float(multiclass_accuracy(logits_NC, labels_N, num_classes, average="micro", top_k=k))
@@ -123,6 +142,7 @@ def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str],
         top1=accuracy(1),
         top5=accuracy(min(5, num_classes)),
         balanced_accuracy=sum(accuracies) / len(accuracies),
+        macro_f1=sum(f1s) / len(f1s),
         loss=float(nn.functional.cross_entropy(logits_NC, labels_N)),
         calibration_error=calibration_error(bins),
         classes=per_class,
@@ -160,6 +180,7 @@ def _bin(confidence_N: Tensor, correct_N: Tensor) -> Bin:
 def _class_metrics(c: int, confusion_CC: Tensor, classes: Sequence[str]) -> ClassMetrics:
     mistakes_C = confusion_CC[c].clone()
     num_images, correct = int(mistakes_C.sum()), int(mistakes_C[c])
+    predicted = int(confusion_CC[:, c].sum())
     mistakes_C[c] = 0
     most_frequent = int(mistakes_C.argmax())
     mistakes = int(mistakes_C[most_frequent])
@@ -169,4 +190,5 @@ def _class_metrics(c: int, confusion_CC: Tensor, classes: Sequence[str]) -> Clas
         accuracy=100 * correct / num_images if num_images else None,
         mistaken_for=classes[most_frequent] if mistakes else None,
         mistakes=mistakes,
+        precision=100 * correct / predicted if predicted else None,
     )

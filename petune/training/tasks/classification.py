@@ -41,7 +41,7 @@ class ClassificationConfig(TaskConfig):
             classes of hundreds to thousands of images.
     """
 
-    class_weights: Literal["none", "inverse", "effective"] | dict[str, Annotated[float, Field(ge=0)]] = "none"
+    class_weights: Literal["none", "inverse", "effective"] | dict[str, Annotated[float, Field(ge=0, le=1e6)]] = "none"
     beta: float = Field(0.999, ge=0, lt=1)
 
 
