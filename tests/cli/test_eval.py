@@ -72,7 +72,7 @@ def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:
     done = petune("eval", "run", "--device", "cpu", "--format", "png")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0].replace(" ", "") == "|class|images|accuracy|mostoftenpredictedas|"
+    assert lines[0].replace(" ", "") == "|class|images|recall|precision|mostoftenpredictedas|"
     assert [line.split("|")[1].strip() for line in lines[2:12]] == [str(digit) for digit in range(10)]
     assert "calibration error" in done.out
     assert (tmp_path / "run" / "eval-test" / "confusion.png").read_bytes().startswith(b"\x89PNG")
@@ -167,6 +167,9 @@ def test_calibration_computed_by_hand() -> None:
     assert 100 * sum(weights) == pytest.approx(evaluation.calibration_error, abs=1e-4)
     assert (evaluation.top1, evaluation.top5, evaluation.balanced_accuracy) == pytest.approx((400 / 6, 100.0, 50.0))
     assert evaluation.confusion == ((4, 0), (2, 0))
+    assert [row.precision for row in evaluation.classes] == [pytest.approx(400 / 6), None]
+    assert [row.f1 for row in evaluation.classes] == [pytest.approx(80), 0]
+    assert evaluation.macro_f1 == pytest.approx(40)
     assert (evaluation.classes[1].mistaken_for, evaluation.classes[1].mistakes, evaluation.classes[1].accuracy) == (
         "a",
         2,
