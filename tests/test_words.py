@@ -17,7 +17,7 @@ NAMES = {
     *("picture", "pictures", "began", "held", "claimed", "hold_config", "free_path", "ledger", "claim"),
     *("bequeath", "beneath", "behaviour", "moved_by", "adopt", "wake", "unread", "linears", "readers", "passage"),
     *("stepped", "identity_at_start", "pack", "savings", "heap", "passing", "leg", "thought", "foreign"),
-    *("led", "in_turn", "agree", "tasks", "extra_loss", "train_per_class", "trust_code", "at_once"),
+    *("led", "in_turn", "agree", "extra_loss", "train_per_class", "trust_code", "at_once"),
 }
 TEXTS = re.compile(
     r"\bpictures?\b|\bledger\b|\bbequeath|\bbehaviour\b|--(over|at-once|trust-code|track|train-per-class)(?![\w-])"

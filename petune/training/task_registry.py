@@ -170,17 +170,17 @@ def restore_task(metadata: Mapping[str, Any]) -> Task[Any]:
         UnknownName, PluginError: The task's package is not installed, or cannot be loaded.
         ConfigError: It has other options now.
     """
-    recorded = metadata.get("task") or {
+    record = metadata.get("task") or {
         "name": "classification",
         "options": {},
         "state": {},
         "target": {"kind": "class", "names": metadata["classes"]},
     }
-    cls = load_task(recorded["name"])
-    config = cls.Config.build(recorded["options"], f"the options of {recorded['name']}")
-    with plugin_errors(TASKS, recorded["name"], cls, "was made"):
+    cls = load_task(record["name"])
+    config = cls.Config.build(record["options"], f"the options of {record['name']}")
+    with plugin_errors(TASKS, record["name"], cls, "was made"):
         task = cls(config)
-    task.name = recorded["name"]
-    target = recorded["target"]
-    task.bind(Target(**{**target, "names": tuple(target["names"])}), recorded["state"])
+    task.name = record["name"]
+    target = record["target"]
+    task.bind(Target(**{**target, "names": tuple(target["names"])}), record["state"])
     return task
