@@ -27,7 +27,7 @@ SLOW = {
     "training/speed/test_speedups.py", "training/test_memory.py", "training/test_resume.py", "tuners/test_adalora.py",
     "tuners/test_merging.py", "tuners/test_parity.py", "tuners/test_peft.py", "tuners/test_peft_harness.py",
     "tuners/test_peft_stacked.py",
-    "tuners/test_several.py", "tuners/test_transforms.py",
+    "training/tasks/test_task_runs.py", "tuners/test_several.py", "tuners/test_transforms.py",
 }  # fmt: skip
 """Files that train, start processes, or go through many models; `make quick` leaves them out."""
 BROWSER = {"serving/test_demo.py"}

@@ -12,6 +12,7 @@ from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
 from petune.runner.run_adapter import InitialValues, read_run_adapter, user_code_of
+from petune.training.task_registry import restore_task
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
         arguments |= {"seed": initial.seed, "initial_classes": initial.num_classes}
         name = recorded["name"]
         source = weights or recorded.get("weights_option", "default")
+        num_outputs = restore_task(metadata).num_outputs()
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
     try:
-        return create_backbone(name, weights=source, num_classes=len(metadata["classes"]), **arguments)
+        return create_backbone(name, weights=source, num_classes=num_outputs, **arguments)
     except WeightsUnavailable as error:
         if weights is not None:
             raise

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from petune.base.entry_points import OWN, PluginKind, registered_plugins, state_of
 from petune.base.errors import ConfigError
 from petune.base.plugins import load_plugin, plugin_errors
+from petune.base.yaml_values import parse_options
 from petune.data.target import Target, TargetKind
-from petune.injector.registry import parse_method
 
 if TYPE_CHECKING:
     from petune.data.dataset import Dataset
@@ -89,9 +89,9 @@ def build_task(text: str) -> Task[Any]:
         UnknownName, PluginError: See `load_task`.
         ConfigError: An option is unknown or wrong.
     """
-    name, options = parse_method(text)
+    name, _, options = text.partition(":")
     cls = load_task(name)
-    config = cls.Config.build(options, f"the options of {name}")
+    config = cls.Config.build(parse_options(options), f"the options of {name}")
     with plugin_errors(TASKS, name, cls, "was made"):
         task = cls(config)
     task.name = name

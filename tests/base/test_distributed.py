@@ -27,13 +27,17 @@ from petune.base.distributed import SINGLE_PROCESS, Group, init_group, is_main_p
 from petune.base.errors import ConfigError, DataError, Stopped, UnknownName
 from petune.cli.main import main
 from petune.runner.result import RunResult
+from petune.runner.run_adapter import read_run_adapter
+from tests.fake_plugin import Fake, fake
 from tests.sampling import sampled
 
+__all__ = ["fake"]
 TINY = (
     "--backbone=vit_nano", "--weights=none", "--set=backbone_options.depth=2", "--set=backbone_options.embed_dim=48",
     "--dataset=digits", "--shots=20", "--epochs=2", "--batch-size=15", "--device=cpu", "--precision=fp32",
     "--set=train.log_every=1", "--set=train.eval_batch_size=50",
 )  # fmt: skip
+WITHOUT_DATASET = tuple(word for word in TINY if not word.startswith(("--dataset", "--shots")))
 LINES = 24 + 2  # of metrics.jsonl: a step each, an epoch each
 PRELOAD = ["petune.runner.run", "petune.runner.compare", "petune.cli.main", "timm", "sklearn.datasets", "torchmetrics"]
 Prelude = Callable[[int], None]
@@ -180,6 +184,39 @@ def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several
     assert RunResult.read(tmp_path / "two").provenance["num_processes"] == 2
     assert "top-1 on test" in several.said(0, "out")
     assert several.said(1) == several.said(1, "out") == ""
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    sampled(
+        [
+            ("labels", ()),
+            ("numbers", ()),
+            ("labels", ("--mixup=0.4", "--batch-size=16")),
+            ("numbers", ("--mixup=0.4", "--batch-size=16")),
+        ],
+        ("labels", ("--mixup=0.4", "--batch-size=16")).__eq__,
+    ),
+)
+def test_two_processes_train_and_evaluate_other_tasks_as_one(
+    targets: str, words: tuple[str, ...], fake: Fake, several: Several, tmp_path: Path
+) -> None:
+    fake("petune-fake", {"quadrants": "tests.quadrants:Quadrants"}, group="petune.datasets")
+    words = (
+        "run",
+        "--method=adaptformer:dropout=0",
+        *WITHOUT_DATASET,
+        f"--dataset=quadrants,targets={targets}",
+        *words,
+    )
+    assert several.finish(1, *words, "--output", tmp_path / "one") == [0]
+    assert several.finish(2, *words, "--output", tmp_path / "two") == [0, 0]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    one, two = RunResult.read(tmp_path / "one"), RunResult.read(tmp_path / "two")
+    assert two.metrics == pytest.approx(one.metrics, abs=1e-4)
+    states = [read_run_adapter(tmp_path / n).config["metadata"]["task"]["state"] for n in ("one", "two")]
+    for key, value in states[0].items():
+        assert states[1][key] == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.exhaustive
