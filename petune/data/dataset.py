@@ -124,6 +124,8 @@ class Dataset:
         augment: The augmentation preset that suits these images.
         train, val, test: The splits; `val` is empty until `with_val` has cut one.
         license, citation: Of the images, where they are known.
+        refit: The protocol of the dataset trains again on train and val when val has chosen; see `final_fit`.
+        may_lack_classes: The names of the classes come with the dataset, so that some may have no training image.
     """
 
     name: str
@@ -135,6 +137,8 @@ class Dataset:
     test: Split
     license: str = ""
     citation: str = ""
+    refit: bool = False
+    may_lack_classes: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -159,7 +163,7 @@ class Dataset:
             _check_lengths(split, f"{self.name}/{part}")
             self.target.check(split.targets, f"{self.name}/{part}")
         empty = self.target.absent(self.train.targets)
-        if empty:
+        if empty and not self.may_lack_classes:
             raise DataError(f"{self.name} has no training images for {', '.join(empty[:5])}")
         if not len(self.train):
             raise DataError(f"{self.name} has no training images")

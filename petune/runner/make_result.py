@@ -51,6 +51,7 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         "precision": fit.precision,
         "micro_batch_size": fit.micro_batch_size,
         "num_processes": fit.num_processes,
+        **({"final_fit": "train+val"} if trained.trained_again else {}),
         **({"continued_from": history(start)} if start else {}),
     }
     return RunResult(

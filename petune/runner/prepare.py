@@ -15,6 +15,7 @@ from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess, load_dataset
+from petune.data.merge import merge_val
 from petune.data.policy import check_augment
 from petune.data.preprocess import GRAY_WEIGHTS
 from petune.data.steps import check_images
@@ -97,6 +98,7 @@ def prepare(
     *,
     keep_head: bool = False,
     statistics: Statistics | None = None,
+    with_val: bool = False,
 ) -> Prepared:
     """Read the images, build the backbone with its weights and attach the method. A signal interrupts this at once.
 
@@ -107,12 +109,15 @@ def prepare(
         context: The run directory, and the processes.
         keep_head: Keep the classifier of the weights where it has the dataset's classes.
         statistics: Normalize images by these; None takes the backbone's, or else measures the training split.
+        with_val: Train on val too.
     """
     git_state()  # of the code that trains, whatever is committed meanwhile
     group = context.group
     with context.stop.immediately(group):
         device = group.device(choose_device(config.device))
         dataset = group.main_first(lambda: prepare_data(config))
+        if with_val:
+            dataset = merge_val(dataset)
         task = fitted_task(config.task, dataset)
         task.new_meter()  # its imports may take seconds, which are spent before there is anything to lose
         train = complete_options(config.train, recipe, dataset)

@@ -117,13 +117,14 @@ class RunResult(Config):
         of_all = format_percent(self.percent_of_total, 3)
         of_backbone = format_percent(self.percent_of_backbone, 3)
         share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
+        again = "; then trained again on train and val" if "final_fit" in self.provenance else ""
         return [
             ("method", self.method),
             *([("continued from", self.from_run)] if self.from_run else ()),
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}"),
             *((f"{m.label} on test", m.text(self.metrics.get(m.name))) for m in shown_metrics(self.metric_info)),
-            (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs})"),
+            (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs}{again})"),
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),

@@ -20,6 +20,7 @@ from petune.injector.tuner import Recipe, Tuner
 from petune.runner.adapter_metadata import save_adapter
 from petune.runner.continued import complete_from_run
 from petune.runner.directory_kind import check_kind
+from petune.runner.final_fit import Chosen, has_final_fit, make_final_dir
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, Statistics, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
@@ -105,7 +106,12 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
         finished = group.broadcast(lambda: RunResult.read(run_dir) if RunResult.exists(run_dir) else None)
         if finished is not None:
             return finished
-        trained = train(config, procedure, RunContext(run_dir, stop, watch, group))
+        context = RunContext(run_dir, stop, watch, group)
+        trained = train(config, procedure, context)
+        if procedure.keep == "best" and has_final_fit(config, trained.ready.dataset):
+            chosen = Chosen(trained.fit, trained.ready.task.state)
+            del trained  # both models need not fit into memory
+            trained = train(config, procedure, context, chosen)
         measured = measure(trained)
 
         def save() -> RunResult:
@@ -126,8 +132,16 @@ def check_task_of_dataset(config: RunConfig) -> None:
     choose_metrics(task_for(config.task, target, config.dataset), config.train.choose)
 
 
-def train(config: RunConfig, procedure: Procedure, context: RunContext) -> Trained:
-    """Train in an open run directory, from its newest checkpoint if there is one. The test split is not read."""
+def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: Chosen | None = None) -> Trained:
+    """Train in an open run directory, from its newest checkpoint if there is one. The test split is not read.
+
+    Args:
+        config, procedure, context: The run.
+        chosen: What val chose in a first training, for the second one, on train and val; see `final_fit`.
+    """
+    run_dir = context.run_dir
+    if chosen is not None:
+        context = make_final_dir(context)
     ready = prepare(
         config,
         procedure.tuner,
@@ -135,7 +149,10 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext) -> Train
         context,
         keep_head=procedure.keep_head,
         statistics=procedure.statistics,
+        with_val=chosen is not None,
     )
+    if chosen is not None:
+        context.note(chosen.note(ready.dataset))
     counts = ready.attachment.counts
     if procedure.trains_all:
         check_all_trains(counts.total - counts.trainable, config.method)
@@ -149,12 +166,17 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext) -> Train
         device=ready.device,
         directory=context.run_dir,
         seed=config.seed,
-        keep=procedure.keep,
+        keep=procedure.keep if chosen is None else "last",
+        last_epoch=None if chosen is None else chosen.fit.epoch,
     )
     group = context.group
     trainer = Trainer(job, stop=context.stop, on_event=context.watch, group=group, peak_bytes=ready.memory.bytes)
     context.note(trainer.batches.note())
-    return Trained(ready, trainer, trainer.fit())
+    fitted = ready.task.state
+    fit = trainer.fit()
+    if chosen is not None:
+        fit = chosen.finish(fit, ready.task, fitted)
+    return Trained(ready, trainer, fit, run_dir, trained_again=chosen is not None)
 
 
 def describe_counts(counts: Counts) -> str:

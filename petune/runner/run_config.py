@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -41,6 +41,8 @@ class RunConfig(Config):
         cache_gb: Images are decoded once into the cache. A split whose decoded images are larger, in 10⁹ bytes, or that
             does not fit the disk, is decoded in every epoch; the images are the same.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
+        final_fit: `train+val` trains again on train and val, up to the epoch that val chose, and tests that model; see
+            `petune.runner.final_fit`. `auto` does so where it is the dataset's protocol (`vtab:NAME`), `none` never.
         shots: Training images per class (few-shot); None keeps all.
         seed: Random seed of head, adapters, data order, augmentation and dropout. The val split does not depend on it.
         device: `auto` takes a GPU if there is one; otherwise a name of torch's: `cpu`, `cuda:1`, `mps`.
@@ -65,6 +67,7 @@ class RunConfig(Config):
     task: str = "auto"
     cache_gb: float = Field(CACHE_GB, ge=0, le=1e6)
     val_fraction: float = Field(0.1, gt=0, lt=1)
+    final_fit: Literal["auto", "none", "train+val"] = "auto"
     shots: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     device: str = "auto"

@@ -19,18 +19,17 @@ class Trained:
         ready: What was trained: configuration, dataset, backbone, attachment.
         trainer: Evaluates further splits.
         fit: What training measured.
+        run_dir: The run directory.
+        trained_again: The model trained again on train and val.
     """
 
     ready: Prepared
     trainer: Trainer
     fit: FitResult
+    run_dir: Path
+    trained_again: bool = False
 
     @property
     def metric_info(self) -> tuple[Metric, ...]:
         """Names and display of the metrics; the first one chose the epoch."""
         return self.trainer.metrics
-
-    @property
-    def run_dir(self) -> Path:
-        """The run directory."""
-        return self.trainer.job.directory

@@ -29,6 +29,7 @@ class TrainJob:
         directory: The run directory; `metrics.jsonl` and `checkpoints/` are written here.
         seed: Of order, augmentation, mixup and dropout.
         keep: `best` keeps the epoch that is the best on val, `last` the last one.
+        last_epoch: End after this epoch, whatever is left of the schedule; None trains all epochs of `config`.
     """
 
     attachment: Attachment
@@ -40,3 +41,9 @@ class TrainJob:
     directory: Path
     seed: int = 0
     keep: Literal["best", "last"] = "best"
+    last_epoch: int | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs to train."""
+        return self.last_epoch or self.config.epochs

@@ -144,7 +144,7 @@ class Trainer:
         start -= self.progress.time_s
         with self.speedups():
             self.saved_at = time.perf_counter()
-            while self.progress.epoch < self.config.epochs:
+            while self.progress.epoch < self.job.epochs:
                 self._train_epoch(start)
                 self._end_epoch()
                 self.progress.time_s = time.perf_counter() - start
@@ -235,7 +235,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         p, config = self.progress, self.config
         row = {"epoch": p.epoch + 1, "train_loss": p.loss_sum / max(1, p.batch)}
-        is_due = (p.epoch + 1) % config.val_every == 0 or p.epoch + 1 == config.epochs
+        is_due = (p.epoch + 1) % config.val_every == 0 or p.epoch + 1 == self.job.epochs
         if len(self.job.dataset.val) and is_due:
             val = self._validate()
             row |= {"val_loss": val.loss, **{f"val_{name}": value for name, value in val.values.items()}}
@@ -245,7 +245,7 @@ class Trainer:
         p.epoch += 1
         p.batch = 0
         p.loss_sum = 0.0
-        self.on_event(EpochEnded(p.epoch, config.epochs, row, self.state.metric))
+        self.on_event(EpochEnded(p.epoch, self.job.epochs, row, self.state.metric))
 
     def _validate(self) -> SplitMetrics:
         try:
@@ -276,7 +276,7 @@ class Trainer:
         context = StepContext(
             job=self.job,
             precision=self.precision,
-            epochs_left=self.config.epochs - self.progress.epoch,
+            epochs_left=self.job.epochs - self.progress.epoch,
             num_processes=self.group.size,
             sharded=self.sharded,
             stop=self.stop,

@@ -34,6 +34,12 @@ DATASETS = [
         "its files in data_dir, or a download",
         "-",
     ],
+    [
+        "vtab:NAME",
+        "1,000 training images in VTAB-1k's layout: train800.txt, val200.txt, test.txt",
+        "DATA_DIR/NAME, DATA_DIR/vtab-1k/NAME or a path",
+        "-",
+    ],
 ]
 BUILT_IN = ["adaptformer", "full", "linear", "vpt"]
 

@@ -1,0 +1,78 @@
+"""The final fit: when val has chosen the epoch, train again on train and val up to that epoch, and test that model.
+
+This is the protocol of VTAB (Zhai et al., 2019, arXiv:1910.04867), whose 1,000 training images are divided into
+train800 and val200 to choose, and used together to train what is tested. What val chooses in a run is the epoch, and a
+task's thresholds if it has any. Everything else is the same in both trainings: initial values, seed, learning rate and
+its schedule over all epochs of the configuration, of which the second training runs the chosen number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from petune.base.errors import ConfigError
+from petune.base.text import plural
+from petune.data.dataset import Dataset
+from petune.runner.prepare import RunContext
+from petune.runner.run_config import RunConfig
+from petune.training.progress import FitResult
+from petune.training.task import Task
+
+FINAL_FIT_DIR = "final_fit"
+"""Folder in a run directory with the metrics and checkpoints of the second training."""
+
+
+def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:
+    """Return True if a run trains again on train and val: it is configured, or the dataset's protocol.
+
+    Args:
+        config: The run.
+        dataset: With its val split.
+
+    Raises:
+        ConfigError: The run is few-shot, which val would end.
+    """
+    if config.final_fit == "train+val" and config.shots is not None:
+        raise ConfigError("final_fit='train+val' adds all of val to the few images of shots. Leave one of them out")
+    wanted = config.final_fit == "train+val" or (config.final_fit == "auto" and dataset.refit)
+    return wanted and config.shots is None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Choices of a first training.
+
+    Attributes:
+        fit: Its result.
+        state: Of its task, with what was calibrated on val.
+    """
+
+    fit: FitResult
+    state: dict[str, Any]
+
+    def note(self, dataset: Dataset) -> str:
+        """Return the sentence that a run shows before its second training, on this dataset."""
+        return (
+            f"val chose epoch {self.fit.epoch} of {len(self.fit.epochs)}; the model that is tested trains again, on "
+            f"the {plural(len(dataset.train), 'image')} of train and val, up to that epoch"
+        )
+
+    def finish(self, final: FitResult, task: Task[Any], fitted: dict[str, Any]) -> FitResult:
+        """Give a task what was calibrated on val, and return the result of both trainings.
+
+        Args:
+            final: The result of the second training.
+            task: Of the second training.
+            fitted: Its state before that.
+        """
+        task.bind(task.target, {**task.state, **{k: value for k, value in self.state.items() if k not in fitted}})
+        first = self.fit
+        return replace(final, epoch=first.epoch, val=first.val, epochs=first.epochs, time_s=first.time_s + final.time_s)
+
+
+def make_final_dir(context: RunContext) -> RunContext:
+    """Return the context of the second training, whose files are in a folder of the run directory."""
+    directory = context.run_dir / FINAL_FIT_DIR
+    context.group.broadcast(lambda: directory.mkdir(exist_ok=True))
+    return replace(context, run_dir=directory)
