@@ -45,6 +45,12 @@ def file_entry(images: Sequence[Path], folder: Path) -> str:
     return f"{len(images)} {digest(files)}"
 
 
+def file_digest(path: Path) -> str:
+    """Return a short digest of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def digest(value: Any) -> str:
     """Return a short digest of JSON data."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""The dataset `table:FILE`: a CSV, TSV, Parquet or JSON lines file with a row for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from petune.base.config import UserPath, expand_home
+from petune.base.errors import DataError, UsageError
+from petune.data.dataset import Dataset, Target
+from petune.data.manifest import Manifest
+from petune.data.reader import DatasetReader, LabeledFiles, ReadContext
+from petune.data.tables.assemble import load_plan
+from petune.data.tables.options import ColumnOptions
+from petune.data.tables.parquet import ParquetTable
+from petune.data.tables.plan import Plan
+from petune.data.tables.table import Table
+from petune.data.tables.text import read_delimited, read_json_lines
+
+READERS: dict[str, Callable[[Path, Path], Table]] = {
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
+    ".jsonl": read_json_lines,
+    ".parquet": ParquetTable,
+}
+
+
+class TableConfig(ColumnOptions):
+    """Options of a table: its columns, and the folder of the images.
+
+    Attributes:
+        images: Folder that paths of images and masks are relative to; by default that of the table.
+    """
+
+    images: UserPath | None = Field(default=None)
+
+
+class TableReader(DatasetReader[TableConfig]):
+    """A table with a row for each image."""
+
+    about = "a CSV, TSV, Parquet or JSON lines file: images, and classes, labels, numbers or masks"
+    argument = "FILE"
+
+    @property
+    def path(self) -> Path:
+        """The file, with `~` expanded."""
+        return expand_home(self.argument_value)
+
+    def load(self, context: ReadContext) -> Dataset:
+        """Decode the images once into the cache; see `petune.data.tables`."""
+        return load_plan(self._plan(), f"{self.name or 'table'}:{self.argument_value}", context)
+
+    def target(self, context: ReadContext) -> Target:
+        """Return kind and names of the targets; only masks without named classes are decoded for it.
+
+        Raises:
+            DataError: The file does not exist or cannot be read, or its columns are wrong.
+        """
+        return self._plan().target
+
+    def find(self, data_dir: Path | None) -> str | None:
+        """Return the file, if it exists."""
+        return str(self.path) if self.path.is_file() else None
+
+    def manifest(self, data_dir: Path | None) -> Manifest:
+        """Return targets, names and sizes of the images by split and class; empty if the file does not exist here.
+
+        Raises:
+            DataError: As for `target`, or an image is missing.
+        """
+        return self._plan().manifest() if self.path.is_file() else {}
+
+    def labeled_files(self, part: str) -> LabeledFiles | None:
+        """Return the images of `test` or `val`, or of all rows if the table has no splits; None if they are no files.
+
+        Raises:
+            UsageError: The table has splits, but not this one.
+        """
+        plan = self._plan()
+        if plan.images.files is None or plan.columns.kind == "mask":
+            return None
+        parts = dict(plan.parts)
+        if "val" in parts:
+            parts.setdefault("test", parts["val"])
+        if plan.has_splits and part not in parts:
+            raise UsageError(
+                f"{self.path} has no {part} split; it has {' and '.join(parts)}", cli_hint="Choose one with --split"
+            )
+        rows = parts[part] if plan.has_splits else np.arange(len(plan.table))
+        files = [plan.images.files[row] for row in rows.tolist()]
+        split = part if plan.has_splits else "all"
+        return LabeledFiles(split, files, plan.encoded.target, plan.encoded.targets[rows], plan.encoded.note)
+
+    def _plan(self) -> Plan:
+        return Plan.of(self._table(), self.config)
+
+    def _table(self) -> Table:
+        if not self.path.exists():
+            raise DataError(f"no such file: {self.path}")
+        read = READERS.get(self.path.suffix.lower())
+        if read is None or self.path.is_dir():
+            raise DataError(f"{self.path} is no table. table:FILE takes {', '.join(READERS)}")
+        folder = self.config.images or self.path.parent
+        if not folder.is_dir():
+            raise DataError(f"no such folder of images: {folder}")
+        return read(self.path, folder)

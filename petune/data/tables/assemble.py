@@ -1,0 +1,220 @@
+"""Make a dataset of a table: decode its images and masks into the cache, and cut the splits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.base.errors import DataError
+from petune.base.text import plural
+from petune.data.cache import Allocate, cached_split
+from petune.data.dataset import TEST_FRACTION, Dataset, Split, Target
+from petune.data.find_images import size_and_time
+from petune.data.folder import BROKEN_LABEL, CROP, MAX_BROKEN
+from petune.data.reader import ReadContext
+from petune.data.tables.contents import ImageColumn, decode_column, unlisted_images
+from petune.data.tables.masks import decode_masks
+from petune.data.tables.plan import Plan
+from petune.data.tables.table import listed
+
+FORMAT = 1
+"""Raised when the same contents are decoded to other pixels, so that decoded caches are rebuilt."""
+Rows = NDArray[np.int64]
+
+
+def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
+    """Load a dataset.
+
+    Args:
+        plan: The table and its columns.
+        name: The dataset as it is written on the command line.
+        context: See `ReadContext`.
+
+    Raises:
+        DataError: A file is missing, an image is broken, a mask does not fit.
+    """
+    files = plan.images.files
+    loader = _Loader(plan, math.ceil(context.image_size / CROP), context.on_broken == "skip")
+    images = loader.images()
+    if plan.columns.kind == "mask":
+        masks, target = loader.masks()
+        samples = _Samples(plan, target, masks.images[..., 0], images)
+        broken = np.union1d(_broken(images), _broken_masks(masks))
+    else:
+        samples = _Samples(plan, plan.encoded.target, plan.encoded.targets, images)
+        broken = _broken(images)
+    dataset = samples.dataset(name, broken)
+    notes = (
+        plan.note,
+        "" if plan.columns.kind == "mask" else plan.encoded.note,
+        samples.broken_note(broken),
+        samples.copies_note(),
+        dataset.missing_classes_note("test"),
+        "" if files is None else _unlisted_note(plan, files),
+    )
+    for note in notes:
+        dataset = dataset.with_note(note)
+    return dataset
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Decodes the columns of one table.
+
+    Attributes:
+        plan: The table.
+        side: Side of the stored images, in pixels.
+        skip: Leave out images that cannot be decoded.
+    """
+
+    plan: Plan
+    side: int
+    skip: bool
+
+    def images(self) -> Split:
+        """Return all images; targets are 0, or `BROKEN_LABEL` where one cannot be decoded."""
+        return cached_split(self._key(self.plan.images, {}), self._fill_images, CROP)
+
+    def masks(self) -> tuple[Split, Target]:
+        """Return all masks as images of one channel, and the classes."""
+        codes = self.plan.codes
+        key = self._key(self.plan.masks, {"codes": codes.class_256.tolist(), "images": self.plan.images.name})
+        split = cached_split(key, self._fill_masks, CROP)
+        names = codes.found_names(split.targets[split.rows == 0], self.plan.table.title)
+        return split, Target("mask", names)
+
+    def _key(self, column: ImageColumn, more: dict[str, Any]) -> dict[str, Any]:
+        paths = column.files
+        table = self.plan.table
+        contents = table.version() if paths is None else [[str(path), *size_and_time(path)] for path in paths]
+        key = {"format": FORMAT, "contents": contents, "side": self.side, "skip": self.skip, **more}
+        return key if paths is not None else {**key, "column": column.name, "first": column.channels_first}
+
+    def _fill_images(self, allocate: Allocate) -> tuple[Rows, Rows]:
+        out = allocate(len(self.plan.table), self.side)
+        decoded = decode_column(self.plan.images, out, skip=self.skip)
+        self._check_number(decoded.broken)
+        labels = np.zeros(len(out), np.int64)
+        labels[list(decoded.broken)] = BROKEN_LABEL
+        return labels, decoded.rows
+
+    def _fill_masks(self, allocate: Allocate) -> tuple[Rows, Rows]:
+        """Return the range of classes in each mask, and 1 for each that cannot be decoded."""
+        out = allocate(len(self.plan.table), self.side, 1)
+        ranges, broken = decode_masks(self.plan.masks, self.plan.images, self.plan.codes, out[..., 0])
+        if broken and not self.skip:
+            raise DataError(f"{broken[min(broken)]}. Repair or remove it, or skip it with on_broken='skip'")
+        self._check_number(broken)
+        return ranges, np.isin(np.arange(len(out)), list(broken)).astype(np.int64)
+
+    def _check_number(self, broken: dict[int, str]) -> None:
+        if len(broken) > MAX_BROKEN * len(self.plan.table):
+            raise DataError(
+                f"broken images: {len(broken)} of {len(self.plan.table)}, more than the {MAX_BROKEN:.0%} that may be "
+                f"skipped. The first: {broken[min(broken)]}"
+            )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """All rows of a table with decoded images.
+
+    Attributes:
+        plan: The table.
+        target: Kind and names of the targets.
+        targets: One per row; masks (N, S, S).
+        images: All images; `rows` are those of the first copy.
+    """
+
+    plan: Plan
+    target: Target
+    targets: Any
+    images: Split
+
+    def dataset(self, name: str, broken: Rows) -> Dataset:
+        """Return the dataset with the splits of the table, or with a test split that is cut from train."""
+        splits = {part: self._split(np.setdiff1d(rows, broken)) for part, rows in self.plan.parts.items()}
+        train = splits["train"]
+        empty = train.take(np.arange(0))
+        title = self.plan.table.title
+        dataset = Dataset(name, self.target, title, "crop", train, empty, empty)
+        if "test" in splits:
+            return replace(dataset, val=splits.get("val", empty), test=splits["test"])
+        if "val" in splits:
+            return replace(dataset, test=splits["val"], source=f"{title} (val is used for testing)")
+        return replace(dataset.with_test(), source=f"{title} (no test split: {TEST_FRACTION:.0%} is used for testing)")
+
+    def broken_note(self, broken: Rows) -> str:
+        """Name the images that were skipped."""
+        shown = listed([self._name(row) for row in broken.tolist()], 5)
+        return f"{plural(len(broken), 'broken image')} skipped: {shown}" if len(broken) else ""
+
+    def copies_note(self) -> str:
+        """Tell copies of images: how many, between which splits, and those with different targets."""
+        first = self.images.rows
+        copies = np.flatnonzero(first != np.arange(len(first)))
+        if not len(copies):
+            return ""
+        part_of = np.full(len(first), "", dtype="<U5")
+        for part, rows in self.plan.parts.items():
+            part_of[rows] = part
+        between = np.flatnonzero(part_of[first[copies]] != part_of[copies])
+        notes = [f"{plural(len(copies), 'copy', 'copies')} of other images, kept in the same split"]
+        if len(between):
+            notes = [
+                f"{plural(len(copies), 'copy', 'copies')} of other images, {len(between)} of them in another split"
+            ]
+        different = [row for row in copies.tolist() if not np.array_equal(self.targets[row], self.targets[first[row]])]
+        if different:
+            row = different[0]
+            notes.append(
+                f"warning: {plural(len(different), 'copy has', 'copies have')} another target than the first one, such "
+                f"as {self._name(row)} and {self._name(int(first[row]))}"
+            )
+        return "; ".join(notes)
+
+    def _split(self, rows: Rows) -> Split:
+        groups = self.plan.groups
+        has_masks = self.target.kind == "mask"
+        if has_masks and len(np.unique(self.images.rows)) < len(self.images.rows) and groups is None:
+            groups = self._groups_of_copies()
+        return Split(
+            images=self.images.images,
+            targets=self.targets if has_masks else self.targets[rows],
+            rows=rows if has_masks else self.images.rows[rows],
+            crop=CROP,
+            weights=None if self.plan.weights is None else self.plan.weights[rows],
+            groups=None if groups is None else groups[rows],
+            names=np.array([self._name(row) for row in rows.tolist()], dtype=np.str_),
+        )
+
+    def _groups_of_copies(self) -> Rows:
+        """Return a group for each image and split: copies have masks of their own, but stay together."""
+        part_of = np.zeros(len(self.images.rows), np.int64)
+        for number, rows in enumerate(self.plan.parts.values()):
+            part_of[rows] = number
+        return self.images.rows * len(self.plan.parts) + part_of
+
+    def _name(self, row: int) -> str:
+        return self.plan.row_names[row]
+
+
+def _broken(images: Split) -> Rows:
+    return np.flatnonzero(images.targets == BROKEN_LABEL)
+
+
+def _broken_masks(masks: Split) -> Rows:
+    return np.flatnonzero(masks.rows == 1)
+
+
+def _unlisted_note(plan: Plan, files: list[Path]) -> str:
+    mask_files = (plan.masks.files or []) if plan.columns.kind == "mask" else []
+    unlisted = unlisted_images([*files, *mask_files])
+    if not unlisted:
+        return ""
+    return f"{plural(len(unlisted), 'image')} next to those of the table not listed in it, such as {unlisted[0]}"

@@ -1,0 +1,248 @@
+"""Decode the images of a table: files, bytes and arrays, to the same pixels as those of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.base.config import expand_home
+from petune.base.errors import DataError
+from petune.base.text import plural
+from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, supported_suffixes
+from petune.data.tables.table import Content, Table, listed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHANNELS = (1, 3)
+SIDEWAYS = range(5, 9)
+"""EXIF orientations that exchange width and height."""
+
+
+@dataclass(frozen=True)
+class ImageColumn:
+    """A column of images or masks.
+
+    Attributes:
+        table: The rows.
+        name: The column.
+        channels_first: Arrays are (C, H, W).
+    """
+
+    table: Table
+    name: str
+    channels_first: bool = False
+
+    def contents(self) -> Iterator[list[Content]]:
+        """Yield the images in parts: paths, bytes or arrays (H, W) or (H, W, C).
+
+        Raises:
+            DataError: A row has none.
+        """
+        row = 0
+        for part in self.table.contents(self.name):
+            contents = []
+            for value in part:
+                contents.append(self._content(value, row))
+                row += 1
+            yield contents
+
+    @cached_property
+    def files(self) -> list[Path] | None:
+        """The files of all rows; None if the column holds bytes or arrays.
+
+        Raises:
+            DataError: A file does not exist, or a row has none.
+        """
+        is_text = self.table.type_of(self.name).kind == "text"
+        if not is_text and not isinstance(
+            next((v for part in self.table.contents(self.name) for v in part), None), str
+        ):
+            return None
+        files = [content for part in self.contents() for content in part if isinstance(content, Path)]
+        missing = [i for i, file in enumerate(files) if not file.is_file()]
+        if missing:
+            shown = listed([f"{files[i]} ({self.table.row_name(i)})" for i in missing], 3)
+            advice = (
+                f"Paths are relative to {self.table.folder}" if is_text else "It stores paths. Embed the images first"
+            )
+            raise DataError(
+                f"{self.table.title}: {plural(len(missing), 'file')} of {self.name} missing: {shown}. {advice}"
+            )
+        return files
+
+    def row_name(self, row: int, content: Content) -> str:
+        """Return the file of an image, or its place in the table."""
+        keys = self.table.keys()
+        if isinstance(content, Path):
+            return str(content)
+        return f"{self.table.title}, {self.table.row_name(row) if keys is None else keys[row]}"
+
+    def _content(self, value: Any, row: int) -> Content:
+        where = f"{self.table.title}, {self.table.row_name(row)}"
+        if value is None or (isinstance(value, str | bytes) and not value.strip()):
+            raise DataError(f"{where}: {self.name} is empty. Remove the row, or name its image")
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, str):
+            if "://" in value:
+                raise DataError(f"{where}: {self.name} is a URL. Download the images, and write their paths")
+            return self.table.folder / expand_home(value)
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise DataError(f"{where}: {self.name} is an array with rows of different lengths") from None
+        return np.moveaxis(array, 0, -1) if self.channels_first and array.ndim == 3 else array
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Result of decoding a column.
+
+    Attributes:
+        broken: Positions of the images that cannot be decoded, and why.
+        rows: int64 (N,); copies have the row of the first one.
+    """
+
+    broken: dict[int, str]
+    rows: NDArray[np.int64]
+
+
+def decode_column(column: ImageColumn, out: NDArray[np.uint8], *, skip: bool) -> Decoded:
+    """Decode a column into `out`.
+
+    Args:
+        column: N images.
+        out: uint8 (N, S, S, 3), filled here.
+        skip: Leave images black that cannot be decoded, instead of raising.
+
+    Raises:
+        DataError: An image cannot be decoded, or images have different numbers of channels.
+    """
+    broken: dict[int, str] = {}
+    first: dict[bytes, int] = {}
+    first_of_channels: dict[int, str] = {}
+    rows = np.arange(len(column.table))
+
+    def decode(row: int, content: Content) -> tuple[bytes, int]:
+        try:
+            raw = content.read_bytes() if isinstance(content, Path) else content
+            image, channels = _open(raw, content)
+            with image:
+                out[row] = center_square(image, out.shape[1])
+        except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
+            out[row] = 0
+            broken[row] = f"{column.row_name(row, content)}: not a readable image ({_reason(content, error)})"
+            return b"", 0
+        return _digest(raw), channels
+
+    for start, contents, results in map_contents(column, decode):
+        if broken and not skip:
+            raise DataError(
+                f"{broken[min(broken)]}. Repair or remove it, or skip up to 1 % of the images with on_broken='skip'",
+                cli_hint="The flag is --set on_broken=skip",
+            )
+        for i, (digest, channels) in enumerate(results):
+            if digest:
+                rows[start + i] = first.setdefault(digest, start + i)
+                first_of_channels.setdefault(channels, column.row_name(start + i, contents[i]))
+        first_of_channels.pop(0, None)
+        if len(first_of_channels) > 1:
+            shown = " and ".join(f"{plural(n, 'channel')} in {name}" for n, name in first_of_channels.items())
+            raise DataError(f"{column.table.title}: {column.name} has {shown}. All arrays need the same number")
+    return Decoded(dict(sorted(broken.items())), rows)
+
+
+def map_contents(
+    column: ImageColumn, function: Callable[[int, Content], Any]
+) -> Iterator[tuple[int, list[Content], list[Any]]]:
+    """Call a function for each row and content, one thread per core; yield first row, contents and results of parts."""
+    from PIL.Image import DecompressionBombWarning
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    start = 0
+    with ThreadPoolExecutor(min(cores, 16)) as pool:
+        for contents in column.contents():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata, not about pixels
+                warnings.simplefilter("error", DecompressionBombWarning)
+                results = list(pool.map(function, range(start, start + len(contents)), contents))
+            yield start, contents, results
+            start += len(contents)
+
+
+def image_size(content: Content) -> tuple[int, int]:
+    """Return width and height of an image as it is shown, without decoding it."""
+    from PIL import ExifTags, Image
+
+    if isinstance(content, np.ndarray):
+        return content.shape[1], content.shape[0]
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        width, height = image.size
+        sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    return (height, width) if sideways else (width, height)
+
+
+def _open(raw: bytes | NDArray[Any], content: Content) -> tuple[Image, int]:
+    """Return an image, and the number of channels of an array; 0 for a file, which becomes RGB."""
+    from PIL import Image
+
+    if isinstance(content, Path) and content.suffix.lower() == ".npy":
+        raw = np.load(io.BytesIO(raw), allow_pickle=False)  # type: ignore[arg-type]
+    if isinstance(raw, bytes):
+        return Image.open(io.BytesIO(raw)), 0
+    array = raw[:, :, 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
+    channels = 1 if array.ndim == 2 else array.shape[-1]
+    if array.ndim not in (2, 3) or channels not in CHANNELS:
+        first = ". Use channels_first=true" if raw.ndim == 3 and raw.shape[0] in CHANNELS else ""
+        raise ValueError(f"an array of shape {raw.shape}, not (height, width) or (height, width, 3){first}")
+    return Image.fromarray(_to_uint8(array)), channels
+
+
+def _to_uint8(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return np.rint(array / 257).astype(np.uint8)  # 65535 becomes 255
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+        raise ValueError(f"values of type {array.dtype} have no defined white; store uint8 or uint16")
+    return array.astype(np.uint8)
+
+
+def _digest(raw: bytes | NDArray[Any]) -> bytes:
+    if isinstance(raw, bytes):
+        return hashlib.sha256(raw).digest()
+    return hashlib.sha256(f"{raw.shape} {raw.dtype}".encode() + np.ascontiguousarray(raw).tobytes()).digest()
+
+
+def _reason(content: Content, error: Exception) -> str:
+    if isinstance(content, Path) and content.suffix.lower() in UNSUPPORTED_SUFFIXES:
+        return "unsupported format; convert it"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "neither an image nor its file" if "<_io.BytesIO" in text else text
+
+
+def unlisted_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the images in the folders of `paths` that are not among them."""
+    known = {path.resolve() for path in paths}
+    folders = dict.fromkeys(path.parent for path in paths)
+    found = [
+        file
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in supported_suffixes() and not file.name.startswith(".")
+    ]
+    return [file for file in found if file.resolve() not in known]
