@@ -56,6 +56,8 @@ def parse_value(text: str) -> Any:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2026-13-45, 0x_
         return text
+    if value == "" and text[:1] in {"|", ">"}:  # YAML starts a block of text so
+        return text
     if isinstance(value, datetime.date):  # no key is a date, but a directory may be called 2026-11-26
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text

@@ -76,11 +76,12 @@ def is_training_dataset(name: str, trained_on: str, trained_digests: Mapping[str
         trained = build_reader(trained_on)
     except PetuneError:  # its package is gone
         return False
-    if type(reader) is not type(trained) or reader.config != trained.config:
+    if type(reader) is not type(trained):
         return False
+    same_options = bool(reader.config == trained.config)
     if reader.path is None or trained.path is None:
-        return reader.argument_value == trained.argument_value
-    if reader.path.resolve() == trained.path.resolve():
+        return same_options and reader.argument_value == trained.argument_value
+    if same_options and reader.path.resolve() == trained.path.resolve():
         return True
     try:
         manifest = _manifest(reader, None)

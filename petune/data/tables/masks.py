@@ -199,11 +199,9 @@ def _unknown_message(unknown: list[int], codes: MaskCodes) -> str:
     return f"{text}. A value that does not count is ignore=VALUE"
 
 
-def _center_square(classes: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    height, width = classes.shape
-    edge = min(width, height)
-    left, top = (width - edge) / 2, (height - edge) / 2
-    box = (left, top, left + edge, top + edge)
-    return np.asarray(Image.fromarray(classes).resize((side, side), Image.Resampling.NEAREST, box=box))
+def _center_square(classes_HW: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return the center square at another size, (S, S): the pixel under each center, as `nearest-exact` in torch."""
+    edge = min(classes_HW.shape)
+    centers_S = (2 * np.arange(side) + 1) * edge
+    rows_S, columns_S = ((centers_S + (length - edge) * side) // (2 * side) for length in classes_HW.shape)
+    return classes_HW[rows_S[:, None], columns_S]

@@ -8,12 +8,19 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from petune.data.reader import ReaderConfig
 
+SEPARATORS = {"comma": ",", "space": " ", "tab": "\t"}
+"""Separators by name: a comma ends an option, and spaces around a value are not part of it."""
+
 
 def _as_text(value: Any) -> Any:
     """Read a name such as 2020, which YAML reads as a number."""
     if isinstance(value, list):
         return [_as_text(item) for item in value]
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _separator(value: Any) -> Any:
+    return SEPARATORS.get(value, _as_text(value)) if isinstance(value, str) else _as_text(value)
 
 
 Name = Annotated[str, BeforeValidator(_as_text)]
@@ -27,7 +34,7 @@ class ColumnOptions(ReaderConfig):
         image: Column of the images: paths, bytes or arrays. Found by its type or name if not given.
         label: Column of the class.
         labels: Column of several classes, a list or text with a `separator`; or several columns of 0 and 1.
-        separator: Text between the classes of a cell of `labels`.
+        separator: Text between the classes of a cell of `labels`; also `comma`, `space` and `tab`.
         target: Column of a number, or several columns.
         mask: Column of masks: PNG files, palette or gray, with a class a pixel.
         classes: Names of the classes, in order; for masks also a mapping of values to names. Found if not given.
@@ -42,7 +49,7 @@ class ColumnOptions(ReaderConfig):
     image: Name | None = None
     label: Name | None = None
     labels: Names | Name | None = None
-    separator: Annotated[str, BeforeValidator(_as_text), Field(min_length=1)] | None = None
+    separator: Annotated[str, BeforeValidator(_separator), Field(min_length=1)] | None = None
     target: Names | Name | None = None
     mask: Name | None = None
     classes: dict[int, Name] | Names | None = None

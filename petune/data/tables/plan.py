@@ -105,7 +105,7 @@ class Plan:
     def manifest(self) -> Manifest:
         """Return a digest of targets and images by split, and by class where each image has one."""
         is_mask = self.columns.kind == "mask"
-        targets = self._files(self.masks) if is_mask else self.encoded.targets.tolist()
+        targets = self._targets_for_manifest()
         entries = list(zip(self._files(self.images), targets, *self._extra_columns(), strict=True))
         has_files = self.images.files is not None and (not is_mask or self.masks.files is not None)
         version = None if has_files else self.table.digest()
@@ -119,6 +119,13 @@ class Plan:
                 name = self.encoded.target.names[int(self.encoded.targets[row])]
             by_class.setdefault(name, []).append(entries[row])
         return {name: f"{len(items)} {digest([version, items])}" for name, items in by_class.items()}
+
+    def _targets_for_manifest(self) -> list[Any]:
+        if self.columns.kind == "mask":
+            return self._files(self.masks)
+        if self.columns.kind == "class":  # the class is the key of the entry
+            return [None] * len(self.table)
+        return list(self.encoded.targets.tolist())
 
     def _files(self, column: ImageColumn) -> list[Any]:
         """Return names and sizes of files; None for each row if the table holds the images."""
@@ -150,10 +157,6 @@ def _split_column(table: Table, options: ColumnOptions) -> tuple[str | None, str
 
 def _groups(table: Table, column: str, parts: Mapping[str, Rows]) -> Rows:
     groups, names = groups_of(table, column)
-    if len(names) < 2:
-        raise DataError(
-            f"{table.title}: {column} has one group only, {names[0]}, which cannot be divided. Leave group out"
-        )
     seen: dict[int, str] = {}
     divided = []
     for part, rows in parts.items():
@@ -164,5 +167,9 @@ def _groups(table: Table, column: str, parts: Mapping[str, Rows]) -> Rows:
         raise DataError(
             f"{table.title}: groups of {column} are divided between splits: {listed(divided, 3)}. Move all rows of a "
             "group into one split"
+        )
+    if len(names) < 2:
+        raise DataError(
+            f"{table.title}: {column} has one group only, {names[0]}, which cannot be divided. Leave group out"
         )
     return groups
