@@ -166,3 +166,7 @@ class DatasetReader(Generic[ConfigT]):
         Unlike in `load`, the splits are those on disk, and classes may be missing.
         """
         return None
+
+    def image_files(self) -> list[Path] | None:
+        """Return the files of all images, to predict on; None, the default, if images are not files."""
+        return None

@@ -147,6 +147,11 @@ DatasetText = Annotated[str, AfterValidator(complete_name)]
 """The type of a dataset in a configuration: a plain path is stored as `folder:PATH` or `table:FILE`."""
 
 
+def is_table(text: str) -> bool:
+    """Return True for the path of a table, or `table:FILE`."""
+    return parse_dataset(text).name == "table"
+
+
 def _split_options(text: str) -> tuple[str, dict[str, Any]]:
     argument = text.partition(":")[2]
     if _exists(text) or (argument and _exists(argument)):

@@ -20,6 +20,7 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
 from petune.data.find_images import find_images
+from petune.data.registry import build_reader, is_table
 from petune.data.images import supported_suffixes
 from petune.serving.image_transform import ImageTransform
 from petune.serving.restore import restore
@@ -115,7 +116,7 @@ class Predictor:
         """Yield predictions in the order of the images, one batch at a time.
 
         Args:
-            images: Files, folders (searched for images), open Pillow images, or uint8 (height, width, 3).
+            images: Files, folders (searched for images), tables with paths of images, open Pillow images, or uint8 (height, width, 3).
             top_k: Number of classes per image; at most all there are.
             batch_size: Images per forward.
 
@@ -197,12 +198,15 @@ def predict(
 
 
 def _list_images(sources: Iterable[ImageSource]) -> Iterator[tuple[str, LoadedImage]]:
-    """Yield names and images; a folder is replaced by the images in it."""
+    """Yield names and images; a folder or a table is replaced by the images in it."""
     for number, source in enumerate(sources):
         if not isinstance(source, str | Path):
             yield f"image {number}", source
             continue
         path = expand_home(source)
+        if is_table(str(source)):
+            yield from ((str(file), file) for file in _files_of_table(str(source)))
+            continue
         if not path.is_dir():
             yield str(path), path
             continue
@@ -211,3 +215,10 @@ def _list_images(sources: Iterable[ImageSource]) -> Iterator[tuple[str, LoadedIm
         if not files:
             supported = ", ".join(sorted(supported_suffixes()))
             yield str(path), DataError(f"no images in {path} (supported: {supported})")
+
+
+def _files_of_table(text: str) -> list[Path]:
+    files = build_reader(text).image_files()
+    if files is None:
+        raise DataError(f"the images of {text} are not files, and so cannot be named. Evaluate on it instead")
+    return files

@@ -14,13 +14,15 @@ from petune.data.dataset import Dataset, Target
 from petune.data.manifest import Manifest
 from petune.data.reader import DatasetReader, LabeledFiles, ReadContext
 from petune.data.tables.assemble import load_plan
+from petune.data.tables.columns import image_column
+from petune.data.tables.contents import ImageColumn
 from petune.data.tables.options import ColumnOptions
 from petune.data.tables.parquet import ParquetTable
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import Table
 from petune.data.tables.text import read_delimited, read_json_lines
 
-READERS: dict[str, Callable[[Path, Path], Table]] = {
+FORMATS: dict[str, Callable[[Path, Path], Table]] = {
     ".csv": read_delimited,
     ".tsv": read_delimited,
     ".jsonl": read_json_lines,
@@ -94,15 +96,20 @@ class TableReader(DatasetReader[TableConfig]):
         split = part if plan.has_splits else "all"
         return LabeledFiles(split, files, plan.encoded.target, plan.encoded.targets[rows], plan.encoded.note)
 
+    def image_files(self) -> list[Path] | None:
+        """Return the images that the table lists; it needs no targets."""
+        table = self._table()
+        return ImageColumn(table, image_column(table, self.config)).files
+
     def _plan(self) -> Plan:
         return Plan.of(self._table(), self.config)
 
     def _table(self) -> Table:
         if not self.path.exists():
             raise DataError(f"no such file: {self.path}")
-        read = READERS.get(self.path.suffix.lower())
+        read = FORMATS.get(self.path.suffix.lower())
         if read is None or self.path.is_dir():
-            raise DataError(f"{self.path} is no table. table:FILE takes {', '.join(READERS)}")
+            raise DataError(f"{self.path} is no table. table:FILE takes {', '.join(FORMATS)}")
         folder = self.config.images or self.path.parent
         if not folder.is_dir():
             raise DataError(f"no such folder of images: {folder}")

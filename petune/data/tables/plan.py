@@ -1,4 +1,4 @@
-"""What a table means, decided before any image is decoded: columns, targets, splits, groups, and all errors of them."""
+"""Decide the meaning of a table before any image is decoded: columns, targets, splits, groups, and all errors of them."""
 
 from __future__ import annotations
 
