@@ -20,8 +20,8 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
 from petune.data.find_images import find_images
-from petune.data.registry import build_reader, is_table
 from petune.data.images import supported_suffixes
+from petune.data.registry import build_reader, is_table
 from petune.serving.image_transform import ImageTransform
 from petune.serving.restore import restore
 from petune.sites.logits import logits_of
@@ -116,7 +116,8 @@ class Predictor:
         """Yield predictions in the order of the images, one batch at a time.
 
         Args:
-            images: Files, folders (searched for images), tables with paths of images, open Pillow images, or uint8 (height, width, 3).
+            images: Files, folders (searched for images), tables with paths of images, open Pillow images, or uint8
+                (height, width, 3).
             top_k: Number of classes per image; at most all there are.
             batch_size: Images per forward.
 

@@ -1,4 +1,4 @@
-"""Runs on tables through the public way: train, evaluate on other rows, predict, and refuse to resume after a change."""
+"""Runs on tables: train, evaluate on other rows, predict, and refuse to resume after a change."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_a_changed_table_is_not_resumed(table: Path) -> None:
     (output / "result.json").unlink()
     table.write_text(table.read_text().replace("digits/3.png,3", "digits/3.png,4"))
     with pytest.raises(DataError, match=r"have changed since .*train/3 had"):
-        petune.run(**RUN, dataset=f"table:{table},group=writer", output=output)
+        petune.run(**RUN, dataset=f"table:{table},group=writer", output=output, resume=True)

@@ -204,4 +204,4 @@ def _center_square(classes_HW: NDArray[np.uint8], side: int) -> NDArray[np.uint8
     edge = min(classes_HW.shape)
     centers_S = (2 * np.arange(side) + 1) * edge
     rows_S, columns_S = ((centers_S + (length - edge) * side) // (2 * side) for length in classes_HW.shape)
-    return classes_HW[rows_S[:, None], columns_S]
+    return np.asarray(classes_HW[rows_S[:, None], columns_S], np.uint8)

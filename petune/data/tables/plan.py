@@ -1,4 +1,4 @@
-"""Decide the meaning of a table before any image is decoded: columns, targets, splits, groups, and all errors of them."""
+"""Decide the meaning of a table before any image is decoded: columns, targets, splits, groups, and their errors."""
 
 from __future__ import annotations
 
