@@ -15,6 +15,8 @@ from petune.base.errors import ConfigError, DataError
 from petune.data import load_dataset
 from petune.data.lookup import dataset_target, find_dataset, is_training_dataset, manifest_of
 from petune.data.manifest import changes, digests
+from petune.data.reader import ReadContext
+from petune.data.registry import build_reader
 from tests.data.tables import digit, load, write_images, write_table
 
 CIFAR = Path("/work/shared/data/cifar10/test.parquet")
@@ -68,6 +70,14 @@ def test_pixels_equal_those_of_a_folder(tmp_path: Path) -> None:
         assert mine.names.tolist() == folder.names.tolist()
         assert np.array_equal(mine.images[mine.rows], folder.images[folder.rows])
         assert np.array_equal(mine.targets, folder.targets)
+
+
+def test_images_that_do_not_fit_the_cache_are_decoded_on_request(tmp_path: Path, names: list[str]) -> None:
+    path = write_table(tmp_path / "t.csv", rows_of(names, label=lambda i: "ab"[i % 2]))
+    reader = build_reader(str(path))
+    cached, on_request = (reader.load(ReadContext(8, cache_gb=size)).train for size in (1.0, 1e-6))
+    assert type(on_request.images).__name__ == "OnRequest"
+    assert np.array_equal(on_request.images[on_request.rows], cached.images[cached.rows])
 
 
 def test_bytes_paths_and_arrays_give_the_same_pixels(tmp_path: Path, names: list[str]) -> None:

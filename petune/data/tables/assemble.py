@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.base.text import plural
-from petune.data.cache import Allocate, cached_split
+from petune.data.cache import Allocate, Fallback, cached_split
 from petune.data.dataset import TEST_FRACTION, Dataset, Split, Target
 from petune.data.find_images import size_and_time
 from petune.data.folder import BROKEN_LABEL, CROP, MAX_BROKEN
+from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
-from petune.data.tables.contents import ImageColumn, decode_column, unlisted_images
+from petune.data.tables.contents import ImageColumn, decode_column, decode_content, unlisted_images
 from petune.data.tables.masks import decode_masks
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import listed
@@ -39,7 +40,7 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
         DataError: A file is missing, an image is broken, a mask does not fit.
     """
     files = plan.images.files
-    loader = _Loader(plan, math.ceil(context.image_size / CROP), context.on_broken == "skip")
+    loader = _Loader(plan, math.ceil(context.image_size / CROP), context.on_broken == "skip", context.cache_gb)
     images = loader.images()
     if plan.columns.kind == "mask":
         masks, target = loader.masks()
@@ -54,6 +55,7 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
         "" if plan.columns.kind == "mask" else plan.encoded.note,
         samples.broken_note(broken),
         samples.copies_note(),
+        on_request_note({"images": images}),
         dataset.missing_classes_note("test"),
         "" if files is None else _unlisted_note(plan, files),
     )
@@ -70,15 +72,19 @@ class _Loader:
         plan: The table.
         side: Side of the stored images, in pixels.
         skip: Leave out images that cannot be decoded.
+        cache_gb: Largest size of decoded files in the cache; images that are in the table itself are always cached.
     """
 
     plan: Plan
     side: int
     skip: bool
+    cache_gb: float
 
     def images(self) -> Split:
         """Return all images; targets are 0, or `BROKEN_LABEL` where one cannot be decoded."""
-        return cached_split(self._key(self.plan.images, {}), self._fill_images, CROP)
+        files = self.plan.images.files
+        fallback = None if files is None else Fallback(lambda row: decode_content(files[row], self.side), self.cache_gb)
+        return cached_split(self._key(self.plan.images, {}), self._fill_images, CROP, fallback)
 
     def masks(self) -> tuple[Split, Target]:
         """Return all masks as images of one channel, and the classes."""

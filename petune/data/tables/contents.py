@@ -137,10 +137,7 @@ def decode_column(column: ImageColumn, out: NDArray[np.uint8], *, skip: bool) ->
 
     def decode(row: int, content: Content) -> tuple[bytes, int]:
         try:
-            raw = content.read_bytes() if isinstance(content, Path) else content
-            image, channels = _open(raw, content)
-            with image:
-                out[row] = center_square(image, out.shape[1])
+            raw, channels, out[row] = _decode(content, out.shape[1])
         except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
             out[row] = 0
             broken[row] = f"{column.row_name(row, content)}: not a readable image ({_reason(content, error)})"
@@ -162,6 +159,11 @@ def decode_column(column: ImageColumn, out: NDArray[np.uint8], *, skip: bool) ->
             shown = " and ".join(f"{plural(n, 'channel')} in {name}" for n, name in first_of_channels.items())
             raise DataError(f"{column.table.title}: {column.name} has {shown}. All arrays need the same number")
     return Decoded(dict(sorted(broken.items())), rows)
+
+
+def decode_content(content: Content, side: int) -> NDArray[np.uint8]:
+    """Decode an image that `decode_column` has decoded before, to the same pixels, (S, S, 3)."""
+    return _decode(content, side)[2]
 
 
 def map_contents(
@@ -192,6 +194,14 @@ def image_size(content: Content) -> tuple[int, int]:
         width, height = image.size
         sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
     return (height, width) if sideways else (width, height)
+
+
+def _decode(content: Content, side: int) -> tuple[bytes | NDArray[Any], int, NDArray[np.uint8]]:
+    """Return the file's bytes or the array, its number of channels (0 for a file), and the pixels."""
+    raw = content.read_bytes() if isinstance(content, Path) else content
+    image, channels = _open(raw, content)
+    with image:
+        return raw, channels, center_square(image, side)
 
 
 def _open(raw: bytes | NDArray[Any], content: Content) -> tuple[Image, int]:
