@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from petune.base.metric import Metric as Metric, SplitMetrics as SplitMetrics
     from petune.data.dataset import Dataset as Dataset, Split as Split
+    from petune.data.load import load_dataset as load_dataset
     from petune.data.reader import (
         DatasetReader as DatasetReader,
         LabeledFiles as LabeledFiles,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from petune.injector.token_grid import TokenGrid as TokenGrid
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
     from petune.plugin_dev.contract import check_tuner as check_tuner
+    from petune.plugin_dev.dataset_contract import check_dataset as check_dataset
+    from petune.plugin_dev.task_contract import check_task as check_task
     from petune.runner.compare import compare as compare
     from petune.runner.compare_config import CompareConfig as CompareConfig
     from petune.runner.comparison import Comparison as Comparison
@@ -88,6 +91,7 @@ _PUBLIC = {
     "ProcessLost SiteNotFound Stopped UnknownName UsageError WeightsUnavailable",
     "base.metric": "Metric SplitMetrics",
     "data.dataset": "Dataset Split",
+    "data.load": "load_dataset",
     "data.reader": "DatasetReader LabeledFiles ReadContext ReaderConfig",
     "data.registry": "DatasetRecord list_datasets",
     "data.target": "Target",
@@ -101,6 +105,8 @@ _PUBLIC = {
     "injector.token_grid": "TokenGrid",
     "injector.tuner": "Recipe Tuner TunerConfig",
     "plugin_dev.contract": "check_tuner",
+    "plugin_dev.dataset_contract": "check_dataset",
+    "plugin_dev.task_contract": "check_task",
     "runner.compare": "compare",
     "runner.compare_config": "CompareConfig",
     "runner.comparison": "Comparison",

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": {"base", "sites", "adapters", "injector", "data"},
     "runner": {"base", "sites", "adapters", "injector", "data", "training", "backbones"},
     "serving": {"base", "sites", "adapters", "injector", "data", "training", "backbones", "runner"},
-    "plugin_dev": {"base", "sites", "adapters", "injector"},
+    "plugin_dev": {"base", "sites", "adapters", "injector", "data", "training"},
     "cli": {
         "base",
         "sites",

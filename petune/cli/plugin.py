@@ -1,10 +1,11 @@
-"""`petune plugin new` starts a method of your own, `petune plugin check` checks that a method meets the contract."""
+"""`petune plugin new` starts a method, dataset or task of your own; `petune plugin check` checks its contract."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,23 +16,41 @@ from petune.cli.options import Json, user_path
 from petune.cli.terminal import clean, print_data, print_json
 
 if TYPE_CHECKING:
-    from petune.plugin_dev.contract import Finding
+    from petune.plugin_dev.finding import Finding
 
-plugin = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Start a method of your own, or check one.")
+plugin = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Start a method, dataset or task of your own, or check one."
+)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The method's name: lowercase letters, digits, underscores.")]
-Method = Annotated[str, typer.Argument(metavar="METHOD", help="A registered method, such as vpt or vpt:deep=false.")]
+
+class Kind(StrEnum):
+    """Kind of a plugin."""
+
+    tuner = "tuner"
+    dataset = "dataset"
+    task = "task"
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name: lowercase letters, digits, underscores.")]
+Registered = Annotated[
+    str, typer.Argument(metavar="NAME", help="A registered name, such as vpt, vpt:deep=false, digits or folder:pets.")
+]
+NewKind = Annotated[Kind, typer.Option("--kind", help="What to write.")]
+CheckedKind = Annotated[
+    Kind | None,
+    typer.Option("--kind", help="What NAME is.  [default: the kind that has this name]", show_default=False),
+]
 Parent = Annotated[
     Path, typer.Option("--in", metavar="DIR", help="Where to put it.  [default: here]", show_default=False)
 ]
 
 
 @dataclass(frozen=True)
-class CheckedModel:
-    """The findings on one library's tiny model.
+class Checked:
+    """The findings on one subject.
 
     Attributes:
-        library: The library.
+        library: The library whose tiny model a tuner was tried on; for others, the kind of plugin.
         refused: Why the method refuses the model; empty if it does not.
         findings: One for each property.
     """
@@ -42,32 +61,62 @@ class CheckedModel:
 
 
 @plugin.command(cls=Command)
-def new(name: Name, parent: Parent = Path()) -> None:
-    """Write a package with a working method, its test and its entry point."""
+def new(name: Name, kind: NewKind = Kind.tuner, parent: Parent = Path()) -> None:
+    """Write a package with a working plugin, its test and its entry point."""
     from petune.plugin_dev.scaffold import write_plugin
 
     parent = user_path(parent)
-    for path in write_plugin(name, parent):
+    for path in write_plugin(name, parent, kind.value):
         print_data(str(path))
     root = parent / f"petune-{name.replace('_', '-')}"
     print_data(f"\npip install -e {shlex.quote(str(root))}\npetune plugin check {name}")
 
 
 @plugin.command(cls=Command)
-def check(method: Method, json: Json = False) -> None:
-    """Check the contract on tiny models of timm, torchvision and transformers; exit code 1 if it is broken."""
-    models = list(_check(method))
+def check(name: Registered, kind: CheckedKind = None, json: Json = False) -> None:
+    """Check the contract of a plugin; exit code 1 if it is broken.
+
+    A method is tried on tiny models of timm, torchvision and transformers; a dataset is read twice; a task is given
+    made-up targets.
+    """
+    subjects = list(_check(name, kind or _kind_of(name)))
     if json:
-        print_json([asdict(model) for model in models])
+        print_json([asdict(subject) for subject in subjects])
     else:
-        for model in models:
-            _print(model)
-    all_refused = all(model.refused for model in models)
-    if all_refused or any(finding.problem for model in models for finding in model.findings):
+        for subject in subjects:
+            _print(subject)
+    all_refused = all(subject.refused for subject in subjects)
+    if all_refused or any(finding.problem for subject in subjects for finding in subject.findings):
         raise typer.Exit(1)
 
 
-def _check(method: str) -> Iterator[CheckedModel]:
+def _kind_of(text: str) -> Kind:
+    """Return the kind of plugin that has this name; of one that nobody has, a method."""
+    from petune.base.entry_points import registered_plugins
+    from petune.base.errors import UsageError
+    from petune.plugin_dev.scaffold import KINDS
+
+    name = text.partition(":")[0].partition(",")[0]
+    kinds = [kind for kind, group in KINDS.items() if any(p.name == name for p in registered_plugins(group))]
+    if len(kinds) > 1:
+        raise UsageError(f"{name} is a {' and a '.join(kinds)}", cli_hint="Name one of them with --kind")
+    return Kind(kinds[0]) if kinds else Kind.tuner
+
+
+def _check(name: str, kind: Kind) -> Iterator[Checked]:
+    if kind is Kind.tuner:
+        yield from _check_tuner(name)
+    elif kind is Kind.dataset:
+        from petune.plugin_dev.dataset_contract import examine_dataset
+
+        yield Checked(kind.value, "", tuple(examine_dataset(name)))
+    else:
+        from petune.plugin_dev.task_contract import examine_task
+
+        yield Checked(kind.value, "", tuple(examine_task(name)))
+
+
+def _check_tuner(method: str) -> Iterator[Checked]:
     from petune.base.errors import AttachError
     from petune.injector.registry import parse_method
     from petune.plugin_dev.contract import examine
@@ -76,15 +125,15 @@ def _check(method: str) -> Iterator[CheckedModel]:
     name, options = parse_method(method)
     for library, build in tiny_models().items():
         try:
-            yield CheckedModel(library, "", tuple(examine(name, build(), **options)))
+            yield Checked(library, "", tuple(examine(name, build(), **options)))
         except AttachError as error:
-            yield CheckedModel(library, str(error), ())
+            yield Checked(library, str(error), ())
 
 
-def _print(model: CheckedModel) -> None:
-    print_data(model.library)
-    if model.refused:
-        print_data(clean(f"  refused  {model.refused}"))
-    for finding in model.findings:
+def _print(subject: Checked) -> None:
+    print_data(subject.library)
+    if subject.refused:
+        print_data(clean(f"  refused  {subject.refused}"))
+    for finding in subject.findings:
         state, detail = ("BROKEN", f": {finding.problem}") if finding.problem else ("ok", "")
         print_data(clean(f"  {state:7}  {finding.name}{detail}"))

@@ -1,4 +1,4 @@
-"""The properties of the contract, in the order in which they are checked: as attached, trained, in use, detached.
+"""The properties of a tuner's contract, in the order in which they are checked: attached, trained, in use, detached.
 
 Each is a function from a Trial to the problem in words; the text is empty if the property holds.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from petune.base.errors import BackboneMismatch, NotMergeable
 from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.load import load
+from petune.plugin_dev.finding import Property
 from petune.plugin_dev.trial import Trial, logits
 from petune.sites.forward import forget_caches
 
@@ -27,21 +27,6 @@ HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
-
-
-@dataclass(frozen=True)
-class Property:
-    """One property of the contract.
-
-    Attributes:
-        name: A noun phrase, for tables and messages.
-        requirement: What must hold.
-        problem: Returns what is wrong on a trial, or an empty text.
-    """
-
-    name: str
-    requirement: str
-    problem: Callable[[Trial], str]
 
 
 def _backbone_keys(t: Trial) -> str:
@@ -165,7 +150,7 @@ def _detach(t: Trial) -> str:
     return _first(key for key, old in before.items() if not torch.equal(after[key], old))
 
 
-PROPERTIES = (
+PROPERTIES: tuple[Property[Trial], ...] = (
     Property("backbone keys", "attaching keeps every key of the backbone", _backbone_keys),
     Property("backbone values", "attaching changes no value of the backbone", _backbone_values),
     Property("identity at init", "the output is unchanged, if identity_at_init says so", _identity_at_init),

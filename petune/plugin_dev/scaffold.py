@@ -5,10 +5,16 @@ from __future__ import annotations
 import keyword
 import re
 from pathlib import Path
+from typing import Literal
 
+from petune.base.entry_points import PluginKind, registered_plugins
 from petune.base.errors import UsageError
-from petune.injector.registry import list_tuners
+from petune.data.registry import DATASETS
+from petune.injector.registry import TUNERS
+from petune.training.task_registry import TASKS
 
+Kind = Literal["tuner", "dataset", "task"]
+KINDS: dict[Kind, PluginKind] = {"tuner": TUNERS, "dataset": DATASETS, "task": TASKS}
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = {
     "pyproject.toml": "pyproject.toml.tmpl",
@@ -18,12 +24,13 @@ FILES = {
 }
 
 
-def write_plugin(name: str, parent: Path) -> list[Path]:
+def write_plugin(name: str, parent: Path, kind: Kind = "tuner") -> list[Path]:
     """Write the plugin `petune-NAME` into a new directory of that name.
 
     Args:
-        name: The method's name: lowercase letters, digits and underscores.
+        name: The name of the method, dataset or task: lowercase letters, digits and underscores.
         parent: An existing directory.
+        kind: What the plugin is.
 
     Returns:
         The files.
@@ -31,7 +38,7 @@ def write_plugin(name: str, parent: Path) -> list[Path]:
     Raises:
         UsageError: The name is not possible or taken, or the directory exists.
     """
-    _check_name(name)
+    _check_name(name, KINDS[kind])
     root = parent / f"petune-{name.replace('_', '-')}"
     words = {
         "NAME": name,
@@ -40,19 +47,19 @@ def write_plugin(name: str, parent: Path) -> list[Path]:
     }
     try:
         root.mkdir()
-        return [_write(root / _fill(path, words), template, words) for path, template in FILES.items()]
+        return [_write(root / _fill(path, words), f"{kind}/{template}", words) for path, template in FILES.items()]
     except FileExistsError:
         raise UsageError(f"{root} exists already. Choose another name, or remove it") from None
     except OSError as error:
         raise UsageError(f"cannot write {root}: {error.strerror}") from None
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, kind: PluginKind) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
-        raise UsageError(f"{name!r} is no name for a method. Use lowercase letters, digits and single underscores")
-    known = {record.name for record in list_tuners() if record.is_own}
+        raise UsageError(f"{name!r} is no name for a {kind.noun}. Use lowercase letters, digits and single underscores")
+    known = {plugin.name for plugin in registered_plugins(kind) if plugin.is_own}
     if name in known or keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
-        owner = "a method of petune" if name in known else "a keyword of Python"
+        owner = f"a {kind.noun} of petune" if name in known else "a keyword of Python"
         raise UsageError(f"{name} is {owner}. Choose another name")
 
 

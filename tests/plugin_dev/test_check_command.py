@@ -67,6 +67,14 @@ def test_a_method_that_refuses_every_model_fails_the_check(
     assert "refused  it wants another model" in capfd.readouterr().out
 
 
+def test_a_name_of_two_kinds_needs_the_kind(fake: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    fake("petune-fake", {"digits": "petune_fake:Fake"}, REFUSES)
+    assert check("digits") == 2
+    assert "--kind" in capfd.readouterr().err
+    assert check("digits", "--kind", "dataset") == 0
+    assert "BROKEN" not in capfd.readouterr().out
+
+
 @pytest.mark.exhaustive
 def test_the_fixture_fails_passes_and_skips(fake: Callable[..., None], pytester: pytest.Pytester) -> None:
     fake("petune-fake", {"fake": "petune_fake:Fake", "shy": "petune_fake_shy:Fake"}, BROKEN)

@@ -17,7 +17,7 @@ import pytest
 from petune.base.errors import UsageError
 from petune.cli.main import main
 from petune.plugin_dev.properties import PROPERTIES
-from petune.plugin_dev.scaffold import FILES, TEMPLATES, write_plugin
+from petune.plugin_dev.scaffold import FILES, KINDS, TEMPLATES, write_plugin
 from petune.plugin_dev.tiny_models import tiny_models
 from petune.serving.restore import restore
 from tests.program import call
@@ -36,7 +36,8 @@ def pip() -> list[str] | None:
 
 
 def test_every_template_is_used() -> None:
-    assert {path.name for path in TEMPLATES.iterdir()} == set(FILES.values())
+    for kind in KINDS:
+        assert {path.name for path in (TEMPLATES / kind).iterdir()} == set(FILES.values())
 
 
 # looking for pip makes setuptools check its own distutils, and warn
@@ -77,6 +78,25 @@ def test_the_new_package_works(
     assert att.counts.tuned == 2 * 2 * 48
 
 
+@pytest.mark.parametrize(("kind", "group"), [("dataset", "petune.datasets"), ("task", "petune.tasks")])
+def test_a_new_dataset_or_task_meets_its_contract(
+    tmp_path: Path, kind: str, group: str, fake: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call("plugin", "new", "fake_new", "--kind", kind, "--in", tmp_path, capture=capfd).code == 0
+    root = tmp_path / "petune-fake-new"
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    fake(project["name"], project["entry-points"][group], (root / "petune_fake_new.py").read_text(), group=group)
+    names: dict[str, Any] = {}
+    exec((root / "tests" / "test_fake_new.py").read_text(), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 2
+    for test in tests:
+        test()
+    checked = call("plugin", "check", "fake_new", "--json", capture=capfd)
+    assert checked.code == 0
+    assert json.loads(checked.out)[0]["library"] == kind
+
+
 @pytest.mark.parametrize("name", ["", "Scale", "1scale", "my-scale", "a__b", "../evil", "a/b", "scale "])
 def test_bad_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="lowercase letters"):
@@ -96,10 +116,14 @@ def test_the_printed_command_is_quoted(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"pip install -e '{tmp_path}/my plugins/petune-mine'\n" in done.out
 
 
-@pytest.mark.parametrize("name", ["none", "true", "lambda", "adaptformer", "linear"])
-def test_taken_names_are_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("none", "tuner"), ("true", "task"), ("lambda", "dataset"), ("adaptformer", "tuner"), ("linear", "tuner"),
+     ("digits", "dataset"), ("classification", "task")],
+)  # fmt: skip
+def test_taken_names_are_refused(tmp_path: Path, name: str, kind: Any) -> None:
     with pytest.raises(UsageError, match=rf"{name} is a .* Choose another name"):
-        write_plugin(name, tmp_path)
+        write_plugin(name, tmp_path, kind)
     assert list(tmp_path.iterdir()) == []
 
 

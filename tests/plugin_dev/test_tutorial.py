@@ -1,4 +1,4 @@
-"""docs/write-a-tuner.md: its code is that of the real plugin, and its example runs."""
+"""docs/write-a-tuner.md and write-a-task.md: their code is that of the real plugins, and the example runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import petune
 from petune.plugin_dev.properties import PROPERTIES
 
 ROOT = Path(__file__).resolve().parents[2]
+TASK_TEXT = (ROOT / "docs" / "write-a-task.md").read_text(encoding="utf-8")
 TEXT = (ROOT / "docs" / "write-a-tuner.md").read_text(encoding="utf-8")
 FROM_FILES = re.findall(r"<!-- (plugins/\S+) -->\n```\w+\n(.*?)\n```\n", TEXT, re.DOTALL)
 EXAMPLES = re.findall(r"(?<!-->\n)```python\n(.*?)\n```\n", TEXT, re.DOTALL)
@@ -30,6 +31,13 @@ def test_all_code_blocks_are_found() -> None:
 def test_code_blocks_add_up_to_the_file(file: str) -> None:
     blocks = [block for name, block in FROM_FILES if name == file]
     assert without_blank_lines("\n".join(blocks)) == without_blank_lines((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_the_code_on_the_page_of_tasks_is_in_the_plugin() -> None:
+    blocks = re.findall(r"<!-- (plugins/\S+) -->\n```\w+\n(.*?)\n```\n", TASK_TEXT, re.DOTALL)
+    assert len(blocks) == 6
+    for file, block in blocks:
+        assert block in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_the_plugin_stays_short() -> None:
