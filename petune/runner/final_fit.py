@@ -68,7 +68,14 @@ class Chosen:
         """
         task.bind(task.target, {**task.state, **{k: value for k, value in self.state.items() if k not in fitted}})
         first = self.fit
-        return replace(final, epoch=first.epoch, val=first.val, epochs=first.epochs, time_s=first.time_s + final.time_s)
+        return replace(
+            final,
+            epoch=first.epoch,
+            val=first.val,
+            epochs=first.epochs,
+            stopped_early=first.stopped_early,
+            time_s=first.time_s + final.time_s,
+        )
 
 
 def make_final_dir(context: RunContext) -> RunContext:

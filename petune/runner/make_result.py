@@ -67,6 +67,7 @@ def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunRe
         metric_info=metrics,
         epoch=fit.epoch,
         epochs=len(fit.epochs),
+        stopped_early=fit.stopped_early,
         lr=fit.lr,
         tuned=counts.tuned,
         head=counts.head,

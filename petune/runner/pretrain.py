@@ -67,6 +67,12 @@ class PretrainConfig(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _keeps_the_last_epoch(self) -> Self:
+        if self.train.patience is not None:
+            raise ValueError("train.patience has no effect: a pretraining keeps its last epoch. Leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _mean_with_std(self) -> Self:
         if (self.mean is None) != (self.std is None):
             given, missing = ("std", "mean") if self.mean is None else ("mean", "std")

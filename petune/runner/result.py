@@ -28,6 +28,7 @@ class RunResult(Config):
         val_metrics: On val; None without a val split.
         metric_info: How to show the metrics; the first one chose the epoch and sorts tables.
         epoch, epochs: The chosen epoch, from 1, and how many were trained.
+        stopped_early: Whether patience ended the training before its last epoch.
         lr: Peak learning rate.
         tuned, head, total: Parameters of the method, of the classifier, and of the whole model.
         percent_of_total, percent_of_backbone: Trained parameters, of all, and of backbone and classifier.
@@ -70,6 +71,7 @@ class RunResult(Config):
     provenance: dict[str, Any]
     from_run: str | None = None
     num_classes: int | None = None
+    stopped_early: bool = False
 
     @property
     def top1(self) -> float | None:
@@ -114,6 +116,7 @@ class RunResult(Config):
         """Return names and values for people to read."""
         main = self.metric_info[0]
         val = (self.val_metrics or {}).get(main.name)
+        early = ", stopped early" if self.stopped_early else ""
         of_all = format_percent(self.percent_of_total, 3)
         of_backbone = format_percent(self.percent_of_backbone, 3)
         share = f"{of_all} of all parameters, {of_backbone} of backbone and head"
@@ -124,7 +127,7 @@ class RunResult(Config):
             ("backbone", f"{self.backbone_full_name}, weights {self.weights}"),
             ("dataset", f"{self.dataset}, seed {self.seed}"),
             *((f"{m.label} on test", m.text(self.metrics.get(m.name))) for m in shown_metrics(self.metric_info)),
-            (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs}{again})"),
+            (f"{main.label} on val", f"{main.text(val)}  (epoch {self.epoch} of {self.epochs}{early}{again})"),
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),

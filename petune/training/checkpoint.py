@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class Checkpoint:
         best: The same tensors at the best epoch so far; empty if the last epoch is kept.
         optimizer: The optimizer's `state_dict()`.
         progress: The fields of `Progress`.
+        average: The averages of the trained tensors; empty without `ema`.
     """
 
     tensors: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
     optimizer: dict[str, Any]
     progress: dict[str, Any]
+    average: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
@@ -64,6 +66,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
             "model.safetensors": save_tensors(_on_cpu(checkpoint.tensors)),
             "best.safetensors": save_tensors(_on_cpu(checkpoint.best)),
             "optimizer.safetensors": save_tensors(_on_cpu(tensors)),
+            **({"average.safetensors": save_tensors(_on_cpu(checkpoint.average))} if checkpoint.average else {}),
             "state.json": state_json,
         },
     )
@@ -136,8 +139,10 @@ def _read(path: Path) -> Checkpoint:
     model, best, optimizer = (
         load_tensors((path / f"{name}.safetensors").read_bytes()) for name in ("model", "best", "optimizer")
     )
+    average_file = path / "average.safetensors"
+    average = load_tensors(average_file.read_bytes()) if average_file.exists() else {}
     progress = migrate_progress(state["progress"], state["format"])
-    return Checkpoint(model, best, _join_optimizer(optimizer, state["optimizer"]), progress)
+    return Checkpoint(model, best, _join_optimizer(optimizer, state["optimizer"]), progress, average)
 
 
 def _paths(directory: Path) -> list[Path]:

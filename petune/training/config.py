@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from petune.base.config import Config
 from petune.base.errors import ConfigError, did_you_mean
@@ -44,8 +45,15 @@ class TrainConfig(Config):
         sampling: `all` shows every training image once in an epoch. `balanced` draws as many images, but every class
             equally often: images of small classes come several times, each time augmented in another way. It replaces
             class weights; with both, small classes count twice as much.
-        choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. Of epochs with
-            the same value, the one with the lowest loss is chosen, then the later one.
+        choose: The metric on val that chooses the epoch, or `loss`; None takes the task's first metric. `NAME:min` or
+            `NAME:max`, or `{metric: NAME, mode: min}`, also says which value is the best; else the metric does. Of
+            epochs with the same value, the one with the lowest loss is chosen, then the later one.
+        patience: Stop when no epoch was better on val for so many epochs; None trains all epochs. The schedule of the
+            learning rate is that of all epochs, so a constant one suits it.
+        ema: Evaluate and save an exponential moving average of what trains, of this decay (0.99 to 0.9999); None uses
+            the values of the last step. At step t the decay is at most 1 - t^(-2/3).
+        layer_decay: Factor of the learning rate from one block to the one below it (0.65 to 0.9 for `full`); None uses
+            one rate. Adapters inside blocks follow it as well.
         augment: A preset (`none`, `shift`, `light`, `paddle_study`, `crop`, `randaug`, `trivial`, `augmix`, `color`) or
             a list of torchvision's augmentations: `[random_resized_crop: {scale: [0.5, 1.0]}, horizontal_flip]`.
             `auto` takes the dataset's own preset.
@@ -83,6 +91,9 @@ class TrainConfig(Config):
     augment: str | list[StepConfig] = AUTO
     sampling: Sampling = "all"
     choose: str | None = None
+    patience: int | None = Field(None, ge=1)
+    ema: float | None = Field(None, gt=0, lt=1)
+    layer_decay: float | None = Field(None, gt=0, le=1)
     grad_clip: float | None = Field(1.0, gt=0)
     precision: Precision = "auto"
     grad_checkpointing: bool = False
@@ -112,6 +123,25 @@ class TrainConfig(Config):
         known = timm.optim.list_optimizers()
         if value not in known:
             raise ValueError(f"timm has no such optimizer{did_you_mean(value, known)}")
+        return value
+
+    @field_validator("choose", mode="before")
+    @classmethod
+    def _metric_and_mode(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "metric" in value and set(value) <= {"metric", "mode"}:
+            value = ":".join(str(part) for part in (value["metric"], value.get("mode")) if part is not None)
+        if isinstance(value, str) and ":" in value and value.partition(":")[2] not in {"min", "max"}:
+            raise ValueError(f"{value!r} has an unknown mode. Write NAME, NAME:min or NAME:max")
+        return value
+
+    @field_validator("val_every")
+    @classmethod
+    def _patience_covers_an_evaluation(cls, value: int, info: ValidationInfo) -> int:
+        patience = info.data.get("patience")
+        if patience is not None and patience < value:
+            raise ValueError(
+                f"with evaluations every {value} epochs, patience must be at least {value}, not {patience}"
+            )
         return value
 
     @property

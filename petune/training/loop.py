@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.distributed import SINGLE_PROCESS, Group
-from petune.base.errors import ConfigError, Diverged, Stopped
+from petune.base.errors import ConfigError, Stopped
 from petune.base.metric import SplitMetrics
 from petune.base.text import plural
 from petune.data.batches import AUGMENT_FORMAT, Batch, TrainBatches
@@ -25,16 +25,18 @@ from petune.training.batch_loss import BatchLoss
 from petune.training.calibrate import calibrate
 from petune.training.checkpoint import check_optimizer
 from petune.training.config import NumberFormat
+from petune.training.diverged import check_finite, diverged
 from petune.training.dry_run import dry_run
 from petune.training.evaluate import evaluate
 from petune.training.events import EpochEnded, Note, StepDone, Watch, ignore
 from petune.training.fit_batch import can_run_out, explain_single_image, largest_that_fits
 from petune.training.gradient_check import check_step_gradients
 from petune.training.job import TrainJob
+from petune.training.layer_decay import lr_scales
 from petune.training.meter import Meter
 from petune.training.migrations import check_same_batches
 from petune.training.mixup import BatchMixer
-from petune.training.optim import create_optimizer, create_schedule
+from petune.training.optim import create_optimizer, create_schedule, peak_rate
 from petune.training.precision import autocast, choose_attention, choose_precision
 from petune.training.progress import FitResult, Progress
 from petune.training.randomness import seed_generators
@@ -112,11 +114,12 @@ class Trainer:
 
         self.params = {**self.att.tuned, **self.att.head}
         check_optimizer(self.config)
-        self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config)
+        scales = lr_scales(self.att, self.params, self.config.layer_decay)
+        self.optimizer = create_optimizer(self.params, undecayed_keys(self.model), self.config, scales)
         self.schedule = create_schedule(self.optimizer, self.config, self.total_steps)
 
         self.metrics = choose_metrics(job.task, self.config.choose)
-        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep, self.metrics[0])
+        self.state = ResumableState(self.model, self.params, self.optimizer, job.keep, self.metrics[0], self.config.ema)
         self.progress.precision = group.broadcast(lambda: choose_precision(self.config.precision, self.device))
         self.unfused_attention: list[nn.Module] = []
         self._apply_precision()
@@ -144,7 +147,7 @@ class Trainer:
         start -= self.progress.time_s
         with self.speedups():
             self.saved_at = time.perf_counter()
-            while self.progress.epoch < self.job.epochs:
+            while not self.progress.is_done(self.job.epochs, self.config.patience):
                 self._train_epoch(start)
                 self._end_epoch()
                 self.progress.time_s = time.perf_counter() - start
@@ -175,7 +178,7 @@ class Trainer:
         p = self.progress
         seed_generators(self.device, self.job.seed, p.step, self.group.rank)
         self.schedule.step_update(p.step)
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = peak_rate(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         backward = partial(self._backward_batch, batch)
         loss_tensor = self.sync.backward(backward, self._request, batch.num_images)
@@ -184,10 +187,11 @@ class Trainer:
             check_step_gradients(self.att, self.params, backward, under_way=p.step > 0)
         norm_tensor = nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip or math.inf)
         loss, norm = float(loss_tensor), float(norm_tensor)  # only now, since a GPU is waited for
-        self._check_finite(loss, norm, lr, batch)
+        check_finite(loss, norm, lr, batch, p.step, self.files)
         self.optimizer.step()
         self.att.on_step_end(p.step)
         p.step += 1
+        self.state.average.update(p.step)
         p.batch += 1
         p.loss_sum += loss
         if p.step % self.config.log_every == 0:
@@ -249,12 +253,13 @@ class Trainer:
 
     def _validate(self) -> SplitMetrics:
         try:
-            val = self.evaluate("val")
+            with self.state.average.applied():
+                val = self.evaluate("val")
         except (Stopped, torch.OutOfMemoryError):
             self._save()  # the epoch's steps are done, so a resume continues with this evaluation
             raise
         if not math.isfinite(val.loss):
-            raise self._diverged(f"the loss on val is {val.loss}")
+            raise diverged(f"the loss on val is {val.loss}", self.progress.step, self.files)
         return val
 
     def evaluate(self, split: Literal["val", "test"], meter: Meter | None = None) -> SplitMetrics:
@@ -365,25 +370,13 @@ class Trainer:
         self.files.save(self.state.checkpoint())
         self.saved_at = time.perf_counter()
 
-    def _check_finite(self, loss: float, norm: float, lr: float, batch: Batch) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        positions = [int(position) for position in batch.positions]
-        shown = f"{positions[:8]}{' …' if len(positions) > 8 else ''}"
-        raise self._diverged(f"the loss is {loss} and the gradient norm {norm} (lr {lr:.3g}, images {shown})")
-
-    def _diverged(self, problem: str) -> Diverged:
-        last = self.files.last_step()
-        good = "there is no checkpoint yet" if last is None else f"the last good checkpoint is of step {last}"
-        return Diverged(
-            f"training diverged at step {self.progress.step}: {problem}; {good}. Use a lower learning rate",
-            cli_hint="Set it with --lr, or with --set lrs.METHOD=… in a comparison",
-        )
-
     def _result(self) -> FitResult:
         self.state.restore_best()
         calibrate(self.job.task, partial(self.evaluate, "val") if len(self.job.dataset.val) else None)
+        if self.progress.epoch < self.job.epochs:
+            self.on_event(Note(self.progress.early_stop(self.job.epochs)))
         return self.progress.result(
+            epochs=self.job.epochs,
             num_val=len(self.job.dataset.val),
             num_images=self.batches.num_images(self.progress.step),
             lr=self.config.lr or 0.0,
@@ -392,6 +385,6 @@ class Trainer:
 
     def _step_done(self) -> StepDone:
         p = self.progress
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = peak_rate(self.optimizer)
         speed = p.images_per_s(self.batches.num_images(p.step))
         return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, speed)

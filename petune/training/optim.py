@@ -16,7 +16,10 @@ from petune.training.config import TrainConfig
 
 
 def create_optimizer(
-    parameters: Mapping[str, nn.Parameter], no_decay: set[str], config: TrainConfig
+    parameters: Mapping[str, nn.Parameter],
+    no_decay: set[str],
+    config: TrainConfig,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Create an optimizer over exactly `parameters`.
 
@@ -24,6 +27,7 @@ def create_optimizer(
         parameters: By name. With `decay_vectors` all get weight decay, else matrices only; see `param_groups`.
         no_decay: Names of further parameters without weight decay; see `undecayed_keys`.
         config: With `lr`, `weight_decay` and `optimizer` filled in.
+        lr_scales: Factor of the learning rate by name, which timm's schedules apply; None has one rate for all.
     """
     import timm.optim
 
@@ -32,6 +36,8 @@ def create_optimizer(
         groups: list[dict[str, Any]] = [{"params": list(parameters.values()), "weight_decay": decay}]
     else:
         groups = param_groups(parameters, decay, no_decay)
+    if lr_scales is not None:
+        groups = _split_by_scale(groups, {id(p): lr_scales[name] for name, p in parameters.items()})
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
         groups,
         opt=config.optimizer,
@@ -42,6 +48,22 @@ def create_optimizer(
     if "muon" in str(config.optimizer) and not any(p.is_cuda for p in parameters.values()):
         _step_muon_in_float32(optimizer)
     return optimizer
+
+
+def _split_by_scale(groups: Iterable[Mapping[str, Any]], scale_of: Mapping[int, float]) -> list[dict[str, Any]]:
+    """Divide groups into those with one factor of the learning rate."""
+    divided = []
+    for group in groups:
+        for scale in sorted({scale_of[id(p)] for p in group["params"]}, reverse=True):
+            members = [p for p in group["params"] if scale_of[id(p)] == scale]
+            divided.append({**group, "params": members, "lr_scale": scale})
+    return divided
+
+
+def peak_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the current learning rate of parameters with a factor of 1."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> Any:

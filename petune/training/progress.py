@@ -27,6 +27,7 @@ class FitResult:
         micro_batch_size: Images that went through the model at once.
         lr: Peak learning rate.
         num_processes: Processes that trained together.
+        stopped_early: Whether `patience` ended the training.
     """
 
     epoch: int
@@ -39,6 +40,7 @@ class FitResult:
     micro_batch_size: int
     lr: float
     num_processes: int
+    stopped_early: bool = False
 
 
 @dataclass
@@ -109,6 +111,15 @@ class Progress:
         """
         return SplitMetrics(self.best_values, self.best_loss, num_val)
 
+    def is_done(self, epochs: int, patience: int | None) -> bool:
+        """Return True after all epochs, or if the last `patience` of them were not better than the kept one."""
+        waited = self.epoch - self.best_epoch if self.best_epoch > 0 else 0
+        return self.epoch >= epochs or (patience is not None and waited >= patience)
+
+    def early_stop(self, epochs: int) -> str:
+        """Say why a training has fewer than `epochs` epochs."""
+        return f"stopped after epoch {self.epoch} of {epochs}: none was better on val since epoch {self.best_epoch}"
+
     def images_per_s(self, num_images: int) -> float:
         """Return the mean training speed.
 
@@ -117,10 +128,11 @@ class Progress:
         """
         return num_images / self.train_time_s if self.train_time_s else 0.0
 
-    def result(self, *, num_val: int, num_images: int, lr: float, num_processes: int) -> FitResult:
+    def result(self, *, epochs: int, num_val: int, num_images: int, lr: float, num_processes: int) -> FitResult:
         """Return the result of a finished training.
 
         Args:
+            epochs: Epochs that were asked for.
             num_val: Size of the val split.
             num_images: Images of all steps.
             lr: Peak learning rate.
@@ -138,4 +150,5 @@ class Progress:
             micro_batch_size=self.micro_batch,
             lr=lr,
             num_processes=num_processes,
+            stopped_early=self.epoch < epochs,
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import CheckpointError
 from petune.base.metric import Metric, SplitMetrics
+from petune.training.average import Average
 from petune.training.checkpoint import BUFFER, Checkpoint
 from petune.training.progress import Progress
 
@@ -24,9 +25,11 @@ class ResumableState:
         optimizer: Of these parameters.
         keep: Whether the best epoch or the last one is kept.
         metric: Chooses the best epoch.
+        ema: Decay of the average that is evaluated and kept; None keeps the parameters themselves.
 
     Attributes:
         progress: How far the training is.
+        average: The average of the parameters.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class ResumableState:
         optimizer: torch.optim.Optimizer,
         keep: Literal["best", "last"],
         metric: Metric,
+        ema: float | None = None,
     ) -> None:
         self.model = model
         self.params = params
@@ -43,6 +47,7 @@ class ResumableState:
         self.keep = keep
         self.metric = metric
         self.progress = Progress()
+        self.average = Average(params, ema)
         self.best: Mapping[str, Tensor] = {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -61,19 +66,23 @@ class ResumableState:
         p.best_epoch = p.epoch + 1
         p.best_values = dict(val.values)
         if self.keep == "best":
-            self.best = {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
+            with self.average.applied():
+                self.best = {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
 
     def _rank(self, val: SplitMetrics) -> tuple[float, float]:
         return self.metric.score(val.value(self.metric)), -val.loss
 
     def restore_best(self) -> None:
-        """Give the model the tensors of the kept epoch."""
+        """Give the model the tensors of the kept epoch, which are averages if there are any."""
         if self.best:
             copy_tensors(self.best, self.tensors())
+        else:
+            self.average.apply()
 
     def checkpoint(self) -> Checkpoint:
         """Return everything that a resume needs."""
-        return Checkpoint(self.tensors(), self.best, self.optimizer.state_dict(), asdict(self.progress))
+        optimizer, progress = self.optimizer.state_dict(), asdict(self.progress)
+        return Checkpoint(self.tensors(), self.best, optimizer, progress, self.average.values)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -86,6 +95,7 @@ class ResumableState:
             raise CheckpointError("the checkpoint is of another model, method or dataset. Use another run directory")
         copy_tensors(checkpoint.tensors, tensors)
         self.best = {key: tensor.to(tensors[key].device) for key, tensor in checkpoint.best.items()}
+        self.average.load(checkpoint.average)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = Progress(**checkpoint.progress)
 

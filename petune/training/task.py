@@ -198,7 +198,8 @@ def choose_metrics(task: Task[Any], choose: str | None) -> tuple[Metric, ...]:
 
     Args:
         task: The task.
-        choose: The name of a metric, or `loss`; None takes the task's first metric.
+        choose: The name of a metric, or `loss`, with `:min` or `:max` if that is not the metric's own direction; None
+            takes the task's first metric.
 
     Raises:
         ConfigError: The task has no such metric.
@@ -206,10 +207,12 @@ def choose_metrics(task: Task[Any], choose: str | None) -> tuple[Metric, ...]:
     if choose is None:
         return task.metrics
     every = {metric.name: metric for metric in (*type(task).metrics, *task.metrics, LOSS)}
-    if choose not in every:
+    name, _, mode = choose.partition(":")
+    if name not in every:
         raise ConfigError(
-            f"the task {task.name or type(task).__name__} has no metric {choose!r}, which train.choose names"
-            f"{did_you_mean(choose, every)}",
+            f"the task {task.name or type(task).__name__} has no metric {name!r}, which train.choose names"
+            f"{did_you_mean(name, every)}",
             cli_hint=f"Write --set train.choose={task.metrics[0].name}",
         )
-    return (every[choose], *(metric for metric in task.metrics if metric.name != choose))
+    chosen = every[name].model_copy(update={"higher_is_better": mode == "max"}) if mode else every[name]
+    return (chosen, *(metric for metric in task.metrics if metric.name != name))
