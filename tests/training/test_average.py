@@ -57,9 +57,14 @@ def test_the_model_gets_its_own_values_back_also_after_an_error() -> None:
     average = Average(params, 0.5)
     average.update(1)
     params["w"].data += 4
-    with pytest.raises(RuntimeError), average.applied():
-        assert params["w"].tolist() == [1, 1]
-        raise RuntimeError
+
+    def fail() -> None:
+        with average.applied():
+            assert params["w"].tolist() == [1, 1]
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert params["w"].tolist() == [5, 5]
 
 
