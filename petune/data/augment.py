@@ -89,6 +89,8 @@ PRESETS: dict[str, tuple[Callable[[Tensor, Draws, float], Tensor], ...]] = {
     "light": (shift, flip),
     "paddle_study": (shift, jitter, flip, rotate),  # in the order of the Paddle study
 }
+MOVING_PRESETS = {name for name, transforms in PRESETS.items() if {*transforms} <= {shift, flip}}
+"""Presets that only move whole pixels, so that images may be uint8."""
 COLOR = (jitter,)
 """Functions that do not move pixels, so that masks stay as they are."""
 

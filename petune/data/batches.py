@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.text import plural
-from petune.data.augment import augment, augment_masks, epoch_order, image_seeds, random_draws
+from petune.data.augment import MOVING_PRESETS, augment, augment_masks, epoch_order, image_seeds, random_draws
 from petune.data.balanced import balanced_order
 from petune.data.dataset import Split
 from petune.data.images import num_threads
-from petune.data.policy import ImagePolicy, policy_pixels
-from petune.data.preprocess import Preprocess, float_pixels, read_images, to_device
+from petune.data.policy import ImagePolicy
+from petune.data.preprocess import Preprocess, center_crop, read_images, to_device
 from petune.data.steps import StepConfig, steps_of
 
+CPU = torch.device("cpu")
 AUGMENT_FORMAT = 1
 """Raised when a preset of `petune.data.steps` draws or computes other pixels, so that no epoch mixes both."""
 MAX_LEFT_OUT = 0.05
@@ -192,7 +193,8 @@ class TrainBatches:
     def _together(self, positions: NDArray[np.int64], draws: NDArray[Any]) -> tuple[Tensor, Tensor]:
         """Return images augmented by a preset that works on whole batches, on the device, and their targets."""
         preset, u = str(self.augmentation), to_device(torch.from_numpy(draws), self.device)
-        x_BCHW = augment(self.preprocess.pixels(self.split, positions, self.device), preset, u)
+        x_BCHW = self.preprocess.fit(self.split, read_images(self.split, positions, self.device))
+        x_BCHW = augment(x_BCHW if preset in MOVING_PRESETS else x_BCHW.float(), preset, u)
         y = _targets(self.split, self.preprocess, positions, self.device)
         if self.split.has_masks:
             y = augment_masks(y, preset, u, self.ignore_index)
@@ -201,23 +203,29 @@ class TrainBatches:
     def _one_by_one(
         self, positions: NDArray[np.int64], seeds: NDArray[Any], policy: ImagePolicy, pool: ThreadPoolExecutor
     ) -> tuple[Tensor, Tensor]:
-        """Return images that threads read and augment, each as a whole, and their targets."""
+        """Return images that threads read and augment, each as a whole, and their targets.
+
+        On a CPU the threads normalize them too; a GPU gets them as uint8.
+        """
+        pre, split = self.preprocess, self.split
+        x_BCHW = pre.empty(len(positions)) if self.device.type == "cpu" else None
 
         def prepare(number: int) -> tuple[Tensor, Tensor | None]:
             position = positions[number : number + 1]
-            mask = torch.from_numpy(self.split.targets_at(position)[0]) if self.split.has_masks else None
-            return policy(
-                policy_pixels(read_images(self.split, position)[0]), mask, self.split.crop, int(seeds[number])
-            )
+            mask = None
+            if split.has_masks:
+                mask = center_crop(torch.from_numpy(split.targets_at(position)[0]), split.crop)
+            image, mask = policy(read_images(split, position, CPU)[0], mask, int(seeds[number]))
+            if x_BCHW is not None:
+                pre.normalize(image[None], out=x_BCHW[number : number + 1])
+            return image, mask
 
         samples = list(pool.map(prepare, range(len(positions))))
-        x_BCHW = float_pixels(to_device(torch.stack([image for image, _ in samples]), self.device))
         masks = [mask for _, mask in samples if mask is not None]
-        if masks:
-            y = to_device(torch.stack(masks), self.device)
-        else:
-            y = _targets(self.split, self.preprocess, positions, self.device)
-        return self.preprocess.normalize(x_BCHW), y
+        y = to_device(torch.stack(masks), self.device) if masks else _targets(split, pre, positions, self.device)
+        if x_BCHW is None:
+            x_BCHW = pre.normalize(to_device(torch.stack([image for image, _ in samples]), self.device))
+        return x_BCHW, y
 
 
 def eval_batches(
@@ -244,7 +252,7 @@ def _in_order(
         if positions_only:
             x = torch.from_numpy(positions)
         else:
-            x = preprocess.normalize(preprocess.pixels(split, positions, device))
+            x = preprocess.normalize(preprocess.fit(split, read_images(split, positions, device)))
         yield Batch(x, _targets(split, preprocess, positions, device), positions, len(positions))
 
 

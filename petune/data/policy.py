@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from petune.base.config import shown
 from petune.base.errors import ConfigError, did_you_mean
 from petune.data.augment import PRESETS
-from petune.data.preprocess import center_crop, resize_masks
+from petune.data.preprocess import resize_masks
 from petune.data.steps import RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, steps_of
 
 RANDOM_FUNCTIONS = frozenset({
@@ -65,15 +65,12 @@ class ImagePolicy:
         self.transforms = [build_step(name, arguments, image_size, ignore_index) for name, arguments in steps]
         self.crops = any(name == RESIZED_CROP for name, _ in steps)
 
-    def __call__(
-        self, image_CHW: Tensor, mask_HW: Tensor | None, share: float, seed: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, image_CHW: Tensor, mask_HW: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
         """Augment an image and its mask.
 
         Args:
-            image_CHW: uint8, or float32 with white at 1.
+            image_CHW: In 0..255, uint8 or float32.
             mask_HW: Its mask, of the same side or another one.
-            share: Fraction of the side that is not margin; see `Split.crop`.
             seed: Of this image's random numbers.
 
         Returns:
@@ -81,31 +78,20 @@ class ImagePolicy:
         """
         from torchvision import tv_tensors
 
-        image = center_crop(image_CHW, share)
+        is_float = image_CHW.is_floating_point()
+        image = image_CHW / 255 if is_float else image_CHW  # as torchvision takes it
         if not self.crops and image.shape[-1] != self.image_size:
-            image = resize_image(image, self.image_size)
+            size = (self.image_size, self.image_size)
+            image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
         sample: Any = tv_tensors.Image(image)
         if mask_HW is not None:
-            mask = resize_masks(center_crop(mask_HW, share), *image.shape[-2:])
-            sample = sample, tv_tensors.Mask(mask)
+            sample = sample, tv_tensors.Mask(resize_masks(mask_HW, *image.shape[-2:]))
         with OwnGenerator(torch.Generator().manual_seed(seed)):
             for transform in self.transforms:
                 sample = transform(sample)
-        if mask_HW is None:
-            return sample.as_subclass(Tensor), None
-        return sample[0].as_subclass(Tensor), sample[1].as_subclass(Tensor)
-
-
-def policy_pixels(image: Tensor) -> Tensor:
-    """Return an image as torchvision's transforms take it: uint8, or float32 with white at 1."""
-    if image.dtype == torch.uint16:
-        return image.float() / 65535
-    return image.float() if image.is_floating_point() else image
-
-
-def resize_image(image_CHW: Tensor, side: int) -> Tensor:
-    """Resize a square image as `Preprocess.pixels` does, in the type it comes in."""
-    return F.interpolate(image_CHW[None], (side, side), mode="bicubic", antialias=True)[0]
+        image, mask = (sample, None) if mask_HW is None else sample
+        image = image.as_subclass(Tensor)
+        return image * 255 if is_float else image, None if mask is None else mask.as_subclass(Tensor)
 
 
 def check_augment(augment: str | Sequence[StepConfig], also: Sequence[str] = ()) -> None:
@@ -130,7 +116,7 @@ def check_augment(augment: str | Sequence[StepConfig], also: Sequence[str] = ())
         image = torch.zeros(3, TRIAL_SIDE, TRIAL_SIDE, dtype=torch.uint8)
         for seed in range(TRIAL_IMAGES):
             try:
-                policy(image, None, 1.0, seed)
+                policy(image, None, seed)
             except (TypeError, ValueError, RuntimeError, IndexError) as error:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"the augmentation {shown(step)} does not work: {reason}") from None

@@ -37,15 +37,15 @@ class Preprocess:
 
     def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
         """Return images in 0..255 at `image_size`, float32 (B, C, S, S), without the margin they were stored with."""
-        x_BCHW = float_pixels(to_device(read_images(split, positions), device))
-        if split.crop < 1:
-            x_BCHW = center_crop(x_BCHW, split.crop)
-        if x_BCHW.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            x_BCHW = F.interpolate(x_BCHW, size, mode="bicubic", antialias=True)
-            if np.issubdtype(split.images.dtype, np.integer):
-                x_BCHW = x_BCHW.clamp(0, 255)
-        return x_BCHW
+        return self.fit(split, read_images(split, positions, device)).float()
+
+    def fit(self, split: Split, x_BCHW: Tensor) -> Tensor:
+        """Resize images of a split in 0..255 to `image_size`: float32, but as they come if they have that size."""
+        if x_BCHW.shape[-1] == self.image_size:
+            return x_BCHW
+        size = (self.image_size, self.image_size)
+        x_BCHW = F.interpolate(x_BCHW.float(), size, mode="bicubic", antialias=True)
+        return x_BCHW.clamp(0, 255) if np.issubdtype(split.images.dtype, np.integer) else x_BCHW
 
     def masks(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
         """Return masks at `image_size`, uint8 (B, S, S), without the margin: each pixel has the class nearest to it."""
@@ -56,27 +56,35 @@ class Preprocess:
         """Return one black image, float32 (1, C, S, S)."""
         return torch.zeros(1, len(self.mean), self.image_size, self.image_size, device=device)
 
-    def normalize(self, x_BCHW: Tensor) -> Tensor:
+    def empty(self, count: int) -> Tensor:
+        """Return room for normalized images on a CPU, float32 (count, C, S, S).
+
+        It is NumPy's, which asks Linux for large pages: of small ones, a batch touches ten thousand for the first time.
+        """
+        return torch.from_numpy(np.empty((count, len(self.mean), self.image_size, self.image_size), np.float32))
+
+    def normalize(self, x_BCHW: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalize images in 0..255 by mean and standard deviation, RGB as gray if there is a single mean."""
         if len(self.mean) == 1 and x_BCHW.shape[1] == 3:
             x_BCHW = to_gray(x_BCHW)
         statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, -1, 1, 1) * 255
-        return (x_BCHW - statistics[0]).div_(statistics[1])
+        return torch.sub(x_BCHW, statistics[0], out=out).div_(statistics[1])
 
 
-def read_images(split: Split, positions: NDArray[np.int64]) -> Tensor:
-    """Return the stored images at these positions, (B, C, H, W), in the type they are stored in."""
-    return torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]])).permute(0, 3, 1, 2)
+def read_images(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return images in 0..255 without their margin, (B, C, H, W); uint8 as it is stored, else float32."""
+    raw_BHWC = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
+    return center_crop(in_255(to_device(raw_BHWC, device).permute(0, 3, 1, 2)), split.crop)
 
 
-def float_pixels(x: Tensor) -> Tensor:
-    """Return pixels as float32, where 255 is white: 65535 of 16-bit images, and 1 of images stored as floats.
+def in_255(x: Tensor) -> Tensor:
+    """Return pixels so that white is 255: it is 65535 in 16-bit images, and 1 in images stored as floats.
 
-    Images are converted before they are resized: resizing 16-bit integers would wrap around.
+    16-bit integers become floats before anything resizes them, because they would wrap around.
     """
-    if x.dtype == torch.uint16:
-        return x.float() / WHITE_16_BIT
-    return x.float() * 255 if x.is_floating_point() else x.float()
+    if x.dtype == torch.uint8:
+        return x
+    return x.float() * 255 if x.is_floating_point() else x.float() / WHITE_16_BIT
 
 
 def to_gray(x_BCHW: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def _image(channels: int = 3, side: int = 40, seed: int = 0) -> Tensor:
 
 
 def _augmented(steps: str | Sequence[StepConfig], image: Tensor, seed: int, mask: Tensor | None = None) -> Any:
-    return ImagePolicy(steps, 32, IGNORE)(image, mask, 1.0, seed)
+    return ImagePolicy(steps, 32, IGNORE)(image, mask, seed)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -102,7 +102,7 @@ def test_masks_are_resized_to_the_nearest_class(stored: int, side: int) -> None:
 def test_a_cropped_mask_is_resized_to_the_nearest_class() -> None:
     mask = torch.arange(64, dtype=torch.uint8).reshape(8, 8)
     whole: list[StepConfig] = [{"random_resized_crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}]
-    moved = ImagePolicy(whole, 6, IGNORE)(mask[None], mask, 1.0, 0)[1]
+    moved = ImagePolicy(whole, 6, IGNORE)(mask[None], mask, 0)[1]
     assert torch.equal(moved, resize_masks(mask, 6, 6))
 
 
@@ -161,7 +161,7 @@ def test_the_crop_preset_takes_35_to_100_percent_of_what_the_model_sees() -> Non
     policy = ImagePolicy("crop", 64, IGNORE)
     spans = []
     for seed in range(300):
-        image = policy(ramp, None, 1.0, seed)[0].float()
+        image = policy(ramp, None, seed)[0].float()
         spans.append(abs(float(image[0, 32, 60] - image[0, 32, 3])) * 64 / 57 / 64)
     areas = np.square(spans)
     assert areas.min() == pytest.approx(0.35, abs=0.05)
