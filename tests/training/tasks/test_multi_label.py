@@ -11,6 +11,7 @@ import timm.loss
 import torch
 from sklearn import metrics as sklearn_metrics
 
+import petune
 from petune.base.errors import ConfigError, DataError
 from petune.data.dataset import Split
 from petune.data.target import Target
@@ -53,6 +54,11 @@ def test_the_mean_over_images_is_timms_loss(loss: str, smoothing: float) -> None
     found = task.loss(logits, targets, smoothing)
     assert found.shape == (40,)
     torch.testing.assert_close(found.mean(), criterion(logits, targets.float()) * task.state.get("scale", 1.0))
+
+
+@pytest.mark.parametrize("options", [*(f"loss={loss}" for loss in LOSSES), "pos_weight=balanced,threshold=per_class"])
+def test_every_loss_meets_the_contract(options: str) -> None:
+    assert petune.check_task(f"multi_label:{options}")
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "twoway"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
+import petune
 from petune.base.errors import ConfigError, DataError
 from petune.data.dataset import Split
 from petune.data.target import Target
@@ -49,6 +50,11 @@ def test_targets_are_standardized_inside() -> None:
     torch.testing.assert_close(task.numbers(standardized), numbers)
     first = task.predict(standardized.float())[0]
     assert first == {"age": pytest.approx(numbers[0, 0].item()), "height": pytest.approx(numbers[0, 1].item())}
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_every_loss_meets_the_contract(loss: str) -> None:
+    assert petune.check_task(f"regression:loss={loss}")
 
 
 def test_huber_is_linear_in_large_errors() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cifar_tables import PARQUET, read_cifar, write_tables
 from safetensors.torch import load_file
 
 import petune
@@ -214,3 +215,23 @@ def test_comparisons_and_sweeps_show_the_metrics(targets: str, tmp_path: Path) -
     page = (tmp_path / "two" / "compare.md").read_text()
     assert table.metric_info[0].label in page
     assert "MAE of sum" not in page  # metrics of one class or number are not shown
+
+
+@pytest.mark.skipif(not PARQUET.exists(), reason="CIFAR-10 is not here")
+@pytest.mark.parametrize(
+    ("table", "options", "shown"),
+    sampled(
+        [("pairs", "labels=labels,separator=|", "micro-F1 on test"), ("animals", "target=animals", "R² on test")],
+        lambda row: row[0] == "pairs",
+    ),
+)
+def test_tables_of_real_images_from_the_command_line(
+    table: str, options: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, names = read_cifar(PARQUET, 100)
+    write_tables(images, names, tmp_path, count=90, seed=0)
+    (tmp_path / "run.yaml").write_text(json.dumps({**SHORT, "train": {**TRAIN, "epochs": 1}}))
+    words = ("--config", tmp_path / "run.yaml", "--dataset", f"table:{tmp_path}/{table}.csv,{options}")
+    done = call("run", *words, "--output", tmp_path / "run", capture=capsys)
+    assert done.code == 0, done.err
+    assert shown in done.out
