@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from petune.backbones.head import HeadKind, set_head
+from petune.backbones.input_channels import channel_settings, set_input_channels
 from petune.backbones.input_size import backbone_sites, square_input
 from petune.backbones.names import ALIASES, HUB, Alias, calls_user_code, is_other_library, resolve_name
 from petune.backbones.other_libraries import build_other_library
@@ -85,6 +86,7 @@ def create_backbone(
     seed: int = 0,
     keep_head_of: tuple[str, ...] | None = None,
     initial_classes: int | None = None,
+    channels: int | None = None,
 ) -> Backbone:
     """Build a backbone.
 
@@ -99,6 +101,8 @@ def create_backbone(
         seed: Seed of all random initialization.
         initial_classes: Outputs of the head that a model with random weights is built with, before it gets the fresh
             one. The values that are drawn for the backbone depend on it. None is `num_classes`.
+        channels: Channels of the images; the patch embedding is adapted to them, see `petune.backbones.input_channels`.
+            None leaves the model as it is.
         keep_head_of: Load the file's head as well, if it was trained on exactly these classes.
 
     Raises:
@@ -112,13 +116,16 @@ def create_backbone(
     size_key = "image_size" if is_other_library(name) else "img_size"
     sizes = {size_key: image_size, "patch_size": patch_size}
     settings = alias.options | {key: size for key, size in sizes.items() if size is not None} | (options or {})
+    settings = channel_settings(name, settings, channels, is_timm=not is_other_library(name))
     source = _weights_source(name, alias, weights)
     file = None if source in {"none", HUB} else read_weights(Path(source))
     with _seeded(seed):
         outputs = (initial_classes or num_classes) if source == "none" else num_classes
         model = _build(name, alias, settings, outputs, pretrained=source == HUB)
     if image_size is not None and not is_other_library(name):
-        _record_input_size(model, image_size)
+        _record_input_size(model, image_size, settings.get("in_chans", 3))
+    if channels is not None and is_other_library(name):
+        set_input_channels(name, model, channels)
     set_head(model, num_classes, head, seed)
     statistics = pretrained_statistics(model) if source == HUB else None
     sites = backbone_sites(model)
@@ -211,10 +218,10 @@ def _build(name: str, alias: Alias, settings: dict[str, Any], num_classes: int, 
     return build_timm(alias.timm_name, settings, num_classes, pretrained_overlay(name, alias) if pretrained else None)
 
 
-def _record_input_size(model: nn.Module, image_size: int) -> None:
+def _record_input_size(model: nn.Module, image_size: int, channels: int) -> None:
     """Record the size that a model of timm was built for, which not every model does (Hiera, MViT)."""
     config: Any = model.pretrained_cfg
-    model.__dict__["pretrained_cfg"] = {**config, "input_size": (3, image_size, image_size)}
+    model.__dict__["pretrained_cfg"] = {**config, "input_size": (channels, image_size, image_size)}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from petune.backbones.input_channels import adapted_tensors
 from petune.backbones.torch_checkpoint import is_torch_checkpoint, read_torch_checkpoint, without_wrappers
 from petune.backbones.transformers_weights import renamed_tensors
 from petune.base.config import expand_home
@@ -148,7 +149,7 @@ def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> 
         CheckpointError: A key is missing, unexpected, or has another shape.
     """
     tensors: Mapping[str, Tensor] = {k: tensor for k, tensor in weights.tensors.items() if k not in weights.adapters}
-    tensors = renamed_tensors(model, tensors)
+    tensors = adapted_tensors(model, renamed_tensors(model, tensors))
     state = model.state_dict()
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if resample is not None and any(k in state and state[k].shape != tensor.shape for k, tensor in tensors.items()):

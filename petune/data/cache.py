@@ -27,8 +27,8 @@ USE_ANOTHER_CACHE = "set PETUNE_CACHE to another directory"
 MAX_SHARE_OF_DISK = 0.9
 CACHE_GB = 50.0
 """Default of the largest size of a split in the cache: 250,000 photos for models with images of 224 pixels."""
-Allocate = Callable[..., NDArray[np.uint8]]
-"""(number of images N, side S, channels=3) to an array (N, S, S, C) on disk; it may be larger than the memory."""
+Allocate = Callable[..., NDArray[Any]]
+"""(N images, side S, channels=3, dtype="uint8") to an array (N, S, S, C) on disk; it may be larger than the memory."""
 Decode = Callable[[Allocate], tuple[NDArray[np.int64], NDArray[np.int64]]]
 """Allocates the images (once), fills them, and returns their labels and rows, int64 (N,); see `Split`."""
 
@@ -56,12 +56,13 @@ class _TooLarge(Exception):
     """Images that do not fit the cache.
 
     Attributes:
-        shape: Theirs.
+        shape, dtype: Theirs.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         super().__init__(shape)
         self.shape = shape
+        self.dtype = dtype
 
 
 def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallback: Fallback | None = None) -> Split:
@@ -85,7 +86,7 @@ def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallbac
         if fallback is None:
             raise
         checked = _cached(path.with_name(f"{digest}-targets"), key, _Allocator(decode, fallback, keep=False), crop)
-        return replace(checked, images=OnRequest(fallback.read, error.shape))
+        return replace(checked, images=OnRequest(fallback.read, error.shape, error.dtype))
 
 
 def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split:
@@ -115,17 +116,21 @@ class _Allocator:
 
     def fill(self, path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Write images.npy, and return targets and rows."""
-        return self.decode(lambda count, side, channels=3: self._allocate(path, (count, side, side, channels)))
 
-    def _allocate(self, path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        def allocate(count: int, side: int, channels: int = 3, dtype: str = "uint8") -> NDArray[Any]:
+            return self._allocate(path, (count, side, side, channels), np.dtype(dtype))
+
+        return self.decode(allocate)
+
+    def _allocate(self, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         if not self.keep:
             np.save(path, np.empty((shape[0], 0), np.uint8))
-            return scratch(shape)
+            return scratch(shape, dtype)
         if self.fallback is not None:
             room = min(self.fallback.limit_gb * 1e9, MAX_SHARE_OF_DISK * shutil.disk_usage(path.parent).free)
-            if math.prod(shape) > room:
-                raise _TooLarge(shape)
-        return _allocate(path, shape)
+            if math.prod(shape) * dtype.itemsize > room:
+                raise _TooLarge(shape, dtype)
+        return _allocate(path, shape, dtype)
 
 
 def file_key(path: Path) -> list[Any]:
@@ -184,15 +189,15 @@ def _remove_abandoned(parent: Path, lock: IO[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    need, free = math.prod(shape), shutil.disk_usage(path.parent).free
+def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    need, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(path.parent).free
     # Check for a full disk now: writing to a memory-mapped file without space kills the process (SIGBUS).
     if need > free:
         raise DataError(
             f"not enough disk space for the decoded images in {path.parent.parent}: {need:,} bytes needed, {free:,} "
             f"free. Make room, or {USE_ANOTHER_CACHE}"
         )
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

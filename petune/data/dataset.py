@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from petune.base.errors import ConfigError, DataError
 from petune.base.text import plural
 from petune.data.cut import Samples, draw_shots, held_out
+from petune.data.statistics import Statistics, channel_statistics
 from petune.data.target import Target, TargetKind
 
 __all__ = ["Dataset", "Images", "OnBroken", "Split", "Target", "TargetKind"]
 
-CHUNK = 32
-"""Images per step of computing statistics; bounds the memory."""
 OnBroken = Literal["error", "skip"]
 """Policy for an image that cannot be decoded: stop, or skip it."""
 TEST_FRACTION = 0.2
@@ -48,7 +47,8 @@ class Split:
     """Images and targets of one split.
 
     Attributes:
-        images: uint8, (N, H, W, 3), usually memory-mapped: index it, do not copy it.
+        images: uint8, uint16 (65535 is white) or float32, (N, H, W, C), usually memory-mapped: index it, do not copy
+            it.
         targets: One per image, see `Target`; masks are indexed by `rows`, as images are.
         rows: int64, (N,), the row in `images` of each image (splits may share an array). Copies of a file share the
             row of the first one.
@@ -74,19 +74,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation per channel in [0, 1], from up to 20,000 evenly spaced images."""
-        chosen = self.rows[:: max(1, len(self) // 10_000)]
-        channels = self.images.shape[-1]
-        counts_C256 = np.zeros((channels, 256), np.int64)  # pixels as float64 would take 8 times the memory
-        for start in range(0, len(chosen), CHUNK):
-            pixels_NC = np.asarray(self.images[chosen[start : start + CHUNK]]).reshape(-1, channels)
-            counts_C256 += [np.bincount(channel, minlength=256) for channel in pixels_NC.T]
-        values_256 = (np.arange(256, dtype=np.float32) / 255).astype(np.float64)
-        shares_C256 = counts_C256 / counts_C256.sum(1, keepdims=True)
-        mean = shares_C256 @ values_256
-        std = np.sqrt((shares_C256 * (values_256 - mean[:, None]) ** 2).sum(1))
-        return tuple(round(float(m), 6) for m in mean), tuple(round(max(float(s), 1e-3), 6) for s in std)
+    def channel_statistics(self) -> Statistics:
+        """Return mean and standard deviation per channel, white at 1, from up to 20,000 evenly spaced images."""
+        return channel_statistics(self.images, self.rows[:: max(1, len(self) // 10_000)])
 
     def take(self, positions: NDArray[np.int64]) -> Split:
         """Return the split with only these positions; the images are shared."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.base.text import plural
+from petune.data.bands import RGB, ImageForm, form_of_all
 from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
 from petune.data.dataset import TEST_FRACTION, Dataset, OnBroken, Split, Target
 from petune.data.find_images import size_and_time, unsupported_note
@@ -48,7 +49,8 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
             that cannot be decoded (with its path).
     """
     files, skipped = list_images(path)
-    decoder = _Decoder(path, math.ceil(image_size / CROP), on_broken == "skip", cache_gb)
+    form = form_of_all([file for classes in files.values() for images in classes.values() for file in images])
+    decoder = _Decoder(path, math.ceil(image_size / CROP), on_broken == "skip", cache_gb, form)
     splits: dict[str, Split] = {}
     broken: list[Path] = []
     for part, classes in files.items():
@@ -96,18 +98,20 @@ class _Decoder:
         side: Side of the stored images, in pixels.
         skip: Leave out images that cannot be decoded.
         cache_gb: Largest size of the decoded images of a split in the cache, in 10⁹ bytes.
+        form: Channels and type of all images.
     """
 
     root: Path
     side: int
     skip: bool
     cache_gb: float
+    form: ImageForm
 
     def decode(self, classes: ClassFiles) -> tuple[Split, list[Path]]:
         """Return a split, and the files that were left out."""
         paths = [image for images in classes.values() for image in images]
         labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
-        fallback = Fallback(lambda row: decode_image(paths[row], self.side), self.cache_gb)
+        fallback = Fallback(lambda row: decode_image(paths[row], self.side, self.form), self.cache_gb)
         split = cached_split(self._key(paths), lambda allocate: self._fill(paths, labels, allocate), CROP, fallback)
         split = replace(split, names=np.array([str(path) for path in paths]))
         is_broken = split.targets == BROKEN_LABEL
@@ -118,12 +122,14 @@ class _Decoder:
     def _key(self, paths: Sequence[Path]) -> dict[str, object]:
         files = [[str(path.relative_to(self.root)), *size_and_time(path)] for path in paths]
         key = {"format": FORMAT, "root": str(self.root.resolve()), "side": self.side, "files": files}
-        return key | ({"skip": 1} if self.skip else {})
+        form = {} if self.form == RGB else {"channels": self.form.channels, "dtype": self.form.dtype}
+        return key | form | ({"skip": 1} if self.skip else {})
 
     def _fill(
         self, paths: Sequence[Path], labels: NDArray[np.int64], allocate: Allocate
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        broken = decode_images(paths, allocate(len(paths), self.side), skip=self.skip)
+        out = allocate(len(paths), self.side, self.form.channels, self.form.dtype)
+        broken = decode_images(paths, out, skip=self.skip, form=self.form)
         if len(broken) > MAX_BROKEN * len(paths):
             raise DataError(
                 f"broken images: {len(broken)} of {len(paths)}, more than the {MAX_BROKEN:.0%} that may be skipped. "

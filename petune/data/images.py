@@ -1,4 +1,6 @@
-"""Decode image files to uint8 RGB squares: orientation, transparency, CMYK, 16 bit; broken files are reported.
+"""Decode image files to squares of RGB and 8 bits: orientation, transparency, CMYK, 16 bit; broken files are reported.
+
+Arrays and TIFF files with other channels are those of `petune.data.bands`.
 
 A JPEG is decoded at its full size. Pillow's `draft` would decode a photo of 12 megapixels in 46 instead of 167 ms, but
 to other pixels than those of the same image when it is given opened.
@@ -12,24 +14,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
+from petune.data.bands import ARRAY_SUFFIXES, RGB, TIFF_SUFFIXES, ImageForm, as_image, bands_square, preview, read_bands
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Converted = TypeVar("Converted")
 _ALWAYS_SUPPORTED = frozenset(
-    [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
-)
+    [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".npy", ".npz", ".pbm", ".pgm", ".png", ".ppm", ".psd", ".tga", ".tif",
+     ".tiff", ".webp"]
+)  # fmt: skip
 UNSUPPORTED_SUFFIXES = frozenset(
-    [".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".raf", ".svg", ".tga"]
+    [".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".raf", ".svg"]
 )
-"""Image formats that are not read (AVIF is, if Pillow can); such files are reported."""
+"""Image formats that are not read (AVIF, HEIC and JPEG 2000 are, with a decoder); such files are reported."""
 CHUNK = 32
 FORMATS_WITH_16_BIT = {"PNG", "PPM"}  # here mode "I" means 16 bit; in a TIFF it is 32 bit without a white point
 
@@ -39,7 +43,24 @@ def supported_suffixes() -> frozenset[str]:
     """Return the file suffixes of images that are read."""
     from PIL import features
 
-    return _ALWAYS_SUPPORTED | {".avif"} if features.check("avif") else _ALWAYS_SUPPORTED
+    found = set(_ALWAYS_SUPPORTED)
+    if features.check("avif"):
+        found.add(".avif")
+    if features.check("jpg_2000"):
+        found.add(".jp2")
+    if _has_heif():
+        found |= {".heic", ".heif"}
+    return frozenset(found)
+
+
+def _has_heif() -> bool:
+    """Register the decoder of pillow-heif, if it is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def num_threads() -> int:
@@ -48,13 +69,16 @@ def num_threads() -> int:
     return min(cores, 16)
 
 
-def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool = False) -> dict[int, str]:
+def decode_images(
+    paths: Sequence[Path], out: NDArray[Any], *, skip: bool = False, form: ImageForm = RGB
+) -> dict[int, str]:
     """Decode `paths` into `out`, one thread per core (Pillow decodes without the GIL).
 
     Args:
         paths: N files.
-        out: uint8 (N, S, S, 3), filled here.
+        out: (N, S, S, C), of the type and channels of `form`, filled here.
         skip: Leave images black that cannot be decoded, instead of raising.
+        form: See `petune.data.bands.form_of_all`.
 
     Returns:
         With `skip`, the positions of the images that cannot be decoded, and why.
@@ -69,7 +93,7 @@ def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool =
     def decode(start: int) -> None:
         for i in range(start, min(start + CHUNK, len(paths))):
             try:
-                out[i] = decode_image(paths[i], out.shape[1])
+                out[i] = decode_image(paths[i], out.shape[1], form)
             except DataError as error:
                 if not skip:
                     raise DataError(
@@ -86,12 +110,20 @@ def decode_images(paths: Sequence[Path], out: NDArray[np.uint8], *, skip: bool =
     return dict(sorted(broken.items()))
 
 
-def decode_image(path: Path, side: int) -> NDArray[np.uint8]:
+def decode_image(path: Path, side: int, form: ImageForm = RGB) -> NDArray[Any]:
     """Decode the center square of an image at `side` pixels; see `center_square`.
 
     Raises:
-        DataError: The image is missing, broken, truncated, a decompression bomb, or of a mode without a defined white.
+        DataError: The image is missing, broken, truncated, a decompression bomb, of a mode without a defined white, or
+            has other channels than `form`.
     """
+    if form != RGB:
+        return bands_square(read_bands(path), side, form, str(path))
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        bands = read_bands(path)
+        if bands.dtype == np.float32 or bands.shape[-1] not in {1, 3}:
+            raise DataError(f"{path}: {ImageForm(bands.shape[-1], str(bands.dtype))}, not {RGB}")
+        return center_square(as_image(bands), side)
     return read_image(path, lambda image: center_square(image, side))
 
 
@@ -101,11 +133,18 @@ def read_image(path: Path, convert: Callable[[Image], Converted]) -> Converted:
     Raises:
         DataError: As `decode_image`.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
+    suffix = path.suffix.lower()
+    if suffix in ARRAY_SUFFIXES:
+        return convert(preview(path))
     try:
         with Image.open(path) as image:
             return convert(image)
+    except UnidentifiedImageError as error:
+        if suffix in TIFF_SUFFIXES:  # bands that Pillow does not know
+            return convert(preview(path))
+        raise DataError(f"{path}: not a readable image ({_reason(path, error)})") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises a dozen types, and each means that this file is broken

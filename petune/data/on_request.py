@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from petune.data.dataset import Split
 from petune.data.images import num_threads
 
-ReadRow = Callable[[int], NDArray[np.uint8]]
-"""Decodes the image of a row, uint8 (S, S, C), to the same pixels each time; called from several threads."""
+ReadRow = Callable[[int], NDArray[Any]]
+"""Decodes the image of a row, (S, S, C), to the same pixels each time; called from several threads."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,18 @@ class OnRequest:
     Attributes:
         read: See `ReadRow`.
         shape: (N, S, S, C).
+        dtype: Type of a pixel.
     """
 
     read: ReadRow
     shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Type of a pixel."""
-        return np.dtype(np.uint8)
+    dtype: np.dtype[Any]
 
     def __len__(self) -> int:
         """Return N."""
         return self.shape[0]
 
-    def __getitem__(self, rows: Any) -> NDArray[np.uint8]:
+    def __getitem__(self, rows: Any) -> NDArray[Any]:
         """Return the images of these rows, or of one row, decoded on all cores.
 
         Raises:
@@ -47,7 +44,7 @@ class OnRequest:
         chosen = np.arange(len(self))[rows]
         if chosen.ndim == 0:
             return self.read(int(chosen))
-        images = np.empty((len(chosen), *self.shape[1:]), np.uint8)
+        images = np.empty((len(chosen), *self.shape[1:]), self.dtype)
         if len(chosen) == 1:  # a thread that prepares one image starts no others
             images[0] = self.read(int(chosen[0]))
             return images
@@ -67,7 +64,7 @@ def on_request_note(splits: Mapping[str, Split]) -> str:
     return f"{' and '.join(names)} decoded in every epoch, because of cache_gb or the free disk space" if names else ""
 
 
-def scratch(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def scratch(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:
     """Return an array in which all images share their memory, to decode without keeping the pixels."""
-    one = np.empty(shape[1:], np.uint8)
+    one = np.empty(shape[1:], dtype)
     return np.lib.stride_tricks.as_strided(one, shape, (0, *one.strides))

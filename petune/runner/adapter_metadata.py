@@ -11,6 +11,7 @@ from petune.data.manifest import digests
 from petune.runner.continued import history
 from petune.runner.file_names import MANIFEST_FILE
 from petune.runner.migrations import read_record
+from petune.runner.prepare import backbone_channels
 from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
 from petune.runner.trained import Trained
@@ -30,9 +31,10 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
     """Return what `petune predict` and a model card need to know about a run."""
     ready, fit = trained.ready, trained.fit
     config, dataset, preprocess = ready.config, ready.dataset, ready.preprocess
+    channels = backbone_channels(config, dataset)
     return {
         "method": config.method,
-        "backbone": _describe_backbone(config, ready.backbone, ready.initial_values),
+        "backbone": _describe_backbone(config, ready.backbone, ready.initial_values, channels),
         "classes": list(dataset.classes),
         "task": describe_task(ready.task),
         "preprocess": {
@@ -41,6 +43,8 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "std": preprocess.std,
             "stored_size": dataset.test.images.shape[1],
             "crop": dataset.test.crop,
+            "channels": dataset.test.images.shape[-1],
+            "dtype": str(dataset.test.images.dtype),
         },
         "dataset": dataset.name,
         "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),
@@ -59,7 +63,9 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
     }
 
 
-def _describe_backbone(config: RunConfig, backbone: Backbone, initial: InitialValues) -> dict[str, Any]:
+def _describe_backbone(
+    config: RunConfig, backbone: Backbone, initial: InitialValues, channels: int | None
+) -> dict[str, Any]:
     return {
         "name": config.backbone,
         "full_name": backbone.full_name,
@@ -73,4 +79,5 @@ def _describe_backbone(config: RunConfig, backbone: Backbone, initial: InitialVa
         "patch_size": config.patch_size,
         "options": config.backbone_options,
         "head": config.head,
+        **({"channels": channels} if channels is not None else {}),
     }

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from petune.adapters.format import SavedAdapter
 from petune.backbones.create import Backbone, create_backbone, input_side
+from petune.backbones.input_channels import RGB_CHANNELS
 from petune.backbones.weights import load_adapters
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
@@ -130,8 +132,10 @@ def prepare(
         inputs = (config.dataset, config.weights, filled_in, options, digest, config.data_dir, recorded)
         group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
         initial = initial_values(config, task, start)
-        backbone = group.main_first(lambda: prepare_backbone(config, task, initial, keep_head=keep_head))
+        channels = backbone_channels(config, dataset)
+        backbone = group.main_first(lambda: prepare_backbone(config, task, initial, channels, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
+        context.note(_note_of_channels(channels, backbone))
         context.note(warn_of_tokens(config, find_sites(backbone.model)) if config.image_size else "")
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
@@ -181,15 +185,49 @@ def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], cont
 def prepare_data(config: RunConfig) -> Dataset:
     """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
     side = input_side(config.backbone, config.image_size, config.backbone_options)
-    dataset = load_dataset(config.dataset, config.data_dir, side, config.on_broken, cache_gb=config.cache_gb)
+    dataset = load_dataset(
+        config.dataset, config.data_dir, side, config.on_broken, channels=config.channels, cache_gb=config.cache_gb
+    )
+    backbone_channels(config, dataset)
     dataset = dataset.with_val(config.val_fraction, seed=0)
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)
     return dataset
 
 
+def backbone_channels(config: RunConfig, dataset: Dataset) -> int | None:
+    """Return the input channels to build the backbone with; None if it takes RGB, or what its own options say.
+
+    Raises:
+        ConfigError: `channels` is neither what the images have nor 1 for RGB images.
+    """
+    stored, wanted = dataset.train.images.shape[-1], config.channels
+    if wanted is not None and wanted != stored and not (wanted == 1 and stored == RGB_CHANNELS):
+        raise ConfigError(
+            f"channels is {wanted}, but the images of {dataset.name} have {stored}. Leave channels out, or choose the "
+            "bands when you write the files"
+        )
+    if stored == RGB_CHANNELS:
+        return None if wanted == RGB_CHANNELS else wanted
+    return stored
+
+
+def _note_of_channels(channels: int | None, backbone: Backbone) -> str:
+    if channels is None or backbone.weights == "none":
+        return ""
+    return (
+        f"the images have {plural(channels, 'channel')}: the patch embedding of the weights is adapted from RGB, as "
+        "timm does, and stays frozen unless the method trains it"
+    )
+
+
 def prepare_backbone(
-    config: RunConfig, task: Task[Any], initial: InitialValues, *, keep_head: bool = False
+    config: RunConfig,
+    task: Task[Any],
+    initial: InitialValues,
+    channels: int | None = None,
+    *,
+    keep_head: bool = False,
 ) -> Backbone:
     """Create the backbone with its weights and a new head for the task.
 
@@ -197,6 +235,7 @@ def prepare_backbone(
         config: The run.
         task: Sets the outputs of the head.
         initial: What its random values depend on.
+        channels: See `backbone_channels`.
         keep_head: Keep the head of the weights where it has the same classes.
     """
     return create_backbone(
@@ -210,6 +249,7 @@ def prepare_backbone(
         seed=initial.seed,
         initial_classes=initial.num_classes,
         keep_head_of=task.target.classes if keep_head else None,
+        channels=channels,
     )
 
 
@@ -220,16 +260,24 @@ def choose_preprocess(
 
     Args:
         backbone: Its image size, and the statistics of its weights.
-        dataset: RGB images.
+        dataset: RGB images of 8 bits have the statistics of the weights; others are measured.
         statistics: Mean and standard deviation per channel.
         channels: Channels of the backbone's input. One gets gray images, with the mean of the channels' statistics,
             weighted as the channels are in gray.
 
     Raises:
-        ConfigError: It is neither 1 nor 3.
+        ConfigError: It is not what the dataset has, nor 1 for RGB images.
     """
-    check_channels(channels)
-    if statistics is None and backbone.mean and backbone.std:
+    images = dataset.train.images
+    stored = images.shape[-1]
+    check_channels(channels, stored)
+    is_rgb = stored == RGB_CHANNELS and images.dtype == np.uint8
+    if (
+        statistics is None
+        and backbone.mean
+        and backbone.std
+        and (is_rgb or len(backbone.mean) == stored != RGB_CHANNELS)
+    ):
         statistics = backbone.mean, backbone.std
     mean, std = statistics or dataset.train.channel_statistics()
     if channels == 1 and len(mean) == 3:
@@ -237,16 +285,21 @@ def choose_preprocess(
     return Preprocess(backbone.image_size, mean, std)
 
 
-def check_channels(channels: int) -> None:
-    """Check that a backbone takes images as datasets have them.
+def check_channels(channels: int, stored: int = RGB_CHANNELS) -> None:
+    """Check that a backbone takes images as the dataset has them.
+
+    Args:
+        channels: Of the backbone's input.
+        stored: Of the images.
 
     Raises:
-        ConfigError: Its input has neither three channels nor one.
+        ConfigError: It takes another number, and not one for RGB images, which become gray.
     """
-    if channels not in {1, 3}:
+    if channels != stored and not (channels == 1 and stored == RGB_CHANNELS):
+        gray = " (RGB), or 1 after conversion to gray" if stored == RGB_CHANNELS else ""
         raise ConfigError(
-            f"the backbone takes images of {plural(channels, 'channel')}, but datasets have 3 (RGB), or 1 after "
-            "conversion to gray. Use 1 or 3 as in_chans"
+            f"the backbone takes images of {plural(channels, 'channel')}, but the dataset has {stored}{gray}. Leave "
+            "in_chans out: the backbone is adapted to the images"
         )
 
 

@@ -40,6 +40,8 @@ class RunConfig(Config):
             of the dataset's kind of targets.
         cache_gb: Images are decoded once into the cache. A split whose decoded images are larger, in 10⁹ bytes, or that
             does not fit the disk, is decoded in every epoch; the images are the same.
+        channels: Channels of the images that the backbone is to take; None takes those of the dataset, except that one
+            with an option for gray keeps it. 1 converts RGB images to gray.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
         final_fit: `train+val` trains again on train and val, up to the epoch that val chose, and tests that model; see
             `petune.runner.final_fit`. `auto` does so where it is the dataset's protocol (`vtab:NAME`), `none` never.
@@ -66,6 +68,7 @@ class RunConfig(Config):
     on_broken: OnBroken = "error"
     task: str = "auto"
     cache_gb: float = Field(CACHE_GB, ge=0, le=1e6)
+    channels: int | None = Field(None, ge=1, le=512)
     val_fraction: float = Field(0.1, gt=0, lt=1)
     final_fit: Literal["auto", "none", "train+val"] = "auto"
     shots: int | None = Field(None, ge=1)

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from petune.base.errors import CheckpointError, DataError
 from petune.data import Preprocess, Split
+from petune.data.bands import RGB, ImageForm, bands_square, channels_last
 from petune.data.folder import CROP
 from petune.data.images import center_square, decode_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    LoadedImage = Path | Image | NDArray[np.uint8] | DataError
-    """A file, an open image, uint8 (height, width) or (height, width, 3), or the error of finding it."""
+    LoadedImage = Path | Image | NDArray[Any] | DataError
+    """A file, an open image, (height, width) or (height, width, channels), or the error of finding it."""
 
 STORED_SIZES = {"cifar10": 32, "cifar100": 32, "digits": 8}  # for adapters saved before the size was recorded
 
@@ -39,11 +40,13 @@ class ImageTransform:
         stored_size: Side in pixels to which images are resized first. For CIFAR-10 it is 32, whatever the model's
             input, because the model was trained on enlarged small images.
         crop: Share of that side that the model sees.
+        form: Channels and type of the images.
     """
 
     preprocess: Preprocess
     stored_size: int
     crop: float
+    form: ImageForm = RGB
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ImageTransform:
@@ -57,7 +60,8 @@ class ImageTransform:
             size = int(values["image_size"])
             preprocess = Preprocess(size, tuple(map(float, values["mean"])), tuple(map(float, values["std"])))
             if "stored_size" in values:
-                return cls(preprocess, int(values["stored_size"]), float(values["crop"]))
+                form = ImageForm(int(values.get("channels", 3)), str(values.get("dtype", "uint8")))
+                return cls(preprocess, int(values["stored_size"]), float(values["crop"]), form)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the adapter does not say how its images were preprocessed: {error!r}") from None
         dataset = str(metadata.get("dataset"))
@@ -65,39 +69,47 @@ class ImageTransform:
             return cls(preprocess, STORED_SIZES[dataset], 1.0)
         return cls(preprocess, math.ceil(size / CROP), CROP)
 
-    def squares(self, images: Sequence[LoadedImage]) -> tuple[NDArray[np.uint8], dict[int, str]]:
+    def squares(self, images: Sequence[LoadedImage]) -> tuple[NDArray[Any], dict[int, str]]:
         """Decode images and resize their center squares to `stored_size`.
 
         Returns:
-            The squares, uint8 (B, S, S, 3), and the reason for each position that cannot be read (it is black).
+            The squares, (B, S, S, C) of the type and channels of `form`, and the reason for each position that cannot
+            be read (it is black).
         """
-        out = np.zeros((len(images), self.stored_size, self.stored_size, 3), np.uint8)
+        out = np.zeros((len(images), self.stored_size, self.stored_size, self.form.channels), self.form.dtype)
         files = {i: image for i, image in enumerate(images) if isinstance(image, Path)}
         positions = list(files)
-        decoded = np.empty((len(files), *out.shape[1:]), np.uint8)
-        broken = decode_images(list(files.values()), decoded, skip=True)
+        decoded = np.empty((len(files), *out.shape[1:]), self.form.dtype)
+        broken = decode_images(list(files.values()), decoded, skip=True, form=self.form)
         out[positions] = decoded
         errors = {positions[i]: reason for i, reason in broken.items()}
         for i, image in enumerate(images):
             if isinstance(image, Path):
                 continue
             try:
-                out[i] = center_square(_open(image), self.stored_size)
+                out[i] = self._square(image)
             except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
                 errors[i] = " ".join(str(error).split()) or type(error).__name__
         return out, errors
 
-    def batch(self, squares_BSS3: NDArray[np.uint8], device: torch.device) -> Tensor:
-        """Turn squares, uint8 (B, S, S, 3), into the model's input, float32 (B, 3, H, W)."""
-        split = Split.of(squares_BSS3, np.zeros(len(squares_BSS3), np.int64), self.crop)
+    def batch(self, squares_BSSC: NDArray[Any], device: torch.device) -> Tensor:
+        """Turn squares, (B, S, S, C), into the model's input, float32 (B, C, H, W)."""
+        split = Split.of(squares_BSSC, np.zeros(len(squares_BSSC), np.int64), self.crop)
         return self.preprocess.normalize(self.preprocess.pixels(split, np.arange(len(split)), device))
 
+    def _square(self, image: Image | NDArray[Any] | DataError) -> NDArray[Any]:
+        if isinstance(image, DataError):
+            raise image
+        if self.form == RGB:
+            return center_square(_open(image), self.stored_size)
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"the adapter takes {self.form}; give an array (height, width, channels), or a file")
+        return bands_square(channels_last(image), self.stored_size, self.form)
 
-def _open(image: Image | NDArray[np.uint8] | DataError) -> Image:
+
+def _open(image: Image | NDArray[Any]) -> Image:
     from PIL import Image
 
-    if isinstance(image, DataError):
-        raise image
     if not isinstance(image, np.ndarray):
         return image
     if image.dtype != np.uint8:
