@@ -8,7 +8,7 @@ Legend: H height, W width, C channels, S side of a stored image in pixels.
 
 from __future__ import annotations
 
-import zipfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ TIFF_SUFFIXES = frozenset([".tif", ".tiff"])
 SAMPLES_PER_PIXEL = 277
 PAGE_TYPES = {"L": "uint8", "I;16": "uint16", "I;16B": "uint16", "I;16L": "uint16", "F": "float32", "I": "float32"}
 """Pillow's modes of one channel, and the type that keeps their values."""
-READ_ERRORS = (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile, MemoryError)
+MAX_BYTES = 2**31
+"""Largest image that is read; a damaged header may ask for more than the memory."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def form_of(path: Path) -> ImageForm:
     if suffix not in ARRAY_SUFFIXES | TIFF_SUFFIXES:
         return RGB
     try:
-        return _stored_form(*_array_header(path)) if suffix in ARRAY_SUFFIXES else _tiff_form(path)
-    except READ_ERRORS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; decoding warns again
+            return _stored_form(*_array_header(path)) if suffix in ARRAY_SUFFIXES else _tiff_form(path)
+    except Exception:  # Pillow, numpy and tifffile raise a dozen types
         return RGB
 
 
@@ -93,8 +96,9 @@ def read_bands(path: Path) -> NDArray[Any]:
         return channels_last(array)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except READ_ERRORS as error:
-        raise DataError(f"{path}: not a readable image ({' '.join(str(error).split())})") from None
+    except Exception as error:  # Pillow, numpy and tifffile raise a dozen types, and each means a broken file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: not a readable image ({reason})") from None
 
 
 def bands_square(image_HWC: NDArray[Any], side: int, form: ImageForm, where: str = "the image") -> NDArray[Any]:
@@ -172,10 +176,10 @@ def _channel_count(shape: tuple[int, ...]) -> int:
         return 1
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"an array of shape {shape} is no image; images are (H, W), (H, W, C) or (C, H, W)")
-    return shape[0] if _is_channels_first(shape) else shape[2]
+    return shape[0] if is_channels_first(shape) else shape[2]
 
 
-def _is_channels_first(shape: tuple[int, ...]) -> bool:
+def is_channels_first(shape: tuple[int, ...]) -> bool:
     """Return True for (C, H, W): the other two axes are equal, or else the first one is smaller than the last."""
     if (shape[0] == shape[1]) != (shape[1] == shape[2]):
         return shape[1] == shape[2]
@@ -191,7 +195,7 @@ def channels_last(array: NDArray[Any]) -> NDArray[Any]:
     _channel_count(array.shape)  # checks the shape
     if array.ndim == 2:
         array = array[..., None]
-    elif _is_channels_first(array.shape):
+    elif is_channels_first(array.shape):
         array = array.transpose(1, 2, 0)
     return array.astype(_stored_type(array.dtype), copy=False)
 
@@ -206,9 +210,9 @@ def _array_header(path: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _read_array(path: Path) -> NDArray[Any]:
-    loaded: Any = np.load(path, allow_pickle=False)
+    loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)  # a file that is too short is refused at once
     if isinstance(loaded, np.ndarray):
-        return loaded
+        return np.array(loaded)
     with loaded:
         names = list(loaded.files)
         name = "image" if "image" in names else names[0] if len(names) == 1 else None
@@ -264,7 +268,11 @@ def _read_tiff(path: Path) -> NDArray[Any]:
                 return np.asarray(image)
     except UnidentifiedImageError:
         pass
-    return np.asarray(_tifffile().imread(path))
+    with _tifffile().TiffFile(path) as file:
+        series = file.series[0]
+        if series.size * series.dtype.itemsize > MAX_BYTES:
+            raise ValueError(f"it is said to be of shape {series.shape}, which is too large")
+        return np.asarray(series.asarray())
 
 
 def _scientific_form(path: Path) -> ImageForm:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from petune.backbones.create import create_backbone
+from petune.backbones.input_channels import RGB_CHANNELS
 from petune.data.lookup import dataset_target
 from petune.injector.attach import attach
 from petune.injector.counts import Counts
@@ -74,9 +75,10 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
             patch_size=config.patch_size,
             options=config.options_to_build,
             head=config.head,
+            channels=None if config.channels == RGB_CHANNELS else config.channels,
         )
         sites = find_sites(backbone.model)
-        check_channels(sites.input_size[0])
+        check_channels(sites.input_size[0], config.channels or RGB_CHANNELS)
         flops = forward_flops(backbone.model, sites.input_size)
     return BackbonePreview(backbone.model, backbone.full_name, sites, flops, warn_of_tokens(config, sites))
 

@@ -122,6 +122,30 @@ def test_a_folder_keeps_the_channels(tmp_path: Path) -> None:
     assert check_dataset(f"folder:{tmp_path}").is_sound
 
 
+def test_a_table_keeps_the_channels(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [_bands(12, "uint16", side=16) for _ in range(10)]
+    labels = ["field", "forest"] * 5
+    for number, bands in enumerate(images):
+        np.save(tmp_path / f"{number}.npy", bands)
+    lines = [f"{number}.npy,{label}" for number, label in enumerate(labels)]
+    (tmp_path / "files.csv").write_text("image,label\n" + "\n".join(lines) + "\n")
+    kind = pa.list_(pa.list_(pa.list_(pa.uint16())))
+    column = pa.array([bands.tolist() for bands in images], kind)
+    pq.write_table(pa.table({"image": column, "label": labels}), tmp_path / "arrays.parquet")
+    for name in ("files.csv", "arrays.parquet"):
+        train = load_dataset(f"table:{tmp_path / name}", image_size=14).train
+        assert train.images.shape[1:] == (16, 16, 12), name
+        assert train.images.dtype == np.uint16
+        pixels = train.images[train.rows]
+        assert all(any(np.array_equal(image, bands) for bands in images) for image in pixels), name
+    np.save(tmp_path / "3.npy", _bands(11, "uint16"))
+    with pytest.raises(DataError, match=r"0\.npy has 12 .* 3\.npy has 11|0\.npy has 12 .*3\.npy has 11"):
+        load_dataset(f"table:{tmp_path / 'files.csv'}", image_size=14)
+
+
 def test_mixed_images_are_named(tmp_path: Path) -> None:
     folders = [tmp_path / "data" / name for name in ("a", "b")]
     for folder in folders:

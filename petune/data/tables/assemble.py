@@ -82,8 +82,10 @@ class _Loader:
 
     def images(self) -> Split:
         """Return all images; targets are 0, or `BROKEN_LABEL` where one cannot be decoded."""
-        files = self.plan.images.files
-        fallback = None if files is None else Fallback(lambda row: decode_content(files[row], self.side), self.cache_gb)
+        files, form = self.plan.images.files, self.plan.images.form
+        fallback = (
+            None if files is None else Fallback(lambda row: decode_content(files[row], self.side, form), self.cache_gb)
+        )
         return cached_split(self._key(self.plan.images, {}), self._fill_images, CROP, fallback)
 
     def masks(self) -> tuple[Split, Target]:
@@ -102,7 +104,8 @@ class _Loader:
         return key if paths is not None else {**key, "column": column.name, "first": column.channels_first}
 
     def _fill_images(self, allocate: Allocate) -> tuple[Rows, Rows]:
-        out = allocate(len(self.plan.table), self.side)
+        form = self.plan.images.form
+        out = allocate(len(self.plan.table), self.side, form.channels, form.dtype)
         decoded = decode_column(self.plan.images, out, skip=self.skip)
         self._check_number(decoded.broken)
         labels = np.zeros(len(out), np.int64)

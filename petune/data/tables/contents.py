@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.base.text import plural
+from petune.data.bands import RGB, ImageForm, bands_square, form_of_all, is_channels_first, read_bands
 from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, supported_suffixes
 from petune.data.tables.table import Content, Table, listed
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CHANNELS = (1, 3)
+"""Channels of arrays that become RGB."""
+BYTES = (np.uint8, np.uint16)
 SIDEWAYS = range(5, 9)
 """EXIF orientations that exchange width and height."""
 
@@ -82,6 +85,23 @@ class ImageColumn:
             )
         return files
 
+    @cached_property
+    def form(self) -> ImageForm:
+        """Channels and type of all images: those of the files, or of the first array; bytes become RGB.
+
+        Raises:
+            DataError: Two files differ.
+        """
+        if self.files is not None:
+            return form_of_all(self.files)
+        first = next((content for part in self.contents() for content in part), None)
+        if not isinstance(first, np.ndarray) or first.ndim != 3 or is_channels_first(first.shape):
+            return RGB
+        channels, is_float = first.shape[-1], first.dtype.kind == "f"
+        if channels in CHANNELS and not is_float:
+            return RGB
+        return ImageForm(channels, "float32" if is_float else str(first.dtype) if first.dtype in BYTES else "uint8")
+
     def row_name(self, row: int, content: Content) -> str:
         """Return the file of an image, or its place in the table."""
         keys = self.table.keys()
@@ -119,12 +139,12 @@ class Decoded:
     rows: NDArray[np.int64]
 
 
-def decode_column(column: ImageColumn, out: NDArray[np.uint8], *, skip: bool) -> Decoded:
+def decode_column(column: ImageColumn, out: NDArray[Any], *, skip: bool) -> Decoded:
     """Decode a column into `out`.
 
     Args:
         column: N images.
-        out: uint8 (N, S, S, 3), filled here.
+        out: (N, S, S, C) of the form of the column, filled here.
         skip: Leave images black that cannot be decoded, instead of raising.
 
     Raises:
@@ -134,10 +154,11 @@ def decode_column(column: ImageColumn, out: NDArray[np.uint8], *, skip: bool) ->
     first: dict[bytes, int] = {}
     first_of_channels: dict[int, str] = {}
     rows = np.arange(len(column.table))
+    form = column.form
 
     def decode(row: int, content: Content) -> tuple[bytes, int]:
         try:
-            raw, channels, out[row] = _decode(content, out.shape[1])
+            raw, channels, out[row] = _decode(content, out.shape[1], form)
         except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
             out[row] = 0
             broken[row] = f"{column.row_name(row, content)}: not a readable image ({_reason(content, error)})"
@@ -161,9 +182,9 @@ def decode_column(column: ImageColumn, out: NDArray[np.uint8], *, skip: bool) ->
     return Decoded(dict(sorted(broken.items())), rows)
 
 
-def decode_content(content: Content, side: int) -> NDArray[np.uint8]:
-    """Decode an image that `decode_column` has decoded before, to the same pixels, (S, S, 3)."""
-    return _decode(content, side)[2]
+def decode_content(content: Content, side: int, form: ImageForm) -> NDArray[Any]:
+    """Decode an image that `decode_column` has decoded before, to the same pixels, (S, S, C)."""
+    return _decode(content, side, form)[2]
 
 
 def map_contents(
@@ -196,9 +217,11 @@ def image_size(content: Content) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
-def _decode(content: Content, side: int) -> tuple[bytes | NDArray[Any], int, NDArray[np.uint8]]:
+def _decode(content: Content, side: int, form: ImageForm) -> tuple[bytes | NDArray[Any], int, NDArray[Any]]:
     """Return the file's bytes or the array, its number of channels (0 for a file), and the pixels."""
     raw = content.read_bytes() if isinstance(content, Path) else content
+    if form != RGB:
+        return raw, 0 if isinstance(raw, bytes) else raw.shape[-1], _bands(content, side, form)
     image, channels = _open(raw, content)
     with image:
         return raw, channels, center_square(image, side)
@@ -215,9 +238,20 @@ def _open(raw: bytes | NDArray[Any], content: Content) -> tuple[Image, int]:
     array = raw[:, :, 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
     channels = 1 if array.ndim == 2 else array.shape[-1]
     if array.ndim not in (2, 3) or channels not in CHANNELS:
-        first = ". Use channels_first=true" if raw.ndim == 3 and raw.shape[0] in CHANNELS else ""
-        raise ValueError(f"an array of shape {raw.shape}, not (height, width) or (height, width, 3){first}")
+        first = ". Use channels_first=true" if raw.ndim == 3 and is_channels_first(raw.shape) else ""
+        raise ValueError(f"an array of shape {raw.shape}, not (height, width) or (height, width, channels){first}")
     return Image.fromarray(_to_uint8(array)), channels
+
+
+def _bands(content: Content, side: int, form: ImageForm) -> NDArray[Any]:
+    if isinstance(content, bytes):
+        raise ValueError(f"it is an encoded image, not {form}")
+    if isinstance(content, Path):
+        return bands_square(read_bands(content), side, form)
+    array = content[..., None] if content.ndim == 2 else content
+    if form.dtype == "uint8" and array.dtype.kind in "iub":
+        array = _to_uint8(array)
+    return bands_square(array.astype(form.dtype) if array.dtype.kind == "f" else array, side, form)
 
 
 def _to_uint8(array: NDArray[Any]) -> NDArray[np.uint8]:
