@@ -29,6 +29,12 @@ DATASETS = [
         "-",
     ],
     [
+        "table:FILE",
+        "a CSV, TSV, Parquet or JSON lines file: images, and classes, labels, numbers or masks",
+        "-",
+        "-",
+    ],
+    [
         "torchvision:NAME",
         "39 labeled datasets of torchvision; `petune datasets torchvision` lists them",
         "its files in data_dir, or a download",
