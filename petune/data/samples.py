@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
-from petune.data.cache import Allocate, cached_split
+from petune.data.cache import Allocate, Fallback, cached_split
 from petune.data.dataset import Split, TargetKind
 from petune.data.folder import CROP
-from petune.data.images import center_square
+from petune.data.images import center_square, num_threads
+from petune.data.reader import ReadContext
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,12 +64,12 @@ class Samples:
     names: Sequence[str] | None = None
 
 
-def read_samples(samples: Samples, image_size: int, key: dict[str, Any], *, find_copies: bool = False) -> Split:
-    """Return the samples as a split, decoded now or by an earlier run with the same key.
+def read_samples(samples: Samples, context: ReadContext, key: dict[str, Any], *, find_copies: bool = False) -> Split:
+    """Return the samples as a split, decoded now or by an earlier run with the same key, or on request.
 
     Args:
         samples: What to read.
-        image_size: Side, in pixels, at which photos will be used; they are stored with a margin around it.
+        context: Side at which photos will be used, which are stored with a margin around it; and the size of the cache.
         key: Everything that the samples depend on.
         find_copies: Give equal images the same row, so that no split separates them; sort samples by file, because the
             order of a folder depends on the disk.
@@ -77,7 +77,7 @@ def read_samples(samples: Samples, image_size: int, key: dict[str, Any], *, find
     Raises:
         DataError: An image cannot be decoded, or a mask has another size than its image.
     """
-    side = samples.side or math.ceil(image_size / CROP)
+    side = samples.side or math.ceil(context.image_size / CROP)
     crop = 1.0 if samples.side else CROP
     order = np.arange(len(samples.source))
     if find_copies and samples.names is not None:
@@ -85,28 +85,30 @@ def read_samples(samples: Samples, image_size: int, key: dict[str, Any], *, find
     whole_key = {**key, "samples": FORMAT, "side": side, "count": len(order), "copies": find_copies}
 
     def decode(allocate: Allocate) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        images = allocate(len(order), side)
-        targets = _decode(samples, order, images)
-        return targets, _rows(images) if find_copies else np.arange(len(order))
+        targets, digests = _decode(samples, order, allocate(len(order), side))
+        return targets, _rows(digests) if find_copies else np.arange(len(order))
 
-    split = cached_split(whole_key, decode, crop)
+    fallback = Fallback(lambda row: _sample(samples, int(order[row]), side)[0], context.cache_gb)
+    split = cached_split(whole_key, decode, crop, fallback)
     names = None if samples.names is None else np.array(samples.names)[order]
     return replace(split, names=names)
 
 
-def _decode(samples: Samples, order: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[Any]:
-    """Fill `out` with the images and return the targets."""
+def _decode(samples: Samples, order: NDArray[np.int64], out: NDArray[np.uint8]) -> tuple[NDArray[Any], list[bytes]]:
+    """Fill `out` with the images; return the targets, and a digest of each image."""
     targets: list[Any] = [None] * len(order)
+    digests = [b""] * len(order)
 
     def decode(start: int) -> None:
         for row in range(start, min(start + CHUNK, len(order))):
-            out[row], targets[row] = _sample(samples, int(order[row]), out.shape[1])
+            pixels, targets[row] = _sample(samples, int(order[row]), out.shape[1])
+            out[row] = pixels
+            digests[row] = hashlib.sha256(pixels.tobytes()).digest()
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, 16)) as pool:
+    with ThreadPoolExecutor(num_threads()) as pool:
         for _ in pool.map(decode, range(0, len(order), CHUNK)):
             pass
-    return np.asarray(targets, DTYPES[samples.kind])
+    return np.asarray(targets, DTYPES[samples.kind]), digests
 
 
 def _sample(samples: Samples, index: int, side: int) -> tuple[NDArray[np.uint8], Any]:
@@ -137,6 +139,6 @@ def _mask_square(mask: NDArray[np.uint8], size: tuple[int, int], side: int, wher
     return np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST, box=box))
 
 
-def _rows(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _rows(digests: list[bytes]) -> NDArray[np.int64]:
     first: dict[bytes, int] = {}
-    return np.array([first.setdefault(hashlib.sha256(image).digest(), i) for i, image in enumerate(images)], np.int64)
+    return np.array([first.setdefault(digest, i) for i, digest in enumerate(digests)], np.int64)

@@ -16,6 +16,7 @@ import petune
 from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data import load_dataset
 from petune.data.lookup import dataset_target, find_dataset
+from petune.data.on_request import OnRequest
 from petune.data.torchvision_table import NOT_LABELED, TABLE, VOC_CLASSES
 from tests.program import call
 
@@ -185,7 +186,7 @@ LAYOUTS: dict[str, tuple[Write, tuple[str, int], tuple[int, int, int], int]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_published_layouts(name: str, tmp_path: Path) -> None:
+def test_published_layouts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, (kind, number), sizes, side = LAYOUTS[name]
     write(tmp_path)
     text = f"torchvision:{name}"
@@ -197,6 +198,15 @@ def test_published_layouts(name: str, tmp_path: Path) -> None:
     assert dataset.source == find_dataset(text, tmp_path)
     again = load_dataset(text, tmp_path, image_size=16)
     assert np.array_equal(again.train.images[again.train.rows], dataset.train.images[dataset.train.rows])
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "another cache"))
+    on_request = load_dataset(text, tmp_path, image_size=16, cache_gb=0)
+    assert isinstance(on_request.train.images, OnRequest)
+    assert "decoded in every epoch" in on_request.source
+    for part in ("train", "test"):
+        mine, theirs = getattr(on_request, part), getattr(dataset, part)
+        assert np.array_equal(mine.rows, theirs.rows)
+        assert np.array_equal(mine.targets, theirs.targets)
+        assert np.array_equal(mine.images[mine.rows], theirs.images[theirs.rows])
 
 
 def test_targets_are_those_of_the_files(tmp_path: Path) -> None:

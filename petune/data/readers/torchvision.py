@@ -10,6 +10,7 @@ import numpy as np
 
 from petune.base.errors import ConfigError, UnknownName
 from petune.data.dataset import Dataset, Split, Target
+from petune.data.on_request import on_request_note
 from petune.data.reader import DatasetReader, ReadContext, ReaderConfig
 from petune.data.samples import Samples, read_samples
 from petune.data.torchvision_files import file_names, files_state, find_root, open_split, prepared_root, top_file
@@ -57,7 +58,8 @@ class TorchvisionReader(DatasetReader[TorchvisionConfig]):
         name = f"{self.name or 'torchvision'}:{self.argument_value}"
         source = self.find(context.data_dir) or str(root)
         val, test = read.get("val", empty), read.get("test", empty)
-        return Dataset(name, target, source, entry.augment, read["train"], val, test).with_test()
+        dataset = Dataset(name, target, source, entry.augment, read["train"], val, test)
+        return dataset.with_test().with_note(on_request_note(read))
 
     def target(self, context: ReadContext) -> Target:
         """Return kind and names, which some datasets have in their files; no image is decoded."""
@@ -86,9 +88,7 @@ class TorchvisionReader(DatasetReader[TorchvisionConfig]):
         )
         options = self.config.model_dump(mode="json")
         key = {"torchvision": self.argument_value, "options": options, "part": part, "root": str(root.resolve())}
-        return read_samples(
-            samples, context.image_size, {**key, "files": files_state(root, entry)}, find_copies=not has_test
-        )
+        return read_samples(samples, context, {**key, "files": files_state(root, entry)}, find_copies=not has_test)
 
     def _entry(self) -> Entry:
         name = self.argument_value
