@@ -5,26 +5,20 @@ Legend: N images, B batch, C classes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from petune.base.errors import ConfigError, did_you_mean
 from petune.base.metric import Metric
 from petune.data.dataset import Split
 from petune.data.target import Target
-from petune.training.task import Task, TaskConfig
-from petune.training.tasks.multi_label_loss import (
-    BINARY_ONLY,
-    WEIGHTED,
-    LossName,
-    gradient_scale,
-    losses_of_images,
-)
+from petune.training.task import Task
+from petune.training.tasks.multi_label_loss import gradient_scale, losses_of_images
+from petune.training.tasks.multi_label_options import BINARY_ONLY, MultiLabelConfig
 from petune.training.tasks.same_shape import check_same_shape
 from petune.training.tasks.thresholds import DEFAULT, choose_thresholds
 
@@ -37,41 +31,6 @@ MAP = Metric(name="map", label="mAP", percent=True)
 MACRO_F1 = Metric(name="macro_f1", label="macro-F1", percent=True)
 MICRO_F1 = Metric(name="micro_f1", label="micro-F1", percent=True)
 COUNTED = Metric(name="classes_counted", label="classes counted")
-Positive = Annotated[float, Field(gt=0)]
-
-
-class MultiLabelConfig(TaskConfig):
-    """Options of multi-label classification.
-
-    Attributes:
-        loss: `bce` (binary cross-entropy), `asl` (asymmetric loss, 2009.14119), `poly` (2204.12511), `db`
-            (distribution-balanced loss for rare labels, 2007.09654), `zlpr` (2208.02955) or `twoway` (Kobayashi, CVPR
-            2023). All are scaled to the gradient of BCE at zero logits, so that a learning rate serves all.
-        pos_weight: Weight of the positives in `bce` and `asl`: `none`, `balanced` (negatives per positive of each
-            class), a number, or a table `{class: number}`.
-        gamma_pos, gamma_neg, clip: Of `asl`; the defaults are the paper's.
-        threshold: The probability from which on a label is predicted. `one` (chosen on val by macro-F1), `per_class`
-            (chosen on val by the F1 of each class; needs some positives of each), or a number.
-    """
-
-    loss: LossName = "bce"
-    pos_weight: Literal["none", "balanced"] | Positive | dict[str, Positive] = "none"
-    gamma_pos: float = Field(1.0, ge=0)
-    gamma_neg: float = Field(4.0, ge=0)
-    clip: float = Field(0.05, ge=0, lt=1)
-    threshold: Literal["one", "per_class"] | Annotated[float, Field(gt=0, lt=1)] = "one"
-
-    @model_validator(mode="after")
-    def _options_of_the_loss(self) -> Self:
-        if self.pos_weight != "none" and self.loss not in WEIGHTED:
-            raise ValueError(f"pos_weight goes with the losses {' and '.join(sorted(WEIGHTED))}, not with {self.loss}")
-        of_asl = sorted({"gamma_pos", "gamma_neg", "clip"} & self.model_fields_set)
-        if of_asl and self.loss != "asl" and self.model_copy(update=_ASL_DEFAULTS) != self:
-            raise ValueError(f"{', '.join(of_asl)} goes with the loss asl, not with {self.loss}")
-        return self
-
-
-_ASL_DEFAULTS = {name: MultiLabelConfig.model_fields[name].default for name in ("gamma_pos", "gamma_neg", "clip")}
 
 
 class MultiLabel(Task[MultiLabelConfig]):

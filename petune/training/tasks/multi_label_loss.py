@@ -6,20 +6,14 @@ Legend: N images of the training split, B batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from petune.training.tasks.multi_label import MultiLabelConfig
+from petune.training.tasks.multi_label_options import MultiLabelConfig
 
-LossName = Literal["bce", "asl", "poly", "db", "zlpr", "twoway"]
-BINARY_ONLY = frozenset({"zlpr", "twoway"})
-"""Losses that round targets to 0 and 1, so that smoothed or mixed ones would be changed without a word."""
-WEIGHTED = frozenset({"bce", "asl"})
-"""Losses that take weights of positives."""
 LARGEST_SAMPLE = 4096
 CHUNK = 128
 TWO_WAY_POSITIVE_TEMPERATURE = 4.0
