@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from petune.serving.export import Exported as Exported, export as export
     from petune.serving.hub_pull import Pulled as Pulled, pull as pull
     from petune.serving.hub_push import Pushed as Pushed, push as push
-    from petune.serving.predict import Prediction as Prediction, Predictor as Predictor, predict as predict
+    from petune.serving.predict import Predictor as Predictor, predict as predict
+    from petune.serving.predictions import Prediction as Prediction
     from petune.sites.find import find_sites as find_sites
     from petune.sites.site import Block as Block, Site as Site, Sites as Sites
     from petune.training.config import TrainConfig as TrainConfig
@@ -122,7 +123,8 @@ _PUBLIC = {
     "serving.adapter_bank": "AdapterBank",
     "serving.evaluation": "Evaluation evaluate",
     "serving.export": "Exported export",
-    "serving.predict": "Prediction Predictor predict",
+    "serving.predict": "Predictor predict",
+    "serving.predictions": "Prediction",
     "serving.hub_pull": "Pulled pull",
     "serving.hub_push": "Pushed push",
     "sites.find": "find_sites",

@@ -11,7 +11,7 @@ SLOW = {
     "adapters/test_reference_logits.py", "adapters/test_migrations.py", "injector/test_loop_check.py",
     "injector/test_attachment.py", "injector/test_compiled.py", "faults/test_calls.py", "cli/test_main.py",
     "test_public.py", "test_peers.py", "cli/test_dry_run.py", "serving/test_adapter_bank.py",
-    "data/test_table_runs.py",
+    "data/test_table_runs.py", "serving/test_predictions.py",
     "serving/test_golden.py", "tuners/test_contract.py", "base/test_config.py", "backbones/test_weights.py",
     "families/test_formulas.py", "families/test_left_as_it_was.py", "tuners/test_formulas.py",
     "base/test_distributed.py", "cli/test_compare.py", "cli/test_eval.py", "cli/test_export.py", "cli/test_inspect.py",

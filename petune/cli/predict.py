@@ -1,53 +1,60 @@
-"""`petune predict`: predict the classes of images with a trained model."""
+"""`petune predict`: predict images with a trained model."""
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from petune.base.errors import MAX_LISTED, DataError
-from petune.base.text import format_percent, plural
+from petune.base.errors import MAX_LISTED, DataError, UsageError
+from petune.base.text import plural
 from petune.cli.options import BatchSize, Device, Precision, Source, TrustRemoteCode, Weights, user_path
 from petune.cli.terminal import one_line, print_data, print_status, print_table
 
 if TYPE_CHECKING:
-    from petune.serving.predict import Prediction
+    from petune.serving.predictions import Prediction
 
 Images = Annotated[
     list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders that are searched for images.")
 ]
-TopK = Annotated[int, typer.Option("--top-k", metavar="NUMBER", min=1, help="Classes to show per image.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", metavar="NUMBER", min=1, help="Classes to show per image.  [default: 5]")
+]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per image on stdout.")]
+Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout, a row per image.")]
 
 
 def predict(
     source: Source,
     images: Images,
-    top_k: TopK = 5,
+    top_k: TopK = None,
     batch_size: BatchSize = 64,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     trust_remote_code: TrustRemoteCode = False,
     json: JsonLines = False,
+    csv: Csv = False,
 ) -> None:
-    """Predict the classes of images with a trained model.
+    """Predict images with a trained model.
 
-    Unreadable images are reported and the others are still predicted; the exit code is then 4.
+    Its task says what is predicted: classes, labels or numbers. Unreadable images are reported and the others
+    are still predicted; the exit code is then 4.
     """
     from petune.serving.predict import Predictor
 
+    if json and csv:
+        raise UsageError("--json and --csv exclude each other. Use one of them")
     predictor = Predictor(
         user_path(source), weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
-    classified, unreadable = _print_lines(predictions) if json else _print_table(predictions)
+    show = _print_lines if json else _print_csv if csv else _print_table
+    predicted, unreadable = show(predictions)
     reasons = [one_line(prediction.error) for prediction in unreadable]
-    if not classified:
+    if not predicted:
         raise DataError(_nothing_readable(reasons))
     for reason in reasons:
         print_status(f"error: {reason}")
@@ -65,41 +72,40 @@ def _nothing_readable(reasons: list[str]) -> str:
 
 def _print_lines(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
     """Print each prediction as a line of JSON; return how many there are, and those of unreadable images."""
-    classified = 0
+    from petune.cli.prediction_rows import json_line
+
+    predicted = 0
     unreadable = []
     for prediction in predictions:
-        line: dict[str, Any] = {"image": prediction.image}
+        print_data(json_line(prediction))
         if prediction.error:
-            line["error"] = prediction.error
             unreadable.append(prediction)
         else:
-            line["top"] = [
-                {"class": guess.name, "probability": round(guess.probability, 6)} for guess in prediction.top
-            ]
-            classified += 1
-        print_data(json_format.dumps(line))
-    return classified, unreadable
+            predicted += 1
+    return predicted, unreadable
+
+
+def _print_csv(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
+    """Print all predictions as CSV; return how many there are, and those of unreadable images."""
+    from petune.cli.prediction_rows import csv_text
+
+    every = list(predictions)
+    unreadable = [prediction for prediction in every if prediction.error]
+    print_data(csv_text(every))
+    return len(every) - len(unreadable), unreadable
 
 
 def _print_table(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
     """Print the predictions as a table; return how many there are, and those of unreadable images."""
-    rows, unreadable = [], []
-    for prediction in predictions:
-        if prediction.error:
-            unreadable.append(prediction)
-        else:
-            rows.append(_row(prediction))
-    columns: tuple[str, ...] = ("image", "class", "probability", "next")
-    if not any(row[-1] for row in rows):  # --top-k 1, or a single class
-        columns = columns[:-1]
-        rows = [row[:-1] for row in rows]
-    if rows:
-        print_table(columns, rows, right=("probability",), optional=columns[3:])
+    from petune.cli.prediction_rows import table_of
+
+    every = list(predictions)
+    readable = [prediction for prediction in every if not prediction.error]
+    unreadable = [prediction for prediction in every if prediction.error]
+    if readable:
+        columns, rows, right, optional = table_of(readable)
+        print_table(columns, rows, right=right, optional=optional)
         note = f", {len(unreadable)} unreadable" if unreadable else ""
-        print_status(f"{plural(len(rows), 'image')} classified{note}")
-    return len(rows), unreadable
-
-
-def _row(prediction: Prediction) -> list[str]:
-    first, *others = [(one_line(guess.name), format_percent(100 * guess.probability, 1)) for guess in prediction.top]
-    return [one_line(prediction.image), *first, ", ".join(" ".join(pair) for pair in others)]
+        verb = "classified" if readable[0].kind in {"classes", "labels"} else "predicted"
+        print_status(f"{plural(len(rows), 'image')} {verb}{note}")
+    return len(readable), unreadable

@@ -1,16 +1,15 @@
-"""Predict the classes of images with a trained model. Unreadable images are reported, the others still predicted.
+"""Predict images with a trained model. Unreadable images are reported, the others still predicted.
 
-Shapes: B batch, C classes.
+Shapes: B batch, C classes or channels.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from petune.data.find_images import find_images
 from petune.data.images import supported_suffixes
 from petune.data.registry import build_reader, is_table
 from petune.serving.image_transform import ImageTransform
+from petune.serving.predictions import Prediction, predictions_of
 from petune.serving.restore import restore
 from petune.sites.logits import logits_of
 from petune.training.config import Precision
@@ -35,34 +35,18 @@ if TYPE_CHECKING:
     """An image, or a folder of images."""
 
 
-class ClassProbability(NamedTuple):
-    """A class and its probability, 0 to 1."""
-
-    name: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted classes of one image.
-
-    Attributes:
-        image: Its path, or its position among the given images.
-        top: The most probable classes, the best first; empty if the image cannot be read.
-        error: Why the image cannot be read; empty if it can.
-    """
-
-    image: str
-    top: tuple[ClassProbability, ...]
-    error: str = ""
+TOP_K = 5
+"""Classes that are returned for an image unless the caller says otherwise."""
 
 
 class Predictor:
-    """A trained model that classifies images.
+    """A trained model that predicts images.
 
     Attributes:
         model: Backbone and adapter on `device`, in eval mode.
-        classes: Class names in the order of the logits.
+        sites: Its blocks.
+        task: What it was trained for.
+        classes: Names of the task's classes; empty for numbers.
         transform: Preprocessing of the images.
         precision: fp32 or bf16.
         method, metadata: What was trained, and what the run recorded.
@@ -88,6 +72,7 @@ class Predictor:
 
         Raises:
             CheckpointError: See `restore`.
+            PluginError: The adapter's method or its task is not installed.
             BackboneMismatch: The weights are different ones.
             WeightsUnavailable: The weights are no longer available.
             ConfigError: There is no such device or precision.
@@ -97,82 +82,93 @@ class Predictor:
         restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
         self.metadata = restored.metadata
         self.method = restored.attachment.name
-        self.classes = tuple(map(str, self.metadata["classes"]))
+        self.sites = restored.attachment.sites
+        self.task = restored.task
+        self.classes = self.task.target.classes
         self.transform = ImageTransform.from_metadata(self.metadata)
         self.model = restored.backbone.model.to(self.device).eval()
         choose_attention(self.model, self.device, self.precision)
         self._lock = threading.Lock()  # hooks hold activations during a forward
 
-    def logits(self, x_BCHW: Tensor) -> Tensor:
-        """Return logits, float32 (B, C), of normalized images (B, 3, H, W) on the device; thread-safe."""
+    def outputs(self, x_BCHW: Tensor) -> Tensor:
+        """Return the head's outputs, float32 (B, …), for normalized images (B, C, H, W) on the device; thread-safe."""
         with self._lock, torch.inference_mode(), self.autocast():
             return logits_of(self.model(x_BCHW)).float()
+
+    def logits(self, x_BCHW: Tensor) -> Tensor:
+        """Return the logits of a classifier, float32 (B, C); see `outputs`."""
+        return self.outputs(x_BCHW)
 
     def autocast(self) -> torch.autocast:
         """Return the context that sets the precision of a forward."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def stream(self, images: Iterable[ImageSource], *, top_k: int = 5, batch_size: int = 64) -> Iterator[Prediction]:
+    def stream(
+        self, images: Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
+    ) -> Iterator[Prediction]:
         """Yield predictions in the order of the images, one batch at a time.
 
         Args:
             images: Files, folders (searched for images), tables with paths of images, open Pillow images, or uint8
                 (height, width, 3).
-            top_k: Number of classes per image; at most all there are.
+            top_k: Number of classes per image; at most all there are. None gives 5. Labels and numbers are always all
+                returned.
             batch_size: Images per forward.
 
         Raises:
-            UsageError: `top_k` or `batch_size` is below 1.
+            UsageError: `top_k` or `batch_size` is below 1, or the task has no classes to choose `top_k` of.
+            PluginError: The task of a plugin fails.
         """
-        if top_k < 1 or batch_size < 1:
+        if (top_k is not None and top_k < 1) or batch_size < 1:
             raise UsageError(f"top_k is {top_k} and batch_size is {batch_size}. Both must be at least 1")
+        if top_k is not None and self.task.target_kind != "class":
+            raise UsageError(
+                f"top_k chooses the most probable classes, and the task {self.task.name} predicts no single class. "
+                "Leave it out",
+                cli_hint="Drop --top-k",
+            )
         remaining = _list_images(images)
         while batch := list(islice(remaining, batch_size)):
-            yield from self._predict_batch(batch, min(top_k, len(self.classes)))
+            yield from self._predict_batch(batch, top_k or TOP_K)
 
-    def __call__(self, images: Iterable[ImageSource], *, top_k: int = 5, batch_size: int = 64) -> list[Prediction]:
+    def __call__(
+        self, images: Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
+    ) -> list[Prediction]:
         """Return the predictions of `stream` as a list."""
         return list(self.stream(images, top_k=top_k, batch_size=batch_size))
 
     def _predict_batch(self, batch: Sequence[tuple[str, LoadedImage]], top_k: int) -> Iterator[Prediction]:
         squares, errors = self.transform.squares([image for _, image in batch])
         readable = [i for i in range(len(batch)) if i not in errors]
-        tops: dict[int, tuple[ClassProbability, ...]] = {}
+        predictions: dict[int, Prediction] = {}
         if readable:
-            logits_BC = self.logits(self.transform.batch(squares[readable], self.device))
-            tops = dict(zip(readable, top_classes(logits_BC, self.classes, top_k), strict=True))
+            outputs = self.outputs(self.transform.batch(squares[readable], self.device))
+            names = [batch[i][0] for i in readable]
+            predictions = dict(zip(readable, predictions_of(self.task, names, outputs, top_k), strict=True))
         for i, (name, _) in enumerate(batch):
-            yield Prediction(name, tops.get(i, ()), errors.get(i, ""))
-
-
-def top_classes(logits_BC: Tensor, classes: Sequence[str], top_k: int) -> list[tuple[ClassProbability, ...]]:
-    """Return the `top_k` most probable classes of each row, the best first."""
-    best = logits_BC.softmax(-1).topk(top_k)
-    return [
-        tuple(ClassProbability(classes[c], probability) for c, probability in zip(row, values, strict=True))
-        for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+            yield predictions[i] if i in predictions else Prediction(name, error=errors[i])
 
 
 def predict(
     path: str | Path,
     images: ImageSource | Iterable[ImageSource],
     *,
-    top_k: int = 5,
+    top_k: int | None = None,
     batch_size: int = 64,
     weights: str | None = None,
     device: str = "auto",
     precision: Precision = "fp32",
     trust_remote_code: bool = False,
 ) -> list[Prediction]:
-    """Predict the classes of images: `petune.predict("runs/pets", ["cat.jpg", "holidays/"])`.
+    """Predict images: `petune.predict("runs/pets", ["cat.jpg", "holidays/"])`.
 
-    An image that cannot be read gets an `error`; the others are still predicted.
+    The task of the run says what is predicted: classes, labels or numbers. An image that cannot be read gets an
+    `error`; the others are still predicted.
 
     Args:
         path: A run directory, or an adapter directory.
         images: One image or several; see `Predictor.stream`.
-        top_k: Number of classes per image; at most all there are.
+        top_k: Number of classes per image; at most all there are. None gives 5. For tasks with one class per image.
         batch_size: Images per forward.
         weights, device, precision, trust_remote_code: See `Predictor`.
 
@@ -183,7 +179,7 @@ def predict(
     check_arguments(
         "petune.predict",
         path=(path, PathText),
-        top_k=(top_k, int),
+        top_k=(top_k, int | None),
         batch_size=(batch_size, int),
         weights=(weights, str | None),
         device=(device, str),

@@ -8,10 +8,11 @@ from typing import Any
 
 from petune.adapters.format import SavedAdapter
 from petune.backbones.create import Backbone, create_backbone
-from petune.base.errors import CheckpointError, WeightsUnavailable
+from petune.base.errors import CheckpointError, PluginError, UnknownName, WeightsUnavailable
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
 from petune.runner.run_adapter import InitialValues, read_run_adapter, user_code_of
+from petune.training.task import Task
 from petune.training.task_registry import restore_task
 
 
@@ -22,11 +23,13 @@ class Restored:
     Attributes:
         backbone: Its model has the adapter attached.
         attachment: The adapter.
+        task: What the run trained for.
         metadata: What the run recorded: backbone, classes, preprocess, dataset, test.
     """
 
     backbone: Backbone
     attachment: Attachment
+    task: Task[Any]
     metadata: dict[str, Any]
 
 
@@ -40,12 +43,13 @@ def restore(path: Path, weights: str | None = None, *, trust_remote_code: bool =
 
     Raises:
         CheckpointError: There is no adapter, it is damaged, or it needs code that is not trusted.
+        PluginError: Its method or its task is not installed.
         BackboneMismatch: The weights are different ones.
         WeightsUnavailable: The weights are no longer available.
     """
     saved = read_run_adapter(path)
     backbone = rebuild_backbone(saved, weights, trust_remote_code=trust_remote_code)
-    return Restored(backbone, attach_saved(backbone.model, saved), saved.config["metadata"])
+    return Restored(backbone, attach_saved(backbone.model, saved), task_of(saved), saved.config["metadata"])
 
 
 def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_remote_code: bool = False) -> Backbone:
@@ -57,12 +61,14 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
 
     Raises:
         WeightsUnavailable: The weights are no longer available.
+        PluginError: The adapter's task is not installed.
         CheckpointError: The description of the backbone is damaged, or it needs code that is not trusted.
     """
     if not trust_remote_code:
         check_no_user_code(saved, str(saved.path))
     metadata = saved.config["metadata"]
     recorded = metadata["backbone"]
+    num_outputs = task_of(saved).num_outputs()
     try:
         initial = InitialValues.of(saved)
         arguments: dict[str, Any] = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
@@ -70,7 +76,6 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
         arguments |= {"seed": initial.seed, "initial_classes": initial.num_classes}
         name = recorded["name"]
         source = weights or recorded.get("weights_option", "default")
-        num_outputs = restore_task(metadata).num_outputs()
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
     try:
@@ -83,6 +88,24 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
             "weights=…",
             cli_hint="Name them with --weights",
         ) from error
+
+
+def task_of(saved: SavedAdapter) -> Task[Any]:
+    """Return the task that an adapter was trained for.
+
+    Raises:
+        PluginError: The package of the task is not installed.
+        CheckpointError: The description of the task is damaged.
+    """
+    try:
+        return restore_task(saved.config["metadata"])
+    except UnknownName as error:
+        raise PluginError(
+            f"{saved.path} was trained for the task {error.name!r}, which no installed package has. Install its "
+            f"package first, such as pip install petune-{error.name}"
+        ) from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{saved.path} does not record the task it was trained for: {error!r}") from None
 
 
 def check_no_user_code(saved: SavedAdapter, source: str) -> None:

@@ -181,6 +181,7 @@ def restore_task(metadata: Mapping[str, Any]) -> Task[Any]:
     with plugin_errors(TASKS, record["name"], cls, "was made"):
         task = cls(config)
     task.name = record["name"]
-    target = record["target"]
-    task.bind(Target(**{**target, "names": tuple(target["names"])}), record["state"])
+    target = Target(**{**record["target"], "names": tuple(map(str, record["target"]["names"]))})
+    with plugin_errors(TASKS, task.name, cls, "was restored"):
+        task.bind(target, record["state"])
     return task

@@ -108,7 +108,7 @@ def test_the_table(petune: Run, digits: Path, images: list[Path], tmp_path: Path
 def test_control_characters_in_names_are_removed(petune: Run, digits: Path, images: list[Path], tmp_path: Path) -> None:
     copy = tmp_path / "evil"
     config = json.loads((digits / "adapter" / "adapter_config.json").read_text())
-    config["metadata"]["classes"] = [f"\x1b[31m{i}\u202e\nx" for i in range(10)]
+    config["metadata"]["task"]["target"]["names"] = [f"\x1b[31m{i}\u202e\nx" for i in range(10)]
     files = {p.name: p.read_bytes() for p in (digits / "adapter").iterdir() if p.name != "manifest.json"}
     write_directory(copy, files | {"adapter_config.json": json.dumps(config).encode()})
     shutil.copy(images[0], "a\x1b[2J\nb.png")

@@ -53,9 +53,11 @@ def test_the_same_answers_as_predict(both: SideBySide, digits: Path, image: Path
     square, (one, two) = both(image)
     assert square.shape == (320, 320, 3)
     (alone,) = Predictor(digits, device="cpu")([image])
-    assert [g.name for g in one.top] == [g.name for g in alone.top]
-    np.testing.assert_allclose([g.probability for g in one.top], [g.probability for g in alone.top], rtol=1e-5)
-    assert [g.probability for g in two.top] == [g.probability for g in one.top]
+    assert [g.name for g in one.prediction.top] == [g.name for g in alone.top]
+    np.testing.assert_allclose(
+        [g.probability for g in one.prediction.top], [g.probability for g in alone.top], rtol=1e-5
+    )
+    assert [g.probability for g in two.prediction.top] == [g.probability for g in one.prediction.top]
     assert one.time_s > 0
     assert "adaptformer:bottleneck=4 for digits, " in both.notes["run"]
 
@@ -165,7 +167,7 @@ def test_the_page(url: str, both: SideBySide, image: Path, browser: Any, tmp_pat
     assert url.startswith("http://127.0.0.1:")
     shown = drop(image, "ms for this image")
     _, answers = both(image)
-    assert all(guess.name in shown for answer in answers for guess in answer.top)
+    assert all(guess.name in shown for answer in answers for guess in answer.prediction.top)
     assert shown.count("ms for this image") == 2
     assert browser.find_elements("css selector", "img[src=x]") == []
     browser.save_screenshot(str(tmp_path / "page.png"))

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from petune.base.errors import DataError, MissingExtra, UsageError
+from petune.base.errors import MissingExtra, PetuneError, UsageError
 from petune.base.text import escape_markdown, printable
 from petune.serving.demo.side_by_side import Answer, SideBySide
+from petune.serving.predictions import Prediction
 
 MAX_UPLOAD = "100mb"
 KEEP_UPLOADS_S = 3600
+MAX_BARS = 20
+"""Labels of an image that are shown; classes are the five most probable ones."""
+MAX_TEXT = 500
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # gradio downloads its own
 
 
@@ -116,7 +120,7 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
         with gradio.Row():
             for name, note in notes.items():
                 with gradio.Column(min_width=240):
-                    labels.append(gradio.Label(label=printable(name), num_top_classes=5))
+                    labels.append(gradio.Label(label=printable(name), num_top_classes=MAX_BARS))
                     captions.append(gradio.Markdown(note))
 
         def answer(file: str | None) -> list[Any]:
@@ -126,14 +130,25 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
                 return [hidden, *nothing]
             try:
                 image, answers = demo(Path(file))
-            except DataError as error:
+            except PetuneError as error:
                 return [gradio.update(value=_alert(str(error)), visible=True), *nothing]
-            tops = [{printable(guess.name): guess.probability for guess in one.top} for one in answers]
-            return [hidden, image, *tops, *(_caption(notes[one.name], one) for one in answers)]
+            shown = [label_of(one.prediction) for one in answers]
+            return [hidden, image, *shown, *(_caption(notes[one.name], one) for one in answers)]
 
         outputs = [alert, square, *labels, *captions]
         upload.change(answer, upload, outputs, api_visibility="private", show_progress="hidden")
     return page
+
+
+def label_of(prediction: Prediction) -> dict[str, float] | str:
+    """Return what a label of gradio shows: probabilities as bars, or a text."""
+    if prediction.top:
+        return {printable(name): probability for name, probability in prediction.top}
+    if prediction.kind == "labels":
+        return "none"
+    if prediction.kind == "numbers":
+        return ", ".join(f"{printable(name)} {number:.5g}" for name, number in (prediction.numbers or {}).items())
+    return printable(str(prediction.output))[:MAX_TEXT]
 
 
 def _caption(note: str, answer: Answer) -> str:

@@ -1,4 +1,4 @@
-"""Classify one image with several adapters on one backbone."""
+"""Predict one image with several adapters on one backbone, whatever the task of each."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from petune.base.errors import BackboneMismatch, DataError, UsageError
 from petune.runner.run_adapter import read_run_adapter
 from petune.serving.adapter_bank import AdapterBank
 from petune.serving.image_transform import ImageTransform
-from petune.serving.predict import ClassProbability, top_classes
-from petune.serving.restore import rebuild_backbone
+from petune.serving.predictions import Prediction, predictions_of
+from petune.serving.restore import rebuild_backbone, task_of
 from petune.sites.logits import logits_of
 from petune.training.precision import choose_device
 
@@ -29,10 +29,10 @@ SHOWN_SIDE = 320  # pixels of the image on the page
 
 @dataclass(frozen=True)
 class Answer:
-    """The prediction of one adapter: its classes, the best first, and the time from decoded pixels to logits."""
+    """The prediction of one adapter, and the time from decoded pixels to it."""
 
     name: str
-    top: tuple[ClassProbability, ...]
+    prediction: Prediction
     time_s: float
 
 
@@ -42,7 +42,7 @@ class SideBySide:
     Attributes:
         names: Names of the adapters, in the given order.
         backbone: Full name of the backbone.
-        notes: A description of each adapter: its method, and its accuracy on test.
+        notes: A description of each adapter: its method, and its main metric on test.
     """
 
     def __init__(
@@ -77,11 +77,9 @@ class SideBySide:
         self._device = choose_device(device)
         self._bank = AdapterBank(backbone.model.to(self._device))
         self._transforms: dict[str, ImageTransform] = {}
-        self._classes: dict[str, list[str]] = {}
+        self._tasks = {name: task_of(adapter) for name, adapter in adapters.items()}
         for name, adapter in adapters.items():
-            metadata = adapter.config["metadata"]
-            self._transforms[name] = ImageTransform.from_metadata(metadata)
-            self._classes[name] = [str(c) for c in metadata["classes"]]
+            self._transforms[name] = ImageTransform.from_metadata(adapter.config["metadata"])
             try:
                 _check_same_backbone(first, adapter)
                 self._bank.load(name, adapter.path)
@@ -110,13 +108,13 @@ class SideBySide:
         self._answer(name, np.zeros((1, side, side, 3), np.uint8), 1)
 
     def _answer(self, name: str, square_1SS3: NDArray[np.uint8], top_k: int) -> Answer:
-        model, classes = self._bank.use(name), self._classes[name]
+        model, task = self._bank.use(name), self._tasks[name]
         start = time.perf_counter()
         with torch.inference_mode():
             x_BCHW = self._transforms[name].batch(square_1SS3, self._device)
-            logits_BC = logits_of(model(x_BCHW)).float()
-            top = top_classes(logits_BC, classes, min(top_k, len(classes)))[0]  # waits for a GPU
-        return Answer(name, top, time.perf_counter() - start)
+            outputs = logits_of(model(x_BCHW)).float()
+            (prediction,) = predictions_of(task, [name], outputs, top_k)  # waits for a GPU
+        return Answer(name, prediction, time.perf_counter() - start)
 
 
 def _square(transform: ImageTransform, image: Path) -> NDArray[np.uint8]:

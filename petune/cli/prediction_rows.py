@@ -1,0 +1,129 @@
+"""Predictions as a table, as JSON lines and as CSV; the columns depend on what is predicted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from petune.base.text import format_percent
+from petune.cli.terminal import one_line
+
+if TYPE_CHECKING:
+    from petune.serving.predictions import ClassProbability, Prediction, PredictionKind
+
+Cell = str | float
+Columns = Sequence[str]
+Table = tuple[Columns, list[list[str]], Columns, Columns]
+"""Headings, rows, headings of right-aligned columns, and headings that a narrow terminal may hide."""
+
+
+def json_line(prediction: Prediction) -> str:
+    """Return a prediction as one JSON object."""
+    line: dict[str, Any] = {"image": prediction.image}
+    if prediction.error:
+        line["error"] = prediction.error
+    elif prediction.kind == "classes":
+        line["top"] = [{"class": name, "probability": round(p, 6)} for name, p in prediction.top]
+    elif prediction.kind == "labels":
+        line["labels"] = [{"label": name, "probability": round(p, 6)} for name, p in prediction.top]
+    elif prediction.kind == "numbers":
+        line["numbers"] = prediction.numbers
+    else:
+        line["prediction"] = prediction.output
+    return json.dumps(line)
+
+
+def csv_text(predictions: Sequence[Prediction]) -> str:
+    """Return predictions as CSV with a heading; labels and their probabilities are each joined by `;`."""
+    readable = [prediction for prediction in predictions if not prediction.error]
+    columns, cells = _CSV[readable[0].kind](readable) if readable else ([], [])
+    remaining = iter(cells)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["image", *columns, "error"])
+    for prediction in predictions:
+        row = [""] * len(columns) if prediction.error else next(remaining)
+        writer.writerow([prediction.image, *row, prediction.error])
+    return buffer.getvalue().removesuffix("\n")
+
+
+def _csv_classes(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
+    count = max(len(prediction.top) for prediction in readable)
+    suffixes = ["", *(f"_{number}" for number in range(2, count + 1))]
+    columns = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
+    return columns, [[cell for name, p in each.top for cell in (name, round(p, 6))] for each in readable]
+
+
+def _csv_labels(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
+    rows: list[list[Cell]] = []
+    for prediction in readable:
+        names, probabilities = [], []
+        for name, probability in prediction.top:
+            names.append(name)
+            probabilities.append(f"{probability:.6g}")
+        rows.append([";".join(names), ";".join(probabilities)])
+    return ["labels", "probabilities"], rows
+
+
+def _csv_numbers(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
+    columns = list(readable[0].numbers or {})
+    return columns, [[(prediction.numbers or {})[name] for name in columns] for prediction in readable]
+
+
+def _csv_outputs(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
+    return ["prediction"], [[_text(prediction)] for prediction in readable]
+
+
+_CSV: dict[PredictionKind, Callable[[Sequence[Prediction]], tuple[list[str], list[list[Cell]]]]] = {
+    "classes": _csv_classes,
+    "labels": _csv_labels,
+    "numbers": _csv_numbers,
+    "other": _csv_outputs,
+}
+
+
+def table_of(readable: Sequence[Prediction]) -> Table:
+    """Return the table of predictions for the terminal.
+
+    Args:
+        readable: At least one prediction, none of an unreadable image.
+    """
+    kind = readable[0].kind
+    names = [one_line(prediction.image) for prediction in readable]
+    if kind == "classes":
+        return _class_table(names, readable)
+    if kind == "numbers":
+        columns = [one_line(column) for column in readable[0].numbers or {}]
+        numbers = [list((prediction.numbers or {}).values()) for prediction in readable]
+        rows = [[name, *(f"{number:.5g}" for number in row)] for name, row in zip(names, numbers, strict=True)]
+        return ("image", *columns), rows, columns, ()
+    if kind == "labels":
+        texts = [_pairs(prediction.top) or "none" for prediction in readable]
+    else:
+        texts = [one_line(_text(prediction)) for prediction in readable]
+    heading = "labels" if kind == "labels" else "prediction"
+    return ("image", heading), [list(row) for row in zip(names, texts, strict=True)], (), ()
+
+
+def _class_table(names: Sequence[str], readable: Sequence[Prediction]) -> Table:
+    rows = []
+    for name, prediction in zip(names, readable, strict=True):
+        first, *others = prediction.top
+        rows.append([name, one_line(first.name), format_percent(100 * first.probability, 1), _pairs(others)])
+    columns: Columns = ("image", "class", "probability", "next")
+    if not any(row[-1] for row in rows):  # --top-k 1, or a single class
+        columns = columns[:-1]
+        rows = [row[:-1] for row in rows]
+    return columns, rows, ("probability",), columns[3:]
+
+
+def _pairs(top: Sequence[ClassProbability]) -> str:
+    return ", ".join(f"{one_line(name)} {format_percent(100 * probability, 1)}" for name, probability in top)
+
+
+def _text(prediction: Prediction) -> str:
+    output = prediction.output
+    return output if isinstance(output, str) else json.dumps(output)
