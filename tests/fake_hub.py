@@ -27,7 +27,7 @@ class Server(http.server.ThreadingHTTPServer):
     """The contents of the hub, and how it misbehaves.
 
     Attributes:
-        repos: Files by name, by repository; those in `private` answer only to TOKEN.
+        repos: Files by name, by repository; those in `private` answer only to TOKEN, those in `gated` to nobody.
         blobs: Uploaded LFS contents by SHA-256.
         fault: (part of a path, fault): a status, `hangs`, `stalls`, `cut off`, `other bytes`, or `endless`.
         requests: Method and path of every request.
@@ -40,6 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.private: set[str] = set()
+        self.gated: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.fault = ("", "")
         self.requests: list[str] = []
@@ -108,7 +109,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if path.startswith("/lfs-put/"):
             hub.blobs[path.rpartition("/")[2]] = body
             return self._send(200, b"")
-        match = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?", path)
+        match = re.fullmatch(r"(?:/api/(?:models|datasets))?/([\w.-]+/[\w.-]+?)(?:\.git)?(/.*)?", path)
         repo, rest = (match[1], match[2] or "") if match else ("", "")
         is_visible = repo in hub.repos and (repo not in hub.private or TOKEN in self.headers.get("Authorization", ""))
         if not is_visible:
@@ -141,9 +142,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
             return self._json({"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit})
         if rest.startswith("/resolve/"):
             return self._file(files.get(rest.split("/", 3)[3]), hub.commit(repo))
+        if rest == "/auth-check":
+            gated = {"X-Error-Code": "GatedRepo"} if repo in hub.gated else {}
+            return self._send(403 if gated else 200, b"{}", gated)
         if rest.startswith("/revision/") and rest != "/revision/main":
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        return self._json({"id": repo, "sha": hub.commit(repo), "siblings": [*map(self._listed, files.items())]})
+        gated_field = {"gated": "manual"} if repo in hub.gated else {}
+        return self._json(
+            {**gated_field, "id": repo, "sha": hub.commit(repo), "siblings": [*map(self._listed, files.items())]}
+        )
 
     def _listed(self, file: tuple[str, bytes]) -> dict[str, Any]:
         name, content = file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from petune.base.text import plural
 from petune.data.find_images import size_and_time
 
+SAMPLE = 8 * 2**20
+"""Bytes at the start and at the end of a large file that its digest depends on."""
 Manifest = dict[str, dict[str, str]]
 """Split, then class, to the number of images and a digest of their names and sizes, such as `61 3f0c…`."""
 
@@ -46,9 +49,17 @@ def file_entry(images: Sequence[Path], folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return a short digest of a file's contents."""
+    """Return a short digest of a file's contents: of a large file, of its size, start and end.
+
+    Parquet and Arrow files end with sizes and statistics of everything before.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if size <= 2 * SAMPLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        start = file.read(SAMPLE)
+        file.seek(-SAMPLE, os.SEEK_END)
+        return hashlib.sha256(b"%d" % size + start + file.read()).hexdigest()[:16]
 
 
 def digest(value: Any) -> str:

@@ -75,7 +75,7 @@ def test_pixels_equal_those_of_a_folder(tmp_path: Path) -> None:
 def test_images_that_do_not_fit_the_cache_are_decoded_on_request(tmp_path: Path, names: list[str]) -> None:
     path = write_table(tmp_path / "t.csv", rows_of(names, label=lambda i: "ab"[i % 2]))
     reader = build_reader(str(path))
-    cached, on_request = (reader.load(ReadContext(8, cache_gb=size)).train for size in (1.0, 1e-6))
+    on_request, cached = (reader.load(ReadContext(8, cache_gb=size)).train for size in (1e-6, 1.0))
     assert type(on_request.images).__name__ == "OnRequest"
     assert np.array_equal(on_request.images[on_request.rows], cached.images[cached.rows])
 

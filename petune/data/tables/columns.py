@@ -85,6 +85,8 @@ def target_columns(table: Table, options: ColumnOptions, image: str) -> TargetCo
     taken = {image, *_named(options)}
     options_of = {c: _likely_option(c, table.type_of(c)) for c in table.columns if c not in taken}
     likely = {column: option for column, option in options_of.items() if option}
+    if not likely and len(options_of) == 1:  # a single column of numbers next to the images
+        likely = {column: "target" for column in options_of if table.type_of(column).kind == "float"}
     if len(likely) > 1:
         named = {c: option for c, option in likely.items() if c.casefold() in KIND_OF_OPTION}
         likely = named if len(named) == 1 else likely

@@ -14,6 +14,8 @@ from petune.data.manifest import file_digest
 from petune.data.tables.table import ColumnType, ValueKind
 
 PART = 256
+OTHER_MEDIA = {"Audio", "Video", "Pdf", "Nifti"}
+"""Features of `datasets` that are stored as images are, but hold something else."""
 
 
 class ParquetTable:
@@ -93,6 +95,8 @@ def arrow_contents(values: Any) -> list[Any]:
     import numpy as np
     import pyarrow as pa
 
+    if _storage(values.type) != values.type:
+        values = values.storage
     leaf = _leaf(values.type)
     is_array = _depth(values.type) > 1 or isinstance(values.type, pa.FixedShapeTensorType)
     if isinstance(values.type, pa.FixedShapeTensorType):
@@ -112,15 +116,18 @@ def column_type(arrow_type: Any, feature: Any = None) -> ColumnType:
     """
     import pyarrow as pa
 
+    if isinstance(feature, dict) and feature.get("_type") in OTHER_MEDIA:
+        return ColumnType("other")
     if isinstance(arrow_type, pa.DictionaryType):
         return column_type(arrow_type.value_type, feature)
+    arrow_type = _storage(arrow_type)
     checks: list[tuple[ValueKind, Any]] = [
         ("text", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or t == pa.string_view()),
         ("boolean", pa.types.is_boolean),
         ("integer", pa.types.is_integer),
         ("float", lambda t: pa.types.is_floating(t) or pa.types.is_decimal(t)),
         ("image", _is_image),
-        ("list", lambda t: _depth(t) == 1),
+        ("list", lambda t: _depth(t) == 1 and not pa.types.is_nested(_leaf(t))),
     ]
     kind: ValueKind = next((name for name, check in checks if check(arrow_type)), "other")
     return ColumnType(kind, _class_names(feature))
@@ -143,6 +150,14 @@ def _class_names(feature: Any) -> tuple[str, ...] | None:
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
     return None
+
+
+def _storage(arrow_type: Any) -> Any:
+    """Return the lists behind the array types of `datasets`."""
+    import pyarrow as pa
+
+    is_extension = isinstance(arrow_type, pa.BaseExtensionType) and not isinstance(arrow_type, pa.FixedShapeTensorType)
+    return arrow_type.storage_type if is_extension else arrow_type
 
 
 def _is_image(arrow_type: Any) -> bool:
