@@ -1,0 +1,56 @@
+"""Draw a confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from petune.base.text import matplotlib_text
+from petune.runner.report.plots import draw
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_NAMED, MAX_NUMBERED = 40, 15
+"""With up to this many classes, the axes show their names, and the cells their numbers."""
+MAX_NAME = 24
+"""Longest class name, in characters."""
+
+
+def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Figure:
+    """Draw the true class by row and the predicted class by column, in percent of the row.
+
+    Args:
+        counts: Number of images by true and predicted class.
+        classes: Their names.
+        title: Above the matrix.
+    """
+    numbers = np.array(counts, float)
+    percent = 100 * numbers / numbers.sum(1, keepdims=True).clip(min=1)
+    names = [short_name(name) for name in classes]
+    side = 3.2 + 0.32 * min(len(names), MAX_NAMED)
+
+    def content(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
+        if len(names) <= MAX_NAMED:
+            axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+            axes.set_yticks(range(len(names)), names)
+        if len(names) <= MAX_NUMBERED:
+            for (row, column), value in np.ndenumerate(percent):
+                text = f"{value:.0f}" if value >= 0.5 else ""
+                axes.text(column, row, text, ha="center", va="center", color="white" if value > 55 else "black")
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        axes.set_title(title)
+
+    return draw(content, (side + 1, side))
+
+
+def short_name(name: str) -> str:
+    """Return a name that fits an axis."""
+    text = matplotlib_text(name)
+    return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
