@@ -50,24 +50,22 @@ def evaluate(
     format: Format = "svg",
     json: Json = False,
 ) -> None:
-    """Evaluate a trained model: recall and precision by class, confusion, calibration.
+    """Evaluate a trained model: the task's metrics, the worst mistakes, a table with one row for each image.
 
-    Writes eval.json, a confusion matrix and a reliability diagram.
+    Writes eval.json, predictions.parquet and .csv, mistakes.html; of a classifier also a confusion matrix and a
+    reliability diagram.
     """
-    from petune.serving.evaluation import evaluate as evaluate_run, write_evaluation
+    from petune.serving.evaluation import EvalRequest, evaluate_images, select_images, write_evaluation
+    from petune.serving.predict import Predictor
 
     source = user_path(source)
-    evaluation = evaluate_run(
-        source,
-        split=split,
-        dataset=dataset,
-        data_dir=user_path(data_dir) if data_dir else None,
-        weights=weights,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        trust_remote_code=trust_remote_code,
+    predictor = Predictor(
+        source, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
+    directory_of_data = user_path(data_dir) if data_dir else None
+    images = select_images(predictor, EvalRequest(source, split, dataset, directory_of_data, batch_size))
+    evaluated = evaluate_images(predictor, images, batch_size)
+    evaluation = evaluated.evaluation
     if json:
         print_json(evaluation.model_dump(mode="json"))
     else:
@@ -76,7 +74,7 @@ def evaluate(
     if directory is None:
         print_status("nothing was written into the adapter directory; use --output DIR for eval.json and the figures")
         return
-    for file in write_evaluation(evaluation, directory, format):  # after printing, so that a full disk loses no numbers
+    for file in write_evaluation(evaluated, directory, format):  # after printing, so that a full disk loses no numbers
         print_status(one_line(f"wrote {file}"))
 
 
@@ -97,5 +95,6 @@ def _print_evaluation(evaluation: Evaluation) -> None:
     if len(rows) > MAX_CLASSES:
         rows = tuple(sorted(rows, key=lambda row: 101 if row.accuracy is None else row.accuracy))[:MAX_CLASSES]
         print_status(f"the {MAX_CLASSES} worst of {len(evaluation.classes)} classes; eval.json and --json have all")
-    print_table(COLUMNS, [[one_line(text) for text in row.cells()] for row in rows], right=COLUMNS[1:4])
+    if rows:
+        print_table(COLUMNS, [[one_line(text) for text in row.cells()] for row in rows], right=COLUMNS[1:4])
     print_facts([(name, one_line(value)) for name, value in evaluation.facts()])

@@ -14,6 +14,7 @@ from petune.base.metric import Metric
 from petune.runner.comparison import Comparison, origins_of
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.report.charts import Chart, Curve, cost_charts, curve_charts, metric_chart
+from petune.runner.report.evaluations import Shown
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.report.method_rows import (
     backbone_of,
@@ -40,6 +41,7 @@ class Section:
         facts: Names and values: machine, versions, commit.
         commands: How the rows were made, and how to make them again.
         config: The configuration as YAML.
+        shown: Images of the runs.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Section:
     facts: Sequence[tuple[str, str]] = ()
     commands: Sequence[str] = ()
     config: str = ""
+    shown: Sequence[Shown] = ()
 
 
 def sections_of(directories: Sequence[RunDirectory]) -> list[Section]:

@@ -21,9 +21,9 @@ from petune.sites.site import Sites
 def attention_maps(predictor: Predictor, x_BCHW: Tensor) -> Tensor | None:
     """Return the share of each patch in the last block's output, 0 to 1, float32 (B, H, W).
 
-    The roll-out of Abnar and Zuidema, 2020 (2005.00928): each block mixes tokens by the mean of its attention weights and
-    the identity, which stands for the residual connection. The map is the row of the class token, or the mean of the
-    rows of all patches where there is none.
+    The roll-out of Abnar and Zuidema, 2020 (2005.00928): each block mixes tokens by the mean of its attention weights
+    and the identity, which stands for the residual connection. The map is the row of the class token, or the mean of
+    the rows of all patches where there is none.
 
     Returns:
         None if the weights of the last block are not over all patches: windows, pooled or linear attention, no grid.
@@ -42,7 +42,7 @@ def attention_maps(predictor: Predictor, x_BCHW: Tensor) -> Tensor | None:
     queries = slice(0, 1) if sites.num_prefix_tokens else slice(first_patch, None)
     map_BN = rollout_BNN[:, queries, first_patch:].mean(1)
     map_BN = map_BN - map_BN.amin(1, keepdim=True)
-    return (map_BN / map_BN.amax(1, keepdim=True).clamp(min=1e-12)).unflatten(1, sites.grid_size).cpu()
+    return (map_BN / map_BN.amax(1, keepdim=True).clamp(min=1e-12)).view(-1, *sites.grid_size).cpu()
 
 
 def _num_patches(sites: Sites) -> int:

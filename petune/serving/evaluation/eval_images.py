@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from petune.base.errors import DataError, UsageError, did_you_mean
 from petune.base.text import plural
-from petune.data import Dataset, Split
+from petune.data import Dataset, Split, Target
 from petune.data.batches import eval_batches
 from petune.data.lookup import check_training_images, is_training_dataset
 from petune.data.reader import LabeledFiles
@@ -26,8 +26,8 @@ from petune.runner.run_config import RunConfig
 from petune.serving.predict import Predictor
 
 EvalSplit = Literal["test", "val"]
-Batches = Iterator[tuple[Tensor, Tensor]]
-"""Normalized images (B, 3, H, W) on the model's device, and labels (B,)."""
+Load = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
+"""Positions to normalized images (B, C, H, W) on the model's device, and targets (B, …)."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,21 @@ class EvalImages:
 
     Attributes:
         dataset, split, source: Where they come from; see `Evaluation`.
-        batches: The images.
+        names: The file or key of each image, or its position in the split.
+        load: Loads images by position.
     """
 
     dataset: str
     split: str
     source: str
-    batches: Batches
+    names: Sequence[str]
+    load: Load
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
+        """Yield names, images and targets of all images, in order."""
+        for start in range(0, len(self.names), batch_size):
+            names = self.names[start : start + batch_size]
+            yield names, *self.load(np.arange(start, start + len(names)))
 
 
 def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
@@ -76,11 +84,11 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
     is_own = request.dataset is None or is_training_dataset(dataset, trained_on, trained_digests)
     labeled = None if is_own else build_reader(dataset).labeled_files(request.split)
     if labeled is not None:
-        return _file_images(dataset, labeled, predictor, request.batch_size)
+        return _file_images(dataset, labeled, predictor)
     if is_own:
         check_training_images(dataset, trained_digests, request.data_dir)
     data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request))
-    return EvalImages(dataset, request.split, data.source, _dataset_batches(data, predictor, request))
+    return _split_images(dataset, data, predictor, request.split)
 
 
 def _check_exists(path: Path, trained_on: str) -> None:
@@ -115,40 +123,52 @@ def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request
     return RunConfig.build(values, str((file or request.path) / CONFIG_FILE))
 
 
-def _dataset_batches(data: Dataset, predictor: Predictor, request: EvalRequest) -> Batches:
-    if data.classes != predictor.classes:
+def _split_images(name: str, data: Dataset, predictor: Predictor, part: EvalSplit) -> EvalImages:
+    _check_target(data.name, data.target, predictor.task.target)
+    split: Split = getattr(data, part)
+
+    def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        few = split.take(positions)
+        (batch,) = eval_batches(few, predictor.transform.preprocess, len(few), predictor.device)
+        return batch.x_BCHW, batch.y_B
+
+    names = [f"{part} {i}" for i in range(len(split))] if split.names is None else split.names.tolist()
+    return EvalImages(name, part, data.source, names, load)
+
+
+def _check_target(name: str, target: Target, trained: Target) -> None:
+    if target.kind != trained.kind:
+        raise DataError(f"the targets of {name} are of kind {target.kind!r}; the model was trained on {trained.kind!r}")
+    if target.names != trained.names:
+        noun = "numbers" if target.kind == "number" else "classes"
         raise DataError(
-            f"{data.name} has other classes than the model was trained on: "
-            f"{_first_difference(data.classes, predictor.classes)}"
+            f"{name} has other {noun} than the model was trained on: {_first_difference(target.names, trained.names)}"
         )
-    split: Split = getattr(data, request.split)
-    for batch in eval_batches(split, predictor.transform.preprocess, request.batch_size, predictor.device):
-        yield batch.x_BCHW, batch.y_B
 
 
-def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor, batch_size: int) -> EvalImages:
+def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor) -> EvalImages:
     path = str(build_reader(dataset).path or dataset)
-    labels = _labels_of_model(path, labeled, predictor.classes)
-    source = "; ".join(filter(None, (path, labeled.note)))
-    return EvalImages(dataset, labeled.split, source, _file_batches(path, labeled.files, labels, predictor, batch_size))
+    targets = _targets_of_model(path, labeled, predictor.task.target)
 
-
-def _file_batches(
-    path: str, files: Sequence[Path], labels: NDArray[np.int64], predictor: Predictor, batch_size: int
-) -> Batches:
-    for start in range(0, len(files), batch_size):
-        squares, errors = predictor.transform.squares(files[start : start + batch_size])
+    def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        squares, errors = predictor.transform.squares([labeled.files[i] for i in positions])
         if errors:
             raise DataError(
                 f"{next(iter(errors.values()))}. Repair or remove it",
                 cli_hint=f"`petune data check {path}` lists all broken images",
             )
-        y_B = torch.from_numpy(labels[start : start + batch_size])
-        yield predictor.transform.batch(squares, predictor.device), y_B
+        return predictor.transform.batch(squares, predictor.device), torch.from_numpy(targets[positions])
+
+    source = "; ".join(filter(None, (path, labeled.note)))
+    return EvalImages(dataset, labeled.split, source, [str(file) for file in labeled.files], load)
 
 
-def _labels_of_model(path: str, labeled: LabeledFiles, known: Sequence[str]) -> NDArray[np.int64]:
-    """Return the labels by the model's numbers of the classes."""
+def _targets_of_model(path: str, labeled: LabeledFiles, trained: Target) -> NDArray[Any]:
+    """Return the targets of files by the model's numbers of the classes; classes may be missing."""
+    known = trained.names
+    if labeled.target.kind != "class" or trained.kind != "class":
+        _check_target(path, labeled.target, trained)
+        return labeled.targets
     unknown = [name for name in labeled.target.names if name not in known]
     if unknown:
         raise DataError(f"the model has no class {unknown[0]!r}, a class of {path}{did_you_mean(unknown[0], known)}")

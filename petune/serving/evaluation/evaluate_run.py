@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import UsageError
-from petune.base.files import replace_file
-from petune.runner.report.plots import FileType
 from petune.serving.evaluation.eval_images import EvalRequest, EvalSplit, select_images
-from petune.serving.evaluation.metrics import Evaluation, compute_metrics
-from petune.serving.evaluation.plots import confusion_plot, reliability_plot
+from petune.serving.evaluation.evaluated import evaluate_images
+from petune.serving.evaluation.metrics import Evaluation
 from petune.serving.predict import Predictor
 from petune.training.config import Precision
 
@@ -31,7 +27,7 @@ def evaluate(
     batch_size: int = 128,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Evaluate a trained model: `petune.evaluate("runs/pets").classes`.
+    """Evaluate a trained model: `petune.evaluate("runs/pets").metrics`.
 
     Args:
         path: A run directory, or an adapter directory.
@@ -70,31 +66,5 @@ def evaluate(
     predictor = Predictor(
         path, weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
-    images = select_images(predictor, EvalRequest(expand_home(path), split, dataset, data_dir, batch_size))
-    outputs = [(predictor.logits(x_BCHW).cpu(), y_B.cpu()) for x_BCHW, y_B in images.batches]
-    return compute_metrics(
-        torch.cat([logits_BC for logits_BC, _ in outputs]),
-        torch.cat([y_B for _, y_B in outputs]),
-        predictor.classes,
-        method=str(predictor.method),
-        dataset=images.dataset,
-        split=images.split,
-        source=images.source,
-        precision=predictor.precision,
-    )
-
-
-def write_evaluation(evaluation: Evaluation, directory: Path, format: FileType = "svg") -> list[Path]:
-    """Write `eval.json`, `confusion.svg` and `reliability.svg` (or `.png`) into a directory; return the files.
-
-    Raises:
-        CheckpointError: They cannot be written.
-    """
-    files = {
-        "eval.json": (evaluation.model_dump_json(indent=1) + "\n").encode(),
-        f"confusion.{format}": confusion_plot(evaluation, format),
-        f"reliability.{format}": reliability_plot(evaluation, format),
-    }
-    for name, content in files.items():
-        replace_file(directory / name, content)
-    return [directory / name for name in files]
+    request = EvalRequest(expand_home(path), split, dataset, data_dir, batch_size)
+    return evaluate_images(predictor, select_images(predictor, request), batch_size).evaluation

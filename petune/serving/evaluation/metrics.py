@@ -6,10 +6,12 @@ Shapes: N images, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from petune.base.config import Config
+from petune.base.metric import Metric
 from petune.base.text import format_percent, has_top5, html_table
 
 NUM_BINS = 15
@@ -60,15 +62,18 @@ class Bin(Config):
 
 
 class Evaluation(Config):
-    """Result of an evaluation; saved as `eval.json`.
+    """Result of an evaluation; saved as `eval.json`. What is of classification only is None or empty for other tasks.
 
     Attributes:
         method: What was trained.
+        task: What it was trained for.
+        metrics: The task's metrics by name; one that is undefined on these images is missing.
+        metric_info: How to show them, the main one first.
         dataset, split, source: What was evaluated on, and where it was read from.
         num_images: Number of images.
         top1, top5: Accuracy in percent; with fewer than five classes, top5 is 100.
         balanced_accuracy, macro_f1: Means of recall and F1 over the classes with images, in percent.
-        loss: Mean cross-entropy.
+        loss: Mean of the task's loss.
         calibration_error: Expected calibration error over `NUM_BINS` bins, in percent: the average gap between the
             probability of the predicted class and how often it is right.
         classes: Metrics by class.
@@ -82,27 +87,33 @@ class Evaluation(Config):
     split: str
     source: str
     num_images: int
-    top1: float
-    top5: float
-    balanced_accuracy: float
     loss: float
-    calibration_error: float
-    classes: tuple[ClassMetrics, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    bins: tuple[Bin, ...]
     precision: str
+    task: str = "classification"
+    metrics: dict[str, float] = {}
+    metric_info: tuple[Metric, ...] = ()
+    top1: float | None = None
+    top5: float | None = None
+    balanced_accuracy: float | None = None
     macro_f1: float | None = None
+    calibration_error: float | None = None
+    classes: tuple[ClassMetrics, ...] = ()
+    confusion: tuple[tuple[int, ...], ...] = ()
+    bins: tuple[Bin, ...] = ()
 
     def facts(self) -> list[tuple[str, str]]:
         """Return the main results as names and values."""
+        images = f"{self.num_images:,} of {self.dataset}, {self.split}"
+        return [("method", self.method), ("images", images), *self._values(), ("loss", f"{self.loss:.4f}")]
+
+    def _values(self) -> list[tuple[str, str]]:
+        if self.task != "classification":
+            return [(metric.label, metric.text(self.metrics.get(metric.name))) for metric in self.metric_info]
         return [
-            ("method", self.method),
-            ("images", f"{self.num_images:,} of {self.dataset}, {self.split}"),
             ("top-1", format_percent(self.top1)),
             *([("top-5", format_percent(self.top5))] if has_top5(len(self.classes)) else ()),
             ("macro accuracy", f"{format_percent(self.balanced_accuracy)}{self._counted()}"),
             ("macro-F1", f"{format_percent(self.macro_f1)}{self._counted()}"),
-            ("loss", f"{self.loss:.4f}"),
             ("calibration error", format_percent(self.calibration_error)),
         ]
 
@@ -113,10 +124,11 @@ class Evaluation(Config):
 
     def _repr_html_(self) -> str:
         """Return tables for a notebook."""
-        return html_table(self.facts()) + html_table([row.cells() for row in self.classes], COLUMNS)
+        classes = html_table([row.cells() for row in self.classes], COLUMNS) if self.classes else ""
+        return html_table(self.facts()) + classes
 
 
-def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str], **about: str) -> Evaluation:
+def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str], **about: Any) -> Evaluation:
     """Compute all metrics of an evaluation.
 
     Args:
@@ -137,13 +149,13 @@ def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str],
         return 100 * float(multiclass_accuracy(logits_NC, labels_N, num_classes, average="micro", top_k=k))
 
     bins = calibration_bins(logits_NC.softmax(-1), labels_N)
+    about.setdefault("num_images", len(labels_N))
+    about.setdefault("loss", float(nn.functional.cross_entropy(logits_NC, labels_N)))
     return Evaluation(
-        num_images=len(labels_N),
         top1=accuracy(1),
         top5=accuracy(min(5, num_classes)),
         balanced_accuracy=sum(accuracies) / len(accuracies),
         macro_f1=sum(f1s) / len(f1s),
-        loss=float(nn.functional.cross_entropy(logits_NC, labels_N)),
         calibration_error=calibration_error(bins),
         classes=per_class,
         confusion=tuple(tuple(row) for row in confusion_CC.tolist()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from petune.runner.report.tiles import Gallery, Tile, TileImage, tile_image, visible_images, with_mask
 from petune.serving.evaluation.attention_maps import attention_maps, over_image
+from petune.serving.evaluation.eval_images import Load
 from petune.serving.evaluation.rows import ImageRow
 from petune.serving.predict import Predictor
 
@@ -19,8 +20,6 @@ NUM_SHOWN = 24
 NO_ATTENTION = (
     "Attention is not shown: the last block of this model has no attention weights over all patches of the image."
 )
-Load = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
-"""Positions to normalized images (B, C, H, W) on the model's device, and targets (B, …)."""
 
 
 def galleries_of(predictor: Predictor, rows: Sequence[ImageRow], load: Load) -> tuple[Gallery, ...]:

@@ -12,6 +12,7 @@ from petune.serving.evaluation.metrics import Evaluation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 def confusion_plot(evaluation: Evaluation, format: FileType = "svg") -> bytes:
     """Draw the confusion matrix: true class by row, predicted class by column, in percent of the row."""
     title = f"{short_name(evaluation.dataset)}, {evaluation.split}: top-1 {format_percent(evaluation.top1)}"

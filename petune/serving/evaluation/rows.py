@@ -92,7 +92,11 @@ def _labels_row(task: Task[Any], name: str, value_C: Any, prediction: Any, outpu
 def _numbers_row(task: Task[Any], name: str, value_K: Any, prediction: Any, output_K: Tensor, loss: float) -> ImageRow:
     cells: Cells = {}
     for number, true in zip(task.target.names, value_K.tolist(), strict=True):
-        cells |= {number: true, f"predicted {number}": prediction[number], f"error of {number}": prediction[number] - true}
+        cells |= {
+            number: true,
+            f"predicted {number}": prediction[number],
+            f"error of {number}": prediction[number] - true,
+        }
     text = task.target.text([prediction[number] for number in task.target.names])
     return ImageRow(name, task.target.text(value_K), text, loss, True, None, {**cells, "loss": loss})
 
