@@ -46,7 +46,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "channels": dataset.test.images.shape[-1],
             "dtype": str(dataset.test.images.dtype),
         },
-        "dataset": dataset.name,
+        "dataset": config.dataset,
         "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),
         "training": {
             "val_metrics": fit.val.report(trained.metric_info) if fit.val else None,

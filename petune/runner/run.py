@@ -12,6 +12,7 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import ConfigError
+from petune.base.files import replace_file
 from petune.base.metric import SplitMetrics
 from petune.data.lookup import dataset_target
 from petune.injector.counts import Counts
@@ -20,10 +21,13 @@ from petune.injector.tuner import Recipe, Tuner
 from petune.runner.adapter_metadata import save_adapter
 from petune.runner.continued import complete_from_run
 from petune.runner.directory_kind import check_kind
+from petune.runner.file_names import FIRST_BATCH_FILE
 from petune.runner.final_fit import Chosen, has_final_fit, make_final_dir
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, Statistics, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
+from petune.runner.report.evaluations import galleries_file
+from petune.runner.report.seen_images import first_batch
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import make_unique_dir, open_run_dir
@@ -116,6 +120,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
 
         def save() -> RunResult:
             saved_bytes = procedure.save(trained, measured.test)
+            write_first_batch(trained)
             return make_result(trained, measured, saved_bytes).write(run_dir)
 
         return group.broadcast(save)
@@ -177,6 +182,12 @@ def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: 
     if chosen is not None:
         fit = chosen.finish(fit, ready.task, fitted)
     return Trained(ready, trainer, fit, run_dir, trained_again=chosen is not None)
+
+
+def write_first_batch(trained: Trained) -> None:
+    """Write the first training images as the model saw them, for `petune report`."""
+    gallery = first_batch(trained.trainer.batches, trained.ready.dataset.target)
+    replace_file(trained.run_dir / FIRST_BATCH_FILE, galleries_file([gallery]))
 
 
 def describe_counts(counts: Counts) -> str:

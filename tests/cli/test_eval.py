@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from pyarrow import csv
 
 import petune as public
 from petune.base.errors import ConfigError, DataError, UsageError
@@ -65,6 +68,41 @@ def test_top_5_is_not_shown_for_two_classes(petune: Run, tiny: tuple[str, ...], 
     texts += [file.read_text() for end in ("md", "html") for file in tmp_path.rglob(f"*.{end}")]
     assert len(texts) > 6
     assert not [text for text in texts if "top-5" in text.lower()]
+
+
+def test_every_image_has_a_row(petune: Run, digits: Path, tmp_path: Path) -> None:
+    done = petune("eval", digits, "--device", "cpu", "--precision", "fp32", "--output", "out", "--json")
+    assert done.code == 0, done.err
+    evaluation = Evaluation.build(json.loads(done.out))
+    table = pq.read_table(tmp_path / "out" / "predictions.parquet")
+    test = load_dataset("digits").test
+    assert table.column_names == ["image", "label", "prediction", "correct", "loss", *(f"p({n})" for n in range(10))]
+    assert table["label"].to_pylist() == [str(label) for label in test.targets]
+    assert table["image"].to_pylist() == [f"test {i}" for i in range(len(test))]
+    assert 100 * np.mean(table["correct"]) == pytest.approx(evaluation.top1)
+    assert np.mean(table["loss"]) == pytest.approx(evaluation.loss)
+    probabilities = np.stack([table[f"p({n})"] for n in range(10)], 1)
+    assert probabilities.sum(1) == pytest.approx(1)
+    assert [str(best) for best in probabilities.argmax(1)] == table["prediction"].to_pylist()
+    assert csv.read_csv(tmp_path / "out" / "predictions.csv").num_rows == len(test)
+
+
+def test_the_worst_mistakes_are_shown_first(petune: Run, digits: Path, tmp_path: Path) -> None:
+    done = petune("eval", digits, "--device", "cpu", "--precision", "fp32", "--output", "out")
+    assert done.code == 0, done.err
+    rows = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    wrong = [row for row in rows if not row["correct"]]
+    worst = sorted(wrong, key=lambda row: -row["loss"])[:24]
+    confident = sorted(wrong, key=lambda row: -row[f"p({row['prediction']})"])[:24]
+    galleries = json.loads((tmp_path / "out" / "mistakes.json").read_text())["galleries"]
+    assert [gallery["title"] for gallery in galleries] == ["Worst mistakes", "Confident mistakes"]
+    for gallery, expected in zip(galleries, (worst, confident), strict=True):
+        assert [tile["lines"][-1] for tile in gallery["tiles"]] == [row["image"] for row in expected]
+        assert gallery["tiles"][0]["title"] == f"{expected[0]['label']} → {expected[0]['prediction']}"
+        assert [image["caption"] for image in gallery["tiles"][0]["images"]] == ["", "attention"]
+    page = (tmp_path / "out" / "mistakes.html").read_text()
+    assert page.count("<img ") == 2 * 48
+    assert "<script" not in page
 
 
 def test_the_table(petune: Run, digits: Path, tmp_path: Path) -> None:

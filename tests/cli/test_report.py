@@ -68,8 +68,10 @@ def test_a_comparison_is_a_table_with_charts_and_origin(petune: Run, runs: Path,
     assert page.tags.count("svg") == 5  # accuracy, two of curves, time, memory
     assert page.tags.count("section") == 1
     assert "commit" in page.text
-    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    assert [a for a in page.attributes if a[0].startswith("on") or a[0] in {"src", "href"}] == []
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("img") == 4 * 16  # the first batch of each run
+    assert [a for a in page.attributes if a[0].startswith("on") or a[0] == "href"] == []
+    assert all((a[1] or "").startswith("data:image/") for a in page.attributes if a[0] == "src")
     assert len(re.findall(r"https?://(?!www\.w3\.org)", (tmp_path / "page.html").read_text())) == 0
 
 
@@ -90,7 +92,7 @@ def test_unfinished_and_broken_directories_are_listed_and_names_are_escaped(
     counts = json.loads(done.out)
     assert (counts["done"], counts["unfinished"], counts["broken"]) == (6, 1, 1)
     page = Tags((tmp_path / "report.html").read_text())
-    assert "img" not in page.tags
+    assert not [a for a in page.attributes if a[0].startswith("on") or a == ("src", "x")]
     assert "epochs done: 1 of 1" in page.text
     assert "is not the result of a finished run" in page.text
     assert "<img src=x onerror=alert(1)>&" in page.text
@@ -208,3 +210,31 @@ def test_a_seed_that_ran_twice_is_counted_once(petune: Run, runs: Path, tmp_path
     assert petune("report", "loose").code == 0
     page = Tags((tmp_path / "report.html").read_text())
     assert "\u00b1" not in page.text.replace("mean ±", "")
+
+
+def test_an_evaluation_is_in_the_report_of_its_run(petune: Run, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits, tmp_path / "run")
+    assert petune("eval", "run", "--device", "cpu", "--precision", "fp32").code == 0
+    done = petune("report", "run")
+    assert done.code == 0, done.err
+    page = Tags((tmp_path / "report.html").read_text())
+    assert "evaluation on test" in page.text
+    assert "Confusion matrix" in page.text
+    assert "Worst mistakes" in page.text
+    assert page.tags.count("figure") > 24
+    for name, content in (
+        ("eval-test/mistakes.json", "{"),
+        ("eval-test/eval.json", '{"classes": 3}'),
+        ("first_batch.json", "[]"),
+    ):
+        (tmp_path / "run" / name).write_text(content)
+    (tmp_path / "run" / "eval-x").mkdir()
+    hostile = {
+        "galleries": [{"title": "t", "tiles": [{"title": "t", "images": [{"uri": "https://example.org/a.png"}]}]}]
+    }
+    (tmp_path / "run" / "eval-x" / "mistakes.json").write_text(json.dumps(hostile))
+    (tmp_path / "run" / "eval-x" / "eval.json").write_text("{}")
+    assert petune("report", "run").code == 0
+    damaged = (tmp_path / "report.html").read_text()
+    assert "example.org" not in damaged
+    assert "Worst mistakes" not in damaged

@@ -14,7 +14,7 @@ from petune.base.metric import Metric
 from petune.runner.comparison import Comparison, origins_of
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.report.charts import Chart, Curve, cost_charts, curve_charts, metric_chart
-from petune.runner.report.evaluations import Shown
+from petune.runner.report.evaluations import Shown, shown_of
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.report.method_rows import (
     backbone_of,
@@ -176,7 +176,8 @@ def _methods_section(
     columns = {name: text for name, text in every.items() if any(text(row) != UNKNOWN for row in done)}
     failed = {row["method"]: f"failed: {row['reason']}" for row in rows if row["status"] == "failed"}
     texts = [[m, failed[m]] if (m := row["method"]) in failed else cells(row, columns) for row in rows]
-    return Section(title, about, list(columns), texts, charts, **rest)
+    shown = [images for run in runs for images in shown_of(run.path, labels[run.path])]
+    return Section(title, about, list(columns), texts, charts, shown=shown, **rest)
 
 
 def _command(kind: str, path: Path) -> str:
