@@ -27,7 +27,6 @@ from petune.serving.restore import restore
 from petune.sites.logits import logits_of
 from petune.training.config import Precision
 from petune.training.precision import choose_attention, choose_device, choose_precision
-from petune.training.task_registry import restore_task
 
 if TYPE_CHECKING:
     from petune.serving.image_transform import LoadedImage
