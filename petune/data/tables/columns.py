@@ -14,6 +14,8 @@ from petune.data.target import TargetKind
 IMAGE_NAMES = ("image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file", "path", "pixels")
 """Usual names of a column of images, best first."""
 KIND_OF_OPTION: dict[str, TargetKind] = {"label": "class", "labels": "multi_hot", "target": "number", "mask": "mask"}
+USUAL_NAMES = {"cls": "label"}
+"""Names of targets that are used elsewhere: webdataset's `cls`."""
 MAX_LOOKED_AT = 50
 """Values that are looked at to tell a column of paths."""
 
@@ -89,7 +91,8 @@ def target_columns(table: Table, options: ColumnOptions, image: str) -> TargetCo
         likely = {column: "target" for column in options_of if table.type_of(column).kind == "float"}
     if len(likely) > 1:
         named = {c: option for c, option in likely.items() if c.casefold() in KIND_OF_OPTION}
-        likely = named if len(named) == 1 else likely
+        no_images = {c: option for c, option in likely.items() if table.type_of(c).kind != "image"}
+        likely = next((chosen for chosen in (named, no_images) if len(chosen) == 1), likely)
     if len(likely) != 1:
         raise DataError(_unclear_target(table, likely))
     ((column, likely_option),) = likely.items()
@@ -120,7 +123,7 @@ def _rank(column: str) -> int:
 
 def _likely_option(column: str, column_type: ColumnType) -> str | None:
     """Return the option that a column is for, by its name and type; None if neither says so."""
-    name, kind = column.casefold(), column_type.kind
+    name, kind = USUAL_NAMES.get(column.casefold(), column.casefold()), column_type.kind
     is_named = name in KIND_OF_OPTION
     if column_type.names is not None or (is_named and kind == "list"):
         return "labels" if kind == "list" else "label"

@@ -133,7 +133,7 @@ def read_json_lines(path: Path, folder: Path) -> TextTable:
         raise _unreadable(path, error) from None
     names = dict.fromkeys(key for row in rows for key in row)
     data = {name: [row.get(name) for row in rows] for name in names}
-    return TextTable(path, folder, data, lines, {name: ColumnType(_kind_of(values)) for name, values in data.items()})
+    return TextTable(path, folder, data, lines, {name: ColumnType(kind_of(values)) for name, values in data.items()})
 
 
 def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise DataError(f"{path} has two columns called {repeated!r}. Rename one")
 
 
-def _kind_of(values: Sequence[Any]) -> ValueKind:
+def kind_of(values: Sequence[Any]) -> ValueKind:
     """Return the type of JSON values that are the same in all rows; whole numbers are integers."""
     kinds = {_json_kind(value) for value in values if value is not None}
     if kinds == {"integer", "float"}:
