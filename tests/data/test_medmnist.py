@@ -75,6 +75,22 @@ def test_run_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["name"] for row in rows if row["found"]] == ["medmnist:breastmnist"]
 
 
+def test_thresholds_chosen_on_val_are_kept_when_val_trains_too(tmp_path: Path) -> None:
+    _write(tmp_path / "chestmnist.npz", 14, columns=14)
+    states = {}
+    for final_fit in ("none", "train+val"):
+        petune.run(
+            method="linear", dataset="medmnist:chestmnist", data_dir=tmp_path, backbone="vit_nano", weights="none",
+            backbone_options={"depth": 1, "embed_dim": 24, "num_heads": 2}, device="cpu", final_fit=final_fit,
+            task="multi_label:threshold=per_class", train={"epochs": 1, "lr": 0.1}, output=tmp_path / final_fit,
+        )  # fmt: skip
+        config = json.loads((tmp_path / final_fit / "adapter" / "adapter_config.json").read_text())
+        states[final_fit] = config["metadata"]["task"]["state"]
+    assert states["none"]["thresholds"] == states["train+val"]["thresholds"]
+    assert len(set(states["none"]["thresholds"])) > 1
+    assert petune.evaluate(tmp_path / "train+val", data_dir=tmp_path).num_images == 28
+
+
 def test_what_is_wrong_is_said_before_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(text: str, error: type[Exception], *words: str) -> None:
         with pytest.raises(error) as caught:
