@@ -88,7 +88,6 @@ def test_thresholds_chosen_on_val_are_kept_when_val_trains_too(tmp_path: Path) -
         states[final_fit] = config["metadata"]["task"]["state"]
     assert states["none"]["thresholds"] == states["train+val"]["thresholds"]
     assert len(set(states["none"]["thresholds"])) > 1
-    assert petune.evaluate(tmp_path / "train+val", data_dir=tmp_path).num_images == 28
 
 
 def test_what_is_wrong_is_said_before_a_model_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

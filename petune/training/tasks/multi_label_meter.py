@@ -52,7 +52,8 @@ class MultiLabelMeter:
 
     def labeled_probabilities(self) -> tuple[Tensor, Tensor]:
         """Return probabilities and targets of all images, float64 (N, C)."""
-        logits_NC, targets_NC = self.stored.compute()
+        # of one image and one label, torchmetrics makes a scalar
+        logits_NC, targets_NC = (x.reshape(-1, len(self.names)) for x in self.stored.compute())
         return logits_NC.sigmoid(), targets_NC
 
     def compute(self) -> dict[str, float]:

@@ -42,7 +42,8 @@ class RegressionMeter:
 
     def compute(self) -> dict[str, float]:
         """Return the metrics; R² is NaN where all targets are equal, and such numbers do not count in its mean."""
-        outputs_NK, targets_NK = self.stored.compute()
+        # of one image and one number, torchmetrics makes a scalar
+        outputs_NK, targets_NK = (x.reshape(-1, len(self.names)) for x in self.stored.compute())
         numbers_NK = self.numbers(outputs_NK)
         rows = [_metrics(numbers_NK[:, k].contiguous(), targets_NK[:, k].contiguous()) for k in range(len(self.names))]
         values = {name: _mean([row[name] for row in rows]) for name in rows[0]}

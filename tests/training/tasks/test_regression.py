@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from petune.data.target import Target
 from petune.training.batch_loss import check_task_options
 from petune.training.config import TrainConfig
 from petune.training.task_registry import build_task
-from petune.training.tasks.regression_meter import r2_score
+from petune.training.tasks.regression_meter import RegressionMeter, r2_score
 
 
 def split(targets: Any) -> Split:
@@ -160,3 +161,11 @@ def test_what_makes_no_sense_for_numbers_is_refused(options: dict[str, float]) -
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"loss|delta"):
         task_on(some_numbers(), **options)
+
+
+def test_one_number_of_one_image_is_measured() -> None:
+    meter = RegressionMeter(["count"], lambda outputs: outputs)
+    meter.update(torch.tensor([[3.0]]), torch.tensor([[5.0]], dtype=torch.float64))
+    values = meter.compute()
+    assert (values["mae"], values["rmse"]) == (2, 2)
+    assert math.isnan(values["r2"])
