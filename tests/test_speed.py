@@ -57,3 +57,12 @@ def test_the_benchmark_runs_on_a_toy(tmp_path: Path) -> None:
     page = (tmp_path / "speed.md").read_text()
     assert all(f"| {name} |" in page for name in PEERS)
     assert "`petune --help`: " in page
+
+
+@pytest.mark.exhaustive
+def test_the_benchmark_of_images_runs_on_a_few() -> None:
+    script = ROOT / "benchmarks" / "data_speed.py"
+    words = [sys.executable, str(script), "--images", "40", "--rounds", "1"]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=300)
+    assert "decode: petune is " in done.stdout
+    assert "epoch: petune is " in done.stdout
