@@ -125,6 +125,19 @@ def _predictions(t: TaskTrial) -> str:
     return "" if len(predictions) == len(t.outputs) else f"{len(predictions)} for {len(t.outputs)} images"
 
 
+def _calibration(t: TaskTrial) -> str:
+    if not t.task.calibrates:
+        return ""
+    with_val, without = t.task.calibrate(t.metered(t.outputs, len(t.outputs))), t.task.calibrate(None)
+    if json.loads(json.dumps([with_val, without])) != [with_val, without]:
+        return f"calibrate() returned {with_val}, and {without} without val, which JSON changes"
+    if with_val.keys() != without.keys():
+        return f"calibrate() returned {sorted(with_val)}, and {sorted(without)} without val"
+    calibrated = t.restored(with_val)
+    predictions = calibrated.predict(t.outputs)
+    return "" if len(predictions) == len(t.outputs) else f"{len(predictions)} predictions for {len(t.outputs)} images"
+
+
 def _restored(t: TaskTrial) -> str:
     again = t.restored()
     if again.num_outputs() != t.task.num_outputs():
@@ -166,6 +179,7 @@ PROPERTIES: tuple[Property[TaskTrial], ...] = (
     Property("metrics by batch", "the metrics do not depend on the batches", _metrics_by_batch),
     Property("direction", "the first metric improves as the loss falls", _direction),
     Property("predictions", "predict() returns one prediction per image", _predictions),
+    Property("calibration", "what calibrate() returns survives JSON, and is complete without val", _calibration),
     Property("restored", "restored from JSON, the task computes the same", _restored),
     Property("label smoothing", "it acts, if smooths_labels says so", _smoothing),
     Property("mixing", "mixed targets have a loss, if they can be mixed", _mixing),

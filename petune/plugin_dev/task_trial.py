@@ -17,6 +17,7 @@ from torch import Tensor
 
 from petune.data.dataset import Split
 from petune.data.target import Target, TargetKind
+from petune.training.meter import Meter
 from petune.training.task import Task
 
 NUM_IMAGES = 24
@@ -82,14 +83,23 @@ class TaskTrial:
 
     def measured(self, outputs: Tensor, batch_size: int) -> dict[str, float]:
         """Return the metrics of outputs that arrive in batches."""
+        return dict(self.metered(outputs, batch_size).compute())
+
+    def metered(self, outputs: Tensor, batch_size: int) -> Meter:
+        """Return a meter of the task that was updated with outputs in batches."""
         meter = self.task.new_meter().to(torch.device("cpu"))
         for start in range(0, len(outputs), batch_size):
             meter.update(outputs[start : start + batch_size], self.targets[start : start + batch_size])
-        return dict(meter.compute())
+        return meter
 
-    def restored(self) -> Task[Any]:
-        """Return another task with the same options, state and targets, all of which went through JSON."""
-        options, state = (json.loads(json.dumps(value)) for value in (self.task.config.plain(), self.task.state))
+    def restored(self, calibrated: dict[str, Any] | None = None) -> Task[Any]:
+        """Return another task with the same options, state and targets, all of which went through JSON.
+
+        Args:
+            calibrated: What `calibrate` returned, if the state is that of the end of a training.
+        """
+        values = (self.task.config.plain(), {**self.task.state, **(calibrated or {})})
+        options, state = (json.loads(json.dumps(value)) for value in values)
         again = type(self.task)(type(self.task).Config.build(options, "the options"))
         again.bind(self.target, state)
         return again

@@ -84,6 +84,11 @@ class First(Sound):
         return list(super().predict(outputs)[:1])
 
 
+class Forgotten(Sound):
+    def calibrate(self, meter: Any) -> dict[str, Any]:
+        return {} if meter is None else {"best": max(meter.compute().values())}
+
+
 class Hidden(Sound):
     def fit(self, train: petune.Split, target: petune.Target) -> dict[str, Any]:
         self.scale = 2.0
@@ -106,8 +111,8 @@ class OnlyClasses(Sound):
 CASES = [
     (Tuples, "state"), (Mean, "loss per image"), (Constant, "gradients"), (Centered, "independent images"),
     (InPlace, "unchanged targets"), (Upwards, "learning"), (Nameless, "metric values"), (Forgetful, "metrics by batch"),
-    (Downwards, "direction"), (First, "predictions"), (Hidden, "restored"), (Rough, "label smoothing"),
-    (OnlyClasses, "mixing"),
+    (Downwards, "direction"), (First, "predictions"), (Forgotten, "calibration"), (Hidden, "restored"),
+    (Rough, "label smoothing"), (OnlyClasses, "mixing"),
 ]  # fmt: skip
 
 
