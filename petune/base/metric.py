@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from petune.base.config import Config
 from petune.base.text import format_percent
@@ -67,11 +70,13 @@ class SplitMetrics:
         values: By the metric's name. A metric that is undefined on the split is missing.
         loss: Mean of the task's loss.
         num_images: Size of the split.
+        image_values: Values of each image by the name of the metric that their mean is, (N,); of test only.
     """
 
     values: Mapping[str, float]
     loss: float
     num_images: int
+    image_values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def value(self, metric: Metric) -> float | None:
         """Return the value of a metric, or of the loss; None if it is undefined on the split."""

@@ -86,7 +86,7 @@ def print_comparison(comparison: Comparison) -> None:
     table = []
     reasons = []
     rows = ranked([row.model_dump(mode="json") for row in comparison.rows], comparison.metric_info)
-    columns = compare_columns(comparison.metric_info)
+    columns = compare_columns(comparison.metric_info, rows)
     for row in rows:
         texts = cells(row, columns)
         if row["status"] == "failed":
@@ -97,6 +97,8 @@ def print_comparison(comparison: Comparison) -> None:
     first, last = OPTIONAL_COLUMNS[:-1], OPTIONAL_COLUMNS[-1:]
     optional = (*first, *(metric.label for metric in comparison.metric_info[1:]), *last)
     print_table(names, table, right=names[1:], optional=optional)
+    if comparison.conclusion:
+        print_data(clean(comparison.conclusion))
     for reason in reasons:
         print_data(clean(reason))
     print_status(f"output: {comparison.output}")

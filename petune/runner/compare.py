@@ -14,6 +14,7 @@ from petune.base.metric import Metric
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import TunerConfig
 from petune.runner.compare_config import MAY_GROW, CompareConfig
+from petune.runner.compare_differences import with_differences
 from petune.runner.comparison import Comparison, origins_of, summarize
 from petune.runner.directory_kind import check_kind
 from petune.runner.events import RunStarted, Watch
@@ -174,11 +175,14 @@ def _do_runs(runs: Sequence[RunConfig], executor: Executor, watch: Watch) -> tup
 def _write(config: CompareConfig, results: Sequence[RunResult], reasons: dict[str, str]) -> Comparison:
     by_method = {method: [result for result in results if result.method == method] for method in config.methods}
     task, metrics = _task_of(config, results)
+    done_rows = [summarize(method, done, reasons.get(method, "")) for method, done in by_method.items()]
+    rows, sentence = with_differences(config, done_rows, metrics[0])
     comparison = Comparison(
         config=config,
         task=task,
         metric_info=metrics,
-        rows=tuple(summarize(method, done, reasons.get(method, "")) for method, done in by_method.items()),
+        rows=rows,
+        conclusion=sentence,
         backbone=results[0].backbone_full_name if results else config.run.backbone,
         weights=results[0].weights if results else config.run.weights,
         provenance=results[-1].provenance if results else {},

@@ -13,7 +13,7 @@ from petune.runner.recipes import complete_from_recipe
 from petune.runner.run_config import RunConfig
 from petune.runner.run_name import directory_name, run_name
 
-MAY_GROW = ("methods", "seeds", "lrs")
+MAY_GROW = ("methods", "seeds", "lrs", "baseline")
 """Keys that may change when a comparison is continued; each run checks its own configuration."""
 UNUSED = ("method", "seed", "output", "resume")
 """Keys of `run` that a comparison sets itself."""
@@ -27,6 +27,7 @@ class CompareConfig(Config):
         seeds: Each method runs once with each.
         lrs: Peak learning rates by method, for those that should not use their recipe's: `--set lrs.full=1e-3`.
             Choose them on validation data.
+        baseline: The method that the others are compared with; None takes the best one.
         run: What all runs share; its method, seed and output are not used.
         output: The directory; None is `runs/compare-BACKBONE-DATASET`. An existing comparison is continued.
     """
@@ -34,6 +35,7 @@ class CompareConfig(Config):
     methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0,), min_length=1)
     lrs: dict[str, Annotated[float, Field(gt=0, le=1e4)]] = {}
+    baseline: str | None = None
     run: RunConfig = RunConfig()
     output: UserPath | None = None
 
@@ -52,6 +54,14 @@ class CompareConfig(Config):
         for name in value:
             if name not in methods:
                 raise ValueError(f"{name} is not a method of this comparison{did_you_mean(name, methods)}")
+        return value
+
+    @field_validator("baseline")
+    @classmethod
+    def _one_of_the_methods(cls, value: str | None, info: ValidationInfo) -> str | None:
+        methods = info.data.get("methods", (value,))
+        if value is not None and value not in methods:
+            raise ValueError(f"{value} is not a method of this comparison{did_you_mean(value, methods)}")
         return value
 
     @property

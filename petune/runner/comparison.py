@@ -16,6 +16,7 @@ from petune.base.files import replace_file
 from petune.base.metric import Metric
 from petune.base.text import html_table
 from petune.runner.compare_config import CompareConfig
+from petune.runner.differences import Difference
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE
 from petune.runner.migrations import updated_comparison
 from petune.runner.report.charts import metric_file
@@ -32,6 +33,7 @@ class Row(Config):
         val_mean: On val, by the metric's name.
         lr: Peak learning rate, from the recipe or as given.
         epochs: Of each run.
+        difference: To the baseline or the best method, in the main metric on test; None for that method itself.
         images_per_s, step_time_s: Mean over the seeds.
         peak_memory_bytes, time_s: The largest, and the sum, over the seeds.
     """
@@ -52,6 +54,7 @@ class Row(Config):
     mean: dict[str, float] = {}
     std: dict[str, float] = {}
     val_mean: dict[str, float] = {}
+    difference: Difference | None = None
     images_per_s: float | None = None
     step_time_s: float | None = None
     peak_memory_bytes: int | None = None
@@ -60,7 +63,7 @@ class Row(Config):
     @model_validator(mode="after")
     def _done_has_numbers(self) -> Self:
         # one seed has no deviation, a run without val no metrics on it, and older versions did not write the rest
-        optional = {"std", "val_mean", "epochs", "step_time_s"}
+        optional = {"std", "val_mean", "difference", "epochs", "step_time_s"}
         missing = [key for key, value in self if value in (None, (), {}) and key not in optional]
         if self.status == "done" and missing:
             raise ValueError(f"a method that is done lacks {', '.join(missing)}")
@@ -84,6 +87,7 @@ class Comparison(Config):
     Attributes:
         task, metric_info: Of all runs; the first metric sorts the rows.
         provenance: Of the last run.
+        conclusion: Which differences are noise, in a sentence; empty with a single method.
         origins: Filled in where runs differ in machine, threads, number format, versions or commit.
     """
 
@@ -96,6 +100,7 @@ class Comparison(Config):
     provenance: dict[str, Any]
     origins: tuple[Origin, ...] = ()
     output: str
+    conclusion: str = ""
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -126,7 +131,7 @@ class Comparison(Config):
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""
         plain = ranked([row.model_dump(mode="json") for row in self.rows], self.metric_info)
-        columns = compare_columns(self.metric_info)
+        columns = compare_columns(self.metric_info, plain)
         rows = [cells(row, columns) for row in plain]
         caption = f"{self.backbone}, weights {self.weights}, on {self.config.run.dataset}"
         return html_table(rows, list(columns), caption)

@@ -32,6 +32,7 @@ from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
+from petune.runner.test_values import write_test_values
 from petune.runner.trained import Trained
 from petune.training.events import Watch, ignore
 from petune.training.job import TrainJob
@@ -121,6 +122,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
         def save() -> RunResult:
             saved_bytes = procedure.save(trained, measured.test)
             write_first_batch(trained)
+            write_test_values(run_dir, measured.test.image_values)
             return make_result(trained, measured, saved_bytes).write(run_dir)
 
         return group.broadcast(save)

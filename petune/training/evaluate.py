@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import PluginError
-from petune.base.metric import SplitMetrics
+from petune.base.metric import LOSS, SplitMetrics
 from petune.base.plugins import plugin_errors
 from petune.data.batches import Batch, eval_batches
 from petune.data.dataset import Split
@@ -37,6 +38,7 @@ def evaluate(
     group: Group = SINGLE_PROCESS,
     sharded: bool = False,
     meter: Meter | None = None,
+    image_values: bool = False,
 ) -> SplitMetrics:
     """Evaluate a model in eval mode without gradients; training flags are restored afterwards.
 
@@ -50,13 +52,14 @@ def evaluate(
         sharded: The processes meet inside the forward, because frozen blocks are spread over them. An error is raised
             at once then.
         meter: A new meter of the task, for callers that use it afterwards; None makes one.
+        image_values: Return what the task measures of each image as well.
 
     Raises:
         Stopped: A signal came.
     """
     model = job.attachment.model
     forward = by_position or model
-    totals = _Totals(job.task, meter or job.task.new_meter(), job.device)
+    totals = _Totals(job.task, meter or job.task.new_meter(), job.device, image_values=image_values)
     errors: list[Exception] = []
     with eval_mode(model), torch.no_grad():
         for batch in _batches(job, split, group, positions_only=by_position is not None):
@@ -73,17 +76,26 @@ def evaluate(
 class _Totals:
     """The meter and the sum of losses so far."""
 
-    def __init__(self, task: Task[Any], meter: Meter, device: torch.device) -> None:
+    def __init__(self, task: Task[Any], meter: Meter, device: torch.device, *, image_values: bool) -> None:
         self.task = task
         self.meter = meter.to(device)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss_and_count = torch.zeros(2, device=device, dtype=dtype)
+        self.keeps_image_values = image_values
+        self.image_values: dict[str, list[Tensor]] = {}
 
     def add(self, outputs: Tensor, targets: Tensor) -> None:
         with plugin_errors(TASKS, self.task.name, type(self.task), "updated its metrics"):
             self.meter.update(outputs.float(), targets)
-        self.loss_and_count[0] += image_losses(self.task, outputs, targets).sum()
+        loss_B = image_losses(self.task, outputs, targets)
+        self.loss_and_count[0] += loss_B.sum()
         self.loss_and_count[1] += len(outputs)
+        if not self.keeps_image_values:
+            return
+        with plugin_errors(TASKS, self.task.name, type(self.task), "computed its values of images"):
+            values = self.task.image_values(outputs.float(), targets)
+        for name, value_B in {LOSS.name: loss_B, **values}.items():
+            self.image_values.setdefault(name, []).append(value_B.float())
 
     def metrics(self, group: Group, num_images: int) -> SplitMetrics:
         loss, count = group.all_reduce_sum(self.loss_and_count).tolist()
@@ -93,7 +105,19 @@ class _Totals:
         if missing:
             raise PluginError(f"the meter of the task {self.task.name} does not compute {', '.join(missing)}")
         defined = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-        return SplitMetrics(defined, loss / count, num_images)
+        return SplitMetrics(defined, loss / count, num_images, self._gathered(group, num_images))
+
+    def _gathered(self, group: Group, num_images: int) -> dict[str, NDArray[np.float32]]:
+        """Return the values of all images, of which each process has its own."""
+        gathered = {}
+        for name, batches in sorted(self.image_values.items()):
+            values_N = torch.cat(batches)
+            if len(values_N) != num_images:
+                whole_N = torch.zeros(num_images, device=values_N.device)
+                whole_N[group.shard(num_images)] = values_N
+                values_N = group.all_reduce_sum(whole_N)
+            gathered[name] = values_N.cpu().numpy()
+        return gathered
 
 
 @contextmanager

@@ -273,6 +273,7 @@ class Trainer:
             group=self.group,
             sharded=self.sharded,
             meter=meter,
+            image_values=split == "test",
         )
 
     @contextmanager

@@ -167,6 +167,18 @@ class Task(Generic[ConfigT]):
         """Return a meter that computes `metrics`, with no images yet; see `petune.TorchMeter`."""
         raise NotImplementedError(f"{type(self).__name__} must define new_meter(self)")
 
+    def image_values(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return values of each image, (B,), by the name of the metric that their mean over images is; default {}.
+
+        With them a comparison of two methods can tell a difference of a metric from the chance of which images the
+        test split has. Metrics that are no mean over images, such as macro-F1, are left out.
+
+        Args:
+            outputs: Of the head, float32 (B, `num_outputs()`).
+            targets: As in the dataset.
+        """
+        return {}
+
     def mix(self, mixup: float, cutmix: float, label_smoothing: float) -> Mix:
         """Return a function that mixes a batch by mixup or CutMix: images and targets to mixed images and targets.
 

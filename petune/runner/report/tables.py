@@ -35,6 +35,9 @@ COLUMNS: Columns = {
 }
 """The columns that every task has."""
 
+DIFFERENCE = "difference"
+"""Heading of the column of differences to the best method, or to the baseline, with 95 % intervals."""
+
 NOT_COMPARED = {"val", "lr", "epochs", "seeds", "step"}
 """Columns that `compare.md` and the terminal leave out."""
 
@@ -51,9 +54,19 @@ def method_columns(metrics: Sequence[Metric]) -> Columns:
     return {"method": lambda row: str(row["method"]), **of_metrics, **val, **COLUMNS}
 
 
-def compare_columns(metrics: Sequence[Metric]) -> Columns:
-    """Return the columns of `compare.md` and of the terminal; see `method_columns`."""
-    return {name: text for name, text in method_columns(metrics).items() if name not in NOT_COMPARED}
+def compare_columns(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> Columns:
+    """Return the columns of `compare.md` and of the terminal; see `method_columns`.
+
+    Args:
+        metrics: How to show the metrics, the main one first.
+        rows: If there are differences among them, they get a column.
+    """
+    columns = {name: text for name, text in method_columns(metrics).items() if name not in NOT_COMPARED}
+    if not any(row.get("difference") for row in rows):
+        return columns
+    best = ranked(rows, metrics)[0]["method"]
+    texts = list(columns.items())
+    return dict([*texts[:2], (DIFFERENCE, partial(_difference, metrics[0], best)), *texts[2:]])
 
 
 def cells(row: Row, columns: Columns) -> list[str]:
@@ -80,7 +93,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     seeds = comparison["config"]["seeds"]
     metrics = metrics_of(comparison)
     rows = ranked(comparison["rows"], metrics)
-    columns = compare_columns(metrics)
+    columns = compare_columns(metrics, rows)
     lines = [
         f"# {escape_markdown(run['backbone'])} on {escape_markdown(run['dataset'])}",
         "",
@@ -93,6 +106,8 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         "| --- |" + " ---: |" * (len(columns) - 1),
         *("| " + " | ".join(map(_table_cell, cells(row, columns))) + " |" for row in rows),
     ]
+    if comparison.get("conclusion"):
+        lines += ["", escape_markdown(comparison["conclusion"])]
     done = [row for row in rows if row["status"] == "done"]
     if done:
         rates = ", ".join(f"{_table_cell(row['method'])} {row['lr']:g}" for row in done)
@@ -172,6 +187,21 @@ def _mean_and_std(metric: Metric, row: Row) -> str:
     if mean is None:
         return UNKNOWN
     return metric.number(mean) if std is None else f"{metric.number(mean)} ± {metric.number(std)}"
+
+
+def _difference(metric: Metric, best: str, row: Row) -> str:
+    """Return `-1.20 [-2.30, -0.10]`, and mark the best method."""
+    found = row.get("difference")
+    mark = "best" if row["method"] == best else ""
+    if not found:
+        return mark or "baseline"
+    mean, low, high = (None if found[key] is None else _signed(metric, found[key]) for key in ("mean", "low", "high"))
+    interval = "" if low is None else f" [{low}, {high}]"
+    return f"{mean}{interval}{mark and f' ({mark})'}"
+
+
+def _signed(metric: Metric, value: float) -> str:
+    return f"{'+' if value > 0 else ''}{metric.number(value)}"
 
 
 def _metric(metric: Metric | None, value: float | None) -> str:

@@ -89,6 +89,12 @@ class Classification(Task[ClassificationConfig]):
         """Return a meter of top-1, top-5 and the macro metrics."""
         return ConfusionMeter(len(self.target.names))
 
+    def image_values(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return 100 for each image whose class is the first, or among the first five, and 0 for the others."""
+        order_BC = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
+        is_class_BC = order_BC == targets[:, None]
+        return {TOP1.name: 100.0 * is_class_BC[:, 0], TOP5.name: 100.0 * is_class_BC.any(1)}
+
     def mix(self, mixup: float, cutmix: float, label_smoothing: float) -> Mix:
         """Return timm's Mixup, which turns classes into probabilities (B, C)."""
         from timm.data import Mixup

@@ -118,6 +118,10 @@ class Regression(Task[RegressionConfig]):
 
         return RegressionMeter(self.target.names, self.numbers)
 
+    def image_values(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the absolute error of each image, the mean over its numbers."""
+        return {MAE.name: (self.numbers(outputs) - targets).abs().mean(1)}
+
     def mix(self, mixup: float, cutmix: float, label_smoothing: float) -> Mix:
         """Return mixup: images and numbers are interpolated by the same share, in the precision of each.
 

@@ -1,0 +1,148 @@
+"""Which differences between methods are noise: intervals over seeds and test images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import petune
+from petune.base.errors import ConfigError
+from petune.base.metric import Metric
+from petune.data.target import Target
+from petune.runner.compare_config import CompareConfig
+from petune.runner.compare_differences import with_differences
+from petune.runner.comparison import Row
+from petune.runner.differences import Difference, SeedValue, conclusion, difference
+from petune.runner.report.tables import cells, compare_columns
+from petune.runner.test_values import read_test_values, write_test_values
+from petune.training.task_registry import task_for
+
+TOP1 = Metric(name="top1", label="top-1", percent=True)
+MAE = Metric(name="mae", label="MAE", higher_is_better=False)
+
+
+def _seed_values(values_SN: Any) -> dict[int, SeedValue]:
+    return {seed: SeedValue(float(v.mean()), v.astype(np.float32)) for seed, v in enumerate(values_SN)}
+
+
+def test_one_seed_is_the_paired_t_interval_over_images() -> None:
+    generator = np.random.default_rng(0)
+    own, base = (100.0 * (generator.random((1, 200)) < p) for p in (0.8, 0.7))
+    found = difference("b", _seed_values(own), _seed_values(base))
+    expected = stats.ttest_rel(own[0], base[0]).confidence_interval(0.95)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-5)
+    assert found.mean == pytest.approx((own - base).mean())
+    assert found.over_images
+
+
+def test_without_values_of_images_it_is_the_paired_t_interval_over_seeds() -> None:
+    own = {0: SeedValue(3.0), 1: SeedValue(4.0), 2: SeedValue(6.0), 7: SeedValue(0.0)}
+    base = {0: SeedValue(2.0), 1: SeedValue(2.5), 2: SeedValue(3.0), 8: SeedValue(9.0)}
+    found = difference("b", own, base)
+    expected = stats.ttest_rel([3, 4, 6], [2, 2.5, 3]).confidence_interval(0.95)
+    assert found is not None
+    assert (found.low, found.high, found.over_images) == (*map(pytest.approx, (expected.low, expected.high)), False)
+
+
+def test_one_seed_without_values_of_images_has_no_interval() -> None:
+    found = difference("b", {0: SeedValue(3.0)}, {0: SeedValue(2.0)})
+    assert found == Difference(reference="b", mean=1.0)
+    assert difference("b", {0: SeedValue(3.0)}, {1: SeedValue(2.0)}) is None
+    other_test = difference("b", _seed_values(np.ones((1, 4))), _seed_values(np.zeros((1, 5))))
+    assert other_test is not None
+    assert other_test.is_clear is None
+
+
+def test_intervals_over_seeds_and_images_hold_the_truth_as_often_as_they_say() -> None:
+    """Images and seeds both vary; intervals over images alone would hold it in about half of the cases."""
+    generator = np.random.default_rng(1)
+    inside, trials = 0, 400
+    for _ in range(trials):
+        image, seed = generator.normal(0, 1, 100), generator.normal(0, 0.2, (5, 1))
+        own = 0.5 + image + seed + generator.normal(0, 0.5, (5, 100))
+        found = difference("b", _seed_values(own), _seed_values(np.zeros((5, 100))))
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        inside += found.low <= 0.5 <= found.high
+    assert 0.92 < inside / trials < 0.99
+
+
+def test_the_sentence_names_what_is_noise() -> None:
+    clear = Difference(reference="vpt", mean=-2, low=-3, high=-1, over_images=True)
+    noise = Difference(reference="vpt", mean=-1, low=-2, high=0.5, over_images=True)
+    text = conclusion({"linear": clear, "lora": noise, "bitfit": noise}, TOP1, reference_is_best=True)
+    assert "top-1 to vpt, the best" in text
+    assert "linear: more than noise; lora, bitfit: not more than noise" in text
+    unknown = Difference(reference="vpt", mean=-1)
+    assert "One seed" in conclusion({"linear": unknown}, TOP1, reference_is_best=False)
+    assert conclusion({}, TOP1, reference_is_best=True) == ""
+
+
+def _row(method: str, *values: float, metric: str = "mae") -> Row:
+    numbers: dict[str, Any] = dict.fromkeys(
+        ("tuned", "head", "total", "percent_of_total", "percent_of_backbone", "adapter_bytes", "images_per_s",
+         "peak_memory_bytes", "time_s"), 1,
+    )  # fmt: skip
+    mean = {metric: sum(values) / len(values)}
+    seeds = tuple(range(len(values)))
+    return Row(method=method, status="done", seeds=seeds, lr=0.1, metrics={metric: values}, mean=mean, **numbers)
+
+
+def test_the_best_is_marked_and_a_baseline_can_be_named(tmp_path: Path) -> None:
+    rows = [_row("linear", 3.0, 3.5), _row("vpt", 2.0, 2.1), Row(method="lora", status="failed", reason="no")]
+    config = CompareConfig(methods=("linear", "vpt", "lora"), seeds=(0, 1), output=tmp_path)
+    for baseline, column in (
+        (None, ["+1.2 [-1.341, +3.741]", "best"]),
+        ("linear", ["baseline", "-1.2 [-3.741, +1.341] (best)"]),
+    ):
+        changed, sentence = with_differences(config.model_copy(update={"baseline": baseline}), rows, MAE)
+        plain = [row.model_dump(mode="json") for row in changed]
+        columns = compare_columns((MAE,), plain)
+        assert [cells(row, columns)[2] for row in plain[:2]] == column
+        assert "not more than noise" in sentence
+    assert "difference" not in compare_columns((MAE,), [row.model_dump(mode="json") for row in rows])
+    with pytest.raises(ConfigError, match=r"bitfit is not a method"):
+        CompareConfig.build({"methods": ["linear"], "baseline": "bitfit"})
+
+
+def test_damaged_or_missing_values_of_images_count_as_none(tmp_path: Path) -> None:
+    assert read_test_values(tmp_path) == {}
+    write_test_values(tmp_path, {"top1": np.ones(3, np.float32)})
+    assert read_test_values(tmp_path)["top1"].tolist() == [1, 1, 1]
+    (tmp_path / "test_values.npz").write_bytes(b"PK\x03\x04 cut")
+    assert read_test_values(tmp_path) == {}
+
+
+def test_values_of_images_average_to_the_metric() -> None:
+    task = task_for("classification", Target("class", tuple("abcdefg")), "toy")
+    outputs, targets = torch.randn(40, 7), torch.arange(40) % 7
+    meter = task.new_meter()
+    meter.update(outputs, targets)
+    values = task.image_values(outputs, targets)
+    assert {name: float(v.mean()) for name, v in values.items()} == pytest.approx(
+        {name: meter.compute()[name] for name in ("top1", "top5")}
+    )
+
+
+def test_a_comparison_stores_values_and_says_what_is_noise(tmp_path: Path) -> None:
+    run = {
+        "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 24, "num_heads": 2},
+        "dataset": "digits", "shots": 5, "device": "cpu", "train": {"epochs": 1, "precision": "fp32", "lr": 0.01},
+    }  # fmt: skip
+    table = petune.compare(methods=["linear", "bitfit"], run=run, output=tmp_path / "two")
+    assert table.conclusion in (tmp_path / "two" / "compare.md").read_text()
+    other = next(row for row in table.rows if row.difference is not None)
+    assert other.difference is not None
+    assert other.difference.low is not None
+    for row in table.rows:
+        values = read_test_values(tmp_path / "two" / f"{row.method}-vit_nano-digits-seed0")
+        assert values["top1"].mean() == pytest.approx(row.mean["top1"], abs=1e-3)
+        assert values["loss"].shape == values["top1"].shape
+    assert petune.Comparison.read(tmp_path / "two") == table
