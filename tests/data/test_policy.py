@@ -200,3 +200,10 @@ def test_batches_of_masks(augment: Any) -> None:
             assert torch.equal(torch.where(batch.y_B == IGNORE, 0, batch.y_B).float(), expected)
     for batch in eval_batches(split, preprocess, 4, CPU):
         assert torch.equal(batch.x_BCHW[:, 0], batch.y_B * 100.0)
+
+
+def test_other_devices_get_whole_batches() -> None:
+    split, preprocess, meta = _split(5, 37), Preprocess(32, (0.5,) * 3, (0.5,) * 3), torch.device("meta")
+    batch = next(TrainBatches(split, preprocess, "crop", 5, 0, meta).epoch(0))
+    assert batch.x_BCHW.device == batch.y_B.device == meta
+    assert (batch.x_BCHW.shape, batch.x_BCHW.dtype) == ((5, 3, 32, 32), torch.float32)
