@@ -31,7 +31,7 @@ SLOW = {
     "training/tasks/test_task_runs.py", "tuners/test_several.py", "tuners/test_transforms.py",
 }  # fmt: skip
 """Files that train, start processes, or go through many models; `make quick` leaves them out."""
-BROWSER = {"serving/test_demo.py"}
+BROWSER = {"runner/test_pages_in_browser.py", "serving/test_demo.py"}
 NETWORK = {"base/test_hub.py", "backbones/test_other_libraries.py", "serving/test_share.py"}
 HERE = Path(__file__).parent
 
