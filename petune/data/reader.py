@@ -36,6 +36,7 @@ from them; `path` and `labeled_files` if the argument is a path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -74,20 +75,22 @@ class ReadContext:
 
 @dataclass(frozen=True)
 class LabeledFiles:
-    """Image files of one split, to evaluate on without training.
+    """Images of one split, to evaluate on without training.
 
     Attributes:
         split: `test` or `val`; `all` if the dataset has no splits.
-        files: The images.
+        files: The images: files, the bytes of files, or arrays (H, W) or (H, W, C).
         target, targets: As in a dataset, except that classes may be missing.
         note: What was not read; empty if everything was.
+        names: Of the images, for people; None if they are files, whose paths are their names.
     """
 
     split: str
-    files: list[Path]
+    files: Sequence[Path | bytes | NDArray[Any]]
     target: Target
     targets: NDArray[Any]
     note: str = ""
+    names: list[str] | None = None
 
 
 ConfigT = TypeVar("ConfigT", bound=ReaderConfig)

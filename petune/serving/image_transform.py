@@ -5,6 +5,7 @@ Shapes: B batch, C classes, S side of a stored image in pixels.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from petune.data.images import center_square, decode_images
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    LoadedImage = Path | Image | NDArray[Any] | DataError
-    """A file, an open image, (height, width) or (height, width, channels), or the error of finding it."""
+    LoadedImage = Path | bytes | Image | NDArray[Any] | DataError
+    """A file, its bytes, an open image, (height, width) or (height, width, channels), or the error of finding it."""
 
 STORED_SIZES = {"cifar10": 32, "cifar100": 32, "digits": 8}  # for adapters saved before the size was recorded
 
@@ -97,7 +98,7 @@ class ImageTransform:
         split = Split.of(squares_BSSC, np.zeros(len(squares_BSSC), np.int64), self.crop)
         return self.preprocess.normalize(self.preprocess.pixels(split, np.arange(len(split)), device))
 
-    def _square(self, image: Image | NDArray[Any] | DataError) -> NDArray[Any]:
+    def _square(self, image: bytes | Image | NDArray[Any] | DataError) -> NDArray[Any]:
         if isinstance(image, DataError):
             raise image
         if self.form == RGB:
@@ -107,9 +108,11 @@ class ImageTransform:
         return bands_square(channels_last(image), self.stored_size, self.form)
 
 
-def _open(image: Image | NDArray[Any]) -> Image:
+def _open(image: bytes | Image | NDArray[Any]) -> Image:
     from PIL import Image
 
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image))
     if not isinstance(image, np.ndarray):
         return image
     if image.dtype != np.uint8:

@@ -48,3 +48,28 @@ def test_a_changed_table_is_not_resumed(table: Path) -> None:
     table.write_text(table.read_text().replace("digits/3.png,3", "digits/3.png,4"))
     with pytest.raises(DataError, match=r"have changed since .*train/3 had"):
         petune.run(**RUN, dataset=f"table:{table},group=writer", output=output, resume=True)
+
+
+def test_evaluate_on_images_inside_another_table(table: Path) -> None:
+    petune.run(**RUN, dataset=f"{table}", output=table.parent / "run")
+    rows = [
+        {"image": (table.parent / f"digits/{i}.png").read_bytes(), "label": str(digit_class(i))} for i in range(5, 12)
+    ]
+    embedded = write_table(table.parent / "embedded.parquet", rows)
+    paths = [{"image": f"digits/{i}.png", "label": digit_class(i)} for i in range(5, 12)]
+    files = write_table(table.parent / "files.csv", paths)
+    inside, outside = (petune.evaluate(table.parent / "run", dataset=str(path)) for path in (embedded, files))
+    assert (inside.split, inside.num_images) == ("all", 7)
+    assert inside.metrics == pytest.approx(outside.metrics, nan_ok=True)
+
+
+@pytest.mark.parametrize(("options", "metric"), [("labels=tags,separator=|", "map"), ("target=count", "mae")])
+def test_other_targets(options: str, metric: str, tmp_path: Path) -> None:
+    names = write_images(tmp_path, 40)
+    values = [f"{'even' if digit_class(i) % 2 == 0 else 'odd'}|{'big' if i % 3 else 'small'}" for i in range(40)]
+    rows = [{"file": n, "tags": values[i], "count": digit_class(i) / 2} for i, n in enumerate(names)]
+    path = write_table(tmp_path / "t.csv", rows)
+    result = petune.run(**RUN, dataset=f"table:{path},{options}", output=tmp_path / "run")
+    assert metric in {name.casefold() for name in result.metrics}
+    other = write_table(tmp_path / "other.csv", rows[:6])
+    assert petune.evaluate(tmp_path / "run", dataset=f"table:{other},{options}").num_images == 6

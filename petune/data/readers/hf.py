@@ -12,11 +12,12 @@ from petune.base.hub import TIMEOUT_S, hub_url, why_unreachable
 from petune.data.cache import cache_dir
 from petune.data.dataset import Dataset, Target
 from petune.data.manifest import Manifest, digest, file_digest
-from petune.data.reader import DatasetReader, ReadContext
+from petune.data.reader import DatasetReader, LabeledFiles, ReadContext
 from petune.data.tables.assemble import load_plan
 from petune.data.tables.columns import image_column, target_columns
 from petune.data.tables.hf_table import HfTable, splits_by_name, store_streams, without_hidden
 from petune.data.tables.joined import JoinedTable
+from petune.data.tables.labeled import labeled_rows
 from petune.data.tables.options import ColumnOptions, Name
 from petune.data.tables.parquet import ParquetTable
 from petune.data.tables.plan import Plan
@@ -83,6 +84,14 @@ class HfReader(DatasetReader[HfConfig]):
         manifest = self._plan(self._splits())[0].manifest()
         version = self._files_digest()
         return {part: {name: f"{entry} {version}".strip() for name, entry in c.items()} for part, c in manifest.items()}
+
+    def labeled_files(self, part: str) -> LabeledFiles | None:
+        """Return the images of `test` or `val`, or all if there are no splits; None if the targets are masks.
+
+        Raises:
+            UsageError: There are splits, but not this one.
+        """
+        return labeled_rows(self._plan(self._splits())[0], part)
 
     @property
     def _title(self) -> str:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field
 
 from petune.base.config import UserPath, expand_home
-from petune.base.errors import DataError, UsageError
+from petune.base.errors import DataError
 from petune.data.dataset import Dataset, Target
 from petune.data.manifest import Manifest
 from petune.data.reader import DatasetReader, LabeledFiles, ReadContext
 from petune.data.tables.assemble import load_plan
 from petune.data.tables.columns import image_column
 from petune.data.tables.contents import ImageColumn
+from petune.data.tables.labeled import labeled_rows
 from petune.data.tables.options import ColumnOptions
 from petune.data.tables.parquet import ParquetTable
 from petune.data.tables.plan import Plan
@@ -76,25 +76,12 @@ class TableReader(DatasetReader[TableConfig]):
         return self._plan().manifest() if self.path.is_file() else {}
 
     def labeled_files(self, part: str) -> LabeledFiles | None:
-        """Return the images of `test` or `val`, or of all rows if the table has no splits; None if they are no files.
+        """Return the images of `test` or `val`, or all if the table has no splits; None if the targets are masks.
 
         Raises:
             UsageError: The table has splits, but not this one.
         """
-        plan = self._plan()
-        if plan.images.files is None or plan.columns.kind == "mask":
-            return None
-        parts = dict(plan.parts)
-        if "val" in parts:
-            parts.setdefault("test", parts["val"])
-        if plan.has_splits and part not in parts:
-            raise UsageError(
-                f"{self.path} has no {part} split; it has {' and '.join(parts)}", cli_hint="Choose one with --split"
-            )
-        rows = parts[part] if plan.has_splits else np.arange(len(plan.table))
-        files = [plan.images.files[row] for row in rows.tolist()]
-        split = part if plan.has_splits else "all"
-        return LabeledFiles(split, files, plan.encoded.target, plan.encoded.targets[rows], plan.encoded.note)
+        return labeled_rows(self._plan(), part)
 
     def image_files(self) -> list[Path] | None:
         """Return the images that the table lists; it needs no targets."""

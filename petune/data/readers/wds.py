@@ -8,8 +8,9 @@ from petune.base.config import expand_home
 from petune.base.errors import DataError, MissingExtra
 from petune.data.dataset import Dataset, Target
 from petune.data.manifest import Manifest
-from petune.data.reader import DatasetReader, ReadContext
+from petune.data.reader import DatasetReader, LabeledFiles, ReadContext
 from petune.data.tables.assemble import load_plan
+from petune.data.tables.labeled import labeled_rows
 from petune.data.tables.options import ColumnOptions
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import listed
@@ -55,6 +56,14 @@ class WdsReader(DatasetReader[WdsConfig]):
     def manifest(self, data_dir: Path | None) -> Manifest:
         """Return the targets by split and class, with a digest of the shards; empty if they do not exist here."""
         return self._plan().manifest() if self.find(data_dir) else {}
+
+    def labeled_files(self, part: str) -> LabeledFiles | None:
+        """Return the images of `test` or `val`, or all if there are no splits; None if the targets are masks.
+
+        Raises:
+            UsageError: There are splits, but not this one.
+        """
+        return labeled_rows(self._plan(), part)
 
     @property
     def _title(self) -> str:

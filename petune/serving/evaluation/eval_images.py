@@ -150,22 +150,32 @@ def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor) -> E
     path = str(build_reader(dataset).path or dataset)
     targets = _targets_of_model(path, labeled, predictor.task.target)
 
+    def _named(positions: NDArray[np.int64], errors: Mapping[int, str]) -> str:
+        number, reason = next(iter(errors.items()))
+        name = str(labeled.files[positions[number]]) if labeled.names is None else labeled.names[positions[number]]
+        return reason if reason.startswith(name) else f"{name}: {reason}"
+
     def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         squares, errors = predictor.transform.squares([labeled.files[i] for i in positions])
         if errors:
             raise DataError(
-                f"{next(iter(errors.values()))}. Repair or remove it",
+                f"{_named(positions, errors)}. Repair or remove it",
                 cli_hint=f"`petune data check {path}` lists all broken images",
             )
         return predictor.transform.batch(squares, predictor.device), torch.from_numpy(targets[positions])
 
+    names = [str(file) for file in labeled.files] if labeled.names is None else labeled.names
     source = "; ".join(filter(None, (path, labeled.note)))
-    return EvalImages(dataset, labeled.split, source, [str(file) for file in labeled.files], load)
+    return EvalImages(dataset, labeled.split, source, names, load)
 
 
 def _targets_of_model(path: str, labeled: LabeledFiles, trained: Target) -> NDArray[Any]:
     """Return the targets of files by the model's numbers of the classes; classes may be missing."""
     known = trained.names
+    if labeled.target.kind == trained.kind == "multi_hot" and {*labeled.target.names} <= {*known}:
+        targets = np.zeros((len(labeled.targets), len(known)), np.uint8)
+        targets[:, [known.index(name) for name in labeled.target.names]] = labeled.targets
+        return targets
     if labeled.target.kind != "class" or trained.kind != "class":
         _check_target(path, labeled.target, trained)
         return labeled.targets
