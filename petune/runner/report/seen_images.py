@@ -20,7 +20,7 @@ NUM_SHOWN = 16
 
 @dataclass(frozen=True)
 class Augmentations:
-    """How images are augmented to be shown.
+    """Augmentations of the images of a page.
 
     Attributes:
         steps: The name of the augmentation, or a list; `none` shows the images only.
