@@ -14,13 +14,11 @@ from typing import Any
 from petune.base.errors import ConfigError
 from petune.base.text import plural
 from petune.data.dataset import Dataset
+from petune.runner.file_names import FINAL_FIT_DIR
 from petune.runner.prepare import RunContext
 from petune.runner.run_config import RunConfig
 from petune.training.progress import FitResult
 from petune.training.task import Task
-
-FINAL_FIT_DIR = "final_fit"
-"""Folder in a run directory with the metrics and checkpoints of the second training."""
 
 
 def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:

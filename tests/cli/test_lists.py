@@ -23,6 +23,12 @@ DATASETS = [
     ["digits", "scikit-learn's 1,797 handwritten digits, 8x8, no download", "-", "scikit-learn"],
     ["folder:PATH", "your images: PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg with test/ and val/", "-", "-"],
     [
+        "hf:NAME",
+        "a dataset of the Hugging Face Hub, or a folder of Parquet files or of save_to_disk",
+        "petune[data], and a download if NAME is no folder",
+        "-",
+    ],
+    [
         "medmnist:NAME",
         "12 sets of medical images, 28 to 224 pixels; `petune datasets medmnist` lists them",
         "petune[data], and a file in data_dir or a download",
@@ -44,6 +50,12 @@ DATASETS = [
         "vtab:NAME",
         "1,000 training images in VTAB-1k's layout: train800.txt, val200.txt, test.txt",
         "DATA_DIR/NAME, DATA_DIR/vtab-1k/NAME or a path",
+        "-",
+    ],
+    [
+        "wds:SHARDS",
+        "tar shards of webdataset: a folder, or a pattern such as train-{000..012}.tar",
+        "petune[data]",
         "-",
     ],
 ]

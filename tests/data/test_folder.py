@@ -185,17 +185,18 @@ def test_too_many_broken_images_are_an_error(tmp_path: Path) -> None:
 
 
 def test_check_finds_broken_images_and_images_in_two_splits(tmp_path: Path) -> None:
-    from petune.data.check import check_folder
+    from petune.data.check import check_dataset
 
     _fill(tmp_path / "train", {"cat": 3, "dog": 2})
     _fill(tmp_path / "test", {"cat": 2, "dog": 2}, start=20)
-    assert check_folder(tmp_path).is_sound
+    assert check_dataset(f"folder:{tmp_path}").is_sound
     shutil.copy(tmp_path / "train" / "cat" / "01.png", tmp_path / "test" / "dog" / "x.png")
     (tmp_path / "train" / "dog" / "00.png").write_bytes(b"no image")
-    report = check_folder(tmp_path)
+    report = check_dataset(f"folder:{tmp_path}")
     assert report.images == {"train": {"cat": 3, "dog": 2}, "test": {"cat": 2, "dog": 3}}
     assert [message.split(": ")[0] for message in report.broken] == [str(tmp_path / "train" / "dog" / "00.png")]
-    assert report.in_two_splits == [(tmp_path / "test" / "dog" / "x.png", tmp_path / "train" / "cat" / "01.png")]
+    pair = (str(tmp_path / "test" / "dog" / "x.png"), str(tmp_path / "train" / "cat" / "01.png"))
+    assert report.in_two_splits == [pair]
 
 
 def test_links_to_a_parent_are_not_followed(tmp_path: Path) -> None:
@@ -213,14 +214,14 @@ def test_links_to_a_parent_are_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_dangling_link_is_a_broken_image(tmp_path: Path) -> None:
-    from petune.data.check import check_folder
+    from petune.data.check import check_dataset
 
     _fill(tmp_path, {"cat": 60, "dog": 60})
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(DataError, match=r"gone\.png: no such file"):
         load_folder(tmp_path, 32)
     assert "1 broken image skipped: cat/gone.png" in load_folder(tmp_path, 32, "skip").source
-    report = check_folder(tmp_path)
+    report = check_dataset(f"folder:{tmp_path}")
     assert len(report.broken) == 1
     assert not report.in_two_splits
 
@@ -246,13 +247,13 @@ def test_class_folders_need_utf8_names(tmp_path: Path) -> None:
 
 
 def test_unsupported_images_are_counted_and_reported(tmp_path: Path) -> None:
-    from petune.data.check import check_folder
+    from petune.data.check import check_dataset
 
     _fill(tmp_path, {"cat": 3, "dog": 3})
     assert load_folder(tmp_path, 32).source.endswith("testing)")
     for name in ("a.HEIC", "b.heic", "notes.txt", ".hidden.heic"):
         (tmp_path / "dog" / name).write_bytes(b"x")
-    report = check_folder(tmp_path)
+    report = check_dataset(f"folder:{tmp_path}")
     assert (report.skipped, report.is_sound) == ({".heic": 2, ".txt": 1}, True)
     assert "; 2 .heic skipped" in load_folder(tmp_path, 32).source
 

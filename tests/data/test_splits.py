@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from petune.base.errors import DataError
-from petune.data.check import check_folder
+from petune.data.check import check_dataset
 from petune.data.folder import load_folder
 from petune.data.layout import list_split
 from petune.data.lookup import count_classes
@@ -61,7 +61,7 @@ def test_loose_images_in_splits_do_not_make_classes(names: tuple[str, ...], tmp_
     _fill(tmp_path, *names)
     for read in (
         lambda: load_folder(tmp_path, 32),
-        lambda: check_folder(tmp_path),
+        lambda: check_dataset(f"folder:{tmp_path}"),
         lambda: count_classes(f"folder:{tmp_path}"),
         lambda: list_split(tmp_path, "test"),
     ):
@@ -125,7 +125,7 @@ def test_usual_names_of_splits_are_read(names: tuple[str, str], tmp_path: Path) 
     _fill(tmp_path / test, "cat", "dog", count=2)
     data = load_folder(tmp_path, 32)
     assert (data.classes, len(data.train), len(data.test)) == (("cat", "dog"), 6, 4)
-    assert check_folder(tmp_path).images == {"train": {"cat": 3, "dog": 3}, "test": {"cat": 2, "dog": 2}}
+    assert check_dataset(f"folder:{tmp_path}").images == {"train": {"cat": 3, "dog": 3}, "test": {"cat": 2, "dog": 2}}
     assert list_split(tmp_path, "test")[1]["cat"][0].parent == tmp_path / test / "cat"
 
 
@@ -137,7 +137,7 @@ def test_loose_images_in_splits_with_usual_names_are_refused(
     _fill(tmp_path, *names, *others)
     for read in (
         lambda: load_folder(tmp_path, 32),
-        lambda: check_folder(tmp_path),
+        lambda: check_dataset(f"folder:{tmp_path}"),
         lambda: count_classes(f"folder:{tmp_path}"),
         lambda: list_split(tmp_path, "test"),
     ):
@@ -158,7 +158,7 @@ def test_loose_images_in_splits_with_usual_names_are_refused(
 def test_ambiguous_names_that_look_like_splits_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
     for part in names:
         _fill(tmp_path / part, "cat", "dog")
-    for read in (load_folder, lambda path, _: check_folder(path)):
+    for read in (load_folder, lambda path, _: check_dataset(f"folder:{path}")):
         with pytest.raises(DataError, match=f"unknown split folders in .*: {names[0]}.*Rename"):
             read(tmp_path, 32)
 
@@ -181,7 +181,7 @@ def test_ambiguous_names_that_look_like_splits_are_refused(names: tuple[str, ...
 def test_classes_whose_names_contain_a_split_are_read(classes: tuple[str, ...], tmp_path: Path) -> None:
     _fill(tmp_path, *classes)
     assert load_folder(tmp_path, 32).classes == tuple(sorted(classes))
-    assert check_folder(tmp_path).is_sound
+    assert check_dataset(f"folder:{tmp_path}").is_sound
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("train", "test"), ("TrainData", "TestData")])
@@ -190,7 +190,7 @@ def test_splits_inside_class_folders_are_refused(names: tuple[str, str], tmp_pat
         _fill(tmp_path / name, *names)
     for read in (
         lambda: load_folder(tmp_path, 32),
-        lambda: check_folder(tmp_path),
+        lambda: check_dataset(f"folder:{tmp_path}"),
         lambda: list_split(tmp_path, "test"),
     ):
         with pytest.raises(
@@ -214,5 +214,5 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
         (tmp_path / file).write_bytes(b"")
     expected = "left out: unlabeled/, 1 image outside class folders, 2 images directly in train/"
     assert expected in load_folder(tmp_path, 32).source
-    assert check_folder(tmp_path).left_out == expected
+    assert check_dataset(f"folder:{tmp_path}").left_out == expected
     assert list_split(tmp_path, "test")[2] == expected

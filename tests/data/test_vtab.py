@@ -16,7 +16,8 @@ from petune.base.errors import ConfigError, DataError
 from petune.data import load_dataset
 from petune.data.lookup import find_dataset, manifest_of
 from petune.data.merge import JoinedImages, merge_val
-from petune.runner.final_fit import FINAL_FIT_DIR
+from petune.runner.file_names import FINAL_FIT_DIR
+from petune.runner.report.find_runs import find_runs
 from petune.training.events import EpochEnded, Note
 
 CIFAR = Path("/work/shared/data/cifar100")
@@ -101,6 +102,7 @@ def test_val_chooses_then_all_images_train_then_test_once(tmp_path: Path) -> Non
     assert len([row for row in rows if "train_loss" in row]) == done.epoch
     assert not any("val_loss" in row for row in rows)
     assert petune.evaluate(tmp_path / "run").top1 == pytest.approx(done.top1)
+    assert [run.path for run in find_runs([tmp_path])] == [tmp_path / "run"]
     alone = petune.run(dataset=f"vtab:{folder}", output=tmp_path / "alone", final_fit="none", **TINY)
     assert (alone.epoch, alone.val_metrics) == (done.epoch, done.val_metrics)
     assert "final_fit" not in alone.provenance

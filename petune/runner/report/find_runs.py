@@ -14,14 +14,14 @@ from petune.base.errors import CheckpointError, ConfigError, UsageError
 from petune.base.text import plural
 from petune.runner.comparison import Comparison
 from petune.runner.directory_kind import TABLES, Kind, kind_of
-from petune.runner.file_names import CONFIG_FILE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
+from petune.runner.file_names import CONFIG_FILE, FINAL_FIT_DIR, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
 from petune.runner.migrations import read_config, updated_sweep
 from petune.runner.result import RunResult
 from petune.runner.sweep.trials import Sweep
 from petune.training.run_files import METRICS_FILE
 
 State = Literal["done", "unfinished", "broken"]
-NO_RUNS_INSIDE = {"adapter", "checkpoints", "tensorboard"}
+NO_RUNS_INSIDE = {"adapter", "checkpoints", FINAL_FIT_DIR, "tensorboard"}
 """Directories of a run that hold no runs."""
 RESUME = "run the same command to resume"
 
