@@ -94,6 +94,8 @@ def test_commands_are_valid(
     out, err = capsys.readouterr()
     if stopped.value.code == 3 and "needs an optional package" in err:  # only `make faults` installs Ray
         return parse(words)
+    if stopped.value.code == 4 and "no such file" in err and "table:" in command:  # a table of the reader's own
+        return parse(words)
     assert stopped.value.code == 0, f"{page.name}: {command}\n{err}"
     assert out
     return None
