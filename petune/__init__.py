@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from petune.runner.comparison import Comparison as Comparison
     from petune.runner.events import RunStarted as RunStarted
     from petune.runner.executors import run_all as run_all
+    from petune.runner.grid import Grid as Grid, compare_datasets as compare_datasets
     from petune.runner.pretrain import PretrainConfig as PretrainConfig, pretrain as pretrain
     from petune.runner.result import RunResult as RunResult
     from petune.runner.run import run as run
@@ -113,6 +114,7 @@ _PUBLIC = {
     "runner.comparison": "Comparison",
     "runner.events": "RunStarted",
     "runner.executors": "run_all",
+    "runner.grid": "Grid compare_datasets",
     "runner.pretrain": "PretrainConfig pretrain",
     "runner.result": "RunResult",
     "runner.run": "run",

@@ -31,32 +31,51 @@ Methods = Annotated[
 ]
 
 
-@configured(without=("method", "from", "resume"), defaults={"output": "runs/compare-BACKBONE-DATASET"})
+Datasets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dataset",
+        metavar="NAME",
+        help="Dataset; repeat it for a grid of methods and datasets.  [default: cifar10]",
+        show_default=False,
+    ),
+]
+
+
+@configured(without=("method", "from", "resume", "dataset"), defaults={"output": "runs/compare-BACKBONE-DATASET"})
 def compare(
     settings: Settings,
     methods: Methods = None,
     *,
+    dataset: Datasets = None,
     seeds: Seeds = None,
     json: Json = False,
     dry_run: DryRun = False,
     tracker: Tracker = None,
     executor: Executor = "serial",
 ) -> None:
-    """Train several methods under equal conditions and print one table.
+    """Train several methods under equal conditions and print one table, or a grid for several datasets.
 
     If interrupted, rerun the same command to resume; finished runs are skipped.
     """
     from petune.runner.compare_config import CompareConfig
 
-    config = CompareConfig.build(_values(settings, methods, seeds), settings.source).completed()
+    settings = _with_dataset(settings, dataset)
+    values = _values(settings, methods, seeds)
+    if dataset:
+        values["datasets"] = dataset if len(dataset) > 1 else ()
+    config = CompareConfig.build(values, settings.source).completed()
     check_tracker(tracker)
     check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
         from petune.runner.compare import check_comparison
 
-        check_comparison(config)
-        print_dry_run(config, config.methods, as_json=json)
+        for part in [config.on(name) for name in config.datasets] or [config]:
+            check_comparison(part)
+            print_dry_run(part, config.methods, as_json=json)
+    elif config.datasets:
+        _run_grid(config, as_json=json, tracker=tracker, executor=executor)
     else:
         run_comparison(config, as_json=json, tracker=tracker, executor=executor)
 
@@ -75,6 +94,30 @@ def run_comparison(config: CompareConfig, *, as_json: bool, tracker: str | None,
     else:
         print_comparison(comparison)
     if any(row.status == "failed" for row in comparison.rows):
+        raise typer.Exit(1)
+
+
+def _with_dataset(settings: Settings, datasets: list[str] | None) -> Settings:
+    return replace(settings, flags={**settings.flags, "dataset": datasets[0]}) if datasets else settings
+
+
+def _run_grid(config: CompareConfig, *, as_json: bool, tracker: str | None, executor: str) -> None:
+    from petune.runner.file_names import CONFIG_FILE
+    from petune.runner.grid import compare_datasets
+
+    flags = () if executor == "serial" else ("--executor", executor)
+    with resume_hint("compare", config.directory / CONFIG_FILE, *flags), watching(tracker, config.directory) as watch:
+        grid = compare_datasets(config, executor=executor, watch=watch)
+    if as_json:
+        print_json(grid.model_dump(mode="json"))
+    else:
+        headings, rows = grid.table()
+        print_table(headings, rows, right=headings[1:])
+        for dataset, reasons in grid.reasons.items():
+            for method, reason in reasons.items():
+                print_data(clean(f"{method} failed on {dataset}: {reason}"))
+        print_status(f"output: {grid.output}")
+    if grid.reasons:
         raise typer.Exit(1)
 
 
@@ -98,7 +141,7 @@ def print_comparison(comparison: Comparison) -> None:
     optional = (*first, *(metric.label for metric in comparison.metric_info[1:]), *last)
     print_table(names, table, right=names[1:], optional=optional)
     if comparison.conclusion:
-        print_data(clean(comparison.conclusion))
+        print_status(clean(comparison.conclusion))
     for reason in reasons:
         print_data(clean(reason))
     print_status(f"output: {comparison.output}")

@@ -9,11 +9,12 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.base.config import Config, UserPath
 from petune.base.errors import did_you_mean
+from petune.data.registry import DatasetText
 from petune.runner.recipes import complete_from_recipe
 from petune.runner.run_config import RunConfig
 from petune.runner.run_name import directory_name, run_name
 
-MAY_GROW = ("methods", "seeds", "lrs", "baseline")
+MAY_GROW = ("methods", "seeds", "lrs", "baseline", "datasets")
 """Keys that may change when a comparison is continued; each run checks its own configuration."""
 UNUSED = ("method", "seed", "output", "resume")
 """Keys of `run` that a comparison sets itself."""
@@ -28,6 +29,7 @@ class CompareConfig(Config):
         lrs: Peak learning rates by method, for those that should not use their recipe's: `--set lrs.full=1e-3`.
             Choose them on validation data.
         baseline: The method that the others are compared with; None takes the best one.
+        datasets: Several datasets make a grid, see `petune.compare_datasets`; none takes that of `run`.
         run: What all runs share; its method, seed and output are not used.
         output: The directory; None is `runs/compare-BACKBONE-DATASET`. An existing comparison is continued.
     """
@@ -36,15 +38,25 @@ class CompareConfig(Config):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field((0,), min_length=1)
     lrs: dict[str, Annotated[float, Field(gt=0, le=1e4)]] = {}
     baseline: str | None = None
+    datasets: tuple[DatasetText, ...] = ()
     run: RunConfig = RunConfig()
     output: UserPath | None = None
 
-    @field_validator("methods", "seeds")
+    @field_validator("methods", "seeds", "datasets")
     @classmethod
     def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         twice = sorted({str(item) for item in value if value.count(item) > 1})
         if twice:
             raise ValueError(f"{', '.join(twice)} is given twice")
+        return value
+
+    @field_validator("datasets")
+    @classmethod
+    def _own_directories(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [directory_name(dataset) for dataset in value]
+        same = sorted({dataset for dataset, name in zip(value, names, strict=True) if names.count(name) > 1})
+        if same:
+            raise ValueError(f"{' and '.join(same)} would have the same directory. Compare on them separately")
         return value
 
     @field_validator("lrs")
@@ -79,6 +91,12 @@ class CompareConfig(Config):
         run = self.run.model_copy(update={key: fields[key].default for key in UNUSED})
         return self.model_copy(update={"run": run, "output": None})
 
+    def on(self, dataset: str) -> CompareConfig:
+        """Return the configuration of the comparison on one of several datasets, in a directory of its own."""
+        run = self.run.model_copy(update={"dataset": dataset})
+        output = self.directory / directory_name(dataset)
+        return self.model_copy(update={"run": run, "datasets": (), "output": output})
+
     def runs(self) -> list[RunConfig]:
         """Return the configuration of each run, in its own directory, methods first and then seeds."""
         return [self._one_run(method, seed) for method in self.methods for seed in self.seeds]
@@ -92,4 +110,5 @@ class CompareConfig(Config):
 
 def compare_name(config: CompareConfig) -> str:
     """Return the name of the directory of a comparison that has no `output`."""
-    return directory_name("compare", config.run.backbone, config.run.dataset)
+    datasets = config.datasets or (config.run.dataset,)
+    return directory_name("compare", config.run.backbone, *datasets)

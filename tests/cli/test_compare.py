@@ -23,7 +23,7 @@ def test_one_table_and_finished_runs_are_skipped(petune: Run, tiny: Words, tmp_p
     assert done.code == 0, done.err
     heading, _, *rows = done.out.strip().splitlines()
     columns = [name.strip() for name in heading.split("|")[1:-1]]
-    assert columns[:3] == ["method", "top-1", "top-5"]
+    assert columns[:3] == ["method", "top-1", "difference"]
     table = [dict(zip(columns, (cell.strip() for cell in row.split("|")[1:-1]), strict=True)) for row in rows]
     assert {row["method"]: (row["tuned"], row["head"]) for row in table} == {
         "linear": ("0", "490"),

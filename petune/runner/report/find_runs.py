@@ -14,7 +14,7 @@ from petune.base.errors import CheckpointError, ConfigError, UsageError
 from petune.base.text import plural
 from petune.runner.comparison import Comparison
 from petune.runner.directory_kind import TABLES, Kind, kind_of
-from petune.runner.file_names import CONFIG_FILE, FINAL_FIT_DIR, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
+from petune.runner.file_names import CONFIG_FILE, FINAL_FIT_DIR, GRID_TABLE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
 from petune.runner.migrations import read_config, updated_sweep
 from petune.runner.result import RunResult
 from petune.runner.sweep.trials import Sweep
@@ -75,7 +75,8 @@ def _walk(top: Path) -> Iterator[Path]:
     for name, below, files in os.walk(top, followlinks=True):
         directory = Path(name)
         resolved = directory.resolve()
-        made_by_petune = bool(files_of_petune & set(files))
+        # the comparisons of a grid are directories inside
+        made_by_petune = bool(files_of_petune & set(files)) and GRID_TABLE not in files
         skipped = NO_RUNS_INSIDE if made_by_petune else set()  # elsewhere a run may have such a name
         below[:] = [] if resolved in seen else sorted(n for n in below if n not in skipped and not n.startswith("."))
         if made_by_petune and resolved not in seen:
