@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from petune.adapters.card_code import model_code
+from petune.adapters.card_task import HUB_TASKS, PIPELINES, example_of, hub_metric, target_kind, target_names
 from petune.base.errors import ConfigError
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import escape_markdown, hide_folders, printable
 
 TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-HUB_METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
-"""The hub's type and name of a metric, where it has its own."""
 HUB_LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-amlr", "apple-ascl", "gemma"}
 """Licenses of timm's weights that the Hugging Face Hub knows by the same name."""
 WEIGHTS = {"weights", "weights_option"}
@@ -28,6 +27,7 @@ FIELDS = {
     "training": Mapping,
     "test": Mapping,
     "metric_info": list,
+    "task": Mapping,
     "classes": list | tuple,
     "continued_from": list,
 }
@@ -71,6 +71,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
     )
     known = known_metadata(config["metadata"])
     classes = [str(name) for name in known["classes"]]
+    arguments, shown = example_of(known["task"])
     return environment.get_template("model_card.md.jinja").render(
         head=_Markup(_yaml(_front_matter(config["tuner"], known, is_peft))),
         name=known["method"] or config["tuner"],
@@ -88,6 +89,9 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         build=_Markup(model_code(config, public_metadata(config["metadata"]))),
         is_complete={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
         is_peft=is_peft,
+        numbers=target_names(known["task"]) if target_kind(known["task"]) == "number" else [],
+        example=_Markup(f'predictor(["image.png"]{arguments})'),
+        shown=_Markup(shown),
     )
 
 
@@ -168,7 +172,7 @@ def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[s
     hub_dataset = HUB_DATASETS.get(dataset)
     head: dict[str, Any] = {
         "library_name": "peft" if is_peft else "petune",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": PIPELINES.get(target_kind(known["task"])),
         "tags": ["petune", "vision-transformer", "adapter", tuner],
         "base_model": base_model,
         "base_model_relation": "adapter" if base_model else None,
@@ -176,7 +180,7 @@ def _front_matter(tuner: str, known: Mapping[str, Any], is_peft: bool) -> dict[s
         "datasets": [hub_dataset] if hub_dataset else None,
     }
     if known["test"] and dataset:
-        head["metrics"] = [_hub_metric(known["metric_info"][0])[0]]
+        head["metrics"] = [hub_metric(known["metric_info"][0])[0]]
         head["model-index"] = [_model_index(tuner, known)]
     return {key: value for key, value in head.items() if value is not None}
 
@@ -197,7 +201,7 @@ def _model_index(tuner: str, known: Mapping[str, Any]) -> dict[str, Any]:
     hub_dataset = HUB_DATASETS.get(dataset)
     metrics = []
     for metric in known["metric_info"]:
-        kind, title = _hub_metric(metric)
+        kind, title = hub_metric(metric)
         value = known["test"]["metrics"][metric.name] / (100 if metric.percent else 1)
         metrics.append({"type": kind, "name": title, "value": round(value, 6)})
     dataset_type = hub_dataset or "".join(c if c.isalnum() or c in "-_." else "-" for c in dataset)
@@ -205,16 +209,12 @@ def _model_index(tuner: str, known: Mapping[str, Any]) -> dict[str, Any]:
         "name": known["method"] or tuner,
         "results": [
             {
-                "task": {"type": "image-classification"},
+                "task": {"type": HUB_TASKS[target_kind(known["task"])]},
                 "dataset": {"type": dataset_type, "name": dataset, "split": "test"},
                 "metrics": metrics,
             }
         ],
     }
-
-
-def _hub_metric(metric: Metric) -> tuple[str, str]:
-    return HUB_METRICS.get(metric.name, (metric.name, metric.label))
 
 
 def _yaml(head: Mapping[str, Any]) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from petune.adapters.card_task import num_outputs
+
 
 def model_code(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """Return Python code that builds an adapter's backbone as `model`; empty if no library's own call builds it.
@@ -14,16 +16,16 @@ def model_code(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
         config: petune's part of `adapter_config.json`.
         metadata: Its metadata, as published.
     """
-    backbone, classes = metadata.get("backbone"), metadata.get("classes")
-    if not isinstance(backbone, Mapping) or not isinstance(classes, list | tuple):
+    backbone, outputs = metadata.get("backbone"), num_outputs(metadata)
+    if not isinstance(backbone, Mapping) or outputs is None:
         return ""
     is_plain = (backbone.get("weights_option"), backbone.get("head")) == ("default", "linear")
     if not is_plain or not isinstance(backbone.get("name"), str) or backbone.get("weights") == "none":
         return ""
     model_class = str((config.get("geometry") or {}).get("model"))
     if backbone["name"].startswith("hf:"):
-        return _transformers_code(model_class, backbone, len(classes)) or _timm_code(backbone, len(classes))
-    return _timm_code(backbone, len(classes))
+        return _transformers_code(model_class, backbone, outputs) or _timm_code(backbone, outputs)
+    return _timm_code(backbone, outputs)
 
 
 def _transformers_code(model_class: str, backbone: Mapping[str, Any], num_classes: int) -> str:

@@ -37,6 +37,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
         "backbone": _describe_backbone(config, ready.backbone, ready.initial_values, channels),
         "classes": list(dataset.classes),
         "task": describe_task(ready.task),
+        "num_outputs": ready.task.num_outputs(),
         "preprocess": {
             "image_size": preprocess.image_size,
             "mean": preprocess.mean,

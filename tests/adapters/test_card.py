@@ -200,3 +200,25 @@ def test_weights_are_called_by_their_file() -> None:
         "dataset": "folder:pets",
     }
     assert public_metadata({"backbone": {"weights": "hf:me/model"}}) == {"backbone": {"weights": "hf:me/model"}}
+
+
+def test_tasks_have_the_hubs_names_and_a_fitting_example(tmp_path: Path) -> None:
+    mae = {"test": {"metrics": {"mae": 2.5, "r2": 0.5}, "num_images": 3}, "dataset": "ages"}
+    info = [{"name": "mae", "label": "MAE", "higher_is_better": False}, {"name": "r2", "label": "R²"}]
+    built = {"backbone": {"name": "x"}, "classes": [], "preprocess": {}}
+    number = {"name": "regression", "target": {"kind": "number", "names": ["age", NASTY]}}
+    text = card(tmp_path / "a", **mae, **built, metric_info=info, task=number)
+    result = head(text)["model-index"][0]["results"][0]
+    assert "pipeline_tag" not in head(text)
+    assert result["task"] == {"type": "image-regression"}
+    assert [metric["type"] for metric in result["metrics"]] == ["mae", "r_squared"]
+    assert "| numbers | age, " in text
+    assert "<script>" not in text.partition("\n---\n")[2]
+    assert "prediction.numbers" in examples(text)[0]
+    assert "top_k" not in text
+    labels = {"name": "multi_label", "target": {"kind": "multi_hot", "names": ["a", "b"]}}
+    text = card(tmp_path / "b", **built, task=labels)
+    assert head(text)["pipeline_tag"] == "image-classification"
+    assert "top_k" not in text
+    for damaged in ({}, {"target": 3}, {"target": {"kind": "x", "names": 3}}):
+        assert head(card(tmp_path / f"c{len(str(damaged))}", **built, task=damaged))["pipeline_tag"]

@@ -22,7 +22,7 @@ from tests.data.tables import digit, write_images
 from tests.fake_plugin import fake
 from tests.program import call
 from tests.serving.conftest import BACKBONE, TRAIN
-from tests.trained import changed
+from tests.trained import changed, saved_run
 
 __all__ = ["fake"]
 IMAGES = [digit(i) for i in (7, 8, 9)]
@@ -183,21 +183,23 @@ def test_what_a_plugin_predicts_is_shown_as_it_is(
         predictor(IMAGES[:1])
 
 
-def test_a_task_that_is_not_installed_is_named(
-    task_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    record = json.loads((task_runs["class"] / "adapter" / "adapter_config.json").read_text())["metadata"]["task"]
-    gone = changed(task_runs["class"] / "adapter", tmp_path / "gone", task={**record, "name": "ordinal"})
+def test_a_task_that_is_not_installed_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, _ = saved_run(tmp_path / "a", "adaptformer")
+    target = {"kind": "multi_hot", "names": ["a", "b", "c"]}
+    record = {"name": "not-here", "options": {}, "state": {}, "target": target}
+    gone = changed(adapter, tmp_path / "gone", task=record)
     for action in (
         lambda: Predictor(gone),
         lambda: SideBySide([gone]),
         lambda: petune.export(gone, tmp_path / "a.pt2"),
     ):
-        with pytest.raises(PluginError, match=r"gone was trained for the task 'ordinal'.*pip install petune-ordinal"):
+        with pytest.raises(PluginError, match=r"gone was trained for the task 'not-here'.*pip install petune-not-here"):
             action()
-    done = call("predict", gone, "x.png", capture=capsys)
-    assert (done.code, done.err.count("error:")) == (call("eval", gone, capture=capsys).code, 1)
-    for damage in ({"name": "classification"}, {**record, "target": {"kind": "class"}}, {**record, "state": 3}):
-        broken = changed(task_runs["class"] / "adapter", tmp_path / "broken", task=damage)
+    for command in (("predict", gone, "x.png"), ("eval", gone)):
+        done = call(*command, capture=capsys)
+        assert (done.code != 0, done.err.count("error:"), "not-here" in done.err) == (True, 1, True)
+    known = {**record, "name": "multi_label"}
+    for number, damage in enumerate(({"name": "multi_label"}, {**known, "target": {"kind": "multi_hot"}})):
+        broken = changed(adapter, tmp_path / f"broken{number}", task=damage)
         with pytest.raises(CheckpointError, match="does not record the task"):
             Predictor(broken)
