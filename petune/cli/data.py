@@ -127,7 +127,7 @@ def _print_report(report: DataReport) -> None:
     for part, classes in (("test", report.too_few_for_test), ("val", report.too_few_for_val)):
         if classes:
             messages.append(f"too few different images for a {part} split: {', '.join(classes)}")
-    messages += [unsupported_note(report.skipped), report.left_out]
+    messages += [unsupported_note(report.skipped), report.left_out, report.doubtful_classes]
     for message in filter(None, messages):
         print_data(clean(message))
     print_data(_summary(report))

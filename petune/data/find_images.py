@@ -40,6 +40,13 @@ def has_subfolders(path: Path) -> bool:
     return path.is_dir() and bool(visible_subfolders(path))
 
 
+def has_images(folder: Path, *, below: bool = True) -> bool:
+    """Return True if there is an image in a folder or, unless `below` is False, in its subfolders."""
+    files = _files_below(folder) if below else (file for file in folder.iterdir() if not file.name.startswith("."))
+    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES
+    return any(file.suffix.lower() in suffixes and not file.is_dir() for file in files)
+
+
 def size_and_time(path: Path) -> tuple[int, int]:
     """Return the size of a file in bytes and its modification time in ns; zeros for a dangling link."""
     with contextlib.suppress(OSError):  # decoding reports the file

@@ -18,6 +18,7 @@ from petune.base.text import plural
 from petune.data.bands import RGB, ImageForm, form_of_all
 from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
 from petune.data.dataset import TEST_FRACTION, Dataset, OnBroken, Split, Target
+from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import size_and_time, unsupported_note
 from petune.data.images import decode_image, decode_images
 from petune.data.layout import ClassFiles, list_images
@@ -64,6 +65,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
         dataset.missing_classes_note("test"),
         unsupported_note(skipped),
         left_out_note(path),
+        names_of_splits_note(dataset.classes),
         on_request_note(splits),
     )
     for note in notes:

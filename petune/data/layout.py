@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from petune.base.errors import DataError, UsageError
-from petune.data.find_images import find_images, unsupported_note, visible_subfolders
+from petune.data.find_images import find_images, has_subfolders, unsupported_note, visible_subfolders
 from petune.data.images import supported_suffixes
 from petune.data.splits import check_is_folder, left_out_note, named_splits, split_folders
 
@@ -90,4 +90,12 @@ def _check_classes(path: Path, splits: Mapping[str, ClassFiles]) -> None:
         if absent:
             raise DataError(f"the splits of {path} have different classes: {' and '.join(absent)}")
     if len(train) < 2:
-        raise DataError(f"only one class folder in {path}: {', '.join(train)}. At least two are needed")
+        raise DataError(
+            f"only one class folder in {path}: {', '.join(train)}. At least two are needed{_hint(path, train)}"
+        )
+
+
+def _hint(path: Path, classes: Collection[str]) -> str:
+    """Return advice for a folder around all class folders."""
+    around = [path / name for name in classes if has_subfolders(path / name)]
+    return f". If the class folders are in {around[0]}, use folder:{around[0]}" if around else ""

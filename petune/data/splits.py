@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from petune.base.errors import DataError
+from petune.data.doubtful_classes import check_doubtful_classes
 from petune.data.find_images import has_subfolders, visible_subfolders
 from petune.data.images import supported_suffixes
 from petune.data.split_names import SplitName, parse_split_name, split_of
@@ -138,11 +139,16 @@ def _check_no_splits(path: Path) -> None:
         )
     for folder in siblings:
         inner = _similar_to_splits(visible_subfolders(folder))
+        if any(map(has_subfolders, inner)):
+            raise DataError(
+                f"{folder} has splits in it: {_names(inner)}. Use folder:{folder}, or move the splits up into {path}"
+            )
         if len(inner) > 1:
             raise DataError(
                 f"{folder} has splits in it: {_names(inner)}. Move them above the class folders, as "
                 f"train/{folder.name}/ and test/{folder.name}/, for every class"
             )
+    check_doubtful_classes(path, siblings)
 
 
 def _similar_to_splits(siblings: list[Path]) -> list[Path]:

@@ -29,7 +29,7 @@ from petune.injector.param_groups import param_groups, undecayed_keys
 from petune.injector.registry import list_tuners
 from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
-from petune.injector.unfrozen import refuse_unfrozen, warn_of_unfrozen
+from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
 
@@ -258,7 +258,7 @@ class Attachment:
         self._check_in_model()
         if self.enabled:
             self.tensors.check_left_head(self.name)
-        warn_of_unfrozen(self.model, self.sites)
+        warn_of_changed(self.model, self.sites)
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         further = {"reference_logits": self.reference_logits(), "metadata": dict(metadata or {})}
         config = {**self.describe(), **further}
@@ -328,6 +328,8 @@ class Attachment:
         self.enable()
         in_place = self.tensors.in_place()
         self._check_in_model(in_place)
+        state = open_trainable_state(self.model, self.sites)
+        by_hand = state.changed_by_hand()
         if self.edit_log.can_fold:
             try:
                 fold(self.model, self.sites, self.edit_log, self.name)
@@ -335,8 +337,9 @@ class Attachment:
                 if not was_enabled:
                     self.disable()
                 raise
-        open_trainable_state(self.model, self.sites).make_original(self.edit_log.label, in_place)
+        state.make_original(self.edit_log.label, in_place)
         self._undo()
+        state.accept_values(except_for=by_hand)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         raise AttachError(

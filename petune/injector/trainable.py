@@ -7,7 +7,7 @@ determine what trains, what is in train mode, and which values the model holds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.keys import named_parameters
 from petune.sites.random_draws import RandomDraws, find_random_draws
@@ -83,6 +84,7 @@ class TrainableState(nn.Module):
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
+        self._values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()
         self._layer_hooks = LayerCheckpointing(model).hook()
 
@@ -215,6 +217,15 @@ class TrainableState(nn.Module):
         loose = {key: p for key, p in named_parameters(self.model).items() if p.requires_grad and id(p) not in trained}
         return [key for key, p in loose.items() if id(p) in known or not key.startswith(paths)]
 
+    def changed_by_hand(self) -> list[str]:
+        """Return the keys of frozen parameters and buffers that have other values than before anything was attached."""
+        return self._values.changed(self.model, self._changed_by_attachments())
+
+    def accept_values(self, except_for: Collection[str]) -> None:
+        """Take the present values as the backbone's own after a merge, but those of the keys `except_for`."""
+        if self.attachments:
+            self._values.update(self.model, except_for)
+
     def make_original(self, name: str, live: Mapping[str, Tensor]) -> None:
         """Make the values that an attachment trained in place the original values for later attachments."""
         for key, values in self.attachments[name].in_place.items():
@@ -302,6 +313,13 @@ class TrainableState(nn.Module):
     def _current_trainer(self, values: TensorValues) -> str | None:
         """Return the attachment whose value the model holds: the last one that is enabled."""
         return next((name for name in reversed(values.trained) if self.attachments[name].enabled), None)
+
+    def _changed_by_attachments(self) -> set[int]:
+        """Return the identities of all tensors that attachments train, change or added."""
+        by_key: dict[str, Tensor] = {**named_parameters(self.model), **dict(self.model.named_buffers())}
+        in_place = {key for parts in self.attachments.values() for key in parts.in_place}
+        trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
+        return trained | {id(t) for key, t in by_key.items() if key in in_place} | added_to(self.model)
 
     def _freeze(self) -> None:
         trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}

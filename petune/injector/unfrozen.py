@@ -1,4 +1,4 @@
-"""Find parameters that a user unfroze after attaching: they would train, and no adapter file would contain them."""
+"""Find tensors that a user trained or changed after attaching: no adapter file contains them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from torch import nn
 
 from petune.base.errors import AttachError
+from petune.base.text import plural
 from petune.injector.trainable import trainable_state_of
 from petune.sites.site import Sites
 
@@ -17,30 +18,31 @@ def refuse_unfrozen(model: nn.Module, sites: Sites) -> None:
     Raises:
         AttachError: Other parameters require a gradient.
     """
-    unfrozen = _unfrozen_by_hand(model, sites)
-    if unfrozen:
+    state = trainable_state_of(model)
+    keys = state.unfrozen_by_hand() if state is not None else []
+    if keys:
         raise AttachError(
-            f"{unfrozen} They would train and not be saved. Freeze them with requires_grad_(False), or attach a method "
-            "that trains them, such as norm, partial or full"
+            f"{_named(keys, sites)} unfrozen or put in by hand after attaching. They would train and not be "
+            "saved. Freeze them with requires_grad_(False), or attach a method that trains them, such as norm, partial "
+            "or full"
         )
 
 
-def warn_of_unfrozen(model: nn.Module, sites: Sites) -> None:
-    """Warn before saving that parameters may have trained that are not saved."""
-    unfrozen = _unfrozen_by_hand(model, sites)
-    if unfrozen:
+def warn_of_changed(model: nn.Module, sites: Sites) -> None:
+    """Warn before saving that tensors that are not saved have changed, or may have: they require a gradient."""
+    state = trainable_state_of(model)
+    if state is None:
+        return
+    keys = dict.fromkeys((*state.unfrozen_by_hand(), *state.changed_by_hand()))
+    if keys:
         warnings.warn(
-            f"{unfrozen} The adapter does not contain them. If they have changed, it fits no other copy of the "
-            "backbone. Save model.state_dict() too",
+            f"{_named(list(keys), sites)} unfrozen, changed or put in by hand after attaching. The adapter "
+            "does not contain them: it fits only a backbone with the same values. Save model.state_dict() too",
             stacklevel=3,
         )
 
 
-def _unfrozen_by_hand(model: nn.Module, sites: Sites) -> str:
-    """Return a sentence that names the parameters that train and are not saved; empty if there are none."""
-    state = trainable_state_of(model)
-    keys = state.unfrozen_by_hand() if state is not None else []
-    if not keys:
-        return ""
+def _named(keys: list[str], sites: Sites) -> str:
+    """Return the start of a sentence that names tensors."""
     named = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-    return f"{len(keys)} tensors of {sites.model} were unfrozen or put in by hand after attaching: {named}."
+    return f"{plural(len(keys), 'tensor')} of {sites.model} ({named}) {'were' if len(keys) > 1 else 'was'}"

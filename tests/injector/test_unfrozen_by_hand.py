@@ -1,7 +1,9 @@
-"""Parameters that a user unfreezes after attaching: they would train, and no adapter file would contain them."""
+"""Tensors that a user unfreezes or changes after attaching: no adapter file contains them."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import petune
-from tests.tiny import tiny
+from tests.tiny import X, tiny
 
 STARTS: list[Callable[[petune.Attachment], Any]] = [
     lambda att: att.parameters(),
@@ -65,3 +67,92 @@ def test_a_detached_attachment_names_nothing() -> None:
     att = petune.attach(model, "adaptformer")
     att.detach()
     assert att.parameters()
+
+
+def freeze_again(model: Any) -> None:
+    model.norm.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([model.norm.weight], lr=0.1)
+    model(X).square().sum().backward()
+    optimizer.step()
+    model.norm.weight.requires_grad_(False)
+
+
+def write_through_data(model: Any) -> None:
+    model.norm.weight.data[3] += 1
+
+
+def write_in_place(model: Any) -> None:
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+
+
+@pytest.mark.parametrize("change", [freeze_again, write_through_data, write_in_place])
+@pytest.mark.parametrize("method", ["adaptformer", "lora", "vpt", "bitfit"])
+def test_saving_names_frozen_tensors_that_changed(change: Callable[[Any], None], method: str, tmp_path: Path) -> None:
+    model = tiny()
+    att = petune.attach(model, method)
+    change(model)
+    with pytest.warns(UserWarning, match=r"1 tensor of .*\(norm\.weight\)"):
+        att.save(tmp_path / "out")
+    backbone = tiny()
+    with torch.no_grad():
+        backbone.norm.weight.copy_(model.norm.weight)
+    petune.load(backbone, tmp_path / "out")
+
+
+def test_a_changed_buffer_and_a_changed_classifier_that_does_not_train_are_named(tmp_path: Path) -> None:
+    model = tiny()
+    model.register_buffer("scale", torch.ones(1, dtype=torch.int64))
+    att = petune.attach(model, "adaptformer", train_head=False)
+    model.scale += 1
+    model.head.bias.data += 1
+    with pytest.warns(UserWarning, match=r"head\.bias, scale"):
+        att.save(tmp_path / "out")
+
+
+def saves_without_a_warning(att: petune.Attachment, path: Path) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        att.save(path)
+    return True
+
+
+def test_values_that_are_the_same_again_are_not_named(tmp_path: Path) -> None:
+    model = tiny()
+    att = petune.attach(model, "adaptformer")
+    copied = copy.deepcopy(model)
+    model.load_state_dict(copied.state_dict())
+    assert saves_without_a_warning(att, tmp_path / "out")
+
+
+def test_what_attachments_change_is_not_named(tmp_path: Path) -> None:
+    model = tiny()
+    norm, lora = petune.attach(model, "norm"), petune.attach(model, "lora")
+    att = petune.attach(model, "adaptformer")
+    with torch.no_grad():
+        for p in (*norm.tuned.values(), *lora.tuned.values()):
+            p.add_(0.01)
+    assert saves_without_a_warning(att, tmp_path / "enabled")
+    norm.disable()
+    assert saves_without_a_warning(att, tmp_path / "disabled")
+    norm.enable()
+    norm.merge()
+    lora.merge()
+    assert saves_without_a_warning(att, tmp_path / "merged")
+    petune.load(tiny_with_values_of(model), tmp_path / "merged")
+
+
+def tiny_with_values_of(model: Any) -> Any:
+    backbone = tiny()
+    own = backbone.state_dict()
+    backbone.load_state_dict({key: t for key, t in model.state_dict().items() if key in own})
+    return backbone
+
+
+def test_a_merge_does_not_hide_what_was_changed_by_hand(tmp_path: Path) -> None:
+    model = tiny()
+    lora, att = petune.attach(model, "lora"), petune.attach(model, "adaptformer")
+    write_in_place(model)
+    lora.merge()
+    with pytest.warns(UserWarning, match=r"norm\.weight"):
+        att.save(tmp_path / "out")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from petune.data.check.gray_images import GrayImages, read_arrays, read_files
 from petune.data.check.report import DataReport
 from petune.data.dataset import Dataset, Split, Target
+from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.layout import ClassFiles, list_images
 from petune.data.splits import left_out_note
 
@@ -47,6 +48,7 @@ def folder_parts(path: Path, report: DataReport) -> dict[str, Part]:
     """
     splits, report.skipped = list_images(path)
     report.left_out = left_out_note(path)
+    report.doubtful_classes = names_of_splits_note(splits["train"])
     return {part: _folder_part(classes) for part, classes in splits.items()}
 
 

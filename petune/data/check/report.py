@@ -96,6 +96,7 @@ class DataReport:
         copies: Number of copies within one split and class; cutting never separates them.
         skipped: Number of visible files that are not read, by suffix.
         left_out: A note about what is not read; empty if there is nothing.
+        doubtful_classes: A note about classes with the name of a split; empty if there are none.
     """
 
     name: str
@@ -114,6 +115,7 @@ class DataReport:
     copies: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     left_out: str = ""
+    doubtful_classes: str = ""
 
     @property
     def is_sound(self) -> bool:
