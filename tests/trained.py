@@ -46,7 +46,7 @@ def changed(adapter: Path, to: Path, **said: Any) -> Path:
     files = {file.name: file.read_bytes() for file in adapter.iterdir() if file.name != "manifest.json"}
     config = json.loads(files["adapter_config.json"])
     config["metadata"].update(said)
-    if "classes" in said and "task" in config["metadata"]:
+    if "classes" in said and "task" not in said and "task" in config["metadata"]:
         config["metadata"]["task"]["target"]["names"] = list(said["classes"])
     write_directory(to, {**files, "adapter_config.json": json.dumps(config).encode()})
     return to

@@ -19,10 +19,14 @@ from petune.serving.export.torch_format import torch_file
 from petune.serving.export.traced import OutputCheck
 from petune.serving.image_transform import ImageTransform
 from petune.serving.restore import Restored, restore
+from petune.training.task_registry import describe_task
 
 ExportFormat = Literal["torch", "onnx", "safetensors"]
 FORMATS: dict[ExportFormat, str] = {"torch": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
 """Format to file extension."""
+
+ACTIVATIONS = {"classification": "softmax", "multi_label": "sigmoid", "regression": "output * std + mean"}
+"""What turns outputs into probabilities or numbers, by built-in task; `std` and `mean` are in the task's state."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _convert(format: ExportFormat, model: nn.Module, check: OutputCheck, info: s
 
 def _info(restored: Restored, method: str, *, merged: bool) -> dict[str, Any]:
     """Describe the model, for users of the file and for `petune run --weights FILE`."""
-    metadata, backbone = restored.metadata, restored.backbone
+    metadata, backbone, task = restored.metadata, restored.backbone, restored.task
     transform = ImageTransform.from_metadata(metadata)
     return {
         "backbone": metadata["backbone"]["name"],
@@ -147,6 +151,8 @@ def _info(restored: Restored, method: str, *, merged: bool) -> dict[str, Any]:
         "crop": transform.crop,
         "interpolation": "bicubic",
         "classes": metadata["classes"],
+        "task": describe_task(task),
+        "activation": ACTIVATIONS.get(task.name),
         "method": method,
         "merged": merged,
         "test": metadata.get("test"),
