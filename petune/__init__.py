@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from petune.runner.compare import compare as compare
     from petune.runner.compare_config import CompareConfig as CompareConfig
     from petune.runner.comparison import Comparison as Comparison
+    from petune.runner.cross_validate import CrossValidation as CrossValidation, cross_validate as cross_validate
     from petune.runner.events import RunStarted as RunStarted
     from petune.runner.executors import run_all as run_all
     from petune.runner.grid import Grid as Grid, compare_datasets as compare_datasets
@@ -112,6 +113,7 @@ _PUBLIC = {
     "runner.compare": "compare",
     "runner.compare_config": "CompareConfig",
     "runner.comparison": "Comparison",
+    "runner.cross_validate": "CrossValidation cross_validate",
     "runner.events": "RunStarted",
     "runner.executors": "run_all",
     "runner.grid": "Grid compare_datasets",

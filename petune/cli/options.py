@@ -20,6 +20,10 @@ Seeds = Annotated[
     str | None,
     typer.Option("--seeds", metavar="NUMBER,NUMBER,…", help="Comma-separated seeds: one run each, results averaged."),
 ]
+Folds = Annotated[
+    int | None,
+    typer.Option("--folds", metavar="NUMBER", min=2, help="Cross-validation: one run for each fold, results averaged."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the full config and what would be trained; write nothing.")

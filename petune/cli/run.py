@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from petune.base.distributed import init_group
-from petune.cli.options import DryRun, Json, Seeds, Tracker
+from petune.base.errors import UsageError
+from petune.cli.options import DryRun, Folds, Json, Seeds, Tracker
 from petune.cli.running import RUNS, check_directory, check_tracker, resume_hint, run_directory, watching
 from petune.cli.settings import Settings, configured
-from petune.cli.terminal import print_facts, print_json
+from petune.cli.terminal import print_facts, print_json, print_status, print_table
 
 if TYPE_CHECKING:
     from petune.runner.compare_config import CompareConfig
@@ -21,6 +22,7 @@ def run(
     settings: Settings,
     *,
     seeds: Seeds = None,
+    folds: Folds = None,
     json: Json = False,
     dry_run: DryRun = False,
     tracker: Tracker = None,
@@ -35,6 +37,11 @@ def run(
 
     config = complete_from_run(RunConfig.build(settings.values(), settings.source))
     config = complete_from_recipe(config, (config.method,))
+    if folds is not None:
+        if seeds is not None or dry_run:
+            raise UsageError("--folds does not go with --seeds or --dry-run. Leave one out")
+        _run_folds(RunConfig.build({**config.model_dump(), "folds": folds}, settings.source), json, tracker)
+        return
     seed_list = settings.seeds(seeds)
     check_tracker(tracker)
     if dry_run:
@@ -66,6 +73,20 @@ def _run_once(config: RunConfig, as_json: bool, tracker: str | None, *, resume: 
     with resume_hint("run", output / CONFIG_FILE, "--resume"), watching(tracker, output) as watch:
         result = run_config(config, watch=watch)
     print_result(result, as_json=as_json)
+
+
+def _run_folds(config: RunConfig, as_json: bool, tracker: str | None) -> None:
+    from petune.runner.cross_validate import cross_validate
+
+    check_tracker(tracker)
+    with watching(tracker, config.output or RUNS) as watch:
+        validation = cross_validate(config, watch=watch)
+    if as_json:
+        print_json(validation.model_dump(mode="json"))
+        return
+    headings, rows = validation.table()
+    print_table(headings, rows, right=headings[1:])
+    print_status(f"output: {validation.output}")
 
 
 def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, tracker: str | None) -> None:

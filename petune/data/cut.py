@@ -71,6 +71,30 @@ def draw_shots(samples: Samples, count: int, seed: int) -> Positions:
     return np.unique(np.concatenate(chosen))
 
 
+def fold_numbers(samples: Samples, folds: int, seed: int) -> Positions:
+    """Return the fold of each sample, from 0: scikit-learn's stratified folds, in which groups and copies never part.
+
+    Args:
+        samples: The samples.
+        folds: How many.
+        seed: Selects the samples; the same seed always selects the same ones.
+    """
+    import warnings
+
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    unit_N, size_U = _units(samples)
+    fold_N = np.full(len(unit_N), -1, np.int64)
+    if len(size_U) < folds:
+        return fold_N
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it counts members, not groups: `fold_of` checks every class of every fold
+        for number, (_, rows) in enumerate(splitter.split(unit_N, _strata(samples, folds), unit_N)):
+            fold_N[rows] = number
+    return fold_N
+
+
 def shuffled_by(strata: Positions, seed: int) -> Iterator[Positions]:
     """Yield the positions of each stratum in random order, strata in ascending order."""
     generator = _generator(seed)

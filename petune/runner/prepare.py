@@ -17,6 +17,7 @@ from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess, load_dataset
+from petune.data.folds import fold_of
 from petune.data.merge import merge_val
 from petune.data.policy import check_augment
 from petune.data.preprocess import GRAY_WEIGHTS
@@ -189,6 +190,8 @@ def prepare_data(config: RunConfig) -> Dataset:
         config.dataset, config.data_dir, side, config.on_broken, channels=config.channels, cache_gb=config.cache_gb
     )
     backbone_channels(config, dataset)
+    if config.folds is not None:
+        dataset = fold_of(dataset, config.folds, config.fold or 1)
     dataset = dataset.with_val(config.val_fraction, seed=0)
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)

@@ -43,6 +43,7 @@ class RunConfig(Config):
         channels: Channels of the images that the backbone is to take; None takes those of the dataset, except that one
             with an option for gray keeps it. 1 converts RGB images to gray.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
+        folds, fold: Test on this fold of so many, from 1, and train on the others; see `petune.cross_validate`.
         final_fit: `train+val` trains again on train and val, up to the epoch that val chose, and tests that model; see
             `petune.runner.final_fit`. `auto` does so where it is the dataset's protocol (`vtab:NAME`), `none` never.
         shots: Training images per class (few-shot); None keeps all.
@@ -70,6 +71,8 @@ class RunConfig(Config):
     cache_gb: float = Field(CACHE_GB, ge=0, le=1e6)
     channels: int | None = Field(None, ge=1, le=512)
     val_fraction: float = Field(0.1, gt=0, lt=1)
+    folds: int | None = Field(None, ge=2, le=1000)
+    fold: int | None = Field(None, ge=1)
     final_fit: Literal["auto", "none", "train+val"] = "auto"
     shots: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
@@ -84,6 +87,14 @@ class RunConfig(Config):
         side = info.data.get("image_size")
         if value is not None and side is not None and value > side:
             raise ValueError(f"patch_size {value} is larger than image_size {side}")
+        return value
+
+    @field_validator("fold")
+    @classmethod
+    def _fold_of_folds(cls, value: int | None, info: ValidationInfo) -> int | None:
+        folds = info.data.get("folds")
+        if value is not None and (folds is None or value > folds):
+            raise ValueError(f"fold is {value}, but folds is {folds}. Use a fold from 1 to folds")
         return value
 
     @field_validator("drop_path")

@@ -1,0 +1,71 @@
+"""Folds of cross-validation: each is the test split once, and the others are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.base.errors import DataError
+from petune.base.text import plural
+from petune.data.cut import fold_numbers
+from petune.data.dataset import Dataset, Split
+
+
+def fold_of(dataset: Dataset, folds: int, fold: int) -> Dataset:
+    """Return the dataset with one fold as its test split. The folds are the same for every seed.
+
+    The folds are of the training split, together with a test split that petune cut from it. A test split of the
+    dataset's own is not used, and its own val split still chooses the epoch.
+
+    Args:
+        dataset: Before a val split is cut.
+        folds: Number of folds.
+        fold: Which one is tested on, from 1.
+
+    Raises:
+        DataError: A fold is empty, or a class is missing in the training or test images of one.
+    """
+    pool = _pool(dataset)
+    try:
+        fold_N = fold_numbers(pool.samples(dataset.target.kind), folds, seed=0)
+    except ValueError as error:
+        raise DataError(f"{dataset.name} cannot be divided into {folds} folds: {error}. Use fewer folds") from None
+    for number in range(folds):
+        _check_fold(dataset, pool, fold_N == number, f"fold {number + 1} of {folds} of {dataset.name}")
+    in_test = fold_N == fold - 1
+    train, test = (pool.take(np.flatnonzero(mask)) for mask in (~in_test, in_test))
+    return replace(dataset, train=train, test=test).with_note(f"fold {fold} of {folds}, {plural(len(test), 'image')}")
+
+
+def _check_fold(dataset: Dataset, pool: Split, in_test: NDArray[np.bool_], where: str) -> None:
+    if not in_test.any() or in_test.all():
+        raise DataError(f"{where} would be empty: there are too few images, or groups of images. Use fewer folds")
+    for part, mask in (("test", in_test), ("training", ~in_test)):
+        absent = dataset.target.absent(pool.take(np.flatnonzero(mask)).targets)
+        if absent:
+            names = ", ".join(absent[:5])
+            raise DataError(
+                f"{where} has no {part} image of {names}: the class has too few images, or groups. Use fewer folds"
+            )
+
+
+def _pool(dataset: Dataset) -> Split:
+    """Return all images to divide: train, and test if petune cut it from the same images."""
+    train, test = dataset.train, dataset.test
+    if test.images is not train.images or train.has_masks != test.has_masks:
+        return train
+    return replace(
+        train,
+        targets=train.targets if train.has_masks else np.concatenate([train.targets, test.targets]),
+        rows=np.concatenate([train.rows, test.rows]),
+        weights=_joined(train.weights, test.weights),
+        groups=_joined(train.groups, test.groups),
+        names=_joined(train.names, test.names),
+    )
+
+
+def _joined(own: NDArray[Any] | None, other: NDArray[Any] | None) -> NDArray[Any] | None:
+    return None if own is None or other is None else np.concatenate([own, other])
