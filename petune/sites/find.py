@@ -22,6 +22,7 @@ from petune.sites.parts import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites
 from petune.sites.trace import Call, Trace
+from petune.sites.unsuitable import refuse_packed
 from petune.sites.used_parameters import used_parameters
 
 
@@ -84,6 +85,8 @@ def _first_that_runs(
 def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_paths: str | Sequence[str] | None) -> Sites:
     blocks = find_blocks(trace)
     head = find_head(model, trace, blocks) if head_paths is None else head_at(model, head_paths)
+    if not blocks or head is None:
+        refuse_packed(model)
     blocks = _outside_of(head, blocks)
     bounds = {id(m) for block in blocks for m in block.modules}
     first = next((c for c in trace.calls if id(c.module) in bounds), None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.base.errors import AttachError
+from petune.sites.unsuitable import advice_for
 
 Watch = Callable[[], contextlib.AbstractContextManager[Any]]
 Container = dict[Any, Any] | list[Any] | set[Any]
@@ -49,7 +50,7 @@ def dry_forward(model: nn.Module, input_size: tuple[int, int, int], watch: Watch
         size = "x".join(map(str, input_size))
         raise AttachError(
             f"the forward of {type(model).__name__} fails on a {size} image: {type(error).__name__}: {error}. "
-            "If that is not its size, pass input_size=(channels, height, width)"
+            f"{advice_for(model)}"
         ) from error
 
 

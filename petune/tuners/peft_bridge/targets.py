@@ -129,9 +129,10 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
             f"{f': it reads the weights of {names} itself' if uncalled else ''}. Use targets=mlp, or adaptformer"
         )
     if uncalled:
+        method = "dora" if config.peft_options.get("use_dora") else config.type
         warnings.warn(
             f"{model} reads the weights of {len(uncalled)} of {len(uncalled) + len(layers)} linear layers without "
-            f"calling them, such as {names}: they get no {config.type}, the others do",
+            f"calling them, such as {names}: they get no {method}, the others do",
             stacklevel=2,
         )
     return layers

@@ -1,0 +1,51 @@
+"""Models that petune cannot read as they are: advice that names why, and what to attach to instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from petune.base.errors import AttachError
+
+PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+"""Packages of layers whose weights are no parameters but packed for int8 kernels."""
+FRAMES = ("num_frames", "frames_per_clip")
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Check that a model in which no blocks or no head were found is not quantized by torch.ao.
+
+    Raises:
+        AttachError: It is.
+    """
+    packed = [(path, m) for path, m in model.named_modules() if type(m).__module__.startswith(PACKED)]
+    if packed:
+        path, module = packed[0]
+        raise AttachError(
+            f"{len(packed)} layers of {type(model).__name__}, such as {path} ({type(module).__name__}), were quantized "
+            "by torch.ao, which hides their weights from PyTorch. Attach to a model that torchao has quantized "
+            "(quantize_ with Int8WeightOnlyConfig), or train first and quantize after merge()"
+        )
+
+
+def advice_for(model: nn.Module) -> str:
+    """Return what to do if the forward of a model fails on an image."""
+    config: Any = getattr(model, "config", None)
+    towers = _towers(model, config)
+    if towers:
+        return f"It has a tower for images and one for text. Attach to the one for images: {towers}"
+    if any(getattr(config, name, None) for name in FRAMES):
+        return (
+            "It takes videos (batch, frames, channels, height, width), which petune does not support yet. Wrap it in a "
+            "module whose forward takes images and gives it each as a video: x[:, None].expand(-1, frames, -1, -1, -1)"
+        )
+    return "If that is not its size, pass input_size=(channels, height, width)"
+
+
+def _towers(model: nn.Module, config: Any) -> str:
+    """Return the name of the image tower of a model with two; empty for another model."""
+    if getattr(config, "vision_config", None) is None or getattr(config, "text_config", None) is None:
+        return ""
+    towers = [f"model.{name}" for name, _ in model.named_children() if name.startswith(("vision", "visual"))]
+    return towers[0] if towers else ""

@@ -1,0 +1,63 @@
+"""Models that cannot be read as they are: the error names why, and what to attach to instead."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import petune
+from tests.tiny import tiny
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+}
+VIDEO = {**SMALL, "num_frames": 2}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: transformers.TimesformerForVideoClassification(
+            transformers.TimesformerConfig(**VIDEO, patch_size=8, num_labels=5)
+        ),
+        lambda: transformers.VivitForVideoClassification(
+            transformers.VivitConfig(**VIDEO, tubelet_size=[2, 8, 8], num_labels=5)
+        ),
+        lambda: transformers.VideoMAEForVideoClassification(
+            transformers.VideoMAEConfig(**VIDEO, patch_size=8, tubelet_size=2, num_labels=5)
+        ),
+    ],
+)
+def test_a_video_model_is_named_as_one(build: Any) -> None:
+    with pytest.raises(petune.AttachError, match=r"takes videos .*Wrap it") as error:
+        petune.attach(build(), "adaptformer")
+    assert "input_size" not in str(error.value)
+
+
+def test_of_two_towers_the_one_for_images_is_named() -> None:
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.CLIPConfig(
+        vision_config={**SMALL, "patch_size": 8}, text_config={**text, "vocab_size": 50, "eos_token_id": 49}
+    )
+    model = transformers.CLIPModel(config)
+    with pytest.raises(petune.AttachError, match=r"Attach to the one for images: model\.vision_model"):
+        petune.find_sites(model, (3, 32, 32))
+    assert len(petune.find_sites(model.vision_model, (3, 32, 32)).blocks) == 2
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "linear", "vpt"])
+def test_layers_that_torch_ao_has_quantized_are_named(method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(tiny(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(petune.AttachError, match=r"blocks\.0\.attn\.qkv .* quantized by torch\.ao.*torchao"):
+        petune.attach(model, method)
