@@ -36,7 +36,7 @@ class Difference(Config):
 
     @property
     def is_clear(self) -> bool | None:
-        """Whether the interval leaves out 0; None without an interval."""
+        """True if the interval leaves out 0; None without an interval."""
         return None if self.low is None or self.high is None else not self.low <= 0 <= self.high
 
 

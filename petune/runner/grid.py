@@ -79,7 +79,7 @@ class Grid(Config):
 
     @property
     def has_means(self) -> bool:
-        """Whether the values of all datasets are of one task and metric, so that their mean says something."""
+        """True if the values of all datasets are of one task and metric, so that their mean says something."""
         return len({(column.task, column.metric) for column in self.columns}) == 1
 
     def mean(self, method: str) -> float | None:

@@ -28,6 +28,8 @@ backbone {re.sub(r"[0-9]+", "#", BACKBONE)}, weights none
 dataset digits, seed #
 top-# on test # %
 top-# on test # %
+macro accuracy on test # %
+macro-F# on test # %
 top-# on val # % (epoch # of #)
 tuned # (with the head # % of all parameters, # % of backbone and head)
 head #
