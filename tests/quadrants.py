@@ -43,7 +43,7 @@ class Quadrants(petune.DatasetReader[QuadrantsConfig]):
             for quarter, position in enumerate(row.tolist()):
                 if position >= 0:
                     top, left = 8 * (quarter // 2), 8 * (quarter % 2)
-                    image[top : top + 8, left : left + 8] = digits.images[position]
+                    image[top : top + 8, left : left + 8] = digits.images[digits.rows[position]]
         labels = np.where(chosen < 0, -1, digits.targets[chosen])
         train = petune.Split.of(images, self._targets(labels))
         empty = train.take(np.arange(0))

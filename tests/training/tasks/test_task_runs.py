@@ -86,10 +86,10 @@ def test_a_run_trains_shows_its_metrics_and_records_what_prediction_needs(target
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("targets", "least"), [("labels", 85), ("number", 0.9)])
+@pytest.mark.parametrize(("targets", "least"), [("labels", 80), ("number", 0.85)])
 def test_more_epochs_learn_the_task(targets: str, least: float, tmp_path: Path) -> None:
-    """Chance is 60 % for the labels and an R² of 0 for the number."""
-    fields = {"weights": "default", "backbone_options": {}, "image_size": 32, "train": {"epochs": 12, "lr": 0.005}}
+    """Chance is about 50 % for the labels and an R² of 0 for the number."""
+    fields = {"weights": "default", "backbone_options": {}, "image_size": 32, "train": {"epochs": 5, "lr": 0.005}}
     result = petune.run(config(tmp_path / "run", dataset=f"quadrants,targets={targets},count=600", **fields))
     assert result.metrics["map" if targets == "labels" else "r2"] > least
 
