@@ -166,7 +166,8 @@ def _warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool
     parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
     floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
     used = {id(p) for p in used_parameters(model, sites.input_size, floating)}
-    before = [path for path, layer in parameters.items() if any(id(p) in used for p in layer)]
+    called = _called_on_tokens(model, sites)
+    before = [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
     if before:
         warnings.warn(
             f"the head of {sites.model} is {sites.head.where}. Further layers before it count as backbone and stay "
@@ -174,6 +175,17 @@ def _warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool
             'that train as head, to petune.load too: sites=petune.find_sites(model, head=["…", "…"])',
             stacklevel=4,
         )
+
+
+def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
+    """Return those of the layers beside the head that return more than a row for each image, which a pooler does.
+
+    D-FINE detaches what such a layer returns, and trains it by a loss of its own.
+    """
+    layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
+    calls = record_calls(model, sites.input_size, {m for inside in layers.values() for m in inside})
+    on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
+    return {path for path, inside in layers.items() if inside & on_tokens}
 
 
 def _warn_of_new_weights(attachment: Attachment, new: list[str]) -> None:

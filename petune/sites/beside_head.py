@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from torch import nn
 
@@ -28,7 +28,14 @@ def layers_beside_head(model: nn.Module, trace: Trace, blocks: Sequence[Block], 
         after = [c for c in trace.calls if c.start > end and c.has_matrix and id(c.module) not in own]
         return tuple(dict.fromkeys(c.path for c in after if c.output is not None and c.output.ndim == 2))
     in_backbone = _backbone_test(model, trace, blocks)
-    return tuple(_outermost(model, "", lambda m: id(m) in own or in_backbone(m)))
+    tensors = {id(p) for bound in head.modules for p in bound.parameters()}
+    return tuple(_outermost(model, "", lambda m: id(m) in own or _has_only(m, tensors) or in_backbone(m)))
+
+
+def _has_only(module: nn.Module, tensors: Set[int]) -> bool:
+    """Return whether a layer's own parameters are all among `tensors`: a second module with a head's parameters."""
+    own = [id(p) for p in module.parameters(recurse=False)]
+    return bool(own) and tensors.issuperset(own)
 
 
 def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Condition:

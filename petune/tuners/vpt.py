@@ -67,7 +67,8 @@ class VPT(petune.Tuner[VPTConfig]):
     windows (Swin), every window gets the prompts of its block. Shallow prompts pass through as many blocks as have the
     same tokens (`Edit.prompt_span`): all blocks of a plain ViT, the first stage of a model that merges tokens. Outside
     the blocks nothing sees prompts: hidden states and intermediate features have the backbone's own tokens. Attention
-    maps have rows and columns for prompts. A token that a mask hides from all others is hidden from prompts, too.
+    maps do have rows and columns for prompts (P = 10 and 17 tokens: 27×27), because cut rows would not sum to 1. A
+    token that a mask hides from all others is hidden from prompts, too.
 
     Differs from the paper: AdamW instead of SGD, because its learning rate transfers between backbones. Shallow prompts
     are refused on windowed models, where a token without a position cannot pass from window to window. On Swin, whose
