@@ -35,7 +35,7 @@ def layers_beside_head(model: nn.Module, trace: Trace, blocks: Sequence[Block], 
 def _has_only(module: nn.Module, tensors: Set[int]) -> bool:
     """Return whether a layer's own parameters are all among `tensors`: a second module with a head's parameters."""
     own = [id(p) for p in module.parameters(recurse=False)]
-    return bool(own) and tensors.issuperset(own)
+    return bool(own) and set(own) <= tensors
 
 
 def _backbone_test(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Condition:

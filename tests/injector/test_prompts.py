@@ -225,3 +225,14 @@ def test_masks_of_torch(method: str, kind: str) -> None:
     torch.testing.assert_close(model(X, **{kind: hidden}), model(other, **{kind: hidden}))
     assert not torch.allclose(model(X), model(other))
     assert not torch.allclose(model(X, **{kind: hidden}), model(X))
+
+
+def test_attention_maps_have_rows_and_columns_for_prompts() -> None:
+    """A map whose rows and columns of prompts were cut would not sum to 1; vpt's page says so."""
+    model: Any = tiny_transformers()
+    model.set_attn_implementation("eager")
+    output = prompted(model, METHODS[0])(X, output_attentions=True, output_hidden_states=True)
+    num_tokens = output.hidden_states[0].shape[1]
+    for attention in output.attentions:
+        assert attention.shape[-2:] == (num_tokens + 10, num_tokens + 10)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
