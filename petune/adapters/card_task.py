@@ -1,4 +1,4 @@
-"""How the Hugging Face Hub calls tasks and metrics, and how a card's example prints a prediction."""
+"""Names of tasks and metrics on the Hugging Face Hub, and the line of a card's example that prints a prediction."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class ClassProbability(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is predicted for one image.
+    """The prediction for one image.
 
     Attributes:
         image: Its path, or its position among the given images.
