@@ -19,7 +19,8 @@ import hatch_build
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
-    "demo", "dev", "docs", "mlflow", "onnx", "ray", "slurm", "sweep", "tensorboard", "trackio", "transformers", "wandb",
+    "data", "demo", "dev", "docs", "mlflow", "onnx", "ray", "slurm", "sweep", "tensorboard", "trackio",
+    "transformers", "wandb",
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class SplitMetrics:
     values: Mapping[str, float]
     loss: float
     num_images: int
-    image_values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    image_values: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, compare=False)
 
     def value(self, metric: Metric) -> float | None:
         """Return the value of a metric, or of the loss; None if it is undefined on the split."""

@@ -69,11 +69,13 @@ def compare(
     check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
+        from petune.data.lookup import count_classes
         from petune.runner.compare import check_comparison
 
         for part in [config.on(name) for name in config.datasets] or [config]:
             check_comparison(part)
-            print_dry_run(part, config.methods, as_json=json)
+            count_classes(part.run.dataset)
+        print_dry_run(config, config.methods, as_json=json)
     elif config.datasets:
         _run_grid(config, as_json=json, tracker=tracker, executor=executor)
     else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
-from petune.base.errors import PluginError
+from petune.base.arguments import check_arguments
+from petune.base.errors import ConfigError, PluginError
 from petune.base.plugins import plugin_errors
 from petune.data.cache import CACHE_GB
 from petune.data.dataset import Dataset, OnBroken
@@ -14,7 +16,7 @@ from petune.data.registry import DATASETS, build_reader, data_dir_or_default
 
 def load_dataset(
     name: str,
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     image_size: int = 224,
     on_broken: OnBroken = "error",
     channels: int | None = None,
@@ -34,13 +36,32 @@ def load_dataset(
         UnknownName: There is no such dataset.
         DataError: The dataset is missing, broken or inconsistent.
         PluginError: The package that brings it is broken.
+        ConfigError: An argument makes no sense.
     """
+    _check(name, data_dir, image_size, on_broken, channels, cache_gb)
     reader = build_reader(name)
+    root = data_dir_or_default(Path(data_dir) if data_dir else None)
     with plugin_errors(DATASETS, reader.name, type(reader), "was read"):
-        dataset = reader.load(ReadContext(image_size, data_dir_or_default(data_dir), on_broken, channels, cache_gb))
+        dataset = reader.load(ReadContext(image_size, root, on_broken, channels, cache_gb))
     if not isinstance(dataset, Dataset):
         raise PluginError(
             f"{type(reader).__module__}.{type(reader).__name__}.load returned a {type(dataset).__name__}, not a "
             "petune.Dataset. Update or remove the package that brings it"
         )
     return dataset.validated()
+
+
+def _check(name: object, data_dir: object, image_size: int, on_broken: object, channels: object, gb: object) -> None:
+    check_arguments(
+        "petune.load_dataset",
+        name=(name, str),
+        data_dir=(data_dir, str | Path | None),
+        image_size=(image_size, int),
+        on_broken=(on_broken, str),
+        channels=(channels, int | None),
+        cache_gb=(gb, int | float),
+    )
+    if image_size < 1:
+        raise ConfigError(f"image_size is {image_size}. Use a side in pixels, from 1")
+    if on_broken not in get_args(OnBroken):
+        raise ConfigError(f"on_broken is {on_broken!r}. Use {' or '.join(map(repr, get_args(OnBroken)))}")

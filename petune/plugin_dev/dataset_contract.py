@@ -67,7 +67,9 @@ def check_dataset(dataset: str | DatasetReader[Any], data_dir: str | Path | None
         ContractViolation: The first property that does not hold.
         UnknownName: There is no such dataset.
     """
-    check_arguments("petune.check_dataset", dataset=(dataset, str | DatasetReader))
+    check_arguments(
+        "petune.check_dataset", dataset=(dataset, str | DatasetReader), data_dir=(data_dir, str | Path | None)
+    )
     name = dataset if isinstance(dataset, str) else type(dataset).__name__
     return names_of(examine_dataset(dataset, None if data_dir is None else Path(data_dir)), name)
 

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -132,9 +133,13 @@ def test_nothing_that_is_written_is_a_pickle(program: Program, tmp_path: Path) -
     assert program.finish("compare", "adaptformer", "full", *TINY, "--epochs=1", "--output", tmp_path / "c") == 0
     files = [p for p in (tmp_path / "c").rglob("*") if p.is_file() and p.name != ".lock"]
     assert len(files) > 20
-    known = {".yaml", ".json", ".jsonl", ".safetensors", ".md", ".svg"}
+    known = {".yaml", ".json", ".jsonl", ".safetensors", ".md", ".svg", ".npz"}
     assert {p.suffix for p in files} <= known
     for file in files:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                assert [arrays[name] for name in arrays.files]
+            continue
         assert file.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"), file
         if file.suffix == ".safetensors":
             load_file(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from petune.base.arguments import check_watch
 from petune.base.config import shown
 from petune.base.distributed import num_processes
 from petune.base.errors import UnknownName, UsageError
@@ -36,6 +37,9 @@ def run_all(
         MissingExtra: The executor's package is not installed.
         Stopped: A signal arrived; call again to resume.
     """
+    check_watch("petune.run_all", watch)
+    if not isinstance(configs, Sequence) or not all(isinstance(config, RunConfig) for config in configs):
+        raise UsageError("petune.run_all: configs must be a list of RunConfig")
     outputs = [config.output for config in configs]
     if None in outputs or len(set(outputs)) < len(outputs) or not all(config.resume for config in configs):
         raise UsageError("several runs need an output each, and resume=True")
