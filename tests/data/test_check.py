@@ -88,6 +88,7 @@ def test_pairs_are_the_same_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(whole.reference_Q, parts.reference_Q)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (REAL / "cifar10" / "test.parquet").exists(), reason="CIFAR is not in PETUNE_DATA")
 @pytest.mark.slow
 def test_the_duplicates_of_real_photos_are_few() -> None:

@@ -110,6 +110,7 @@ def test_val_chooses_then_all_images_train_then_test_once(tmp_path: Path) -> Non
     assert tensors[0] != tensors[1]
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_second_training_resumes_to_the_same_result(tmp_path: Path) -> None:
     folder = write_vtab(tmp_path / "cifar")
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -102,6 +103,7 @@ def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.exhaustive
 def test_killed_while_saving(program: Program, tmp_path: Path) -> None:
     context, chance, wanted, held = program.context, random.Random(3), tries(15, 200), 0
     for number in range(wanted):

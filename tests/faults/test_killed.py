@@ -61,6 +61,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("threads", [1, 2] if FULL else [2])
 def test_killed_while_decoding_and_training(threads: int, program: Program, photos: Path, tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < threads:

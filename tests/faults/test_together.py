@@ -49,6 +49,7 @@ def tiny_config(place: Path, **fields: Any) -> RunConfig:
     )
 
 
+@pytest.mark.exhaustive
 def test_a_disk_that_is_full_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls, at = os.fsync, [0], [0]
 

@@ -59,6 +59,7 @@ def test_a_method_that_failed_on_a_dataset_has_no_rank() -> None:
     assert "lora on b: no" in grid.page()
 
 
+@pytest.mark.exhaustive
 def test_a_grid_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ def _weights(file: Path, seed: int) -> str:
     return str(file)
 
 
+@pytest.mark.exhaustive
 def test_a_changed_weights_file_is_refused(tmp_path: Path) -> None:
     """By a run, a comparison and a sweep, which would otherwise mix two backbones."""
     run = {**RUN, "weights": _weights(tmp_path / "w.safetensors", 1)}

@@ -208,6 +208,7 @@ def _macro_f1(folder: Path, output: Path, **options: Any) -> float:
     return petune.run(**{**OPTIONS, **options}, dataset=str(folder), output=output).metrics["macro_f1"]
 
 
+@pytest.mark.exhaustive
 def test_class_weights_raise_macro_f1_of_an_unbalanced_folder_of_real_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

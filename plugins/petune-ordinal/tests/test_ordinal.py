@@ -23,6 +23,7 @@ def test_a_rank_needs_all_borders_below_it():
     assert ranks(torch.tensor([[9.0, -9.0, 9.0], [9.0, 9.0, 9.0], [-9.0, 9.0, 9.0]])).tolist() == [1, 3, 0]
 
 
+@pytest.mark.exhaustive
 def test_a_run_chooses_the_epoch_by_the_error(tmp_path):
     result = petune.run(
         task="ordinal", method="linear", backbone="vit_nano", dataset="digits", shots=10, output=tmp_path / "run",
