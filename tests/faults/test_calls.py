@@ -86,7 +86,7 @@ PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
     "cross_validate": (petune.cross_validate, {"config": None, "watch": print}),
     "load_dataset": (petune.load_dataset, {"name": "digits", "data_dir": None, "image_size": 8, "on_broken": "error",
                                            "channels": None, "cache_gb": 1.0}),
-    "run_all": (petune.run_all, {"configs": (), "executor": "serial", "watch": print}),
+    "run_all": (petune.run_all, {"configs": (), "watch": print}),
     "list_tasks": (petune.list_tasks, {}),
     "list_tuners": (petune.list_tuners, {}),
     "list_datasets": (petune.list_datasets, {}),
