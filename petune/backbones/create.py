@@ -23,7 +23,7 @@ from petune.backbones.timm_models import (
     pretrained_overlay,
     pretrained_statistics,
 )
-from petune.backbones.user_factory import check_returns_logits
+from petune.backbones.user_factory import return_logits
 from petune.backbones.weights import Weights, bundled_file, find_weights, fitting_tensors, load_into, read_weights
 from petune.base.errors import ConfigError, WeightsUnavailable
 from petune.sites.site import Site
@@ -130,7 +130,7 @@ def create_backbone(
     statistics = pretrained_statistics(model) if source == HUB else None
     sites = backbone_sites(model)
     if calls_user_code(name):
-        check_returns_logits(name, model, sites, num_classes)
+        return_logits(name, model, sites, num_classes)
     if file is not None:
         keeps_head = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
         load_into(model, file, set() if keeps_head else _head_keys(model, sites.parts.get("head")))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from petune.backbones.timm_models import describe
 from petune.base.errors import AttachError, ConfigError
-from petune.sites.logits import synthetic_logits
+from petune.sites.logits import logits_of, synthetic_logits
 from petune.sites.site import Sites
 
 
@@ -43,8 +43,8 @@ def build_with_factory(name: str, num_classes: int, options: Mapping[str, Any]) 
     return model
 
 
-def check_returns_logits(name: str, model: nn.Module, sites: Sites, num_classes: int) -> None:
-    """Check that a user's model returns logits: of another output, the first tensor would be taken for them.
+def return_logits(name: str, model: nn.Module, sites: Sites, num_classes: int) -> None:
+    """Let a user's model return its logits as a tensor, also if its forward returns them in a dict, object or tuple.
 
     Raises:
         ConfigError: The forward returns no tensor, or one that is not (images, classes).
@@ -59,6 +59,12 @@ def check_returns_logits(name: str, model: nn.Module, sites: Sites, num_classes:
             f"shape (2, {num_classes}). Let its forward return the logits as a tensor, as `logits` of an object or "
             "dict, or first in a tuple"
         )
+    model.register_forward_hook(_logits_alone)
+
+
+def _logits_alone(model: nn.Module, args: Any, output: Any) -> Tensor:
+    """Forward hook: return the logits (B, C) of what a forward returned."""
+    return logits_of(output)
 
 
 def _import_factory(name: str) -> Callable[..., Any]:

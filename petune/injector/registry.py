@@ -107,7 +107,7 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """Split a method into its name and options: `vpt:deep=false` is `("vpt", {"deep": False})`.
 
-    A name may hold a colon itself, as `peft:ia3` does.
+    A name may hold a colon itself, as `peft:ia3` does; options may follow it after a comma: `peft:ia3,targets=mlp`.
 
     Raises:
         ConfigError: An option is not of the form key=value.
@@ -117,7 +117,11 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     before_value, equals, _ = text.partition("=")
     name, colon, _ = before_value.rpartition(":")  # a value may hold a colon, as {cat: 3} does
     if colon and equals:
-        return name, parse_options(text[len(name) + 1 :])
+        options = text[len(name) + 1 :]
+        kind, comma, rest = options.partition(",")
+        if comma and "=" not in kind:
+            return f"{name}:{kind.strip()}", parse_options(rest)
+        return name, parse_options(options)
     return text, {}
 
 

@@ -95,6 +95,7 @@ def test_a_user_factory(factory: str, own: str) -> None:
 def test_a_model_that_returns_a_dict_of_logits_works(factory: str, own: str) -> None:
     backbone = create_backbone(f"{own}:{factory}", num_classes=5)
     assert petune.attach(backbone.model, "linear").counts.head == 192 * 5 + 5
+    assert backbone.model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
 @pytest.mark.parametrize(

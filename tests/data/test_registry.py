@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import petune
-from petune.base.errors import ConfigError, DataError, PetuneError, PluginError, UnknownName
+from petune.base.errors import ConfigError, DataError, PetuneError, PluginError, UnknownName, UsageError
 from petune.data import load_dataset
 from petune.data.lookup import count_classes, find_dataset, is_training_dataset, manifest_of
 from petune.data.registry import DatasetName, build_reader, complete_name, list_datasets, parse_dataset
@@ -109,7 +109,7 @@ WRONG = {
     "digits:x": (ConfigError, "takes nothing after a colon.*Write digits"),
     "digits,seed=1": (ConfigError, "no such key: seed"),
     "x" * 5000: (UnknownName, "no such dataset"),
-    "folder:\0": (DataError, "no such folder"),
+    "folder:\0": (UsageError, "null character"),
 }
 
 

@@ -145,8 +145,10 @@ def test_two_on_one_model_can_be_detached() -> None:
 def test_budgets_that_cannot_be_kept_are_refused() -> None:
     with pytest.raises(AttachError, match="init_r above target_r"):
         attached(init_r=2)
-    with pytest.raises(AttachError, match="leaves none of the 8 steps"):
+    with pytest.raises(AttachError, match="leaves 0 of the 8 steps"):
         attached(tfinal=7).on_train_start(8)
+    with pytest.raises(AttachError, match="leaves 1 of the 3 steps"):
+        attached(tinit=0).on_train_start(3)
     with pytest.raises(AttachError, match=r"Call att.on_train_start\(total_steps\)"):
         attached().on_step_end(0)
 

@@ -94,6 +94,15 @@ def test_merged_models_compute_the_same(kind: str) -> None:
     assert list(att.model.state_dict()) == list(model().state_dict())
 
 
+def test_options_may_follow_the_type_after_a_comma() -> None:
+    spelled = [
+        petune.attach(model(), name) for name in ("peft:loha,module_dropout=0.5", "peft:loha:module_dropout=0.5")
+    ]
+    assert {att.tuner.wrapped.config.module_dropout for att in spelled} == {0.5}
+    with pytest.raises(ConfigError, match="vpt:deep=VALUE"):
+        petune.attach(model(), "vpt:deep,num_prompts=4")
+
+
 def test_lora_equals_the_formula() -> None:
     att = randomized(petune.attach(model(), "lora", r=3, lora_alpha=6, targets="attn"))
     layer = att.model.blocks[1].attn.qkv

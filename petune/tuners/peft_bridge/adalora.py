@@ -77,14 +77,16 @@ class RankBudget:
         """Set the number of steps of the schedule.
 
         Raises:
-            AttachError: Warm-up and end leave no steps in which to remove ranks.
+            AttachError: Warm-up and end leave no steps in which to remove ranks, or only the first step, which would
+                remove all of them.
         """
         config = self.wrapped.config
-        if config.tinit + config.tfinal >= total_steps:
+        left = max(0, total_steps - config.tinit - config.tfinal)
+        if left == 0 or (left == 1 and config.tinit == 0):
             raise petune.AttachError(
                 f"AdaLoRA removes ranks after the first tinit={config.tinit} and before the last "
-                f"tfinal={config.tfinal} steps, which leaves none of the {total_steps} steps. Lower them, or train "
-                "longer"
+                f"tfinal={config.tfinal} steps, which leaves {left} of the {total_steps} steps, and it needs one after the first. "
+                "Lower them, or train longer"
             )
         self.total_steps = total_steps
 
