@@ -243,6 +243,7 @@ def test_an_adapter_without_effect_is_an_error(words: tuple[str, ...], several: 
     assert "lora does not learn" in several.said(0)
 
 
+@pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_all_and_another_number_resumes(several: Several, tmp_path: Path) -> None:
     words = ("run", "--method=adaptformer:dropout=0", *TINY, "--output")
     assert several.finish(1, *words, tmp_path / "one") == [0]

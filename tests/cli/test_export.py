@@ -126,6 +126,7 @@ def test_plain_weights_can_start_another_run(petune: Run, tiny: tuple[str, ...],
     assert again.code == 0, again.err
 
 
+@pytest.mark.exhaustive
 def test_impossible_exports_are_refused(petune: Run, tmp_path: Path) -> None:
     saved_run(tmp_path / "a", "adaptformer")
     done = petune("export", "a", "plain.safetensors")
@@ -212,6 +213,7 @@ def test_without_onnx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         onnx_file(nn.Linear(1, 1), OutputCheck.of(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4), "{}")
 
 
+@pytest.mark.exhaustive
 def test_every_task_names_its_activation(tmp_path: Path) -> None:
     """The numbers of a plain ONNX runtime are those of `petune.predict`."""
     import onnx

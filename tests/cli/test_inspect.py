@@ -63,6 +63,7 @@ def test_json_has_sites_and_counts(petune: Run) -> None:
     assert json.loads(petune("inspect", *SMALL, "--json").out)["method"] is None
 
 
+@pytest.mark.exhaustive
 def test_a_large_backbone_needs_no_network_and_no_memory(petune: Run) -> None:
     done = petune("inspect", "--method", "full", "--backbone", "vit_large", "--dataset", "cifar100", "--json")
     assert done.code == 0, done.err

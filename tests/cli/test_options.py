@@ -88,6 +88,7 @@ def test_set_overrides_flags_override_the_file_overrides_defaults(tmp_path: Path
     assert settings.source == f"{file} and the command line"
 
 
+@pytest.mark.exhaustive
 def test_flags_that_are_not_given_leave_the_file_alone(petune: Run, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("dataset: digits\nresume: true\noutput: there\ntrain: {epochs: 4}\n")
     done = petune("run", "--config", "a.yaml", "--method", "linear", "--dry-run")

@@ -94,6 +94,7 @@ def test_evaluating_on_the_run_s_own_folder_uses_its_test_split(pets: Path, tmp_
     assert other.num_images == 10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("change", sampled([_add, _rename, _part], lambda change: change is _rename))
 def test_changed_images_are_refused(change: Callable[[Path], None], pets: Path, tmp_path: Path) -> None:
     """By a run, its evaluation, a comparison and a sweep; all of them continue once the images are back."""

@@ -11,6 +11,7 @@ import petune
 from petune.base.errors import ConfigError
 from petune.runner.run_config import RunConfig
 from petune.training.events import Note
+from tests.sampling import sampled
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 TINY: dict[str, Any] = {
@@ -45,7 +46,7 @@ def test_drop_path_is_an_option_for_every_method(method: str, tmp_path: Path) ->
     assert _losses(tmp_path / "option") == _losses(tmp_path / "with")
 
 
-@pytest.mark.parametrize("method", ["linear", "full"])
+@pytest.mark.parametrize("method", sampled(["linear", "full"], "full".__eq__))
 def test_a_default_of_the_model_regularizes_no_method(method: str, tmp_path: Path) -> None:
     """timm's Swin comes with a drop path of 0.1, which would regularize full fine-tuning alone."""
     small = {"img_size": 32, "window_size": 4, "embed_dim": 8, "depths": (1, 2), "num_heads": (2, 2), "patch_size": 4}
@@ -77,7 +78,7 @@ def test_a_method_that_needs_all_tokens_names_the_rate_that_drops_some(tmp_path:
         _run(tmp_path / "run", "convpass", {"patch_drop_rate": 0.3})
 
 
-@pytest.mark.parametrize("method", ["linear", "full"])
+@pytest.mark.parametrize("method", sampled(["linear", "full"], "full".__eq__))
 def test_a_rate_of_transformers_is_honored(method: str, tmp_path: Path) -> None:
     import transformers
 

@@ -131,6 +131,7 @@ def test_values_of_images_average_to_the_metric() -> None:
     )
 
 
+@pytest.mark.exhaustive
 def test_a_comparison_stores_values_and_says_what_is_noise(tmp_path: Path) -> None:
     run = {
         "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 24, "num_heads": 2},

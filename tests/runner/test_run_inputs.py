@@ -96,6 +96,7 @@ def test_a_name_fits_a_directory(tmp_path: Path) -> None:
     assert directory_name("vpt:deep=false", "seed0") == "vpt_deep=false-seed0"
 
 
+@pytest.mark.exhaustive
 def test_peak_memory_includes_training(tmp_path: Path) -> None:
     """Also where another process only tests, as at the end of a sweep."""
     run = {**RUN, "weights": "none", "train": {**RUN["train"], "epochs": 1}}  # type: ignore[dict-item]

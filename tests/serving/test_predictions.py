@@ -131,6 +131,7 @@ def test_table_json_and_csv(
     assert call(*words, "--csv", "--json", capture=capsys).code == 2
 
 
+@pytest.mark.exhaustive
 def test_adapters_of_different_tasks_on_one_backbone(task_runs: dict[str, Path], tmp_path: Path) -> None:
     write_images(tmp_path, 1)
     demo = SideBySide(list(task_runs.values()), device="cpu")
@@ -160,6 +161,7 @@ def petune_backbone(path: Path) -> torch.nn.Module:
     return rebuild_backbone(read_run_adapter(path)).model
 
 
+@pytest.mark.exhaustive
 def test_what_a_plugin_predicts_is_shown_as_it_is(
     fake: Any,
     task_runs: dict[str, Path],

@@ -85,8 +85,8 @@ class RankBudget:
         if left == 0 or (left == 1 and config.tinit == 0):
             raise petune.AttachError(
                 f"AdaLoRA removes ranks after the first tinit={config.tinit} and before the last "
-                f"tfinal={config.tfinal} steps, which leaves {left} of the {total_steps} steps, and it needs one after the first. "
-                "Lower them, or train longer"
+                f"tfinal={config.tfinal} steps, which leaves {left} of the {total_steps} steps, and it needs one "
+                "after the first. Lower them, or train longer"
             )
         self.total_steps = total_steps
 

@@ -169,6 +169,7 @@ def test_a_directory_that_is_not_writable_is_reported(tmp_path: Path, make_train
     assert "is not writable" in notes[0]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", sampled(["linear", "lst"], "linear".__eq__))
 def test_a_resume_uses_the_cached_features(method: str, tmp_path: Path, make_trainer: Make) -> None:
     expected = _trained(make_trainer, tmp_path / "whole", method)

@@ -206,6 +206,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert RunResult.read(tmp_path / "run").task == "regression"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("targets", sampled(["labels", "numbers"], "numbers".__eq__))
 def test_comparisons_and_sweeps_show_the_metrics(targets: str, tmp_path: Path) -> None:
     run = config(tmp_path / "unused", targets, train={"epochs": 1}).model_dump(exclude={"output", "method", "resume"})
