@@ -51,10 +51,26 @@ def complete_from_run(config: Run) -> Run:
     data = _data_options(config.from_run, saved)
     if given.get("dataset", data["dataset"]) != data["dataset"]:
         data = {}
+    _check_val(config.from_run, given, data)
     given["from_run"] = config.from_run.absolute()
     complete = type(config).build({**data, **recorded, **given}, f"{config.from_run} and the given values")
     check_same_model(complete, saved)
     return complete
+
+
+def _check_val(from_run: Path, given: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Refuse a larger val split of the same dataset: it would hold images that the earlier run trained on.
+
+    Raises:
+        ConfigError: It is larger.
+    """
+    before = data.get("val_fraction")
+    if before is not None and given.get("val_fraction", before) > before:
+        raise ConfigError(
+            f"val_fraction is {given['val_fraction']}, and that of {from_run} is {before}: val would hold images that "
+            f"it trained on. Use at most {before}, or leave it out",
+            cli_hint="Drop --val-fraction",
+        )
 
 
 def check_same_model(config: RunConfig, saved: SavedAdapter) -> None:

@@ -160,6 +160,7 @@ def test_result_adapter_and_card_record_all_earlier_runs(source: Path, tmp_path:
         ({"backbone_options": {"depth": 3}}, "backbone_options"),
         ({"image_size": 64}, "image_size"),
         ({"head": "bn_linear"}, "head"),
+        ({"val_fraction": 0.3}, "val_fraction"),
     ],
 )
 def test_a_contradiction_is_an_error(given: dict[str, Any], named: str, source: Path, tmp_path: Path) -> None:
