@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         WeightsUnavailable as WeightsUnavailable,
     )
     from petune.base.metric import Metric as Metric, SplitMetrics as SplitMetrics
+    from petune.base.plugins import PluginRecord as PluginRecord
     from petune.data.dataset import Dataset as Dataset, Split as Split
     from petune.data.load import load_dataset as load_dataset
     from petune.data.reader import (
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from petune.injector.edit import Edit as Edit
     from petune.injector.load import load as load
     from petune.injector.peft_type import PetuneConfig as PetuneConfig, register_with_peft as register_with_peft
-    from petune.injector.registry import TunerRecord as TunerRecord, list_tuners as list_tuners
+    from petune.injector.registry import list_tuners as list_tuners
     from petune.injector.token_grid import TokenGrid as TokenGrid
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
     from petune.plugin_dev.contract import check_tuner as check_tuner
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from petune.training.events import EpochEnded as EpochEnded, Note as Note, StepDone as StepDone
     from petune.training.meter import Meter as Meter, TorchMeter as TorchMeter
     from petune.training.task import Task as Task, TaskConfig as TaskConfig
-    from petune.training.task_registry import TaskRecord as TaskRecord, list_tasks as list_tasks
+    from petune.training.task_registry import list_tasks as list_tasks
 
 __version__ = "0.1.0"
 
@@ -93,6 +94,7 @@ _PUBLIC = {
     "DataError DeadSite Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError "
     "ProcessLost SiteNotFound Stopped UnknownName UsageError WeightsUnavailable",
     "base.metric": "Metric SplitMetrics",
+    "base.plugins": "PluginRecord",
     "data.dataset": "Dataset Split",
     "data.load": "load_dataset",
     "data.reader": "DatasetReader LabeledFiles ReadContext ReaderConfig",
@@ -104,7 +106,7 @@ _PUBLIC = {
     "injector.edit": "Edit",
     "injector.load": "load",
     "injector.peft_type": "PetuneConfig register_with_peft",
-    "injector.registry": "TunerRecord list_tuners",
+    "injector.registry": "list_tuners",
     "injector.token_grid": "TokenGrid",
     "injector.tuner": "Recipe Tuner TunerConfig",
     "plugin_dev.contract": "check_tuner",
@@ -137,7 +139,7 @@ _PUBLIC = {
     "training.events": "EpochEnded Note StepDone",
     "training.meter": "Meter TorchMeter",
     "training.task": "Task TaskConfig",
-    "training.task_registry": "TaskRecord list_tasks",
+    "training.task_registry": "list_tasks",
 }
 """Public names by the module that defines them. The imports above say the same to type checkers and editors."""
 

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
 from petune.base.entry_points import (
@@ -17,11 +18,46 @@ from petune.base.entry_points import (
     RegisteredPlugin,
     own_plugin,
     registered_plugins,
+    state_of,
     unmet_requirement,
 )
 from petune.base.errors import PetuneError, PluginError, UnknownName
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """A tuner or a task as its package's metadata describes it, without an import.
+
+    Attributes:
+        name: The name of the method or task, the left side of the entry point.
+        distribution, version: The package that brings it.
+        target: `module:class`, the right side.
+        state: `ok`, or why the name cannot be used.
+        package_summary: The package's own description in one line.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    target: str
+    state: str
+    package_summary: str = ""
+
+    @property
+    def is_own(self) -> bool:
+        """True for what comes with petune."""
+        return self.distribution == OWN
+
+
+def list_plugins(kind: PluginKind) -> list[PluginRecord]:
+    """List every registered plugin of a kind, petune's own first, without importing any."""
+    registered = registered_plugins(kind)
+    return [
+        PluginRecord(p.name, p.distribution, p.version, p.point.value, state_of(p, registered), p.summary)
+        for p in registered
+    ]
 
 
 def load_plugin(kind: PluginKind, name: str, base: type[T], config_base: type) -> type[T]:

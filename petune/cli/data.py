@@ -11,7 +11,7 @@ import typer
 from petune.base.text import plural
 from petune.cli.data_tables import print_counts
 from petune.cli.help import Command
-from petune.cli.options import Json, user_path
+from petune.cli.options import DataDir, Json, user_path
 from petune.cli.terminal import clean, print_data, print_json
 
 if TYPE_CHECKING:
@@ -23,14 +23,6 @@ NUM_SHOWN = 3
 DatasetName = Annotated[
     str,
     typer.Argument(metavar="DATASET", help="Dataset: a name of `petune datasets`, or a folder or table of images."),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Directory of downloaded datasets.  [default: $PETUNE_DATA, then the cache]",
-        show_default=False,
-    ),
 ]
 ImageSize = Annotated[
     int, typer.Option("--image-size", metavar="PIXELS", min=1, help="Side of the model's input, in pixels.")

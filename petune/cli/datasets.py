@@ -7,20 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from petune.cli.options import Json, user_path
+from petune.cli.options import DataDir, Json, user_path
 from petune.cli.terminal import clean, print_json, print_table
 
 if TYPE_CHECKING:
     from petune.data.registry import DatasetRecord
-
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Directory of downloaded datasets.  [default: $PETUNE_DATA, then the cache]",
-        show_default=False,
-    ),
-]
 
 
 Name = Annotated[

@@ -10,7 +10,7 @@ from petune.cli.options import Json
 from petune.cli.terminal import clean, print_json, print_table
 
 if TYPE_CHECKING:
-    from petune.injector.registry import TunerRecord
+    from petune.base.plugins import PluginRecord
 
 Load = Annotated[bool, typer.Option("--load", help="Import each method, so that a broken one shows its error.")]
 
@@ -30,7 +30,7 @@ def methods(json: Json = False, load: Load = False) -> None:
     print_table(columns, [row[: len(columns)] for row in cells], optional=["trains", "package", "paper"])
 
 
-def _row(record: TunerRecord, load: bool) -> dict[str, Any]:
+def _row(record: PluginRecord, load: bool) -> dict[str, Any]:
     from dataclasses import asdict
 
     from petune.injector.describe import describe_tuner

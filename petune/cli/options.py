@@ -16,6 +16,14 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set any other key, e.g. train.grad_clip=5; repeatable."),
 ]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Directory of downloaded datasets.  [default: $PETUNE_DATA, then the cache]",
+        show_default=False,
+    ),
+]
 Seeds = Annotated[
     str | None,
     typer.Option("--seeds", metavar="NUMBER,NUMBER,…", help="Comma-separated seeds: one run each, results averaged."),

@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from petune.injector.registry import TunerRecord
+from petune.base.plugins import PluginRecord
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TunerDescription:
     arxiv: str = ""
 
 
-def describe_tuner(record: TunerRecord) -> TunerDescription:
+def describe_tuner(record: PluginRecord) -> TunerDescription:
     """Describe a registered tuner.
 
     A plugin whose source file is not found, or says nothing, is described by its package's own summary.

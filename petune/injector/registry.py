@@ -6,12 +6,11 @@ tuner that comes with petune.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from petune.base.entry_points import OWN, PluginKind, registered_plugins, state_of
+from petune.base.entry_points import PluginKind
 from petune.base.errors import ConfigError, PluginError, UnknownName, did_you_mean
-from petune.base.plugins import load_plugin, plugin_errors
+from petune.base.plugins import PluginRecord, list_plugins, load_plugin, plugin_errors
 
 if TYPE_CHECKING:
     from petune.injector.tuner import Tuner, TunerConfig
@@ -24,41 +23,12 @@ TUNERS = PluginKind(
 )
 
 
-@dataclass(frozen=True)
-class TunerRecord:
-    """A tuner as its package's metadata describes it, without an import.
-
-    Attributes:
-        name: The method's name, the left side of the entry point.
-        distribution, version: The package that brings it.
-        target: `module:class`, the right side.
-        state: `ok`, or why the name cannot be used.
-        package_summary: The package's own description in one line.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    target: str
-    state: str
-    package_summary: str = ""
-
-    @property
-    def is_own(self) -> bool:
-        """True for a tuner that comes with petune."""
-        return self.distribution == OWN
-
-
-def list_tuners() -> list[TunerRecord]:
+def list_tuners() -> list[PluginRecord]:
     """List every registered tuner, petune's own first, without importing any."""
-    registered = registered_plugins(TUNERS)
-    return [
-        TunerRecord(t.name, t.distribution, t.version, t.point.value, state_of(t, registered), t.summary)
-        for t in registered
-    ]
+    return list_plugins(TUNERS)
 
 
-def check_loads(record: TunerRecord) -> str:
+def check_loads(record: PluginRecord) -> str:
     """Return `ok`, or why the tuner cannot be used. Imports it, unless its metadata already says so."""
     if record.state != "ok":
         return record.state

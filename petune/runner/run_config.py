@@ -43,7 +43,7 @@ class RunConfig(Config):
         channels: Channels of the images that the backbone is to take; None takes those of the dataset, except that one
             with an option for gray keeps it. 1 converts RGB images to gray.
         val_fraction: Share of the training split used to choose the epoch, where the dataset has no val split.
-        folds, fold: Test on this fold of so many, from 1, and train on the others; see `petune.cross_validate`.
+        folds, fold: Test on fold `fold` (from 1) of `folds`, and train on the others; see `petune.cross_validate`.
         final_fit: `train+val` trains again on train and val, up to the epoch that val chose, and tests that model; see
             `petune.runner.final_fit`. `auto` does so where it is the dataset's protocol (`vtab:NAME`), `none` never.
         shots: Training images per class (few-shot); None keeps all.

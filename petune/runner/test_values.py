@@ -1,4 +1,4 @@
-"""Values of each test image in a run directory: whether it was right, its error, its loss.
+"""Values of each test image in a run directory: right or wrong, its error, its loss.
 
 Two runs with the same test split can be compared image by image, which tells a difference from chance.
 """

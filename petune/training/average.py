@@ -1,7 +1,7 @@
 """An exponential moving average (EMA) of what trains, in float32.
 
 timm's `ModelEmaV3` copies the whole model, averages in the parameters' own number format (in which bfloat16 drifts and
-float16 stands still), and warms up only if it is told the step. This one has the same decay at each step.
+float16 never changes), and warms up only if it is told the step. This one has the same decay at each step.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ Legend: B batch, C classes.
 from __future__ import annotations
 
 import math
-from typing import Any, Self
 
-import torch
 from torch import Tensor
 
+from petune.training.meter import TorchMeter
 
-class ConfusionMeter:
+
+class ConfusionMeter(TorchMeter):
     """Computes `top1`, `top5`, `macro_accuracy` and `macro_f1`, in percent.
 
     The macro metrics are means over the classes that have images: torchmetrics' own averages count a class that is
@@ -25,21 +25,12 @@ class ConfusionMeter:
     def __init__(self, num_classes: int) -> None:
         from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
-        self.metrics: dict[str, Any] = {
+        metrics = {
             "top1": MulticlassAccuracy(num_classes, average="micro"),
             "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
             "counts": MulticlassStatScores(num_classes, average=None),
         }
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device, and return itself."""
-        self.metrics = {name: metric.to(device) for name, metric in self.metrics.items()}
-        return self
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Count a batch: logits (B, C) and classes (B,)."""
-        for metric in self.metrics.values():
-            metric.update(outputs, targets)
+        super().__init__(metrics)
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name; torchmetrics adds up over processes."""

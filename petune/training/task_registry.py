@@ -7,12 +7,12 @@ task that comes with petune.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from petune.base.entry_points import OWN, PluginKind, registered_plugins, state_of
+from petune.base.entry_points import PluginKind
 from petune.base.errors import ConfigError
-from petune.base.plugins import load_plugin, plugin_errors
+from petune.base.plugins import PluginRecord, list_plugins, load_plugin, plugin_errors
 from petune.base.yaml_values import parse_options
 from petune.data.target import Target, TargetKind
 
@@ -36,38 +36,9 @@ BUILT_IN: Mapping[TargetKind, str] = {
 }
 
 
-@dataclass(frozen=True)
-class TaskRecord:
-    """A task as its package's metadata describes it, without an import.
-
-    Attributes:
-        name: The task's name, the left side of the entry point.
-        distribution, version: The package that brings it.
-        target: `module:class`, the right side.
-        state: `ok`, or why the name cannot be used.
-        package_summary: The package's own description in one line.
-    """
-
-    name: str
-    distribution: str
-    version: str
-    target: str
-    state: str
-    package_summary: str = ""
-
-    @property
-    def is_own(self) -> bool:
-        """True for a task that comes with petune."""
-        return self.distribution == OWN
-
-
-def list_tasks() -> list[TaskRecord]:
+def list_tasks() -> list[PluginRecord]:
     """List every registered task, petune's own first, without importing any."""
-    registered = registered_plugins(TASKS)
-    return [
-        TaskRecord(t.name, t.distribution, t.version, t.point.value, state_of(t, registered), t.summary)
-        for t in registered
-    ]
+    return list_plugins(TASKS)
 
 
 def load_task(name: str) -> type[Task[Any]]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from petune.base.plugins import PluginRecord
 from petune.cli.terminal import print_table
-from petune.injector.registry import TunerRecord
 
 Run = Callable[..., Any]
 
@@ -71,8 +71,8 @@ def test_methods_list_the_built_in_ones(petune: Run) -> None:
 
 def test_methods_show_broken_ones_without_control_characters(petune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [
-        TunerRecord("good", "petune", "1.0", "nowhere:Good", "ok", "A good one"),
-        TunerRecord("bad\x1b[2J", "?", "?", "nowhere:Bad", "broken: no\nsuch module"),
+        PluginRecord("good", "petune", "1.0", "nowhere:Good", "ok", "A good one"),
+        PluginRecord("bad\x1b[2J", "?", "?", "nowhere:Bad", "broken: no\nsuch module"),
     ]
     monkeypatch.setattr("petune.injector.registry.list_tuners", lambda: records)
     done = petune("methods")

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 import petune
+from petune.base.plugins import PluginRecord
 from petune.injector.describe import TunerDescription, describe_tuner, parse_docstring
-from petune.injector.registry import TunerRecord
 
 WITHOUT_PAPER = {"full", "linear", "peft"}
 HERE = [record for record in petune.list_tuners() if record.distribution.startswith("petune")]
 
 
 @pytest.mark.parametrize("record", HERE, ids=lambda record: record.name)
-def test_every_method_says_what_it_does_what_it_trains_and_its_paper(record: TunerRecord) -> None:
+def test_every_method_says_what_it_does_what_it_trains_and_its_paper(record: PluginRecord) -> None:
     description = describe_tuner(record)
     assert 10 < len(description.summary) <= 90
     assert not description.summary.endswith(".")
@@ -40,8 +40,8 @@ def test_a_docstring_is_taken_apart() -> None:
     assert parse_docstring("") == TunerDescription()
 
 
-def record(target: str) -> TunerRecord:
-    return TunerRecord("fake", "petune-fake", "1.0", target, "ok", package_summary="A fake")
+def record(target: str) -> PluginRecord:
+    return PluginRecord("fake", "petune-fake", "1.0", target, "ok", package_summary="A fake")
 
 
 @pytest.mark.parametrize("code", ["class Fake: pass", "raise SystemExit(3)\nclass Fake: pass", "class Fake(:", None])

@@ -22,7 +22,7 @@ def attention_maps(predictor: Predictor, x_BCHW: Tensor) -> Tensor | None:
     """Return the share of each patch in the last block's output, 0 to 1, float32 (B, H, W).
 
     The roll-out of Abnar and Zuidema, 2020 (2005.00928): each block mixes tokens by the mean of its attention weights
-    and the identity, which stands for the residual connection. The map is the row of the class token, or the mean of
+    and the identity, which represents the residual connection. The map is the row of the class token, or the mean of
     the rows of all patches where there is none.
 
     Returns:

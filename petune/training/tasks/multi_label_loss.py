@@ -18,7 +18,7 @@ LARGEST_SAMPLE = 4096
 CHUNK = 128
 TWO_WAY_POSITIVE_TEMPERATURE = 4.0
 MASKED = -1e4
-"""Stands for minus infinity in a logsumexp that may have no entry at all."""
+"""Used in place of minus infinity in a logsumexp that may have no entry at all."""
 
 
 def losses_of_images(
