@@ -46,8 +46,8 @@ def plural(count: int, noun: str, several: str = "") -> str:
 
 
 def capitalized(text: str) -> str:
-    """Return the text with a capital at its start: `Top-1 on test` for `top-1 on test`."""
-    return f"{text[:1].upper()}{text[1:]}"
+    """Return the text with a capital at its start, as `Top-1 on test`; an abbreviation such as `mAP` stays as it is."""
+    return text if text[1:2].isupper() else f"{text[:1].upper()}{text[1:]}"
 
 
 def format_percent(value: float | None, digits: int = 2) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from petune.base.text import plural
+from petune.base.text import capitalized, plural
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,10 @@ from petune.base.text import plural
 )
 def test_a_noun_agrees_with_its_count(count: int, noun: str, several: str, text: str) -> None:
     assert plural(count, noun, several) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("top-1 on test", "Top-1 on test"), ("mAP", "mAP"), ("R²", "R²"), ("", "")]
+)
+def test_an_abbreviation_keeps_its_first_letter(text: str, expected: str) -> None:
+    assert capitalized(text) == expected
