@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,9 +55,33 @@ def module_of(file: Path) -> str:
 MODULES = {module_of(file): file for file in FILES}
 
 
-def imports(file: Path) -> Iterator[str]:
+@dataclass(frozen=True)
+class Source:
+    """Facts about a file: its docstring, the petune modules that it imports, the functions that it calls."""
+
+    docstring: str | None
+    imports: frozenset[str]
+    calls: frozenset[str]
+    raised: frozenset[str]
+
+
+@cache
+def source_of(file: Path) -> Source:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = [*ast.walk(tree)]
+    calls = {node.func for node in nodes if isinstance(node, ast.Call)}
+    raised = {node.exc for node in nodes if isinstance(node, ast.Raise) and node.exc is not None}
+    return Source(
+        ast.get_docstring(tree),
+        frozenset(imports(file, nodes)),
+        frozenset(map(ast.unparse, calls)),
+        frozenset(map(ast.unparse, raised)),
+    )
+
+
+def imports(file: Path, nodes: list[ast.AST]) -> Iterator[str]:
     """Yield the petune modules that a file imports, inside functions and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "petune")
         elif isinstance(node, ast.ImportFrom):
@@ -76,26 +102,28 @@ def test_petune_has_twelve_rooms_and_all_files_are_found() -> None:
     assert len(FILES) > 100
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if room_of(f) != "petune"], ids=shown)
-def test_imports_go_down(file: Path) -> None:
-    room = room_of(file)
-    targets = {name.split(".")[1] if "." in name else "petune" for name in imports(file)}
-    assert targets - {room} <= MAY_IMPORT[room]
+def test_imports_go_down() -> None:
+    upward: dict[str, set[str]] = {}
+    for file in FILES:
+        room = room_of(file)
+        targets = {name.split(".")[1] if "." in name else "petune" for name in source_of(file).imports}
+        if room != "petune" and not targets - {room} <= MAY_IMPORT[room]:
+            upward[shown(file)] = targets - {room} - MAY_IMPORT[room]
+    assert upward == {}
 
 
 def test_there_is_no_circle_among_files() -> None:
-    graph = {name: {*imports(file)} - {name, "petune"} for name, file in MODULES.items() if name != "petune"}
+    graph = {name: {*source_of(file).imports} - {name, "petune"} for name, file in MODULES.items() if name != "petune"}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("file", FILES, ids=shown)
-def test_files_have_a_subject(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert file.stem not in {"utils", "util", "common", "helpers", "misc"}
-    assert ast.get_docstring(ast.parse(text)), "the first line says what the file is about"
+def test_files_have_a_subject() -> None:
+    """A name that says something, and a docstring that says what the file is about."""
+    assert [shown(file) for file in FILES if file.stem in {"utils", "util", "common", "helpers", "misc"}] == []
+    assert [shown(file) for file in FILES if not source_of(file).docstring] == []
 
 
 def test_files_stay_short() -> None:
@@ -110,10 +138,7 @@ def test_files_stay_short() -> None:
 PRINTS = {"print", "exit", "quit", "sys.exit", "sys.stdout.write", "sys.stderr.write", "rich.print"}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if room_of(f) != "cli" and f.name != "__main__.py"], ids=shown)
-def test_only_the_command_line_prints_or_exits(file: Path) -> None:
-    nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
-    calls = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
-    raised = [ast.unparse(node.exc) for node in nodes if isinstance(node, ast.Raise) and node.exc is not None]
-    assert not PRINTS & {*calls}
-    assert not [text for text in raised if "SystemExit" in text]
+def test_only_the_command_line_prints_or_exits() -> None:
+    files = [file for file in FILES if room_of(file) != "cli" and file.name != "__main__.py"]
+    assert {shown(file) for file in files if PRINTS & source_of(file).calls} == set()
+    assert {shown(file) for file in files for text in source_of(file).raised if "SystemExit" in text} == set()

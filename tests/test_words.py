@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 READS_OLD_FILES = {"migrations", "test_migrations", "peft_type"}
@@ -33,6 +32,15 @@ def shown(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
+@cache
+def names_and_docstrings(file: Path) -> tuple[set[str], list[str]]:
+    """The names that a file gives to something, in lower case without underscores, and its docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    return {name.strip("_").lower() for name in names_in(tree)}, docstrings
+
+
 def names_in(tree: ast.AST) -> Iterator[str]:
     """Yield every name that the code gives to something: functions, classes, arguments, variables, attributes."""
     for node in ast.walk(tree):
@@ -52,23 +60,20 @@ def test_there_is_something_to_check() -> None:
     assert len(TEMPLATES) >= 4
 
 
-@pytest.mark.parametrize("file", [f for f in CODE if f.stem not in READS_OLD_FILES], ids=shown)
-def test_no_name_is_a_retired_word(file: Path) -> None:
-    names = {name.strip("_").lower() for name in names_in(ast.parse(file.read_text(encoding="utf-8")))}
-    assert not names & NAMES
+def test_no_name_is_a_retired_word() -> None:
+    files = [file for file in CODE if file.stem not in READS_OLD_FILES]
+    found = {shown(file): names_and_docstrings(file)[0] & NAMES for file in files}
+    assert {file: names for file, names in found.items() if names} == {}
 
 
-@pytest.mark.parametrize("file", [*CODE, *PAGES, *TEMPLATES], ids=shown)
-def test_no_text_says_a_retired_word(file: Path) -> None:
-    if file.stem in READS_OLD_FILES:
-        return
-    lines = file.read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if TEXTS.search(line)] == []
+def test_no_text_says_a_retired_word() -> None:
+    files = [file for file in (*CODE, *PAGES, *TEMPLATES) if file.stem not in READS_OLD_FILES]
+    texts = {shown(file): file.read_text(encoding="utf-8") for file in files}
+    found = {file: [line for line in text.splitlines() if TEXTS.search(line)] for file, text in texts.items()}
+    assert {file: lines for file, lines in found.items() if lines} == {}
 
 
-@pytest.mark.parametrize("file", CODE, ids=shown)
-def test_docstrings_open_with_a_verb_or_a_noun(file: Path) -> None:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    opened = [(ast.get_docstring(node) or "").split(" ")[0] for node in ast.walk(tree) if isinstance(node, kinds)]
-    assert not {"What", "Whether", "Of", "Where", "How", "That", "Those", "Why"} & {*opened}
+def test_docstrings_open_with_a_verb_or_a_noun() -> None:
+    wrong = {"What", "Whether", "Of", "Where", "How", "That", "Those", "Why"}
+    found = {shown(file): {text.split(" ")[0] for text in names_and_docstrings(file)[1]} & wrong for file in CODE}
+    assert {file: words for file, words in found.items() if words} == {}
