@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 .PHONY: backbones demo docs test quick test-all check format lint types faults speed clean
 
 # One thread in each of two processes: the tests are small, and more threads slow them down.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
 
