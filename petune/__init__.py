@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     from petune.sites.find import find_sites as find_sites
     from petune.sites.site import Block as Block, Site as Site, Sites as Sites
     from petune.training.config import TrainConfig as TrainConfig
+    from petune.training.dense_head import DenseHead as DenseHead, add_dense_head as add_dense_head
     from petune.training.events import EpochEnded as EpochEnded, Note as Note, StepDone as StepDone
     from petune.training.meter import Meter as Meter, TorchMeter as TorchMeter
     from petune.training.task import Task as Task, TaskConfig as TaskConfig
@@ -136,6 +137,7 @@ _PUBLIC = {
     "sites.find": "find_sites",
     "sites.site": "Block Site Sites",
     "training.config": "TrainConfig",
+    "training.dense_head": "DenseHead add_dense_head",
     "training.events": "EpochEnded Note StepDone",
     "training.meter": "Meter TorchMeter",
     "training.task": "Task TaskConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from petune.backbones.input_channels import RGB_CHANNELS
 from petune.backbones.weights import load_adapters
 from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
+from petune.base.plugins import plugin_errors
 from petune.base.text import plural
 from petune.data import Dataset, Preprocess, load_dataset
 from petune.data.folds import fold_of
@@ -40,7 +41,7 @@ from petune.training.events import Note, Watch, ignore
 from petune.training.precision import choose_device
 from petune.training.stop import StopFlag
 from petune.training.task import Task
-from petune.training.task_registry import describe_task, fitted_task
+from petune.training.task_registry import TASKS, describe_task, fitted_task
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of the channels, for pixels in [0, 1]."""
@@ -241,7 +242,7 @@ def prepare_backbone(
         channels: See `backbone_channels`.
         keep_head: Keep the head of the weights where it has the same classes.
     """
-    return create_backbone(
+    backbone = create_backbone(
         config.backbone,
         weights=config.weights,
         num_classes=task.num_outputs(),
@@ -251,9 +252,20 @@ def prepare_backbone(
         head=config.head,
         seed=initial.seed,
         initial_classes=initial.num_classes,
-        keep_head_of=task.target.classes if keep_head else None,
+        keep_head_of=task.target.classes if keep_head and not task.has_own_head else None,
         channels=channels,
     )
+    return with_head_of(task, backbone, initial.seed)
+
+
+def with_head_of(task: Task[Any], backbone: Backbone, seed: int) -> Backbone:
+    """Return the backbone with the head of a task.
+
+    Raises:
+        PluginError: The task of a plugin fails.
+    """
+    with plugin_errors(TASKS, task.name, type(task), "added its head"):
+        return replace(backbone, model=task.add_head(backbone.model, seed))
 
 
 def choose_preprocess(

@@ -17,7 +17,7 @@ from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe
 from petune.runner.input_tokens import warn_of_tokens
-from petune.runner.prepare import check_channels
+from petune.runner.prepare import check_channels, with_head_of
 from petune.runner.provenance import forward_flops
 from petune.runner.run_config import RunConfig
 from petune.sites.find import find_sites
@@ -77,6 +77,7 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
             head=config.head,
             channels=None if config.channels == RGB_CHANNELS else config.channels,
         )
+        backbone = with_head_of(task, backbone, seed=0)
         sites = find_sites(backbone.model)
         check_channels(sites.input_size[0], config.channels or RGB_CHANNELS)
         flops = forward_flops(backbone.model, sites.input_size)

@@ -11,6 +11,7 @@ from petune.backbones.create import Backbone, create_backbone
 from petune.base.errors import CheckpointError, PluginError, UnknownName, WeightsUnavailable
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
+from petune.runner.prepare import with_head_of
 from petune.runner.run_adapter import InitialValues, read_run_adapter, user_code_of
 from petune.training.task import Task
 from petune.training.task_registry import restore_task
@@ -68,7 +69,7 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
         check_no_user_code(saved, str(saved.path))
     metadata = saved.config["metadata"]
     recorded = metadata["backbone"]
-    num_outputs = task_of(saved).num_outputs()
+    task = task_of(saved)
     try:
         initial = InitialValues.of(saved)
         arguments: dict[str, Any] = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
@@ -79,7 +80,7 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
     try:
-        return create_backbone(name, weights=source, num_classes=num_outputs, **arguments)
+        backbone = create_backbone(name, weights=source, num_classes=task.num_outputs(), **arguments)
     except WeightsUnavailable as error:
         if weights is not None:
             raise
@@ -88,6 +89,7 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
             "weights=…",
             cli_hint="Name them with --weights",
         ) from error
+    return with_head_of(task, backbone, initial.seed)
 
 
 def task_of(saved: SavedAdapter) -> Task[Any]:

@@ -31,7 +31,8 @@ What the targets are depends on `target_kind`; a dataset of another kind is refu
 - `number`: float64 (B, K), numbers.
 - `mask`: uint8 (B, S, S), a class for each pixel, or `target.ignore_index`.
 
-Outputs are what the head returns, (B, `num_outputs()`), in float32.
+Outputs are what the head returns, (B, `num_outputs()`), in float32. A task that needs another head than a classifier
+defines `add_head`; with `petune.add_dense_head` the outputs are (B, `num_outputs()`, S, S), for each pixel.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from petune.data.dataset import Split
 from petune.data.target import Target, TargetKind
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from petune.training.meter import Meter
 
@@ -152,6 +153,24 @@ class Task(Generic[ConfigT]):
     def num_outputs(self) -> int:
         """Return the outputs of the head; by default one per name of the targets."""
         return len(self.target.names)
+
+    def add_head(self, model: nn.Module, seed: int) -> nn.Module:
+        """Return a model with the task's head; by default it is the classifier, so the model is returned as it is.
+
+        A method is attached to what this returns, and `find_sites` must find the new head in it as `sites.head`; a
+        `get_classifier()` of the model names it. The backbone's own tensors must keep their names. It is called with
+        weights loaded, and with the model on the meta device for a preview.
+
+        Args:
+            model: With a new classifier of `num_outputs()` outputs, and nothing attached.
+            seed: Of the head's initial values.
+        """
+        return model
+
+    @property
+    def has_own_head(self) -> bool:
+        """True for a task that defines `add_head`."""
+        return type(self).add_head is not Task.add_head
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return one loss per image, float32 (B,). Training minimizes their mean.
