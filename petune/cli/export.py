@@ -20,12 +20,19 @@ Format = Annotated[
         "--format", metavar="torch|onnx|safetensors", help="File format.  [default: by the extension of FILE]"
     ),
 ]
+WithPreprocessing = Annotated[
+    bool,
+    typer.Option(
+        "--with-preprocessing", help="Put the preprocessing into the ONNX program: it takes images of any size."
+    ),
+]
 
 
 def export(
     source: Source,
     file: File,
     format: Format = None,
+    with_preprocessing: WithPreprocessing = False,
     weights: Weights = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -39,17 +46,24 @@ def export(
     from petune.serving.export import export as export_model
 
     exported = export_model(
-        user_path(source), user_path(file), format=format, weights=weights, trust_remote_code=trust_remote_code
+        user_path(source),
+        user_path(file),
+        format=format,
+        with_preprocessing=with_preprocessing,
+        weights=weights,
+        trust_remote_code=trust_remote_code,
     )
     if json:
         print_json(asdict(exported))
         return
     adapters = "merged into the weights" if exported.merged else f"not merged ({exported.reason})"
-    print_facts(
-        (
-            ("output", f"{one_line(exported.output)}  {format_size(exported.bytes)}"),
-            ("method", one_line(exported.method)),
-            ("adapters", adapters),
-            ("difference", f"{exported.difference:.1e} of the largest logit, in batches of 1, 2 and 5"),
-        )
-    )
+    facts = [
+        ("output", f"{one_line(exported.output)}  {format_size(exported.bytes)}"),
+        ("method", one_line(exported.method)),
+        ("adapters", adapters),
+    ]
+    images = "in batches of 1, 2 and 5"
+    if exported.pixel_difference is not None:
+        images = "over images of four sizes"
+        facts.append(("preprocessing", f"in the file; pixels differ by {exported.pixel_difference:.1e} of 255 levels"))
+    print_facts([*facts, ("difference", f"{exported.difference:.1e} of the largest logit, {images}")])

@@ -14,6 +14,7 @@ from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import NotMergeable, UnknownName, UsageError
 from petune.base.files import replace_file
+from petune.serving.export.image_check import ImageCheck
 from petune.serving.export.onnx_format import onnx_file
 from petune.serving.export.torch_format import torch_file
 from petune.serving.export.traced import OutputCheck
@@ -41,7 +42,9 @@ class Exported:
         merged: True if the adapters are merged into the weights; otherwise they are part of the program.
         reason: Why they are not merged.
         difference: Largest difference between the logits of the file and of the model, relative to the largest logit
-            (or 1), over random images in batches of 1, 2 and 5.
+            (or 1), over random images in batches of 1, 2 and 5; with preprocessing, over images of four sizes.
+        pixel_difference: With preprocessing, the largest difference between the pixels that the model gets, in levels
+            of 255.
     """
 
     output: str
@@ -51,6 +54,7 @@ class Exported:
     merged: bool
     reason: str
     difference: float
+    pixel_difference: float | None = None
 
 
 def export(
@@ -58,6 +62,7 @@ def export(
     out: str | Path,
     *,
     format: ExportFormat | None = None,
+    with_preprocessing: bool = False,
     weights: str | None = None,
     trust_remote_code: bool = False,
 ) -> Exported:
@@ -71,11 +76,14 @@ def export(
         path: A run directory, or an adapter directory.
         out: The file to create.
         format: None chooses by the extension of `out`.
+        with_preprocessing: Put the preprocessing into the program, so that it maps one image `image` of any size,
+            uint8 (height, width, 3), to logits (1, …). A model of other channels takes them in the type that it was
+            trained with. For `.onnx` only.
         weights: Where the backbone's weights are now; None takes them from where the run did.
         trust_remote_code: Allow a backbone that is built by the function `package.module:factory`.
 
     Raises:
-        UsageError: `out` exists, or has another extension.
+        UsageError: `out` exists, has another extension, or its format has no preprocessing.
         MissingExtra: ONNX needs packages that are not installed.
         NotMergeable: The method cannot be merged, and safetensors was requested.
         ExportError: The format cannot represent the model, or the file computes something else.
@@ -86,22 +94,29 @@ def export(
         path=(path, PathText),
         out=(out, PathText),
         format=(format, str | None),
+        with_preprocessing=(with_preprocessing, bool),
         weights=(weights, str | None),
         trust_remote_code=(trust_remote_code, bool),
     )
     file = expand_home(out)
     chosen = _choose_format(file, format)
+    if with_preprocessing and chosen != "onnx":
+        raise UsageError(
+            f"a file in format {chosen} has no preprocessing. Name a file that ends in .onnx",
+            cli_hint="Or leave out --with-preprocessing",
+        )
     restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name
-    channels = len(restored.metadata["preprocess"]["mean"])
-    check = OutputCheck.of(model, restored.backbone.image_size, channels)
+    transform = ImageTransform.from_metadata(restored.metadata)
+    check = OutputCheck.of(model, restored.backbone.image_size, len(transform.preprocess.mean))
+    images = ImageCheck.of(model, transform) if with_preprocessing else None
     reason = _merge(restored)
     if chosen == "safetensors" and reason:
         raise NotMergeable(f"{reason}. Name a file that ends in .pt2 or .onnx instead: these formats include adapters")
-    info = json.dumps(_info(restored, method, merged=not reason))
-    content, difference = _convert(chosen, model, check, info)
+    info = json.dumps(_info(restored, transform, method, merged=not reason, with_preprocessing=with_preprocessing))
+    content, difference, pixel_difference = _convert(chosen, model, check, info, images)
     replace_file(file, content)
-    return Exported(str(file), chosen, len(content), method, not reason, reason, difference)
+    return Exported(str(file), chosen, len(content), method, not reason, reason, difference, pixel_difference)
 
 
 def _choose_format(file: Path, format: ExportFormat | None) -> ExportFormat:
@@ -127,20 +142,23 @@ def _merge(restored: Restored) -> str:
     return ""
 
 
-def _convert(format: ExportFormat, model: nn.Module, check: OutputCheck, info: str) -> tuple[bytes, float]:
-    """Return the file, and its difference from the model."""
+def _convert(
+    format: ExportFormat, model: nn.Module, check: OutputCheck, info: str, images: ImageCheck | None
+) -> tuple[bytes, float, float | None]:
+    """Return the file, and its differences from the model and from its preprocessing."""
     if format == "torch":
-        return torch_file(model, check, info)
+        return *torch_file(model, check, info), None
     if format == "onnx":
-        return onnx_file(model, check, info)
+        return onnx_file(model, check, info, images)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    return save_tensors(tensors, metadata={"petune": info}), check.difference(model, "the merged model")
+    return save_tensors(tensors, metadata={"petune": info}), check.difference(model, "the merged model"), None
 
 
-def _info(restored: Restored, method: str, *, merged: bool) -> dict[str, Any]:
+def _info(
+    restored: Restored, transform: ImageTransform, method: str, *, merged: bool, with_preprocessing: bool
+) -> dict[str, Any]:
     """Describe the model, for users of the file and for `petune run --weights FILE`."""
     metadata, backbone, task = restored.metadata, restored.backbone, restored.task
-    transform = ImageTransform.from_metadata(metadata)
     return {
         "backbone": metadata["backbone"]["name"],
         "full_name": backbone.full_name,
@@ -150,6 +168,9 @@ def _info(restored: Restored, method: str, *, merged: bool) -> dict[str, Any]:
         "stored_size": transform.stored_size,
         "crop": transform.crop,
         "interpolation": "bicubic",
+        "channels": transform.form.channels,
+        "dtype": transform.form.dtype,
+        "with_preprocessing": with_preprocessing,
         "classes": metadata["classes"],
         "task": describe_task(task),
         "activation": ACTIVATIONS.get(task.name),
