@@ -24,6 +24,7 @@ from petune.data.images import num_threads
 from petune.data.policy import ImagePolicy
 from petune.data.preprocess import Preprocess, center_crop, read_images, to_device
 from petune.data.steps import StepConfig, steps_of
+from petune.data.workers import image_workers
 
 CPU = torch.device("cpu")
 AUGMENT_FORMAT = 1
@@ -169,7 +170,7 @@ class TrainBatches:
     def _epoch(self, epoch: int, start: int, part: Callable[[int], slice], positions_only: bool) -> Iterator[Batch]:
         order, number_of = self._order(epoch)
         numbers = (random_draws if self.policy is None else image_seeds)(self.seed, epoch, len(self.split))
-        with ThreadPoolExecutor(num_threads()) as pool:
+        with image_workers(num_threads()) as pool:
             for step in range(start, len(self)):
                 size = int(self.sizes[step])
                 chosen = slice(self.bounds[step], self.bounds[step + 1])

@@ -1,4 +1,4 @@
-"""Variants of torchvision's transforms that do to a mask what its image needs, and torchvision does not."""
+"""The variant of a transform of torchvision that does to a mask what its image needs, and torchvision does not."""
 
 from __future__ import annotations
 
@@ -7,20 +7,6 @@ from typing import Any
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-
-from petune.data.preprocess import resize_masks
-
-
-class ResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
-    """Crop and resize. A mask gets the class nearest to each pixel, where torchvision's is off by half a pixel."""
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crop an image, or the mask of the image before it."""
-        if not isinstance(inpt, tv_tensors.Mask):
-            return super().transform(inpt, params)
-        top, left, height, width = (params[key] for key in ("top", "left", "height", "width"))
-        part = inpt.as_subclass(Tensor)[..., top : top + height, left : left + width]
-        return tv_tensors.Mask(resize_masks(part, *self.size))
 
 
 class Erasing(v2.RandomErasing):  # type: ignore[misc]

@@ -9,17 +9,17 @@ Legend: C channels, H height, W width, S side of the model's input.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.base.config import shown
 from petune.base.errors import ConfigError, did_you_mean
 from petune.data.augment import PRESETS
-from petune.data.preprocess import resize_masks
+from petune.data.preprocess import resize_bicubic, resize_masks
 from petune.data.steps import RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, steps_of
 
 RANDOM_FUNCTIONS = frozenset({
@@ -28,6 +28,10 @@ RANDOM_FUNCTIONS = frozenset({
 })  # fmt: skip
 TRIAL_SIDE, TRIAL_IMAGES = 32, 4
 """Images that a list is tried on when it is configured."""
+
+
+Step = Callable[[Tensor, Tensor | None, torch.Generator], tuple[Tensor, Tensor | None]]
+"""Augments an image (C, H, W) and its mask (H, W), with random numbers of the generator."""
 
 
 class OwnGenerator(TorchFunctionMode):
@@ -62,7 +66,7 @@ class ImagePolicy:
     def __init__(self, augment: str | Sequence[StepConfig], image_size: int, ignore_index: int) -> None:
         steps = steps_of(augment) or []
         self.image_size = image_size
-        self.transforms = [build_step(name, arguments, image_size, ignore_index) for name, arguments in steps]
+        self.steps = [_step(build_step(name, arguments, image_size, ignore_index)) for name, arguments in steps]
         self.crops = any(name == RESIZED_CROP for name, _ in steps)
 
     def __call__(self, image_CHW: Tensor, mask_HW: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -76,22 +80,35 @@ class ImagePolicy:
         Returns:
             The image (C, S, S) in the type it came in, and the mask (S, S).
         """
-        from torchvision import tv_tensors
-
         is_float = image_CHW.is_floating_point()
-        image = image_CHW / 255 if is_float else image_CHW  # as torchvision takes it
-        if not self.crops and image.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            image = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
-        sample: Any = tv_tensors.Image(image)
-        if mask_HW is not None:
-            sample = sample, tv_tensors.Mask(resize_masks(mask_HW, *image.shape[-2:]))
-        with OwnGenerator(torch.Generator().manual_seed(seed)):
-            for transform in self.transforms:
-                sample = transform(sample)
-        image, mask = (sample, None) if mask_HW is None else sample
-        image = image.as_subclass(Tensor)
-        return image * 255 if is_float else image, None if mask is None else mask.as_subclass(Tensor)
+        image, mask = image_CHW / 255 if is_float else image_CHW, mask_HW  # as torchvision takes it
+        if not self.crops:
+            image = resize_bicubic(image, (self.image_size, self.image_size))
+        if mask is not None:
+            mask = resize_masks(mask, *image.shape[-2:])
+        generator = torch.Generator().manual_seed(seed)
+        for step in self.steps:
+            image, mask = step(image, mask, generator)
+        return image * 255 if is_float else image, mask
+
+
+def _step(transform: Any) -> Step:
+    from petune.data.crop_and_flip import HorizontalFlip, ResizedCrop, VerticalFlip
+
+    is_own = isinstance(transform, ResizedCrop | HorizontalFlip | VerticalFlip)
+    return transform.augment if is_own else partial(_by_torchvision, transform)
+
+
+def _by_torchvision(
+    transform: Callable[[Any], Any], image_CHW: Tensor, mask_HW: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    from torchvision import tv_tensors
+
+    with OwnGenerator(generator):
+        if mask_HW is None:
+            return transform(tv_tensors.Image(image_CHW)).as_subclass(Tensor), None
+        image, mask = transform((tv_tensors.Image(image_CHW), tv_tensors.Mask(mask_HW)))
+    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
 def check_augment(augment: str | Sequence[StepConfig], also: Sequence[str] = ()) -> None:

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H height, W width, S side of the input.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,9 @@ class Preprocess:
         if len(self.mean) == 1 and x_BCHW.shape[1] == 3:
             x_BCHW = to_gray(x_BCHW)
         statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, -1, 1, 1) * 255
-        return torch.sub(x_BCHW, statistics[0], out=out).div_(statistics[1])
+        if out is None:
+            return torch.sub(x_BCHW, statistics[0]).div_(statistics[1])
+        return out.copy_(x_BCHW).sub_(statistics[0]).div_(statistics[1])  # a subtraction from uint8 is slower
 
 
 def read_images(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -99,6 +102,18 @@ def center_crop(x: Tensor, share: float) -> Tensor:
     side = math.floor(stored * share)
     start = (stored - side) // 2
     return x[..., start : start + side, start : start + side]
+
+
+def resize_bicubic(image_CHW: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize an image, bicubic with antialiasing; uint8 stays uint8.
+
+    torch's kernel for uint8 wants the channels of a pixel next to each other. It would copy any other image, and the
+    result once more.
+    """
+    if image_CHW.shape[-2:] == (*size,):
+        return image_CHW
+    x = image_CHW[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(x, [*size], mode="bicubic", antialias=True)[0]
 
 
 def resize_masks(masks: Tensor, height: int, width: int) -> Tensor:

@@ -97,7 +97,7 @@ def _name_and_arguments(step: Any) -> tuple[str, dict[str, Any]]:
 
 
 def build_step(name: str, arguments: Mapping[str, Any], image_size: int, ignore_index: int) -> Any:
-    """Return a transform of torchvision.transforms.v2.
+    """Return a transform of torchvision.transforms.v2, or petune's own variant of it.
 
     Args:
         name, arguments: The step.
@@ -110,17 +110,19 @@ def build_step(name: str, arguments: Mapping[str, Any], image_size: int, ignore_
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
-    from petune.data import mask_steps
+    from petune.data import crop_and_flip, mask_steps
 
     if name not in STEPS:
         raise ConfigError(f"no such augmentation: {name}{did_you_mean(name, list(STEPS))}")
     kind = STEPS[name]
     transform = getattr(v2, kind.transform)
-    with_masks: dict[str, Any] = {
-        RESIZED_CROP: mask_steps.ResizedCrop,
+    own: dict[str, Any] = {
+        RESIZED_CROP: crop_and_flip.ResizedCrop,
+        "horizontal_flip": crop_and_flip.HorizontalFlip,
+        "vertical_flip": crop_and_flip.VerticalFlip,
         ERASING: partial(mask_steps.Erasing, ignore_index),
     }
-    build = with_masks.get(name, transform)
+    build = own.get(name, transform)
     known = [key for key in inspect.signature(transform).parameters if key not in kind.fixed]
     for key in arguments:
         if key in kind.fixed:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from petune.data.augment import image_seeds
 from petune.data.batches import TrainBatches, eval_batches
@@ -78,6 +79,28 @@ def test_a_mask_moves_with_its_image(name: str) -> None:
         assert agreement > 0.97, seed
         if name != "random_erasing":
             assert (moved[0][~seen] <= 30).all()
+
+
+def test_crops_and_flips_are_those_of_torchvision() -> None:
+    """They draw the same random numbers and give the same pixels, also where no crop of that ratio fits."""
+    for scale, ratio, mode in (
+        ([0.2, 1], [0.5, 2], "bicubic"),
+        ([1, 1], [3, 4], "bicubic"),
+        ([1, 1], [0.2, 1], "bilinear"),
+    ):
+        crop = {"scale": scale, "ratio": ratio}
+        resized_crop = {"random_resized_crop": {**crop, "interpolation": mode}}
+        steps: list[StepConfig] = [resized_crop, "horizontal_flip", {"vertical_flip": {"p": 0.3}}]
+        theirs = v2.Compose([
+            v2.RandomResizedCrop((32, 32), **crop, interpolation=v2.InterpolationMode(mode)),
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(0.3),
+        ])  # fmt: skip
+        for seed, image in enumerate([_image(), _image(1), _image(side=9), _image(side=32), _image(4)] * 3):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                expected = theirs(image)
+            assert torch.equal(_augmented(steps, image, seed)[0], expected), (crop, seed)
 
 
 def test_what_is_rotated_into_a_mask_or_erased_is_ignored() -> None:
