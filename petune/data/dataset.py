@@ -158,9 +158,9 @@ class Dataset:
         if not len(self.train):
             raise DataError(f"{self.name} has no training images")
         if not len(self.test):
+            few = "groups" if self.train.groups is not None else "different images"
             raise DataError(
-                f"{self.name} has no test images. A test split can only be cut from classes with at least two "
-                "different images"
+                f"{self.name} has no test images. A test split can only be cut from classes with at least two {few}"
             )
         _check_groups(self.name, splits)
         return self
@@ -196,10 +196,10 @@ class Dataset:
             return self
         in_val = held_out(self.train.samples(self.target.kind), fraction, seed)
         if not in_val.any() or in_val.all():
+            few = "groups" if self.train.groups is not None else "different images"
             raise ConfigError(
                 f"val_fraction={fraction} of {plural(len(self.train), 'training image')} leaves a split empty. A "
-                "class needs two different images, besides those cut for test, to give one to val. Add "
-                "images, or a val folder"
+                f"class needs two {few}, besides those cut for test, to give one to val. Add images, or a val split"
             )
         train, val = (self.train.take(np.flatnonzero(mask)) for mask in (~in_val, in_val))
         cut = replace(self, train=train, val=val)

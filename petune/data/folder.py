@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.base.text import plural
-from petune.data.bands import RGB, ImageForm, form_of_all
+from petune.data.band_files import form_of_all
+from petune.data.bands import RGB, ImageForm
 from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
 from petune.data.dataset import TEST_FRACTION, Dataset, OnBroken, Split, Target
 from petune.data.doubtful_classes import names_of_splits_note

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
-from petune.data.bands import ARRAY_SUFFIXES, RGB, TIFF_SUFFIXES, ImageForm, as_image, bands_square, preview, read_bands
+from petune.data.band_files import ARRAY_SUFFIXES, TIFF_SUFFIXES, preview, read_bands
+from petune.data.bands import RGB, ImageForm, as_image, bands_square
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +79,7 @@ def decode_images(
         paths: N files.
         out: (N, S, S, C), of the type and channels of `form`, filled here.
         skip: Leave images black that cannot be decoded, instead of raising.
-        form: See `petune.data.bands.form_of_all`.
+        form: See `petune.data.band_files.form_of_all`.
 
     Returns:
         With `skip`, the positions of the images that cannot be decoded, and why.

@@ -12,7 +12,8 @@ from PIL import Image
 
 from petune.base.errors import DataError
 from petune.data import Split, load_dataset
-from petune.data.bands import RGB, ImageForm, bands_square, form_of, form_of_all, read_bands
+from petune.data.band_files import form_of, form_of_all, read_bands
+from petune.data.bands import RGB, ImageForm, bands_square
 from petune.data.check import check_dataset
 from petune.data.images import decode_image, supported_suffixes
 

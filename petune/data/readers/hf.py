@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from petune.data.manifest import Manifest, digest, file_digest
 from petune.data.reader import DatasetReader, LabeledFiles, ReadContext
 from petune.data.tables.assemble import load_plan
 from petune.data.tables.columns import image_column, target_columns
-from petune.data.tables.hf_table import HfTable, splits_by_name, store_streams, without_hidden
+from petune.data.tables.hf_table import HfTable, check_same_features, splits_by_name, store_streams, without_hidden
 from petune.data.tables.joined import JoinedTable
 from petune.data.tables.labeled import labeled_rows
 from petune.data.tables.options import ColumnOptions, Name
@@ -131,13 +132,19 @@ class HfReader(DatasetReader[HfConfig]):
             check_hub(self.argument_value, self.config.revision)
         try:
             if self.path is not None and (self.path / "dataset_dict.json").is_file():
+                _check_saved_splits(self.path)
                 return dict(datasets.load_from_disk(str(self.path)))
             if self.path is not None and (self.path / "state.json").is_file():
                 return {"train": datasets.load_from_disk(str(self.path))}
+            if self.path is not None:
+                check_same_features(sorted(self.path.rglob("*.parquet")), self._title)
             name = str(self.path or self.argument_value)
             config, revision = self.config.config, self.config.revision
             return dict(datasets.load_dataset(name, config, revision=revision, streaming=self.config.streaming))
+        except DataError:
+            raise
         except Exception as error:  # datasets, Arrow and the Hub raise dozens of types
+            error = error if error.__cause__ is None else error.__cause__  # type: ignore[assignment]
             reason = " ".join(str(error).split())[:400] or type(error).__name__
             raise DataError(f"cannot read {self._title}: {reason}") from None
 
@@ -193,6 +200,14 @@ def check_hub(name: str, revision: str | None) -> None:
         raise DataError(f"no folder and no dataset of the Hub: {name!r}. Write hf:DIR or hf:OWNER/NAME") from None
     except (HfHubHTTPError, OSError) as error:
         raise DataError(f"{hub_url()} answered with {' '.join(str(error).split())[:300]}. Try again later") from None
+
+
+def _check_saved_splits(path: Path) -> None:
+    """Check that no split that `save_to_disk` wrote is empty: `datasets` writes it, and then cannot read it."""
+    for split in json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]:
+        state = json.loads((path / split / "state.json").read_text(encoding="utf-8"))
+        if not state["_data_files"]:
+            raise DataError(f"hf:{path}: the split {split} is empty. Save the dataset without it")
 
 
 def _check_folder(path: Path) -> None:

@@ -151,7 +151,7 @@ def _decode(
     try:
         with np.load(file) as arrays:
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{file} is not a file of MedMNIST: {reason}. Download it again") from None
     columns = len(target.names) if target.kind == "multi_hot" else 1
@@ -161,6 +161,8 @@ def _decode(
             f"{file}: {part} has images of shape {images.shape} ({images.dtype}) and labels of shape {labels.shape}, "
             f"not {len(images)} images of {side}x{side} (uint8) with {columns} labels each. Download it again"
         )
+    if labels.dtype.kind not in "iub":
+        raise DataError(f"{file}: {part} has labels of type {labels.dtype}, not whole numbers. Download it again")
     out = allocate(len(images), side)
     for start in range(0, len(images), CHUNK):
         chunk = images[start : start + CHUNK]

@@ -25,6 +25,7 @@ from petune.data.manifest import Manifest, file_entry
 from petune.data.reader import DatasetReader, LabeledFiles, ReadContext, ReaderConfig
 
 FORMAT = 1
+MAX_CLASSES = 100_000
 LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 BOTH = "train800val200.txt"
 CITATION = "Zhai et al., A Large-scale Study of Representation Learning with VTAB (2019), arXiv:1910.04867"
@@ -69,7 +70,7 @@ class VtabReader(DatasetReader[ReaderConfig]):
         read = partial(_read, folder=folder, side=context.image_size)
         thousand, test = read(both), read(lists["test"])
         name = f"{self.name or 'vtab'}:{self.argument_value}"
-        return Dataset(
+        dataset = Dataset(
             name,
             _target(lists),
             str(folder),
@@ -81,6 +82,7 @@ class VtabReader(DatasetReader[ReaderConfig]):
             refit=True,
             may_lack_classes=True,
         )
+        return dataset.with_note(_unused_note(lists))
 
     def manifest(self, data_dir: Path | None) -> Manifest:
         """Return names and sizes of the images by split and class; empty if the folder does not exist here."""
@@ -130,6 +132,14 @@ def _target(lists: dict[str, _Listed]) -> Target:
     return Target("class", tuple(map(str, range(count))))
 
 
+def _unused_note(lists: dict[str, _Listed]) -> str:
+    """Tell classes without an image in any list, such as 0 where someone counted from 1."""
+    used = np.unique(np.concatenate([listed.labels for listed in lists.values()]))
+    unused = sorted({*range(int(used.max()))} - {*used.tolist()})
+    shown = ", ".join(map(str, unused[:5])) + (f" and {len(unused) - 5:,} more" if len(unused) > 5 else "")
+    return f"no image of {'class' if len(unused) == 1 else 'classes'} {shown} in any list" if unused else ""
+
+
 def _read_list(folder: Path, name: str) -> _Listed:
     """Read one list; paths are those of images in the folder, or in its folder `images`."""
     file = folder / name
@@ -146,6 +156,8 @@ def _read_list(folder: Path, name: str) -> _Listed:
         image, _, label = line.strip().rpartition(" ")
         if not image or not label.isdecimal():
             raise DataError(f"{file}, line {number}: {line!r} is not a path and the number of a class")
+        if len(label) > len(str(MAX_CLASSES)) or int(label) >= MAX_CLASSES:
+            raise DataError(f"{file}, line {number}: class {label} is too large a number. Classes are counted from 0")
         images.append(image.strip())
         labels.append(int(label))
     return _Listed(_existing(folder, images, file), np.array(labels, np.int64))
@@ -162,10 +174,10 @@ def _existing(folder: Path, images: Sequence[str], file: Path) -> list[Path]:
 
 
 def _check_apart(folder: Path, lists: dict[str, _Listed]) -> None:
-    """Check that no image is in two lists, and that train800val200.txt, if there is one, joins the first two."""
+    """Check that no file is in two lists, and that train800val200.txt, if there is one, joins the first two."""
     listed: dict[Path, str] = {}
     for part, content in lists.items():
-        for path in content.files:
+        for path in (file.resolve() for file in content.files):
             if path in listed:
                 raise DataError(f"{path} is in {LISTS[part]} and in {LISTS[listed[path]]}. Remove one of the lines")
             listed[path] = part

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.base.text import plural
-from petune.data.bands import RGB, ImageForm, bands_square, form_of_all, is_channels_first, read_bands
+from petune.data.band_files import form_of, form_of_all, is_array_file, may_have_bands, read_bands
+from petune.data.bands import RGB, ImageForm, bands_square, is_channels_first
 from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, supported_suffixes
 from petune.data.tables.table import Content, Table, listed
 
@@ -51,13 +52,24 @@ class ImageColumn:
         """Yield the images in parts: paths, bytes or arrays (H, W) or (H, W, C).
 
         Raises:
-            DataError: A row has none.
+            DataError: A row has none, or some rows have paths and others do not.
         """
         row = 0
+        first: tuple[bool, int] | None = None
         for part in self.table.contents(self.name):
             contents = []
             for value in part:
-                contents.append(self._content(value, row))
+                content = self._content(value, row)
+                is_path = isinstance(content, Path)
+                first = first or (is_path, row)
+                if is_path != first[0]:
+                    paths, others = (first[1], row) if first[0] else (row, first[1])
+                    path_row, other_row = self.table.row_name(paths), self.table.row_name(others)
+                    raise DataError(
+                        f"{self.table.title}: {self.name} holds a path in {path_row}, but an image in {other_row}. "
+                        "Write all as paths, or embed all images"
+                    )
+                contents.append(content)
                 row += 1
             yield contents
 
@@ -87,7 +99,7 @@ class ImageColumn:
 
     @cached_property
     def form(self) -> ImageForm:
-        """Channels and type of all images: those of the files, or of the first array; bytes become RGB.
+        """Channels and type of all images: those of the files, or of the first image in the table.
 
         Raises:
             DataError: Two files differ.
@@ -95,6 +107,8 @@ class ImageColumn:
         if self.files is not None:
             return form_of_all(self.files)
         first = next((content for part in self.contents() for content in part), None)
+        if isinstance(first, bytes):
+            return form_of(first) or RGB
         if not isinstance(first, np.ndarray) or first.ndim != 3 or is_channels_first(first.shape):
             return RGB
         channels, is_float = first.shape[-1], first.dtype.kind == "f"
@@ -231,8 +245,11 @@ def _open(raw: bytes | NDArray[Any], content: Content) -> tuple[Image, int]:
     """Return an image, and the number of channels of an array; 0 for a file, which becomes RGB."""
     from PIL import Image
 
-    if isinstance(content, Path) and content.suffix.lower() == ".npy":
-        raw = np.load(io.BytesIO(raw), allow_pickle=False)  # type: ignore[arg-type]
+    if isinstance(content, Path | bytes) and is_array_file(content):
+        raw = read_bands(content)
+        form = ImageForm(raw.shape[-1], str(raw.dtype))
+        if raw.shape[-1] not in CHANNELS or raw.dtype == np.float32:
+            raise ValueError(f"it has {form}, not {RGB}")
     if isinstance(raw, bytes):
         return Image.open(io.BytesIO(raw)), 0
     array = raw[:, :, 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
@@ -244,14 +261,18 @@ def _open(raw: bytes | NDArray[Any], content: Content) -> tuple[Image, int]:
 
 
 def _bands(content: Content, side: int, form: ImageForm) -> NDArray[Any]:
-    if isinstance(content, bytes):
+    if isinstance(content, bytes) and not may_have_bands(content):
         raise ValueError(f"it is an encoded image, not {form}")
-    if isinstance(content, Path):
+    if isinstance(content, Path | bytes):
         return bands_square(read_bands(content), side, form)
     array = content[..., None] if content.ndim == 2 else content
     if form.dtype == "uint8" and array.dtype.kind in "iub":
         array = _to_uint8(array)
-    return bands_square(array.astype(form.dtype) if array.dtype.kind == "f" else array, side, form)
+    if array.dtype.kind == "f":
+        if form.dtype != "float32":
+            raise ValueError(f"it holds fractions, but the first array whole numbers ({form}). Write all as fractions")
+        array = array.astype(np.float32)
+    return bands_square(array, side, form)
 
 
 def _to_uint8(array: NDArray[Any]) -> NDArray[np.uint8]:

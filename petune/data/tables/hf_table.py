@@ -12,7 +12,7 @@ from typing import Any
 from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.manifest import digest
-from petune.data.tables.parquet import PART, arrow_contents, column_type
+from petune.data.tables.parquet import PART, arrow_contents, column_type, declared_features
 from petune.data.tables.table import ColumnType, Table, listed
 from petune.data.tables.targets import split_named
 
@@ -80,6 +80,32 @@ class HfTable:
         return digest([len(self), self._data.info.dataset_size, self._features])
 
 
+def check_same_features(files: Sequence[Path], title: str) -> None:
+    """Check that Parquet files of one dataset have the same columns and class names; `datasets` reads the first's only.
+
+    Raises:
+        DataError: Two files differ; the message names them.
+    """
+    import pyarrow.parquet as pq
+
+    first: dict[str, ColumnType] = {}
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except Exception:  # Arrow raises its own errors; `datasets` tells that the file is damaged
+            continue
+        features = declared_features(schema.metadata or {})
+        types = {field.name: column_type(field.type, features.get(field.name)) for field in schema}
+        first = first or types
+        other = next((name for name in {**first, **types} if first.get(name) != types.get(name)), None)
+        if other is not None:
+            problem = "has other types or classes" if other in first and other in types else "is not in both"
+            raise DataError(
+                f"{title}: the column {other} {problem} in {files[0].name} and {file.name}. Write the files with the "
+                "same columns, types and class names"
+            )
+
+
 def undecoded(data: Any) -> Any:
     """Return a dataset whose images are bytes or paths: `datasets` gives palette indices and CMYK as they are."""
     import datasets
@@ -96,10 +122,11 @@ def splits_by_name(splits: Mapping[str, Table], title: str) -> tuple[dict[str, T
     Raises:
         DataError: No split is for training, or two have the same meaning.
     """
+    unused = [f"{name} (empty)" for name, table in splits.items() if not len(table)]
+    splits = {name: table for name, table in splits.items() if len(table)}
     if len(splits) == 1:
-        return {"train": next(iter(splits.values()))}, ""
+        return {"train": next(iter(splits.values()))}, _unused_note(unused)
     named: dict[str, str] = {}
-    unused = []
     for name in splits:
         part = split_named(name)
         if part is None:
@@ -111,7 +138,11 @@ def splits_by_name(splits: Mapping[str, Table], title: str) -> tuple[dict[str, T
     if "train" not in named:
         raise DataError(f"{title} has no split for training. Splits: {listed(list(splits))}")
     found: dict[str, Table] = {part: splits[named[part]] for part in ("train", "val", "test") if part in named}
-    return found, f"splits not used: {listed(unused)}" if unused else ""
+    return found, _unused_note(unused)
+
+
+def _unused_note(unused: Sequence[str]) -> str:
+    return f"splits not used: {listed(unused)}" if unused else ""
 
 
 def without_hidden(parts: dict[str, Table], label: str | None) -> tuple[dict[str, Table], str]:

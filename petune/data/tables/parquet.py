@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,9 @@ class ParquetTable:
             self._file = pq.ParquetFile(path, memory_map=True)
         except Exception as error:  # Arrow raises its own errors below RuntimeError, MemoryError and others
             raise _unreadable(self.path, error) from None
+        twice = [name for name, count in Counter(self.columns).items() if count > 1]
+        if twice:
+            raise DataError(f"{path} has two columns called {twice[0]}. Give them different names")
 
     @property
     def title(self) -> str:

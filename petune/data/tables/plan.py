@@ -149,8 +149,7 @@ def _split_column(table: Table, options: ColumnOptions) -> tuple[str | None, str
     called = next((column for column in table.columns if column.casefold() == "split"), None)
     if called is None:
         return None, ""
-    values = {str(value) for value in table.values(called)}
-    if all(split_named(value) for value in values) and "train" in map(split_named, values):
+    if any(split_named(str(value)) for value in table.values(called)):
         return called, ""
     return None, f"the column {called} is not used, because its values name no splits"
 

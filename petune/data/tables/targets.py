@@ -143,17 +143,45 @@ def _encode_lists(table: Table, column: str, declared: tuple[str, ...] | None, o
                 f"{table.title}, {table.row_name(row)}: {column} holds an empty or unknown label: {value!r}"
             )
         rows.append([(declared or ())[item] for item in items] if has_names else [_text(item) for item in items])
+    if not has_names and _are_flags(table, column):
+        return _encode_flag_lists(table, column, rows, declared)
+    twice = next((i for i, row in enumerate(rows) if len({*row}) < len(row)), None)
+    if twice is not None:
+        raise DataError(f"{table.title}, {table.row_name(twice)}: {column} holds a label twice: {rows[twice]}")
     names = declared or tuple(natural_order({name for row in rows for name in row}))
     number = _number_of(table, column, names, [name for row in rows for name in row])
     hot = np.zeros((len(rows), len(names)), np.uint8)
     for row, labels in enumerate(rows):
         hot[row, [number[name] for name in labels]] = 1
-    without = int((hot.sum(1) == 0).sum())
-    notes = [
-        f"{plural(without, 'image')} without any label" if without else "",
-        "" if declared else _similar_note(names),
-    ]
+    notes = [_without_label_note(hot), "" if declared else _similar_note(names)]
     return Encoded(Target("multi_hot", names), hot, "; ".join(filter(None, notes)))
+
+
+def _are_flags(table: Table, column: str) -> bool:
+    """Return True for lists of one length that hold 0 and 1 only, and one of them twice: no list of labels does."""
+    values = table.values(column)
+    if not all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
+        return False
+    numbers = {type(item) in {int, bool, float} and item in {0, 1} for value in values for item in value}
+    return numbers == {True} and any(len({*value}) < len(value) for value in values)
+
+
+def _encode_flag_lists(table: Table, column: str, rows: list[list[str]], declared: tuple[str, ...] | None) -> Encoded:
+    """Encode lists with a 0 or 1 for each class, whose names have to be declared."""
+    num_classes = len(rows[0])
+    if declared is None or len(declared) != num_classes:
+        wrong = f", and classes names {len(declared)}" if declared else ""
+        raise DataError(
+            f"{table.title}: {column} holds lists of 0 and 1, one for each of {num_classes} classes{wrong}. Name them "
+            "in order: classes=[a, b, …]"
+        )
+    hot = np.array([[int(TRUTH[item]) for item in row] for row in rows], np.uint8)
+    return Encoded(Target("multi_hot", declared), hot, _without_label_note(hot))
+
+
+def _without_label_note(hot: NDArray[np.uint8]) -> str:
+    without = int((hot.sum(1) == 0).sum())
+    return f"{plural(without, 'image')} without any label" if without else ""
 
 
 def _encode_flags(table: Table, columns: Sequence[str]) -> Encoded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,7 @@ class WdsTable:
         self._shards = [_index(file, *file_key(file)[1:]) for file in files]
         self._rows = [(shard, key) for shard in self._shards for key in shard.samples]
         self._splits = _splits_of(files)
-        found = dict.fromkeys(name for shard, key in self._rows for name in shard.samples[key])
+        found = _merged_images([shard.samples[key] for shard, key in self._rows])
         self.columns = (*found, *([SPLIT] if self._splits and SPLIT not in found else []))
 
     def __len__(self) -> int:
@@ -89,8 +90,8 @@ class WdsTable:
                 with tarfile.open(shard.file) as tar:
                     for member in tar:
                         key, extension = _split_name(member.name)
-                        if member.isfile() and extension == column and key in shard.samples:
-                            found[key] = _image(tar.extractfile(member), column)
+                        if member.isfile() and extension in column.split(";") and key in shard.samples:
+                            found[key] = _image(tar.extractfile(member), extension)
             except DAMAGED as error:
                 raise _damaged(shard.file, error) from None
             images = [found.get(key) for key in shard.samples]
@@ -131,9 +132,18 @@ class WdsTable:
                 )
 
 
+def _merged_images(samples: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the columns of samples. If each has one image, whose extensions differ, they are one column: `jpg;png`."""
+    columns = list(dict.fromkeys(name for sample in samples for name in sample))
+    images = [name for name in columns if is_image(name) and "." not in name]
+    if len(images) < 2 or any(sum(name in sample for name in images) != 1 for sample in samples):
+        return columns
+    return [";".join(images), *(name for name in columns if name not in images)]
+
+
 def is_image(extension: str) -> bool:
-    """Return True for the extension of an image or an array: `jpg`, `left.png`, `npy`."""
-    return f".{extension.rpartition('.')[2]}" in supported_suffixes() | UNSUPPORTED_SUFFIXES
+    """Return True for the extension of an image or an array: `jpg`, `left.png`, `npy`, `jpg;png`."""
+    return f".{re.split('[.;]', extension)[-1]}" in supported_suffixes() | UNSUPPORTED_SUFFIXES
 
 
 @lru_cache(maxsize=1024)
@@ -154,6 +164,7 @@ def _index(file: Path, _size: int, _time_ns: int) -> Shard:
                 else:
                     content = tar.extractfile(member)
                     _add_text(sample, extension, content.read() if content else b"", f"{file}: {member.name}")
+            _check_rest(tar)
     except DAMAGED as error:
         raise _damaged(file, error) from None
     _check_end(file)
@@ -197,13 +208,35 @@ def _check_end(file: Path) -> None:
             raise _damaged(file, EOFError("the end of the archive is missing"))
 
 
+def _check_rest(tar: tarfile.TarFile) -> None:
+    """Check that only the padding of a tar file follows what was read: tarfile ends quietly at a damaged header.
+
+    Raises:
+        EOFError: More follows, or more zeros than padding, as in a download that was not completed.
+    """
+    content: Any = tar.fileobj
+    content.seek(tar.offset)
+    num_zeros = 0
+    while chunk := content.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise EOFError(f"after byte {tar.offset:,} there is data that is no file")
+        num_zeros += len(chunk)
+    if num_zeros > tarfile.RECORDSIZE + 2 * BLOCK:
+        raise EOFError(f"it ends with {num_zeros:,} zero bytes, as if a part was not written")
+
+
 def _damaged(file: Path, error: Exception) -> DataError:
     return DataError(f"{file} is cut short or damaged ({error}). Copy or download it again")
 
 
 def _image(content: Any, extension: str) -> Any:
     data = content.read()
-    return np.load(io.BytesIO(data), allow_pickle=False) if extension.endswith("npy") else data
+    if not extension.endswith("npy"):
+        return data
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return data  # decoding reports it
 
 
 def _splits_of(files: Sequence[Path]) -> dict[Path, str]:
