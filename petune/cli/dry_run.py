@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from petune.base.text import format_percent
+from petune.base.errors import MAX_LISTED
+from petune.base.text import format_percent, plural
 from petune.cli.terminal import clean, format_count, format_flops, print_data, print_facts, print_json, print_status
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def print_dry_run(
     *,
     as_json: bool,
     recipe: Recipe | None = None,
+    runs: Sequence[RunConfig] = (),
 ) -> None:
     """Print `config` as YAML on stdout, ready for --config, and what each method would train on stderr.
 
@@ -30,6 +32,7 @@ def print_dry_run(
         methods: All its methods.
         as_json: Print both as one JSON object on stdout instead.
         recipe: The recipe used in place of the methods' own.
+        runs: The runs that the command does, if it does several.
 
     Raises:
         PetuneError: Training would be refused before its first step. Images are not read.
@@ -60,13 +63,17 @@ def print_dry_run(
     if as_json:
         data = [preview_data(preview) for preview in previews]
         _print_warnings(offline, backbone.warning)
-        print_json({"config": config.model_dump(mode="json"), "backbone": backbone.full_name, "methods": data})
+        planned = {"runs": [str(run.output) for run in runs]} if runs else {}
+        about = {"config": config.model_dump(mode="json"), "backbone": backbone.full_name, "methods": data}
+        print_json({**about, **planned})
         return
     print_data(config.to_yaml().rstrip())
     print_status(f"\n{backbone.full_name}; dry run: nothing was trained or written")
     _print_warnings(offline, backbone.warning)
     if isinstance(config, RunConfig) and config.from_run is not None:
         print_status(f"continues from {describe_start(read_run_adapter(config.from_run))}")
+    if runs:
+        print_status(_describe_runs(runs))
     for preview in previews:
         print_status("")
         print_facts(method_facts(preview, backbone.forward_flops), to_stderr=True)
@@ -87,6 +94,13 @@ def _check_weights(run: RunConfig) -> str:
             raise
         return str(error)
     return ""
+
+
+def _describe_runs(runs: Sequence[RunConfig]) -> str:
+    """Return `10 runs: fold-1-seed0, … in runs/pets`."""
+    names = [clean(run.output.name) for run in runs if run.output is not None]
+    shown = ", ".join(names if len(names) <= MAX_LISTED else [*names[: MAX_LISTED - 1], "…", names[-1]])
+    return f"{plural(len(names), 'run')} in {clean(str(runs[0].output and runs[0].output.parent))}: {shown}"
 
 
 def _print_warnings(*warnings: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petune.base.distributed import init_group
-from petune.base.errors import UsageError
 from petune.cli.options import DryRun, Folds, Json, Seeds, Tracker
 from petune.cli.running import RUNS, check_directory, check_tracker, resume_hint, run_directory, watching
 from petune.cli.settings import Settings, configured
@@ -35,20 +35,19 @@ def run(
     from petune.runner.recipes import complete_from_recipe
     from petune.runner.run_config import RunConfig
 
-    config = complete_from_run(RunConfig.build(settings.values(), settings.source))
+    values = settings.values() if folds is None else {**settings.values(), "folds": folds}
+    config = complete_from_run(RunConfig.build(values, settings.source))
     config = complete_from_recipe(config, (config.method,))
-    if folds is not None:
-        if seeds is not None or dry_run:
-            raise UsageError("--folds does not go with --seeds or --dry-run. Leave one out")
-        _run_folds(RunConfig.build({**config.model_dump(), "folds": folds}, settings.source), json, tracker)
-        return
     seed_list = settings.seeds(seeds)
+    is_validation = config.folds is not None and config.fold is None
     check_tracker(tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
 
-        _check_directory(config, seed_list, resume="resume" in settings.flags)
-        print_dry_run(config, (config.method,), as_json=json)
+        runs = _planned_runs(config, seed_list, is_validation, resume="resume" in settings.flags)
+        print_dry_run(config, (config.method,), as_json=json, runs=runs)
+    elif is_validation:
+        _run_folds(config, seed_list, json, tracker)
     elif seed_list is not None:
         _run_seeds(config, seed_list, json, tracker)
     else:
@@ -75,12 +74,12 @@ def _run_once(config: RunConfig, as_json: bool, tracker: str | None, *, resume: 
     print_result(result, as_json=as_json)
 
 
-def _run_folds(config: RunConfig, as_json: bool, tracker: str | None) -> None:
-    from petune.runner.cross_validate import cross_validate
+def _run_folds(config: RunConfig, seeds: tuple[int, ...] | None, as_json: bool, tracker: str | None) -> None:
+    from petune.runner.cross_validate import cross_validate, fold_runs
 
-    check_tracker(tracker)
-    with watching(tracker, config.output or RUNS) as watch:
-        validation = cross_validate(config, watch=watch)
+    directory = Path(str(fold_runs(config, seeds)[0].output)).parent
+    with watching(tracker, directory) as watch:
+        validation = cross_validate(config, seeds=seeds, watch=watch)
     if as_json:
         print_json(validation.model_dump(mode="json"))
         return
@@ -105,11 +104,21 @@ def _comparison(config: RunConfig, seeds: tuple[int, ...]) -> CompareConfig:
     return CompareConfig.build(values, "the command line")
 
 
-def _check_directory(config: RunConfig, seeds: tuple[int, ...] | None, *, resume: bool) -> None:
+def _planned_runs(
+    config: RunConfig, seeds: tuple[int, ...] | None, is_validation: bool, *, resume: bool
+) -> list[RunConfig]:
+    """Return the runs that a command would do, after checking their directories; empty for a single one."""
     from petune.runner.compare import check_comparison
+    from petune.runner.cross_validate import check_fold_runs, fold_runs
     from petune.runner.run_name import run_name
 
-    if seeds is None:
-        check_directory(config, run_name(config), command="run", resume=resume)
-    else:
-        check_comparison(_comparison(config, seeds))
+    if is_validation:
+        runs = fold_runs(config, seeds)
+        check_fold_runs(runs)
+        return runs
+    if seeds is not None:
+        comparison = _comparison(config, seeds)
+        check_comparison(comparison)
+        return comparison.runs()
+    check_directory(config, run_name(config), command="run", resume=resume)
+    return []

@@ -60,6 +60,7 @@ def compare(
     check_watch("petune.compare", watch)
     chosen = choose_executor(executor)
     config = CompareConfig.from_call(config, fields, "petune.compare(...)").completed()
+    config.run.check_one_fold()
     run_dir = config.directory
     options = check_methods(config.methods)
     _check_directory(run_dir)
@@ -105,6 +106,7 @@ def check_comparison(config: CompareConfig) -> None:
     Raises:
         UsageError: See `compare`.
     """
+    config.run.check_one_fold()
     check_methods(config.methods)
     _check_directory(config.directory)
     check_run_dir(config.directory, config.to_store(), resume=True, command="compare", may_change=MAY_GROW)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from petune.base.arguments import check_watch
+from petune.base.arguments import check_arguments, check_watch
 from petune.base.config import Config
 from petune.base.distributed import init_group
-from petune.base.errors import ConfigError
+from petune.base.errors import CheckpointError, ConfigError, UsageError
 from petune.base.files import replace_file
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import html_table
 from petune.runner.differences import CONFIDENCE
-from petune.runner.file_names import FOLDS_TABLE
+from petune.runner.events import RunStarted, Watch
+from petune.runner.file_names import CONFIG_FILE, FOLDS_TABLE
 from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
+from petune.runner.run_dir import NEW_OUTPUT, check_run_dir
 from petune.runner.run_name import run_name
-from petune.training.events import Note, Watch, ignore
 
 
 class CrossValidation(Config):
@@ -29,8 +31,9 @@ class CrossValidation(Config):
 
     Attributes:
         metric_info: How to show the metrics, the main one first.
-        metrics: On the test fold of each run, by name: a value per fold.
-        output: The directory, with a run in `fold-1`, `fold-2`, …
+        metrics: On the test fold, by name: a value per fold, the mean over the seeds.
+        seeds: Each fold ran once with each; the folds are the same for all.
+        output: The directory, with a run in `fold-1`, `fold-2`, …, or `fold-1-seed0`, … for several seeds.
     """
 
     method: str
@@ -38,7 +41,21 @@ class CrossValidation(Config):
     task: str
     metric_info: tuple[Metric, ...]
     metrics: dict[str, tuple[float, ...]]
+    seeds: tuple[int, ...] = ()
     output: str
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read `folds.json`.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        file = directory / FOLDS_TABLE
+        try:
+            return cls.build(json.loads(file.read_text(encoding="utf-8")), FOLDS_TABLE)
+        except (OSError, ValueError, ConfigError) as error:
+            raise CheckpointError(f"{file} is not the table of a cross-validation: {error}") from None
 
     def mean(self, name: str) -> float:
         """Return the mean of a metric over the folds."""
@@ -71,43 +88,101 @@ class CrossValidation(Config):
         return html_table(rows, headings)
 
 
-def cross_validate(config: RunConfig | None = None, *, watch: Watch = ignore, **fields: Any) -> CrossValidation:
+def cross_validate(
+    config: RunConfig | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    watch: Watch = lambda event: None,
+    **fields: Any,
+) -> CrossValidation:
     """Run once for each fold: `petune.cross_validate(method="vpt", dataset="folder:pets", folds=5)`.
 
     If interrupted, call it again with the same output to resume; finished folds are not repeated.
 
     Args:
         config: The run, with `folds`; without it, `fields` are those of a RunConfig.
-        watch: Called with every step, epoch and note.
+        seeds: Run each fold with each of them; a fold's value is the mean over them. None takes the run's seed.
+        watch: Called with every run, step, epoch and note.
 
     Raises:
         ConfigError: There are no `folds`, or one `fold` is named.
+        UsageError: The output holds something else.
         DataError: A fold is empty, or lacks a class.
     """
     check_watch("petune.cross_validate", watch)
+    check_arguments("petune.cross_validate", seeds=(seeds, Sequence | None))
     config = RunConfig.from_call(config, fields, "petune.cross_validate(...)")
-    if config.folds is None or config.fold is not None:
-        raise ConfigError("cross-validation needs the number of folds, and no single fold", cli_hint="Give --folds 5")
-    output = config.output or Path("runs") / f"{run_name(config)}-folds{config.folds}"
+    runs = fold_runs(config, seeds)
+    group = init_group()
+    group.broadcast(lambda: check_fold_runs(runs))
     results = []
-    for fold in range(1, config.folds + 1):
-        watch(Note(f"fold {fold} of {config.folds}"))
-        own = config.model_copy(update={"fold": fold, "output": output / f"fold-{fold}", "resume": True})
+    for index, own in enumerate(runs):
+        done = own.output is not None and RunResult.exists(own.output)
+        watch(RunStarted(f"{own.method}, fold {own.fold}", own.seed, index, len(runs), done))
         results.append(run(own, watch=watch))
-    validation = _summarize(results, output)
+    validation = _summarize(results, runs)
     text = validation.model_dump_json(indent=1) + "\n"
-    init_group().broadcast(lambda: replace_file(output / FOLDS_TABLE, text.encode()))
+    group.broadcast(lambda: replace_file(Path(validation.output) / FOLDS_TABLE, text.encode()))
     return validation
 
 
-def _summarize(results: Sequence[RunResult], output: Path) -> CrossValidation:
+def fold_runs(config: RunConfig, seeds: Sequence[int] | None = None) -> list[RunConfig]:
+    """Return the runs of a cross-validation, each in its own directory: folds first, and then seeds.
+
+    Args:
+        config: The run, with `folds`.
+        seeds: See `cross_validate`.
+
+    Raises:
+        ConfigError: There are no `folds`, one `fold` is named, or a seed is given twice.
+    """
+    if config.folds is None or config.fold is not None:
+        raise ConfigError("cross-validation needs the number of folds, and no single fold", cli_hint="Give --folds 5")
+    if seeds is not None and (not seeds or len({*seeds}) < len(seeds)):
+        raise ConfigError(f"seeds are {', '.join(map(str, seeds)) or 'empty'}. Give at least one, and each once")
+    output = config.output or Path("runs") / f"{_name(config, seeds)}-folds{config.folds}"
+    runs = []
+    for fold in range(1, config.folds + 1):
+        for seed in [config.seed] if seeds is None else seeds:
+            name = f"fold-{fold}" if seeds is None else f"fold-{fold}-seed{seed}"
+            values = {"fold": fold, "seed": seed, "output": output / name, "resume": True}
+            RunConfig.build({"seed": seed})  # copies are not checked
+            runs.append(config.model_copy(update=values))
+    return runs
+
+
+def _name(config: RunConfig, seeds: Sequence[int] | None) -> str:
+    return run_name(config) if seeds is None else run_name(config).removesuffix(f"-seed{config.seed}") + "-seeds"
+
+
+def check_fold_runs(runs: Sequence[RunConfig]) -> None:
+    """Check that the directories of a cross-validation can be used, and write nothing.
+
+    Raises:
+        UsageError: The directory, or one inside, holds something else.
+    """
+    for own in runs:
+        assert own.output is not None
+        if (own.output.parent / CONFIG_FILE).exists():
+            raise UsageError(
+                f"{own.output.parent} holds a run or a comparison. Use another output for the cross-validation",
+                cli_hint=NEW_OUTPUT,
+            )
+        check_run_dir(own.output, own, resume=True, command="run")
+
+
+def _summarize(results: Sequence[RunResult], runs: Sequence[RunConfig]) -> CrossValidation:
     first = results[0]
+    seeds = tuple(dict.fromkeys(own.seed for own in runs))
     names = [name for name in first.metrics if all(name in result.metrics for result in results)]
+    starts = range(0, len(results), len(seeds))
+    folds = [results[start : start + len(seeds)] for start in starts]
     return CrossValidation(
         method=first.method,
         dataset=first.dataset,
         task=first.task,
         metric_info=first.metric_info,
-        metrics={name: tuple(result.metrics[name] for result in results) for name in names},
-        output=str(output),
+        metrics={name: tuple(statistics.fmean(r.metrics[name] for r in fold) for fold in folds) for name in names},
+        seeds=seeds,
+        output=str(Path(str(runs[0].output)).parent),
     )

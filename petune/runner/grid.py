@@ -159,6 +159,7 @@ def compare_datasets(
     config = CompareConfig.from_call(config, fields, "petune.compare_datasets(...)").completed()
     if not config.datasets:
         raise ConfigError("no datasets to compare on. Name them as datasets", cli_hint="Repeat --dataset")
+    config.run.check_one_fold()
     parts = {dataset: config.on(dataset) for dataset in config.datasets}
     group = init_group()
     for part in parts.values():  # names are checked before the first dataset trains

@@ -191,8 +191,8 @@ def prepare_data(config: RunConfig) -> Dataset:
         config.dataset, config.data_dir, side, config.on_broken, channels=config.channels, cache_gb=config.cache_gb
     )
     backbone_channels(config, dataset)
-    if config.folds is not None:
-        dataset = fold_of(dataset, config.folds, config.fold or 1)
+    if config.folds is not None and config.fold is not None:
+        dataset = fold_of(dataset, config.folds, config.fold)
     dataset = dataset.with_val(config.val_fraction, seed=0)
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)

@@ -98,6 +98,7 @@ def fine_tuning(config: RunConfig) -> Procedure:
 
 def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> RunResult:
     """Train, test once and save in one run directory; return the result of a run that was finished before."""
+    config.check_one_fold()
     group = init_group()
     if config.output is not None:
         group.broadcast(partial(check_kind, config.output, procedure.command))

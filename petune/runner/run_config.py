@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
 from petune.base.config import Config, UserPath
+from petune.base.errors import ConfigError
 from petune.data import OnBroken
 from petune.data.cache import CACHE_GB
 from petune.data.registry import DatasetText
@@ -104,6 +105,19 @@ class RunConfig(Config):
         if value and (key := drop_path_key(name)) in info.data.get("backbone_options", {}):
             raise ValueError(f"drop_path and backbone_options.{key} are the same option of {name}. Give one of them")
         return value
+
+    def check_one_fold(self) -> None:
+        """Check that a run of several folds names its own.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        if self.folds is not None and self.fold is None:
+            raise ConfigError(
+                f"folds is {self.folds}, and fold is not set: one run tests on one fold. Set fold, or do all with "
+                "petune.cross_validate",
+                cli_hint="Use petune run --folds, or --set fold=1",
+            )
 
     @property
     def options_to_build(self) -> dict[str, Any]:

@@ -89,4 +89,50 @@ def test_folds_from_the_command_line(
     assert "95 % interval" in done.out
     again = call("run", *TINY, "--folds", "2", "--output", "out", capture=capsys)
     assert (again.code, again.out) == (0, done.out)
-    assert call("run", *TINY, "--folds", "2", "--seeds", "0,1", capture=capsys).code == 2
+
+
+SEVERAL = ("--folds", "2", "--seeds", "0,3", "--output", "out")
+NAMES = ["fold-1-seed0", "fold-1-seed3", "fold-2-seed0", "fold-2-seed3"]
+
+
+def test_a_dry_run_names_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry = call("run", *TINY, *SEVERAL, "--dry-run", capture=capsys)
+    assert dry.code == 0, dry.err
+    assert f"4 runs in out: {', '.join(NAMES)}" in dry.err
+    planned = json.loads(call("run", *TINY, *SEVERAL, "--dry-run", "--json", capture=capsys).out)
+    assert planned["runs"] == [f"out/{name}" for name in NAMES]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exhaustive
+def test_folds_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry = call("run", *TINY, *SEVERAL, "--dry-run", capture=capsys)
+    (tmp_path / "cv.yaml").write_text(dry.out)  # repeats the command, but for its seeds
+    done = call("run", "--config", "cv.yaml", *SEVERAL[2:], "--json", capture=capsys)
+    assert done.code == 0, done.err
+    values = [petune.RunResult.read(tmp_path / "out" / name).metrics["top1"] for name in NAMES]
+    validation = petune.CrossValidation.read(tmp_path / "out")
+    assert validation.metrics["top1"] == pytest.approx((np.mean(values[:2]), np.mean(values[2:])))
+    assert (validation.seeds, json.loads(done.out)["seeds"]) == ((0, 3), [0, 3])
+    over = call("run", *TINY, "--folds", "2", "--output", f"out/{NAMES[0]}", "--dry-run", capture=capsys)
+    assert (over.code, "holds a run" in over.err) == (2, True)
+
+
+def test_one_run_names_its_fold() -> None:
+    """A run of `folds` alone would test on one fold and say nothing."""
+    run = {"dataset": "digits", "folds": 5, "backbone": "vit_nano"}
+    comparison = petune.CompareConfig.build({"methods": ("linear",), "run": run})
+    calls: Any = (
+        lambda: petune.run(petune.RunConfig.build(run)),
+        lambda: petune.compare(comparison),
+        lambda: petune.sweep(petune.SweepConfig.build({"search": {"train.lr": [0.1]}, "run": run})),
+        lambda: petune.cross_validate(petune.RunConfig.build(run), seeds=(1, 1)),
+        lambda: petune.cross_validate(petune.RunConfig.build(run), seeds=(-1,)),
+    )
+    for refused in calls:
+        with pytest.raises(ConfigError, match=r"fold is not set|each once|seed"):
+            refused()

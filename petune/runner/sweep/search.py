@@ -76,6 +76,7 @@ def check_sweep(config: SweepConfig) -> None:
         UsageError, MissingExtra: See `sweep`.
         UnknownName, ConfigError: See `check_task`.
     """
+    config.run.check_one_fold()
     check_task(config.run.task, config.run.train.choose)
     require_sampler(config.search, config.trials)
     check_run_dir(_directory(config), _to_store(config), resume=True, command="sweep", may_change=MAY_CHANGE)
