@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from petune.adapters.card_code import model_code
 from petune.adapters.card_task import HUB_TASKS, PIPELINES, example_of, hub_metric, target_kind, target_names
 from petune.base.errors import ConfigError
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import escape_markdown, hide_folders, printable
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATES = Path(__file__).parent
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
@@ -58,21 +62,10 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         counts: Numbers of parameters.
         is_peft: The method is PEFT's own, and PEFT loads the directory without petune.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-        finalize=lambda value: escape_markdown(value) if type(value) is str else value,
-    )
     known = known_metadata(config["metadata"])
     classes = [str(name) for name in known["classes"]]
     arguments, shown = example_of(known["task"])
-    return environment.get_template("model_card.md.jinja").render(
+    return _template().render(
         head=_Markup(_yaml(_front_matter(config["tuner"], known, is_peft))),
         name=known["method"] or config["tuner"],
         options={key: str(value) for key, value in config["config"].items()},
@@ -93,6 +86,23 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         example=_Markup(f'predictor(["image.png"]{arguments})'),
         shown=_Markup(shown),
     )
+
+
+@cache
+def _template() -> Template:
+    """Return the compiled template: compiling takes longer than rendering."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+        finalize=lambda value: escape_markdown(value) if type(value) is str else value,
+    )
+    return environment.get_template("model_card.md.jinja")
 
 
 def public_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
