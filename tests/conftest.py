@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, files in (("slow", {*SLOW, "plugins"}), ("browser", BROWSER), ("network", NETWORK)):
             if name in files:
                 item.add_marker(marker)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Restore the number of threads: with two in each of two processes, all later tests take ten times as long."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    if before is not None and sys.modules["torch"].get_num_threads() != before:
+        sys.modules["torch"].set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import petune
 from petune.base.errors import ConfigError, MissingExtra, UnknownName, UsageError
@@ -61,14 +60,6 @@ def test_each_run_needs_its_own_directory(tmp_path: Path) -> None:
             run_all(configs)
 
 
-@pytest.fixture
-def same_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("same_threads")
 def test_a_worker_does_a_run_and_answers_with_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     one = config("linear", Path("a"))
