@@ -140,5 +140,5 @@ def geometry(sites: Sites) -> dict[str, Any]:
         "width": sites.embed_dim,
         "grid": list(sites.grid_size) if sites.grid_size else None,
         "prefix_tokens": sites.num_prefix_tokens,
-        "input": list(sites.input_size),
+        "input": sites.input_spec.to_json(),
     }

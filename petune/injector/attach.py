@@ -165,7 +165,7 @@ def _warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool
         return
     parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
     floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
-    used = {id(p) for p in used_parameters(model, sites.input_size, floating)}
+    used = {id(p) for p in used_parameters(model, sites.input_spec, floating)}
     called = _called_on_tokens(model, sites)
     before = [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
     if before:
@@ -183,7 +183,7 @@ def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
     D-FINE detaches what such a layer returns, and trains it by a loss of its own.
     """
     layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
-    calls = record_calls(model, sites.input_size, {m for inside in layers.values() for m in inside})
+    calls = record_calls(model, sites.input_spec, {m for inside in layers.values() for m in inside})
     on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
     return {path for path, inside in layers.items() if inside & on_tokens}
 
@@ -240,10 +240,10 @@ def _check_used(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog)
         DeadSite: An adapter is not called.
     """
     places = [(type(holder), *((id(s.enter), id(s.exit)) for s in passed)) for holder, passed in log.placed]
-    key = (type(tuner), tuner.config.model_dump_json(), sites.input_size, *places)
+    key = (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *places)
     if key in _CHECKED.get(model, ()):
         return
-    called = record_calls(model, sites.input_size, [holder.adapter for holder, _ in log.placed])
+    called = record_calls(model, sites.input_spec, [holder.adapter for holder, _ in log.placed])
     for holder, passed in log.placed:
         if holder.adapter not in called:
             where = " or ".join(dict.fromkeys(site.where for site in passed))

@@ -60,11 +60,11 @@ class LayerFinder:
     def called(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
         """See `Edit.called`."""
         candidates = list(modules)
-        return set(record_calls(self.model, self.sites.input_size, candidates)) if candidates else set()
+        return set(record_calls(self.model, self.sites.input_spec, candidates)) if candidates else set()
 
     def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """See `Edit.used`."""
-        return used_parameters(self.model, self.sites.input_size, parameters)
+        return used_parameters(self.model, self.sites.input_spec, parameters)
 
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""
@@ -105,5 +105,5 @@ class LayerFinder:
             sites = [*self.sites.blocks, *inner]
             watched = [*self._matrices(), *(m for s in sites for m in s.modules)]
             with qkv_called(self.model):
-                self._recorded = record_calls(self.model, self.sites.input_size, watched)
+                self._recorded = record_calls(self.model, self.sites.input_spec, watched)
         return self._recorded

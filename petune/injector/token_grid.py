@@ -32,7 +32,7 @@ class TokenGrid:
         self._ambiguous: set[int] = set()
         if sites.grid_size is not None:
             self._add(sites.grid_size)
-        self._seen = sites.input_size, sites.grid_size
+        self._seen = sites.input_spec, sites.grid_size
         self._reads_images = False
         self._of_image: tuple[int, int] | None = None
 
@@ -84,9 +84,10 @@ class TokenGrid:
 
     def _image_grid(self, x: Tensor | None) -> tuple[int, int] | None:
         """Return rows and columns of the patches of images (B, C, H, W); None if they are unknown."""
-        (channels, height, width), grid = self._seen
-        if grid is None or x is None or x.ndim != 4 or x.shape[1] != channels:
+        spec, grid = self._seen
+        if grid is None or x is None or x.ndim != 4 or not spec.is_image or x.shape[1] != spec.size[0]:
             return None
+        _, height, width = spec.size
         rows, rest_of_height = divmod(x.shape[2] * grid[0], height)
         columns, rest_of_width = divmod(x.shape[3] * grid[1], width)
         return None if rest_of_height or rest_of_width else (rows, columns)
@@ -111,7 +112,7 @@ def patch_convolution(model: nn.Module, sites: Sites) -> nn.Module | None:
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     first = sites.blocks[0].enter
-    calls = record_calls(model, sites.input_size, [*convolutions, first], num_images=2)
+    calls = record_calls(model, sites.input_spec, [*convolutions, first], num_images=2)
     x = calls[first].input
     if x is not None and x.ndim == 3 and len(x) == 1:
         raise AttachError(

@@ -278,7 +278,7 @@ class TrainableState(nn.Module):
 
     def set_backbone_dropout(self, active: bool) -> int:
         """See `Attachment.set_backbone_dropout`."""
-        draws = find_random_draws(self.model, self.sites.input_size)
+        draws = find_random_draws(self.model, self.sites.input_spec)
         own = {m for m, _ in self._modes} - {self.model}
         backbone = RandomDraws(tuple(m for m in draws.drawing if m in own), tuple(m for m in draws.around if m in own))
         self._active_draws = backbone if active else RandomDraws()

@@ -17,8 +17,9 @@ from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.load import load
 from petune.plugin_dev.finding import Property
-from petune.plugin_dev.trial import Trial, logits
+from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
+from petune.sites.input_spec import Inputs, InputSpec
 
 HOOKS = (
     "_forward_hooks",
@@ -73,7 +74,7 @@ def _repeatable_evaluation(t: Trial) -> str:
 
 
 def _no_state_between_forwards(t: Trial) -> str:
-    logits(t.model, t.x.flip(-1) + 1)
+    logits(t.model, t.att.sites.input_spec.noise(NUM_IMAGES, seed=1))
     change = _difference(
         logits(t.model, t.x), t.training.logits, "the output depends on the images of an earlier forward"
     )
@@ -91,18 +92,19 @@ def _tensor_left_behind(t: Trial) -> str:
 
 
 def _independent_images(t: Trial) -> str:
-    change = _change_in_batch(t.model, t.x)
+    spec = t.att.sites.input_spec
+    change = _change_in_batch(t.model, t.x, spec)
     if change >= 1e-5:  # rounding, which a deep model may amplify, all but vanishes in float64; mixing does not
         exact = copy.deepcopy(t.model).double()
         forget_caches(exact)
-        change = _change_in_batch(exact, t.x.double())
+        change = _change_in_batch(exact, t.x.to("cpu", torch.float64), spec)
     return "" if change < 1e-5 else f"an image alone differs by {change:.2g} from the same image in a batch"
 
 
-def _change_in_batch(model: nn.Module, x: Tensor) -> float:
+def _change_in_batch(model: nn.Module, x: Inputs, spec: InputSpec) -> float:
     """Return how much logits of single images differ from those in a batch, relative to the largest above one."""
     together = logits(model, x)
-    alone = torch.cat([logits(model, x[i : i + 1]) for i in range(len(x))])
+    alone = torch.cat([logits(model, spec.select(x, [i])) for i in range(NUM_IMAGES)])
     return float((alone - together).abs().max() / together.abs().max().clamp(min=1))
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from petune.injector.attach import attach
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches
+from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
 
+NUM_IMAGES = 4
 DRAWS = 5
 """Tries, each with another seed, before a tuned tensor without a gradient counts as a finding.
 
@@ -44,14 +46,14 @@ class Trial:
     Attributes:
         base: The model without the tuner.
         att: The tuner on another copy.
-        x: Four images.
+        x: Four images, or samples of whatever the model takes.
         base_logits: What `base` returns for them.
     """
 
     def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str) -> None:
         self.base = copy.deepcopy(model).eval()
         self.att = attach(copy.deepcopy(self.base), tuner, name=name)
-        self.x = torch.randn(4, *self.att.sites.input_size, generator=torch.Generator().manual_seed(0))
+        self.x = self.att.sites.input_spec.noise(NUM_IMAGES)
         self.base_logits = logits(self.base, self.x)
         self._training: Training | None = None
 
@@ -100,21 +102,21 @@ class Trial:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, x: Tensor) -> Tensor:
+def logits(model: nn.Module, x: Inputs) -> Tensor:
     """Return the logits of a batch, also from a model that returns an object that holds them."""
-    return logits_of(model(x))
+    return logits_of(x.call(model))
 
 
 def _silent_after_three_steps(trial: Trial) -> list[str]:
     """Train three steps; return the tuned tensors that never had a gradient other than zero."""
     att, x = trial.att, trial.x
     optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
-    target = torch.arange(len(x)) % 2
+    target = torch.arange(NUM_IMAGES) % 2
     att.train()
     att.on_train_start(3)
     live: set[str] = set()
     for step in range(3):
-        loss = nn.functional.cross_entropy(logits_of(att.model(x)), target) + att.loss(step)
+        loss = nn.functional.cross_entropy(logits_of(x.call(att.model)), target) + att.loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(att.parameters(), 1.0)  # a deep model of random weights would diverge

@@ -56,4 +56,4 @@ def _at_size(config: RunConfig, image_size: int | None, patch_size: int | None) 
             options=config.backbone_options,
         ).model
         sites = find_sites(model)
-        return sites, forward_flops(model, sites.input_size)
+        return sites, forward_flops(model, sites.input_spec)

@@ -29,10 +29,10 @@ class Measured:
 def measure(trained: Trained) -> Measured:
     """Test a trained model and measure its costs."""
     ready = trained.ready
-    side = ready.backbone.image_size
     test = trained.trainer.evaluate("test")
     peak = max(ready.memory.bytes(), trained.trainer.progress.peak_bytes)
-    return Measured(test, forward_flops(ready.attachment.model, (len(ready.preprocess.mean), side, side)), peak)
+    attachment = ready.attachment
+    return Measured(test, forward_flops(attachment.model, attachment.sites.input_spec), peak)
 
 
 def make_result(trained: Trained, measured: Measured, saved_bytes: int) -> RunResult:

@@ -80,7 +80,7 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
         backbone = with_head_of(task, backbone, seed=0)
         sites = find_sites(backbone.model)
         check_channels(sites.input_size[0], config.channels or RGB_CHANNELS)
-        flops = forward_flops(backbone.model, sites.input_size)
+        flops = forward_flops(backbone.model, sites.input_spec)
     return BackbonePreview(backbone.model, backbone.full_name, sites, flops, warn_of_tokens(config, sites))
 
 
@@ -99,7 +99,7 @@ def preview_method(method: str, backbone: BackbonePreview, recipe: Recipe | None
     with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         attachment = attach(backbone.model, tuner)
-        flops = forward_flops(backbone.model, backbone.sites.input_size)
+        flops = forward_flops(backbone.model, backbone.sites.input_spec)
         counts = attachment.counts
         attachment.detach()
     messages = tuple(dict.fromkeys(str(w.message) for w in caught))

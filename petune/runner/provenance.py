@@ -15,23 +15,23 @@ import torch
 from torch import nn
 
 from petune.base.text import plural
-from petune.sites.forward import undisturbed
+from petune.sites.forward import black_image, undisturbed
+from petune.sites.input_spec import InputSpec
 
 PACKAGES = ("petune", "torch", "torchvision", "timm", "peft", "numpy")
 
 
-def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
+def forward_flops(model: nn.Module, spec: InputSpec) -> int:
     """Return the FLOPs of the forward pass of one image, by torch's counter; a multiply-add counts as two.
 
     Args:
         model: On any device; nothing about it changes.
-        input_size: Of one image, (C, H, W).
+        spec: What the model takes.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    parameter = next(model.parameters())
-    x = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    image = black_image(model, spec)
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:  # the counter fails on parameters that are inputs of a module, such as a class token
         p.requires_grad_(False)
@@ -42,7 +42,7 @@ def forward_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
-            model(x)
+            image.call(model)
     finally:
         for p in trained:
             p.requires_grad_(True)

@@ -17,6 +17,7 @@ from petune.sites.encoder import end_of
 from petune.sites.grid import grid_and_prefix
 from petune.sites.head import find_head, head_at
 from petune.sites.input_size import input_sizes_of
+from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import make_site
 from petune.sites.parts import is_norm
 from petune.sites.recorder import record
@@ -52,11 +53,11 @@ def find_sites(
     if not isinstance(model, nn.Module):
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
     check_input_size("find_sites", input_size)
-    sizes = [input_size] if input_size is not None else input_sizes_of(model)
+    specs = [InputSpec.of_size(size) for size in ([input_size] if input_size is not None else input_sizes_of(model))]
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
     with _disabled(added):
-        trace, size = _first_that_runs(model, sizes, added)
-        return _sites(model, trace, size, head)
+        trace, spec = _first_that_runs(model, specs, added)
+        return _sites(model, trace, spec, head)
 
 
 @contextlib.contextmanager
@@ -73,16 +74,14 @@ def _disabled(added: set[nn.Module]) -> Iterator[None]:
             holder.enabled = state
 
 
-def _first_that_runs(
-    model: nn.Module, sizes: list[tuple[int, int, int]], added: set[nn.Module]
-) -> tuple[Trace, tuple[int, int, int]]:
-    for size in sizes[:-1]:
+def _first_that_runs(model: nn.Module, specs: list[InputSpec], added: set[nn.Module]) -> tuple[Trace, InputSpec]:
+    for spec in specs[:-1]:
         with contextlib.suppress(AttachError):
-            return record(model, size, added), size
-    return record(model, sizes[-1], added), sizes[-1]
+            return record(model, spec, added), spec
+    return record(model, specs[-1], added), specs[-1]
 
 
-def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_paths: str | Sequence[str] | None) -> Sites:
+def _sites(model: nn.Module, trace: Trace, spec: InputSpec, head_paths: str | Sequence[str] | None) -> Sites:
     blocks = find_blocks(trace)
     head = find_head(model, trace, blocks) if head_paths is None else head_at(model, head_paths)
     if not blocks or head is None:
@@ -90,14 +89,14 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
     blocks = _outside_of(head, blocks)
     bounds = {id(m) for block in blocks for m in block.modules}
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
-    grid, num_prefix_tokens = grid_and_prefix(model, trace, first, size)
+    grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)
     norm = _final_norm(trace, end_of(trace, blocks), head) if blocks else None
-    if norm is not None and not _is_used(model, norm, size):  # the norm of features that the classifier does not read
+    if norm is not None and not _is_used(model, norm, spec):  # the norm of features that the classifier does not read
         norm = None
     parts = (_patch_embed(trace, first, grid), norm, head)
     return Sites(
         model=trace.model_name,
-        input_size=size,
+        input_spec=spec,
         blocks=blocks,
         parts={part.role: part for part in parts if part is not None},
         beside_head=layers_beside_head(model, trace, blocks, head),
@@ -108,9 +107,9 @@ def _sites(model: nn.Module, trace: Trace, size: tuple[int, int, int], head_path
     )
 
 
-def _is_used(model: nn.Module, norm: Site, size: tuple[int, int, int]) -> bool:
+def _is_used(model: nn.Module, norm: Site, spec: InputSpec) -> bool:
     parameters = [p for p in norm.enter.parameters() if p.is_floating_point()]
-    return not parameters or bool(used_parameters(model, size, parameters))
+    return not parameters or bool(used_parameters(model, spec, parameters))
 
 
 def _outside_of(head: Site | None, blocks: tuple[Block, ...]) -> tuple[Block, ...]:

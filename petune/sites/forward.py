@@ -12,53 +12,58 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.base.errors import AttachError
+from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.unsuitable import advice_for
 
 Watch = Callable[[], contextlib.AbstractContextManager[Any]]
 Container = dict[Any, Any] | list[Any] | set[Any]
 
 
-def forward_of(model: nn.Module, x_BCHW: Tensor) -> Any:
-    """Return what the model returns for images (B, channels, height, width), in eval mode and its own number format."""
+def forward_of(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what the model returns for these inputs, in eval mode and its own number format."""
     with inference(model):
-        return model(x_BCHW.to(next(model.parameters()).device, dtype_of(model)))
+        return inputs.to(device_of(model), dtype_of(model)).call(model)
 
 
-def dry_forward(model: nn.Module, input_size: tuple[int, int, int], watch: Watch = contextlib.nullcontext) -> Any:
+def dry_forward(model: nn.Module, spec: InputSpec, watch: Watch = contextlib.nullcontext) -> Any:
     """Run one no-grad forward in eval mode, for its shapes alone, and return what `watch` yielded during it.
 
     The forward runs on the meta device (shapes without numbers: milliseconds, no copy of weights). If that fails,
     because the model computes with tensors that are neither parameters nor buffers, it runs on one black image.
 
     Args:
-        model: Any model that maps a batch of images to something; see `undisturbed`.
-        input_size: (channels, height, width).
+        model: Any model; see `undisturbed`.
+        spec: What it takes.
         watch: Makes a fresh context manager for each attempt.
 
     Raises:
-        AttachError: The model's own forward fails on an image of that size.
+        AttachError: The model's own forward fails on such inputs.
     """
     try:
         with undisturbed(model), torch.no_grad():
-            return _on_meta(model, input_size, watch)
+            return _on_meta(model, spec, watch)
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         pass
     try:
         with undisturbed(model), torch.no_grad():
-            return _on_black_image(model, input_size, watch)
+            return _on_black_image(model, spec, watch)
     except Exception as error:
-        size = "x".join(map(str, input_size))
         raise AttachError(
-            f"the forward of {type(model).__name__} fails on a {size} image: {type(error).__name__}: {error}. "
+            f"the forward of {type(model).__name__} fails on {spec}: {type(error).__name__}: {error}. "
             f"{advice_for(model)}"
         ) from error
 
 
-def _on_meta(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
-    x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
+def _on_meta(model: nn.Module, spec: InputSpec, watch: Watch) -> Any:
+    inputs = meta_inputs(model, spec)
     with watch() as watched:
-        functional_call(model, meta_tensors(model), (x_BCHW,), tie_weights=False)
+        functional_call(model, meta_tensors(model), inputs.args, dict(inputs.kwargs), tie_weights=False)
     return watched
+
+
+def meta_inputs(model: nn.Module, spec: InputSpec) -> Inputs:
+    """Return inputs of two samples on the meta device, in the model's dtype."""
+    return spec.zeros(2, "meta").to("meta", dtype_of(model))
 
 
 def meta_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -71,16 +76,21 @@ def meta_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _on_black_image(model: nn.Module, input_size: tuple[int, int, int], watch: Watch) -> Any:
+def _on_black_image(model: nn.Module, spec: InputSpec, watch: Watch) -> Any:
     with watch() as watched:
-        model(black_image(model, input_size))
+        black_image(model, spec).call(model)
     return watched
 
 
-def black_image(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    """Return one black image (1, channels, height, width), where the model is and in its dtype."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return torch.zeros(1, *input_size, device=device, dtype=dtype_of(model))
+def black_image(model: nn.Module, spec: InputSpec) -> Inputs:
+    """Return inputs of one sample whose content is zero, where the model is and in its dtype."""
+    device = device_of(model)
+    return spec.zeros(1, device).to(device, dtype_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that images must be on."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.sites.forward import dtype_of, inference, tensors_in
+from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.layouts import channel_axis, is_conv
 from petune.sites.trace import Call, Trace
 
@@ -19,16 +20,14 @@ MAX_PREFIX = 64
 Grid = tuple[int, int]
 
 
-def grid_and_prefix(
-    model: nn.Module, trace: Trace, first: Call | None, size: tuple[int, int, int]
-) -> tuple[Grid | None, int]:
+def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: InputSpec) -> tuple[Grid | None, int]:
     """Return rows and columns of patches where the first block is entered, and the number of tokens before them.
 
     Args:
         model: The model.
         trace: One forward of it.
         first: The call that enters the first block; None without blocks.
-        size: (channels, height, width) of the traced image.
+        spec: What the model takes.
     """
     if first is None or first.input is None:
         return None, 0
@@ -37,11 +36,11 @@ def grid_and_prefix(
         return None, 0
     if x.ndim == 4:
         return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
-    grid, num_prefix_tokens = _fitting_grid(trace, first, size)
+    grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
     stated = _stated_prefix(model)
     if num_prefix_tokens in {0, 1, stated}:
         return grid, num_prefix_tokens
-    measured = _measured_prefix(model, first.module, size)
+    measured = _measured_prefix(model, first.module, spec)
     if measured is None:
         return grid, (stated or 0) if grid is None else num_prefix_tokens
     return (grid if measured == num_prefix_tokens else None), measured
@@ -53,13 +52,13 @@ def _stated_prefix(model: nn.Module) -> int | None:
     return None if stated is None else int(stated)
 
 
-def _fitting_grid(trace: Trace, first: Call, size: tuple[int, int, int]) -> tuple[Grid | None, int]:
+def _fitting_grid(trace: Trace, first: Call, spec: InputSpec) -> tuple[Grid | None, int]:
     """Return the grid made before the first block that leaves the fewest tokens over, and how many those are.
 
     Several branches make grids of their own (CrossViT), of which one enters the first block.
     """
     before = [c for c in trace.calls if c.has_matrix and c.stop < first.start and c.output is not None]
-    for grids in (_image_grids(before), _token_grids(before, size)):
+    for grids in (_image_grids(before), _token_grids(before, spec)):
         fitting = [(left_over, grid) for images, grid in grids if (left_over := _left_over(first, images, grid)) >= 0]
         if fitting:
             left_over, grid = min(fitting, key=lambda fit: fit[0])
@@ -90,25 +89,27 @@ def _image_grids(before: list[Call]) -> Iterator[tuple[int, Grid]]:
             yield len(y), (int(y.shape[2]), int(y.shape[3]))
 
 
-def _token_grids(before: list[Call], size: tuple[int, int, int]) -> Iterator[tuple[int, Grid]]:
+def _token_grids(before: list[Call], spec: InputSpec) -> Iterator[tuple[int, Grid]]:
     """Yield the grids of the tokens that matrices make, the last first, with the image's ratio of sides."""
+    if not spec.is_image:
+        return
+    _, height, width = spec.size
     for call in reversed(before):
         y = call.output
-        rows = round(math.sqrt(y.shape[1] * size[1] / size[2])) if y is not None and y.ndim == 3 else 0
+        rows = round(math.sqrt(y.shape[1] * height / width)) if y is not None and y.ndim == 3 else 0
         if y is not None and rows and y.shape[1] % rows == 0:
             yield len(y), (rows, y.shape[1] // rows)
 
 
-def _measured_prefix(model: nn.Module, block: nn.Module, size: tuple[int, int, int]) -> int | None:
+def _measured_prefix(model: nn.Module, block: nn.Module, spec: InputSpec) -> int | None:
     """Return the number of leading tokens of a block's input that do not depend on the image: class token, registers.
 
     None if the weights do not tell: they are on the meta device, or zero. 0 if the model does not run on one image.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     if device.type == "meta":
         return None
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(1, *size, generator=generator).to(device, dtype_of(model)) for _ in range(2)]
+    images = [spec.noise(1, seed).to(device, dtype_of(model)) for seed in range(2)]
     try:
         x_ND, y_ND = (_block_input(model, block, image).flatten(0, -2) for image in images)
     except Exception:  # whatever the model's own code raises on noise
@@ -118,7 +119,7 @@ def _measured_prefix(model: nn.Module, block: nn.Module, size: tuple[int, int, i
     return None if bool(is_fixed.all()) else int(is_fixed.int().cumprod(0).sum())
 
 
-def _block_input(model: nn.Module, block: nn.Module, image: Tensor) -> Tensor:
+def _block_input(model: nn.Module, block: nn.Module, image: Inputs) -> Tensor:
     entered: list[Tensor] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -128,7 +129,7 @@ def _block_input(model: nn.Module, block: nn.Module, image: Tensor) -> Tensor:
     try:
         with inference(model):
             torch.manual_seed(0)  # the same random masks for both images
-            model(image)
+            image.call(model)
     finally:
         handle.remove()
     return entered[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import random
 import sys
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
-from petune.sites.forward import dtype_of, forward_of, inference, logits_in, tensors_in
+from petune.sites.forward import device_of, dtype_of, forward_of, inference, logits_in, tensors_in
 from petune.sites.site import Sites
 
 
@@ -37,9 +36,7 @@ def synthetic_logits(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
     The images follow a formula, because a generator's numbers may differ in a later PyTorch. The model computes in its
     own number format, even under autocast.
     """
-    pixels = torch.arange(count * math.prod(sites.input_size), dtype=torch.float64)
-    x_BCHW = torch.sin(pixels**2 / 10).reshape(count, *sites.input_size)
-    return logits_of(forward_of(model, x_BCHW))
+    return logits_of(forward_of(model, sites.input_spec.synthetic(count)))
 
 
 def refuse_random(model: nn.Module, sites: Sites) -> None:
@@ -49,14 +46,14 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
         AttachError: Two forwards of the same images differ, as those of a masked autoencoder do, which hides other
             patches each time.
     """
-    x_BCHW = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
-    x_BCHW = x_BCHW.to(next(model.parameters()).device, dtype_of(model))
+    device = device_of(model)
+    inputs = sites.input_spec.noise(2).to(device, dtype_of(model))
     with inference(model):
-        before = _random_state(x_BCHW.device)
-        first = logits_of(model(x_BCHW))
-        if _random_state(x_BCHW.device) == before:
+        before = _random_state(device)
+        first = logits_of(inputs.call(model))
+        if _random_state(device) == before:
             return
-        second = logits_of(model(x_BCHW))
+        second = logits_of(inputs.call(model))
     if not torch.equal(first, second):
         raise AttachError(
             f"{sites.model} draws random numbers in eval mode: two forwards of the same images differ by "

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from petune.sites.forward import dry_forward
+from petune.sites.input_spec import InputSpec
 
 
 @dataclass
@@ -29,15 +30,15 @@ class RandomDraws:
     around: tuple[nn.Module, ...] = ()
 
 
-def find_random_draws(model: nn.Module, input_size: tuple[int, int, int]) -> RandomDraws:
+def find_random_draws(model: nn.Module, spec: InputSpec) -> RandomDraws:
     """Return what draws random numbers in a forward in which all modules but the BatchNorms are in train mode.
 
     Args:
         model: Modes and random state are as before afterwards.
-        input_size: (channels, height, width) of the image.
+        spec: What it takes.
 
     Raises:
-        AttachError: The forward fails on an image of that size.
+        AttachError: The forward fails on such inputs.
     """
 
     @contextlib.contextmanager
@@ -47,7 +48,7 @@ def find_random_draws(model: nn.Module, input_size: tuple[int, int, int]) -> Ran
         with _hooked(model, _DrawRecorder()) as recorder, recorder:
             yield recorder
 
-    recorder: _DrawRecorder = dry_forward(model, input_size, watch)
+    recorder: _DrawRecorder = dry_forward(model, spec, watch)
     drawing = tuple(m for m in recorder.drawing if not keeps_statistics(m))
     around = tuple(m for m in recorder.around if not keeps_statistics(m) and m not in recorder.drawing)
     return RandomDraws(drawing, around)

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
+from petune.sites.input_spec import InputSpec
 from petune.sites.trace import Addition, AttentionOp, Call, Trace
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
@@ -26,16 +26,16 @@ SAMPLERS = {"grid_sample"}
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
-def record(model: nn.Module, input_size: tuple[int, int, int], skip: Set[nn.Module] = frozenset()) -> Trace:
+def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()) -> Trace:
     """Record calls and operations of one forward, on the meta device if the model allows it.
 
     Args:
         model: Modes and random state are as before afterwards.
-        input_size: (channels, height, width) of the image.
+        spec: What it takes.
         skip: Modules whose calls are not recorded.
 
     Raises:
-        AttachError: The forward fails on an image of that size.
+        AttachError: The forward fails on such inputs.
     """
     modules = [(path, module) for path, module in model.named_modules() if module not in skip]
 
@@ -44,18 +44,19 @@ def record(model: nn.Module, input_size: tuple[int, int, int], skip: Set[nn.Modu
         with _record_calls(modules) as calls, _OperationRecorder(calls):
             yield calls.trace
 
-    trace: Trace = dry_forward(model, input_size, recorder)
+    trace: Trace = dry_forward(model, spec, recorder)
+    trace.batch_size = spec.num_samples_in(trace.root.inputs)
     return trace
 
 
 def record_calls(
-    model: nn.Module, input_size: tuple[int, int, int], modules: Iterable[nn.Module], *, num_images: int = 1
+    model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module], *, num_images: int = 1
 ) -> dict[nn.Module, Call]:
     """Record the first call of each of `modules` in a real forward of black images, in eval mode.
 
     Args:
         model: Modes and random state are as before afterwards.
-        input_size: (channels, height, width) of the image.
+        spec: What it takes.
         modules: Modules of the model.
         num_images: Number of images. 1 is the fastest, and every model runs on it.
 
@@ -69,7 +70,7 @@ def record_calls(
     named = [(path, module) for path, module in model.named_modules() if module in watched]
     try:
         with _record_calls(named) as calls:
-            forward_of(model, torch.zeros(num_images, *input_size))
+            forward_of(model, spec.zeros(num_images))
     except PetuneError:
         raise
     except Exception as error:  # whatever a model's own code, or an adapter's, raises

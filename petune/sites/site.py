@@ -10,6 +10,7 @@ from torch import nn
 
 from petune.base.errors import AttachError, SiteNotFound
 from petune.base.text import plural
+from petune.sites.input_spec import InputSpec
 
 Layout = Literal["BNC", "BHWC", "BCHW"]
 """The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns."""
@@ -146,7 +147,7 @@ class Sites:
 
     Attributes:
         model: The model's class name.
-        input_size: (channels, height, width) of the image that the model was traced with.
+        input_spec: What the model takes, as it was traced.
         blocks: The transformer blocks from input to output; empty for a model without attention.
         parts: Patch embedding, final norm and classifier, by role.
         num_prefix_tokens: Number of tokens before the patches (CLS, registers, distillation).
@@ -159,7 +160,7 @@ class Sites:
     """
 
     model: str
-    input_size: tuple[int, int, int]
+    input_spec: InputSpec
     blocks: tuple[Block, ...]
     parts: Mapping[str, Site]
     num_prefix_tokens: int
@@ -218,11 +219,17 @@ class Sites:
         return self.blocks
 
     @property
+    def input_size(self) -> tuple[int, ...]:
+        """Size of one sample: (channels, height, width) of an image, with frames for a video."""
+        return self.input_spec.size
+
+    @property
     def patch_size(self) -> tuple[int, int] | None:
         """Pixels (rows, columns) of a patch at the first block's input; None if unknown."""
-        if self.grid_size is None:
+        if self.grid_size is None or len(self.input_size) < 3:
             return None
-        return self.input_size[1] // self.grid_size[0], self.input_size[2] // self.grid_size[1]
+        height, width = self.input_size[-2:]
+        return height // self.grid_size[-2], width // self.grid_size[-1]
 
     def first_owner(self, site: Site) -> Block | None:
         """Return the earlier block with which the block of `site` shares that module; None for one of its own.
@@ -239,7 +246,7 @@ class Sites:
         grid = "?" if self.grid_size is None else f"{self.grid_size[0]}x{self.grid_size[1]}"
         title = (
             f"{self.model}: {plural(len(self.blocks), 'block')}, width {self.embed_dim}, grid {grid}, "
-            f"{plural(self.num_prefix_tokens, 'prefix token')}, input {'x'.join(map(str, self.input_size))}"
+            f"{plural(self.num_prefix_tokens, 'prefix token')}, input {self.input_spec.text}"
         )
         rows = [("site", "where", "layout", "dim")]
         for name, site in self._rows():

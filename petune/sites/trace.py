@@ -127,22 +127,22 @@ class AttentionOp:
 
 @dataclass(eq=False)
 class Trace:
-    """Everything recorded in one forward."""
+    """Everything recorded in one forward.
+
+    Attributes:
+        calls, attention_ops, additions: In the order of the forward.
+        batch_size: Number of samples.
+    """
 
     calls: list[Call] = field(default_factory=list)
     attention_ops: list[AttentionOp] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    batch_size: int = 0
 
     @property
     def root(self) -> Call:
         """The model's own call."""
         return self.calls[0]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of images."""
-        x = self.root.input
-        return len(x) if x is not None else 0
 
     @property
     def model_name(self) -> str:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from petune.sites.forward import black_image, dtype_of, meta_tensors, tensors_in, undisturbed
+from petune.sites.forward import black_image, meta_inputs, meta_tensors, tensors_in, undisturbed
+from petune.sites.input_spec import InputSpec
 
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 """The node of torch's reentrant gradient checkpointing, which hides the parameters inside."""
 
 
-def used_parameters(
-    model: nn.Module, input_size: tuple[int, int, int], parameters: Iterable[nn.Parameter]
-) -> list[nn.Parameter]:
+def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return those of `parameters` that the output depends on: the ones that a gradient reaches.
 
     A layer that is never called is left out, and one whose output is not used (a pooler next to the classifier).
@@ -27,30 +26,28 @@ def used_parameters(
 
     Args:
         model: Modes, flags and random state are as before afterwards.
-        input_size: (channels, height, width) of the image.
+        spec: What it takes.
         parameters: Floating-point parameters of the model.
     """
     candidates = list(parameters)
     try:
         with undisturbed(model), torch.enable_grad():
-            reached = _reached_on_meta(model, input_size, candidates)
+            reached = _reached_on_meta(model, spec, candidates)
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
-            reached = _leaves(tensors_in(model(black_image(model, input_size))))
+            reached = _leaves(tensors_in(black_image(model, spec).call(model)))
     if reached is None:
         return candidates
     return [p for p in candidates if id(p) in reached]
 
 
-def _reached_on_meta(
-    model: nn.Module, input_size: tuple[int, int, int], parameters: list[nn.Parameter]
-) -> set[int] | None:
+def _reached_on_meta(model: nn.Module, spec: InputSpec, parameters: list[nn.Parameter]) -> set[int] | None:
     wanted, tensors, originals = {id(p) for p in parameters}, meta_tensors(model), {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if path in tensors and id(parameter) in wanted:
             originals[id(tensors[path].requires_grad_(True))] = id(parameter)
-    x_BCHW = torch.zeros(2, *input_size, device="meta", dtype=dtype_of(model))
-    leaves = _leaves(tensors_in(functional_call(model, tensors, (x_BCHW,), tie_weights=False)))
+    inputs = meta_inputs(model, spec)
+    leaves = _leaves(tensors_in(functional_call(model, tensors, inputs.args, dict(inputs.kwargs), tie_weights=False)))
     return None if leaves is None else {originals[leaf] for leaf in leaves if leaf in originals}
 
 

@@ -46,7 +46,7 @@ def lr_scales(
 def _layers(attachment: Attachment) -> tuple[dict[int, int], int]:
     """Return the layer of each parameter by identity, and the number of the last layer."""
     blocks = attachment.sites.all_blocks
-    calls = record(attachment.model, attachment.sites.input_size).calls if blocks else []
+    calls = record(attachment.model, attachment.sites.input_spec).calls if blocks else []
     first = {call.module: call for call in sorted(calls, key=lambda call: call.start, reverse=True)}
     starts = sorted(first[block.enter].start for block in blocks)
     end = max((first[block.exit].stop for block in blocks), default=0)

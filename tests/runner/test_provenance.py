@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from petune.runner.provenance import device_name, forward_flops, git_state, installed_version, provenance
+from petune.sites.input_spec import InputSpec
 
 CPU = torch.device("cpu")
 
 
 def test_flops_of_linear_and_convolution_are_the_formula() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 2, stride=2), nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
-    assert forward_flops(model, (3, 8, 8)) == 2 * (8 * 4 * 4) * (3 * 2 * 2) + 2 * (8 * 4 * 4) * 10
+    assert forward_flops(model, InputSpec.of_size((3, 8, 8))) == 2 * (8 * 4 * 4) * (3 * 2 * 2) + 2 * (8 * 4 * 4) * 10
 
 
 def test_flops_of_attention_are_counted() -> None:
@@ -32,14 +33,16 @@ def test_flops_of_attention_are_counted() -> None:
             return nn.functional.scaled_dot_product_attention(q, q, q)
 
     heads, tokens, width = 2, 5, 4
-    assert forward_flops(Attention(), (heads, tokens, width)) == 2 * 2 * heads * tokens * tokens * width
+    assert (
+        forward_flops(Attention(), InputSpec.of_size((heads, tokens, width))) == 2 * 2 * heads * tokens * tokens * width
+    )
 
 
 def test_counting_flops_restores_training_modes() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     model[0].eval()
     model.training = True
-    forward_flops(model, (4,))
+    forward_flops(model, InputSpec.of_size((4,)))
     assert [m.training for m in model.modules()] == [True, False, True]
 
 
@@ -54,7 +57,7 @@ def test_flops_of_a_module_that_is_called_with_a_trained_parameter() -> None:
             return self.fc(self.token.expand(len(x), -1))
 
     model = ClassToken()
-    assert forward_flops(model, (4,)) == 2 * 4 * 2
+    assert forward_flops(model, InputSpec.of_size((4,))) == 2 * 4 * 2
     assert [p.requires_grad for p in model.parameters()] == [True, True, False]
 
 

@@ -7,6 +7,7 @@ import torchvision
 import transformers
 from torch import nn
 
+from petune.sites.input_spec import InputSpec
 from petune.sites.random_draws import find_random_draws
 from tests.tiny import tiny
 
@@ -14,7 +15,7 @@ SIZE = (3, 16, 16)
 
 
 def _drawing(model: nn.Module) -> list[str]:
-    return sorted({type(module).__name__ for module in find_random_draws(model, SIZE).drawing})
+    return sorted({type(module).__name__ for module in find_random_draws(model, InputSpec.of_size(SIZE)).drawing})
 
 
 def test_a_rate_of_zero_draws_nothing() -> None:
@@ -30,7 +31,7 @@ def test_timm() -> None:
 
 def test_the_blocks_around_drop_path_are_named() -> None:
     model = tiny(drop_path_rate=0.1)
-    around = find_random_draws(model, SIZE).around
+    around = find_random_draws(model, InputSpec.of_size(SIZE)).around
     assert model.blocks[1] in around
     assert model.blocks[0] not in around  # drop path rises from zero in the first block
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import petune
 from petune.runner.provenance import forward_flops
 from petune.sites.forward import undisturbed
+from petune.sites.input_spec import InputSpec
 from petune.sites.recorder import record
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
@@ -43,7 +44,7 @@ def attach_and_detach(model: nn.Module) -> None:
 
 
 def count_flops(model: nn.Module) -> None:
-    forward_flops(model, (3, 64, 64))
+    forward_flops(model, InputSpec.of_size((3, 64, 64)))
 
 
 @pytest.mark.parametrize("build", [vit, dpt, segformer])
@@ -149,7 +150,7 @@ def test_a_failed_attempt_on_the_meta_device_is_undone_before_the_next() -> None
             return self.layer(x.flatten(1)) * float(x.sum() + 1)
 
     model = Reads()
-    trace = record(model, (1, 2, 2))
+    trace = record(model, InputSpec.of_size((1, 2, 2)))
     assert trace.root.output is not None
     assert trace.root.output.device.type == "cpu"
     assert model.stored == []

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
-from petune.sites.forward import dtype_of, inference, tensors_in
+from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.input_spec import Inputs
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Sites
 
@@ -87,7 +88,7 @@ class PromptCheck:
         try:
             with inference(self.model), contextlib.ExitStack() as stack:
                 hidden = {known: stack.enter_context(HiddenPrompts(known)) for known in self._slots}
-                output = block.enter(*call.args, **call.kwargs) if alone else self.model(self._images())
+                output = block.enter(*call.args, **call.kwargs) if alone else self._images().call(self.model)
         except Exception as error:
             reason = f"does not run with them ({type(error).__name__}: {error})"
             raise prompts_refused(block, self.sites, reason) from error
@@ -105,7 +106,7 @@ class PromptCheck:
         handles = [handle for block in self.sites.blocks for handle in self._watch(block)]
         try:
             with inference(self.model):
-                self._output = self.model(self._images())
+                self._output = self._images().call(self.model)
         finally:
             for handle in handles:
                 handle.remove()
@@ -129,9 +130,8 @@ class PromptCheck:
             block.exit.register_forward_hook(leave),
         ]
 
-    def _images(self) -> Tensor:
-        x = torch.randn(NUM_IMAGES, *self.sites.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
-        return x.to(next(self.model.parameters()).device, dtype_of(self.model))
+    def _images(self) -> Inputs:
+        return self.sites.input_spec.noise(NUM_IMAGES).to(device_of(self.model), dtype_of(self.model))
 
 
 class HiddenPrompts(TorchFunctionMode):

@@ -41,7 +41,7 @@ class FrozenPrefix:
         entries: Modules whose input is cached, in the order of the forward.
         skipped: Modules that need not run, and what each returns for a blank image.
         kinds: What is cached per image, one for each entry.
-        image_shape: (channels, height, width).
+        image_shape: (channels, height, width); of a video with frames.
         is_random: True if dropout or drop path of the backbone acts in it, so that it must not be cached.
         one_blank: Whether one blank image suffices for a whole batch, so that what still runs of the prefix costs
             nothing. A model whose own code counts images needs as many as there are.
@@ -67,7 +67,7 @@ class FrozenPrefix:
     def forward(self, values: Sequence[Tensor]) -> Tensor:
         """Return the model's output for images whose cached values are given, (B, …) per entry."""
         num_blanks = 1 if self.one_blank else len(values[0])
-        blank_BCHW = torch.zeros(1, *self.image_shape, device=values[0].device).expand(num_blanks, -1, -1, -1)
+        blank_BCHW = torch.zeros(1, *self.image_shape, device=values[0].device).expand(num_blanks, *self.image_shape)
         constants = {module: _returning(_repeat(output, num_blanks)) for module, output in self.skipped.items()}
         hooks = {entry: _replacing(value) for entry, value in zip(self.entries, values, strict=True)}
         with _forwards(constants), _hooked(hooks):
@@ -127,7 +127,7 @@ def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
 
 def _modules_before(entries: Sequence[nn.Module], attachment: Attachment) -> tuple[list[nn.Module], bool]:
     """Return the outermost frozen modules that end before the last of `entries`, and whether anything is random."""
-    calls = record(attachment.model, attachment.sites.input_size).calls
+    calls = record(attachment.model, attachment.sites.input_spec).calls
     start = max((call.start for call in calls if call.module in entries), default=0)
     state = trainable_state_of(attachment.model)
     drawing = state.drawing if state is not None else ()

@@ -1,0 +1,139 @@
+"""One tensor among the inputs of a model: shape and kind of its values, enough to make others like it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_RUNS = 4096
+"""Integers with more changes of value than this are content, such as the pixels of an image; fewer are kept."""
+
+Fill = Callable[[tuple[int, ...]], Tensor]
+"""Makes floating-point values of a shape."""
+Runs = tuple[tuple[float, int], ...]
+"""Values, each with the number of times that it follows in a row."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor that a forward takes.
+
+    Floating-point values are content: other tensors get others. Integers, booleans and masks of 0.0 and 1.0 are kept,
+    because a model may rely on them: positions, sizes, token ids, which patches are padding.
+
+    Attributes:
+        shape: Of one sample, with its batch dimension: (1, channels, height, width).
+        batch_dim: Dimension along which samples are joined; None for a tensor that all samples share.
+        dtype: None is floating point, in the model's own dtype.
+        values: Those that are kept; empty for content.
+        low, high: Range of integers that are content.
+    """
+
+    shape: tuple[int, ...]
+    batch_dim: int | None = 0
+    dtype: torch.dtype | None = None
+    values: Runs = ()
+    low: int = 0
+    high: int = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor, batch_dim: int | None, num_samples: int) -> TensorSpec:
+        """Describe the first of the samples in a tensor.
+
+        Args:
+            tensor: Values of all samples.
+            batch_dim: See `TensorSpec`.
+            num_samples: Number of samples; it divides the size of `batch_dim`.
+        """
+        first = tensor.detach()
+        if batch_dim is not None:
+            first = first.narrow(batch_dim, 0, first.shape[batch_dim] // num_samples)
+        shape = tuple(first.shape)
+        dtype = None if first.is_floating_point() else first.dtype
+        if first.is_meta or first.is_complex() or (dtype is None and not _is_mask(first)):
+            return cls(shape, batch_dim, dtype)
+        runs = tuple((value, len(list(equal))) for value, equal in itertools.groupby(first.flatten().tolist()))
+        if len(runs) <= MAX_RUNS:
+            return cls(shape, batch_dim, dtype, values=runs)
+        return cls(shape, batch_dim, dtype, low=int(first.min()), high=int(first.max()))
+
+    def batch(self, num_samples: int, fill: Fill) -> Tensor:
+        """Return this tensor for a number of samples.
+
+        Args:
+            num_samples: Number of samples.
+            fill: Makes the content.
+        """
+        count = 1 if self.batch_dim is None else num_samples
+        samples = self._kept().expand(count, *self.shape) if self.values else self._content((count, *self.shape), fill)
+        if self.batch_dim is None:
+            return samples[0].clone()
+        return torch.cat(list(samples), dim=self.batch_dim)
+
+    def _kept(self) -> Tensor:
+        values, counts = zip(*self.values, strict=True)
+        runs = torch.tensor(values, dtype=self.dtype or torch.get_default_dtype(), device="cpu")
+        return runs.repeat_interleave(torch.tensor(counts, device="cpu")).reshape(self.shape)
+
+    def _content(self, shape: tuple[int, ...], fill: Fill) -> Tensor:
+        filled = fill(shape)
+        if self.dtype is None or self.dtype.is_complex:
+            return filled if self.dtype is None else filled.to(self.dtype)
+        share = (filled.abs() * 997).frac()  # of the range
+        return (self.low + (share * (self.high - self.low + 1)).floor()).to(self.dtype)
+
+    def num_samples_in(self, tensor: Tensor) -> int | None:
+        """Return how many samples a tensor holds; None if all samples share it."""
+        if self.batch_dim is None or tensor.ndim != len(self.shape):
+            return None
+        return int(tensor.shape[self.batch_dim]) // max(self.shape[self.batch_dim], 1)
+
+    def select(self, tensor: Tensor, samples: list[int]) -> Tensor:
+        """Return those samples of a tensor, in that order."""
+        if self.batch_dim is None:
+            return tensor
+        parts = torch.split(tensor, max(self.shape[self.batch_dim], 1), dim=self.batch_dim)
+        return torch.cat([parts[sample] for sample in samples], dim=self.batch_dim)
+
+    def __str__(self) -> str:
+        kind = "" if self.dtype is None else f" ({str(self.dtype).removeprefix('torch.')})"
+        return f"{'x'.join(map(str, self.shape)) or 'a number'}{kind}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as plain data."""
+        data: dict[str, Any] = {"shape": list(self.shape), "batch_dim": self.batch_dim}
+        if self.dtype is not None:
+            data["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.values:
+            data["values"] = [list(run) for run in self.values]
+        elif self.dtype is not None:
+            data |= {"low": self.low, "high": self.high}
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: It has another form.
+        """
+        dtype = getattr(torch, data["dtype"], None) if "dtype" in data else None
+        if "dtype" in data and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"no such dtype: {data['dtype']}")
+        shape = tuple(int(size) for size in data["shape"])
+        batch_dim = None if data["batch_dim"] is None else int(data["batch_dim"])
+        if min(shape, default=1) < 0 or (batch_dim is not None and not 0 <= batch_dim < len(shape)):
+            raise ValueError(f"no shape with batch dimension {batch_dim}: {shape}")
+        values = tuple((value, int(count)) for value, count in data.get("values", ()))
+        return cls(shape, batch_dim, dtype, values, int(data.get("low", 0)), int(data.get("high", 0)))
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Return whether floating-point values are all 0 or 1, and both occur: which patches count, not an image."""
+    zeros, ones = tensor == 0, tensor == 1
+    return bool((zeros | ones).all()) and bool(zeros.any()) and bool(ones.any())
