@@ -17,6 +17,7 @@ from petune.adapters.peft_format import as_peft, from_peft, petune_part
 from petune.adapters.unwrapped import unwrap
 from petune.base.errors import CheckpointError, UsageError
 from petune.base.files import MANIFEST, verify_directory, write_directory
+from petune.sites.input_spec import have_same_form
 from petune.sites.site import Sites
 
 CONFIG_FILE = "adapter_config.json"
@@ -117,7 +118,10 @@ def read_adapter(path: Path) -> SavedAdapter:
 def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return the keys of `geometry` in which a saved adapter differs; a model that it does not name is any model."""
     is_unnamed = "model" in saved and saved["model"] is None
-    return [key for key in current if saved.get(key) != current[key] and not (key == "model" and is_unnamed)]
+    different = [key for key in current if saved.get(key) != current[key] and not (key == "model" and is_unnamed)]
+    if "input" in different and have_same_form(saved.get("input"), current["input"]):
+        different.remove("input")
+    return different
 
 
 def chosen_sites(sites: Sites) -> dict[str, Any]:

@@ -43,14 +43,14 @@ def check_watch(call: str, watch: object) -> None:
 
 
 def check_input_size(call: str, size: object) -> None:
-    """Check a (channels, height, width), or None.
+    """Check a (channels, height, width), the same with frames, or None.
 
     Raises:
         UsageError: It is something else.
     """
-    is_size = isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)
+    is_size = isinstance(size, tuple | list) and len(size) in (3, 4) and all(isinstance(n, int) and n > 0 for n in size)
     if size is not None and not is_size:
-        sizes = "(channels, height, width), all positive"
+        sizes = "(channels, height, width), all positive, with a fourth number for videos"
         raise UsageError(f"{call}: input_size must be {sizes}, not {shown(size, LONGEST_SHOWN)}")
 
 

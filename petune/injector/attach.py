@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
-from petune.base.errors import AlreadyCompiled, AttachError, DeadSite
+from petune.base.errors import AlreadyCompiled, AttachError, DeadSite, UsageError
 from petune.base.plugins import plugin_errors
 from petune.base.text import plural
 from petune.injector.attachment import Attachment
@@ -44,21 +45,24 @@ def attach(
     name: str | None = None,
     train_head: bool = True,
     keep_original: bool = True,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: Sequence[int] | None = None,
+    example: Any = None,
     **options: Any,
 ) -> Attachment:
     """Attach a tuner to a model, in place.
 
     Args:
-        model: Any image classifier; not a compiled one. If `torch.compile(model)` exists already, it compiles again
-            in its next call, as all compiled code of the process does.
+        model: Any image classifier, or with `example` any Transformer; not a compiled one. If `torch.compile(model)`
+            exists already, it compiles again in its next call, as all compiled code of the process does.
         method: A registered name (options can be part of it: `vpt:deep=false`), a Tuner, or its config.
         sites: From `find_sites`; found now by default.
         name: Distinguishes attachments on one model. Defaults to the method's name.
         train_head: Train the classifier too.
         keep_original: Keep a copy of the values that will train (classifier, unfrozen backbone), so that `disable` and
             `detach` give the model back bit for bit. False saves the memory: a whole model for `full`.
-        input_size: (channels, height, width), for a model that does not state its input size.
+        input_size: (channels, height, width), for a model that does not state its input size; with frames for videos.
+        example: What the forward takes, if that is not one image; see `petune.find_sites`. It is saved with the adapter
+            as shapes. The first attachment on a model decides.
         **options: The tuner's options, if `method` is a name.
 
     Raises:
@@ -66,10 +70,13 @@ def attach(
         SiteNotFound: The model has no site that the tuner needs.
         DeadSite: The forward never uses an adapter.
         AttachError: Something else is in the way. After any of these, the model is as it was.
+        UsageError: Both `example` and `sites` or `input_size` are given.
         UnknownName: There is no such method.
         PluginError: The method's package is broken.
         ConfigError: An option is unknown or has a wrong value.
     """
+    if sites is not None and example is not None:
+        raise UsageError("petune.attach: give sites or example, not both")
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
@@ -77,7 +84,7 @@ def attach(
     name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
     new = new_weights(model) if trainable_state_of(model) is None and train_head else []
-    sites = _sites_for(model, sites, input_size, train_head)
+    sites = _sites_for(model, sites, lambda: find_sites(model, input_size, example=example), train_head)
     state = open_trainable_state(model, sites)
     state.add(label)
     log = EditLog(label, undo_steps=[lambda: state.remove(label)])
@@ -106,13 +113,11 @@ def _check_model(model: nn.Module) -> None:
         raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
 
 
-def _sites_for(
-    model: nn.Module, sites: Sites | None, input_size: tuple[int, int, int] | None, train_head: bool
-) -> Sites:
+def _sites_for(model: nn.Module, sites: Sites | None, find: Callable[[], Sites], train_head: bool) -> Sites:
     """Return the sites to edit, after the checks that a model needs once: before its first attachment."""
     existing = trainable_state_of(model)
     _check_same_root(model, existing)
-    sites = sites or (existing.sites if existing else find_sites(model, input_size))
+    sites = sites or (existing.sites if existing else find())
     _check_sites_of(model, sites)
     if existing is None:
         refuse_random(model, sites)

@@ -24,8 +24,9 @@ from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
-from petune.sites.find import find_sites
+from petune.sites.find import sites_for
 from petune.sites.forward import forget_caches
+from petune.sites.input_spec import InputSpec
 from petune.sites.site import Sites
 
 
@@ -157,7 +158,7 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
     if reference is None or not attachment.tensors.are_alone():
         return
     try:
-        difference = max_abs_diff(attachment.model, attachment.sites, reference)
+        difference = max_abs_diff(attachment.model, _with_inputs_of(saved, attachment.sites), reference)
     except CheckpointError as error:
         raise CheckpointError(f"{saved.path / CONFIG_FILE}: {error}") from None
     if difference:
@@ -167,6 +168,14 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
             f"test image, up to {largest:.3g} when it was saved, differ by {difference:.3g} here. Build the backbone "
             f"as for training (number of heads, activation, normalization, pooling){_other_version(attachment, saved)}"
         )
+
+
+def _with_inputs_of(saved: SavedAdapter, sites: Sites) -> Sites:
+    """Return the sites with the inputs that the reference logits were computed for: integers may have other values."""
+    geometry_in_file = saved.config["geometry"]
+    if geometry_in_file is None:
+        return sites
+    return replace(sites, input_spec=InputSpec.from_json(geometry_in_file["input"]))
 
 
 def _copy_tensors(attachment: Attachment, saved: SavedAdapter) -> None:
@@ -225,11 +234,12 @@ def _sites_for(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Si
 
 
 def sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> Sites | None:
-    """Return the model's sites for images of the size in the file; None if its geometry is another one."""
+    """Return the model's sites for inputs as in the file; None if its geometry is another one."""
     if saved is None:
         return None
-    with contextlib.suppress(PetuneError, KeyError, TypeError):  # attaching without the file's size says what is wrong
-        found = find_sites(model, tuple(saved["input"]), head=chosen.get("head"))
+    # attaching without the file's inputs says what is wrong
+    with contextlib.suppress(PetuneError, KeyError, TypeError, ValueError):
+        found = sites_for(model, InputSpec.from_json(saved["input"]), chosen.get("head"))
         sites = found.with_blocks(chosen.get("blocks"))
         return sites if not geometry_differences(saved, geometry(sites)) else None
     return None

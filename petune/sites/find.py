@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from petune.base.arguments import check_input_size
-from petune.base.errors import AttachError
+from petune.base.errors import AttachError, UsageError
 from petune.sites.beside_head import layers_beside_head
 from petune.sites.blocks import find_blocks
 from petune.sites.encoder import end_of
+from petune.sites.example import spec_of_example
 from petune.sites.grid import grid_and_prefix
 from petune.sites.head import find_head, head_at
 from petune.sites.input_size import input_sizes_of
@@ -29,8 +30,9 @@ from petune.sites.used_parameters import used_parameters
 
 def find_sites(
     model: nn.Module,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: Sequence[int] | None = None,
     *,
+    example: Any = None,
     head: str | Sequence[str] | None = None,
 ) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
@@ -40,23 +42,49 @@ def find_sites(
     weights, modes and the random state are not changed.
 
     Args:
-        model: Any image classifier: timm, torchvision, transformers, hand-written.
-        input_size: (channels, height, width); by default the size that the model has as an attribute or in its config.
+        model: Any image classifier: timm, torchvision, transformers, hand-written; with `example` any Transformer.
+        input_size: (channels, height, width), or four numbers for videos and volumes in the order that the model
+            takes; by default the size that the model has as an attribute or in its config.
+        example: What the forward takes, for a model that takes more than one tensor, or whose input is no image: a
+            tensor with its batch dimension, a tuple of arguments, a dict (`model(**example)`, or `model(example)` if
+            the forward takes a dict), or `(args, kwargs)`. Only shapes, dtypes and integers are remembered.
         head: Path of the module that is the classifier, or paths of several, if that is more than petune finds.
 
     Returns:
         All sites. A model without attention has empty `blocks`.
 
     Raises:
-        AttachError: The model does not tell its input size, its forward fails at that size, or it has no such `head`.
+        AttachError: The model does not tell its input size, its forward fails at that size or on the example, or it has
+            no such `head`.
+        UsageError: Both `input_size` and `example` are given.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
     check_input_size("find_sites", input_size)
-    specs = [InputSpec.of_size(size) for size in ([input_size] if input_size is not None else input_sizes_of(model))]
+    if input_size is not None and example is not None:
+        raise UsageError("find_sites: give input_size or example, not both")
+    if example is not None:
+        return _found(model, lambda: [spec_of_example(model, example)], head)
+    sizes = [input_size] if input_size is not None else input_sizes_of(model)
+    return _found(model, lambda: [InputSpec.of_size(size) for size in sizes], head)
+
+
+def sites_for(model: nn.Module, spec: InputSpec, head: str | Sequence[str] | None = None) -> Sites:
+    """Return the sites of a model that takes inputs of a known form; see `find_sites`."""
+    return _found(model, lambda: [spec], head)
+
+
+def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: str | Sequence[str] | None) -> Sites:
+    """Return the sites, found without the adapters of all attachments.
+
+    Args:
+        model: The model.
+        specs: Returns candidates for what it takes; it may run the model.
+        head: See `find_sites`.
+    """
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
     with _disabled(added):
-        trace, spec = _first_that_runs(model, specs, added)
+        trace, spec = _first_that_runs(model, specs(), added)
         return _sites(model, trace, spec, head)
 
 

@@ -61,9 +61,16 @@ def _on_meta(model: nn.Module, spec: InputSpec, watch: Watch) -> Any:
     return watched
 
 
-def meta_inputs(model: nn.Module, spec: InputSpec) -> Inputs:
-    """Return inputs of two samples on the meta device, in the model's dtype."""
-    return spec.zeros(2, "meta").to("meta", dtype_of(model))
+def meta_inputs(model: nn.Module, spec: InputSpec, num_samples: int = 2) -> Inputs:
+    """Return inputs on the meta device, in the model's dtype."""
+    return spec.zeros(num_samples, "meta").to("meta", dtype_of(model))
+
+
+def meta_output(model: nn.Module, spec: InputSpec, num_samples: int) -> Any:
+    """Return what the model returns on the meta device: shapes without numbers. Not every model runs there."""
+    inputs = meta_inputs(model, spec, num_samples)
+    with undisturbed(model), torch.no_grad():
+        return functional_call(model, meta_tensors(model), inputs.args, dict(inputs.kwargs), tie_weights=False)
 
 
 def meta_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -79,7 +79,9 @@ def _sized_like(trace: Trace, matrices: list[Call], logits: Tensor) -> list[Call
             return added
     # every token may be classified, and one of them or their mean taken
     of_tokens = [c for c, y in sized if y.ndim > 2 and not is_conv(c)]
-    return (of_images or of_tokens)[-1:]
+    # or every frame of a video, folded into the batch
+    of_frames = [c for c, y in sized if y.ndim == 2 and trace.batch_size and len(y) % trace.batch_size == 0]
+    return (of_images or of_tokens or of_frames)[-1:]
 
 
 def _after_blocks(model: nn.Module, trace: Trace, blocks: Sequence[Block], blocks_end: int) -> NamedModules:

@@ -8,17 +8,30 @@ from torch import nn
 
 from petune.base.errors import AttachError
 
+FRAMES = ("num_frames", "frames_per_clip")
+"""Names of the number of frames in configs of transformers."""
 
-def input_sizes_of(model: nn.Module) -> list[tuple[int, int, int]]:
+
+def input_sizes_of(model: nn.Module) -> list[tuple[int, ...]]:
     """Return candidates for (channels, height, width): the size the model was built with, else its weights' size.
 
-    Channels are those of the first convolution, then three, because that convolution may not see the image itself.
+    Channels are those of the first convolution, then three, because that convolution may not see the image itself. A
+    model whose config has a number of frames is tried on (frames, channels, height, width) first.
 
     Raises:
         AttachError: The model does not tell its size.
     """
     height, width = _size(model)
-    return [(channels, height, width) for channels in dict.fromkeys((_channels(model), 3))]
+    images: list[tuple[int, ...]] = [(channels, height, width) for channels in dict.fromkeys((_channels(model), 3))]
+    frames = frames_of(model)
+    return [*((frames, *image) for image in images if frames is not None), *images]
+
+
+def frames_of(model: nn.Module) -> int | None:
+    """Return the number of frames of a video model's config (transformers); None for a model of images."""
+    config: Any = getattr(model, "config", None)
+    frames = next((getattr(config, name) for name in FRAMES if getattr(config, name, None)), None)
+    return frames if isinstance(frames, int) else None
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
@@ -31,17 +44,19 @@ def _size(model: nn.Module) -> tuple[int, int]:
         config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
         if isinstance(config, dict) and config.get("input_size"):
             return int(config["input_size"][1]), int(config["input_size"][2])
-        size = _pair(getattr(getattr(module, "config", None), "image_size", None))
-        if size is not None:
-            return size
+        for name in ("image_size", "crop_size"):
+            size = _pair(getattr(getattr(module, "config", None), name, None))
+            if size is not None:
+                return size
     raise AttachError(
         f"{type(model).__name__} does not tell its image size. "
-        "Pass input_size=(channels, height, width), for example input_size=(3, 224, 224)"
+        "Pass input_size=(channels, height, width), for example input_size=(3, 224, 224); or, for a model that takes "
+        "anything else than images, example= with what it takes"
     )
 
 
 def _channels(model: nn.Module) -> int:
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     return next((conv.in_channels for conv in convolutions), 3)
 
 

@@ -35,12 +35,22 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """Return them with each tensor changed."""
-        return Inputs(*_map_leaves((self.args, self.kwargs), lambda x: change(x) if isinstance(x, Tensor) else x))
+        return Inputs(*self.map_leaves(lambda x: change(x) if isinstance(x, Tensor) else x))
+
+    def map_leaves(self, change: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return args and kwargs with each tensor and constant changed."""
+        args, kwargs = _map_leaves((self.args, self.kwargs), change)
+        return args, kwargs
+
+    @property
+    def leaves(self) -> list[Any]:
+        """All tensors and constants, in order."""
+        return list(_leaves((self.args, self.kwargs)))
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, in order."""
-        return [leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,14 @@ class InputSpec:
             return leaf.batch(num_samples, fill).to(device) if isinstance(leaf, TensorSpec) else leaf
 
         return Inputs(*_map_leaves((self.args, self.kwargs), tensor))
+
+
+def have_same_form(data: Any, other: Any) -> bool:
+    """Return whether two specs as plain data are of tensors of the same shapes and dtypes, whatever their values."""
+    try:
+        return bool(InputSpec.from_json(data).form == InputSpec.from_json(other).form)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def _formula(shape: tuple[int, ...]) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from petune.base.errors import AttachError
+from petune.sites.input_size import frames_of
 
 PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 """Packages of layers whose weights are no parameters but packed for int8 kernels."""
-FRAMES = ("num_frames", "frames_per_clip")
 
 
 def refuse_packed(model: nn.Module) -> None:
@@ -34,13 +34,16 @@ def advice_for(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     towers = _towers(model, config)
     if towers:
-        return f"It has a tower for images and one for text. Attach to the one for images: {towers}"
-    if any(getattr(config, name, None) for name in FRAMES):
         return (
-            "It takes videos (batch, frames, channels, height, width), which petune does not support yet. Wrap it in a "
-            "module whose forward takes images and gives it each as a video: x[:, None].expand(-1, frames, -1, -1, -1)"
+            f"It has a tower for images and one for text. Attach to the one for images: {towers}; or to both, with "
+            "example=dict(input_ids=…, pixel_values=…), what the model takes"
         )
-    return "If that is not its size, pass input_size=(channels, height, width)"
+    if frames_of(model) is not None:
+        return "It takes videos. Pass one as it takes them: example=torch.zeros(1, frames, channels, height, width)"
+    return (
+        "If that is not its size, pass input_size=(channels, height, width); if it takes anything else than images, "
+        "example= with what it takes"
+    )
 
 
 def _towers(model: nn.Module, config: Any) -> str:

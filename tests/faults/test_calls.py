@@ -63,9 +63,9 @@ def test_every_command_refuses_rubbish(
 
 PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
     "attach": (petune.attach, {"model": ..., "method": "linear", "sites": None, "name": None, "train_head": True,
-                                   "keep_original": True, "input_size": None}),
+                                   "keep_original": True, "input_size": None, "example": None}),
     "add_dense_head": (petune.add_dense_head, {"model": ..., "num_outputs": 2, "blocks": "last:1", "seed": 0}),
-    "find_sites": (petune.find_sites, {"model": ..., "input_size": None}),
+    "find_sites": (petune.find_sites, {"model": ..., "input_size": None, "example": None}),
     "load": (petune.load, {"model": ..., "path": "good", "name": None, "tuner": None, "sites": None}),
     "check_tuner": (petune.check_tuner, {"tuner": "linear", "model": ...}),
     "run": (petune.run, {"config": None, "watch": print, "method": "none"}),

@@ -23,23 +23,29 @@ SMALL: dict[str, Any] = {
 VIDEO = {**SMALL, "num_frames": 2}
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: transformers.TimesformerForVideoClassification(
-            transformers.TimesformerConfig(**VIDEO, patch_size=8, num_labels=5)
-        ),
-        lambda: transformers.VivitForVideoClassification(
-            transformers.VivitConfig(**VIDEO, tubelet_size=[2, 8, 8], num_labels=5)
-        ),
-        lambda: transformers.VideoMAEForVideoClassification(
-            transformers.VideoMAEConfig(**VIDEO, patch_size=8, tubelet_size=2, num_labels=5)
-        ),
-    ],
-)
-def test_a_video_model_is_named_as_one(build: Any) -> None:
-    with pytest.raises(petune.AttachError, match=r"takes videos .*Wrap it") as error:
-        petune.attach(build(), "adaptformer")
+VIDEO_MODELS: list[Any] = [
+    lambda: transformers.TimesformerForVideoClassification(
+        transformers.TimesformerConfig(**VIDEO, patch_size=8, num_labels=5)
+    ),
+    lambda: transformers.VivitForVideoClassification(
+        transformers.VivitConfig(**VIDEO, tubelet_size=[2, 8, 8], num_labels=5)
+    ),
+    lambda: transformers.VideoMAEForVideoClassification(
+        transformers.VideoMAEConfig(**VIDEO, patch_size=8, tubelet_size=2, num_labels=5)
+    ),
+]
+
+
+def test_video_models_of_transformers_tell_their_input() -> None:
+    for build in VIDEO_MODELS:
+        att = petune.attach(build(), "adaptformer")
+        assert att.sites.input_size == (2, 3, 32, 32)
+        assert len(att.sites.blocks) == 2
+
+
+def test_a_video_model_that_is_given_the_size_of_images_is_told_of_example() -> None:
+    with pytest.raises(petune.AttachError, match=r"takes videos.* example=torch.zeros\(1, frames") as error:
+        petune.attach(VIDEO_MODELS[0](), "adaptformer", input_size=(3, 32, 32))
     assert "input_size" not in str(error.value)
 
 
@@ -49,7 +55,9 @@ def test_of_two_towers_the_one_for_images_is_named() -> None:
         vision_config={**SMALL, "patch_size": 8}, text_config={**text, "vocab_size": 50, "eos_token_id": 49}
     )
     model = transformers.CLIPModel(config)
-    with pytest.raises(petune.AttachError, match=r"Attach to the one for images: model\.vision_model"):
+    with pytest.raises(
+        petune.AttachError, match=r"Attach to the one for images: model\.vision_model; or to both, with example="
+    ):
         petune.find_sites(model, (3, 32, 32))
     assert len(petune.find_sites(model.vision_model, (3, 32, 32)).blocks) == 2
 
