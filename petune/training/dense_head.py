@@ -76,11 +76,12 @@ def add_dense_head(
     if trainable_state_of(model) is not None or NAME in model._modules:
         raise AttachError(f"{type(model).__name__} has a method attached, or a head for pixels. Use a plain model")
     sites = find_sites(model)
-    if sites.grid_size is None or not sites.blocks:
+    if sites.grid_size is None or not sites.blocks or not sites.input_spec.is_image:
         raise ConfigError(f"segmentation needs a grid of patches, and {sites.model} has none. Use another backbone")
+    _, height, width = sites.input_size
     sources = token_sources(model, sites, choose_blocks(sites, blocks))
     parameter = next(model.parameters())
-    head = DenseHead(sum(source.dim for source in sources), num_outputs, sites.input_size[1:])
+    head = DenseHead(sum(source.dim for source in sources), num_outputs, (height, width))
     nn.init.trunc_normal_(head.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     if head.linear.bias is not None:
         nn.init.zeros_(head.linear.bias)

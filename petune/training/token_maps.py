@@ -126,7 +126,7 @@ def token_sources(model: nn.Module, sites: Sites, blocks: Sequence[Block]) -> li
     sources = []
     for block in blocks:
         exits = [block] if norm is None or block is not sites.blocks[-1] else [norm, block]
-        calls = record_calls(model, sites.input_size, [site.exit for site in exits if site.is_module])
+        calls = record_calls(model, sites.input_spec, [site.exit for site in exits if site.is_module])
         candidates = [(site, calls[site.exit].output) for site in exits if site.exit in calls]
         found = (_source(sites, site.exit, site.layout, y) for site, y in candidates if y is not None)
         source = next((source for source in found if source is not None), None)
