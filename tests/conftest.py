@@ -44,6 +44,8 @@ HERE = Path(__file__).parent
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Leave modules and tests, which stay to the end, out of garbage collection: that takes a tenth of all time."""
+    import hypothesis  # noqa: F401  # at its import it looks for objects that freeze() hides
+
     gc.disable()
     try:
         return (yield)

@@ -24,7 +24,7 @@ from petune.data.images import num_threads
 from petune.data.policy import ImagePolicy
 from petune.data.preprocess import Preprocess, center_crop, read_images, to_device
 from petune.data.steps import StepConfig, steps_of
-from petune.data.workers import image_workers
+from petune.data.workers import BatchMemory, ImageWorkers, image_workers
 
 CPU = torch.device("cpu")
 AUGMENT_FORMAT = 1
@@ -170,7 +170,8 @@ class TrainBatches:
     def _epoch(self, epoch: int, start: int, part: Callable[[int], slice], positions_only: bool) -> Iterator[Batch]:
         order, number_of = self._order(epoch)
         numbers = (random_draws if self.policy is None else image_seeds)(self.seed, epoch, len(self.split))
-        with image_workers(num_threads()) as pool:
+        memory = BatchMemory(self.batch_size, (len(self.preprocess.mean), *[self.preprocess.image_size] * 2))
+        with image_workers(num_threads()) as workers:
             for step in range(start, len(self)):
                 size = int(self.sizes[step])
                 chosen = slice(self.bounds[step], self.bounds[step + 1])
@@ -180,7 +181,7 @@ class TrainBatches:
                 elif self.policy is None:
                     x, y = self._together(positions, own)
                 else:
-                    x, y = self._one_by_one(positions, own, self.policy, pool)
+                    x, y = self._one_by_one(positions, own, workers, memory)
                 yield Batch(x, y, positions, size)
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -202,14 +203,15 @@ class TrainBatches:
         return self.preprocess.normalize(x_BCHW), y
 
     def _one_by_one(
-        self, positions: NDArray[np.int64], seeds: NDArray[Any], policy: ImagePolicy, pool: ThreadPoolExecutor
+        self, positions: NDArray[np.int64], seeds: NDArray[Any], workers: ImageWorkers, memory: BatchMemory
     ) -> tuple[Tensor, Tensor]:
         """Return images that threads read and augment, each as a whole, and their targets.
 
         On a CPU the threads normalize them too; a GPU gets them as uint8.
         """
-        pre, split = self.preprocess, self.split
-        x_BCHW = pre.empty(len(positions)) if self.device.type == "cpu" else None
+        pre, split, policy = self.preprocess, self.split, self.policy
+        assert policy is not None
+        x_BCHW = memory.empty(len(positions)) if self.device.type == "cpu" else None
 
         def prepare(number: int) -> tuple[Tensor, Tensor | None]:
             position = positions[number : number + 1]
@@ -221,7 +223,7 @@ class TrainBatches:
                 pre.normalize(image[None], out=x_BCHW[number : number + 1])
             return image, mask
 
-        samples = list(pool.map(prepare, range(len(positions))))
+        samples = workers.map(prepare, len(positions))
         masks = [mask for _, mask in samples if mask is not None]
         y = to_device(torch.stack(masks), self.device) if masks else _targets(split, pre, positions, self.device)
         if x_BCHW is None:

@@ -57,13 +57,6 @@ class Preprocess:
         """Return one black image, float32 (1, C, S, S)."""
         return torch.zeros(1, len(self.mean), self.image_size, self.image_size, device=device)
 
-    def empty(self, count: int) -> Tensor:
-        """Return room for normalized images on a CPU, float32 (count, C, S, S).
-
-        It is NumPy's, which asks Linux for large pages: of small ones, a batch touches ten thousand for the first time.
-        """
-        return torch.from_numpy(np.empty((count, len(self.mean), self.image_size, self.image_size), np.float32))
-
     def normalize(self, x_BCHW: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalize images in 0..255 by mean and standard deviation, RGB as gray if there is a single mean."""
         if len(self.mean) == 1 and x_BCHW.shape[1] == 3:

@@ -1,19 +1,50 @@
-"""Threads that prepare images."""
+"""Threads that prepare images, and the memory of their batches."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+Result = TypeVar("Result")
 _STARTING = threading.Lock()
 
 
+CHUNKS_PER_THREAD = 4
+"""Parts of a batch for each thread: few, because each costs time, and enough that no thread waits long at the end."""
+
+
+@dataclass(frozen=True)
+class ImageWorkers:
+    """Threads that prepare images.
+
+    Attributes:
+        pool: The threads.
+        count: How many there are.
+    """
+
+    pool: ThreadPoolExecutor
+    count: int
+
+    def map(self, function: Callable[[int], Result], count: int) -> list[Result]:
+        """Return what `function` returns for 0 … count - 1, called by the threads."""
+        size = max(1, count // (CHUNKS_PER_THREAD * self.count))
+        chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        results = self.pool.map(lambda chunk: [function(number) for number in chunk], chunks)
+        return [result for part in results for result in part]
+
+
 @contextmanager
-def image_workers(count: int) -> Iterator[ThreadPoolExecutor]:
+def image_workers(count: int) -> Iterator[ImageWorkers]:
     """Start threads in each of which torch computes on one core.
 
     By default each of them would compute on all cores, with threads that wait for each other most of the time.
@@ -37,4 +68,37 @@ def image_workers(count: int) -> Iterator[ThreadPoolExecutor]:
                 pool.submit(int)  # no thread is idle before all are ready, so each call starts one
             ready.wait()
             torch.set_num_threads(num_threads)
-        yield pool
+        yield ImageWorkers(pool, count)
+
+
+class BatchMemory:
+    """Memory of batches that is used again when nothing refers to a batch any more.
+
+    Linux hands out new memory page by page, filled with zeros. For a batch of 64 images of 224 pixels this takes a
+    fifth of the time of the images themselves.
+
+    Args:
+        batch_size: Images of the largest batch.
+        shape: Of an image.
+    """
+
+    MAX_ARRAYS = 3
+    """One batch in use, one waiting for it, and one that is being filled."""
+
+    def __init__(self, batch_size: int, shape: tuple[int, ...]) -> None:
+        self.shape = (batch_size, *shape)
+        self.arrays: list[NDArray[np.float32]] = []
+        self.users: list[weakref.ref[Any]] = []
+
+    def empty(self, count: int) -> Tensor:
+        """Return room for `count` images, float32 (count, *shape)."""
+        free = [number for number, user in enumerate(self.users) if user() is None]
+        if not free and len(self.arrays) == self.MAX_ARRAYS:  # somebody keeps batches
+            return torch.from_numpy(np.empty((count, *self.shape[1:]), np.float32))
+        if not free:
+            self.arrays.append(np.empty(self.shape, np.float32))  # NumPy asks Linux for large pages
+            self.users.append(weakref.ref(self.arrays[-1][:0]))
+            free = [len(self.arrays) - 1]
+        view = self.arrays[free[0]][:count]
+        self.users[free[0]] = weakref.ref(view)  # the tensor and all its views refer to this view
+        return torch.from_numpy(view)
