@@ -91,7 +91,7 @@ CASES = (
     Case("bands", "--dataset {data}/bands --augment shift", ("top1",), "bands"),
     Case("vtab", "--dataset vtab:{data}/vtab", ("top1", "top5"), {"top1": 1.0, "top5": 5.0}),
     Case(
-        "fashion", "--dataset torchvision:FashionMNIST --data-dir {fashion} --shots 50 --augment shift",
+        "fashion", "--dataset torchvision:FashionMNIST --data-dir {fashion} --shots 50 --val-fraction 0.02 --augment shift",
         ("top1",), {"top1": 10.0},
     ),
     Case("hf", "--dataset hf:{source}/sign_digits --shots 50 --augment shift", ("top1",), {"top1": 10.0}),
