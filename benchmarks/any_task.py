@@ -24,9 +24,8 @@ from typing import Any
 
 import yaml
 from any_task_data import SMOKE, Constant, Sizes, make_datasets
+from any_task_page import RESULTS
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "any_task"
 SCRATCH = {"weights": "none", "method": "full"}
 BACKBONES: dict[str, dict[str, Any]] = {
     "vit_nano": {"backbone": "vit_nano", "method": "adaptformer", "train": {"epochs": 2, "batch_size": 32}},
@@ -202,13 +201,12 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def keep(command: Command) -> None:
-    """Copy the result of a finished command to the committed ones."""
+def keep(command: Command, results: Path) -> None:
+    """Write the result of a finished command into a folder."""
     result = read_result(command)
     if result is not None:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1).replace(str(ROOT) + "/", "")
-        (RESULTS / f"{command.name}.json").write_text(text + "\n", encoding="utf-8")
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{command.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -242,7 +240,7 @@ def main() -> int:
         if args.run and run_command(command):
             failed.append(command.name)
         if args.keep:
-            keep(command)
+            keep(command, args.output / "results" if args.smoke else RESULTS)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

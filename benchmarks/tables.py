@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import any_task_page
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
 from petune.runner.comparison import Comparison
@@ -229,6 +230,7 @@ def pages() -> dict[Path, str]:
     texts = {RESULTS / name / "compare.md": comparison_page(comparison) for name, comparison in results.items()}
     texts[ROOT / "README.md"] = filled(ROOT / "README.md", readme(results))
     texts[docs / "results.md"] = filled(docs / "results.md", overview(results, read_suites()))
+    texts[docs / "tasks.md"] = filled(docs / "tasks.md", any_task_page.section())
     texts[docs / "speed.md"] = filled(docs / "speed.md", speed())
     return texts
 
