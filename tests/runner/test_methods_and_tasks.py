@@ -26,7 +26,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     },
     "transformers": {"backbone": "hf:vit"},
 }  # fmt: skip
-TARGETS = {"classification": "shape", "multi_label": "labels", "regression": "size"}
+TARGETS = {"classification": "shape", "multi_label": "labels", "regression": "size", "segmentation": "mask"}
 METHODS = ["peft:adalora" if record.name == "peft" else record.name for record in petune.list_tuners() if record.is_own]
 
 
