@@ -58,6 +58,16 @@ def test_a_parquet_folder(options: str) -> None:
     assert dataset.test.names[3] == "test/3"
 
 
+def test_progress_bars_are_not_written_to_a_pipe(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    labeled().to_parquet(folder / "train.parquet")
+    capfd.readouterr()
+    load(folder)
+    assert capfd.readouterr().err == ""
+    assert not datasets.are_progress_bars_disabled()
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_folders_of_save_to_disk(several: bool, tmp_path: Path) -> None:
     data = (

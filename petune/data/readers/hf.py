@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,21 @@ from petune.data.tables.plan import Plan
 from petune.data.tables.table import Table
 
 LOGIN = "Accept its terms on its page, and log in with `hf auth login` or set HF_TOKEN"
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Show the progress bars of `datasets` on terminals only: in a file or a pipe each step would be a line."""
+    import datasets
+
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 class HfConfig(ColumnOptions):
@@ -140,7 +158,8 @@ class HfReader(DatasetReader[HfConfig]):
                 check_same_features(sorted(self.path.rglob("*.parquet")), self._title)
             name = str(self.path or self.argument_value)
             config, revision = self.config.config, self.config.revision
-            return dict(datasets.load_dataset(name, config, revision=revision, streaming=self.config.streaming))
+            with _bars_on_terminals():
+                return dict(datasets.load_dataset(name, config, revision=revision, streaming=self.config.streaming))
         except DataError:
             raise
         except Exception as error:  # datasets, Arrow and the Hub raise dozens of types
