@@ -97,4 +97,13 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         print_status(f"the {MAX_CLASSES} worst of {len(evaluation.classes)} classes; eval.json and --json have all")
     if rows:
         print_table(COLUMNS, [[one_line(text) for text in row.cells()] for row in rows], right=COLUMNS[1:4])
+    _print_class_table(evaluation)
     print_facts([(name, one_line(value)) for name, value in evaluation.facts()])
+
+
+def _print_class_table(evaluation: Evaluation) -> None:
+    columns, rows = evaluation.class_table()
+    if len(rows) > MAX_CLASSES:
+        print_status(f"the {MAX_CLASSES} worst of {len(rows)}; eval.json and --json have all")
+    if rows:
+        print_table(columns, [[one_line(text) for text in row] for row in rows[:MAX_CLASSES]], right=columns[1:])

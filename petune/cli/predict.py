@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from petune.cli.options import BatchSize, Device, Precision, Source, TrustRemote
 from petune.cli.terminal import one_line, print_data, print_status, print_table
 
 if TYPE_CHECKING:
+    from petune.serving.predict import Predictor
     from petune.serving.predictions import Prediction
 
 Images = Annotated[
@@ -23,6 +24,15 @@ TopK = Annotated[
     int | None, typer.Option("--top-k", metavar="NUMBER", min=1, help="Classes to show per image.  [default: 5]")
 ]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object per image on stdout.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="Of segmentation: directory for a mask and an overlay of each image, in its size.",
+    ),
+]
 Csv = Annotated[bool, typer.Option("--csv", help="Print CSV on stdout, a row per image.")]
 
 
@@ -37,11 +47,12 @@ def predict(
     trust_remote_code: TrustRemoteCode = False,
     json: JsonLines = False,
     csv: Csv = False,
+    output: Output = None,
 ) -> None:
     """Predict images with a trained model.
 
-    Its task says what is predicted: classes, labels or numbers. Unreadable images are reported and the others
-    are still predicted; the exit code is then 4.
+    Its task says what is predicted: classes, labels, numbers or masks. Unreadable images are reported and the
+    others are still predicted; the exit code is then 4.
     """
     from petune.serving.predict import Predictor
 
@@ -51,6 +62,8 @@ def predict(
         user_path(source), weights=weights, device=device, precision=precision, trust_remote_code=trust_remote_code
     )
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
+    if output is not None:
+        predictions = _written(predictor, predictions, user_path(output))
     show = _print_lines if json else _print_csv if csv else _print_table
     predicted, unreadable = show(predictions)
     reasons = [one_line(prediction.error) for prediction in unreadable]
@@ -60,6 +73,21 @@ def predict(
         print_status(f"error: {reason}")
     if reasons:
         raise typer.Exit(4)
+
+
+def _written(predictor: Predictor, predictions: Iterator[Prediction], directory: Path) -> Iterator[Prediction]:
+    from petune.serving.mask_files import MaskFiles
+
+    files = MaskFiles.of(predictor, directory)
+    num_written = 0
+    for prediction in predictions:
+        if not prediction.error:
+            files.write(prediction)
+            num_written += 1
+        yield prediction
+    if num_written:
+        files.write_summary()
+        print_status(one_line(f"wrote {plural(num_written, 'mask')}, overlays and summary.json to {directory}"))
 
 
 def _nothing_readable(reasons: list[str]) -> str:

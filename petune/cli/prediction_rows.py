@@ -31,6 +31,8 @@ def json_line(prediction: Prediction) -> str:
         line["labels"] = [{"label": name, "probability": round(p, 6)} for name, p in prediction.top]
     elif prediction.kind == "numbers":
         line["numbers"] = prediction.numbers
+    elif prediction.kind == "mask":
+        line["fractions"] = {name: round(share, 6) for name, share in (prediction.fractions or {}).items()}
     else:
         line["prediction"] = prediction.output
     return json.dumps(line)
@@ -73,6 +75,11 @@ def _csv_numbers(readable: Sequence[Prediction]) -> tuple[list[str], list[list[C
     return columns, [[(prediction.numbers or {})[name] for name in columns] for prediction in readable]
 
 
+def _csv_masks(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
+    columns = sorted(readable[0].fractions or {})
+    return columns, [[round((each.fractions or {})[name], 6) for name in columns] for each in readable]
+
+
 def _csv_outputs(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
     return ["prediction"], [[_text(prediction)] for prediction in readable]
 
@@ -81,6 +88,7 @@ _CSV: dict[PredictionKind, Callable[[Sequence[Prediction]], tuple[list[str], lis
     "classes": _csv_classes,
     "labels": _csv_labels,
     "numbers": _csv_numbers,
+    "mask": _csv_masks,
     "other": _csv_outputs,
 }
 
@@ -100,11 +108,13 @@ def table_of(readable: Sequence[Prediction]) -> Table:
         numbers = [list((prediction.numbers or {}).values()) for prediction in readable]
         rows = [[name, *(f"{number:.5g}" for number in row)] for name, row in zip(names, numbers, strict=True)]
         return ("image", *columns), rows, columns, ()
-    if kind == "labels":
+    if kind == "mask":
+        texts = [_shares(prediction) for prediction in readable]
+    elif kind == "labels":
         texts = [_pairs(prediction.top) or "none" for prediction in readable]
     else:
         texts = [one_line(_text(prediction)) for prediction in readable]
-    heading = "labels" if kind == "labels" else "prediction"
+    heading = {"labels": "labels", "mask": "share of the pixels"}.get(kind, "prediction")
     return ("image", heading), [list(row) for row in zip(names, texts, strict=True)], (), ()
 
 
@@ -122,6 +132,11 @@ def _class_table(names: Sequence[str], readable: Sequence[Prediction]) -> Table:
 
 def _pairs(top: Sequence[ClassProbability]) -> str:
     return ", ".join(f"{one_line(name)} {format_percent(100 * probability, 1)}" for name, probability in top)
+
+
+def _shares(prediction: Prediction) -> str:
+    shares = [(name, share) for name, share in (prediction.fractions or {}).items() if share > 0]
+    return ", ".join(f"{one_line(name)} {format_percent(100 * share, 1)}" for name, share in shares)
 
 
 def _text(prediction: Prediction) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from petune.data.find_images import find_images
 from petune.data.images import supported_suffixes
 from petune.data.registry import build_reader, is_table
 from petune.serving.image_transform import ImageTransform
-from petune.serving.predictions import Prediction, predictions_of
+from petune.serving.predictions import Prediction, mask_prediction, predictions_of
 from petune.serving.restore import restore
+from petune.serving.whole_image import WholeImage, whole_outputs
 from petune.sites.logits import logits_of
 from petune.training.config import Precision
 from petune.training.precision import choose_attention, choose_device, choose_precision
@@ -129,13 +131,27 @@ class Predictor:
             )
         remaining = _list_images(images)
         while batch := list(islice(remaining, batch_size)):
-            yield from self._predict_batch(batch, top_k or TOP_K)
+            if self.task.target_kind == "mask":
+                yield from self._predict_masks(batch, batch_size)
+            else:
+                yield from self._predict_batch(batch, top_k or TOP_K)
 
     def __call__(
         self, images: Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64
     ) -> list[Prediction]:
         """Return the predictions of `stream` as a list."""
         return list(self.stream(images, top_k=top_k, batch_size=batch_size))
+
+    def _predict_masks(self, batch: Sequence[tuple[str, LoadedImage]], batch_size: int) -> Iterator[Prediction]:
+        seen = replace(self.transform, crop=1.0)
+        for name, loaded in batch:
+            try:
+                image = WholeImage.read(loaded, self.transform)
+            except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
+                yield Prediction(name, error=" ".join(str(error).split()) or type(error).__name__)
+                continue
+            outputs_Chw = whole_outputs(image, lambda x: self.outputs(seen.batch(x, self.device)), batch_size)
+            yield mask_prediction(self.task, name, outputs_Chw, image.size)
 
     def _predict_batch(self, batch: Sequence[tuple[str, LoadedImage]], top_k: int) -> Iterator[Prediction]:
         squares, errors = self.transform.squares([image for _, image in batch])
@@ -162,8 +178,8 @@ def predict(
 ) -> list[Prediction]:
     """Predict images: `petune.predict("runs/pets", ["cat.jpg", "holidays/"])`.
 
-    The task of the run says what is predicted: classes, labels or numbers. An image that cannot be read gets an
-    `error`; the others are still predicted.
+    The task of the run says what is predicted: classes, labels, numbers, or masks of whole images. An image that cannot
+    be read gets an `error`; the others are still predicted.
 
     Args:
         path: A run directory, or an adapter directory.

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from petune.base.errors import PluginError
 from petune.base.plugins import plugin_errors
+from petune.serving.whole_image import classes_of
 from petune.training.task import Task
 from petune.training.task_registry import TASKS
 
-PredictionKind = Literal["classes", "labels", "numbers", "other"]
-"""`classes`: the most probable first; `labels`: those at or above their thresholds; `numbers`: by name."""
+PredictionKind = Literal["classes", "labels", "numbers", "mask", "other"]
+"""`classes`: the most probable first; `labels`: those at or above their thresholds; `numbers`: by name; `mask`: of all
+pixels."""
 
 
 class ClassProbability(NamedTuple):
@@ -35,8 +38,11 @@ class Prediction:
         top: The most probable classes, or all labels at or above their thresholds, the most probable first; empty for
             other tasks, and if the image cannot be read.
         error: Why the image cannot be read; empty if it can.
-        kind: Which fields hold the prediction: `top` for classes and labels, `numbers`, or `output`.
+        kind: Which fields hold the prediction: `top` for classes and labels, `numbers`, `mask` and `fractions`, or
+            `output`.
         numbers: Predicted numbers by name, in the units of the targets.
+        mask: The class of each pixel as its number, uint8 in the size of the image (after its EXIF orientation).
+        fractions: The share of the pixels that each class has, by name, the largest first.
         output: What the task of a plugin predicts, as JSON data.
     """
 
@@ -45,6 +51,8 @@ class Prediction:
     error: str = ""
     kind: PredictionKind = "classes"
     numbers: Mapping[str, float] | None = None
+    mask: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
+    fractions: Mapping[str, float] | None = None
     output: Any = None
 
 
@@ -67,12 +75,42 @@ def predictions_of(task: Task[Any], names: list[str], outputs: Tensor, top_k: in
     return [_prediction(task, name, value, top_k) for name, value in zip(names, values, strict=True)]
 
 
+def mask_prediction(task: Task[Any], name: str, outputs_Chw: Tensor, size: tuple[int, int]) -> Prediction:
+    """Return the prediction of a whole image.
+
+    Args:
+        task: What the model was trained for.
+        name: Of the image.
+        outputs_Chw: See `whole_outputs`.
+        size: Height and width of the image.
+
+    Raises:
+        PluginError: The task of a plugin fails.
+    """
+    (prediction,) = predictions_of(task, [name], outputs_Chw[None], None)
+    if len(outputs_Chw) != len(task.target.names):
+        return prediction
+    mask = classes_of(outputs_Chw, size)
+    if prediction.kind != "mask":
+        return replace(prediction, mask=mask)
+    return replace(prediction, mask=mask, fractions=fractions_of(mask, task.target.names))
+
+
+def fractions_of(mask: NDArray[np.uint8], names: Sequence[str]) -> dict[str, float]:
+    """Return the share of the pixels of a mask that each class has, by name, the largest first."""
+    shares = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
+    pairs = zip(names, shares.tolist(), strict=True)
+    return dict(sorted(pairs, key=lambda pair: -pair[1]))
+
+
 def _prediction(task: Task[Any], name: str, value: Any, top_k: int | None) -> Prediction:
     kind = _kind_of(task, value)
     if kind == "other":
         return Prediction(name, kind=kind, output=to_jsonable_python(value, fallback=_plain))
     if kind == "numbers":
         return Prediction(name, kind=kind, numbers={key: float(number) for key, number in value.items()})
+    if kind == "mask":
+        return Prediction(name, kind=kind, fractions={key: float(share) for key, share in value.items()})
     pairs = [ClassProbability(key, float(value[key])) for key in sorted(value, key=lambda key: -value[key])]
     return Prediction(name, tuple(pairs[:top_k] if kind == "classes" else pairs), kind=kind)
 
@@ -84,8 +122,10 @@ def _kind_of(task: Task[Any], value: Any) -> PredictionKind:
         return "other"
     if task.target_kind == "number":
         return "numbers"
-    if task.target_kind == "mask" or not all(0 <= probability <= 1 for probability in value.values()):
+    if not all(0 <= probability <= 1 for probability in value.values()):
         return "other"
+    if task.target_kind == "mask":
+        return "mask"
     return "classes" if task.target_kind == "class" else "labels"
 
 

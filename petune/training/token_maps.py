@@ -54,7 +54,7 @@ class TokenSource:
                 f"the images make {patches_BND.shape[1]} patches, and the head for pixels was made for a grid of "
                 f"{self.grid[0]}×{self.grid[1]}. Use images of the size that it was made for"
             )
-        return patches_BND.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
+        return patches_BND.transpose(1, 2).reshape(tokens.shape[0], self.dim, *self.grid)
 
 
 class TokenMaps:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.base.config import Config
-from petune.base.metric import Metric
+from petune.base.metric import Metric, shown_metrics
 from petune.base.text import format_percent, has_top5, html_table
 
 NUM_BINS = 15
@@ -106,9 +106,28 @@ class Evaluation(Config):
         images = f"{self.num_images:,} of {self.dataset}, {self.split}"
         return [("method", self.method), ("images", images), *self._values(), ("loss", f"{self.loss:.4f}")]
 
+    def class_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return columns and rows of the metrics of each class or number, the worst first; empty if there are none.
+
+        What is undefined, because these images do not have the class, is last.
+        """
+        of_name: dict[str, list[Metric]] = {}
+        for metric in self.metric_info:
+            if metric.per_class:
+                of_name.setdefault(metric.name.partition("/")[2] or metric.name, []).append(metric)
+        if not of_name:
+            return (), []
+        first = {name: metrics[0] for name, metrics in of_name.items()}
+        values = {name: self.metrics.get(metric.name) for name, metric in first.items()}
+        order = sorted(of_name, key=lambda name: (values[name] is None, first[name].score(values[name])))
+        labels = (metric.label.removesuffix(f" of {name}") for name, metrics in of_name.items() for metric in metrics)
+        columns = ("class" if first[order[0]].percent else "number", *dict.fromkeys(labels))
+        return columns, [(name, *(m.text(self.metrics.get(m.name)) for m in of_name[name])) for name in order]
+
     def _values(self) -> list[tuple[str, str]]:
         if self.task != "classification":
-            return [(metric.label, metric.text(self.metrics.get(metric.name))) for metric in self.metric_info]
+            shown = shown_metrics(self.metric_info)
+            return [(metric.label, metric.text(self.metrics.get(metric.name))) for metric in shown]
         return [
             ("top-1", format_percent(self.top1)),
             *([("top-5", format_percent(self.top5))] if has_top5(len(self.classes)) else ()),
@@ -124,8 +143,8 @@ class Evaluation(Config):
 
     def _repr_html_(self) -> str:
         """Return tables for a notebook."""
-        classes = html_table([row.cells() for row in self.classes], COLUMNS) if self.classes else ""
-        return html_table(self.facts()) + classes
+        columns, rows = (COLUMNS, [row.cells() for row in self.classes]) if self.classes else self.class_table()
+        return html_table(self.facts()) + (html_table(rows, columns) if rows else "")
 
 
 def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str], **about: Any) -> Evaluation:

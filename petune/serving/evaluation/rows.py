@@ -103,10 +103,20 @@ def _numbers_row(task: Task[Any], name: str, value_K: Any, prediction: Any, outp
 
 def _mask_row(task: Task[Any], name: str, mask_SS: Any, prediction: Any, output_CSS: Tensor, loss: float) -> ImageRow:
     counted = mask_SS != task.target.ignore_index
-    is_right = output_CSS.argmax(0).numpy() == mask_SS
-    accuracy = 100 * float(is_right[counted].mean()) if counted.any() else None
+    true, predicted = mask_SS[counted], output_CSS.argmax(0).numpy()[counted]
+    accuracy = 100 * float((true == predicted).mean()) if counted.any() else None
+    names = dict(enumerate(task.target.names))
+    ious = {names.get(c): _iou(true == c, predicted == c) for c in np.union1d(true, predicted).tolist()}
+    miou = float(np.mean(list(ious.values()))) if ious else None
     text = "" if accuracy is None else f"{accuracy:.1f} % of the pixels right"
-    return ImageRow(name, "", text, loss, True, None, {"pixel_accuracy": accuracy, "loss": loss})
+    cells = {"pixel_accuracy": accuracy, "miou": miou, "loss": loss}
+    cells |= {f"iou({other})": ious.get(other) for other in task.target.names}
+    return ImageRow(name, "", text, loss, True, None, cells)
+
+
+def _iou(true_P: Any, predicted_P: Any) -> float:
+    """Return intersection over union of two sets of pixels, at least one of which is not empty, in percent."""
+    return 100 * float((true_P & predicted_P).sum() / (true_P | predicted_P).sum())
 
 
 def table_of(rows: Sequence[ImageRow]) -> pa.Table:

@@ -26,8 +26,14 @@ ExportFormat = Literal["torch", "onnx", "safetensors"]
 FORMATS: dict[ExportFormat, str] = {"torch": ".pt2", "onnx": ".onnx", "safetensors": ".safetensors"}
 """Format to file extension."""
 
-ACTIVATIONS = {"classification": "softmax", "multi_label": "sigmoid", "regression": "output * std + mean"}
-"""What turns outputs into probabilities or numbers, by built-in task; `std` and `mean` are in the task's state."""
+ACTIVATIONS = {
+    "classification": "softmax",
+    "multi_label": "sigmoid",
+    "regression": "output * std + mean",
+    "segmentation": "softmax",
+}
+"""What turns outputs into probabilities or numbers, by built-in task; `std` and `mean` are in the task's state. Classes
+of a mask are axis 1."""
 
 
 @dataclass(frozen=True)

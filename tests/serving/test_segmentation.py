@@ -1,0 +1,143 @@
+"""Segmentation after training: masks of whole images, evaluation, export, more epochs, several adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import petune
+from petune.base.errors import UsageError
+from petune.data.preprocess import Preprocess
+from petune.serving.image_transform import ImageTransform
+from petune.serving.whole_image import WholeImage, classes_of, whole_outputs
+from tests.canvas import NAMES, write_canvases
+from tests.program import call
+
+TRAIN = {"epochs": 2, "batch_size": 16, "augment": "none"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, with its data."""
+    folder = tmp_path_factory.mktemp("segmentation")
+    dataset = write_canvases(folder / "data", 32)
+    petune.run(method="lora", backbone="vit_nano", dataset=dataset, output=folder / "run", train=TRAIN)
+    return folder
+
+
+@pytest.mark.parametrize("size", [(40, 40), (30, 90), (90, 31), (200, 130), (5, 9)])
+def test_squares_cover_images_of_every_shape(size: tuple[int, int]) -> None:
+    """A model that says which pixels are light returns the light part of the image, wherever it is."""
+    image = np.zeros((*size, 3), np.uint8)
+    top, left = size[0] // 5, size[1] // 3
+    image[top:, left : left + size[1] // 2] = 255
+    transform = ImageTransform(Preprocess(32, (0.5,) * 3, (0.5,) * 3), 37, 0.875)
+
+    def outputs_of(pixels: NDArray[Any]) -> torch.Tensor:
+        assert pixels.shape[1:] == (32, 32, 3)
+        light_BSS = torch.from_numpy(pixels[..., 0].astype(np.float32)) - 127.5
+        return torch.stack([-light_BSS, light_BSS], 1)
+
+    whole = WholeImage.read(image, transform)
+    mask = classes_of(whole_outputs(whole, outputs_of, batch_size=3), size)
+    assert mask.shape == size
+    wrong = mask != (image[..., 0] > 0)
+    assert wrong.mean() < (0.03 if min(size) > 5 else 0.15)
+
+
+def test_masks_of_images_in_their_own_size(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_canvases(tmp_path / "wide", 2, height=40, width=70)
+    images = [tmp_path / "wide/0.png", folder / "data/0.png"]
+    with Image.open(images[0]) as image:
+        image.getexif()[0x0112] = 6
+        image.save(tmp_path / "turned.jpg", exif=image.getexif())
+    predictions = petune.predict(folder / "run", [*images, tmp_path / "turned.jpg", tmp_path / "missing.png"])
+    assert [p.mask.shape for p in predictions[:3] if p.mask is not None] == [(40, 70), (32, 32), (70, 40)]
+    assert predictions[3].error
+    first = predictions[0]
+    assert first.mask is not None
+    assert first.kind == "mask"
+    assert first.fractions is not None
+    assert first.fractions["background"] == pytest.approx(float((first.mask == 0).mean()))
+
+    done = call("predict", folder / "run", *images, "-o", tmp_path / "masks", "--json", capture=capsys)
+    assert done.code == 0
+    assert [json.loads(line)["fractions"].keys() for line in done.out.splitlines()] == [first.fractions.keys()] * 2
+    with Image.open(tmp_path / "masks/0.png") as mask, Image.open(tmp_path / "masks/0-overlay.png") as overlay:
+        assert (mask.mode, mask.size, overlay.size) == ("P", (70, 40), (70, 40))
+        assert np.array_equal(np.asarray(mask), first.mask)
+    summary = json.loads((tmp_path / "masks/summary.json").read_text())
+    assert summary["classes"] == list(NAMES)
+    assert [entry["mask"] for entry in summary["images"]] == ["0.png", "0-2.png"]
+    assert "share of the pixels" in call("predict", folder / "run", images[0], capture=capsys).out
+    assert "background" in call("predict", folder / "run", images[0], "--csv", capture=capsys).out
+
+
+def test_masks_are_of_segmentation_only(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="top_k"):
+        petune.predict(folder / "run", folder / "data/0.png", top_k=2)
+    (tmp_path / "file").touch()
+    done = call("predict", folder / "run", folder / "data/0.png", "-o", tmp_path / "file", capture=capsys)
+    assert done.code == 2
+    assert "is a file" in done.err
+
+
+def test_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = petune.RunResult.read(folder / "run")
+    done = call("eval", folder / "run", capture=capsys)
+    assert done.code == 0
+    assert all(f"| {name}" in done.out for name in ("class", *NAMES))
+    evaluation = json.loads((folder / "run/eval-test/eval.json").read_text())
+    assert evaluation["metrics"] == pytest.approx(result.metrics, abs=0.05)
+    table = (folder / "run/eval-test/predictions.csv").read_text().splitlines()
+    assert "iou(zero)" in table[0]
+    assert len(table) == 1 + evaluation["num_images"]
+    page = (folder / "run/eval-test/mistakes.html").read_text()
+    assert page.count("prediction</") + page.count(">prediction") >= len(table) - 1
+
+
+def test_exported_files_compute_the_masks(folder: Path, tmp_path: Path) -> None:
+    petune.export(folder / "run", tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    predictor = petune.Predictor(folder / "run")
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(program(x), predictor.outputs(x), atol=1e-4, rtol=1e-4)
+    petune.export(folder / "run", tmp_path / "model.safetensors")
+
+
+def test_more_epochs_start_from_the_head(folder: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    def watch(event: object) -> None:
+        if isinstance(event, petune.Note):
+            notes.append(event.text)
+
+    train = {**TRAIN, "epochs": 1, "lr": 1e-9}
+    again = petune.run(from_run=folder / "run", output=tmp_path / "more", train=train, watch=watch)
+    assert any("with its classifier" in note for note in notes)
+    before = petune.RunResult.read(folder / "run").metrics["miou"]
+    assert again.metrics["miou"] == pytest.approx(before, abs=2)
+
+
+def test_many_adapters_with_heads_of_their_own(folder: Path) -> None:
+    predictor = petune.Predictor(folder / "run")
+    twin = petune.add_dense_head(backbone(), len(NAMES))
+    bank = petune.AdapterBank(twin)
+    bank.load("first", folder / "run/adapter")
+    x = torch.randn(2, 3, 32, 32)
+    first, own = bank(x, ["first", None])
+    torch.testing.assert_close(first, predictor.outputs(x)[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(own, first, atol=1e-2)
+
+
+def backbone() -> Any:
+    from petune.backbones.create import create_backbone
+
+    return create_backbone("vit_nano", num_classes=len(NAMES)).model
