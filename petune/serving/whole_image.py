@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petune.base.errors import DataError
-from petune.data.bands import ARRAY_SUFFIXES, RGB, ImageForm, as_image, bands_square, channels_last, read_bands
+from petune.data.band_files import ARRAY_SUFFIXES, read_bands
+from petune.data.bands import RGB, ImageForm, as_image, bands_square, channels_last
 from petune.data.images import read_image, upright_rgb
 from petune.serving.image_transform import ImageTransform
 
