@@ -80,10 +80,11 @@ class SplitMetrics:
 
     def value(self, metric: Metric) -> float | None:
         """Return the value of a metric, or of the loss; None if it is undefined on the split."""
-        value = self.values.get(metric.name, self.loss if metric == LOSS else math.nan)
+        value = self.values.get(metric.name, self.loss if metric.name == LOSS.name else math.nan)
         return value if math.isfinite(value) else None
 
     def report(self, metrics: tuple[Metric, ...]) -> dict[str, float]:
         """Return the values to record: all metrics, and the loss if it is among `metrics`."""
-        values = {**self.values, **({LOSS.name: self.loss} if LOSS in metrics else {})}
+        has_loss = any(metric.name == LOSS.name for metric in metrics)
+        values = {**({LOSS.name: self.loss} if has_loss else {}), **self.values}
         return {name: float(value) for name, value in values.items() if math.isfinite(value)}

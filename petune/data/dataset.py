@@ -116,6 +116,7 @@ class Dataset:
         license, citation: Of the images, where they are known.
         refit: The protocol of the dataset trains again on train and val when val has chosen; see `final_fit`.
         may_lack_classes: The names of the classes come with the dataset, so that some may have no training image.
+        cut_test: `with_test` cut the test split from train.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Dataset:
     citation: str = ""
     refit: bool = False
     may_lack_classes: bool = False
+    cut_test: bool = False
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -180,7 +182,7 @@ class Dataset:
             return self
         in_test = held_out(self.train.samples(self.target.kind), fraction, seed=0)
         train, test = (self.train.take(np.flatnonzero(mask)) for mask in (~in_test, in_test))
-        return replace(self, train=train, test=test)
+        return replace(self, train=train, test=test, cut_test=True)
 
     def with_val(self, fraction: float, seed: int) -> Dataset:
         """Cut a stratified validation split from train, unless the dataset has one.

@@ -53,9 +53,9 @@ def _check_fold(dataset: Dataset, pool: Split, in_test: NDArray[np.bool_], where
 
 
 def _pool(dataset: Dataset) -> Split:
-    """Return all images to divide: train, and test if petune cut it from the same images."""
+    """Return all images to divide: train, and test if petune cut it from them."""
     train, test = dataset.train, dataset.test
-    if test.images is not train.images or train.has_masks != test.has_masks:
+    if not dataset.cut_test:
         return train
     return replace(
         train,

@@ -8,8 +8,9 @@ Legend: C channels, H height, W width, S side of the model's input.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 from petune.base.config import shown
 from petune.base.errors import ConfigError, did_you_mean
+from petune.base.text import plural
 from petune.data.augment import PRESETS
 from petune.data.preprocess import resize_bicubic, resize_masks
-from petune.data.steps import RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, steps_of
+from petune.data.steps import ERASING, RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, steps_of
 
 RANDOM_FUNCTIONS = frozenset({
     "bernoulli", "bernoulli_", "exponential_", "multinomial", "normal", "normal_", "rand", "randint", "randn",
     "randperm", "random_", "_sample_dirichlet", "uniform_",
 })  # fmt: skip
-TRIAL_SIDE, TRIAL_IMAGES = 32, 4
+TRIAL_SIDE, TRIAL_IMAGES = 224, 4
 """Images that a list is tried on when it is configured."""
 
 
@@ -111,12 +113,20 @@ def _by_torchvision(
     return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
-def check_augment(augment: str | Sequence[StepConfig], also: Sequence[str] = ()) -> None:
-    """Check the name of a preset, or a list of augmentations by trying it on small images.
+def check_augment(
+    augment: str | Sequence[StepConfig],
+    also: Sequence[str] = (),
+    *,
+    side: int = TRIAL_SIDE,
+    channels: int | None = None,
+) -> None:
+    """Check the name of a preset, or a list of augmentations by trying it on black images.
 
     Args:
         augment: The list, or the name.
         also: Other names that are accepted.
+        side: Of the images that the backbone takes, in pixels: some steps cannot be applied to small images.
+        channels: Of the images; None tries RGB, or as many as a step has values for.
 
     Raises:
         ConfigError: An unknown name or argument, or a value that torchvision refuses.
@@ -128,12 +138,23 @@ def check_augment(augment: str | Sequence[StepConfig], also: Sequence[str] = ())
         return
     if not augment:
         raise ConfigError("the list of augmentations is empty. Use none")
-    for step in augment:
-        policy = ImagePolicy([step], TRIAL_SIDE, ignore_index=0)
-        image = torch.zeros(3, TRIAL_SIDE, TRIAL_SIDE, dtype=torch.uint8)
+    for name, arguments in steps_of(augment) or ():
+        value = arguments.get("value")
+        number = channels or (len(value) if name == ERASING and isinstance(value, list | tuple) else 3)
+        problem = _problem_of(json.dumps({name: arguments}, default=str), side, number)
+        if problem:
+            where = f" for {plural(number, 'channel')} of {side}x{side}" if channels else ""
+            raise ConfigError(f"the augmentation {shown({name: arguments})} does not work{where}: {problem}")
+
+
+@lru_cache(maxsize=256)
+def _problem_of(step: str, side: int, channels: int) -> str:
+    """Return why a step, as JSON, cannot be applied to such images; empty if it can."""
+    policy = ImagePolicy([json.loads(step)], side, ignore_index=0)
+    image = torch.zeros(channels, side, side, dtype=torch.uint8)
+    try:
         for seed in range(TRIAL_IMAGES):
-            try:
-                policy(image, None, seed)
-            except (TypeError, ValueError, RuntimeError, IndexError) as error:
-                reason = " ".join(str(error).split())
-                raise ConfigError(f"the augmentation {shown(step)} does not work: {reason}") from None
+            policy(image, None, seed)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        return " ".join(str(error).split())
+    return ""

@@ -122,7 +122,10 @@ def _sample(samples: Samples, index: int, side: int) -> tuple[NDArray[np.uint8],
             f"{where}: not readable ({' '.join(str(error).split()) or type(error).__name__}). Get the files of "
             f"{samples.name} again"
         ) from None
-    value = samples.target(target)
+    try:
+        value = samples.target(target)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
     return pixels, _mask_square(value, image.size, side, where) if samples.kind == "mask" else value
 
 

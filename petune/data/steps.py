@@ -6,6 +6,7 @@ A list is checked when it is configured: names, arguments, and what the images a
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ STEPS = {
     ERASING: StepKind("RandomErasing", fixed=("inplace",)),
 }
 """The augmentations, by petune's name."""
+RANGES: dict[tuple[str, str], tuple[float, float]] = {
+    (RESIZED_CROP, "scale"): (1e-4, 1), (ERASING, "scale"): (0, 1), (ERASING, "value"): (0, 255),
+}  # fmt: skip
+"""Smallest and largest value of arguments that torchvision does not check."""
 _CROP: StepConfig = {RESIZED_CROP: {"scale": [0.35, 1.0], "ratio": [1.0, 1.0], "interpolation": "bicubic"}}
 STEP_PRESETS: dict[str, list[StepConfig]] = {
     "crop": [_CROP, "horizontal_flip"],
@@ -153,8 +158,10 @@ def _value(name: str, key: str, value: Any) -> Any:
         if value not in members:
             raise ConfigError(f"{name}: no such {key}: {value}{did_you_mean(str(value), list(members))}")
         return members[value]
-    if key == "value" and isinstance(value, str):
-        raise ConfigError(f"{name}: value is {value!r}. Use a number in 0..255, or one per channel")
+    numbers = value if isinstance(value, list | tuple) else [value]
+    low, high = RANGES.get((name, key), (-math.inf, math.inf))
+    if high < math.inf and not all(isinstance(v, int | float) and low <= v <= high for v in numbers):
+        raise ConfigError(f"{name}: {key} is {value!r}. Use numbers from {low} to {high}")
     return value
 
 

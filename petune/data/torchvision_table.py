@@ -108,8 +108,14 @@ def _mask(image: Any) -> Any:
 
 
 def _trimap(image: Any) -> Any:
-    """Turn Oxford's 1 pet, 2 background, 3 border into 0, 1 and ignored."""
-    return np.array([255, 0, 1, 255], np.uint8)[np.minimum(np.asarray(image), 3)]
+    """Turn Oxford's 1 pet, 2 background, 3 border into 0, 1 and ignored; other values stay, and are refused."""
+    table = np.arange(256, dtype=np.uint8)
+    table[[0, 1, 2, 3]] = 255, 0, 1, 255
+    values = np.asarray(image)
+    unknown = values[values > 3]
+    if unknown.size:
+        raise ValueError(f"the mask holds {int(unknown.flat[0])}, which is no class. Oxford's are 1, 2 and 3")
+    return table[values]
 
 
 def _voc_objects(annotation: Any) -> Any:

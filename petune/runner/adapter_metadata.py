@@ -11,9 +11,9 @@ from petune.data.manifest import digests
 from petune.runner.continued import history
 from petune.runner.file_names import MANIFEST_FILE
 from petune.runner.migrations import read_record
-from petune.runner.prepare import backbone_channels
 from petune.runner.run_adapter import InitialValues
 from petune.runner.run_config import RunConfig
+from petune.runner.run_data import backbone_channels
 from petune.runner.trained import Trained
 from petune.training.task_registry import describe_task
 

@@ -22,7 +22,7 @@ from petune.runner.run_config import RunConfig
 from petune.training.task import Task
 from petune.training.task_registry import restore_task
 
-DATA_KEYS = ("dataset", "task", "data_dir", "on_broken", "val_fraction", "shots", "seed")
+DATA_KEYS = ("dataset", "task", "data_dir", "on_broken", "val_fraction", "shots", "seed", "folds", "fold")
 """Options that choose the images and the task. The old run's are taken together, so that its val images stay in val."""
 RECORDED_KEYS = {
     "backbone": "name",
@@ -71,6 +71,16 @@ def _check_val(from_run: Path, given: Mapping[str, Any], data: Mapping[str, Any]
             f"it trained on. Use at most {before}, or leave it out",
             cli_hint="Drop --val-fraction",
         )
+
+
+def config_of_run(config: RunConfig) -> RunConfig | None:
+    """Return the configuration of the run that one continues from; None if only its adapter is left."""
+    assert config.from_run is not None
+    path = config.from_run
+    for directory in (path, path.parent):
+        if (directory / CONFIG_FILE).is_file():
+            return RunConfig.build(read_config(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    return None
 
 
 def check_same_model(config: RunConfig, saved: SavedAdapter) -> None:

@@ -17,8 +17,7 @@ from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import ConfigError
 from petune.base.plugins import plugin_errors
 from petune.base.text import plural
-from petune.data import Dataset, Preprocess, load_dataset
-from petune.data.folds import fold_of
+from petune.data import Dataset, Preprocess
 from petune.data.merge import merge_val
 from petune.data.policy import check_augment
 from petune.data.preprocess import GRAY_WEIGHTS
@@ -33,6 +32,7 @@ from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.provenance import PeakMemory, git_state
 from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
+from petune.runner.run_data import backbone_channels, check_unseen, prepare_data
 from petune.runner.run_inputs import check_inputs
 from petune.sites.find import find_sites
 from petune.training.batch_loss import check_task_options
@@ -120,11 +120,14 @@ def prepare(
     with context.stop.immediately(group):
         device = group.device(choose_device(config.device))
         dataset = group.main_first(lambda: prepare_data(config))
+        if config.from_run is not None:
+            group.main_first(lambda: check_unseen(config, dataset))
         if with_val:
             dataset = merge_val(dataset)
         task = fitted_task(config.task, dataset)
         task.new_meter()  # its imports may take seconds, which are spent before there is anything to lose
-        train = complete_options(config.train, recipe, dataset)
+        side = input_side(config.backbone, config.image_size, config.backbone_options)
+        train = complete_options(config.train, recipe, dataset, side)
         check_task_options(task, train, dataset.train, group.size)
         options = {config.method: tuner.config}
         filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
@@ -182,38 +185,6 @@ def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], cont
     context.note(f"continues from {describe_start(start)}, {classifier}")
     recorded = start.config["metadata"]["preprocess"]
     return tuple(recorded["mean"]), tuple(recorded["std"])
-
-
-def prepare_data(config: RunConfig) -> Dataset:
-    """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
-    side = input_side(config.backbone, config.image_size, config.backbone_options)
-    dataset = load_dataset(
-        config.dataset, config.data_dir, side, config.on_broken, channels=config.channels, cache_gb=config.cache_gb
-    )
-    backbone_channels(config, dataset)
-    if config.folds is not None and config.fold is not None:
-        dataset = fold_of(dataset, config.folds, config.fold)
-    dataset = dataset.with_val(config.val_fraction, seed=0)
-    if config.shots is not None:
-        dataset = dataset.with_shots(config.shots, config.seed)
-    return dataset
-
-
-def backbone_channels(config: RunConfig, dataset: Dataset) -> int | None:
-    """Return the input channels to build the backbone with; None if it takes RGB, or what its own options say.
-
-    Raises:
-        ConfigError: `channels` is neither what the images have nor 1 for RGB images.
-    """
-    stored, wanted = dataset.train.images.shape[-1], config.channels
-    if wanted is not None and wanted != stored and not (wanted == 1 and stored == RGB_CHANNELS):
-        raise ConfigError(
-            f"channels is {wanted}, but the images of {dataset.name} have {stored}. Leave channels out, or choose the "
-            "bands when you write the files"
-        )
-    if stored == RGB_CHANNELS:
-        return None if wanted == RGB_CHANNELS else wanted
-    return stored
 
 
 def _note_of_channels(channels: int | None, backbone: Backbone) -> str:
@@ -318,15 +289,22 @@ def check_channels(channels: int, stored: int = RGB_CHANNELS) -> None:
         )
 
 
-def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset) -> TrainConfig:
+def complete_options(train: TrainConfig, recipe: Recipe, dataset: Dataset, side: int) -> TrainConfig:
     """Return `train` with open options filled in from the method's recipe and the dataset.
+
+    Args:
+        train: As configured.
+        recipe: The method's.
+        dataset: Its images have to go with the augmentation.
+        side: Of the images that the backbone takes, in pixels.
 
     Raises:
         ConfigError: The augmentation is not for such images.
     """
     augment = dataset.augment if train.augment == AUTO else train.augment
-    check_augment(augment)
-    check_images(augment, dataset.train.images.shape[-1], masks=dataset.train.has_masks)
+    channels = dataset.train.images.shape[-1]
+    check_images(augment, channels, masks=dataset.train.has_masks)
+    check_augment(augment, side=side, channels=channels)
     filled = {
         "lr": recipe.peak_lr(train.batch_size) if train.lr is None else train.lr,
         "weight_decay": recipe.weight_decay if train.weight_decay is None else train.weight_decay,

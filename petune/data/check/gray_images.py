@@ -38,7 +38,7 @@ class GrayImages:
     Attributes:
         gray_NSS: uint8 (N, 32, 32), the whole image whatever its shape; black if it is broken.
         digests: Of the file's bytes, or of the pixels; empty if the image is broken.
-        sizes_N2: Width and height in pixels; 0 if the image is broken.
+        sizes_N2: Width and height in pixels; 0 if they are not known.
         broken: Why an image cannot be decoded, by position.
     """
 
@@ -86,9 +86,8 @@ def _gray_and_size(image: Image) -> tuple[NDArray[np.uint8], tuple[int, int]]:
 def read_arrays(split: Split) -> GrayImages:
     """Read the images that a split holds as arrays; images of other than one or three channels by their mean."""
     height, width, channels = split.images.shape[1:]
-    images = GrayImages(
-        np.zeros((len(split), SIDE, SIDE), np.uint8), [], np.tile(np.array([width, height]), (len(split), 1))
-    )
+    size = (width, height) if split.crop == 1 else (0, 0)  # with a margin, these are squares of images of any size
+    images = GrayImages(np.zeros((len(split), SIDE, SIDE), np.uint8), [], np.tile(np.array(size), (len(split), 1)))
     weights = np.array(GRAY_WEIGHTS if channels == 3 else [1 / channels] * channels, np.float32)
     for start in range(0, len(split), CHUNK):
         pixels_NHWC = np.ascontiguousarray(split.images[split.rows[start : start + CHUNK]])

@@ -149,6 +149,8 @@ def _encode_lists(table: Table, column: str, declared: tuple[str, ...] | None, o
     if twice is not None:
         raise DataError(f"{table.title}, {table.row_name(twice)}: {column} holds a label twice: {rows[twice]}")
     names = declared or tuple(natural_order({name for row in rows for name in row}))
+    if not names:
+        raise DataError(f"{table.title}: {column} has no label in any row, so there is nothing to learn")
     number = _number_of(table, column, names, [name for row in rows for name in row])
     hot = np.zeros((len(rows), len(names)), np.uint8)
     for row, labels in enumerate(rows):

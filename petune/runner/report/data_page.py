@@ -66,8 +66,8 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
         dataset.augment if sample.augment == "auto" else sample.augment, sample.times, sample.seed
     )
     channels = split.images.shape[-1]
-    check_augment(augmentations.steps)
     check_images(augmentations.steps, channels, masks=split.has_masks)
+    check_augment(augmentations.steps, side=sample.image_size, channels=channels)
     preprocess = Preprocess(sample.image_size, (0.5,) * channels, (0.5,) * channels)  # undone again: any values do
     generator = np.random.default_rng(sample.seed)
     positions = np.sort(generator.choice(len(split), min(sample.num_images, len(split)), replace=False))

@@ -21,8 +21,8 @@ from petune.data.reader import LabeledFiles
 from petune.data.registry import build_reader
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
-from petune.runner.prepare import prepare_data
 from petune.runner.run_config import RunConfig
+from petune.runner.run_data import prepare_data
 from petune.serving.predict import Predictor
 
 EvalSplit = Literal["test", "val"]

@@ -6,6 +6,7 @@ Shapes: B batch, C classes, K numbers.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,8 +93,9 @@ def _labels_row(task: Task[Any], name: str, value_C: Any, prediction: Any, outpu
 def _numbers_row(task: Task[Any], name: str, value_K: Any, prediction: Any, output_K: Tensor, loss: float) -> ImageRow:
     cells: Cells = {}
     for number, true in zip(task.target.names, value_K.tolist(), strict=True):
+        column = f"true {number}" if number in {"image", "loss"} else number
         cells |= {
-            number: true,
+            column: true,
             f"predicted {number}": prediction[number],
             f"error of {number}": prediction[number] - true,
         }
@@ -136,7 +138,7 @@ def to_parquet(table: pa.Table) -> bytes:
 
 
 def to_csv(table: pa.Table) -> bytes:
-    """Return a table as a CSV file; several labels are one cell, separated by `;`."""
+    """Return a table as a CSV file; several labels are one cell, separated by `;`, or JSON if a label has one."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv
@@ -144,7 +146,10 @@ def to_csv(table: pa.Table) -> bytes:
     for i, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
             labels = table.column(i).cast(pa.list_(pa.string()))
-            table = table.set_column(i, field.name, pc.binary_join(labels, ";"))
+            joined = pc.binary_join(labels, ";")
+            if any(";" in label for row in labels.to_pylist() for label in row or ()):
+                joined = pa.array([json.dumps(row, ensure_ascii=False) for row in labels.to_pylist()])
+            table = table.set_column(i, field.name, joined)
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(table, buffer)
     return buffer.getvalue()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +29,14 @@ MACRO_ACCURACY = Metric(name="macro_accuracy", label="macro accuracy", percent=T
 MACRO_F1 = Metric(name="macro_f1", label="macro-F1", percent=True)
 
 
+def _names_as_text(table: Any) -> Any:
+    """Read names of classes such as 0, which YAML reads as numbers."""
+    return {str(name): weight for name, weight in table.items()} if isinstance(table, dict) else table
+
+
+WeightTable = Annotated[dict[str, Annotated[float, Field(ge=0, le=1e6)]], BeforeValidator(_names_as_text)]
+
+
 class ClassificationConfig(TaskConfig):
     """Options of classification.
 
@@ -41,7 +49,7 @@ class ClassificationConfig(TaskConfig):
             classes of hundreds to thousands of images.
     """
 
-    class_weights: Literal["none", "inverse", "effective"] | dict[str, Annotated[float, Field(ge=0, le=1e6)]] = "none"
+    class_weights: Literal["none", "inverse", "effective"] | WeightTable = "none"
     beta: float = Field(0.999, ge=0, lt=1)
 
 

@@ -5,6 +5,7 @@ Legend: N images of the training split, B batch, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petune.base.errors import ConfigError
 from petune.training.tasks.multi_label_options import MultiLabelConfig
 
 LARGEST_SAMPLE = 4096
@@ -52,6 +54,9 @@ def gradient_scale(loss: Callable[[Tensor, Tensor], Tensor], targets_NC: Tensor)
     Args:
         loss: From logits and targets to one loss per image.
         targets_NC: Of the training split; 4,096 evenly spaced images are measured.
+
+    Raises:
+        ConfigError: The loss has no gradient, or none that is finite.
     """
     sample_NC = targets_NC[:: max(1, len(targets_NC) // LARGEST_SAMPLE)]
     total = 0.0
@@ -61,7 +66,13 @@ def gradient_scale(loss: Callable[[Tensor, Tensor], Tensor], targets_NC: Tensor)
             loss(logits_BC, targets_BC).sum().backward()  # type: ignore[no-untyped-call]
         assert logits_BC.grad is not None
         total += float(logits_BC.grad.abs().sum())
-    return 0.5 * len(sample_NC) / total  # BCE has |sigmoid(0) - y| = 1/2, on the mean over the classes
+    scale = 0.5 * len(sample_NC) / total if total else math.nan
+    if not 0 < scale < math.inf:
+        raise ConfigError(
+            f"the loss has no usable gradient for the labels of the training split (scale {scale:g}): it needs images "
+            "with and without each label, and moderate options. Use loss=bce"
+        )
+    return scale  # BCE has |sigmoid(0) - y| = 1/2, on the mean over the classes
 
 
 def _criterion(config: MultiLabelConfig, state: dict[str, Any], device: torch.device, smoothing: float) -> Any:

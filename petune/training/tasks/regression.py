@@ -77,7 +77,7 @@ class Regression(Task[RegressionConfig]):
         """Return mean and standard deviation of each number.
 
         Raises:
-            DataError: A number is the same for all training images.
+            DataError: A number is the same for all training images, or the numbers are too large.
         """
         target.check(train.targets, "the training split")
         numbers_NK = train.targets.astype(np.float64)
@@ -88,7 +88,13 @@ class Regression(Task[RegressionConfig]):
                 f"{name} is {value:g} for every training image, so there is nothing to learn. Leave it out of the "
                 "targets"
             )
-        return {"mean": numbers_NK.mean(0).tolist(), "std": numbers_NK.std(0).tolist()}
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean_K, std_K = numbers_NK.mean(0), numbers_NK.std(0)
+        unusable = np.flatnonzero(~np.isfinite(mean_K) | ~np.isfinite(std_K) | (std_K == 0))
+        if len(unusable):
+            name = target.names[unusable[0]]
+            raise DataError(f"the numbers of {name} have no finite standard deviation. Write them in another unit")
+        return {"mean": mean_K.tolist(), "std": std_K.tolist()}
 
     def loss(self, outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the loss of each image on standardized numbers, the mean over them, (B,).

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import petune
 from petune.base.errors import ConfigError, DataError, Stopped
-from petune.runner.prepare import prepare_data
 from petune.runner.result import RunResult
 from petune.runner.run_adapter import read_run_adapter
+from petune.runner.run_data import prepare_data
 from petune.serving.restore import restore
 from petune.training.events import Event, StepDone
 from petune.training.task_registry import restore_task

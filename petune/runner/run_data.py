@@ -1,0 +1,101 @@
+"""The images of a run: its dataset with all three splits, none of which an earlier run that it continues trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from petune.backbones.create import input_side
+from petune.backbones.input_channels import RGB_CHANNELS
+from petune.base.errors import ConfigError, DataError
+from petune.base.text import plural
+from petune.data import Dataset, load_dataset
+from petune.data.dataset import Split
+from petune.data.folds import fold_of
+from petune.data.merge import merge_val
+from petune.data.registry import parse_dataset
+from petune.runner.continued import DATA_KEYS, config_of_run
+from petune.runner.final_fit import has_final_fit
+from petune.runner.run_config import RunConfig
+
+CHUNK = 256
+
+
+def prepare_data(config: RunConfig) -> Dataset:
+    """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
+    side = input_side(config.backbone, config.image_size, config.backbone_options)
+    dataset = load_dataset(
+        config.dataset, config.data_dir, side, config.on_broken, channels=config.channels, cache_gb=config.cache_gb
+    )
+    backbone_channels(config, dataset)
+    if config.folds is not None and config.fold is not None:
+        dataset = fold_of(dataset, config.folds, config.fold)
+    dataset = dataset.with_val(config.val_fraction, seed=0)
+    if config.shots is not None:
+        dataset = dataset.with_shots(config.shots, config.seed)
+    return dataset
+
+
+def backbone_channels(config: RunConfig, dataset: Dataset) -> int | None:
+    """Return the input channels to build the backbone with; None if it takes RGB, or what its own options say.
+
+    Raises:
+        ConfigError: `channels` is neither what the images have nor 1 for RGB images.
+    """
+    stored, wanted = dataset.train.images.shape[-1], config.channels
+    if wanted is not None and wanted != stored and not (wanted == 1 and stored == RGB_CHANNELS):
+        raise ConfigError(
+            f"channels is {wanted}, but the images of {dataset.name} have {stored}. Leave channels out, or choose the "
+            "bands when you write the files"
+        )
+    if stored == RGB_CHANNELS:
+        return None if wanted == RGB_CHANNELS else wanted
+    return stored
+
+
+def check_unseen(config: RunConfig, dataset: Dataset) -> None:
+    """Check that a run that continues another one neither chooses the epoch nor tests on images that it trained on.
+
+    They can only be the same if both runs read the same dataset, with other options, folds or splits.
+
+    Args:
+        config: The run, with `from_run`.
+        dataset: Its splits.
+
+    Raises:
+        ConfigError: An image of val or test was trained on.
+    """
+    before = config_of_run(config)
+    if before is None or _place(before) != _place(config):
+        return
+    same = all(getattr(before, key) == getattr(config, key) for key in DATA_KEYS)
+    if same and not has_final_fit(before, dataset):
+        return
+    sizes = {key: getattr(config, key) for key in ("backbone", "image_size", "backbone_options", "channels")}
+    try:
+        earlier = prepare_data(before.model_copy(update=sizes))
+    except DataError:  # it is elsewhere or has changed, so that these are other images as far as anybody can tell
+        return
+    if has_final_fit(before, earlier):
+        earlier = merge_val(earlier)
+    trained = {*_digests(earlier.train)} - {*_digests(dataset.train)}  # copies within the dataset are told elsewhere
+    for part, split in (("val", dataset.val), ("test", dataset.test)):
+        seen = sum(digest in trained for digest in _digests(split))
+        if seen:
+            raise ConfigError(
+                f"{config.from_run} trained on {seen} of {plural(len(split), 'image')} of {part}, because these runs "
+                "divide the dataset in different ways. Leave out what differs (folds, group, split, val_fraction, "
+                "final_fit), or use another dataset"
+            )
+
+
+def _digests(split: Split) -> Iterator[bytes]:
+    """Yield a digest of the pixels of each image."""
+    for start in range(0, len(split), CHUNK):
+        for pixels in split.images[split.rows[start : start + CHUNK]]:
+            yield hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()
+
+
+def _place(config: RunConfig) -> tuple[str, str]:
+    parsed = parse_dataset(config.dataset)
+    return parsed.name, parsed.argument
