@@ -54,6 +54,11 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    """Undo the above: hypothesis looks for referrers when it is imported for the summary."""
+    gc.unfreeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their file: `slow`, `browser`, `network`. Put long files first."""
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))

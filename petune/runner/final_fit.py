@@ -11,30 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from petune.base.errors import ConfigError
 from petune.base.text import plural
 from petune.data.dataset import Dataset
 from petune.runner.file_names import FINAL_FIT_DIR
 from petune.runner.prepare import RunContext
-from petune.runner.run_config import RunConfig
 from petune.training.progress import FitResult
 from petune.training.task import Task
-
-
-def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:
-    """Return True if a run trains again on train and val: it is configured, or the dataset's protocol.
-
-    Args:
-        config: The run.
-        dataset: With its val split.
-
-    Raises:
-        ConfigError: The run is few-shot, which val would end.
-    """
-    if config.final_fit == "train+val" and config.shots is not None:
-        raise ConfigError("final_fit='train+val' adds all of val to the few images of shots. Leave one of them out")
-    wanted = config.final_fit == "train+val" or (config.final_fit == "auto" and dataset.refit)
-    return wanted and config.shots is None
 
 
 @dataclass(frozen=True)

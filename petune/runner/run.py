@@ -22,7 +22,7 @@ from petune.runner.adapter_metadata import save_adapter
 from petune.runner.continued import complete_from_run
 from petune.runner.directory_kind import check_kind
 from petune.runner.file_names import FIRST_BATCH_FILE
-from petune.runner.final_fit import Chosen, has_final_fit, make_final_dir
+from petune.runner.final_fit import Chosen, make_final_dir
 from petune.runner.make_result import make_result, measure
 from petune.runner.prepare import RunContext, Statistics, prepare
 from petune.runner.recipes import choose_recipe, complete_from_recipe
@@ -30,6 +30,7 @@ from petune.runner.report.evaluations import galleries_file
 from petune.runner.report.seen_images import first_batch
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
+from petune.runner.run_data import has_final_fit
 from petune.runner.run_dir import make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
 from petune.runner.test_values import write_test_values

@@ -15,7 +15,6 @@ from petune.data.folds import fold_of
 from petune.data.merge import merge_val
 from petune.data.registry import parse_dataset
 from petune.runner.continued import DATA_KEYS, config_of_run
-from petune.runner.final_fit import has_final_fit
 from petune.runner.run_config import RunConfig
 
 CHUNK = 256
@@ -51,6 +50,22 @@ def backbone_channels(config: RunConfig, dataset: Dataset) -> int | None:
     if stored == RGB_CHANNELS:
         return None if wanted == RGB_CHANNELS else wanted
     return stored
+
+
+def has_final_fit(config: RunConfig, dataset: Dataset) -> bool:
+    """Return True if a run trains again on train and val: it is configured, or the dataset's protocol.
+
+    Args:
+        config: The run.
+        dataset: With its val split.
+
+    Raises:
+        ConfigError: The run is few-shot, which val would end.
+    """
+    if config.final_fit == "train+val" and config.shots is not None:
+        raise ConfigError("final_fit='train+val' adds all of val to the few images of shots. Leave one of them out")
+    wanted = config.final_fit == "train+val" or (config.final_fit == "auto" and dataset.refit)
+    return wanted and config.shots is None
 
 
 def check_unseen(config: RunConfig, dataset: Dataset) -> None:
