@@ -5,14 +5,16 @@ Values of different tasks, or in different metrics, are not averaged; ranks are.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from petune.base.arguments import check_watch
 from petune.base.config import Config
 from petune.base.distributed import init_group
-from petune.base.errors import ConfigError
+from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import Metric
 from petune.base.text import escape_markdown, html_table
@@ -77,6 +79,19 @@ class Grid(Config):
     reasons: dict[str, dict[str, str]] = {}
     output: str
 
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read `grid.json`.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        file = directory / GRID_TABLE
+        try:
+            return cls.build(json.loads(file.read_text(encoding="utf-8")), GRID_TABLE)
+        except (OSError, ValueError, ConfigError) as error:
+            raise CheckpointError(f"{file} is not the table of a grid: {error}") from None
+
     @property
     def has_means(self) -> bool:
         """True if the values of all datasets are of one task and metric, so that their mean says something."""
@@ -107,21 +122,35 @@ class Grid(Config):
             rows.append([method, *cells, *means, UNKNOWN if rank is None else f"{rank:.2f}"])
         return [*headings, "mean rank"], rows
 
+    @property
+    def about(self) -> str:
+        """Return what the numbers of the table are."""
+        lower = list(dict.fromkeys(c.metric.label for c in self.columns if not c.metric.higher_is_better))
+        percent = list(dict.fromkeys(c.metric.label for c in self.columns if c.metric.percent))
+        sentences = ["On test: mean ± sample standard deviation over the seeds; * marks the best of a dataset."]
+        sentences += [f"In percent: {', '.join(percent)}."] if percent else []
+        sentences += [f"Lower is better: {', '.join(lower)}."] if lower else []
+        sentences += [] if self.has_means else ["Tasks or metrics differ, so only ranks are averaged."]
+        return " ".join(sentences)
+
     def page(self) -> str:
         """Return `grid.md`."""
         headings, rows = self.table()
-        shared = "" if self.has_means else " Tasks or metrics differ, so only ranks are averaged."
         lines = [
             "# Methods on several datasets",
             "",
-            f"On test: mean ± sample standard deviation over the seeds; * marks the best of a dataset.{shared}",
+            self.about,
             "",
             "| " + " | ".join(map(_cell, headings)) + " |",
             "| --- |" + " ---: |" * (len(headings) - 1),
             *("| " + " | ".join(map(_cell, row)) + " |" for row in rows),
         ]
-        failed = [f"- {m} on {dataset}: {r}" for dataset, by in self.reasons.items() for m, r in by.items()]
+        failed = [f"- {reason}" for reason in self.failures()]
         return "\n".join([*lines, *(["", "Failed:", "", *map(escape_markdown, failed)] if failed else []), ""])
+
+    def failures(self) -> list[str]:
+        """Return `vpt on digits: why it failed` for each method and dataset that failed."""
+        return [f"{method} on {d}: {reason}" for d, by in self.reasons.items() for method, reason in by.items()]
 
     def _repr_html_(self) -> str:
         """Show the table in a notebook."""

@@ -238,3 +238,40 @@ def test_an_evaluation_is_in_the_report_of_its_run(petune: Run, digits: Path, tm
     damaged = (tmp_path / "report.html").read_text()
     assert "example.org" not in damaged
     assert "Worst mistakes" not in damaged
+
+
+def test_grids_and_cross_validations_have_tables(petune: Run, tmp_path: Path) -> None:
+    mae = library.Metric(name="mae", label="MAE", higher_is_better=False)
+    top1 = library.Metric(name="top1", label="top-1", percent=True)
+    values = {"mae": (1.5, 2.5), "top1": (50.0, 60.0)}
+    folds = library.CrossValidation(
+        method="vpt", dataset="folder:pets", task="ages", metric_info=(mae, top1), metrics=values, output="folds"
+    )
+    columns = [
+        {"dataset": "a,label=b", "task": "regression", "metric": mae.model_dump(), "mean": {"vpt": 2.0, "lora": 1.0}},
+        {"dataset": "<b>", "task": "classification", "metric": top1.model_dump(), "mean": {"vpt": 80.0}},
+    ]
+    reasons = {"<b>": {"lora": "no <memory>"}}
+    grid = library.Grid.build({"methods": ("vpt", "lora"), "columns": columns, "reasons": reasons, "output": "grid"})
+    for name, file, table in (("f", "folds.json", folds), ("g", "grid.json", grid)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / file).write_text(table.model_dump_json())
+    done = petune("report", "runs", "--json")
+    assert (done.code, json.loads(done.out)["done"]) == (0, 2), done.err
+    page = Tags((tmp_path / "report.html").read_text())
+    texts = (
+        "95 % interval",
+        "fold 2",
+        "mean rank",
+        "1 *",
+        "80.00 *",
+        "Lower is better: MAE.",
+        "lora on <b>: no <memory>",
+    )
+    for text in texts:
+        assert text in page.text, text
+    assert "Accuracies" not in page.text
+    for name, file in (("f", "folds.json"), ("g", "grid.json")):
+        (tmp_path / "runs" / name / file).write_text('{"output": 3}')
+    damaged = petune("report", "runs", "--json")
+    assert (damaged.code, json.loads(damaged.out)["broken"]) == (0, 2)

@@ -80,7 +80,7 @@ def test_a_grid_from_the_command_line(
     again = call("compare", "--config", "grid/config.yaml", "--output", "grid", "--json", capture=capsys)
     assert (again.code, json.loads(again.out)) == (0, grid), again.err
     assert "finished before" in again.err
-    assert {run.kind for run in find_runs([tmp_path / "grid"])} == {"compare", "run"}
+    assert {run.kind for run in find_runs([tmp_path / "grid"])} == {"grid", "compare", "run"}
 
 
 def test_bad_datasets_are_refused_before_the_first_one_trains(tmp_path: Path) -> None:

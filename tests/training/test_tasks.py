@@ -119,7 +119,7 @@ def test_a_comparison_and_a_sweep_sort_by_the_metric_of_the_task(margin: None, t
     page = (tmp_path / "two" / "compare.md").read_text()
     first = min(table.rows, key=lambda row: row.mean["gap"]).method
     assert [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")][2] == first
-    assert "with the lowest gap" in page
+    assert "Lower is better: gap" in page
     sweep = petune.sweep(search={"train.lr": [1e-5, 1e-2]}, run={**run, "method": "linear"}, output=tmp_path / "swept")
     values = [sweep.val(row) for row in sweep.rows]
     assert sweep.best == values.index(min(value for value in values if value is not None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ Rows = Sequence[Mapping[str, Any]]
 """Rows of `compare.json` that are done."""
 PLOT_HEIGHT, KEY_LINE = 3.4, 0.2
 """Inches: of a plot, and of a line of the key below it."""
-LONGEST_BAR, LONGEST_LINE = 34, 46
-"""Letters of a name at a bar, and of one over the width of the figure."""
+LONGEST_BAR, LONGEST_LINE, LONGEST_LABEL = 34, 46, 30
+"""Letters of a name at a bar, of one over the width of the figure, and of a line along its height."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _draw_points(axes: Axes, rows: Rows, metric: Metric) -> None:
         axes.errorbar(_trained(row), y, yerr=deviation, fmt="o", capsize=3, color=_color(number), markersize=5)
     axes.margins(y=0.12)
     axes.set_xlabel("trained parameters (tuned and head)")
-    axes.set_ylabel(metric.heading("test"))
+    axes.set_ylabel(_wrapped(metric.heading("test")))
     axes.grid(visible=True)
 
 
@@ -166,7 +167,7 @@ def _draw_curves(curves: Sequence[Curve], colors: Mapping[str, str], unit: str, 
                 x, y = [value[0] for value in values], [value[1] for value in values]
                 axes.plot(x, y, dash, color=colors[curve.label], marker=marker, markersize=3, linewidth=1.3)
         axes.set_xlabel("epoch")
-        axes.set_ylabel(unit)
+        axes.set_ylabel(_wrapped(unit))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(visible=True)
 
@@ -213,6 +214,10 @@ def _trained(row: Mapping[str, Any]) -> int:
 
 def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, LONGEST_LABEL)
 
 
 def _shorten(name: str, longest: int) -> str:

@@ -13,8 +13,18 @@ from typing import Any, Literal
 from petune.base.errors import CheckpointError, ConfigError, UsageError
 from petune.base.text import plural
 from petune.runner.comparison import Comparison
+from petune.runner.cross_validate import CrossValidation
 from petune.runner.directory_kind import TABLES, Kind, kind_of
-from petune.runner.file_names import CONFIG_FILE, FINAL_FIT_DIR, GRID_TABLE, RESULT_FILE, SWEEP_TABLE, TRIAL_FILE
+from petune.runner.file_names import (
+    CONFIG_FILE,
+    FINAL_FIT_DIR,
+    FOLDS_TABLE,
+    GRID_TABLE,
+    RESULT_FILE,
+    SWEEP_TABLE,
+    TRIAL_FILE,
+)
+from petune.runner.grid import Grid
 from petune.runner.migrations import read_config, updated_sweep
 from petune.runner.result import RunResult
 from petune.runner.sweep.trials import Sweep
@@ -32,23 +42,26 @@ class RunDirectory:
 
     Attributes:
         path: The directory.
-        kind: Which command made it; a trial is a run of a sweep that was not tested.
+        kind: Which command made it; a trial is a run of a sweep that was not tested. A grid holds comparisons, and a
+            cross-validation its runs.
         state: `broken` if files cannot be read.
         detail: What is wrong, or how far it is; empty if it is done and complete.
         config: As in `config.yaml`; empty if there is none.
         result: Of a finished run or pretraining.
-        comparison, sweep: The table of such a directory.
+        comparison, sweep, grid, folds: The table of such a directory.
         epochs: The lines of `metrics.jsonl` that end an epoch.
     """
 
     path: Path
-    kind: Kind
+    kind: Kind | Literal["grid", "folds"]
     state: State
     detail: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     result: RunResult | None = None
     comparison: Comparison | None = None
     sweep: Sweep | None = None
+    grid: Grid | None = None
+    folds: CrossValidation | None = None
     epochs: tuple[dict[str, float], ...] = ()
 
 
@@ -70,13 +83,12 @@ def find_runs(paths: Sequence[Path]) -> list[RunDirectory]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    files_of_petune = {CONFIG_FILE, RESULT_FILE, METRICS_FILE, *TABLES.values()}
+    files_of_petune = {CONFIG_FILE, RESULT_FILE, METRICS_FILE, GRID_TABLE, FOLDS_TABLE, *TABLES.values()}
     seen: set[Path] = set()
     for name, below, files in os.walk(top, followlinks=True):
         directory = Path(name)
         resolved = directory.resolve()
-        # the comparisons of a grid are directories inside
-        made_by_petune = bool(files_of_petune & set(files)) and GRID_TABLE not in files
+        made_by_petune = bool(files_of_petune & set(files))
         skipped = NO_RUNS_INSIDE if made_by_petune else set()  # elsewhere a run may have such a name
         below[:] = [] if resolved in seen else sorted(n for n in below if n not in skipped and not n.startswith("."))
         if made_by_petune and resolved not in seen:
@@ -86,6 +98,8 @@ def _walk(top: Path) -> Iterator[Path]:
 
 def read_directory(path: Path) -> RunDirectory:
     """Read a directory that petune made; what is damaged is in `detail`."""
+    if (path / GRID_TABLE).exists() or (path / FOLDS_TABLE).exists():
+        return _read_table(path)
     kind = kind_of(path)
     config: dict[str, Any] = {}
     if (path / CONFIG_FILE).exists():
@@ -98,6 +112,17 @@ def read_directory(path: Path) -> RunDirectory:
     if kind == "sweep":
         return _read_sweep(path, config)
     return _read_run(path, kind, config)
+
+
+def _read_table(path: Path) -> RunDirectory:
+    """Read the table of a grid or of a cross-validation."""
+    kind: Literal["grid", "folds"] = "grid" if (path / GRID_TABLE).exists() else "folds"
+    try:
+        if kind == "grid":
+            return RunDirectory(path, kind, "done", grid=Grid.read(path))
+        return RunDirectory(path, kind, "done", folds=CrossValidation.read(path))
+    except CheckpointError as error:
+        return RunDirectory(path, kind, "broken", str(error))
 
 
 def _read_comparison(path: Path, config: dict[str, Any]) -> RunDirectory:

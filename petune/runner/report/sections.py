@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from petune.base.metric import Metric
 from petune.runner.comparison import Comparison, origins_of
-from petune.runner.file_names import CONFIG_FILE
-from petune.runner.report.charts import Chart, Curve, cost_charts, curve_charts, metric_chart
-from petune.runner.report.evaluations import Shown, shown_of
+from petune.runner.report.charts import Curve, cost_charts, curve_charts, metric_chart
 from petune.runner.report.find_runs import RunDirectory
 from petune.runner.report.method_rows import (
     backbone_of,
@@ -26,40 +21,25 @@ from petune.runner.report.method_rows import (
     task_of,
 )
 from petune.runner.report.origin_facts import commands_of, facts_of, facts_of_origins
-from petune.runner.report.tables import UNKNOWN, cells, method_columns, ranked, trial_table
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with everything that belongs to it.
-
-    Attributes:
-        title: What was run, on what.
-        about: A sentence on how.
-        columns, rows: The table; a row that failed has only its method and the reason.
-        charts: The rows as figures.
-        facts: Names and values: machine, versions, commit.
-        commands: How the rows were made, and how to make them again.
-        config: The configuration as YAML.
-        shown: Images of the runs.
-    """
-
-    title: str
-    about: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    charts: Sequence[Chart] = ()
-    facts: Sequence[tuple[str, str]] = ()
-    commands: Sequence[str] = ()
-    config: str = ""
-    shown: Sequence[Shown] = ()
+from petune.runner.report.section import Section, command_of, shown_in, to_yaml
+from petune.runner.report.several_sections import folds_section, grid_section
+from petune.runner.report.tables import (
+    UNKNOWN,
+    cells,
+    describe_numbers,
+    method_columns,
+    ranked,
+    trial_table,
+    with_difference,
+)
 
 
 def sections_of(directories: Sequence[RunDirectory]) -> list[Section]:
-    """Return a section per comparison and sweep, and one for other runs on the same backbone and dataset."""
+    """Return a section per grid, comparison, sweep and cross-validation, and one for other runs on the same dataset."""
     comparisons = {d.path.resolve(): d for d in directories if d.kind == "compare"}
     sweeps = [d for d in directories if d.kind == "sweep"]
-    tables = {*comparisons, *(sweep.path.resolve() for sweep in sweeps)}
+    validations = {d.path.resolve(): d for d in directories if d.folds is not None}
+    tables = {*comparisons, *validations, *(sweep.path.resolve() for sweep in sweeps)}
     inside: dict[Path, list[RunDirectory]] = {path: [] for path in tables}
     groups: dict[tuple[str, ...], list[RunDirectory]] = {}
     for run in directories:
@@ -68,9 +48,10 @@ def sections_of(directories: Sequence[RunDirectory]) -> list[Section]:
             inside[parent].append(run)
         elif run.kind in ("run", "pretrain") and (run.epochs or run.result):
             groups.setdefault((run.kind, subject_of(run), *backbone_of(run), *task_of(run)), []).append(run)
-    sections = []
+    sections = [grid_section(directory) for directory in directories if directory.grid is not None]
     for path, directory in comparisons.items():
         sections += _comparison_sections(directory, inside[path])
+    sections += [folds_section(directory, inside[path]) for path, directory in validations.items()]
     sections += [_sweep_section(directory) for directory in sweeps if directory.sweep]
     sections += [_runs_section(runs) for runs in groups.values()]
     return [section for section in sections if section.rows or section.charts]
@@ -104,7 +85,8 @@ def _comparison_section(path: Path, comparison: Comparison, runs: Sequence[RunDi
         runs=runs,
         facts=facts_of_origins(comparison.origins) or facts_of(comparison.provenance),
         commands=commands_of(comparison.provenance),
-        config=_to_yaml(comparison.config.model_dump(mode="json")),
+        config=to_yaml(comparison.config.model_dump(mode="json")),
+        notes=[comparison.conclusion] if comparison.conclusion else [],
     )
 
 
@@ -115,7 +97,7 @@ def _unfinished_section(directory: RunDirectory, runs: Sequence[RunDirectory]) -
         metrics=metric_info_of(runs),
         rows=rows_of(runs),
         runs=runs,
-        commands=[_command("compare", directory.path)],
+        commands=[command_of("compare", directory.path)],
     )
 
 
@@ -133,8 +115,8 @@ def _runs_section(runs: Sequence[RunDirectory]) -> Section:
         rows=rows_of(runs),
         runs=runs,
         facts=facts_of_origins(origins_of(results)) or facts_of(provenance),
-        commands=[*commands_of(provenance), *(_command(kind, run.path) for run in runs if run.config)],
-        config=_to_yaml(shared_config(runs)),
+        commands=[*commands_of(provenance), *(command_of(kind, run.path) for run in runs if run.config)],
+        config=to_yaml(shared_config(runs)),
     )
 
 
@@ -150,7 +132,7 @@ def _sweep_section(directory: RunDirectory) -> Section:
         rows=rows,
         facts=facts_of(sweep["provenance"]),
         commands=commands_of(sweep["provenance"]),
-        config=_to_yaml(sweep["config"]),
+        config=to_yaml(sweep["config"]),
     )
 
 
@@ -172,17 +154,9 @@ def _methods_section(
     charts = [metric_chart(salt, done, metrics[0])] if done else []
     charts += curve_charts(salt, curves, metrics[0], [row["method"] for row in done])
     charts += cost_charts(salt, done) if done else []
-    every = method_columns(metrics)
+    every = with_difference(method_columns(metrics), metrics, rows)
     columns = {name: text for name, text in every.items() if any(text(row) != UNKNOWN for row in done)}
     failed = {row["method"]: f"failed: {row['reason']}" for row in rows if row["status"] == "failed"}
     texts = [[m, failed[m]] if (m := row["method"]) in failed else cells(row, columns) for row in rows]
-    shown = [images for run in runs for images in shown_of(run.path, labels[run.path])]
-    return Section(title, about, list(columns), texts, charts, shown=shown, **rest)
-
-
-def _command(kind: str, path: Path) -> str:
-    return f"petune {kind} --config {shlex.quote(str(path / CONFIG_FILE))}"
-
-
-def _to_yaml(config: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True) if config else ""
+    about = f"{about} {describe_numbers(metrics)}" if done else about
+    return Section(title, about, list(columns), texts, charts=charts, shown=shown_in(runs, labels), **rest)

@@ -62,6 +62,11 @@ def compare_columns(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> Colu
         rows: If there are differences among them, they get a column.
     """
     columns = {name: text for name, text in method_columns(metrics).items() if name not in NOT_COMPARED}
+    return with_difference(columns, metrics, rows)
+
+
+def with_difference(columns: Columns, metrics: Sequence[Metric], rows: Sequence[Row]) -> Columns:
+    """Return the columns with one of differences after the main metric, if there are any."""
     if not any(row.get("difference") for row in rows):
         return columns
     best = ranked(rows, metrics)[0]["method"]
@@ -99,8 +104,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         "",
         f"Backbone `{_table_cell(comparison['backbone'])}`, weights `{_table_cell(comparison['weights'])}`; "
         f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. The epoch is chosen on a validation "
-        f"split, and test is read once. {_how_shown(metrics)} mean ± sample standard deviation over the "
-        f"seeds. {_order(metrics[0])}",
+        f"split, and test is read once. {describe_numbers(metrics)}",
         "",
         "| " + " | ".join(columns) + " |",
         "| --- |" + " ---: |" * (len(columns) - 1),
@@ -117,6 +121,17 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         lines += ["", f"With fewer seeds: {escape_markdown(seeds_by_method(incomplete))}."]
     lines += _conditions(comparison)
     return "\n".join([*lines, "", f"![{metrics[0].label} over trained parameters]({COMPARE_PLOT})", ""])
+
+
+def describe_numbers(metrics: Sequence[Metric]) -> str:
+    """Return which metrics are percentages, what the numbers are, which method is first, and which are errors."""
+    shown = shown_metrics(metrics)
+    percent = [metric.label for metric in shown if metric.percent]
+    names = capitalized(" and ".join([", ".join(percent[:-1]), percent[-1]] if percent[:-1] else percent))
+    unit = f"{names} are percentages:" if percent[1:] else f"{names} is a percentage:" if percent else "Metrics are"
+    lower = ", ".join(metric.label for metric in shown if not metric.higher_is_better)
+    errors = f" Lower is better: {lower}." if lower else ""
+    return f"{unit} mean ± sample standard deviation over the seeds. The best method is first.{errors}"
 
 
 def _conditions(comparison: Mapping[str, Any]) -> list[str]:
@@ -206,20 +221,6 @@ def _signed(metric: Metric, value: float) -> str:
 
 def _metric(metric: Metric | None, value: float | None) -> str:
     return UNKNOWN if metric is None or value is None else metric.number(value)
-
-
-def _how_shown(metrics: Sequence[Metric]) -> str:
-    """Return `Top-1 and top-5 are percentages:`, to be followed by what the numbers are."""
-    percent = [metric.label for metric in shown_metrics(metrics) if metric.percent]
-    if not percent:
-        return "Metrics are"
-    names = capitalized(" and ".join([", ".join(percent[:-1]), percent[-1]] if percent[:-1] else percent))
-    return f"{names} are percentages:" if len(percent) > 1 else f"{names} is a percentage:"
-
-
-def _order(main: Metric) -> str:
-    lowest = "" if main.higher_is_better else f", with the lowest {main.label},"
-    return f"The best method{lowest} is first."
 
 
 def _number(value: float | None, form: str) -> str:
