@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petune.adapters.card_code import model_code
-from petune.adapters.card_task import HUB_TASKS, PIPELINES, example_of, hub_metric, target_kind, target_names
+from petune.adapters.card_task import (
+    HUB_TASKS,
+    PIPELINES,
+    dense_head_code,
+    example_of,
+    hub_metric,
+    target_kind,
+    target_names,
+)
 from petune.base.errors import ConfigError
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import escape_markdown, hide_folders, printable
@@ -83,6 +91,7 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         is_complete={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
         is_peft=is_peft,
         numbers=target_names(known["task"]) if target_kind(known["task"]) == "number" else [],
+        add_head=_Markup(dense_head_code(known["task"])),
         example=_Markup(f'predictor(["image.png"]{arguments})'),
         shown=_Markup(shown),
     )

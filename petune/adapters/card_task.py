@@ -20,7 +20,7 @@ HUB_METRICS = {
     "miou": ("mean_iou", "mIoU"),
 }
 """The hub's type and name of a metric, where it has its own."""
-SHOWN = {"multi_hot": "prediction.top", "number": "prediction.numbers"}
+SHOWN = {"multi_hot": "prediction.top", "number": "prediction.numbers", "mask": "prediction.fractions"}
 """Kind of targets to what an example prints."""
 
 
@@ -40,7 +40,12 @@ def target_names(task: Mapping[str, Any] | None) -> list[str]:
 
 def example_of(task: Mapping[str, Any] | None) -> tuple[str, str]:
     """Return the further arguments of a predictor in an example, and the expression that it prints."""
-    if (task or {}).get("name", "classification") not in {"classification", "multi_label", "regression"}:
+    if (task or {}).get("name", "classification") not in {
+        "classification",
+        "multi_label",
+        "regression",
+        "segmentation",
+    }:
         return "", "prediction"
     kind = target_kind(task)
     return ", top_k=3" if kind == "class" else "", SHOWN.get(kind, "prediction.top")
@@ -59,3 +64,12 @@ def num_outputs(metadata: Mapping[str, Any]) -> int | None:
 def hub_metric(metric: Metric) -> tuple[str, str]:
     """Return the hub's type and name of a metric."""
     return HUB_METRICS.get(metric.name, (metric.name, metric.label))
+
+
+def dense_head_code(task: Mapping[str, Any] | None) -> str:
+    """Return the line that adds the head of segmentation to `model`; empty for other tasks."""
+    if (task or {}).get("name") != "segmentation":
+        return ""
+    options = (task or {}).get("options")
+    blocks = options.get("blocks", "last:1") if isinstance(options, Mapping) else "last:1"
+    return f"petune.add_dense_head(model, {len(target_names(task))}, blocks={blocks!r})"

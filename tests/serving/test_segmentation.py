@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image
 import petune
 from petune.base.errors import UsageError
 from petune.data.preprocess import Preprocess
+from petune.serving.demo import SideBySide
+from petune.serving.demo.page import label_of
 from petune.serving.image_transform import ImageTransform
 from petune.serving.whole_image import WholeImage, classes_of, whole_outputs
 from tests.canvas import NAMES, write_canvases
@@ -110,6 +113,38 @@ def test_exported_files_compute_the_masks(folder: Path, tmp_path: Path) -> None:
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(program(x), predictor.outputs(x), atol=1e-4, rtol=1e-4)
     petune.export(folder / "run", tmp_path / "model.safetensors")
+
+
+def test_the_examples_of_its_card_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("adapter").symlink_to(folder / "run/adapter")
+    Path("image.png").symlink_to(folder / "data/0.png")
+    text = Path("adapter/README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: image-segmentation" in text
+    assert "type: mean_iou" in text
+    whole, own, by_peft = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(whole, names)
+    assert "'background'" in capsys.readouterr().out
+    x = torch.randn(2, 3, 32, 32)
+    expected = names["predictor"].outputs(x)
+    for code, result in ((own, "attachment.model"), (by_peft, "tuned")):
+        names = {"model": backbone()}
+        exec(code, names)
+        torch.testing.assert_close(eval(result, names).eval()(x), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_demo_shows_masks(folder: Path) -> None:
+    demo = SideBySide([folder / "run"], device="cpu")
+    assert demo.has_mask(demo.names[0])
+    _, (answer,) = demo(folder / "data/0.png")
+    assert answer.overlay is not None
+    assert answer.overlay.shape == (320, 320, 3)
+    shown = label_of(answer.prediction)
+    assert isinstance(shown, dict)
+    assert sum(shown.values()) == pytest.approx(1)
 
 
 def test_more_epochs_start_from_the_head(folder: Path, tmp_path: Path) -> None:

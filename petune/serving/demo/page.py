@@ -116,16 +116,21 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
             square = gradio.Image(
                 label="What the model sees", interactive=False, height=200, buttons=[], elem_id="square"
             )
-        labels, captions = [], []
+        labels, captions, overlays = [], [], []
         with gradio.Row():
             for name, note in notes.items():
                 with gradio.Column(min_width=240):
                     labels.append(gradio.Label(label=printable(name), num_top_classes=MAX_BARS))
                     captions.append(gradio.Markdown(note))
+                    overlays.append(
+                        gradio.Image(
+                            label="Mask", interactive=False, height=320, buttons=[], visible=demo.has_mask(name)
+                        )
+                    )
 
         def answer(file: str | None) -> list[Any]:
             hidden = gradio.update(visible=False)
-            nothing = [None, *[None] * len(labels), *notes.values()]
+            nothing = [None, *[None] * len(labels), *notes.values(), *[None] * len(overlays)]
             if file is None:
                 return [hidden, *nothing]
             try:
@@ -133,9 +138,10 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
             except PetuneError as error:
                 return [gradio.update(value=_alert(str(error)), visible=True), *nothing]
             shown = [label_of(one.prediction) for one in answers]
-            return [hidden, image, *shown, *(_caption(notes[one.name], one) for one in answers)]
+            texts = [_caption(notes[one.name], one) for one in answers]
+            return [hidden, image, *shown, *texts, *(one.overlay for one in answers)]
 
-        outputs = [alert, square, *labels, *captions]
+        outputs = [alert, square, *labels, *captions, *overlays]
         upload.change(answer, upload, outputs, api_visibility="private", show_progress="hidden")
     return page
 
@@ -144,6 +150,8 @@ def label_of(prediction: Prediction) -> dict[str, float] | str:
     """Return what a label of gradio shows: probabilities as bars, or a text."""
     if prediction.top:
         return {printable(name): probability for name, probability in prediction.top}
+    if prediction.kind == "mask":
+        return {printable(name): share for name, share in (prediction.fractions or {}).items()}
     if prediction.kind == "labels":
         return "none"
     if prediction.kind == "numbers":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from petune.adapters.card import known_metadata
 from petune.adapters.format import SavedAdapter
 from petune.base.config import expand_home
 from petune.base.errors import BackboneMismatch, DataError, UsageError
+from petune.runner.report.tiles import with_mask
 from petune.runner.run_adapter import read_run_adapter
 from petune.serving.adapter_bank import AdapterBank
 from petune.serving.image_transform import ImageTransform
-from petune.serving.predictions import Prediction, predictions_of
+from petune.serving.predictions import Prediction, mask_prediction, predictions_of
 from petune.serving.restore import rebuild_backbone, task_of
+from petune.serving.whole_image import visible
 from petune.sites.logits import logits_of
 from petune.training.precision import choose_device
 
@@ -29,11 +32,15 @@ SHOWN_SIDE = 320  # pixels of the image on the page
 
 @dataclass(frozen=True)
 class Answer:
-    """The prediction of one adapter, and the time from decoded pixels to it."""
+    """The prediction of one adapter, the time from decoded pixels to it, and for a mask what the model saw in its colors.
+
+    The overlay is uint8 (side, side, 3).
+    """
 
     name: str
     prediction: Prediction
     time_s: float
+    overlay: NDArray[np.uint8] | None = None
 
 
 class SideBySide:
@@ -102,6 +109,10 @@ class SideBySide:
             answers = [self._answer(name, squares[name], top_k) for name in self.names]
         return _square(shown, image)[0], answers
 
+    def has_mask(self, name: str) -> bool:
+        """Return True if an adapter predicts a mask."""
+        return self._tasks[name].target_kind == "mask"
+
     def _warm_up(self, name: str) -> None:
         """Run one forward, because the first one is slow and would be shown as the time of an image."""
         side = self._transforms[name].stored_size
@@ -113,8 +124,28 @@ class SideBySide:
         with torch.inference_mode():
             x_BCHW = self._transforms[name].batch(square_1SS3, self._device)
             outputs = logits_of(model(x_BCHW)).float()
-            (prediction,) = predictions_of(task, [name], outputs, top_k)  # waits for a GPU
-        return Answer(name, prediction, time.perf_counter() - start)
+            if task.target_kind == "mask":
+                prediction = mask_prediction(task, name, outputs[0].cpu(), (outputs.shape[2], outputs.shape[3]))
+            else:
+                (prediction,) = predictions_of(task, [name], outputs, top_k)  # waits for a GPU
+        time_s = time.perf_counter() - start
+        return Answer(name, prediction, time_s, _overlay(self._transforms[name], square_1SS3, prediction))
+
+
+def _overlay(
+    transform: ImageTransform, square_1SSC: NDArray[np.uint8], prediction: Prediction
+) -> NDArray[np.uint8] | None:
+    """Return what the model saw, colored by the predicted mask; None if there is no mask."""
+    if prediction.mask is None:
+        return None
+    from PIL import Image
+
+    pixels = visible(square_1SSC[0])
+    seen = math.floor(transform.stored_size * transform.crop)
+    start = (transform.stored_size - seen) // 2
+    image = Image.fromarray(np.ascontiguousarray(pixels[start : start + seen, start : start + seen]))
+    shown = np.asarray(image.resize((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.BICUBIC))
+    return with_mask(shown, prediction.mask, ignore_index=-1)
 
 
 def _square(transform: ImageTransform, image: Path) -> NDArray[np.uint8]:
