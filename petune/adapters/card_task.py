@@ -20,6 +20,7 @@ HUB_METRICS = {
     "miou": ("mean_iou", "mIoU"),
 }
 """The hub's type and name of a metric, where it has its own."""
+BUILT_IN = {"classification", "multi_label", "regression", "segmentation"}
 SHOWN = {"multi_hot": "prediction.top", "number": "prediction.numbers", "mask": "prediction.fractions"}
 """Kind of targets to what an example prints."""
 
@@ -40,12 +41,7 @@ def target_names(task: Mapping[str, Any] | None) -> list[str]:
 
 def example_of(task: Mapping[str, Any] | None) -> tuple[str, str]:
     """Return the further arguments of a predictor in an example, and the expression that it prints."""
-    if (task or {}).get("name", "classification") not in {
-        "classification",
-        "multi_label",
-        "regression",
-        "segmentation",
-    }:
+    if (task or {}).get("name", "classification") not in BUILT_IN:
         return "", "prediction"
     kind = target_kind(task)
     return ", top_k=3" if kind == "class" else "", SHOWN.get(kind, "prediction.top")

@@ -23,14 +23,14 @@ from petune.serving.whole_image import WholeImage, classes_of, whole_outputs
 from tests.canvas import NAMES, write_canvases
 from tests.program import call
 
-TRAIN = {"epochs": 2, "batch_size": 16, "augment": "none"}
+TRAIN = {"epochs": 1, "batch_size": 8, "augment": "none"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs, with its data."""
+    """A run of one epoch, with its data."""
     folder = tmp_path_factory.mktemp("segmentation")
-    dataset = write_canvases(folder / "data", 32)
+    dataset = write_canvases(folder / "data", 24)
     petune.run(method="lora", backbone="vit_nano", dataset=dataset, output=folder / "run", train=TRAIN)
     return folder
 
@@ -154,7 +154,7 @@ def test_more_epochs_start_from_the_head(folder: Path, tmp_path: Path) -> None:
         if isinstance(event, petune.Note):
             notes.append(event.text)
 
-    train = {**TRAIN, "epochs": 1, "lr": 1e-9}
+    train = {**TRAIN, "lr": 1e-9}
     again = petune.run(from_run=folder / "run", output=tmp_path / "more", train=train, watch=watch)
     assert any("with its classifier" in note for note in notes)
     before = petune.RunResult.read(folder / "run").metrics["miou"]

@@ -122,11 +122,8 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
                 with gradio.Column(min_width=240):
                     labels.append(gradio.Label(label=printable(name), num_top_classes=MAX_BARS))
                     captions.append(gradio.Markdown(note))
-                    overlays.append(
-                        gradio.Image(
-                            label="Mask", interactive=False, height=320, buttons=[], visible=demo.has_mask(name)
-                        )
-                    )
+                    shown = {"visible": demo.has_mask(name), "height": 320, "buttons": []}
+                    overlays.append(gradio.Image(label="Mask", interactive=False, **shown))
 
         def answer(file: str | None) -> list[Any]:
             hidden = gradio.update(visible=False)

@@ -32,9 +32,9 @@ SHOWN_SIDE = 320  # pixels of the image on the page
 
 @dataclass(frozen=True)
 class Answer:
-    """The prediction of one adapter, the time from decoded pixels to it, and for a mask what the model saw in its colors.
+    """The prediction of one adapter, and the time from decoded pixels to it.
 
-    The overlay is uint8 (side, side, 3).
+    The overlay of a mask is what the model saw, colored by it: uint8 (side, side, 3).
     """
 
     name: str
