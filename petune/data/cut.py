@@ -185,7 +185,8 @@ def _counts_of(strata: Positions) -> Positions:
 
 def _quantiles(targets_NK: NDArray[Any], smallest: int) -> Positions:
     """Return the quantile of each sample; of several numbers, that of the mean of the standardized numbers."""
-    scale_K = targets_NK.std(0)
+    with np.errstate(over="ignore"):  # tasks refuse numbers of such a size
+        scale_K = targets_NK.std(0)
     value_N = ((targets_NK - targets_NK.mean(0)) / np.where(scale_K > 0, scale_K, 1)).mean(1)
     number = max(1, min(MAX_QUANTILES, len(value_N) // smallest))
     rank_N = np.argsort(np.argsort(value_N, kind="stable"), kind="stable")

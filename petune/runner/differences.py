@@ -24,7 +24,8 @@ class Difference(Config):
     Attributes:
         reference: The method that it is compared with.
         mean: Value of the method minus that of the reference, the mean over the seeds that both have.
-        low, high: Bounds of the 95 % interval; None if one seed is all there is, without values of each image.
+        low, high: Bounds of the 95 % interval; None if one seed is all there is, without values of each image, or if
+            several seeds differ by exactly the same.
         over_images: Whether the interval allows for the choice of test images, besides that of seeds.
     """
 
@@ -71,9 +72,9 @@ def difference(reference: str, own: Mapping[int, SeedValue], base: Mapping[int, 
     mean = float(delta_S.mean())
     delta_SN = _by_image([(own[seed], base[seed]) for seed in seeds])
     parts = _variance_parts(delta_S, delta_SN)
-    if not parts:
-        return Difference(reference=reference, mean=mean)
     half = _half_width(parts)
+    if not parts or (half == 0 and mean != 0):  # a few equal differences do not show how much they vary
+        return Difference(reference=reference, mean=mean)
     return Difference(
         reference=reference, mean=mean, low=mean - half, high=mean + half, over_images=delta_SN is not None
     )
@@ -128,12 +129,12 @@ def conclusion(differences: Mapping[str, Difference], metric: Metric, reference_
     best = ", the best" if reference_is_best else ""
     unknown = [method for method, one in differences.items() if one.is_clear is None]
     if len(unknown) == len(differences):
-        return f"One seed cannot tell whether differences to {reference}{best} are more than noise. Use several seeds."
+        return f"Too few seeds to tell whether differences to {reference}{best} are more than noise. Use several seeds."
     clear = [method for method, one in differences.items() if one.is_clear]
     noise = [method for method, one in differences.items() if one.is_clear is False]
     parts = [f"{_listed(clear)}: more than noise"] if clear else []
     parts += [f"{_listed(noise)}: not more than noise"] if noise else []
-    parts += [f"{_listed(unknown)}: unknown, with one seed"] if unknown else []
+    parts += [f"{_listed(unknown)}: unknown, with so few seeds"] if unknown else []
     over = "seeds and test images" if all(one.over_images for one in differences.values()) else "seeds"
     return f"Differences in {metric.label} to {reference}{best}, by 95 % intervals over {over}: {'; '.join(parts)}."
 

@@ -36,6 +36,7 @@ from petune.runner.run_data import backbone_channels, check_unseen, prepare_data
 from petune.runner.run_inputs import check_inputs
 from petune.sites.find import find_sites
 from petune.training.batch_loss import check_task_options
+from petune.training.chosen_metric import check_chosen_metric
 from petune.training.config import AUTO, TrainConfig
 from petune.training.events import Note, Watch, ignore
 from petune.training.precision import choose_device
@@ -125,7 +126,7 @@ def prepare(
         if with_val:
             dataset = merge_val(dataset)
         task = fitted_task(config.task, dataset)
-        task.new_meter()  # its imports may take seconds, which are spent before there is anything to lose
+        context.note(check_chosen_metric(task, config.train.choose, dataset.val, device))
         side = input_side(config.backbone, config.image_size, config.backbone_options)
         train = complete_options(config.train, recipe, dataset, side)
         check_task_options(task, train, dataset.train, group.size)

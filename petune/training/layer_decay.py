@@ -59,6 +59,10 @@ def _layers(attachment: Attachment) -> tuple[dict[int, int], int]:
         layer = top if call.start > end else sum(start <= call.start for start in starts)
         for parameter in _parameters(module, first):
             layer_of[id(parameter)] = min(layer, layer_of.get(id(parameter), layer))
+    for layer, block in enumerate(sorted(blocks, key=lambda block: first[block.enter].start), 1):
+        holders = (module for module in block.enter.modules() if hasattr(module, "is_petune_module"))
+        for parameter in (p for holder in holders for p in holder.parameters()):  # prompts run before their block
+            layer_of[id(parameter)] = max(layer, layer_of.get(id(parameter), layer))
     return layer_of, top
 
 
