@@ -14,6 +14,7 @@ from petune.adapters.card_task import (
     dense_head_code,
     example_of,
     hub_metric,
+    num_outputs,
     target_kind,
     target_names,
 )
@@ -34,6 +35,8 @@ MAX_CLASSES = 20
 FIELDS = {
     "method": str,
     "dataset": str,
+    "dataset_license": str,
+    "dataset_citation": str,
     "license": str,
     "backbone": Mapping,
     "training": Mapping,
@@ -81,6 +84,10 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         counts=counts,
         backbone=known["backbone"],
         dataset=known["dataset"],
+        dataset_license=known["dataset_license"],
+        citation=_Markup(_in_code_block(known["dataset_citation"] or "")),
+        task=(known["task"] or {}).get("name"),
+        outputs=num_outputs(config["metadata"]),
         test=known["test"],
         metrics=known["metric_info"],
         training=known["training"],
@@ -141,6 +148,11 @@ def _public_value(key: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return hide_folders(value, is_path=key in WEIGHTS and not value.startswith("hf:"))
+
+
+def _in_code_block(text: str) -> str:
+    """Return text of others, such as BibTeX, so that no line of it ends a code block."""
+    return "\n".join(printable(line).replace("`", "'") for line in text.strip().splitlines())
 
 
 class _Markup(str):

@@ -48,6 +48,8 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "dtype": str(dataset.test.images.dtype),
         },
         "dataset": config.dataset,
+        **({"dataset_license": dataset.license} if dataset.license else {}),
+        **({"dataset_citation": dataset.citation} if dataset.citation else {}),
         "images": digests(read_record(trained.run_dir / MANIFEST_FILE)),
         "training": {
             "val_metrics": fit.val.report(trained.metric_info) if fit.val else None,

@@ -216,9 +216,19 @@ def test_tasks_have_the_hubs_names_and_a_fitting_example(tmp_path: Path) -> None
     assert "<script>" not in text.partition("\n---\n")[2]
     assert "prediction.numbers" in examples(text)[0]
     assert "top_k" not in text
+    assert "Trained for regression on ages, 2 numbers." in text
+    assert "a classifier of 2 outputs" in text
     labels = {"name": "multi_label", "target": {"kind": "multi_hot", "names": ["a", "b"]}}
     text = card(tmp_path / "b", **built, task=labels)
     assert head(text)["pipeline_tag"] == "image-classification"
     assert "top_k" not in text
     for damaged in ({}, {"target": 3}, {"target": {"kind": "x", "names": 3}}):
         assert head(card(tmp_path / f"c{len(str(damaged))}", **built, task=damaged))["pipeline_tag"]
+
+
+def test_license_and_citation_of_the_dataset(tmp_path: Path) -> None:
+    citation = "@article{x,\n  title = {A *b*}\n}\n```\n<script>"
+    text = card(tmp_path / "a", **MEASURED, dataset_license="CC BY 4.0 | *x*", dataset_citation=citation)
+    assert "| license of the dataset | CC BY 4.0 \\| \\*x\\* |" in text
+    assert text.endswith("```\n@article{x,\n  title = {A *b*}\n}\n'''\n<script>\n```\n")
+    assert "itation" not in card(tmp_path / "b", **MEASURED, dataset_citation=3)
