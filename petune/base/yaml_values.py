@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,24 @@ def parse_value(text: str) -> Any:
     return value
 
 
-def parse_options(text: str) -> dict[str, Any]:
+def parse_text(text: str) -> Any:
+    """Read a value that is text, a list of texts or a mapping of them: `no`, `007` and `1e3` stay as they are."""
+    if text in {"null", "~"}:
+        return None
+    if text[:1] not in {"[", "{", "'", '"'}:
+        return text
+    try:
+        return yaml.load(text, yaml.BaseLoader)  # it makes nothing but texts
+    except (yaml.YAMLError, RecursionError):
+        return text
+
+
+def parse_options(text: str, texts: Collection[str] = ()) -> dict[str, Any]:
     """Read `key=value,key=value`, as in `vpt:deep=false,num_prompts=10`.
+
+    Args:
+        text: The options.
+        texts: Keys whose values are text, see `parse_text`.
 
     Raises:
         ConfigError: An item has no `=` or no key.
@@ -79,7 +95,8 @@ def parse_options(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"not an option: {item!r}. Write options as key=value,key=value")
-        options[key.strip()] = parse_value(value.strip())
+        parse = parse_text if key.strip() in texts else parse_value
+        options[key.strip()] = parse(value.strip())
     return options
 
 

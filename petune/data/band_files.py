@@ -98,6 +98,8 @@ def read_bands(source: Source) -> NDArray[Any]:
         DataError: The file is broken, or holds no image.
     """
     where = source if isinstance(source, Path) else "an embedded image"
+    if not may_have_bands(source):
+        raise DataError(f"{where}: an encoded image of {RGB}, neither an array nor a TIFF file")
     try:
         return channels_last(_read_array(source) if is_array_file(source) else _read_tiff(source))
     except FileNotFoundError:

@@ -5,6 +5,7 @@ Legend: N images, H height, W width, C channels.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -22,6 +23,7 @@ __all__ = ["Dataset", "Images", "OnBroken", "Split", "Target", "TargetKind"]
 OnBroken = Literal["error", "skip"]
 """Policy for an image that cannot be decoded: stop, or skip it."""
 TEST_FRACTION = 0.2
+IMAGE_TYPES = ("uint8", "uint16", "float32")
 
 
 class Images(Protocol):
@@ -152,6 +154,7 @@ class Dataset:
         self._check_names()
         splits = {"train": self.train, "val": self.val, "test": self.test}
         for part, split in splits.items():
+            _check_images(split, f"{self.name}/{part}")
             _check_lengths(split, f"{self.name}/{part}")
             self.target.check(split.targets, f"{self.name}/{part}")
         empty = self.target.absent(self.train.targets)
@@ -173,6 +176,9 @@ class Dataset:
                 f"{self.name} has {plural(self.num_classes, 'class', 'classes')}: {list(self.classes)}. "
                 "At least two are needed"
             )
+        twice = [name for name, count in Counter(self.target.names).items() if count > 1]
+        if twice:
+            raise DataError(f"{self.name} has the name {twice[0]} twice among {list(self.target.names)[:20]}")
         if not self.target.names:
             raise DataError(f"{self.name} names no {'number' if self.target.kind == 'number' else 'label'} to learn")
 
@@ -240,6 +246,18 @@ class Dataset:
                 f"{plural(smallest, 'training image')}. Use at most {smallest}"
             )
         return replace(self, train=self.train.take(draw_shots(self.train.samples(self.target.kind), count, seed)))
+
+
+def _check_images(split: Split, where: str) -> None:
+    """Check shape and type of the images, and that every row is one of them."""
+    shape, dtype = tuple(split.images.shape), str(split.images.dtype)
+    if len(shape) != 4 or shape[1] != shape[2] or dtype not in IMAGE_TYPES:
+        raise DataError(
+            f"{where}: images of shape {shape} and type {dtype}. They are squares, (N, S, S, C), of uint8, uint16 or "
+            "float32"
+        )
+    if len(split) and not (split.rows.min() >= 0 and split.rows.max() < shape[0]):
+        raise DataError(f"{where}: rows from {split.rows.min()} to {split.rows.max()} of {plural(shape[0], 'image')}")
 
 
 def _check_lengths(split: Split, where: str) -> None:

@@ -48,10 +48,11 @@ def load_dataset(
             f"{type(reader).__module__}.{type(reader).__name__}.load returned a {type(dataset).__name__}, not a "
             "petune.Dataset. Update or remove the package that brings it"
         )
-    return dataset.validated()
+    with plugin_errors(DATASETS, reader.name, type(reader), "was checked"):
+        return dataset.validated()
 
 
-def _check(name: object, data_dir: object, image_size: int, on_broken: object, channels: object, gb: object) -> None:
+def _check(name: object, data_dir: object, image_size: int, on_broken: object, channels: int | None, gb: float) -> None:
     check_arguments(
         "petune.load_dataset",
         name=(name, str),
@@ -63,5 +64,9 @@ def _check(name: object, data_dir: object, image_size: int, on_broken: object, c
     )
     if image_size < 1:
         raise ConfigError(f"image_size is {image_size}. Use a side in pixels, from 1")
+    if channels is not None and channels < 1:
+        raise ConfigError(f"channels is {channels}. Use a number from 1")
+    if not gb >= 0:
+        raise ConfigError(f"cache_gb is {gb}. Use a size in 10⁹ bytes, from 0")
     if on_broken not in get_args(OnBroken):
         raise ConfigError(f"on_broken is {on_broken!r}. Use {' or '.join(map(repr, get_args(OnBroken)))}")

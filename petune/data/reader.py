@@ -51,7 +51,13 @@ from petune.data.manifest import Manifest
 
 
 class ReaderConfig(Config):
-    """Options of a dataset: pydantic fields with a type and a default. Unknown keys and wrong types are refused."""
+    """Options of a dataset: pydantic fields with a type and a default. Unknown keys and wrong types are refused.
+
+    Attributes:
+        text_options: Options that are names, such as those of columns: on the command line `no` and `007` stay text.
+    """
+
+    text_options: ClassVar[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,12 @@ class DatasetName:
     Attributes:
         name: Left of the colon.
         argument: Right of it; empty if there is no colon.
-        options: The options after it.
+        option_text: The options after it.
     """
 
     name: str
     argument: str
-    options: dict[str, Any]
+    option_text: str = ""
 
 
 def list_datasets() -> list[DatasetRecord]:
@@ -116,7 +116,8 @@ def build_reader(text: str) -> DatasetReader[Any]:
         usage = f"{parsed.name}:{cls.argument}" if cls.argument else parsed.name
         problem = f"needs a {cls.argument}" if cls.argument else f"takes nothing after a colon, but got {text!r}"
         raise ConfigError(f"the dataset {parsed.name} {problem}. Write {usage}")
-    config = cls.Config.build(parsed.options, f"the options of {parsed.name}")
+    options = parse_options(parsed.option_text, cls.Config.text_options)
+    config = cls.Config.build(options, f"the options of {parsed.name}")
     with plugin_errors(DATASETS, parsed.name, cls, "was made"):
         reader = cls(parsed.argument, config)
     reader.name = parsed.name
@@ -128,12 +129,12 @@ def parse_dataset(text: str) -> DatasetName:
 
     Only trailing `,key=value` pieces are options, unless a path with that very text exists.
     """
-    body, options = _split_options(text)
+    body, option_text = _split_options(text)
     kind = _kind_of_path(body)
     if kind:
-        return DatasetName(kind, body, options)
+        return DatasetName(kind, body, option_text)
     name, _, argument = body.partition(":")
-    return DatasetName(name, argument, options)
+    return DatasetName(name, argument, option_text)
 
 
 def complete_name(text: str) -> str:
@@ -152,14 +153,14 @@ def is_table(text: str) -> bool:
     return parse_dataset(text).name == "table"
 
 
-def _split_options(text: str) -> tuple[str, dict[str, Any]]:
+def _split_options(text: str) -> tuple[str, str]:
     argument = text.partition(":")[2]
     if _exists(text) or (argument and _exists(argument)):
-        return text, {}
+        return text, ""
     body, *rest = split_items(text)
     while rest and not all(_is_option(item) for item in rest):
         body = f"{body},{rest.pop(0)}"
-    return body, parse_options(",".join(rest))
+    return body, ",".join(rest)
 
 
 def _is_option(item: str) -> bool:

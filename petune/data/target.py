@@ -56,6 +56,8 @@ class Target:
                 f"{where}: targets of kind {self.kind!r} have {plural(DIMENSIONS[self.kind], 'dimension')}, "
                 f"not shape {targets.shape}"
             )
+        if targets.dtype.kind not in ("biu" if self.kind != "number" else "biuf"):
+            raise DataError(f"{where}: targets of kind {self.kind!r} cannot be of type {targets.dtype}")
         if not len(targets):
             return
         if self.kind == "class":

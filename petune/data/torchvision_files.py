@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ OPEN_ERRORS = (RuntimeError, OSError, ValueError, LookupError, ImportError, EOFE
 IDX_FILES = tuple(f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 """Files of MNIST and of the datasets that copy its format; they are published with the suffix .gz."""
 GZIPPED = {"MNIST", "FashionMNIST", "KMNIST"}
-MAX_LISTED = 2_000
+MAX_FILES = 200_000
+"""More files than these take too long to look at in every run."""
 
 
 def find_root(name: str, entry: Entry, data_dir: Path | None) -> Path | None:
@@ -69,13 +72,20 @@ def open_split(name: str, root: Path, args: Mapping[str, Any], entry: Entry) -> 
 
 
 def files_state(root: Path, entry: Entry) -> list[Any]:
-    """Return name, size and time of the files near the top of a dataset, so that changed ones are decoded again."""
+    """Return a digest of names, sizes and times of the files of a dataset, so that changed ones are decoded again.
+
+    Of a dataset with very many files, only those near the top count.
+    """
     top = top_file(root, entry) or root
+    folder = top.parent if top.is_file() else top
+    files = list(islice((path for path in folder.rglob("*")), MAX_FILES + 1))
+    if len(files) > MAX_FILES:
+        files = list(_upper_files(folder))
     state = []
-    for path in sorted(_upper_files(top.parent if top.is_file() else top)):
+    for path in sorted(files):
         stat = path.stat()
         state.append([str(path.relative_to(root)), stat.st_size if path.is_file() else 0, stat.st_mtime_ns])
-    return state[:MAX_LISTED]
+    return [len(state), hashlib.sha256(json.dumps(state).encode()).hexdigest()]
 
 
 def file_names(dataset: Any) -> Sequence[str] | None:

@@ -1,4 +1,4 @@
-"""What the forward of a model takes: one tensor, several, a dict. Made from a size, an example or an adapter's file."""
+"""The input of a model: one tensor, several, a dict. Made from a size, an example or an adapter's file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a forward takes: arguments like those of `Inputs`, with a `TensorSpec` for each tensor.
+    """The input of a model: arguments like those of `Inputs`, with a `TensorSpec` for each tensor.
 
     Attributes:
         args, kwargs: The arguments of one sample. Numbers, booleans, text and None are passed on as they are.

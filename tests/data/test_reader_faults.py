@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import petune
 from petune.base.errors import DataError
 from petune.data import load_dataset
 from petune.data.band_files import form_of
@@ -17,6 +18,7 @@ from petune.data.bands import ImageForm
 from tests.data.tables import digit, load, write_images, write_table
 from tests.data.test_vtab import write_vtab
 from tests.data.test_wds import samples, write_shard
+from tests.fake_plugin import Fake
 
 RNG = np.random.default_rng(0)
 
@@ -192,3 +194,53 @@ def test_too_few_groups_are_named(tmp_path: Path) -> None:
     names = write_images(tmp_path, 12)
     rows = [{"file": name, "label": "ab"[i % 2], "patient": "xy"[i % 2]} for i, name in enumerate(names)]
     refused(f"{write_table(tmp_path / 't.csv', rows)},group=patient", "groups")
+
+
+def test_names_of_columns_and_classes_stay_text(tmp_path: Path) -> None:
+    names = write_images(tmp_path, 12)
+    rows = [{"file": name, "no": ["01", "yes"][i % 2], "007": i} for i, name in enumerate(names)]
+    table = write_table(tmp_path / "t.csv", rows)
+    assert load(table, "label=no,classes=[yes,01]").classes == ("yes", "01")
+    assert load(table, "target=007").target.names == ("007",)
+
+
+def test_masks_are_decoded_again_when_their_image_changes(tmp_path: Path) -> None:
+    names = write_images(tmp_path, 12)
+    for name in names:
+        Image.fromarray((digit(0) > 99).astype(np.uint8)).save(tmp_path / f"m{name}")
+    rows = [{"file": name, "mask": f"m{name}"} for name in names]
+    table = write_table(tmp_path / "t.csv", rows)
+    load(table, "classes=[back,ink]")
+    Image.fromarray(digit(0, 20)).save(tmp_path / names[3])
+    refused(f"{table},classes=[back,ink]", names[3])
+
+
+class Odd(petune.DatasetReader[petune.ReaderConfig]):
+    """Images that are none."""
+
+    images: Any = None
+    targets: Any = np.arange(12) % 2
+
+    def load(self, context: petune.ReadContext) -> petune.Dataset:
+        split = petune.Split.of(self.images, self.targets)
+        target = petune.Target("class", ("a", "b"))
+        return petune.Dataset("odd", target, "made", "none", split, split.take(np.arange(0)), split)
+
+
+@pytest.mark.parametrize(
+    ("images", "targets"),
+    [
+        (np.zeros((12, 8, 8, 3)), Odd.targets),
+        (np.zeros((12, 8, 8), np.uint8), Odd.targets),
+        (np.zeros((12, 3, 8, 8), np.uint8), Odd.targets),
+        (np.zeros((4, 8, 8, 3), np.uint8), Odd.targets),
+        (np.zeros((12, 8, 8, 3), np.uint8), np.linspace(0, 1, 12)),
+    ],
+)
+def test_what_a_plugin_returns_is_checked(
+    images: Any, targets: Any, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("petune-fake", {"odd": "tests.data.test_reader_faults:Odd"}, group="petune.datasets")
+    monkeypatch.setattr(Odd, "images", images)
+    monkeypatch.setattr(Odd, "targets", targets)
+    refused("odd", "odd/train")

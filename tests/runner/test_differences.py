@@ -81,7 +81,7 @@ def test_the_sentence_names_what_is_noise() -> None:
     assert "top-1 to vpt, the best" in text
     assert "linear: more than noise; lora, bitfit: not more than noise" in text
     unknown = Difference(reference="vpt", mean=-1)
-    assert "One seed" in conclusion({"linear": unknown}, TOP1, reference_is_best=False)
+    assert "Too few seeds" in conclusion({"linear": unknown}, TOP1, reference_is_best=False)
     assert conclusion({}, TOP1, reference_is_best=True) == ""
 
 

@@ -54,6 +54,7 @@ class HfConfig(ColumnOptions):
         streaming: Read it once from the network into petune's cache, without a copy in the cache of `datasets`.
     """
 
+    text_options = ColumnOptions.text_options | {"config", "revision"}
     config: Name | None = None
     revision: Name | None = None
     streaming: bool = False

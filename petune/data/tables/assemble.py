@@ -91,17 +91,21 @@ class _Loader:
     def masks(self) -> tuple[Split, Target]:
         """Return all masks as images of one channel, and the classes."""
         codes = self.plan.codes
-        key = self._key(self.plan.masks, {"codes": codes.class_256.tolist(), "images": self.plan.images.name})
+        key = self._key(self.plan.masks, {"codes": codes.class_256.tolist(), "images": self._version(self.plan.images)})
         split = cached_split(key, self._fill_masks, CROP)
         names = codes.found_names(split.targets[split.rows == 0], self.plan.table.title)
         return split, Target("mask", names)
 
     def _key(self, column: ImageColumn, more: dict[str, Any]) -> dict[str, Any]:
-        paths = column.files
-        table = self.plan.table
-        contents = table.version() if paths is None else [[str(path), *size_and_time(path)] for path in paths]
+        contents = self._version(column)
         key = {"format": FORMAT, "contents": contents, "side": self.side, "skip": self.skip, **more}
-        return key if paths is not None else {**key, "column": column.name, "first": column.channels_first}
+        return key if column.files is not None else {**key, "column": column.name, "first": column.channels_first}
+
+    def _version(self, column: ImageColumn) -> Any:
+        """Return JSON that changes with the images: path, size and time of each file, or those of the table."""
+        if column.files is None:
+            return self.plan.table.version()
+        return [[str(path), *size_and_time(path)] for path in column.files]
 
     def _fill_images(self, allocate: Allocate) -> tuple[Rows, Rows]:
         form = self.plan.images.form
@@ -125,7 +129,7 @@ class _Loader:
         if len(broken) > MAX_BROKEN * len(self.plan.table):
             raise DataError(
                 f"broken images: {len(broken)} of {len(self.plan.table)}, more than the {MAX_BROKEN:.0%} that may be "
-                f"skipped. The first: {broken[min(broken)]}"
+                f"skipped. {listed([broken[row] for row in sorted(broken)], 5)}"
             )
 
 

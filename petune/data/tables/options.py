@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -46,6 +46,9 @@ class ColumnOptions(ReaderConfig):
         channels_first: Arrays are (channels, height, width).
     """
 
+    text_options: ClassVar[frozenset[str]] = frozenset(
+        {"image", "label", "labels", "separator", "target", "mask", "classes", "split", "weight", "group"}
+    )
     image: Name | None = None
     label: Name | None = None
     labels: Names | Name | None = None
