@@ -30,9 +30,9 @@ class TokenGrid:
         # by number of patches, since a block may be repeated in a backward pass after a forward of another size
         self._grids: dict[int, tuple[int, int]] = {}
         self._ambiguous: set[int] = set()
-        if sites.grid_size is not None:
-            self._add(sites.grid_size)
-        self._seen = sites.input_spec, sites.grid_size
+        if sites.image_grid is not None:
+            self._add(sites.image_grid)
+        self._seen = sites.input_spec, sites.image_grid
         self._reads_images = False
         self._of_image: tuple[int, int] | None = None
 

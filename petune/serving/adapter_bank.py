@@ -22,6 +22,7 @@ from petune.injector.trainable import trainable_state_of
 from petune.serving.bank_heads import CaptureInput, head_for, match_device
 from petune.serving.mixed_batch import placement_key, row_wise, sharing_key
 from petune.sites.find import find_sites
+from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, synthetic_logits
 from petune.sites.site import Site
 
@@ -43,11 +44,12 @@ class AdapterBank:
         active: Name of the adapter that `model(x)` uses; None is the backbone's own output.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, example: Any = None) -> None:
         """Create an empty bank.
 
         Args:
             model: A backbone with nothing attached.
+            example: What its forward takes, if that is not one image; see `petune.find_sites`.
 
         Raises:
             AttachError: Something is attached to the model, or its classifier is not a single module.
@@ -58,7 +60,7 @@ class AdapterBank:
         self.model = model.eval()
         self.adapters: dict[str, BankEntry] = {}
         self.active: str | None = None
-        self._sites = find_sites(model)
+        self._sites = find_sites(model, example=example)
         self._head: Site = self._sites.head
         if not self._head.is_module:
             raise AttachError(f"a bank needs a model with a single classifier; {self._sites.model} has several")
@@ -128,11 +130,11 @@ class AdapterBank:
         del self.adapters[name]
         self._unshared.discard(name)
 
-    def __call__(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+    def __call__(self, x: Any, names: Sequence[str | None]) -> list[Tensor]:
         """Compute every row with its own adapter. Rows whose adapters do not affect other rows share one forward.
 
         Args:
-            x: (B, channels, height, width).
+            x: (B, channels, height, width); or what the model takes, in the form of the example.
             names: Adapter of each row; None is the backbone's own output.
 
         Returns:
@@ -141,17 +143,23 @@ class AdapterBank:
         Raises:
             UsageError: The number of names differs from the number of rows, or a name is not loaded.
         """
-        if len(names) != len(x):
+        inputs = self._sites.input_spec.inputs(x)
+        num_rows = self._sites.input_spec.num_samples_in(inputs.tensors)
+        if len(names) != num_rows:
             raise UsageError(
-                f"x has {plural(len(x), 'row')}, and there are {plural(len(names), 'name')}. Give one name per row"
+                f"x has {plural(num_rows, 'row')}, and there are {plural(len(names), 'name')}. Give one name per row"
             )
+        return self._compute(inputs, names)
+
+    def _compute(self, inputs: Inputs, names: Sequence[str | None]) -> list[Tensor]:
+        """See `__call__`."""
         active = self.active
         self.use(None)
-        logits: list[Tensor] = [x] * len(names)
+        logits: list[Tensor] = [*inputs.tensors[:1]] * len(names)
         try:
             for group in self._groups(names):
                 rows = [row for row, name in enumerate(names) if name in group]
-                outputs = self._forward_group(x[rows], [names[row] for row in rows])
+                outputs = self._forward_group(self._sites.input_spec.select(inputs, rows), [names[row] for row in rows])
                 for row, output in zip(rows, outputs, strict=True):
                     logits[row] = output
         finally:
@@ -170,7 +178,7 @@ class AdapterBank:
             groups.setdefault(key, set()).add(name)
         return list(groups.values())
 
-    def _forward_group(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+    def _forward_group(self, x: Inputs, names: Sequence[str | None]) -> list[Tensor]:
         """Run one forward. If a site has no row per image, run one forward per adapter, now and in later calls."""
         try:
             return self._forward_single(x, names[0]) if len(set(names)) == 1 else self._forward_mixed(x, names)
@@ -178,21 +186,21 @@ class AdapterBank:
             self._unshared |= {name for name in names if name is not None}
             if len(set(names)) == 1:
                 raise
-        return self(x, names)
+        return self._compute(x, names)
 
-    def _forward_single(self, x: Tensor, name: str | None) -> list[Tensor]:
+    def _forward_single(self, x: Inputs, name: str | None) -> list[Tensor]:
         try:
-            return list(logits_of(self.use(name)(x)))
+            return list(logits_of(x.call(self.use(name))))
         finally:
             self.use(None)
 
-    def _forward_mixed(self, x: Tensor, names: Sequence[str | None]) -> list[Tensor]:
+    def _forward_mixed(self, x: Inputs, names: Sequence[str | None]) -> list[Tensor]:
         """Run the body of the model once, then each classifier on the rows of its adapter."""
         rows_of = {name: [row for row, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
         parts = [(self.adapters[name].attachment, rows) for name, rows in rows_of.items() if name is not None]
-        logits: list[Tensor] = [x] * len(names)
+        logits: list[Tensor] = [*x.tensors[:1]] * len(names)
         with self._captured_head() as capture, row_wise(parts, len(names)):
-            self.model(x)
+            x.call(self.model)
             for name, rows in rows_of.items():  # while the adapters are enabled; disabling them resets their heads
                 head = self._head.enter if name is None else match_device(self.adapters[name].head, self._head.enter)
                 for row, output in zip(rows, head(capture.captured[rows]), strict=True):

@@ -133,9 +133,18 @@ def _spec(inputs: Inputs, dim: int, count: int, *, only_sized: bool) -> InputSpe
         if not isinstance(leaf, Tensor):
             return leaf
         has_samples = leaf.ndim > dim and (leaf.shape[dim] == count or not only_sized)
-        return TensorSpec.of(leaf, dim if has_samples else None, count)
+        return TensorSpec.of(leaf, dim if has_samples else None, count, is_mask=_is_mask(leaf, inputs))
 
     return InputSpec(*inputs.map_leaves(describe))
+
+
+def _is_mask(tensor: Tensor, inputs: Inputs) -> bool:
+    """Return whether a tensor is a mask: one or two different numbers, and smaller than another tensor of numbers."""
+    floating = [x for x in inputs.tensors if x.is_floating_point()]
+    is_largest = tensor is max(floating, key=lambda x: x.numel(), default=None)
+    if not tensor.is_floating_point() or is_largest or tensor.is_meta or not tensor.numel():
+        return False
+    return bool(((tensor == tensor.min()) | (tensor == tensor.max())).all())
 
 
 def _output_shape(model: nn.Module, spec: InputSpec, num_samples: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,11 +16,11 @@ from petune.sites.beside_head import layers_beside_head
 from petune.sites.blocks import find_blocks
 from petune.sites.encoder import end_of
 from petune.sites.example import spec_of_example
-from petune.sites.grid import grid_and_prefix
+from petune.sites.grid import Grid, grid_and_prefix
 from petune.sites.head import find_head, head_at
 from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
-from petune.sites.layouts import make_site
+from petune.sites.layouts import IMAGES, make_site
 from petune.sites.parts import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites
@@ -147,7 +148,7 @@ def _outside_of(head: Site | None, blocks: tuple[Block, ...]) -> tuple[Block, ..
     return tuple(replace(block, index=index) for index, block in enumerate(outside))
 
 
-def _patch_embed(trace: Trace, first: Call | None, grid: tuple[int, int] | None) -> Site | None:
+def _patch_embed(trace: Trace, first: Call | None, grid: Grid | None) -> Site | None:
     """Return the widest call that holds the first matrix and returns as many tokens as there are patches."""
     start = next((c for c in trace.calls if c.has_matrix), None)
     if first is None or start is None or grid is None:
@@ -157,13 +158,13 @@ def _patch_embed(trace: Trace, first: Call | None, grid: tuple[int, int] | None)
         y = call.output
         if call.stop > first.start or y is None:
             break
-        is_image = y.ndim == 4 and grid in (tuple(y.shape[2:]), tuple(y.shape[1:3]))
-        if is_image or (y.ndim == 3 and y.shape[1] == grid[0] * grid[1]):
+        is_image = y.ndim in IMAGES and grid in (tuple(y.shape[2:]), tuple(y.shape[1:-1]))
+        if is_image or (y.ndim == 3 and y.shape[1] == math.prod(grid)):
             widest = call
     if widest is None or widest.output is None:
         return None
     y = widest.output
-    channels_second = y.ndim == 4 and tuple(y.shape[2:]) == grid
+    channels_second = y.ndim in IMAGES and tuple(y.shape[2:]) == grid
     dim = int(y.shape[1] if channels_second else y.shape[-1])
     layout: Layout = "BNC" if y.ndim == 3 else "BCHW" if channels_second else "BHWC"
     return replace(make_site("patch_embed", widest, widest, dim, trace.model_name), layout=layout)

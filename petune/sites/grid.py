@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs, InputSpec
-from petune.sites.layouts import channel_axis, is_conv
+from petune.sites.layouts import IMAGES, channel_axis, is_conv
 from petune.sites.trace import Call, Trace
 
 MAX_PREFIX = 64
 """More tokens than this before the patches are taken for something else."""
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
+"""Rows and columns of patches; of a video that is cut into tubelets their number in time first."""
 
 
 def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: InputSpec) -> tuple[Grid | None, int]:
@@ -34,8 +35,8 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
     x = first.input
     if x.is_nested:  # each image has a grid of its own
         return None, 0
-    if x.ndim == 4:
-        return ((x.shape[2], x.shape[3]) if channel_axis(first) == 1 else (x.shape[1], x.shape[2])), 0
+    if x.ndim in IMAGES:
+        return tuple(x.shape[2:] if channel_axis(first) == 1 else x.shape[1:-1]), 0
     grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
     stated = _stated_prefix(model)
     if num_prefix_tokens in {0, 1, stated}:
@@ -85,8 +86,9 @@ def _image_grids(before: list[Call]) -> Iterator[tuple[int, Grid]]:
     """Yield the grids that convolutions make, the last first, each with its number of images."""
     for call in reversed(before):
         y = call.output
-        if y is not None and y.ndim == 4 and is_conv(call):
-            yield len(y), (int(y.shape[2]), int(y.shape[3]))
+        is_volume = y is not None and y.ndim == 5 and math.prod(y.shape[2:]) > 1  # not one patch for each row
+        if y is not None and (y.ndim == 4 or is_volume) and is_conv(call):
+            yield len(y), tuple(y.shape[2:])
 
 
 def _token_grids(before: list[Call], spec: InputSpec) -> Iterator[tuple[int, Grid]]:

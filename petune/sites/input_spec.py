@@ -108,6 +108,18 @@ class InputSpec:
         """Return inputs that follow a formula, because a generator's numbers may differ in a later PyTorch."""
         return self._inputs(num_samples, _formula)
 
+    def inputs(self, x: Any) -> Inputs:
+        """Return the call that `x` stands for: a batch in the form of the example that this spec was made of.
+
+        Args:
+            x: A tensor, a tuple of arguments, a dict, or `(args, kwargs)`.
+        """
+        if self.args and self.kwargs:
+            return Inputs(tuple(x[0]), dict(x[1]))
+        if self.kwargs:
+            return Inputs((), dict(x))
+        return Inputs((x,) if len(self.args) == 1 and not isinstance(x, tuple) else tuple(x))
+
     def num_samples_in(self, tensors: Sequence[Tensor]) -> int:
         """Return the batch size of a call with these tensors; 1 if all samples share all of them."""
         counts = (spec.num_samples_in(x) for spec, x in zip(self.tensors, tensors, strict=False))

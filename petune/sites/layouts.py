@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from petune.sites.site import Layout, Site
 from petune.sites.trace import Call
 
+IMAGES = (4, 5)
+"""Numbers of dimensions of a tensor that is laid out as images or videos, and of the kernel of a convolution on it."""
+
 
 def is_conv(call: Call) -> bool:
     """Return whether the call's first weight is a convolution kernel, so that channels come second."""
     first = next((c for c in call.subtree() if c.has_matrix), None)
-    return first is not None and any(p.ndim == 4 for p in first.module.parameters(recurse=False))
+    return first is not None and any(p.ndim in IMAGES for p in first.module.parameters(recurse=False))
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -20,7 +23,7 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def channel_axis(call: Call) -> int | None:
-    """Return which axis of the (B, ., ., .) tensor that enters `call` holds the channels: 1, -1, or None if unknown.
+    """Return which axis of the image or video that enters `call` holds the channels: 1, -1, or None if unknown.
 
     The first weight that meets the tensor decides.
     """
@@ -31,7 +34,7 @@ def channel_axis(call: Call) -> int | None:
         weights = list(leaf.module.parameters(recurse=False)) if leaf.is_leaf else []
         if y is None or not weights:
             continue
-        axis = _axis_by_kind(leaf.module, weights) if y.ndim == 4 and y.shape == x.shape else None
+        axis = _axis_by_kind(leaf.module, weights) if y.ndim in IMAGES and y.shape == x.shape else None
         axis = axis or _axis_by_width(x, y, weights[0].numel())
         if axis is not None:
             return axis
@@ -41,7 +44,7 @@ def channel_axis(call: Call) -> int | None:
 def _axis_by_kind(module: nn.Module, weights: list[nn.Parameter]) -> int | None:
     """Return the axis that a layer takes channels from: a kernel the second, a matrix or torch's LayerNorm the last."""
     ndim = max(p.ndim for p in weights)
-    if ndim == 4:
+    if ndim in IMAGES:
         return 1
     # a class derived from LayerNorm may move the axes of an image itself
     return -1 if ndim >= 2 or type(module) is nn.LayerNorm else None
@@ -69,7 +72,7 @@ def width_of(call: Call) -> int:
     """Return the width D of the tokens that enter a call with weights."""
     x = call.input
     assert x is not None
-    return int(x.shape[1] if x.ndim == 4 and channel_axis(call) == 1 else x.shape[-1])
+    return int(x.shape[1] if x.ndim in IMAGES and channel_axis(call) == 1 else x.shape[-1])
 
 
 def width_after(call: Call) -> int:
@@ -77,7 +80,7 @@ def width_after(call: Call) -> int:
     x, y = call.input, call.output
     assert x is not None
     assert y is not None
-    if y.ndim == 4 and x.ndim == 4:
+    if y.ndim in IMAGES and x.ndim == y.ndim:
         return int(y.shape[1] if channel_axis(call) == 1 else y.shape[-1])
     return int(y.shape[-1])
 
@@ -85,7 +88,7 @@ def width_after(call: Call) -> int:
 def layout_of(call: Call, dim: int, default: Layout = "BHWC") -> Layout:
     """Return the layout of the tokens that enter `call`; `default` if neither weights nor the width `dim` tell."""
     x = call.input
-    if x is None or x.ndim != 4:
+    if x is None or x.ndim not in IMAGES:
         return "BNC"
     axis = channel_axis(call)
     if axis is not None:

@@ -13,7 +13,10 @@ from petune.base.text import plural
 from petune.sites.input_spec import InputSpec
 
 Layout = Literal["BNC", "BHWC", "BCHW"]
-"""The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns."""
+"""The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns.
+
+Videos may have a dimension of time before H.
+"""
 
 ROLES = ("attn", "mlp", "norm1", "norm2", "mid")
 """The sites inside a block, as named in `Block.parts` and by its properties."""
@@ -152,7 +155,8 @@ class Sites:
         parts: Patch embedding, final norm and classifier, by role.
         num_prefix_tokens: Number of tokens before the patches (CLS, registers, distillation).
         embed_dim: Width of the tokens in the last block, 0 without blocks.
-        grid_size: Patches as (rows, columns) at the first block's input; None if unknown.
+        grid_size: Patches as (rows, columns) at the first block's input, of a video (time, rows, columns); None if
+            unknown.
         beside_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they count as
             backbone.
         chosen_head: What `find_sites` was given as `head`; None if it found the heads itself.
@@ -165,7 +169,7 @@ class Sites:
     parts: Mapping[str, Site]
     num_prefix_tokens: int
     embed_dim: int
-    grid_size: tuple[int, int] | None
+    grid_size: tuple[int, ...] | None
     beside_head: tuple[str, ...] = ()
     chosen_head: str | Sequence[str] | None = None
     all_blocks: tuple[Block, ...] = ()
@@ -224,6 +228,13 @@ class Sites:
         return self.input_spec.size
 
     @property
+    def image_grid(self) -> tuple[int, int] | None:
+        """Patches as (rows, columns), of a model whose grid has no time; None for others."""
+        if self.grid_size is None or len(self.grid_size) != 2:
+            return None
+        return self.grid_size[0], self.grid_size[1]
+
+    @property
     def patch_size(self) -> tuple[int, int] | None:
         """Pixels (rows, columns) of a patch at the first block's input; None if unknown."""
         if self.grid_size is None or len(self.input_size) < 3:
@@ -243,7 +254,7 @@ class Sites:
         return None if site.read_only else next(owners, None)
 
     def __str__(self) -> str:
-        grid = "?" if self.grid_size is None else f"{self.grid_size[0]}x{self.grid_size[1]}"
+        grid = "?" if self.grid_size is None else "x".join(map(str, self.grid_size))
         title = (
             f"{self.model}: {plural(len(self.blocks), 'block')}, width {self.embed_dim}, grid {grid}, "
             f"{plural(self.num_prefix_tokens, 'prefix token')}, input {self.input_spec.text}"

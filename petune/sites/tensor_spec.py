@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,8 @@ Runs = tuple[tuple[float, int], ...]
 class TensorSpec:
     """One tensor that a forward takes.
 
-    Floating-point values are content: other tensors get others. Integers, booleans and masks of 0.0 and 1.0 are kept,
-    because a model may rely on them: positions, sizes, token ids, which patches are padding.
+    Floating-point values are content: other tensors get others. Integers, booleans and masks are kept, because a model
+    may rely on them: positions, sizes, token ids, which patches are padding.
 
     Attributes:
         shape: Of one sample, with its batch dimension: (1, channels, height, width).
@@ -42,25 +43,26 @@ class TensorSpec:
     high: int = 0
 
     @classmethod
-    def of(cls, tensor: Tensor, batch_dim: int | None, num_samples: int) -> TensorSpec:
+    def of(cls, tensor: Tensor, batch_dim: int | None, num_samples: int, *, is_mask: bool = False) -> TensorSpec:
         """Describe the first of the samples in a tensor.
 
         Args:
             tensor: Values of all samples.
             batch_dim: See `TensorSpec`.
             num_samples: Number of samples; it divides the size of `batch_dim`.
+            is_mask: Keep floating-point values.
         """
         first = tensor.detach()
         if batch_dim is not None:
             first = first.narrow(batch_dim, 0, first.shape[batch_dim] // num_samples)
         shape = tuple(first.shape)
         dtype = None if first.is_floating_point() else first.dtype
-        if first.is_meta or first.is_complex() or (dtype is None and not _is_mask(first)):
+        if first.is_meta or first.is_complex() or (dtype is None and not is_mask):
             return cls(shape, batch_dim, dtype)
         runs = tuple((value, len(list(equal))) for value, equal in itertools.groupby(first.flatten().tolist()))
         if len(runs) <= MAX_RUNS:
             return cls(shape, batch_dim, dtype, values=runs)
-        return cls(shape, batch_dim, dtype, low=int(first.min()), high=int(first.max()))
+        return cls(shape, batch_dim, dtype, *(() if dtype is None else ((), int(first.min()), int(first.max()))))
 
     def batch(self, num_samples: int, fill: Fill) -> Tensor:
         """Return this tensor for a number of samples.
@@ -97,6 +99,8 @@ class TensorSpec:
         """Return those samples of a tensor, in that order."""
         if self.batch_dim is None:
             return tensor
+        if self.shape[self.batch_dim] == 1:
+            return tensor.index_select(self.batch_dim, torch.tensor(samples, device=tensor.device))
         parts = torch.split(tensor, max(self.shape[self.batch_dim], 1), dim=self.batch_dim)
         return torch.cat([parts[sample] for sample in samples], dim=self.batch_dim)
 
@@ -110,7 +114,7 @@ class TensorSpec:
         if self.dtype is not None:
             data["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.values:
-            data["values"] = [list(run) for run in self.values]
+            data["values"] = [[_plain(value), count] for value, count in self.values]
         elif self.dtype is not None:
             data |= {"low": self.low, "high": self.high}
         return data
@@ -129,11 +133,10 @@ class TensorSpec:
         batch_dim = None if data["batch_dim"] is None else int(data["batch_dim"])
         if min(shape, default=1) < 0 or (batch_dim is not None and not 0 <= batch_dim < len(shape)):
             raise ValueError(f"no shape with batch dimension {batch_dim}: {shape}")
-        values = tuple((value, int(count)) for value, count in data.get("values", ()))
-        return cls(shape, batch_dim, dtype, values, int(data.get("low", 0)), int(data.get("high", 0)))
+        runs = [(float(value) if isinstance(value, str) else value, int(n)) for value, n in data.get("values", ())]
+        return cls(shape, batch_dim, dtype, tuple(runs), int(data.get("low", 0)), int(data.get("high", 0)))
 
 
-def _is_mask(tensor: Tensor) -> bool:
-    """Return whether floating-point values are all 0 or 1, and both occur: which patches count, not an image."""
-    zeros, ones = tensor == 0, tensor == 1
-    return bool((zeros | ones).all()) and bool(zeros.any()) and bool(ones.any())
+def _plain(value: float) -> float | str:
+    """Return a value for JSON, which has no infinity."""
+    return value if math.isfinite(value) else str(value)

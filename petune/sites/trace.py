@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+TOKENS = (3, 4, 5)
+"""Numbers of dimensions of tokens: in a row, laid out as an image, as a video."""
+
 
 @dataclass(eq=False)
 class Call:
@@ -46,13 +49,13 @@ class Call:
     def keeps_shape(self) -> bool:
         """True if a token tensor enters and one of the same shape leaves."""
         x, y = self.input, self.output
-        return x is not None and y is not None and x.ndim in (3, 4) and x.shape == y.shape
+        return x is not None and y is not None and x.ndim in TOKENS and x.shape == y.shape
 
     @property
     def maps_tokens(self) -> bool:
         """True if a token tensor enters and one of any shape leaves; strided attention drops tokens."""
         x, y = self.input, self.output
-        return x is not None and y is not None and x.ndim in (3, 4) and y.ndim in (3, 4)
+        return x is not None and y is not None and x.ndim in TOKENS and y.ndim in TOKENS
 
     @property
     def is_leaf(self) -> bool:

@@ -76,7 +76,7 @@ def add_dense_head(
     if trainable_state_of(model) is not None or NAME in model._modules:
         raise AttachError(f"{type(model).__name__} has a method attached, or a head for pixels. Use a plain model")
     sites = find_sites(model)
-    if sites.grid_size is None or not sites.blocks or not sites.input_spec.is_image:
+    if sites.image_grid is None or not sites.blocks or not sites.input_spec.is_image:
         raise ConfigError(f"segmentation needs a grid of patches, and {sites.model} has none. Use another backbone")
     _, height, width = sites.input_size
     sources = token_sources(model, sites, choose_blocks(sites, blocks))

@@ -161,7 +161,7 @@ def _source(sites: Sites, module: nn.Module, layout: Layout, tokens: Tensor) -> 
 
 def _scaled_grid(sites: Sites, num_patches: int) -> Grid | None:
     """Return the grid of so many patches with the ratio of sides of the first block's grid; None if there is none."""
-    rows, columns = sites.grid_size or (0, 0)
+    rows, columns = sites.image_grid or (0, 0)
     if num_patches <= 0 or num_patches > rows * columns:
         return None
     height = round(math.sqrt(num_patches * rows / columns))
@@ -177,9 +177,9 @@ def _check_order(model: nn.Module, sites: Sites) -> None:
     """
     first = sites.blocks[0]
     weight = next(model.parameters())
-    if first.layout != "BNC" or sites.grid_size is None or weight.device.type == "meta":
+    if first.layout != "BNC" or sites.image_grid is None or weight.device.type == "meta":
         return
-    (rows, columns), (channels, height, width) = sites.grid_size, sites.input_size
+    (rows, columns), (channels, height, width) = sites.image_grid, sites.input_size
     places = [(0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3)]
     generator = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(1, channels, height, width, generator=generator).repeat(1 + len(places), 1, 1, 1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import petune
 from petune.sites.input_spec import Inputs, InputSpec
@@ -60,7 +61,8 @@ def test_what_a_forward_takes_is_described_as_it_is() -> None:
     spec = petune.find_sites(Volumes(), example=torch.zeros(2, 2, 4, 8, 12)).input_spec
     assert spec.to_json() == [2, 4, 8, 12]
     assert petune.find_sites(Volumes(), (2, 4, 8, 12)).input_spec == spec
-    assert petune.find_sites(Volumes(), (2, 4, 8, 12)).num_prefix_tokens == 1
+    sites = petune.find_sites(Volumes(), (2, 4, 8, 12))
+    assert (sites.num_prefix_tokens, sites.grid_size, sites.image_grid) == (1, (2, 2, 3), None)
     first, second = petune.find_sites(Masked(), example=EXAMPLES[Masked]()).input_spec.tensors
     assert (first.batch_dim, first.shape) == (1, (5, 1, 6))
     assert second.batch_dim is None
@@ -79,6 +81,53 @@ def test_integers_and_masks_are_kept_and_content_is_not() -> None:
     again = InputSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert again == spec
     assert torch.equal(again.synthetic(2).kwargs["pixels"], spec.synthetic(2).kwargs["pixels"])
+
+
+def test_masks_of_floating_point_are_kept() -> None:
+    image, mask = torch.zeros(1, 2, 4, 8, 12), torch.ones(1, 7)
+    bias = torch.zeros(3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
+
+    class Anything(Volumes):
+        def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+            return super().forward(x)
+
+    spec = petune.find_sites(Anything(), example=(image, mask, bias)).input_spec
+    again = InputSpec.from_json(json.loads(json.dumps(spec.to_json(), allow_nan=False)))
+    noise, kept, kept_bias = again.noise(2).args
+    assert noise.std() > 0.5
+    assert torch.equal(kept, torch.ones(2, 7))
+    assert torch.equal(kept_bias, bias)
+
+
+def test_a_bank_takes_what_its_model_takes(tmp_path: Path) -> None:
+    for kind in (TwoTowers, Packed):
+        torch.manual_seed(0)
+        model = kind()
+        example = EXAMPLES[kind]()
+        for seed, name in enumerate(("a", "b")):
+            torch.manual_seed(seed)
+            att = petune.attach(copy.deepcopy(model), "adaptformer", example=example, bottleneck=2)
+            with torch.no_grad():
+                for p in att.parameters():
+                    p.add_(torch.randn_like(p))
+            att.save(tmp_path / kind.__name__ / name)
+        inputs = att.sites.input_spec.noise(3)
+        bank = petune.AdapterBank(copy.deepcopy(model), example=example)
+        for name in ("a", "b"):
+            bank.load(name, tmp_path / kind.__name__ / name)
+        x = inputs.kwargs if not inputs.args else (inputs.args, inputs.kwargs)
+        mixed = bank(x, ["a", None, "b"])
+        assert torch.allclose(mixed[1], outputs(model, inputs)[1], atol=1e-5)
+        assert torch.allclose(mixed[2], outputs(att.model, inputs)[2], atol=1e-5)
+
+
+def test_windows_of_a_video_are_found() -> None:
+    settings = {"patch_size": [2, 4, 4], "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": [2, 4, 4]}
+    swin = SwinTransformer3d(**settings, num_classes=3)  # type: ignore[arg-type]
+    att = petune.attach(swin, "adaptformer", example=torch.zeros(1, 3, 4, 16, 16))
+    assert [block.layout for block in att.sites.blocks] == ["BHWC", "BHWC"]
+    assert att.sites.grid_size == (2, 4, 4)
+    train(att, att.sites.input_spec.noise(2))
 
 
 def test_samples_are_selected_along_their_own_dimension() -> None:

@@ -36,17 +36,17 @@ def attention_maps(predictor: Predictor, x_BCHW: Tensor) -> Tensor | None:
         return None
     last = weights[-1]
     first_patch = last.shape[-1] - _num_patches(sites)
-    if sites.grid_size is None or len(last) != len(x_BCHW) or first_patch < sites.num_prefix_tokens:
+    if sites.image_grid is None or len(last) != len(x_BCHW) or first_patch < sites.num_prefix_tokens:
         return None
     rollout_BNN = _roll_out([block for block in weights if block.shape == last.shape])
     queries = slice(0, 1) if sites.num_prefix_tokens else slice(first_patch, None)
     map_BN = rollout_BNN[:, queries, first_patch:].mean(1)
     map_BN = map_BN - map_BN.amin(1, keepdim=True)
-    return (map_BN / map_BN.amax(1, keepdim=True).clamp(min=1e-12)).view(-1, *sites.grid_size).cpu()
+    return (map_BN / map_BN.amax(1, keepdim=True).clamp(min=1e-12)).view(-1, *sites.image_grid).cpu()
 
 
 def _num_patches(sites: Sites) -> int:
-    rows, columns = sites.grid_size or (0, 0)
+    rows, columns = sites.image_grid or (0, 0)
     return rows * columns
 
 
