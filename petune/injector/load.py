@@ -94,7 +94,8 @@ def start_from(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) 
     Args:
         attachment: Of the same method, on the same backbone.
         saved: The adapter.
-        with_head: Take its classifier too. Without it the attachment keeps its own, which may have other classes.
+        with_head: Take its classifier too. Without it the attachment keeps its own, which may have other classes, or
+            be the head of another kind of task.
 
     Raises:
         BackboneMismatch: See `load`.
@@ -103,10 +104,24 @@ def start_from(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) 
         check_fits(attachment, saved)
         fill(attachment, saved)
         return
-    head = _head_keys(attachment)
+    head = _head_keys(attachment) | _other_head_keys(attachment, saved)
     without_head = replace(saved, tensors={key: t for key, t in saved.tensors.items() if key not in head})
     check_fits(attachment, without_head, with_head=False)
     _copy_tensors(attachment, without_head)
+
+
+def _other_head_keys(attachment: Attachment, saved: SavedAdapter) -> set[str]:
+    """Return the file's keys of a head that is not in this model: that of another kind of task."""
+    modules = dict(attachment.model.named_modules())
+
+    def is_gone(key: str) -> bool:
+        parts = key.removeprefix("base_model.model.").split(".")[:-1]
+        paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return bool(paths) and (
+            paths[0] not in modules or any(isinstance(modules.get(path), nn.Identity) for path in paths)
+        )
+
+    return {key for key in saved.tensors.keys() - attachment.file_state().keys() if is_gone(key)}
 
 
 def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool = True) -> None:

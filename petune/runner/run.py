@@ -135,10 +135,17 @@ def check_task_of_dataset(config: RunConfig) -> None:
 
     Raises:
         UnknownName: There is no such task or dataset.
-        ConfigError: An option is wrong, the task is for other targets, or it has no metric of `train.choose`.
+        ConfigError: An option is wrong, the task is for other targets, it has no metric of `train.choose`, or another
+            head.
     """
     target = dataset_target(config.dataset, config.data_dir)
-    choose_metrics(task_for(config.task, target, config.dataset), config.train.choose)
+    task = task_for(config.task, target, config.dataset)
+    choose_metrics(task, config.train.choose)
+    if task.has_own_head and config.head != "linear":
+        raise ConfigError(
+            f"head={config.head} is a classifier, and the task {task.name} has a head of its own. Leave head out",
+            cli_hint="Drop --head; a recipe that sets it, too",
+        )
 
 
 def train(config: RunConfig, procedure: Procedure, context: RunContext, chosen: Chosen | None = None) -> Trained:
