@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.config import Config
-from petune.base.text import format_percent
+from petune.base.text import format_number, format_percent
 
 
 class Metric(Config):
@@ -38,7 +38,7 @@ class Metric(Config):
 
     def number(self, value: float) -> str:
         """Return the value without its unit, for a table."""
-        return f"{value:.2f}" if self.percent else f"{value:.4g}"
+        return f"{value:.2f}" if self.percent else format_number(value)
 
     def text(self, value: float | None) -> str:
         """Return the value with its unit; `-` for None."""

@@ -10,6 +10,10 @@ _DATASET_KIND = re.compile(r"[a-z]\w+:(?!//)")
 _MARKDOWN = re.compile(r"([\\`*_\[\]{}|#~!$])")
 
 
+LARGEST_WRITTEN_OUT = 1e15
+"""Larger numbers are written with an exponent."""
+
+
 def format_size(num_bytes: float) -> str:
     """Return `4.6 MB`, in decimal units."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -53,6 +57,12 @@ def capitalized(text: str) -> str:
 def format_percent(value: float | None, digits: int = 2) -> str:
     """Return `12.35 %` for 12.3456, `-` for None."""
     return "-" if value is None else f"{value:.{digits}f} %"
+
+
+def format_number(value: float, digits: int = 4) -> str:
+    """Return a number with some significant digits; whole numbers of more digits are written out: `117,300`."""
+    text = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e+" in text and abs(value) < LARGEST_WRITTEN_OUT else text
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from petune.base.text import format_percent
+from petune.base.text import format_number, format_percent
 from petune.cli.terminal import one_line
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def table_of(readable: Sequence[Prediction]) -> Table:
     if kind == "numbers":
         columns = [one_line(column) for column in readable[0].numbers or {}]
         numbers = [list((prediction.numbers or {}).values()) for prediction in readable]
-        rows = [[name, *(f"{number:.5g}" for number in row)] for name, row in zip(names, numbers, strict=True)]
+        rows = [[name, *(format_number(number, 5) for number in row)] for name, row in zip(names, numbers, strict=True)]
         return ("image", *columns), rows, columns, ()
     if kind == "mask":
         texts = [_shares(prediction) for prediction in readable]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
-from petune.base.text import plural
+from petune.base.text import format_number, plural
 
 TargetKind = Literal["class", "multi_hot", "number", "mask"]
 """One class an image; several; one or several numbers; a class for each pixel."""
@@ -86,7 +86,7 @@ class Target:
             return self.names[int(value)]
         if self.kind == "multi_hot":
             return ", ".join(self.names[i] for i in np.flatnonzero(value)) or "none"
-        return ", ".join(f"{name} {number:.4g}" for name, number in zip(self.names, value, strict=True))
+        return ", ".join(f"{name} {format_number(number)}" for name, number in zip(self.names, value, strict=True))
 
     def absent(self, targets: NDArray[Any]) -> list[str]:
         """Return the classes that no image has; only for targets of kind class and multi_hot."""

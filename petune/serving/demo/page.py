@@ -6,13 +6,13 @@ import contextlib
 import html
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from petune.base.errors import MissingExtra, PetuneError, UsageError
-from petune.base.text import escape_markdown, printable
+from petune.base.text import escape_markdown, format_number, printable
 from petune.serving.demo.side_by_side import Answer, SideBySide
 from petune.serving.predictions import Prediction
 
@@ -21,6 +21,8 @@ KEEP_UPLOADS_S = 3600
 MAX_BARS = 20
 """Labels of an image that are shown; classes are the five most probable ones."""
 MAX_TEXT = 500
+MAX_COLUMNS = 4
+"""Adapters next to each other on a wide screen."""
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # gradio downloads its own
 
 
@@ -117,13 +119,16 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
                 label="What the model sees", interactive=False, height=200, buttons=[], elem_id="square"
             )
         labels, captions, overlays = [], [], []
-        with gradio.Row():
-            for name, note in notes.items():
-                with gradio.Column(min_width=240):
-                    labels.append(gradio.Label(label=printable(name), num_top_classes=MAX_BARS))
-                    captions.append(gradio.Markdown(note))
-                    shown = {"visible": demo.has_mask(name), "height": 320, "buttons": []}
-                    overlays.append(gradio.Image(label="Mask", interactive=False, **shown))
+        for row in _rows(demo.names):
+            with gradio.Row():
+                for name in row:
+                    with gradio.Column(min_width=240):
+                        if not name:
+                            continue
+                        labels.append(gradio.Label(label=printable(name), num_top_classes=MAX_BARS))
+                        captions.append(gradio.Markdown(notes[name]))
+                        shown = {"visible": demo.has_mask(name), "height": 320, "buttons": []}
+                        overlays.append(gradio.Image(label="Mask", interactive=False, **shown))
 
         def answer(file: str | None) -> list[Any]:
             hidden = gradio.update(visible=False)
@@ -143,6 +148,14 @@ def _build_page(gradio: Any, demo: SideBySide) -> Any:
     return page
 
 
+def _rows(names: Sequence[str]) -> list[list[str]]:
+    """Return the adapters of each row of the page; the last row is filled up, so that all columns have one width."""
+    width = len(names) if len(names) <= MAX_COLUMNS else MAX_COLUMNS - 1
+    rows = [list(names[start : start + width]) for start in range(0, len(names), width)]
+    rows[-1] += [""] * (width - len(rows[-1]))
+    return rows
+
+
 def label_of(prediction: Prediction) -> dict[str, float] | str:
     """Return what a label of gradio shows: probabilities as bars, or a text."""
     if prediction.top:
@@ -152,7 +165,8 @@ def label_of(prediction: Prediction) -> dict[str, float] | str:
     if prediction.kind == "labels":
         return "none"
     if prediction.kind == "numbers":
-        return ", ".join(f"{printable(name)} {number:.5g}" for name, number in (prediction.numbers or {}).items())
+        numbers = (prediction.numbers or {}).items()
+        return ", ".join(f"{printable(name)} {format_number(number, 5)}" for name, number in numbers)
     return printable(str(prediction.output))[:MAX_TEXT]
 
 
