@@ -51,7 +51,7 @@ def _coarse(dim: int, **options: Any) -> nn.LayerNorm:
     return nn.LayerNorm(dim, **options | {"eps": 0.1})
 
 
-@pytest.mark.parametrize("method", sampled(METHODS, {"adaptformer", "lora"}.__contains__))
+@pytest.mark.parametrize("method", sampled(METHODS, "adaptformer".__eq__))
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_computation_with_the_same_tensors_is_refused(method: str, other: str, tmp_path: Path) -> None:
     randomised(petune.attach(sharpened(), method)).save(tmp_path / "a")

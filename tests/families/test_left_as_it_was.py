@@ -49,7 +49,7 @@ def check_same(model: nn.Module, untouched: nn.Module, x: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*Further layers before it count as backbone")
-@pytest.mark.parametrize("is_used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("is_used", sampled([False, True], bool), ids=["fresh", "used"])
 @pytest.mark.parametrize("family", CASES)
 def test_a_model_is_left_as_it_was(family: str, is_used: bool) -> None:
     model = build(family).eval()

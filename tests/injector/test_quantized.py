@@ -10,10 +10,13 @@ import torch
 
 import petune
 from tests.injector.quantized import ConstantWeight, Float8Weight, Int8Weight, LockedWeight, OpaqueWeight, quantize
+from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
 
+METHODS = ["adaptformer", "bitfit", "fact", "linear", "lst", "norm", "vpt"]
 
-@pytest.mark.parametrize("method", ["adaptformer", "bitfit", "fact", "linear", "lst", "norm", "vpt"])
+
+@pytest.mark.parametrize("method", sampled(METHODS, {"adaptformer", "bitfit", "vpt"}.__contains__))
 def test_an_adapter_of_a_quantized_backbone_loads_on_it_and_on_no_other(method: str, tmp_path: Path) -> None:
     att = randomised(petune.attach(quantize(tiny()), method))
     att.save(tmp_path / "out")

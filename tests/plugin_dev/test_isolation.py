@@ -18,6 +18,7 @@ import petune
 from petune.base.errors import PluginError, UnknownName
 from petune.injector.registry import list_tuners, load_tuner
 from tests.program import Run, call
+from tests.sampling import sampled
 from tests.tiny import tiny
 
 Fake = Callable[..., None]
@@ -66,8 +67,9 @@ def install(fake: Fake, kind: Kind) -> None:
         fake("petune-rival", {"fake": "petune_fake_rival:Fake"}, SOUND)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_other_methods_work_beside_a_broken_plugin(fake: Fake, run: Run, kind: Kind) -> None:
+@pytest.mark.parametrize("name", sampled(KINDS, {"syntax error", "exits", "name taken twice", "prints"}.__contains__))
+def test_other_methods_work_beside_a_broken_plugin(fake: Fake, run: Run, name: str) -> None:
+    kind = KINDS[name]
     install(fake, kind)
     assert run("--help").code == 0
     listing = run("methods", "--json")

@@ -83,11 +83,10 @@ TUNERS = [record.name for record in petune.list_tuners() if record.name != "peft
 SAMPLE = {
     *(("bfloat16", name) for name in ("fact", "lora", "vpt")),
     *(("int8", name) for name in ("full", "dora", "ssf")),
-    ("compiled", "adaptformer"),
     *(("timm", name) for name in ("lst", "houlsby")),
     *(("transformers", name) for name in ("convpass", "lora")),
 }
-"""Combinations that every run of the tests tries; `make test-all` tries all."""
+"""Combinations that every run of the tests tries, with tests/injector/test_compiled.py; `make test-all` tries all."""
 
 
 def combinations() -> list[Any]:
