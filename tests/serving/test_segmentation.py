@@ -15,10 +15,12 @@ from PIL import Image
 
 import petune
 from petune.base.errors import UsageError
+from petune.cli.prediction_rows import csv_text, table_of
 from petune.data.preprocess import Preprocess
 from petune.serving.demo import SideBySide
 from petune.serving.demo.page import label_of
 from petune.serving.image_transform import ImageTransform
+from petune.serving.mask_files import MaskFiles
 from petune.serving.whole_image import WholeImage, classes_of, whole_outputs
 from tests.canvas import NAMES, write_canvases
 from tests.program import call
@@ -33,6 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = write_canvases(folder / "data", 24)
     petune.run(method="lora", backbone="vit_nano", dataset=dataset, output=folder / "run", train=TRAIN)
     return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(folder: Path) -> petune.Predictor:
+    return petune.Predictor(folder / "run")
 
 
 @pytest.mark.parametrize("size", [(40, 40), (30, 90), (90, 31), (200, 130), (5, 9)])
@@ -55,13 +62,15 @@ def test_squares_cover_images_of_every_shape(size: tuple[int, int]) -> None:
     assert wrong.mean() < (0.03 if min(size) > 5 else 0.15)
 
 
-def test_masks_of_images_in_their_own_size(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_of_images_in_their_own_size(
+    folder: Path, predictor: petune.Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_canvases(tmp_path / "wide", 2, height=40, width=70)
     images = [tmp_path / "wide/0.png", folder / "data/0.png"]
     with Image.open(images[0]) as image:
         image.getexif()[0x0112] = 6
         image.save(tmp_path / "turned.jpg", exif=image.getexif())
-    predictions = petune.predict(folder / "run", [*images, tmp_path / "turned.jpg", tmp_path / "missing.png"])
+    predictions = predictor([*images, tmp_path / "turned.jpg", tmp_path / "missing.png"])
     assert [p.mask.shape for p in predictions[:3] if p.mask is not None] == [(40, 70), (32, 32), (70, 40)]
     assert predictions[3].error
     first = predictions[0]
@@ -79,17 +88,18 @@ def test_masks_of_images_in_their_own_size(folder: Path, tmp_path: Path, capsys:
     summary = json.loads((tmp_path / "masks/summary.json").read_text())
     assert summary["classes"] == list(NAMES)
     assert [entry["mask"] for entry in summary["images"]] == ["0.png", "0-2.png"]
-    assert "share of the pixels" in call("predict", folder / "run", images[0], capture=capsys).out
-    assert "background" in call("predict", folder / "run", images[0], "--csv", capture=capsys).out
+    columns, (row,), *_ = table_of([first])
+    assert columns[1] == "share of the pixels"
+    assert "background" in row[1]
+    assert csv_text([first]).startswith("image,background,one,zero,error")
 
 
-def test_masks_are_of_segmentation_only(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_are_of_segmentation_only(predictor: petune.Predictor, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="top_k"):
-        petune.predict(folder / "run", folder / "data/0.png", top_k=2)
+        predictor([folder / "data/0.png"], top_k=2)
     (tmp_path / "file").touch()
-    done = call("predict", folder / "run", folder / "data/0.png", "-o", tmp_path / "file", capture=capsys)
-    assert done.code == 2
-    assert "is a file" in done.err
+    with pytest.raises(UsageError, match="is a file"):
+        MaskFiles.of(predictor, tmp_path / "file")
 
 
 def test_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +116,7 @@ def test_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert page.count("prediction</") + page.count(">prediction") >= len(table) - 1
 
 
+@pytest.mark.exhaustive
 def test_exported_files_compute_the_masks(folder: Path, tmp_path: Path) -> None:
     petune.export(folder / "run", tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
@@ -115,6 +126,7 @@ def test_exported_files_compute_the_masks(folder: Path, tmp_path: Path) -> None:
     petune.export(folder / "run", tmp_path / "model.safetensors")
 
 
+@pytest.mark.exhaustive
 def test_the_examples_of_its_card_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +148,7 @@ def test_the_examples_of_its_card_run(
         torch.testing.assert_close(eval(result, names).eval()(x), expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_the_demo_shows_masks(folder: Path) -> None:
     demo = SideBySide([folder / "run"], device="cpu")
     assert demo.has_mask(demo.names[0])
@@ -147,6 +160,7 @@ def test_the_demo_shows_masks(folder: Path) -> None:
     assert sum(shown.values()) == pytest.approx(1)
 
 
+@pytest.mark.exhaustive
 def test_more_epochs_start_from_the_head(folder: Path, tmp_path: Path) -> None:
     notes: list[str] = []
 
@@ -161,6 +175,7 @@ def test_more_epochs_start_from_the_head(folder: Path, tmp_path: Path) -> None:
     assert again.metrics["miou"] == pytest.approx(before, abs=2)
 
 
+@pytest.mark.exhaustive
 def test_many_adapters_with_heads_of_their_own(folder: Path) -> None:
     predictor = petune.Predictor(folder / "run")
     twin = petune.add_dense_head(backbone(), len(NAMES))
