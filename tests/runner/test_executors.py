@@ -170,5 +170,5 @@ def test_a_comparison_lists_machines_and_needs_its_own_directory(tmp_path: Path)
     assert len(notes) == 1
     assert "not in the table this time: linear" in notes[0]
     assert CompareConfig.build(read_yaml(place / "config.yaml") | {"output": place}, "config.yaml") == again
-    with pytest.raises(UsageError, match="holds a run"):
+    with pytest.raises(UsageError, match="is a run, not a comparison"):
         compare(CompareConfig.build({**asked.model_dump(), "output": file.parent}))

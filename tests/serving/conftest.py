@@ -11,8 +11,7 @@ import petune
 from tests.data.tables import digit_class, write_images, write_table
 
 BACKBONE: dict[str, Any] = {
-    "backbone": "vit_nano", "backbone_options": {"depth": 3, "embed_dim": 96}, "weights": "none", "device": "cpu",
-    "image_size": 16,
+    "backbone": "vit_nano", "device": "cpu", "image_size": 16,
 }  # fmt: skip
 TRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 16, "precision": "fp32", "lr": 0.02}
 TASKS = {"class": "label=digit", "labels": "labels=labels", "number": "target=digit", "numbers": "target=[digit,rest]"}
