@@ -52,7 +52,8 @@ def section(folder: Path = RESULTS) -> str:
         lines += ["A grid of methods and datasets, with `vit_nano`; * marks the best method of a dataset:", ""]
         lines += [*_table([[_short(heading) for heading in headings], *rows]), ""]
     lines += ["The commands for `vit_nano`; the others name `swin.yaml` and `vit.yaml`:", ""]
-    lines += [f"    {result['command']}" for (_, backbone), result in results.items() if backbone == "vit_nano"]
+    shown = [results[case, "vit_nano"] for case in (*DATA, "grid") if (case, "vit_nano") in results]
+    lines += [f"    {result['command']}" for result in shown]
     return "\n".join([*lines, "", _conditions(results)])
 
 
