@@ -109,7 +109,8 @@ def build_reader(text: str) -> DatasetReader[Any]:
     try:
         cls = load_plugin(DATASETS, parsed.name, DatasetReader, ReaderConfig)
     except UnknownName:
-        if not parsed.argument and (os.sep in parsed.name or (parsed.name and _exists(parsed.name))):
+        is_path = os.sep in parsed.name or Path(parsed.name).suffix.lower() in TABLE_SUFFIXES
+        if not parsed.argument and (is_path or (parsed.name and _exists(parsed.name))):
             raise DataError(_unreadable_path(parsed.name)) from None
         raise
     if bool(cls.argument) != bool(parsed.argument):
