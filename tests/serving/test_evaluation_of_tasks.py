@@ -20,6 +20,7 @@ from petune.serving.evaluation.attention_maps import attention_maps, over_image
 from petune.serving.evaluation.rows import image_rows, table_of, to_csv
 from petune.serving.predict import Predictor
 from petune.training.task_registry import task_for
+from tests.trained import changed, saved_run
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,31 @@ def test_a_model_with_windows_has_no_attention_over_the_image(tmp_path: Path) ->
     _, _, galleries = _evaluated(tmp_path / "run", tmp_path / "out")
     assert "Attention is not shown" in galleries[0]["about"]
     assert len(galleries[0]["tiles"][0]["images"]) == 1
+
+
+def test_the_task_and_the_dataset_of_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task with classes need not return logits of them: `ordinal` has an output for each border."""
+    pytest.importorskip("petune_ordinal")
+    names = ["a", "b", "c", "d"]
+    for i, name in enumerate(names):
+        (tmp_path / "grades" / name).mkdir(parents=True)
+        Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(tmp_path / "grades" / name / "x.png")
+    adapter, _ = saved_run(tmp_path / "base", "linear")
+    task = {"name": "ordinal", "options": {}, "state": {}, "target": {"kind": "class", "names": names}}
+    backbone = json.loads((adapter / "adapter_config.json").read_text())["metadata"]["backbone"]
+    about = {"dataset": "shapes,count=9", "classes": names, "backbone": {**backbone, "initial_classes": 3}}
+    run = changed(adapter, tmp_path / "run", task=task, **about)
+    evaluation = petune.evaluate(run, dataset=f"folder:{tmp_path / 'grades'}", device="cpu")
+    assert set(evaluation.metrics) == {"mae", "kappa", "top1"}
+    assert (evaluation.num_images, evaluation.top1, evaluation.confusion) == (4, None, ())
+    request = EvalRequest(run, "test", f"folder:{tmp_path / 'grades'}", None, 4)
+    predictor = Predictor(run, device="cpu")
+    rows = evaluate_images(predictor, select_images(predictor, request), 4).rows
+    assert {row.prediction for row in rows} <= set(names)
+    assert [row.is_wrong for row in rows] == [row.prediction != row.target for row in rows]
+    monkeypatch.setenv("PETUNE_PLUGINS", "petune-ordinal")
+    with pytest.raises(petune.PluginError, match=r"dataset 'shapes'.*pip install petune-shapes"):
+        petune.evaluate(run, device="cpu")
+    monkeypatch.setenv("PETUNE_PLUGINS", "none")
+    with pytest.raises(petune.PluginError, match=r"task 'ordinal'.*pip install petune-ordinal"):
+        petune.evaluate(run, device="cpu")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from petune.base.errors import DataError, UsageError, did_you_mean
+from petune.base.errors import DataError, PluginError, UnknownName, UsageError, did_you_mean
 from petune.base.text import plural
 from petune.data import Dataset, Split, Target
 from petune.data.batches import eval_batches
@@ -92,7 +92,14 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
 
 
 def _check_exists(path: Path, trained_on: str) -> None:
-    source = build_reader(trained_on).path
+    try:
+        source = build_reader(trained_on).path
+    except UnknownName as error:
+        raise PluginError(
+            f"{path} was trained on the dataset {error.name!r}, which no installed package has. Install its package "
+            f"first, such as pip install petune-{error.name}, or evaluate on another dataset",
+            cli_hint="The flag is --dataset",
+        ) from None
     if source is not None and not source.exists():
         raise DataError(
             f"{path} was trained on {trained_on}, which does not exist here. Give its new location: "

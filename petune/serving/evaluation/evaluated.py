@@ -14,6 +14,7 @@ from petune.serving.evaluation.metrics import Evaluation, compute_metrics
 from petune.serving.evaluation.rows import ImageRow, image_rows
 from petune.serving.predict import Predictor
 from petune.training.batch_loss import image_losses
+from petune.training.tasks.classification import Classification
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def evaluate_images(predictor: Predictor, images: EvalImages, batch_size: int) -
         outputs, targets = predictor.outputs(x_BCHW), targets.to(predictor.device)
         meter.update(outputs, targets)
         rows += image_rows(task, names, outputs, targets, image_losses(task, outputs, targets))
-        if task.target_kind == "class":
+        if isinstance(task, Classification):  # the outputs of other tasks need not be logits
             logits.append((outputs.cpu(), targets.cpu()))
     values = {name: float(value) for name, value in meter.compute().items() if math.isfinite(value)}
     about: dict[str, Any] = {

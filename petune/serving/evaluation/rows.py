@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +59,24 @@ def image_rows(
         losses_B: The task's loss of each image.
     """
     outputs, values = outputs.cpu(), targets.cpu().numpy()
-    describe = {"class": _class_row, "multi_hot": _labels_row, "number": _numbers_row, "mask": _mask_row}[
-        task.target_kind
-    ]
+    form = {"class": _class_row, "multi_hot": _labels_row, "number": _numbers_row, "mask": _mask_row}[task.target_kind]
     predictions = [None] * len(names) if task.target_kind == "mask" else task.predict(outputs)
-    return [
-        describe(task, name, values[i], predictions[i], outputs[i], float(loss))
-        for i, (name, loss) in enumerate(zip(names, losses_B.tolist(), strict=True))
-    ]
+    rows = []
+    for i, (name, loss) in enumerate(zip(names, losses_B.tolist(), strict=True)):
+        known = predictions[i] is None or isinstance(predictions[i], Mapping)
+        describe = form if known else _other_row
+        rows.append(describe(task, name, values[i], predictions[i], outputs[i], float(loss)))
+    return rows
+
+
+def _other_row(task: Task[Any], name: str, value: Any, prediction: Any, output: Tensor, loss: float) -> ImageRow:
+    """Describe what the task of a plugin predicts in a form of its own, such as the name of a class."""
+    target, text = task.target.text(value), str(prediction)
+    is_wrong = text != target
+    column = "label" if task.target_kind == "class" else "target"
+    correct = {"correct": not is_wrong} if text in task.target.names else {}
+    cells = {column: target, "prediction": text, **correct, "loss": loss}
+    return ImageRow(name, target, text, loss, is_wrong, None, cells)
 
 
 def _class_row(task: Task[Any], name: str, value: Any, prediction: Any, output_C: Tensor, loss: float) -> ImageRow:
