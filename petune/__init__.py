@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from petune.serving.predict import Predictor as Predictor, predict as predict
     from petune.serving.predictions import Prediction as Prediction
     from petune.sites.find import find_sites as find_sites
+    from petune.sites.input_spec import Inputs as Inputs, InputSpec as InputSpec
     from petune.sites.site import Block as Block, Site as Site, Sites as Sites
     from petune.training.config import TrainConfig as TrainConfig
     from petune.training.dense_head import DenseHead as DenseHead, add_dense_head as add_dense_head
@@ -135,6 +136,7 @@ _PUBLIC = {
     "serving.hub_pull": "Pulled pull",
     "serving.hub_push": "Pushed push",
     "sites.find": "find_sites",
+    "sites.input_spec": "Inputs InputSpec",
     "sites.site": "Block Site Sites",
     "training.config": "TrainConfig",
     "training.dense_head": "DenseHead add_dense_head",
