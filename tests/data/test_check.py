@@ -77,6 +77,27 @@ def test_images_without_contrast_are_compared_exactly_only() -> None:
     assert find_twins(Hashes.of(flat)).num_pairs == 0
 
 
+def test_images_of_one_kind_are_no_near_duplicates() -> None:
+    rng = np.random.default_rng(0)
+    radius = np.hypot(*np.mgrid[-1:1:32j, -1:1:32j])
+    bodies = [np.clip(220 * (radius < 0.7) + rng.normal(0, 12, (32, 32)), 0, 255).astype(np.uint8) for _ in range(40)]
+    gray = np.stack([*bodies, np.asarray(_jpeg(Image.fromarray(bodies[7])))])
+    twins = find_twins(Hashes.of(gray))
+    assert torch.nonzero(twins.similarity_Q).flatten().tolist() == [40]
+    assert twins.reference_Q[40] == 7
+    like = Hashes.of(gray).low
+    assert (like.even_NF @ like.even_NF.T + (like.odd_NF @ like.odd_NF.T).abs()).min() > 0.95
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not (REAL / "fashion_mnist" / "test.parquet").exists(), reason="it is not in PETUNE_DATA")
+def test_similar_garments_are_not_taken_for_copies() -> None:
+    (leak,) = [
+        pair for pair in check_dataset(f"hf:{REAL / 'fashion_mnist'}").near_duplicates if pair.split != pair.other
+    ]
+    assert leak.num_images < 150  # of 5,000; 1,796 have a like hash
+
+
 def test_pairs_are_the_same_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     photos = _photos()
     hashes = _hashes(photos[:30] + [_jpeg(photo) for photo in photos[10:40]] + photos[:5])
