@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digit_canvases import NAMES as ALL_NAMES, write_canvases
 from safetensors.torch import load_file
 
 import petune
@@ -15,10 +16,10 @@ from petune.base.errors import ConfigError, Stopped
 from petune.runner.result import RunResult
 from petune.serving.restore import restore
 from petune.training.events import Event, StepDone
-from tests.canvas import NAMES, write_canvases
 from tests.program import call
 from tests.sampling import sampled
 
+NAMES = ALL_NAMES[:3]
 SHORT = {
     "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 24, "num_heads": 2},
     "image_size": 16, "device": "cpu", "method": "adaptformer:bottleneck=4",
