@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from petune.base.text import format_number, format_percent
 from petune.cli.terminal import one_line
+from petune.serving.predictions import prediction_text
 
 if TYPE_CHECKING:
     from petune.serving.predictions import ClassProbability, Prediction, PredictionKind
@@ -41,7 +42,7 @@ def json_line(prediction: Prediction) -> str:
 def csv_text(predictions: Sequence[Prediction]) -> str:
     """Return predictions as CSV with a heading; labels and their probabilities are each joined by `;`."""
     readable = [prediction for prediction in predictions if not prediction.error]
-    columns, cells = _CSV[readable[0].kind](readable) if readable else ([], [])
+    columns, cells = _CSV[_kind_of(readable)](readable) if readable else ([], [])
     remaining = iter(cells)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -50,6 +51,12 @@ def csv_text(predictions: Sequence[Prediction]) -> str:
         row = [""] * len(columns) if prediction.error else next(remaining)
         writer.writerow([prediction.image, *row, prediction.error])
     return buffer.getvalue().removesuffix("\n")
+
+
+def _kind_of(readable: Sequence[Prediction]) -> PredictionKind:
+    """Return the kind of all predictions; `other` if the task of a plugin returns several kinds."""
+    kinds = {prediction.kind for prediction in readable}
+    return readable[0].kind if len(kinds) == 1 else "other"
 
 
 def _csv_classes(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
@@ -71,17 +78,17 @@ def _csv_labels(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Ce
 
 
 def _csv_numbers(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
-    columns = list(readable[0].numbers or {})
-    return columns, [[(prediction.numbers or {})[name] for name in columns] for prediction in readable]
+    columns = list(dict.fromkeys(name for prediction in readable for name in prediction.numbers or {}))
+    return columns, [[(prediction.numbers or {}).get(name, "") for name in columns] for prediction in readable]
 
 
 def _csv_masks(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
-    columns = sorted(readable[0].fractions or {})
-    return columns, [[round((each.fractions or {})[name], 6) for name in columns] for each in readable]
+    columns = sorted({name for each in readable for name in each.fractions or {}})
+    return columns, [[round((each.fractions or {}).get(name, 0.0), 6) for name in columns] for each in readable]
 
 
 def _csv_outputs(readable: Sequence[Prediction]) -> tuple[list[str], list[list[Cell]]]:
-    return ["prediction"], [[_text(prediction)] for prediction in readable]
+    return ["prediction"], [[prediction_text(prediction)] for prediction in readable]
 
 
 _CSV: dict[PredictionKind, Callable[[Sequence[Prediction]], tuple[list[str], list[list[Cell]]]]] = {
@@ -99,21 +106,24 @@ def table_of(readable: Sequence[Prediction]) -> Table:
     Args:
         readable: At least one prediction, none of an unreadable image.
     """
-    kind = readable[0].kind
+    kind = _kind_of(readable)
     names = [one_line(prediction.image) for prediction in readable]
     if kind == "classes":
         return _class_table(names, readable)
     if kind == "numbers":
-        columns = [one_line(column) for column in readable[0].numbers or {}]
-        numbers = [list((prediction.numbers or {}).values()) for prediction in readable]
-        rows = [[name, *(format_number(number, 5) for number in row)] for name, row in zip(names, numbers, strict=True)]
+        columns, numbers = _csv_numbers(readable)
+        columns = [one_line(column) for column in columns]
+        rows = [
+            [name, *(format_number(float(n), 5) if n != "" else "" for n in row)]
+            for name, row in zip(names, numbers, strict=True)
+        ]
         return ("image", *columns), rows, columns, ()
     if kind == "mask":
         texts = [_shares(prediction) for prediction in readable]
     elif kind == "labels":
         texts = [_pairs(prediction.top) or "none" for prediction in readable]
     else:
-        texts = [one_line(_text(prediction)) for prediction in readable]
+        texts = [one_line(prediction_text(prediction)) for prediction in readable]
     heading = {"labels": "labels", "mask": "share of the pixels"}.get(kind, "prediction")
     return ("image", heading), [list(row) for row in zip(names, texts, strict=True)], (), ()
 
@@ -137,8 +147,3 @@ def _pairs(top: Sequence[ClassProbability]) -> str:
 def _shares(prediction: Prediction) -> str:
     shares = [(name, share) for name, share in (prediction.fractions or {}).items() if share > 0]
     return ", ".join(f"{one_line(name)} {format_percent(100 * share, 1)}" for name, share in shares)
-
-
-def _text(prediction: Prediction) -> str:
-    output = prediction.output
-    return output if isinstance(output, str) else json.dumps(output)

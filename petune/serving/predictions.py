@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -72,7 +74,16 @@ def predictions_of(task: Task[Any], names: list[str], outputs: Tensor, top_k: in
         values = list(task.predict(outputs))
     if len(values) != len(names):
         raise PluginError(f"the task {task.name} returned {len(values)} predictions for {len(names)} images")
-    return [_prediction(task, name, value, top_k) for name, value in zip(names, values, strict=True)]
+    with plugin_errors(TASKS, task.name, type(task), "predicted"):
+        return [_prediction(task, name, value, top_k) for name, value in zip(names, values, strict=True)]
+
+
+def prediction_text(prediction: Prediction) -> str:
+    """Return a prediction of any kind as text: what a task returns as text as it is, everything else as JSON."""
+    output = prediction.output
+    if prediction.kind != "other":
+        output = dict(prediction.top or prediction.numbers or prediction.fractions or {})
+    return output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
 
 
 def mask_prediction(task: Task[Any], name: str, outputs_Chw: Tensor, size: tuple[int, int]) -> Prediction:
@@ -118,7 +129,9 @@ def _prediction(task: Task[Any], name: str, value: Any, top_k: int | None) -> Pr
 def _kind_of(task: Task[Any], value: Any) -> PredictionKind:
     """Return the form of a prediction; only names of the targets with numbers have one that petune knows."""
     is_named = isinstance(value, Mapping) and value.keys() <= set(task.target.names)
-    if not is_named or not all(isinstance(number, int | float) for number in value.values()):
+    if not is_named or not all(isinstance(number, Real) for number in value.values()):
+        return "other"
+    if not value and task.target_kind != "multi_hot":
         return "other"
     if task.target_kind == "number":
         return "numbers"

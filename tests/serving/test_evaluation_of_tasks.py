@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import petune
+from petune.cli.prediction_rows import csv_text
 from petune.data.target import Target
 from petune.serving.evaluation import EvalRequest, evaluate_images, select_images, write_evaluation
 from petune.serving.evaluation.attention_maps import attention_maps, over_image
@@ -38,9 +39,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(dataset: str, output: Path) -> petune.RunResult:
+def _run(dataset: str, output: Path, task: str = "auto") -> petune.RunResult:
     return petune.run(
-        method="linear", backbone="vit_nano", weights="none", backbone_options={"depth": 2, "embed_dim": 48},
+        method="linear", task=task, backbone="vit_nano", weights="none", backbone_options={"depth": 2, "embed_dim": 48},
         dataset=dataset, device="cpu", train={"epochs": 1, "precision": "fp32"}, output=output,
     )  # fmt: skip
 
@@ -131,7 +132,7 @@ def test_the_task_and_the_dataset_of_a_plugin(tmp_path: Path, monkeypatch: pytes
     run = changed(adapter, tmp_path / "run", task=task, **about)
     evaluation = petune.evaluate(run, dataset=f"folder:{tmp_path / 'grades'}", device="cpu")
     assert set(evaluation.metrics) == {"mae", "kappa", "top1"}
-    assert (evaluation.num_images, evaluation.top1, evaluation.confusion) == (4, None, ())
+    assert (evaluation.num_images, evaluation.top1, evaluation.top5) == (4, evaluation.metrics["top1"], None)
     request = EvalRequest(run, "test", f"folder:{tmp_path / 'grades'}", None, 4)
     predictor = Predictor(run, device="cpu")
     rows = evaluate_images(predictor, select_images(predictor, request), 4).rows
@@ -143,3 +144,60 @@ def test_the_task_and_the_dataset_of_a_plugin(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PETUNE_PLUGINS", "none")
     with pytest.raises(petune.PluginError, match=r"task 'ordinal'.*pip install petune-ordinal"):
         petune.evaluate(run, device="cpu")
+
+
+class Says(petune.Task[petune.TaskConfig]):
+    """A task that predicts what it is told, and has another number of outputs than there are names."""
+
+    says: Any = None
+
+    def num_outputs(self) -> int:
+        return 5
+
+    def predict(self, outputs: torch.Tensor) -> list[Any]:
+        return [self.says] * len(outputs)
+
+
+def test_a_task_of_a_plugin_may_predict_anything() -> None:
+    values = {"class": torch.tensor([1]), "multi_hot": torch.tensor([[0, 1]]), "number": torch.tensor([[2.0, 3.0]]),
+              "mask": torch.zeros(1, 4, 4, dtype=torch.uint8)}  # fmt: skip
+    everything = ["b", "unsure", 3, 2.5, None, True, {}, {"b": 0.9, "a": 0.1}, {"b": 7.0}, {"a": 1}, {"c": [1]}, [],
+                  ["b"], ["x"], [1, 2], np.float32(2), torch.ones(2), {1: "x"}, ("b", 2)]  # fmt: skip
+    for kind, targets in values.items():
+        task = type("Task", (Says,), {"target_kind": kind})()
+        task.bind(Target(kind, ("a", "b")), {})
+        rows = []
+        for task.says in everything:
+            pixels = (4, 4) if kind == "mask" else ()
+            rows += image_rows(task, ["x"], torch.zeros(1, 5, *pixels), targets, torch.tensor([0.5]))
+        table = table_of(rows)
+        assert len(to_csv(table).decode().splitlines()) == len(everything) + 1
+        assert {"image", "loss"} < {*table.column_names}
+        compared = {repr(says) for says, row in zip(everything, rows, strict=True) if row.is_wrong is not None}
+        assert (
+            compared
+            == {
+                "class": {"'b'", "{'b': 0.9, 'a': 0.1}", "{'a': 1}"},
+                "multi_hot": {"{}", "{'b': 0.9, 'a': 0.1}", "{'a': 1}", "[]", "['b']"},
+                "number": {"{'b': 0.9, 'a': 0.1}", "[1, 2]", "tensor([1., 1.])"},
+                "mask": set(),
+            }[kind]
+        )
+        assert table["loss"].to_pylist() == [0.5] * len(everything)
+
+
+def test_ordinal_from_training_to_its_table(tables: Path, tmp_path: Path) -> None:
+    classes = ["image,grade", *(f"{i}.png,{(37 * i) % 256 // 64}" for i in range(60))]
+    (tables / "grades.csv").write_text("\n".join(classes))
+    _run(f"table:{tables / 'grades.csv'},label=grade", tmp_path / "run", task="ordinal")
+    evaluation, rows, galleries = _evaluated(tmp_path / "run", tmp_path / "out")
+    right = [row["label"] == row["prediction"] for row in rows]
+    assert [row["correct"] for row in rows] == right
+    assert evaluation["top1"] == evaluation["metrics"]["top1"] == pytest.approx(100 * sum(right) / len(right))
+    assert (evaluation["top5"], evaluation["bins"]) == (None, [])
+    assert [sum(row) for row in evaluation["confusion"]] == [row["num_images"] for row in evaluation["classes"]]
+    assert galleries[0]["title"] == "Worst mistakes"
+    assert not (tmp_path / "out" / "reliability.svg").exists()
+    prediction, *_ = petune.predict(tmp_path / "run", tables / "0.png", device="cpu")
+    assert prediction.output in {"0", "1", "2", "3"}
+    assert csv_text([prediction]) == f"image,prediction,error\n{tables / '0.png'},{prediction.output},"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from petune.base.plugins import plugin_errors
 from petune.serving.evaluation.eval_images import EvalImages
-from petune.serving.evaluation.metrics import Evaluation, compute_metrics
+from petune.serving.evaluation.metrics import Evaluation, compute_class_metrics, compute_metrics
 from petune.serving.evaluation.rows import ImageRow, image_rows
 from petune.serving.predict import Predictor
 from petune.training.batch_loss import image_losses
-from petune.training.tasks.classification import Classification
+from petune.training.task_registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,16 @@ def evaluate_images(predictor: Predictor, images: EvalImages, batch_size: int) -
     task = predictor.task
     meter = task.new_meter().to(predictor.device)
     rows: list[ImageRow] = []
-    logits: list[tuple[Tensor, Tensor]] = []
+    batches: list[tuple[Tensor, Tensor]] = []
     for names, x_BCHW, targets in images.batches(batch_size):
         outputs, targets = predictor.outputs(x_BCHW), targets.to(predictor.device)
-        meter.update(outputs, targets)
+        with plugin_errors(TASKS, task.name, type(task), "updated its metrics"):
+            meter.update(outputs, targets)
         rows += image_rows(task, names, outputs, targets, image_losses(task, outputs, targets))
-        if isinstance(task, Classification):  # the outputs of other tasks need not be logits
-            logits.append((outputs.cpu(), targets.cpu()))
-    values = {name: float(value) for name, value in meter.compute().items() if math.isfinite(value)}
+        if task.target_kind == "class":
+            batches.append((outputs.cpu(), targets.cpu()))
+    with plugin_errors(TASKS, task.name, type(task), "computed its metrics"):
+        values = {name: float(value) for name, value in meter.compute().items() if math.isfinite(value)}
     about: dict[str, Any] = {
         "method": str(predictor.method),
         "task": task.name,
@@ -64,8 +68,22 @@ def evaluate_images(predictor: Predictor, images: EvalImages, batch_size: int) -
         "metrics": values,
         "metric_info": task.metrics,
     }
-    evaluation = Evaluation(**about)
-    if logits:
-        outputs_NC, labels_N = (torch.cat(tensors) for tensors in zip(*logits, strict=True))
-        evaluation = compute_metrics(outputs_NC, labels_N, predictor.classes, **about)
+    if any(row.is_wrong is None for row in rows) or not batches:
+        return Evaluated(Evaluation(**about), rows, predictor, images)
+    outputs_NC, labels_N = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    evaluation = _class_evaluation(rows, outputs_NC, labels_N, predictor.classes, about)
     return Evaluated(evaluation, rows, predictor, images)
+
+
+def _class_evaluation(
+    rows: Sequence[ImageRow], outputs_NC: Tensor, labels_N: Tensor, classes: Sequence[str], about: dict[str, Any]
+) -> Evaluation:
+    """Return the metrics of predicted classes; of their probabilities as well, if the outputs are logits of them."""
+    confidences = [row.confidence for row in rows if row.confidence is not None]
+    if outputs_NC.shape == (len(confidences), len(classes)):
+        largest_N = outputs_NC.softmax(1).amax(1)
+        if torch.allclose(largest_N, torch.tensor(confidences), atol=1e-4):
+            return compute_metrics(outputs_NC, labels_N, classes, **about)
+    numbers = {name: number for number, name in enumerate(classes)}
+    predicted_N = torch.tensor([numbers[row.prediction] for row in rows])
+    return compute_class_metrics(predicted_N, labels_N, classes, **about)

@@ -38,6 +38,7 @@ def write_evaluation(evaluated: Evaluated, directory: Path, format: FileType = "
     }
     if evaluation.confusion:
         files[f"confusion.{format}"] = confusion_plot(evaluation, format)
+    if evaluation.bins:
         files[f"reliability.{format}"] = reliability_plot(evaluation, format)
     for name, content in files.items():
         replace_file(directory / name, content)

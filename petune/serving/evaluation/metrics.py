@@ -75,7 +75,8 @@ class Evaluation(Config):
         balanced_accuracy, macro_f1: Means of recall and F1 over the classes with images, in percent.
         loss: Mean of the task's loss.
         calibration_error: Expected calibration error over `NUM_BINS` bins, in percent: the average gap between the
-            probability of the predicted class and how often it is right.
+            probability of the predicted class and how often it is right. It, `bins` and `top5` are missing where the
+            task of a plugin predicts no probabilities.
         classes: Metrics by class.
         confusion: Number of images by true class (row) and predicted class (column).
         bins: Bins of the reliability diagram.
@@ -156,29 +157,46 @@ def compute_metrics(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str],
         classes: Class names in the order of the logits.
         about: The fields of `Evaluation` that do not follow from the logits.
     """
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    num_classes = len(classes)
+    bins = calibration_bins(logits_NC.softmax(-1), labels_N)
+    about.setdefault("loss", float(nn.functional.cross_entropy(logits_NC, labels_N)))
+    top5 = multiclass_accuracy(logits_NC, labels_N, num_classes, average="micro", top_k=min(5, num_classes))
+    return compute_class_metrics(
+        logits_NC.argmax(1),
+        labels_N,
+        classes,
+        top5=100 * float(top5),
+        calibration_error=calibration_error(bins),
+        bins=bins,
+        **about,
+    )
+
+
+def compute_class_metrics(predicted_N: Tensor, labels_N: Tensor, classes: Sequence[str], **about: Any) -> Evaluation:
+    """Compute the metrics that follow from the predicted classes alone.
+
+    Args:
+        predicted_N: Predicted classes, int64.
+        labels_N: Labels, int64.
+        classes: Class names.
+        about: The fields of `Evaluation` that do not follow from them.
+    """
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
     num_classes = len(classes)
-    confusion_CC = multiclass_confusion_matrix(logits_NC, labels_N, num_classes)
+    confusion_CC = multiclass_confusion_matrix(predicted_N, labels_N, num_classes)
     per_class = tuple(_class_metrics(c, confusion_CC, classes) for c in range(num_classes))
     accuracies = [row.accuracy for row in per_class if row.accuracy is not None]
     f1s = [row.f1 for row in per_class if row.f1 is not None]
-
-    def accuracy(k: int) -> float:
-        return 100 * float(multiclass_accuracy(logits_NC, labels_N, num_classes, average="micro", top_k=k))
-
-    bins = calibration_bins(logits_NC.softmax(-1), labels_N)
     about.setdefault("num_images", len(labels_N))
-    about.setdefault("loss", float(nn.functional.cross_entropy(logits_NC, labels_N)))
     return Evaluation(
-        top1=accuracy(1),
-        top5=accuracy(min(5, num_classes)),
+        top1=100 * float(multiclass_accuracy(predicted_N, labels_N, num_classes, average="micro")),
         balanced_accuracy=sum(accuracies) / len(accuracies),
         macro_f1=sum(f1s) / len(f1s),
-        calibration_error=calibration_error(bins),
         classes=per_class,
         confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
-        bins=bins,
         **about,
     )
 

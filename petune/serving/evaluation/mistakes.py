@@ -31,11 +31,12 @@ def galleries_of(predictor: Predictor, rows: Sequence[ImageRow], load: Load) -> 
         load: Loads images by position.
     """
     kind = predictor.task.target_kind
-    wrong = [i for i, row in enumerate(rows) if row.is_wrong]
+    wrong = [i for i, row in enumerate(rows) if row.is_wrong is not False]
     worst = sorted(wrong, key=lambda i: -rows[i].loss)[:NUM_SHOWN]
     galleries = []
     if worst:
-        title = "Worst mistakes" if kind in {"class", "multi_hot"} else "Largest errors"
+        are_compared = kind in {"class", "multi_hot"} and not any(row.is_wrong is None for row in rows)
+        title = "Worst mistakes" if are_compared else "Largest errors"
         about = "The images with the highest loss."
         galleries.append(_gallery(predictor, rows, load, worst, title, about))
     confident = [i for i in wrong if rows[i].confidence is not None]
