@@ -80,7 +80,8 @@ def test_images_without_contrast_are_compared_exactly_only() -> None:
 def test_images_of_one_kind_are_no_near_duplicates() -> None:
     rng = np.random.default_rng(0)
     radius = np.hypot(*np.mgrid[-1:1:32j, -1:1:32j])
-    bodies = [np.clip(220 * (radius < 0.7) + rng.normal(0, 12, (32, 32)), 0, 255).astype(np.uint8) for _ in range(40)]
+    patterns = [Image.fromarray(rng.normal(0, 12, (14, 14)).astype(np.float32)).resize((32, 32)) for _ in range(40)]
+    bodies = [np.clip(20 + 200 * (radius < 0.7) + np.asarray(p), 0, 255).astype(np.uint8) for p in patterns]
     gray = np.stack([*bodies, np.asarray(_jpeg(Image.fromarray(bodies[7])))])
     twins = find_twins(Hashes.of(gray))
     assert torch.nonzero(twins.similarity_Q).flatten().tolist() == [40]
