@@ -18,10 +18,12 @@ import pytest
 import torch
 
 import petune
-from petune.base.errors import CheckpointError, HubError, PetuneError, UsageError
+from petune.adapters.format import read_adapter
+from petune.base.errors import CheckpointError, HubError, PetuneError, PluginError, UsageError
 from petune.serving import hub_client, hub_pull, hub_push
 from petune.serving.hub_pull import pull
 from petune.serving.hub_push import push
+from petune.serving.restore import task_of
 from tests.fake_hub import TOKEN, Server, point_at, running
 from tests.program import call
 from tests.sampling import sampled
@@ -75,6 +77,25 @@ def test_push_and_pull(hub: Server, adapter: Path, tmp_path: Path) -> None:
     att = petune.load(tiny(), "flowers")
     assert torch.equal(att.model(X), petune.load(tiny(), adapter).model(X))
     assert hidden_files(tmp_path) == []
+
+
+def test_an_adapter_for_the_task_of_a_plugin(hub: Server, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shared without the plugin, and the card names its metrics; using it names the plugin."""
+    monkeypatch.setenv("PETUNE_PLUGINS", "none")
+    task = {"name": "ordinal", "options": {}, "state": {}, "target": {"kind": "class", "names": list("abcde")}}
+    info = [{"name": "mae", "label": "MAE in classes", "higher_is_better": False}]
+    about = {"dataset": "shapes", "dataset_license": "CC0", "test": {"metrics": {"mae": 0.5}, "num_images": 9}}
+    petune.attach(tiny(), "bitfit").save(
+        "b", metadata={"classes": list("abcde"), "task": task, "metric_info": info, **about}
+    )
+    push("b", "me/grades")
+    pull("me/grades")
+    card = Path("grades", "README.md").read_text(encoding="utf-8")
+    assert "Trained for ordinal on shapes, 5 classes" in card
+    assert "| MAE in classes on test | 0.5 |" in card
+    assert "| license of the dataset | CC0 |" in card
+    with pytest.raises(PluginError, match="petune-ordinal"):
+        task_of(read_adapter(Path("grades")))
 
 
 def test_a_dry_run_shows_the_files_and_the_card_without_the_hub(
