@@ -202,7 +202,11 @@ class Sites:
     @property
     def head(self) -> Site:
         """The classifier; of a model for detection or segmentation, all layers that predict."""
-        advice = "Build the model with the number of classes (timm: num_classes=N, or model.reset_classifier(N))"
+        advice = (
+            "Attach with train_head=False to train none; name the layers that predict, with "
+            'sites=petune.find_sites(model, head="path"); or build the model with the number of classes (timm: '
+            "num_classes=N, or model.reset_classifier(N))"
+        )
         return self._part("head", f"classifier. {advice}")
 
     def _part(self, role: str, missing: str) -> Site:

@@ -22,10 +22,12 @@ from petune.base.errors import ExportError
 from petune.serving.export.onnx_format import onnx_file
 from petune.serving.export.torch_format import find_pickles, torch_file
 from petune.serving.export.traced import OutputCheck
+from petune.sites.input_spec import InputSpec
 from tests.sampling import sampled
 from tests.trained import CLASSES, changed, saved_run
 
 Run = Callable[..., Any]
+SPEC = InputSpec.of_size((3, 4, 4))
 X = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 3}
 
@@ -178,10 +180,10 @@ def test_a_file_that_computes_something_else_is_refused() -> None:
     torch.manual_seed(0)
     model = Inconsistent("traced")
     with pytest.raises(ExportError, match="differs from the model"):
-        torch_file(model, OutputCheck.of(model, 4), "{}")
+        torch_file(model, OutputCheck.of(model, SPEC), "{}")
     branching = Inconsistent("branch")
     with pytest.raises(ExportError, match="cannot trace the model"):
-        torch_file(branching, OutputCheck.of(branching, 4), "{}")
+        torch_file(branching, OutputCheck.of(branching, SPEC), "{}")
 
 
 def test_pickles_are_found(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_without_onnx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(public.PetuneError, match=r"petune\[onnx\]"):
-        onnx_file(nn.Linear(1, 1), OutputCheck.of(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), 4), "{}")
+        onnx_file(nn.Linear(1, 1), OutputCheck.of(nn.Sequential(nn.Flatten(), nn.Linear(48, 2)), SPEC), "{}")
 
 
 @pytest.mark.exhaustive

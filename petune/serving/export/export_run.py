@@ -114,7 +114,7 @@ def export(
     restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name
     transform = ImageTransform.from_metadata(restored.metadata)
-    check = OutputCheck.of(model, restored.backbone.image_size, len(transform.preprocess.mean))
+    check = OutputCheck.of(model, restored.attachment.sites.input_spec)
     images = ImageCheck.of(model, transform) if with_preprocessing else None
     reason = _merge(restored)
     if chosen == "safetensors" and reason:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import ExportError
+from petune.sites.input_spec import InputSpec
 from petune.sites.logits import logits_of
 
 BATCH = "batch"
@@ -28,11 +29,16 @@ class OutputCheck:
     expected: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, image_size: int, channels: int = 3) -> OutputCheck:
-        """Run the model on fixed random images."""
-        generator = torch.Generator().manual_seed(0)
+    def of(cls, model: nn.Module, spec: InputSpec) -> OutputCheck:
+        """Run the model on fixed random images.
+
+        Raises:
+            ExportError: It takes more than one tensor.
+        """
+        if not spec.is_plain:
+            raise ExportError(f"the model takes {spec}, and only models that take one tensor can be exported")
         sizes = (2, 1, 5)  # the first batch is the one that is traced
-        images = tuple(torch.randn(n, channels, image_size, image_size, generator=generator) for n in sizes)
+        images = tuple(x for seed, n in enumerate(sizes) for x in spec.noise(n, seed).tensors)
         with torch.no_grad():
             return cls(images, tuple(logits_of(model(x)) for x in images))
 
