@@ -163,7 +163,7 @@ def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> 
 
 def _mismatches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], head_keys: set[str]) -> list[str]:
     """Describe missing and unexpected keys and wrong shapes; classifiers of the file are ignored."""
-    heads = (*(key.rpartition(".")[0] + "." for key in head_keys), "head.", "fc.", "classifier.")
+    heads = (*(key.rpartition(".")[0] + "." for key in head_keys), "head.", "fc.", "classifier.", "dense_head.")
     missing = sorted(wanted.keys() - tensors.keys())
     unexpected = sorted(
         key for key in tensors.keys() - wanted.keys() if key not in head_keys and not key.startswith(heads)

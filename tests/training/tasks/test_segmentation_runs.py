@@ -167,3 +167,13 @@ def test_the_model_is_the_one_that_was_trained(dataset: str, tmp_path: Path) -> 
         assert restored.backbone.model.eval()(torch.zeros(1, 3, 16, 16)).shape == (1, len(NAMES), 16, 16)
     assert np.isfinite(result.metrics["pixel_accuracy"])
     assert RunResult.read(tmp_path / "run").metrics == result.metrics
+
+
+@pytest.mark.exhaustive
+def test_weights_of_a_pretraining_leave_out_its_head(dataset: str, tmp_path: Path) -> None:
+    fields = {key: value for key, value in SHORT.items() if key != "method"}
+    train = {**TRAIN, "epochs": 1, "label_smoothing": 0.1}
+    petune.pretrain(**fields, dataset=dataset, output=tmp_path / "weights", train=train)
+    for name, other in (("masks", dataset), ("digits", "digits")):
+        run = config(tmp_path / name, other, weights=str(tmp_path / "weights"), train={"epochs": 1, "batch_size": 64})
+        assert petune.run(run).metrics
