@@ -90,7 +90,8 @@ def load_plugin(kind: PluginKind, name: str, base: type[T], config_base: type) -
 def plugin_errors(kind: PluginKind, name: str | None, cls: type, phase: str) -> Iterator[None]:
     """Turn an unexpected error of a plugin into a PluginError that names its package.
 
-    petune's own errors pass, and so does what a built-in or an unregistered class raises.
+    petune's own errors pass, and so does what a built-in or an unregistered class raises. An exit is an error of the
+    plugin, too: it would end petune without a word.
 
     Args:
         kind: The kind of plugin.
@@ -103,9 +104,9 @@ def plugin_errors(kind: PluginKind, name: str | None, cls: type, phase: str) -> 
     """
     try:
         yield
-    except PetuneError:
+    except (PetuneError, KeyboardInterrupt, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
         plugin = next((p for p in registered_plugins(kind) if p.name == name and not p.is_own), None)
         if plugin is None or cls.__module__.partition(".")[0] == OWN:
             raise

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 from typer.core import TyperCommand
+
+from petune.base.errors import PluginError
 
 
 class Command(TyperCommand):
@@ -21,6 +24,17 @@ class Command(TyperCommand):
             )
             ctx.fail(f"unexpected argument: {ctx.args[0]}. {advice}")
         return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an exit in the middle of it is an error, since petune and typer never exit there."""
+        try:
+            return super().invoke(ctx)
+        except SystemExit as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise PluginError(
+                f"{frame.filename}, line {frame.lineno}, ended the program (SystemExit: {error}). Repair, update or "
+                "remove the plugin or package that it belongs to"
+            ) from error
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the words of the usage line; what may be left out is in brackets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -91,16 +92,28 @@ def check(name: Registered, kind: CheckedKind = None, json: Json = False) -> Non
 
 
 def _kind_of(text: str) -> Kind:
-    """Return the kind of plugin that has this name; of one that nobody has, a method."""
+    """Return the kind of plugin that has this name; a path is a dataset.
+
+    Raises:
+        UnknownName: No method, dataset or task has it.
+        UsageError: Plugins of several kinds have it.
+    """
     from petune.base.entry_points import registered_plugins
-    from petune.base.errors import UsageError
+    from petune.base.errors import UnknownName, UsageError
+    from petune.data.registry import complete_name
     from petune.plugin_dev.scaffold import KINDS
 
     name = text.partition(":")[0].partition(",")[0]
-    kinds = [kind for kind, group in KINDS.items() if any(p.name == name for p in registered_plugins(group))]
+    if complete_name(text) != text or os.sep in name:
+        return Kind.dataset
+    names = {kind: {plugin.name for plugin in registered_plugins(group)} for kind, group in KINDS.items()}
+    kinds = [kind for kind, known in names.items() if name in known]
+    if not kinds:
+        hint = "`petune methods` and `petune datasets` list the installed ones"
+        raise UnknownName("method, dataset or task", name, set().union(*names.values()), hint)
     if len(kinds) > 1:
         raise UsageError(f"{name} is a {' and a '.join(kinds)}", cli_hint="Name one of them with --kind")
-    return Kind(kinds[0]) if kinds else Kind.tuner
+    return Kind(kinds[0])
 
 
 def _check(name: str, kind: Kind) -> Iterator[Checked]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from petune.base.arguments import check_arguments
+from petune.base.entry_points import OWN
 from petune.base.errors import ConfigError, PluginError
 from petune.base.plugins import plugin_errors
 from petune.data.cache import CACHE_GB
 from petune.data.dataset import Dataset, OnBroken
-from petune.data.reader import ReadContext
+from petune.data.reader import DatasetReader, ReadContext
 from petune.data.registry import DATASETS, build_reader, data_dir_or_default
 
 
@@ -41,15 +42,30 @@ def load_dataset(
     _check(name, data_dir, image_size, on_broken, channels, cache_gb)
     reader = build_reader(name)
     root = data_dir_or_default(Path(data_dir) if data_dir else None)
+    context = ReadContext(image_size, root, on_broken, channels, cache_gb)
     with plugin_errors(DATASETS, reader.name, type(reader), "was read"):
-        dataset = reader.load(ReadContext(image_size, root, on_broken, channels, cache_gb))
+        dataset = reader.load(context)
     if not isinstance(dataset, Dataset):
         raise PluginError(
             f"{type(reader).__module__}.{type(reader).__name__}.load returned a {type(dataset).__name__}, not a "
             "petune.Dataset. Update or remove the package that brings it"
         )
     with plugin_errors(DATASETS, reader.name, type(reader), "was checked"):
+        _check_target(reader, context, dataset)
         return dataset.validated()
+
+
+def _check_target(reader: DatasetReader[Any], context: ReadContext, dataset: Dataset) -> None:
+    """Check that a plugin names its targets before it reads images as after; the head is built for those before."""
+    cls = type(reader)
+    if cls.target is DatasetReader.target or cls.__module__.partition(".")[0] == OWN:
+        return
+    before = reader.target(context)
+    if before != dataset.target:
+        raise PluginError(
+            f"{cls.__module__}.{cls.__name__}.target returned {before.kind} {list(before.names[:5])}, and load "
+            f"{dataset.target.kind} {list(dataset.target.names[:5])}. Update or remove the package that brings it"
+        )
 
 
 def _check(name: object, data_dir: object, image_size: int, on_broken: object, channels: int | None, gb: float) -> None:

@@ -18,9 +18,11 @@ import torch
 
 from petune.base.arguments import check_arguments
 from petune.data.dataset import Dataset, Split
+from petune.data.policy import check_augment
 from petune.data.preprocess import Preprocess
 from petune.data.reader import DatasetReader, ReadContext
 from petune.data.registry import build_reader, data_dir_or_default
+from petune.data.steps import check_images
 from petune.plugin_dev.finding import Finding, Property, examine_all, names_of
 
 SIDE = 32
@@ -98,6 +100,9 @@ def _images_and_targets(t: DatasetTrial) -> str:
             return f"images of {name} have shape {split.images.shape}, not (N, H, W, C)"
         if len(split) and not 0 <= int(split.rows.min()) <= int(split.rows.max()) < len(split.images):
             return f"rows of {name} are outside the {len(split.images)} images"
+    channels = int(t.dataset.train.images.shape[-1])
+    check_augment(t.dataset.augment, channels=channels)
+    check_images(t.dataset.augment, channels, masks=t.dataset.target.kind == "mask")
     return "" if len(t.dataset.val) else "no val split can be cut from train"
 
 
@@ -147,7 +152,11 @@ def _manifest(t: DatasetTrial) -> str:
 PROPERTIES: tuple[Property[DatasetTrial], ...] = (
     Property("description", "`about` says in one short line what it is", _description),
     Property("location", "find() returns a place, or None", _location),
-    Property("images and targets", "they fit each other, and a val split can be cut", _images_and_targets),
+    Property(
+        "images and targets",
+        "they fit each other and the augmentation; val can be cut",
+        _images_and_targets,
+    ),
     Property("names before images", "target() returns what load() returns", _names_before_images),
     Property("same images twice", "two readings are equal, to the bit and in order", _same_images_twice),
     Property("separate splits", "no image is in two splits", _separate_splits),

@@ -50,7 +50,7 @@ def examine_all(properties: Iterable[Property[TrialT]], trial: TrialT) -> Iterat
             torch.manual_seed(0)
             try:
                 problem = prop.problem(trial)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 problem = f"{type(error).__name__}: {error}"
         yield Finding(prop.name, prop.requirement, problem)
 

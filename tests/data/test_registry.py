@@ -161,6 +161,10 @@ BROKEN = {
     "fails in load": (SOUND_HEAD + "    def load(self, context): 1 / 0", "failed when it was read: ZeroDivisionError"),
     "fails in init": (SOUND_HEAD + "    def __init__(self, *a): 1 / 0", "failed when it was made: ZeroDivisionError"),
     "returns another type": (SOUND_HEAD + "    def load(self, context): return 3", "returned a int"),
+    "exits in load": (
+        SOUND_HEAD + "    def load(self, context): raise SystemExit(0)",
+        "when it was read: SystemExit: 0",
+    ),
     "no load": (SOUND_HEAD + "    pass", "must define load"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,31 @@ def test_a_name_of_two_kinds_needs_the_kind(fake: Callable[..., None], capfd: py
     assert "--kind" in capfd.readouterr().err
     assert check("digits", "--kind", "dataset") == 0
     assert "BROKEN" not in capfd.readouterr().out
+
+
+def test_a_name_that_nobody_has_is_looked_for_in_all_kinds(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, similar in (("digitz", "digits"), ("regresion:loss=mse", "regression"), ("adaptfromer", "adaptformer")):
+        assert check(name) == 2
+        error = capfd.readouterr().err
+        assert "no such method, dataset or task" in error
+        assert similar in error
+    assert check(str(tmp_path)) == 1
+    assert "no images in" in capfd.readouterr().out
+
+
+EXITS = """
+import petune
+class Fake(petune.DatasetReader[petune.ReaderConfig]):
+    about = "one that exits"
+    def load(self, context): raise SystemExit(0)
+    def labeled_files(self, part): raise SystemExit(0)
+"""
+
+
+def test_a_dataset_that_exits_is_broken(fake: Callable[..., None], capfd: pytest.CaptureFixture[str]) -> None:
+    fake("petune-fake", {"fake": "petune_fake:Fake"}, EXITS, group="petune.datasets")
+    assert check("fake") == 1
+    assert "BROKEN   images and targets: SystemExit: 0" in capfd.readouterr().out
 
 
 @pytest.mark.exhaustive

@@ -71,6 +71,11 @@ class Blank(Stripes):
         return replace(whole, train=replace(whole.train, images=images), test=replace(whole.test, images=images))
 
 
+class NoAugmentation(Stripes):
+    def load(self, context: petune.ReadContext) -> petune.Dataset:
+        return replace(super().load(context), augment="crip")
+
+
 class Clock(Stripes):
     def manifest(self, data_dir: Any) -> Any:
         return {"train": {"a": str(np.random.default_rng().random())}}
@@ -78,6 +83,7 @@ class Clock(Stripes):
 
 CASES = [
     (NoDescription, "description"), (NoPlace, "location"), (FlatImages, "images and targets"),
+    (NoAugmentation, "images and targets"),
     (OtherNames, "names before images"), (Shuffled, "same images twice"), (Leaks, "separate splits"),
     (Blank, "pixels"), (Clock, "manifest"),
 ]  # fmt: skip
@@ -91,7 +97,7 @@ def test_every_property_has_a_case() -> None:
     assert {name for _, name in CASES} == {prop.name for prop in PROPERTIES}
 
 
-@pytest.mark.parametrize(("reader", "name"), CASES, ids=[name for _, name in CASES])
+@pytest.mark.parametrize(("reader", "name"), CASES, ids=[reader.__name__ for reader, _ in CASES])
 def test_a_broken_reader_is_caught(reader: type[Stripes], name: str) -> None:
     assert name in broken(list(examine_dataset(reader())))
     with pytest.raises(petune.ContractViolation):
