@@ -185,9 +185,14 @@ class HubError(PetuneError):
 
 
 class DataError(PetuneError):
-    """A dataset is missing, broken or inconsistent."""
+    """A dataset is missing, broken or inconsistent.
+
+    Attributes:
+        broken: A message for each image that cannot be decoded, if that is what is wrong and all were tried.
+    """
 
     exit_code = 4
+    broken: tuple[str, ...] = ()
 
 
 class CheckpointError(PetuneError):

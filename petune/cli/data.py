@@ -107,6 +107,7 @@ def _print_report(report: DataReport) -> None:
     messages = [
         *_contents(report),
         *report.broken,
+        report.mixed_channels,
         *(f"{image} is the same image as {twin}, in another split" for image, twin in report.in_two_splits),
         *(f"{image} is the same image as {twin}, {otherwise}" for image, twin in report.in_two_classes),
     ]
@@ -165,5 +166,5 @@ def _summary(report: DataReport) -> str:
         return "no problems found, besides near-duplicates between splits" if leaks else "no problems found"
     return (
         f"{len(report.broken)} broken, {len(report.in_two_splits)} in two splits, "
-        f"{len(report.in_two_classes)} in two classes"
+        f"{len(report.in_two_classes)} in two classes{', different channels' if report.mixed_channels else ''}"
     )

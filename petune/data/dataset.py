@@ -22,6 +22,8 @@ __all__ = ["Dataset", "Images", "OnBroken", "Split", "Target", "TargetKind"]
 
 OnBroken = Literal["error", "skip"]
 """Policy for an image that cannot be decoded: stop, or skip it."""
+MAX_BROKEN = 0.01
+"""Largest share of images that are skipped."""
 TEST_FRACTION = 0.2
 IMAGE_TYPES = ("uint8", "uint16", "float32")
 

@@ -18,7 +18,7 @@ from petune.base.text import plural
 from petune.data.band_files import form_of_all
 from petune.data.bands import RGB, ImageForm
 from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
-from petune.data.dataset import TEST_FRACTION, Dataset, OnBroken, Split, Target
+from petune.data.dataset import MAX_BROKEN, TEST_FRACTION, Dataset, OnBroken, Split, Target
 from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import size_and_time, unsupported_note
 from petune.data.images import decode_image, decode_images
@@ -29,7 +29,6 @@ from petune.data.splits import left_out_note
 FORMAT = 3
 """Raised when the same files are decoded to other pixels, so that decoded caches are rebuilt."""
 CROP = 0.875  # timm's usual share of the side for evaluation; the rest is stored as a margin
-MAX_BROKEN = 0.01
 BROKEN_LABEL = -1
 
 

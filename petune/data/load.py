@@ -40,9 +40,13 @@ def load_dataset(
         ConfigError: An argument makes no sense.
     """
     _check(name, data_dir, image_size, on_broken, channels, cache_gb)
-    reader = build_reader(name)
     root = data_dir_or_default(Path(data_dir) if data_dir else None)
-    context = ReadContext(image_size, root, on_broken, channels, cache_gb)
+    return read_dataset(name, ReadContext(image_size, root, on_broken, channels, cache_gb))
+
+
+def read_dataset(name: str, context: ReadContext) -> Dataset:
+    """Load a dataset; see `load_dataset`."""
+    reader = build_reader(name)
     with plugin_errors(DATASETS, reader.name, type(reader), "was read"):
         dataset = reader.load(context)
     if not isinstance(dataset, Dataset):

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from petune.base.config import Config
 from petune.base.plugins import set_config_class
 from petune.data.cache import CACHE_GB
-from petune.data.dataset import Dataset, OnBroken, Target
+from petune.data.dataset import MAX_BROKEN, Dataset, OnBroken, Target
 from petune.data.manifest import Manifest
 
 
@@ -70,6 +70,7 @@ class ReadContext:
         on_broken: What to do with an image that cannot be decoded.
         channels: Channels that the backbone takes; None if it takes RGB.
         cache_gb: Splits whose decoded images are larger, in 10⁹ bytes, are to be decoded each time they are read.
+        max_broken: Largest share of images that `skip` leaves out.
     """
 
     image_size: int = 224
@@ -77,6 +78,7 @@ class ReadContext:
     on_broken: OnBroken = "error"
     channels: int | None = None
     cache_gb: float = CACHE_GB
+    max_broken: float = MAX_BROKEN
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
@@ -164,3 +165,29 @@ def test_invalid_requests_to_show_images(petune: Run, tmp_path: Path) -> None:
     assert "Augmentation: horizontal_flip, color_jitter." in (tmp_path / "images.html").read_text()
     empty = petune("data", "show", "digits", "--split", "val")
     assert (empty.code, "no val split" in empty.err) == (2, True)
+
+
+def test_all_broken_images_of_a_table_are_listed(petune: Run, tmp_path: Path) -> None:
+    rows = ["file,label"]
+    for i in range(20):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'ab'[i % 2]}")
+    for i in range(7):
+        (tmp_path / f"{i}.png").write_text("none")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    done = petune("data", "check", "t.csv", "--image-size", "16")
+    assert done.code == 4
+    assert done.out.count("not a readable image") == 7
+    assert "7 broken" in done.out
+    assert "sizes in pixels: 8x8" in done.out
+
+
+def test_different_channels_are_a_problem(petune: Run, tmp_path: Path) -> None:
+    for i in range(8):
+        (tmp_path / "mixed" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 4 if i else 12), np.uint8)
+        np.save(tmp_path / "mixed" / "ab"[i % 2] / f"{i}.npy", pixels)
+    done = petune("data", "check", "mixed")
+    assert done.code == 4
+    assert "12 channels of uint8" in done.out
+    assert "different channels" in done.out

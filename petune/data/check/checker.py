@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from petune.base.errors import DataError
 from petune.data.check.near_duplicates import Hashes, find_twins
 from petune.data.check.parts import Part, dataset_parts, folder_parts
 from petune.data.check.report import Balance, DataReport, NearDuplicates, NearPair, Sizes
-from petune.data.load import load_dataset
+from petune.data.dataset import Dataset
+from petune.data.load import read_dataset
+from petune.data.reader import ReadContext
 from petune.data.readers.folder import FolderReader
-from petune.data.registry import build_reader
+from petune.data.registry import build_reader, data_dir_or_default
 
 MAX_PAIRS = 100
 """Near-duplicates that are named, for each pair of splits."""
@@ -40,13 +43,17 @@ def check_dataset(name: str, data_dir: Path | None = None, image_size: int = 224
     if isinstance(reader, FolderReader):
         report = DataReport(name, "class")
         parts = folder_parts(reader.path, report)
+        broken: list[str] = []
     else:
-        dataset = load_dataset(name, data_dir, image_size, "skip")
+        context = ReadContext(image_size, data_dir_or_default(data_dir))
+        broken, dataset = _read(name, context)
+        if dataset is None:
+            return DataReport(name, reader.target(context).kind, broken=broken)
         report = DataReport(name, dataset.target.kind, dataset.source)
         parts = dataset_parts(dataset)
     report.num_images = {part: len(content.names) for part, content in parts.items()}
     report.images = {part: content.counts for part, content in parts.items()}
-    report.broken = [message for part in parts.values() for message in part.images.broken.values()]
+    report.broken = broken + [message for part in parts.values() for message in part.images.broken.values()]
     if report.kind in {"class", "multi_hot"}:
         report.balance = _balance(parts["train"].counts)
     report.sizes = _sizes(parts, image_size)
@@ -55,6 +62,25 @@ def check_dataset(name: str, data_dir: Path | None = None, image_size: int = 224
         _find_small_classes(parts, distinct, report)
     report.near_duplicates = _near_duplicates(parts, distinct)
     return report
+
+
+def _read(name: str, context: ReadContext) -> tuple[list[str], Dataset | None]:
+    """Return a message for each broken image, and the dataset without them; None if too little of it is left."""
+    try:
+        return [], read_dataset(name, context)  # as a run reads it, so that it is decoded into the cache once
+    except DataError:
+        pass
+    skip = replace(context, on_broken="skip")
+    try:
+        return [], read_dataset(name, replace(skip, max_broken=0.0))
+    except DataError as error:
+        if not error.broken:
+            raise
+        broken = list(error.broken)
+    try:
+        return broken, read_dataset(name, replace(skip, max_broken=1.0))
+    except DataError:  # such as a class without images
+        return broken, None
 
 
 def _balance(counts: Mapping[str, int]) -> Balance | None:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from petune.base.errors import DataError
+from petune.data.band_files import form_of_all
 from petune.data.check.gray_images import GrayImages, read_arrays, read_files
 from petune.data.check.report import DataReport
 from petune.data.dataset import Dataset, Split, Target
@@ -47,6 +49,10 @@ def folder_parts(path: Path, report: DataReport) -> dict[str, Part]:
         DataError: The layout is wrong: see `petune.data.folder`.
     """
     splits, report.skipped = list_images(path)
+    try:
+        form_of_all([file for classes in splits.values() for files in classes.values() for file in files])
+    except DataError as error:
+        report.mixed_channels = str(error)
     report.left_out = left_out_note(path)
     report.doubtful_classes = names_of_splits_note(splits["train"])
     return {part: _folder_part(classes) for part, classes in splits.items()}

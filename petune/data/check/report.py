@@ -87,6 +87,8 @@ class DataReport:
         balance: Of the training split; None unless the targets are classes or labels.
         sizes: Of all images.
         broken: A message for each image that cannot be decoded.
+        mixed_channels: Two images with different channels or types, which cannot be trained on together; empty if there
+            are none.
         in_two_splits: Pairs of equal images in two splits, the earlier split second. They inflate the accuracy measured
             on the later split. Files are equal byte for byte, other images pixel for pixel.
         in_two_classes: Pairs of equal images of one split with different targets; one of them is wrong.
@@ -107,6 +109,7 @@ class DataReport:
     balance: Balance | None = None
     sizes: Sizes | None = None
     broken: list[str] = field(default_factory=list)
+    mixed_channels: str = ""
     in_two_splits: list[tuple[str, str]] = field(default_factory=list)
     in_two_classes: list[tuple[str, str]] = field(default_factory=list)
     near_duplicates: list[NearDuplicates] = field(default_factory=list)
@@ -119,5 +122,5 @@ class DataReport:
 
     @property
     def is_sound(self) -> bool:
-        """True if no image is broken, or in two splits or classes; near-duplicates may be intended."""
-        return not self.broken and not self.in_two_splits and not self.in_two_classes
+        """True if no image is broken, of other channels, in two splits or in two classes; near-duplicates are none."""
+        return not self.broken and not self.mixed_channels and not self.in_two_splits and not self.in_two_classes

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cache import Allocate, Fallback, cached_split
-from petune.data.dataset import TEST_FRACTION, Dataset, Split, Target
+from petune.data.dataset import MAX_BROKEN, TEST_FRACTION, Dataset, Split, Target
 from petune.data.find_images import size_and_time
-from petune.data.folder import BROKEN_LABEL, CROP, MAX_BROKEN
+from petune.data.folder import BROKEN_LABEL, CROP
 from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
 from petune.data.tables.contents import ImageColumn, decode_column, decode_content, unlisted_images
@@ -40,7 +40,8 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
         DataError: A file is missing, an image is broken, a mask does not fit.
     """
     files = plan.images.files
-    loader = _Loader(plan, math.ceil(context.image_size / CROP), context.on_broken == "skip", context.cache_gb)
+    max_broken = context.max_broken if context.on_broken == "skip" else None
+    loader = _Loader(plan, math.ceil(context.image_size / CROP), max_broken, context.cache_gb)
     images = loader.images()
     if plan.columns.kind == "mask":
         masks, target = loader.masks()
@@ -71,13 +72,13 @@ class _Loader:
     Attributes:
         plan: The table.
         side: Side of the stored images, in pixels.
-        skip: Leave out images that cannot be decoded.
+        max_broken: Largest share of images that are left out because they cannot be decoded; None raises for the first.
         cache_gb: Largest size of decoded files in the cache; images that are in the table itself are always cached.
     """
 
     plan: Plan
     side: int
-    skip: bool
+    max_broken: float | None
     cache_gb: float
 
     def images(self) -> Split:
@@ -98,7 +99,8 @@ class _Loader:
 
     def _key(self, column: ImageColumn, more: dict[str, Any]) -> dict[str, Any]:
         contents = self._version(column)
-        key = {"format": FORMAT, "contents": contents, "side": self.side, "skip": self.skip, **more}
+        skip = self.max_broken if self.max_broken not in (None, MAX_BROKEN) else self.max_broken is not None
+        key = {"format": FORMAT, "contents": contents, "side": self.side, "skip": skip, **more}
         return key if column.files is not None else {**key, "column": column.name, "first": column.channels_first}
 
     def _version(self, column: ImageColumn) -> Any:
@@ -110,7 +112,7 @@ class _Loader:
     def _fill_images(self, allocate: Allocate) -> tuple[Rows, Rows]:
         form = self.plan.images.form
         out = allocate(len(self.plan.table), self.side, form.channels, form.dtype)
-        decoded = decode_column(self.plan.images, out, skip=self.skip)
+        decoded = decode_column(self.plan.images, out, skip=self.max_broken is not None)
         self._check_number(decoded.broken)
         labels = np.zeros(len(out), np.int64)
         labels[list(decoded.broken)] = BROKEN_LABEL
@@ -120,17 +122,22 @@ class _Loader:
         """Return the range of classes in each mask, and 1 for each that cannot be decoded."""
         out = allocate(len(self.plan.table), self.side, 1)
         ranges, broken = decode_masks(self.plan.masks, self.plan.images, self.plan.codes, out[..., 0])
-        if broken and not self.skip:
+        if broken and self.max_broken is None:
             raise DataError(f"{broken[min(broken)]}. Repair or remove it, or skip it with on_broken='skip'")
         self._check_number(broken)
         return ranges, np.isin(np.arange(len(out)), list(broken)).astype(np.int64)
 
     def _check_number(self, broken: dict[int, str]) -> None:
-        if len(broken) > MAX_BROKEN * len(self.plan.table):
-            raise DataError(
-                f"broken images: {len(broken)} of {len(self.plan.table)}, more than the {MAX_BROKEN:.0%} that may be "
-                f"skipped. {listed([broken[row] for row in sorted(broken)], 5)}"
+        share = 0.0 if self.max_broken is None else self.max_broken
+        if len(broken) > share * len(self.plan.table):
+            messages = [broken[row] for row in sorted(broken)]
+            error = DataError(
+                f"broken images: {len(broken)} of {len(self.plan.table)}, more than the {share:.0%} that may be "
+                f"skipped. {listed(messages, 5)}",
+                cli_hint=f"`petune data check {self.plan.table.title}` lists them all",
             )
+            error.broken = tuple(messages)
+            raise error
 
 
 @dataclass(frozen=True)
