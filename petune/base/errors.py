@@ -10,7 +10,7 @@ PetuneError                  exit code 1
 │   ├── SiteNotFound             the model has no such part
 │   ├── DeadSite                 the model has the part, but its forward never uses it
 │   ├── AlreadyCompiled          the model was compiled first; attach, then compile
-│   └── NotMergeable             the tuner does more than change weights
+│   └── NotMergeable         2   the tuner does more than change weights
 ├── WeightsUnavailable       4   pretrained weights are neither cached nor downloadable
 ├── HubError                 4   a hub is unreachable or refuses: network, token, repository
 ├── DataError                4   a dataset is missing, broken or inconsistent
@@ -157,9 +157,13 @@ class NotMergeable(AttachError):
         cli_hint: See `PetuneError`.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str = "", *, changes_output: bool = False, cli_hint: str = "") -> None:
         super().__init__(message, cli_hint=cli_hint)
         self.changes_output = changes_output
+        if changes_output:
+            self.exit_code = 1
 
 
 class WeightsUnavailable(PetuneError):

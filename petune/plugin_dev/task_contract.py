@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from petune.base.arguments import check_arguments
@@ -121,8 +122,17 @@ def _direction(t: TaskTrial) -> str:
 
 
 def _predictions(t: TaskTrial) -> str:
-    predictions = t.task.predict(t.outputs)
-    return "" if len(predictions) == len(t.outputs) else f"{len(predictions)} for {len(t.outputs)} images"
+    predictions = list(t.task.predict(t.outputs))
+    if len(predictions) != len(t.outputs):
+        return f"{len(predictions)} for {len(t.outputs)} images"
+    for prediction in predictions:
+        text = json.dumps(to_jsonable_python(prediction))  # as `petune predict` shows it
+        if json.loads(text) is None:
+            return "predict() returned None for an image"
+        if "NaN" in text or "Infinity" in text:
+            return f"predict() returned {text} for finite outputs"
+    alone = t.task.predict(t.outputs[:1])
+    return "" if len(alone) == 1 else f"{len(alone)} for a single image"
 
 
 def _calibration(t: TaskTrial) -> str:
@@ -178,7 +188,7 @@ PROPERTIES: tuple[Property[TaskTrial], ...] = (
     Property("metric values", "the meter returns every metric", _metric_values),
     Property("metrics by batch", "the metrics do not depend on the batches", _metrics_by_batch),
     Property("direction", "the first metric improves as the loss falls", _direction),
-    Property("predictions", "predict() returns one prediction per image", _predictions),
+    Property("predictions", "predict() returns one prediction per image, of what JSON has", _predictions),
     Property("calibration", "what calibrate() returns survives JSON, and is complete without val", _calibration),
     Property("restored", "restored from JSON, the task computes the same", _restored),
     Property("label smoothing", "it acts, if smooths_labels says so", _smoothing),

@@ -78,8 +78,8 @@ class TaskTrial:
         return outputs.detach()
 
     def loss(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the loss of each image."""
-        return self.task.loss(outputs, self.targets if targets is None else targets)
+        """Return the loss of each image, called as training calls it."""
+        return self.task.loss(outputs, self.targets if targets is None else targets, 0.0)
 
     def measured(self, outputs: Tensor, batch_size: int) -> dict[str, float]:
         """Return the metrics of outputs that arrive in batches."""

@@ -64,6 +64,8 @@ class Row(Config):
     def _done_has_numbers(self) -> Self:
         # one seed has no deviation, a run without val no metrics on it, and older versions did not write the rest
         optional = {"std", "val_mean", "difference", "epochs", "step_time_s"}
+        if not self.metrics and not self.mean:  # every metric is undefined on these images
+            optional |= {"metrics", "mean"}
         missing = [key for key, value in self if value in (None, (), {}) and key not in optional]
         if self.status == "done" and missing:
             raise ValueError(f"a method that is done lacks {', '.join(missing)}")

@@ -237,4 +237,4 @@ def _write(grid: Grid, config: CompareConfig) -> None:
 
 
 def _cell(text: str) -> str:
-    return escape_markdown(text).replace("|", "\\|")
+    return escape_markdown(text)

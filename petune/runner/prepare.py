@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from petune.injector.attachment import Attachment
 from petune.injector.load import start_from
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.backbone_dropout import choose_backbone_dropout
+from petune.runner.check_options import check_head, check_layer_decay
 from petune.runner.continued import check_same_model, describe_start, keeps_head, tensors_digest
 from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.provenance import PeakMemory, git_state
@@ -130,6 +132,7 @@ def prepare(
         side = input_side(config.backbone, config.image_size, config.backbone_options)
         train = complete_options(config.train, recipe, dataset, side)
         check_task_options(task, train, dataset.train, group.size)
+        check_head(config.head, train)
         options = {config.method: tuner.config}
         filled_in = train.model_dump(mode="json", include={"lr", "weight_decay", "optimizer", "augment"})
         start = read_start(config)
@@ -139,6 +142,9 @@ def prepare(
         group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
         initial = initial_values(config, task, start)
         channels = backbone_channels(config, dataset)
+        if train.layer_decay is not None:
+            build = partial(prepare_backbone, task=task, initial=initial, channels=channels)
+            check_layer_decay(config, tuner, train.layer_decay, build)
         backbone = group.main_first(lambda: prepare_backbone(config, task, initial, channels, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         context.note(_note_of_channels(channels, backbone))

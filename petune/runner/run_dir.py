@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +51,7 @@ def open_run_dir(
     Raises:
         UsageError: It exists (without `resume`), holds another configuration, or another process uses it.
     """
+    parents = [parent for parent in run_dir.parents if not parent.exists()]
     made_by_petune, lock_file = _create(run_dir, resume)
     with lock_file:
         _lock(run_dir, lock_file, created=not made_by_petune, resume=resume)
@@ -69,7 +70,15 @@ def open_run_dir(
         except BaseException:
             if is_new and {path.name for path in run_dir.iterdir()} <= WRITTEN_BEFORE_TRAINING:
                 shutil.rmtree(run_dir, ignore_errors=True)
+                _remove_empty(parents)
             raise
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Remove directories, each inside the next one, up to the first one that holds something."""
+    with suppress(OSError):
+        for directory in directories:
+            directory.rmdir()
 
 
 def check_run_dir(

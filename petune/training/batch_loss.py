@@ -10,10 +10,11 @@ from torch import Tensor
 
 from petune.base.errors import ConfigError, DataError, PluginError
 from petune.base.plugins import plugin_errors
-from petune.data.batches import Batch
+from petune.data.batches import Batch, batch_bounds
 from petune.data.dataset import Split
 from petune.data.preprocess import to_device
 from petune.training.config import TrainConfig
+from petune.training.mixup import check_even
 from petune.training.task import Task
 from petune.training.task_registry import TASKS
 
@@ -88,6 +89,8 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
                 "mixup and cutmix do not go with weights of the images. Set both to 0, or drop the weights",
                 cli_hint="Drop --mixup and --cutmix",
             )
+        largest = int(np.diff(batch_bounds(len(train), config.batch_size, even=True)).max())
+        check_even(largest)
     if config.sampling == "balanced" and task.target_kind != "class":
         raise ConfigError(
             f"sampling=balanced draws every class equally often, but the task {task.name} is for targets of kind "

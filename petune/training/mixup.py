@@ -49,11 +49,7 @@ class BatchMixer:
         self._mix: Mix | None = None
         if not config.mixes:
             return
-        if batch_size % 2:
-            raise ConfigError(
-                f"mixup and cutmix need an even batch size, but it is {batch_size}. Use another train.batch_size",
-                cli_hint="Set it with --batch-size",
-            )
+        check_even(batch_size)
         self.reads = whole_batch
         self.label_smoothing = 0.0
         self._mix = task.mix(config.mixup, config.cutmix, config.label_smoothing)
@@ -70,3 +66,16 @@ class BatchMixer:
             np.random.set_state(state)
         part = self.part(batch.num_images)
         return x_BCHW[part], target_BC[part]
+
+
+def check_even(batch_size: int) -> None:
+    """Check that the images of a batch can be mixed in pairs.
+
+    Raises:
+        ConfigError: The batch size is odd.
+    """
+    if batch_size % 2:
+        raise ConfigError(
+            f"mixup and cutmix need an even batch size, but it is {batch_size}. Use another train.batch_size",
+            cli_hint="Set it with --batch-size",
+        )

@@ -17,6 +17,9 @@ attaches the method and trains it; the task gives the loss of each image and the
         def new_meter(self):
             return petune.TorchMeter({"mae": torchmetrics.MeanAbsoluteError()})
 
+        def predict(self, outputs):
+            return [dict(zip(self.target.names, row)) for row in outputs.tolist()]      # for people, one per image
+
     # pyproject.toml of the plugin; the name on the left is the task's name everywhere:
     [project.entry-points."petune.tasks"]
     count = "petune_count:Count"
@@ -220,6 +223,11 @@ class Task(Generic[ConfigT]):
 
         Args:
             outputs: Of the head, float32 (B, `num_outputs()`).
+
+        Returns:
+            Text, a number, a list or a dict: what JSON has. petune shows probabilities by class, numbers by the name of
+            the target, and names of classes as such, and compares them with the targets in `petune eval`; everything
+            else is shown as it is.
         """
         raise NotImplementedError(f"{type(self).__name__} must define predict(self, outputs)")
 

@@ -13,7 +13,7 @@ from petune.base.errors import ConfigError, MissingExtra, PetuneError, Problem, 
 EXIT_CODES = {
     "PetuneError": 1, "ContractViolation": 1, "UsageError": 2, "ConfigError": 2, "UnknownName": 2, "MissingExtra": 3,
     "PluginError": 3,
-    "AttachError": 1, "SiteNotFound": 1, "DeadSite": 1, "AlreadyCompiled": 1, "NotMergeable": 1,
+    "AttachError": 1, "SiteNotFound": 1, "DeadSite": 1, "AlreadyCompiled": 1, "NotMergeable": 2,
     "WeightsUnavailable": 4, "HubError": 4, "ProcessLost": 1, "DataError": 4, "CheckpointError": 4,
     "BackboneMismatch": 4, "ExportError": 1,
     "Diverged": 1,

@@ -99,6 +99,18 @@ def test_unfinished_and_broken_directories_are_listed_and_names_are_escaped(
     assert "\u202e" not in page.text
 
 
+def test_a_run_whose_metrics_are_undefined_is_shown_with_the_others(petune: Run, runs: Path, tmp_path: Path) -> None:
+    run = next((runs / "two").glob("linear-*"))
+    shutil.copytree(run, runs / "undefined")
+    result = json.loads((run / "result.json").read_text())
+    (runs / "undefined" / "result.json").write_text(json.dumps(result | {"metrics": {}, "method": "vpt"}))
+    done = petune("report", "there", "--json")
+    assert done.code == 0, done.err
+    page = Tags((tmp_path / "report.html").read_text())
+    assert "no metric is defined on test" in page.text
+    assert f"{result['metrics']['top1']:.2f}" in page.text
+
+
 def test_only_an_older_report_is_replaced(petune: Run, runs: Path, tmp_path: Path) -> None:
     assert petune("report", "there").code == 0
     assert petune("report", "there").code == 0

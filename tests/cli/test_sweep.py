@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ import petune as library
 from petune.base.errors import ConfigError, Diverged, Stopped
 from petune.injector.registry import parse_method
 from petune.runner.sweep.sweep_config import SweepConfig
+from petune.runner.sweep.trials import Sweep, Trial
 
 Run = Callable[..., Any]
 Words = tuple[str, ...]
@@ -88,7 +90,7 @@ def test_an_interrupted_sweep_ends_with_the_same_table(
 ) -> None:
     words = ("sweep", "adaptformer", *SEARCH, *tiny, "--no-test")
     whole = json.loads(petune(*words, "--output", "whole", "--json").out)
-    original, begun = sys.modules["petune.runner.sweep.fit"].train, []  # type: ignore[attr-defined]
+    original, begun = importlib.import_module("petune.runner.sweep.fit").train, []
 
     def stopping(config: Any, *rest: Any) -> Any:
         begun.append(config.output.name)
@@ -96,7 +98,7 @@ def test_an_interrupted_sweep_ends_with_the_same_table(
             raise Stopped("stopped by SIGTERM; what was done is saved, resume it with --resume")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", stopping)
+    monkeypatch.setattr(importlib.import_module("petune.runner.sweep.fit"), "train", stopping)
     stopped = petune(*words, "--output", "cut off")
     assert stopped.code == 75
     assert "petune sweep --config 'cut off/config.yaml' --output 'cut off'" in stopped.err
@@ -152,7 +154,7 @@ def test_a_sampled_sweep_can_be_resumed_with_more_trials_and_a_wider_range(
 
 @pytest.mark.exhaustive
 def test_a_failed_trial_is_a_row_and_is_not_repeated(petune: Run, tiny: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, begun = sys.modules["petune.runner.sweep.fit"].train, []  # type: ignore[attr-defined]
+    original, begun = importlib.import_module("petune.runner.sweep.fit").train, []
 
     def failing(config: Any, *rest: Any) -> Any:
         begun.append(config.train.lr)
@@ -160,7 +162,7 @@ def test_a_failed_trial_is_a_row_and_is_not_repeated(petune: Run, tiny: Words, m
             raise Diverged("loss is nan")
         return original(config, *rest)
 
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", failing)
+    monkeypatch.setattr(importlib.import_module("petune.runner.sweep.fit"), "train", failing)
     words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny)
     done = petune(*words)
     assert done.code == 0, done.err
@@ -169,6 +171,7 @@ def test_a_failed_trial_is_a_row_and_is_not_repeated(petune: Run, tiny: Words, m
     assert begun == [0.5, 0.01]
     none = petune("sweep", "linear", "--search=train.lr=0.5", *tiny, "--output", "none")
     assert none.code == 1
+    assert "nothing was tested: all 1 failed: Diverged: loss is nan" in " ".join(none.err.split())
     page = petune("report", "runs", "none")
     assert page.code == 0
     html = Path("report.html").read_text()
@@ -182,7 +185,7 @@ def test_a_trial_that_failed_because_of_data_is_repeated_on_resume(
 ) -> None:
     from petune.base.errors import DataError
 
-    original = sys.modules["petune.runner.sweep.fit"].train  # type: ignore[attr-defined]
+    original = importlib.import_module("petune.runner.sweep.fit").train
 
     def failing(config: Any, *rest: Any) -> Any:
         if config.train.lr == 0.5:
@@ -191,7 +194,7 @@ def test_a_trial_that_failed_because_of_data_is_repeated_on_resume(
 
     words = ("sweep", "linear", "--search=train.lr=0.5,0.01", *tiny, "--output", "there", "--no-test")
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["petune.runner.sweep.fit"], "train", failing)
+        patched.setattr(importlib.import_module("petune.runner.sweep.fit"), "train", failing)
         assert petune(*words).code == 0
     assert [row["state"] for row in _table(tmp_path)["rows"]] == ["failed", "done"]
     assert petune(*words).code == 0
@@ -295,7 +298,7 @@ def test_a_sweep_of_an_older_version_is_read_and_not_repeated(
     golden: Path, petune: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = json.loads((golden / "sweep.json").read_text())
-    monkeypatch.setattr(sys.modules["petune.runner.sweep.fit"], "train", None)
+    monkeypatch.setattr(importlib.import_module("petune.runner.sweep.fit"), "train", None)
     monkeypatch.setattr(sys.modules["petune.runner.run"], "train", None)
     done = petune("sweep", "--config", golden / "config.yaml", "--json")
     assert done.code == 0, done.err
@@ -327,3 +330,14 @@ def test_an_interrupted_trial_of_an_older_version_is_finished(golden: Path, petu
     row = json.loads(done.out)["rows"][1]
     assert (row["state"], row["tuned"]) == ("done", numbers["tuned"])
     assert row["val_metrics"]["top1"] == pytest.approx(numbers["val_top1"], abs=1)
+
+
+def test_a_sweep_without_a_metric_says_why_it_has_no_best_trial() -> None:
+    metric = library.Metric(name="r2", label="R²")
+    rows = [Trial(trial=i, params={"train.lr": 0.1}, state="done", val_metrics={}) for i in range(2)]
+    config = SweepConfig.build({"search": {"train.lr": [0.1]}, "run": {"method": "linear"}})
+    undefined = Sweep(config=config, output="there", rows=tuple(rows), metric_info=(metric,))
+    assert undefined.best_trial() is None
+    assert "R² is undefined on val" in undefined.why_no_best()
+    failed = [row.model_copy(update={"state": "failed", "reason": f"no {row.trial}"}) for row in rows]
+    assert "all 2 failed" in undefined.model_copy(update={"rows": tuple(failed)}).why_no_best()

@@ -134,6 +134,9 @@ def test_any_dataset_may_be_trained_again_on_train_and_val(tmp_path: Path) -> No
     done = petune.run(dataset="digits", final_fit="train+val", output=tmp_path / "run", **{**TINY, "train": {
         "epochs": 1, "batch_size": 200, "precision": "fp32"}})  # fmt: skip
     assert done.provenance["final_fit"] == "train+val"
+    on_val, on_test = (petune.evaluate(tmp_path / "run", split=split, device="cpu") for split in ("val", "test"))
+    assert (on_val.trained_on, on_test.trained_on) == (True, False)
+    assert "trained on" in dict(on_val.facts())["images"]
     with pytest.raises(ConfigError, match="shots"):
         petune.run(dataset="digits", final_fit="train+val", shots=2, output=tmp_path / "few", **TINY)
 

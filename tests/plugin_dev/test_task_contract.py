@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import textwrap
 from typing import Any
 
 import pytest
+import torchmetrics
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,6 +88,21 @@ class First(Sound):
         return list(super().predict(outputs)[:1])
 
 
+class Silent(Sound):
+    def predict(self, outputs: Tensor) -> list[Any]:
+        return [None] * len(outputs)
+
+
+class Tensors(Sound):
+    def predict(self, outputs: Tensor) -> list[Any]:
+        return list(outputs)
+
+
+class Sharp(Sound):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        return super().loss(outputs, targets)
+
+
 class Forgotten(Sound):
     def calibrate(self, meter: Any) -> dict[str, Any]:
         return {} if meter is None else {"best": max(meter.compute().values())}
@@ -112,7 +131,8 @@ CASES = [
     (Tuples, "state"), (Mean, "loss per image"), (Constant, "gradients"), (Centered, "independent images"),
     (InPlace, "unchanged targets"), (Upwards, "learning"), (Nameless, "metric values"), (Forgetful, "metrics by batch"),
     (Downwards, "direction"), (First, "predictions"), (Forgotten, "calibration"), (Hidden, "restored"),
-    (Rough, "label smoothing"), (OnlyClasses, "mixing"),
+    (Silent, "predictions"), (Tensors, "predictions"), (Sharp, "loss per image"), (Rough, "label smoothing"),
+    (OnlyClasses, "mixing"),
 ]  # fmt: skip
 
 
@@ -120,7 +140,7 @@ def test_every_property_has_a_case() -> None:
     assert {name for _, name in CASES} == {prop.name for prop in PROPERTIES}
 
 
-@pytest.mark.parametrize(("task", "name"), CASES, ids=[name for _, name in CASES])
+@pytest.mark.parametrize(("task", "name"), CASES, ids=[task.__name__ for task, _ in CASES])
 def test_a_broken_task_is_caught(task: type[Sound], name: str) -> None:
     findings = list(examine_task(task(ClassificationConfig())))
     assert name in [finding.name for finding in findings if finding.problem]
@@ -139,3 +159,12 @@ def test_a_violation_names_the_property() -> None:
 def test_names_that_nobody_registered_are_refused() -> None:
     with pytest.raises(petune.UnknownName):
         petune.check_task("clasification")
+
+
+def test_the_plugin_in_the_manual_meets_the_contract() -> None:
+    manual = inspect.getdoc(sys.modules["petune.training.task"]) or ""
+    code = textwrap.dedent(manual[manual.index("    class CountConfig") : manual.index("    # pyproject.toml")])
+    names: dict[str, Any] = {"petune": petune, "torchmetrics": torchmetrics, "__name__": "petune_count"}
+    exec(code, names)
+    for options in ({}, {"power": 2}):
+        assert petune.check_task(names["Count"](**options)) == [prop.name for prop in PROPERTIES]

@@ -91,3 +91,10 @@ def test_bad_datasets_are_refused_before_the_first_one_trains(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="given twice"):
         petune.compare_datasets(methods=["linear"], datasets=["digits", "digits"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bar_in_the_name_of_a_dataset_stays_in_its_cell() -> None:
+    grid = Grid(methods=("vpt",), columns=(_column("table:a.csv,separator=|", vpt=50.0),), output="out")
+    heading = next(line for line in grid.page().splitlines() if "separator" in line and line.startswith("|"))
+    assert r"separator=\|" in heading
+    assert r"\\|" not in heading

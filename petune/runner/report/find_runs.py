@@ -160,7 +160,11 @@ def _read_run(path: Path, kind: Kind, config: dict[str, Any]) -> RunDirectory:
         detail = f"{progress}; {warning}" if warning else progress
         return RunDirectory(path, kind, "unfinished", detail, config, epochs=epochs)
     try:
-        return RunDirectory(path, kind, "done", warning, config, RunResult.read(path), epochs=epochs)
+        result = RunResult.read(path)
+        undefined = "" if result.metrics else "no metric is defined on test"
+        return RunDirectory(
+            path, kind, "done", "; ".join(filter(None, (undefined, warning))), config, result, epochs=epochs
+        )
     except CheckpointError as error:
         return RunDirectory(path, kind, "broken", str(error), config, epochs=epochs)
 

@@ -50,7 +50,7 @@ def write_page(paths: Sequence[Path], output: Path) -> Page:
         title=", ".join(path.name or str(path) for path in paths),
         counts={state: states.count(state) for state in ("done", "unfinished", "broken")},
         sections=sections_of(directories),
-        incomplete=[directory for directory in directories if directory.state != "done"],
+        incomplete=[directory for directory in directories if directory.state != "done" or directory.detail],
     )
     replace_file(output, content)
     return Page(str(output), len(content), *(states.count(state) for state in ("done", "unfinished", "broken")))

@@ -131,6 +131,8 @@ class _Search:
         best = self.table.best
         has_test = best is not None and (self.config.test or RunResult.exists(self._trial_dir(best)))
         self._save(finished=True, result=self._test(best) if best is not None and has_test else None)
+        if best is None:
+            self.watch(Note(self.table.why_no_best()))
         return self.table
 
     def _next_batch(self) -> list[Trial]:

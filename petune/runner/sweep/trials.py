@@ -82,6 +82,17 @@ class Sweep(Config):
         done = {trial: score for trial, score in scores.items() if score is not None}
         return max(done, key=lambda trial: (done[trial], -trial)) if done else None
 
+    def why_no_best(self) -> str:
+        """Return why no trial is the best, in a sentence for a sweep whose `best` is None."""
+        if not any(row.state == "done" for row in self.rows):
+            reasons = list(dict.fromkeys(row.reason for row in self.rows if row.reason))
+            reason = f": {reasons[0]}" if len(reasons) == 1 else ", each for its own reason" if reasons else ""
+            return f"no trial is the best, and nothing was tested: all {len(self.rows)} failed{reason}"
+        return (
+            f"no trial is the best, and nothing was tested: {self.metric_info[0].label} is undefined on val in every "
+            "trial. Let another metric or the loss choose (train.choose), or use a larger val split"
+        )
+
 
 def read_sweep(sweep_dir: Path) -> Sweep | None:
     """Read `sweep.json`; None if there is none.

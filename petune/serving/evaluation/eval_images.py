@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class EvalImages:
         dataset, split, source: Where they come from; see `Evaluation`.
         names: The file or key of each image, or its position in the split.
         load: Loads images by position.
+        trained_on: The model was trained on them: val of a run that ended with a training on train and val.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class EvalImages:
     source: str
     names: Sequence[str]
     load: Load
+    trained_on: bool = False
 
     def batches(self, batch_size: int) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
         """Yield names, images and targets of all images, in order."""
@@ -88,7 +90,9 @@ def select_images(predictor: Predictor, request: EvalRequest) -> EvalImages:
     if is_own:
         check_training_images(dataset, trained_digests, request.data_dir)
     data = prepare_data(_run_config(predictor.metadata, dataset, is_own, request))
-    return _split_images(dataset, data, predictor, request.split)
+    images = _split_images(dataset, data, predictor, request.split)
+    has_val = "final_fit" in predictor.metadata.get("training", {})
+    return replace(images, trained_on=is_own and has_val and request.split == "val")
 
 
 def _check_exists(path: Path, trained_on: str) -> None:

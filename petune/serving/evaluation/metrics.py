@@ -71,6 +71,7 @@ class Evaluation(Config):
         metric_info: How to show them, the main one first.
         dataset, split, source: What was evaluated on, and where it was read from.
         num_images: Number of images.
+        trained_on: The model was trained on them, so the metrics are no measure of other images.
         top1, top5: Accuracy in percent; with fewer than five classes, top5 is 100.
         balanced_accuracy, macro_f1: Means of recall and F1 over the classes with images, in percent.
         loss: Mean of the task's loss.
@@ -90,6 +91,7 @@ class Evaluation(Config):
     num_images: int
     loss: float
     precision: str
+    trained_on: bool = False
     task: str = "classification"
     metrics: dict[str, float] = {}
     metric_info: tuple[Metric, ...] = ()
@@ -105,6 +107,7 @@ class Evaluation(Config):
     def facts(self) -> list[tuple[str, str]]:
         """Return the main results as names and values."""
         images = f"{self.num_images:,} of {self.dataset}, {self.split}"
+        images += ", which the model was trained on" if self.trained_on else ""
         return [("method", self.method), ("images", images), *self._values(), ("loss", f"{self.loss:.4f}")]
 
     def class_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

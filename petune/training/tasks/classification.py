@@ -5,10 +5,10 @@ Legend: B batch, C classes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,6 +51,12 @@ class ClassificationConfig(TaskConfig):
 
     class_weights: Literal["none", "inverse", "effective"] | WeightTable = "none"
     beta: float = Field(0.999, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _beta_of_effective(self) -> Self:
+        if self.class_weights != "effective" and self.beta != type(self).model_fields["beta"].default:
+            raise ValueError(f"beta goes with class_weights=effective, not with {self.class_weights}")
+        return self
 
 
 class Classification(Task[ClassificationConfig]):
