@@ -24,6 +24,8 @@ GROUPS = {
     "The backbone's own parameters": ("linear", "bitfit", "norm", "partial", "full"),
     "Plugins in this repository": ("ssf", "convpass", "l2sp"),
 }
+WITHOUT_BLOCKS = {"linear", "full", "l2sp"}
+"""Methods that refuse the option `blocks`: they edit no block, or train the whole model."""
 NAMES = [name for names in GROUPS.values() for name in names]
 
 CONTRACT = "tests/tuners/test_contract.py"
@@ -58,7 +60,7 @@ def method_page(name: str) -> str:
         f"{recipe.weight_decay:g}.{identity}",
         *(f"Recipe `{key}`: {describe_recipe(recipe)}." for key, recipe in tuner.recipes.items()),
         "## Options",
-        _options(tuner.Config),
+        _options(tuner.Config, hidden={"blocks"} if name in WITHOUT_BLOCKS else set()),
         "## Tests",
         _tests(name),
     ]
@@ -137,13 +139,14 @@ def _vit_base() -> tuple[Any, petune.Sites]:
         return model, petune.find_sites(model)
 
 
-def _options(config: type[Any]) -> str:
+def _options(config: type[Any], hidden: set[str]) -> str:
     docstrings = [inspect.cleandoc(cls.__doc__ or "") for cls in reversed(config.__mro__)]
     option = re.compile(r"^    (\w+): (.*(?:\n {6,}.*)*)", flags=re.MULTILINE)
     texts = {name: text for docstring in docstrings for name, text in option.findall(docstring)}
     rows = [
         f"| `{name}` | {_default(field.default)} | {_cell(' '.join(texts.get(name, '').split()))} |"
-        for name, field in config.model_fields.items()
+        for name, field in sorted(config.model_fields.items(), key=lambda item: item[0] == "blocks")
+        if name not in hidden
     ]
     table = ["| option | default | |", "| --- | --- | --- |", *rows] if rows else []
     return "\n".join([docstrings[-1].partition("\n\n")[0], "", *table]).strip()

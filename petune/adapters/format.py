@@ -15,6 +15,7 @@ from torch import Tensor
 from petune.adapters.migrations import migrate
 from petune.adapters.peft_format import as_peft, from_peft, petune_part
 from petune.adapters.unwrapped import unwrap
+from petune.base.block_choice import ALL
 from petune.base.errors import CheckpointError, UsageError
 from petune.base.files import MANIFEST, verify_directory, write_directory
 from petune.sites.input_spec import have_same_form
@@ -112,6 +113,7 @@ def read_adapter(path: Path) -> SavedAdapter:
     missing = sorted(REQUIRED - set(config))
     if missing:
         raise CheckpointError(f"{path / CONFIG_FILE} is incomplete: {', '.join(missing)} is missing")
+    config["config"].setdefault("blocks", ALL)  # older versions had no such option
     return SavedAdapter(path, *unwrap(config, tensors))
 
 
@@ -125,19 +127,23 @@ def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 
 
 def chosen_sites(sites: Sites) -> dict[str, Any]:
-    """Return which sites the user has chosen, for the configuration: indices of blocks, and the paths of the heads.
+    """Return which sites the user has chosen, for the configuration: indices of blocks, paths of heads and of a tower.
 
-    None means what `find_sites` finds.
+    None means what `find_sites` finds. Blocks that the method's option `blocks` chose are not counted: the options say
+    which ones.
     """
+    sites = sites.given
     is_reduced = len(sites.blocks) < len(sites.all_blocks)
     head = (
         sites.chosen_head if sites.chosen_head is None or isinstance(sites.chosen_head, str) else [*sites.chosen_head]
     )
-    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": head}
+    within = {"within": sites.within} if sites.within else {}
+    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": head, **within}
 
 
 def geometry(sites: Sites) -> dict[str, Any]:
     """Return the shape of a backbone, for the configuration; the first thing that is compared when loading."""
+    sites = sites.given
     return {
         "model": sites.model,
         "depth": len(sites.blocks),

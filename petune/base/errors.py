@@ -136,7 +136,15 @@ class AttachError(PetuneError):
 
 
 class SiteNotFound(AttachError):
-    """The model has no such part."""
+    """The model has no such part.
+
+    Attributes:
+        role: The site that a block lacks, such as `mlp`; empty if something else is missing.
+    """
+
+    def __init__(self, message: str = "", *, role: str = "", cli_hint: str = "") -> None:
+        super().__init__(message, cli_hint=cli_hint)
+        self.role = role
 
 
 class DeadSite(AttachError):

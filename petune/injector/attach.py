@@ -17,6 +17,7 @@ from petune.base.errors import AlreadyCompiled, AttachError, DeadSite, UsageErro
 from petune.base.plugins import plugin_errors
 from petune.base.text import plural
 from petune.injector.attachment import Attachment
+from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
@@ -67,13 +68,13 @@ def attach(
 
     Raises:
         AlreadyCompiled: The model is compiled already.
-        SiteNotFound: The model has no site that the tuner needs.
+        SiteNotFound: The model, or a block, has no site that the tuner needs.
         DeadSite: The forward never uses an adapter.
         AttachError: Something else is in the way. After any of these, the model is as it was.
         UsageError: Both `example` and `sites` or `input_size` are given.
         UnknownName: There is no such method.
         PluginError: The method's package is broken.
-        ConfigError: An option is unknown or has a wrong value.
+        ConfigError: An option is unknown or has a wrong value, or the model has no such `blocks`.
     """
     if sites is not None and example is not None:
         raise UsageError("petune.attach: give sites or example, not both")
@@ -84,16 +85,18 @@ def attach(
     name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
     label = label_of(name)
     new = new_weights(model) if trainable_state_of(model) is None and train_head else []
-    sites = _sites_for(model, sites, lambda: find_sites(model, input_size, example=example), train_head)
-    state = open_trainable_state(model, sites)
+    given = _sites_for(model, sites, lambda: find_sites(model, input_size, example=example), train_head)
+    sites = given.choose(tuner.config.blocks)
+    state = open_trainable_state(model, given)
     state.add(label)
     log = EditLog(label, undo_steps=[lambda: state.remove(label)])
     edit = Edit(model, sites, log)
     try:
-        with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"):
+        with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
             tuner.attach(edit)
         attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
         _check_trains(attachment)
+        check_follows_blocks(attachment)
         _check_kinds_of_tensors(attachment)
         _warn_of_new_weights(attachment, new)
         _check_used(model, sites, tuner, log)

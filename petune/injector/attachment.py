@@ -83,7 +83,7 @@ class Attachment:
     def __str__(self) -> str:
         state = "detached" if not self.attached else "enabled" if self.enabled else "disabled"
         title = f"{self.name}: {self._method} on {self.sites.model}, {state}\n{self.counts}"
-        return "\n".join([title, *self.sites.describe_heads()])
+        return "\n".join([title, *self.sites.describe_choice(), *self.sites.describe_heads()])
 
     def __repr__(self) -> str:
         return f"<Attachment {self.name!r}: {self._method} on {self.sites.model}>"

@@ -71,11 +71,12 @@ class LayerFinder:
         classifier = self.sites.parts.get("head")
         head = {id(m) for h in classifier.modules for m in h.modules()} if classifier else set()
 
-        left_out = self.sites.left_out_modules()
+        left_out = self.sites.left_out_modules() | self._before_chosen()
+        within = {id(m) for m in self.model.get_submodule(self.sites.within).modules()}
 
         def is_own(module: nn.Module) -> bool:
             added = any(id(p) in self.others for p in module.parameters(recurse=False))
-            return id(module) not in head and module not in left_out and not added
+            return id(module) in within and id(module) not in head and module not in left_out and not added
 
         return [m for m in self.model.modules() if is_own(m)]
 
@@ -94,6 +95,18 @@ class LayerFinder:
     def forget(self) -> None:
         """Drop the recorded forward, which holds every activation of one image."""
         self._recorded = None
+
+    def _before_chosen(self) -> set[nn.Module]:
+        """Return the modules that run before the blocks that the option `blocks` chose, if it leaves out the first.
+
+        If they trained, gradients would go through the blocks below that were left out.
+        """
+        given = self.sites.given.blocks
+        if self.sites.chosen_from is None or self.sites.blocks[0].index == given[0].index:
+            return set()
+        calls = record_calls(self.model, self.sites.input_spec, self.model.modules())
+        start = calls[self.sites.blocks[0].enter].start
+        return {module for module, call in calls.items() if call.stop < start}
 
     def _matrices(self) -> list[nn.Module]:
         return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m)]

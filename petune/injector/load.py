@@ -245,7 +245,13 @@ def _sites_for(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Si
     # sites that the caller has chosen stay, unless the file says which ones
     if known is None or (sites is not None and chosen.get("blocks") is None):
         return known
-    return known.with_blocks(chosen.get("blocks"))
+    return _as_chosen(known, chosen)
+
+
+def _as_chosen(sites: Sites, chosen: Mapping[str, Any]) -> Sites:
+    """Return the sites with the blocks and the tower that a file names."""
+    within = chosen.get("within", "")
+    return (sites.only(within) if within else sites).with_blocks(chosen.get("blocks"))
 
 
 def sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> Sites | None:
@@ -255,7 +261,7 @@ def sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Ma
     # attaching without the file's inputs says what is wrong
     with contextlib.suppress(PetuneError, KeyError, TypeError, ValueError):
         found = sites_for(model, InputSpec.from_json(saved["input"]), chosen.get("head"))
-        sites = found.with_blocks(chosen.get("blocks"))
+        sites = _as_chosen(found, chosen)
         return sites if not geometry_differences(saved, geometry(sites)) else None
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -39,6 +40,7 @@ class PromptPlacer:
                 f"num_prompts of the prompt adapter {type(adapter).__name__} is {count!r}. Use a whole number of 1 or "
                 "more"
             )
+        self._refuse_gaps(run)
         for block in run:
             refuse_obstacles(block, self.sites)
         self._refuse_prompts_of_others(run[0])
@@ -61,6 +63,13 @@ class PromptPlacer:
     def forget(self) -> None:
         """Drop the recorded forward, which holds every activation of one image."""
         self.check = PromptCheck(self.model, self.sites)
+
+    def _refuse_gaps(self, run: tuple[Block, ...]) -> None:
+        """Refuse blocks with others between them, which the prompts would pass through unprepared."""
+        for before, block in pairwise(run):
+            if block.index != before.index + 1:
+                reason = f"is no neighbor of block {before.index}, and the prompts would pass through what is between"
+                raise prompts_refused(block, self.sites, reason, USE_DEEP)
 
     def _into_blocks(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
         """Let prompts enter at the first block and leave after the last one."""

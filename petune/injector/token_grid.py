@@ -111,7 +111,7 @@ def patch_convolution(model: nn.Module, sites: Sites) -> nn.Module | None:
         AttachError: The model puts all images of a batch into one row of tokens.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    first = sites.blocks[0].enter
+    first = sites.all_blocks[0].enter
     calls = record_calls(model, sites.input_spec, [*convolutions, first], num_images=2)
     x = calls[first].input
     if x is not None and x.ndim == 3 and len(x) == 1:

@@ -21,6 +21,9 @@ and petune does the rest: it registers, freezes, checks, saves and undoes. A who
     [project.entry-points."petune.tuners"]
     ssf = "petune_ssf:SSF"
 
+Every tuner has the option `blocks` (`ssf:blocks=last:3`). `edit.sites.blocks` and `edit.backbone()` hold the blocks
+that the user has chosen and no others, so a tuner that edits what they return needs no line for it.
+
 `petune.check_tuner("ssf")` then checks the contract on a small model; `petune plugin check ssf` tries one per library.
 
 An adapter is a plain nn.Module. It receives (..., D) tensors, channels last whatever the model's layout, and must treat
@@ -40,6 +43,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic_core import to_jsonable_python
 
+from petune.base.block_choice import ALL, BlockChoice
 from petune.base.config import Config
 from petune.base.plugins import set_config_class
 
@@ -51,7 +55,26 @@ if TYPE_CHECKING:
 
 
 class TunerConfig(Config):
-    """Options of a tuner: pydantic fields with a type and a default. Unknown keys and wrong types are refused."""
+    """Options of a tuner: pydantic fields with a type and a default. Unknown keys and wrong types are refused.
+
+    Attributes:
+        blocks: The blocks that the method edits: `all`, `last:K`, `first:K`, `every:K` (the first block and every K-th
+            after it), or a list of numbers, from 0, or negative from the end. The others stay frozen, and no gradient
+            is computed below the lowest one.
+    """
+
+    blocks: BlockChoice = ALL
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the option `blocks` as it is.
+
+        Raises:
+            TypeError: The class has an option of that name.
+        """
+        super().__pydantic_init_subclass__(**kwargs)
+        if "blocks" in cls.__annotations__:
+            raise TypeError(f"{cls.__name__}.blocks: every tuner has this option, from petune. Use another name")
 
     def plain(self) -> dict[str, Any]:
         """Return all options as JSON data; sets are sorted, so that the result is the same in every process."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
 
+from petune.base.block_choice import chosen_indices
 from petune.base.errors import AttachError, SiteNotFound
 from petune.base.text import plural
 from petune.sites.input_spec import InputSpec
@@ -137,7 +138,8 @@ class Block(Site):
             return self.parts[role]
         raise SiteNotFound(
             f"block {self.index} ({self.path}) of {self.model} has no site {role!r}; it has: "
-            f"{', '.join(('block', *self.parts))}. Use a method that edits one of those, or linear, or full"
+            f"{', '.join(('block', *self.parts))}. Use a method that edits one of those, or linear, or full",
+            role=role,
         )
 
 
@@ -160,7 +162,10 @@ class Sites:
         beside_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they count as
             backbone.
         chosen_head: What `find_sites` was given as `head`; None if it found the heads itself.
-        all_blocks: The model's blocks, also those that were left out by `dataclasses.replace(sites, blocks=…)`.
+        all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
+            blocks=…)`.
+        within: The path that `only` was given; empty for the whole model.
+        chosen_from: The sites of which a method's option `blocks` has chosen some; None if it is `all`.
     """
 
     model: str
@@ -173,6 +178,8 @@ class Sites:
     beside_head: tuple[str, ...] = ()
     chosen_head: str | Sequence[str] | None = None
     all_blocks: tuple[Block, ...] = ()
+    within: str = ""
+    chosen_from: Sites | None = None
 
     def __post_init__(self) -> None:
         if not self.all_blocks:
@@ -181,7 +188,50 @@ class Sites:
     def with_blocks(self, indices: Sequence[int] | None) -> Sites:
         """Return these sites with the blocks of these indices only; None means all."""
         chosen = tuple(b for b in self.all_blocks if indices is None or b.index in indices)
-        return replace(self, blocks=chosen)
+        return replace(self, blocks=chosen, chosen_from=None)
+
+    def only(self, where: str | Callable[[Block], bool]) -> Sites:
+        """Return these sites with the blocks of a tower or an encoder only.
+
+        Methods then leave the rest of the model alone, except for the head. `attach` saves the choice with the adapter.
+
+        Args:
+            where: Path of a module, such as `vision_model`, to stay inside it, with the patch embedding and the final
+                norm that it holds; or a function that returns True for the blocks to keep.
+
+        Raises:
+            SiteNotFound: No block is there.
+        """
+        if not isinstance(where, str):
+            kept = tuple(block for block in self.blocks if where(block))
+            if not kept:
+                raise SiteNotFound(f"the function returned True for none of the {plural(len(self.blocks), 'block')}")
+            return replace(self, blocks=kept, chosen_from=None)
+        kept = tuple(block for block in self.blocks if is_within(block.path, where))
+        if not kept:
+            parents = dict.fromkeys(block.path.rpartition(".")[0] for block in self.blocks)
+            raise SiteNotFound(
+                f"{self.model} has no block inside {where!r}. Its blocks are in: {', '.join(parents) or 'none'}"
+            )
+        parts = {role: s for role, s in self.parts.items() if role == "head" or is_within(s.path, where)}
+        return replace(self, blocks=kept, parts=parts, within=where, chosen_from=None)
+
+    def choose(self, blocks: str | Sequence[int]) -> Sites:
+        """Return these sites with the blocks that a method's option `blocks` chooses; `all` keeps them all.
+
+        Raises:
+            ConfigError: The model has no such blocks.
+        """
+        given = self if self.chosen_from is None else replace(self, chosen_from=None)
+        indices = chosen_indices(blocks, [block.index for block in self.blocks], self.model)
+        if len(indices) == len(self.blocks):
+            return given
+        return replace(given.with_blocks(indices), chosen_from=given)
+
+    @property
+    def given(self) -> Sites:
+        """These sites as they were before a method's option `blocks` chose some."""
+        return self if self.chosen_from is None else self.chosen_from
 
     def left_out_modules(self) -> set[nn.Module]:
         """Return the modules of the blocks that were left out."""
@@ -270,6 +320,13 @@ class Sites:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([title, *lines, *self.describe_heads()[1:]])
 
+    def describe_choice(self) -> list[str]:
+        """Return a line that says which blocks were chosen; empty for all."""
+        if len(self.blocks) == len(self.all_blocks):
+            return []
+        indices = ", ".join(str(block.index) for block in self.blocks)
+        return [f"blocks: {indices} of {len(self.all_blocks)}"]
+
     def describe_heads(self) -> list[str]:
         """Return lines that name the heads, and the layers before them; empty for a single classifier."""
         head = self.parts.get("head")
@@ -286,6 +343,11 @@ class Sites:
             rows.append((f"block {block.index}", block))
             rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
         return [*rows, ("norm", self.parts.get("norm")), ("head", self.parts.get("head"))]
+
+
+def is_within(path: str, parent: str) -> bool:
+    """Return True if a module is the one at the path `parent`, or inside it."""
+    return not parent or path == parent or path.startswith(f"{parent}.")
 
 
 def _modules_of(blocks: Iterable[Block]) -> set[nn.Module]:

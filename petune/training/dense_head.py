@@ -5,24 +5,18 @@ Legend: B batch, D width, H and W rows and columns of tokens, S side of the imag
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petune.base.arguments import check_arguments
 from petune.base.errors import AttachError, ConfigError, UsageError
-from petune.base.text import plural
 from petune.injector.trainable import trainable_state_of
 from petune.sites.find import find_sites
-from petune.sites.site import Block, Sites
 from petune.training.token_maps import TokenMaps, token_sources
 
 NAME = "dense_head"
 """The name of the head in the model; keys of its tensors start with it."""
-LAST = re.compile(r"last:([1-9]\d*)")
 
 
 class DenseHead(nn.Module):
@@ -57,8 +51,9 @@ def add_dense_head(
         model: A Vision Transformer with a grid of patches, columnar or in stages, with nothing attached. Changed in
             place: its classifier becomes the identity.
         num_outputs: Outputs for each pixel.
-        blocks: Whose tokens are read: `last:K`, or a list of numbers from 0. Maps of several blocks are resized to
-            the finest and concatenated. Of the last block the tokens are read after the final norm, if it has any.
+        blocks: Whose tokens are read: `last:K`, `first:K`, `every:K`, `all`, or a list of numbers. Maps of several
+            blocks are resized to the finest and concatenated. Of the last block the tokens are read after the final
+            norm, if it has any.
         seed: Seed of the head's weights, trunc_normal(std=0.01); the bias is zero.
 
     Returns:
@@ -79,7 +74,7 @@ def add_dense_head(
     if sites.image_grid is None or not sites.blocks or not sites.input_spec.is_image:
         raise ConfigError(f"segmentation needs a grid of patches, and {sites.model} has none. Use another backbone")
     _, height, width = sites.input_size
-    sources = token_sources(model, sites, choose_blocks(sites, blocks))
+    sources = token_sources(model, sites, [*sites.choose(blocks).blocks])
     parameter = next(model.parameters())
     head = DenseHead(sum(source.dim for source in sources), num_outputs, (height, width))
     nn.init.trunc_normal_(head.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -91,25 +86,3 @@ def add_dense_head(
     model.add_module(NAME, head.to(parameter.device, parameter.dtype).train(model.training))
     TokenMaps(model, sources, NAME).hook()
     return model
-
-
-def choose_blocks(sites: Sites, blocks: str | Sequence[int]) -> list[Block]:
-    """Return the blocks that `last:K`, or a list of numbers, names.
-
-    Raises:
-        ConfigError: The model has no such block.
-    """
-    depth = len(sites.blocks)
-    if isinstance(blocks, str):
-        match = LAST.fullmatch(blocks)
-        if match is None:
-            raise ConfigError(f"blocks is {blocks!r}. Use last:K, such as last:4, or a list of numbers")
-        indices = list(range(depth - int(match[1]), depth))
-    else:
-        indices = sorted(set(blocks))
-    if not indices or indices[0] < 0 or indices[-1] >= depth:
-        raise ConfigError(
-            f"blocks={blocks}: {sites.model} has {plural(depth, 'block')}. Use last:1 to last:{depth}, or numbers from "
-            f"0 to {depth - 1}"
-        )
-    return [sites.blocks[i] for i in indices]

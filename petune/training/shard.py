@@ -29,7 +29,7 @@ def shard_frozen_blocks(attachment: Attachment, group: Group, device: torch.devi
     mesh = init_device_mesh(device.type, (group.size,))
     # what the method added stays whole even where it is frozen: saving finds it by identity
     whole = {*attachment.parameters(), *attachment.edit_log.new_parameters()}
-    blocks = list(dict.fromkeys(block.module for block in attachment.sites.blocks if block.is_module))
+    blocks = list(dict.fromkeys(block.module for block in attachment.sites.all_blocks if block.is_module))
     if all(p in whole for block in blocks for p in block.parameters()):
         raise ConfigError(
             f"train.shard has nothing to do: no block of {attachment.sites.model} has frozen weights with "

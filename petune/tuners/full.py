@@ -12,7 +12,8 @@ class FullConfig(petune.TunerConfig):
 class Full(petune.Tuner[FullConfig]):
     """Train every parameter of the model.
 
-    Trains: all parameters, also if blocks were chosen; every module is in train mode.
+    Trains: all parameters, also those outside the sites that were chosen; every module is in train mode. The option
+    `blocks` is refused: `partial:blocks=last:3` trains these blocks as a whole.
     Parameters: all. The other methods are measured against it.
 
     Recipe: within the published 1e-5 to 1e-3 (AdamW). The default suits ViT-B; small backbones need more. With vit_nano

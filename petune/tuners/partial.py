@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 
 import petune
 
@@ -11,10 +13,22 @@ class PartialConfig(petune.TunerConfig):
     """Options of partial fine-tuning.
 
     Attributes:
-        num_blocks: k, counted from the output. The default 1 is that of VPT's comparison.
+        num_blocks: k, counted from the output. The default 1 is that of VPT's comparison. Not together with `blocks`,
+            which names the blocks that train.
     """
 
-    num_blocks: int = Field(1, ge=1)
+    num_blocks: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_choice(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("blocks", "all") == "all":
+            return {**values, "num_blocks": values.get("num_blocks", 1)}
+        if values.get("num_blocks") is not None:
+            raise ValueError("num_blocks and blocks both choose the blocks that train. Give one of them")
+        return values
 
 
 class Partial(petune.Tuner[PartialConfig]):
@@ -23,7 +37,7 @@ class Partial(petune.Tuner[PartialConfig]):
     Partial fine-tuning (Yosinski et al., NeurIPS 2014, arXiv 1411.1792; for ViTs: MAE, arXiv 2111.06377, figure 9).
 
     Trains: the last k blocks and the final norm; they are in train mode. Every block trains if there are fewer than k.
-    The blocks before are frozen, so the backward pass ends at block L - k.
+    The blocks before are frozen, so the backward pass ends at block L - k. `blocks=first:2` trains those instead.
     Parameters: 12·D² + 13·D per block with an MLP of 4·D, and 2·D for the norm. ViT-B/16, k = 1: 7,089,408.
     """
 
@@ -31,7 +45,8 @@ class Partial(petune.Tuner[PartialConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze whole blocks, by position: a part of a name would take block 10 for block 1."""
-        for block in edit.sites.require_blocks()[-self.config.num_blocks :]:
+        blocks = edit.sites.require_blocks()
+        for block in blocks[-self.config.num_blocks :] if self.config.num_blocks else blocks:
             edit.train(block)
         if "norm" in edit.sites.parts:
             edit.train(edit.sites.norm)

@@ -106,7 +106,7 @@ def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
     If a block trains, they are the first such block, and the frozen ones before it whose input an adapter reads (LST).
     Else they are the modules that own trainable parameters and whose input no gradient reaches.
     """
-    blocks = [block.enter for block in attachment.sites.blocks]
+    blocks = [block.enter for block in attachment.sites.all_blocks]
     trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     if True in trains:
         start = trains.index(True)

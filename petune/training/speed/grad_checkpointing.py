@@ -48,7 +48,7 @@ def checkpointable(attachment: Attachment) -> list[nn.Module]:
 
     Such an adapter would read twice.
     """
-    blocks = [block.enter for block in attachment.sites.blocks if block.is_module]
+    blocks = [block.enter for block in attachment.sites.all_blocks if block.is_module]
     number_of = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
     excluded: set[int | None] = set()
     for placed in attachment.edit_log.placed:

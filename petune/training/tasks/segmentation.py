@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from petune.base.block_choice import BlockChoice
 from petune.base.errors import ConfigError, DataError
 from petune.base.metric import Metric
 from petune.data.dataset import Split
 from petune.data.target import Target
-from petune.training.dense_head import LAST, add_dense_head
+from petune.training.dense_head import add_dense_head
 from petune.training.task import Task, TaskConfig
 
 if TYPE_CHECKING:
@@ -35,20 +35,11 @@ class SegmentationConfig(TaskConfig):
     Attributes:
         loss: `ce`, cross-entropy; `dice`, one minus the Dice coefficient of the classes in the image (Milletari et
             al., 2016, arXiv 1606.04797); or `ce_dice`, their sum.
-        blocks: Blocks whose tokens the head reads: `last:K`, or a list of numbers from 0.
+        blocks: Blocks whose tokens the head reads: `last:K`, `first:K`, `every:K`, `all`, or a list of numbers.
     """
 
     loss: Literal["ce", "dice", "ce_dice"] = "ce"
-    blocks: str | list[int] = "last:1"
-
-    @field_validator("blocks")
-    @classmethod
-    def _known_form(cls, blocks: str | list[int]) -> str | list[int]:
-        if isinstance(blocks, str) and LAST.fullmatch(blocks) is None:
-            raise ValueError("use last:K, such as last:4, or a list of numbers, such as [2, 5]")
-        if not isinstance(blocks, str) and (not blocks or min(blocks) < 0):
-            raise ValueError("the numbers of blocks are from 0, and at least one")
-        return blocks
+    blocks: BlockChoice = "last:1"
 
 
 class Segmentation(Task[SegmentationConfig]):

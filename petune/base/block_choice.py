@@ -1,0 +1,81 @@
+"""A choice of transformer blocks: `all`, `last:K`, `first:K`, `every:K`, or a list of numbers.
+
+The same words choose the blocks that a method edits and those whose tokens a head reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from petune.base.errors import ConfigError
+from petune.base.text import plural
+
+ALL = "all"
+FORM = re.compile(r"(last|first|every):([1-9]\d*)")
+ADVICE = "use all, last:K, first:K, every:K, or a list of numbers from 0, such as [0, 5]"
+
+
+def check_form(blocks: Any) -> Any:
+    """Return a choice that has one of the forms; whether a model has such blocks is not known yet.
+
+    Raises:
+        ValueError: It has none of them.
+    """
+    if isinstance(blocks, str):
+        valid = blocks == ALL or FORM.fullmatch(blocks) is not None
+    else:
+        numbers = list(blocks) if isinstance(blocks, list | tuple) else []
+        valid = bool(numbers) and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if not valid:
+        raise ValueError(ADVICE)
+    return blocks if isinstance(blocks, str) else list(blocks)
+
+
+BlockChoice = Annotated[str | list[int], BeforeValidator(check_form)]
+"""The type of a choice of blocks in a configuration."""
+
+
+def chosen_indices(blocks: str | Sequence[int], indices: Sequence[int], model: str) -> list[int]:
+    """Return the blocks that a choice names, in the order of the model, each once.
+
+    Args:
+        blocks: `all`; `last:K` or `first:K`; `every:K`, the first block and every K-th after it; or numbers of blocks,
+            negative from the end.
+        indices: The numbers of the blocks that there are, ascending.
+        model: The model's class name, for messages.
+
+    Raises:
+        ConfigError: The choice has none of these forms, or there are no such blocks.
+    """
+    try:
+        blocks = check_form(blocks)
+    except ValueError as error:
+        raise ConfigError(f"blocks is {blocks!r}; {error}") from None
+    depth = len(indices)
+    if blocks == ALL:
+        return list(indices)
+    if isinstance(blocks, str):
+        kind, _, number = blocks.partition(":")
+        count = int(number)
+        if count > depth:
+            raise _no_such_block(blocks, indices, model)
+        return list({"last": indices[depth - count :], "first": indices[:count], "every": indices[::count]}[kind])
+    if any(n not in indices if n >= 0 else n < -depth for n in blocks):
+        raise _no_such_block(blocks, indices, model)
+    return sorted({n if n >= 0 else indices[n] for n in blocks})
+
+
+def _no_such_block(blocks: str | Sequence[int], indices: Sequence[int], model: str) -> ConfigError:
+    depth = len(indices)
+    if not depth:
+        return ConfigError(f"blocks is {blocks}, but {model} has no attention block that petune can find. Leave it out")
+    is_range = list(indices) == list(range(indices[0], indices[0] + depth))
+    numbers = f"{indices[0]} to {indices[-1]}" if is_range else ", ".join(map(str, indices))
+    return ConfigError(
+        f"blocks is {blocks}, but {model} has {plural(depth, 'block')}. Use last:1 to last:{depth}, first:K or every:K "
+        f"with such a K, or numbers: {numbers}, or from the end -1 to -{depth}"
+    )
