@@ -58,7 +58,6 @@ class Case:
         metrics: Names of the metrics in the table, from the test split.
         constant: The dataset whose constant prediction is shown, or the metrics of one.
         seeds: None for cross-validation.
-        scratch: More flags for the backbones with random weights.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Case:
     metrics: tuple[str, ...]
     constant: str | Constant
     seeds: tuple[int, ...] | None = TWO_SEEDS
-    scratch: str = ""
 
 
 def unbalanced(name: str, flags: str) -> Case:
@@ -88,7 +86,7 @@ CASES = (
         "animals", "--dataset table:{data}/animals/table.csv,target=animals --augment light",
         ("mae", "rmse", "r2"), "animals",
     ),
-    Case("bands", "--dataset {data}/bands --augment shift", ("top1",), "bands", scratch="--epochs 15"),
+    Case("bands", "--dataset {data}/bands --augment shift", ("top1",), "bands"),
     Case("vtab", "--dataset vtab:{data}/vtab", ("top1", "top5"), {"top1": 1.0, "top5": 5.0}),
     Case(
         "fashion",
@@ -97,7 +95,7 @@ CASES = (
     ),
     Case(
         "hf", "--dataset hf:{source}/sign_digits --shots 50 --augment shift",
-        ("top1",), {"top1": 10.0}, scratch="--epochs 15",
+        ("top1",), {"top1": 10.0},
     ),
     Case(
         "folds", "--dataset table:{data}/animals/table.csv,target=animals --augment light --folds 5",
@@ -140,8 +138,7 @@ def list_commands(args: argparse.Namespace, constants: Mapping[str, Constant]) -
         constant = constants[case.constant] if isinstance(case.constant, str) else case.constant
         for backbone in BACKBONES:
             output = args.output / case.name / backbone
-            flags = [case.flags.format(**folders), *([case.scratch] if case.scratch and backbone != "vit_nano" else [])]
-            text = f"petune run --config {folders['data']}/{backbone}.yaml {' '.join(flags)}{short}"
+            text = f"petune run --config {folders['data']}/{backbone}.yaml {case.flags.format(**folders)}{short}"
             text += f" --seeds {','.join(map(str, seeds))}" if seeds else ""
             yield Command(case.name, backbone, f"{text} --output {output}", output, case.metrics, constant)
     output = args.output / "grid"
