@@ -102,7 +102,8 @@ def show(
 def _print_report(report: DataReport) -> None:
     from petune.data.find_images import unsupported_note
 
-    print_counts(report)
+    if report.images:
+        print_counts(report)
     otherwise = "in another class" if report.kind == "class" else "with other targets"
     messages = [
         *_contents(report),

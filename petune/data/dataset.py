@@ -25,6 +25,7 @@ OnBroken = Literal["error", "skip"]
 MAX_BROKEN = 0.01
 """Largest share of images that are skipped."""
 TEST_FRACTION = 0.2
+CUT_TEST_NOTE = f" (no test split: {TEST_FRACTION:.0%} of train is used for testing)"
 IMAGE_TYPES = ("uint8", "uint16", "float32")
 
 

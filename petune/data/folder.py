@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from petune.base.text import plural
 from petune.data.band_files import form_of_all
 from petune.data.bands import RGB, ImageForm
 from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
-from petune.data.dataset import MAX_BROKEN, TEST_FRACTION, Dataset, OnBroken, Split, Target
+from petune.data.copies import copies_note
+from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, OnBroken, Split, Target
 from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import size_and_time, unsupported_note
 from petune.data.images import decode_image, decode_images
@@ -62,6 +64,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
     notes = (
         _broken_note(path, broken),
         f"{plural(num_copies, 'copy', 'copies')} of other images, kept in the same split" if num_copies else "",
+        copies_note({part: list(chain(*classes.values())) for part, classes in files.items()}, path),
         dataset.missing_classes_note("test"),
         unsupported_note(skipped),
         left_out_note(path),
@@ -82,8 +85,7 @@ def _assemble(path: Path, classes: tuple[str, ...], splits: dict[str, Split]) ->
         return replace(dataset, val=splits.get("val", empty), test=splits["test"])
     if "val" in splits:
         return replace(dataset, test=splits["val"], source=f"{path} (val is used for testing)")
-    source = f"{path} (no test folder: {TEST_FRACTION:.0%} of each class is used for testing)"
-    return replace(dataset.with_test(), source=source)
+    return replace(dataset.with_test(), source=f"{path}{CUT_TEST_NOTE}")
 
 
 def _broken_note(path: Path, broken: Sequence[Path]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cut import fold_numbers
-from petune.data.dataset import Dataset, Split
+from petune.data.dataset import CUT_TEST_NOTE, Dataset, Split
 
 
 def fold_of(dataset: Dataset, folds: int, fold: int) -> Dataset:
@@ -37,7 +37,10 @@ def fold_of(dataset: Dataset, folds: int, fold: int) -> Dataset:
         _check_fold(dataset, pool, fold_N == number, f"fold {number + 1} of {folds} of {dataset.name}")
     in_test = fold_N == fold - 1
     train, test = (pool.take(np.flatnonzero(mask)) for mask in (~in_test, in_test))
-    return replace(dataset, train=train, test=test).with_note(f"fold {fold} of {folds}, {plural(len(test), 'image')}")
+    source = dataset.source.replace(CUT_TEST_NOTE, "")
+    return replace(dataset, train=train, test=test, source=source).with_note(
+        f"fold {fold} of {folds}, {plural(len(test), 'image')}"
+    )
 
 
 def _check_fold(dataset: Dataset, pool: Split, in_test: NDArray[np.bool_], where: str) -> None:

@@ -6,6 +6,7 @@ a dataset that comes with petune.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,10 @@ def build_reader(text: str) -> DatasetReader[Any]:
         if not parsed.argument and (is_path or (parsed.name and _exists(parsed.name))):
             raise DataError(_unreadable_path(parsed.name)) from None
         raise
+    if _is_too_long(parsed.argument):
+        raise DataError(
+            f"{parsed.name}:{parsed.argument[:40]}… cannot be a path: it has {len(parsed.argument):,} letters"
+        )
     if bool(cls.argument) != bool(parsed.argument):
         usage = f"{parsed.name}:{cls.argument}" if cls.argument else parsed.name
         problem = f"needs a {cls.argument}" if cls.argument else f"takes nothing after a colon, but got {text!r}"
@@ -185,6 +190,16 @@ def _exists(text: str) -> bool:
         return expand_home(text).exists()
     except (OSError, ValueError):  # too long, or with a null character
         return False
+
+
+def _is_too_long(text: str) -> bool:
+    try:
+        expand_home(text.partition("{")[0]).exists()
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    except ValueError:  # a null character
+        return False
+    return False
 
 
 def _unreadable_path(text: str) -> str:

@@ -178,7 +178,7 @@ def _unreadable(name: str, root: Path, entry: Entry, error: Exception) -> DataEr
     if isinstance(error, ImportError) or (entry.needs and entry.needs.lower() in str(error).lower()):
         package = entry.needs or getattr(error, "name", None) or "a package"
         return DataError(f"torchvision needs {package} to read {name}. Install it with: pip install {package}")
-    return DataError(f"torchvision cannot read {name} in {root}: {_one_line(error)}. Get its files again")
+    return DataError(f"torchvision cannot read {name} in {root}: {_one_line(error).rstrip('.')}. Get its files again")
 
 
 def _one_line(error: Exception) -> str:

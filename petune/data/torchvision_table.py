@@ -23,11 +23,16 @@ EMOTIONS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 
 @dataclass(frozen=True)
 class Splits:
-    """Arguments of torchvision's class for each split; a test split that is missing is cut from train."""
+    """Arguments of torchvision's class for each split; a test split that is missing is cut from train.
+
+    Attributes:
+        folder: A folder in the root that this variant alone has; empty if all variants are in the same files.
+    """
 
     train: Args = field(default_factory=dict)
     test: Args | None = None
     val: Args | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,13 @@ def _city_mask(image: Any) -> Any:
 
 
 def _voc(*, with_test: bool) -> dict[str, Splits]:
+    folders = {year: f"{'TrainVal/' * (year == '2011')}VOCdevkit/VOC{year}" for year in map(str, range(2007, 2013))}
     years = {
-        year: Splits({"year": year, "image_set": "train"}, {"year": year, "image_set": "val"})
+        year: Splits({"year": year, "image_set": "train"}, {"year": year, "image_set": "val"}, folder=folders[year])
         for year in ("2012", "2011", "2010", "2009", "2008")
     }
     train, val, test = ({"year": "2007", "image_set": part} for part in ("train", "val", "test"))
-    seven = {"2007": Splits(train, test, val)}
+    seven = {"2007": Splits(train, test, val, folders["2007"])}
     return {**seven, **years} if with_test else {**years, **seven}
 
 
@@ -167,7 +173,11 @@ _PLACES = {
     for size, small in (("small", True), ("full", False))
 }
 _DTD = {
-    str(number): Splits(*({"split": part, "partition": number} for part in ("train", "test", "val")))
+    str(number): Splits(
+        {"split": "train", "partition": number},
+        {"split": "test", "partition": number},
+        {"split": "val", "partition": number},
+    )
     for number in range(1, 11)
 }
 _OBJECTS = Labels(VOC_CLASSES, "multi_hot", _voc_objects)

@@ -43,7 +43,7 @@ def test_without_a_test_folder_a_fifth_is_cut_from_train(part: str, tmp_path: Pa
     assert np.bincount(data.train.targets).tolist() == [8, 16]
     assert np.bincount(data.test.targets).tolist() == [2, 4]
     assert not set(data.train.rows) & set(data.test.rows)
-    assert "20% of each class is used for testing" in data.source
+    assert "20% of train is used for testing" in data.source
     assert data.test.rows.tolist() == load_folder(tmp_path, 32).test.rows.tolist()
 
 
@@ -283,3 +283,16 @@ def test_a_cache_that_another_process_finishes_meanwhile_is_kept(
     monkeypatch.setattr(np, "load", load_too_early)
     load_folder(tmp_path / "p", 32)
     assert (first[0] / "theirs").exists()
+
+
+def test_copies_in_test_are_told(tmp_path: Path) -> None:
+    _fill(tmp_path / "train", {"cat": 4, "dog": 4})
+    _fill(tmp_path / "test", {"cat": 4, "dog": 4}, start=20)
+    assert "warning" not in load_folder(tmp_path, 32).source
+    original = next((tmp_path / "train" / "cat").iterdir())
+    for name in ("x", "y"):
+        (tmp_path / "test" / "cat" / f"{name}{original.suffix}").write_bytes(original.read_bytes())
+    assert (
+        "warning: 2 images of test are copies of images of train, such as test/cat/x"
+        in load_folder(tmp_path, 32).source
+    )

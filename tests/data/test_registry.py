@@ -108,6 +108,8 @@ WRONG = {
     "digits:x": (ConfigError, "takes nothing after a colon.*Write digits"),
     "digits,seed=1": (ConfigError, "no such key: seed"),
     "x" * 5000: (UnknownName, "no such dataset"),
+    "folder:" + "x" * 5000: (DataError, "cannot be a path: it has 5,000 letters"),
+    "hf:" + "x" * 5000: (DataError, "cannot be a path"),
     "folder:\0": (UsageError, "null character"),
 }
 

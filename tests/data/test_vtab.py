@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,11 @@ def test_a_thousand_images_of_cifar100(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.top1 is not None
     assert done.top1 > 10
+
+
+def test_copies_of_training_files_in_test_are_told(tmp_path: Path) -> None:
+    write_vtab(tmp_path / "vtab")
+    shutil.copy(tmp_path / "vtab/images/train/000003.png", tmp_path / "vtab/images/test/000005.png")
+    for _ in range(2):  # the second time from the cache
+        source = load_dataset(f"vtab:{tmp_path / 'vtab'}", image_size=8).source
+        assert "warning: 1 image of test is a copy of an image of train, such as images/test/000005.png" in source

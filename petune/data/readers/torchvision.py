@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from petune.base.errors import ConfigError, UnknownName
+from petune.base.errors import ConfigError, DataError, UnknownName
 from petune.data.dataset import Dataset, Split, Target
 from petune.data.on_request import on_request_note
 from petune.data.reader import DatasetReader, ReadContext, ReaderConfig
@@ -47,6 +47,7 @@ class TorchvisionReader(DatasetReader[TorchvisionConfig]):
         """Decode the images once into the cache; download the files if they are not here and torchvision can."""
         entry, splits, labels = self._entry(), self._splits(), self._labels()
         root = prepared_root(self.argument_value, entry, context.data_dir, splits)
+        splits, note = self._variant_in(root)
         opened = {
             part: open_split(self.argument_value, root, {**args, **labels.args}, entry)
             for part, args in (("train", splits.train), ("val", splits.val), ("test", splits.test))
@@ -59,7 +60,7 @@ class TorchvisionReader(DatasetReader[TorchvisionConfig]):
         source = self.find(context.data_dir) or str(root)
         val, test = read.get("val", empty), read.get("test", empty)
         dataset = Dataset(name, target, source, entry.augment, read["train"], val, test)
-        return dataset.with_test().with_note(on_request_note(read))
+        return dataset.with_test().with_note(note).with_note(on_request_note(read))
 
     def target(self, context: ReadContext) -> Target:
         """Return kind and names, which some datasets have in their files; no image is decoded."""
@@ -103,6 +104,28 @@ class TorchvisionReader(DatasetReader[TorchvisionConfig]):
     def _splits(self) -> Splits:
         value = self.config.variant
         return _choose(self._entry().splits, None if value is None else str(value), "variant", self.argument_value)
+
+    def _variant_in(self, root: Path) -> tuple[Splits, str]:
+        """Return the variant that is read, and a note: without an option the first whose files are here.
+
+        Raises:
+            DataError: Its files are not here.
+        """
+        chosen = self._splits()
+        if not chosen.folder:
+            return chosen, ""
+        choices = self._entry().splits
+        here = [name for name, each in choices.items() if each.folder and (root / each.folder).is_dir()]
+        wanted = next(name for name, each in choices.items() if each is chosen)
+        if self.config.variant is None and here:
+            wanted = here[0]
+        if wanted in here:
+            return choices[wanted], "" if self.config.variant else f"variant {wanted}"
+        others = f"Here is {', '.join(here)}: write variant={here[0]}" if here else "Put it there"
+        raise DataError(
+            f"torchvision:{self.argument_value} has no files of variant {wanted}: there is no {root / chosen.folder}. "
+            f"{others}"
+        )
 
     def _labels(self) -> Labels:
         return _choose(self._entry().labels, self.config.target, "target", self.argument_value)

@@ -18,6 +18,7 @@ from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cache import Allocate, cached_split
+from petune.data.copies import copies_note
 from petune.data.dataset import Dataset, Split, Target
 from petune.data.find_images import size_and_time
 from petune.data.images import decode_images
@@ -82,7 +83,8 @@ class VtabReader(DatasetReader[ReaderConfig]):
             refit=True,
             may_lack_classes=True,
         )
-        return dataset.with_note(_unused_note(lists))
+        files = {part: listed.files for part, listed in lists.items()}
+        return dataset.with_note(_unused_note(lists)).with_note(copies_note(files, folder))
 
     def manifest(self, data_dir: Path | None) -> Manifest:
         """Return names and sizes of the images by split and class; empty if the folder does not exist here."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cache import Allocate, Fallback, cached_split
-from petune.data.dataset import MAX_BROKEN, TEST_FRACTION, Dataset, Split, Target
+from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, Split, Target
 from petune.data.find_images import size_and_time
 from petune.data.folder import BROKEN_LABEL, CROP
 from petune.data.on_request import on_request_note
@@ -167,7 +167,7 @@ class _Samples:
             return replace(dataset, val=splits.get("val", empty), test=splits["test"])
         if "val" in splits:
             return replace(dataset, test=splits["val"], source=f"{title} (val is used for testing)")
-        return replace(dataset.with_test(), source=f"{title} (no test split: {TEST_FRACTION:.0%} is used for testing)")
+        return replace(dataset.with_test(), source=f"{title}{CUT_TEST_NOTE}")
 
     def broken_note(self, broken: Rows) -> str:
         """Name the images that were skipped."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.errors import DataError, PluginError, UnknownName, UsageError, did_you_mean
-from petune.base.text import plural
 from petune.data import Dataset, Split, Target
+from petune.data.band_files import form_of
 from petune.data.batches import eval_batches
 from petune.data.lookup import check_training_images, is_training_dataset
 from petune.data.reader import LabeledFiles
@@ -25,6 +25,7 @@ from petune.runner.run_config import RunConfig
 from petune.runner.run_data import prepare_data
 from petune.serving.predict import Predictor
 
+MAX_NAMES = 5
 EvalSplit = Literal["test", "val"]
 Load = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
 """Positions to normalized images (B, C, H, W) on the model's device, and targets (B, …)."""
@@ -169,6 +170,10 @@ def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor) -> E
     def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         squares, errors = predictor.transform.squares([labeled.files[i] for i in positions])
         if errors:
+            file = labeled.files[positions[next(iter(errors))]]
+            form, own = predictor.transform.form, None if isinstance(file, np.ndarray) else form_of(file)
+            if isinstance(file, np.ndarray) or own not in (None, form):
+                raise DataError(f"{_named(positions, errors)}. The model was trained on images of {form}")
             raise DataError(
                 f"{_named(positions, errors)}. Repair or remove it",
                 cli_hint=f"`petune data check {path}` lists all broken images",
@@ -197,7 +202,12 @@ def _targets_of_model(path: str, labeled: LabeledFiles, trained: Target) -> NDAr
     return np.asarray(numbers[labeled.targets], np.int64)
 
 
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} ({', '.join(names[:MAX_NAMES])}{more})"
+
+
 def _first_difference(data: Sequence[str], model: Sequence[str]) -> str:
     if len(data) != len(model):
-        return f"{plural(len(data), 'class', 'classes')} instead of {len(model)}"
+        return f"{_shown(data)} instead of {_shown(model)}"
     return next(f"{ours!r} instead of {theirs!r}" for ours, theirs in zip(data, model, strict=True) if ours != theirs)

@@ -1,0 +1,62 @@
+"""Find image files of one split that are byte-for-byte copies of files of another."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from petune.base.errors import CheckpointError
+from petune.base.files import replace_file
+from petune.base.text import plural
+from petune.data.cache import cache_dir
+from petune.data.find_images import size_and_time
+
+
+def copies_note(splits: Mapping[str, Sequence[Path]], root: Path) -> str:
+    """Describe the files of val and test that are also in train; empty if there are none.
+
+    Args:
+        splits: The files by split.
+        root: The folder of all files, for the note.
+    """
+    notes = []
+    for part in ("val", "test"):
+        copies = _copies(splits.get(part, ()), splits["train"])
+        if copies:
+            copy, original = (os.path.relpath(path, root) for path in copies[0])
+            are = "is a copy of an image" if len(copies) == 1 else "are copies of images"
+            notes.append(
+                f"warning: {plural(len(copies), 'image')} of {part} {are} of train, such as {copy} and {original}"
+            )
+    return "; ".join(notes)
+
+
+def _copies(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Return the files with a copy among `others`; the answer is kept in the cache, because files have to be read."""
+    sizes = {size_and_time(path)[0] for path in files} & {size_and_time(path)[0] for path in others}
+    same_size = [[path for path in paths if size_and_time(path)[0] in sizes] for paths in (files, others)]
+    if not all(same_size):
+        return []
+    key = [[[str(path.absolute()), *size_and_time(path)] for path in paths] for paths in same_size]
+    cached = cache_dir() / "copies" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return [(Path(copy), Path(original)) for copy, original in json.loads(cached.read_text())]
+    first: dict[bytes, Path] = {}
+    for path in same_size[1]:
+        first.setdefault(_digest(path), path)
+    digests = [(path, _digest(path)) for path in same_size[0]]
+    copies = [(path, first[digest]) for path, digest in digests if digest and digest in first]
+    with contextlib.suppress(OSError, CheckpointError):  # it is found again in the next run
+        replace_file(cached, json.dumps([[str(copy), str(original)] for copy, original in copies]).encode())
+    return copies
+
+
+def _digest(path: Path) -> bytes:
+    """Return a digest of a file; empty if it cannot be read, which decoding reports."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+    return b""
