@@ -118,6 +118,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:SwinTransformer3d reads the weights of .* linear layers without calling them")
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_other_inputs_are_tuned_saved_and_given_back(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -166,6 +166,10 @@ class HiddenPrompts(TorchFunctionMode):
         if not self._has_prompts(arguments["key"].shape[-2]):
             return arguments
         hidden = self._mask(query)
+        if arguments.get("is_causal"):  # a text tower's; a mask must then say it all
+            later = torch.ones(query.shape[-2], len(hidden), dtype=torch.bool, device=query.device).triu(1)
+            causal = hidden.expand(query.shape[-2], -1).masked_fill(later, -torch.inf)
+            return {**arguments, "attn_mask": causal, "is_causal": False}
         if mask is None:
             return {**arguments, "attn_mask": hidden.expand(query.shape[-2], -1)}
         if mask.dtype == torch.bool:
