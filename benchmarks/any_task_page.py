@@ -51,8 +51,9 @@ def section(folder: Path = RESULTS) -> str:
         headings, rows = Grid(methods=grid["methods"], columns=grid["columns"], output="").table()
         lines += ["A grid of methods and datasets, with `vit_nano`; * marks the best method of a dataset:", ""]
         lines += [*_table([[_short(heading) for heading in headings], *rows]), ""]
-    lines += ["The commands for `vit_nano`; the others name `swin.yaml` and `vit.yaml`:", ""]
-    shown = [results[case, "vit_nano"] for case in (*DATA, "grid") if (case, "vit_nano") in results]
+    lines += ["A command for each; other backbones name `swin.yaml` or `vit.yaml`:", ""]
+    measured = ([results[key] for key in results if key[0] == case] for case in (*DATA, "grid"))
+    shown = [rows[-1] for rows in measured if rows]
     lines += [f"    {result['command']}" for result in shown]
     return "\n".join([*lines, "", _conditions(results)])
 
