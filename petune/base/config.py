@@ -116,10 +116,16 @@ def shown(value: object, longest: int = MAX_SHOWN) -> str:
 
 
 def _config_error(error: ValidationError, cls: type[BaseModel], values: Mapping[str, Any], source: str) -> ConfigError:
-    """Return a ConfigError with one problem per key; the members of a union share one."""
+    """Return a ConfigError with one problem per key; the members of a union share one.
+
+    Of a union with a table, whose entries have problems, only these are listed, not that the table is no other member.
+    """
     problems: dict[str, Problem] = {}
-    for item in error.errors(include_url=False):
-        path = _key_path(item["loc"], item["type"], values)
+    items = error.errors(include_url=False)
+    paths = [_key_path(item["loc"], item["type"], values) for item in items]
+    for item, path in zip(items, paths, strict=True):
+        if path and any(len(other) > len(path) and other[: len(path)] == path for other in paths):
+            continue
         key = ".".join(map(str, path)) or cls.__name__
         if item["type"] == "extra_forbidden":
             problems[key] = Problem(key, f"no such key: {key}{_suggest_key(path, cls)}", unknown=True)

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from petune.base.config import Config, UserPath
 from petune.base.errors import ConfigError
 from petune.base.yaml_values import override, parse_options, parse_value, read_yaml
+from petune.training.tasks.classification import ClassificationConfig
 
 
 class Inner(Config):
@@ -206,3 +207,10 @@ def test_paths_expand_home_and_must_be_utf_8(monkeypatch: pytest.MonkeyPatch) ->
     assert Placed().output is None
     with pytest.raises(ConfigError, match="output: the path is not UTF-8"):
         Placed(output=Path("o\udcff"))
+
+
+def test_of_a_table_only_the_wrong_entry_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ClassificationConfig.build({"class_weights": {"cat": -3, 0: 1}}, "the options")
+    assert [problem.key for problem in caught.value.problems] == ["class_weights.cat"]
+    assert ClassificationConfig.build({"class_weights": {0: 2}}, "the options").class_weights == {"0": 2}
