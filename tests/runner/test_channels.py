@@ -13,7 +13,7 @@ import torch
 import petune
 from petune.backbones.create import create_backbone
 from petune.backbones.input_channels import set_input_channels
-from petune.base.errors import ConfigError
+from petune.base.errors import ConfigError, DataError
 from tests.sampling import sampled
 
 TRAIN: dict[str, Any] = {"epochs": 1, "batch_size": 8, "precision": "fp32"}
@@ -65,6 +65,9 @@ def test_a_run_predicts_evaluates_and_exports_with_twelve_channels(family: str, 
     assert by_file.top == by_array.top
     assert "3 channels" in rgb.error
     assert "12 channels" in rgb.error
+    with pytest.raises(DataError, match="trained on images of 12 channels") as other:
+        petune.evaluate(tmp_path / "run", dataset=str(_folder(tmp_path / "two", 2, count=2)))
+    assert "broken" not in other.value.cli_hint
     if family != "timm":  # an export takes ten seconds
         return
     petune.export(tmp_path / "run", tmp_path / "run.pt2")

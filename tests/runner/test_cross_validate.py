@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 import petune
 from petune.base.errors import ConfigError, DataError
+from petune.data import load_dataset
 from petune.data.dataset import Dataset, Split
 from petune.data.folds import fold_of
 from petune.data.target import Target
@@ -42,6 +44,15 @@ def test_every_image_is_tested_once_and_classes_are_spread() -> None:
         assert np.bincount(cut.test.targets).tolist() == [10, 2, 4]
         tested += cut.test.rows.tolist()
     assert sorted(tested) == list(range(80))
+
+
+def test_the_note_about_a_cut_test_split_goes(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.new("L", (8, 8), number).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    data = load_dataset(str(tmp_path), image_size=8)
+    assert "no test split" in data.source
+    assert "no test split" not in fold_of(data, 5, 1).source
 
 
 def test_groups_and_copies_never_part() -> None:
