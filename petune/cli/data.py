@@ -167,5 +167,5 @@ def _summary(report: DataReport) -> str:
         return "no problems found, besides near-duplicates between splits" if leaks else "no problems found"
     return (
         f"{len(report.broken)} broken, {len(report.in_two_splits)} in two splits, "
-        f"{len(report.in_two_classes)} in two classes{', different channels' if report.mixed_channels else ''}"
+        f"{len(report.in_two_classes)} in two classes{', unusable channels' if report.mixed_channels else ''}"
     )

@@ -36,6 +36,15 @@ class Target:
     names: tuple[str, ...]
     ignore_index: int = 255
 
+    def __post_init__(self) -> None:
+        """Check the kind.
+
+        Raises:
+            DataError: There is no such kind.
+        """
+        if self.kind not in DIMENSIONS:
+            raise DataError(f"targets of kind {self.kind!r}. Use {', '.join(map(repr, DIMENSIONS))}")
+
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes; empty for numbers."""

@@ -26,7 +26,7 @@ from petune.injector.keys import label_of, named_parameters, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import param_groups, undecayed_keys
-from petune.injector.registry import list_tuners
+from petune.injector.registry import call_hook, list_tuners
 from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
 from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
@@ -141,12 +141,12 @@ class Attachment:
         """
         refuse_unfrozen(self.model, self.sites)
         self._loop_check.record("on_train_start")
-        self.tuner.on_train_start(total_steps)
+        call_hook(self.tuner, "on_train_start", total_steps)
 
     def on_step_end(self, step: int) -> None:
         """Tell the tuner that the optimizer did this step (from 0), while its gradients still exist."""
         self._loop_check.record("on_step_end")
-        self.tuner.on_step_end(step)
+        call_hook(self.tuner, "on_step_end", step)
 
     def loss(self, step: int) -> Tensor | float:
         """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none.
@@ -155,7 +155,7 @@ class Attachment:
         """
         if torch.is_grad_enabled():  # a validation loss trains nothing
             self._loop_check.record("loss")
-        term = self.tuner.loss(step)
+        term: Tensor | float | None = call_hook(self.tuner, "loss", step)
         return 0.0 if term is None else term
 
     def check_gradients(self, *, under_way: bool = False) -> None:

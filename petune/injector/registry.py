@@ -74,6 +74,21 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     return _build_from_name(method, options)
 
 
+def call_hook(tuner: Tuner[Any], hook: str, step: int) -> Any:
+    """Call a tuner's method of training; an unexpected error names its package.
+
+    Args:
+        tuner: The tuner.
+        hook: `on_train_start`, `on_step_end` or `loss`.
+        step: The step, or the number of steps.
+
+    Raises:
+        PluginError: The tuner of another package failed.
+    """
+    with plugin_errors(TUNERS, tuner.method, type(tuner), f"ran {hook}"):
+        return getattr(tuner, hook)(step)
+
+
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """Split a method into its name and options: `vpt:deep=false` is `("vpt", {"deep": False})`.
 

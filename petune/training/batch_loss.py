@@ -83,7 +83,8 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
             cli_hint="Drop --label-smoothing",
         )
     if config.mixes:
-        task.mix(config.mixup, config.cutmix, config.label_smoothing)
+        with plugin_errors(TASKS, task.name, type(task), "was asked to mix targets"):
+            task.mix(config.mixup, config.cutmix, config.label_smoothing)
         if train.weights is not None:
             raise ConfigError(
                 "mixup and cutmix do not go with weights of the images. Set both to 0, or drop the weights",

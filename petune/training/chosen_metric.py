@@ -9,8 +9,10 @@ import torch
 
 from petune.base.errors import ConfigError
 from petune.base.metric import LOSS, Metric
+from petune.base.plugins import plugin_errors
 from petune.data.dataset import Split
 from petune.training.task import Task, choose_metrics
+from petune.training.task_registry import TASKS
 
 CHUNK = 4096
 
@@ -41,6 +43,11 @@ def check_chosen_metric(task: Task[Any], choose: str | None, val: Split, device:
 
 def _is_defined(task: Task[Any], metric: Metric, val: Split, device: torch.device) -> bool:
     """Return whether a metric has a value for random outputs: whether it has depends on the targets alone."""
+    with plugin_errors(TASKS, task.name, type(task), "measured random outputs"):
+        return _value(task, metric, val, device)
+
+
+def _value(task: Task[Any], metric: Metric, val: Split, device: torch.device) -> bool:
     meter = task.new_meter().to(device)
     generator = torch.Generator().manual_seed(0)
     for start in range(0, len(val), CHUNK):

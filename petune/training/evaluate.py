@@ -59,7 +59,9 @@ def evaluate(
     """
     model = job.attachment.model
     forward = by_position or model
-    totals = _Totals(job.task, meter or job.task.new_meter(), job.device, image_values=image_values)
+    with plugin_errors(TASKS, job.task.name, type(job.task), "made a meter"):
+        meter = meter or job.task.new_meter()
+    totals = _Totals(job.task, meter, job.device, image_values=image_values)
     errors: list[Exception] = []
     with eval_mode(model), torch.no_grad():
         for batch in _batches(job, split, group, positions_only=by_position is not None):

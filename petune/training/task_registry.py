@@ -105,7 +105,9 @@ def task_for(text: str, target: Target, dataset: str) -> Task[Any]:
             f"{target.kind!r}. Use another dataset, or another task, such as {built_in}",
             cli_hint=f"Write --task {built_in}",
         )
-    task.bind(target, {})
+    with plugin_errors(TASKS, task.name, type(task), "was bound to a dataset"):
+        task.bind(target, {})
+        task.num_outputs()
     return task
 
 

@@ -190,4 +190,4 @@ def test_different_channels_are_a_problem(petune: Run, tmp_path: Path) -> None:
     done = petune("data", "check", "mixed")
     assert done.code == 4
     assert "12 channels of uint8" in done.out
-    assert "different channels" in done.out
+    assert "unusable channels" in done.out

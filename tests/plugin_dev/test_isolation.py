@@ -178,3 +178,21 @@ def test_unexpected_errors_name_the_package(fake: Fake, code: str, message: str)
     with pytest.raises(PluginError, match=rf"the method 'bad' of petune-bad 1\.5 failed when it {message}"):
         petune.attach(model, "bad")
     assert list(model.state_dict()) == before
+
+
+HOOKS = """
+import petune
+class Fake(petune.Tuner[petune.TunerConfig]):
+    def attach(self, edit): edit.train(edit.sites.require_blocks()[0])
+    def on_train_start(self, total_steps): raise SystemExit(0)
+    def on_step_end(self, step): 1 / 0
+    def loss(self, step): raise SystemExit(3)
+"""
+
+
+def test_errors_and_exits_while_training_name_the_package(fake: Fake) -> None:
+    fake("petune-bad", {"bad": "petune_fake_bad:Fake"}, HOOKS)
+    att = petune.attach(tiny(), "bad")
+    for hook in (att.on_train_start, att.on_step_end, att.loss):
+        with pytest.raises(PluginError, match=r"the method 'bad' of petune-bad 1\.5 failed when it"):
+            hook(1)

@@ -87,8 +87,8 @@ class DataReport:
         balance: Of the training split; None unless the targets are classes or labels.
         sizes: Of all images.
         broken: A message for each image that cannot be decoded.
-        mixed_channels: Two images with different channels or types, which cannot be trained on together; empty if there
-            are none.
+        mixed_channels: Two images with different channels or types, which cannot be trained on together, or the package
+            that such channels need; empty if all is well.
         in_two_splits: Pairs of equal images in two splits, the earlier split second. They inflate the accuracy measured
             on the later split. Files are equal byte for byte, other images pixel for pixel.
         in_two_classes: Pairs of equal images of one split with different targets; one of them is wrong.
