@@ -26,6 +26,8 @@ DATASETS = PluginKind(
     noun="dataset",
     hint="`petune datasets` lists the installed ones; a folder of images is folder:PATH",
 )
+LONGEST_PATH = 1000
+"""Longer paths are shortened in messages."""
 TABLE_SUFFIXES = frozenset([".csv", ".jsonl", ".parquet", ".tsv"])
 
 
@@ -203,6 +205,7 @@ def _is_too_long(text: str) -> bool:
 
 
 def _unreadable_path(text: str) -> str:
+    text = text if len(text) <= LONGEST_PATH else f"{text[:40]}… ({len(text):,} letters)"
     if not _exists(text):
         return f"no such file or folder: {text}"
     return f"{text} is neither a folder nor a table ({', '.join(sorted(TABLE_SUFFIXES))})"
