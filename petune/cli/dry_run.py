@@ -44,13 +44,14 @@ def print_dry_run(
     from petune.runner.pretrain import PretrainConfig
     from petune.runner.preview import preview_backbone, preview_data, preview_method
     from petune.runner.recipes import choose_recipe
-    from petune.runner.run import check_all_trains
+    from petune.runner.run import check_all_trains, check_task_of_dataset
     from petune.runner.run_adapter import read_run_adapter
     from petune.runner.run_config import RunConfig
     from petune.training.precision import choose_device
 
     run = config if isinstance(config, RunConfig) else config.run
     count_classes(run.dataset)
+    check_task_of_dataset(run)
     offline = _check_weights(run)
     choose_device(run.device)
     backbone = preview_backbone(run)

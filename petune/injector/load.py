@@ -110,6 +110,20 @@ def start_from(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) 
     _copy_tensors(attachment, without_head)
 
 
+def has_other_head(attachment: Attachment, saved: SavedAdapter) -> bool:
+    """Return whether the head of a saved adapter has tensors of other shapes than that of the attachment."""
+    own = attachment.file_state()
+    return any(key in saved.tensors and saved.tensors[key].shape != own[key].shape for key in _head_keys(attachment))
+
+
+def _missing_head(key: str, state: Mapping[str, object]) -> str:
+    """Return the advice for a head of a task that the model lacks, such as one for every pixel."""
+    name = key.removeprefix("base_model.model.").partition(".")[0]
+    if key in state or name != "dense_head":
+        return ""
+    return ". It predicts pixels: call petune.add_dense_head(model, …) first, as its README.md says"
+
+
 def _other_head_keys(attachment: Attachment, saved: SavedAdapter) -> set[str]:
     """Return the file's keys of a head that is not in this model: that of another kind of task."""
     modules = dict(attachment.model.named_modules())
@@ -294,7 +308,9 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, not_in_file: Col
     if state.keys() - not_saved != saved.tensors.keys():
         key = min((state.keys() - not_saved) ^ saved.tensors.keys())
         where = "is missing in the file" if key in state else "is in the file, but not in this model"
-        raise BackboneMismatch(f"{saved.path} does not hold the tensors of {attachment.name}: {key} {where}")
+        raise BackboneMismatch(
+            f"{saved.path} does not hold the tensors of {attachment.name}: {key} {where}{_missing_head(key, state)}"
+        )
     if not_saved:
         warnings.warn(
             f"{saved.path} was saved without the buffers of its adapters, such as {min(not_saved)}. They keep the "

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from petune.adapters.format import TENSOR_FILE, SavedAdapter
 from petune.base.errors import CheckpointError, ConfigError, Problem
 from petune.base.text import plural
+from petune.data.lookup import dataset_target
 from petune.injector.registry import build_tuner
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
@@ -50,12 +51,19 @@ def complete_from_run(config: Run) -> Run:
     recorded = _recorded_backbone(saved) | {"method": saved.config["metadata"].get("method", saved.config["tuner"])}
     data = _data_options(config.from_run, saved)
     if given.get("dataset", data["dataset"]) != data["dataset"]:
-        data = {}
+        data = _task_options(data, saved, config)
     _check_val(config.from_run, given, data)
     given["from_run"] = config.from_run.absolute()
     complete = type(config).build({**data, **recorded, **given}, f"{config.from_run} and the given values")
     check_same_model(complete, saved)
     return complete
+
+
+def _task_options(data: Mapping[str, Any], saved: SavedAdapter, config: RunConfig) -> dict[str, Any]:
+    """Return the old run's task for another dataset with the same kind of targets."""
+    kind = dataset_target(config.dataset, config.data_dir).kind
+    is_same_kind = restore_task(saved.config["metadata"]).target_kind == kind
+    return {"task": data["task"]} if is_same_kind and "task" in data else {}
 
 
 def _check_val(from_run: Path, given: Mapping[str, Any], data: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from petune.data.preprocess import GRAY_WEIGHTS
 from petune.data.steps import check_images
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
-from petune.injector.load import start_from
+from petune.injector.load import has_other_head, start_from
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.backbone_dropout import choose_backbone_dropout
 from petune.runner.check_options import check_head, check_layer_decay
@@ -187,6 +187,9 @@ def initial_values(config: RunConfig, task: Task[Any], start: SavedAdapter | Non
 def _continue(attachment: Attachment, start: SavedAdapter, task: Task[Any], context: RunContext) -> Statistics:
     """Start from an adapter's values; return the statistics that its images were normalized by."""
     with_head = keeps_head(start, task)
+    if with_head and task.has_own_head and has_other_head(attachment, start):
+        with_head = False
+        context.note("its head is not continued, because options of the task gave it another shape")
     start_from(attachment, start, with_head=with_head)
     classifier = "with its classifier" if with_head else "with a new classifier, because the classes differ"
     context.note(f"continues from {describe_start(start)}, {classifier}")

@@ -35,6 +35,7 @@ from petune.runner.run_dir import make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
 from petune.runner.test_values import write_test_values
 from petune.runner.trained import Trained
+from petune.training.batch_loss import check_task_config
 from petune.training.events import Watch, ignore
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
@@ -141,6 +142,7 @@ def check_task_of_dataset(config: RunConfig) -> None:
     target = dataset_target(config.dataset, config.data_dir)
     task = task_for(config.task, target, config.dataset)
     choose_metrics(task, config.train.choose)
+    check_task_config(task, config.train)
     if task.has_own_head and config.head != "linear":
         raise ConfigError(
             f"head={config.head} is a classifier, and the task {task.name} has a head of its own. Leave head out",

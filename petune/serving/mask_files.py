@@ -33,7 +33,7 @@ class MaskFiles:
         names: Of the classes.
         transform: Of the model, to read the images again.
         taken: Names of files that were written.
-        images: What `summary.json` says of each image.
+        images: What `summary.json` says of each image, those of earlier calls first.
     """
 
     directory: Path
@@ -56,7 +56,9 @@ class MaskFiles:
             )
         if directory.exists() and not directory.is_dir():
             raise UsageError(f"{directory} is a file, and masks go into a directory. Use another path")
-        return cls(directory, predictor.task.target.names, predictor.transform)
+        names = predictor.task.target.names
+        earlier = _earlier_images(directory, names)
+        return cls(directory, names, predictor.transform, images=earlier)
 
     def write(self, prediction: Prediction) -> list[Path]:
         """Write mask and overlay of an image; return the files.
@@ -66,7 +68,7 @@ class MaskFiles:
         """
         if prediction.mask is None:
             return []
-        name = self._free_name(Path(prediction.image).stem)
+        name = self._name(prediction.image)
         files = {name: mask_png(prediction.mask)}
         path = Path(prediction.image)
         if path.is_file():
@@ -76,7 +78,7 @@ class MaskFiles:
         for file, content in paths.items():
             replace_file(file, content)
         entry = {"image": prediction.image, "mask": f"{name}.png", "fractions": prediction.fractions}
-        self.images.append(entry)
+        self.images = [other for other in self.images if other["mask"] != entry["mask"]] + [entry]
         return list(paths)
 
     def write_summary(self) -> Path:
@@ -86,14 +88,42 @@ class MaskFiles:
         replace_file(file, (json.dumps(content, indent=1) + "\n").encode())
         return file
 
+    def _name(self, image: str) -> str:
+        """Return the name of an image for files; the one that it has, if a summary of an earlier call names it."""
+        before = next((Path(other["mask"]).stem for other in self.images if other["image"] == image), None)
+        self.taken |= {Path(other["mask"]).stem for other in self.images}
+        return before or self._free_name(Path(image).stem)
+
     def _free_name(self, stem: str) -> str:
-        """Return the name of an image for files: images of several folders may have the same."""
+        """Return a name that no other image has: images of several folders may have the same."""
         name, number = stem, 1
         while name in self.taken or f"{name}{OVERLAY}" in self.taken:
             number += 1
             name = f"{stem}-{number}"
         self.taken |= {name, f"{name}{OVERLAY}"}
         return name
+
+
+def _earlier_images(directory: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what the summary of an earlier call says.
+
+    Raises:
+        UsageError: The directory has files that are no masks of a model with these classes.
+    """
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return []
+    try:
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        images = [{key: entry[key] for key in ("image", "mask", "fractions")} for entry in summary["images"]]
+        is_own = summary["classes"] == list(names)
+    except (OSError, ValueError, KeyError, TypeError):
+        is_own = False
+    if not is_own:
+        raise UsageError(
+            f"{directory} has other files than masks of these classes, and masks could replace them. Use a new one",
+            cli_hint="Name it with --output",
+        )
+    return images
 
 
 def mask_png(mask: NDArray[np.uint8]) -> bytes:

@@ -70,12 +70,11 @@ def image_losses(task: Task[Any], outputs: Tensor, targets: Tensor, label_smooth
     return loss_B
 
 
-def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_processes: int) -> None:
-    """Check, before a model is built, that a task can be trained with these options.
+def check_task_config(task: Task[Any], config: TrainConfig) -> None:
+    """Check, before an image is read, that a task can be trained with these options.
 
     Raises:
         ConfigError: It cannot.
-        DataError: The weights of the images are negative, not finite, or all 0.
     """
     if config.label_smoothing and not task.smooths_labels:
         raise ConfigError(
@@ -85,6 +84,22 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
     if config.mixes:
         with plugin_errors(TASKS, task.name, type(task), "was asked to mix targets"):
             task.mix(config.mixup, config.cutmix, config.label_smoothing)
+    if config.sampling == "balanced" and task.target_kind != "class":
+        raise ConfigError(
+            f"sampling=balanced draws every class equally often, but the task {task.name} is for targets of kind "
+            f"{task.target_kind!r}. Use train.sampling=all"
+        )
+
+
+def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_processes: int) -> None:
+    """Check, before a model is built, that a task can be trained with these options on these images.
+
+    Raises:
+        ConfigError: It cannot.
+        DataError: The weights of the images are negative, not finite, or all 0.
+    """
+    check_task_config(task, config)
+    if config.mixes:
         if train.weights is not None:
             raise ConfigError(
                 "mixup and cutmix do not go with weights of the images. Set both to 0, or drop the weights",
@@ -92,11 +107,6 @@ def check_task_options(task: Task[Any], config: TrainConfig, train: Split, num_p
             )
         largest = int(np.diff(batch_bounds(len(train), config.batch_size, even=True)).max())
         check_even(largest)
-    if config.sampling == "balanced" and task.target_kind != "class":
-        raise ConfigError(
-            f"sampling=balanced draws every class equally often, but the task {task.name} is for targets of kind "
-            f"{task.target_kind!r}. Use train.sampling=all"
-        )
     micro_batch = config.micro_batch_size
     if task.needs_whole_batch and (num_processes > 1 or (micro_batch and micro_batch < config.batch_size)):
         raise ConfigError(

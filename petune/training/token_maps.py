@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from petune.base.errors import ConfigError
-from petune.sites.forward import dtype_of, inference, tensors_in
+from petune.sites.forward import tensors_in
 from petune.sites.recorder import record_calls
 from petune.sites.site import Block, Layout, Sites
+from petune.training.token_geometry import check_geometry
 
 Grid = tuple[int, int]
 
@@ -138,7 +139,7 @@ def token_sources(model: nn.Module, sites: Sites, blocks: Sequence[Block]) -> li
                 "Use other blocks, or another backbone"
             )
         sources.append(source)
-    _check_order(model, sites)
+    check_geometry(model, sites)
     return sources
 
 
@@ -167,61 +168,6 @@ def _scaled_grid(sites: Sites, num_patches: int) -> Grid | None:
     height = round(math.sqrt(num_patches * rows / columns))
     width, rest = divmod(num_patches, height)
     return None if rest or round(height * columns / rows) != width else (height, width)
-
-
-def _check_order(model: nn.Module, sites: Sites) -> None:
-    """Check that the patches of the first block are in the order of the image: Hiera's are not.
-
-    Raises:
-        ConfigError: What changes most with a patch of the image is not its token, nor a neighbor.
-    """
-    first = sites.blocks[0]
-    weight = next(model.parameters())
-    if first.layout != "BNC" or sites.image_grid is None or weight.device.type == "meta":
-        return
-    (rows, columns), (channels, height, width) = sites.image_grid, sites.input_size
-    places = [(0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3)]
-    generator = torch.Generator().manual_seed(0)
-    x_BCHW = torch.randn(1, channels, height, width, generator=generator).repeat(1 + len(places), 1, 1, 1)
-    for image, (row, column) in zip(x_BCHW[1:], places, strict=True):
-        top, bottom = (i * height // rows for i in (row, row + 1))
-        left, right = (i * width // columns for i in (column, column + 1))
-        image[:, top:bottom, left:right] = torch.randn(channels, bottom - top, right - left, generator=generator)
-    tokens = _entered(model, first, x_BCHW.to(weight.device, dtype_of(model)))
-    if tokens.ndim != 3 or len(tokens) != len(x_BCHW):
-        return
-    change_BN = (tokens[1:] - tokens[:1]).float().square().sum(2)[:, sites.num_prefix_tokens :]
-    changed = [divmod(token, columns) for token in change_BN.argmax(1).tolist()]
-    # convolutions before the blocks may move a change to the next patch
-    near = [max(abs(y - row), abs(x - column)) <= 1 for (y, x), (row, column) in zip(changed, places, strict=True)]
-    if float(change_BN.sum()) and not all(near):
-        raise ConfigError(
-            f"segmentation needs patches in the order of the image, and the tokens of {sites.model} are in another "
-            "one. Use another backbone"
-        )
-
-
-class _Entered(Exception):
-    """Ends a forward where the tokens are known."""
-
-
-def _entered(model: nn.Module, block: Block, x_BCHW: Tensor) -> Tensor:
-    """Return what enters a block."""
-    entered: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append(next(tensors_in((args, kwargs))))
-        raise _Entered
-
-    handle = block.enter.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with inference(model):
-            model(x_BCHW)
-    except _Entered:
-        pass
-    finally:
-        handle.remove()
-    return entered[0]
 
 
 def _resized(x_BDHW: Tensor, size: Grid) -> Tensor:

@@ -192,3 +192,20 @@ def backbone() -> Any:
     from petune.backbones.create import create_backbone
 
     return create_backbone("vit_nano", num_classes=len(NAMES)).model
+
+
+def test_masks_replace_no_other_files(folder: Path, predictor: petune.Predictor, tmp_path: Path) -> None:
+    image = next((folder / "data").rglob("*.png"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / image.name).write_bytes(image.read_bytes())
+    with pytest.raises(UsageError, match="other files"):
+        MaskFiles.of(predictor, photos)
+    names = []
+    for path in (image, photos / image.name, image):
+        files = MaskFiles.of(predictor, tmp_path / "masks")
+        names.append(files.write(predictor([path])[0])[0].name)
+        files.write_summary()
+    assert names[0] == names[2] != names[1]
+    summary = json.loads((tmp_path / "masks" / "summary.json").read_text())
+    assert {entry["image"] for entry in summary["images"]} == {str(image), str(photos / image.name)}

@@ -188,3 +188,16 @@ def test_a_run_is_far_better_than_a_constant(tmp_path: Path) -> None:
     constant = 100 * float((masks == 0).mean()) / len(NAMES)
     assert result.metrics["miou"] > constant + 20
     assert result.metrics["iou/zero"] > 15
+
+
+@pytest.mark.parametrize(
+    ("side", "options"), [(62, {}), (60, {}), (50, {"dynamic_img_size": True, "dynamic_img_pad": True})]
+)
+def test_patches_that_are_no_equal_parts_of_the_image_are_refused(side: int, options: dict[str, bool]) -> None:
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=side, depth=1, embed_dim=24, num_heads=2, num_classes=3, **options
+    )
+    with pytest.raises(ConfigError, match="multiple of the patch size"):
+        petune.add_dense_head(model, 2)
