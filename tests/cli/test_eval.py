@@ -52,7 +52,7 @@ def test_top_5_is_not_shown_for_two_classes(petune: Run, tiny: tuple[str, ...], 
         (tmp_path / "pets" / name).mkdir(parents=True)
         for i in range(8):
             Image.new("L", (9, 9), value + 5 * i).save(tmp_path / "pets" / name / f"{i}.png")
-    few = [flag for flag in tiny if not flag.startswith("--shots")]
+    few = [flag for flag in tiny if not flag.startswith(("--shots", "--dataset"))]
     pets = [*few, "--dataset=folder:pets"]
     texts = []
     for words in (
