@@ -12,10 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from petune.base.errors import BackboneMismatch, NotMergeable
+from petune.base.block_choice import ALL
+from petune.base.errors import AttachError, BackboneMismatch, ConfigError, NotMergeable
 from petune.base.text import plural
+from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import load
+from petune.injector.registry import build_tuner
 from petune.plugin_dev.finding import Property
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
@@ -137,6 +140,20 @@ def _merge(t: Trial) -> str:
     return ""
 
 
+def _chosen_blocks(t: Trial) -> str:
+    """Attach to the last block alone. A tuner for which that makes no sense is refused by `attach`, which is right."""
+    if len(t.att.sites.blocks) < 2 or t.att.tuner.config.blocks != ALL:
+        return ""
+    try:
+        att = attach(copy.deepcopy(t.base), build_tuner(t.att.tuner, blocks="last:1"), name=t.att.name)
+    except (AttachError, ConfigError):
+        return ""
+    formula, count = att.tuner.num_parameters(att.sites), att.counts.tuned
+    if formula not in (None, count):
+        return f"{plural(count, 'parameter')} with blocks=last:1, but num_parameters() returns {formula:,}"
+    return ""
+
+
 def _detach(t: Trial) -> str:
     t.att.detach()
     after, before = t.model.state_dict(), t.base.state_dict()
@@ -168,6 +185,7 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("re-enabled output", "enabled again, the model computes the same as before", _repeatable_evaluation),
     Property("save and load", "saved and loaded, the model computes the same to the bit", _save_and_load),
     Property("merge", "merged, the model computes the same, if it can be merged", _merge),
+    Property("chosen blocks", "the option blocks is followed, or refused", _chosen_blocks),
     Property("detach", "detached, the model is as it was to the bit", _detach),
 )
 

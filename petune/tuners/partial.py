@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -13,22 +13,17 @@ class PartialConfig(petune.TunerConfig):
     """Options of partial fine-tuning.
 
     Attributes:
-        num_blocks: k, counted from the output. The default 1 is that of VPT's comparison. Not together with `blocks`,
-            which names the blocks that train.
+        num_blocks: k, counted from the output. The default 1 is that of VPT's comparison. With the option
+            `blocks`, all blocks that it names train instead.
     """
 
-    num_blocks: int | None = Field(None, ge=1)
+    num_blocks: int = Field(1, ge=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_choice(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if values.get("blocks", "all") == "all":
-            return {**values, "num_blocks": values.get("num_blocks", 1)}
-        if values.get("num_blocks") is not None:
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.blocks != "all" and self.num_blocks != 1:
             raise ValueError("num_blocks and blocks both choose the blocks that train. Give one of them")
-        return values
+        return self
 
 
 class Partial(petune.Tuner[PartialConfig]):
@@ -46,7 +41,9 @@ class Partial(petune.Tuner[PartialConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze whole blocks, by position: a part of a name would take block 10 for block 1."""
         blocks = edit.sites.require_blocks()
-        for block in blocks[-self.config.num_blocks :] if self.config.num_blocks else blocks:
+        if self.config.blocks == "all":
+            blocks = blocks[-self.config.num_blocks :]
+        for block in blocks:
             edit.train(block)
         if "norm" in edit.sites.parts:
             edit.train(edit.sites.norm)

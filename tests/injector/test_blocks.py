@@ -58,7 +58,7 @@ def test_wrong_choices_are_refused_and_leave_the_model_alone() -> None:
             petune.attach(model, f"adaptformer:blocks={choice}")
         assert "4 blocks" in str(error.value) or "last:K" in str(error.value)
     with pytest.raises(petune.ConfigError, match="num_blocks and blocks"):
-        petune.attach(model, "partial:blocks=last:2,num_blocks=1")
+        petune.attach(model, "partial:blocks=last:2,num_blocks=2")
     with pytest.raises(petune.AttachError, match="edits no block"):
         petune.attach(model, "linear", blocks="last:2")
     for method in ("full", "l2sp", "adaptformer:train_backbone=true"):

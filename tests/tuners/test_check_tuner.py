@@ -207,6 +207,11 @@ class NeverOnAgain(ByHand):
         edit.on_toggle(lambda wanted: on.__setitem__(0, False))
 
 
+class CountsAllBlocks(Sound):
+    def num_parameters(self, sites: petune.Sites) -> int:
+        return sum(2 * 2 * block.dim + 2 + block.dim for block in sites.all_blocks)
+
+
 CASES: list[tuple[Any, str]] = [
     (broken(ZeroZero), "gradients"),
     (broken(DeadFactor), "gradients"),
@@ -228,6 +233,7 @@ CASES: list[tuple[Any, str]] = [
     (NeverOff(), "disabled output"),
     (NeverOnAgain(), "re-enabled output"),
     (NotSaved(), "save and load"),
+    (CountsAllBlocks(), "chosen blocks"),
 ]
 
 

@@ -74,12 +74,12 @@ def original_path(site: petune.Site) -> str:
 
 def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
     """Return the sites whose layers are wrapped; a block without separate attention and MLP is one site."""
-    roles = ("attn", "mlp") if config.targets == "all" else (config.targets,)
+    blocks = edit.sites.require_blocks()
+    if config.targets != "all":
+        return [block.attn if config.targets == "attn" else block.mlp for block in blocks]
     sites: list[petune.Site] = []
-    for block in edit.sites.require_blocks():
-        inner = [block.parts[role] for role in roles if role in block.parts]
-        whole = not inner and config.targets == "all"
-        sites += [block] if whole else inner
+    for block in blocks:
+        sites += [block.parts[role] for role in ("attn", "mlp") if role in block.parts] or [block]
     return sites
 
 

@@ -26,11 +26,21 @@ from tests.sampling import sampled
 
 Make = Callable[..., Any]
 SIZE = {"img_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 12, "num_heads": 2, "num_classes": 3}
-METHODS: dict[str, dict[str, Any]] = {"linear": {}, "partial": {}, "lst": {"reduction": 2}}
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "partial": {},
+    "lst": {"reduction": 2},
+    "adaptformer": {"blocks": "last:1", "bottleneck": 2},
+    "vpt": {"blocks": "last:1", "num_prompts": 2},
+    "bitfit": {"blocks": "last:1"},
+}
 FEW_KEPT = {
     "linear": 12 * 4,
     "partial": 5 * 12 * 4,
     "lst": 3 * 5 * 12 * 4,
+    "adaptformer": 5 * 12 * 4,
+    "vpt": 5 * 12 * 4,
+    "bitfit": 5 * 12 * 4,
 }  # bytes per image: the input of the head, of the last block, of all three blocks
 
 
@@ -91,7 +101,7 @@ def test_only_dropout_above_the_frozen_prefix_allows_caching(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", sampled(METHODS, "linear".__eq__))
+@pytest.mark.parametrize("method", sampled(METHODS, {"linear", "adaptformer"}.__contains__))
 def test_caching_does_not_change_a_run(method: str, precision: str, tmp_path: Path, make_trainer: Make) -> None:
     settings = {"epochs": 3, "precision": precision, "log_every": 1}
     without = _trained(make_trainer, tmp_path / "a", method, cache_features="never", **settings)
