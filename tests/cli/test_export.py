@@ -66,9 +66,9 @@ def test_the_documented_preprocessing(
     adapter, _ = saved_run(tmp_path / "a", "linear")
     public.export(adapter, "pets.pt2")
     page = Path(__file__).parents[2] / "docs" / "everyday-use.md"
-    example = next(code for code in page.read_text(encoding="utf-8").split("```py\n") if code.startswith("import json"))
+    examples = [code.partition("```")[0] for code in page.read_text(encoding="utf-8").split("```py\n")]
     names: dict[str, Any] = {}
-    exec(example.partition("```")[0], names)
+    exec(next(code for code in examples if "pets.pt2" in code), names)
     info = names["info"]
     assert (info["stored_size"], info["crop"], info["interpolation"]) == (37, 0.875, "bicubic")
     (prediction,) = public.predict(adapter, "cat.jpg", top_k=3, device="cpu")

@@ -151,10 +151,14 @@ def _split_images(name: str, data: Dataset, predictor: Predictor, part: EvalSpli
 def _check_target(name: str, target: Target, trained: Target) -> None:
     if target.kind != trained.kind:
         raise DataError(f"the targets of {name} are of kind {target.kind!r}; the model was trained on {trained.kind!r}")
+    if target.kind == "mask" and target.names == trained.names[: len(target.names)]:
+        return  # masks without the last classes
     if target.names != trained.names:
+        advice = f". Name them: classes=[{','.join(trained.names)}]" if target.kind == "mask" else ""
         noun = "numbers" if target.kind == "number" else "classes"
         raise DataError(
             f"{name} has other {noun} than the model was trained on: {_first_difference(target.names, trained.names)}"
+            f"{advice}"
         )
 
 
