@@ -205,7 +205,7 @@ def test_a_method_can_have_its_own_learning_rate(petune: Run, tiny: Words, tmp_p
     }
     assert rates == {"linear": 0.02, "full": 0.001}
     done = petune("compare", "vpt:deep=false", "lora:lora_dropout=0.1", *tiny, "--set=lrs.vpt:deep=false=1e-3",
-                  "--set=lrs.lora:lora_dropout=0.1=0.5", "--dry-run")  # fmt: skip
+                  "--set=lrs.lora:lora_dropout=0.1=0.5", "--output=other", "--dry-run")  # fmt: skip
     assert yaml.safe_load(done.out)["lrs"] == {"vpt:deep=false": 0.001, "lora:lora_dropout=0.1": 0.5}, done.err
     (tmp_path / "a.yaml").write_text("lrs: 3\n")
     for words in (("--set=lrs.linear",), ("--config=a.yaml", "--set=lrs.linear=1")):
