@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from petune.data.images import UNSUPPORTED_SUFFIXES, supported_suffixes
+from petune.data.images import UNSUPPORTED_SUFFIXES, heic_advice, supported_suffixes
 
 
 def find_images(folder: Path, skipped: Counter[str] | None = None, *, unsupported: bool = False) -> list[Path]:
@@ -62,7 +62,8 @@ def unsupported_note(counts: Mapping[str, int]) -> str:
         counts: Number of skipped files by suffix.
     """
     formats = [f"{count:,} {suffix}" for suffix, count in counts.items() if suffix in UNSUPPORTED_SUFFIXES]
-    return f"{', '.join(formats)} skipped (unsupported format; convert them)" if formats else ""
+    advice = f"convert them{heic_advice(counts)}"
+    return f"{', '.join(formats)} skipped (unsupported format; {advice})" if formats else ""
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

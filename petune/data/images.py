@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -54,6 +54,12 @@ def supported_suffixes() -> frozenset[str]:
     if _has_heif():
         found |= {".heic", ".heif"}
     return frozenset(found)
+
+
+def heic_advice(suffixes: Iterable[str]) -> str:
+    """Return how to read HEIC, if a suffix is one of its and no decoder is installed; else an empty string."""
+    is_heic = any(suffix in {".heic", ".heif"} for suffix in suffixes)
+    return ", or pip install pillow-heif" if is_heic and not _has_heif() else ""
 
 
 def _has_heif() -> bool:
@@ -156,7 +162,7 @@ def read_image(path: Path, convert: Callable[[Image], Converted]) -> Converted:
 
 def _reason(path: Path, error: Exception) -> str:
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
-        return "unsupported format; convert it"
+        return f"unsupported format; convert it{heic_advice([path.suffix.lower()])}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

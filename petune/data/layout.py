@@ -26,7 +26,7 @@ def list_images(path: Path) -> tuple[dict[str, ClassFiles], dict[str, int]]:
     """
     skipped = Counter[str]()
     splits = {part: _class_files(folder, skipped) for part, folder in split_folders(path).items()}
-    _check_classes(path, splits)
+    _check_classes(path, splits, skipped)
     return splits, dict(sorted(skipped.items()))
 
 
@@ -53,7 +53,7 @@ def list_split(path: Path, part: str) -> tuple[str, ClassFiles, str]:
     skipped = Counter[str]()
     files = _class_files(splits.get(part, splits.get("train", path)), skipped)
     label = part if part in splits else "all"
-    _check_not_empty(path, {label: files})
+    _check_not_empty(path, {label: files}, skipped)
     return label, files, "; ".join(filter(None, (unsupported_note(skipped), left_out_note(path))))
 
 
@@ -61,11 +61,12 @@ def _class_files(folder: Path, skipped: Counter[str]) -> ClassFiles:
     return {subfolder.name: find_images(subfolder, skipped) for subfolder in visible_subfolders(folder)}
 
 
-def _check_not_empty(path: Path, splits: Mapping[str, ClassFiles]) -> None:
+def _check_not_empty(path: Path, splits: Mapping[str, ClassFiles], skipped: Mapping[str, int]) -> None:
     if not any(images for classes in splits.values() for images in classes.values()):
+        note = unsupported_note(skipped)
         raise DataError(
             f"no images in {path}. Expected CLASS/*.jpg or train/CLASS/*.jpg (supported: "
-            f"{', '.join(sorted(supported_suffixes()))})"
+            f"{', '.join(sorted(supported_suffixes()))}){f'; {note}' if note else ''}"
         )
     for part, classes in splits.items():
         empty = [name for name, images in classes.items() if not images]
@@ -75,11 +76,11 @@ def _check_not_empty(path: Path, splits: Mapping[str, ClassFiles]) -> None:
             )
 
 
-def _check_classes(path: Path, splits: Mapping[str, ClassFiles]) -> None:
+def _check_classes(path: Path, splits: Mapping[str, ClassFiles], skipped: Mapping[str, int]) -> None:
     for name in dict.fromkeys(name for classes in splits.values() for name in classes):
         if name.encode(errors="replace").decode() != name:  # no result file could hold it
             raise DataError(f"the name of class folder {name!a} in {path} is not UTF-8. Rename it")
-    _check_not_empty(path, splits)
+    _check_not_empty(path, splits, skipped)
     train = set(splits["train"])
     for part, classes in splits.items():
         absent = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,12 @@ def test_copies_in_test_are_told(tmp_path: Path) -> None:
         "warning: 2 images of test are copies of images of train, such as test/cat/x"
         in load_folder(tmp_path, 32).source
     )
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is not None, reason="HEIC is read here")
+def test_a_folder_of_heic_images_names_their_decoder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.HEIC").write_bytes(b"photo")
+    with pytest.raises(DataError, match=r"2 \.heic.*pip install pillow-heif"):
+        load_dataset(f"folder:{tmp_path}")
