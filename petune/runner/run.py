@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from petune.backbones.create import check_weights
+from petune.backbones.input_channels import RGB_CHANNELS
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import SplitMetrics
 from petune.data.lookup import dataset_target
+from petune.data.steps import check_images
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
 from petune.injector.tuner import Recipe, Tuner
@@ -36,6 +38,7 @@ from petune.runner.run_name import run_name
 from petune.runner.test_values import write_test_values
 from petune.runner.trained import Trained
 from petune.training.batch_loss import check_task_config
+from petune.training.config import AUTO
 from petune.training.events import Watch, ignore
 from petune.training.job import TrainJob
 from petune.training.loop import Trainer
@@ -143,6 +146,14 @@ def check_task_of_dataset(config: RunConfig) -> None:
     task = task_for(config.task, target, config.dataset)
     choose_metrics(task, config.train.choose)
     check_task_config(task, config.train)
+    if config.train.augment != AUTO:
+        check_images(config.train.augment, config.channels or RGB_CHANNELS, masks=target.kind == "mask")
+    if config.shots is not None and target.kind not in {"class", "multi_hot"}:
+        raise ConfigError(
+            f"shots counts images per class, and the targets of {config.dataset} are of kind {target.kind!r}. Leave "
+            "shots out",
+            cli_hint="Drop --shots",
+        )
     if task.has_own_head and config.head != "linear":
         raise ConfigError(
             f"head={config.head} is a classifier, and the task {task.name} has a head of its own. Leave head out",

@@ -53,6 +53,7 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
     dataset = samples.dataset(name, broken)
     notes = (
         plan.note,
+        _found_classes_note(plan, samples.target) if plan.columns.kind == "mask" else "",
         "" if plan.columns.kind == "mask" else plan.encoded.note,
         samples.broken_note(broken),
         samples.copies_note(),
@@ -230,6 +231,14 @@ def _broken(images: Split) -> Rows:
 
 def _broken_masks(masks: Split) -> Rows:
     return np.flatnonzero(masks.rows == 1)
+
+
+def _found_classes_note(plan: Plan, target: Target) -> str:
+    """Tell how many classes the values of masks make, if they are not named: one stray pixel makes many."""
+    if plan.codes.names is not None:
+        return ""
+    last = plan.codes.first_class + len(target.names) - 1
+    return f"{len(target.names)} classes, because masks have values up to {last}; name them with classes=[a, b, …]"
 
 
 def _unlisted_note(plan: Plan, files: list[Path]) -> str:

@@ -60,7 +60,8 @@ def _about(validation: CrossValidation) -> str:
     percent = ", ".join(metric.label for metric in shown if metric.percent)
     lower = ", ".join(metric.label for metric in shown if not metric.higher_is_better)
     sentences = [
-        "Each image is tested once, in the fold that it is not trained in. The interval is Student's, over the folds."
+        "Each image of the folds is tested once, in the fold that it is not trained in. The interval is Student's, "
+        "over the folds."
     ]
     sentences += [f"A fold's value is the mean of {list_seeds(validation.seeds)}."] if validation.seeds[1:] else []
     sentences += [f"In percent: {percent}."] if percent else []
