@@ -93,7 +93,7 @@ def test_the_paddle_study_has_the_recipe_of_the_study() -> None:
         assert (train.augment, train.label_smoothing, train.mixup, train.grad_clip) == ("paddle_study", 0, 0, None)
     assert (pretraining.mean, pretraining.std) == ((0.5071, 0.4865, 0.4409), (0.1942, 0.1918, 0.1958))
     assert build_tuner(pretraining.method).config.model_dump() == {
-        "bottleneck": 64, "scale": None, "dropout": 0.1, "input": None, "variant": "paddle_study",
+        "blocks": "all", "bottleneck": 64, "scale": None, "dropout": 0.1, "input": None, "variant": "paddle_study",
         "train_backbone": True,
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ class FullConfig(petune.TunerConfig):
 class Full(petune.Tuner[FullConfig]):
     """Train every parameter of the model.
 
-    Trains: all parameters, also those outside the sites that were chosen; every module is in train mode. The option
+    Trains: all parameters, also those outside the chosen sites; every module is in train mode. The option
     `blocks` is refused: `partial:blocks=last:3` trains these blocks as a whole.
     Parameters: all. The other methods are measured against it.
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -48,7 +49,7 @@ def nothing(rank: int) -> None:
 
 
 def no_cache_for_the_second(rank: int) -> None:
-    os.environ["PETUNE_CACHE"] = "/proc/nowhere" if rank == 1 else os.environ["PETUNE_CACHE"]
+    os.environ["PETUNE_CACHE"] = "/proc/nowhere" if rank == 1 else tempfile.mkdtemp()
 
 
 def full_disk(rank: int) -> None:

@@ -228,7 +228,7 @@ def _table(place: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ("botleneck=2,4", "no such key: botleneck. Did you mean bottleneck?"),
+        ("botleneck=2,4", "no such key: botleneck. Did you mean bottleneck"),
         ("bottleneck=2,0", "greater than or equal to 1"),
         ("train.lr=-1,1", "train.lr"),
         ("train.rate=1,2", "no such key: train.rate"),
