@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and its dependencies w
 TYPES = sorted(peft_types())
 
 
-CONTRACT = {"lora", "ia3", "oft", "ln_tuning", "vblora"}
+CONTRACT = {"lora", "oft", "vblora"}
 """Types that `make test` takes through the whole contract; `make test-all` takes all."""
 
 
@@ -113,7 +113,7 @@ def test_lora_equals_the_formula() -> None:
     assert att.counts.tuned == 2 * 3 * ((32 + 96) + (32 + 32))
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("name", sampled(["beit_base_patch16_224", "eva02_tiny_patch14_224"], lambda n: "eva" in n))
 def test_attentions_that_read_their_weights_call_the_layer(name: str) -> None:
     size: dict[str, Any] = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2}
     built = timm.create_model(name, num_classes=3, **size)
