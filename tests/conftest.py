@@ -61,12 +61,16 @@ def pytest_sessionfinish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their file: `slow`, `browser`, `network`. Put long files first."""
-    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+    items.sort(key=lambda item: (not item.nodeid.startswith(FIRST), _name_of(item) not in SLOW))
     for item in items:
-        name = item.path.relative_to(HERE).as_posix() if item.path.is_relative_to(HERE) else "plugins"
+        name = _name_of(item)
         for marker, files in (("slow", {*SLOW, "plugins"}), ("browser", BROWSER), ("network", NETWORK)):
             if name in files:
                 item.add_marker(marker)
+
+
+def _name_of(item: pytest.Item) -> str:
+    return item.path.relative_to(HERE).as_posix() if item.path.is_relative_to(HERE) else "plugins"
 
 
 @pytest.fixture(autouse=True)

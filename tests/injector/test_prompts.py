@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import petune
 from petune.plugin_dev.tiny_models import tiny_transformers
-from tests.sampling import sampled
 from tests.tiny import X, randomised, tiny
 
 METHODS = ["vpt:num_prompts=10", "vpt:num_prompts=10,deep=false"]
@@ -166,7 +165,8 @@ def naflex(sizes: list[tuple[int, int]], length: int) -> dict[str, Tensor]:
     return dict(zip(("patches", "patch_coord", "patch_valid"), map(torch.stack, columns), strict=True))
 
 
-@pytest.mark.parametrize("method", sampled(METHODS, METHODS[0].__eq__))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", METHODS)
 def test_naflex_images_of_several_sizes(method: str) -> None:
     """An image has the same logits alone as padded beside a larger one: not even prompts see the padding."""
     torch.manual_seed(0)

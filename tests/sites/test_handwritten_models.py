@@ -30,7 +30,10 @@ def test_all_sites_are_found(name: str) -> None:
 
 
 METHODS = ["linear", "full", "adaptformer:bottleneck=4", "vpt", "vpt:deep=false"]
-LIKE_OTHERS = {"nn.TransformerEncoderLayer, post-norm", "ModuleList of pairs", "class token at the end", "mean pooling"}
+LIKE_OTHERS = {
+    "nn.TransformerEncoderLayer, post-norm", "ModuleList of pairs", "class token at the end", "mean pooling",
+    "nested Sequentials", "split q, k, v", "einops, pre-norm inside",
+}  # fmt: skip
 """Models whose blocks take the same paths as another model's, once their sites are found."""
 
 
