@@ -48,7 +48,7 @@ class Sizes:
         return self.vtab_train // 4
 
 
-SMOKE = Sizes(train=40, test=20, largest_class=50, test_of_class=4, canvases=30, vtab_train=400, vtab_test=100)
+SMOKE = Sizes(train=40, test=60, largest_class=50, test_of_class=4, canvases=30, vtab_train=400, vtab_test=100)
 
 
 def read_images(file: Path, label: str, count: int | None = None) -> tuple[list[Image.Image], list[str]]:
