@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 from pydantic import model_validator
 
 from petune.base.config import Config
-from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import Metric
 from petune.base.text import html_table
@@ -22,6 +21,7 @@ from petune.runner.migrations import updated_comparison
 from petune.runner.report.charts import metric_file
 from petune.runner.report.tables import cells, compare_columns, comparison_page, ranked
 from petune.runner.result import RunResult
+from petune.runner.saved_table import read_saved
 
 
 class Row(Config):
@@ -111,11 +111,7 @@ class Comparison(Config):
         Raises:
             CheckpointError: It is missing or damaged.
         """
-        file = directory / COMPARE_TABLE
-        try:
-            return cls.build(updated_comparison(json.loads(file.read_text(encoding="utf-8"))), COMPARE_TABLE)
-        except (OSError, ValueError, ConfigError) as error:
-            raise CheckpointError(f"{file} is not the table of a comparison: {error}") from None
+        return read_saved(cls, directory / COMPARE_TABLE, "is not the table of a comparison", updated_comparison)
 
     def write(self, directory: Path) -> None:
         """Write `compare.json`, `compare.md` and `compare.svg` into an existing directory."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any, Self
 from petune.base.arguments import check_arguments, check_watch
 from petune.base.config import Config
 from petune.base.distributed import init_group
-from petune.base.errors import CheckpointError, ConfigError, UsageError
+from petune.base.errors import ConfigError, UsageError
 from petune.base.files import replace_file
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import html_table
@@ -24,6 +23,7 @@ from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import NEW_OUTPUT, check_run_dir
 from petune.runner.run_name import run_name
+from petune.runner.saved_table import read_saved
 
 
 class CrossValidation(Config):
@@ -51,11 +51,7 @@ class CrossValidation(Config):
         Raises:
             CheckpointError: It is missing or damaged.
         """
-        file = directory / FOLDS_TABLE
-        try:
-            return cls.build(json.loads(file.read_text(encoding="utf-8")), FOLDS_TABLE)
-        except (OSError, ValueError, ConfigError) as error:
-            raise CheckpointError(f"{file} is not the table of a cross-validation: {error}") from None
+        return read_saved(cls, directory / FOLDS_TABLE, "is not the table of a cross-validation")
 
     def mean(self, name: str) -> float:
         """Return the mean of a metric over the folds."""

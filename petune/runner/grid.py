@@ -5,7 +5,6 @@ Values of different tasks, or in different metrics, are not averaged; ranks are.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Self
 from petune.base.arguments import check_watch
 from petune.base.config import Config
 from petune.base.distributed import init_group
-from petune.base.errors import CheckpointError, ConfigError
+from petune.base.errors import ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import Metric
 from petune.base.text import escape_markdown, html_table
@@ -28,6 +27,7 @@ from petune.runner.file_names import GRID_PAGE, GRID_TABLE
 from petune.runner.report.tables import UNKNOWN
 from petune.runner.run import check_task_of_dataset
 from petune.runner.run_dir import open_run_dir
+from petune.runner.saved_table import read_saved
 from petune.runner.stored_config import write_config
 
 
@@ -86,11 +86,7 @@ class Grid(Config):
         Raises:
             CheckpointError: It is missing or damaged.
         """
-        file = directory / GRID_TABLE
-        try:
-            return cls.build(json.loads(file.read_text(encoding="utf-8")), GRID_TABLE)
-        except (OSError, ValueError, ConfigError) as error:
-            raise CheckpointError(f"{file} is not the table of a grid: {error}") from None
+        return read_saved(cls, directory / GRID_TABLE, "is not the table of a grid")
 
     @property
     def has_means(self) -> bool:

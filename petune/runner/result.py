@@ -9,12 +9,12 @@ from typing import Any, Self
 from pydantic import Field
 
 from petune.base.config import Config
-from petune.base.errors import CheckpointError, ConfigError
 from petune.base.files import replace_file
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import format_duration, format_percent, format_size, html_table
 from petune.runner.file_names import RESULT_FILE
 from petune.runner.migrations import updated_result
+from petune.runner.saved_table import read_saved
 
 
 class RunResult(Config):
@@ -100,11 +100,7 @@ class RunResult(Config):
         Raises:
             CheckpointError: It is missing or damaged.
         """
-        file = directory / RESULT_FILE
-        try:
-            return cls.build(updated_result(json.loads(file.read_text(encoding="utf-8"))), RESULT_FILE)
-        except (OSError, ValueError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"{file} is not the result of a finished run: {error}") from None
+        return read_saved(cls, directory / RESULT_FILE, "is not the result of a finished run", updated_result)
 
     def write(self, directory: Path) -> Self:
         """Write `result.json` and return the result."""

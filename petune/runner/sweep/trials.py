@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from petune.base.config import Config
-from petune.base.errors import CheckpointError, ConfigError
 from petune.base.metric import Metric
 from petune.runner.file_names import SWEEP_TABLE
 from petune.runner.migrations import updated_sweep
 from petune.runner.result import RunResult
+from petune.runner.saved_table import read_saved
 from petune.runner.sweep.space import Params
 from petune.runner.sweep.sweep_config import SweepConfig
 
@@ -103,7 +102,4 @@ def read_sweep(sweep_dir: Path) -> Sweep | None:
     file = sweep_dir / SWEEP_TABLE
     if not file.exists():
         return None
-    try:
-        return Sweep.build(updated_sweep(json.loads(file.read_text(encoding="utf-8"))), SWEEP_TABLE)
-    except (OSError, ValueError, ConfigError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
+    return read_saved(Sweep, file, "is damaged", updated_sweep)
