@@ -116,12 +116,12 @@ def has_other_head(attachment: Attachment, saved: SavedAdapter) -> bool:
     return any(key in saved.tensors and saved.tensors[key].shape != own[key].shape for key in _head_keys(attachment))
 
 
-def _missing_head(key: str, state: Mapping[str, object]) -> str:
-    """Return the advice for a head of a task that the model lacks, such as one for every pixel."""
+def _missing_module(attachment: Attachment, key: str) -> str:
+    """Return the advice for a tensor of a part that the model lacks, such as a head for every pixel."""
     name = key.removeprefix("base_model.model.").partition(".")[0]
-    if key in state or name != "dense_head":
+    if name in dict(attachment.model.named_children()) or "." not in key:
         return ""
-    return ". It predicts pixels: call petune.add_dense_head(model, …) first, as its README.md says"
+    return f". The model has no {name}: its README.md says how to build it, such as by petune.add_dense_head"
 
 
 def _other_head_keys(attachment: Attachment, saved: SavedAdapter) -> set[str]:
@@ -308,9 +308,8 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, not_in_file: Col
     if state.keys() - not_saved != saved.tensors.keys():
         key = min((state.keys() - not_saved) ^ saved.tensors.keys())
         where = "is missing in the file" if key in state else "is in the file, but not in this model"
-        raise BackboneMismatch(
-            f"{saved.path} does not hold the tensors of {attachment.name}: {key} {where}{_missing_head(key, state)}"
-        )
+        advice = _missing_module(attachment, key)
+        raise BackboneMismatch(f"{saved.path} does not hold the tensors of {attachment.name}: {key} {where}{advice}")
     if not_saved:
         warnings.warn(
             f"{saved.path} was saved without the buffers of its adapters, such as {min(not_saved)}. They keep the "
