@@ -37,11 +37,14 @@ def copies_note(splits: Mapping[str, Sequence[Path]], root: Path) -> str:
 
 def _copies(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Return the files with a copy among `others`; the answer is kept in the cache, because files have to be read."""
-    sizes = {size_and_time(path)[0] for path in files} & {size_and_time(path)[0] for path in others}
-    same_size = [[path for path in paths if size_and_time(path)[0] in sizes] for paths in (files, others)]
+    if not files:
+        return []
+    stamps = {path: size_and_time(path) for path in (*files, *others)}
+    sizes = {stamps[path][0] for path in files} & {stamps[path][0] for path in others}
+    same_size = [[path for path in paths if stamps[path][0] in sizes] for paths in (files, others)]
     if not all(same_size):
         return []
-    key = [[[str(path.absolute()), *size_and_time(path)] for path in paths] for paths in same_size]
+    key = [[[str(path.absolute()), *stamps[path]] for path in paths] for paths in same_size]
     cached = cache_dir() / "copies" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):
         return [(Path(copy), Path(original)) for copy, original in json.loads(cached.read_text())]

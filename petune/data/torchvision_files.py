@@ -78,7 +78,7 @@ def files_state(root: Path, entry: Entry) -> list[Any]:
     """
     top = top_file(root, entry) or root
     folder = top.parent if top.is_file() else top
-    files = list(islice((path for path in folder.rglob("*")), MAX_FILES + 1))
+    files = list(islice(folder.rglob("*"), MAX_FILES + 1))
     if len(files) > MAX_FILES:
         files = list(_upper_files(folder))
     state = []

@@ -109,7 +109,7 @@ class InputSpec:
         return self._inputs(num_samples, _formula)
 
     def inputs(self, x: Any) -> Inputs:
-        """Return the call that `x` stands for: a batch in the form of the example that this spec was made of.
+        """Return the arguments of a call with a batch, given in the form of the example that this spec was made of.
 
         Args:
             x: A tensor, a tuple of arguments, a dict, or `(args, kwargs)`.

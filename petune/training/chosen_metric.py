@@ -42,7 +42,7 @@ def check_chosen_metric(task: Task[Any], choose: str | None, val: Split, device:
 
 
 def _is_defined(task: Task[Any], metric: Metric, val: Split, device: torch.device) -> bool:
-    """Return whether a metric has a value for random outputs: whether it has depends on the targets alone."""
+    """Return whether a metric has a value, which depends on the targets alone, by measuring random outputs."""
     with plugin_errors(TASKS, task.name, type(task), "measured random outputs"):
         return _value(task, metric, val, device)
 

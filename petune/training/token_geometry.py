@@ -81,7 +81,9 @@ def _changes(sites: Sites, tokens: Tensor) -> Tensor | None:
     if tokens.ndim == 4:
         change_BHW = change.sum(1 if tuple(tokens.shape[2:]) == (rows, columns) else 3)
         return change_BHW if tuple(change_BHW.shape[1:]) == (rows, columns) else None
-    patches_BN = change.sum(2)[:, sites.num_prefix_tokens :] if tokens.ndim == 3 else change.flatten()[None]
+    if tokens.ndim != 3:
+        return None
+    patches_BN = change.sum(2)[:, sites.num_prefix_tokens :]
     return patches_BN.reshape(-1, rows, columns) if patches_BN.shape[1] == rows * columns else None
 
 

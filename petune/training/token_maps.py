@@ -161,7 +161,7 @@ def _source(sites: Sites, module: nn.Module, layout: Layout, tokens: Tensor) -> 
 
 
 def _scaled_grid(sites: Sites, num_patches: int) -> Grid | None:
-    """Return the grid of so many patches with the ratio of sides of the first block's grid; None if there is none."""
+    """Return the grid of `num_patches` patches with the ratio of sides of the first block's grid; None if none fits."""
     rows, columns = sites.image_grid or (0, 0)
     if num_patches <= 0 or num_patches > rows * columns:
         return None
