@@ -10,7 +10,7 @@ from petune.base.entry_points import OWN
 from petune.base.errors import ConfigError, PluginError
 from petune.base.plugins import plugin_errors
 from petune.data.cache import CACHE_GB
-from petune.data.dataset import Dataset, OnBroken
+from petune.data.dataset import FRAMES, Dataset, OnBroken
 from petune.data.reader import DatasetReader, ReadContext
 from petune.data.registry import DATASETS, build_reader, data_dir_or_default
 
@@ -22,6 +22,7 @@ def load_dataset(
     on_broken: OnBroken = "error",
     channels: int | None = None,
     cache_gb: float = CACHE_GB,
+    frames: int = FRAMES,
 ) -> Dataset:
     """Load a dataset.
 
@@ -32,6 +33,7 @@ def load_dataset(
         on_broken: What to do with an image that cannot be decoded.
         channels: Channels that the backbone takes; None if it takes RGB.
         cache_gb: Splits whose decoded images are larger, in 10⁹ bytes, are decoded each time they are read.
+        frames: Frames of a clip that the backbone takes, for datasets of videos.
 
     Raises:
         UnknownName: There is no such dataset.
@@ -40,8 +42,11 @@ def load_dataset(
         ConfigError: An argument makes no sense.
     """
     _check(name, data_dir, image_size, on_broken, channels, cache_gb)
+    check_arguments("petune.load_dataset", frames=(frames, int))
+    if frames < 1:
+        raise ConfigError(f"frames is {frames}. Use a number from 1")
     root = data_dir_or_default(Path(data_dir) if data_dir else None)
-    return read_dataset(name, ReadContext(image_size, root, on_broken, channels, cache_gb))
+    return read_dataset(name, ReadContext(image_size, root, on_broken, channels, cache_gb, frames=frames))
 
 
 def read_dataset(name: str, context: ReadContext) -> Dataset:

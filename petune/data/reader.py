@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from petune.base.config import Config
 from petune.base.plugins import set_config_class
 from petune.data.cache import CACHE_GB
-from petune.data.dataset import MAX_BROKEN, Dataset, OnBroken, Target
+from petune.data.dataset import FRAMES, MAX_BROKEN, Dataset, OnBroken, Target
 from petune.data.manifest import Manifest
 
 
@@ -71,6 +71,7 @@ class ReadContext:
         channels: Channels that the backbone takes; None if it takes RGB.
         cache_gb: Splits whose decoded images are larger, in 10⁹ bytes, are to be decoded each time they are read.
         max_broken: Largest share of images that `skip` leaves out.
+        frames: Frames of a clip that the backbone takes; datasets of videos sample as many unless told otherwise.
     """
 
     image_size: int = 224
@@ -79,6 +80,7 @@ class ReadContext:
     channels: int | None = None
     cache_gb: float = CACHE_GB
     max_broken: float = MAX_BROKEN
+    frames: int = FRAMES
 
 
 @dataclass(frozen=True)
