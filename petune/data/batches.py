@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from petune.data.images import num_threads
 from petune.data.policy import ImagePolicy
 from petune.data.preprocess import Preprocess, center_crop, read_images, to_device
 from petune.data.steps import StepConfig, steps_of
-from petune.data.workers import BatchMemory, ImageWorkers, image_workers
+from petune.data.workers import BatchMemory, ImageWorkers, image_workers, one_ahead
 
 CPU = torch.device("cpu")
 AUGMENT_FORMAT = 1
@@ -47,6 +47,14 @@ class Batch:
     x_BCHW: Tensor
     y_B: Tensor
     positions: NDArray[np.int64]
+    num_images: int
+
+
+class _Plan(NamedTuple):
+    """What a batch is made of: positions of its images, their random numbers, and the images of all processes."""
+
+    positions: NDArray[np.int64]
+    numbers: NDArray[Any]
     num_images: int
 
 
@@ -168,21 +176,24 @@ class TrainBatches:
         return prefetch(batches, self.device) if ahead and not positions_only else batches
 
     def _epoch(self, epoch: int, start: int, part: Callable[[int], slice], positions_only: bool) -> Iterator[Batch]:
+        plans = self._plans(epoch, start, part)
+        if self.policy is not None and not positions_only:
+            yield from self._one_by_one(plans)
+            return
+        for positions, own, size in plans:
+            if positions_only:
+                x, y = torch.from_numpy(positions), _targets(self.split, self.preprocess, positions, self.device)
+            else:
+                x, y = self._together(positions, own)
+            yield Batch(x, y, positions, size)
+
+    def _plans(self, epoch: int, start: int, part: Callable[[int], slice]) -> Iterator[_Plan]:
         order, number_of = self._order(epoch)
         numbers = (random_draws if self.policy is None else image_seeds)(self.seed, epoch, len(self.split))
-        memory = BatchMemory(self.batch_size, (len(self.preprocess.mean), *[self.preprocess.image_size] * 2))
-        with image_workers(num_threads()) as workers:
-            for step in range(start, len(self)):
-                size = int(self.sizes[step])
-                chosen = slice(self.bounds[step], self.bounds[step + 1])
-                positions, own = order[chosen][part(size)], numbers[number_of[chosen][part(size)]]
-                if positions_only:
-                    x, y = torch.from_numpy(positions), _targets(self.split, self.preprocess, positions, self.device)
-                elif self.policy is None:
-                    x, y = self._together(positions, own)
-                else:
-                    x, y = self._one_by_one(positions, own, workers, memory)
-                yield Batch(x, y, positions, size)
+        for step in range(start, len(self)):
+            size = int(self.sizes[step])
+            chosen = slice(self.bounds[step], self.bounds[step + 1])
+            yield _Plan(order[chosen][part(size)], numbers[number_of[chosen][part(size)]], size)
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the position of each image of an epoch, and which of the epoch's random numbers are the image's."""
@@ -202,15 +213,20 @@ class TrainBatches:
             y = augment_masks(y, preset, u, self.ignore_index)
         return self.preprocess.normalize(x_BCHW), y
 
-    def _one_by_one(
-        self, positions: NDArray[np.int64], seeds: NDArray[Any], workers: ImageWorkers, memory: BatchMemory
-    ) -> tuple[Tensor, Tensor]:
-        """Return images that threads read and augment, each as a whole, and their targets.
+    def _one_by_one(self, plans: Iterator[_Plan]) -> Iterator[Batch]:
+        """Yield batches of images that threads read and augment, each as a whole; they begin with the next batch early.
 
-        On a CPU the threads normalize them too; a GPU gets them as uint8.
+        On a CPU the threads normalize the images too; a GPU gets them as uint8.
         """
+        memory = BatchMemory(self.batch_size, (len(self.preprocess.mean), *[self.preprocess.image_size] * 2))
+        with image_workers(num_threads()) as workers:
+            yield from one_ahead(self._started(plan, workers, memory) for plan in plans)
+
+    def _started(self, plan: _Plan, workers: ImageWorkers, memory: BatchMemory) -> Callable[[], Batch]:
+        """Start to prepare a batch, and return what waits for it."""
         pre, split, policy = self.preprocess, self.split, self.policy
         assert policy is not None
+        positions = plan.positions
         x_BCHW = memory.empty(len(positions)) if self.device.type == "cpu" else None
 
         def prepare(number: int) -> tuple[Tensor, Tensor | None]:
@@ -218,17 +234,23 @@ class TrainBatches:
             mask = None
             if split.has_masks:
                 mask = center_crop(torch.from_numpy(split.targets_at(position)[0]), split.crop)
-            image, mask = policy(read_images(split, position, CPU)[0], mask, int(seeds[number]))
+            image, mask = policy(read_images(split, position, CPU)[0], mask, int(plan.numbers[number]))
             if x_BCHW is not None:
                 pre.normalize(image[None], out=x_BCHW[number : number + 1])
             return image, mask
 
-        samples = workers.map(prepare, len(positions))
-        masks = [mask for _, mask in samples if mask is not None]
-        y = to_device(torch.stack(masks), self.device) if masks else _targets(split, pre, positions, self.device)
-        if x_BCHW is None:
-            x_BCHW = pre.normalize(to_device(torch.stack([image for image, _ in samples]), self.device))
-        return x_BCHW, y
+        wait = workers.start(prepare, len(positions))
+
+        def finish() -> Batch:
+            samples = wait()
+            masks = [mask for _, mask in samples if mask is not None]
+            y = to_device(torch.stack(masks), self.device) if masks else _targets(split, pre, positions, self.device)
+            x = x_BCHW
+            if x is None:
+                x = pre.normalize(to_device(torch.stack([image for image, _ in samples]), self.device))
+            return Batch(x, y, positions, plan.num_images)
+
+        return finish
 
 
 def eval_batches(

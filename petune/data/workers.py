@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,12 +36,30 @@ class ImageWorkers:
     pool: ThreadPoolExecutor
     count: int
 
-    def map(self, function: Callable[[int], Result], count: int) -> list[Result]:
-        """Return what `function` returns for 0 … count - 1, called by the threads."""
+    def start(self, function: Callable[[int], Result], count: int) -> Callable[[], list[Result]]:
+        """Let the threads call `function` with 0 … count - 1, after everything that was started before.
+
+        Returns:
+            Waits for the results and returns them, or raises the first error, in order.
+        """
         size = max(1, count // (CHUNKS_PER_THREAD * self.count))
         chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
         results = self.pool.map(lambda chunk: [function(number) for number in chunk], chunks)
-        return [result for part in results for result in part]
+        return lambda: [result for part in results for result in part]
+
+
+def one_ahead(started: Iterable[Callable[[], Result]]) -> Iterator[Result]:
+    """Yield the results of what `ImageWorkers.start` returns; the next one is started before a result is waited for.
+
+    So threads that have no more to do for a batch begin with the next one.
+    """
+    waiting: deque[Callable[[], Result]] = deque()
+    for finish in started:
+        waiting.append(finish)
+        if len(waiting) > 1:
+            yield waiting.popleft()()
+    if waiting:
+        yield waiting.popleft()()
 
 
 @contextmanager
@@ -68,7 +87,10 @@ def image_workers(count: int) -> Iterator[ImageWorkers]:
                 pool.submit(int)  # no thread is idle before all are ready, so each call starts one
             ready.wait()
             torch.set_num_threads(num_threads)
-        yield ImageWorkers(pool, count)
+        try:
+            yield ImageWorkers(pool, count)
+        finally:
+            pool.shutdown(cancel_futures=True)  # what nobody waits for any more
 
 
 class BatchMemory:
@@ -82,8 +104,8 @@ class BatchMemory:
         shape: Of an image.
     """
 
-    MAX_ARRAYS = 3
-    """One batch in use, one waiting for it, and one that is being filled."""
+    MAX_ARRAYS = 4
+    """One batch in use, one waiting for it, and two that are being filled."""
 
     def __init__(self, batch_size: int, shape: tuple[int, ...]) -> None:
         self.shape = (batch_size, *shape)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+import pytest
 import torch
 
-from petune.data.workers import BatchMemory, image_workers
+from petune.data.workers import BatchMemory, ImageWorkers, image_workers, one_ahead
 
 
 def test_only_workers_compute_on_one_core() -> None:
@@ -14,7 +19,7 @@ def test_only_workers_compute_on_one_core() -> None:
     torch.set_num_threads(3)
     try:
         with image_workers(4) as workers, ThreadPoolExecutor(1) as other, image_workers(2):
-            assert set(workers.map(lambda _: torch.get_num_threads(), 40)) == {1}
+            assert set(workers.start(lambda _: torch.get_num_threads(), 40)()) == {1}
             assert torch.get_num_threads() == 3
             assert other.submit(torch.get_num_threads).result() == 3
         assert torch.get_num_threads() == 3
@@ -24,8 +29,48 @@ def test_only_workers_compute_on_one_core() -> None:
 
 def test_workers_return_results_in_order() -> None:
     with image_workers(3) as workers:
-        for count in (0, 1, 5, 100):
-            assert workers.map(str, count) == [str(number) for number in range(count)]
+        counts = (0, 1, 5, 100)
+        results = list(one_ahead(workers.start(str, count) for count in counts))
+        assert results == [[str(number) for number in range(count)] for count in counts]
+
+
+def test_the_next_batch_is_started_before_one_is_waited_for_and_no_other() -> None:
+    second, batches = threading.Event(), list[int]()
+
+    def prepare(batch: int, number: int) -> bool:
+        """Let the first image wait for the second batch."""
+        if batch == 1:
+            second.set()
+        return second.wait(5) if (batch, number) == (0, 0) else True
+
+    def started(workers: ImageWorkers) -> Iterator[Callable[[], list[bool]]]:
+        for batch in range(5):
+            batches.append(batch)
+            yield workers.start(partial(prepare, batch), 2)
+
+    with image_workers(2) as workers:
+        for number, results in enumerate(one_ahead(started(workers))):
+            assert results == [True, True]
+            assert len(batches) == min(number + 2, 5)
+
+
+def test_an_error_is_raised_at_its_batch_and_no_thread_goes_on() -> None:
+    before, calls = threading.active_count(), list[int]()
+
+    def prepare(batch: int, number: int) -> int:
+        calls.append(batch)
+        if batch == 1 and number > 2:
+            raise OSError(f"image {number}")
+        time.sleep(0.001)
+        return batch
+
+    with pytest.raises(OSError, match="image 3"), image_workers(2) as workers:  # noqa: PT012
+        batches = one_ahead(workers.start(partial(prepare, batch), 100) for batch in range(4))
+        assert set(next(batches)) == {0}
+        next(batches)
+    assert threading.active_count() == before
+    assert calls.count(2) < 100
+    assert 3 not in calls
 
 
 def test_memory_of_a_batch_is_used_again_only_when_nothing_refers_to_it() -> None:
