@@ -93,7 +93,7 @@ FLAGS = (
         str,
         "Augmentation; auto uses the dataset's own. --set train.augment=[...] takes a list.",
         "auto",
-        "auto|none|shift|light|paddle_study|crop|randaug|trivial|augmix|color",
+        "auto|none|shift|light|paddle_study|crop|crop_only|randaug|trivial|augmix|color",
     ),
     _train("label-smoothing", float, "Label smoothing.", "0.0"),
     _train("mixup", float, "Mixup alpha; 0 turns it off.", "0.0"),

@@ -40,6 +40,12 @@ def image_seeds(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
     return generator.integers(0, 2**63 - 1, num_images)
 
 
+def frame_seeds(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
+    """Return what decides the frames of each clip in one epoch, int64 (N,)."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch << 8 | 3]))
+    return generator.integers(0, 2**63 - 1, num_images)
+
+
 def shift(x_BCHW: Tensor, u: Draws, fill: float = 0.0) -> Tensor:
     """Pad by an eighth of the side and crop at a random position (for CIFAR: crop 32, padding 4)."""
     size = x_BCHW.shape[-1]
@@ -96,7 +102,13 @@ COLOR = (jitter,)
 
 
 def augment(x_BCHW: Tensor, preset: str, u: Draws) -> Tensor:
-    """Apply a preset to images in 0..255; corners that are moved into the image are black."""
+    """Apply a preset to images in 0..255, or to all frames of a clip (B, T, C, H, W) alike.
+
+    Corners that are moved into the image are black.
+    """
+    if x_BCHW.ndim == 5:
+        augmented = augment(x_BCHW.flatten(0, 1), preset, u.repeat_interleave(x_BCHW.shape[1], 0))
+        return augmented.view(x_BCHW.shape)
     for transform in PRESETS[preset]:
         x_BCHW = transform(x_BCHW, u, 0.0)
     return x_BCHW

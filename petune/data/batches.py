@@ -1,6 +1,6 @@
 """Turn a split into normalized batches on a device.
 
-Legend: B batch, C channels, H height, W width.
+Legend: B batch, C channels, H height, W width. Clips have one dimension more, T frames, after B.
 """
 
 from __future__ import annotations
@@ -17,13 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.text import plural
-from petune.data.augment import MOVING_PRESETS, augment, augment_masks, epoch_order, image_seeds, random_draws
+from petune.data.augment import (
+    MOVING_PRESETS,
+    augment,
+    augment_masks,
+    epoch_order,
+    frame_seeds,
+    image_seeds,
+    random_draws,
+)
 from petune.data.balanced import balanced_order
 from petune.data.dataset import Split
 from petune.data.images import num_threads
 from petune.data.policy import ImagePolicy
-from petune.data.preprocess import Preprocess, center_crop, read_images, to_device
+from petune.data.preprocess import Preprocess, center_crop, in_model_order, read_images, to_device
 from petune.data.steps import StepConfig, steps_of
+from petune.data.video.clips import Clips
 from petune.data.workers import BatchMemory, ImageWorkers, image_workers, one_ahead
 
 CPU = torch.device("cpu")
@@ -38,24 +47,31 @@ class Batch:
     """Images of one step, or the part of them that one process takes.
 
     Attributes:
-        x_BCHW: Normalized images (B, 3, H, W).
+        x_BCHW: Normalized images (B, 3, H, W), or clips (B, T, 3, H, W). Of several views of a video, all views of the
+            first one, then those of the next.
         y_B: Targets, one per image: (B,), (B, C), (B, K) or (B, S, S); see `petune.data.target.Target`.
         positions: Position of each image in the split.
         num_images: Images of the whole batch, of all processes together.
+        views: Clips and crops of each video in tests, whose outputs are averaged.
     """
 
     x_BCHW: Tensor
     y_B: Tensor
     positions: NDArray[np.int64]
     num_images: int
+    views: int = 1
 
 
 class _Plan(NamedTuple):
-    """What a batch is made of: positions of its images, their random numbers, and the images of all processes."""
+    """What a batch is made of: positions of its images, their random numbers, and the images of all processes.
+
+    `frames` decide which frames of videos are read; None reads those of tests.
+    """
 
     positions: NDArray[np.int64]
     numbers: NDArray[Any]
     num_images: int
+    frames: NDArray[np.int64] | None
 
 
 def batch_bounds(num_images: int, batch_size: int, *, even: bool = False) -> NDArray[np.int64]:
@@ -180,20 +196,23 @@ class TrainBatches:
         if self.policy is not None and not positions_only:
             yield from self._one_by_one(plans)
             return
-        for positions, own, size in plans:
+        for plan in plans:
+            positions = plan.positions
             if positions_only:
                 x, y = torch.from_numpy(positions), _targets(self.split, self.preprocess, positions, self.device)
             else:
-                x, y = self._together(positions, own)
-            yield Batch(x, y, positions, size)
+                x, y = self._together(positions, plan.numbers, plan.frames)
+            yield Batch(x, y, positions, plan.num_images)
 
     def _plans(self, epoch: int, start: int, part: Callable[[int], slice]) -> Iterator[_Plan]:
         order, number_of = self._order(epoch)
         numbers = (random_draws if self.policy is None else image_seeds)(self.seed, epoch, len(self.split))
+        frames = None if self.augmentation == "none" else frame_seeds(self.seed, epoch, len(self.split))
         for step in range(start, len(self)):
             size = int(self.sizes[step])
             chosen = slice(self.bounds[step], self.bounds[step + 1])
-            yield _Plan(order[chosen][part(size)], numbers[number_of[chosen][part(size)]], size)
+            drawn = number_of[chosen][part(size)]
+            yield _Plan(order[chosen][part(size)], numbers[drawn], size, None if frames is None else frames[drawn])
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the position of each image of an epoch, and which of the epoch's random numbers are the image's."""
@@ -203,10 +222,12 @@ class TrainBatches:
         # an image that comes twice is augmented in two ways
         return balanced_order(self.seed, epoch, self.split.targets), np.arange(len(self.split))
 
-    def _together(self, positions: NDArray[np.int64], draws: NDArray[Any]) -> tuple[Tensor, Tensor]:
+    def _together(
+        self, positions: NDArray[np.int64], draws: NDArray[Any], frames: NDArray[np.int64] | None
+    ) -> tuple[Tensor, Tensor]:
         """Return images augmented by a preset that works on whole batches, on the device, and their targets."""
         preset, u = str(self.augmentation), to_device(torch.from_numpy(draws), self.device)
-        x_BCHW = self.preprocess.fit(self.split, read_images(self.split, positions, self.device))
+        x_BCHW = self.preprocess.fit(self.split, read_images(self.split, positions, self.device, frames))
         x_BCHW = augment(x_BCHW if preset in MOVING_PRESETS else x_BCHW.float(), preset, u)
         y = _targets(self.split, self.preprocess, positions, self.device)
         if self.split.has_masks:
@@ -218,7 +239,7 @@ class TrainBatches:
 
         On a CPU the threads normalize the images too; a GPU gets them as uint8.
         """
-        memory = BatchMemory(self.batch_size, (len(self.preprocess.mean), *[self.preprocess.image_size] * 2))
+        memory = BatchMemory(self.batch_size, self.preprocess.shape)
         with image_workers(num_threads()) as workers:
             yield from one_ahead(self._started(plan, workers, memory) for plan in plans)
 
@@ -234,7 +255,8 @@ class TrainBatches:
             mask = None
             if split.has_masks:
                 mask = center_crop(torch.from_numpy(split.targets_at(position)[0]), split.crop)
-            image, mask = policy(read_images(split, position, CPU)[0], mask, int(plan.numbers[number]))
+            frames = None if plan.frames is None else plan.frames[number : number + 1]
+            image, mask = policy(read_images(split, position, CPU, frames)[0], mask, int(plan.numbers[number]))
             if x_BCHW is not None:
                 pre.normalize(image[None], out=x_BCHW[number : number + 1])
             return image, mask
@@ -258,6 +280,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yield all images of a split in order, including an incomplete last batch; masks at the model's size.
 
+    Of videos with several views, a batch has all views of some videos, about as many clips as `batch_size`.
+
     Args:
         split: The images.
         preprocess: Size and statistics that the backbone expects.
@@ -272,17 +296,35 @@ def eval_batches(
 def _in_order(
     split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, positions_only: bool
 ) -> Iterator[Batch]:
+    views = 1 if positions_only else num_views(split)
+    batch_size = max(1, batch_size // views)
     for start in range(0, len(split), batch_size):
         positions = np.arange(start, min(start + batch_size, len(split)))
         if positions_only:
             x = torch.from_numpy(positions)
         else:
-            x = preprocess.normalize(preprocess.fit(split, read_images(split, positions, device)))
-        yield Batch(x, _targets(split, preprocess, positions, device), positions, len(positions))
+            pixels = read_images(split, positions, device) if views == 1 else _read_views(split, positions, device)
+            x = preprocess.normalize(preprocess.fit(split, pixels))
+        yield Batch(x, _targets(split, preprocess, positions, device), positions, len(positions), views)
+
+
+def num_views(split: Split) -> int:
+    """Return how many clips and crops of each video a test averages over; 1 for images."""
+    return len(split.images.views) if isinstance(split.images, Clips) else 1
+
+
+def _read_views(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return all views of some videos, (B * V, T, C, H, W)."""
+    assert isinstance(split.images, Clips)
+    rows = split.rows[positions]
+    pixels = np.stack([split.images.view(rows, number) for number in range(len(split.images.views))], 1)
+    return in_model_order(pixels.reshape(-1, *pixels.shape[2:]), split.crop, device)
 
 
 def decodes(split: Split) -> bool:
-    """Return True if the images of a split are not an array, so that reading them takes time."""
+    """Return True if reading the images of a split takes time: they are not in an array."""
+    if isinstance(split.images, Clips):
+        return split.images.frames is None
     return not isinstance(split.images, np.ndarray)
 
 

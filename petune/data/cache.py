@@ -126,11 +126,20 @@ class _Allocator:
         if not self.keep:
             np.save(path, np.empty((shape[0], 0), np.uint8))
             return scratch(shape, dtype)
-        if self.fallback is not None:
-            room = min(self.fallback.limit_gb * 1e9, MAX_SHARE_OF_DISK * shutil.disk_usage(path.parent).free)
-            if math.prod(shape) * dtype.itemsize > room:
-                raise _TooLarge(shape, dtype)
+        fallback, size = self.fallback, math.prod(shape) * dtype.itemsize
+        if fallback is not None and size > room_in_cache(fallback.limit_gb):
+            raise _TooLarge(shape, dtype)
         return _allocate(path, shape, dtype)
+
+
+def room_in_cache(limit_gb: float) -> float:
+    """Return how many bytes the decoded images of a split may take.
+
+    Args:
+        limit_gb: See `Fallback`.
+    """
+    existing = next(path for path in (cache_dir().absolute(), *cache_dir().absolute().parents) if path.exists())
+    return min(limit_gb * 1e9, MAX_SHARE_OF_DISK * shutil.disk_usage(existing).free)
 
 
 def file_key(path: Path) -> list[Any]:

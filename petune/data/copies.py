@@ -16,21 +16,23 @@ from petune.data.cache import cache_dir
 from petune.data.find_images import size_and_time
 
 
-def copies_note(splits: Mapping[str, Sequence[Path]], root: Path) -> str:
+def copies_note(splits: Mapping[str, Sequence[Path]], root: Path, noun: str = "image") -> str:
     """Describe the files of val and test that are also in train; empty if there are none.
 
     Args:
         splits: The files by split.
         root: The folder of all files, for the note.
+        noun: The word for a file.
     """
     notes = []
+    article = "an" if noun[0] in "aeiou" else "a"
     for part in ("val", "test"):
         copies = _copies(splits.get(part, ()), splits["train"])
         if copies:
             copy, original = (os.path.relpath(path, root) for path in copies[0])
-            are = "is a copy of an image" if len(copies) == 1 else "are copies of images"
+            are = f"is a copy of {article} {noun}" if len(copies) == 1 else f"are copies of {noun}s"
             notes.append(
-                f"warning: {plural(len(copies), 'image')} of {part} {are} of train, such as {copy} and {original}"
+                f"warning: {plural(len(copies), noun)} of {part} {are} of train, such as {copy} and {original}"
             )
     return "; ".join(notes)
 

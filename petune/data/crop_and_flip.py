@@ -3,7 +3,7 @@
 They draw the same numbers and give the same pixels as torchvision's. They take their generator as an argument, so
 that no function of torch needs to be intercepted, and a mask as a plain tensor.
 
-Legend: C channels, H height, W width.
+Legend: C channels, H height, W width. Frames of a clip (T, C, H, W) are cropped and mirrored alike.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ResizedCrop(v2.RandomResizedCrop):  # type: ignore[misc]
         """Crop an image and its mask."""
         rows, columns = image_CHW.shape[-2:]
         top, left, height, width = self._box(rows, columns, generator)
-        image = self._resize(image_CHW[:, top : top + height, left : left + width])
+        image = self._resize(image_CHW[..., top : top + height, left : left + width])
         if mask_HW is not None:
             mask_HW = resize_masks(mask_HW[top : top + height, left : left + width], *self.size)
         return image, mask_HW

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class Images(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)."""
+        """(N, H, W, C); of clips of T frames (N, T, H, W, C)."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -49,13 +49,21 @@ class Images(Protocol):
         """Return the images of these rows, as an array."""
 
 
+@runtime_checkable
+class RandomClips(Protocol):
+    """Clips of videos that have more frames than a clip."""
+
+    def draw(self, rows: NDArray[np.int64], seeds: NDArray[np.int64]) -> NDArray[Any]:
+        """Return random clips of these rows, (B, T, H, W, C), each a function of its seed."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Images and targets of one split.
 
     Attributes:
-        images: uint8, uint16 (65535 is white) or float32, (N, H, W, C), usually memory-mapped: index it, do not copy
-            it.
+        images: uint8, uint16 (65535 is white) or float32, (N, H, W, C), or clips, uint8 (N, T, H, W, C); usually
+            memory-mapped: index it, do not copy it.
         targets: One per image, see `Target`; masks are indexed by `rows`, as images are.
         rows: int64, (N,), the row in `images` of each image (splits may share an array). Copies of a file share the
             row of the first one.
@@ -95,6 +103,11 @@ class Split:
             groups=None if self.groups is None else self.groups[positions],
             names=None if self.names is None else self.names[positions],
         )
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip; None if the samples are images."""
+        return self.images.shape[1] if len(self.images.shape) == 5 else None
 
     @property
     def has_masks(self) -> bool:
@@ -256,11 +269,13 @@ class Dataset:
 def _check_images(split: Split, where: str) -> None:
     """Check shape and type of the images, and that every row is one of them."""
     shape, dtype = tuple(split.images.shape), str(split.images.dtype)
-    if len(shape) != 4 or shape[1] != shape[2] or dtype not in IMAGE_TYPES:
+    if len(shape) not in {4, 5} or shape[-3] != shape[-2] or dtype not in IMAGE_TYPES:
         raise DataError(
             f"{where}: images of shape {shape} and type {dtype}. They are squares, (N, S, S, C), of uint8, uint16 or "
-            "float32"
+            "float32; clips are (N, T, S, S, C)"
         )
+    if len(shape) == 5 and split.has_masks:
+        raise DataError(f"{where}: clips with masks. Use one target for each clip")
     if len(split) and not (split.rows.min() >= 0 and split.rows.max() < shape[0]):
         raise DataError(f"{where}: rows from {split.rows.min()} to {split.rows.max()} of {plural(shape[0], 'image')}")
 

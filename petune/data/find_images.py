@@ -1,25 +1,51 @@
-"""Find image files below a folder. Hidden files are ignored; links are followed, but never upwards."""
+"""Find image or video files below a folder. Hidden files are ignored; links are followed, but never upwards."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from petune.data.images import UNSUPPORTED_SUFFIXES, heic_advice, supported_suffixes
+from petune.data.video.decode import VIDEO_SUFFIXES
 
 
-def find_images(folder: Path, skipped: Counter[str] | None = None, *, unsupported: bool = False) -> list[Path]:
-    """Return every image in a folder and its subfolders, ordered by path.
+@dataclass(frozen=True)
+class FileKind:
+    """Kind of the files of a dataset.
+
+    Attributes:
+        noun: The word for one.
+        dataset: The dataset of class folders with such files.
+        example: A suffix.
+        suffixes: Return those that are read.
+    """
+
+    noun: str
+    dataset: str
+    example: str
+    suffixes: Callable[[], frozenset[str]]
+
+
+IMAGES = FileKind("image", "folder", ".jpg", supported_suffixes)
+VIDEOS = FileKind("video", "video", ".mp4", lambda: VIDEO_SUFFIXES)
+
+
+def find_images(
+    folder: Path, skipped: Counter[str] | None = None, *, unsupported: bool = False, kind: FileKind = IMAGES
+) -> list[Path]:
+    """Return every image (or video) in a folder and its subfolders, ordered by path.
 
     Args:
         folder: Where to look.
         skipped: Counts the other visible files by suffix.
         unsupported: Include image formats that petune cannot read, so that they can be reported.
+        kind: Which files are found.
     """
-    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES if unsupported else supported_suffixes()
+    suffixes = kind.suffixes() | UNSUPPORTED_SUFFIXES if unsupported else kind.suffixes()
     images = []
     for file in _files_below(folder):
         suffix = file.suffix.lower()
@@ -41,9 +67,9 @@ def has_subfolders(path: Path) -> bool:
 
 
 def has_images(folder: Path, *, below: bool = True) -> bool:
-    """Return True if there is an image in a folder or, unless `below` is False, in its subfolders."""
+    """Return True if there is an image or a video in a folder or, unless `below` is False, in its subfolders."""
     files = _files_below(folder) if below else (file for file in folder.iterdir() if not file.name.startswith("."))
-    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES
+    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES | VIDEO_SUFFIXES
     return any(file.suffix.lower() in suffixes and not file.is_dir() for file in files)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -59,7 +59,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
     for part, classes in files.items():
         splits[part], bad = decoder.decode(classes)
         broken += bad
-    dataset = _assemble(path, tuple(files["train"]), splits)
+    dataset = with_splits(f"folder:{path}", path, tuple(files["train"]), splits)
     num_copies = len(splits["train"]) - len(np.unique(splits["train"].rows))
     notes = (
         _broken_note(path, broken),
@@ -76,11 +76,11 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
     return dataset.validated()
 
 
-def _assemble(path: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
-    """Use the splits that the folder has, and cut test from train if it has neither test nor val."""
+def with_splits(name: str, path: Path, classes: tuple[str, ...], splits: Mapping[str, Split]) -> Dataset:
+    """Use the splits that a folder has, and cut test from train if it has neither test nor val."""
     train = splits["train"]
     empty = train.take(np.arange(0))
-    dataset = Dataset(f"folder:{path}", Target("class", classes), str(path), "crop", train, empty, empty)
+    dataset = Dataset(name, Target("class", classes), str(path), "crop", train, empty, empty)
     if "test" in splits:
         return replace(dataset, val=splits.get("val", empty), test=splits["test"])
     if "val" in splits:
@@ -142,10 +142,10 @@ class _Decoder:
             )
         marked = labels.copy()
         marked[list(broken)] = BROKEN_LABEL
-        return marked, _rows(paths)
+        return marked, rows_of_copies(paths)
 
 
-def _rows(paths: Sequence[Path]) -> NDArray[np.int64]:
+def rows_of_copies(paths: Sequence[Path]) -> NDArray[np.int64]:
     """Return the row of each image; byte-for-byte copies get the row of the first, so that no split separates them."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for i, path in enumerate(paths):

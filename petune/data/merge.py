@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.data.dataset import Dataset, Images, Split
+from petune.data.dataset import Dataset, Images, RandomClips, Split
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class JoinedImages:
         return out
 
 
+@dataclass(frozen=True)
+class JoinedClips(JoinedImages):
+    """The clips of videos, then those of others."""
+
+    def draw(self, rows: NDArray[np.int64], seeds: NDArray[np.int64]) -> NDArray[Any]:
+        """Return random clips of these rows; see `RandomClips`."""
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        in_first = rows < len(self.first)
+        for images, chosen, offset in ((self.first, in_first, 0), (self.second, ~in_first, len(self.first))):
+            assert isinstance(images, RandomClips)
+            if chosen.any():
+                out[chosen] = images.draw(rows[chosen] - offset, seeds[chosen])
+        return out
+
+
 def merge_val(dataset: Dataset) -> Dataset:
     """Return the dataset with the images of val in train, after those of train, and an empty val split."""
     train, val = dataset.train, dataset.val
@@ -62,7 +77,7 @@ def merge_val(dataset: Dataset) -> Dataset:
     else:
         targets = np.concatenate([train.targets, val.targets])
     merged = Split(
-        images=train.images if shared else JoinedImages(train.images, val.images),
+        images=train.images if shared else _joined_images(train.images, val.images),
         targets=targets,
         rows=np.concatenate([train.rows, val.rows + offset]),
         crop=train.crop,
@@ -71,6 +86,11 @@ def merge_val(dataset: Dataset) -> Dataset:
         names=_joined(train.names, val.names),
     )
     return replace(dataset, train=merged, val=val.take(np.arange(0)))
+
+
+def _joined_images(first: Images, second: Images) -> Images:
+    has_videos = isinstance(first, RandomClips) and isinstance(second, RandomClips)
+    return (JoinedClips if has_videos else JoinedImages)(first, second)
 
 
 def _joined(first: NDArray[Any] | None, second: NDArray[Any] | None) -> NDArray[Any] | None:

@@ -33,7 +33,7 @@ TRIAL_SIDE, TRIAL_IMAGES = 224, 4
 
 
 Step = Callable[[Tensor, Tensor | None, torch.Generator], tuple[Tensor, Tensor | None]]
-"""Augments an image (C, H, W) and its mask (H, W), with random numbers of the generator."""
+"""Augments an image (C, H, W) and its mask (H, W), or all frames of a clip (T, C, H, W) alike, by a generator."""
 
 
 class OwnGenerator(TorchFunctionMode):
@@ -75,12 +75,12 @@ class ImagePolicy:
         """Augment an image and its mask.
 
         Args:
-            image_CHW: In 0..255, uint8 or float32.
+            image_CHW: In 0..255, uint8 or float32; or a clip (T, C, H, W), whose frames are augmented alike.
             mask_HW: Its mask, of the same side or another one.
             seed: Of this image's random numbers.
 
         Returns:
-            The image (C, S, S) in the type it came in, and the mask (S, S).
+            The image (C, S, S) or clip (T, C, S, S) in the type it came in, and the mask (S, S).
         """
         is_float = image_CHW.is_floating_point()
         image, mask = image_CHW / 255 if is_float else image_CHW, mask_HW  # as torchvision takes it
@@ -108,7 +108,8 @@ def _by_torchvision(
 
     with OwnGenerator(generator):
         if mask_HW is None:
-            return transform(tv_tensors.Image(image_CHW)).as_subclass(Tensor), None
+            kind = tv_tensors.Image if image_CHW.ndim == 3 else tv_tensors.Video
+            return transform(kind(image_CHW)).as_subclass(Tensor), None
         image, mask = transform((tv_tensors.Image(image_CHW), tv_tensors.Mask(mask_HW)))
     return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 

@@ -1,6 +1,6 @@
 """Turn stored images and masks into the input of a backbone.
 
-Legend: B batch, C channels, H height, W width, S side of the input.
+Legend: B batch, C channels, H height, W width, S side of the input. Clips have one dimension more, T frames, after B.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from petune.data.dataset import Split
+from petune.data.dataset import RandomClips, Split
 
 GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in gray (ITU-R BT.601)."""
@@ -30,11 +31,19 @@ class Preprocess:
     Attributes:
         image_size: Side of the square image, in pixels.
         mean, std: Mean and standard deviation per channel, for pixels in [0, 1]. A single channel is gray.
+        frames: Frames of a clip; None if the model's input is images.
     """
 
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    frames: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample: (C, S, S), or (T, C, S, S) of a clip."""
+        image = (len(self.mean), self.image_size, self.image_size)
+        return image if self.frames is None else (self.frames, *image)
 
     def pixels(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
         """Return images in 0..255 at `image_size`, float32 (B, C, S, S), without the margin they were stored with."""
@@ -45,7 +54,9 @@ class Preprocess:
         if x_BCHW.shape[-1] == self.image_size:
             return x_BCHW
         size = (self.image_size, self.image_size)
-        x_BCHW = F.interpolate(x_BCHW.float(), size, mode="bicubic", antialias=True)
+        x_NCHW = x_BCHW.float().reshape(-1, *x_BCHW.shape[-3:])  # the frames of clips one by one
+        resized = F.interpolate(x_NCHW, size, mode="bicubic", antialias=True)
+        x_BCHW = resized.view(*x_BCHW.shape[:-2], *size)
         return x_BCHW.clamp(0, 255) if np.issubdtype(split.images.dtype, np.integer) else x_BCHW
 
     def masks(self, split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -54,12 +65,12 @@ class Preprocess:
         return resize_masks(center_crop(masks_BHW, split.crop), self.image_size, self.image_size)
 
     def blank(self, device: torch.device) -> Tensor:
-        """Return one black image, float32 (1, C, S, S)."""
-        return torch.zeros(1, len(self.mean), self.image_size, self.image_size, device=device)
+        """Return one black image, float32 (1, C, S, S), or one black clip."""
+        return torch.zeros(1, *self.shape, device=device)
 
     def normalize(self, x_BCHW: Tensor, out: Tensor | None = None) -> Tensor:
         """Normalize images in 0..255 by mean and standard deviation, RGB as gray if there is a single mean."""
-        if len(self.mean) == 1 and x_BCHW.shape[1] == 3:
+        if len(self.mean) == 1 and x_BCHW.shape[-3] == 3:
             x_BCHW = to_gray(x_BCHW)
         statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, -1, 1, 1) * 255
         if out is None:
@@ -67,10 +78,27 @@ class Preprocess:
         return out.copy_(x_BCHW).sub_(statistics[0]).div_(statistics[1])  # a subtraction from uint8 is slower
 
 
-def read_images(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Return images in 0..255 without their margin, (B, C, H, W); uint8 as it is stored, else float32."""
-    raw_BHWC = torch.from_numpy(np.ascontiguousarray(split.images[split.rows[positions]]))
-    return center_crop(in_255(to_device(raw_BHWC, device).permute(0, 3, 1, 2)), split.crop)
+def read_images(
+    split: Split, positions: NDArray[np.int64], device: torch.device, frame_seeds: NDArray[np.int64] | None = None
+) -> Tensor:
+    """Return images in 0..255 without their margin, (B, C, H, W) or (B, T, C, H, W); uint8 as stored, else float32.
+
+    Args:
+        split: The images.
+        positions: Which of them.
+        device: Where they go.
+        frame_seeds: Of each clip, for random frames; None, or an array of clips, gives the frames of tests.
+    """
+    rows, images = split.rows[positions], split.images
+    if frame_seeds is not None and isinstance(images, RandomClips):
+        return in_model_order(images.draw(rows, frame_seeds), split.crop, device)
+    return in_model_order(images[rows], split.crop, device)
+
+
+def in_model_order(pixels: NDArray[Any], crop: float, device: torch.device) -> Tensor:
+    """Return stored images (…, H, W, C) as (…, C, H, W) in 0..255 on the device, without their margin."""
+    raw = torch.from_numpy(np.ascontiguousarray(pixels))
+    return center_crop(in_255(to_device(raw, device).movedim(-1, -3)), crop)
 
 
 def in_255(x: Tensor) -> Tensor:
@@ -85,8 +113,8 @@ def in_255(x: Tensor) -> Tensor:
 
 def to_gray(x_BCHW: Tensor) -> Tensor:
     """Return the luma of RGB images, (B, 1, H, W), by the weights that Pillow uses too."""
-    weights_C = torch.tensor(GRAY_WEIGHTS, device=x_BCHW.device).view(1, 3, 1, 1)
-    return (x_BCHW * weights_C).sum(1, keepdim=True)
+    weights_C = torch.tensor(GRAY_WEIGHTS, device=x_BCHW.device).view(3, 1, 1)
+    return (x_BCHW * weights_C).sum(-3, keepdim=True)
 
 
 def center_crop(x: Tensor, share: float) -> Tensor:
@@ -98,15 +126,16 @@ def center_crop(x: Tensor, share: float) -> Tensor:
 
 
 def resize_bicubic(image_CHW: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize an image, bicubic with antialiasing; uint8 stays uint8.
+    """Resize an image, or the frames of a clip (T, C, H, W), bicubic with antialiasing; uint8 stays uint8.
 
     torch's kernel for uint8 wants the channels of a pixel next to each other. It would copy any other image, and the
     result once more.
     """
     if image_CHW.shape[-2:] == (*size,):
         return image_CHW
-    x = image_CHW[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(x, [*size], mode="bicubic", antialias=True)[0]
+    x = (image_CHW if image_CHW.ndim == 4 else image_CHW[None]).contiguous(memory_format=torch.channels_last)
+    resized = F.interpolate(x, [*size], mode="bicubic", antialias=True)
+    return resized if image_CHW.ndim == 4 else resized[0]
 
 
 def resize_masks(masks: Tensor, height: int, width: int) -> Tensor:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from petune.base.errors import DataError
 from petune.data.doubtful_classes import check_doubtful_classes
-from petune.data.find_images import has_subfolders, visible_subfolders
-from petune.data.images import supported_suffixes
+from petune.data.find_images import IMAGES, FileKind, has_subfolders, visible_subfolders
 from petune.data.split_names import SplitName, parse_split_name, split_of
 
 MAX_SHOWN = 5
@@ -109,22 +108,22 @@ def check_is_folder(path: Path) -> None:
         raise DataError(f"{path} is a file. folder:PATH takes a folder of class folders")
 
 
-def left_out_note(path: Path) -> str:
+def left_out_note(path: Path, kind: FileKind = IMAGES) -> str:
     """Name what a folder dataset has outside its class folders, which is not read; empty if there is nothing."""
     splits = named_splits(path)
     used = set(splits.values())
     entries = [f"{folder.name}/" for folder in visible_subfolders(path) if splits and folder not in used]
     for folder in (path, *splits.values()):
-        count = sum(_is_image(file) for file in folder.iterdir())
+        count = sum(_is_of_kind(file, kind) for file in folder.iterdir())
         if count:
             where = "outside class folders" if folder == path else f"directly in {folder.name}/"
-            entries.append(f"{count} {'image' if count == 1 else 'images'} {where}")
+            entries.append(f"{count} {kind.noun}{'s' if count > 1 else ''} {where}")
     more = f" and {len(entries) - MAX_SHOWN} more" if len(entries) > MAX_SHOWN else ""
     return f"left out: {', '.join(entries[:MAX_SHOWN])}{more}" if entries else ""
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in supported_suffixes() and not file.name.startswith(".") and not file.is_dir()
+def _is_of_kind(file: Path, kind: FileKind) -> bool:
+    return file.suffix.lower() in kind.suffixes() and not file.name.startswith(".") and not file.is_dir()
 
 
 def _check_no_splits(path: Path) -> None:

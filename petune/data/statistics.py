@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation per channel, for white at 1."""
 CHUNK = 32
-"""Images per step; bounds the memory."""
+"""Images (or clips) per step; bounds the memory."""
 WHITE = {"uint8": 255.0, "uint16": 65535.0}
 SMALLEST_STD = 1e-3
 
@@ -31,8 +31,9 @@ def channel_statistics(images: Any, rows: NDArray[np.int64]) -> Statistics:
 def _of_bytes(images: Any, rows: NDArray[np.int64]) -> Statistics:
     channels = images.shape[-1]
     counts_C256 = np.zeros((channels, 256), np.int64)  # pixels as float64 would take 8 times the memory
-    for start in range(0, len(rows), CHUNK):
-        pixels_NC = np.asarray(images[rows[start : start + CHUNK]]).reshape(-1, channels)
+    step = max(1, CHUNK // (images.shape[1] if len(images.shape) == 5 else 1))
+    for start in range(0, len(rows), step):
+        pixels_NC = np.asarray(images[rows[start : start + step]]).reshape(-1, channels)
         counts_C256 += [np.bincount(channel, minlength=256) for channel in pixels_NC.T]
     values_256 = (np.arange(256, dtype=np.float32) / 255).astype(np.float64)
     shares_C256 = counts_C256 / counts_C256.sum(1, keepdims=True)

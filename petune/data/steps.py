@@ -72,6 +72,7 @@ RANGES: dict[tuple[str, str], tuple[float, float]] = {
 _CROP: StepConfig = {RESIZED_CROP: {"scale": [0.35, 1.0], "ratio": [1.0, 1.0], "interpolation": "bicubic"}}
 STEP_PRESETS: dict[str, list[StepConfig]] = {
     "crop": [_CROP, "horizontal_flip"],
+    "crop_only": [_CROP],
     "randaug": [_CROP, "horizontal_flip", {"rand_augment": {"num_ops": 2, "magnitude": 9}}],
     "trivial": [_CROP, "horizontal_flip", "trivial_augment"],
     "augmix": [_CROP, "horizontal_flip", "aug_mix"],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from petune.backbones.create import Backbone
 from petune.backbones.weights import absolute_weights
 from petune.base.metric import SplitMetrics
+from petune.data.dataset import Split
 from petune.data.manifest import digests
+from petune.data.video.clips import Clips
+from petune.data.video.sampling import Sampling
 from petune.runner.continued import history
 from petune.runner.file_names import MANIFEST_FILE
 from petune.runner.migrations import read_record
@@ -42,10 +46,11 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "image_size": preprocess.image_size,
             "mean": preprocess.mean,
             "std": preprocess.std,
-            "stored_size": dataset.test.images.shape[1],
+            "stored_size": dataset.test.images.shape[-2],
             "crop": dataset.test.crop,
             "channels": dataset.test.images.shape[-1],
             "dtype": str(dataset.test.images.dtype),
+            **_describe_clips(dataset.test),
         },
         "dataset": config.dataset,
         **({"dataset_license": dataset.license} if dataset.license else {}),
@@ -64,6 +69,14 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
         "metric_info": [metric.model_dump() for metric in trained.metric_info],
         **({"continued_from": history(ready.start)} if ready.start else {}),
     }
+
+
+def _describe_clips(split: Split) -> dict[str, Any]:
+    """Return how the frames of a clip are chosen; empty if the samples are images."""
+    if split.num_frames is None:
+        return {}
+    sampling = split.images.sampling if isinstance(split.images, Clips) else Sampling(frames=split.num_frames)
+    return {"clip": asdict(sampling)}
 
 
 def _describe_backbone(

@@ -278,7 +278,7 @@ def choose_preprocess(
     mean, std = statistics or dataset.train.channel_statistics()
     if channels == 1 and len(mean) == 3:
         mean, std = ((sum(w * v for w, v in zip(GRAY_WEIGHTS, values, strict=True)),) for values in (mean, std))
-    return Preprocess(backbone.image_size, mean, std)
+    return Preprocess(backbone.image_size, mean, std, dataset.train.num_frames)
 
 
 def check_channels(channels: int, stored: int = RGB_CHANNELS) -> None:

@@ -68,7 +68,7 @@ def evaluate(
             stop.check(group, errors)
             with nullcontext() if sharded else group.collect_errors(errors):
                 with autocast(job.device, precision):
-                    outputs = forward(batch.x_BCHW)
+                    outputs = mean_of_views(forward(batch.x_BCHW), batch.views)
                 if len(batch.y_B):
                     totals.add(outputs, batch.y_B)
     group.any_rank(errors=errors)
@@ -120,6 +120,16 @@ class _Totals:
                 values_N = group.all_reduce_sum(whole_N)
             gathered[name] = values_N.cpu().numpy()
         return gathered
+
+
+def mean_of_views(outputs: Tensor, views: int) -> Tensor:
+    """Return the mean of the outputs for all views of a video, (B, …).
+
+    Args:
+        outputs: (B * V, …), all views of the first video, then those of the next.
+        views: V; 1 for images.
+    """
+    return outputs if views == 1 else outputs.view(-1, views, *outputs.shape[1:]).mean(1)
 
 
 @contextmanager

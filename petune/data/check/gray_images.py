@@ -24,6 +24,7 @@ from petune.data.check.near_duplicates import SIDE
 from petune.data.dataset import Split
 from petune.data.images import read_image, upright_rgb
 from petune.data.preprocess import GRAY_WEIGHTS
+from petune.data.video.clips import frame_grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,18 +85,24 @@ def _gray_and_size(image: Image) -> tuple[NDArray[np.uint8], tuple[int, int]]:
 
 
 def read_arrays(split: Split) -> GrayImages:
-    """Read the images that a split holds as arrays; images of other than one or three channels by their mean."""
-    height, width, channels = split.images.shape[1:]
+    """Read the images that a split holds as arrays; images of other than one or three channels by their mean.
+
+    A clip is compared by four of its frames.
+    """
+    height, width, channels = split.images.shape[-3:]
     size = (width, height) if split.crop == 1 else (0, 0)  # with a margin, these are squares of images of any size
     images = GrayImages(np.zeros((len(split), SIDE, SIDE), np.uint8), [], np.tile(np.array(size), (len(split), 1)))
     weights = np.array(GRAY_WEIGHTS if channels == 3 else [1 / channels] * channels, np.float32)
-    for start in range(0, len(split), CHUNK):
-        pixels_NHWC = np.ascontiguousarray(split.images[split.rows[start : start + CHUNK]])
+    chunk = max(1, CHUNK // (split.num_frames or 1))
+    for start in range(0, len(split), chunk):
+        pixels_NHWC = np.ascontiguousarray(split.images[split.rows[start : start + chunk]])
         images.digests.extend(hashlib.sha256(pixels).digest() for pixels in pixels_NHWC)
+        if split.num_frames is not None:
+            pixels_NHWC = frame_grid(pixels_NHWC)
         gray_NHW = torch.from_numpy(_to_8_bit(pixels_NHWC) @ weights)
         if gray_NHW.shape[1:] != (SIDE, SIDE):
             gray_NHW = F.interpolate(gray_NHW[:, None], (SIDE, SIDE), mode="bicubic", antialias=True)[:, 0]
-        images.gray_NSS[start : start + CHUNK] = gray_NHW.round().clamp(0, 255).byte().numpy()
+        images.gray_NSS[start : start + chunk] = gray_NHW.round().clamp(0, 255).byte().numpy()
     return images
 
 

@@ -73,7 +73,7 @@ def dataset_parts(dataset: Dataset) -> dict[str, Part]:
     parts = {}
     for part, split in filled.items():
         names = [f"{part} {i}" for i in range(len(split))] if split.names is None else split.names.tolist()
-        is_files = split.names is not None and Path(names[0]).is_file()
+        is_files = split.names is not None and split.num_frames is None and Path(names[0]).is_file()
         images = read_files([Path(name) for name in names]) if is_files else read_arrays(split)
         parts[part] = Part(names, _texts(dataset.target, split), _counts(dataset.target, split, edges), images)
     return parts

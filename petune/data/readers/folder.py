@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from petune.base.config import expand_home
-from petune.base.errors import DataError
-from petune.base.text import plural
+from petune.data.class_folders import labeled_files_of, manifest_of_folders, target_of_folders
 from petune.data.dataset import Dataset, Target
-from petune.data.find_images import visible_subfolders
+from petune.data.find_images import IMAGES
 from petune.data.folder import load_folder
-from petune.data.layout import list_images, list_split
-from petune.data.manifest import Manifest, file_entry
+from petune.data.manifest import Manifest
 from petune.data.reader import DatasetReader, LabeledFiles, ReadContext, ReaderConfig
-from petune.data.splits import split_folders
 
 
 class FolderReader(DatasetReader[ReaderConfig]):
@@ -39,10 +34,7 @@ class FolderReader(DatasetReader[ReaderConfig]):
         Raises:
             DataError: The folder does not exist or has fewer than two classes.
         """
-        names = tuple(folder.name for folder in visible_subfolders(split_folders(self.path)["train"]))
-        if len(names) < 2:
-            raise DataError(f"{self.path} has {plural(len(names), 'class folder')}. A dataset needs at least two")
-        return Target("class", names)
+        return target_of_folders(self.path)
 
     def find(self, data_dir: Path | None) -> str | None:
         """Return the folder, if it exists."""
@@ -54,18 +46,8 @@ class FolderReader(DatasetReader[ReaderConfig]):
         Raises:
             DataError: The layout is wrong: see `petune.data.folder`.
         """
-        if not self.path.is_dir():
-            return {}
-        folders = split_folders(self.path)
-        splits, _ = list_images(self.path)
-        return {
-            part: {name: file_entry(images, folders[part] / name) for name, images in classes.items()}
-            for part, classes in splits.items()
-        }
+        return manifest_of_folders(self.path, IMAGES)
 
     def labeled_files(self, part: str) -> LabeledFiles:
         """Return PATH/test or PATH/val, or the whole folder if it has no splits."""
-        split, classes, note = list_split(self.path, part)
-        files = [file for images in classes.values() for file in images]
-        labels = np.repeat(np.arange(len(classes)), [len(images) for images in classes.values()])
-        return LabeledFiles(split, files, Target("class", tuple(classes)), labels, note)
+        return labeled_files_of(self.path, part, IMAGES)

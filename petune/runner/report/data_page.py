@@ -68,7 +68,8 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
     channels = split.images.shape[-1]
     check_images(augmentations.steps, channels, masks=split.has_masks)
     check_augment(augmentations.steps, side=sample.image_size, channels=channels)
-    preprocess = Preprocess(sample.image_size, (0.5,) * channels, (0.5,) * channels)  # undone again: any values do
+    half = (0.5,) * channels  # undone again: any values do
+    preprocess = Preprocess(sample.image_size, half, half, split.num_frames)
     generator = np.random.default_rng(sample.seed)
     positions = np.sort(generator.choice(len(split), min(sample.num_images, len(split)), replace=False))
     gallery = augmented_gallery(split, dataset.target, preprocess, positions, augmentations)
@@ -78,6 +79,8 @@ def write_data_page(dataset: Dataset, output: Path, sample: Sample) -> dict[str,
     )
     if channels not in {1, 3}:
         about += f" Of {channels} channels, the first {min(channels, 3)} are shown as red, green and blue."
+    if split.num_frames is not None:
+        about += f" Of each clip of {plural(split.num_frames, 'frame')}, four are shown in reading order."
     page = render(
         "gallery.html.jinja",
         GENERATOR,

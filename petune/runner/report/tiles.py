@@ -18,6 +18,7 @@ from torch import Tensor
 
 from petune.base.config import Config
 from petune.data import Preprocess
+from petune.data.video.clips import frame_grid
 
 MAX_SIDE = 192
 """Pixels; larger images are scaled down, so that a page of a hundred stays small."""
@@ -96,12 +97,16 @@ def visible_images(x_BCHW: Tensor, preprocess: Preprocess) -> NDArray[np.uint8]:
     """Undo the normalization of a model's input.
 
     Args:
-        x_BCHW: Normalized images.
+        x_BCHW: Normalized images, or clips (B, T, C, H, W).
         preprocess: Its mean and std.
 
     Returns:
-        uint8 (B, H, W, 3). One channel is gray; of more than three the first three are shown.
+        uint8 (B, H, W, 3). One channel is gray; of more than three the first three are shown. A clip is four of its
+        frames, as in `frame_grid`.
     """
+    if x_BCHW.ndim == 5:
+        frames = visible_images(x_BCHW.flatten(0, 1), preprocess)
+        return frame_grid(frames.reshape(*x_BCHW.shape[:2], *frames.shape[1:]))
     statistics = torch.tensor([preprocess.mean, preprocess.std]).view(2, 1, -1, 1, 1)
     pixels_BCHW = (x_BCHW.detach().float().cpu() * statistics[1] + statistics[0]) * 255
     channels = pixels_BCHW.shape[1]

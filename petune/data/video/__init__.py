@@ -1,0 +1,1 @@
+"""Clips of videos: which frames are read, decoding, the cache of frames."""

@@ -1,0 +1,148 @@
+"""Decode videos with PyAV, whose wheel brings FFmpeg.
+
+Legend: F frames of a video, K of them, S side of a stored frame in pixels, V crops of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petune.base.errors import DataError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VIDEO_SUFFIXES = frozenset(
+    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv"]
+)
+CENTER = (0.5,)
+"""Where squares are cut from frames, from left (or top) at 0 to right (or bottom) at 1."""
+SMALLEST_SHARE = 0.9
+"""Of the frames that the header of a file announces; with fewer it is truncated."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What one look at a video tells.
+
+    Attributes:
+        frames: F.
+        width, height: Of a frame as it is shown, in pixels.
+    """
+
+    frames: int
+    width: int
+    height: int
+
+
+def check_decoder() -> None:
+    """Check that PyAV is installed.
+
+    Raises:
+        MissingExtra: It is not.
+    """
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        raise MissingExtra("reading videos", "video") from None
+
+
+def read_info(path: Path) -> VideoInfo:
+    """Decode a video once, and count its frames: headers may be wrong, or not know the number.
+
+    Raises:
+        DataError: It cannot be read, or is truncated.
+        MissingExtra: PyAV is not installed.
+    """
+    with _opened(path) as (container, stream):
+        packets = frames = 0
+        first = None
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                first = first or (frame.width, frame.height, frame.rotation)
+                frames += 1
+        announced = stream.frames
+    if first is None:
+        raise DataError(f"{path}: not a readable video (no frames)")
+    if packets < SMALLEST_SHARE * announced:
+        raise DataError(f"{path}: not a readable video (truncated: {packets} of {announced} frames)")
+    width, height, rotation = first
+    return VideoInfo(frames, height, width) if rotation % 180 else VideoInfo(frames, width, height)
+
+
+def read_frames(
+    path: Path, numbers: NDArray[np.int64], side: int, crops: Sequence[float] = CENTER
+) -> NDArray[np.uint8]:
+    """Decode some frames of a video.
+
+    Args:
+        path: The file.
+        numbers: Which frames, in order, each once.
+        side: S.
+        crops: Where squares are cut; see `CENTER`.
+
+    Returns:
+        uint8 (V, K, S, S, 3).
+
+    Raises:
+        DataError: The file cannot be read, or has fewer frames.
+        MissingExtra: PyAV is not installed.
+    """
+    out = np.empty((len(crops), len(numbers), side, side, 3), np.uint8)
+    position = 0
+    with _opened(path) as (container, stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if number < numbers[position]:
+                continue
+            image = _upright(frame)
+            for crop, share in enumerate(crops):
+                out[crop, position] = _square(image, side, share)
+            position += 1
+            if position == len(numbers):
+                return out
+    raise DataError(f"{path}: not a readable video (frame {numbers[position]} is missing)")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video, and raise a DataError for whatever is wrong with it."""
+    check_decoder()
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: not a readable video (no video stream)")
+            yield container, container.streams.video[0]
+    except av.FFmpegError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable video ({error.strerror})"
+        raise DataError(f"{path}: {reason}") from None
+
+
+def _upright(frame: Any) -> Image:
+    """Return a frame turned as its file says; FFmpeg's libraries leave that to the program."""
+    from PIL import Image
+
+    image: Image.Image = frame.to_image()
+    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    turn = turns.get(round(frame.rotation) % 360)
+    return image if turn is None else image.transpose(turn)
+
+
+def _square(image: Image, side: int, share: float) -> NDArray[np.uint8]:
+    """Return a square as high (or wide) as the frame at `side` pixels, bicubic with antialiasing, as of an image."""
+    from PIL import Image
+
+    width, height = image.size
+    edge = min(width, height)
+    left, top = (width - edge) * share, (height - edge) * share
+    box = (left, top, left + edge, top + edge)
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
