@@ -23,11 +23,29 @@ def _return_logits(model: nn.Module, args: Any, output: Any) -> Tensor:
 
 def _classify(model: nn.Module, args: Any, output: Any) -> Tensor:
     """Forward hook: put `model.classifier` on the pooled output, or on the mean token if there is none: (B, C)."""
-    pooled_BD = getattr(output, "pooler_output", None)
-    if pooled_BD is None:
-        pooled_BD = output.last_hidden_state.mean(1)
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        features = output.last_hidden_state
+    if features.ndim == 4:  # (B, D, H, W)
+        features = features.flatten(2).mT
+    pooled_BD = features.mean(1) if features.ndim == 3 else features
     logits_BC: Tensor = model.classifier(pooled_BD)  # type: ignore[operator]
     return logits_BC
+
+
+def _feature_width(config: Any) -> int:
+    """Return the width D of what an encoder returns.
+
+    Raises:
+        ConfigError: The config does not tell it.
+    """
+    width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
+    if isinstance(width, int):
+        return width
+    raise ConfigError(
+        f"transformers has no classifier for a {type(config).__name__}, which does not tell the width of its features "
+        "(hidden_size) either. Let a function of your own build the model with its classifier: my_package.models:make"
+    )
 
 
 def _with_logits(model: Any, num_classes: int, *, classifies: bool) -> nn.Module:
@@ -39,7 +57,7 @@ def _with_logits(model: Any, num_classes: int, *, classifies: bool) -> nn.Module
         classifies: The model has a classifier.
     """
     if not classifies:
-        model.classifier = nn.Linear(model.config.hidden_size, num_classes)
+        model.classifier = nn.Linear(_feature_width(model.config), num_classes)
     model.register_forward_hook(_return_logits if classifies else _classify)
     return model  # type: ignore[no-any-return]
 
@@ -89,18 +107,36 @@ def _build_transformers(
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(name, local_files_only=offline)
-    config = _classification_config(getattr(config, "vision_config", None) or config)
-    _check_options(name, config, options)
-    config.update({**options, "num_labels": num_classes})
+    config = _classification_config(_image_config(config))
+    images = getattr(config, "vision_config", None) or config
+    _check_options(name, images, options)
+    images.update(dict(options))
+    config.num_labels = num_classes
     # transformers fails on None, which a file leaves, if a config belongs to several models (DeiT)
     config.architectures = config.architectures or []
     classifies = type(config) in AutoModelForImageClassification._model_mapping
     auto_class = AutoModelForImageClassification if classifies else AutoModel
+    if type(config) not in auto_class._model_mapping:
+        raise ConfigError(
+            f"hf:{name} is a {type(config).__name__}, for which transformers has neither an image classifier nor an "
+            "encoder by itself. Let a function of your own build the model with its classifier: my_package.models:make"
+        )
     try:
         model = load_pretrained(auto_class, name, config, offline) if pretrained else auto_class.from_config(config)
         return _with_logits(model, num_classes, classifies=classifies)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {error}") from error
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {' '.join(str(error).split())}") from error
+
+
+def _image_config(config: Any) -> Any:
+    """Return the config of the image tower of a model with two, unless only both together have a classifier."""
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    tower = getattr(config, "vision_config", None)
+    alone = any(type(tower) in c._model_mapping for c in (AutoModel, AutoModelForImageClassification))
+    if tower is None or (not alone and type(config) in AutoModelForImageClassification._model_mapping):
+        return config
+    return tower
 
 
 def _check_options(name: str, config: Any, options: Mapping[str, Any]) -> None:

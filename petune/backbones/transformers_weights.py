@@ -36,8 +36,8 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> n
     embeddings = {
         key: shape for key, shape, _ in info["mismatched_keys"] if key in unfilled and "position_embedding" in key
     }
-    if embeddings:
-        own_config = type(config).from_pretrained(name, local_files_only=offline)
+    own_config: Any = type(config).from_pretrained(name, local_files_only=offline) if embeddings else None
+    if hasattr(own_config, "image_size"):
         config = type(config).from_dict({**config.to_dict(), "image_size": own_config.image_size})
         original = auto_class.from_pretrained(name, config=config, **arguments)
         unfilled -= _resample(model.state_dict(), original.state_dict(), embeddings)

@@ -6,7 +6,6 @@ Each is a function from a Trial to the problem in words; the text is empty if th
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +15,6 @@ from petune.base.block_choice import ALL
 from petune.base.errors import AttachError, BackboneMismatch, ConfigError, NotMergeable
 from petune.base.text import plural
 from petune.injector.attach import attach
-from petune.injector.attachment import Attachment
-from petune.injector.load import load
 from petune.injector.registry import build_tuner
 from petune.plugin_dev.finding import Property
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
@@ -126,7 +123,7 @@ def _disabled_output(t: Trial) -> str:
 def _save_and_load(t: Trial) -> str:
     problem = "something that the output depends on is not saved"
     try:
-        loaded = _loaded_again(t).model.eval()
+        loaded = t.loaded_again().model.eval()
     except BackboneMismatch as error:  # mostly because it computes something else where it is loaded
         return f"{problem} ({error})"
     return _difference(logits(loaded, t.x), t.training.logits, problem)
@@ -134,7 +131,7 @@ def _save_and_load(t: Trial) -> str:
 
 def _merge(t: Trial) -> str:
     try:
-        _loaded_again(t).merge()
+        t.loaded_again().merge()
     except NotMergeable as error:
         return str(error) if error.changes_output else ""
     return ""
@@ -145,7 +142,8 @@ def _chosen_blocks(t: Trial) -> str:
     if len(t.att.sites.blocks) < 2 or t.att.tuner.config.blocks != ALL:
         return ""
     try:
-        att = attach(copy.deepcopy(t.base), build_tuner(t.att.tuner, blocks="last:1"), name=t.att.name)
+        tuner = build_tuner(t.att.tuner, blocks="last:1")
+        att = attach(copy.deepcopy(t.base), tuner, name=t.att.name, **t.options)
     except (AttachError, ConfigError):
         return ""
     formula, count = att.tuner.num_parameters(att.sites), att.counts.tuned
@@ -188,12 +186,6 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("chosen blocks", "the option blocks is followed, or refused", _chosen_blocks),
     Property("detach", "detached, the model is as it was to the bit", _detach),
 )
-
-
-def _loaded_again(t: Trial) -> Attachment:
-    with tempfile.TemporaryDirectory() as folder:
-        t.att.save(f"{folder}/adapter")
-        return load(copy.deepcopy(t.base), f"{folder}/adapter", tuner=t.att.tuner)
 
 
 def _difference(now: Tensor, before: Tensor, problem: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from petune.injector.attach import attach
+from petune.injector.attachment import Attachment
+from petune.injector.load import load
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs
@@ -46,16 +49,19 @@ class Trial:
     Attributes:
         base: The model without the tuner.
         att: The tuner on another copy.
+        options: Arguments of `attach` besides model, tuner and name.
         x: Four images, or samples of whatever the model takes.
         base_logits: What `base` returns for them.
     """
 
-    def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str) -> None:
+    def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str, **options: Any) -> None:
         self.base = copy.deepcopy(model).eval()
-        self.att = attach(copy.deepcopy(self.base), tuner, name=name)
+        self.options = options
+        self.att = attach(copy.deepcopy(self.base), tuner, name=name, **options)
         self.x = self.att.sites.input_spec.noise(NUM_IMAGES)
         self.base_logits = logits(self.base, self.x)
         self._training: Training | None = None
+        self._loaded: Attachment | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -69,6 +75,14 @@ class Trial:
             raise RuntimeError("not checked, because training failed")
         return self._training
 
+    def loaded_again(self) -> Attachment:
+        """Save the attachment and load it on a fresh copy of `base`, at the first call: training must be over."""
+        if self._loaded is None:
+            with tempfile.TemporaryDirectory() as folder:
+                self.att.save(f"{folder}/adapter")
+                self._loaded = load(copy.deepcopy(self.base), f"{folder}/adapter", tuner=self.att.tuner)
+        return self._loaded
+
     def train(self) -> Training:
         """Train three steps, then move the tuned tensors by noise, so that their effect is clearly visible."""
         trained = {id(v) for v in self.att.state().values()}
@@ -81,7 +95,7 @@ class Trial:
         for seed in range(1, DRAWS):
             if silent:
                 torch.manual_seed(seed)
-                again = Trial(self.att.tuner, self.base, self.att.name)
+                again = Trial(self.att.tuner, self.base, self.att.name, **self.options)
                 silent = sorted({*silent} & {*_silent_after_three_steps(again)})
         has_effect = not self.att.tuned or not torch.equal(perturbed, logits_after)
         self._training = Training(silent, changed, perturbed, has_effect)
@@ -111,12 +125,11 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
     """Train three steps; return the tuned tensors that never had a gradient other than zero."""
     att, x = trial.att, trial.x
     optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
-    target = torch.arange(NUM_IMAGES) % 2
     att.train()
     att.on_train_start(3)
     live: set[str] = set()
     for step in range(3):
-        loss = nn.functional.cross_entropy(logits_of(x.call(att.model)), target) + att.loss(step)
+        loss = _loss(logits_of(x.call(att.model))) + att.loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(att.parameters(), 1.0)  # a deep model of random weights would diverge
@@ -125,3 +138,10 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
         att.on_step_end(step)
     att.model.eval()
     return list(att.missing_gradients({*att.tuned} - live))
+
+
+def _loss(y: Tensor) -> Tensor:
+    """Return the cross-entropy of logits (B, C), and the mean square of any other output."""
+    if y.ndim == 2 and len(y) == NUM_IMAGES and y.shape[1] > 1:
+        return nn.functional.cross_entropy(y, torch.arange(NUM_IMAGES) % 2)
+    return y.square().mean() + y.mean()

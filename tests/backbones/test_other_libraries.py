@@ -153,6 +153,50 @@ def test_a_model_without_a_classifier_gets_one(tmp_path: Path) -> None:
     assert petune.attach(model, "linear").counts.head == 48 * 5 + 5
 
 
+def test_an_encoder_that_returns_a_map_is_pooled_over_its_positions(tmp_path: Path) -> None:
+    """Of a map (B, D, H, W) the mean of a token is over H and W; the width may be the last of several."""
+    import transformers
+
+    stages: dict[str, Any] = {"hidden_sizes": [8, 8, 8, 32], "num_attention_heads": [1, 1, 1, 2], "depths": [1] * 4}
+    columns = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    configs = {
+        "stages": transformers.GLPNConfig(**stages, image_size=64),
+        "columns": transformers.VitDetConfig(**columns, image_size=64, pretrain_image_size=64),  # as many rows as D
+    }
+    x = torch.randn(2, 3, 64, 64)
+    for name, config in configs.items():
+        config.save_pretrained(tmp_path / name)
+        model = create_backbone(f"hf:{tmp_path / name}", weights="none", num_classes=5).model.eval()
+        maps: list[Any] = []
+        model.register_forward_hook(lambda m, args, y, maps=maps: maps.append(y), prepend=True)
+        logits = model(x)
+        assert logits.shape == (2, 5)
+        torch.testing.assert_close(logits, model.classifier(maps[0].last_hidden_state.mean((2, 3))))
+
+
+def test_a_tower_that_has_a_classifier_only_with_its_text_tower_is_built_with_it(tmp_path: Path) -> None:
+    import transformers
+
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    transformers.MetaClip2Config(vision_config=vision, text_config=tower).save_pretrained(tmp_path / "both")
+    backbone = create_backbone(f"hf:{tmp_path / 'both'}", weights="none", num_classes=5, image_size=32)
+    assert backbone.model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    transformers.MetaClip2VisionConfig(**vision).save_pretrained(tmp_path / "one")
+    with pytest.raises(ConfigError, match=r"MetaClip2VisionConfig.*neither.*my_package\.models:make"):
+        create_backbone(f"hf:{tmp_path / 'one'}", weights="none", num_classes=5)
+
+
+def test_a_model_that_needs_another_package_names_it(tmp_path: Path) -> None:
+    import transformers
+
+    if transformers.utils.is_natten_available():
+        pytest.skip("natten is installed")
+    transformers.DinatConfig(depths=[1], num_heads=[2], embed_dim=8, dilations=[[1]]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="natten"):
+        create_backbone(f"hf:{tmp_path}", weights="none", num_classes=5)
+
+
 def test_the_encoder_of_a_masked_autoencoder_sees_all_patches(tmp_path: Path) -> None:
     import transformers
 
