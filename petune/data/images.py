@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.data.band_files import ARRAY_SUFFIXES, TIFF_SUFFIXES, preview, read_bands
 from petune.data.bands import RGB, ImageForm, as_image, bands_square
+from petune.data.video.decode import VIDEO_SUFFIXES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,6 +162,8 @@ def read_image(path: Path, convert: Callable[[Image], Converted]) -> Converted:
 
 
 def _reason(path: Path, error: Exception) -> str:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        return "a video"
     if path.suffix.lower() in UNSUPPORTED_SUFFIXES:
         return f"unsupported format; convert it{heic_advice([path.suffix.lower()])}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -31,7 +31,8 @@ methods, and raise `petune.MissingExtra` or `petune.DataError` with what the use
 
 The other methods have defaults. Override `target` if `load` is slow, since the names are needed before any image is;
 `find` if the files may be missing; `manifest` if the images can change between two runs, since val and test are drawn
-from them; `path` and `labeled_files` if the argument is a path.
+from them; `path` and `labeled_files` if the argument is a path; `num_frames` if the samples are clips of videos, whose
+images are uint8 (N, frames, H, W, 3).
 """
 
 from __future__ import annotations
@@ -154,6 +155,10 @@ class DatasetReader(Generic[ConfigT]):
     def target(self, context: ReadContext) -> Target:
         """Return kind and names of the targets, if possible without decoding an image."""
         return self.load(context).target
+
+    def num_frames(self, context: ReadContext) -> int | None:
+        """Return the number of frames of a clip; None, the default, if the samples are images."""
+        return None
 
     @classmethod
     def arguments(cls) -> dict[str, str]:

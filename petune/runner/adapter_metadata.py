@@ -50,7 +50,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "crop": dataset.test.crop,
             "channels": dataset.test.images.shape[-1],
             "dtype": str(dataset.test.images.dtype),
-            **_describe_clips(dataset.test),
+            **_describe_clips(dataset.train),
         },
         "dataset": config.dataset,
         **({"dataset_license": dataset.license} if dataset.license else {}),
@@ -76,7 +76,8 @@ def _describe_clips(split: Split) -> dict[str, Any]:
     if split.num_frames is None:
         return {}
     sampling = split.images.sampling if isinstance(split.images, Clips) else Sampling(frames=split.num_frames)
-    return {"clip": asdict(sampling)}
+    # a test with three crops stores other squares
+    return {"clip": asdict(sampling), "stored_size": split.images.shape[-2], "crop": split.crop}
 
 
 def _describe_backbone(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,10 @@ from petune.data import Preprocess, Split
 from petune.data.bands import RGB, ImageForm, bands_square, channels_last
 from petune.data.folder import CROP
 from petune.data.images import center_square, decode_images
+from petune.data.video.clips import ONE_VIEW, Views
+from petune.data.video.sampling import Sampling
+from petune.data.video.store import stored_share, stored_side
+from petune.serving.clip_files import ClipFiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,12 +46,16 @@ class ImageTransform:
             input, because the model was trained on enlarged small images.
         crop: Share of that side that the model sees.
         form: Channels and type of the images.
+        sampling: Which frames of a video make a clip; None if the model takes images.
+        views: Clips and crops of a video, whose outputs are averaged.
     """
 
     preprocess: Preprocess
     stored_size: int
     crop: float
     form: ImageForm = RGB
+    sampling: Sampling | None = None
+    views: Views = ONE_VIEW
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ImageTransform:
@@ -59,10 +67,12 @@ class ImageTransform:
         try:
             values = metadata["preprocess"]
             size = int(values["image_size"])
-            preprocess = Preprocess(size, tuple(map(float, values["mean"])), tuple(map(float, values["std"])))
+            sampling = Sampling(**values["clip"]) if "clip" in values else None
+            mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+            preprocess = Preprocess(size, mean, std, sampling.frames if sampling else None)
             if "stored_size" in values:
                 form = ImageForm(int(values.get("channels", 3)), str(values.get("dtype", "uint8")))
-                return cls(preprocess, int(values["stored_size"]), float(values["crop"]), form)
+                return cls(preprocess, int(values["stored_size"]), float(values["crop"]), form, sampling)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the adapter does not say how its images were preprocessed: {error!r}") from None
         dataset = str(metadata.get("dataset"))
@@ -70,13 +80,20 @@ class ImageTransform:
             return cls(preprocess, STORED_SIZES[dataset], 1.0)
         return cls(preprocess, math.ceil(size / CROP), CROP)
 
+    def with_views(self, views: Views) -> ImageTransform:
+        """Return the steps for several clips and crops of each video."""
+        size = self.preprocess.image_size
+        return replace(self, views=views, stored_size=stored_side(size, views), crop=stored_share(views))
+
     def squares(self, images: Sequence[LoadedImage]) -> tuple[NDArray[Any], dict[int, str]]:
         """Decode images and resize their center squares to `stored_size`.
 
         Returns:
             The squares, (B, S, S, C) of the type and channels of `form`, and the reason for each position that cannot
-            be read (it is black).
+            be read (it is black). Of videos, all views of the first one, then those of the next, (B * V, T, S, S, C).
         """
+        if self.sampling is not None:
+            return ClipFiles(self.sampling, self.stored_size, self.views).read(images)
         out = np.zeros((len(images), self.stored_size, self.stored_size, self.form.channels), self.form.dtype)
         files = {i: image for i, image in enumerate(images) if isinstance(image, Path)}
         positions = list(files)
@@ -94,7 +111,7 @@ class ImageTransform:
         return out, errors
 
     def batch(self, squares_BSSC: NDArray[Any], device: torch.device) -> Tensor:
-        """Turn squares, (B, S, S, C), into the model's input, float32 (B, C, H, W)."""
+        """Turn squares, (B, …, S, S, C), into the model's input, float32 (B, …, C, H, W)."""
         split = Split.of(squares_BSSC, np.zeros(len(squares_BSSC), np.int64), self.crop)
         return self.preprocess.normalize(self.preprocess.pixels(split, np.arange(len(split)), device))
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
-from petune.data.find_images import find_images
-from petune.data.images import supported_suffixes
+from petune.data.find_images import IMAGES, VIDEOS, FileKind, find_images
 from petune.data.registry import build_reader, is_table
 from petune.serving.image_transform import ImageTransform
 from petune.serving.predictions import Prediction, mask_prediction, predictions_of
@@ -112,7 +111,8 @@ class Predictor:
 
         Args:
             images: Files, folders (searched for images), tables with paths of images, open Pillow images, or uint8
-                (height, width, 3).
+                (height, width, 3). A model of clips takes files of videos, folders of them, or uint8 (frames, height,
+                width, 3).
             top_k: Number of classes per image; at most all there are. None gives 5. Labels and numbers are always all
                 returned.
             batch_size: Images per forward.
@@ -129,7 +129,7 @@ class Predictor:
                 "Leave it out",
                 cli_hint="Drop --top-k",
             )
-        remaining = _list_images(images)
+        remaining = _list_images(images, IMAGES if self.transform.sampling is None else VIDEOS)
         while batch := list(islice(remaining, batch_size)):
             if self.task.target_kind == "mask":
                 yield from self._predict_masks(batch, batch_size)
@@ -210,11 +210,11 @@ def predict(
     return predictor(sources, top_k=top_k, batch_size=batch_size)
 
 
-def _list_images(sources: Iterable[ImageSource]) -> Iterator[tuple[str, LoadedImage]]:
+def _list_images(sources: Iterable[ImageSource], kind: FileKind) -> Iterator[tuple[str, LoadedImage]]:
     """Yield names and images; a folder or a table is replaced by the images in it."""
     for number, source in enumerate(sources):
         if not isinstance(source, str | Path):
-            yield f"image {number}", source
+            yield f"{kind.noun} {number}", source
             continue
         path = expand_home(source)
         if is_table(str(source)):
@@ -223,11 +223,11 @@ def _list_images(sources: Iterable[ImageSource]) -> Iterator[tuple[str, LoadedIm
         if not path.is_dir():
             yield str(path), path
             continue
-        files = find_images(path, unsupported=True)
+        files = find_images(path, unsupported=kind == IMAGES, kind=kind)
         yield from ((str(file), file) for file in files)
         if not files:
-            supported = ", ".join(sorted(supported_suffixes()))
-            yield str(path), DataError(f"no images in {path} (supported: {supported})")
+            supported = ", ".join(sorted(kind.suffixes()))
+            yield str(path), DataError(f"no {kind.noun}s in {path} (supported: {supported})")
 
 
 def _files_of_table(text: str) -> list[Path]:

@@ -38,6 +38,10 @@ class VideoReader(DatasetReader[ClipOptions]):
         """
         return target_of_folders(self.path)
 
+    def num_frames(self, context: ReadContext) -> int:
+        """Return the option `frames`, or what the backbone takes."""
+        return self.config.sampling_of(context).frames
+
     def find(self, data_dir: Path | None) -> str | None:
         """Return the folder, if it exists."""
         return str(self.path) if self.path.is_dir() else None

@@ -37,6 +37,9 @@ class Views:
         return self.clips * self.crops
 
 
+ONE_VIEW = Views()
+
+
 @dataclass(frozen=True)
 class Clips:
     """Clips by row of the video, uint8; `petune.data.dataset.Images`.
@@ -58,7 +61,7 @@ class Clips:
     read: ReadClip
     frames: NDArray[np.uint8] | None = field(repr=False)
     random: bool = True
-    views: Views = Views()
+    views: Views = ONE_VIEW
 
     @property
     def shape(self) -> tuple[int, ...]:

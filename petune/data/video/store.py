@@ -21,7 +21,7 @@ from petune.data.find_images import size_and_time
 from petune.data.folder import CROP
 from petune.data.images import num_threads
 from petune.data.reader import ReadContext
-from petune.data.video.clips import Clips, Views
+from petune.data.video.clips import ONE_VIEW, Clips, Views
 from petune.data.video.decode import CENTER, VideoInfo, read_frames
 from petune.data.video.sampling import Frames, Sampling
 from petune.data.video.scan import scan_videos
@@ -29,7 +29,6 @@ from petune.data.video.scan import scan_videos
 FORMAT = 1
 """Raised when the same files are decoded to other pixels, so that decoded caches are rebuilt."""
 THREE_CROPS = (0.0, 0.5, 1.0)
-FIRST_VIEW = Views()
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def check_broken(videos: Iterable[Readable], context: ReadContext) -> None:
 
 
 def read_clips(
-    videos: Readable, sampling: Sampling, context: ReadContext, *, random: bool = True, views: Views = FIRST_VIEW
+    videos: Readable, sampling: Sampling, context: ReadContext, *, random: bool = True, views: Views = ONE_VIEW
 ) -> Clips:
     """Return the clips of videos, decoded now or by an earlier run, or each time they are read.
 
@@ -101,7 +100,7 @@ def read_clips(
     """
     counts = np.array([info.frames for info in videos.infos], np.int64)
     side = stored_side(context.image_size, views)
-    crops = THREE_CROPS if views.crops == 3 else CENTER
+    crops = crop_shares(views)
     paths = videos.paths
 
     def read(row: int, numbers: Frames) -> NDArray[np.uint8]:
@@ -121,12 +120,17 @@ def read_clips(
     return replace(clips, frames=np.asarray(cached_split(key, _filled(clips)).images))
 
 
-def stored_side(image_size: int, views: Views = FIRST_VIEW) -> int:
+def crop_shares(views: Views) -> tuple[float, ...]:
+    """Return where squares are cut from frames; see `petune.data.video.decode.CENTER`."""
+    return THREE_CROPS if views.crops == 3 else CENTER
+
+
+def stored_side(image_size: int, views: Views = ONE_VIEW) -> int:
     """Return the side of stored frames: with a margin, unless three crops already cover the whole frame."""
     return image_size if views.crops > 1 else math.ceil(image_size / CROP)
 
 
-def stored_share(views: Views = FIRST_VIEW) -> float:
+def stored_share(views: Views = ONE_VIEW) -> float:
     """Return the share of the side of a stored frame that the model sees."""
     return 1.0 if views.crops > 1 else CROP
 

@@ -13,22 +13,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from petune.base.errors import DataError, PluginError, UnknownName, UsageError, did_you_mean
+from petune.base.text import plural
 from petune.data import Dataset, Split, Target
 from petune.data.band_files import form_of
-from petune.data.batches import eval_batches
+from petune.data.batches import eval_batches, num_views
+from petune.data.dataset import FRAMES
 from petune.data.lookup import check_training_images, is_training_dataset
 from petune.data.reader import LabeledFiles
 from petune.data.registry import build_reader
+from petune.data.video.options import ClipOptions
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import prepare_data
+from petune.serving.image_transform import ImageTransform
 from petune.serving.predict import Predictor
 
 MAX_NAMES = 5
 EvalSplit = Literal["test", "val"]
 Load = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
-"""Positions to normalized images (B, C, H, W) on the model's device, and targets (B, …)."""
+"""Positions to normalized images (B, C, H, W), or views of clips (B * V, T, C, H, W), and targets (B, …)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class EvalImages:
         names: The file or key of each image, or its position in the split.
         load: Loads images by position.
         trained_on: The model was trained on them: val of a run that ended with a training on train and val.
+        views: Clips and crops of each video; `load` returns all of them for each target.
     """
 
     dataset: str
@@ -64,9 +69,11 @@ class EvalImages:
     names: Sequence[str]
     load: Load
     trained_on: bool = False
+    views: int = 1
 
     def batches(self, batch_size: int) -> Iterator[tuple[Sequence[str], Tensor, Tensor]]:
         """Yield names, images and targets of all images, in order."""
+        batch_size = max(1, batch_size // self.views)
         for start in range(0, len(self.names), batch_size):
             names = self.names[start : start + batch_size]
             yield names, *self.load(np.arange(start, start + len(names)))
@@ -138,14 +145,51 @@ def _run_config(metadata: Mapping[str, Any], dataset: str, is_own: bool, request
 def _split_images(name: str, data: Dataset, predictor: Predictor, part: EvalSplit) -> EvalImages:
     _check_target(data.name, data.target, predictor.task.target)
     split: Split = getattr(data, part)
+    _check_clips(data.name, split.num_frames, predictor.transform)
+    views = num_views(split)
 
     def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         few = split.take(positions)
-        (batch,) = eval_batches(few, predictor.transform.preprocess, len(few), predictor.device)
+        (batch,) = eval_batches(few, predictor.transform.preprocess, len(few) * views, predictor.device)
         return batch.x_BCHW, batch.y_B
 
     names = [f"{part} {i}" for i in range(len(split))] if split.names is None else split.names.tolist()
-    return EvalImages(name, part, data.source, names, load)
+    return EvalImages(name, part, data.source, names, load, views=views)
+
+
+def _check_clips(name: str, num_frames: int | None, transform: ImageTransform) -> None:
+    """Check that the dataset has clips as the model was trained on, or images if it was trained on images."""
+    trained = transform.preprocess.frames
+    if num_frames == trained:
+        return
+    has, takes = (
+        "images" if frames is None else f"clips of {plural(frames, 'frame')}" for frames in (num_frames, trained)
+    )
+    advice = f". Add ,frames={trained} to the dataset" if trained and num_frames else ""
+    raise DataError(f"{name} has {has}, but the model was trained on {takes}{advice}")
+
+
+def _transform_of(dataset: str, transform: ImageTransform) -> ImageTransform:
+    """Return the steps for the files of a dataset, with the clips and crops that it asks for.
+
+    Raises:
+        DataError: The dataset asks for other clips than those of the training, or has images instead.
+    """
+    options = build_reader(dataset).config
+    if not isinstance(options, ClipOptions):
+        _check_clips(dataset, None, transform)
+        return transform
+    if transform.sampling is None:
+        has_videos = build_reader(dataset).name == "video"
+        _check_clips(dataset, FRAMES if has_videos else None, transform)
+        return transform
+    trained = transform.sampling
+    for key in ("frames", "sampling", "stride"):
+        value = getattr(options, key)
+        own = trained.kind if key == "sampling" else getattr(trained, key)
+        if key in options.model_fields_set and value != own:
+            raise DataError(f"{dataset} asks for {key}={value}, but the model was trained with {own}. Leave {key} out")
+    return transform if len(options.views) == 1 else transform.with_views(options.views)
 
 
 def _check_target(name: str, target: Target, trained: Target) -> None:
@@ -165,6 +209,7 @@ def _check_target(name: str, target: Target, trained: Target) -> None:
 def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor) -> EvalImages:
     path = str(build_reader(dataset).path or dataset)
     targets = _targets_of_model(path, labeled, predictor.task.target)
+    transform = _transform_of(dataset, predictor.transform)
 
     def _named(positions: NDArray[np.int64], errors: Mapping[int, str]) -> str:
         number, reason = next(iter(errors.items()))
@@ -172,21 +217,22 @@ def _file_images(dataset: str, labeled: LabeledFiles, predictor: Predictor) -> E
         return reason if reason.startswith(name) else f"{name}: {reason}"
 
     def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        squares, errors = predictor.transform.squares([labeled.files[i] for i in positions])
+        squares, errors = transform.squares([labeled.files[i] for i in positions])
         if errors:
             file = labeled.files[positions[next(iter(errors))]]
-            form, own = predictor.transform.form, None if isinstance(file, np.ndarray) else form_of(file)
+            is_image = not isinstance(file, np.ndarray) and transform.sampling is None
+            form, own = transform.form, form_of(file) if is_image else None
             if isinstance(file, np.ndarray) or own not in (None, form):
                 raise DataError(f"{_named(positions, errors)}. The model was trained on images of {form}")
             raise DataError(
                 f"{_named(positions, errors)}. Repair or remove it",
                 cli_hint=f"`petune data check {path}` lists all broken images",
             )
-        return predictor.transform.batch(squares, predictor.device), torch.from_numpy(targets[positions])
+        return transform.batch(squares, predictor.device), torch.from_numpy(targets[positions])
 
     names = [str(file) for file in labeled.files] if labeled.names is None else labeled.names
     source = "; ".join(filter(None, (path, labeled.note)))
-    return EvalImages(dataset, labeled.split, source, names, load)
+    return EvalImages(dataset, labeled.split, source, names, load, views=len(transform.views))
 
 
 def _targets_of_model(path: str, labeled: LabeledFiles, trained: Target) -> NDArray[Any]:

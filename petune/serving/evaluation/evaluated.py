@@ -16,6 +16,7 @@ from petune.serving.evaluation.metrics import Evaluation, compute_class_metrics,
 from petune.serving.evaluation.rows import ImageRow, image_rows
 from petune.serving.predict import Predictor
 from petune.training.batch_loss import image_losses
+from petune.training.evaluate import mean_of_views
 from petune.training.task_registry import TASKS
 
 
@@ -48,7 +49,7 @@ def evaluate_images(predictor: Predictor, images: EvalImages, batch_size: int) -
     rows: list[ImageRow] = []
     batches: list[tuple[Tensor, Tensor]] = []
     for names, x_BCHW, targets in images.batches(batch_size):
-        outputs, targets = predictor.outputs(x_BCHW), targets.to(predictor.device)
+        outputs, targets = mean_of_views(predictor.outputs(x_BCHW), images.views), targets.to(predictor.device)
         with plugin_errors(TASKS, task.name, type(task), "updated its metrics"):
             meter.update(outputs, targets)
         rows += image_rows(task, names, outputs, targets, image_losses(task, outputs, targets))

@@ -21,6 +21,8 @@ NO_ATTENTION = (
     "Attention is not shown: the last block of this model has no attention weights over all patches of the image."
 )
 
+OF_CLIPS = "Of each clip, four frames are shown in reading order."
+
 
 def galleries_of(predictor: Predictor, rows: Sequence[ImageRow], load: Load) -> tuple[Gallery, ...]:
     """Return the galleries of an evaluation; none if nothing is wrong.
@@ -51,11 +53,12 @@ def _gallery(
     predictor: Predictor, rows: Sequence[ImageRow], load: Load, positions: Sequence[int], title: str, about: str
 ) -> Gallery:
     x_BCHW, targets = load(np.array(positions))
+    x_BCHW = x_BCHW[:: len(x_BCHW) // len(positions)]  # of several views of a video the first one
     pixels_BHWC = visible_images(x_BCHW, predictor.transform.preprocess)
     columns = [[tile_image(pixels) for pixels in pixels_BHWC]]
     if predictor.task.target_kind == "mask":
         columns = _mask_columns(predictor, x_BCHW, targets, pixels_BHWC)
-    maps_BHW = attention_maps(predictor, x_BCHW)
+    maps_BHW = None if x_BCHW.ndim == 5 else attention_maps(predictor, x_BCHW)
     if maps_BHW is not None:
         pairs = zip(pixels_BHWC, maps_BHW, strict=True)
         columns.append([tile_image(over_image(pixels, map_HW), "attention") for pixels, map_HW in pairs])
@@ -63,7 +66,9 @@ def _gallery(
         Tile(title=_title(rows[i]), lines=_lines(rows[i]), images=images)
         for i, *images in zip(positions, *columns, strict=True)
     ]
-    note = NO_ATTENTION if maps_BHW is None else "Attention is rolled out over all blocks."
+    note = "Attention is rolled out over all blocks."
+    if maps_BHW is None:
+        note = OF_CLIPS if x_BCHW.ndim == 5 else NO_ATTENTION
     return Gallery(title=title, about=f"{about} {note}", tiles=tuple(tiles))
 
 

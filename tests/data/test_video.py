@@ -1,0 +1,219 @@
+"""Clips of videos: which frames are read, that they are read right, and what is said about bad files."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import petune
+from petune.base.errors import ConfigError, DataError, MissingExtra
+from petune.data import Preprocess
+from petune.data.augment import PRESETS
+from petune.data.batches import TrainBatches, eval_batches
+from petune.data.check import check_dataset
+from petune.data.merge import merge_val
+from petune.data.steps import STEP_PRESETS
+from petune.data.video.decode import read_frames, read_info
+from petune.data.video.sampling import Sampling
+
+pytest.importorskip("av")
+from moving_digits import encode
+
+CPU = torch.device("cpu")
+LEVELS = 8
+"""Gray levels between a frame and the next."""
+
+
+def write_video(path: Path, frames: int, width: int = 16) -> Path:
+    """Encode frames of one gray level each, which tells the number of the frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode(path, np.repeat(np.arange(frames, dtype=np.uint8) * LEVELS, 16 * width * 3).reshape(-1, 16, width, 3))
+    return path
+
+
+def numbers_of(clips: Any) -> list[list[int]]:
+    """The numbers of the frames of clips (B, T, H, W, C)."""
+    return np.rint(np.asarray(clips)[..., 8, 8, 0] / LEVELS).astype(int).tolist()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes with train, val and test, of 2 to 24 frames."""
+    root = tmp_path_factory.mktemp("videos")
+    for part, counts in {"train": (24, 20, 9, 2), "val": (10,), "test": (24, 3)}.items():
+        for name in ("down", "up"):
+            for number, count in enumerate(counts):
+                write_video(root / part / name / f"{number}.mp4", count + (name == "up"))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PETUNE_CACHE", str(tmp_path / "cache"))
+
+
+def test_frames_are_in_order_inside_the_video_and_all_of_them_are_stored() -> None:
+    generator = np.random.default_rng(0)
+    rules = [Sampling("uniform", 8), Sampling("dense", 8, 3), Sampling("uniform", 1), Sampling("dense", 3, 1)]
+    for rule in rules:
+        for count in (1, 2, 7, 8, 9, 22, 23, 41, 100, 301):
+            stored = rule.stored(count, random=True)
+            assert len(stored) <= 5 * rule.frames
+            drawn = [rule.draw(count, generator) for _ in range(20)]
+            for clip in [rule.fixed(count), *drawn]:
+                assert len(clip) == rule.frames
+                assert (np.diff(clip) >= 0).all()
+                assert 0 <= clip.min() <= clip.max() < count
+                assert np.isin(clip, stored).all()
+            for number in range(3):
+                assert np.isin(rule.fixed(count, number, 3), rule.stored(count, random=False, clips=3)).all()
+            if count >= 40:
+                assert len({tuple(clip) for clip in drawn}) > 1
+
+
+def test_papers_samplings() -> None:
+    uniform, dense = Sampling("uniform", 4), Sampling("dense", 4, 2)
+    assert uniform.fixed(12).tolist() == [1, 4, 7, 10]
+    assert uniform.fixed(2).tolist() == [0, 0, 1, 1]
+    assert dense.fixed(17).tolist() == [5, 7, 9, 11]
+    assert dense.fixed(5).tolist() == [0, 2, 4, 4]
+    assert [dense.fixed(17, i, 3)[0] for i in range(3)] == [0, 5, 10]
+    segments = {int(frame) // 3 for _ in range(50) for frame in uniform.draw(12, np.random.default_rng(0))}
+    assert segments == {0, 1, 2, 3}
+
+
+def test_a_clip_is_a_function_of_seed_epoch_and_index(videos: Path) -> None:
+    data = petune.load_dataset(f"video:{videos},frames=4", image_size=14)
+    assert data.train.images.shape == (8, 4, 16, 16, 3)
+    assert (len(data.train), len(data.val), len(data.test)) == (8, 2, 4)
+    assert data.classes == ("down", "up")
+    assert data.augment == "crop_only"
+    assert numbers_of(data.test.images[data.test.rows[:2]]) == [[3, 9, 15, 21], [0, 0, 1, 2]]
+    pre = Preprocess(14, (0.0,) * 3, (1.0,) * 3, 4)
+
+    def epoch(number: int, batch_size: int, split: petune.Split = data.train, seed: int = 0) -> dict[int, torch.Tensor]:
+        batches = TrainBatches(split, pre, "shift", batch_size, seed, CPU)
+        return {int(i): x for b in batches.epoch(number) for i, x in zip(b.positions, b.x_BCHW, strict=True)}
+
+    first = epoch(0, 8)
+    assert all(torch.equal(first[i], x) for i, x in epoch(0, 4).items())
+    for other in (epoch(1, 8), epoch(0, 8, seed=1)):
+        assert not all(torch.equal(first[i], x) for i, x in other.items())
+    uncached = petune.load_dataset(f"video:{videos},frames=4", image_size=14, cache_gb=0)
+    assert "decoded in every epoch" in uncached.source
+    assert all(torch.equal(first[i], x) for i, x in epoch(0, 8, uncached.train).items())
+    fixed = TrainBatches(data.train, pre, "none", 8, 0, CPU)
+    assert torch.equal(next(fixed.epoch(0)).x_BCHW.sort(0)[0], next(fixed.epoch(1)).x_BCHW.sort(0)[0])
+    merged = merge_val(data)
+    assert len(epoch(0, 10, merged.train)) == 10
+
+
+def test_all_frames_of_a_clip_are_augmented_alike(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (4, 1, 24, 24, 3), np.uint8).repeat(3, axis=1)
+    split = petune.Split.of(noise, np.array([0, 1, 0, 1]))
+    assert split.num_frames == 3
+    pre = Preprocess(16, (0.5,) * 3, (0.5,) * 3, 3)
+    for augment in (*PRESETS, *STEP_PRESETS, [{"random_erasing": {"p": 1.0}}, {"rotation": {"degrees": 20}}]):
+        x_BTCHW = next(TrainBatches(split, pre, augment, 4, 0, CPU).epoch(0)).x_BCHW
+        assert x_BTCHW.shape == (4, 3, 3, 16, 16)
+        torch.testing.assert_close(x_BTCHW[:, 0], x_BTCHW[:, 2])
+
+
+def test_views_of_tests(videos: Path, tmp_path: Path) -> None:
+    frames = np.zeros((6, 16, 48, 3), np.uint8)
+    frames[:, :, :16], frames[:, :, 32:] = 60, 200
+    for name in ("a", "b"):
+        for part in ("train", "test"):
+            path = tmp_path / "wide" / part / name / "x.mp4"
+            path.parent.mkdir(parents=True)
+            encode(path, frames)
+    pre = Preprocess(16, (0.0,) * 3, (1 / 255,) * 3, 2)
+    for cache_gb in (1, 0):
+        data = petune.load_dataset(
+            f"video:{tmp_path}/wide,frames=2,test_clips=2,test_crops=3", image_size=16, cache_gb=cache_gb
+        )
+        batches = list(eval_batches(data.test, pre, 6, CPU))
+        assert [(b.x_BCHW.shape[0], b.views, len(b.y_B)) for b in batches] == [(6, 6, 1)] * 2
+        means = batches[0].x_BCHW.mean((1, 2, 3, 4))
+        assert torch.allclose(means, torch.tensor([60.0, 0, 200] * 2), atol=8)
+    cut = petune.load_dataset(f"video:{videos}/train,frames=4,test_clips=2", image_size=14)
+    numbers = [numbers_of(cut.test.images.view(cut.test.rows, i)) for i in (0, 1)]  # type: ignore[attr-defined]
+    counts = [read_info(Path(name)).frames for name in (cut.test.names.tolist() if cut.test.names is not None else [])]
+    rule = Sampling("uniform", 4)
+    assert numbers == [[rule.fixed(count, i, 2).tolist() for count in counts] for i in (0, 1)]
+
+
+def test_a_rotated_video_is_read_upright(tmp_path: Path) -> None:
+    frames = np.zeros((2, 32, 48, 3), np.uint8)
+    frames[:, :12, :12] = 255
+    path = tmp_path / "phone.mp4"
+    encode(path, frames)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    path.write_bytes(content)
+    info = read_info(path)
+    assert (info.width, info.height) == (32, 48)
+    square = read_frames(path, np.array([0]), 32, (0.0,))[0, 0]
+    assert square[2, -3, 0] > 200 > 50 > square[2, 2, 0]
+
+
+def test_bad_files_are_named(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(videos, folder)
+    whole = folder / "train" / "up" / "0.mp4"
+    (folder / "train" / "up" / "text.mp4").write_text("no video")
+    (folder / "test" / "down" / "cut.mp4").write_bytes(whole.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"text\.mp4") as broken:
+        petune.load_dataset(f"video:{folder}")
+    assert len(broken.value.broken) == 2
+    with pytest.raises(DataError, match="may be skipped"):
+        petune.load_dataset(f"video:{folder}", on_broken="skip")
+    report = check_dataset(f"video:{folder},frames=2", image_size=14)
+    assert len(report.broken) == 2
+    assert not report.is_sound
+    assert report.num_images == {"train": 8, "val": 2, "test": 4}
+
+
+def test_what_is_no_dataset_of_videos_is_refused_with_what_to_do(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "1.png")
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: petune.load_dataset(f"video:{tmp_path}/images"), DataError, "use folder:"),
+        (lambda: petune.load_dataset(f"folder:{videos}"), DataError, "use video:"),
+        (lambda: petune.load_dataset(f"video:{tmp_path}/empty"), DataError, "no videos"),
+        (lambda: petune.load_dataset(f"video:{tmp_path}/nowhere"), DataError, "no such folder"),
+        (lambda: petune.load_dataset(f"video:{videos},stride=2"), ConfigError, "sampling=dense"),
+        (lambda: petune.load_dataset(f"video:{videos},frames=0"), ConfigError, "frames"),
+        (lambda: petune.load_dataset(f"video:{videos}", frames=0), ConfigError, "frames"),
+        (lambda: petune.load_dataset(f"video:{videos},test_crops=2"), ConfigError, "test_crops"),
+    ]
+    for call, error, words in cases:
+        with pytest.raises(error, match=words):
+            call()
+    short = petune.load_dataset(f"video:{videos},frames=8", image_size=14)
+    assert "of less than 8 frames" in short.source
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MissingExtra, match=r"petune\[video\]"):
+        petune.load_dataset(f"video:{videos}")
+
+
+def test_masks_of_clips_are_refused(videos: Path) -> None:
+    data = petune.load_dataset(f"video:{videos},frames=2", image_size=14)
+    masks = np.zeros((8, 16, 16), np.uint8)
+    with pytest.raises(DataError, match="clips with masks"):
+        replace(data, train=replace(data.train, targets=masks)).validated()
