@@ -29,6 +29,7 @@ from petune.data.augment import (
 from petune.data.balanced import balanced_order
 from petune.data.dataset import Split
 from petune.data.images import num_threads
+from petune.data.on_request import decodes
 from petune.data.policy import ImagePolicy
 from petune.data.preprocess import Preprocess, center_crop, in_model_order, read_images, to_device
 from petune.data.steps import StepConfig, steps_of
@@ -319,13 +320,6 @@ def _read_views(split: Split, positions: NDArray[np.int64], device: torch.device
     rows = split.rows[positions]
     pixels = np.stack([split.images.view(rows, number) for number in range(len(split.images.views))], 1)
     return in_model_order(pixels.reshape(-1, *pixels.shape[2:]), split.crop, device)
-
-
-def decodes(split: Split) -> bool:
-    """Return True if reading the images of a split takes time: they are not in an array."""
-    if isinstance(split.images, Clips):
-        return split.images.frames is None
-    return not isinstance(split.images, np.ndarray)
 
 
 def _targets(split: Split, preprocess: Preprocess, positions: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from petune.data.dataset import Split
 from petune.data.images import num_threads
+from petune.data.video.clips import Clips
 
 ReadRow = Callable[[int], NDArray[Any]]
 """Decodes the image of a row, (S, S, C), to the same pixels each time; called from several threads."""
@@ -60,8 +61,15 @@ def on_request_note(splits: Mapping[str, Split]) -> str:
     Args:
         splits: By name.
     """
-    names = [name for name, split in splits.items() if isinstance(split.images, OnRequest)]
+    names = [name for name, split in splits.items() if decodes(split)]
     return f"{' and '.join(names)} decoded in every epoch, because of cache_gb or the free disk space" if names else ""
+
+
+def decodes(split: Split) -> bool:
+    """Return True if reading the images of a split takes time: they are not in an array."""
+    if isinstance(split.images, Clips):
+        return split.images.frames is None
+    return not isinstance(split.images, np.ndarray)
 
 
 def scratch(shape: tuple[int, ...], dtype: Any = np.uint8) -> NDArray[Any]:

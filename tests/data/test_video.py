@@ -217,3 +217,34 @@ def test_masks_of_clips_are_refused(videos: Path) -> None:
     masks = np.zeros((8, 16, 16), np.uint8)
     with pytest.raises(DataError, match="clips with masks"):
         replace(data, train=replace(data.train, targets=masks)).validated()
+
+
+def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
+    table = tmp_path / "clips.csv"
+    files = sorted((videos / "train").rglob("*.mp4"))
+    lines = [f"{path},{path.parent.name},{len(path.name)}.5" for path in files]
+    table.write_text("\n".join(["video,label,speed", *lines]))
+    data = petune.load_dataset(f"table:{table},frames=4,test_clips=3", image_size=14)
+    assert data.augment == "crop_only"
+    assert data.train.num_frames == 4
+    assert data.test.names is not None
+    assert len(data.test.images) == len(data.test) == 2
+    counts = [read_info(Path(name)).frames for name in data.test.names.tolist()]
+    rule = Sampling("uniform", 4)
+    assert numbers_of(data.test.images[data.test.rows]) == [rule.fixed(count, 0, 3).tolist() for count in counts]
+    numbers = petune.load_dataset(f"table:{table},target=speed,sampling=dense,stride=1", image_size=14, frames=2)
+    assert (numbers.target.kind, numbers.train.num_frames) == ("number", 2)
+    (tmp_path / "broken.mp4").write_text("no video")
+    table.write_text("\n".join(["video,label", *(f"{path},{path.parent.name}" for path in files), "broken.mp4,up"]))
+    with pytest.raises(DataError, match="broken"):
+        petune.load_dataset(f"table:{table}", on_broken="skip")
+    report = check_dataset(f"table:{table},frames=2", image_size=14)
+    assert report.num_images["train"] + report.num_images["test"] == len(files)
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    for last, options, words in (("1.png,up", "", "videos and images"), ("", ",mask=label", "mask")):
+        table.write_text("\n".join(["video,label", *(f"{path},{path.parent.name}" for path in files), last]))
+        with pytest.raises(DataError, match=words):
+            petune.load_dataset(f"table:{table}{options}")
+    table.write_text("image,label\n1.png,up\n")
+    with pytest.raises(DataError, match="frames is for videos"):
+        petune.load_dataset(f"table:{table},frames=2")

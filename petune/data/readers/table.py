@@ -21,6 +21,8 @@ from petune.data.tables.parquet import ParquetTable
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import Table
 from petune.data.tables.text import read_delimited, read_json_lines
+from petune.data.tables.videos import has_videos
+from petune.data.video.options import ClipOptions
 
 FORMATS: dict[str, Callable[[Path, Path], Table]] = {
     ".csv": read_delimited,
@@ -30,8 +32,8 @@ FORMATS: dict[str, Callable[[Path, Path], Table]] = {
 }
 
 
-class TableConfig(ColumnOptions):
-    """Options of a table: its columns, and the folder of the images.
+class TableConfig(ColumnOptions, ClipOptions):
+    """Options of a table: its columns, the folder of the images, and the clips of videos.
 
     Attributes:
         images: Folder that paths of images and masks are relative to; by default that of the table.
@@ -43,7 +45,7 @@ class TableConfig(ColumnOptions):
 class TableReader(DatasetReader[TableConfig]):
     """A table with a row for each image."""
 
-    about = "a CSV, TSV, Parquet or JSON lines file: images, and classes, labels, numbers or masks"
+    about = "a CSV, TSV, Parquet or JSON lines file: images or videos, and classes, labels, numbers or masks"
     argument = "FILE"
 
     @property
@@ -62,6 +64,10 @@ class TableReader(DatasetReader[TableConfig]):
             DataError: The file does not exist or cannot be read, or its columns are wrong.
         """
         return self._plan().target
+
+    def num_frames(self, context: ReadContext) -> int | None:
+        """Return the frames of a clip, if the table lists videos."""
+        return self.config.sampling_of(context).frames if has_videos(self._plan()) else None
 
     def find(self, data_dir: Path | None) -> str | None:
         """Return the file, if it exists."""

@@ -22,6 +22,7 @@ from petune.data.tables.contents import ImageColumn, decode_column, decode_conte
 from petune.data.tables.masks import decode_masks
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import listed
+from petune.data.tables.videos import clips_of, finished, has_videos, look_at_videos
 
 FORMAT = 1
 """Raised when the same contents are decoded to other pixels, so that decoded caches are rebuilt."""
@@ -42,7 +43,8 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
     files = plan.images.files
     max_broken = context.max_broken if context.on_broken == "skip" else None
     loader = _Loader(plan, math.ceil(context.image_size / CROP), max_broken, context.cache_gb)
-    images = loader.images()
+    videos = look_at_videos(plan, context) if has_videos(plan) else None
+    images = loader.images() if videos is None else clips_of(plan, videos, context)
     if plan.columns.kind == "mask":
         masks, target = loader.masks()
         samples = _Samples(plan, target, masks.images[..., 0], images)
@@ -59,11 +61,11 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
         samples.copies_note(),
         on_request_note({"images": images}),
         dataset.missing_classes_note("test"),
-        "" if files is None else _unlisted_note(plan, files),
+        "" if files is None or videos is not None else _unlisted_note(plan, files),
     )
     for note in notes:
         dataset = dataset.with_note(note)
-    return dataset
+    return dataset if videos is None else finished(dataset, plan, videos, context)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ from petune.data.images import UNSUPPORTED_SUFFIXES, supported_suffixes
 from petune.data.tables.options import ColumnOptions
 from petune.data.tables.table import ColumnType, Table, check_column, listed
 from petune.data.target import TargetKind
+from petune.data.video.decode import VIDEO_SUFFIXES
 
-IMAGE_NAMES = ("image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file", "path", "pixels")
-"""Usual names of a column of images, best first."""
+IMAGE_NAMES = (
+    "image", "img", "image_path", "img_path", "file_name", "filename", "filepath", "file", "path", "pixels", "video",
+    "video_path", "clip",
+)  # fmt: skip
+"""Usual names of a column of images or videos, best first."""
 KIND_OF_OPTION: dict[str, TargetKind] = {"label": "class", "labels": "multi_hot", "target": "number", "mask": "mask"}
 USUAL_NAMES = {"cls": "label"}
 """Names of targets that are used elsewhere: webdataset's `cls`."""
@@ -112,7 +116,7 @@ def _holds_paths(table: Table, column: str) -> bool:
     if table.type_of(column).kind != "text":
         return False
     values = [value for value in table.values(column)[:MAX_LOOKED_AT] if value]
-    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES | {".npy"}
+    suffixes = supported_suffixes() | UNSUPPORTED_SUFFIXES | VIDEO_SUFFIXES | {".npy"}
     return bool(values) and all(Path(value).suffix.lower() in suffixes for value in values)
 
 

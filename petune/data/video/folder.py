@@ -16,9 +16,9 @@ from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import VIDEOS
 from petune.data.folder import rows_of_copies, with_splits
 from petune.data.layout import list_images
+from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
 from petune.data.splits import left_out_note
-from petune.data.video.clips import Clips
 from petune.data.video.options import ClipOptions
 from petune.data.video.store import Readable, check_broken, read_clips, readable_videos, short_note, stored_share
 
@@ -83,16 +83,6 @@ def with_test_views(test: Split, videos: Readable, options: ClipOptions, context
     some = replace(videos, paths=[videos.paths[row] for row in rows], infos=[videos.infos[row] for row in rows])
     clips = read_clips(some, options.sampling_of(context), context, random=False, views=options.views)
     return replace(test, images=clips, rows=positions, crop=stored_share(options.views))
-
-
-def on_request_note(splits: Mapping[str, Split]) -> str:
-    """Describe the splits whose frames are not cached; empty if all are.
-
-    Args:
-        splits: By name.
-    """
-    names = [part for part, split in splits.items() if isinstance(split.images, Clips) and split.images.frames is None]
-    return f"{' and '.join(names)} decoded in every epoch, because of cache_gb or the free disk space" if names else ""
 
 
 def _split(videos: Readable, sizes: list[int], options: ClipOptions, context: ReadContext, part: str) -> Split:

@@ -39,7 +39,7 @@ class Readable:
         paths: N files.
         positions: Of each among all files of the split.
         infos: What is in each.
-        broken: Why others cannot be decoded.
+        broken: Why others cannot be decoded; they are in `paths` where every row of a table needs its place.
     """
 
     paths: list[Path]
@@ -61,6 +61,18 @@ def readable_videos(paths: Sequence[Path]) -> Readable:
     return Readable([paths[i] for i in positions], positions, infos, broken)
 
 
+def readable_rows(paths: Sequence[Path]) -> Readable:
+    """Look at all videos, and keep the place of those that cannot be decoded: they are black.
+
+    Raises:
+        MissingExtra: PyAV is not installed.
+    """
+    results = scan_videos(paths)
+    broken = {path: result for path, result in zip(paths, results, strict=True) if isinstance(result, str)}
+    infos = [VideoInfo(1, 0, 0) if isinstance(result, str) else result for result in results]
+    return Readable(list(paths), np.arange(len(paths)), infos, broken)
+
+
 def check_broken(videos: Iterable[Readable], context: ReadContext) -> None:
     """Check that no video, or with `on_broken='skip'` few videos of each split, cannot be decoded.
 
@@ -69,10 +81,11 @@ def check_broken(videos: Iterable[Readable], context: ReadContext) -> None:
     """
     parts = list(videos)
     messages = [message for part in parts for message in part.broken.values()]
-    worst = max((len(part.broken) / max(1, len(part.broken) + len(part.paths)) for part in parts), default=0)
+    sizes = [len({*part.paths, *part.broken}) for part in parts]
+    worst = max((len(part.broken) / max(1, size) for part, size in zip(parts, sizes, strict=True)), default=0)
     if not messages or (context.on_broken == "skip" and worst <= context.max_broken):
         return
-    total = sum(len(part.broken) + len(part.paths) for part in parts)
+    total = sum(sizes)
     if context.on_broken == "skip":
         text = f"broken videos: {len(messages)} of {total}, more than the {context.max_broken:.0%} that may be skipped"
         error = DataError(f"{text}. The first: {messages[0]}", cli_hint="`petune data check` lists them all")
@@ -104,6 +117,8 @@ def read_clips(
     paths = videos.paths
 
     def read(row: int, numbers: Frames) -> NDArray[np.uint8]:
+        if paths[row] in videos.broken:
+            return np.zeros((len(crops), len(numbers), side, side, 3), np.uint8)
         return read_frames(paths[row], numbers, side, crops)
 
     clips = Clips(counts, sampling, side, read, None, random, views)
@@ -142,7 +157,7 @@ def short_note(videos: Sequence[Readable], sampling: Sampling) -> str:
         (path, info.frames)
         for part in videos
         for path, info in zip(part.paths, part.infos, strict=True)
-        if info.frames < needed
+        if info.frames < needed and path not in part.broken
     ]
     if not short:
         return ""
