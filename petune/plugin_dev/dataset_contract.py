@@ -96,8 +96,11 @@ def _location(t: DatasetTrial) -> str:
 
 def _images_and_targets(t: DatasetTrial) -> str:
     for name, split in t.splits.items():
-        if len(split.images.shape) != 4:
-            return f"images of {name} have shape {split.images.shape}, not (N, H, W, C)"
+        if len(split.images.shape) not in {4, 5}:
+            return f"images of {name} have shape {split.images.shape}, not (N, H, W, C), or (N, T, H, W, C) for clips"
+        frames = t.reader.num_frames(t.context)
+        if frames != split.num_frames:
+            return f"num_frames() returned {frames}, but a sample of {name} has shape {split.images.shape[1:]}"
         if len(split) and not 0 <= int(split.rows.min()) <= int(split.rows.max()) < len(split.images):
             return f"rows of {name} are outside the {len(split.images)} images"
     channels = int(t.dataset.train.images.shape[-1])
@@ -135,13 +138,14 @@ def _separate_splits(t: DatasetTrial) -> str:
 def _pixels(t: DatasetTrial) -> str:
     split = t.dataset.train
     channels = split.images.shape[-1]
-    preprocess = Preprocess(SIDE, (0.5,) * channels, (0.5,) * channels)
+    preprocess = Preprocess(SIDE, (0.5,) * channels, (0.5,) * channels, split.num_frames)
     x_BCHW = preprocess.pixels(split, np.arange(min(4, len(split))), torch.device("cpu"))
-    if x_BCHW.shape[1:] != (channels, SIDE, SIDE):
+    if x_BCHW.shape[1:] != preprocess.shape:
         return f"{channels} channels became a batch of shape {tuple(x_BCHW.shape)}"
     if not x_BCHW.isfinite().all():
         return "there are pixels that are NaN or infinite"
-    return "all images are a single color" if bool((x_BCHW == x_BCHW[0, :, :1, :1]).all()) else ""
+    first_color = x_BCHW.flatten(0, -4)[0, :, :1, :1]
+    return "all images are a single color" if bool((x_BCHW == first_color).all()) else ""
 
 
 def _manifest(t: DatasetTrial) -> str:

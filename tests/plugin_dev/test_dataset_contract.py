@@ -81,9 +81,24 @@ class Clock(Stripes):
         return {"train": {"a": str(np.random.default_rng().random())}}
 
 
+class StripedClips(Stripes):
+    def load(self, context: petune.ReadContext) -> petune.Dataset:
+        whole = super().load(context)
+        clips = np.repeat(np.asarray(whole.train.images)[:, None], 3, axis=1)
+        return replace(whole, train=replace(whole.train, images=clips), test=replace(whole.test, images=clips))
+
+    def num_frames(self, context: petune.ReadContext) -> int:
+        return 3
+
+
+class NoFrames(StripedClips):
+    def num_frames(self, context: petune.ReadContext) -> None:  # type: ignore[override]
+        return None
+
+
 CASES = [
     (NoDescription, "description"), (NoPlace, "location"), (FlatImages, "images and targets"),
-    (NoAugmentation, "images and targets"),
+    (NoAugmentation, "images and targets"), (NoFrames, "images and targets"),
     (OtherNames, "names before images"), (Shuffled, "same images twice"), (Leaks, "separate splits"),
     (Blank, "pixels"), (Clock, "manifest"),
 ]  # fmt: skip
@@ -104,7 +119,7 @@ def test_a_broken_reader_is_caught(reader: type[Stripes], name: str) -> None:
         petune.check_dataset(reader())
 
 
-@pytest.mark.parametrize("dataset", ["digits", Stripes()])
+@pytest.mark.parametrize("dataset", ["digits", Stripes(), StripedClips()])
 def test_sound_datasets_meet_the_contract(dataset: Any) -> None:
     assert petune.check_dataset(dataset) == [prop.name for prop in PROPERTIES]
 

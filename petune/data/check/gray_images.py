@@ -24,7 +24,7 @@ from petune.data.check.near_duplicates import SIDE
 from petune.data.dataset import Split
 from petune.data.images import read_image, upright_rgb
 from petune.data.preprocess import GRAY_WEIGHTS
-from petune.data.video.clips import frame_grid
+from petune.data.video.clips import frame_column
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +98,7 @@ def read_arrays(split: Split) -> GrayImages:
         pixels_NHWC = np.ascontiguousarray(split.images[split.rows[start : start + chunk]])
         images.digests.extend(hashlib.sha256(pixels).digest() for pixels in pixels_NHWC)
         if split.num_frames is not None:
-            pixels_NHWC = frame_grid(pixels_NHWC)
+            pixels_NHWC = frame_column(pixels_NHWC)
         gray_NHW = torch.from_numpy(_to_8_bit(pixels_NHWC) @ weights)
         if gray_NHW.shape[1:] != (SIDE, SIDE):
             gray_NHW = F.interpolate(gray_NHW[:, None], (SIDE, SIDE), mode="bicubic", antialias=True)[:, 0]

@@ -18,7 +18,7 @@ class VideoReader(DatasetReader[ClipOptions]):
     """A folder of class folders of videos."""
 
     about = "your videos: PATH/CLASS/*.mp4, or PATH/train/CLASS/*.mp4 with test/ and val/"
-    needs = "the extra video"
+    needs = "petune[video]"
     argument = "PATH"
 
     @property

@@ -145,7 +145,15 @@ class Clips:
 
 def frame_grid(clips_BTHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return four frames of each clip, from first to last in reading order, as one image (B, 2H, 2W, C)."""
-    chosen = np.rint(np.linspace(0, clips_BTHWC.shape[1] - 1, 4)).astype(np.int64)
-    frames = clips_BTHWC[:, chosen]
+    frames = _four(clips_BTHWC)
     rows = [np.concatenate([frames[:, i], frames[:, i + 1]], axis=2) for i in (0, 2)]
     return np.concatenate(rows, axis=1)
+
+
+def frame_column(clips_BTHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the same four frames below each other, (B, 4H, W, C): a mirrored clip gives the mirror image."""
+    return np.concatenate(list(_four(clips_BTHWC).swapaxes(0, 1)), axis=1)
+
+
+def _four(clips_BTHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return clips_BTHWC[:, np.rint(np.linspace(0, clips_BTHWC.shape[1] - 1, 4)).astype(np.int64)]
