@@ -210,9 +210,16 @@ def _warn_of_new_weights(attachment: Attachment, new: list[str]) -> None:
 
 
 def _check_trains(attachment: Attachment) -> None:
-    """Refuse a method that trains nothing, unless its `num_parameters` is 0: it would just be a linear probe."""
-    if attachment.tuned or attachment.tuner.num_parameters(attachment.sites) == 0:
+    """Refuse a method that trains nothing; with `num_parameters` 0 it is a linear probe, which trains the classifier."""
+    if attachment.tuned:
         return
+    if attachment.tuner.num_parameters(attachment.sites) == 0:
+        if attachment.head:
+            return
+        raise AttachError(
+            f"{attachment.name} trains only the classifier, but with train_head=False it would train nothing. Use "
+            "train_head=True, on a model with a classifier, or a method that trains something else, such as adaptformer"
+        )
     if attachment.tensors.fixed:
         raise AttachError(
             f"{attachment.name} would train nothing: all parameters that it adds have requires_grad=False, such as "

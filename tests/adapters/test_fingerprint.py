@@ -74,7 +74,7 @@ CHANGES = [
 
 def fresh(att: petune.Attachment) -> str:
     """The fingerprint of a copy, which has no cache."""
-    return petune.attach(copy.deepcopy(att.model), "linear", train_head=False, name="other").fingerprint()
+    return petune.attach(copy.deepcopy(att.model), "adaptformer", train_head=False, name="other").fingerprint()
 
 
 @pytest.mark.parametrize("change", CHANGES)

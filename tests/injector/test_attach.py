@@ -142,6 +142,8 @@ def test_without_the_head() -> None:
     with pytest.raises(SiteNotFound, match="classifier"):
         petune.attach(headless, "adaptformer")
     assert petune.attach(headless, "adaptformer", train_head=False).counts.head == 0
+    with pytest.raises(petune.AttachError, match="train nothing.*train_head=True"):
+        petune.attach(tiny(), "linear", train_head=False)
 
 
 FAILURES: dict[str, tuple[Callable[[petune.Edit], None], type[Exception], str]] = {
