@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -35,24 +36,31 @@ def frames_of(model: nn.Module) -> int | None:
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
-    for module in model.modules():  # timm's patch_embed, torchvision's VisionTransformer, many hand-written models
-        for name in ("img_size", "image_size"):
-            size = _pair(getattr(module, name, None))
-            if size is not None:
-                return size
-    for module in model.modules():
-        config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
-        if isinstance(config, dict) and config.get("input_size"):
-            return int(config["input_size"][1]), int(config["input_size"][2])
-        for name in ("image_size", "crop_size"):
-            size = _pair(getattr(getattr(module, "config", None), name, None))
-            if size is not None:
-                return size
+    for size in _stated_sizes(model):
+        if size is not None:
+            return size
     raise AttachError(
         f"{type(model).__name__} does not tell its image size. "
         "Pass input_size=(channels, height, width), for example input_size=(3, 224, 224); or, for a model that takes "
         "anything else than images, example= with what it takes"
     )
+
+
+def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int] | None]:
+    """Yield sizes, the most reliable first: a part, such as a patch embedding, may have that of its pretraining."""
+    yield _size_among(model, "img_size", "image_size")
+    yield _size_among(getattr(model, "config", None), "image_size", "crop_size")
+    for module in model.modules():  # timm's patch_embed, torchvision's VisionTransformer, many hand-written models
+        yield _size_among(module, "img_size", "image_size")
+    for module in model.modules():
+        config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+        if isinstance(config, dict) and config.get("input_size"):
+            yield int(config["input_size"][1]), int(config["input_size"][2])
+        yield _size_among(getattr(module, "config", None), "image_size", "crop_size")
+
+
+def _size_among(owner: Any, *names: str) -> tuple[int, int] | None:
+    return next((size for name in names if (size := _pair(getattr(owner, name, None))) is not None), None)
 
 
 def _channels(model: nn.Module) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -78,6 +80,17 @@ def test_input_size_is_needed_if_the_model_does_not_tell() -> None:
     assert petune.find_sites(model, input_size=(3, 8, 8)).head.path == "3"
     with pytest.raises(AttachError, match="fails on a 5x8x8 image"):
         petune.find_sites(model, input_size=(5, 8, 8))
+
+
+def test_the_size_in_a_models_config_goes_before_that_of_a_part() -> None:
+    """The patch embedding may have the size of its pretraining (ViTDet, SAM 3 of transformers)."""
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.Linear(64, 2))
+    model[0].image_size = 8
+    model.config = SimpleNamespace(image_size=16)
+    assert petune.find_sites(model).input_size == (3, 16, 16)
+    model.image_size = (16, 16)
+    model.config.image_size = 32
+    assert petune.find_sites(model).input_size == (3, 16, 16)
 
 
 def test_the_first_convolution_need_not_see_the_image() -> None:
