@@ -210,7 +210,7 @@ def _warn_of_new_weights(attachment: Attachment, new: list[str]) -> None:
 
 
 def _check_trains(attachment: Attachment) -> None:
-    """Refuse a method that trains nothing; with `num_parameters` 0 it is a linear probe, which trains the classifier."""
+    """Refuse a method that trains nothing; one with `num_parameters` 0 is a linear probe and trains the classifier."""
     if attachment.tuned:
         return
     if attachment.tuner.num_parameters(attachment.sites) == 0:

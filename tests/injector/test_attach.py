@@ -142,7 +142,7 @@ def test_without_the_head() -> None:
     with pytest.raises(SiteNotFound, match="classifier"):
         petune.attach(headless, "adaptformer")
     assert petune.attach(headless, "adaptformer", train_head=False).counts.head == 0
-    with pytest.raises(petune.AttachError, match="train nothing.*train_head=True"):
+    with pytest.raises(petune.AttachError, match=r"train nothing.*train_head=True"):
         petune.attach(tiny(), "linear", train_head=False)
 
 
