@@ -19,6 +19,7 @@ from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
 from petune.injector.compiled import forget_compiled_code
+from petune.injector.creation import ordinary_tensors
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.keys import label_of, named_parameters
@@ -81,29 +82,30 @@ def attach(
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
-    tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
-    name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
-    label = label_of(name)
-    new = new_weights(model) if trainable_state_of(model) is None and train_head else []
-    given = _sites_for(model, sites, lambda: find_sites(model, input_size, example=example), train_head)
-    sites = given.choose(tuner.config.blocks)
-    state = open_trainable_state(model, given)
-    state.add(label)
-    log = EditLog(label, undo_steps=[lambda: state.remove(label)])
-    edit = Edit(model, sites, log)
-    try:
-        with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
-            tuner.attach(edit)
-        attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
-        _check_trains(attachment)
-        check_follows_blocks(attachment)
-        _check_kinds_of_tensors(attachment)
-        _warn_of_new_weights(attachment, new)
-        _check_used(model, sites, tuner, log)
-        forget_forwards(edit)
-    except BaseException:
-        log.undo()
-        raise
+    with ordinary_tensors(model):
+        tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
+        name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
+        label = label_of(name)
+        new = new_weights(model) if trainable_state_of(model) is None and train_head else []
+        given = _sites_for(model, sites, lambda: find_sites(model, input_size, example=example), train_head)
+        sites = given.choose(tuner.config.blocks)
+        state = open_trainable_state(model, given)
+        state.add(label)
+        log = EditLog(label, undo_steps=[lambda: state.remove(label)])
+        edit = Edit(model, sites, log)
+        try:
+            with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
+                tuner.attach(edit)
+            attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
+            _check_trains(attachment)
+            check_follows_blocks(attachment)
+            _check_kinds_of_tensors(attachment)
+            _warn_of_new_weights(attachment, new)
+            _check_used(model, sites, tuner, log)
+            forget_forwards(edit)
+        except BaseException:
+            log.undo()
+            raise
     forget_compiled_code()
     return attachment
 

@@ -82,7 +82,7 @@ class TrainableState(nn.Module):
         self.qkv_users: dict[nn.Module, set[str]] = {}
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
-        self._flags = tuple((p, p.requires_grad) for p in model.parameters())
+        self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())
         self._modes = tuple((m, m.training) for m in model.modules())
         self._values = FrozenValues(model)
         self._active_draws = self._silent_draws = RandomDraws()
@@ -211,7 +211,7 @@ class TrainableState(nn.Module):
         puts them in.
         """
         trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
-        known = {id(p) for p, _ in self._flags}
+        known = {id(p) for p, _, _ in self._flags}
         head = self.sites.parts.get("head")
         paths = tuple(f"{path}." for path, _ in head.named_modules) if head is not None else ()
         loose = {key: p for key, p in named_parameters(self.model).items() if p.requires_grad and id(p) not in trained}
@@ -259,13 +259,13 @@ class TrainableState(nn.Module):
         delattr(host_for(model), ATTRIBUTE)
         for handle in self._layer_hooks:
             handle.remove()
-        if self._train_before is not None:
-            model.train = self._train_before  # type: ignore[method-assign]
-        else:
+        if model.__dict__.get("train") == self.set_train:  # else someone has put another one around it
             del model.__dict__["train"]
-        for parameter, flag in self._flags:
+            if self._train_before is not None:
+                model.train = self._train_before  # type: ignore[method-assign]
+        for parameter, flag, had_gradient in self._flags:
             parameter.requires_grad_(flag)
-            if not flag:
+            if not flag or not had_gradient:
                 parameter.grad = None
         now, before = model.training, self._modes[0][1]
         for module, mode in self._modes:
@@ -299,6 +299,8 @@ class TrainableState(nn.Module):
             self._train_before(mode)
         else:
             type(model).train(model, mode)
+        if not self.attachments:  # all were detached, and someone has kept this method
+            return model
         moving = {id(m) for parts in self.attachments.values() for m in parts.modules} | {id(model)}
         moving |= {id(m) for holder in _holders(model) for m in holder.modules()}
         for module in model.modules():

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from petune.base.text import plural
-from petune.sites.forward import black_image, undisturbed
+from petune.sites.forward import black_image
 from petune.sites.input_spec import InputSpec
+from petune.sites.undisturbed import undisturbed
 
 PACKAGES = ("petune", "torch", "torchvision", "timm", "peft", "numpy")
 

@@ -1,9 +1,8 @@
-"""Run a model's forward and leave no trace of it: attributes, hooks, modes and random state stay as they are."""
+"""Run a model's forward, or a dry one that only has shapes, and leave no trace of it."""
 
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch.func import functional_call
 
 from petune.base.errors import AttachError
 from petune.sites.input_spec import Inputs, InputSpec
+from petune.sites.undisturbed import parameters_of, undisturbed
 from petune.sites.unsuitable import advice_for
 
 Watch = Callable[[], contextlib.AbstractContextManager[Any]]
-Container = dict[Any, Any] | list[Any] | set[Any]
 
 
 def forward_of(model: nn.Module, inputs: Inputs) -> Any:
@@ -106,72 +105,6 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode; afterwards restore every module's attributes, hooks and mode, and the random states.
-
-    A forward may store tensors on modules, or register hooks (transformers does, to collect hidden states). Autocast
-    keeps no copies of weights inside: it would use them after the weights have changed.
-    """
-    modules = list(model.modules())
-    attributes = [_Attributes(module) for module in modules]
-    devices = {p.device.index for p in _parameters_of(modules) if p.device.type == "cuda"}
-    cache_enabled = torch.is_autocast_cache_enabled()
-    try:
-        for module in modules:
-            module.training = False
-        torch.set_autocast_cache_enabled(False)
-        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cache_enabled)
-        for saved in attributes:
-            saved.restore()
-
-
-def _parameters_of(modules: list[nn.Module]) -> Iterator[Tensor]:
-    """Yield the parameters that the modules own, in order; `Module.parameters` walks the whole tree again."""
-    return (p for module in modules for p in module._parameters.values() if p is not None)
-
-
-class _Attributes:
-    """The attributes of a module, with the contents of its dicts, lists and sets: caches, hooks, buffers, children.
-
-    Most of these containers are empty, and this is done for every forward that petune runs: they are checked apart.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        own = module.__dict__
-        containers = [own, *(value for value in own.values() if isinstance(value, dict | list | set))]
-        self._empty = [container for container in containers if not container]
-        self._contents = [(container, _entries(container)) for container in containers if container]
-
-    def restore(self) -> None:
-        """Undo what has changed, in place: the handle of a hook refers to the dict that holds the hook."""
-        for container in self._empty:
-            if container:
-                container.clear()
-        for container, entries in self._contents:
-            now = _entries(container)
-            if len(now) != len(entries) or not all(map(operator.is_, now, entries)):
-                _refill(container, entries)
-
-
-def _entries(container: Container) -> list[Any]:
-    return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
-
-
-def _refill(container: Container, entries: list[Any]) -> None:
-    container.clear()
-    if isinstance(container, dict):
-        size = len(entries) // 2
-        container.update(zip(entries[:size], entries[size:], strict=True))
-    elif isinstance(container, set):
-        container.update(entries)
-    else:
-        container.extend(entries)
-
-
-@contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Allow a forward whose numbers are compared: `undisturbed`, without gradient, in the model's own number format."""
     with undisturbed(model), _without_autocast(model), torch.no_grad():
@@ -185,8 +118,8 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
     A model of several formats is left alone: it may need autocast to run at all.
     """
     modules = list(model.modules())
-    dtypes = {p.dtype for p in _parameters_of(modules) if p.is_floating_point()}
-    device = next((p.device.type for p in _parameters_of(modules)), "cpu")
+    dtypes = {p.dtype for p in parameters_of(modules) if p.is_floating_point()}
+    device = next((p.device.type for p in parameters_of(modules)), "cpu")
     if len(dtypes) > 1 or device == "meta":
         yield
         return

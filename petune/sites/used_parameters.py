@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from petune.sites.forward import black_image, meta_inputs, meta_tensors, tensors_in, undisturbed
+from petune.sites.forward import black_image, meta_inputs, meta_tensors, tensors_in
 from petune.sites.input_spec import InputSpec
+from petune.sites.undisturbed import undisturbed
 
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 """The node of torch's reentrant gradient checkpointing, which hides the parameters inside."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from survey.models import FAMILIES, build
+from survey.snapshot import differences, snapshot
 from torch import Tensor, nn
 
 import petune
@@ -16,16 +17,6 @@ from tests.sampling import sampled
 
 SAMPLE = {"vision_transformer", "beit", "swin_transformer", "transformers ViT", "transformers DINOv2, registers"}
 CASES = sampled(FAMILIES, SAMPLE.__contains__)
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """Return the names of a model's modules, tensors, attributes and hooks."""
-    state: dict[str, Any] = {"keys": list(model.state_dict())}
-    for path, module in model.named_modules():
-        own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        hooks = {name: len(value) for name, value in vars(module).items() if name.endswith("_hooks")}
-        state[path] = (type(module), sorted(own), hooks, module.training)
-    return state
 
 
 def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -41,25 +32,54 @@ def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(tensors_in(outputs))
 
 
-def check_same(model: nn.Module, untouched: nn.Module, x: Tensor) -> None:
-    assert state_of(model) == state_of(untouched)
-    expected, outputs = outputs_of(untouched, x), outputs_of(model, x)
+def differences_of(outputs: list[Tensor], expected: list[Tensor]) -> list[int]:
+    """Return the positions of tensors that differ."""
     assert len(outputs) == len(expected)
-    assert all(map(torch.equal, outputs, expected))
+    return [i for i, (x, y) in enumerate(zip(outputs, expected, strict=True)) if not torch.equal(x, y)]
 
 
 @pytest.mark.filterwarnings("ignore:.*Further layers before it count as backbone")
 @pytest.mark.parametrize("is_used", sampled([False, True], bool), ids=["fresh", "used"])
 @pytest.mark.parametrize("family", CASES)
 def test_a_model_is_left_as_it_was(family: str, is_used: bool) -> None:
+    """Every attribute of every module is the same object with the same contents: hooks, flags, modes, buffers."""
     model = build(family).eval()
+    x = torch.randn(2, *petune.find_sites(copy.deepcopy(model)).input_size, generator=torch.Generator().manual_seed(0))
     untouched = copy.deepcopy(model)
-    sites = petune.find_sites(model)
-    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(0))
-    if is_used:
-        model, untouched = build(family).eval(), build(family).eval()
-        for each in (model, untouched):
-            outputs_of(each, x)
-        petune.find_sites(model)
+    for each in (model, untouched) if is_used else ():
+        outputs_of(each, x)
+    before = snapshot(model)
+    petune.find_sites(model)
     petune.attach(model, "norm" if family == "gemma4_vit" else "bitfit").detach()  # gemma4 has no biases
-    check_same(model, untouched, x)
+    assert not differences(before, snapshot(model))
+    assert not differences_of(outputs_of(model, x), outputs_of(untouched, x))
+
+
+LARGE = ("deepseek_vit", "gemma4_vit")
+METHODS = ["adaptformer", "vpt", "vpt:deep=false", "lora", "lst", "ssf", "full"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:.*Further layers before it count as backbone")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LARGE])
+def test_with_a_method_a_model_returns_as_many_tensors_of_the_same_shapes(family: str, method: str) -> None:
+    """Hidden states and intermediate features among them; a copy returns the same; disabled and detached, as before."""
+    model = build(family).eval()
+    x = torch.randn(2, *petune.find_sites(model).input_size, generator=torch.Generator().manual_seed(0))
+    expected = outputs_of(copy.deepcopy(model), x)
+    try:
+        att = petune.attach(model, method)
+    except petune.PetuneError as error:
+        pytest.skip(str(error))
+    with torch.no_grad():
+        for parameter in att.parameters():
+            parameter += torch.randn_like(parameter) * 0.05
+    outputs = outputs_of(model, x)
+    if method != "lst":  # its own output
+        assert [tensor.shape for tensor in outputs] == [tensor.shape for tensor in expected]
+    assert not differences_of(outputs_of(copy.deepcopy(model), x), outputs)
+    with att.disabled():
+        assert not differences_of(outputs_of(model, x), expected)
+    att.detach()
+    assert not differences_of(outputs_of(model, x), expected)

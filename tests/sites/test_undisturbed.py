@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,9 +17,9 @@ from torch import Tensor, nn
 
 import petune
 from petune.runner.provenance import forward_flops
-from petune.sites.forward import undisturbed
 from petune.sites.input_spec import InputSpec
 from petune.sites.recorder import record
+from petune.sites.undisturbed import undisturbed
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
 COLUMN = {**SMALL, "image_size": 64, "patch_size": 16}
@@ -40,7 +44,7 @@ def look(model: nn.Module) -> None:
 
 
 def attach_and_detach(model: nn.Module) -> None:
-    petune.attach(model, "adaptformer", bottleneck=4).detach()
+    petune.attach(model, "bitfit").detach()
 
 
 def count_flops(model: nn.Module) -> None:
@@ -82,9 +86,16 @@ class Hoarder(nn.Module):
         self.devices: set[str] = set()
         self.count = 0
         self.register_buffer("scale", torch.ones(1))
+        self.nested: dict[str, tuple[deque[int], dict[str, Tensor]]] = {"level": (deque(), {})}
+        self.own = SimpleNamespace(calls=0)
+        self.register_buffer("steps", torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
+        self.nested["level"][0].append(self.count)
+        self.nested["level"][1]["x"] = x
+        self.own.calls += 1
+        self.steps += 1
         self.last = x
         self.cache[x.device.type] = x
         self.shapes.append(x.shape)
@@ -108,10 +119,19 @@ def test_what_a_forward_stores_on_modules_is_undone(use: Callable[[nn.Module], N
     hoarder = model.norm[1]
     own = hoarder.scale
     use(model)
+    assert (hoarder.nested, hoarder.own.calls, hoarder.steps.item()) == ({"level": (deque(), {})}, 0, 0)
     assert (hoarder.count, hoarder.cache, hoarder.shapes, hoarder.devices) == (0, {}, [], set())
     assert hoarder.scale is own
     assert not hasattr(hoarder, "last")
     assert not hoarder.inner._forward_hooks
+
+
+def test_random_states_are_kept() -> None:
+    model = nn.Linear(2, 2)
+    model.register_forward_pre_hook(lambda module, args: (random.random(), np.random.rand(), torch.rand(1), None)[-1])
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    forward_flops(model, InputSpec.of_size((2, 2, 2)))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 def test_what_the_model_had_before_is_kept() -> None:

@@ -179,13 +179,23 @@ class PromptedModule:
         self.index = index
         self.last = last
         self.original: Callable[..., Any] | None = None
+        self.is_wrapped = False
 
     def switch(self, on: bool) -> None:
-        """Replace the module's forward, or restore it."""
+        """Replace the module's forward, or restore it.
+
+        A forward that someone else has put there since stays: it calls this one, which then only passes on.
+        """
+        current = self.module.__dict__.get("forward")
         if on:
-            self.original = self.module.__dict__.get("forward")
-            self.module.forward = self.forward
-        elif self.original is not None:
+            if current is None or not self.is_wrapped:
+                self.original = current
+                self.module.forward = self.forward
+            return
+        self.is_wrapped = current != self.forward
+        if self.is_wrapped:
+            return
+        if self.original is not None:
             self.module.forward = self.original
         else:
             del self.module.forward

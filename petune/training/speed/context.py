@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from petune.sites.forward import undisturbed
+from petune.sites.undisturbed import undisturbed
 from petune.training.config import NumberFormat
 from petune.training.events import Event, Note
 from petune.training.job import TrainJob

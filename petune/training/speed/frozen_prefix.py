@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_map
 from petune.injector.attachment import Attachment
 from petune.injector.hooks.base import first_tensor, with_first_tensor
 from petune.injector.trainable import trainable_state_of
-from petune.sites.forward import undisturbed
 from petune.sites.recorder import record
+from petune.sites.undisturbed import undisturbed
 
 MIN_SHARE = 0.2
 """The least share of the model's parameters that a prefix must hold; less is not worth reading from disk."""
