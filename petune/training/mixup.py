@@ -55,17 +55,22 @@ class BatchMixer:
         self._mix = task.mix(config.mixup, config.cutmix, config.label_smoothing)
 
     def __call__(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Return this process's images (B, 3, H, W) and targets, as the dataset has them or mixed."""
+        """Return this process's images (B, 3, H, W), or clips, and targets, as the dataset has them or mixed."""
         if self._mix is None:
             return batch.x_BCHW, batch.y_B
         state = np.random.get_state()
         np.random.seed(step_seed(self.seed, step) % 2**32)  # timm draws from numpy's global generator
         try:
-            x_BCHW, target_BC = self._mix(batch.x_BCHW, batch.y_B)
+            x_BCHW, target_BC = self._mix(_frames_as_channels(batch.x_BCHW), batch.y_B)
         finally:
             np.random.set_state(state)
         part = self.part(batch.num_images)
-        return x_BCHW[part], target_BC[part]
+        return x_BCHW.view(-1, *batch.x_BCHW.shape[1:])[part], target_BC[part]
+
+
+def _frames_as_channels(x: Tensor) -> Tensor:
+    """Return clips (B, T, C, H, W) as (B, T * C, H, W), so that all frames of two clips are mixed alike."""
+    return x.flatten(1, 2) if x.ndim == 5 else x
 
 
 def check_even(batch_size: int) -> None:

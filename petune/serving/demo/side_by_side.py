@@ -87,6 +87,8 @@ class SideBySide:
         self._tasks = {name: task_of(adapter) for name, adapter in adapters.items()}
         for name, adapter in adapters.items():
             self._transforms[name] = ImageTransform.from_metadata(adapter.config["metadata"])
+            if self._transforms[name].sampling is not None:
+                raise UsageError(f"{name} takes videos, and the demo shows images. Use petune.predict")
             try:
                 _check_same_backbone(first, adapter)
                 self._bank.load(name, adapter.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +114,11 @@ def export(
     restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
     model, method = restored.backbone.model.eval(), restored.attachment.name
     transform = ImageTransform.from_metadata(restored.metadata)
+    if with_preprocessing and transform.sampling is not None:
+        raise UsageError(
+            "the model takes clips, and the preprocessing of videos cannot be exported. Export it without",
+            cli_hint="Leave out --with-preprocessing",
+        )
     check = OutputCheck.of(model, restored.attachment.sites.input_spec)
     images = ImageCheck.of(model, transform) if with_preprocessing else None
     reason = _merge(restored)
@@ -177,6 +182,7 @@ def _info(
         "channels": transform.form.channels,
         "dtype": transform.form.dtype,
         "with_preprocessing": with_preprocessing,
+        **({"clip": asdict(transform.sampling)} if transform.sampling is not None else {}),
         "classes": metadata["classes"],
         "task": describe_task(task),
         "activation": ACTIVATIONS.get(task.name),
