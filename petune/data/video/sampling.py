@@ -34,6 +34,10 @@ class Sampling:
     frames: int = 16
     stride: int = 1
 
+    def __str__(self) -> str:
+        stride = f",stride={self.stride}" if self.kind == "dense" else ""
+        return f"frames={self.frames},sampling={self.kind}{stride}"
+
     def draw(self, count: int, generator: np.random.Generator) -> Frames:
         """Return the frames of a random clip, int64 (T,).
 

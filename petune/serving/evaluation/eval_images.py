@@ -21,6 +21,7 @@ from petune.data.dataset import FRAMES
 from petune.data.lookup import check_training_images, is_training_dataset
 from petune.data.reader import LabeledFiles
 from petune.data.registry import build_reader
+from petune.data.video.clips import Clips
 from petune.data.video.options import ClipOptions
 from petune.runner.file_names import CONFIG_FILE
 from petune.runner.migrations import read_config
@@ -146,6 +147,11 @@ def _split_images(name: str, data: Dataset, predictor: Predictor, part: EvalSpli
     _check_target(data.name, data.target, predictor.task.target)
     split: Split = getattr(data, part)
     _check_clips(data.name, split.num_frames, predictor.transform)
+    if isinstance(split.images, Clips) and split.images.sampling != predictor.transform.sampling:
+        raise DataError(
+            f"{name} makes clips by {split.images.sampling}, but the model was trained by "
+            f"{predictor.transform.sampling}. Use the same options of the dataset"
+        )
     views = num_views(split)
 
     def load(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
