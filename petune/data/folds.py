@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from petune.base.errors import DataError
+from petune.base.errors import ConfigError, DataError
 from petune.base.text import plural
 from petune.data.cut import fold_numbers
 from petune.data.dataset import CUT_TEST_NOTE, Dataset, Split
+from petune.data.video.clips import Clips
 
 
 def fold_of(dataset: Dataset, folds: int, fold: int) -> Dataset:
@@ -27,6 +28,7 @@ def fold_of(dataset: Dataset, folds: int, fold: int) -> Dataset:
 
     Raises:
         DataError: A fold is empty, or a class is missing in the training or test images of one.
+        ConfigError: Several clips or crops of videos are asked for, and the dataset has a test split of its own.
     """
     pool = _pool(dataset)
     try:
@@ -37,10 +39,24 @@ def fold_of(dataset: Dataset, folds: int, fold: int) -> Dataset:
         _check_fold(dataset, pool, fold_N == number, f"fold {number + 1} of {folds} of {dataset.name}")
     in_test = fold_N == fold - 1
     train, test = (pool.take(np.flatnonzero(mask)) for mask in (~in_test, in_test))
+    test = _with_views(test, dataset)
     source = dataset.source.replace(CUT_TEST_NOTE, "")
     return replace(dataset, train=train, test=test, source=source).with_note(
         f"fold {fold} of {folds}, {plural(len(test), 'image')}"
     )
+
+
+def _with_views(test: Split, dataset: Dataset) -> Split:
+    """Return the test videos of a fold with the clips and crops that the dataset's tests have."""
+    clips = dataset.test.images
+    if not isinstance(clips, Clips) or len(clips.views) == 1:
+        return test
+    if not dataset.cut_test:
+        raise ConfigError(
+            f"folds divide the training videos of {dataset.name}, of which only one clip is tested. Leave test_clips "
+            "and test_crops out"
+        )
+    return replace(test, images=clips, crop=dataset.test.crop)
 
 
 def _check_fold(dataset: Dataset, pool: Split, in_test: NDArray[np.bool_], where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from petune.backbones.create import input_side
 from petune.backbones.input_channels import RGB_CHANNELS
@@ -12,8 +13,10 @@ from petune.base.text import plural
 from petune.data import Dataset, load_dataset
 from petune.data.dataset import Split
 from petune.data.folds import fold_of
+from petune.data.manifest import file_digest
 from petune.data.merge import merge_val
 from petune.data.registry import parse_dataset
+from petune.data.video.clips import Clips
 from petune.runner.continued import DATA_KEYS, config_of_run
 from petune.runner.run_config import RunConfig
 
@@ -105,7 +108,10 @@ def check_unseen(config: RunConfig, dataset: Dataset) -> None:
 
 
 def _digests(split: Split) -> Iterator[bytes]:
-    """Yield a digest of the pixels of each image."""
+    """Yield a digest of the pixels of each image, or of the file of each video, which may be read as other clips."""
+    if isinstance(split.images, Clips) and split.names is not None:
+        yield from (file_digest(Path(name)).encode() for name in split.names.tolist())
+        return
     for start in range(0, len(split), CHUNK):
         for pixels in split.images[split.rows[start : start + CHUNK]]:
             yield hashlib.blake2b(pixels.tobytes(), digest_size=16).digest()

@@ -21,6 +21,7 @@ from petune.data import Preprocess
 from petune.data.augment import PRESETS
 from petune.data.batches import TrainBatches, eval_batches
 from petune.data.check import check_dataset
+from petune.data.folds import fold_of
 from petune.data.merge import merge_val
 from petune.data.steps import STEP_PRESETS
 from petune.data.video.decode import read_frames, read_info
@@ -228,7 +229,7 @@ def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
     assert data.augment == "crop_only"
     assert data.train.num_frames == 4
     assert data.test.names is not None
-    assert len(data.test.images) == len(data.test) == 2
+    assert len(data.test) == 2
     counts = [read_info(Path(name)).frames for name in data.test.names.tolist()]
     rule = Sampling("uniform", 4)
     assert numbers_of(data.test.images[data.test.rows]) == [rule.fixed(count, 0, 3).tolist() for count in counts]
@@ -248,3 +249,21 @@ def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
     table.write_text("image,label\n1.png,up\n")
     with pytest.raises(DataError, match="frames is for videos"):
         petune.load_dataset(f"table:{table},frames=2")
+
+
+def test_folds_keep_the_clips_and_crops_of_tests(videos: Path) -> None:
+    for cache_gb in (1, 0):
+        whole = petune.load_dataset(f"video:{videos}/train,frames=4,test_clips=2", image_size=14, cache_gb=cache_gb)
+        rule, seen = Sampling("uniform", 4), []
+        for fold in (1, 2):
+            data = fold_of(whole, 2, fold)
+            assert data.test.names is not None
+            names = data.test.names.tolist()
+            counts = [read_info(Path(name)).frames for name in names]
+            shown = numbers_of(data.test.images.view(data.test.rows, 1))  # type: ignore[attr-defined]
+            assert shown == [rule.fixed(count, 1, 2).tolist() for count in counts]
+            seen += names
+        assert len({*seen}) == len(seen) == 8
+    own = petune.load_dataset(f"video:{videos},frames=4,test_clips=2", image_size=14)
+    with pytest.raises(ConfigError, match="test_clips"):
+        fold_of(own, 2, 1)

@@ -53,6 +53,7 @@ class Clips:
             they do not fit the cache, and are decoded each time.
         random: The stored frames are those that training draws from; else those of tests.
         views: In tests.
+        stored_rows: bool (N,), the videos with frames in `frames`, others are decoded each time; None if all have.
     """
 
     counts: NDArray[np.int64]
@@ -62,6 +63,7 @@ class Clips:
     frames: NDArray[np.uint8] | None = field(repr=False)
     random: bool = True
     views: Views = ONE_VIEW
+    stored_rows: NDArray[np.bool_] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,6 +119,8 @@ class Clips:
         for count in sizes:
             sizes[count] = len(self.sampling.stored(count, random=self.random, clips=self.views.clips))
         numbers = np.array([sizes[count] for count in self.counts.tolist()], np.int64) * self.views.crops
+        if self.stored_rows is not None:
+            numbers *= self.stored_rows
         return np.concatenate([[0], np.cumsum(numbers)])
 
     def _fixed(self, row: int, clip: int) -> Frames:
@@ -135,7 +139,7 @@ class Clips:
         return out
 
     def _clip(self, row: int, numbers: Frames, crop: int) -> NDArray[np.uint8]:
-        if self.frames is None:
+        if self.frames is None or self.offsets[row] == self.offsets[row + 1]:
             different, positions = np.unique(numbers, return_inverse=True)
             return np.asarray(self.read(row, different)[crop][positions])
         stored = self.stored(row)

@@ -121,7 +121,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise DataError(f"{path}: not a readable video (no video stream)")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            stream.thread_count = 1  # videos are decoded side by side
+            yield container, stream
     except av.FFmpegError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable video ({error.strerror})"
         raise DataError(f"{path}: {reason}") from None

@@ -79,10 +79,9 @@ def with_test_views(test: Split, videos: Readable, options: ClipOptions, context
     """
     if len(options.views) == 1:
         return test
-    rows, positions = np.unique(test.rows, return_inverse=True)
-    some = replace(videos, paths=[videos.paths[row] for row in rows], infos=[videos.infos[row] for row in rows])
-    clips = read_clips(some, options.sampling_of(context), context, random=False, views=options.views)
-    return replace(test, images=clips, rows=positions, crop=stored_share(options.views))
+    sampling = options.sampling_of(context)
+    clips = read_clips(videos, sampling, context, random=False, views=options.views, rows=test.rows)
+    return replace(test, images=clips, crop=stored_share(options.views))
 
 
 def _split(videos: Readable, sizes: list[int], options: ClipOptions, context: ReadContext, part: str) -> Split:

@@ -97,7 +97,13 @@ def check_broken(videos: Iterable[Readable], context: ReadContext) -> None:
 
 
 def read_clips(
-    videos: Readable, sampling: Sampling, context: ReadContext, *, random: bool = True, views: Views = ONE_VIEW
+    videos: Readable,
+    sampling: Sampling,
+    context: ReadContext,
+    *,
+    random: bool = True,
+    views: Views = ONE_VIEW,
+    rows: NDArray[np.int64] | None = None,
 ) -> Clips:
     """Return the clips of videos, decoded now or by an earlier run, or each time they are read.
 
@@ -107,6 +113,7 @@ def read_clips(
         context: Side at which frames will be used, and the size of the cache.
         random: Store what training draws from; else what tests need.
         views: In tests.
+        rows: The videos whose frames are stored; None stores those of all.
 
     Raises:
         DataError: A file changed since it was looked at.
@@ -121,7 +128,8 @@ def read_clips(
             return np.zeros((len(crops), len(numbers), side, side, 3), np.uint8)
         return read_frames(paths[row], numbers, side, crops)
 
-    clips = Clips(counts, sampling, side, read, None, random, views)
+    stored_rows = None if rows is None else np.isin(np.arange(len(paths)), rows)
+    clips = Clips(counts, sampling, side, read, None, random, views, stored_rows)
     if int(clips.offsets[-1]) * side * side * 3 > room_in_cache(context.cache_gb):
         return clips
     key = {
@@ -131,6 +139,7 @@ def read_clips(
         "sampling": asdict(sampling),
         "random": random,
         "views": asdict(views),
+        "rows": None if rows is None else np.unique(rows).tolist(),
     }
     return replace(clips, frames=np.asarray(cached_split(key, _filled(clips)).images))
 
@@ -175,6 +184,8 @@ def _filled(clips: Clips) -> Callable[[Allocate], tuple[NDArray[np.int64], NDArr
         out = allocate(total, clips.side)
 
         def fill(row: int) -> None:
+            if clips.offsets[row] == clips.offsets[row + 1]:
+                return
             frames_VKSSC = clips.read(row, clips.stored(row))
             out[clips.offsets[row] : clips.offsets[row + 1]] = frames_VKSSC.reshape(-1, *out.shape[1:])
 
