@@ -122,7 +122,7 @@ class Edit:
 
     # Look
 
-    def linear_layers(self, site: Site, *, pointwise: bool = False) -> tuple[Site, ...]:
+    def linear_layers(self, site: Site, *, pointwise: bool = False, transposed: bool = False) -> tuple[Site, ...]:
         """Return the backbone's linear layers that the forward calls within `site`, in the order of the calls.
 
         A qkv layer whose weight an attention only reads is listed where timm can call it instead (EVA, BEiT,
@@ -132,8 +132,10 @@ class Edit:
         Args:
             site: A site with an extent, such as `block.attn`.
             pointwise: Also list 1×1 convolutions, the linear layers of tokens that are laid out as an image.
+            transposed: Also list transformers' Conv1D, linear layers that hold their weight as (inputs, outputs).
         """
-        return self._layers.linear_layers(require_site(site, "linear_layers"), pointwise=pointwise)
+        site = require_site(site, "linear_layers")
+        return self._layers.linear_layers(site, pointwise=pointwise, transposed=transposed)
 
     def input_linears(self, site: Site) -> tuple[Site, ...]:
         """Return those of `linear_layers(site)` that are called with exactly the tensor that enters the site."""

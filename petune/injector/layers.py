@@ -10,6 +10,7 @@ from torch import nn
 from petune.base.errors import SiteNotFound
 from petune.injector.qkv import qkv_called
 from petune.injector.trainable import added_to
+from petune.injector.transposed_linear import is_transposed_linear
 from petune.sites.layouts import is_pointwise
 from petune.sites.recorder import record_calls
 from petune.sites.site import Site, Sites
@@ -30,7 +31,7 @@ class LayerFinder:
         self.others = added_to(model)
         self._recorded: dict[nn.Module, Call] | None = None
 
-    def linear_layers(self, site: Site, *, pointwise: bool) -> tuple[Site, ...]:
+    def linear_layers(self, site: Site, *, pointwise: bool, transposed: bool = False) -> tuple[Site, ...]:
         """See `Edit.linear_layers`."""
         calls = self._calls()
         first, last = calls.get(site.enter), calls.get(site.exit)
@@ -41,7 +42,10 @@ class LayerFinder:
             call = calls.get(module)
             return call is not None and first.start <= call.start and call.stop <= last.stop
 
-        layers = [m for m in self._matrices() if within(m) and (pointwise or isinstance(m, nn.Linear))]
+        def is_wanted(module: nn.Module) -> bool:
+            return transposed if is_transposed_linear(module) else pointwise or isinstance(module, nn.Linear)
+
+        layers = [m for m in self._matrices() if within(m) and is_wanted(m)]
         return tuple(self.site(m) for m in sorted(layers, key=lambda m: calls[m].start))
 
     def input_linears(self, site: Site) -> tuple[Site, ...]:
@@ -109,7 +113,7 @@ class LayerFinder:
         return {module for module, call in calls.items() if call.stop < start}
 
     def _matrices(self) -> list[nn.Module]:
-        return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m)]
+        return [m for m in self.backbone() if isinstance(m, nn.Linear) or is_pointwise(m) or is_transposed_linear(m)]
 
     def _calls(self) -> dict[nn.Module, Call]:
         """Return the calls of one forward in which attentions call their qkv layers, as the verbs would let them."""

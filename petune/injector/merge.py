@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from petune.adapters.fingerprint import plain_parts
 from petune.base.errors import NotMergeable
@@ -32,6 +33,7 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
         NotMergeable: An adapter is not a change of weights, another attachment trains the same weights in place, or
             the folded model computes something else.
     """
+    _check_are_stored(log, name)
     before = {key: t.detach().clone() for key, t in model.state_dict().items() if isinstance(t, Tensor)}
     expected = synthetic_logits(model, sites)
     try:
@@ -49,6 +51,24 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
         _restore(model, before)
         log.set_enabled(True)
         raise
+
+
+def _check_are_stored(log: EditLog, name: str) -> None:
+    """Check that the layers to fold into hold their weights, and do not compute them in each forward.
+
+    Raises:
+        NotMergeable: One computes its weight, so that the change would be lost.
+    """
+    edited = [*log.wrappers, *(site.exit for _, sites in log.placed for site in sites)]
+    if not log.can_fold:
+        return
+    for module in {m for layer in edited for m in layer.modules()}:
+        if is_parametrized(module) or isinstance(vars(module).get("weight"), Tensor):  # weight_norm's is an attribute
+            raise NotMergeable(
+                f"{name} cannot be merged into a {type(module).__name__} whose weight is computed from other tensors "
+                "(a parametrization, weight_norm). Remove that before attach, with "
+                "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm, or use the adapter unmerged"
+            )
 
 
 def _fold(model: nn.Module, log: EditLog, name: str) -> None:

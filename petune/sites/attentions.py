@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,14 +18,12 @@ class Attention:
         call: That call.
         end: When the attention weights were last applied.
         many_queries: See `AttentionOp`.
-        next_start: When the next attention of the model starts.
         pair: The attention with its MLP; None if there is no MLP before the next attention.
     """
 
     call: Call
     end: int
     many_queries: bool = False
-    next_start: float = math.inf
     pair: Pair | None = None
 
     @property
@@ -62,11 +59,15 @@ def find_attentions(trace: Trace) -> list[Attention]:
             attention.end = op.time
             attention.many_queries = attention.many_queries or op.many_queries
     attentions = sorted(found.values(), key=lambda a: a.call.start)
-    for attention, following in itertools.pairwise(attentions):
-        attention.next_start = following.call.start
     for attention in attentions:
         attention.pair = _pair_of(trace, attention, attentions)
     return attentions
+
+
+def _reads_input(attention: Attention, branch: Call) -> bool:
+    """Return whether an attention is one of those in a branch that read what enters it."""
+    around = (c for c in (attention.call, *attention.call.ancestors()) if c.within(branch) and c is not branch)
+    return any(c.input is branch.input for c in around)
 
 
 def _has_matrix(call: Call) -> bool:
@@ -78,7 +79,10 @@ def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) ->
     inner: Call | None = None
     for call in (attention.call, *attention.call.ancestors()):
         after = attention.end if inner is None else inner.stop
-        mlp = find_mlp(trace, call, inner, after, attention.next_start, attention.dim)
+        summed = [] if inner is None else [a for a in attentions if _reads_input(a, inner)]
+        others = (a.call.start for a in attentions if a.call.start > attention.call.start and a not in summed)
+        next_start = min(others, default=math.inf)
+        mlp = find_mlp(trace, call, inner, after, next_start, attention.dim)
         if mlp is not None:
             return Pair(attention, mlp, call, [a for a in attentions if a.call.within(call)])
         inner = call

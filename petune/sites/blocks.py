@@ -119,6 +119,27 @@ def _build_span(trace: Trace, pair: Pair) -> Found | None:
     return first.start, _with_parts(trace, pair, bare, first, calls)
 
 
+def _is_listed_with_mlp(trace: Trace, pair: Pair) -> bool:
+    """Return whether an attention and an MLP for single tokens are items of one list, (attention, MLP) or longer."""
+    children = [child_towards(pair.scope, call) for call in (pair.attention.call, pair.mlp.first, pair.mlp.last)]
+    parents = {child.path.rpartition(".")[0] for child in children}
+    x, y = pair.mlp.first.input, pair.attention.call.output
+    same = x is not None and y is not None and x.shape == y.shape
+    return len(parents) == 1 and parents != {pair.scope.path} and pair.mlp.is_tokenwise and same
+
+
+def _build_listed(trace: Trace, pair: Pair) -> Found:
+    """Build a block whose stream is not added to as it is: mixed with other streams, interpolated, normalized.
+
+    It has no `mid`: what is added after the MLP would be changed on its way.
+    """
+    first, last = (child_towards(pair.scope, call) for call in (pair.attention.call, pair.mlp.last))
+    bare = _bare(first, last, pair.attention.dim, trace.model_name)
+    calls = [c for c in pair.scope.subtree() if first.start <= c.start <= last.stop]
+    block = _with_parts(trace, pair, bare, first, calls)
+    return first.start, replace(block, parts={role: site for role, site in block.parts.items() if role != "mid"})
+
+
 def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     """Build a block with several attentions and MLPs: one stream, read after the attentions."""
     bare = _bare(pair.scope, pair.scope, pair.attention.dim, trace.model_name)
@@ -134,10 +155,8 @@ SHAPES: tuple[tuple[Predicate, Builder], ...] = (
     (contains_block, _build_span),  # a hand-written transformer of depth 1
     (is_module, _build_module),  # vit_base_patch16_224
     (_has_parallel_attentions, _build_parallel_attentions),  # vit_small_patch16_18x2_224
-    (
-        lambda trace, pair: True,
-        _build_span,
-    ),  # tnt_s_patch16_224: a module with another attention as well
+    (lambda trace, pair: True, _build_span),  # tnt_s_patch16_224: a module with another attention as well
+    (_is_listed_with_mlp, _build_listed),  # hyper-connections
 )
 """Shapes of blocks with an MLP, each with a model of timm that has it, in the order in which they are tried."""
 
@@ -186,8 +205,12 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
     """
     scope, attention, mlp = pair.scope, pair.attention, pair.mlp
     branch = attention_branch(trace, attention.call, scope)
-    norm1 = None if branch is None else norm_of(trace, branch, calls, scope)
-    norm2 = norm_of(trace, mlp.first, calls, scope, norm1)
+    before_mlp = [c for c in calls if c.start < mlp.first.start]
+    norm1 = None if branch is None else norm_of(trace, branch, before_mlp, scope)
+    is_post_norm = norm1 is not None and branch is not None and norm1.start > branch.start and not norm1.within(branch)
+    of_mlp = calls if bare.is_module or is_post_norm else before_mlp
+    of_mlp = [c for c in of_mlp if branch is None or not c.within(branch)]
+    norm2 = norm_of(trace, mlp.first, of_mlp, scope, norm1)
     end = attention.end if inner is scope else inner.stop
     mid = mid_of(trace, mlp, end, scope.stop) or parallel_mid(trace, scope) or late_mid(trace, scope, mlp, norm2, end)
     dim, model, layout = attention.dim, bare.model, layout_of(scope, attention.dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from petune.sites.site import Layout, Site
-from petune.sites.trace import Call
+from petune.sites.trace import Call, own_weights
 
 IMAGES = (4, 5)
 """Numbers of dimensions of a tensor that is laid out as images or videos, and of the kernel of a convolution on it."""
@@ -14,7 +14,7 @@ IMAGES = (4, 5)
 def is_conv(call: Call) -> bool:
     """Return whether the call's first weight is a convolution kernel, so that channels come second."""
     first = next((c for c in call.subtree() if c.has_matrix), None)
-    return first is not None and any(p.ndim in IMAGES for p in first.module.parameters(recurse=False))
+    return first is not None and any(p.ndim in IMAGES for p in own_weights(first.module))
 
 
 def is_pointwise(module: nn.Module) -> bool:
@@ -31,7 +31,7 @@ def channel_axis(call: Call) -> int | None:
     assert x is not None
     for leaf in call.subtree():
         y = leaf.input
-        weights = list(leaf.module.parameters(recurse=False)) if leaf.is_leaf else []
+        weights = own_weights(leaf.module) if leaf.is_leaf else []
         if y is None or not weights:
             continue
         axis = _axis_by_kind(leaf.module, weights) if y.ndim in IMAGES and y.shape == x.shape else None
@@ -45,7 +45,7 @@ def _axis_by_kind(module: nn.Module, weights: list[nn.Parameter]) -> int | None:
     """Return the axis that a layer takes channels from: a kernel the second, a matrix or torch's LayerNorm the last."""
     ndim = max(p.ndim for p in weights)
     if ndim in IMAGES:
-        return 1
+        return -1 if all(p.shape[-1] == p.numel() > 1 for p in weights if p.ndim in IMAGES) else 1
     # a class derived from LayerNorm may move the axes of an image itself
     return -1 if ndim >= 2 or type(module) is nn.LayerNorm else None
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from petune.sites.layouts import is_conv, width_of
-from petune.sites.trace import Addition, Call, Trace
+from petune.sites.layouts import is_conv, is_pointwise, width_of
+from petune.sites.trace import Addition, Call, Trace, is_vector, own_weights
 
 
 @dataclass(eq=False)
@@ -29,6 +29,12 @@ class Mlp:
     first: Call
     last: Call
     dim: int | None = None
+
+    @property
+    def is_tokenwise(self) -> bool:
+        """True if no kernel mixes neighboring tokens."""
+        matrices = [c for c in (*self.first.subtree(), *self.last.subtree()) if c.has_matrix]
+        return all(not is_conv(c) or is_pointwise(c.module) for c in matrices)
 
 
 def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, before: float, dim: int) -> Mlp | None:
@@ -51,9 +57,21 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
         whole = [c for c in whole if width_of(c) == dim]
     outermost = [c for c in whole if not any(c is not other and c.within(other) for other in whole)]
     if outermost:
-        return _unwrap(trace, max(outermost, key=_num_weights), dim)
+        return _choose(
+            trace, [_unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after
+        )
     matrices = [c for c in calls if c.has_matrix and c.input is not None and c.input.ndim >= 3]
     return _mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
+
+
+def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
+    """Return the first MLP that works on single tokens and adds to a stream; else the largest that adds, or of all.
+
+    Others may follow before the next attention: one for a wide class token, the convolutions of the next stage.
+    """
+    adding = [mlp for mlp in mlps if mid_of(trace, mlp, int(after)) is not None]
+    tokenwise = [mlp for mlp in adding if mlp.is_tokenwise]
+    return min(tokenwise, key=lambda mlp: mlp.first.start) if tokenwise else (adding or mlps)[0]
 
 
 def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Mlp | None:
@@ -72,10 +90,16 @@ def _mlp_of_matrices(matrices: list[Call], dim: int) -> Mlp | None:
         return None
     hidden = (last.width, 2 * last.width)  # twice if one matrix makes value and gate
     entered = [c for c in matrices if c.stop < last.start and c.width == dim]
-    entered = [c for c in entered if c.output is not None and c.output.shape[-1] in hidden]
+    entered = [c for c in entered if c.output is not None and c.output.shape[-1] in hidden and _same_rows(c, last)]
     if not entered:
         return None
     return Mlp(next(c for c in entered if c.input is entered[-1].input), last)
+
+
+def _same_rows(first: Call, last: Call) -> bool:
+    """Return whether what leaves the first matrix has as many tokens as what enters the last."""
+    y, x = first.output, last.input
+    return y is not None and x is not None and y.numel() // y.shape[-1] == x.numel() // x.shape[-1]
 
 
 def _unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
@@ -103,22 +127,38 @@ def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
         return None
     branch = attention
     for call in attention.ancestors():
-        if call is scope or not call.keeps_shape or norm_inside(call) is not None or is_residual(trace, call):
+        if call is scope or not call.keeps_shape or is_residual(trace, call):
+            break
+        if norm_inside(call) is not None and not _sums_others(trace, call, branch):
             break
         branch = call
     return branch
 
 
+def _sums_others(trace: Trace, call: Call, branch: Call) -> bool:
+    """Return whether a call holds another attention that reads the same tokens as `branch`."""
+    others = (op.call for op in trace.attention_ops if op.call.within(call) and not op.call.within(branch))
+    return any(c.input is branch.input for other in others for c in (other, *other.ancestors()) if c is not call)
+
+
 def is_norm(call: Call) -> bool:
-    """Return whether a call is a leaf without a matrix that keeps the shape and has an `eps`, as norms do."""
+    """Return whether a call is a leaf without a matrix that keeps the shape and normalizes, or has an `eps`."""
     guarded = hasattr(call.module, "eps") or hasattr(call.module, "variance_epsilon")
     same = call.input is not None and call.output is not None and call.input.shape == call.output.shape
-    return call.is_leaf and guarded and same and not call.has_matrix
+    if not (call.is_leaf and same and (guarded or call.normalizes)):
+        return False
+    return not call.has_matrix and all(map(is_vector, call.module.parameters()))
 
 
 def norm_inside(call: Call) -> Call | None:
     """Return a norm inside `call` that is the first to get its input."""
     return next((c for c in call.inner() if is_norm(c) and c.input is call.input), None)
+
+
+def _only_norm_inside(call: Call) -> Call | None:
+    """Return the norm that gets the input of `call`, if it is the only one (several branches have several)."""
+    norms = [c for c in call.inner() if is_norm(c) and c.input is call.input]
+    return norms[0] if len(norms) == 1 else None
 
 
 def norm_of(trace: Trace, branch: Call, calls: Sequence[Call], scope: Call, other: Call | None = None) -> Call | None:
@@ -133,7 +173,7 @@ def norm_of(trace: Trace, branch: Call, calls: Sequence[Call], scope: Call, othe
     """
     return (
         _norm_by_identity(trace, branch, scope, other)
-        or norm_inside(branch)
+        or _only_norm_inside(branch)
         or _norm_by_order(trace, branch, calls, other)
     )
 
@@ -183,9 +223,10 @@ def _used_before(trace: Trace, tensor: Tensor, time: int) -> bool:
 
 
 def _scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
-    """Return the stream after modules that only scale it on its way to the addition."""
+    """Return the stream after it was only scaled on its way to the addition, by modules or a multiplication."""
     scales = [c for c in trace.calls if c.input is stream and c.is_leaf and not c.has_matrix and not is_norm(c)]
-    return [c.output for c in scales if c.output is not None and c.keeps_shape]
+    products = [product for factor, product in trace.scalings if factor is stream]
+    return [*(c.output for c in scales if c.output is not None and c.keeps_shape), *products]
 
 
 def addition_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Addition | None:
@@ -228,9 +269,13 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
 
     A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block.
     """
-    additions = [] if mid.input is None else _additions(trace, mid.input, mlp.last.stop)
-    addend = additions[0].other(mid.input) if additions else None
-    makers = [c for c in trace.calls if addend is not None and c.output is addend]
+    stream = mid.input
+    addition = None if stream is None else addition_to(trace, stream, mlp.last.stop)
+    if stream is None or addition is None:
+        return None
+    forms = [stream, *_scaled(trace, stream)]
+    addends = [x for x in addition.operands if not any(x is form for form in forms)]
+    makers = [c for c in trace.calls if any(c.output is x for x in addends)]
     once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]
     return max(once, key=lambda c: c.stop, default=None)
 
@@ -241,7 +286,7 @@ def _num_matrices(call: Call) -> int:
 
 
 def _num_bare(call: Call) -> int:
-    bare = [] if call.is_leaf else list(call.module.parameters(recurse=False))
+    bare = [] if call.is_leaf else own_weights(call.module)
     return sum(sum(side > 1 for side in p.shape) >= 2 for p in bare)
 
 

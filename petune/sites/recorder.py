@@ -11,16 +11,21 @@ from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
-from petune.sites.trace import Addition, AttentionOp, Call, Trace
+from petune.sites.trace import Addition, AttentionOp, Call, Trace, is_vector
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
 MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
+NORMALIZATIONS = {
+    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
+    "var", "std", "var_mean", "std_mean",
+}  # fmt: skip
 SAMPLERS = {"grid_sample"}
 """Operations that read values at computed places of an image: deformable attention weighs what they return."""
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -37,7 +42,9 @@ def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()
     Raises:
         AttachError: The forward fails on such inputs.
     """
-    modules = [(path, module) for path, module in model.named_modules() if module not in skip]
+    computing = (m for m in model.modules() if isinstance(m, ParametrizationList))  # they are called with weights
+    skipped = {*skip, *(m for of_weights in computing for m in of_weights.modules())}
+    modules = [(path, module) for path, module in model.named_modules() if module not in skipped]
 
     @contextlib.contextmanager
     def recorder() -> Iterator[Trace]:
@@ -149,9 +156,20 @@ class _OperationRecorder(TorchFunctionMode):
         if name in ADDITIONS and isinstance(result, Tensor):
             operands = tuple(a for a in args if isinstance(a, Tensor))
             self.trace.additions.append(Addition(self.calls.tick(), operands, result))
+        if name in MULTIPLICATIONS and isinstance(result, Tensor):
+            self._record_scaling(args, result)
         if self.calls.stack:
+            self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
             self._record_attention(name, args, kwargs or {}, result)
         return result
+
+    def _record_scaling(self, args: Any, result: Tensor) -> None:
+        """Record a product of a tensor with a number, or with a vector that has one number for each channel."""
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        scaled = [t for t in tensors if t.shape == result.shape]
+        factors = [t for t in tensors if t.shape != result.shape]
+        if len(scaled) == 1 and all(is_vector(factor) for factor in factors):
+            self.trace.scalings.append((scaled[0], result))
 
     def _record_attention(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         tensors = list(tensors_in((args, kwargs)))
@@ -173,9 +191,10 @@ class _OperationRecorder(TorchFunctionMode):
         call = self.calls.stack[-1]
         attention = AttentionOp(self.calls.tick(), call, many_queries=False, applied=False, num_keys=num_keys)
         self.trace.attention_ops.append(attention)
-        # the weights of nn.Softmax are used by its caller
-        is_softmax_module = not any(True for _ in call.module.children())
-        scope = call.parent if is_softmax_module and call.parent is not None else call
+        # the weights of nn.Softmax, alone or in a Sequential with a dropout, are used by its caller
+        scope = call
+        while scope.parent is not None and next(scope.module.parameters(), None) is None:
+            scope = scope.parent
         self.weights[id(result)] = result, attention, scope
 
     def _follow(self, inputs: list[Tensor], result: Any, *, applies: bool) -> None:

@@ -6,9 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-TOKENS = (3, 4, 5)
-"""Numbers of dimensions of tokens: in a row, laid out as an image, as a video."""
+TOKENS = (3, 4, 5, 6, 7)
+"""Numbers of dimensions of tokens: in a row, laid out as an image, as a video, as windows of these."""
+
+
+def own_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's own parameters, also those that it computes its weights from (torch's parametrizations)."""
+    own = [*module.parameters(recurse=False)]
+    if is_parametrized(module):
+        own += [p for name in module.parametrizations for p in module.parametrizations[name].parameters()]  # type: ignore[union-attr,index]
+    return own
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Return whether a parameter has one number for each channel, in whatever shape: (D,), (1, D, 1, 1)."""
+    return sum(side > 1 for side in parameter.shape) <= 1
 
 
 @dataclass(eq=False)
@@ -23,6 +37,7 @@ class Call:
         extra_inputs: Names of the arguments with tensors, after the first.
         output: The first tensor that it returned; of the model's own call the logits.
         children: The calls that it made itself.
+        normalizes: True if it computed a norm or a variance itself.
     """
 
     path: str
@@ -34,6 +49,7 @@ class Call:
     stop: int = 0
     output: Tensor | None = None
     children: list[Call] = field(default_factory=list)
+    normalizes: bool = False
 
     @property
     def input(self) -> Tensor | None:
@@ -64,8 +80,15 @@ class Call:
 
     @property
     def has_matrix(self) -> bool:
-        """True for a leaf that owns a weight matrix or kernel (a model's own pos_embed does not count)."""
-        return self.is_leaf and any(p.ndim >= 2 for p in self.module.parameters(recurse=False))
+        """True for a leaf that owns a weight matrix or kernel (a model's own pos_embed does not count).
+
+        A layer that keeps the shape and owns (1, D, 1, 1) only scales channels.
+        """
+        if not self.is_leaf:
+            return False
+        x, y = self.input, self.output
+        may_scale = x is not None and y is not None and x.shape == y.shape
+        return any(p.ndim >= 2 and not (may_scale and is_vector(p)) for p in own_weights(self.module))
 
     def subtree(self) -> Iterator[Call]:
         """Yield this call and all calls inside it, in order."""
@@ -134,12 +157,14 @@ class Trace:
 
     Attributes:
         calls, attention_ops, additions: In the order of the forward.
+        scalings: A tensor, and the product of it with a number or with one number for each channel.
         batch_size: Number of samples.
     """
 
     calls: list[Call] = field(default_factory=list)
     attention_ops: list[AttentionOp] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
+    scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     batch_size: int = 0
 
     @property

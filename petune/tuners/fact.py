@@ -78,8 +78,9 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def merge(self, module: nn.Module) -> None:
-        """Add the change to the layer's weight, (O·D, I·D)."""
-        change = torch.einsum("dr,iors,es->oeid", self.u, self.cores(), self.v)
+        """Add the change to the layer's weight, (O·D, I·D); transformers' Conv1D holds (I·D, O·D)."""
+        is_transposed = not isinstance(module, nn.Linear)
+        change = torch.einsum(f"dr,iors,es->{'idoe' if is_transposed else 'oeid'}", self.u, self.cores(), self.v)
         weight = cast(Tensor, module.weight)
         weight += self.scale * change.reshape(weight.shape)
 
@@ -119,7 +120,7 @@ class FacT(petune.Tuner[FacTConfig]):
             if width not in shared:
                 shared[width] = self._shared(width)
             for layer in _linear_layers(edit, block):
-                out_dim, in_dim = cast(nn.Linear, layer.module).weight.shape
+                out_dim, in_dim = _sides(layer.module)
                 if in_dim % width == 0 and out_dim % width == 0:
                     shape = (in_dim // width, out_dim // width)
                     edit.parallel(layer, layer, Factors(shared[width], shape, self.config))
@@ -140,10 +141,17 @@ class FacT(petune.Tuner[FacTConfig]):
         return SharedFactors(u_DR, v_DR, core_TRS)
 
 
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """Return the numbers of outputs and inputs; transformers' Conv1D holds its weight as (inputs, outputs)."""
+    weight = cast(Tensor, layer.weight)
+    out_dim, in_dim = weight.shape if isinstance(layer, nn.Linear) else weight.shape[::-1]
+    return out_dim, in_dim
+
+
 def _linear_layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
     """Return the linear layers of attention and MLP."""
     sites = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
-    return [layer for site in sites for layer in edit.linear_layers(site)]
+    return [layer for site in sites for layer in edit.linear_layers(site, transposed=True)]
 
 
 def _report(model: str, num_changed: int, skipped: list[str]) -> None:

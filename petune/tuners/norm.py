@@ -38,4 +38,4 @@ def is_norm(module: nn.Module) -> bool:
     guarded = hasattr(module, "eps") or hasattr(module, "variance_epsilon") or named
     own = [*module.parameters(recurse=False)]
     holds_all = len(own) == len([*module.parameters()])  # timm's norms with an activation hold that as a child
-    return guarded and holds_all and all(p.ndim == 1 for p in own)
+    return guarded and holds_all and all(sum(side > 1 for side in p.shape) <= 1 for p in own)

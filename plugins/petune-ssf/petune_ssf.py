@@ -34,7 +34,10 @@ class ScaleShift(nn.Module):
         """Fold into a linear layer's W x + b, or a norm's g · x̂ + b."""
         if getattr(layer, "bias", None) is None:
             raise petune.NotMergeable("SSF's shift needs a layer with a bias to merge into")
-        layer.weight.mul_(self.scale if layer.weight.ndim == 1 else self.scale[:, None])
+        is_matrix = isinstance(
+            layer, nn.Linear
+        )  # a norm's weight has one dimension, transformers' Conv1D is transposed
+        layer.weight.mul_(self.scale[:, None] if is_matrix else self.scale)
         layer.bias.mul_(self.scale).add_(self.shift)
 
 
@@ -60,8 +63,11 @@ class SSF(petune.Tuner[SSFConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Put one γ and β after every linear layer and every norm."""
         for block in edit.sites.require_blocks():
-            for layer in (*edit.linear_layers(block.attn), *edit.linear_layers(block.mlp)):
-                edit.after(layer, ScaleShift(layer.module.out_features, self.config.init_std))
+            for layer in (
+                layer for site in (block.attn, block.mlp) for layer in edit.linear_layers(site, transposed=True)
+            ):
+                width = layer.module.weight.shape[0 if isinstance(layer.module, nn.Linear) else 1]
+                edit.after(layer, ScaleShift(width, self.config.init_std))
             for norm in (block.parts.get("norm1"), block.parts.get("norm2")):
                 if norm is not None:
                     edit.after(norm, ScaleShift(norm.dim, self.config.init_std))

@@ -115,7 +115,7 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
     layers = [
         layer
         for site in sites
-        for layer in edit.linear_layers(site, pointwise=config.type == "lora")
+        for layer in edit.linear_layers(site, pointwise=config.type == "lora", transposed=config.type == "lora")
         # one side as wide as the stream: not the small network that makes a table of positions (Swin-V2)
         if site.dim in cast(nn.Linear, layer.module).weight.shape
     ]
@@ -149,6 +149,8 @@ def _fitting_options(edit: petune.Edit, config: PeftConfig, layers: list[petune.
         return {"r": min(defaults_of(kind)["r"], min(sides) // 4)}
     if kind == "waveft":
         return {"n_frequency": min(defaults_of(kind)["n_frequency"], min(sides) ** 2)}
+    if kind == "lora" and layers and not any(isinstance(site.module, nn.Linear | nn.Conv2d) for site in layers):
+        return {"fan_in_fan_out": True}  # transformers' Conv1D
     if kind == "ia3":
         wrapped = {original_path(site) for site in layers}
         return {"feedforward_modules": [path for path in _last_of_mlps(edit) if path in wrapped]}
