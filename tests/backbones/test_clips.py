@@ -168,6 +168,14 @@ def test_models_that_take_no_clips_are_refused() -> None:
         create_backbone("torchvision:mvit_v2_s", weights="none", num_classes=3, num_frames=8)
 
 
+def test_batchnorm_goes_before_a_classifier_of_pooled_features_only(tmp_path: Path) -> None:
+    backbone = create_backbone(saved("videomae", tmp_path), num_classes=3, head="bn_linear")
+    assert logits(backbone).shape == (2, 3)
+    assert petune.attach(backbone.model, "linear").counts.head == 16 * 3 + 3
+    with pytest.raises(ConfigError, match="a vector for each sample"):
+        create_backbone(saved("videoprism", tmp_path), num_classes=3, head="bn_linear")
+
+
 def test_video_models_of_torchvision_are_found() -> None:
     with torch.device("meta"):
         backbone = create_backbone("torchvision:swin3d_t", weights="none", num_classes=3, image_size=32, num_frames=4)
