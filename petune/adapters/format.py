@@ -129,16 +129,16 @@ def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -
 def chosen_sites(sites: Sites) -> dict[str, Any]:
     """Return which sites the user has chosen, for the configuration: indices of blocks, paths of heads and of a tower.
 
-    None means what `find_sites` finds. Blocks that the method's option `blocks` chose are not counted: the options say
-    which ones.
+    None means what `find_sites` finds. Several heads are always named. Blocks that the method's option `blocks` chose
+    are not counted: the options say which ones.
     """
     sites = sites.given
     is_reduced = len(sites.blocks) < len(sites.all_blocks)
-    head = (
-        sites.chosen_head if sites.chosen_head is None or isinstance(sites.chosen_head, str) else [*sites.chosen_head]
-    )
+    head = sites.parts.get("head")
+    has_several = head is not None and len(head.named_modules) > 1
+    paths = [path for path, _ in head.named_modules] if head is not None and has_several else sites.chosen_head
     within = {"within": sites.within} if sites.within else {}
-    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": head, **within}
+    return {"blocks": [b.index for b in sites.blocks] if is_reduced else None, "head": paths and [*paths], **within}
 
 
 def geometry(sites: Sites) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from petune.base.config import shown
 from petune.base.errors import UsageError
 
 PathText: type | UnionType = str | os.PathLike
+Number: type | UnionType = int | float | None
 LONGEST_SHOWN = 60
 
 

@@ -1,4 +1,4 @@
-"""A choice of transformer blocks: `all`, `last:K`, `first:K`, `every:K`, or a list of numbers.
+"""A choice of transformer blocks: `all`, `last:K`, `first:K`, `every:K`, `in:PATH`, or a list of numbers.
 
 The same words choose the blocks that a method edits and those whose tokens a head reads.
 """
@@ -16,7 +16,8 @@ from petune.base.text import plural
 
 ALL = "all"
 FORM = re.compile(r"(last|first|every):([1-9]\d*)")
-ADVICE = "use all, last:K, first:K, every:K, or a list of numbers from 0, such as [0, 5]"
+INSIDE = "in:"
+ADVICE = "use all, last:K, first:K, every:K, in:PATH (a tower), or a list of numbers from 0, such as [0, 5]"
 
 
 def check_form(blocks: Any) -> Any:
@@ -26,13 +27,18 @@ def check_form(blocks: Any) -> Any:
         ValueError: It has none of them.
     """
     if isinstance(blocks, str):
-        valid = blocks == ALL or FORM.fullmatch(blocks) is not None
+        valid = blocks == ALL or FORM.fullmatch(blocks) is not None or bool(path_of_tower(blocks))
     else:
         numbers = list(blocks) if isinstance(blocks, list | tuple) else []
         valid = bool(numbers) and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
     if not valid:
         raise ValueError(ADVICE)
     return blocks if isinstance(blocks, str) else list(blocks)
+
+
+def path_of_tower(blocks: str | Sequence[int]) -> str:
+    """Return the path in `in:PATH`; empty for a choice of another form."""
+    return blocks.removeprefix(INSIDE).strip() if isinstance(blocks, str) and blocks.startswith(INSIDE) else ""
 
 
 BlockChoice = Annotated[str | list[int], BeforeValidator(check_form)]

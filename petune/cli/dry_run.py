@@ -126,6 +126,7 @@ def method_facts(preview: MethodPreview, backbone_flops: int) -> list[tuple[str,
     )
     return [
         ("method", preview.method),
+        *((("blocks", ", ".join(map(str, preview.blocks))),) if preview.blocks is not None else ()),
         ("tuned", f"{format_count(counts.tuned)}  (with the head {shares})"),
         ("head", format_count(counts.head)),
         ("all parameters", format_count(counts.total)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,23 +14,23 @@ from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, DeadSite, UsageError
 from petune.base.plugins import plugin_errors
-from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.creation import ordinary_tensors
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
+from petune.injector.frozen_beside_head import check_new_weights, warn_of_layers_before_head, warn_of_shared_head
 from petune.injector.keys import label_of, named_parameters
 from petune.injector.registry import TUNERS, build_tuner, parse_method
 from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
-from petune.sites.find import find_sites
+from petune.sites.chosen_head import HeadChoice
+from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
-from petune.sites.new_weights import new_weights
+from petune.sites.new_weights import NewWeights, new_weights
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
-from petune.sites.used_parameters import used_parameters
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """For each model, the edits for which a forward pass called every adapter."""
@@ -49,6 +48,7 @@ def attach(
     keep_original: bool = True,
     input_size: Sequence[int] | None = None,
     example: Any = None,
+    head: HeadChoice | None = None,
     **options: Any,
 ) -> Attachment:
     """Attach a tuner to a model, in place.
@@ -65,6 +65,8 @@ def attach(
         input_size: (channels, height, width), for a model that does not state its input size; with frames for videos.
         example: What the forward takes, if that is not one image; see `petune.find_sites`. It is saved with the adapter
             as shapes. The first attachment on a model decides.
+        head: The modules that are heads, if they are others than petune finds: a dotted path, a module of the model, a
+            pattern of paths such as `*_embed`, or a list of them. They train as a whole. Their paths are saved.
         **options: The tuner's options, if `method` is a name.
 
     Raises:
@@ -72,13 +74,13 @@ def attach(
         SiteNotFound: The model, or a block, has no site that the tuner needs.
         DeadSite: The forward never uses an adapter.
         AttachError: Something else is in the way. After any of these, the model is as it was.
-        UsageError: Both `example` and `sites` or `input_size` are given.
+        UsageError: `sites` is given, and also `example` or `head`; or both `example` and `input_size`; or `head` and
+            train_head=False.
         UnknownName: There is no such method.
         PluginError: The method's package is broken.
         ConfigError: An option is unknown or has a wrong value, or the model has no such `blocks`.
     """
-    if sites is not None and example is not None:
-        raise UsageError("petune.attach: give sites or example, not both")
+    _check_together(sites, example, head, train_head)
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
@@ -86,8 +88,10 @@ def attach(
         tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
         name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
         label = label_of(name)
-        new = new_weights(model) if trainable_state_of(model) is None and train_head else []
-        given = _sites_for(model, sites, lambda: find_sites(model, input_size, example=example), train_head)
+        new = new_weights(model) if trainable_state_of(model) is None and train_head else NewWeights(is_known=False)
+        given = _sites_for(
+            model, sites, lambda: find_sites(model, input_size, example=example, head=head), train_head, head
+        )
         sites = given.choose(tuner.config.blocks)
         state = open_trainable_state(model, given)
         state.add(label)
@@ -100,7 +104,8 @@ def attach(
             _check_trains(attachment)
             check_follows_blocks(attachment)
             _check_kinds_of_tensors(attachment)
-            _warn_of_new_weights(attachment, new)
+            check_new_weights(attachment, new)
+            warn_of_shared_head(attachment)
             _check_used(model, sites, tuner, log)
             forget_forwards(edit)
         except BaseException:
@@ -108,6 +113,14 @@ def attach(
             raise
     forget_compiled_code()
     return attachment
+
+
+def _check_together(sites: Sites | None, example: Any, head: HeadChoice | None, train_head: bool) -> None:
+    for name, value in (("example", example), ("head", head)):
+        if sites is not None and value is not None:
+            raise UsageError(f"petune.attach: give sites or {name}, not both. find_sites takes {name}, too")
+    if head is not None and not train_head:
+        raise UsageError("petune.attach: train_head=False trains no head, so head would do nothing. Leave out one")
 
 
 def _check_model(model: nn.Module) -> None:
@@ -118,15 +131,19 @@ def _check_model(model: nn.Module) -> None:
         raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
 
 
-def _sites_for(model: nn.Module, sites: Sites | None, find: Callable[[], Sites], train_head: bool) -> Sites:
+def _sites_for(
+    model: nn.Module, sites: Sites | None, find: Callable[[], Sites], train_head: bool, head: HeadChoice | None
+) -> Sites:
     """Return the sites to edit, after the checks that a model needs once: before its first attachment."""
     existing = trainable_state_of(model)
     _check_same_root(model, existing)
-    sites = sites or (existing.sites if existing else find())
+    if sites is None and existing is not None:
+        sites = existing.sites if head is None else sites_for(model, existing.sites.input_spec, head)
+    sites = sites or find()
     _check_sites_of(model, sites)
     if existing is None:
         refuse_random(model, sites)
-        _warn_of_layers_before_head(model, sites, train_head)
+        warn_of_layers_before_head(model, sites, train_head)
     return sites
 
 
@@ -167,47 +184,6 @@ def _check_sites_of(model: nn.Module, sites: Sites) -> None:
             f"the sites are not this model's: {', '.join(not_own[:3])} is another module than the model's. The model "
             "is a copy, or the module was replaced (reset_classifier) after find_sites or while it was attached. "
             "In that case detach first. Attach without sites, or with find_sites(this model)"
-        )
-
-
-def _warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
-    if not train_head or "head" not in sites.parts or not sites.beside_head:
-        return
-    parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
-    floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
-    used = {id(p) for p in used_parameters(model, sites.input_spec, floating)}
-    called = _called_on_tokens(model, sites)
-    before = [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
-    if before:
-        warnings.warn(
-            f"the head of {sites.model} is {sites.head.where}. Further layers before it count as backbone and stay "
-            f"frozen unless the method trains them: {', '.join(before)}. If they are new, pass the modules "
-            'that train as head, to petune.load too: sites=petune.find_sites(model, head=["…", "…"])',
-            stacklevel=4,
-        )
-
-
-def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
-    """Return those of the layers beside the head that return more than a row for each image, which a pooler does.
-
-    D-FINE detaches what such a layer returns, and trains it by a loss of its own.
-    """
-    layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
-    calls = record_calls(model, sites.input_spec, {m for inside in layers.values() for m in inside})
-    on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
-    return {path for path, inside in layers.items() if inside & on_tokens}
-
-
-def _warn_of_new_weights(attachment: Attachment, new: list[str]) -> None:
-    """Warn about frozen parameters that are random, because the checkpoint did not have them."""
-    frozen = [key for key in new if key not in attachment.tensors.trainable()]
-    if frozen:
-        warnings.warn(
-            f"{plural(len(frozen), 'parameter')} of {attachment.sites.model} were not in the weights that it was "
-            f"loaded from, so they are random, and {attachment.name} keeps them frozen: {', '.join(frozen[:3])}"
-            f"{', …' if len(frozen) > 3 else ''}. To train them, pass their modules as head, to petune.load too: "
-            'sites=petune.find_sites(model, head=["…", "…"])',
-            stacklevel=3,
         )
 
 

@@ -14,7 +14,7 @@ from petune.adapters.card import model_card
 from petune.adapters.format import chosen_sites, geometry, write_adapter
 from petune.adapters.migrations import FORMAT
 from petune.adapters.reference_logits import reference_logits
-from petune.base.arguments import PathText, check_arguments
+from petune.base.arguments import Number, PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError
 from petune.injector import gradients
@@ -25,7 +25,7 @@ from petune.injector.edit_log import EditLog
 from petune.injector.keys import label_of, named_parameters, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
-from petune.injector.param_groups import param_groups, undecayed_keys
+from petune.injector.param_groups import groups_by_part, undecayed_keys
 from petune.injector.registry import call_hook, list_tuners
 from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
@@ -43,7 +43,7 @@ class Attachment:
         tuner: The method.
         name: Distinguishes attachments on one model.
         tuned: The method's trainable parameters, by state_dict key.
-        head: The classifier's trainable parameters, by state_dict key; empty with train_head=False.
+        head: The heads' trainable parameters, by state_dict key; empty with train_head=False.
         counts: Numbers of parameters.
         tensors: What trains and what is saved, for the framework.
         edit_log: What the tuner did to the model, for the framework.
@@ -103,20 +103,20 @@ class Attachment:
         refuse_unfrozen(self.model, self.sites)
         return list(self.tensors.trainable().values())
 
-    def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    def param_groups(self, weight_decay: float | None = None, *, head_lr: float | None = None) -> list[dict[str, Any]]:
         """Return `parameters()` in groups for an optimizer: vectors, position embedding and class token do not decay.
 
         Args:
             weight_decay: For the other parameters. None, the default, takes the recipe's.
+            head_lr: Learning rate of the heads, in groups of their own; None gives them the optimizer's.
 
         Raises:
             AttachError: See `parameters`.
         """
-        check_arguments("param_groups", weight_decay=(weight_decay, int | float | None))
-        self._check_in_model()
-        refuse_unfrozen(self.model, self.sites)
+        check_arguments("param_groups", weight_decay=(weight_decay, Number), head_lr=(head_lr, Number))
+        self.parameters()
         decay = self.recipe.weight_decay if weight_decay is None else weight_decay
-        return param_groups(self.tensors.trainable(), decay, undecayed_keys(self.model))
+        return groups_by_part(self.tuned, self.head, decay, undecayed_keys(self.model), head_lr)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Do `model.train(mode)`; what is frozen stays in eval mode."""

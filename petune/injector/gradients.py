@@ -30,7 +30,10 @@ def check_gradients(
     Raises:
         DeadSite: Some have no gradient, or all are zero.
     """
-    without = {key for key, p in {**tuned, **head}.items() if p.grad is None}
+    without = {key for key, p in tuned.items() if p.grad is None}
+    head_without = {key for key, p in head.items() if p.grad is None}
+    if head_without == {*head}:  # a head may have layers that this loss, or any forward, does not use
+        without |= head_without
     missing = missing_gradients(tuned, unfrozen, without)
     if missing:
         raise DeadSite(

@@ -31,6 +31,20 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
+def groups_by_part(
+    tuned: Mapping[str, nn.Parameter],
+    head: Mapping[str, nn.Parameter],
+    weight_decay: float,
+    undecayed: Collection[str],
+    head_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Return `param_groups` of tuned and head parameters; with `head_lr` those of the heads apart, at that rate."""
+    if head_lr is None:
+        return param_groups({**tuned, **head}, weight_decay, undecayed)
+    heads = param_groups(head, weight_decay, undecayed)
+    return [*param_groups(tuned, weight_decay, undecayed), *({**group, "lr": head_lr} for group in heads)]
+
+
 def undecayed_keys(model: nn.Module) -> set[str]:
     """Return the keys of position embedding and class token: timm's `no_weight_decay()`, or by shape, (1, N, D)."""
     no_weight_decay = getattr(model, "no_weight_decay", None)

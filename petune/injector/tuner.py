@@ -37,7 +37,7 @@ every image independently. Two optional attributes on it:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -59,8 +59,8 @@ class TunerConfig(Config):
 
     Attributes:
         blocks: The blocks that the method edits: `all`, `last:K`, `first:K`, `every:K` (the first block and every K-th
-            after it), or a list of numbers, from 0, or negative from the end. The others stay frozen, and no gradient
-            is computed below the lowest one.
+            after it), `in:PATH` (those inside a tower or an encoder), or a list of numbers, from 0, or negative from
+            the end. The others stay frozen, and no gradient is computed below the lowest one.
     """
 
     blocks: BlockChoice = ALL
@@ -93,7 +93,6 @@ class Recipe:
         optimizer: timm's name of the optimizer.
         scales_lr: Scale `lr` in proportion to the batch size.
         epochs, warmup, head: Options of a run that a recipe of `Tuner.recipes` may set, too; None leaves them alone.
-        options: Options of the method itself that such a recipe sets, where the user leaves them open.
     """
 
     lr: float = 1e-3
@@ -103,7 +102,6 @@ class Recipe:
     epochs: int | None = None
     warmup: float | None = None
     head: Literal["linear", "bn_linear"] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def peak_lr(self, batch_size: int) -> float:
         """Return the peak learning rate for a batch size."""

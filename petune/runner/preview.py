@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.backbones.create import create_backbone, input_frames
+from petune.backbones.create import create_backbone
 from petune.backbones.input_channels import RGB_CHANNELS
-from petune.data.lookup import dataset_frames, dataset_target
+from petune.data.lookup import dataset_target
 from petune.injector.attach import attach
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
@@ -54,6 +54,7 @@ class MethodPreview:
         forward_flops: FLOPs of the forward pass of one image, with the method.
         recipe: What it would train with.
         warnings: What attaching warned about.
+        blocks: Numbers of the blocks that its option `blocks` chooses; None for all.
     """
 
     method: str
@@ -61,13 +62,12 @@ class MethodPreview:
     forward_flops: int
     recipe: Recipe
     warnings: tuple[str, ...]
+    blocks: tuple[int, ...] | None = None
 
 
 def preview_backbone(config: RunConfig) -> BackbonePreview:
     """Build the backbone of a run without its weights."""
     task = task_for(config.task, dataset_target(config.dataset, config.data_dir), config.dataset)
-    frames = input_frames(config.backbone, config.backbone_options)
-    num_frames = dataset_frames(config.dataset, config.data_dir, frames)
     with torch.device("meta"):
         backbone = create_backbone(
             config.backbone,
@@ -78,11 +78,10 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
             options=config.options_to_build,
             head=config.head,
             channels=None if config.channels == RGB_CHANNELS else config.channels,
-            num_frames=num_frames,
         )
         backbone = with_head_of(task, backbone, seed=0)
         sites = find_sites(backbone.model)
-        check_channels(sites.input_size[-3], config.channels or RGB_CHANNELS)
+        check_channels(sites.input_size[0], config.channels or RGB_CHANNELS)
         flops = forward_flops(backbone.model, sites.input_spec)
     return BackbonePreview(backbone.model, backbone.full_name, sites, flops, warn_of_tokens(config, sites))
 
@@ -103,10 +102,11 @@ def preview_method(method: str, backbone: BackbonePreview, recipe: Recipe | None
         warnings.simplefilter("always")
         attachment = attach(backbone.model, tuner)
         flops = forward_flops(backbone.model, backbone.sites.input_spec)
-        counts = attachment.counts
+        counts, sites = attachment.counts, attachment.sites
         attachment.detach()
     messages = tuple(dict.fromkeys(str(w.message) for w in caught))
-    return MethodPreview(method, counts, flops, recipe or tuner.recipe, messages)
+    blocks = tuple(block.index for block in sites.blocks) if sites.chosen_from is not None else None
+    return MethodPreview(method, counts, flops, recipe or tuner.recipe, messages, blocks)
 
 
 def preview_data(preview: MethodPreview) -> dict[str, Any]:
@@ -114,6 +114,7 @@ def preview_data(preview: MethodPreview) -> dict[str, Any]:
     counts = preview.counts
     return {
         "method": preview.method,
+        "blocks": preview.blocks,
         "tuned": counts.tuned,
         "head": counts.head,
         "total": counts.total,

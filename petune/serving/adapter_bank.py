@@ -19,7 +19,7 @@ from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
 from petune.injector.trainable import trainable_state_of
-from petune.serving.bank_heads import CaptureInput, head_for, match_device
+from petune.serving.bank_heads import CaptureInput, check_same_head, head_for, match_device
 from petune.serving.mixed_batch import placement_key, row_wise, sharing_key
 from petune.sites.find import find_sites
 from petune.sites.input_spec import Inputs
@@ -63,7 +63,10 @@ class AdapterBank:
         self._sites = find_sites(model, example=example)
         self._head: Site = self._sites.head
         if not self._head.is_module:
-            raise AttachError(f"a bank needs a model with a single classifier; {self._sites.model} has several")
+            raise AttachError(
+                f"a bank exchanges one classifier, and {self._sites.model} has several heads ({self._head.where}). "
+                "Load one adapter at a time with petune.load, and detach it before the next"
+            )
         self._head_is_last = self._returns_head_output()
         self._unshared: set[str] = set()  # names of adapters that need a forward of their own
         self._row_per_image: dict[frozenset[Any], bool] = {}  # by the placement of an adapter
@@ -82,6 +85,7 @@ class AdapterBank:
             raise UsageError(f"an adapter named {name!r} is already loaded. Use another name, or remove it first")
         self.use(None)
         saved = read_adapter(expand_home(path))
+        check_same_head(self._head, saved)
         head = head_for(self._head, saved.tensors)
         head_site = replace(self._head, enter=head, exit=head)
         sites = replace(self._sites, parts={**self._sites.parts, "head": head_site})

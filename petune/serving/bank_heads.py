@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from petune.adapters.format import SavedAdapter
+from petune.base.errors import BackboneMismatch
 from petune.sites.site import Site
 
 
@@ -41,6 +43,21 @@ def head_for(site: Site, tensors: Mapping[str, Tensor]) -> nn.Module:
         else:
             head = resized
     return head
+
+
+def check_same_head(site: Site, saved: SavedAdapter) -> None:
+    """Check that an adapter was trained with the head that a bank exchanges.
+
+    Raises:
+        BackboneMismatch: It has other heads.
+    """
+    named = (saved.config.get("chosen_sites") or {}).get("head")
+    heads = [named] if isinstance(named, str) else named
+    if heads and heads != [site.path]:
+        raise BackboneMismatch(
+            f"{saved.path} was trained with head={', '.join(heads)}, and a bank of this model exchanges {site.path} "
+            "alone. Load it with petune.load"
+        )
 
 
 def match_device(head: nn.Module, other: nn.Module) -> nn.Module:

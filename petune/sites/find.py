@@ -12,18 +12,18 @@ from torch import nn
 
 from petune.base.arguments import check_input_size
 from petune.base.errors import AttachError, UsageError
-from petune.sites.beside_head import layers_beside_head
+from petune.sites.all_heads import find_heads, outside_of
 from petune.sites.blocks import find_blocks
+from petune.sites.chosen_head import HeadChoice
 from petune.sites.encoder import end_of
 from petune.sites.example import spec_of_example
 from petune.sites.grid import Grid, grid_and_prefix
-from petune.sites.head import find_head, head_at
 from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
 from petune.sites.parts import is_norm
 from petune.sites.recorder import record
-from petune.sites.site import Block, Layout, Site, Sites
+from petune.sites.site import Layout, Site, Sites
 from petune.sites.trace import Call, Trace
 from petune.sites.unsuitable import refuse_packed
 from petune.sites.used_parameters import used_parameters
@@ -34,7 +34,7 @@ def find_sites(
     input_size: Sequence[int] | None = None,
     *,
     example: Any = None,
-    head: str | Sequence[str] | None = None,
+    head: HeadChoice | None = None,
 ) -> Sites:
     """Find the blocks, norms and head of any Vision Transformer, by structure and not by name.
 
@@ -49,7 +49,8 @@ def find_sites(
         example: What the forward takes, for a model that takes more than one tensor, or whose input is no image: a
             tensor with its batch dimension, a tuple of arguments, a dict (`model(**example)`, or `model(example)` if
             the forward takes a dict), or `(args, kwargs)`. Only shapes, dtypes and integers are remembered.
-        head: Path of the module that is the classifier, or paths of several, if that is more than petune finds.
+        head: The modules that predict, if they are others than petune finds: a dotted path, a module of the model, a
+            pattern of paths such as `*_embed`, or a list of them.
 
     Returns:
         All sites. A model without attention has empty `blocks`.
@@ -57,7 +58,7 @@ def find_sites(
     Raises:
         AttachError: The model does not tell its input size, its forward fails at that size or on the example, or it has
             no such `head`.
-        UsageError: Both `input_size` and `example` are given.
+        UsageError: Both `input_size` and `example` are given, or `head` is empty.
     """
     if not isinstance(model, nn.Module):
         raise AttachError(f"find_sites needs a model, an nn.Module, but was given {type(model).__name__}")
@@ -70,12 +71,12 @@ def find_sites(
     return _found(model, lambda: [InputSpec.of_size(size) for size in sizes], head)
 
 
-def sites_for(model: nn.Module, spec: InputSpec, head: str | Sequence[str] | None = None) -> Sites:
+def sites_for(model: nn.Module, spec: InputSpec, head: HeadChoice | None = None) -> Sites:
     """Return the sites of a model that takes inputs of a known form; see `find_sites`."""
     return _found(model, lambda: [spec], head)
 
 
-def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: str | Sequence[str] | None) -> Sites:
+def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadChoice | None) -> Sites:
     """Return the sites, found without the adapters of all attachments.
 
     Args:
@@ -110,12 +111,13 @@ def _first_that_runs(model: nn.Module, specs: list[InputSpec], added: set[nn.Mod
     return record(model, specs[-1], added), specs[-1]
 
 
-def _sites(model: nn.Module, trace: Trace, spec: InputSpec, head_paths: str | Sequence[str] | None) -> Sites:
+def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice | None) -> Sites:
     blocks = find_blocks(trace)
-    head = find_head(model, trace, blocks) if head_paths is None else head_at(model, head_paths)
+    heads = find_heads(model, trace, blocks, choice)
+    head = heads.site
     if not blocks or head is None:
         refuse_packed(model)
-    blocks = _outside_of(head, blocks)
+    blocks = outside_of(head, blocks)
     bounds = {id(m) for block in blocks for m in block.modules}
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)
@@ -128,24 +130,17 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, head_paths: str | Se
         input_spec=spec,
         blocks=blocks,
         parts={part.role: part for part in parts if part is not None},
-        beside_head=layers_beside_head(model, trace, blocks, head),
+        beside_head=heads.beside,
         num_prefix_tokens=num_prefix_tokens,
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
-        chosen_head=head_paths,
+        chosen_head=heads.chosen,
     )
 
 
 def _is_used(model: nn.Module, norm: Site, spec: InputSpec) -> bool:
     parameters = [p for p in norm.enter.parameters() if p.is_floating_point()]
     return not parameters or bool(used_parameters(model, spec, parameters))
-
-
-def _outside_of(head: Site | None, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
-    """Return the blocks without those of a decoder that is a head: it trains as a whole."""
-    inside = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
-    outside = (block for block in blocks if id(block.enter) not in inside)
-    return tuple(replace(block, index=index) for index, block in enumerate(outside))
 
 
 def _patch_embed(trace: Trace, first: Call | None, grid: Grid | None) -> Site | None:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from petune.base.errors import AttachError
+from petune.sites.chosen_head import HeadChoice, outermost, resolve_heads
 from petune.sites.encoder import encoder_of, end_of, last_residual, outermost_after, start_of
 from petune.sites.layouts import is_conv
 from petune.sites.named_heads import NamedModules, classifiers_of, named_by_library
 from petune.sites.parts import is_norm
+from petune.sites.predictors import is_read
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
 
@@ -19,30 +20,24 @@ def find_head(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Site |
     """Return the heads as one site, or None for a model without.
 
     For a model that returns logits (B, classes) they are what the model's library names as such, else the matrix that
-    makes the logits. For a model that predicts more than that for an image (boxes, masks, a depth map), they are what
-    its library names, and every module after the last block.
+    makes the logits, with the layers before it that take one row for each image. For a model that predicts more than
+    that for an image (boxes, masks, a depth map), they are what its library names, and every module after the last
+    block.
     """
     heads = named_by_library(model, trace, start_of(trace, blocks))
     end = end_of(trace, blocks)
     if heads is None and predicts_classes(trace):
-        heads = _makers_of_logits(trace, end)
+        heads = _makers_of_logits(trace, blocks, end)
+        if any(y.ndim > 2 and not _is_feature(trace, y, blocks) for y in trace.outputs):
+            heads = outermost([*heads, *_after_blocks(model, trace, blocks, end)])
     elif not predicts_classes(trace) and classifiers_of(model) is None:
-        heads = _with_others(heads or [], _after_blocks(model, trace, blocks, end))
-    return _head_site(heads, trace.model_name) if heads else None
+        heads = outermost([*(heads or []), *_after_blocks(model, trace, blocks, end)])
+    return head_site(heads, trace.model_name) if heads else None
 
 
-def head_at(model: nn.Module, paths: str | Sequence[str]) -> Site:
-    """Return the modules at `paths` as the heads.
-
-    Raises:
-        AttachError: There is no such module, or it has no parameters.
-    """
-    name, modules = type(model).__name__, dict(model.named_modules())
-    wanted = list(dict.fromkeys(paths)) if isinstance(paths, list | tuple) else [str(paths)]
-    for path in wanted or [""]:
-        if path not in modules or next(modules[path].parameters(), None) is None:
-            raise AttachError(f"head={path!r} is not a module of {name} with parameters. Give its dotted path")
-    return _head_site([(path, modules[path]) for path in wanted], name)
+def head_at(model: nn.Module, choice: HeadChoice) -> Site:
+    """Return the chosen modules as the heads; see `resolve_heads`."""
+    return head_site(resolve_heads(model, choice), type(model).__name__)
 
 
 def predicts_classes(trace: Trace) -> bool:
@@ -50,24 +45,33 @@ def predicts_classes(trace: Trace) -> bool:
     return trace.root.output is None or trace.root.output.ndim <= 2
 
 
-def _with_others(heads: NamedModules, others: NamedModules) -> NamedModules:
-    """Return both, without those that are inside another one."""
-    every = dict([*heads, *others])
-    inside = {id(m) for head in every.values() for m in head.modules() if m is not head}
-    return [(path, head) for path, head in every.items() if id(head) not in inside]
+def _makers_of_logits(trace: Trace, blocks: Sequence[Block], blocks_end: int) -> NamedModules:
+    """Return the layers that return the logits of an image; of a model for several tasks or towers, those of all.
 
-
-def _makers_of_logits(trace: Trace, blocks_end: int) -> NamedModules:
-    """Return the matrix that returns the logits of an image.
-
-    If the logits are processed further, the last one with as many outputs; or two whose outputs are added.
+    If the logits are processed further, the last matrix with as many outputs; or two whose outputs are added.
     """
     logits = trace.root.output
     if logits is None or (logits.ndim == 2 and len(logits) != trace.batch_size):
         return []  # (tokens, width): features of a model that has no row for each image
-    matrices = [c for c in trace.calls if c.start > blocks_end and c.has_matrix and c.output is not None]
+    every = [c for c in trace.calls if c.has_matrix and c.output is not None]
+    matrices = [c for c in every if c.start > blocks_end]
     makers = [c for c in matrices if c.output is logits][-1:] or _sized_like(trace, matrices, logits)
-    return [(c.path, c.module) for c in makers]
+    bounds = {id(m) for block in blocks for bound in block.modules for m in bound.modules()}
+    rows = {id(y) for y in (logits, *trace.outputs) if y.ndim == 2 and len(y) == trace.batch_size}
+    others = [c for c in every if id(c.output) in rows and id(c.module) not in bounds]
+    others = [c for c in others if not is_read(trace, c)]
+    return outermost([_with_layers_before(trace, c) for c in (*makers, *others)])
+
+
+def _with_layers_before(trace: Trace, maker: Call) -> tuple[str, nn.Module]:
+    """Return the largest module that takes a row for each image and returns what the matrix does, such as an MLP."""
+    head = maker
+    for around in maker.ancestors():
+        x = around.input
+        is_of_rows = x is not None and x.ndim == 2 and len(x) == trace.batch_size and around.output is maker.output
+        if is_of_rows and around.parent is not None and sum(c.has_matrix for c in around.subtree()) > 1:
+            head = around
+    return head.path, head.module
 
 
 def _sized_like(trace: Trace, matrices: list[Call], logits: Tensor) -> list[Call]:
@@ -81,7 +85,10 @@ def _sized_like(trace: Trace, matrices: list[Call], logits: Tensor) -> list[Call
     of_tokens = [c for c, y in sized if y.ndim > 2 and not is_conv(c)]
     # or every frame of a video, folded into the batch
     of_frames = [c for c, y in sized if y.ndim == 2 and trace.batch_size and len(y) % trace.batch_size == 0]
-    return (of_images or of_tokens or of_frames)[-1:]
+    # or every place of a map, by a convolution
+    of_maps = [c for c in matrices if is_conv(c) and c.output is not None and c.output.ndim == 4]
+    of_maps = [c for c in of_maps if c.output is not None and c.output.shape[1] == logits.shape[-1]]
+    return (of_images or of_tokens or of_frames or of_maps)[-1:]
 
 
 def _after_blocks(model: nn.Module, trace: Trace, blocks: Sequence[Block], blocks_end: int) -> NamedModules:
@@ -115,7 +122,7 @@ def _list_of(model: nn.Module, call: Call, blocks: Sequence[Block]) -> tuple[str
     return (path, parent) if is_list else (call.path, call.module)
 
 
-def _head_site(heads: NamedModules, model: str) -> Site:
+def head_site(heads: NamedModules, model: str) -> Site:
     """Return one site for all heads: a distilled model has two classifiers, a detector predicts classes and boxes."""
     (path, first), *others = heads
     exit_path, last = others.pop() if others else (path, first)

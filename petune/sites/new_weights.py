@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
 from torch import nn
+
+from petune.sites.chosen_head import outermost
+from petune.sites.named_heads import NamedModules
 
 FLAG = "_is_hf_initialized"
 """Set by transformers on each parameter that `from_pretrained` has filled from the checkpoint."""
 
 
-def new_weights(model: nn.Module) -> list[str]:
-    """Return the keys of parameters that `from_pretrained` of transformers left at random values.
+@dataclass(frozen=True)
+class NewWeights:
+    """The parameters that a checkpoint did not fill.
 
-    Mask tokens, which only pretraining uses, are left out. Empty for a model that does not say what was filled.
+    Attributes:
+        is_known: False for a model that does not say what was filled.
+        keys: The parameters.
+        modules: The largest modules whose parameters are all new.
     """
+
+    is_known: bool
+    keys: tuple[str, ...] = ()
+    modules: NamedModules = ()
+
+
+def new_weights(model: nn.Module) -> NewWeights:
+    """Return what `from_pretrained` of transformers left at random values, without mask tokens of pretraining."""
     named = dict(model.named_parameters())
     if not any(getattr(p, FLAG, False) for p in named.values()):
-        return []
-    return [key for key, p in named.items() if not getattr(p, FLAG, False) and not key.endswith("mask_token")]
+        return NewWeights(is_known=False)
+    keys = [key for key, p in named.items() if not getattr(p, FLAG, False) and not key.endswith("mask_token")]
+    new = {id(named[key]) for key in keys}
+    return NewWeights(True, tuple(keys), outermost(_whole(model, "", new)))
+
+
+def _whole(module: nn.Module, path: str, new: Set[int]) -> Iterator[tuple[str, nn.Module]]:
+    parameters = [id(p) for p in module.parameters()]
+    if path and parameters and new >= {*parameters}:
+        yield path, module
+    elif not new.isdisjoint(parameters):
+        for name, child in module.named_children():
+            yield from _whole(child, f"{path}.{name}" if path else name, new)

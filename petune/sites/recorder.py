@@ -120,10 +120,11 @@ class _CallRecorder:
             call = self.stack.pop()
             call.output = next(tensors_in(logits_in(output) if call.parent is None else output), None)
             call.stop = self.tick()
+            if call.parent is None:
+                self.trace.outputs = list(tensors_in(output))
 
-        is_whole = not path  # what it is called with, before hooks of its own change that
         return [
-            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=is_whole),
+            module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave),
         ]
 

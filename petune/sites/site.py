@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from petune.base.block_choice import chosen_indices
+from petune.base.block_choice import chosen_indices, path_of_tower
 from petune.base.errors import AttachError, SiteNotFound
 from petune.base.text import plural
 from petune.sites.input_spec import InputSpec
@@ -161,7 +161,7 @@ class Sites:
             unknown.
         beside_head: Paths of layers between backbone and heads (for pooled features, necks, decoders); they count as
             backbone.
-        chosen_head: What `find_sites` was given as `head`; None if it found the heads itself.
+        chosen_head: Paths of the heads that `find_sites` was given; None if it found the heads itself.
         all_blocks: The model's blocks, also those that were left out by `only` or `dataclasses.replace(sites,
             blocks=…)`.
         within: The path that `only` was given; empty for the whole model.
@@ -176,7 +176,7 @@ class Sites:
     embed_dim: int
     grid_size: tuple[int, ...] | None
     beside_head: tuple[str, ...] = ()
-    chosen_head: str | Sequence[str] | None = None
+    chosen_head: tuple[str, ...] | None = None
     all_blocks: tuple[Block, ...] = ()
     within: str = ""
     chosen_from: Sites | None = None
@@ -217,12 +217,14 @@ class Sites:
         return replace(self, blocks=kept, parts=parts, within=where, chosen_from=None)
 
     def choose(self, blocks: str | Sequence[int]) -> Sites:
-        """Return these sites with the blocks that a method's option `blocks` chooses; `all` keeps them all.
+        """Return these sites with the blocks that a method's option `blocks` chooses; `in:PATH` is `only(PATH)`.
 
         Raises:
-            ConfigError: The model has no such blocks.
+            ConfigError, SiteNotFound: The model has no such blocks.
         """
         given = self if self.chosen_from is None else replace(self, chosen_from=None)
+        if tower := path_of_tower(blocks):
+            return replace(given.only(tower), chosen_from=given)
         indices = chosen_indices(blocks, [block.index for block in self.blocks], self.model)
         if len(indices) == len(self.blocks):
             return given
@@ -253,9 +255,9 @@ class Sites:
     def head(self) -> Site:
         """The classifier; of a model for detection or segmentation, all layers that predict."""
         advice = (
-            "Attach with train_head=False to train none; name the layers that predict, with "
-            'sites=petune.find_sites(model, head="path"); or build the model with the number of classes (timm: '
-            "num_classes=N, or model.reset_classifier(N))"
+            "Attach with train_head=False to train none; name the layers that predict, such as head="
+            '["visual_projection", "text_projection"] for two towers; or build the model with the number of classes '
+            "(timm: num_classes=N, or model.reset_classifier(N))"
         )
         return self._part("head", f"classifier. {advice}")
 

@@ -159,6 +159,7 @@ class Trace:
         calls, attention_ops, additions: In the order of the forward.
         scalings: A tensor, and the product of it with a number or with one number for each channel.
         batch_size: Number of samples.
+        outputs: All tensors that the model returned.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -166,6 +167,7 @@ class Trace:
     additions: list[Addition] = field(default_factory=list)
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     batch_size: int = 0
+    outputs: list[Tensor] = field(default_factory=list)
 
     @property
     def root(self) -> Call:

@@ -48,6 +48,7 @@ def test_every_frozen_layer_beside_the_heads_is_named_and_no_alias_of_a_head() -
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         petune.attach(model, "linear", sites=sites)
+    assert {"model.enc_score_head", "model.enc_bbox_head"} <= {path for path, _ in sites.head.named_modules}
     named = str(caught[0].message).partition("method trains them: ")[2].partition(". If")[0].split(", ")
     assert "model.decoder.pre_bbox_head" in named
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}

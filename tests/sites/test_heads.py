@@ -347,11 +347,33 @@ def test_features_of_tokens_are_not_logits() -> None:
     assert "head" not in petune.find_sites(Tower().eval()).parts
 
 
-def test_new_weights_that_stay_frozen_are_named(tmp_path: Path) -> None:
+def loaded_without(model: nn.Module, part: str, path: Path) -> Any:
+    """Return the model as `from_pretrained` loads it from a checkpoint that lacks a part."""
+    state = {key: t for key, t in model.state_dict().items() if part not in key}
+    model.save_pretrained(path, state_dict=state)  # type: ignore[operator]
+    return type(model).from_pretrained(path)  # type: ignore[attr-defined]
+
+
+def test_a_module_that_the_checkpoint_lacks_trains_as_a_head(tmp_path: Path) -> None:
+    """The queries of an EoMT model that starts from a ViT are random; they are in a module of their own."""
+    model = loaded_without(eomt(), "query", tmp_path / "model")
+    att = petune.attach(model, "linear", input_size=(3, 32, 32))
+    assert "query.weight" in att.head
+    with torch.no_grad():
+        att.head["query.weight"].fill_(0.5)
+    att.save(tmp_path / "adapter")
+    fresh = loaded_without(eomt(), "query", tmp_path / "other")
+    fresh.load_state_dict({key: t for key, t in model.state_dict().items() if "query" not in key}, strict=False)
+    assert petune.load(fresh, tmp_path / "adapter").head["query.weight"].eq(0.5).all()
+
+
+def test_new_weights_inside_a_trained_module_are_refused_or_named(tmp_path: Path) -> None:
     """The detection tokens of a YOLOS model that starts from a ViT are in its base model, and random."""
-    model = yolos()
-    state = {key: t for key, t in model.state_dict().items() if "detection_tokens" not in key}
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded = transformers.YolosForObjectDetection.from_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="detection_tokens"):
+    loaded = loaded_without(yolos(), "detection_tokens", tmp_path)
+    with pytest.raises(petune.AttachError, match=r"detection_tokens.*vit\.embeddings"):
         petune.attach(loaded, "linear", input_size=(3, 32, 32))
+    heads = ["class_labels_classifier", "bbox_predictor"]
+    with pytest.warns(UserWarning, match="detection_tokens"):
+        petune.attach(loaded, "linear", input_size=(3, 32, 32), head=heads).detach()
+    att = petune.attach(loaded, "linear", input_size=(3, 32, 32), head=[*heads, "vit.embeddings"])
+    assert "vit.embeddings.detection_tokens" in att.head

@@ -1,0 +1,86 @@
+"""Name what stays frozen next to the heads that train: layers between backbone and heads, and random weights."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from petune.base.errors import AttachError
+from petune.base.text import plural
+from petune.injector.attachment import Attachment
+from petune.sites.new_weights import NewWeights, new_weights
+from petune.sites.recorder import record_calls
+from petune.sites.site import Sites
+from petune.sites.used_parameters import used_parameters
+
+
+def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
+    if not train_head or "head" not in sites.parts or not sites.beside_head or new_weights(model).is_known:
+        return  # what a checkpoint has filled may stay frozen; the rest is a head
+    parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
+    floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
+    used = {id(p) for p in used_parameters(model, sites.input_spec, floating)}
+    called = _called_on_tokens(model, sites)
+    before = [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
+    if before:
+        warnings.warn(
+            f"the head of {sites.model} is {sites.head.where}. Further layers before it count as backbone and stay "
+            f"frozen unless the method trains them: {', '.join(before)}. If they are new, name all modules "
+            'that train: head=["…", "…"]',
+            stacklevel=4,
+        )
+
+
+def warn_of_shared_head(attachment: Attachment) -> None:
+    """Warn if a head that trains shares tensors with a block: training it changes the block, too."""
+    in_head = {id(p): key for key, p in attachment.head.items()}
+    own = {id(m) for module in attachment.tensors.head_modules for m in module.modules()}
+    in_blocks = {m for block in attachment.sites.all_blocks for bound in block.modules for m in bound.modules()}
+    shared = [in_head[id(p)] for m in in_blocks if id(m) not in own for p in m._parameters.values() if id(p) in in_head]
+    if shared:
+        warnings.warn(
+            f"the head of {attachment.sites.model} shares {', '.join(sorted(shared)[:3])} with a block, so training it "
+            "changes the block, too. Use train_head=False, or give the head weights of its own",
+            stacklevel=3,
+        )
+
+
+def _called_on_tokens(model: nn.Module, sites: Sites) -> set[str]:
+    """Return those of the layers beside the head that return more than a row for each image, which a pooler does.
+
+    D-FINE detaches what such a layer returns, and trains it by a loss of its own.
+    """
+    layers = {path: set(model.get_submodule(path).modules()) for path in sites.beside_head}
+    calls = record_calls(model, sites.input_spec, {m for inside in layers.values() for m in inside})
+    on_tokens = {m for m, call in calls.items() if call.output is not None and call.output.ndim > 2}
+    return {path for path, inside in layers.items() if inside & on_tokens}
+
+
+def check_new_weights(attachment: Attachment, new: NewWeights) -> None:
+    """Check that what the checkpoint did not fill trains, because it is random.
+
+    Raises:
+        AttachError: Parameters that the output depends on would stay frozen.
+    """
+    sites, model = attachment.sites, attachment.model
+    parameters = dict(model.named_parameters())
+    trainable = {id(p) for p in attachment.tensors.trainable().values()}
+    frozen = {key: p for key in new.keys if (p := parameters.get(key)) is not None and id(p) not in trainable}
+    if not frozen:
+        return
+    used = {id(p) for p in used_parameters(model, sites.input_spec, frozen.values())}
+    keys = [key for key, p in frozen.items() if id(p) in used] or [*frozen]
+    named = f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+    message = (
+        f"{plural(len(keys), 'parameter')} of {sites.model} got random values, because the weights that it was loaded "
+        f"from lack them, and {attachment.name} keeps them frozen: {named}"
+    )
+    owners = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+    if used and sites.chosen_head is None:
+        heads = ", ".join(repr(path) for path, _ in sites.head.named_modules)
+        raise AttachError(
+            f"{message}. To train the modules that hold them, use head=[{heads}, {', '.join(map(repr, owners[:3]))}]; "
+            f"to keep them random, name the heads alone: head=[{heads}]"
+        )
+    warnings.warn(f"{message}. To train them, add to head: {', '.join(owners[:3])}", stacklevel=3)

@@ -1,0 +1,72 @@
+"""All heads of a model: those that a user names, or those that are found, with modules of new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from petune.sites.beside_head import layers_beside_head
+from petune.sites.chosen_head import HeadChoice, outermost
+from petune.sites.head import find_head, head_at, head_site, predicts_classes
+from petune.sites.named_heads import NamedModules
+from petune.sites.new_weights import new_weights
+from petune.sites.predictors import further_predictors
+from petune.sites.site import Block, Site
+from petune.sites.trace import Trace
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a model.
+
+    Attributes:
+        site: All of them; None for a model without.
+        beside: Paths of layers between backbone and heads.
+        chosen: Paths of the heads, if other ones are found in the same model with other weights, or by default.
+    """
+
+    site: Site | None
+    beside: tuple[str, ...]
+    chosen: tuple[str, ...] | None
+
+
+def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: HeadChoice | None) -> Heads:
+    """Return the heads that a user has chosen, or find them.
+
+    Found are what predicts, and what a checkpoint did not fill: random weights are useless unless they train.
+    """
+    head = find_head(model, trace, blocks) if choice is None else head_at(model, choice)
+    beside = layers_beside_head(model, trace, outside_of(head, blocks), head)
+    if choice is None and head is not None and beside and not predicts_classes(trace):
+        head = _with(head, further_predictors(model, trace, head.modules, beside))
+    new = _new_modules(model) if choice is None and head is not None else []
+    known = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
+    is_extended = any(id(module) not in known for _, module in new)
+    if head is not None:
+        head = _with(head, new)
+        beside = layers_beside_head(model, trace, outside_of(head, blocks), head)
+    is_chosen = head is not None and (choice is not None or is_extended)
+    return Heads(
+        head, beside, tuple(path for path, _ in head.named_modules) if head is not None and is_chosen else None
+    )
+
+
+def outside_of(head: Site | None, blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Return the blocks without those of a decoder that is a head: it trains as a whole."""
+    inside = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
+    outside = (block for block in blocks if id(block.enter) not in inside)
+    return tuple(replace(block, index=index) for index, block in enumerate(outside))
+
+
+def _new_modules(model: nn.Module) -> NamedModules:
+    """Return the modules that a checkpoint did not fill; none for a model with adapters, which no checkpoint fills."""
+    has_adapters = any(hasattr(m, "is_petune_module") for m in model.modules())
+    return [] if has_adapters else new_weights(model).modules
+
+
+def _with(head: Site, others: NamedModules) -> Site:
+    known = {id(m) for bound in head.modules for m in bound.modules()}
+    further = [(path, module) for path, module in others if id(module) not in known]
+    return head_site(outermost([*head.named_modules, *further]), head.model) if further else head
