@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from petune.backbones.clips import take_clips as take_clips
     from petune.backbones.names import list_backbones as list_backbones
     from petune.base.errors import (
         AlreadyCompiled as AlreadyCompiled,
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "backbones.clips": "take_clips",
     "backbones.names": "list_backbones",
     "base.errors": "AlreadyCompiled AttachError BackboneMismatch CheckpointError ConfigError ContractViolation "
     "DataError DeadSite Diverged ExportError HubError MissingExtra NotMergeable PetuneError PluginError "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from petune.backbones.clips import ClipForm, set_clip_form
 from petune.backbones.head import HeadKind, set_head
 from petune.backbones.input_channels import channel_settings, set_input_channels
 from petune.backbones.input_size import backbone_sites, square_input
@@ -25,7 +26,8 @@ from petune.backbones.timm_models import (
 )
 from petune.backbones.user_factory import return_logits
 from petune.backbones.weights import Weights, bundled_file, find_weights, fitting_tensors, load_into, read_weights
-from petune.base.errors import ConfigError, WeightsUnavailable
+from petune.base.errors import AttachError, ConfigError, WeightsUnavailable
+from petune.sites.input_size import frames_of
 from petune.sites.site import Site
 
 
@@ -41,6 +43,8 @@ class Backbone:
         image_size: Side of the square input, in pixels.
         mean, std: Statistics of the input per channel; None if no weights define them.
         file: Contents of the weights file; None if the weights came from a hub or are random.
+        num_frames: Frames of a clip; None if the model takes images.
+        clip_form: What the model itself takes of a clip; None for images.
     """
 
     model: nn.Module
@@ -51,6 +55,8 @@ class Backbone:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     file: Weights | None = None
+    num_frames: int | None = None
+    clip_form: ClipForm | None = None
 
     @property
     def hub_id(self) -> str | None:
@@ -87,6 +93,7 @@ def create_backbone(
     keep_head_of: tuple[str, ...] | None = None,
     initial_classes: int | None = None,
     channels: int | None = None,
+    num_frames: int | None = None,
 ) -> Backbone:
     """Build a backbone.
 
@@ -103,6 +110,8 @@ def create_backbone(
             one. The values that are drawn for the backbone depend on it. None is `num_classes`.
         channels: Channels of the images; the patch embedding is adapted to them, see `petune.backbones.input_channels`.
             None leaves the model as it is.
+        num_frames: Frames of a clip, which is what the model then takes, see `petune.take_clips`. None is the model's
+            own number; a model of images has none.
         keep_head_of: Load the file's head as well, if it was trained on exactly these classes.
 
     Raises:
@@ -110,13 +119,13 @@ def create_backbone(
         WeightsUnavailable: The weights are neither cached nor downloadable.
         ConfigError: The model does not accept these options.
     """
-    if head != "linear" and is_other_library(name):
-        raise ConfigError(f"head={head!r} is only available for timm's models, not for {name}")
     alias = resolve_name(name)
     size_key = "image_size" if is_other_library(name) else "img_size"
     sizes = {size_key: image_size, "patch_size": patch_size}
     settings = alias.options | {key: size for key, size in sizes.items() if size is not None} | (options or {})
     settings = channel_settings(name, settings, channels, is_timm=not is_other_library(name))
+    if num_frames is not None:
+        settings["num_frames"] = num_frames
     source = _weights_source(name, alias, weights)
     file = None if source in {"none", HUB} else read_weights(Path(source))
     with _seeded(seed):
@@ -126,6 +135,8 @@ def create_backbone(
         _record_input_size(model, image_size, settings.get("in_chans", 3))
     if channels is not None and is_other_library(name):
         set_input_channels(name, model, channels)
+    num_frames = settings.get("num_frames") or frames_of(model)
+    clip_form = _clip_form(model, num_frames) if num_frames is not None else None
     set_head(model, num_classes, head, seed)
     statistics = pretrained_statistics(model) if source == HUB else None
     sites = backbone_sites(model)
@@ -145,6 +156,8 @@ def create_backbone(
         mean=tuple(mean) if mean else None,
         std=tuple(std) if std else None,
         file=file,
+        num_frames=num_frames,
+        clip_form=clip_form,
     )
 
 
@@ -193,9 +206,30 @@ def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> in
         return int(settings["img_size"])
     if is_other_library(name):
         with torch.device("meta"):
-            return square_input(backbone_sites(build_other_library(name, 2, settings, pretrained=False)))
+            model = build_other_library(name, 2, settings, pretrained=False)
+            num_frames = settings.get("num_frames") or frames_of(model)
+            if num_frames is not None:
+                _clip_form(model, num_frames)
+            return square_input(backbone_sites(model))
     config = timm.get_pretrained_cfg(alias.timm_name, allow_unregistered=False)
     return int(config.input_size[-1]) if config is not None else 224
+
+
+def input_frames(name: str, options: dict[str, Any]) -> int | None:
+    """Return the frames of the clips that a backbone takes; None if it takes images."""
+    if "num_frames" in options:
+        return int(options["num_frames"])
+    if not is_other_library(name):
+        return None
+    with torch.device("meta"):
+        return frames_of(build_other_library(name, 2, options, pretrained=False))
+
+
+def _clip_form(model: nn.Module, num_frames: int) -> ClipForm:
+    try:
+        return set_clip_form(model, num_frames)
+    except AttachError as error:
+        raise ConfigError(f"{error}. Try another number of frames, or another image_size") from error
 
 
 def _weights_source(name: str, alias: Alias, weights: str) -> str:
@@ -215,6 +249,7 @@ def _build(name: str, alias: Alias, settings: dict[str, Any], num_classes: int, 
     if is_other_library(name):
         # transformers keeps the stored dtype; train.precision alone decides whether to use a lower one
         return build_other_library(name, num_classes, settings, pretrained=pretrained).float()
+    settings = {key: value for key, value in settings.items() if key != "num_frames"}  # timm has models of images only
     return build_timm(alias.timm_name, settings, num_classes, pretrained_overlay(name, alias) if pretrained else None)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from petune.backbones.input_size import backbone_sites
 from petune.base.errors import ConfigError
+from petune.sites.logits import synthetic_logits
 from petune.sites.named_heads import classifiers_of
+from petune.sites.recorder import record
 
 HeadKind = Literal["linear", "bn_linear"]
 
@@ -25,11 +27,14 @@ def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed
         seed: Seed of the weights.
 
     Raises:
-        ConfigError: The classifier does not end with a linear layer.
+        ConfigError: The classifier does not end with a linear layer, or BatchNorm cannot be before it.
     """
     if any(linear.out_features != num_classes for linear in _classifiers(model).values()):
         _resize(model, num_classes)
-    for path, linear in _classifiers(model).items():  # distilled models have two
+    classifiers = _classifiers(model)  # distilled models have two
+    if kind == "bn_linear":
+        _check_features(model, classifiers.values())
+    for path, linear in classifiers.items():
         generator = torch.Generator().manual_seed(seed)
         nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
         if linear.bias is not None:
@@ -39,14 +44,39 @@ def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed
             model.set_submodule(path, nn.Sequential(norm, linear))
 
 
+def _check_features(model: nn.Module, linears: Iterable[nn.Module]) -> None:
+    """Check that classifiers get one vector of features for each sample, (B, D), as BatchNorm needs it.
+
+    Raises:
+        ConfigError: One of them gets more dimensions, such as tokens.
+    """
+    inputs = {call.module: call.input for call in record(model, backbone_sites(model).input_spec).calls}
+    for linear in linears:
+        x = inputs.get(linear)
+        if x is not None and x.ndim != 2:
+            raise ConfigError(
+                f"head='bn_linear' needs a classifier that gets a vector for each sample, but that of "
+                f"{type(model).__name__} gets {x.ndim} dimensions. Use head='linear'"
+            )
+
+
 def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear classifiers by path: those that timm names, otherwise those that are found."""
     heads: Iterable[nn.Module] | None = classifiers_of(model)  # CrossViT has one per scale
     if heads is None:
-        site = backbone_sites(model).parts.get("head")
+        sites = backbone_sites(model)
+        site = sites.parts.get("head")
         heads = site.modules if site is not None else ()
+        if len(heads) > 1:  # with a pooling before the classifier (V-JEPA 2)
+            heads = _with_logits(heads, synthetic_logits(model, sites, 1).shape[-1])
     layers = {id(_last_linear(head)) for head in heads}
     return {path: module for path, module in model.named_modules() if id(module) in layers}
+
+
+def _with_logits(heads: Iterable[nn.Module], num_logits: int) -> list[nn.Module]:
+    """Return the heads that have as many outputs as the model has logits; single layers, if there are any."""
+    ending = [head for head in heads if (layer := _last_linear(head)) and layer.out_features == num_logits]
+    return [head for head in ending if isinstance(head, nn.Linear)] or ending
 
 
 def _last_linear(head: nn.Module) -> nn.Linear | None:

@@ -119,7 +119,7 @@ def build_timm_repository(
         architecture: See `repository_architecture`.
         folder: Where its `config.json` is.
         num_classes: Outputs of the classifier.
-        options: Arguments of the model, and `image_size`.
+        options: Arguments of the model, and `image_size`; `num_frames` is left out, because timm's models take images.
         pretrained: Load the weights. They must fill the whole model; position embeddings are resampled.
 
     Raises:
@@ -133,7 +133,8 @@ def build_timm_repository(
         raise UnknownName("timm model", architecture, timm.list_models(), f"{folder / 'config.json'} names it")
     if pretrained and not Path(name).is_dir():
         folder = fetch_weights(f"hf:{name}", HubFile(name)).parent
-    settings = {"img_size" if key == "image_size" else key: value for key, value in options.items()}
+    keys = {"image_size": "img_size"}
+    settings = {keys.get(key, key): value for key, value in options.items() if key != "num_frames"}
     try:
         # with its own classifier: if timm is to leave that out, it lets anything be missing
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **settings)

@@ -12,15 +12,17 @@ from petune.base.errors import ConfigError, UnknownName
 from petune.base.hub import HubFile, check_weights_available
 
 IMAGE_SIZE = 224  # of the pretrained models; those without position embeddings do not record it
+NUM_FRAMES = 16
+"""Frames of a clip for video models; MViT was made for them, and the others take any number."""
 
 
 def build_torchvision(name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
     """Build a model of torchvision.
 
     Args:
-        name: Such as `vit_b_16`.
+        name: Such as `vit_b_16`; or a video model such as `swin3d_t`, which gets an attribute `num_frames`.
         num_classes: Outputs of the classifier; pretrained weights come with their own.
-        options: Arguments of the model.
+        options: Arguments of the model; `image_size` and `num_frames` of those that have such an argument.
         pretrained: Load the default weights.
 
     Raises:
@@ -30,11 +32,15 @@ def build_torchvision(name: str, num_classes: int, options: Mapping[str, Any], *
     """
     from torchvision import models
 
-    known = models.list_models(module=models)
+    videos = models.list_models(module=models.video)
+    known = [*models.list_models(module=models), *videos]
     if name not in known:
         raise UnknownName("torchvision model", name, known, "torchvision.models.list_models() lists them")
     arguments = dict(options)
-    if "vit" not in name:
+    num_frames = arguments.pop("num_frames", NUM_FRAMES)
+    if name in videos:
+        _check_video_size(name, arguments.pop("image_size", IMAGE_SIZE), num_frames)
+    elif "vit" not in name:
         arguments.pop("image_size", None)  # a convolutional model takes any size
     if pretrained:
         weights = models.get_model_weights(name).DEFAULT
@@ -49,4 +55,19 @@ def build_torchvision(name: str, num_classes: int, options: Mapping[str, Any], *
     if weights is not None:
         preset = weights.transforms()
         set_statistics(model, preset.mean, preset.std)
+    if name in videos:
+        model.num_frames = num_frames
     return model
+
+
+def _check_video_size(name: str, image_size: int, num_frames: int) -> None:
+    """Check the size of clips for a model with position embeddings, whose builder has no argument for it.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if name.startswith("mvit") and (image_size, num_frames) != (IMAGE_SIZE, NUM_FRAMES):
+        raise ConfigError(
+            f"torchvision:{name} takes clips of {NUM_FRAMES} frames of {IMAGE_SIZE}×{IMAGE_SIZE} only, not of "
+            f"{num_frames} frames of {image_size}×{image_size}: torchvision cannot resize its position embeddings"
+        )

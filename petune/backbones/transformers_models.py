@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.backbones.timm_models import build_timm_repository, describe, repository_architecture
+from petune.backbones.transformers_videos import by_config_key
 from petune.backbones.transformers_weights import load_pretrained, quiet_transformers
 from petune.base.errors import ConfigError, MissingExtra, WeightsUnavailable, did_you_mean
 from petune.base.hub import hub_url
@@ -17,8 +18,12 @@ from petune.sites.logits import logits_of
 
 
 def _return_logits(model: nn.Module, args: Any, output: Any) -> Tensor:
-    """Forward hook: let a classifier of transformers return its logits (B, C) instead of an output object."""
-    return logits_of(output)
+    """Forward hook: let a classifier of transformers return its logits (B, C) instead of an output object.
+
+    Some have a dimension for the one query of their attention pooling (VideoPrism): (B, 1, C).
+    """
+    logits = logits_of(output)
+    return logits.squeeze(1) if logits.ndim == 3 else logits
 
 
 def _classify(model: nn.Module, args: Any, output: Any) -> Tensor:
@@ -104,22 +109,25 @@ def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrai
 def _build_transformers(
     name: str, num_classes: int, options: Mapping[str, Any], pretrained: bool, offline: bool
 ) -> nn.Module:
-    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForVideoClassification
 
     config = AutoConfig.from_pretrained(name, local_files_only=offline)
     config = _classification_config(_image_config(config))
     images = getattr(config, "vision_config", None) or config
+    options = by_config_key(images, options)
     _check_options(name, images, options)
     images.update(dict(options))
     config.num_labels = num_classes
     # transformers fails on None, which a file leaves, if a config belongs to several models (DeiT)
     config.architectures = config.architectures or []
-    classifies = type(config) in AutoModelForImageClassification._model_mapping
-    auto_class = AutoModelForImageClassification if classifies else AutoModel
+    for_classes = (AutoModelForImageClassification, AutoModelForVideoClassification)
+    auto_class = next((c for c in for_classes if type(config) in c._model_mapping), AutoModel)
+    classifies = auto_class is not AutoModel
     if type(config) not in auto_class._model_mapping:
         raise ConfigError(
-            f"hf:{name} is a {type(config).__name__}, for which transformers has neither an image classifier nor an "
-            "encoder by itself. Let a function of your own build the model with its classifier: my_package.models:make"
+            f"hf:{name} is a {type(config).__name__}, for which transformers has neither a classifier of images or "
+            "videos nor an encoder by itself. Let a function of your own build the model with its classifier: "
+            "my_package.models:make"
         )
     try:
         model = load_pretrained(auto_class, name, config, offline) if pretrained else auto_class.from_config(config)

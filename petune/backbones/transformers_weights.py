@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from petune.backbones.timm_models import set_statistics
+from petune.backbones.transformers_videos import Tubes, check_frames, frames_key, set_video_statistics
 from petune.base.errors import WeightsUnavailable
 from petune.base.text import plural
 from petune.sites.named_heads import classifiers_of
+
+Layout = Callable[[int, int], tuple[int, int] | None]
 
 
 def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> nn.Module:
@@ -38,17 +41,19 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> n
     }
     own_config: Any = type(config).from_pretrained(name, local_files_only=offline) if embeddings else None
     if hasattr(own_config, "image_size"):
-        config = type(config).from_dict({**config.to_dict(), "image_size": own_config.image_size})
-        original = auto_class.from_pretrained(name, config=config, **arguments)
-        unfilled -= _resample(model.state_dict(), original.state_dict(), embeddings)
+        old_config = type(config).from_dict({**config.to_dict(), "image_size": own_config.image_size})
+        original = auto_class.from_pretrained(name, config=old_config, **arguments)
+        layout = _num_prefix_tokens if frames_key(config) is None else _layout_of_clips(config, old_config)
+        unfilled -= _resample(model.state_dict(), original.state_dict(), embeddings, layout)
     if unfilled:
+        check_frames(name, config, offline)
         shown = ", ".join(sorted(unfilled)[:3]) + (", …" if len(unfilled) > 3 else "")
         raise WeightsUnavailable(
             f"the weights of hf:{name} leave {plural(len(unfilled), 'tensor')} besides the classifier unfilled "
             f"(missing, or with another shape): {shown}. Drop the options that change the model, or use weights='none'",
             cli_hint="To start from random weights, use --weights none",
         )
-    _set_statistics(model, name, offline)
+    (_set_statistics if frames_key(config) is None else set_video_statistics)(model, name, offline)
     return model  # type: ignore[no-any-return]
 
 
@@ -83,7 +88,7 @@ def _unfilled_keys(model: Any, info: Any) -> set[str]:
     prefix = f"{model.base_model_prefix}."
     if model.base_model is not model:
         unfilled = {key for key in unfilled if key.startswith(prefix)}
-    elif "ForImageClassification" in type(model).__name__:
+    elif type(model).__name__.endswith("Classification"):
         unfilled = {key for key in unfilled if "classifier" not in key.partition(".")[0]}
     unfilled -= _timm_classifier_keys(model)
     return {key for key in unfilled if not key.endswith("mask_token")}
@@ -118,7 +123,14 @@ def renamed_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[
     return {key: tensor for key, tensor in loaded.state_dict().items() if key not in unfilled} | shapes
 
 
-def _resample(target: Mapping[str, Tensor], source: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> set[str]:
+def _layout_of_clips(config: Any, old_config: Any) -> Layout:
+    sizes = (config.image_size, old_config.image_size)
+    return lambda new_length, old_length: Tubes.of(config).prefix_and_slices((new_length, old_length), sizes)
+
+
+def _resample(
+    target: Mapping[str, Tensor], source: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], layout: Layout
+) -> set[str]:
     """Fill position embeddings with those of the same model for its own image size, and return the filled keys.
 
     Legend: N tokens, the first ones are not patches; D width.
@@ -127,28 +139,31 @@ def _resample(target: Mapping[str, Tensor], source: Mapping[str, Tensor], shapes
         target: State of the model, filled in place.
         source: State of the model at its own image size.
         shapes: Keys of the position embeddings, and their shapes in the file.
+        layout: Returns the number of tokens that are not patches and of the frames that the others are of.
     """
     from timm.layers import resample_abs_pos_embed
 
     filled = set()
     for key, shape in shapes.items():
         new, old = target[key], source[key]
-        num_prefix = _num_prefix_tokens(new.shape[-2], old.shape[-2])
-        if old.shape != shape or new.shape[-1] != old.shape[-1] or num_prefix is None:
+        prefix_and_slices = layout(new.shape[-2], old.shape[-2])
+        if old.shape != shape or new.shape[-1] != old.shape[-1] or prefix_and_slices is None:
             continue
-        side = math.isqrt(new.shape[-2] - num_prefix)
+        num_prefix, slices = prefix_and_slices
+        side = math.isqrt((new.shape[-2] - num_prefix) // slices)
         old_1ND = old.reshape(1, *old.shape[-2:])
-        new_1ND = resample_abs_pos_embed(old_1ND, [side, side], num_prefix_tokens=num_prefix)
-        new.copy_(new_1ND.reshape(new.shape))
+        patches = old_1ND[:, num_prefix:].chunk(slices, dim=1)
+        frames = [resample_abs_pos_embed(frame, [side, side], num_prefix_tokens=0) for frame in patches]
+        new.copy_(torch.cat([old_1ND[:, :num_prefix], *frames], dim=1).reshape(new.shape))
         filled.add(key)
     return filled
 
 
-def _num_prefix_tokens(new_length: int, old_length: int) -> int | None:
-    """Return the smallest number of prefix tokens that leaves a square grid in both, or None."""
+def _num_prefix_tokens(new_length: int, old_length: int) -> tuple[int, int] | None:
+    """Return the smallest number of prefix tokens that leaves one square grid in both, and 1; or None."""
     for count in range(min(4, new_length, old_length)):
         if all(math.isqrt(length - count) ** 2 == length - count for length in (new_length, old_length)):
-            return count
+            return count, 1
     return None
 
 

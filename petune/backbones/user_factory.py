@@ -24,7 +24,7 @@ def build_with_factory(name: str, num_classes: int, options: Mapping[str, Any]) 
     Args:
         name: `package.module:factory`; the current directory is searched as well.
         num_classes: Passed if the factory has a parameter of that name; the classifier is replaced afterwards.
-        options: Passed to the factory; `image_size` only if it has a parameter of that name.
+        options: Passed to the factory; `image_size` and `num_frames` only if it has parameters of these names.
 
     Raises:
         ConfigError: The import fails, the factory does not accept the options, or does not return a module.
@@ -79,11 +79,11 @@ def _import_factory(name: str) -> Callable[..., Any]:
 
 
 def _accepted(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop `num_classes` and `image_size` if the factory has no such parameter."""
+    """Drop `num_classes`, `image_size` and `num_frames` if the factory has no such parameter."""
     parameters = inspect.signature(factory).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(arguments)
-    dropped = {"num_classes", "image_size"} - parameters.keys()
+    dropped = {"num_classes", "image_size", "num_frames"} - parameters.keys()
     return {key: value for key, value in arguments.items() if key not in dropped}
 
 

@@ -298,7 +298,7 @@ def _in_order(
     split: Split, preprocess: Preprocess, batch_size: int, device: torch.device, positions_only: bool
 ) -> Iterator[Batch]:
     views = 1 if positions_only else num_views(split)
-    batch_size = max(1, batch_size // views)
+    batch_size = samples_per_batch(split, batch_size)
     for start in range(0, len(split), batch_size):
         positions = np.arange(start, min(start + batch_size, len(split)))
         if positions_only:
@@ -312,6 +312,11 @@ def _in_order(
 def num_views(split: Split) -> int:
     """Return how many clips and crops of each video a test averages over; 1 for images."""
     return len(split.images.views) if isinstance(split.images, Clips) else 1
+
+
+def samples_per_batch(split: Split, batch_size: int) -> int:
+    """Return how many samples of a split a test batch has: fewer than `batch_size` if each has several views."""
+    return max(1, batch_size // num_views(split))
 
 
 def _read_views(split: Split, positions: NDArray[np.int64], device: torch.device) -> Tensor:

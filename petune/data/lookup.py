@@ -38,6 +38,23 @@ def dataset_target(name: str, data_dir: Path | None = None) -> Target:
         return reader.target(ReadContext(data_dir=data_dir_or_default(data_dir)))
 
 
+def dataset_frames(name: str, data_dir: Path | None = None, frames: int | None = None) -> int | None:
+    """Return the number of frames of a clip that a dataset gives; None if its samples are images.
+
+    Args:
+        name, data_dir: As for `load_dataset`.
+        frames: Frames that the backbone takes; None if it takes images.
+
+    Raises:
+        UnknownName: There is no such dataset.
+    """
+    reader = build_reader(name)
+    directory = data_dir_or_default(data_dir)
+    context = ReadContext(data_dir=directory) if frames is None else ReadContext(data_dir=directory, frames=frames)
+    with plugin_errors(DATASETS, reader.name, type(reader), "was asked for its frames"):
+        return reader.num_frames(context)
+
+
 def count_classes(name: str, data_dir: Path | None = None) -> int:
     """Return the number of classes of a dataset, or of numbers that it has per image.
 

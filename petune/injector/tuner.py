@@ -37,7 +37,7 @@ every image independently. Two optional attributes on it:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -93,6 +93,7 @@ class Recipe:
         optimizer: timm's name of the optimizer.
         scales_lr: Scale `lr` in proportion to the batch size.
         epochs, warmup, head: Options of a run that a recipe of `Tuner.recipes` may set, too; None leaves them alone.
+        options: Options of the method itself that such a recipe sets, where the user leaves them open.
     """
 
     lr: float = 1e-3
@@ -102,6 +103,7 @@ class Recipe:
     epochs: int | None = None
     warmup: float | None = None
     head: Literal["linear", "bn_linear"] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def peak_lr(self, batch_size: int) -> float:
         """Return the peak learning rate for a batch size."""

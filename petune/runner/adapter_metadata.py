@@ -97,4 +97,5 @@ def _describe_backbone(
         "options": config.backbone_options,
         "head": config.head,
         **({"channels": channels} if channels is not None else {}),
+        **({"num_frames": backbone.num_frames} if backbone.num_frames is not None else {}),
     }

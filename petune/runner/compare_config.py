@@ -10,8 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from petune.base.config import Config, UserPath
 from petune.base.errors import did_you_mean
 from petune.data.registry import DatasetText
-from petune.runner.recipes import complete_from_recipe
-from petune.runner.run_config import RunConfig
+from petune.runner.recipes import complete_from_recipe, with_recipe_options
+from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
 from petune.runner.run_name import directory_name, run_name
 
 MAY_GROW = ("methods", "seeds", "lrs", "baseline", "datasets")
@@ -83,7 +83,15 @@ class CompareConfig(Config):
 
     def completed(self) -> CompareConfig:
         """Return the configuration with what its recipe sets for all runs; see `complete_from_recipe`."""
-        return self.model_copy(update={"run": complete_from_recipe(self.run, self.methods)})
+        run = complete_from_recipe(self.run, self.methods)
+        if run.recipe == DEFAULT_RECIPE:
+            return self.model_copy(update={"run": run})
+        complete = {method: with_recipe_options(method, run.recipe) for method in self.methods}
+        lrs = {complete[method]: lr for method, lr in self.lrs.items()}
+        baseline = complete.get(self.baseline or "")
+        return self.model_copy(
+            update={"run": run, "methods": tuple(complete.values()), "lrs": lrs, "baseline": baseline}
+        )
 
     def to_store(self) -> CompareConfig:
         """Return the configuration for `config.yaml`, without values that are not used."""

@@ -34,7 +34,7 @@ from petune.runner.input_tokens import warn_of_tokens
 from petune.runner.provenance import PeakMemory, git_state
 from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
-from petune.runner.run_data import backbone_channels, check_unseen, prepare_data
+from petune.runner.run_data import backbone_channels, check_unseen, note_of_clips, prepare_data
 from petune.runner.run_inputs import check_inputs
 from petune.sites.find import find_sites
 from petune.training.batch_loss import check_task_options
@@ -142,12 +142,15 @@ def prepare(
         group.broadcast(lambda: check_inputs(context.run_dir, *inputs))
         initial = initial_values(config, task, start)
         channels = backbone_channels(config, dataset)
+        build = partial(
+            prepare_backbone, task=task, initial=initial, channels=channels, num_frames=dataset.train.num_frames
+        )
         if train.layer_decay is not None:
-            build = partial(prepare_backbone, task=task, initial=initial, channels=channels)
             check_layer_decay(config, tuner, train.layer_decay, build)
-        backbone = group.main_first(lambda: prepare_backbone(config, task, initial, channels, keep_head=keep_head))
+        backbone = group.main_first(lambda: build(config, keep_head=keep_head))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         context.note(_note_of_channels(channels, backbone))
+        context.note(note_of_clips(backbone))
         context.note(warn_of_tokens(config, find_sites(backbone.model)) if config.image_size else "")
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
@@ -159,7 +162,7 @@ def prepare(
             statistics = _continue(attachment, start, task, context)
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
-    preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[0])
+    preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[-3])
     return Prepared(config, train, dataset, task, backbone, attachment, preprocess, device, memory, start)
 
 
@@ -211,6 +214,7 @@ def prepare_backbone(
     task: Task[Any],
     initial: InitialValues,
     channels: int | None = None,
+    num_frames: int | None = None,
     *,
     keep_head: bool = False,
 ) -> Backbone:
@@ -221,6 +225,7 @@ def prepare_backbone(
         task: Sets the outputs of the head.
         initial: What its random values depend on.
         channels: See `backbone_channels`.
+        num_frames: Frames of a clip; None for images.
         keep_head: Keep the head of the weights where it has the same classes.
     """
     backbone = create_backbone(
@@ -235,6 +240,7 @@ def prepare_backbone(
         initial_classes=initial.num_classes,
         keep_head_of=task.target.classes if keep_head and not task.has_own_head else None,
         channels=channels,
+        num_frames=num_frames,
     )
     return with_head_of(task, backbone, initial.seed)
 
@@ -244,7 +250,13 @@ def with_head_of(task: Task[Any], backbone: Backbone, seed: int) -> Backbone:
 
     Raises:
         PluginError: The task of a plugin fails.
+        ConfigError: The task has a head for images, and the backbone takes clips.
     """
+    if task.has_own_head and backbone.num_frames is not None:
+        raise ConfigError(
+            f"the task {task.name} has a head for images, and {backbone.name} takes clips. Use a task with one target "
+            "for a clip: classification, multi_label or regression"
+        )
     with plugin_errors(TASKS, task.name, type(task), "added its head"):
         return replace(backbone, model=task.add_head(backbone.model, seed))
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from petune.backbones.create import create_backbone
+from petune.backbones.create import create_backbone, input_frames
 from petune.backbones.input_channels import RGB_CHANNELS
-from petune.data.lookup import dataset_target
+from petune.data.lookup import dataset_frames, dataset_target
 from petune.injector.attach import attach
 from petune.injector.counts import Counts
 from petune.injector.registry import build_tuner
@@ -68,6 +68,8 @@ class MethodPreview:
 def preview_backbone(config: RunConfig) -> BackbonePreview:
     """Build the backbone of a run without its weights."""
     task = task_for(config.task, dataset_target(config.dataset, config.data_dir), config.dataset)
+    frames = input_frames(config.backbone, config.backbone_options)
+    num_frames = dataset_frames(config.dataset, config.data_dir, frames)
     with torch.device("meta"):
         backbone = create_backbone(
             config.backbone,
@@ -78,10 +80,11 @@ def preview_backbone(config: RunConfig) -> BackbonePreview:
             options=config.options_to_build,
             head=config.head,
             channels=None if config.channels == RGB_CHANNELS else config.channels,
+            num_frames=num_frames,
         )
         backbone = with_head_of(task, backbone, seed=0)
         sites = find_sites(backbone.model)
-        check_channels(sites.input_size[0], config.channels or RGB_CHANNELS)
+        check_channels(sites.input_size[-3], config.channels or RGB_CHANNELS)
         flops = forward_flops(backbone.model, sites.input_spec)
     return BackbonePreview(backbone.model, backbone.full_name, sites, flops, warn_of_tokens(config, sites))
 

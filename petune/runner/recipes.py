@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from petune.base.errors import ConfigError, did_you_mean
-from petune.injector.registry import build_tuner
+from petune.injector.registry import build_tuner, parse_method
 from petune.injector.tuner import Recipe, Tuner
 from petune.runner.run_config import DEFAULT_RECIPE, RunConfig
 
@@ -31,7 +31,9 @@ def choose_recipe(tuner: Tuner[Any], name: str) -> Recipe:
 
 
 def complete_from_recipe(config: Run, methods: Sequence[str]) -> Run:
-    """Return a configuration with epochs, warm-up and head from the recipe that it names, where it leaves them open.
+    """Return a configuration with what the recipe that it names sets and it leaves open.
+
+    That is epochs, warm-up and head, and options of its method; see `with_recipe_options`.
 
     Learning rate, weight decay and optimizer stay open: they are filled in for each method when it trains.
 
@@ -45,11 +47,27 @@ def complete_from_recipe(config: Run, methods: Sequence[str]) -> Run:
     if config.recipe == DEFAULT_RECIPE:
         return config
     recipes = {method: choose_recipe(build_tuner(method), config.recipe) for method in methods}
+    method = with_recipe_options(config.method, config.recipe) if config.method in methods else config.method
     train = {key: _shared(recipes, key) for key in ("epochs", "warmup") if key not in config.train.model_fields_set}
     head = {} if "head" in config.model_fields_set else {"head": _shared(recipes, "head")}
-    update = {key: value for key, value in head.items() if value is not None}
+    update: dict[str, Any] = {key: value for key, value in head.items() if value is not None}
+    update["method"] = method
     update["train"] = config.train.model_copy(update={key: v for key, v in train.items() if v is not None})
     return config.model_copy(update=update)
+
+
+def with_recipe_options(method: str, name: str) -> str:
+    """Return a method with the options that its recipe sets and `method` leaves open: `adaptformer:dropout=0.0`.
+
+    Args:
+        method: With its options.
+        name: The recipe.
+    """
+    tuner = build_tuner(method)
+    options = choose_recipe(tuner, name).options
+    added = [f"{key}={value}" for key, value in options.items() if key not in tuner.config.model_fields_set]
+    has_options = bool(parse_method(method)[1])
+    return f"{method}{',' if has_options else ':'}{','.join(added)}" if added else method
 
 
 def _shared(recipes: dict[str, Recipe], key: str) -> Any:

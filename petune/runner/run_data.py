@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from petune.backbones.create import input_side
+from petune.backbones.create import Backbone, input_frames, input_side
 from petune.backbones.input_channels import RGB_CHANNELS
 from petune.base.errors import ConfigError, DataError
 from petune.base.text import plural
@@ -26,9 +26,21 @@ CHUNK = 256
 def prepare_data(config: RunConfig) -> Dataset:
     """Load the dataset and cut its val split, which is the same for every seed; draw few-shot images by the seed."""
     side = input_side(config.backbone, config.image_size, config.backbone_options)
+    frames = input_frames(config.backbone, config.backbone_options)
     dataset = load_dataset(
-        config.dataset, config.data_dir, side, config.on_broken, channels=config.channels, cache_gb=config.cache_gb
+        config.dataset,
+        config.data_dir,
+        side,
+        config.on_broken,
+        channels=config.channels,
+        cache_gb=config.cache_gb,
+        **({} if frames is None else {"frames": frames}),
     )
+    if frames is not None and dataset.train.num_frames is None:
+        raise ConfigError(
+            f"{config.backbone} takes clips of {plural(frames, 'frame')}, but {config.dataset} has images. Use a "
+            "dataset of videos, such as video:PATH, or a backbone that takes images"
+        )
     backbone_channels(config, dataset)
     if config.folds is not None and config.fold is not None:
         dataset = fold_of(dataset, config.folds, config.fold)
@@ -36,6 +48,16 @@ def prepare_data(config: RunConfig) -> Dataset:
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)
     return dataset
+
+
+def note_of_clips(backbone: Backbone) -> str:
+    """Describe how a model of images takes clips; return an empty string for any other."""
+    if backbone.clip_form != "frame by frame":
+        return ""
+    return (
+        f"{backbone.name} takes images: it sees the {backbone.num_frames} frames of a clip one by one, and their "
+        "logits are averaged, so that the order of frames has no effect"
+    )
 
 
 def backbone_channels(config: RunConfig, dataset: Dataset) -> int | None:

@@ -73,7 +73,7 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
     try:
         initial = InitialValues.of(saved)
         arguments: dict[str, Any] = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
-        arguments["channels"] = recorded.get("channels")
+        arguments |= {key: recorded.get(key) for key in ("channels", "num_frames")}
         arguments |= {"seed": initial.seed, "initial_classes": initial.num_classes}
         name = recorded["name"]
         source = weights or recorded.get("weights_option", "default")

@@ -10,7 +10,7 @@ from torch import nn
 from petune.base.errors import AttachError
 
 FRAMES = ("num_frames", "frames_per_clip")
-"""Names of the number of frames in configs of transformers."""
+"""Names of the number of frames, in configs of transformers and as attribute of a model."""
 
 
 def input_sizes_of(model: nn.Module) -> list[tuple[int, ...]]:
@@ -22,17 +22,22 @@ def input_sizes_of(model: nn.Module) -> list[tuple[int, ...]]:
     Raises:
         AttachError: The model does not tell its size.
     """
-    height, width = _size(model)
-    images: list[tuple[int, ...]] = [(channels, height, width) for channels in dict.fromkeys((_channels(model), 3))]
+    images = image_sizes_of(model)
     frames = frames_of(model)
     return [*((frames, *image) for image in images if frames is not None), *images]
 
 
+def image_sizes_of(model: nn.Module) -> list[tuple[int, ...]]:
+    """Return candidates for (channels, height, width), without frames; see `input_sizes_of`."""
+    height, width = _size(model)
+    return [(channels, height, width) for channels in dict.fromkeys((channels_of(model), 3))]
+
+
 def frames_of(model: nn.Module) -> int | None:
-    """Return the number of frames of a video model's config (transformers); None for a model of images."""
-    config: Any = getattr(model, "config", None)
-    frames = next((getattr(config, name) for name in FRAMES if getattr(config, name, None)), None)
-    return frames if isinstance(frames, int) else None
+    """Return the number of frames that a model, or its config (transformers), has; None for a model of images."""
+    owners: tuple[Any, ...] = (model, getattr(model, "config", None))
+    frames = next((getattr(owner, name) for owner in owners for name in FRAMES if getattr(owner, name, None)), None)
+    return frames if isinstance(frames, int) and not isinstance(frames, bool) else None
 
 
 def _size(model: nn.Module) -> tuple[int, int]:
@@ -63,7 +68,8 @@ def _size_among(owner: Any, *names: str) -> tuple[int, int] | None:
     return next((size for name in names if (size := _pair(getattr(owner, name, None))) is not None), None)
 
 
-def _channels(model: nn.Module) -> int:
+def channels_of(model: nn.Module) -> int:
+    """Return the input channels of the first convolution; 3 if there is none."""
     convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
     return next((conv.in_channels for conv in convolutions), 3)
 

@@ -123,8 +123,9 @@ class _CallRecorder:
             if call.parent is None:
                 self.trace.outputs = list(tensors_in(output))
 
+        is_whole = not path  # what it is called with, before hooks of its own change that
         return [
-            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=is_whole),
             module.register_forward_hook(leave),
         ]
 

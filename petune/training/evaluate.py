@@ -16,7 +16,7 @@ from petune.base.distributed import SINGLE_PROCESS, Group
 from petune.base.errors import PluginError
 from petune.base.metric import LOSS, SplitMetrics
 from petune.base.plugins import plugin_errors
-from petune.data.batches import Batch, eval_batches
+from petune.data.batches import Batch, eval_batches, samples_per_batch
 from petune.data.dataset import Split
 from petune.training.batch_loss import image_losses
 from petune.training.config import NumberFormat
@@ -154,5 +154,5 @@ def _batches(job: TrainJob, split: Split, group: Group, *, positions_only: bool)
     batches = eval_batches(own, job.preprocess, batch_size, job.device, positions_only=positions_only)
     no_labels = torch.empty(0, dtype=torch.int64, device=job.device)
     blank = Batch(job.preprocess.blank(job.device), no_labels, np.empty(0, np.int64), 0)
-    for _ in range(0, largest, batch_size):
+    for _ in range(0, largest, samples_per_batch(split, batch_size)):
         yield next(batches, blank)

@@ -221,8 +221,8 @@ def test_torchvision() -> None:
     assert petune.attach(backbone.model, "linear").counts.head == 512 * 5 + 5
     with pytest.raises(UnknownName, match="Did you mean vit_b_16"):
         create_backbone("torchvision:vit_b_17", weights="none", num_classes=5)
-    with pytest.raises(ConfigError, match="only available for timm"):
-        create_backbone("torchvision:resnet18", weights="none", num_classes=5, head="bn_linear")
+    model: Any = create_backbone("torchvision:resnet18", weights="none", num_classes=5, head="bn_linear").model
+    assert isinstance(model.fc[0], nn.BatchNorm1d)
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import petune
 from petune.base.errors import ConfigError, DataError, MissingExtra
 from petune.data import Preprocess
 from petune.data.augment import PRESETS
-from petune.data.batches import TrainBatches, eval_batches
+from petune.data.batches import TrainBatches, eval_batches, num_views
 from petune.data.check import check_dataset
 from petune.data.folds import fold_of
 from petune.data.merge import merge_val
@@ -119,12 +119,20 @@ def test_a_clip_is_a_function_of_seed_epoch_and_index(videos: Path) -> None:
     assert len(epoch(0, 10, merged.train)) == 10
 
 
-def test_all_frames_of_a_clip_are_augmented_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "augments",
+    [
+        [*PRESETS, "crop_only", "color", [{"random_erasing": {"p": 1.0}}, {"rotation": {"degrees": 20}}]],
+        pytest.param([*STEP_PRESETS], marks=pytest.mark.exhaustive),
+    ],
+    ids=["some", "all"],
+)
+def test_all_frames_of_a_clip_are_augmented_alike(augments: list[Any]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (4, 1, 24, 24, 3), np.uint8).repeat(3, axis=1)
     split = petune.Split.of(noise, np.array([0, 1, 0, 1]))
     assert split.num_frames == 3
     pre = Preprocess(16, (0.5,) * 3, (0.5,) * 3, 3)
-    for augment in (*PRESETS, *STEP_PRESETS, [{"random_erasing": {"p": 1.0}}, {"rotation": {"degrees": 20}}]):
+    for augment in augments:
         x_BTCHW = next(TrainBatches(split, pre, augment, 4, 0, CPU).epoch(0)).x_BCHW
         assert x_BTCHW.shape == (4, 3, 3, 16, 16)
         torch.testing.assert_close(x_BTCHW[:, 0], x_BTCHW[:, 2])
@@ -147,6 +155,9 @@ def test_views_of_tests(videos: Path, tmp_path: Path) -> None:
         assert [(b.x_BCHW.shape[0], b.views, len(b.y_B)) for b in batches] == [(6, 6, 1)] * 2
         means = batches[0].x_BCHW.mean((1, 2, 3, 4))
         assert torch.allclose(means, torch.tensor([60.0, 0, 200] * 2), atol=8)
+    (tmp_path / "wide" / "test").rename(tmp_path / "wide" / "val")
+    only_val = petune.load_dataset(f"video:{tmp_path}/wide,frames=2,test_clips=2", image_size=16)
+    assert num_views(only_val.test) == 2
     cut = petune.load_dataset(f"video:{videos}/train,frames=4,test_clips=2", image_size=14)
     numbers = [numbers_of(cut.test.images.view(cut.test.rows, i)) for i in (0, 1)]  # type: ignore[attr-defined]
     counts = [read_info(Path(name)).frames for name in (cut.test.names.tolist() if cut.test.names is not None else [])]

@@ -73,6 +73,7 @@ PUBLIC: dict[str, tuple[Callable[..., object], dict[str, object]]] = {
                                    "keep_original": True, "input_size": None, "example": None, "head": None}),
     "add_dense_head": (petune.add_dense_head, {"model": ..., "num_outputs": 2, "blocks": "last:1", "seed": 0}),
     "find_sites": (petune.find_sites, {"model": ..., "input_size": None, "example": None, "head": None}),
+    "take_clips": (petune.take_clips, {"model": ..., "num_frames": 2, "image_size": None}),
     "load": (petune.load, {"model": ..., "path": "good", "name": None, "tuner": None, "sites": None}),
     "check_tuner": (petune.check_tuner, {"tuner": "linear", "model": ...}),
     "run": (petune.run, {"config": None, "watch": print, "method": "none"}),

@@ -38,6 +38,20 @@ def test_what_a_run_leaves_open_is_filled_in() -> None:
     assert complete_from_recipe(kept, ["adaptformer"]) == kept
 
 
+def test_a_recipe_sets_options_of_the_method_that_are_left_open() -> None:
+    config = complete_from_recipe(RunConfig(recipe="video"), ["adaptformer"])
+    assert (config.method, config.head, config.train.epochs) == ("adaptformer:dropout=0.0", "bn_linear", 90)
+    assert complete_from_recipe(config, [config.method]) == config
+    given = "adaptformer:bottleneck=8,dropout=0.2"
+    assert complete_from_recipe(RunConfig(method=given, recipe="video"), [given]).method == given
+    methods = ("linear", "adaptformer:bottleneck=8")
+    compared = CompareConfig(methods=methods, lrs={methods[1]: 0.3}, baseline="linear", run=RunConfig(recipe="video"))
+    complete = compared.completed()
+    assert complete.methods == ("linear", "adaptformer:bottleneck=8,dropout=0.0")
+    assert (complete.lrs, complete.baseline) == ({complete.methods[1]: 0.3}, "linear")
+    assert complete.completed() == complete
+
+
 def test_a_run_trains_with_it(tmp_path: Path) -> None:
     train = {"epochs": 1, "batch_size": 32, "precision": "fp32"}
     result = petune.run(**TINY, train=train, output=tmp_path / "run")

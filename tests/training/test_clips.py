@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from petune.data.batches import Batch, whole_batch
-from petune.data.target import Target
+from petune.data.dataset import Dataset, Split, Target
+from petune.data.preprocess import Preprocess
+from petune.data.video.clips import Clips, Views
+from petune.data.video.sampling import Sampling
 from petune.training.config import TrainConfig
-from petune.training.evaluate import mean_of_views
+from petune.training.evaluate import evaluate, mean_of_views
+from petune.training.job import TrainJob
 from petune.training.mixup import BatchMixer
+from petune.training.stop import StopFlag
+from petune.training.task_registry import task_for
 from petune.training.tasks.classification import Classification
 
 
@@ -34,3 +45,41 @@ def test_outputs_of_views_are_averaged() -> None:
     outputs = torch.tensor([[1.0, 0], [3, 2], [5, 5], [5, 7]])
     assert mean_of_views(outputs, 2).tolist() == [[2, 1], [5, 6]]
     assert mean_of_views(outputs, 1) is outputs
+
+
+class Brightness(nn.Module):
+    """Returns the mean of a clip as the logit of class b, and counts clips."""
+
+    seen = 0
+
+    def forward(self, x_BTCHW: Tensor) -> Tensor:
+        self.seen += len(x_BTCHW)
+        mean_B = x_BTCHW.mean((1, 2, 3, 4))
+        return torch.stack([torch.zeros_like(mean_B), mean_B], 1)
+
+
+def test_every_video_is_evaluated_once_in_all_its_views(tmp_path: Path) -> None:
+    levels = np.array([[10, 20, 30], [40, 50, 60], [1, 2, 3], [0, 0, 6], [9, 9, 9]], np.uint8)
+
+    def read(row: int, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return levels[row][:, None, None, None, None] + np.zeros((3, len(numbers), 1, 1, 3), np.uint8)
+
+    clips = Clips(np.full(5, 9), Sampling("uniform", 2), 1, read, None, False, Views(2, 3))
+    split = Split.of(clips, np.array([1, 1, 1, 0, 0]))
+    model, target = Brightness(), Target("class", ("a", "b"))
+    job = TrainJob(
+        attachment=SimpleNamespace(model=model),  # type: ignore[arg-type]
+        task=task_for("classification", target, "toy"),
+        dataset=Dataset("toy", target, "made", "none", split, split, split),
+        preprocess=Preprocess(1, (0.0,) * 3, (1 / 255,) * 3, 2),
+        config=TrainConfig(eval_batch_size=13),  # two videos a batch
+        device=torch.device("cpu"),
+        directory=tmp_path,
+        seed=0,
+    )
+    metrics = evaluate(job, split, "fp32", stop=StopFlag(), image_values=True)
+    assert metrics.num_images == 5
+    assert model.seen == 5 * 6
+    logits = torch.tensor([[0, mean] for mean in levels.mean(1)], dtype=torch.float32)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 1, 1, 0, 0]))
+    assert metrics.loss == pytest.approx(float(expected), rel=1e-6)

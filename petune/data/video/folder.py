@@ -45,8 +45,9 @@ def load_videos(path: Path, options: ClipOptions, context: ReadContext) -> Datas
     paths = {part: list(chain(*classes.values())) for part, classes in files.items()}
     videos = {part: readable_videos(part_paths) for part, part_paths in paths.items()}
     check_broken(videos.values(), context)
+    tested = "test" if "test" in files else "val"
     splits = {
-        part: _split(videos[part], [len(group) for group in files[part].values()], options, context, part)
+        part: _split(videos[part], [len(group) for group in files[part].values()], options, context, part == tested)
         for part in files
     }
     dataset = with_splits(f"video:{path}", path, tuple(files["train"]), splits)
@@ -84,10 +85,10 @@ def with_test_views(test: Split, videos: Readable, options: ClipOptions, context
     return replace(test, images=clips, crop=stored_share(options.views))
 
 
-def _split(videos: Readable, sizes: list[int], options: ClipOptions, context: ReadContext, part: str) -> Split:
+def _split(videos: Readable, sizes: list[int], options: ClipOptions, context: ReadContext, is_test: bool) -> Split:
     sampling = options.sampling_of(context)
     labels = np.repeat(np.arange(len(sizes)), sizes)[videos.positions]
-    if part == "test":
+    if is_test:
         clips = read_clips(videos, sampling, context, random=False, views=options.views)
     else:
         clips = read_clips(videos, sampling, context)

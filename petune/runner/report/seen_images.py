@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from petune.data import Preprocess, Split, Target
-from petune.data.batches import Batch, TrainBatches, eval_batches
+from petune.data.batches import Batch, TrainBatches, eval_batches, num_views
 from petune.data.steps import StepConfig
 from petune.runner.report.tiles import Gallery, Tile, TileImage, tile_image, visible_images, with_mask
 
@@ -59,7 +59,7 @@ def augmented_gallery(
         augmentations: How they are augmented.
     """
     device = torch.device("cpu")
-    (plain,) = eval_batches(split.take(positions), preprocess, len(positions), device)
+    (plain,) = eval_batches(split.take(positions), preprocess, len(positions) * num_views(split), device)
     columns = [_encoded(plain, preprocess, target, "original")]
     times = 0 if augmentations.steps == "none" else augmentations.times
     if times:
@@ -88,7 +88,7 @@ def image_name(split: Split, position: int) -> str:
 
 
 def _encoded(batch: Batch, preprocess: Preprocess, target: Target, caption: str = "") -> list[TileImage]:
-    pixels_BHWC = visible_images(batch.x_BCHW, preprocess)
+    pixels_BHWC = visible_images(batch.x_BCHW[:: batch.views], preprocess)
     if target.kind == "mask":
         masks = batch.y_B.cpu().numpy()
         pixels_BHWC = np.stack([with_mask(*pair, target.ignore_index) for pair in zip(pixels_BHWC, masks, strict=True)])
