@@ -24,8 +24,8 @@ OnBroken = Literal["error", "skip"]
 """Policy for an image that cannot be decoded: stop, or skip it."""
 MAX_BROKEN = 0.01
 """Largest share of images that are skipped."""
-FRAMES = 16
-"""Frames of a clip unless the backbone or the dataset's options say otherwise."""
+FRAMES = 8
+"""Frames of a clip unless the backbone or the dataset's options say otherwise: for models of images, or none."""
 TEST_FRACTION = 0.2
 CUT_TEST_NOTE = f" (no test split: {TEST_FRACTION:.0%} of train is used for testing)"
 IMAGE_TYPES = ("uint8", "uint16", "float32")

@@ -75,7 +75,7 @@ def _describe_clips(split: Split) -> dict[str, Any]:
     """Return how the frames of a clip are chosen; empty if the samples are images."""
     if split.num_frames is None:
         return {}
-    sampling = split.images.sampling if isinstance(split.images, Clips) else Sampling(frames=split.num_frames)
+    sampling = split.images.sampling if isinstance(split.images, Clips) else Sampling("uniform", split.num_frames)
     # a test with three crops stores other squares
     return {"clip": asdict(sampling), "stored_size": split.images.shape[-2], "crop": split.crop}
 

@@ -18,7 +18,7 @@ class ClipOptions(ReaderConfig):
     """The frames of a clip.
 
     Attributes:
-        frames: Frames of a clip; as many as the backbone takes if not given.
+        frames: Frames of a clip; if not given, as many as the backbone takes, and 8 for a model of images.
         sampling: `uniform` takes a frame of each part of the video; `dense` frames in a row, `stride` apart.
         stride: Of dense sampling, in frames; 4 if not given.
         test_clips: Clips of a video in tests, whose predictions are averaged.

@@ -30,8 +30,8 @@ class Sampling:
         stride: Of dense sampling, in frames.
     """
 
-    kind: SamplingKind = "uniform"
-    frames: int = 16
+    kind: SamplingKind
+    frames: int
     stride: int = 1
 
     def __str__(self) -> str:
