@@ -34,7 +34,7 @@ from petune.sites.site import Sites
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """For each model, the edits for which a forward pass called every adapter."""
-TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 """Those of which gradients exist: a float8 weight is floating point, too, but gets none."""
 
 
@@ -214,8 +214,6 @@ def _check_kinds_of_tensors(attachment: Attachment) -> None:
     """Check that quantized weights stay frozen and that the fingerprint can read them, before training."""
     trainable = attachment.tensors.trainable()
     for key, tensor in named_parameters(attachment.model).items():
-        if type(tensor) is nn.Parameter:
-            continue
         parts = plain_parts(key, tensor)
         if key in trainable and any(part.dtype not in TRAINABLE_DTYPES for _, part in parts):
             raise AttachError(

@@ -326,7 +326,8 @@ class TrainableState(nn.Module):
     def _freeze(self) -> None:
         trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
         for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(id(parameter) in trained)
         self.set_train(self.model.training)
 
 

@@ -95,13 +95,16 @@ class _State:
             for value in values:
                 if isinstance(value, CONTAINERS):
                     waiting.append(value)
-                elif type(value) is Tensor:
+                elif isinstance(value, Tensor):
                     self._add_tensor(value)
+                    waiting.append(value.__dict__)  # a quantized weight has its scales there
                 elif _is_plain_object(value, package):
                     waiting.append(value.__dict__)
 
     def _add_tensor(self, tensor: Tensor) -> None:
-        if tensor.is_meta or tensor.is_inference() or tensor.numel() > MAX_ELEMENTS or id(tensor) in self._seen:
+        if type(tensor) is not Tensor or tensor.is_meta or tensor.is_inference() or tensor.numel() > MAX_ELEMENTS:
+            return
+        if id(tensor) in self._seen:
             return
         self._seen.add(id(tensor))
         self._tensors.append((tensor, tensor._version, tensor.detach().clone()))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import petune
 from tests.injector.quantized import ConstantWeight, Float8Weight, Int8Weight, LockedWeight, OpaqueWeight, quantize
@@ -94,3 +95,16 @@ def test_a_fault_of_a_merge_on_plain_weights_is_not_hidden(monkeypatch: pytest.M
     monkeypatch.setattr(att.edit_log.placed[0].holder.adapter, "merge", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         att.merge()
+
+
+def test_integers_that_would_train_are_refused_when_attaching() -> None:
+    model = tiny()
+    model.head.steps = nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    model.blocks[0].rows = nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    model.blocks[0].register_forward_hook(lambda module, args, output: output + module.rows)
+    with pytest.raises(petune.AttachError, match=r"head\.steps"):
+        petune.attach(model, "linear")
+    del model.head.steps
+    with pytest.raises(petune.AttachError, match=r"blocks\.0\.rows"):
+        petune.attach(model, "full")
+    petune.attach(model, "adaptformer").detach()

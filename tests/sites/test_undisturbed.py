@@ -155,6 +155,17 @@ def test_a_hook_can_still_be_removed_by_its_handle() -> None:
     assert not layer._forward_hooks
 
 
+def test_attributes_of_tensors_are_kept() -> None:
+    """bitsandbytes moves the scales of a quantized weight from the weight to its layer in the first forward."""
+    layer = nn.Linear(2, 2)
+    layer.weight.scale = torch.ones(2)
+    with undisturbed(layer):
+        del layer.weight.scale
+        layer.bias.used = True
+    assert torch.equal(layer.weight.scale, torch.ones(2))
+    assert not hasattr(layer.bias, "used")
+
+
 def test_a_failed_attempt_on_the_meta_device_is_undone_before_the_next() -> None:
     """The model reads a value, so the second forward is a real one: it must not see what the first has stored."""
 
