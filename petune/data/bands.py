@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.base.text import plural
+from petune.data.squares import center_plane
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,16 +60,12 @@ def bands_square(image_HWC: NDArray[Any], side: int, form: ImageForm, where: str
         raise DataError(f"{where}: {own}, not {form}")
     if not np.isfinite(image_HWC).all():
         raise DataError(f"{where}: a value is NaN or infinite. Replace it, for example by 0")
-    height, width = image_HWC.shape[:2]
-    edge = min(width, height)
-    left, top = (width - edge) / 2, (height - edge) / 2
-    box = (left, top, left + edge, top + edge)
-    if (height, width) == (side, side):
+    if image_HWC.shape[:2] == (side, side):
         return image_HWC
     out = np.empty((side, side, form.channels), np.float32)
     for channel in range(form.channels):
         plane = Image.fromarray(np.ascontiguousarray(image_HWC[..., channel]).astype(np.float32))
-        out[..., channel] = np.asarray(plane.resize((side, side), Image.Resampling.BICUBIC, box=box))
+        out[..., channel] = center_plane(plane, side)
     if form.dtype == "float32":
         return out
     return np.rint(out).clip(0, np.iinfo(form.dtype).max).astype(form.dtype)

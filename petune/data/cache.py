@@ -21,6 +21,7 @@ from petune.base.config import expand_home
 from petune.base.errors import DataError
 from petune.data.dataset import Split
 from petune.data.on_request import OnRequest, ReadRow, scratch
+from petune.data.squares import PIXEL_FORMAT
 
 LOCK_FILE = ".lock"
 USE_ANOTHER_CACHE = "set PETUNE_CACHE to another directory"
@@ -78,6 +79,7 @@ def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallbac
     Raises:
         DataError: The cache directory is full or not writable; or the images do not fit, and there is no fallback.
     """
+    key = {**key, "pixels": PIXEL_FORMAT}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_dir() / "decoded" / digest
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +21,9 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.data.band_files import ARRAY_SUFFIXES, TIFF_SUFFIXES, preview, read_bands
 from petune.data.bands import RGB, ImageForm, as_image, bands_square
+from petune.data.squares import center_pixels, pixels_of
 from petune.data.video.decode import VIDEO_SUFFIXES
+from petune.data.workers import image_workers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,10 +113,10 @@ def decode_images(
                     ) from None
                 out[i], broken[i] = 0, str(error)
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads()) as pool:
+    with warnings.catch_warnings(), image_workers(num_threads()) as workers:
         warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata, not about pixels
         warnings.simplefilter("error", DecompressionBombWarning)
-        for _ in pool.map(decode, range(0, len(paths), CHUNK)):
+        for _ in workers.pool.map(decode, range(0, len(paths), CHUNK)):
             pass
     return dict(sorted(broken.items()))
 
@@ -170,20 +171,13 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def center_square(image: Image, side: int) -> NDArray[np.uint8]:
-    """Return the center square of an image at `side` pixels, uint8 (S, S, 3), bicubic with antialiasing.
+    """Return the center square of an image at `side` pixels, uint8 (S, S, 3); see `petune.data.squares`.
 
     Raises:
         ValueError: The image has a mode without a defined white.
         OSError: Pillow decodes lazily, and decoding fails.
     """
-    from PIL import Image
-
-    upright = _to_rgb(_upright(_to_8_bit(image)))
-    width, height = upright.size
-    edge = min(width, height)
-    left, top = (width - edge) / 2, (height - edge) / 2
-    box = (left, top, left + edge, top + edge)
-    return np.asarray(upright.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+    return center_pixels(pixels_of(_to_rgb(_upright(_to_8_bit(image)))), side)
 
 
 def upright_rgb(image: Image) -> Image:

@@ -11,6 +11,7 @@ from petune.base.plugins import plugin_errors
 from petune.data.manifest import Manifest, digest, digests
 from petune.data.reader import DatasetReader, ReadContext
 from petune.data.registry import DATASETS, build_reader, data_dir_or_default
+from petune.data.squares import PIXEL_FORMAT
 from petune.data.target import Target
 
 
@@ -76,6 +77,18 @@ def manifest_of(name: str, data_dir: Path | None = None) -> Manifest:
         DataError: The layout is wrong.
     """
     return _manifest(build_reader(name), data_dir)
+
+
+def pixel_format(name: str, data_dir: Path | None = None) -> int:
+    """Return the number of the way in which a dataset's images are resized; 0 if they are stored as they are.
+
+    Args:
+        name: As in a config.
+        data_dir: As for `load_dataset`.
+    """
+    reader = build_reader(name)
+    with plugin_errors(DATASETS, reader.name, type(reader), "was asked for its images"):
+        return PIXEL_FORMAT if reader.resizes(data_dir_or_default(data_dir)) else 0
 
 
 def is_training_dataset(name: str, trained_on: str, trained_digests: Mapping[str, Any]) -> bool:

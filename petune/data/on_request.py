@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from petune.data.dataset import Split
 from petune.data.images import num_threads
 from petune.data.video.clips import Clips
+from petune.data.workers import image_workers
 
 ReadRow = Callable[[int], NDArray[Any]]
 """Decodes the image of a row, (S, S, C), to the same pixels each time; called from several threads."""
@@ -49,8 +49,8 @@ class OnRequest:
         if len(chosen) == 1:  # a thread that prepares one image starts no others
             images[0] = self.read(int(chosen[0]))
             return images
-        with ThreadPoolExecutor(num_threads()) as pool:
-            for number, image in enumerate(pool.map(self.read, chosen.tolist())):
+        with image_workers(num_threads()) as workers:
+            for number, image in enumerate(workers.pool.map(self.read, chosen.tolist())):
                 images[number] = image
         return images
 

@@ -173,6 +173,10 @@ class DatasetReader(Generic[ConfigT]):
         """Return a digest of the files by split and class; empty, the default, if the images never change."""
         return {}
 
+    def resizes(self, data_dir: Path | None) -> bool:
+        """Return True if images are resized when they are decoded; by default, if there is a manifest."""
+        return bool(self.manifest(data_dir))
+
     @property
     def path(self) -> Path | None:
         """The file or folder that the argument names; None, the default, if it names none."""

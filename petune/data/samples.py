@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +20,8 @@ from petune.data.dataset import Split, TargetKind
 from petune.data.folder import CROP
 from petune.data.images import center_square, num_threads
 from petune.data.reader import ReadContext
+from petune.data.squares import center_mask
+from petune.data.workers import image_workers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,8 +106,8 @@ def _decode(samples: Samples, order: NDArray[np.int64], out: NDArray[np.uint8]) 
             out[row] = pixels
             digests[row] = hashlib.sha256(pixels.tobytes()).digest()
 
-    with ThreadPoolExecutor(num_threads()) as pool:
-        for _ in pool.map(decode, range(0, len(order), CHUNK)):
+    with image_workers(num_threads()) as workers:
+        for _ in workers.pool.map(decode, range(0, len(order), CHUNK)):
             pass
     return np.asarray(targets, DTYPES[samples.kind]), digests
 
@@ -130,16 +131,10 @@ def _sample(samples: Samples, index: int, side: int) -> tuple[NDArray[np.uint8],
 
 
 def _mask_square(mask: NDArray[np.uint8], size: tuple[int, int], side: int, where: str) -> NDArray[np.uint8]:
-    """Return the center square of a mask at `side` pixels, the nearest pixel of each."""
-    from PIL import Image
-
     height, width = mask.shape
     if (width, height) != size:
         raise DataError(f"{where}: the mask is {width}x{height}, but the image {size[0]}x{size[1]}")
-    edge = min(width, height)
-    left, top = (width - edge) / 2, (height - edge) / 2
-    box = (left, top, left + edge, top + edge)
-    return np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST, box=box))
+    return center_mask(mask, side)
 
 
 def _rows(digests: list[bytes]) -> NDArray[np.int64]:

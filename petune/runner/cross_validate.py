@@ -22,6 +22,7 @@ from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import NEW_OUTPUT, check_run_dir
+from petune.runner.run_inputs import check_pixels_of_runs
 from petune.runner.run_name import run_name
 from petune.runner.saved_table import read_saved
 
@@ -111,6 +112,7 @@ def cross_validate(
     runs = fold_runs(config, seeds)
     group = init_group()
     group.broadcast(lambda: check_fold_runs(runs))
+    group.broadcast(lambda: check_pixels_of_runs(runs))
     results = []
     for index, own in enumerate(runs):
         done = own.output is not None and RunResult.exists(own.output)

@@ -1,23 +1,25 @@
 """Record inputs that the configuration does not pin, and refuse to resume if they changed.
 
 These are the images of a folder or table (`dataset_manifest.json`), and the bytes of the weights file, the recipe's
-defaults and the method's options (`inputs.json`).
+defaults, the method's options and the way in which images are resized (`inputs.json`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from petune.backbones.weights import find_weights
 from petune.base.errors import CheckpointError, DataError, WeightsUnavailable
-from petune.data.lookup import manifest_of
+from petune.data.lookup import manifest_of, pixel_format
 from petune.data.manifest import changes
 from petune.injector.tuner import TunerConfig
 from petune.runner.file_names import INPUTS_FILE, MANIFEST_FILE
 from petune.runner.migrations import read_record
+from petune.runner.result import RunResult
+from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import NEW_OUTPUT, write_record
 
 Options = Mapping[str, TunerConfig]
@@ -47,18 +49,39 @@ def check_inputs(
 
     Raises:
         DataError: The images changed.
-        CheckpointError: The weights, the adapter to continue from, the recipe, the task or the options changed.
+        CheckpointError: The weights, the adapter to continue from, the recipe, the task, the options or the way in
+            which images are resized changed.
     """
     check_manifest(run_dir, dataset, data_dir)
     before = read_record(run_dir / INPUTS_FILE)
     now = {"weights": _digest(weights), "from_run": from_run, **(recipe or {})}
+    pixels = pixel_format(dataset, data_dir) if recipe else 0
+    if before:
+        _check_pixels(run_dir, before, pixels)
     _check_recipe(run_dir, weights, before, now)
     _check_task(run_dir, before.get("task"), task)
     options = _checked_options(run_dir, before.get("options", {}), methods or {})
-    merged = {**now, "task": task, **before, "options": options}
+    merged = {**now, "task": task, "pixels": pixels or None, **before, "options": options}
     record = {key: value for key, value in merged.items() if value not in ("", None, {})}
     if record != before:
         write_record(run_dir / INPUTS_FILE, record)
+
+
+def check_pixels_of_runs(runs: Sequence[RunConfig]) -> None:
+    """Check that the runs of one table all see the same pixels, if some are finished and others are not.
+
+    Args:
+        runs: On the same dataset.
+
+    Raises:
+        CheckpointError: The finished ones are of a version of petune that resized images in another way.
+    """
+    finished = [run.output for run in runs if run.output is not None and RunResult.exists(run.output)]
+    if len(finished) in (0, len(runs)):
+        return
+    pixels = pixel_format(runs[0].dataset, runs[0].data_dir)
+    for run_dir in finished:
+        _check_pixels(run_dir, read_record(run_dir / INPUTS_FILE), pixels)
 
 
 def check_manifest(run_dir: Path, dataset: str, data_dir: Path | None = None) -> None:
@@ -78,6 +101,15 @@ def check_manifest(run_dir: Path, dataset: str, data_dir: Path | None = None) ->
         raise DataError(
             f"the images of {dataset} have changed since {run_dir} started: {changed}. Its val and test splits are "
             "drawn from them. Put the images back, or start in a new output",
+            cli_hint=NEW_OUTPUT,
+        )
+
+
+def _check_pixels(run_dir: Path, before: Mapping[str, Any], pixels: int) -> None:
+    if pixels and before.get("pixels") != pixels:
+        raise CheckpointError(
+            f"{run_dir} was started by another version of petune, which resized images in another way, and so to other "
+            "pixels. Continue it with that version, or start again in another output",
             cli_hint=NEW_OUTPUT,
         )
 

@@ -22,6 +22,7 @@ from petune.base.errors import DataError
 from petune.data.band_files import ARRAY_SUFFIXES, read_bands
 from petune.data.bands import RGB, ImageForm, as_image, bands_square, channels_last
 from petune.data.images import read_image, upright_rgb
+from petune.data.squares import center_pixels
 from petune.serving.image_transform import ImageTransform
 
 if TYPE_CHECKING:
@@ -84,14 +85,9 @@ class WholeImage:
     def _resized(self, square: Square) -> NDArray[Any]:
         top, left, side = square
         part = self.pixels[top : top + side, left : left + side]
-        if self.transform.form != RGB:
-            return bands_square(part, self._seen, self.transform.form)
-        from PIL import Image
-
-        resized = Image.fromarray(np.ascontiguousarray(part)).resize(
-            (self._seen, self._seen), Image.Resampling.BICUBIC, reducing_gap=3.0
-        )
-        return np.asarray(resized)
+        if self.transform.form == RGB:
+            return center_pixels(part, self._seen)
+        return bands_square(part, self._seen, self.transform.form)
 
 
 def whole_outputs(image: WholeImage, outputs_of: Callable[[NDArray[Any]], Tensor], batch_size: int) -> Tensor:

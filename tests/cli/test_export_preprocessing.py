@@ -24,7 +24,7 @@ from tests.trained import CLASSES, changed, saved_run
 Run = Callable[..., Any]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = ((320, 214), (33, 32), (32, 32), (9, 200), (1, 1), (500, 501), (225, 193), (7, 260), (641, 480))
-"""Width and height: smaller and larger than the model's, odd, thin, and such as Pillow reduces first."""
+"""Width and height: smaller and larger than the model's, odd, and thin."""
 
 
 def _difference(transform: ImageTransform, images: list[NDArray[Any]]) -> float:
@@ -48,7 +48,7 @@ def _difference(transform: ImageTransform, images: list[NDArray[Any]]) -> float:
     return largest
 
 
-def test_pixels_of_photos_are_those_of_pillow() -> None:
+def test_pixels_of_photos() -> None:
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(image) for image in load_sample_images().images]

@@ -76,6 +76,10 @@ class TorchvisionReader(DatasetReader[TorchvisionConfig]):
         root = find_root(self.argument_value, entry, data_dir)
         return str(top_file(root, entry) or root) if root else None
 
+    def resizes(self, data_dir: Path | None) -> bool:
+        """Return True if the images are photos, and not stored as they are."""
+        return self._entry().side is None
+
     def _read(self, part: str, source: Any, root: Path, context: ReadContext) -> Split:
         entry, labels, has_test = self._entry(), self._labels(), self._splits().test is not None
         samples = Samples(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +19,9 @@ from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.band_files import form_of, form_of_all, is_array_file, may_have_bands, read_bands
 from petune.data.bands import RGB, ImageForm, bands_square, is_channels_first
-from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, supported_suffixes
+from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, num_threads, supported_suffixes
 from petune.data.tables.table import Content, Table, listed
+from petune.data.workers import image_workers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -207,14 +206,13 @@ def map_contents(
     """Call a function for each row and content, one thread per core; yield first row, contents and results of parts."""
     from PIL.Image import DecompressionBombWarning
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     start = 0
-    with ThreadPoolExecutor(min(cores, 16)) as pool:
+    with image_workers(num_threads()) as workers:
         for contents in column.contents():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata, not about pixels
                 warnings.simplefilter("error", DecompressionBombWarning)
-                results = list(pool.map(function, range(start, start + len(contents)), contents))
+                results = list(workers.pool.map(function, range(start, start + len(contents)), contents))
             yield start, contents, results
             start += len(contents)
 

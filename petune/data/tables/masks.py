@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
+from petune.data.squares import center_mask
 from petune.data.tables.contents import ImageColumn, image_size, map_contents
 from petune.data.tables.options import ColumnOptions
 from petune.data.tables.table import Content, listed
@@ -143,7 +144,7 @@ def decode_masks(
                     f"{name} is {classes.shape[1]}x{classes.shape[0]}, but its image is {size[0]}x{size[1]}. A mask "
                     "needs the size of its image"
                 )
-            out[start + i] = _center_square(classes, out.shape[1])
+            out[start + i] = center_mask(classes, out.shape[1])
     return ranges, broken
 
 
@@ -197,11 +198,3 @@ def _unknown_message(unknown: list[int], codes: MaskCodes) -> str:
     else:
         text += f": classes start at {codes.first_class}"
     return f"{text}. A value that does not count is ignore=VALUE"
-
-
-def _center_square(classes_HW: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return the center square at another size, (S, S): the pixel under each center, as `nearest-exact` in torch."""
-    edge = min(classes_HW.shape)
-    centers_S = (2 * np.arange(side) + 1) * edge
-    rows_S, columns_S = ((centers_S + (length - edge) * side) // (2 * side) for length in classes_HW.shape)
-    return np.asarray(classes_HW[rows_S[:, None], columns_S], np.uint8)

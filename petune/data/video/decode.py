@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError, MissingExtra
+from petune.data.squares import center_pixels, pixels_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -140,11 +141,5 @@ def _upright(frame: Any) -> Image:
 
 
 def _square(image: Image, side: int, share: float) -> NDArray[np.uint8]:
-    """Return a square as high (or wide) as the frame at `side` pixels, bicubic with antialiasing, as of an image."""
-    from PIL import Image
-
-    width, height = image.size
-    edge = min(width, height)
-    left, top = (width - edge) * share, (height - edge) * share
-    box = (left, top, left + edge, top + edge)
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+    """Return a square as high (or wide) as the frame at `side` pixels, as of an image."""
+    return center_pixels(pixels_of(image), side, share)

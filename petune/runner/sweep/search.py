@@ -19,7 +19,7 @@ from petune.runner.result import RunResult
 from petune.runner.run import run
 from petune.runner.run_config import RunConfig
 from petune.runner.run_dir import check_run_dir, open_run_dir
-from petune.runner.run_inputs import check_inputs
+from petune.runner.run_inputs import check_inputs, check_pixels_of_runs
 from petune.runner.run_name import run_name
 from petune.runner.stored_config import write_config
 from petune.runner.sweep.fit import FIT, Fit
@@ -65,6 +65,7 @@ def sweep(
         search = _Search(sweep_dir, config, chosen, watch)
         write_config(sweep_dir, asked, "sweep")
         check_inputs(sweep_dir, config.run.dataset, config.run.weights, data_dir=config.run.data_dir)
+        search.check_pixels()
         with chosen if isinstance(chosen, AbstractContextManager) else nullcontext():
             return search.run()
 
@@ -120,6 +121,18 @@ class _Search:
                     "was tried, or use another output",
                     cli_hint="Name a new directory with --output",
                 )
+
+    def check_pixels(self) -> None:
+        """Check that new trials see the pixels of the finished ones.
+
+        Raises:
+            CheckpointError: See `check_pixels_of_runs`.
+        """
+        rows, total = self.table.rows, num_trials(self.config.search, self.config.trials)
+        if self.table.finished and len(rows) >= total and not any(row.is_retryable for row in rows):
+            return
+        outputs = [self._trial_dir(number) for number in range(len(rows) + 1)]
+        check_pixels_of_runs([self.config.run.model_copy(update={"output": output}) for output in outputs])
 
     def run(self) -> Sweep:
         """Do what is left: interrupted trials, new trials, the test."""

@@ -15,7 +15,7 @@ from petune.serving.image_transform import ImageTransform
 from petune.sites.logits import logits_of
 
 MAX_PIXEL_DIFFERENCE = 1.01
-"""Of 255 levels: where Pillow rounds up, another order of additions may round down."""
+"""Of 255 levels: where one order of additions rounds up, another order of additions may round down."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The preprocessing of a trained model as an ONNX graph: from an image of any size to the model's input.
 
-It computes what Pillow computes, in its order and its integers: bicubic with antialiasing, after a reduction of large
-images by a whole factor, with rounding to 8 bits after each step. So the pixels are those that `petune.predict` sees.
+It computes what torch computes for 8 bits, and Pillow for other types: bicubic with antialiasing, in the same order and
+the same integers, with rounding to 8 bits after each axis. So the pixels are those that `petune.predict` sees.
 
-Legend: H height, W width, C channels, S side of a stored image, T side of the model's input, M side after reduction.
+Legend: H height, W width, C channels, S side of a stored image, T side of the model's input, M pixels of an axis that
+count, R resized pixels of an axis, K pixels that count for one of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from petune.data.bands import RGB
 from petune.data.preprocess import GRAY_WEIGHTS, WHITE_16_BIT, center_crop
+from petune.data.squares import MAX_ASPECT
 from petune.serving.export.onnx_graph import Graph, Value
 from petune.serving.image_transform import ImageTransform
 
@@ -25,32 +27,33 @@ if TYPE_CHECKING:
     import onnx
 
 IMAGE = "image"
-REDUCING_GAP = 3
-"""As in `center_square`: an image is first reduced by a whole factor, to at least three times the final side."""
 SUPPORT = 2.0
 """Of the bicubic filter, in pixels of the smaller image."""
-PRECISION = float(1 << 22)
-"""Pillow's weights for 8 bits are whole numbers of this fraction."""
-SHIFT = float(1 << 24)
-"""Pillow divides the sums of reduced pixels by a multiplication and a shift by 24 bits."""
+PARTS = 8
+"""Of the square's columns: each takes a part of the image's, or most weights of large images would be 0."""
+MAX_BITS = 22
+WEIGHT_LIMIT = float(1 << 15)
+"""torch's weights for 8 bits are whole numbers of 2⁻ᵇ: with as many bits b as the largest one has room for."""
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """The part of an axis of the image that the square is computed from.
+    """How the square's pixels are computed from an axis of the image.
 
     Attributes:
-        low, high: First pixel, and the one after the last.
-        factor: How many pixels are reduced to one.
-        size: M.
-        box: Begin and end of the square, in reduced pixels; Pillow keeps them as float32.
+        start, length: Pixels of the image that count.
+        scale: How many of them there are per resized pixel.
+        first: Where the first resized pixel begins.
+        resized: How many there are.
+        margin: Which of them is the square's first.
     """
 
-    low: Value
-    high: Value
-    factor: Value
-    size: Value
-    box: tuple[Value, Value]
+    start: Value
+    length: Value
+    scale: Value
+    first: Value | float
+    resized: Value
+    margin: Value
 
 
 def preprocessing_model(transform: ImageTransform, output: str, like: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,79 +81,94 @@ def preprocessing_model(transform: ImageTransform, output: str, like: onnx.Model
 
 
 def _stored(graph: Graph, image_HWC: Value, side: int, *, is_rgb: bool, dtype: str) -> Value:
-    """Return the center square of an image at S pixels, (C, S, S): see `center_square` and `bands_square`."""
+    """Return the center square of an image at S pixels, (C, S, S): see `center_pixels` and `center_plane`."""
     shape = graph.node("Shape", image_HWC)
     height, width = (graph.node("Gather", shape, axis) for axis in (0, 1))
-    edge = height.minimum(width)
-    factor = (edge / (REDUCING_GAP * side)).maximum(1) if is_rgb else graph.constant(np.array(1))
-    rows, columns = (_axis(length, edge, factor, side) for length in (height, width))
-    x_HWC = _crop(graph, image_HWC, rows, columns)
-    x_CMM = (_reduce(graph, x_HWC, rows, columns) if is_rgb else x_HWC.to(np.float64)).transpose(2, 0, 1)
-    rows_SM, columns_SM = (_weights(graph, axis, side) for axis in (rows, columns))
-    if is_rgb:
-        x_CMS = _to_8_bit(x_CMM @ _whole(graph, columns_SM).transpose(1, 0))
-        return _to_8_bit(_whole(graph, rows_SM) @ x_CMS).to(np.float32)
-    x_CMS = (x_CMM @ columns_SM.transpose(1, 0)).to(np.float32).to(np.float64)
-    x_CSS = (rows_SM @ x_CMS).to(np.float32)
+    shorter = height.minimum(width)
+    axes = [(_rgb_axis if is_rgb else _plane_axis)(graph, length, shorter, side) for length in (height, width)]
+    rows_SM, row_bounds = _weights(graph, axes[0], np.arange(side))
+    row_unit, column_unit = (_unit(graph, axis) if is_rgb else None for axis in axes)
+    parts = []
+    for numbers_N in np.array_split(np.arange(side), min(PARTS, side)):
+        columns_NM, column_bounds = _weights(graph, axes[1], numbers_N)
+        x_CMM = _crop(graph, image_HWC, row_bounds, column_bounds).to(np.float64).transpose(2, 0, 1)
+        weights_NM = columns_NM if column_unit is None else _whole(graph, columns_NM, column_unit)
+        parts.append(x_CMM @ weights_NM.transpose(1, 0))
+    x_CMS = graph.node("Concat", *parts, axis=2)
+    if row_unit is not None and column_unit is not None:
+        x_CMS = _to_8_bit(x_CMS, column_unit)
+        return _to_8_bit(_whole(graph, rows_SM, row_unit) @ x_CMS, row_unit).to(np.float32)
+    x_CSS = (rows_SM @ x_CMS.to(np.float32).to(np.float64)).to(np.float32)
     return x_CSS if dtype == "float32" else graph.node("Round", x_CSS).clip(*_levels(np.iinfo(dtype).max))
 
 
-def _axis(length: Value, edge: Value, factor: Value, side: int) -> _Axis:
-    """Find the pixels that the square depends on, as Pillow does before it reduces an image."""
-    exact = edge.to(np.float64)
-    begin = (length.to(np.float64) - exact) / 2.0
-    end = begin + exact
-    support = _support(exact / float(side), factor)
-    low = (begin - support).to(np.int64).maximum(0)
-    high = length.graph.node("Ceil", end + support).to(np.int64).minimum(length)
-    by = factor.to(np.float64)
-    first, last = (((bound - low.to(np.float64)) / by).to(np.float32) for bound in (begin, end))
-    return _Axis(low, high, factor, (high - low + factor - 1) / factor, (first, last))
+def _rgb_axis(graph: Graph, length: Value, shorter: Value, side: int) -> _Axis:
+    """Return an axis as torch resizes it; see `petune.data.squares.Span`."""
+    kept = length.minimum(shorter * MAX_ASPECT)
+    resized = kept * side / shorter
+    margin = graph.node("Round", (resized - side).to(np.float64) / 2.0).to(np.int64)
+    scale = kept.to(np.float64) / resized.to(np.float64)
+    return _Axis((length - kept) / 2, kept, scale, 0.0, resized, margin)
 
 
-def _support(scale: Value, factor: Value) -> Value:
-    """Return how many pixels around the square count; before a reduction, Pillow takes half a reduced pixel less."""
-    return scale.graph.where(factor < 2, scale.maximum(1.0) * SUPPORT, scale * (SUPPORT - 0.5))
+def _plane_axis(graph: Graph, length: Value, shorter: Value, side: int) -> _Axis:
+    """Return an axis as Pillow resizes the square, whose bounds it keeps as float32."""
+    axis = _rgb_axis(graph, length, shorter, side)
+    first, last = (((axis.margin + more).to(np.float64) * axis.scale).to(np.float32) for more in (0, side))
+    scale = (last - first).to(np.float64) / float(side)
+    return replace(axis, scale=scale, first=first.to(np.float64), margin=graph.constant(np.array(0)))
 
 
-def _crop(graph: Graph, image_HWC: Value, rows: _Axis, columns: _Axis) -> Value:
+def _crop(graph: Graph, image_HWC: Value, rows: tuple[Value, Value], columns: tuple[Value, Value]) -> Value:
     one = np.array([1], np.int64)
     starts, ends = (
-        graph.node("Concat", *(graph.node("Reshape", value, one) for value in values), axis=0)
-        for values in ((rows.low, columns.low), (rows.high, columns.high))
+        graph.node("Concat", *(graph.node("Reshape", bounds[i], one) for bounds in (rows, columns)), axis=0)
+        for i in (0, 1)
     )
     return graph.node("Slice", image_HWC, starts, ends, np.array([0, 1], np.int64))
 
 
-def _reduce(graph: Graph, x_HWC: Value, rows: _Axis, columns: _Axis) -> Value:
-    """Return the mean of each block of pixels, float64 (M, M, C); blocks at the end may have fewer."""
-    factor, channels = rows.factor, RGB.channels
-    missing = [axis.size * axis.factor - (axis.high - axis.low) for axis in (rows, columns)]
-    one = np.array([1], np.int64)
-    ends = (graph.node("Reshape", value, one) for value in missing)
-    padding = graph.node("Concat", np.zeros(3, np.int64), *ends, np.zeros(1, np.int64), axis=0)
-    padded = graph.node("Pad", x_HWC.to(np.float32), padding)
-    sums_MMC = padded.reshape(rows.size, factor, columns.size, factor, channels).sum(1, 3).to(np.float64)
-    counts = [(axis.high - axis.low - graph.arange(axis.size) * factor).minimum(factor) for axis in (rows, columns)]
-    count_MM1 = (counts[0].reshape(-1, 1, 1) * counts[1].reshape(1, -1, 1)).to(np.float64)
-    multiplier_MM1 = graph.node("Div", SHIFT, count_MM1).to(np.float32).to(np.float64).floor()
-    return ((sums_MMC + (count_MM1 / 2.0).floor()) * multiplier_MM1 / SHIFT).floor()
+def _weights(graph: Graph, axis: _Axis, numbers_N: NDArray[Any]) -> tuple[Value, tuple[Value, Value]]:
+    """Return the share of pixels of the image in N of the square's, float64 (N, M), and the bounds of these pixels."""
+    numbers_N1 = axis.margin + numbers_N[:, None]
+    begin_N1, end_N1 = _reach(axis, numbers_N1)
+    low, high = graph.node("ReduceMin", begin_N1, keepdims=0), graph.node("ReduceMax", end_N1, keepdims=0)
+    weights_NM = _shares(graph, axis, numbers_N1, graph.arange(high - low) + low)
+    return weights_NM, (axis.start + low, axis.start + high)
 
 
-def _weights(graph: Graph, axis: _Axis, side: int) -> Value:
-    """Return the share of each pixel of an axis in each pixel of the square, float64 (S, M)."""
-    first = axis.box[0].to(np.float64)
-    scale = (axis.box[1] - axis.box[0]).to(np.float64) / float(side)
-    stretch = scale.maximum(1.0)
-    support = stretch * SUPPORT
-    center_S1 = scale * (np.arange(side)[:, None] + 0.5) + first
-    begin_S1 = (center_S1 - support + 0.5).to(np.int64).maximum(0)
-    end_S1 = (center_S1 + support + 0.5).to(np.int64).minimum(axis.size)
-    position_M = graph.arange(axis.size)
-    is_inside = (position_M < end_S1) & graph.node("GreaterOrEqual", position_M, begin_S1)
-    distance_SM = graph.node("Abs", (position_M.to(np.float64) - center_S1 + 0.5) * _inverse(graph, stretch))
-    weights_SM = graph.where(is_inside, _bicubic(graph, distance_SM), 0.0)
-    return weights_SM / weights_SM.sum(1, keepdims=True)
+def _unit(graph: Graph, axis: _Axis) -> Value:
+    """Return 2ᵇ; the weights of all resized pixels count, also of those that are cropped."""
+    numbers_R1 = graph.arange(axis.resized).reshape(-1, 1)
+    begin_R1, _ = _reach(axis, numbers_R1)
+    taps = (axis.scale.maximum(1.0) * (2 * SUPPORT)).to(np.int64) + 2
+    weights_RK = _shares(graph, axis, numbers_R1, begin_R1 + graph.arange(taps))
+    largest = graph.node("ReduceMax", weights_RK, keepdims=0)
+    units = 2.0 ** np.arange(1, MAX_BITS + 1)
+    bits = ((largest * units + 0.5).floor() < WEIGHT_LIMIT).to(np.int64).sum(0)
+    return graph.node("Gather", 2.0 ** np.arange(MAX_BITS + 1), bits)
+
+
+def _centers(axis: _Axis, numbers: Value) -> Value:
+    """Return the centers of resized pixels, in pixels of the image."""
+    return axis.scale * (numbers.to(np.float64) + 0.5) + axis.first
+
+
+def _reach(axis: _Axis, numbers: Value) -> tuple[Value, Value]:
+    """Return the first pixel of the image that counts for a resized one, and the one after the last."""
+    center, support = _centers(axis, numbers), axis.scale.maximum(1.0) * SUPPORT
+    begin = (center - support + 0.5).to(np.int64).maximum(0)
+    return begin, (center + support + 0.5).to(np.int64).minimum(axis.length)
+
+
+def _shares(graph: Graph, axis: _Axis, numbers: Value, positions: Value) -> Value:
+    """Return the share of the pixels at `positions` in the resized pixels of these numbers, float64."""
+    begin, end = _reach(axis, numbers)
+    is_inside = (positions < end) & graph.node("GreaterOrEqual", positions, begin)
+    inverse = _inverse(graph, axis.scale.maximum(1.0))
+    distance = graph.node("Abs", (positions.to(np.float64) - _centers(axis, numbers) + 0.5) * inverse)
+    weights = graph.where(is_inside, _bicubic(graph, distance), 0.0)
+    return weights / weights.sum(1, keepdims=True)
 
 
 def _inverse(graph: Graph, value: Value) -> Value:
@@ -164,13 +182,13 @@ def _bicubic(graph: Graph, x: Value) -> Value:
     return graph.where(x < 1.0, near, graph.where(x < 2.0, far, 0.0))
 
 
-def _whole(graph: Graph, weights: Value) -> Value:
-    """Return weights as whole numbers of 1 / PRECISION, rounded away from zero."""
-    return (graph.node("Abs", weights) * PRECISION + 0.5).floor() * graph.node("Sign", weights)
+def _whole(graph: Graph, weights: Value, unit: Value) -> Value:
+    """Return weights as whole numbers of 1 / unit, rounded away from zero."""
+    return (graph.node("Abs", weights) * unit + 0.5).floor() * graph.node("Sign", weights)
 
 
-def _to_8_bit(x: Value) -> Value:
-    return ((x + PRECISION / 2) / PRECISION).floor().clip(0.0, 255.0)
+def _to_8_bit(x: Value, unit: Value) -> Value:
+    return ((x + unit / 2.0) / unit).floor().clip(0.0, 255.0)
 
 
 def _input(graph: Graph, stored_CSS: Value, transform: ImageTransform) -> Value:
