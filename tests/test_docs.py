@@ -57,7 +57,7 @@ def _images(folder: Path) -> None:
             Image.new("RGB", (40, 32), (60 * number, 80, 90)).save(folder / split / f"{number}.png")
 
 
-DATA_OF_THE_READER = (".csv", "hf:", "wds:", "torchvision:", "./fields")
+DATA_OF_THE_READER = (".csv", "hf:", "wds:", "torchvision:", "video:", "./fields")
 """Datasets in examples that no test has."""
 
 
