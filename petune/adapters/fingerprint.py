@@ -1,4 +1,9 @@
-"""The fingerprint of a backbone: a SHA-256 over its frozen tensors, computed once as long as none of them changes."""
+"""The fingerprint of a backbone: a SHA-256 over its frozen tensors, computed once as long as none of them changes.
+
+It does not depend on names, nor on the order in which a library registers or calls its layers: both change between
+versions of transformers, and the model computes the same. The contents are sorted within each block, and the blocks are
+in the order of the forward.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +30,13 @@ class _Cached:
     """A digest, and how to tell that it still holds.
 
     Attributes:
+        groups: See `digest`.
         tensors: By key. Weak references, so that a new tensor at an old address is not taken for the old one.
         states: For each tensor: dtype, shape, address, version and sampled values.
         digest: The SHA-256.
     """
 
+    groups: dict[str, int]
     tensors: dict[str, weakref.ref[Tensor]]
     states: list[Any]
     digest: str
@@ -38,8 +45,8 @@ class _Cached:
 _CACHE: weakref.WeakKeyDictionary[nn.Module, list[_Cached]] = weakref.WeakKeyDictionary()
 
 
-def fingerprint(model: nn.Module, frozen: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over frozen tensors, by key: name, dtype, shape and bytes.
+def fingerprint(model: nn.Module, frozen: Mapping[str, Tensor], groups: Mapping[str, int]) -> str:
+    """Return the SHA-256 over the contents of frozen tensors; see `digest`.
 
     Hashing a whole backbone is slow when many adapters are loaded on it, so the digest is cached until a tensor is
     replaced, moved or written to. PyTorch counts writes to a tensor, but not those through its `.data`; a few sampled
@@ -48,33 +55,82 @@ def fingerprint(model: nn.Module, frozen: Mapping[str, Tensor]) -> str:
     Args:
         model: The model that the digest is cached for.
         frozen: The tensors, by key in a fixed order.
+        groups: See `digest`.
     """
     states = [_state(tensor) for tensor in frozen.values()]
+    own_groups = {key: groups[key] for key in frozen if key in groups}
     cached = _CACHE.setdefault(model, [])
     for known in cached:
-        if known.states == states and _are_the_same(known.tensors, frozen):
+        if known.states == states and known.groups == own_groups and _are_the_same(known.tensors, frozen):
             return known.digest
-    computed = digest(frozen)
+    computed = digest(frozen, own_groups)
     if None not in states:
-        cached.append(_Cached({key: weakref.ref(tensor) for key, tensor in frozen.items()}, states, computed))
+        references = {key: weakref.ref(tensor) for key, tensor in frozen.items()}
+        cached.append(_Cached(own_groups, references, states, computed))
         del cached[:-MAX_CACHED]
     return computed
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over tensors, by key: name, dtype, shape and bytes.
+def digest(tensors: Mapping[str, Tensor], groups: Mapping[str, int] | None = None) -> str:
+    """Return the SHA-256 over the contents of tensors: dtype, shape and bytes, sorted within each group.
 
     A tensor subclass, such as a quantized weight, counts as the plain tensors that it is made of.
+
+    Args:
+        tensors: By key; keys are for error messages only.
+        groups: By key, the index of the block that a tensor belongs to. Those of no block may be left out.
 
     Raises:
         AttachError: See `plain_parts`.
     """
+    contents = sorted(((groups or {}).get(key, -1), _content(key, tensor)) for key, tensor in tensors.items())
+    return hashlib.sha256("".join(f"{group} {content}\n" for group, content in contents).encode()).hexdigest()
+
+
+def _content(key: str, tensor: Tensor) -> str:
+    sha256 = hashlib.sha256()
+    for _, part in plain_parts(key, tensor):
+        sha256.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+        sha256.update(_bytes(part))
+    return sha256.hexdigest()
+
+
+def named_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over tensors with their names, in the given order, as adapters up to format 3 have it."""
     sha256 = hashlib.sha256()
     for key, tensor in tensors.items():
         for name, part in plain_parts(key, tensor):
             sha256.update(f"{name} {part.dtype} {tuple(part.shape)}\n".encode())
-            sha256.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            sha256.update(_bytes(part))
     return sha256.hexdigest()
+
+
+def sampled_digest(tensor: Tensor) -> str:
+    """Return a short digest of the shape and a few values of a tensor, to tell it from the others of a model.
+
+    Returns:
+        Twelve hexadecimal digits; for a tensor whose values cannot be read, its shape decides alone.
+    """
+    sha256 = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    try:
+        parts = [] if tensor.is_meta else [part.detach() for _, part in plain_parts("", tensor)]
+    except AttachError:  # sharded, for example
+        parts = []
+    for part in parts:
+        sha256.update(_sampled_bytes(part))
+    return sha256.hexdigest()[:12]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def _sampled_bytes(values: Tensor) -> bytes:
+    stride = max(1, values.numel() // NUM_SAMPLES)
+    flat = values.view(-1) if values.is_contiguous() else values.reshape(-1)
+    sampled: bytes = flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return sampled
 
 
 def plain_parts(key: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -126,10 +182,7 @@ def _state(tensor: Tensor) -> Any:
 def _plain_state(tensor: Tensor) -> Any:
     if tensor.is_inference() or tensor.is_quantized or type(tensor) not in PLAIN:
         return None
-    values = tensor.detach()
-    stride = max(1, values.numel() // NUM_SAMPLES)
-    flat = values.view(-1) if values.is_contiguous() else values.reshape(-1)
-    sampled = flat[::stride].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    sampled = _sampled_bytes(tensor.detach())
     return tensor.dtype, tuple(tensor.shape), tensor.data_ptr(), tensor._version, sampled
 
 

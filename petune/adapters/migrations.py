@@ -3,6 +3,8 @@
 Format 1: `behaviour: {scores, tolerance}`, `pictures`, `num_pictures`; `seed` stands for the Paddle study's settings.
 Format 2: `reference_logits: {logits, tolerance}`, `images`, `num_images`; `paddle_study`.
 Format 3: in the metadata of a run, metrics by name and `metric_info` instead of `top1`, `top5` and `val_top1`.
+Format 4: fingerprints without names, which are `named_fingerprint` and `named_head_fingerprint` in older files;
+`addresses` of the tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from petune.base.errors import CheckpointError
 from petune.base.text import has_top5
 
-FORMAT = 3
+FORMAT = 4
 """The format that petune writes."""
 
 Config = dict[str, Any]
@@ -89,6 +91,12 @@ def _from_2_to_3(config: Config) -> Config:
     return {**config, "metadata": {**metadata, **changes}}
 
 
+def _from_3_to_4(config: Config) -> Config:
+    """Set the fingerprints apart, which were computed with the names of the tensors."""
+    names: dict[str, str] = {key: f"named_{key}" for key in config if key in {"fingerprint", "head_fingerprint"}}
+    return {**_renamed(config, names), **dict.fromkeys(names)}
+
+
 def classification_metrics(num_classes: int | None) -> list[Config]:
     """Return the metrics that older versions recorded, in the form of `petune.Metric`.
 
@@ -103,5 +111,5 @@ def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> Config:
     return {names.get(key, key): value for key, value in values.items()}
 
 
-STEPS: list[Callable[[Config], Config]] = [_from_1_to_2, _from_2_to_3]
+STEPS: list[Callable[[Config], Config]] = [_from_1_to_2, _from_2_to_3, _from_3_to_4]
 """The step at index i brings format i + 1 to format i + 2."""

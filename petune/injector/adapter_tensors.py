@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.fingerprint import digest, fingerprint
+from petune.adapters.fingerprint import digest, fingerprint, named_digest
 from petune.adapters.unwrapped import wrapped_key
 from petune.base.errors import AttachError
 from petune.base.text import plural
+from petune.injector.addresses import addresses_of
 from petune.injector.edit_log import EditLog
-from petune.injector.frozen import frozen_backbone, frozen_head
+from petune.injector.frozen import block_indices, content_only, frozen_backbone, frozen_head
 from petune.injector.keys import buffer_owners, named_parameters, persistent_buffers
 from petune.injector.trainable import TrainedParts, trainable_state_of
 from petune.sites.site import Sites
@@ -26,6 +27,7 @@ class AdapterTensors:
         fixed: Parameters that the tuner added with requires_grad=False: saved as buffers are, and not trained.
         head: The classifier's trainable parameters, by state_dict key; empty if it does not train.
         head_modules: The modules of the classifier, whether it trains or not.
+        addresses: By state_dict key of what is saved, where it belongs in any version of the model's library.
         is_sharded: The frozen backbone is spread over processes; see `keep_fingerprint`.
     """
 
@@ -49,6 +51,7 @@ class AdapterTensors:
         self._buffers = buffer_owners(model, self._modules, [*log.added_buffers, *adapters])
         self._adapter_buffers = {*adapters}
         self._fingerprint: str | None = None
+        self.addresses = addresses_of(model, sites, log, self.live(), self._buffers)
 
     def parts(self) -> TrainedParts:
         """Return what the model's trainable state needs to know."""
@@ -120,13 +123,10 @@ class AdapterTensors:
             return False
         return not any(parts.enabled for name, parts in state.attachments.items() if name != self._log.label)
 
-    def fingerprint(
-        self, wrapper: str | None = None, also_frozen: Collection[str] = (), left_out: Collection[str] = ()
-    ) -> str:
-        """Return the SHA-256 of the frozen backbone.
+    def fingerprint(self, also_frozen: Collection[str] = (), left_out: Collection[str] = ()) -> str:
+        """Return the SHA-256 of the contents of the frozen backbone; see `petune.adapters.fingerprint`.
 
         Args:
-            wrapper: Compute that of an adapter which was trained in this wrapper; see `petune.adapters.unwrapped`.
             also_frozen: Keys that train now, and were frozen when the adapter was saved.
             left_out: Keys that are frozen now, and trained when the adapter was saved.
 
@@ -135,28 +135,44 @@ class AdapterTensors:
         """
         if self._fingerprint is not None:
             return self._fingerprint
-        is_trained = bool(self.head)
+        frozen = content_only(self._model, self._frozen(also_frozen, left_out))
+        return fingerprint(self._model, frozen, block_indices(self._model, self._sites))
+
+    def named_fingerprint(
+        self, wrapper: str | None, also_frozen: Collection[str] = (), left_out: Collection[str] = ()
+    ) -> str:
+        """Return the SHA-256 of the frozen backbone with the names of its tensors, as in adapters up to format 3.
+
+        Args:
+            wrapper: Compute that of an adapter which was trained in this wrapper; see `petune.adapters.unwrapped`.
+            also_frozen, left_out: See `fingerprint`.
+        """
+        frozen = self._frozen(also_frozen, left_out)
+        return named_digest({wrapped_key(key, wrapper): t for key, t in frozen.items()})
+
+    def _frozen(self, also_frozen: Collection[str], left_out: Collection[str]) -> dict[str, Tensor]:
         own = {key: t for key, t in self.live().items() if key not in also_frozen}
+        is_trained = bool(self.head)
         frozen = frozen_backbone(self._model, self._sites, self._log.label, own, train_head=is_trained)
-        return fingerprint(
-            self._model, {wrapped_key(key, wrapper): t for key, t in frozen.items() if key not in left_out}
-        )
+        return {key: t for key, t in frozen.items() if key not in left_out}
 
     def keep_fingerprint(self) -> None:
         """Compute the fingerprint now, before the frozen tensors are sharded and cannot be read by one process."""
         self._fingerprint = self.fingerprint()
         self.is_sharded = True
 
-    def head_fingerprint(self, wrapper: str | None = None) -> str | None:
-        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none.
+    def head_fingerprint(self) -> str | None:
+        """Return the SHA-256 of a classifier that does not train; None if it trains, or there is none."""
+        tensors = self._frozen_head()
+        return None if tensors is None else digest(content_only(self._model, tensors))
 
-        Args:
-            wrapper: See `fingerprint`.
-        """
-        if self.head:
-            return None
-        tensors = frozen_head(self._model, self._sites, self._log.label, self.live())
-        return None if tensors is None else digest({wrapped_key(key, wrapper): t for key, t in tensors.items()})
+    def named_head_fingerprint(self, wrapper: str | None) -> str | None:
+        """Return what `head_fingerprint` was up to format 3; see `named_fingerprint`."""
+        tensors = self._frozen_head()
+        return None if tensors is None else named_digest({wrapped_key(key, wrapper): t for key, t in tensors.items()})
+
+    def _frozen_head(self) -> dict[str, Tensor] | None:
+        return None if self.head else frozen_head(self._model, self._sites, self._log.label, self.live())
 
     def check_in_model(self, name: str, *, active: bool, only: Mapping[str, Tensor] | None = None) -> None:
         """Check that the tensors that train, or `only` some of them, are still the model's.

@@ -19,6 +19,7 @@ from petune.base.config import expand_home
 from petune.base.errors import AttachError
 from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
+from petune.injector.addresses import file_addresses
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
@@ -188,9 +189,7 @@ class Attachment:
         """Return the tensors of `state` by an adapter file's keys, which do not depend on the attachment's name."""
         state = self.state()
         external = self.tuner.to_external(state)
-        if external is not None:
-            return external[1]
-        return {self._file_key(key): t for key, t in state.items()}
+        return external[1] if external is not None else {self._file_key(key): t for key, t in state.items()}
 
     def shape_buffers(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """Let the adapters' buffers have the shapes of a file, where a forward made or resized them.
@@ -219,6 +218,7 @@ class Attachment:
             "chosen_sites": chosen_sites(self.sites),
             "fingerprint": self.fingerprint(),
             "head_fingerprint": self.tensors.head_fingerprint(),
+            "addresses": file_addresses(self.tensors.addresses, self.state(), self.file_state()),
         }
 
     def fingerprint(self) -> str:

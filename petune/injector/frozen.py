@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from petune.injector.hooks.position_bias import REPLACED
 from petune.injector.keys import named_parameters
 from petune.injector.trainable import added_to, trainable_state_of
-from petune.sites.site import Site, Sites
+from petune.sites.site import Site, Sites, modules_of
+
+TABLE_DTYPES = {torch.int64, torch.bool}
+"""Buffers of these are indices and counters, which a library computes itself."""
 
 
 def frozen_backbone(
@@ -52,6 +56,49 @@ def frozen_head(model: nn.Module, sites: Sites, name: str, own: Mapping[str, Ten
             named[f"{path}.{key}"] = tensor
     saved = {id(t) for t in own.values()}
     return _before_later(model, name, {key: named[key] for key in sorted(named) if id(named[key]) not in saved})
+
+
+def content_only(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those tensors that say which backbone it is: without tables that a library makes itself.
+
+    Those are buffers that are not saved with the model, and indices and counters (64-bit integers, booleans). From one
+    version to the next, libraries add them, reshape them, or stop saving them. What they change in the output is seen
+    in the reference logits.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    saved = {f"{path}.{name}".lstrip(".") for path, name in _saved_buffers(model)}
+
+    def is_content(key: str, tensor: Tensor) -> bool:
+        is_table = tensor.dtype in TABLE_DTYPES or key not in saved
+        return key not in buffers or not is_table
+
+    return {key: tensor for key, tensor in tensors.items() if is_content(key, tensor)}
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in module._buffers:
+            if name not in module._non_persistent_buffers_set:
+                yield path, name
+
+
+def block_owners(sites: Sites) -> dict[nn.Module, int]:
+    """Return the index of the block that each module of a block belongs to; the first one for a shared module."""
+    owners: dict[nn.Module, int] = {}
+    for block in sites.all_blocks:
+        for module in modules_of([block]):
+            owners.setdefault(module, block.index)
+    return owners
+
+
+def block_indices(model: nn.Module, sites: Sites) -> dict[str, int]:
+    """Return, by key, the index of the block that a tensor belongs to; those of no block are left out."""
+    indices: dict[int, int] = {}
+    for module, index in block_owners(sites).items():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            indices[id(tensor)] = min(index, indices.get(id(tensor), index))
+    named: dict[str, Tensor] = {**named_parameters(model), **dict(model.named_buffers())}
+    return {key: indices[id(tensor)] for key, tensor in named.items() if id(tensor) in indices}
 
 
 def _head_keys(head: Site | None, *, with_buffers: bool) -> set[str]:

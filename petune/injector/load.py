@@ -22,6 +22,7 @@ from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, list_tuners
+from petune.injector.renamed import unfound_layers, with_current_keys
 from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
 from petune.sites.find import sites_for
@@ -80,6 +81,7 @@ def attach_saved(
         sites=_sites_for(model, saved, sites),
     )
     try:
+        saved = with_current_keys(attachment, saved)
         check_fits(attachment, saved)
         fill(attachment, saved)
     except BaseException:
@@ -100,6 +102,7 @@ def start_from(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) 
     Raises:
         BackboneMismatch: See `load`.
     """
+    saved = with_current_keys(attachment, saved)
     if with_head:
         check_fits(attachment, saved)
         fill(attachment, saved)
@@ -112,7 +115,7 @@ def start_from(attachment: Attachment, saved: SavedAdapter, *, with_head: bool) 
 
 def has_other_head(attachment: Attachment, saved: SavedAdapter) -> bool:
     """Return whether the head of a saved adapter has tensors of other shapes than that of the attachment."""
-    own = attachment.file_state()
+    own, saved = attachment.file_state(), with_current_keys(attachment, saved)
     return any(key in saved.tensors and saved.tensors[key].shape != own[key].shape for key in _head_keys(attachment))
 
 
@@ -155,20 +158,37 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
     not_in_file = was_frozen if with_head else was_frozen | _head_keys(attachment)
     needed = {key: t for key, t in saved.tensors.items() if key not in unused}
     _check_tensors(attachment, replace(saved, tensors=needed), not_in_file)
-    fingerprint, head_fingerprint = saved.config["fingerprint"], saved.config.get("head_fingerprint")
-    wrapper = saved.config.get("wrapper")
-    if fingerprint is not None and attachment.tensors.fingerprint(wrapper, was_frozen, unused) != fingerprint:
+    if not _has_same_backbone(attachment, saved, was_frozen, unused):
         state = trainable_state_of(attachment.model)
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""
         raise BackboneMismatch(
             f"{saved.path} belongs to a backbone of the same shape with other weights: {describe_weights(saved)}{hint}"
         )
-    if head_fingerprint not in {None, attachment.tensors.head_fingerprint(wrapper)}:
+    if not _has_same_head(attachment, saved):
         raise BackboneMismatch(
             f"{saved.path} was trained with another classifier that did not train (train_head=False), of other "
             f"weights: {describe_weights(saved)}"
         )
+
+
+def _has_same_backbone(
+    attachment: Attachment, saved: SavedAdapter, was_frozen: Collection[str], unused: Collection[str]
+) -> bool:
+    """Return False if the frozen backbone is another one than in the file; see `AdapterTensors.fingerprint`."""
+    in_file, named = saved.config["fingerprint"], saved.config.get("named_fingerprint")
+    if in_file is not None and attachment.tensors.fingerprint(was_frozen, unused) != in_file:
+        return False
+    wrapper = saved.config.get("wrapper")
+    return named is None or attachment.tensors.named_fingerprint(wrapper, was_frozen, unused) == named
+
+
+def _has_same_head(attachment: Attachment, saved: SavedAdapter) -> bool:
+    """Return False if a classifier that does not train is another one than in the file."""
+    in_file, named = saved.config.get("head_fingerprint"), saved.config.get("named_head_fingerprint")
+    if in_file is not None and attachment.tensors.head_fingerprint() != in_file:
+        return False
+    return named is None or attachment.tensors.named_head_fingerprint(saved.config.get("wrapper")) == named
 
 
 def fill(attachment: Attachment, saved: SavedAdapter) -> None:
@@ -308,7 +328,7 @@ def _check_tensors(attachment: Attachment, saved: SavedAdapter, not_in_file: Col
     if state.keys() - not_saved != saved.tensors.keys():
         key = min((state.keys() - not_saved) ^ saved.tensors.keys())
         where = "is missing in the file" if key in state else "is in the file, but not in this model"
-        advice = _missing_module(attachment, key)
+        advice = _missing_module(attachment, key) or unfound_layers(attachment, saved)
         raise BackboneMismatch(f"{saved.path} does not hold the tensors of {attachment.name}: {key} {where}{advice}")
     if not_saved:
         warnings.warn(
@@ -324,7 +344,7 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
     The fingerprint proves it: it covers tensors that were frozen, so a file that lost some is refused.
     """
     norm = attachment.sites.parts.get("norm")
-    if norm is None or saved.config["fingerprint"] is None:
+    if norm is None or saved.config.get("named_fingerprint") is None:
         return set()
     in_norm = {id(p) for module in norm.modules for p in module.parameters()}
     in_place = attachment.tensors.in_place()

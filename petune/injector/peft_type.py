@@ -26,6 +26,7 @@ from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import check_fits, fill, sites_as_saved
 from petune.injector.registry import build_tuner, load_tuner
+from petune.injector.renamed import with_current_keys
 
 PREFIX = "base_model.model."
 NEEDED = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key")
@@ -66,8 +67,9 @@ class PetuneConfig(PeftConfig):
         train_head: Train and save the classifier too.
         format: See `petune.adapters.migrations`; an older one is brought to the current one.
         distribution, version: The package of the method.
-        geometry, fingerprint, head_fingerprint, reference_logits: The backbone, see `Attachment.describe`.
+        geometry, fingerprint, head_fingerprint, addresses, reference_logits: The backbone, see `Attachment.describe`.
         chosen_sites: Blocks and heads that the user has chosen; None for all.
+        named_fingerprint, named_head_fingerprint: Those of a file up to format 3.
         metadata: Further plain data.
     """
 
@@ -81,6 +83,9 @@ class PetuneConfig(PeftConfig):
     chosen_sites: dict[str, Any] | None = None
     fingerprint: str | None = None
     head_fingerprint: str | None = None
+    named_fingerprint: str | None = None
+    named_head_fingerprint: str | None = None
+    addresses: dict[str, str] | None = None
     reference_logits: dict[str, Any] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     behaviour: InitVar[dict[str, Any] | None] = None  # a key of format 1
@@ -298,6 +303,7 @@ class PetuneModel(BaseTuner):
         shell: PetuneModel = model.base_model
         attachment: Attachment = shell.attachments[adapter_name]
         saved = SavedAdapter(Path(f"the adapter {adapter_name}"), asdict(config), state_dict)
+        saved = with_current_keys(attachment, saved)
         try:
             check_fits(attachment, saved)
             with shell._temporarily_active(adapter_name):
@@ -306,4 +312,4 @@ class PetuneModel(BaseTuner):
             shell.delete_adapter(adapter_name)
             raise
         keys = zip(attachment.file_state(), attachment.state(), strict=True)
-        return {PREFIX + in_model: state_dict[in_file] for in_file, in_model in keys}
+        return {PREFIX + in_model: saved.tensors[in_file] for in_file, in_model in keys}

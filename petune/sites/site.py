@@ -239,7 +239,7 @@ class Sites:
         """Return the modules of the blocks that were left out."""
         chosen = {id(block.enter) for block in self.blocks}
         left_out = [block for block in self.all_blocks if id(block.enter) not in chosen]
-        return _modules_of(left_out) - _modules_of(self.blocks)
+        return modules_of(left_out) - modules_of(self.blocks)
 
     @property
     def patch_embed(self) -> Site:
@@ -352,7 +352,8 @@ def is_within(path: str, parent: str) -> bool:
     return not parent or path == parent or path.startswith(f"{parent}.")
 
 
-def _modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
+def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
+    """Return the modules of blocks and of the sites inside, with all modules within them."""
     sites = [site for block in blocks for site in (block, *block.parts.values())]
     return {m for site in sites for bound in site.modules for m in bound.modules()}
 

@@ -92,7 +92,10 @@ class ResumableState:
         """
         tensors = self.tensors()
         if {k: t.shape for k, t in tensors.items()} != {k: t.shape for k, t in checkpoint.tensors.items()}:
-            raise CheckpointError("the checkpoint is of another model, method or dataset. Use another run directory")
+            raise CheckpointError(
+                "the checkpoint is of another model, method or dataset, or the library of the model has renamed its "
+                "modules since. Install the version that the run was started with, or use another run directory"
+            )
         copy_tensors(checkpoint.tensors, tensors)
         self.best = {key: tensor.to(tensors[key].device) for key, tensor in checkpoint.best.items()}
         self.average.load(checkpoint.average)
