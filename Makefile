@@ -10,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: backbones demo docs test quick test-all check format lint types faults speed clean
+.PHONY: backbones demo docs test quick test-all check format lint types faults speed versions clean
 
 # One thread in each of two processes: the tests are small, and more threads slow them down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -74,3 +74,6 @@ speed: $(STAMP)  ## steps, memory and start beside the peers'; writes docs/speed
 
 backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (an hour)
 	$(BIN)/python benchmarks/backbones.py
+
+versions: $(STAMP)  ## move adapters between the oldest and newest libraries; writes docs/versions.md (8 GB of disk, an hour)
+	$(BIN)/python benchmarks/versions.py
