@@ -344,7 +344,7 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
     The fingerprint proves it: it covers tensors that were frozen, so a file that lost some is refused.
     """
     norm = attachment.sites.parts.get("norm")
-    if norm is None or saved.config.get("named_fingerprint") is None:
+    if norm is None or not (saved.config["fingerprint"] or saved.config.get("named_fingerprint")):
         return set()
     in_norm = {id(p) for module in norm.modules for p in module.parameters()}
     in_place = attachment.tensors.in_place()
