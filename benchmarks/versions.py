@@ -4,7 +4,7 @@
 
 `newest` is the environment that runs this. `oldest` is built on top of it, with the lowest releases in
 pyproject.toml. `benchmarks/versions_worker.py` saves adapters of every method in each of them, and
-loads them in both. The downloads take 4 GB and the environment 7 GB, most of it torch.
+loads them in the other one. The downloads take 4 GB and the environment 7 GB, most of it torch.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def oldest_environment(path: Path) -> Path:
 
 
 def moved_adapters(work: Path, interpreters: dict[str, Path]) -> Reports:
-    """Save in each environment and load in each."""
+    """Save in each environment and load in the other one."""
     reports: Reports = {}
     for source, python in interpreters.items():
         saved = work / f"adapters-{source}"
@@ -90,6 +90,8 @@ def moved_adapters(work: Path, interpreters: dict[str, Path]) -> Reports:
             saved.mkdir(exist_ok=True)
             run(python, "save", saved)
         for target, other in interpreters.items():
+            if target == source:
+                continue
             report = work / f"{source}-{target}.json"
             run(other, "load", saved, report)
             reports[f"{source} → {target}"] = json.loads(report.read_text())
@@ -144,8 +146,8 @@ def cell(model: str, report: dict[str, str], reasons: dict[str, str]) -> str:
 HEAD = """# Versions of the libraries
 
 An adapter belongs to the weights of a backbone, not to the names that a library gives its modules. `make versions`
-saves adapters with the oldest and the newest supported versions, and loads them with both. A cell counts the methods
-whose adapter loads and computes the same logits; methods that a model refuses from the start are not counted.
+saves adapters with the oldest and the newest supported versions, and loads them with the other ones. A cell counts the
+methods whose adapter loads and computes the same logits; methods that a model refuses from the start are not counted.
 
 **Not every pair can hold.** If a version computes something else with the same weights, or splits or fuses layers, the
 adapter is refused. A bit-identical resume needs the same versions, so a checkpoint of an unfinished run does not move.
