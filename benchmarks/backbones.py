@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from survey.models import FAMILIES, build
+from survey.found_once import found_once
+from survey.models import FAMILIES, build, example_of
 from survey.pairs import METHODS, enliven, examine
 from survey.residual_stream import unproven_mids
 from survey.table import page
@@ -67,20 +68,44 @@ def write(results: dict[str, object]) -> None:
 def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
     """Return one row: what petune finds in the model, and the outcome of every method on it."""
     start = time.monotonic()
-    model = enliven(build(family))
-    sites = petune.find_sites(model)
-    pairs = {name: examine(model, name) for name in names}
+    example = example_of(family)
+    try:
+        model = enliven(build(family), example=example)
+    except petune.PetuneError as error:  # a package is missing
+        pair = {"state": "refused", "detail": str(error)}
+        print(f"{family:42s} {pair}", flush=True)
+        return {
+            "model": FAMILIES[family],
+            "blocks": None,
+            "layout": None,
+            "unproven": [],
+            "methods": dict.fromkeys(names, pair),
+        }
+    sites = petune.find_sites(model, example=example)
+    with found_once(model, sites):
+        pairs = {name: examine(model, name, example, sites) for name in names}
     for name, pair in pairs.items():
         print(f"{family:42s} {name:16s} {pair.state:8s} {pair.detail if pair.state != 'ok' else ''}", flush=True)
     wrong = unproven_mids(model, sites)
     print(f"{family:42s} {len(sites.blocks)} blocks, {time.monotonic() - start:.0f} s {wrong or ''}", flush=True)
     return {
         "model": FAMILIES[family],
+        "takes": takes(sites),
         "blocks": len(sites.blocks),
         "layout": sites.blocks[0].layout if sites.blocks else None,
         "unproven": wrong,
         "methods": {name: {"state": pair.state, "detail": pair.detail} for name, pair in pairs.items()},
     }
+
+
+def takes(sites: petune.Sites) -> str:
+    """Return what a model takes, in a word or two."""
+    spec = sites.input_spec
+    if spec.is_plain:
+        return {3: "image", 4: "clip"}.get(len(spec.size), "tensor")
+    words = {"input_ids": "ids", "pixel_attention_mask": "patches", "grid_thw": "patches", "pixel_values": "image"}
+    names = [words[name] for name in words if name in spec.kwargs]
+    return ", ".join(name for name in names if not (name == "image" and "patches" in names))
 
 
 if __name__ == "__main__":

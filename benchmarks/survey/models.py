@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from survey.other_library_models import TORCHVISION, TRANSFORMERS, build_torchvision, build_transformers
 from survey.timm_models import TIMM
+from survey.transformers_classes import CLASSES, build_by_class
+from survey.transformers_further import FURTHER
 
-FAMILIES = {family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()}
+BY_CLASS = {f"transformers {family}": entry for table in (CLASSES, FURTHER) for family, entry in table.items()}
+FAMILIES = {
+    **{family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()},
+    **{family: entry.model.rpartition(".")[2] for family, entry in BY_CLASS.items()},
+}
 """The model that represents each family."""
 
 
@@ -17,7 +25,16 @@ def build(family: str) -> nn.Module:
     torch.manual_seed(0)
     if family in TORCHVISION:
         return build_torchvision(family)
+    if family in BY_CLASS:
+        return build_by_class(BY_CLASS[family])
     return build_transformers(family) if family in TRANSFORMERS else _timm(family)
+
+
+def example_of(family: str) -> Any:
+    """Return what the family's model takes; None for one image or clip of a size that the model tells."""
+    entry = BY_CLASS.get(family)
+    torch.manual_seed(0)
+    return entry.example() if entry is not None and entry.example is not None else None
 
 
 def _timm(family: str) -> nn.Module:

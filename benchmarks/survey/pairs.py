@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.base.errors import ContractViolation
 from petune.injector.hooks.base import Parallel
 from petune.injector.hooks.prompt_check import HiddenPrompts
 from petune.injector.hooks.prompts import Prompts
 from petune.injector.registry import build_tuner, parse_method
+from petune.plugin_dev.finding import Property, examine_all, names_of
+from petune.plugin_dev.properties import PROPERTIES
+from petune.plugin_dev.trial import Trial, logits
+from petune.sites.input_spec import Inputs
 from survey.snapshot import differences, snapshot
 
 
@@ -41,29 +46,46 @@ class Wrong(AssertionError):
     """A property does not hold."""
 
 
-METHODS = ("linear", "full", "adaptformer", "vpt", "vpt:deep=false", "lora", "bitfit", "norm")
+METHODS = (
+    "linear",
+    "full",
+    "partial",
+    "adaptformer",
+    "houlsby",
+    "vpt",
+    "vpt:deep=false",
+    "lora",
+    "ssf",
+    "bitfit",
+    "norm",
+)
 """The columns of the table; any other registered method can be surveyed with --methods."""
 
 
-def examine(model: nn.Module, method: str) -> Outcome:
+def examine(model: nn.Module, method: str, example: Any = None, sites: petune.Sites | None = None) -> Outcome:
     """Run all checks of one method on one model; the model is not changed.
 
     Args:
-        model: A classifier; its weights should matter (see `enliven`).
+        model: Any model; its weights should matter (see `enliven`). One without a classifier is tuned without.
         method: A name, with options if any: `vpt:deep=false`.
+        example: What the model takes, if that is not one image.
+        sites: The model's, if they are known.
     """
     name, options = parse_method(method)
+    sites = sites or petune.find_sites(model, example=example)
+    arguments = {"example": example, "train_head": "head" in sites.parts}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return Outcome("ok", f"{_verify(model, name, options)} properties")
+            return Outcome("ok", f"{_verify(model, sites, name, options, arguments)} properties")
         except petune.PetuneError as error:
-            return Outcome("refused", str(error))
+            # a property that does not hold is a PetuneError, too
+            return Outcome("wrong" if isinstance(error, ContractViolation) else "refused", str(error))
         except Exception as error:  # a survey lists every outcome
             return Outcome("wrong", f"{type(error).__name__}: {error}")
 
 
-def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
+def enliven(model: nn.Module, seed: int = 0, example: Any = None) -> nn.Module:
     """Give every tensor a value that matters: zero heads, small LayerScale and unused statistics hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -77,28 +99,40 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
         for norm in norms:
             norm.momentum = 1.0
         if norms:  # real statistics, or the numbers of a deep model overflow
-            model.train()(noise(torch.empty(4, *petune.find_sites(model).input_size), 1.0))
+            petune.find_sites(model, example=example).input_spec.noise(4, seed).call(model.train())
     return model.eval()
 
 
-def _verify(model: nn.Module, name: str, options: dict[str, Any]) -> int:
+def _verify(
+    model: nn.Module, sites: petune.Sites, name: str, options: dict[str, Any], arguments: dict[str, Any]
+) -> int:
     copied = copy.deepcopy(model).eval()
+    x = sites.input_spec.noise(2, seed=1)
+    logits(copied, x)  # a first forward may install hooks of the library's own (towers of transformers)
     for parameter in list(copied.parameters())[::2]:
         parameter.requires_grad_(False)  # detach must restore flags, and not set them all alike
     before = snapshot(copied)
     torch.manual_seed(0)
     try:
-        att = petune.attach(copied, build_tuner(name, **options), name=name)
+        att = petune.attach(copied, build_tuner(name, **options), name=name, **arguments)
     except petune.PetuneError:
         _compare(before, snapshot(copied), "a refused model is as before")
         raise
-    x = torch.randn(2, *att.sites.input_size, generator=torch.Generator().manual_seed(1))
     verified = sum(check(att, model, x) for check in (_check_count, _check_parallel, _check_prompts))
+    properties = _properties(model, att)
     att.detach()
     _compare(before, snapshot(copied), "detach restores keys, flags, hooks, modes and values")
     for parameter in copied.parameters():
         parameter.requires_grad_(True)
-    return verified + 1 + len(petune.check_tuner(build_tuner(name, **options), copied))
+    trial = Trial(build_tuner(name, **options), copied, name, **arguments)
+    return verified + 1 + len(names_of(examine_all(properties, trial), name))
+
+
+def _properties(model: nn.Module, att: petune.Attachment) -> list[Property[Trial]]:
+    """Return the properties of the contract; not that images are independent if the model compares or packs them."""
+    two, three = (logits(model, att.sites.input_spec.noise(count)) for count in (2, 3))
+    related = two.shape[1:] != three.shape[1:]
+    return [prop for prop in PROPERTIES if not (related and prop.name == "independent images")]
 
 
 def _compare(before: dict[str, Any], after: dict[str, Any], property_name: str) -> None:
@@ -107,7 +141,7 @@ def _compare(before: dict[str, Any], after: dict[str, Any], property_name: str) 
         raise Wrong(f"{property_name}: {changed[0]}")
 
 
-def _check_count(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+def _check_count(att: petune.Attachment, model: nn.Module, x: Inputs) -> int:
     """Compare the tuned count with the method's formula, with widths measured by hooks of this file."""
     formula = FORMULAS.get(att.name)
     if formula is None:
@@ -118,7 +152,7 @@ def _check_count(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
     return 1
 
 
-def _widths(att: petune.Attachment, x: Tensor) -> list[int]:
+def _widths(att: petune.Attachment, x: Inputs) -> list[int]:
     """Return the width of the tokens that leave each block."""
     widths: dict[int, int] = {}
     handles = []
@@ -129,8 +163,7 @@ def _widths(att: petune.Attachment, x: Tensor) -> list[int]:
             widths[i] = y.shape[1] if layout == "BCHW" else y.shape[-1]
 
         handles.append(block.exit.register_forward_hook(hook))
-    with torch.no_grad():
-        att.model(x)
+    logits(att.model, x)
     for handle in handles:
         handle.remove()
     return [widths[i] for i in sorted(widths)]
@@ -166,7 +199,7 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-def _check_parallel(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+def _check_parallel(att: petune.Attachment, model: nn.Module, x: Inputs) -> int:
     """Check some adapters, each alone: the change at EXIT is `adapter(what enters ENTER)`, by hooks of this file."""
     holders = [h for h in att.model.modules() if isinstance(h, Parallel)]
     for holder in holders:
@@ -204,7 +237,7 @@ def _channels_last(x: Tensor, layout: str) -> Tensor:
     return x.movedim(1, -1) if layout == "BCHW" else x
 
 
-def _run(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, x: Inputs, enter: nn.Module, exit: nn.Module) -> tuple[Tensor, Tensor]:
     """Return what enters ENTER and leaves EXIT in one forward, at their first call."""
     tensors: dict[str, Tensor] = {}
 
@@ -218,22 +251,21 @@ def _run(model: nn.Module, x: Tensor, enter: nn.Module, exit: nn.Module) -> tupl
         enter.register_forward_pre_hook(pre, with_kwargs=True, prepend=True),
         exit.register_forward_hook(post),
     ]
-    with torch.no_grad():
-        model(x)
+    logits(model, x)
     for handle in handles:
         handle.remove()
     return tensors["enter"], tensors["exit"]
 
 
-def _check_prompts(att: petune.Attachment, model: nn.Module, x: Tensor) -> int:
+def _check_prompts(att: petune.Attachment, model: nn.Module, x: Inputs) -> int:
     """Check that hidden prompts leave the whole model's output as it was, and that visible ones change it."""
     holders = [h for h in att.model.modules() if isinstance(h, Prompts)]
     if not holders:
         return 0
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        plain, prompted = model(x), att.model(x)
+    plain, prompted = logits(model, x), logits(att.model, x)
+    with contextlib.ExitStack() as stack:
         modes = [stack.enter_context(HiddenPrompts(slot)) for slot in {h.slot for h in holders}]
-        hidden = att.model(x)
+        hidden = logits(att.model, x)
     if not any(mode.num_attentions for mode in modes):
         raise Wrong("no attention had prompts")
     if not torch.allclose(plain, hidden, atol=1e-4, rtol=1e-3):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.sites.input_spec import Inputs
 from petune.sites.site import Block, Site
 
 
@@ -19,11 +20,11 @@ def unproven_mids(model: nn.Module, sites: petune.Sites) -> list[str]:
     block, or into the norm after the addition. If the block is no module, its exit is what is added: it is silent too.
     If the addition goes past attention and MLP together, the block's input is left, and `mid` must be the MLP's norm.
     """
-    x = torch.randn(2, *sites.input_size, generator=torch.Generator().manual_seed(2))
+    x = sites.input_spec.noise(2, seed=2)
     return [b.path for b in sites.blocks if {"mid", "mlp"} <= b.parts.keys() and not _is_stream(model, b, x)]
 
 
-def _is_stream(model: nn.Module, block: Block, x: Tensor) -> bool:
+def _is_stream(model: nn.Module, block: Block, x: Inputs) -> bool:
     for roles in (("mlp",), ("mlp", "attn"), ("norm1",), ("norm2",)):
         if not block.parts.keys() >= set(roles):
             continue
@@ -65,7 +66,7 @@ class _Run:
     after_mlp: bool = False
 
 
-def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> _Run:
+def _run(model: nn.Module, block: Block, x: Inputs, silent: list[Site]) -> _Run:
     run = _Run()
 
     def enter_block(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -102,7 +103,7 @@ def _run(model: nn.Module, block: Block, x: Tensor, silent: list[Site]) -> _Run:
     handles.append(block.exit.register_forward_hook(leave_block))
     try:
         with torch.no_grad():
-            model(x)
+            x.call(model)
     finally:
         for handle in handles:
             handle.remove()

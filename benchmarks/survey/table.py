@@ -1,4 +1,4 @@
-"""Write docs/backbones.md from the results: a row per family, a column per method, a footnote per reason."""
+"""Write docs/backbones.md from the results: a table per library, a row per family, a footnote per reason."""
 
 from __future__ import annotations
 
@@ -39,9 +39,25 @@ that petune loads alone (CLIP's and SigLIP's vision models, DINOv3): petune adds
   the site it reads is the residual stream: with the MLP silenced, the stream leaves the block unchanged.
 - Prompts that are hidden from every attention leave the model's output as it was: they falsify no position.
 
-`ok`: all of that holds. A number: petune refuses the pair, for the reason below, and leaves the model as it was. The
-list is not a limit: petune finds blocks by structure, in your own models as well.
+The list is not a limit: petune finds blocks by structure, in your own models as well.
 
+**How to read the tables.** A table per library: [timm](#timm), [torchvision](#torchvision),
+[transformers](#transformers). Families are in alphabetical order; a line that begins with … is a variant of the family
+above it. `blocks` are those that petune found in the small model.
+
+| in a cell | meaning |
+| --- | --- |
+| ok | All of the above holds. |
+| (1) | petune refuses the pair, for [reason](#reasons) 1, and leaves the model as it was. |
+| (empty) | Not tried. |
+
+"""
+LIBRARIES = {"timm": "", "torchvision": "torchvision ", "transformers": "transformers "}
+"""Libraries, with what the names of their families begin with."""
+TAKES = """\
+`takes`: what the forward takes. Where that is not an image, petune is given `example=`, see
+[Videos, volumes and other inputs](any-input.md). A tower or an encoder without a classifier is tuned with
+`train_head=False`; those surveyed by the class of their config are built by `--backbone hf:…`, which adds a classifier.
 """
 
 
@@ -53,17 +69,19 @@ def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, A
         families: All families that there should be; those without results are listed.
         variants: What `variants.walk` returned.
     """
-    methods = list(next(iter(results.values()))["methods"])
+    methods = max((list(result["methods"]) for result in results.values()), key=len)
     notes: dict[str, int] = {}
-    rows = [_row(family, result, methods, notes) for family, result in results.items()]
+    tables: list[str] = []
+    for library in LIBRARIES:
+        of_library = {f: results[f] for f in in_order(results) if library_of(f) == library}
+        if of_library:
+            tables += ["", f"### {library}", "", *_table(library, of_library, methods, notes)]
     states = [pair["state"] for result in results.values() for pair in result["methods"].values()]
     total = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "wrong"))
-    head = ["family", "surveyed as", "blocks", *methods]
-    table = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     reasons = [f"{number}. {text}" for text, number in notes.items()]
-    missing = ", ".join(f for f in families if f not in results)
-    not_surveyed = [f"Not surveyed yet: {missing}.", ""] if missing else []
-    body = [f"{len(results)} models: {total}.", "", *not_surveyed, *table, "", "## Reasons", "", *reasons, ""]
+    missing = "; ".join(f for f in in_order(families) if f not in results).replace(LIBRARIES["transformers"], "")
+    not_surveyed = [f"Not surveyed yet, all of transformers: {missing}.", ""] if missing else []
+    body = [f"{len(results)} models: {total}.", "", *not_surveyed, *tables, "", "### Reasons", "", *reasons, ""]
     return HEAD + "\n".join([*body, *_every_variant(variants)])
 
 
@@ -86,15 +104,45 @@ def _every_variant(variants: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(family: str, result: dict[str, Any], methods: list[str], notes: dict[str, int]) -> list[str]:
-    cells = []
+def library_of(family: str) -> str:
+    """Return the library that a family belongs to."""
+    return next(name for name, start in reversed(LIBRARIES.items()) if family.startswith(start))
+
+
+def in_order(families: Iterable[str]) -> list[str]:
+    """Return families alphabetically; variants, whose names begin with …, stay below their family."""
+    groups: list[list[str]] = []
+    for family in families:
+        if family.startswith("…") and groups:
+            groups[-1].append(family)
+        else:
+            groups.append([family])
+    return [family for group in sorted(groups, key=lambda group: group[0].lower()) for family in group]
+
+
+def _table(library: str, results: dict[str, Any], methods: list[str], notes: dict[str, int]) -> list[str]:
+    columns = ["takes"] if library == "transformers" else []
+    head = ["family", "surveyed as", *columns, "blocks", *methods]
+    rows = [_row(family, result, columns, methods, notes) for family, result in results.items()]
+    text = [TAKES] if columns else []
+    return [*text, *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))]
+
+
+def _row(
+    family: str, result: dict[str, Any], columns: list[str], methods: list[str], notes: dict[str, int]
+) -> list[str]:
+    cells = [result.get(column, "image") for column in columns]
+    cells.append("" if result["blocks"] is None else str(result["blocks"]))
     for method in methods:
-        pair = result["methods"][method]
-        if pair["state"] == "refused":
+        pair = result["methods"].get(method)
+        if pair is None:
+            cells.append("")
+        elif pair["state"] == "refused":
             cells.append(f"({notes.setdefault(general(pair['detail']), len(notes) + 1)})")
         else:
             cells.append(pair["state"] if pair["state"] == "ok" else f"**wrong**: {pair['detail']}")
-    return [family, f"`{result['model']}`", str(result["blocks"]), *cells]
+    name = family.removeprefix(LIBRARIES[library_of(family)])
+    return [name, f"`{result['model']}`", *cells]
 
 
 def general(reason: str) -> str:
@@ -102,12 +150,18 @@ def general(reason: str) -> str:
     replacements = (
         (r"^[\w.]+ of \w+ cannot take prompts", "the block cannot take prompts"),
         (r"^block \d+ \([\w.]+\) of \w+ has no site", "a block has no site"),
+        (r"^train needs a block that is one module, .*?\): ", "a block is a span of the forward, not one module: "),
         (r"^\w+ has no attention", "the model has no attention"),
         (r"the forward of \w+ fails", "the forward fails"),
         (r"it has: block, ", "it has: "),
         (r"other tokens than [\w.]+,", "other tokens than the first,"),
         (r" \((\w+(\.\w+)*)\)(?=\.)", ""),  # a layout, or a path
         (r" \((\w+Error): .*?\)(?=\. )", ""),
+        (r"(fails with the method attached): \w+: .*?(?=\. Use)", r"\1"),
+        (
+            r"^cannot build hf:\S+ with no options: (\w+) requires the (\w+) library.*$",
+            r"transformers needs the package \2",
+        ),
     )
     for pattern, replacement in replacements:
         reason = re.sub(pattern, replacement, reason)

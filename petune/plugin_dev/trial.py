@@ -14,7 +14,7 @@ from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import load
 from petune.injector.tuner import Tuner
-from petune.sites.forward import forget_caches
+from petune.sites.forward import forget_caches, tensors_in
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
 
@@ -129,7 +129,7 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
     att.on_train_start(3)
     live: set[str] = set()
     for step in range(3):
-        loss = _loss(logits_of(x.call(att.model))) + att.loss(step)
+        loss = _loss(x.call(att.model)) + att.loss(step)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(att.parameters(), 1.0)  # a deep model of random weights would diverge
@@ -140,8 +140,10 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
     return list(att.missing_gradients({*att.tuned} - live))
 
 
-def _loss(y: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (B, C), and the mean square of any other output."""
+def _loss(output: Any) -> Tensor:
+    """Return the cross-entropy of logits (B, C); of another output the mean square of all its tensors."""
+    y = logits_of(output)
     if y.ndim == 2 and len(y) == NUM_IMAGES and y.shape[1] > 1:
         return nn.functional.cross_entropy(y, torch.arange(NUM_IMAGES) % 2)
-    return y.square().mean() + y.mean()
+    losses = [x.square().mean() + x.mean() for x in tensors_in(output) if x.requires_grad]
+    return torch.stack(losses).sum()
