@@ -114,7 +114,7 @@ def patch_convolution(model: nn.Module, sites: Sites) -> nn.Module | None:
     first = sites.all_blocks[0].enter
     calls = record_calls(model, sites.input_spec, [*convolutions, first], num_images=2)
     x = calls[first].input
-    if x is not None and x.ndim == 3 and len(x) == 1:
+    if x is not None and (x.ndim == 2 or (x.ndim == 3 and len(x) == 1)):
         raise AttachError(
             f"{sites.model} puts all images of a batch into one row of tokens, which is no grid of patches. Use a "
             "method that needs no grid, such as adaptformer"

@@ -10,13 +10,13 @@ from torch import nn
 from petune.sites.attentions import Attention, Pair, find_attentions
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
+from petune.sites.norms import is_norm, norm_of
 from petune.sites.parts import (
     attention_branch,
-    is_norm,
     late_mid,
     mid_of,
-    norm_of,
     parallel_mid,
+    projection_of,
     reaches_output,
     span_exit,
 )
@@ -72,6 +72,8 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
     x = None if mid is None else mid.input
     if x is None or y is None or x.numel() != y.numel() or (x.ndim < y.ndim and len(x) == len(y)):
         return False
+    if x.ndim == 4 and x.shape[1] != x.shape[-1] and y.shape == x.movedim(-1, 1).shape:
+        return False  # transformers' VitDet puts the channels second again
     later = (add for add in trace.additions if add.time > pair.mlp.last.stop)
     sums = [add.result for add in later if add.other(x) is not None]
     makers = [c for c in pair.scope.inner() if c.output is y]
@@ -213,8 +215,15 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
     norm2 = norm_of(trace, mlp.first, of_mlp, scope, norm1)
     end = attention.end if inner is scope else inner.stop
     mid = mid_of(trace, mlp, end, scope.stop) or parallel_mid(trace, scope) or late_mid(trace, scope, mlp, norm2, end)
-    dim, model, layout = attention.dim, bare.model, layout_of(scope, attention.dim)
-    ends = {"attn": (branch, branch), "mlp": (mlp.first, mlp.last), "norm1": (norm1, norm1), "norm2": (norm2, norm2)}
+    projection = None if branch is None else projection_of(branch, scope)
+    dim = attention.dim if projection is None else width_after(projection)
+    model, layout = bare.model, layout_of(scope, dim)
+    ends = {
+        "attn": (branch, projection),
+        "mlp": (mlp.first, mlp.last),
+        "norm1": (norm1, norm1),
+        "norm2": (norm2, norm2),
+    }
     parts = {
         role: make_site(role, first, last, (role == "mlp" and mlp.dim) or dim, model, layout)
         for role, (first, last) in ends.items()

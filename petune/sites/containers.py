@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from petune.sites.attentions import Pair
-from petune.sites.parts import addition_to, is_norm, mid_of, norm_inside
+from petune.sites.norms import is_norm, norm_inside
+from petune.sites.parts import addition_to, mid_of
 from petune.sites.trace import Addition, Call, Trace
 
 

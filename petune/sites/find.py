@@ -21,7 +21,7 @@ from petune.sites.grid import Grid, grid_and_prefix
 from petune.sites.input_size import input_sizes_of
 from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
-from petune.sites.parts import is_norm
+from petune.sites.norms import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Layout, Site, Sites
 from petune.sites.trace import Call, Trace

@@ -33,7 +33,7 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
     if first is None or first.input is None:
         return None, 0
     x = first.input
-    if x.is_nested:  # each image has a grid of its own
+    if x.is_nested or x.ndim == 2:  # each image has a grid of its own
         return None, 0
     if x.ndim in IMAGES:
         return tuple(x.shape[2:] if channel_axis(first) == 1 else x.shape[1:-1]), 0
@@ -116,7 +116,7 @@ def _measured_prefix(model: nn.Module, block: nn.Module, spec: InputSpec) -> int
         x_ND, y_ND = (_block_input(model, block, image).flatten(0, -2) for image in images)
     except Exception:  # whatever the model's own code raises on noise
         return 0
-    tolerance = 1e-5 * float(x_ND.abs().max())
+    tolerance = 1e-5 * float(x_ND.detach().abs().max())
     is_fixed = ((x_ND - y_ND).abs() <= tolerance).all(-1)
     return None if bool(is_fixed.all()) else int(is_fixed.int().cumprod(0).sum())
 

@@ -10,7 +10,7 @@ from petune.sites.chosen_head import HeadChoice, outermost, resolve_heads
 from petune.sites.encoder import encoder_of, end_of, last_residual, outermost_after, start_of
 from petune.sites.layouts import is_conv
 from petune.sites.named_heads import NamedModules, classifiers_of, named_by_library
-from petune.sites.parts import is_norm
+from petune.sites.norms import is_norm
 from petune.sites.predictors import is_read
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace

@@ -9,13 +9,13 @@ Tensors are compared by identity: `mid` is the one that enters norm2 and to whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from petune.sites.layouts import is_conv, is_pointwise, width_of
-from petune.sites.trace import Addition, Call, Trace, is_vector, own_weights
+from petune.sites.layouts import is_conv, is_pointwise, width_after, width_of
+from petune.sites.norms import is_norm, norm_inside
+from petune.sites.trace import Addition, Call, Trace, own_weights
 
 
 @dataclass(eq=False)
@@ -60,7 +60,7 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
         return _choose(
             trace, [_unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after
         )
-    matrices = [c for c in calls if c.has_matrix and c.input is not None and c.input.ndim >= 3]
+    matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
     return _mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
 
 
@@ -135,70 +135,22 @@ def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
     return branch
 
 
+def projection_of(branch: Call, scope: Call) -> Call:
+    """Return the module after an attention that maps its heads back to the width of the stream (Perceiver's).
+
+    That is the attention itself if it does so inside.
+    """
+    widths = (width_of(scope), width_after(scope))
+    if branch.parent is None or not scope.maps_tokens or width_after(branch) in widths:
+        return branch
+    readers = (c for c in branch.parent.children if c.input is branch.output and c.maps_tokens)
+    return next((c for c in readers if width_after(c) in widths), branch)
+
+
 def _sums_others(trace: Trace, call: Call, branch: Call) -> bool:
     """Return whether a call holds another attention that reads the same tokens as `branch`."""
     others = (op.call for op in trace.attention_ops if op.call.within(call) and not op.call.within(branch))
     return any(c.input is branch.input for other in others for c in (other, *other.ancestors()) if c is not call)
-
-
-def is_norm(call: Call) -> bool:
-    """Return whether a call is a leaf without a matrix that keeps the shape and normalizes, or has an `eps`."""
-    guarded = hasattr(call.module, "eps") or hasattr(call.module, "variance_epsilon")
-    same = call.input is not None and call.output is not None and call.input.shape == call.output.shape
-    if not (call.is_leaf and same and (guarded or call.normalizes)):
-        return False
-    return not call.has_matrix and all(map(is_vector, call.module.parameters()))
-
-
-def norm_inside(call: Call) -> Call | None:
-    """Return a norm inside `call` that is the first to get its input."""
-    return next((c for c in call.inner() if is_norm(c) and c.input is call.input), None)
-
-
-def _only_norm_inside(call: Call) -> Call | None:
-    """Return the norm that gets the input of `call`, if it is the only one (several branches have several)."""
-    norms = [c for c in call.inner() if is_norm(c) and c.input is call.input]
-    return norms[0] if len(norms) == 1 else None
-
-
-def norm_of(trace: Trace, branch: Call, calls: Sequence[Call], scope: Call, other: Call | None = None) -> Call | None:
-    """Return the norm of a branch: the one before it, else one at its entrance, else the nearest one.
-
-    Args:
-        trace: The forward.
-        branch: The attention, or the first call of the MLP.
-        calls: The calls of the block.
-        scope: The module around the block; it may hold the norm before a block that is no module itself.
-        other: The norm of the branch before.
-    """
-    return (
-        _norm_by_identity(trace, branch, scope, other)
-        or _only_norm_inside(branch)
-        or _norm_by_order(trace, branch, calls, other)
-    )
-
-
-def _norm_by_identity(trace: Trace, branch: Call, scope: Call, other: Call | None) -> Call | None:
-    """Return the norm whose output is exactly what enters the branch."""
-    maker = trace.maker(branch.input)
-    if maker is None or maker is other or not maker.within(scope):
-        return None
-    return maker if is_norm(maker) and not _belongs_to_layer(trace, maker) else None
-
-
-def _norm_by_order(trace: Trace, branch: Call, calls: Sequence[Call], other: Call | None) -> Call | None:
-    """Return the last norm before the branch, or else the first after it, where windowing breaks tensor identity."""
-    norms = [c for c in calls if is_norm(c) and c is not other and not _belongs_to_layer(trace, c)]
-    norms = [c for c in norms if not c.within(branch) and (other is None or c.start > other.start)]
-    earlier = [c for c in norms if c.stop < branch.start]
-    return earlier[-1] if earlier else next((c for c in norms if c.start > branch.stop), None)
-
-
-def _belongs_to_layer(trace: Trace, norm: Call) -> bool:
-    """Return whether a norm follows a convolution or normalizes heads, and so is a part of that layer."""
-    maker, x = trace.maker(norm.input), norm.input
-    per_head = x is not None and any(p.numel() not in (x.shape[1], x.shape[-1]) for p in norm.module.parameters())
-    return per_head or (maker is not None and maker.has_matrix and is_conv(maker))
 
 
 def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.inf) -> Call | None:

@@ -53,7 +53,16 @@ def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()
 
     trace: Trace = dry_forward(model, spec, recorder)
     trace.batch_size = spec.num_samples_in(trace.root.inputs)
+    _mark_packed(trace)
     return trace
+
+
+def _mark_packed(trace: Trace) -> None:
+    """Mark the calls with tokens as (tokens, width), of as many rows as attend to each other (Qwen2-VL's tower)."""
+    inputs = [op.call.input for op in trace.attention_ops if op.many_queries]
+    rows = {len(x) for x in inputs if x is not None and x.ndim == 2 and len(x) > max(1, trace.batch_size)}
+    for call in trace.calls:
+        call.is_packed = call.input is not None and call.input.ndim == 2 and len(call.input) in rows
 
 
 def record_calls(

@@ -38,6 +38,7 @@ class Call:
         output: The first tensor that it returned; of the model's own call the logits.
         children: The calls that it made itself.
         normalizes: True if it computed a norm or a variance itself.
+        is_packed: True if its input is (tokens, width): all images in one row, without a batch dimension.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Call:
     output: Tensor | None = None
     children: list[Call] = field(default_factory=list)
     normalizes: bool = False
+    is_packed: bool = False
 
     @property
     def input(self) -> Tensor | None:
@@ -65,13 +67,17 @@ class Call:
     def keeps_shape(self) -> bool:
         """True if a token tensor enters and one of the same shape leaves."""
         x, y = self.input, self.output
-        return x is not None and y is not None and x.ndim in TOKENS and x.shape == y.shape
+        return x is not None and y is not None and self.holds_tokens(x) and x.shape == y.shape
 
     @property
     def maps_tokens(self) -> bool:
         """True if a token tensor enters and one of any shape leaves; strided attention drops tokens."""
         x, y = self.input, self.output
-        return x is not None and y is not None and x.ndim in TOKENS and y.ndim in TOKENS
+        return x is not None and y is not None and self.holds_tokens(x) and self.holds_tokens(y)
+
+    def holds_tokens(self, x: Tensor) -> bool:
+        """Return whether a tensor of this call has as many dimensions as tokens have."""
+        return x.ndim in TOKENS or (self.is_packed and x.ndim == 2)
 
     @property
     def is_leaf(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from survey.pairs import examine
 from survey.residual_stream import unproven_mids
 from torch import nn
@@ -49,7 +50,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(models.STRUCTURES, lambda name: name in {"summed branches", "triple"}))
+@pytest.mark.parametrize("name", sampled(models.STRUCTURES, "triple".__eq__))
 @pytest.mark.parametrize("method", sampled(METHODS, "adaptformer:bottleneck=4".__eq__))
 def test_every_method_works_or_is_refused(name: str, method: str) -> None:
     outcome = examine(models.build(name), method)
@@ -84,3 +85,59 @@ def test_an_adapter_beside_a_scaled_stream_adds_to_the_mlp() -> None:
                 x = norm(branch(x) + x * 2)
             expected = trunk.norms[3](trunk.layers[1][1](x) + adapter(x) + x * 2)
     torch.testing.assert_close(output, expected)
+
+
+def test_a_tower_whose_tokens_have_no_batch_dimension_has_blocks() -> None:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    sizes = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    model = Qwen2VisionTransformerPretrainedModel._from_config(Qwen2VLVisionConfig(**sizes, mlp_ratio=2)).eval()
+    example = {"hidden_states": torch.randn(16, 96), "grid_thw": torch.tensor([[1, 4, 4]])}
+    sites = petune.find_sites(model, example=example)
+    assert [block.path for block in sites.blocks] == ["blocks.0", "blocks.1"]
+    assert all(block.parts.keys() == {"attn", "mlp", "norm1", "norm2", "mid"} for block in sites.blocks)
+    assert sites.norm.path == "merger.ln_q"
+    assert petune.attach(model, "lora", sites=sites, train_head=False).counts.tuned == 2 * 8 * 32 * (4 + 2 + 3 + 3)
+    with pytest.raises(petune.AttachError, match="all images of a batch into one row of tokens"):
+        petune.attach(model, "vpt", sites=sites, train_head=False)
+
+
+def test_an_attention_ends_where_its_heads_are_mapped_to_the_width_of_the_stream() -> None:
+    config = transformers.PerceiverConfig(
+        num_latents=8, d_latents=32, d_model=16, num_self_attends_per_block=1, image_size=16,
+        num_self_attention_heads=4, num_cross_attention_heads=1,
+    )  # fmt: skip
+    sites = petune.find_sites(transformers.PerceiverForImageClassificationLearned(config).eval())
+    attention = sites.blocks[0].attn
+    assert (attention.path, attention.dim) == ("perceiver.encoder.cross_attention.attention.self", 32)
+    assert attention.exit_path == "perceiver.encoder.cross_attention.attention.output"
+
+
+def test_norms_of_linear_layers_and_of_the_next_block_are_not_those_of_a_block() -> None:
+    config = transformers.LevitConfig(
+        image_size=64, hidden_sizes=[16, 32, 48], num_attention_heads=[2, 4, 4], depths=[1, 1, 1], key_dim=[8, 8, 8],
+        down_ops=[["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 4, 4, 2, 2]],
+    )  # fmt: skip
+    sites = petune.find_sites(transformers.LevitForImageClassification(config).eval())
+    assert all(block.parts.keys() == {"attn", "mlp", "mid"} for block in sites.blocks)
+
+
+def test_a_block_that_puts_the_channels_second_again_is_one_module() -> None:
+    config = transformers.VitDetConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=64, pretrain_image_size=64, patch_size=16
+    )
+    model = transformers.VitDetModel(config).eval()
+    att = petune.attach(model, "adaptformer", sites=petune.find_sites(model, (3, 64, 64)), train_head=False)
+    block = att.sites.blocks[0]
+    assert (block.path, block.layout, block.mid.layout) == ("encoder.layer.0", "BCHW", "BHWC")
+    adapter = block.enter.petune_adaptformer.adapter
+    nn.init.normal_(adapter.up.weight)
+    entered: list[torch.Tensor] = []
+    x = torch.randn(2, 24, 4, 4, generator=torch.Generator().manual_seed(1))
+    block.enter.norm2.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad():
+        output = block.enter(x)[0]
+        with att.disabled():
+            plain = block.enter(x)[0]
+        torch.testing.assert_close(output - plain, adapter(entered[0]).movedim(-1, 1))

@@ -114,7 +114,8 @@ class PromptCheck:
     def _watch(self, block: Block) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = next(tensors_in((args, kwargs)))
-            self._calls[block.enter] = BlockCall(args, kwargs, num_tokens=x.shape[-2], num_rows=len(x))
+            num_rows = len(x) if x.ndim > 2 else 1  # (tokens, width), without a batch dimension
+            self._calls[block.enter] = BlockCall(args, kwargs, num_tokens=x.shape[-2], num_rows=num_rows)
 
         def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
             if enters_attention_only(block):
