@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from petune.serving.predictions import Prediction
 
 Images = Annotated[
-    list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders that are searched for images.")
+    list[Path],
+    typer.Argument(metavar="IMAGE", help="Images, or videos for a model of clips; folders are searched for them."),
 ]
 TopK = Annotated[
     int | None, typer.Option("--top-k", metavar="NUMBER", min=1, help="Classes to show per image.  [default: 5]")
