@@ -45,7 +45,7 @@ class PromptPlacer:
             refuse_obstacles(block, self.sites)
         self._refuse_prompts_of_others(run[0])
         self.placer.log.enable_checks.append(lambda: self._refuse_prompts_of_others(run[0]))
-        if not enters_attention_only(run[0]):
+        if not enters_attention_only(run[0], self.sites):
             self._into_blocks(run, adapter, count)
         elif len(run) == 1:
             self._into_attention(run[0], adapter, count)
@@ -79,7 +79,7 @@ class PromptPlacer:
                 reason = f"has other tokens than {run[0].path}, because they are pooled or merged in between"
                 raise prompts_refused(block, self.sites, reason, USE_DEEP)
         self._admit(run, slot)
-        holder = Prompts(adapter, slot, paddings(run[0]))
+        holder = Prompts(adapter, slot, paddings(run[0], self.sites))
         self.placer.add(holder, run[0], run[0], run[-1])
         self.placer.log.undo_steps.append(lambda: setattr(holder, "enabled", False))
         for index, block in enumerate(run):
@@ -93,7 +93,7 @@ class PromptPlacer:
         norm = block.parts.get("norm1") if block.norm_first else None
         if norm is not None and norm.enter in set(attn.enter.modules()):
             norm = None  # the attention normalizes them itself
-        holder = AttentionPrompts(adapter, slot, paddings(block), norm)
+        holder = AttentionPrompts(adapter, slot, paddings(block, self.sites), norm)
         self.placer.add(holder, block, attn)
         self.placer.log.undo_steps.append(lambda: setattr(holder, "enabled", False))
         self._hook(PromptedModule(holder, attn.enter, 0, last=True))

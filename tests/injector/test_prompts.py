@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 
 import petune
@@ -44,6 +45,20 @@ def test_intermediate_features_of_timm(method: str) -> None:
     assert [tuple(x.shape) for x in features] == 2 * [(2, 24, 4, 4)]
     assert torch.equal(model.forward_head(last), model(X))
     assert [tuple(x.shape) for x in model.get_intermediate_layers(X, 2)] == 2 * [(2, 16, 24)]
+
+
+@torch.no_grad()
+def test_blocks_of_one_window_take_prompts_as_those_of_several() -> None:
+    """The last stage of Swin: its tokens are the image's, but the block reshapes them by the image's size."""
+    stages = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "patch_size": 4}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(image_size=32, **stages)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    before = model(x).logits
+    att = petune.attach(model, METHODS[0])
+    assert [block.num_windows for block in att.sites.blocks] == [4, 1]
+    assert not torch.equal(model(x).logits, before)
+    with att.disabled():
+        assert torch.equal(model(x).logits, before)
 
 
 @pytest.mark.parametrize("method", METHODS)

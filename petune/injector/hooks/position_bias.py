@@ -83,7 +83,7 @@ class Padding:
     attended: bool = True
 
 
-def paddings(block: Block) -> dict[int | str, Padding]:
+def paddings(block: Block, sites: Sites) -> dict[int | str, Padding]:
     """Return how the further arguments of a block are padded for prompts, by position and by keyword.
 
     A table of rotations must not rotate prompts: its cosines are one, its sines zero.
@@ -91,7 +91,7 @@ def paddings(block: Block) -> dict[int | str, Padding]:
     # such attention has the number of tokens not to rotate as an attribute
     has_prefix = any(isinstance(getattr(m, PREFIX, None), int) for m in _attention(block).modules())
     of_torch = any(isinstance(m, nn.MultiheadAttention) for m in block.enter.modules())
-    called = _attention(block) if enters_attention_only(block) else block.enter
+    called = _attention(block) if enters_attention_only(block, sites) else block.enter
     by_name: dict[int | str, Padding] = {}
     for name in inspect.signature(called.forward).parameters:
         is_padding = "padding_mask" in name

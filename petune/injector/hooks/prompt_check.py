@@ -68,7 +68,7 @@ class PromptCheck:
         call = self._calls[block.enter]
         if call.num_rows == 1:
             raise prompts_refused(block, self.sites, "puts all images of a batch into one row of tokens")
-        index = 0 if enters_attention_only(block) else self.sites.num_prefix_tokens
+        index = 0 if enters_attention_only(block, self.sites) else self.sites.num_prefix_tokens
         return PromptSlot(index, num_prompts, call.num_tokens)
 
     def verify(self, blocks: Sequence[Block], slot: PromptSlot) -> None:
@@ -118,7 +118,7 @@ class PromptCheck:
             self._calls[block.enter] = BlockCall(args, kwargs, num_tokens=x.shape[-2], num_rows=num_rows)
 
         def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if enters_attention_only(block):
+            if enters_attention_only(block, self.sites):
                 self._calls[block.enter].num_tokens = next(tensors_in((args, kwargs))).shape[-2]
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:

@@ -19,15 +19,17 @@ class PromptSlot:
     num_tokens: int
 
 
-def enters_attention_only(block: Block) -> bool:
+def enters_attention_only(block: Block, sites: Sites) -> bool:
     """Return whether prompts enter the attention of a block, and not the block.
 
     They do if the block is not one module, lays its tokens out as an image, attends in windows, or convolves outside
-    its attention. The result is the same as for prompts that enter the block and leave it at its end.
+    its attention. The result is the same as for prompts that enter the block and leave it at its end. Blocks of a kind
+    that attends in windows do so too where one window holds the whole image, as in the last stage of Swin.
     """
     if "attn" not in block.parts or not block.attn.is_module:
         return False
-    plain = block.is_module and block.layout == "BNC" and block.num_windows == 1
+    in_windows = any(b.num_windows > 1 and type(b.enter) is type(block.enter) for b in (block, *sites.all_blocks))
+    plain = block.is_module and block.layout == "BNC" and not in_windows
     return not plain or bool(_convolutions(block.enter))
 
 
@@ -37,7 +39,7 @@ def refuse_obstacles(block: Block, sites: Sites) -> None:
     Raises:
         AttachError: It does not; the message says why.
     """
-    inside = enters_attention_only(block)
+    inside = enters_attention_only(block, sites)
     if not block.is_module and not inside:
         raise prompts_refused(block, sites, "is not a module of its own that they could enter and leave")
     entered = block.attn if inside else block
