@@ -34,12 +34,16 @@ class Own(nn.Module):
 
 
 def test_layers_before_the_classifier_are_named_and_may_belong_to_it(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"head\.2\. Further layers .* head\.0\. "):
-        assert list(petune.attach(Own(), "adaptformer").head) == ["head.2.weight", "head.2.bias"]
+    separate = Own()
+    separate.neck, separate.head = separate.head[:2], separate.head[2]
+    separate.forward = lambda x: separate.head(separate.neck(separate.backbone(x)))  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"head\. Further layers .* neck\.0\. "):
+        assert list(petune.attach(separate, "adaptformer").head) == ["head.weight", "head.bias"]
     model = Own().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         petune.attach(Own(), "adaptformer", train_head=False)
+        assert len(petune.attach(Own(), "adaptformer").head) == 4
         att = randomised(petune.attach(model, "adaptformer", sites=petune.find_sites(model, head="head")))
     assert list(att.head) == ["head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"]
     att.save(tmp_path / "a")
