@@ -31,8 +31,8 @@ methods, and raise `petune.MissingExtra` or `petune.DataError` with what the use
 
 The other methods have defaults. Override `target` if `load` is slow, since the names are needed before any image is;
 `find` if the files may be missing; `manifest` if the images can change between two runs, since val and test are drawn
-from them; `path` and `labeled_files` if the argument is a path; `num_frames` if the samples are clips of videos, whose
-images are uint8 (N, frames, H, W, 3).
+from them; `resizes` if there is no manifest, but petune decodes the images; `path` and `labeled_files` if the argument
+is a path; `num_frames` if the samples are clips of videos, whose images are uint8 (N, frames, H, W, 3).
 """
 
 from __future__ import annotations
