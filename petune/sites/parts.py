@@ -65,13 +65,18 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
 
 
 def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
-    """Return the first MLP that works on single tokens and adds to a stream; else the largest that adds, or of all.
+    """Return the first MLP that works on single tokens and adds to a stream; else the first that adds, or of all.
 
-    Others may follow before the next attention: one for a wide class token, the convolutions of the next stage.
+    Others may follow before the next attention, such as the convolutions of the next stage.
+
+    Args:
+        trace: The forward.
+        mlps: All of them, the largest first.
+        after: When the attention ended.
     """
     adding = [mlp for mlp in mlps if mid_of(trace, mlp, int(after)) is not None]
     tokenwise = [mlp for mlp in adding if mlp.is_tokenwise]
-    return min(tokenwise, key=lambda mlp: mlp.first.start) if tokenwise else (adding or mlps)[0]
+    return (tokenwise or adding or mlps)[0]
 
 
 def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Mlp | None:
