@@ -238,8 +238,7 @@ class Sites:
     def left_out_modules(self) -> set[nn.Module]:
         """Return the modules of the blocks that were left out."""
         chosen = {id(block.enter) for block in self.blocks}
-        left_out = [block for block in self.all_blocks if id(block.enter) not in chosen]
-        return modules_of(left_out) - modules_of(self.blocks)
+        return modules_of(b for b in self.all_blocks if id(b.enter) not in chosen) - modules_of(self.blocks)
 
     @property
     def patch_embed(self) -> Site:
