@@ -15,7 +15,7 @@ HEAD = """\
 | --- | --- |
 | `vit_nano`, `vit_base`, … | petune's short names; `petune backbones` lists them |
 | `vit_small_patch14_reg4_dinov2` | any timm model; with a tag, such as `….lvd142m`, with those weights |
-| `torchvision:vit_b_16` | a torchvision model |
+| `torchvision:vit_b_16` | a torchvision model; video models are `torchvision:swin3d_t`, … |
 | `hf:facebook/dinov2-small`, `hf:DIR` | a repository of the Hugging Face Hub, or a local directory |
 | `my_package.models:make` | your own function that returns a model |
 

@@ -47,6 +47,7 @@ def print_dry_run(
     from petune.runner.run import check_all_trains, check_task_of_dataset
     from petune.runner.run_adapter import read_run_adapter
     from petune.runner.run_config import RunConfig
+    from petune.runner.run_data import check_clips
     from petune.training.precision import choose_device
 
     run = config if isinstance(config, RunConfig) else config.run
@@ -54,6 +55,7 @@ def print_dry_run(
     check_task_of_dataset(run)
     offline = _check_weights(run)
     choose_device(run.device)
+    check_clips(run)
     backbone = preview_backbone(run)
     check_weights_file(run.backbone, run.weights, backbone.model, backbone.sites.parts.get("head"))
     recipes = [recipe or choose_recipe(build_tuner(method), run.recipe) for method in methods]

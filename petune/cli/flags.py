@@ -75,7 +75,7 @@ FLAGS = (
         "vit_base",
     ),
     Flag("weights", str, "default, none, cifar100, a file, or a petune pretrain directory.", "default", "NAME|PATH"),
-    Flag("recipe", str, "Recipe of the method; adaptformer has official, that of its authors.", "default"),
+    Flag("recipe", str, "Recipe of the method; adaptformer has official and video, those of its authors.", "default"),
     Flag("dataset", str, "A name that `petune datasets` lists, such as digits or folder:PATH.", "cifar10"),
     Flag("task", str, "Task, with options after a colon; auto is that of the dataset's targets.", "auto"),
     Flag("data-dir", Path, "Directory of downloaded datasets.", "$PETUNE_DATA, then the cache"),

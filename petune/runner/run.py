@@ -32,7 +32,7 @@ from petune.runner.report.evaluations import galleries_file
 from petune.runner.report.seen_images import first_batch
 from petune.runner.result import RunResult
 from petune.runner.run_config import RunConfig
-from petune.runner.run_data import has_final_fit
+from petune.runner.run_data import check_clips, has_final_fit
 from petune.runner.run_dir import make_unique_dir, open_run_dir
 from petune.runner.run_name import run_name
 from petune.runner.test_values import write_test_values
@@ -111,6 +111,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
         # names are checked before a hub is asked for weights
         group.main_first(lambda: check_task_of_dataset(config))
         group.main_first(lambda: check_weights(config.backbone, config.weights))
+        group.main_first(lambda: check_clips(config))
     run_dir = group.broadcast(lambda: config.output or make_unique_dir(Path("runs") / procedure.name))
     opened = open_run_dir(run_dir, config, resume=config.resume, command=procedure.command)
     with group.on_main(opened), StopFlag() as stop:

@@ -13,6 +13,7 @@ from petune.base.text import plural
 from petune.data import Dataset, load_dataset
 from petune.data.dataset import Split
 from petune.data.folds import fold_of
+from petune.data.lookup import dataset_frames
 from petune.data.manifest import file_digest
 from petune.data.merge import merge_val
 from petune.data.registry import parse_dataset
@@ -36,11 +37,6 @@ def prepare_data(config: RunConfig) -> Dataset:
         cache_gb=config.cache_gb,
         **({} if frames is None else {"frames": frames}),
     )
-    if frames is not None and dataset.train.num_frames is None:
-        raise ConfigError(
-            f"{config.backbone} takes clips of {plural(frames, 'frame')}, but {config.dataset} has images. Use a "
-            "dataset of videos, such as video:PATH, or a backbone that takes images"
-        )
     backbone_channels(config, dataset)
     if config.folds is not None and config.fold is not None:
         dataset = fold_of(dataset, config.folds, config.fold)
@@ -48,6 +44,20 @@ def prepare_data(config: RunConfig) -> Dataset:
     if config.shots is not None:
         dataset = dataset.with_shots(config.shots, config.seed)
     return dataset
+
+
+def check_clips(config: RunConfig) -> None:
+    """Check that a backbone of videos gets clips, before anything is read.
+
+    Raises:
+        ConfigError: The dataset has images.
+    """
+    frames = input_frames(config.backbone, config.backbone_options)
+    if frames is not None and dataset_frames(config.dataset, config.data_dir, frames) is None:
+        raise ConfigError(
+            f"{config.backbone} takes clips of {plural(frames, 'frame')}, but {config.dataset} has images. Use a "
+            "dataset of videos, such as video:PATH, or a backbone that takes images"
+        )
 
 
 def note_of_clips(backbone: Backbone) -> str:
