@@ -80,7 +80,7 @@ def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, A
     total = ", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "wrong"))
     reasons = [f"{number}. {text}" for text, number in notes.items()]
     missing = "; ".join(f for f in in_order(families) if f not in results).replace(LIBRARIES["transformers"], "")
-    not_surveyed = [f"Not surveyed yet, all of transformers: {missing}.", ""] if missing else []
+    not_surveyed = [f"Not surveyed yet, or not settled, all of transformers: {missing}.", ""] if missing else []
     body = [f"{len(results)} models: {total}.", "", *not_surveyed, *tables, "", "### Reasons", "", *reasons, ""]
     return HEAD + "\n".join([*body, *_every_variant(variants)])
 
@@ -151,6 +151,9 @@ def general(reason: str) -> str:
         (r"^[\w.]+ of \w+ cannot take prompts", "the block cannot take prompts"),
         (r"^block \d+ \([\w.]+\) of \w+ has no site", "a block has no site"),
         (r"^train needs a block that is one module, .*?\): ", "a block is a span of the forward, not one module: "),
+        (r"^\d+ of \d+ blocks of \w+ \([\d, ]+\) lack", "some blocks lack"),
+        (r"blocks=\[[\d, ]+\]", "blocks=[…]"),
+        (r"^\w+ draws random numbers(.*?) differ by \S+\.", r"the model draws random numbers\1 differ."),
         (r"^\w+ has no attention", "the model has no attention"),
         (r"the forward of \w+ fails", "the forward fails"),
         (r"it has: block, ", "it has: "),
