@@ -60,6 +60,8 @@ def _makers_of_logits(trace: Trace, blocks: Sequence[Block], blocks_end: int) ->
     rows = {id(y) for y in (logits, *trace.outputs) if y.ndim == 2 and len(y) == trace.batch_size}
     others = [c for c in every if id(c.output) in rows and id(c.module) not in bounds]
     others = [c for c in others if not is_read(trace, c)]
+    if not makers and not any(c.output is logits for c in others):
+        return []  # features, such as those of CLIP's towers, next to logits that no layer made
     return outermost([_with_layers_before(trace, c) for c in (*makers, *others)])
 
 
