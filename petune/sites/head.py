@@ -28,7 +28,7 @@ def find_head(model: nn.Module, trace: Trace, blocks: Sequence[Block]) -> Site |
     end = end_of(trace, blocks)
     if heads is None and predicts_classes(trace):
         heads = _makers_of_logits(trace, blocks, end)
-        if any(y.ndim > 2 and not _is_feature(trace, y, blocks) for y in trace.outputs):
+        if heads and any(y.ndim > 2 and not _is_feature(trace, y, blocks) for y in trace.outputs):
             heads = outermost([*heads, *_after_blocks(model, trace, blocks, end)])
     elif not predicts_classes(trace) and classifiers_of(model) is None:
         heads = outermost([*(heads or []), *_after_blocks(model, trace, blocks, end)])
