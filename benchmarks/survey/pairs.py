@@ -108,12 +108,9 @@ def _verify(
 ) -> int:
     copied = copy.deepcopy(model).eval()
     x = sites.input_spec.noise(2, seed=1)
-    logits(copied, x)  # a first forward may install hooks of the library's own (towers of transformers)
+    logits(copied, x)  # a first forward may install hooks (towers of transformers) or store something (Swin's shift)
     for parameter in list(copied.parameters())[::2]:
         parameter.requires_grad_(False)  # detach must restore flags, and not set them all alike
-    x = torch.randn(2, *petune.find_sites(copied).input_size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        copied(x)  # what the first forward stores is the model's own doing, such as the shift of Swin's windows
     before = snapshot(copied)
     torch.manual_seed(0)
     try:
