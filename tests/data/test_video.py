@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import struct
 import sys
@@ -165,19 +166,25 @@ def test_views_of_tests(videos: Path, tmp_path: Path) -> None:
     assert numbers == [[rule.fixed(count, i, 2).tolist() for count in counts] for i in (0, 1)]
 
 
-def test_a_rotated_video_is_read_upright(tmp_path: Path) -> None:
+def test_a_turned_or_mirrored_video_is_read_upright(tmp_path: Path) -> None:
     frames = np.zeros((2, 32, 48, 3), np.uint8)
-    frames[:, :12, :12] = 255
+    frames[:, :8, :12] = 255
     path = tmp_path / "phone.mp4"
     encode(path, frames)
     content = bytearray(path.read_bytes())
     matrix = content.index(b"tkhd") + 44
-    content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
-    path.write_bytes(content)
-    info = read_info(path)
-    assert (info.width, info.height) == (32, 48)
-    square = read_frames(path, np.array([0]), 32, (0.0,))[0, 0]
-    assert square[2, -3, 0] > 200 > 50 > square[2, 2, 0]
+    for across, down in itertools.product((-1, 1), repeat=2):
+        for turned in (False, True):
+            a, b, c, d = (0, across, down, 0) if turned else (across, 0, 0, down)
+            values = (a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+            content[matrix : matrix + 36] = struct.pack(">9i", *values)
+            path.write_bytes(content)
+            info = read_info(path)
+            assert (info.width, info.height) == ((32, 48) if turned else (48, 32))
+            white = read_frames(path, np.array([0]), 32, (0.5,))[0, 0, :, :, 0]
+            center_x, center_y = np.argwhere(white > 200).mean(0)[::-1] - 15.5
+            # the white corner is at (-1, -1) from the center of the frame; the matrix says where it is shown
+            assert (np.sign(center_x), np.sign(center_y)) == (-a - c, -b - d)
 
 
 def test_bad_files_are_named(videos: Path, tmp_path: Path) -> None:

@@ -68,15 +68,15 @@ def read_info(path: Path) -> VideoInfo:
         for packet in container.demux(stream):
             packets += packet.size > 0
             for frame in packet.decode():
-                first = first or (frame.width, frame.height, frame.rotation)
+                first = first or (frame.width, frame.height, _axes(frame))
                 frames += 1
         announced = stream.frames
     if first is None:
         raise DataError(f"{path}: not a readable video (no frames)")
     if packets < SMALLEST_SHARE * announced:
         raise DataError(f"{path}: not a readable video (truncated: {packets} of {announced} frames)")
-    width, height, rotation = first
-    return VideoInfo(frames, height, width) if rotation % 180 else VideoInfo(frames, width, height)
+    width, height, axes = first
+    return VideoInfo(frames, height, width) if axes[1] else VideoInfo(frames, width, height)
 
 
 def read_frames(
@@ -131,13 +131,37 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _upright(frame: Any) -> Image:
-    """Return a frame turned as its file says; FFmpeg's libraries leave that to the program."""
+    """Return a frame turned and mirrored as its file says; FFmpeg's libraries leave that to the program."""
     from PIL import Image
 
     image: Image.Image = frame.to_image()
-    turns = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
-    turn = turns.get(round(frame.rotation) % 360)
-    return image if turn is None else image.transpose(turn)
+    axes = _axes(frame)
+    if axes == (1, 0, 0, 1):
+        return image
+    steps = {
+        (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+        (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+        (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+        (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+        (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+        (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+        (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    }
+    return image.transpose(steps[axes])
+
+
+def _axes(frame: Any) -> tuple[int, int, int, int]:
+    """Return where the axes of a frame point: (a, b, c, d) shows what is at (x, y) at (ax + cy, bx + dy).
+
+    Angles between are rounded to a multiple of 90 degrees.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return (1, 0, 0, 1)
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(a) >= abs(b):
+        return (1 if a >= 0 else -1, 0, 0, 1 if d >= 0 else -1)
+    return (0, 1 if b >= 0 else -1, 1 if c >= 0 else -1, 0)
 
 
 def _square(image: Image, side: int, share: float) -> NDArray[np.uint8]:
