@@ -46,6 +46,8 @@ class PromptPlacer:
         self._refuse_prompts_of_others(run[0])
         self.placer.log.enable_checks.append(lambda: self._refuse_prompts_of_others(run[0]))
         if not enters_attention_only(run[0], self.sites):
+            if not isinstance(blocks, Block):
+                self._refuse_repeated(run)
             self._into_blocks(run, adapter, count)
         elif len(run) == 1:
             self._into_attention(run[0], adapter, count)
@@ -70,6 +72,12 @@ class PromptPlacer:
             if block.index != before.index + 1:
                 reason = f"is no neighbor of block {before.index}, and the prompts would pass through what is between"
                 raise prompts_refused(block, self.sites, reason, USE_DEEP)
+
+    def _refuse_repeated(self, run: tuple[Block, ...]) -> None:
+        """Refuse blocks that the same tokens pass several times: prompts would leave and enter between two passes."""
+        if self.check.passes_again(run):
+            reason = "is called again with what it returned, and the prompts would not pass on to the next call"
+            raise prompts_refused(run[0], self.sites, reason, USE_DEEP)
 
     def _into_blocks(self, run: tuple[Block, ...], adapter: nn.Module, count: int) -> None:
         """Let prompts enter at the first block and leave after the last one."""

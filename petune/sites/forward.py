@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -151,11 +152,14 @@ def forget_caches(model: nn.Module) -> None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and mappings, in order."""
+    """Yield the tensors in nested tuples, lists, mappings, dataclasses and namespaces, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, SimpleNamespace) or hasattr(type(value), "__dataclass_fields__"):
+        for item in vars(value).values():
             yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -226,6 +227,38 @@ class Masked(nn.Module):
             x = layer(x, src_mask=mask, src_key_padding_mask=padding)
         logits: Tensor = self.head(x[:, 0])
         return logits
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    more: list[Tensor]
+
+
+class Repeated(Masked):
+    """Calls its layers twice: with what they returned, or with another image; returns a dataclass."""
+
+    def __init__(self, *, recurrent: bool) -> None:
+        super().__init__()
+        self.recurrent = recurrent
+
+    def forward(self, x_BCHW: Tensor) -> Answer:  # type: ignore[override]
+        first, other = (self.embed(x).flatten(2).transpose(1, 2) for x in (x_BCHW, x_BCHW.flip(-1)))
+        for layer in self.layers:
+            first = layer(first)
+        for layer in self.layers:
+            other = layer(first if self.recurrent and layer is self.layers[0] else other)
+        return Answer(self.head(other[:, 0]), [self.head(first[:, 1])])
+
+
+def test_shallow_prompts_do_not_pass_from_call_to_call() -> None:
+    recurrent, siamese = (Repeated(recurrent=value).eval() for value in (True, False))
+    with pytest.raises(petune.AttachError, match="of Repeated cannot take prompts"):
+        petune.attach(recurrent, METHODS[1])
+    before = siamese(X).logits
+    prompted(siamese, METHODS[1])
+    assert not torch.equal(siamese(X).logits, before)
+    prompted(recurrent, METHODS[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from petune.injector.hooks.base import with_tensor
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs
+from petune.sites.logits import logits_of
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Sites
 
@@ -96,11 +98,44 @@ class PromptCheck:
             reason = "has no token-to-token attention where they enter (but over channels, or over other tokens)"
             raise prompts_refused(block, self.sites, reason)
         before = call.output if alone else self._output
-        if not outputs_agree(next(tensors_in(before)), next(tensors_in(output))):
+        if not outputs_agree(logits_of(before), logits_of(output)):
             reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
             raise prompts_refused(block, self.sites, reason)
         if blocks[-1] is self.sites.blocks[-1]:
             self._calls = {}  # activations are not kept longer than needed
+
+    def passes_again(self, blocks: Sequence[Block]) -> bool:
+        """Return whether tokens that have left the last of these blocks enter the first one again, in one forward.
+
+        NaNs that replace what the last block returns first are looked for in later inputs of the first block. They are
+        not there if a model calls its blocks once for each of several images.
+        """
+        last_calls = 0
+        tainted: list[bool] = []
+
+        def taint(module: nn.Module, args: Any, output: Any) -> Any:
+            nonlocal last_calls
+            last_calls += 1
+            return with_tensor(output, lambda y: torch.full_like(y, torch.nan)) if last_calls == 1 else None
+
+        def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if last_calls:
+                x = next(tensors_in((args, kwargs)))
+                tainted.append(x.is_meta or bool(x.isnan().any()))
+
+        handles: list[Any] = [
+            blocks[-1].exit.register_forward_hook(taint),
+            blocks[0].enter.register_forward_pre_hook(look, with_kwargs=True),
+        ]
+        try:
+            with inference(self.model):
+                self._images().call(self.model)
+        except Exception:  # code that reads numbers may refuse NaNs
+            return bool(tainted)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return any(tainted)
 
     def _record(self) -> None:
         handles = [handle for block in self.sites.blocks for handle in self._watch(block)]
