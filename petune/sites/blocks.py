@@ -146,7 +146,7 @@ def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     """Build a block with several attentions and MLPs: one stream, read after the attentions."""
     bare = _bare(pair.scope, pair.scope, pair.attention.dim, trace.model_name)
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
-    reached = mid is not None and reaches_output(trace, mid, pair.scope)
+    reached = mid is not None and reaches_output(trace, mid, pair.mlp, pair.scope)
     return pair.scope.start, _with_mid(bare, mid if reached else None)
 
 

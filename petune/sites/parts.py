@@ -216,9 +216,27 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_e
     return norm if trace.maker(mlp.first.input) is norm else None
 
 
-def reaches_output(trace: Trace, mid: Call, block: Call) -> bool:
-    """Return whether the stream at `mid`, with one thing added, is what the block returns."""
-    return any(add.result is block.output and add.other(mid.input) is not None for add in trace.additions)
+def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
+    """Return whether the stream at `mid`, with one thing added, only leaves the block: as it is, or normalized."""
+    y, norm = block.output, trace.maker(block.output)
+    later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
+    sums = [add for add in later if add.other(mid.input) is not None]
+    if norm is None or not is_norm(norm) or not norm.within(block):
+        made = next((add.time for add in sums if add.result is y), None)
+    else:  # DFine clamps the sum before its norm
+        normalized = any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums)
+        made = norm.start if normalized else None
+    if y is None or made is None:
+        return False
+    reads = any(any(x is y for x in c.inputs) for c in block.inner() if c.start > made)  # a further branch, as in SAM
+    return not reads and not any(add.other(y) is not None for add in later if add.time > made)
+
+
+def _comes_next(trace: Trace, add: Addition, call: Call) -> bool:
+    """Return whether a call follows an addition with no other call or addition between, on a tensor of that shape."""
+    times = [*(c.start for c in trace.calls), *(other.time for other in trace.additions)]
+    same = call.input is not None and call.input.shape == add.result.shape
+    return same and trace.maker(call.input) is None and not any(add.time < time < call.start for time in times)
 
 
 def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:

@@ -149,8 +149,8 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def _linear_layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
-    """Return the linear layers of attention and MLP."""
-    sites = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
+    """Return the linear layers of attention and MLP; of a decoder's block, which has several attentions, all."""
+    sites = [block.parts[role] for role in ("attn", "mlp") if role in block.parts] or [block]
     return [layer for site in sites for layer in edit.linear_layers(site, transposed=True)]
 
 

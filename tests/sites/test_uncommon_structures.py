@@ -87,6 +87,32 @@ def test_an_adapter_beside_a_scaled_stream_adds_to_the_mlp() -> None:
     torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_decoders_adapter_is_parallel_to_the_mlp_after_its_attentions(norm_first: bool) -> None:
+    model = models.Vit(models.Decoder(norm_first)).eval()
+    att = petune.attach(model, "adaptformer", bottleneck=4)
+    block = att.sites.blocks[1]
+    assert block.where == "trunk.decoder"
+    assert block.mid.path == ("trunk.decoder.norm3" if norm_first else "trunk.decoder.linear1")
+    adapter = block.enter.petune_adaptformer.adapter
+    nn.init.normal_(adapter.up.weight)
+    entered: list[torch.Tensor] = []
+    block.mid.enter.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    tokens = torch.randn(2, 5, 24), torch.randn(2, 16, 24)
+    with torch.no_grad():
+        output = block.enter(*tokens)
+        with att.disabled():
+            torch.testing.assert_close(output - block.enter(*tokens), adapter(entered[0]))
+    att.detach()
+    assert examine(model, "fact").state == "ok"
+    assert petune.attach(model, "fact").counts.tuned == 2 * 24 * 16 + 16 * 16 * (2 + 2) * 2  # layers of two MLPs
+
+
+def test_a_stream_that_is_read_once_more_in_the_block_is_no_mid() -> None:
+    sites = petune.find_sites(models.Vit(models.Decoder(False, models.FurtherBranch)).eval())
+    assert [set(block.parts) for block in sites.blocks] == [{"attn", "mlp", "norm1", "norm2", "mid"}, set()]
+
+
 def test_a_tower_whose_tokens_have_no_batch_dimension_has_blocks() -> None:
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel

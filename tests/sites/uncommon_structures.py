@@ -248,6 +248,29 @@ def with_two_norms(inside: nn.Module) -> nn.Sequential:
     return nn.Sequential(TwoNorms(), inside)
 
 
+class Decoder(nn.Module):
+    """Queries attend to themselves and to patches, in torch's own blocks: an encoder of one, a decoder of one."""
+
+    def __init__(self, norm_first: bool, make: type[nn.TransformerDecoderLayer] = nn.TransformerDecoderLayer) -> None:
+        super().__init__()
+        sizes = (D, 2, 2 * D, 0.0)
+        self.encoder = nn.TransformerEncoderLayer(*sizes, batch_first=True, norm_first=norm_first)
+        self.decoder = make(*sizes, batch_first=True, norm_first=norm_first)
+        self.queries = nn.Parameter(torch.randn(1, 5, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.queries.expand(len(x), -1, -1), self.encoder(x))
+
+
+class FurtherBranch(nn.TransformerDecoderLayer):
+    """The patches attend to the queries in the end, as in SAM: what the MLP adds is read inside the block."""
+
+    def forward(self, tgt: Tensor, memory: Tensor) -> Tensor:
+        y = super().forward(tgt, memory)
+        self.memory = self.multihead_attn(memory, y, y)[0]
+        return y
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     "summed branches": lambda: Vit(Pairs(lambda: Summed(Attention), lambda: Summed(mlp))),
     "several lanes": lambda: Vit(Lanes()),
