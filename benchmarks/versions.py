@@ -151,7 +151,8 @@ methods whose adapter loads and computes the same logits; methods that a model r
 
 **Not every pair can hold.** If a version computes something else with the same weights, or splits or fuses layers, the
 adapter is refused. A bit-identical resume needs the same versions, so a checkpoint of an unfinished run does not move.
-An adapter that PEFT alone wrote has the library's names only, and PEFT refuses it where they changed.
+An adapter that PEFT alone wrote has the library's names only. `petune.load` follows the renames that transformers makes
+when it loads an old checkpoint, so from transformers 4 to 5; otherwise it is refused. One that petune saved moves.
 
 """
 

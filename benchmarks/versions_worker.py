@@ -111,7 +111,7 @@ MODELS = {
     "timm ViT": of_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2),
     "timm BEiT": of_timm("beit_base_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3),
     "timm EVA-02": of_timm("eva02_tiny_patch14_224", img_size=56, depth=2),
-    "timm Swin": of_timm("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1), embed_dim=24),
+    "timm Swin": of_timm("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24),
     "torchvision ViT": of_other_library(torchvision_vit),
 }
 

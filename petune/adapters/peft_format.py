@@ -8,7 +8,7 @@ A method of PEFT's own (LoRA, IA3, ...) has PEFT's keys at the top of the file, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from petune.adapters.migrations import FORMAT
@@ -64,7 +64,7 @@ def from_peft(peft_config: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         key: value
         for key, value in peft_config.items()
-        if key in known and key not in skipped and value != known[key].default and value not in (None, {}, [])
+        if key in known and key not in skipped and value is not None and value != _default(known[key])
     }
     train_head = bool(options.pop("modules_to_save", None))
     return {
@@ -76,3 +76,8 @@ def from_peft(peft_config: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprint": None,
         "metadata": {},
     }
+
+
+def _default(field: Field[Any]) -> Any:
+    """Return the default of an option of PEFT's."""
+    return field.default if field.default_factory is MISSING else field.default_factory()

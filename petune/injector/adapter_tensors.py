@@ -14,7 +14,7 @@ from petune.base.text import plural
 from petune.injector.addresses import addresses_of
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import block_indices, content_only, frozen_backbone, frozen_head
-from petune.injector.keys import buffer_owners, named_parameters, persistent_buffers
+from petune.injector.keys import buffer_owners, named_parameters, non_persistent_buffers, persistent_buffers
 from petune.injector.trainable import TrainedParts, trainable_state_of
 from petune.sites.site import Sites
 
@@ -48,7 +48,10 @@ class AdapterTensors:
         self.head = {key: p for key, p in named.items() if id(p) in classifier} if train_head else {}
         self._modules = self._modules_in_train_mode(self.head_modules if train_head else ())
         adapters = [owner for holder, _ in log.placed for owner in persistent_buffers(holder)]
-        self._buffers = buffer_owners(model, self._modules, [*log.added_buffers, *adapters])
+        own = {module for root in log.added_modules for module in root.modules()}
+        tables = non_persistent_buffers(m for m in self._modules if m not in own) - {*log.added_buffers}
+        owners = buffer_owners(model, self._modules, [*log.added_buffers, *adapters])
+        self._buffers = {key: owner for key, owner in owners.items() if owner not in tables}
         self._adapter_buffers = {*adapters}
         self._fingerprint: str | None = None
         self.addresses = addresses_of(model, sites, log, self.live(), self._buffers)

@@ -48,6 +48,11 @@ def persistent_buffers(module: nn.Module) -> Iterator[BufferOwner]:
                 yield part, name
 
 
+def non_persistent_buffers(modules: Iterable[nn.Module]) -> set[BufferOwner]:
+    """Return the modules' own buffers that are no part of `state_dict`: tables that the library computes itself."""
+    return {(module, name) for module in modules for name in module._non_persistent_buffers_set}
+
+
 def _state_dict_keys(model: nn.Module) -> dict[int, str]:
     """Return the key of each tensor by identity; the first key of a shared one."""
     return {id(t): key for key, t in reversed(model.state_dict(keep_vars=True).items())}

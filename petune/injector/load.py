@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, geometry, geometry_differences, read_adapter
+from petune.adapters.peft_names import with_current_names
 from petune.adapters.reference_logits import max_abs_diff
 from petune.adapters.trained_on import describe_weights
 from petune.base.arguments import PathText, check_arguments
@@ -68,6 +69,7 @@ def attach_saved(
     sites: Sites | None = None,
 ) -> Attachment:
     """Attach an adapter that was read already; see `load`."""
+    saved = with_current_names(model, saved)
     config = saved.config
     if tuner is None:
         tuner = _build_saved_tuner(saved)
@@ -352,13 +354,16 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
 
 
 def _unused_in_file(attachment: Attachment, saved: SavedAdapter) -> set[str]:
-    """Return the file's keys of parameters that do not train and have the same values in the model.
+    """Return the file's keys of tables that the library makes, and of frozen parameters with the model's values.
 
-    A development version unfroze, and saved, biases and norms that the output does not depend on.
+    A development version saved buffers that are no part of `state_dict`. It also unfroze, and saved, biases and norms
+    that the output does not depend on.
     """
     state, named = attachment.file_state(), named_parameters(attachment.model)
     frozen = {key: t for key, t in saved.tensors.items() if key in named and key not in state}
-    return {key for key, t in frozen.items() if torch.equal(t, named[key].detach().to("cpu", t.dtype))}
+    tables = dict(attachment.model.named_buffers()).keys() - attachment.model.state_dict().keys() - state.keys()
+    unchanged = {key for key, t in frozen.items() if torch.equal(t, named[key].detach().to("cpu", t.dtype))}
+    return unchanged | (tables & saved.tensors.keys())
 
 
 def _other_version(attachment: Attachment, saved: SavedAdapter) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from petune.adapters.format import SavedAdapter
+from petune.adapters.peft_names import with_current_names
 from petune.adapters.trained_on import describe_weights
 from petune.injector.addresses import file_addresses
 from petune.injector.attachment import Attachment
@@ -20,6 +21,7 @@ def with_current_keys(attachment: Attachment, saved: SavedAdapter) -> SavedAdapt
     not found keep their names, and `check_fits` refuses them. Indices and counters that are not found are those of
     another version of the library: the model keeps its own.
     """
+    saved = with_current_names(attachment.model, saved)
     own = attachment.file_state()
     in_file = saved.config.get("addresses") or {}
     if saved.tensors.keys() <= own.keys() or not in_file:

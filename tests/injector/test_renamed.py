@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 import petune
 from petune.adapters.format import read_adapter
 from petune.adapters.migrations import FORMAT
+from petune.adapters.peft_names import renamed_options
 from tests.tiny import X, randomised, tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,6 +42,64 @@ def test_adapters_that_were_saved_under_transformers_4_compute_the_same(tmp_path
         att.save(tmp_path / path.name)
         again = petune.load(transformers_vit(), tmp_path / path.name)
         assert torch.equal(again.model(X).logits, logits)
+
+
+def by_peft_alone(source: Path, target: Path, **options: Any) -> Path:
+    """Copy an adapter that petune saved, without petune's part: what PEFT's `save_pretrained` writes."""
+    shutil.copytree(source, target)
+    file = target / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["auto_mapping"] = None
+    file.write_text(json.dumps({**config, **options}))
+    return target
+
+
+def test_adapters_that_peft_alone_wrote_follow_the_renames_of_transformers(tmp_path: Path) -> None:
+    golden = GOLDEN / "transformers_4" / "lora"
+    expected = petune.load(transformers_vit(), golden).model(X).logits
+    names = ["query", "key", "value", "dense"]
+    for index, target_modules in enumerate(([f"attention.{n}" for n in names] + names, r".*(query|key|value|dense)")):
+        path = by_peft_alone(golden, tmp_path / str(index), target_modules=target_modules, exclude_modules=["none"])
+        att = petune.load(transformers_vit(), path)
+        assert torch.equal(att.model(X).logits, expected)
+        att.save(tmp_path / "again")
+        assert torch.equal(petune.load(transformers_vit(), tmp_path / "again").model(X).logits, expected)
+
+
+def test_options_of_single_layers_follow_the_renames() -> None:
+    names = {
+        "encoder.0.query": "layers.0.q_proj",
+        "encoder.1.query": "layers.1.q_proj",
+        "encoder.1.dense": "layers.1.fc",
+    }
+    options = {"type": "ia3", "target_modules": "all-linear", "feedforward_modules": ["dense"], "layers_pattern": "0"}
+    patterns = {"rank_pattern": {"0.query": 3, "dense": 4, "absent": 5}, "r": 2}
+    assert renamed_options({**options, **patterns}, names) == {
+        "type": "ia3",
+        "r": 2,
+        "target_modules": ["layers.0.q_proj", "layers.1.fc", "layers.1.q_proj"],
+        "feedforward_modules": ["layers.1.fc"],
+        "rank_pattern": {"layers.0.q_proj": 3, "layers.1.fc": 4},
+    }
+
+
+def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+    path = by_peft_alone(GOLDEN / "transformers_4" / "lora", tmp_path / "lora")
+    with pytest.raises(petune.BackboneMismatch, match=r"VisionTransformer .*vit\.encoder\.layer\.0"):
+        petune.load(tiny(), path)
+
+
+def test_tables_that_a_library_makes_do_not_decide(tmp_path: Path) -> None:
+    def with_table() -> nn.Module:
+        model = tiny()
+        model.blocks[0].register_buffer("table", torch.ones(3), persistent=False)
+        return model
+
+    for index, (saved_on, loaded_on) in enumerate([(tiny, with_table), (with_table, tiny)]):
+        att = randomised(petune.attach(saved_on(), "full"))
+        att.save(tmp_path / str(index))
+        loaded = petune.load(loaded_on(), tmp_path / str(index))
+        assert torch.equal(loaded.model.eval()(X), att.model.eval()(X))
 
 
 def test_other_weights_under_other_names_are_refused() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import petune
+from petune.adapters.peft_format import from_peft
 from petune.base.errors import AttachError, BackboneMismatch, ConfigError
 from petune.injector.registry import build_tuner
 from petune.plugin_dev.tiny_models import tiny_timm, tiny_torchvision
@@ -83,6 +84,13 @@ def test_adapters_saved_by_peft_load_here(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(att.model), logits(theirs))
     att.save(tmp_path / "c")
     assert torch.equal(logits(petune.load(model(), tmp_path / "c").model), logits(theirs))
+
+
+def test_empty_options_of_a_file_of_peft_are_kept_where_the_default_is_another() -> None:
+    config = {"peft_type": "IA3", "target_modules": ["qkv"], "feedforward_modules": [], "exclude_modules": None}
+    assert from_peft(config)["config"] == {"type": "ia3", "target_modules": ["qkv"], "feedforward_modules": []}
+    options = from_peft({"peft_type": "LORA", "target_modules": ["qkv"], "rank_pattern": {}, "r": 8})["config"]
+    assert options == {"type": "lora", "target_modules": ["qkv"]}
 
 
 @pytest.mark.parametrize("kind", sampled(TYPES, CONTRACT.__contains__))
