@@ -13,7 +13,8 @@ from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.token_grid import TokenGrid, patch_convolution
-from petune.sites.site import Block, Site, Sites, require_editable, require_site, require_whole
+from petune.sites.required import require_editable, require_site, require_whole
+from petune.sites.site import Block, Site, Sites
 
 
 class Edit:
@@ -103,15 +104,14 @@ class Edit:
         """Unfreeze parameters that the backbone already has.
 
         Args:
-            target: A module or site, whose parameters train and which goes to train mode (dropout, BatchNorm); or
-                single parameters, whose modules stay in eval mode.
+            target: A module or site, whose parameters train and which goes to train mode (dropout, BatchNorm); a block
+                that is no module is all modules that it consists of. Or single parameters, whose modules stay in eval
+                mode.
 
         Returns:
             The parameters that train now. Those that other attachments have added are left out.
         """
-        if isinstance(target, Site):
-            require_whole(target, "train")
-        modules = target.modules if isinstance(target, Site) else (target,) if isinstance(target, nn.Module) else ()
+        modules = _modules_of(target)
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
             parameters = list(target)
@@ -271,3 +271,10 @@ def forget_forwards(edit: Edit) -> None:
     """Drop the forward passes that the verbs recorded: they keep all activations of one image in memory."""
     edit._layers.forget()
     edit._prompts.forget()
+
+
+def _modules_of(target: nn.Module | Site | Iterable[nn.Parameter]) -> tuple[nn.Module, ...]:
+    """Return the modules that train; none for single parameters."""
+    if isinstance(target, Block):
+        return target.own_modules
+    return target.modules if isinstance(target, Site) else (target,) if isinstance(target, nn.Module) else ()

@@ -11,6 +11,7 @@ from petune.sites.attentions import Attention, Pair, find_attentions
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
 from petune.sites.norms import is_norm, norm_of
+from petune.sites.own_modules import with_own_modules
 from petune.sites.parts import (
     attention_branch,
     late_mid,
@@ -36,7 +37,7 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
         if found is not None and (attention.many_queries or _is_complete(attention, found[1])):
             blocks.setdefault(id(found[1].enter), found)
     ordered = sorted(blocks.values(), key=lambda found: found[0])
-    return tuple(replace(block, index=index) for index, (_, block) in enumerate(ordered))
+    return with_own_modules(trace, [replace(block, index=index) for index, (_, block) in enumerate(ordered)])
 
 
 def _is_complete(attention: Attention, block: Block) -> bool:

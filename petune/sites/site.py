@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from petune.base.block_choice import chosen_indices, path_of_tower
-from petune.base.errors import AttachError, SiteNotFound
+from petune.base.errors import SiteNotFound
 from petune.base.text import plural
 from petune.sites.input_spec import InputSpec
 
@@ -99,6 +99,7 @@ class Block(Site):
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
         norm_first: True if norm1 comes before the attention.
         bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
+        own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
     """
 
     index: int
@@ -107,6 +108,7 @@ class Block(Site):
     num_windows: int = 1
     norm_first: bool = True
     bias_modules: tuple[nn.Module, ...] = ()
+    own_modules: tuple[nn.Module, ...] = ()
 
     @property
     def attn(self) -> Site:
@@ -355,46 +357,3 @@ def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
     """Return the modules of blocks and of the sites inside, with all modules within them."""
     sites = [site for block in blocks for site in (block, *block.parts.values())]
     return {m for site in sites for bound in site.modules for m in bound.modules()}
-
-
-def require_site(site: object, verb: str) -> Site:
-    """Return the argument of a verb of `Edit`, if it is a site.
-
-    Raises:
-        AttachError: It is something else.
-    """
-    if isinstance(site, Site):
-        return site
-    raise AttachError(
-        f"{verb} takes a site, such as block.attn, but was given {type(site).__name__}. "
-        f"For a layer that is no site of its own, use edit.site(module)"
-    )
-
-
-def require_editable(site: object, verb: str) -> Site:
-    """Return a site that a verb wants to change, if it can be changed.
-
-    Raises:
-        AttachError: It is no site, or a tensor between modules.
-    """
-    site = require_site(site, verb)
-    if site.read_only:
-        raise AttachError(
-            f"{verb} changes what a module receives or returns, but {site.role!r} ({site.where}) is a tensor between "
-            "modules, which can only be read. Use it as the first site of parallel"
-        )
-    return site
-
-
-def require_whole(site: Site, verb: str) -> Site:
-    """Return a site that a verb wants to change as a whole, if one module holds all of it.
-
-    Raises:
-        AttachError: It is a block that is not a module of its own.
-    """
-    if isinstance(site, Block) and not site.is_module:
-        raise AttachError(
-            f"{verb} needs a block that is one module, but block {site.index} of {site.model} is a span of the forward "
-            f"({site.where}): only its ends would change. Use a method that edits attention or MLP, or full"
-        )
-    return site

@@ -108,6 +108,20 @@ def test_a_decoders_adapter_is_parallel_to_the_mlp_after_its_attentions(norm_fir
     assert petune.attach(model, "fact").counts.tuned == 2 * 24 * 16 + 16 * 16 * (2 + 2) * 2  # layers of two MLPs
 
 
+def test_partial_trains_what_a_block_that_is_no_module_consists_of() -> None:
+    expected = {
+        "several lanes": ["trunk.layers.1"],
+        "scaled stream": ["trunk.layers.1", "trunk.norms.1", "trunk.norms.2"],  # the norms are in another list
+        "triple": ["trunk.6", "trunk.7.fn"],
+    }
+    for name, paths in expected.items():
+        model = models.build(name)
+        own = {p for path in paths for p in model.get_submodule(path).parameters()}
+        att = petune.attach(model, "partial")
+        assert {id(p) for p in att.tuned.values()} == {id(p) for p in own | {*att.sites.norm.enter.parameters()}}, name
+    assert examine(models.build("scaled stream"), "partial").state == "ok"
+
+
 def test_a_stream_that_is_read_once_more_in_the_block_is_no_mid() -> None:
     sites = petune.find_sites(models.Vit(models.Decoder(False, models.FurtherBranch)).eval())
     assert [set(block.parts) for block in sites.blocks] == [{"attn", "mlp", "norm1", "norm2", "mid"}, set()]

@@ -1,0 +1,49 @@
+"""Check what the verbs of `Edit` are given: a site, one that can be changed, one that is a module."""
+
+from __future__ import annotations
+
+from petune.base.errors import AttachError
+from petune.sites.site import Block, Site
+
+
+def require_site(site: object, verb: str) -> Site:
+    """Return the argument of a verb of `Edit`, if it is a site.
+
+    Raises:
+        AttachError: It is something else.
+    """
+    if isinstance(site, Site):
+        return site
+    raise AttachError(
+        f"{verb} takes a site, such as block.attn, but was given {type(site).__name__}. "
+        f"For a layer that is no site of its own, use edit.site(module)"
+    )
+
+
+def require_editable(site: object, verb: str) -> Site:
+    """Return a site that a verb wants to change, if it can be changed.
+
+    Raises:
+        AttachError: It is no site, or a tensor between modules.
+    """
+    site = require_site(site, verb)
+    if site.read_only:
+        raise AttachError(
+            f"{verb} changes what a module receives or returns, but {site.role!r} ({site.where}) is a tensor between "
+            "modules, which can only be read. Use it as the first site of parallel"
+        )
+    return site
+
+
+def require_whole(site: Site, verb: str) -> Site:
+    """Return a site that a verb wants to change as a whole, if one module holds all of it.
+
+    Raises:
+        AttachError: It is a block that is not a module of its own.
+    """
+    if isinstance(site, Block) and not site.is_module:
+        raise AttachError(
+            f"{verb} needs a block that is one module, but block {site.index} of {site.model} is a span of the forward "
+            f"({site.where}): only its ends would change. Use a method that edits attention or MLP, or full"
+        )
+    return site
