@@ -1,6 +1,6 @@
 """Move adapters between the oldest and the newest supported versions of the libraries, and write docs/versions.md.
 
-    python benchmarks/versions.py [--work DIR]
+    python benchmarks/versions.py [--work DIR] [--models NAME ...]
 
 `newest` is the environment that runs this. `oldest` is built on top of it, with the lowest releases in
 pyproject.toml. `benchmarks/versions_worker.py` saves adapters of every method in each of them, and
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -38,12 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/petune-versions"))
     parser.add_argument("--page", action="store_true", help="only write the page, from the saved result")
+    parser.add_argument("--models", nargs="+", default=[], help="only these rows of the page, such as 'timm ViT'")
     arguments = parser.parse_args()
     if not arguments.page:
         work = arguments.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
         interpreters = {"oldest": oldest_environment(work / "oldest"), "newest": Path(sys.executable)}
-        reports = moved_adapters(work, interpreters)
+        reports = moved_adapters(work, interpreters, arguments.models)
+        if arguments.models:
+            reports = merged(json.loads(RESULT.read_text())["reports"], reports)
         versions = {name: installed_versions(python) for name, python in interpreters.items()}
         RESULT.write_text(json.dumps({"versions": versions, "reports": reports}, indent=1) + "\n")
     result = json.loads(RESULT.read_text())
@@ -81,21 +85,33 @@ def oldest_environment(path: Path) -> Path:
     return python
 
 
-def moved_adapters(work: Path, interpreters: dict[str, Path]) -> Reports:
-    """Save in each environment and load in the other one."""
+def moved_adapters(work: Path, interpreters: dict[str, Path], models: list[str]) -> Reports:
+    """Save in each environment and load in the other one; all models if none are named."""
     reports: Reports = {}
     for source, python in interpreters.items():
         saved = work / f"adapters-{source}"
-        if not (saved / "saved.json").exists():
-            saved.mkdir(exist_ok=True)
-            run(python, "save", saved)
+        shutil.rmtree(saved, ignore_errors=True)
+        saved.mkdir()
+        run(python, "save", saved, saved / "saved.json", *models)
         for target, other in interpreters.items():
             if target == source:
                 continue
             report = work / f"{source}-{target}.json"
-            run(other, "load", saved, report)
+            run(other, "load", saved, report, *models)
             reports[f"{source} → {target}"] = json.loads(report.read_text())
     return reports
+
+
+def merged(before: Reports, reports: Reports) -> Reports:
+    """Return earlier reports with new ones for some of the models, in the same order."""
+    models = {key.partition("|")[0] for report in reports.values() for key in report}
+
+    def rows(pair: str, model: str) -> dict[str, str]:
+        source = reports if model in models else before
+        return {key: text for key, text in source[pair].items() if key.partition("|")[0] == model}
+
+    names = dict.fromkeys(key.partition("|")[0] for report in (*before.values(), *reports.values()) for key in report)
+    return {pair: {key: text for name in names for key, text in rows(pair, name).items()} for pair in reports}
 
 
 def run(python: Path, *arguments: str | Path) -> None:

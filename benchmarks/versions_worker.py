@@ -2,8 +2,8 @@
 
 It imports petune and the libraries only, so it runs in any environment that has them.
 
-    python benchmarks/versions_worker.py save DIR
-    python benchmarks/versions_worker.py load DIR REPORT.json
+    python benchmarks/versions_worker.py save DIR REPORT.json [MODEL ...]
+    python benchmarks/versions_worker.py load DIR REPORT.json [MODEL ...]
 """
 
 from __future__ import annotations
@@ -133,10 +133,11 @@ def train_a_little(attachment: petune.Attachment) -> None:
                 tensor.add_(torch.randn(tensor.shape, generator=generator), alpha=0.05)
 
 
-def save(directory: Path) -> dict[str, Any]:
-    """Save every model, and an adapter of every method on it, with the logits that it computes."""
+def save(directory: Path, names: list[str]) -> dict[str, Any]:
+    """Save the models, and an adapter of every method on each, with the logits that it computes."""
     report: dict[str, Any] = {}
-    for name, build in MODELS.items():
+    for name in names:
+        build = MODELS[name]
         path = directory / name.replace(" ", "-")
         build(path / "backbone")
         for method, options in METHODS.items():
@@ -158,10 +159,11 @@ def save_one(build: Callable[[Path], nn.Module], path: Path, method: str, option
     return "saved"
 
 
-def load(directory: Path) -> dict[str, Any]:
-    """Load every adapter, and compare the logits."""
+def load(directory: Path, names: list[str]) -> dict[str, Any]:
+    """Load the adapters of these models, and compare the logits."""
     report: dict[str, Any] = {}
-    for name, build in MODELS.items():
+    for name in names:
+        build = MODELS[name]
         path = directory / name.replace(" ", "-")
         for method in METHODS:
             target = path / method.replace(":", "-")
@@ -209,9 +211,9 @@ def main() -> None:
     """Save or load, and write the report."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    command, directory = sys.argv[1], Path(sys.argv[2])
-    report = save(directory) if command == "save" else load(directory)
-    file = directory / "saved.json" if command == "save" else Path(sys.argv[3])
+    command, directory, file = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    names = sys.argv[4:] or list(MODELS)
+    report = save(directory, names) if command == "save" else load(directory, names)
     file.write_text(json.dumps(report, indent=1))
 
 

@@ -165,7 +165,8 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""
         raise BackboneMismatch(
-            f"{saved.path} belongs to a backbone of the same shape with other weights: {describe_weights(saved)}{hint}"
+            f"{saved.path} belongs to a backbone of the same shape with other weights, or with the same ones in layers "
+            f"that are fused or split (qkv): {describe_weights(saved)}{hint}"
         )
     if not _has_same_head(attachment, saved):
         raise BackboneMismatch(

@@ -41,7 +41,10 @@ def unfound_layers(attachment: Attachment, saved: SavedAdapter) -> str:
     """Return what a message says about tensors of a file that belong to layers which this model does not have."""
     if not saved.config.get("addresses") or saved.tensors.keys() <= attachment.file_state().keys():
         return ""
-    return f". If the library has renamed its modules since, this model has other weights: {describe_weights(saved)}"
+    return (
+        ". If the library has renamed its modules since, this model has other weights, or the same ones in layers that "
+        f"are fused or split (qkv): {describe_weights(saved)}"
+    )
 
 
 def _is_table(tensor: Tensor) -> bool:

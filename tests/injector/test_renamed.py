@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -62,8 +63,8 @@ def test_adapters_that_peft_alone_wrote_follow_the_renames_of_transformers(tmp_p
         path = by_peft_alone(golden, tmp_path / str(index), target_modules=target_modules, exclude_modules=["none"])
         att = petune.load(transformers_vit(), path)
         assert torch.equal(att.model(X).logits, expected)
-        att.save(tmp_path / "again")
-        assert torch.equal(petune.load(transformers_vit(), tmp_path / "again").model(X).logits, expected)
+    att.save(tmp_path / "again")
+    assert torch.equal(petune.load(transformers_vit(), tmp_path / "again").model(X).logits, expected)
 
 
 def test_options_of_single_layers_follow_the_renames() -> None:
@@ -138,6 +139,24 @@ def renamed(model: nn.Module) -> nn.Module:
 
         block.forward = forward
     return model
+
+
+def test_fused_and_split_qkv_are_two_backbones(tmp_path: Path) -> None:
+    def eva(fused: bool) -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"img_size": 28, "depth": 1, "embed_dim": 24, "num_heads": 2}
+        return timm.create_model("eva02_tiny_patch14_224", **sizes, qkv_fused=fused, num_classes=3).eval()
+
+    fused, split = eva(True), eva(False).state_dict()
+    names = [f"blocks.0.attn.{name}_proj.weight" for name in "qkv"]
+    fused.blocks[0].attn.qkv.weight.data.copy_(torch.cat([split[name] for name in names]))
+    fused.load_state_dict({key: t for key, t in split.items() if key in fused.state_dict()}, strict=False)
+    same = torch.linspace(-1, 1, 3 * 28 * 28).reshape(1, 3, 28, 28)
+    torch.testing.assert_close(fused(same), eva(False)(same))
+    for method in ("adaptformer", "lora"):
+        randomised(petune.attach(eva(False), method)).save(tmp_path / method)
+        with pytest.raises(petune.BackboneMismatch, match=r"fused or split \(qkv\)"):
+            petune.load(fused, tmp_path / method)
 
 
 def test_every_kind_of_tensor_is_found_under_other_names(tmp_path: Path) -> None:
