@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from petune.adapters.fingerprint import plain_parts
 from petune.base.arguments import check_arguments
-from petune.base.errors import AlreadyCompiled, AttachError, DeadSite, UsageError
+from petune.base.errors import AlreadyCompiled, AttachError, UsageError
 from petune.base.plugins import plugin_errors
 from petune.injector.attachment import Attachment
 from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.creation import ordinary_tensors
+from petune.injector.dead_sites import check_used
 from petune.injector.edit import Edit, forget_forwards
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen_beside_head import check_new_weights, warn_of_layers_before_head, warn_of_shared_head
@@ -29,11 +29,8 @@ from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
 from petune.sites.new_weights import NewWeights, new_weights
-from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 
-_CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
-"""For each model, the edits for which a forward pass called every adapter."""
 TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 """Those of which gradients exist: a float8 weight is floating point, too, but gets none."""
 
@@ -72,7 +69,7 @@ def attach(
     Raises:
         AlreadyCompiled: The model is compiled already.
         SiteNotFound: The model, or a block, has no site that the tuner needs.
-        DeadSite: The forward never uses an adapter.
+        DeadSite: The forward never uses an adapter, or no gradient reaches it: the output does not depend on its block.
         AttachError: Something else is in the way. After any of these, the model is as it was.
         UsageError: `sites` is given, and also `example` or `head`; or both `example` and `input_size`; or `head` and
             train_head=False.
@@ -106,7 +103,7 @@ def attach(
             _check_kinds_of_tensors(attachment)
             check_new_weights(attachment, new)
             warn_of_shared_head(attachment)
-            _check_used(model, sites, tuner, log)
+            check_used(attachment)
             forget_forwards(edit)
         except BaseException:
             log.undo()
@@ -220,26 +217,3 @@ def _check_kinds_of_tensors(attachment: Attachment) -> None:
                 f"{attachment.name} would train {key}, which is quantized ({type(tensor).__name__}). Leave it out of "
                 "the quantization, or use a method that keeps it frozen; for a classifier, also train_head=False"
             )
-
-
-def _check_used(model: nn.Module, sites: Sites, tuner: Tuner[Any], log: EditLog) -> None:
-    """Check with one forward that every adapter is called.
-
-    The same method with the same options on the same modules is checked once per model.
-
-    Raises:
-        DeadSite: An adapter is not called.
-    """
-    places = [(type(holder), *((id(s.enter), id(s.exit)) for s in passed)) for holder, passed in log.placed]
-    key = (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *places)
-    if key in _CHECKED.get(model, ()):
-        return
-    called = record_calls(model, sites.input_spec, [holder.adapter for holder, _ in log.placed])
-    for holder, passed in log.placed:
-        if holder.adapter not in called:
-            where = " or ".join(dict.fromkeys(site.where for site in passed))
-            raise DeadSite(
-                f"{log.label} would do nothing: the forward of {sites.model} never calls {where} (it may read the "
-                "weights without calling the module). Use another method on this model"
-            )
-    _CHECKED.setdefault(model, set()).add(key)

@@ -36,7 +36,7 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
             reached = _reached_on_meta(model, spec, candidates)
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
-            reached = _leaves(tensors_in(black_image(model, spec).call(model)))
+            reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
     if reached is None:
         return candidates
     return [p for p in candidates if id(p) in reached]
@@ -48,7 +48,7 @@ def _reached_on_meta(model: nn.Module, spec: InputSpec, parameters: list[nn.Para
         if path in tensors and id(parameter) in wanted:
             originals[id(tensors[path].requires_grad_(True))] = id(parameter)
     inputs = meta_inputs(model, spec)
-    leaves = _leaves(tensors_in(functional_call(model, tensors, inputs.args, dict(inputs.kwargs), tie_weights=False)))
+    leaves = leaves_of(tensors_in(functional_call(model, tensors, inputs.args, dict(inputs.kwargs), tie_weights=False)))
     return None if leaves is None else {originals[leaf] for leaf in leaves if leaf in originals}
 
 
@@ -64,7 +64,7 @@ def _gradients_for(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _leaves(outputs: Iterable[Tensor]) -> set[int] | None:
+def leaves_of(outputs: Iterable[Tensor]) -> set[int] | None:
     """Return the identities of the leaves of the outputs' graph; None if checkpointing hides some."""
     nodes: list[Any] = [y.grad_fn for y in outputs]
     visited: set[Any] = {None}

@@ -1,0 +1,209 @@
+"""Check with one forward that a method does something: every adapter is called, and a gradient can reach it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from petune.base.errors import DeadSite
+from petune.injector.attachment import Attachment
+from petune.injector.edit_log import EditLog
+from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.recorder import record_calls
+from petune.sites.site import Block, Sites, is_within, modules_of
+from petune.sites.used_parameters import leaves_of
+
+_CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
+"""For each model, the edits for which a forward pass used every adapter."""
+MAX_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What one forward with gradients tells.
+
+    Attributes:
+        called: The watched modules that it called.
+        with_gradient: Those of them that it called while gradients were enabled.
+        leaves: Identities of the parameters that the output depends on; None if gradient checkpointing hides some.
+    """
+
+    called: set[nn.Module]
+    with_gradient: set[nn.Module]
+    leaves: set[int] | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of what a method trains; it learns if a gradient reaches one of its parameters.
+
+    Attributes:
+        where: Path, for messages.
+        blocks: The blocks that it is in, if any.
+        parameters: What trains.
+    """
+
+    where: str
+    blocks: tuple[Block, ...]
+    parameters: tuple[nn.Parameter, ...]
+
+
+def check_used(attachment: Attachment) -> None:
+    """Check with one forward that every adapter is called, and that the output depends on it.
+
+    The same method with the same options on the same modules is checked once per model.
+
+    Raises:
+        DeadSite: An adapter is not called, or no gradient reaches it.
+    """
+    model, sites, log, tuner = attachment.model, attachment.sites, attachment.edit_log, attachment.tuner
+    places = [(type(holder), *((id(s.enter), id(s.exit)) for s in passed)) for holder, passed in log.placed]
+    key = (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *places)
+    if key in _CHECKED.get(model, ()):
+        return
+    adapters = [holder.adapter for holder, _ in log.placed]
+    graph = _graph(model, sites, adapters)
+    called = graph.called if graph is not None else set(record_calls(model, sites.input_spec, adapters))
+    _check_called(log, sites, called)
+    if graph is not None:
+        _check_reached(attachment, graph)
+    _CHECKED.setdefault(model, set()).add(key)
+
+
+def _check_called(log: EditLog, sites: Sites, called: set[nn.Module]) -> None:
+    for holder, passed in log.placed:
+        if holder.adapter not in called:
+            where = " or ".join(dict.fromkeys(site.where for site in passed))
+            raise DeadSite(
+                f"{log.label} would do nothing: the forward of {sites.model} never calls {where} (it may read the "
+                "weights without calling the module). Use another method on this model"
+            )
+
+
+def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, training: bool = False) -> _Graph | None:
+    """Run a forward of black images with gradients; None if the model does not run like that.
+
+    Nothing is kept for a backward, so it takes no more memory than a forward without gradients.
+
+    Args:
+        model: Modes, buffers and random states are as before afterwards.
+        sites: The model's; its blocks are watched.
+        adapters: Modules to watch.
+        training: Run in train mode, with what is frozen in eval mode, as in training.
+    """
+    called: set[nn.Module] = set()
+    with_gradient: set[nn.Module] = set()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        called.add(module)
+        if torch.is_grad_enabled():
+            with_gradient.add(module)
+
+    watched = dict.fromkeys([*adapters, *(block.enter for block in sites.blocks)])
+    handles = [module.register_forward_pre_hook(enter) for module in watched]
+    try:
+        with inference(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+            if training:
+                model.train()
+            images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
+            leaves = leaves_of(tensors_in(images.to(device_of(model), dtype_of(model)).call(model)))
+        return _Graph(called, with_gradient, leaves)
+    except Exception:  # an operation without a gradient, inference tensors; a train mode that wants targets
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(value: Any) -> Any:
+    """Keep nothing for a backward that never comes."""
+
+
+def _check_reached(attachment: Attachment, graph: _Graph) -> None:
+    """Refuse a method of which parts get no gradient, in eval mode and in train mode.
+
+    Raises:
+        DeadSite: There are such parts.
+    """
+    if graph.leaves is None or all(id(p) in graph.leaves for p in attachment.tuned.values()):
+        return
+    parts = _parts(attachment)
+    dead = _unreached(parts, graph.leaves)
+    if not dead:
+        return
+    trained = _graph(attachment.model, attachment.sites, (), training=True)
+    if trained is not None:
+        dead = [] if trained.leaves is None else _unreached(dead, trained.leaves)
+    if not dead:
+        return
+    message = _message(attachment, dead, graph)
+    if trained is None:  # it may return other things in training, such as a loss
+        warnings.warn(f"{message} in eval mode. After a first backward, call its check_gradients()", stacklevel=4)
+    else:
+        raise DeadSite(f"{message}. {_advice(attachment, dead)}")
+
+
+def _parts(attachment: Attachment) -> list[_Part]:
+    """Return what the method trains: each adapter; by block, what a tuner added by hand; the backbone's own."""
+    log, sites = attachment.edit_log, attachment.sites
+    owners = {module: (block,) for block in reversed(sites.blocks) for module in modules_of([block])}
+    adapters = [
+        _Part(
+            passed[-1].where, owners.get(passed[-1].exit, ()), tuple(p for p in holder.parameters() if p.requires_grad)
+        )
+        for holder, passed in log.placed
+    ]
+    placed = {id(p) for part in adapters for p in part.parameters}
+    unfrozen = {id(p) for p in log.unfrozen}
+    by_hand = {key: p for key, p in attachment.tuned.items() if id(p) not in placed | unfrozen}
+    own = _by_block(sites, {key: p for key, p in attachment.tuned.items() if id(p) in unfrozen})
+    return [*(part for part in adapters if part.parameters), *_by_block(sites, by_hand), *_as_one(own)]
+
+
+def _by_block(sites: Sites, parameters: dict[str, nn.Parameter]) -> list[_Part]:
+    groups: dict[Block | None, dict[str, nn.Parameter]] = {}
+    for key, p in parameters.items():
+        paths = ((b, path) for b in sites.blocks for path, _ in b.named_modules)
+        block = next((b for b, path in paths if is_within(key, path)), None)
+        groups.setdefault(block, {})[key] = p
+    return [_Part(b.where if b else next(iter(g)), (b,) if b else (), tuple(g.values())) for b, g in groups.items()]
+
+
+def _as_one(parts: list[_Part]) -> list[_Part]:
+    """Return the backbone's own parameters as one part: it may own some that it never uses, but not only such.
+
+    If some are in blocks, the others do not count: a final norm does not make up for blocks.
+    """
+    parts = [part for part in parts if part.blocks] or parts
+    if not parts:
+        return []
+    blocks = tuple(block for part in parts for block in part.blocks)
+    return [_Part(parts[0].where, blocks, tuple(p for part in parts for p in part.parameters))]
+
+
+def _unreached(parts: list[_Part], leaves: set[int]) -> list[_Part]:
+    return [part for part in parts if not any(id(p) in leaves for p in part.parameters)]
+
+
+def _message(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
+    blocks = dict.fromkeys(block for part in dead for block in part.blocks)
+    paths = [*(b.where for b in blocks), *dict.fromkeys(part.where for part in dead if not part.blocks)]
+    shown = ", ".join(paths[:MAX_SHOWN]) + (", …" if len(paths) > MAX_SHOWN else "")
+    hidden = bool(blocks) and not any(block.enter in graph.with_gradient for block in blocks)
+    reason = "the forward runs it under torch.no_grad()" if hidden else "the output does not depend on it"
+    return f"{attachment.name} would learn nothing at {shown} of {attachment.sites.model}: {reason}"
+
+
+def _advice(attachment: Attachment, dead: list[_Part]) -> str:
+    """Return what helps: the blocks that a gradient reaches, if there are others."""
+    without = {block.index for part in dead for block in part.blocks}
+    others = [block.index for block in attachment.sites.given.blocks if block.index not in without]
+    if others and all(part.blocks for part in dead):
+        return f"Leave it out with blocks={others}, or let the model use it"
+    return "Use linear, which trains the head alone; or attach to the part from whose output you compute a loss"
