@@ -100,7 +100,7 @@ def show(
 
 
 def _print_report(report: DataReport) -> None:
-    from petune.data.find_images import unsupported_note
+    from petune.data.find_images import skipped_note
 
     if report.images:
         print_counts(report)
@@ -121,7 +121,7 @@ def _print_report(report: DataReport) -> None:
     for part, classes in (("test", report.too_few_for_test), ("val", report.too_few_for_val)):
         if classes:
             messages.append(f"too few different images for a {part} split: {', '.join(classes)}")
-    messages += [unsupported_note(report.skipped), report.left_out, report.doubtful_classes]
+    messages += [skipped_note(report.skipped), report.left_out, report.doubtful_classes]
     for message in filter(None, messages):
         print_data(clean(message))
     print_data(_summary(report))

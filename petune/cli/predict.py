@@ -70,6 +70,8 @@ def predict(
     reasons = [one_line(prediction.error) for prediction in unreadable]
     if not predicted:
         raise DataError(_nothing_readable(reasons))
+    if skipped := predictor.skipped_in(images):
+        print_status(skipped)
     for reason in reasons:
         print_status(f"error: {reason}")
     if reasons:

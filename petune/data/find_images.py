@@ -9,8 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from petune.base.text import plural
 from petune.data.images import UNSUPPORTED_SUFFIXES, heic_advice, supported_suffixes
-from petune.data.video.decode import VIDEO_SUFFIXES
+from petune.data.video.decode import ANIMATED_SUFFIXES, VIDEO_SUFFIXES
+
+COMPANION_SUFFIXES = frozenset(
+    [".aac", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".m4a", ".md", ".mp3", ".srt", ".tsv",
+     ".txt", ".vtt", ".wav", ".xml", ".yaml", ".yml"]
+)  # fmt: skip
+"""Files that accompany images and videos, such as annotations and sound; nobody expects them to be read."""
+MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class FileKind:
 
 
 IMAGES = FileKind("image", "folder", ".jpg", supported_suffixes)
-VIDEOS = FileKind("video", "video", ".mp4", lambda: VIDEO_SUFFIXES)
+VIDEOS = FileKind("video", "video", ".mp4", lambda: VIDEO_SUFFIXES | ANIMATED_SUFFIXES)
 
 
 def find_images(
@@ -81,15 +89,25 @@ def size_and_time(path: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def unsupported_note(counts: Mapping[str, int]) -> str:
-    """Describe how many images are in formats that petune cannot read; empty if there are none.
+def skipped_note(counts: Mapping[str, int], kind: FileKind = IMAGES) -> str:
+    """Name the files that are not read, other than annotations and the like; empty if there are none.
 
     Args:
         counts: Number of skipped files by suffix.
+        kind: Which files are read.
     """
-    formats = [f"{count:,} {suffix}" for suffix, count in counts.items() if suffix in UNSUPPORTED_SUFFIXES]
+    unsupported = UNSUPPORTED_SUFFIXES if kind == IMAGES else frozenset()
+    formats = [f"{count:,} {suffix}" for suffix, count in counts.items() if suffix in unsupported]
     advice = f"convert them{heic_advice(counts)}"
-    return f"{', '.join(formats)} skipped (unsupported format; {advice})" if formats else ""
+    notes = [f"{', '.join(formats)} skipped (unsupported format; {advice})"] if formats else []
+    others = Counter({k: n for k, n in sorted(counts.items()) if k not in unsupported | COMPANION_SUFFIXES})
+    if others:
+        shown = ", ".join(
+            f"{count:,} {suffix or 'without a suffix'}" for suffix, count in others.most_common(MAX_SHOWN)
+        )
+        more = ", …" if len(others) > MAX_SHOWN else ""
+        notes.append(f"{plural(others.total(), 'file')} left out, not read as {kind.noun}s: {shown}{more}")
+    return "; ".join(notes)
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -22,7 +22,7 @@ from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
 from petune.data.copies import copies_note
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, OnBroken, Split, Target
 from petune.data.doubtful_classes import names_of_splits_note
-from petune.data.find_images import size_and_time, unsupported_note
+from petune.data.find_images import size_and_time, skipped_note
 from petune.data.images import decode_image, decode_images
 from petune.data.layout import ClassFiles, list_images
 from petune.data.on_request import on_request_note
@@ -66,7 +66,7 @@ def load_folder(path: Path, image_size: int, on_broken: OnBroken = "error", cach
         f"{plural(num_copies, 'copy', 'copies')} of other images, kept in the same split" if num_copies else "",
         copies_note({part: list(chain(*classes.values())) for part, classes in files.items()}, path),
         dataset.missing_classes_note("test"),
-        unsupported_note(skipped),
+        skipped_note(skipped),
         left_out_note(path),
         names_of_splits_note(dataset.classes),
         on_request_note(splits),

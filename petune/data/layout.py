@@ -14,7 +14,7 @@ from petune.data.find_images import (
     FileKind,
     find_images,
     has_subfolders,
-    unsupported_note,
+    skipped_note,
     visible_subfolders,
 )
 from petune.data.splits import check_is_folder, left_out_note, named_splits, split_folders
@@ -66,7 +66,7 @@ def list_split(path: Path, part: str, kind: FileKind = IMAGES) -> tuple[str, Cla
     files = _class_files(splits.get(part, splits.get("train", path)), skipped, kind)
     label = part if part in splits else "all"
     _check_not_empty(path, {label: files}, skipped, kind)
-    return label, files, "; ".join(filter(None, (unsupported_note(skipped), left_out_note(path, kind))))
+    return label, files, "; ".join(filter(None, (skipped_note(skipped, kind), left_out_note(path, kind))))
 
 
 def _class_files(folder: Path, skipped: Counter[str], kind: FileKind) -> ClassFiles:
@@ -75,7 +75,7 @@ def _class_files(folder: Path, skipped: Counter[str], kind: FileKind) -> ClassFi
 
 def _check_not_empty(path: Path, splits: Mapping[str, ClassFiles], skipped: Mapping[str, int], kind: FileKind) -> None:
     if not any(images for classes in splits.values() for images in classes.values()):
-        note = unsupported_note(skipped) or _other_kind(path, skipped, kind)
+        note = _other_kind(path, skipped, kind) or skipped_note(skipped, kind)
         raise DataError(
             f"no {kind.noun}s in {path}. Expected CLASS/*{kind.example} or train/CLASS/*{kind.example} (supported: "
             f"{', '.join(sorted(kind.suffixes()))}){f'; {note}' if note else ''}"

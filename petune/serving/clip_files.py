@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError, PetuneError
 from petune.base.text import plural
+from petune.data.find_images import VIDEOS
 from petune.data.images import center_square, num_threads, supported_suffixes
 from petune.data.video.clips import ONE_VIEW, Views
 from petune.data.video.decode import read_frames, read_info
@@ -67,7 +68,7 @@ class ClipFiles:
         if isinstance(video, DataError):
             raise video
         if isinstance(video, Path):
-            if video.suffix.lower() in supported_suffixes():
+            if video.suffix.lower() in supported_suffixes() - VIDEOS.suffixes():
                 raise DataError(f"{video}: an image, and the model takes videos")
             return self._of_file(video)
         if not isinstance(video, np.ndarray) or video.ndim != 4 or video.dtype != np.uint8 or video.shape[3] != 3:

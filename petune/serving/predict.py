@@ -6,6 +6,7 @@ Shapes: B batch, C classes or channels.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +20,7 @@ from torch import Tensor
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import DataError, UsageError
-from petune.data.find_images import IMAGES, VIDEOS, FileKind, find_images
+from petune.data.find_images import IMAGES, VIDEOS, FileKind, find_images, skipped_note
 from petune.data.registry import build_reader, is_table
 from petune.serving.image_transform import ImageTransform
 from petune.serving.predictions import Prediction, mask_prediction, predictions_of
@@ -100,6 +101,11 @@ class Predictor:
         """Return the logits of a classifier, float32 (B, C); see `outputs`."""
         return self.outputs(x_BCHW)
 
+    @property
+    def file_kind(self) -> FileKind:
+        """Images, or videos for a model of clips."""
+        return IMAGES if self.transform.sampling is None else VIDEOS
+
     def autocast(self) -> torch.autocast:
         """Return the context that sets the precision of a forward."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
@@ -129,12 +135,20 @@ class Predictor:
                 "Leave it out",
                 cli_hint="Drop --top-k",
             )
-        remaining = _list_images(images, IMAGES if self.transform.sampling is None else VIDEOS)
+        remaining = _list_images(images, self.file_kind)
         while batch := list(islice(remaining, batch_size)):
             if self.task.target_kind == "mask":
                 yield from self._predict_masks(batch, batch_size)
             else:
                 yield from self._predict_batch(batch, top_k or TOP_K)
+
+    def skipped_in(self, folders: Iterable[Path]) -> str:
+        """Name the files in folders that are not predicted, other than annotations; empty if there are none."""
+        skipped = Counter[str]()
+        for folder in map(expand_home, folders):
+            if folder.is_dir() and not is_table(str(folder)):
+                find_images(folder, skipped, unsupported=self.file_kind == IMAGES, kind=self.file_kind)
+        return skipped_note(skipped, self.file_kind)
 
     def __call__(
         self, images: Iterable[ImageSource], *, top_k: int | None = None, batch_size: int = 64

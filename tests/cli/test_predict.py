@@ -70,12 +70,14 @@ def test_json_lines_with_a_broken_image(petune: Run, digits: Path, images: list[
 def test_unreadable_images_are_named(petune: Run, digits: Path, images: list[Path]) -> None:
     """An unsupported format in a folder, and a name that looks like another user's home."""
     images[0].with_name("IMG_1.HEIC").write_bytes(b"ftypheic")
+    images[0].with_name("IMG_2.MOV").write_bytes(b"")
     done = petune("predict", digits, "images", "~nobody.png", "--top-k", 1)
     assert done.code == 4
     assert "images/IMG_1.HEIC: not a readable image" in done.err
     assert "unsupported format; convert it" in done.err
     assert "error: ~nobody.png: no such file" in done.err
     assert "5 images classified, 2 unreadable" in done.err
+    assert "1 file left out, not read as images: 1 .mov" in done.err
 
 
 @pytest.mark.parametrize("json_flag", [(), ("--json",)])

@@ -231,6 +231,35 @@ def test_what_is_no_dataset_of_videos_is_refused_with_what_to_do(
         petune.load_dataset(f"video:{videos}")
 
 
+def test_files_that_are_not_read_are_named(videos: Path, tmp_path: Path) -> None:
+    for name in ("down", "up"):
+        shutil.copytree(videos / "train" / name, tmp_path / "data" / name)
+        write_video(tmp_path / "data" / name / "9.m2ts", 9)
+        frames = [Image.new("L", (16, 16), number * LEVELS) for number in range(12)]
+        file = tmp_path / "data" / name / "8.gif"
+        frames[0].save(file, save_all=True, append_images=frames[1:], comment=name)
+        frames[0].save(tmp_path / "data" / name / "0.png")
+        for other in ("0.txt", "0.dav", "film"):
+            (tmp_path / "data" / name / other).write_text("")
+    data = petune.load_dataset(f"video:{tmp_path}/data,frames=4", image_size=14)
+    assert len(data.train) + len(data.test) == 12
+    assert "6 files left out, not read as videos: 2 without a suffix, 2 .dav, 2 .png" in data.source
+    assert np.rint(read_frames(file, np.array([0, 7, 11]), 16)[0, :, 8, 8, 0] / LEVELS).tolist() == [0, 7, 11]
+    images = petune.load_dataset(f"folder:{tmp_path}/data", image_size=14)
+    assert "14 files left out, not read as images: 8 .mp4, 2 without a suffix, 2 .dav, 2 .m2ts" in images.source
+    rows = [f"data/{name}/{file},{name}" for name in ("down", "up") for file in ("0.mp4", "1.mp4", "8.gif")]
+    (tmp_path / "clips.csv").write_text("\n".join(["file,label", *rows]))
+    table = petune.load_dataset(f"table:{tmp_path}/clips.csv,frames=2", image_size=14)
+    assert "6 videos next to those of the table not listed in it" in table.source
+    stills = [f"data/{name}/7.gif,{name}" for name in ("down", "up")]
+    for name in ("down", "up"):
+        frames[0].save(tmp_path / "data" / name / "7.gif")
+    (tmp_path / "clips.csv").write_text("\n".join(["file,label", rows[2], rows[5], *stills]))
+    for options, frames_of_clip in (("", None), (",frames=2", 2)):
+        table = petune.load_dataset(f"table:{tmp_path}/clips.csv{options}", image_size=14)
+        assert table.train.num_frames == frames_of_clip
+
+
 def test_masks_of_clips_are_refused(videos: Path) -> None:
     data = petune.load_dataset(f"video:{videos},frames=2", image_size=14)
     masks = np.zeros((8, 16, 16), np.uint8)

@@ -14,11 +14,11 @@ from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.cache import Allocate, Fallback, cached_split
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, Split, Target
-from petune.data.find_images import size_and_time
+from petune.data.find_images import IMAGES, VIDEOS, FileKind, size_and_time
 from petune.data.folder import BROKEN_LABEL, CROP
 from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
-from petune.data.tables.contents import ImageColumn, decode_column, decode_content, unlisted_images
+from petune.data.tables.contents import ImageColumn, decode_column, decode_content, unlisted_files
 from petune.data.tables.masks import decode_masks
 from petune.data.tables.plan import Plan
 from petune.data.tables.table import listed
@@ -61,7 +61,7 @@ def load_plan(plan: Plan, name: str, context: ReadContext) -> Dataset:
         samples.copies_note(),
         on_request_note({"images": images}),
         dataset.missing_classes_note("test"),
-        "" if files is None or videos is not None else _unlisted_note(plan, files),
+        "" if files is None else _unlisted_note(plan, files, IMAGES if videos is None else VIDEOS),
     )
     for note in notes:
         dataset = dataset.with_note(note)
@@ -175,7 +175,8 @@ class _Samples:
     def broken_note(self, broken: Rows) -> str:
         """Name the images that were skipped."""
         shown = listed([self._name(row) for row in broken.tolist()], 5)
-        return f"{plural(len(broken), 'broken image')} skipped: {shown}" if len(broken) else ""
+        noun = "image" if self.images.num_frames is None else "video"
+        return f"{plural(len(broken), f'broken {noun}')} skipped: {shown}" if len(broken) else ""
 
     def copies_note(self) -> str:
         """Tell copies of images: how many, between which splits, and those with different targets."""
@@ -243,9 +244,9 @@ def _found_classes_note(plan: Plan, target: Target) -> str:
     return f"{len(target.names)} classes, because masks have values up to {last}; name them with classes=[a, b, …]"
 
 
-def _unlisted_note(plan: Plan, files: list[Path]) -> str:
+def _unlisted_note(plan: Plan, files: list[Path], kind: FileKind) -> str:
     mask_files = (plan.masks.files or []) if plan.columns.kind == "mask" else []
-    unlisted = unlisted_images([*files, *mask_files])
+    unlisted = unlisted_files([*files, *mask_files], kind)
     if not unlisted:
         return ""
-    return f"{plural(len(unlisted), 'image')} next to those of the table not listed in it, such as {unlisted[0]}"
+    return f"{plural(len(unlisted), kind.noun)} next to those of the table not listed in it, such as {unlisted[0]}"

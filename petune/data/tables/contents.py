@@ -19,7 +19,8 @@ from petune.base.errors import DataError
 from petune.base.text import plural
 from petune.data.band_files import form_of, form_of_all, is_array_file, may_have_bands, read_bands
 from petune.data.bands import RGB, ImageForm, bands_square, is_channels_first
-from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, num_threads, supported_suffixes
+from petune.data.find_images import IMAGES, FileKind
+from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, num_threads
 from petune.data.tables.table import Content, Table, listed
 from petune.data.workers import image_workers
 
@@ -298,14 +299,14 @@ def _reason(content: Content, error: Exception) -> str:
     return "neither an image nor its file" if "<_io.BytesIO" in text else text
 
 
-def unlisted_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the images in the folders of `paths` that are not among them."""
+def unlisted_files(paths: Sequence[Path], kind: FileKind = IMAGES) -> list[Path]:
+    """Return the images, or videos, in the folders of `paths` that are not among them."""
     known = {path.resolve() for path in paths}
     folders = dict.fromkeys(path.parent for path in paths)
     found = [
         file
         for folder in folders
         for file in sorted(folder.iterdir())
-        if file.suffix.lower() in supported_suffixes() and not file.name.startswith(".")
+        if file.suffix.lower() in kind.suffixes() and not file.name.startswith(".")
     ]
     return [file for file in found if file.resolve() not in known]

@@ -11,7 +11,7 @@ from petune.data.dataset import Dataset, Split
 from petune.data.folder import BROKEN_LABEL, CROP, rows_of_copies
 from petune.data.reader import ReadContext
 from petune.data.tables.plan import Plan
-from petune.data.video.decode import VIDEO_SUFFIXES
+from petune.data.video.decode import ANIMATED_SUFFIXES, VIDEO_SUFFIXES
 from petune.data.video.folder import AUGMENT, with_test_views
 from petune.data.video.options import ClipOptions
 from petune.data.video.store import Readable, check_broken, read_clips, readable_rows, short_note
@@ -24,9 +24,11 @@ def has_videos(plan: Plan) -> bool:
         DataError: It also lists images, its targets are masks, or options for videos are given for images.
     """
     files = plan.images.files or []
-    others = [file for file in files if file.suffix.lower() not in VIDEO_SUFFIXES]
+    suffixes = VIDEO_SUFFIXES | ANIMATED_SUFFIXES
+    others = [file for file in files if file.suffix.lower() not in suffixes]
+    is_animated = bool(files) and all(file.suffix.lower() in ANIMATED_SUFFIXES for file in files)
     given = [name for name in ClipOptions.model_fields if name in plan.options.model_fields_set]
-    if len(others) == len(files):
+    if len(others) == len(files) or (is_animated and not given):
         if given:
             raise DataError(f"{given[0]} is for videos, but {plan.table.title} lists images. Leave it out")
         return False

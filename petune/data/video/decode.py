@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VIDEO_SUFFIXES = frozenset(
-    [".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv"]
-)
+    [".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mkv",
+     ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts",
+     ".vob", ".webm", ".wmv", ".wtv", ".y4m"]
+)  # fmt: skip
+ANIMATED_SUFFIXES = frozenset([".gif"])
+"""Images that may be videos: read as such where videos are asked for, or are among them."""
 CENTER = (0.5,)
 """Where squares are cut from frames, from left (or top) at 0 to right (or bottom) at 1."""
 SMALLEST_SHARE = 0.9

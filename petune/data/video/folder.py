@@ -13,7 +13,7 @@ from petune.base.text import plural
 from petune.data.copies import copies_note
 from petune.data.dataset import Dataset, Split
 from petune.data.doubtful_classes import names_of_splits_note
-from petune.data.find_images import VIDEOS
+from petune.data.find_images import VIDEOS, skipped_note
 from petune.data.folder import rows_of_copies, with_splits
 from petune.data.layout import list_images
 from petune.data.on_request import on_request_note
@@ -41,7 +41,7 @@ def load_videos(path: Path, options: ClipOptions, context: ReadContext) -> Datas
             that cannot be decoded (with its path).
         MissingExtra: PyAV is not installed.
     """
-    files, _ = list_images(path, VIDEOS)
+    files, skipped = list_images(path, VIDEOS)
     paths = {part: list(chain(*classes.values())) for part, classes in files.items()}
     videos = {part: readable_videos(part_paths) for part, part_paths in paths.items()}
     check_broken(videos.values(), context)
@@ -61,6 +61,7 @@ def load_videos(path: Path, options: ClipOptions, context: ReadContext) -> Datas
         copies_note(paths, path, "video"),
         short_note(list(videos.values()), sampling),
         dataset.missing_classes_note("test"),
+        skipped_note(skipped, VIDEOS),
         left_out_note(path, VIDEOS),
         names_of_splits_note(dataset.classes),
         on_request_note(splits),
