@@ -9,6 +9,8 @@ from torch import nn
 from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.attachment import Attachment
+from petune.injector.outside_head import parameters_outside
+from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import NewWeights, new_weights
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
@@ -16,20 +18,36 @@ from petune.sites.used_parameters import used_parameters
 
 
 def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool) -> None:
-    if not train_head or "head" not in sites.parts or not sites.beside_head or new_weights(model).is_known:
+    """Warn of what the predictions depend on and no head has, in a model that does not say which weights are new."""
+    if not train_head or "head" not in sites.parts or new_weights(model).is_known:
         return  # what a checkpoint has filled may stay frozen; the rest is a head
+    layers = _used_layers(model, sites)
+    others = [] if classifiers_of(model) is not None else parameters_outside(model, sites)
+    layers += [key for key in others if not any(_is_same(key, layer) for layer in layers)]
+    if not layers:
+        return
+    alone = [key for key in layers if key in dict(model.named_parameters())]
+    advice = f". Put {', '.join(alone)} into a module to name it: a head is a module" if alone else ""
+    warnings.warn(
+        f"the head of {sites.model} is {sites.head.where}. Further layers that the predictions depend on count as "
+        f"backbone and stay frozen unless the method trains them: {', '.join(layers)}. If they are new, name all "
+        f'modules that train: head=["…", "…"]{advice}',
+        stacklevel=4,
+    )
+
+
+def _used_layers(model: nn.Module, sites: Sites) -> list[str]:
+    if not sites.beside_head:
+        return []
     parameters = {path: list(model.get_submodule(path).parameters()) for path in sites.beside_head}
     floating = [p for layer in parameters.values() for p in layer if p.is_floating_point()]
     used = {id(p) for p in used_parameters(model, sites.input_spec, floating)}
     called = _called_on_tokens(model, sites)
-    before = [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
-    if before:
-        warnings.warn(
-            f"the head of {sites.model} is {sites.head.where}. Further layers before it count as backbone and stay "
-            f"frozen unless the method trains them: {', '.join(before)}. If they are new, name all modules "
-            'that train: head=["…", "…"]',
-            stacklevel=4,
-        )
+    return [path for path, layer in parameters.items() if path in called or any(id(p) in used for p in layer)]
+
+
+def _is_same(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
 def warn_of_shared_head(attachment: Attachment) -> None:

@@ -68,6 +68,10 @@ def _modules_of(model: nn.Module, entry: str | nn.Module, own: dict[int, str]) -
     matches = [(p, m) for p, m in modules.items() if p and fnmatchcase(p, entry) and has_parameters(m)]
     if PATTERN & set(entry) and matches:
         return [module for _, module in outermost(matches)]
+    if entry in dict(model.named_parameters()):
+        raise AttachError(
+            f"head={shown(entry, 60)} is a parameter of {name}, and a head is a module. Put it into a module of its own"
+        )
     near = difflib.get_close_matches(entry, [path for path, m in modules.items() if path and has_parameters(m)], n=3)
     advice = f"Did you mean {' or '.join(near)}?" if near else "Give its dotted path, a pattern, or the module itself"
     raise AttachError(f"head={shown(entry, 60)} is not a module of {name} with parameters. {advice}")

@@ -181,7 +181,9 @@ def _final_norm(trace: Trace, blocks_end: int, head: Site | None) -> Site | None
     if not norms:
         return None
     later = [c for c in trace.calls if c.start > blocks_end and c.has_matrix]
+    of_features = [c.start for c in norms if c.input is not None and c.input.ndim == 2]
     pooled = next((c.start for c in later if c.input is not None and c.input.ndim == 2), end)
-    norm = next((c for c in reversed(norms) if c.start < pooled), norms[-1])
+    norm = next((c for c in reversed(norms) if c.start < min([pooled, *of_features])), None)
+    norm = norm or next((c for c in reversed(norms) if c.start < pooled), norms[-1])
     dim = next((p.numel() for p in norm.module.parameters()), norm.width)
     return make_site("norm", norm, norm, dim, trace.model_name)

@@ -33,7 +33,7 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
     candidates = list(parameters)
     try:
         with undisturbed(model), torch.enable_grad():
-            reached = _reached_on_meta(model, spec, candidates)
+            reached, _ = _reached_on_meta(model, spec, candidates, [])
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
             reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
@@ -42,14 +42,74 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
     return [p for p in candidates if id(p) in reached]
 
 
-def _reached_on_meta(model: nn.Module, spec: InputSpec, parameters: list[nn.Parameter]) -> set[int] | None:
+def parameters_after(
+    model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module], *, training: bool = False
+) -> list[nn.Parameter]:
+    """Return the parameters that the output depends on, and no input of `modules`: what acts after them, or in them.
+
+    Empty if the model does not run like that.
+
+    Args:
+        model: Modes, flags and random state are as before afterwards.
+        spec: What it takes.
+        modules: Such as all blocks.
+        training: Run the forward in train mode, on the meta device only.
+    """
+    candidates = [p for p in model.parameters() if p.is_floating_point()]
+    entered: list[Tensor] = []
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.extend(tensors_in((args, kwargs)))
+
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
+    try:
+        return _after(model, spec, candidates, entered, training=training)
+    except Exception:  # a value that is read, batch statistics of one image
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _after(
+    model: nn.Module, spec: InputSpec, parameters: list[nn.Parameter], entered: list[Tensor], *, training: bool
+) -> list[nn.Parameter]:
+    try:
+        with undisturbed(model), torch.enable_grad():
+            for module in model.modules():
+                module.training = training
+            reached, before = _reached_on_meta(model, spec, parameters, entered)
+    except Exception:
+        if training:
+            raise
+        entered.clear()
+        with undisturbed(model), torch.enable_grad(), _gradients_for(parameters):
+            reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
+            before = _leaves_before(entered)
+    if reached is None or before is None:
+        return []
+    return [p for p in parameters if id(p) in reached - before]
+
+
+def _leaves_before(entered: list[Tensor]) -> set[int] | None:
+    """Return the leaves that tensors depend on, which may be parameters themselves."""
+    leaves = leaves_of(entered)
+    return None if leaves is None else leaves | {id(x) for x in entered}
+
+
+def _reached_on_meta(
+    model: nn.Module, spec: InputSpec, parameters: list[nn.Parameter], entered: list[Tensor]
+) -> tuple[set[int] | None, set[int] | None]:
+    """Return the parameters that the output depends on, and those that the tensors depend on that a hook collects."""
     wanted, tensors, originals = {id(p) for p in parameters}, meta_tensors(model), {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if path in tensors and id(parameter) in wanted:
             originals[id(tensors[path].requires_grad_(True))] = id(parameter)
     inputs = meta_inputs(model, spec)
-    leaves = leaves_of(tensors_in(functional_call(model, tensors, inputs.args, dict(inputs.kwargs), tie_weights=False)))
-    return None if leaves is None else {originals[leaf] for leaf in leaves if leaf in originals}
+    outputs = functional_call(model, tensors, inputs.args, dict(inputs.kwargs), tie_weights=False)
+    every = (leaves_of(tensors_in(outputs)), _leaves_before(entered))
+    reached, before = (None if of is None else {originals[leaf] for leaf in of if leaf in originals} for of in every)
+    return reached, before
 
 
 @contextlib.contextmanager

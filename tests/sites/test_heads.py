@@ -377,3 +377,48 @@ def test_new_weights_inside_a_trained_module_are_refused_or_named(tmp_path: Path
         petune.attach(loaded, "linear", input_size=(3, 32, 32), head=heads).detach()
     att = petune.attach(loaded, "linear", input_size=(3, 32, 32), head=[*heads, "vit.embeddings"])
     assert "vit.embeddings.detection_tokens" in att.head
+
+
+class Frozen(nn.Module):
+    """Features of a small ViT, and after them, next to a classifier `h`, what a kind of model has there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        layer = {"d_model": 8, "nhead": 2, "dim_feedforward": 16, "batch_first": True, "norm_first": True}
+        self.stem, self.blocks = (
+            nn.Conv2d(3, 8, 8, 8),
+            nn.Sequential(*(nn.TransformerEncoderLayer(**layer) for _ in "ab")),
+        )
+        self.norm, self.h, self.kind = nn.LayerNorm(8), nn.Linear(8, 3), kind
+        if kind == "pool":
+            self.q, self.attn = nn.Parameter(torch.ones(1, 1, 8)), nn.MultiheadAttention(8, 2, batch_first=True)
+        elif kind == "scale":
+            self.t = nn.Parameter(torch.ones(1))
+        elif kind != "plain":
+            self.layer = {"rnn": nn.GRU(8, 8, batch_first=True), "bn": nn.BatchNorm1d(8), "exit": nn.Linear(8, 3)}[kind]
+
+    def forward(self, x_BCHW: Tensor) -> Any:
+        x_BND = self.stem(x_BCHW).flatten(2).mT
+        y_BND = self.norm(self.blocks(x_BND))
+        if self.kind == "pool":
+            return self.h(self.attn(self.q.expand(len(y_BND), -1, -1), y_BND, y_BND)[0][:, 0])
+        if self.kind == "rnn":
+            return self.h(self.layer(y_BND)[0][:, -1])
+        if self.kind == "scale":
+            return self.t * self.h(y_BND.mean(1))
+        if self.kind == "bn":
+            return self.h(self.layer(y_BND.mean(1)))
+        logits = self.h(y_BND.mean(1))
+        return [logits, self.layer(self.blocks[0](x_BND).mean(1))] if self.kind == "exit" and self.training else logits
+
+
+def test_what_acts_after_the_blocks_in_no_head_is_named() -> None:
+    size = (3, 32, 32)
+    named = {"pool": "q, attn", "rnn": "layer", "bn": "layer", "scale": "t", "exit": "layer"}
+    for kind, names in named.items():
+        with pytest.warns(UserWarning, match=f"stay frozen unless the method trains them: {names}. If") as warned:
+            petune.attach(Frozen(kind), "bitfit", input_size=size)
+        assert len(warned) == 1
+    petune.attach(Frozen("plain"), "bitfit", input_size=size)
+    with pytest.raises(petune.AttachError, match="parameter"):
+        petune.find_sites(Frozen("scale"), size, head="t")
