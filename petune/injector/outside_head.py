@@ -16,7 +16,7 @@ from petune.sites.used_parameters import parameters_after
 def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     """Return paths of modules, and keys of single parameters, that act after the blocks and are in no head.
 
-    Also those that only the output in train mode depends on, such as the exits of a model with early exits. A norm of
+    Only for models that return logits of an image. Also those that only the output in train mode depends on, such as the exits of a model with early exits. A norm of
     tokens counts as the backbone's, and so do layers inside the module that holds all blocks.
 
     Returns:
@@ -33,8 +33,16 @@ def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     known = {id(p) for module in own for p in module.parameters(recurse=False)}
     reached = [p for training in (False, True) for p in parameters_after(model, spec, enters, training=training)]
     others = {id(p) for p in reached} - known
+    if not others or not _predicts_classes(model, sites):
+        return []
     others -= {id(p) for norm in _norms_of_tokens(model, sites, others) for p in norm.parameters()}
-    return list(_largest(model, "", others)) if others else []
+    return list(_largest(model, "", others))
+
+
+def _predicts_classes(model: nn.Module, sites: Sites) -> bool:
+    """Return whether the model returns one row for each image; of boxes and maps, all that comes last is a head."""
+    logits = record_calls(model, sites.input_spec, [model])[model].output
+    return logits is not None and logits.ndim <= 2
 
 
 def _module_around_blocks(model: nn.Module, sites: Sites) -> nn.Module:

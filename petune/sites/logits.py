@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.base.text import plural
 from petune.sites.forward import device_of, dtype_of, forward_of, inference, logits_in, tensors_in
+from petune.sites.input_spec import Inputs
 from petune.sites.site import Sites
 
 
@@ -50,7 +52,7 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
     inputs = sites.input_spec.noise(2).to(device, dtype_of(model))
     with inference(model):
         before = _random_state(device)
-        first = logits_of(inputs.call(model))
+        first = logits_of(_called(model, inputs))
         if _random_state(device) == before:
             return
         second = logits_of(inputs.call(model))
@@ -61,6 +63,18 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
             "or shuffles patches for pretraining (a masked autoencoder), build the classifier on its plain encoder, as "
             "transformers' ViTForImageClassification for ViT-MAE"
         )
+
+
+def _called(model: nn.Module, inputs: Inputs) -> Any:
+    """Return what a model returns, for the first forward with its real weights."""
+    try:
+        return inputs.call(model)
+    except Exception as error:  # whatever a model's own code raises
+        empty = [key for key, p in model.named_parameters() if p.is_meta]
+        message = f"the forward of {type(model).__name__} fails: {type(error).__name__}: {error}"
+        if empty:
+            message += f". {plural(len(empty), 'parameter')} on the meta device, such as {empty[0]}, need values first"
+        raise AttachError(message) from error
 
 
 def _random_state(device: torch.device) -> tuple[object, ...]:

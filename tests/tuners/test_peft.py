@@ -350,3 +350,30 @@ def test_files_of_a_bfloat16_model_are_exchanged_with_peft(method: str, tmp_path
                 p.add_(torch.randn_like(p), alpha=0.05)
         trained.save_pretrained(tmp_path / "theirs")
         assert torch.equal(petune.load(half(), tmp_path / "theirs").model.eval()(x), trained.eval()(x))
+
+
+class InlineAttention(nn.Module):
+    """A block whose attention is in its own forward; its MLP is a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.norm2, self.mlp = nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm1(x_BND)).unsqueeze(1).chunk(3, -1)
+        x_BND = x_BND + self.out(nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+def test_an_attention_inside_the_forward_of_its_block_is_wrapped() -> None:
+    blocks = [InlineAttention() for _ in range(2)]
+    whole = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), Tokens(), *blocks, nn.Flatten(1), nn.Linear(128, 3))
+    att = petune.attach(whole, "lora", input_size=(3, 32, 32), r=2)
+    assert "attn" not in att.sites.blocks[0].parts
+    assert sum(p.numel() for p in att.tuned.values()) == 2 * 2 * (8 + 24 + 8 + 8 + 2 * (8 + 16))
+
+
+class Tokens(nn.Module):
+    def forward(self, x_BDN: torch.Tensor) -> torch.Tensor:
+        return x_BDN.mT

@@ -98,7 +98,7 @@ class PromptCheck:
             reason = "has no token-to-token attention where they enter (but over channels, or over other tokens)"
             raise prompts_refused(block, self.sites, reason)
         before = call.output if alone else self._output
-        if not outputs_agree(logits_of(before), logits_of(output)):
+        if not outputs_agree(logits_of(before), logits_of(output), dtype_of(self.model)):
             reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
             raise prompts_refused(block, self.sites, reason)
         if blocks[-1] is self.sites.blocks[-1]:
@@ -243,10 +243,15 @@ class HiddenPrompts(TorchFunctionMode):
         return mask
 
 
-def outputs_agree(x: Tensor, y: Tensor) -> bool:
-    """Return whether two outputs are equal up to rounding; only in shape on the meta device, which has no numbers."""
+def outputs_agree(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two outputs are equal up to rounding; only in shape on the meta device, which has no numbers.
+
+    Args:
+        x, y: The outputs.
+        dtype: The model's, which may return more precise numbers than it computes with.
+    """
     if x.is_meta:
         return x.shape == y.shape
     scale = float(x.abs().max().clamp(min=1e-6))
-    tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 1e-4 if {x.dtype, dtype} <= {torch.float32, torch.float64} else 5e-2
     return x.shape == y.shape and float((x - y).abs().max()) <= tolerance * scale

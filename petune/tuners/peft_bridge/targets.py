@@ -73,13 +73,14 @@ def original_path(site: petune.Site) -> str:
 
 
 def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
-    """Return the sites whose layers are wrapped; a block without separate attention and MLP is one site."""
+    """Return the sites whose layers are wrapped; a block without a separate attention or MLP is one site."""
     blocks = edit.sites.require_blocks()
     if config.targets != "all":
         return [block.attn if config.targets == "attn" else block.mlp for block in blocks]
     sites: list[petune.Site] = []
     for block in blocks:
-        sites += [block.parts[role] for role in ("attn", "mlp") if role in block.parts] or [block]
+        inside = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
+        sites += inside if len(inside) == 2 else [block]
     return sites
 
 
