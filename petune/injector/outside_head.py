@@ -16,9 +16,9 @@ from petune.sites.used_parameters import parameters_after
 def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     """Return paths of modules, and keys of single parameters, that act after the blocks and are in no head.
 
-    Only for models that return logits of an image. Also named are those that only the output in train mode depends on,
-    such as the exits of a model with early exits. A norm of tokens counts as the backbone's, and so do layers inside the
-    module that holds all blocks.
+    Only for models that return logits of an image. Also named is what only the output in train mode depends on, such as
+    the exits of a model with early exits. A norm of tokens counts as the backbone's, and so do layers inside the module
+    that holds all blocks.
 
     Returns:
         Empty if it cannot be known.
