@@ -22,7 +22,9 @@ def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool)
     if not train_head or "head" not in sites.parts or new_weights(model).is_known:
         return  # what a checkpoint has filled may stay frozen; the rest is a head
     layers = _used_layers(model, sites)
-    others = [] if classifiers_of(model) is not None else parameters_outside(model, sites)
+    named = classifiers_of(model)
+    is_known = named is not None and len(named) < 2  # of several predictors, some may have been forgotten
+    others = [] if is_known else parameters_outside(model, sites)
     layers += [key for key in others if not any(_is_same(key, layer) for layer in layers)]
     if not layers:
         return

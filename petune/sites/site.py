@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from petune.base.block_choice import chosen_indices, path_of_tower
-from petune.base.errors import SiteNotFound
+from petune.base.errors import SiteNotFound, UsageError
 from petune.base.text import plural
 from petune.sites.input_spec import InputSpec
 
@@ -203,8 +203,11 @@ class Sites:
 
         Raises:
             SiteNotFound: No block is there.
+            UsageError: `where` is neither.
         """
         if not isinstance(where, str):
+            if not callable(where):
+                raise UsageError(f"only takes the path of one module or a function, not {type(where).__name__}")
             kept = tuple(block for block in self.blocks if where(block))
             if not kept:
                 raise SiteNotFound(f"the function returned True for none of the {plural(len(self.blocks), 'block')}")

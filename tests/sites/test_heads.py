@@ -422,3 +422,20 @@ def test_what_acts_after_the_blocks_in_no_head_is_named() -> None:
     petune.attach(Frozen("plain"), "bitfit", input_size=size)
     with pytest.raises(petune.AttachError, match="parameter"):
         petune.find_sites(Frozen("scale"), size, head="t")
+    with pytest.raises(petune.UsageError):
+        petune.find_sites(Frozen("plain"), size).only(3)  # type: ignore[arg-type]
+
+
+def test_a_predictor_that_get_classifier_forgets_is_named() -> None:
+    class Boxes(Frozen):
+        def get_classifier(self) -> tuple[nn.Module, ...]:
+            return self.h, self.more
+
+        def forward(self, x_BCHW: Tensor) -> Any:
+            y_BND = self.norm(self.blocks(self.stem(x_BCHW).flatten(2).mT))
+            return self.h(y_BND[:, 0]), self.more(y_BND[:, 1]), self.box(y_BND[:, 2])
+
+    model = Boxes("plain")
+    model.more, model.box = nn.Linear(8, 3), nn.Linear(8, 4)
+    with pytest.warns(UserWarning, match="stay frozen .* box"):
+        petune.attach(model, "bitfit", input_size=(3, 32, 32))
