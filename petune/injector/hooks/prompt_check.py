@@ -24,6 +24,9 @@ from petune.sites.site import Block, Sites
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 NUM_IMAGES = 2
 """Blocks are compared for more than one image, so that prompts of one that reach another are seen."""
+MAX_ERROR = 1e-5
+"""Relative difference by rounding that is allowed in float32: 1e-6 at most in 11 models. Positions that prompts falsify
+make 3e-5 or more even where random weights are so small that a block hardly changes its tokens (a small V-JEPA 2)."""
 
 
 @dataclass
@@ -253,5 +256,7 @@ def outputs_agree(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
     if x.is_meta:
         return x.shape == y.shape
     scale = float(x.abs().max().clamp(min=1e-6))
-    tolerance = 1e-4 if {x.dtype, dtype} <= {torch.float32, torch.float64} else 5e-2
+    is_exact = torch.get_float32_matmul_precision() == "highest"
+    error = MAX_ERROR if is_exact else 10 * MAX_ERROR
+    tolerance = error if {x.dtype, dtype} <= {torch.float32, torch.float64} else 5e-2
     return x.shape == y.shape and float((x - y).abs().max()) <= tolerance * scale
