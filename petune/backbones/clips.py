@@ -128,28 +128,44 @@ def _use(model: nn.Module, form: ClipForm, num_frames: int) -> list[Any]:
     """Register the hooks of a form, and return their handles."""
     handles: list[Any] = []
     if form == "channels first":
-        handles.append(model.register_forward_pre_hook(_channels_first))
+        handles.append(model.register_forward_pre_hook(_channels_first, with_kwargs=True))
     if form == "frame by frame":
-        handles.append(model.register_forward_pre_hook(partial(_frames_as_images, num_frames=num_frames)))
+        hook = partial(_frames_as_images, num_frames=num_frames)
+        handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     if form in {"frame by frame", "logits of frames"}:
         handles.append(model.register_forward_hook(partial(_mean_of_frames, num_frames=num_frames)))
     return handles
 
 
-def _channels_first(model: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _channels_first(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Forward pre-hook: (B, T, C, H, W) to (B, C, T, H, W)."""
-    return (args[0].transpose(1, 2), *args[1:])
+    x_BTCHW = _clips_of(args, kwargs)
+    return _with_input(args, kwargs, x_BTCHW, x_BTCHW.transpose(1, 2))
 
 
-def _frames_as_images(model: nn.Module, args: tuple[Tensor, ...], *, num_frames: int) -> tuple[Tensor, ...]:
+def _clips_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first tensor that a forward is called with, by position or by name (`pixel_values=clips`)."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError("no clips: the forward is called without a tensor")
+
+
+def _with_input(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[Any, Any]:
+    """Return the arguments with another tensor in the place of one."""
+    positional = tuple(new if value is old else value for value in args)
+    return positional, {name: new if value is old else value for name, value in kwargs.items()}
+
+
+def _frames_as_images(model: nn.Module, args: Any, kwargs: Any, *, num_frames: int) -> tuple[Any, Any]:
     """Forward pre-hook: (B, T, C, H, W) to (B·T, C, H, W)."""
-    x_BTCHW = args[0]
+    x_BTCHW = _clips_of(args, kwargs)
     if x_BTCHW.ndim != 5 or x_BTCHW.shape[1] != num_frames:
         raise ValueError(
             f"{type(model).__name__} was set to take clips (batch, {num_frames}, channels, height, width), but got "
             f"{tuple(x_BTCHW.shape)}"
         )
-    return (x_BTCHW.flatten(0, 1), *args[1:])
+    return _with_input(args, kwargs, x_BTCHW, x_BTCHW.flatten(0, 1))
 
 
 def _mean_of_frames(model: nn.Module, args: Any, output: Any, *, num_frames: int) -> Tensor:

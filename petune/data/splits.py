@@ -105,7 +105,7 @@ def check_is_folder(path: Path) -> None:
     if not path.exists():
         raise DataError(f"no such folder: {path}")
     if not path.is_dir():
-        raise DataError(f"{path} is a file. folder:PATH takes a folder of class folders")
+        raise DataError(f"{path} is a file. Give a folder of class folders")
 
 
 def left_out_note(path: Path, kind: FileKind = IMAGES) -> str:

@@ -74,6 +74,8 @@ class ClipFiles:
         if not isinstance(video, np.ndarray) or video.ndim != 4 or video.dtype != np.uint8 or video.shape[3] != 3:
             given = f"{video.shape} of {video.dtype}" if isinstance(video, np.ndarray) else type(video).__name__
             raise ValueError(f"not a video: {given}. Give a file, or uint8 (frames, height, width, 3)")
+        if 0 in video.shape[1:3]:
+            raise ValueError(f"not a video: {video.shape} has no pixels")
         if not len(video) or len(self.views) > 1:
             raise ValueError(f"{plural(len(video), 'frame')}, of which no clips and crops can be made. Give a file")
         return self._of_array(video)

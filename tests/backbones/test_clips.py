@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ def test_an_image_model_returns_the_mean_logits_of_the_frames(tmp_path: Path) ->
     with torch.no_grad():
         mean_BK = torch.stack([image_model(clips_BTCHW[:, time]) for time in range(2)]).mean(0)
         torch.testing.assert_close(backbone.model(clips_BTCHW), mean_BK)
+        torch.testing.assert_close(
+            backbone.model(x=clips_BTCHW), mean_BK
+        )  # by name, as transformers' users call models
         with pytest.raises(ValueError, match=r"\(batch, 2, channels"):
             backbone.model(clips_BTCHW[:, 0])
     petune.attach(backbone.model, "adaptformer").save(tmp_path)
@@ -152,6 +156,8 @@ def test_channels_are_put_first_where_the_model_wants_them() -> None:
     with torch.no_grad():
         expected = backbone.model.forward(clips_BTCHW.transpose(1, 2))
         assert torch.equal(backbone.model(clips_BTCHW), expected)
+        named = dict.fromkeys(inspect.signature(backbone.model.forward).parameters, clips_BTCHW)
+        assert torch.equal(backbone.model(**named), expected)
     model = Conv3dModel()
     petune.take_clips(model, 3)  # as many frames as channels
     assert len(petune.attach(model, "adaptformer", train_head=False).sites.blocks) == 1

@@ -268,6 +268,8 @@ def test_masks_of_clips_are_refused(videos: Path) -> None:
 
 
 def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
     table = tmp_path / "clips.csv"
     files = sorted((videos / "train").rglob("*.mp4"))
     lines = [f"{path},{path.parent.name},{len(path.name)}.5" for path in files]
@@ -293,6 +295,10 @@ def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
         table.write_text("\n".join(["video,label", *(f"{path},{path.parent.name}" for path in files), last]))
         with pytest.raises(DataError, match=words):
             petune.load_dataset(f"table:{table}{options}")
+    contents = pa.table({"video": [file.read_bytes() for file in files], "label": ["a", "b"] * 4})
+    pq.write_table(contents, tmp_path / "bytes.parquet")
+    with pytest.raises(DataError, match="videos as paths"):
+        petune.load_dataset(f"table:{tmp_path}/bytes.parquet")
     table.write_text("image,label\n1.png,up\n")
     with pytest.raises(DataError, match="frames is for videos"):
         petune.load_dataset(f"table:{table},frames=2")

@@ -54,11 +54,13 @@ def test_what_is_no_video_is_reported_and_the_others_are_read(tmp_path: Path) ->
     sources = [
         tmp_path / "good.mp4", tmp_path / "bad.mp4", tmp_path / "image.png", tmp_path / "gone.mp4", frames,
         frames[0], frames[..., :2], Image.new("RGB", (8, 8)), DataError("nothing here"), frames[:0],
+        frames[:, :0, :0],
     ]  # fmt: skip
     clips, errors = transform.squares(sources)
-    assert clips.shape == (10, 4, 32, 32, 3)
-    assert list(errors) == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert clips.shape == (11, 4, 32, 32, 3)
+    assert list(errors) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
     assert "takes videos" in errors[2]
+    assert "no pixels" in errors[10]
     assert "no such file" in errors[3]
     assert np.abs(clips[0].astype(int) - clips[4]).mean() < 40  # one was compressed
     assert replace(transform, sampling=None).squares([tmp_path / "good.mp4"])[1] == {

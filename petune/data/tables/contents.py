@@ -22,6 +22,7 @@ from petune.data.bands import RGB, ImageForm, bands_square, is_channels_first
 from petune.data.find_images import IMAGES, FileKind
 from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, num_threads
 from petune.data.tables.table import Content, Table, listed
+from petune.data.video.decode import is_video
 from petune.data.workers import image_workers
 
 if TYPE_CHECKING:
@@ -295,6 +296,8 @@ def _digest(raw: bytes | NDArray[Any]) -> bytes:
 def _reason(content: Content, error: Exception) -> str:
     if isinstance(content, Path) and content.suffix.lower() in UNSUPPORTED_SUFFIXES:
         return "unsupported format; convert it"
+    if isinstance(content, bytes) and is_video(content):
+        return "a video; a table holds videos as paths of files"
     text = " ".join(str(error).split()) or type(error).__name__
     return "neither an image nor its file" if "<_io.BytesIO" in text else text
 

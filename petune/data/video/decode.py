@@ -33,6 +33,12 @@ SMALLEST_SHARE = 0.9
 """Of the frames that the header of a file announces; with fewer it is truncated."""
 
 
+def is_video(content: bytes) -> bool:
+    """Return True if the contents of a file are a video, by how they begin: MP4 and its kin, Matroska, or AVI."""
+    is_mp4 = content[4:8] == b"ftyp" and content[8:12] not in {b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"}
+    return is_mp4 or content[:4] == b"\x1a\x45\xdf\xa3" or (content[:4] == b"RIFF" and content[8:12] == b"AVI ")
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What one look at a video tells.
