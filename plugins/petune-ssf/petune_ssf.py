@@ -74,6 +74,10 @@ class SSF(petune.Tuner[SSFConfig]):
     Swin's PatchMerging, between the stages; γ and β after its norm and its linear layer would be 12·D more for each
     (Swin-T: 8,064). Where a model averages its tokens before the last norm (timm's `fc_norm`), they scale before the
     average, and here the norm's output is scaled, after it: 2·D either way.
+
+    Left as they are: linear layers that the model reads without calling them (`out_proj` of torch's
+    `nn.MultiheadAttention`, and its fused q, k and v), convolutions, and norms other than those before attention and
+    MLP, such as norms of queries and keys, or after a branch.
     """
 
     recipe = petune.Recipe(lr=5e-3, weight_decay=0.0)
