@@ -40,7 +40,8 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
         _fold(model, log, name)
         _check_not_shared(model, sites, log, name, before)
         log.set_enabled(False)
-        change = float((synthetic_logits(model, sites) - expected).abs().max() / expected.abs().max().clamp(min=1))
+        largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+        change = float((synthetic_logits(model, sites) - expected).abs().max() / largest)
         if not change < (MAX_CHANGE if expected.dtype == torch.float32 else MAX_CHANGE_IN_HALF):
             raise NotMergeable(
                 f"{name} computes something else when folded: its output moves by {change:.2g}. Mend the adapter's "

@@ -1,8 +1,5 @@
 """SSF: scale and shift the output of every linear layer and norm."""
 
-import copy
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -37,27 +34,9 @@ class ScaleShift(nn.Module):
         """Fold into a linear layer's W x + b, or a norm's g · x̂ + b."""
         if getattr(layer, "bias", None) is None:
             raise petune.NotMergeable("SSF's shift needs a layer with a bias to merge into")
-        if layer.weight.ndim == 1 and _adds_to_weight(layer):
-            raise petune.NotMergeable(
-                f"SSF cannot merge into {type(layer).__name__}, which adds a constant to its weight"
-            )
-        is_matrix = isinstance(
-            layer, nn.Linear
-        )  # a norm's weight has one dimension, transformers' Conv1D is transposed
-        layer.weight.mul_(self.scale[:, None] if is_matrix else self.scale)
+        rows = isinstance(layer, nn.Linear)  # of the outputs; transformers' Conv1D has columns
+        layer.weight.mul_(self.scale[:, None] if rows else self.scale)
         layer.bias.mul_(self.scale).add_(self.shift)
-
-
-def _adds_to_weight(norm: nn.Module) -> bool:
-    """Return whether a norm returns something with weight and bias 0, as (1 + weight) · x̂ + bias does."""
-    zero: Any = copy.deepcopy(norm).requires_grad_(False)
-    for p in zero.parameters():
-        p.zero_()
-    x = torch.eye(2, zero.weight.numel(), dtype=zero.weight.dtype, device=zero.weight.device)
-    try:
-        return bool(zero.forward(x).any())  # without hooks: the output of the norm alone
-    except (RuntimeError, ValueError, IndexError):  # it takes images
-        return False
 
 
 class SSF(petune.Tuner[SSFConfig]):
@@ -86,11 +65,10 @@ class SSF(petune.Tuner[SSFConfig]):
     def attach(self, edit: petune.Edit) -> None:
         """Put one γ and β after every linear layer and every norm."""
         for block in edit.sites.require_blocks():
-            for layer in (
-                layer for site in (block.attn, block.mlp) for layer in edit.linear_layers(site, transposed=True)
-            ):
-                width = layer.module.weight.shape[0 if isinstance(layer.module, nn.Linear) else 1]
-                edit.after(layer, ScaleShift(width, self.config.init_std))
+            for site in (block.attn, block.mlp):
+                for layer in edit.linear_layers(site, transposed=True):
+                    width = layer.module.weight.shape[0 if isinstance(layer.module, nn.Linear) else 1]
+                    edit.after(layer, ScaleShift(width, self.config.init_std))
             for norm in (block.parts.get("norm1"), block.parts.get("norm2")):
                 if norm is not None:
                     edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
