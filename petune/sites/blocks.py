@@ -16,6 +16,7 @@ from petune.sites.parts import (
     attention_branch,
     late_mid,
     mid_of,
+    normalizes_sum,
     parallel_mid,
     projection_of,
     reaches_output,
@@ -237,6 +238,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         parts=parts,
         num_windows=_num_windows(branch, scope),
         norm_first=norm1 is None or branch is None or norm1.start < branch.start,
+        normalizes_sum=bare.is_module and mid is not None and normalizes_sum(trace, mid, mlp, scope),
         bias_modules=_bias_modules(branch, scope),
         extra_inputs=inner.parent.extra_inputs if inner.parent is scope else scope.extra_inputs,
     )

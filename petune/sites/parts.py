@@ -218,18 +218,34 @@ def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_e
 
 def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     """Return whether the stream at `mid`, with one thing added, only leaves the block: as it is, or normalized."""
-    y, norm = block.output, trace.maker(block.output)
+    y = block.output
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if add.other(mid.input) is not None]
-    if norm is None or not is_norm(norm) or not norm.within(block):
+    norm = _last_norm(trace, block)
+    if norm is None:
         made = next((add.time for add in sums if add.result is y), None)
-    else:  # DFine clamps the sum before its norm
-        normalized = any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums)
-        made = norm.start if normalized else None
+    else:
+        made = norm.start if normalizes_sum(trace, mid, mlp, block) else None
     if y is None or made is None:
         return False
     reads = any(any(x is y for x in c.inputs) for c in block.inner() if c.start > made)  # a further branch, as in SAM
     return not reads and not any(add.other(y) is not None for add in later if add.time > made)
+
+
+def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
+    """Return whether a block returns the norm of the sum of the stream and the MLP's output (post-norm)."""
+    norm, stream = _last_norm(trace, block), mid.input
+    if norm is None or stream is None:
+        return False
+    forms = [stream, *_scaled(trace, stream)]
+    later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
+    sums = [add for add in later if any(add.other(form) is not None for form in forms)]
+    return any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums)  # DFine clamps the sum
+
+
+def _last_norm(trace: Trace, block: Call) -> Call | None:
+    norm = trace.maker(block.output)
+    return norm if norm is not None and is_norm(norm) and norm.within(block) else None
 
 
 def _comes_next(trace: Trace, add: Addition, call: Call) -> bool:

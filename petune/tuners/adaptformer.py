@@ -84,6 +84,8 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         a = s · (dropout(ReLU(x W_down + b_down)) W_up + b_up)
         x = x + drop_path(mlp(norm2(x))) + a
 
+    In a block that normalizes that sum (post-norm) a is part of the sum.
+
     Trains: one adapter per block. Identity at the start: the up-projection is zero.
     Parameters: 2·D·M + M + D per block, one more with a learnable scale. ViT-B/16, M = 64: 1,189,632.
 
@@ -126,7 +128,8 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         for block in edit.sites.require_blocks():
             adapter = BottleneckAdapter(block.dim, config.bottleneck, config.dropout, config.initial_scale)
             enter = block.mid if config.source == "residual" else block.mlp
-            exit = block.mlp if config.variant == "paddle_study" else block
+            inside = config.variant == "paddle_study" or block.normalizes_sum
+            exit = block.mlp if inside else block
             edit.parallel(enter, exit, adapter)
 
     def num_parameters(self, sites: petune.Sites) -> int | None:

@@ -331,3 +331,33 @@ def test_fact_warns_about_layers_that_it_skips() -> None:
                             num_classes=3, mlp_ratio=2.5)  # fmt: skip
     with pytest.warns(UserWarning, match="mlp"):
         assert petune.attach(odd, "fact").counts.tuned > 0
+
+
+class PostNormViT(nn.Module):
+    """Blocks as torch builds them by default: each sum is normalized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, D, 8, 8)
+        layer = nn.TransformerEncoderLayer(D, 4, 2 * D, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(self.encoder(self.patch_embed(x_BCHW).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_adaptformer_is_part_of_a_sum_that_is_normalized() -> None:
+    model = PostNormViT().eval()
+    att = petune.attach(model, "adaptformer", bottleneck=2, input_size=tuple(X.shape[1:]))
+    for parameter in att.tuned.values():
+        nn.init.normal_(parameter)
+    down, bias, up, up_bias = zip(*[list(att.tuned.values())[i : i + 4] for i in (0, 4)], strict=True)
+    with torch.no_grad(), att.disabled():
+        x = model.patch_embed(X).flatten(2).transpose(1, 2)
+        for i, layer in enumerate(model.encoder.layers):
+            x = layer.norm1(x + layer.self_attn(x, x, x, need_weights=False)[0])
+            a = 0.1 * (torch.relu(x @ down[i].T + bias[i]) @ up[i].T + up_bias[i])
+            x = layer.norm2(x + layer.linear2(torch.relu(layer.linear1(x))) + a)
+        by_hand = model.head(x.mean(1))
+    assert_same(att, by_hand)
