@@ -38,7 +38,7 @@ def differences_of(outputs: list[Tensor], expected: list[Tensor]) -> list[int]:
     return [i for i, (x, y) in enumerate(zip(outputs, expected, strict=True)) if not torch.equal(x, y)]
 
 
-@pytest.mark.filterwarnings("ignore:.*Further layers before it count as backbone")
+@pytest.mark.filterwarnings("ignore:.*Further layers that the predictions depend on")
 @pytest.mark.parametrize("is_used", sampled([False, True], bool), ids=["fresh", "used"])
 @pytest.mark.parametrize("family", CASES)
 def test_a_model_is_left_as_it_was(family: str, is_used: bool) -> None:
@@ -60,7 +60,8 @@ METHODS = ["adaptformer", "vpt", "vpt:deep=false", "lora", "lst", "ssf", "full"]
 
 
 @pytest.mark.exhaustive
-@pytest.mark.filterwarnings("ignore:.*Further layers before it count as backbone")
+@pytest.mark.filterwarnings("ignore:.*reads the weights of layers in its blocks")
+@pytest.mark.filterwarnings("ignore:.*Further layers that the predictions depend on")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in LARGE])
 def test_with_a_method_a_model_returns_as_many_tensors_of_the_same_shapes(family: str, method: str) -> None:
