@@ -20,7 +20,7 @@ import hatch_build
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
     "data", "demo", "dev", "docs", "mlflow", "onnx", "ray", "slurm", "sweep", "tensorboard", "trackio",
-    "transformers", "wandb",
+    "transformers", "video", "wandb",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ Example = Callable[[], Any]
 
 @dataclass(frozen=True)
 class ByClass:
-    """How to build a model.
+    """A recipe for building a model.
 
     Attributes:
         model: A class of transformers, or `module.Class` below `transformers.models`.

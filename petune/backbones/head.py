@@ -44,15 +44,15 @@ def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed
             model.set_submodule(path, nn.Sequential(norm, linear))
 
 
-def _check_features(model: nn.Module, linears: Iterable[nn.Module]) -> None:
+def _check_features(model: nn.Module, classifiers: Iterable[nn.Module]) -> None:
     """Check that classifiers get one vector of features for each sample, (B, D), as BatchNorm needs it.
 
     Raises:
         ConfigError: One of them gets more dimensions, such as tokens.
     """
     inputs = {call.module: call.input for call in record(model, backbone_sites(model).input_spec).calls}
-    for linear in linears:
-        x = inputs.get(linear)
+    for classifier in classifiers:
+        x = inputs.get(classifier)
         if x is not None and x.ndim != 2:
             raise ConfigError(
                 f"head='bn_linear' needs a classifier that gets a vector for each sample, but that of "

@@ -64,7 +64,7 @@ class Batch:
 
 
 class _Plan(NamedTuple):
-    """What a batch is made of: positions of its images, their random numbers, and the images of all processes.
+    """The ingredients of a batch: positions of its images, their random numbers, and the images of all processes.
 
     `frames` decide which frames of videos are read; None reads those of tests.
     """

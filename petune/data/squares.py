@@ -53,7 +53,7 @@ class Span:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Where the square starts and ends, in pixels after `start`."""
+        """Start and end of the square, in pixels after `start`."""
         scale = self.length / self.resized
         return self.margin * scale, (self.margin + self.side) * scale
 

@@ -26,7 +26,7 @@ MAX_SHOWN = 4
 
 @dataclass(frozen=True)
 class _Graph:
-    """What one forward with gradients tells.
+    """The facts that one forward with gradients gives.
 
     Attributes:
         called: The watched modules that it called.

@@ -26,7 +26,7 @@ from petune.data.video.store import crop_shares
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """How videos become clips.
+    """The rules by which videos become clips.
 
     Attributes:
         sampling: Which frames are read.

@@ -148,8 +148,8 @@ def projection_of(branch: Call, scope: Call) -> Call:
     widths = (width_of(scope), width_after(scope))
     if branch.parent is None or not scope.maps_tokens or width_after(branch) in widths:
         return branch
-    readers = (c for c in branch.parent.children if c.input is branch.output and c.maps_tokens)
-    return next((c for c in readers if width_after(c) in widths), branch)
+    after = (c for c in branch.parent.children if c.input is branch.output and c.maps_tokens)
+    return next((c for c in after if width_after(c) in widths), branch)
 
 
 def _sums_others(trace: Trace, call: Call, branch: Call) -> bool:

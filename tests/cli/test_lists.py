@@ -36,7 +36,7 @@ DATASETS = [
     ],
     [
         "table:FILE",
-        "a CSV, TSV, Parquet or JSON lines file: images, and classes, labels, numbers or masks",
+        "a CSV, TSV, Parquet or JSON lines file: images or videos, and classes, labels, numbers or masks",
         "-",
         "-",
     ],

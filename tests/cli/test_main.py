@@ -82,7 +82,7 @@ def test_help_shows_arguments_by_name_without_python_types(petune: Run) -> None:
     assert "Usage: petune compare [OPTIONS] [METHOD...]\n" in petune("compare", "--help").out
     predict = petune("predict", "--help").out
     assert "Usage: petune predict [OPTIONS] DIR IMAGE...\n" in predict
-    assert "  IMAGE...  Image files" in predict
+    assert "  IMAGE...  Images, or videos" in predict
     assert "Usage: petune pull [OPTIONS] REPO [DIR]\n" in petune("pull", "--help").out
     assert "  --lr NUMBER " in petune("run", "--help").out
 

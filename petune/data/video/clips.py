@@ -114,7 +114,7 @@ class Clips:
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
-        """Where the frames of each video start in `frames`, and where the last ones end, int64 (N + 1,)."""
+        """Positions in `frames` of the first frame of each video, and the end of the last, int64 (N + 1,)."""
         sizes = dict.fromkeys(self.counts.tolist(), 0)
         for count in sizes:
             sizes[count] = len(self.sampling.stored(count, random=self.random, clips=self.views.clips))

@@ -28,7 +28,7 @@ VIDEO_SUFFIXES = frozenset(
 ANIMATED_SUFFIXES = frozenset([".gif"])
 """Images that may be videos: read as such where videos are asked for, or are among them."""
 CENTER = (0.5,)
-"""Where squares are cut from frames, from left (or top) at 0 to right (or bottom) at 1."""
+"""Positions of the squares cut from frames, from left (or top) at 0 to right (or bottom) at 1."""
 SMALLEST_SHARE = 0.9
 """Of the frames that the header of a file announces; with fewer it is truncated."""
 
@@ -41,7 +41,7 @@ def is_video(content: bytes) -> bool:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What one look at a video tells.
+    """The facts that one look at a video gives.
 
     Attributes:
         frames: F.

@@ -38,7 +38,7 @@ WEIGHT_LIMIT = float(1 << 15)
 
 @dataclass(frozen=True)
 class _Axis:
-    """How the square's pixels are computed from an axis of the image.
+    """The computation of the square's pixels from an axis of the image.
 
     Attributes:
         start, length: Pixels of the image that count.
