@@ -186,7 +186,7 @@ def have_same_form(data: Any, other: Any) -> bool:
 
 
 def _formula(shape: tuple[int, ...]) -> Tensor:
-    pixels = torch.arange(math.prod(shape), dtype=torch.float64)
+    pixels = torch.arange(math.prod(shape), dtype=torch.float64, device="cpu")
     return torch.sin(pixels**2 / 10).reshape(shape)
 
 

@@ -32,8 +32,8 @@ def _own_modules(trace: Trace, block: Block, blocks: Sequence[Block]) -> tuple[n
     is_alone = is_list and not any(is_within(end, path) for end in inside)
     own = [container] if is_alone else _between_ends(trace, block)
     bounds = [module for site in block.parts.values() if not site.read_only for module in site.modules]
-    inside = {id(m) for module in own for m in module.modules()}
-    return tuple(dict.fromkeys([*own, *(module for module in bounds if id(module) not in inside)]))
+    owned = {id(m) for module in own for m in module.modules()}
+    return tuple(dict.fromkeys([*own, *(module for module in bounds if id(module) not in owned)]))
 
 
 def _common_path(first: str, last: str) -> str:

@@ -25,7 +25,7 @@ class ClipOptions(ReaderConfig):
         test_crops: Crops of a frame in tests: 3 are left, center and right.
     """
 
-    frames: int | None = Field(None, ge=1)
+    frames: int | None = Field(None, ge=1, le=1024)
     sampling: SamplingKind = "uniform"
     stride: int | None = Field(None, ge=1)
     test_clips: int = Field(1, ge=1)
