@@ -254,5 +254,5 @@ def test_a_buffer_that_modules_share_is_saved_once() -> None:
     model = tiny()
     table = torch.ones(3)
     for block in model.blocks:
-        block.register_buffer("table", table, persistent=False)
+        block.register_buffer("table", table)
     assert [key for key in petune.attach(model, "full").state() if "table" in key] == ["blocks.0.table"]

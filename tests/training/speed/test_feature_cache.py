@@ -295,6 +295,7 @@ class Counts(nn.Module):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:the head of Counts is head")
 @pytest.mark.parametrize(
     ("model", "one_blank"), [(Counts, False), (lambda: timm.create_model("vit_tiny_patch16_224", **SIZE), True)]
 )
