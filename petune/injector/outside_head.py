@@ -32,8 +32,10 @@ def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     around = [module for module in (encoder, *_named_backbones(model, sites)) if module is not model]
     own = modules_of(blocks) | {m for module in (*parts, *around) for m in module.modules()}
     known = {id(p) for module in own for p in module.parameters(recurse=False)}
-    reached = [p for training in (False, True) for p in parameters_after(model, spec, enters, training=training)]
-    others = {id(p) for p in reached} - known
+    after, idle = parameters_after(model, spec, enters)
+    if not {id(p) for p in idle} <= known or not after:  # they may act in train mode
+        after += parameters_after(model, spec, enters, training=True)[0]
+    others = {id(p) for p in after} - known
     if not others or not _predicts_classes(model, sites):
         return []
     others -= {id(p) for norm in _norms_of_tokens(model, sites, others) for p in norm.parameters()}

@@ -44,10 +44,11 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
 
 def parameters_after(
     model: nn.Module, spec: InputSpec, modules: Iterable[nn.Module], *, training: bool = False
-) -> list[nn.Parameter]:
-    """Return the parameters that the output depends on, and no input of `modules`: what acts after them, or in them.
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters that act after `modules` or in them, and those that act nowhere.
 
-    Empty if the model does not run like that.
+    The first are those that the output depends on, and no input of `modules`. Both are empty if the model does not run
+    like that.
 
     Args:
         model: Modes, flags and random state are as before afterwards.
@@ -65,7 +66,7 @@ def parameters_after(
     try:
         return _after(model, spec, candidates, entered, training=training)
     except Exception:  # a value that is read, batch statistics of one image
-        return []
+        return [], []
     finally:
         for handle in handles:
             handle.remove()
@@ -73,7 +74,7 @@ def parameters_after(
 
 def _after(
     model: nn.Module, spec: InputSpec, parameters: list[nn.Parameter], entered: list[Tensor], *, training: bool
-) -> list[nn.Parameter]:
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     try:
         with undisturbed(model), torch.enable_grad():
             for module in model.modules():
@@ -87,8 +88,9 @@ def _after(
             reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
             before = _leaves_before(entered)
     if reached is None or before is None:
-        return []
-    return [p for p in parameters if id(p) in reached - before]
+        return [], []
+    after = [p for p in parameters if id(p) in reached - before]
+    return after, [p for p in parameters if id(p) not in reached | before]
 
 
 def _leaves_before(entered: list[Tensor]) -> set[int] | None:
