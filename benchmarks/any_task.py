@@ -102,8 +102,8 @@ CASES = (
         ("mae", "rmse", "r2"), "animals", None,
     ),
     Case(
-        "canvas", "--dataset table:{data}/canvas/table.csv,mask=mask --image-size 64 --batch-size 8 --epochs 10",
-        ("miou", "pixel_accuracy"), "canvas",
+        "canvas", "--dataset table:{data}/canvas/table.csv,mask=mask --image-size 64 --batch-size 8",
+        ("miou", "pixel_accuracy"), "canvas", (0,),
     ),
 )  # fmt: skip
 GRID = (
