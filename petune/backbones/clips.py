@@ -6,7 +6,7 @@ Legend: B batch, T frames, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -59,16 +59,20 @@ def set_clip_form(model: nn.Module, num_frames: int, image_size: int | None = No
     Raises:
         AttachError: See `take_clips`.
     """
-    size = image_size
-    sizes = image_sizes_of(model) if size is None else [(channels_of(model), size, size)]
-    form = None
-    for candidate in sizes[:-1]:
-        with contextlib.suppress(AttachError):
-            form = form or _form_of(model, num_frames, candidate)
-    form = form or _form_of(model, num_frames, sizes[-1])
+    given = image_size and [(channels_of(model), image_size, image_size)]
+    form = _first_form(model, num_frames, given or image_sizes_of(model))
     _use(model, form, num_frames)
     model.num_frames = num_frames  # type: ignore[assignment]
     return form
+
+
+def _first_form(model: nn.Module, num_frames: int, images: Sequence[tuple[int, ...]]) -> ClipForm:
+    """Return the form for the first size of images that the model runs on; the error is that of the last."""
+    *others, last = images
+    for image in others:
+        with contextlib.suppress(AttachError):
+            return _form_of(model, num_frames, image)
+    return _form_of(model, num_frames, last)
 
 
 def _form_of(model: nn.Module, num_frames: int, image: tuple[int, ...]) -> ClipForm:

@@ -24,7 +24,7 @@ CENTER = 0.5
 MAX_ASPECT = 8
 """The longer side is cropped to this multiple of the shorter one first, or thin images would become very large."""
 STRIP = 1 << 18
-"""Pixels that are copied from Pillow at once. It copies them twice, and so many stay in the processor's cache."""
+"""Pixels that are copied from Pillow at once. It copies them twice; such a strip stays in the processor's cache."""
 
 
 @dataclass(frozen=True)

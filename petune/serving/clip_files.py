@@ -6,7 +6,6 @@ Legend: B videos, V views of each, T frames of a clip, S side of a stored frame 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from petune.data.video.clips import ONE_VIEW, Views
 from petune.data.video.decode import read_frames, read_info
 from petune.data.video.sampling import Sampling
 from petune.data.video.store import crop_shares
+from petune.data.workers import image_workers
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class ClipFiles:
             except (PetuneError, ValueError, MemoryError) as error:
                 errors[number] = str(error)
 
-        with ThreadPoolExecutor(num_threads()) as pool:
-            for _ in pool.map(read, range(len(videos))):
+        with image_workers(num_threads()) as workers:
+            for _ in workers.pool.map(read, range(len(videos))):
                 pass
         return out.reshape(-1, *out.shape[2:]), dict(sorted(errors.items()))
 

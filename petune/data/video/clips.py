@@ -6,7 +6,6 @@ Legend: N videos, T frames of a clip, S side in pixels, C channels, M stored fra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from petune.data.images import num_threads
 from petune.data.video.sampling import Frames, Sampling
+from petune.data.workers import image_workers
 
 ReadClip = Callable[[int, Frames], NDArray[np.uint8]]
 """From the number of a video and numbers of its frames, sorted, to the frames: uint8 (V, K, S, S, C)."""
@@ -132,8 +132,8 @@ class Clips:
             for position, row in enumerate(rows.tolist()):
                 out[position] = self._clip(row, numbers[position], crop)
             return out
-        with ThreadPoolExecutor(num_threads()) as pool:
-            clips = pool.map(self._clip, rows.tolist(), numbers, [crop] * len(rows))
+        with image_workers(num_threads()) as workers:
+            clips = workers.pool.map(self._clip, rows.tolist(), numbers, [crop] * len(rows))
             for position, clip in enumerate(clips):
                 out[position] = clip
         return out

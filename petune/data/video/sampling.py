@@ -91,7 +91,7 @@ class Sampling:
         return max(0, count - (self.frames - 1) * self.stride - 1)
 
     def _starts(self, count: int) -> Frames:
-        """Return the starts of clips to draw from: a stride apart, or few if so many frames cannot be stored."""
+        """Return the starts of clips to draw from: a stride apart, or a few if all are too many to store."""
         last = self._last_start(count)
         middle = last // 2
         starts = np.arange(middle % self.stride, last + 1, self.stride)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from petune.data.video.clips import ONE_VIEW, Clips, Views
 from petune.data.video.decode import CENTER, VideoInfo, read_frames
 from petune.data.video.sampling import Frames, Sampling
 from petune.data.video.scan import scan_videos
+from petune.data.workers import image_workers
 
 FORMAT = 1
 """Raised when the same files are decoded to other pixels, so that decoded caches are rebuilt."""
@@ -54,11 +54,9 @@ def readable_videos(paths: Sequence[Path]) -> Readable:
     Raises:
         MissingExtra: PyAV is not installed.
     """
-    results = scan_videos(paths)
-    broken = {path: result for path, result in zip(paths, results, strict=True) if isinstance(result, str)}
-    positions = np.array([i for i, result in enumerate(results) if not isinstance(result, str)], np.int64)
-    infos = [result for result in results if not isinstance(result, str)]
-    return Readable([paths[i] for i in positions], positions, infos, broken)
+    every = readable_rows(paths)
+    positions = np.array([i for i, path in enumerate(paths) if path not in every.broken], np.int64)
+    return Readable([paths[i] for i in positions], positions, [every.infos[i] for i in positions], every.broken)
 
 
 def readable_rows(paths: Sequence[Path]) -> Readable:
@@ -189,8 +187,8 @@ def _filled(clips: Clips) -> Callable[[Allocate], tuple[NDArray[np.int64], NDArr
             frames_VKSSC = clips.read(row, clips.stored(row))
             out[clips.offsets[row] : clips.offsets[row + 1]] = frames_VKSSC.reshape(-1, *out.shape[1:])
 
-        with ThreadPoolExecutor(num_threads()) as pool:
-            for _ in pool.map(fill, range(len(clips))):
+        with image_workers(num_threads()) as workers:
+            for _ in workers.pool.map(fill, range(len(clips))):
                 pass
         return np.zeros(total, np.int64), np.arange(total)
 
