@@ -41,6 +41,7 @@ from petune.training.precision import autocast, choose_attention, choose_precisi
 from petune.training.progress import FitResult, Progress
 from petune.training.randomness import seed_generators
 from petune.training.run_files import RunFiles
+from petune.training.save_schedule import SaveSchedule
 from petune.training.shard import shard_frozen_blocks
 from petune.training.speed.context import Forward, StepContext
 from petune.training.speed.speedups import apply_speedups
@@ -49,7 +50,6 @@ from petune.training.step_sync import StepRequest, StepSync
 from petune.training.stop import StopFlag
 from petune.training.task import choose_metrics
 
-SAVE_EVERY_S = 600.0
 CHECK_GRADIENTS_AT = 5
 """The step of the second gradient check (the first is step 0). What starts at zero has moved by then."""
 
@@ -132,7 +132,7 @@ class Trainer:
             shard_frozen_blocks(self.att, group, self.device)
 
         self.forward = Forward(self.model)
-        self.saved_at = time.perf_counter()
+        self.saves = SaveSchedule()
 
     def fit(self) -> FitResult:
         """Train to the end, from the newest valid checkpoint if there is one.
@@ -146,13 +146,12 @@ class Trainer:
         self._resume()
         start -= self.progress.time_s
         with self.speedups():
-            self.saved_at = time.perf_counter()
+            self.saves.restart()
             while not self.progress.is_done(self.job.epochs, self.config.patience):
                 self._train_epoch(start)
                 self._end_epoch()
                 self.progress.time_s = time.perf_counter() - start
-                self._save()
-                self.stop.check(self.group)
+                self._save_if_due()
         return self._result()
 
     def _train_epoch(self, start: float) -> None:
@@ -346,8 +345,7 @@ class Trainer:
         return self.state.progress.precision
 
     def _request(self) -> StepRequest:
-        is_due = time.perf_counter() - self.saved_at > SAVE_EVERY_S
-        return StepRequest(stop=self.stop.signal_name is not None, save=is_due)
+        return StepRequest(stop=self.stop.signal_name is not None, save=self.saves.is_overdue())
 
     def _resume(self) -> None:
         checkpoint, problems = self.files.load()
@@ -368,8 +366,17 @@ class Trainer:
         p = self.progress
         p.peak_bytes = max(p.peak_bytes, self.peak_bytes())
         p.log_bytes = self.files.metrics_bytes
-        self.files.save(self.state.checkpoint())
-        self.saved_at = time.perf_counter()
+        with self.saves.saving():
+            self.files.save(self.state.checkpoint())
+
+    def _save_if_due(self) -> None:
+        """Save at the end of an epoch, unless the last save was long and not long ago; stop if a signal came."""
+        is_last = self.progress.is_done(self.job.epochs, self.config.patience)
+        stop = self.group.any_rank(self.stop.signal_name is not None)
+        if self.group.any_rank(stop or is_last or self.saves.is_due()):
+            self._save()
+        if stop:
+            self.stop.raise_stopped()
 
     def _result(self) -> FitResult:
         self.state.restore_best()

@@ -16,8 +16,8 @@ from torch import Tensor
 from petune.base.errors import CheckpointError, Stopped
 from petune.base.files import MANIFEST, write_manifest
 from petune.data.batches import AUGMENT_FORMAT
-from petune.training import precision
-from petune.training.events import Event, Note, StepDone
+from petune.training import precision, save_schedule
+from petune.training.events import EpochEnded, Event, Note, StepDone
 from petune.training.stop import StopFlag
 from tests.sampling import sampled
 
@@ -54,6 +54,14 @@ def _attachment(method: str, toy: Make, seed: int) -> Any:
 def _stop_at(step: int, stop: StopFlag) -> Callable[[Event], None]:
     def watch(event: Event) -> None:
         if isinstance(event, StepDone) and event.step == step:
+            stop.signal_name = "SIGTERM"
+
+    return watch
+
+
+def _stop_after(epoch: int, stop: StopFlag) -> Callable[[Event], None]:
+    def watch(event: Event) -> None:
+        if isinstance(event, EpochEnded) and event.epoch == epoch:
             stop.signal_name = "SIGTERM"
 
     return watch
@@ -136,6 +144,29 @@ def test_a_killed_run_logs_each_step_once(step: int, tmp_path: Path, make_traine
     att = toy(seed)
     found = _outcome(att, make_trainer(att, directory=tmp_path / "b", log_every=1).fit(), tmp_path / "b")
     _assert_equal(found, expected)
+
+
+def test_checkpoints_that_take_long_are_rare(
+    tmp_path: Path, make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first epoch, before a stop, and after the last epoch."""
+
+    def saved(directory: Path) -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").iterdir())
+
+    monkeypatch.setattr(save_schedule, "QUICK_SAVE_S", 0.0)
+    monkeypatch.setattr(save_schedule, "MAX_SHARE", 1e-6)
+    expected = _uninterrupted("toy", make_trainer, toy, tmp_path / "whole", epochs=4)
+    assert saved(tmp_path / "whole") == [5, 20]
+    with pytest.raises(Killed):
+        make_trainer(toy(1), directory=tmp_path / "b", on_event=_kill_at(18), epochs=4).fit()
+    assert saved(tmp_path / "b") == [5]
+    stop = StopFlag()
+    trainer = make_trainer(toy(99), directory=tmp_path / "b", stop=stop, on_event=_stop_after(3, stop), epochs=4)
+    with pytest.raises(Stopped):
+        trainer.fit()
+    assert saved(tmp_path / "b") == [10, 15]
+    _assert_equal(_resumed("toy", make_trainer, toy, tmp_path / "b", epochs=4), expected)
 
 
 def test_a_resume_after_a_stop_in_validation(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
