@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, geometry, geometry_differences, read_adapter
 from petune.adapters.peft_names import with_current_names
-from petune.adapters.reference_logits import max_abs_diff
+from petune.adapters.reference_logits import Difference, largest_difference
 from petune.adapters.trained_on import describe_weights
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
@@ -210,16 +210,31 @@ def fill(attachment: Attachment, saved: SavedAdapter) -> None:
     if reference is None or not attachment.tensors.are_alone():
         return
     try:
-        difference = max_abs_diff(attachment.model, _with_inputs_of(saved, attachment.sites), reference)
+        difference = largest_difference(attachment.model, _with_inputs_of(saved, attachment.sites), reference)
     except CheckpointError as error:
         raise CheckpointError(f"{saved.path / CONFIG_FILE}: {error}") from None
-    if difference:
-        largest = max(map(abs, reference["logits"]))
-        raise BackboneMismatch(
-            f"{saved.path} belongs to a backbone with the same tensors that computes something else: the logits of a "
-            f"test image, up to {largest:.3g} when it was saved, differ by {difference:.3g} here. Build the backbone "
-            f"as for training (number of heads, activation, normalization, pooling){_other_version(attachment, saved)}"
+    if difference.max_abs > difference.rounding:
+        _refuse_or_warn(attachment, saved, difference)
+
+
+def _refuse_or_warn(attachment: Attachment, saved: SavedAdapter, difference: Difference) -> None:
+    what = "logits of a test image" if difference.kind == "logits" else "features of a test image before the head"
+    numbers = f"the {what}, up to {difference.largest:.3g} when it was saved, differ by {difference.max_abs:.3g} here"
+    if difference.max_abs <= difference.tolerance:
+        warnings.warn(
+            f"the backbone computes slightly something else than the one that {saved.path} was saved with: {numbers}, "
+            f"and rounding explains {difference.rounding:.2g}. If that is not wanted, build it as for training (eps of "
+            f"the norms, tanh or exact GELU, scale of the attention){_other_version(attachment, saved)}",
+            stacklevel=5,
         )
+        return
+    heads = attachment.sites.parts.get("head")
+    names = f", names of the heads: {heads.where}" if heads is not None and not heads.is_module else ""
+    raise BackboneMismatch(
+        f"{saved.path} belongs to a backbone with the same tensors that computes something else: {numbers}. Build the "
+        f"backbone as for training (number of heads, activation, normalization, pooling{names})"
+        f"{_other_version(attachment, saved)}"
+    )
 
 
 def _with_inputs_of(saved: SavedAdapter, sites: Sites) -> Sites:

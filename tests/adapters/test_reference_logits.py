@@ -144,6 +144,36 @@ def test_a_large_bias_hides_nothing(tmp_path: Path) -> None:
         petune.load(model(3), tmp_path / "a")
 
 
+def test_a_head_of_zeros_hides_nothing(tmp_path: Path) -> None:
+    def model(heads: int) -> nn.Module:
+        built = sharpened(num_heads=heads)
+        nn.init.zeros_(built.head.weight)
+        return built
+
+    petune.attach(model(2), "adaptformer").save(tmp_path / "a")
+    with pytest.raises(BackboneMismatch, match="features of a test image before the head"):
+        petune.load(model(3), tmp_path / "a")
+    assert petune.load(model(2), tmp_path / "a").attached
+
+
+def test_a_slightly_other_computation_is_named(tmp_path: Path) -> None:
+    """In the number format that the adapter was saved in, rounding explains far less than in another one."""
+    randomised(petune.attach(sharpened(), "adaptformer")).save(tmp_path / "a")
+
+    def scaled() -> nn.Module:
+        model = sharpened()
+        model.blocks[0].attn.scale *= 1.001
+        return model
+
+    with pytest.warns(UserWarning, match="slightly something else .*and rounding explains"):
+        petune.load(scaled(), tmp_path / "a")
+    saved = read_adapter(tmp_path / "a")
+    saved.config["reference_logits"]["number_format"] = None  # a GPU's, or that of an older petune
+    assert attach_saved(scaled(), saved).attached
+    with torch.backends.mkldnn.flags(enabled=False):  # other kernels, as on another processor
+        assert petune.load(sharpened(), tmp_path / "a").attached
+
+
 def test_a_forward_with_choices_allows_for_them() -> None:
     class Choosing(nn.Module):
         """Adds 1 to the logits if their sum is above a limit."""
