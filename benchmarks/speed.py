@@ -3,6 +3,7 @@
     python benchmarks/speed.py                      # everything, at most 12 minutes on an idle machine
     python benchmarks/speed.py --quick --output DIR # a toy model, to see that it runs
     python benchmarks/speed.py --sizes vit_nano --no-memory --compiled
+    python benchmarks/speed.py --sizes vit_nano --no-memory --methods vpt ssf
 
 All steps of one size run in turns in one process: a round is one step of each, and one of the matrix product that the
 model mostly consists of. A ratio is taken within a round, and shown as the median over rounds with its quartiles.
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_peers import CPU, EXTRA, PEERS, SIZES, Size, petune_step, trainer_of
+from speed_peers import CPU, EXTRA, PEERS, SIZES, Size, methods_of, petune_step, trainer_of
 from torch.nn import functional as F
 
 from petune.base.files import replace_file
@@ -81,6 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=130, help="per size; at least 3 rounds")
     parser.add_argument("--rounds", type=int, default=15, help="most rounds per size")
     parser.add_argument("--compiled", action="store_true", help="also petune's step compiled; a minute more per size")
+    parser.add_argument("--methods", nargs="+", default=[], help="also petune's steps with these, such as vpt ssf")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
@@ -90,7 +92,7 @@ def _options() -> argparse.Namespace:
 
 def _time_steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:
     """Time all steps in rounds, and compute the ratios."""
-    peers = PEERS | (EXTRA if options.compiled else {})
+    peers = PEERS | (EXTRA if options.compiled else {}) | methods_of(options.methods)
     dtype = torch.bfloat16 if choose_precision("auto", CPU) == "bf16" else torch.float32
     product, product_flops = _product(size, dtype)
     with contextlib.ExitStack() as stack:

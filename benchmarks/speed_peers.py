@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -195,3 +196,8 @@ PEERS: dict[str, Callable[[Size], contextlib.AbstractContextManager[Step]]] = {
 }
 COMPILED = "petune adaptformer, compiled"
 EXTRA = {COMPILED: lambda size: petune_step(size, compile=True)}
+
+
+def methods_of(names: list[str]) -> dict[str, Callable[[Size], contextlib.AbstractContextManager[Step]]]:
+    """Return petune's steps with other methods, by the name that the table shows."""
+    return {f"petune {name}": functools.partial(petune_step, method=name) for name in names}

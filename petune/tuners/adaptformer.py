@@ -84,16 +84,13 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         a = s · (dropout(ReLU(x W_down + b_down)) W_up + b_up)
         x = x + drop_path(mlp(norm2(x))) + a
 
-    In a block that normalizes that sum (post-norm) a is part of the sum.
-
     Trains: one adapter per block. Identity at the start: the up-projection is zero.
     Parameters: 2·D·M + M + D per block, one more with a learnable scale. ViT-B/16, M = 64: 1,189,632.
 
     Differs from the paper: figure and equation show norm2's output as the input; the authors' code reads the raw
     residual stream, and they say that the code is right, so that is the default here. The paper's blocks are pre-norm;
-    in a block that ends with a norm (torch's default, norm2(x + mlp(x))), `a` is added after that norm, to what the
-    block returns. A frozen backbone is in eval mode, without drop path; `--drop-path 0.1` lets it act, as in papers
-    that train with it.
+    in a block that normalizes the sum (torch's default), the sum includes a: norm2(x + mlp(x) + a). A frozen backbone
+    is in eval mode, without drop path; `--drop-path 0.1` lets it act, as in papers that train with it.
 
     Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 images of CIFAR-10 (2
     epochs, batch 128, seed 0) top-1 on val was 70.88 at 6e-3 and 70.04 at 2e-2. The authors' own script trains image

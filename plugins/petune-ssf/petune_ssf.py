@@ -27,7 +27,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Map (..., dim) to (..., dim)."""
-        return y * self.scale + self.shift
+        return torch.addcmul(self.shift, y, self.scale)
 
     @torch.no_grad()
     def merge(self, layer: nn.Module) -> None:
