@@ -107,14 +107,14 @@ class Prompts(Holder):
             prompts = prompts.unsqueeze(1)
         prompts_BPD = prompts.to(x_BND.dtype).expand(*x_BND.shape[:-2], -1, -1)
         index = self.slot.index
-        before, after = x_BND.split([index, x_BND.shape[-2] - index], dim=-2)
+        before, after = torch.split(x_BND, [index, x_BND.shape[-2] - index], dim=-2)
         return torch.cat([before, prompts_BPD, after], dim=-2)
 
     def without_prompts(self, x_BND: Tensor) -> Tensor:
         """Take the prompts out: (B, N + P, D) to (B, N, D)."""
         start, count = self.slot.index, self.num_prompts
         # split's gradient is one copy; that of two slices would be two zeroed tensors and their sum
-        before, _, after = x_BND.split([start, count, x_BND.shape[-2] - start - count], dim=-2)
+        before, _, after = torch.split(x_BND, [start, count, x_BND.shape[-2] - start - count], dim=-2)
         return torch.cat([before, after], dim=-2)
 
     def only_prompts(self, x_BND: Tensor) -> Tensor:
