@@ -31,7 +31,15 @@ from petune.data.dataset import Split
 from petune.data.images import num_threads
 from petune.data.on_request import decodes
 from petune.data.policy import ImagePolicy
-from petune.data.preprocess import Preprocess, center_crop, in_model_order, read_images, to_device
+from petune.data.preprocess import (
+    Preprocess,
+    center_crop,
+    in_model_order,
+    read_image,
+    read_images,
+    seen_size,
+    to_device,
+)
 from petune.data.steps import StepConfig, steps_of
 from petune.data.video.clips import Clips
 from petune.data.workers import BatchMemory, ImageWorkers, image_workers, one_ahead
@@ -250,19 +258,24 @@ class TrainBatches:
         assert policy is not None
         positions = plan.positions
         x_BCHW = memory.empty(len(positions)) if self.device.type == "cpu" else None
+        size = seen_size(split)
+        draws = [policy.draw(seed, *size) for seed in plan.numbers.tolist()]
 
         def prepare(number: int) -> tuple[Tensor, Tensor | None]:
-            position = positions[number : number + 1]
             mask = None
             if split.has_masks:
-                mask = center_crop(torch.from_numpy(split.targets_at(position)[0]), split.crop)
-            frames = None if plan.frames is None else plan.frames[number : number + 1]
-            image, mask = policy(read_images(split, position, CPU, frames)[0], mask, int(plan.numbers[number]))
+                mask = center_crop(torch.from_numpy(split.targets_at(positions[number : number + 1])[0]), split.crop)
+            image = read_image(split, int(positions[number]), None if plan.frames is None else int(plan.frames[number]))
+            image, mask = policy.apply(image, mask, draws[number])
             if x_BCHW is not None:
-                pre.normalize(image[None], out=x_BCHW[number : number + 1])
+                x_BCHW[number].copy_(pre.in_channels(image))
             return image, mask
 
-        wait = workers.start(prepare, len(positions))
+        def normalize(part: slice) -> None:
+            if x_BCHW is not None:
+                pre.normalize_(x_BCHW[part])
+
+        wait = workers.start(prepare, len(positions), normalize)
 
         def finish() -> Batch:
             samples = wait()

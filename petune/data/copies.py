@@ -1,4 +1,4 @@
-"""Find image files of one split that are byte-for-byte copies of files of another."""
+"""Find files that are byte-for-byte copies of others: within a split, and of one split in another."""
 
 from __future__ import annotations
 
@@ -6,14 +6,40 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from petune.base.errors import CheckpointError
 from petune.base.files import replace_file
 from petune.base.text import plural
 from petune.data.cache import cache_dir
 from petune.data.find_images import size_and_time
+
+SAMPLE = 4096
+"""Bytes from the middle of a file. Most files of the same size differ there, and are not read any further."""
+
+
+def rows_of_copies(paths: Sequence[Path]) -> NDArray[np.int64]:
+    """Return the row of each file; byte-for-byte copies get the row of the first, so that no split separates them."""
+    first: dict[Hashable, int] = {}
+    return np.array([first.setdefault(key, i) for i, key in enumerate(content_keys(paths))], np.int64)
+
+
+def content_keys(paths: Sequence[Path]) -> list[Hashable]:
+    """Return a key for each file that only files with the same bytes share; one that cannot be read has its own."""
+    sizes = [size_and_time(path)[0] for path in paths]
+    keys: list[Hashable] = [(size, b"") for size in sizes]
+    for read in (_sample, _digest):
+        counts = Counter(keys)
+        keys = [
+            (sizes[i], read(path) or str(i)) if counts[key] > 1 else key
+            for i, (path, key) in enumerate(zip(paths, keys, strict=True))
+        ]
+    return keys
 
 
 def copies_note(splits: Mapping[str, Sequence[Path]], root: Path, noun: str = "image") -> str:
@@ -50,14 +76,23 @@ def _copies(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, P
     cached = cache_dir() / "copies" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     with contextlib.suppress(OSError, ValueError):
         return [(Path(copy), Path(original)) for copy, original in json.loads(cached.read_text())]
-    first: dict[bytes, Path] = {}
-    for path in same_size[1]:
-        first.setdefault(_digest(path), path)
-    digests = [(path, _digest(path)) for path in same_size[0]]
-    copies = [(path, first[digest]) for path, digest in digests if digest and digest in first]
+    keys = content_keys([*same_size[0], *same_size[1]])
+    originals: dict[Hashable, Path] = {}
+    for contents, path in zip(keys[len(same_size[0]) :], same_size[1], strict=True):
+        originals.setdefault(contents, path)
+    pairs = zip(same_size[0], keys, strict=False)
+    copies = [(path, originals[contents]) for path, contents in pairs if contents in originals]
     with contextlib.suppress(OSError, CheckpointError):  # it is found again in the next run
         replace_file(cached, json.dumps([[str(copy), str(original)] for copy, original in copies]).encode())
     return copies
+
+
+def _sample(path: Path) -> bytes:
+    """Return bytes from the middle of a file; empty if it cannot be read."""
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - SAMPLE) // 2)
+        return file.read(SAMPLE)
+    return b""
 
 
 def _digest(path: Path) -> bytes:

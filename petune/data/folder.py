@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -19,7 +16,7 @@ from petune.base.text import plural
 from petune.data.band_files import form_of_all
 from petune.data.bands import RGB, ImageForm
 from petune.data.cache import CACHE_GB, Allocate, Fallback, cached_split
-from petune.data.copies import copies_note
+from petune.data.copies import copies_note, rows_of_copies
 from petune.data.dataset import CUT_TEST_NOTE, MAX_BROKEN, Dataset, OnBroken, Split, Target
 from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import size_and_time, skipped_note
@@ -143,19 +140,3 @@ class _Decoder:
         marked = labels.copy()
         marked[list(broken)] = BROKEN_LABEL
         return marked, rows_of_copies(paths)
-
-
-def rows_of_copies(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Return the row of each image; byte-for-byte copies get the row of the first, so that no split separates them."""
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for i, path in enumerate(paths):
-        by_size[size_and_time(path)[0]].append(i)
-    rows = np.arange(len(paths))
-    for same_size in by_size.values():
-        if len(same_size) == 1:
-            continue
-        first: dict[bytes, int] = {}
-        for i in same_size:
-            with contextlib.suppress(OSError), paths[i].open("rb") as file:
-                rows[i] = first.setdefault(hashlib.file_digest(file, "sha256").digest(), i)
-    return rows

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.data.band_files import ARRAY_SUFFIXES, TIFF_SUFFIXES, preview, read_bands
 from petune.data.bands import RGB, ImageForm, as_image, bands_square
+from petune.data.jpeg import jpeg_pixels
 from petune.data.squares import center_pixels, pixels_of
 from petune.data.video.decode import VIDEO_SUFFIXES
 from petune.data.workers import image_workers
@@ -177,7 +178,8 @@ def center_square(image: Image, side: int) -> NDArray[np.uint8]:
         ValueError: The image has a mode without a defined white.
         OSError: Pillow decodes lazily, and decoding fails.
     """
-    return center_pixels(pixels_of(_to_rgb(_upright(_to_8_bit(image)))), side)
+    pixels = jpeg_pixels(image)
+    return center_pixels(pixels_of(_to_rgb(_upright(_to_8_bit(image)))) if pixels is None else pixels, side)
 
 
 def upright_rgb(image: Image) -> Image:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -32,10 +34,6 @@ TRIAL_SIDE, TRIAL_IMAGES = 224, 4
 """Images that a list is tried on when it is configured."""
 
 
-Step = Callable[[Tensor, Tensor | None, torch.Generator], tuple[Tensor, Tensor | None]]
-"""Augments an image (C, H, W) and its mask (H, W), or all frames of a clip (T, C, H, W) alike, by a generator."""
-
-
 class OwnGenerator(TorchFunctionMode):
     """Let PyTorch's random functions draw from `generator` inside a `with` block, in this thread only."""
 
@@ -53,6 +51,19 @@ class OwnGenerator(TorchFunctionMode):
         return func(*args, **options)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Random choices for one image.
+
+    Attributes:
+        generator: For the steps that draw while they work.
+        choices: Of the first steps.
+    """
+
+    generator: torch.Generator
+    choices: list[Any]
+
+
 class ImagePolicy:
     """A list of augmentations, ready to be applied.
 
@@ -68,7 +79,7 @@ class ImagePolicy:
     def __init__(self, augment: str | Sequence[StepConfig], image_size: int, ignore_index: int) -> None:
         steps = steps_of(augment) or []
         self.image_size = image_size
-        self.steps = [_step(build_step(name, arguments, image_size, ignore_index)) for name, arguments in steps]
+        self.steps = [build_step(name, arguments, image_size, ignore_index) for name, arguments in steps]
         self.crops = any(name == RESIZED_CROP for name, _ in steps)
 
     def __call__(self, image_CHW: Tensor, mask_HW: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -82,23 +93,48 @@ class ImagePolicy:
         Returns:
             The image (C, S, S) or clip (T, C, S, S) in the type it came in, and the mask (S, S).
         """
+        return self.apply(image_CHW, mask_HW, self.draw(seed, *image_CHW.shape[-2:]))
+
+    def draw(self, seed: int, height: int, width: int) -> Draws:
+        """Draw what crops and flips need that come before other steps.
+
+        Args:
+            seed: Of the image's random numbers.
+            height, width: Of the image.
+        """
+        from petune.data.crop_and_flip import ResizedCrop
+
+        generator = torch.Generator().manual_seed(seed)
+        size = (height, width) if self.crops else (self.image_size, self.image_size)
+        choices = []
+        for step in takewhile(_is_own, self.steps):
+            choices.append(step.draw(*size, generator))
+            if isinstance(step, ResizedCrop):
+                size = (self.image_size, self.image_size)
+        return Draws(generator, choices)
+
+    def apply(self, image_CHW: Tensor, mask_HW: Tensor | None, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Augment an image and its mask by what was drawn for an image of its size; see `__call__`."""
         is_float = image_CHW.is_floating_point()
         image, mask = image_CHW / 255 if is_float else image_CHW, mask_HW  # as torchvision takes it
         if not self.crops:
             image = resize_bicubic(image, (self.image_size, self.image_size))
         if mask is not None:
             mask = resize_masks(mask, *image.shape[-2:])
-        generator = torch.Generator().manual_seed(seed)
-        for step in self.steps:
-            image, mask = step(image, mask, generator)
+        for number, step in enumerate(self.steps):
+            if not _is_own(step):
+                image, mask = _by_torchvision(step, image, mask, draws.generator)
+                continue
+            is_drawn = number < len(draws.choices)
+            choice = draws.choices[number] if is_drawn else step.draw(*image.shape[-2:], draws.generator)
+            image, mask = step.apply(image, mask, choice)
         return image * 255 if is_float else image, mask
 
 
-def _step(transform: Any) -> Step:
+def _is_own(step: Any) -> bool:
     from petune.data.crop_and_flip import HorizontalFlip, ResizedCrop, VerticalFlip
 
-    is_own = isinstance(transform, ResizedCrop | HorizontalFlip | VerticalFlip)
-    return transform.augment if is_own else partial(_by_torchvision, transform)
+    return isinstance(step, ResizedCrop | HorizontalFlip | VerticalFlip)
 
 
 def _by_torchvision(

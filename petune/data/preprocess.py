@@ -68,14 +68,24 @@ class Preprocess:
         """Return one black image, float32 (1, C, S, S), or one black clip."""
         return torch.zeros(1, *self.shape, device=device)
 
-    def normalize(self, x_BCHW: Tensor, out: Tensor | None = None) -> Tensor:
+    def normalize(self, x_BCHW: Tensor) -> Tensor:
         """Normalize images in 0..255 by mean and standard deviation, RGB as gray if there is a single mean."""
-        if len(self.mean) == 1 and x_BCHW.shape[-3] == 3:
-            x_BCHW = to_gray(x_BCHW)
-        statistics = to_device(torch.tensor([self.mean, self.std]), x_BCHW.device).view(2, -1, 1, 1) * 255
-        if out is None:
-            return torch.sub(x_BCHW, statistics[0]).div_(statistics[1])
-        return out.copy_(x_BCHW).sub_(statistics[0]).div_(statistics[1])  # a subtraction from uint8 is slower
+        x_BCHW = self.in_channels(x_BCHW)
+        mean, std = self._statistics(x_BCHW.device)
+        return torch.sub(x_BCHW, mean).div_(std)
+
+    def normalize_(self, x_BCHW: Tensor) -> Tensor:
+        """Normalize floats in 0..255 in place; they have the channels of the model."""
+        mean, std = self._statistics(x_BCHW.device)
+        return x_BCHW.sub_(mean).div_(std)
+
+    def in_channels(self, x_BCHW: Tensor) -> Tensor:
+        """Return RGB as gray if there is a single mean, and other images as they are."""
+        return to_gray(x_BCHW) if len(self.mean) == 1 and x_BCHW.shape[-3] == 3 else x_BCHW
+
+    def _statistics(self, device: torch.device) -> Tensor:
+        """Return mean and standard deviation for pixels in 0..255, (2, C, 1, 1)."""
+        return to_device(torch.tensor([self.mean, self.std]), device).view(2, -1, 1, 1) * 255
 
 
 def read_images(
@@ -93,6 +103,26 @@ def read_images(
     if frame_seeds is not None and isinstance(images, RandomClips):
         return in_model_order(images.draw(rows, frame_seeds), split.crop, device)
     return in_model_order(images[rows], split.crop, device)
+
+
+def read_image(split: Split, position: int, frame_seed: int | None = None) -> Tensor:
+    """Return one image or clip as `read_images` does, (C, H, W) or (T, C, H, W), on the CPU.
+
+    Of an array, only what the model sees is copied, by one call: several threads do this at the same time.
+    """
+    row = int(split.rows[position])
+    if not isinstance(split.images, np.ndarray):
+        seeds = None if frame_seed is None else np.array([frame_seed])
+        return read_images(split, np.array([position]), torch.device("cpu"), seeds)[0]
+    rows, columns = (center_slice(side, split.crop) for side in split.images.shape[1:3])
+    pixels = np.array(np.asarray(split.images)[row, rows, columns])  # views of a memory map take longer
+    return in_255(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def seen_size(split: Split) -> tuple[int, int]:
+    """Return height and width of the images without their margin."""
+    rows, columns = (center_slice(side, split.crop) for side in split.images.shape[-3:-1])
+    return rows.stop - rows.start, columns.stop - columns.start
 
 
 def in_model_order(pixels: NDArray[Any], crop: float, device: torch.device) -> Tensor:
@@ -119,10 +149,15 @@ def to_gray(x_BCHW: Tensor) -> Tensor:
 
 def center_crop(x: Tensor, share: float) -> Tensor:
     """Keep the center of square images or masks (…, H, W), `share` of the side."""
-    stored = x.shape[-1]
+    center = center_slice(x.shape[-1], share)
+    return x[..., center, center]
+
+
+def center_slice(stored: int, share: float) -> slice:
+    """Return the center of a side of `stored` pixels, `share` of it."""
     side = math.floor(stored * share)
     start = (stored - side) // 2
-    return x[..., start : start + side, start : start + side]
+    return slice(start, start + side)
 
 
 def resize_bicubic(image_CHW: Tensor, size: Sequence[int]) -> Tensor:

@@ -83,7 +83,8 @@ def center_pixels(image_HWC: NDArray[np.uint8], side: int, share: float = CENTER
 
     rows, columns = spans(image_HWC.shape[0], image_HWC.shape[1], side, share)
     kept = image_HWC[rows.start : rows.start + rows.length, columns.start : columns.start + columns.length]
-    x_1CHW = torch.from_numpy(kept).permute(2, 0, 1)[None]  # the kernel wants the channels of a pixel together
+    # The kernel wants the channels of a pixel together, in every stride: it would copy other images, and its result.
+    x_1CHW = torch.from_numpy(kept[None]).permute(0, 3, 1, 2)
     resized = F.interpolate(x_1CHW, (rows.resized, columns.resized), mode="bicubic", antialias=True)
     resized_HWC = resized[0].permute(1, 2, 0).numpy()
     square: NDArray[np.uint8] = resized_HWC[rows.margin : rows.margin + side, columns.margin : columns.margin + side]

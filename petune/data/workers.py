@@ -36,15 +36,28 @@ class ImageWorkers:
     pool: ThreadPoolExecutor
     count: int
 
-    def start(self, function: Callable[[int], Result], count: int) -> Callable[[], list[Result]]:
+    def start(
+        self, function: Callable[[int], Result], count: int, after: Callable[[slice], None] = lambda _: None
+    ) -> Callable[[], list[Result]]:
         """Let the threads call `function` with 0 … count - 1, after everything that was started before.
+
+        Args:
+            function: Called with one number at a time.
+            count: How many numbers.
+            after: Called with each part of the numbers, by the thread that called `function` with them.
 
         Returns:
             Waits for the results and returns them, or raises the first error, in order.
         """
         size = max(1, count // (CHUNKS_PER_THREAD * self.count))
         chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        results = self.pool.map(lambda chunk: [function(number) for number in chunk], chunks)
+
+        def work(chunk: range) -> list[Result]:
+            results = [function(number) for number in chunk]
+            after(slice(chunk.start, chunk.stop))
+            return results
+
+        results = self.pool.map(work, chunks)
         return lambda: [result for part in results for result in part]
 
 

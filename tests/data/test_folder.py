@@ -13,6 +13,7 @@ from PIL import Image, features
 
 from petune.base.errors import DataError
 from petune.data import load_dataset
+from petune.data.copies import rows_of_copies
 from petune.data.folder import load_folder
 
 
@@ -239,6 +240,15 @@ def test_copies_are_always_cut_into_the_same_split(tmp_path: Path) -> None:
         assert [len(split) for split in (data.train, data.val, data.test)] == [76, 20, 24]
         for split in (data.train, data.val, data.test):
             assert np.array_equal(split.images[split.rows][:, 0, 0, 0] // 50, split.targets)
+
+
+def test_files_of_the_same_size_are_copies_only_if_all_bytes_are(tmp_path: Path) -> None:
+    contents = [b"a" * 9999, b"b" + b"a" * 9998, b"a" * 9999, b"c" * 9999, b"a", b"a", b"b"]
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, data in zip(paths, contents, strict=True):
+        path.write_bytes(data)
+    missing = [tmp_path / "missing", tmp_path / "missing too"]
+    assert rows_of_copies([*paths, *missing]).tolist() == [0, 1, 0, 3, 4, 4, 6, 7, 8]
 
 
 def test_class_folders_need_utf8_names(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from petune.base.errors import DataError
 from petune.data.images import center_square, decode_image, decode_images
+from petune.data.jpeg import jpeg_pixels
 
 RED, HALF = (255, 0, 0), 128
 
@@ -205,6 +206,42 @@ def test_a_decompression_bomb_is_an_error(limit: int, tmp_path: Path, monkeypatc
     _plain("RGB", RED, (64, 64)).save(tmp_path / "bomb.png")
     with pytest.raises(DataError, match=r"bomb\.png: not a readable image .*decompression bomb"):
         decode_images([tmp_path / "bomb.png"], np.empty((1, 16, 16, 3), dtype=np.uint8))
+
+
+def test_a_jpeg_that_pillow_need_not_decode_has_its_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 17, 3), np.uint8)
+    intact = Image.fromarray(pixels).resize((70, 101), Image.Resampling.BICUBIC)
+    decoded, random = 0, np.random.default_rng(1)
+    for number in range(120):
+        buffer = io.BytesIO()
+        intact.save(buffer, "JPEG", quality=40 + number % 60, subsampling=number % 3, progressive=number % 2 == 1)
+        data = bytearray(buffer.getvalue())
+        if number >= 40:  # damaged, and often decoded all the same
+            data[random.integers(len(data) // 3, len(data) - 2)] = number
+        own = jpeg_pixels(Image.open(io.BytesIO(data)))
+        if own is not None:
+            np.testing.assert_array_equal(own, np.asarray(Image.open(io.BytesIO(data))))
+            decoded += 1
+    assert decoded > 60  # with a torchvision that decodes JPEG
+
+
+def test_an_unusual_jpeg_is_left_to_pillow() -> None:
+    image = _plain("RGB", RED)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = []
+    for mode, options in (("RGB", {"exif": turned}), ("L", {}), ("CMYK", {})):
+        files.append(io.BytesIO())
+        image.convert(mode).save(files[-1], "JPEG", **options)  # type: ignore[arg-type]
+    files.append(io.BytesIO())
+    image.save(files[-1], "PNG")
+    files.append(io.BytesIO(files[0].getvalue()[:-20]))
+    assert [jpeg_pixels(Image.open(file)) for file in files] == [None] * 5
+    assert jpeg_pixels(image) is None
+    image.save(buffer := io.BytesIO(), "JPEG")
+    loaded = Image.open(buffer)
+    loaded.load()
+    assert jpeg_pixels(loaded) is None
 
 
 def test_images_are_decoded_into_their_own_rows(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from petune.base.errors import DataError
+from petune.data.copies import rows_of_copies
 from petune.data.dataset import Dataset, Split
-from petune.data.folder import BROKEN_LABEL, CROP, rows_of_copies
+from petune.data.folder import BROKEN_LABEL, CROP
 from petune.data.reader import ReadContext
 from petune.data.tables.plan import Plan
 from petune.data.video.decode import ANIMATED_SUFFIXES, VIDEO_SUFFIXES

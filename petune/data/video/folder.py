@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from petune.base.text import plural
-from petune.data.copies import copies_note
+from petune.data.copies import copies_note, rows_of_copies
 from petune.data.dataset import Dataset, Split
 from petune.data.doubtful_classes import names_of_splits_note
 from petune.data.find_images import VIDEOS, skipped_note
-from petune.data.folder import rows_of_copies, with_splits
+from petune.data.folder import with_splits
 from petune.data.layout import list_images
 from petune.data.on_request import on_request_note
 from petune.data.reader import ReadContext
