@@ -114,9 +114,9 @@ def read_image(split: Split, position: int, frame_seed: int | None = None) -> Te
     if not isinstance(split.images, np.ndarray):
         seeds = None if frame_seed is None else np.array([frame_seed])
         return read_images(split, np.array([position]), torch.device("cpu"), seeds)[0]
-    rows, columns = (center_slice(side, split.crop) for side in split.images.shape[1:3])
-    pixels = np.array(np.asarray(split.images)[row, rows, columns])  # views of a memory map take longer
-    return in_255(torch.from_numpy(pixels).permute(2, 0, 1))
+    rows, columns = (center_slice(side, split.crop) for side in split.images.shape[-3:-1])
+    pixels = np.array(np.asarray(split.images)[row, ..., rows, columns, :])  # views of a memory map take longer
+    return in_255(torch.from_numpy(pixels).movedim(-1, -3))
 
 
 def seen_size(split: Split) -> tuple[int, int]:
