@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import any_task_page
+import seed_on_gpu_page
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
 from petune.runner.comparison import Comparison
@@ -93,6 +94,7 @@ def overview(results: Results, suites: Mapping[str, Suite]) -> str:
     for name, suite in suites.items():
         parts += [f"## Suite {name}", "", suite.about.strip(), "", f"    {suite.command}", ""]
         parts += [*expectations(suite, results), ""]
+        parts += seed_on_gpu_page.section() if name == seed_on_gpu_page.SUITE else []
         pieces = [piece for piece in suite.pieces if piece in results]
         parts += [*side_by_side(pieces, results), ""] if len(pieces) > 1 else []
     for name, comparison in results.items():
