@@ -1,6 +1,6 @@
 """Run the Paddle study at full size in the quarter of an hour that a GPU is lent for.
 
-    python benchmarks/seed_on_gpu.py split ../shared/data                  # here: the images in pieces of 50 MiB
+    python benchmarks/seed_on_gpu.py split ../shared/data                  # here: the images in pieces of 40 MiB
     python benchmarks/seed_on_gpu.py run --output DIR                      # there: everything, at most 13 minutes
     python benchmarks/seed_on_gpu.py run --output DIR --smoke              # anywhere: on digits, in a minute
 
@@ -254,7 +254,7 @@ def _arguments() -> argparse.Namespace:
     split = commands.add_parser("split", help="cut CIFAR's Parquet files into pieces")
     split.add_argument("data", type=Path, help="has cifar100/ and cifar10/ with train.parquet and test.parquet")
     split.add_argument("--to", type=Path, default=HOME / "pieces")
-    split.add_argument("--piece-mib", type=int, default=50)
+    split.add_argument("--piece-mib", type=int, default=40)
     run = commands.add_parser("run", help="run the study, or continue it")
     run.add_argument("--pieces", type=Path, default=HOME / "pieces")
     run.add_argument("--work", type=Path, default=HOME / "work", help="runs and checkpoints, 5 GB; /dev/shm is fastest")

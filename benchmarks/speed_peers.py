@@ -89,18 +89,27 @@ def dataset_of(size: Size, count: int, val: int = 0) -> Dataset:
     return Dataset("noise", Target("class", names), "made", "light", split(count, 0), split(val, 1), split(CLASSES, 2))
 
 
-def trainer_of(size: Size, method: str, directory: Path, *, images: int = 0, val: int = 0, **settings: Any) -> Trainer:
+def trainer_of(
+    size: Size,
+    method: str,
+    directory: Path,
+    *,
+    images: int = 0,
+    val: int = 0,
+    device: torch.device = CPU,
+    **settings: Any,
+) -> Trainer:
     """Return petune's trainer on noise, configured as `petune run` does by default."""
     data = dataset_of(size, images or 2 * size.batch_size, val)
     recipe = {"lr": 1e-4, "weight_decay": 0.01, "optimizer": "adamw", "augment": "light", "batch_size": size.batch_size}
-    att = petune.attach(size.model(), method, keep_original=False)
+    att = petune.attach(size.model().to(device), method, keep_original=False)
     job = TrainJob(
         attachment=att,
         task=fitted_task("classification", data),
         dataset=data,
         preprocess=Preprocess(size.img_size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         config=TrainConfig.build(recipe | settings),
-        device=CPU,
+        device=device,
         directory=directory,
     )
     return Trainer(job, stop=StopFlag())
@@ -117,15 +126,17 @@ def petune_step(size: Size, method: str = "adaptformer", **settings: Any) -> Ite
             yield lambda: trainer.step(batch)
 
 
-def _plain(model: nn.Module, size: Size, bf16: bool) -> Step:
+def plain_step(model: nn.Module, size: Size, bf16: bool, device: torch.device = CPU, compiled: bool = False) -> Step:
     """Return a step as tutorials write it."""
+    model = model.to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    x, y = size.batch()
+    x, y = (tensor.to(device) for tensor in size.batch())
+    forward = torch.compile(model, dynamic=False) if compiled else model
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(model(x), y)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(forward(x), y)
         loss.backward()
         optimizer.step()
 
@@ -135,7 +146,7 @@ def _plain(model: nn.Module, size: Size, bf16: bool) -> Step:
 @contextlib.contextmanager
 def full(size: Size, bf16: bool = False) -> Iterator[Step]:
     """Yield a step of timm's model, of which everything trains."""
-    yield _plain(size.model().train(), size, bf16)
+    yield plain_step(size.model().train(), size, bf16)
 
 
 @contextlib.contextmanager
@@ -144,7 +155,7 @@ def peft_lora(size: Size, bf16: bool) -> Iterator[Step]:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=16, lora_alpha=16, target_modules=["qkv"], lora_dropout=0.1, modules_to_save=["head"])
-    yield _plain(get_peft_model(size.model(), config).train(), size, bf16)
+    yield plain_step(get_peft_model(size.model(), config).train(), size, bf16)
 
 
 def injected(size: Size) -> nn.Module:
@@ -182,7 +193,7 @@ def bare(size: Size, make: Callable[[Size], nn.Module], stored: bool) -> Iterato
             return model(x)
 
     with store_in_bf16(model, logits) if stored and bf16 else contextlib.nullcontext():
-        yield _plain(model, size, bf16)
+        yield plain_step(model, size, bf16)
 
 
 PEERS: dict[str, Callable[[Size], contextlib.AbstractContextManager[Step]]] = {

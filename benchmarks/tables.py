@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import any_task_page
+import gpu_page
 import seed_on_gpu_page
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
@@ -135,6 +136,7 @@ def speed() -> str:
         device = json.loads((directory / "speed.json").read_text(encoding="utf-8"))["provenance"]["device"]
         _, text = (directory / "speed.md").read_text(encoding="utf-8").split("# Speed\n\n")
         texts += [f"### {device}", "", text]
+    texts += [gpu_page.section()]
     return "\n".join(texts)
 
 

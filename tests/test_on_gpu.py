@@ -9,11 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import gpu
+import gpu_page
 import pytest
 import seed_on_gpu_page
+import torch
+from card import describe_card
+from gpu_steps import GPU_SIZES, STEPS, peft_lora
 from pieces import join_pieces, write_pieces
 from seed_plan import MARGIN, STAGES, Rate, epochs_left, plan_epochs
+
+import petune
+from petune.runner.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 WANTED = {"pretrain": 80, "frozen": 10, "not_frozen": 10}
@@ -61,6 +70,62 @@ def test_the_last_stages_share_what_is_left() -> None:
 
 def test_the_page_says_that_nothing_has_been_run(tmp_path: Path) -> None:
     assert "It has not been run yet" in "\n".join(seed_on_gpu_page.section(tmp_path / "none.json"))
+
+
+def test_the_page_of_speed_says_that_nothing_has_been_run(tmp_path: Path) -> None:
+    assert "It has not been run yet" in gpu_page.section(tmp_path / "none.json")
+
+
+def test_rows_that_do_not_fit_are_left_out_and_failures_do_not_stop_the_others(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("out of memory\non this card")
+
+    bench = gpu.StepBench(torch.device("cpu"), 0.0)
+    result: dict[str, Any] = {
+        "command": "gpu.py", "card": describe_card(bench.device), "provenance": provenance(bench.device),
+        "products_tflops": {}, "rows": [],
+    }  # fmt: skip
+    spread = {"low": 0.5, "median": 1.0, "high": 2.0, "count": 3}
+    small = {
+        "step_s": spread, "images_per_s": 4.0, "against": "other", "time_relative_to_it": spread, "tflops": 98.9,
+        "peak_bytes": 10**9,
+    }  # fmt: skip
+    rows = [gpu.Row("bank", "toy", "fails", fail), gpu.Row("step", "toy", "small", lambda: small)]
+    gpu.measure_all(rows, bench, time.perf_counter() + 22, result, tmp_path)  # a bank is expected to take 25 s
+    gpu.measure_all(rows[:1], bench, time.perf_counter() + 60, result, tmp_path)
+    stored = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["status"] for row in stored] == ["left out", "measured", "failed"]
+    page = gpu_page.markdown(result | {"card": result["card"] | {"peak_tflops": 989.0}})
+    assert (
+        "| toy | small | 1,000.0 (500.0 to 2,000.0) | 4 | other: 1.00 (0.50 to 2.00) | 98.9 | 10.0 % | 1.00 GB |"
+        in page
+    )
+    assert "- failed (RuntimeError: out of memory): toy, fails." in page
+
+
+@pytest.mark.exhaustive
+def test_the_measurement_on_a_gpu_runs_on_a_toy(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu.py"
+    words = [sys.executable, str(script), "--smoke", "--no-compile", "--output", str(tmp_path)]
+    subprocess.run(words, check=True, capture_output=True, timeout=600)
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    failed = {row["title"]: row["reason"] for row in result["rows"] if row["status"] != "measured"}
+    assert set(failed) <= {"petune adaptformer, int8 backbone"}, failed
+    page = gpu_page.markdown(result)
+    assert all(f"| toy | {name} |" in page for name in STEPS)
+    assert "| toy | vpt, 4 images, 2 adapters |" in page
+    assert all(row["largest_difference"] < 1e-4 for row in result["rows"] if row["kind"] == "bank")
+
+
+@pytest.mark.exhaustive
+def test_the_peer_trains_the_layers_of_petunes_lora() -> None:
+    size, device = GPU_SIZES["toy"], torch.device("cpu")
+    with peft_lora(size, device, False) as step:
+        (model,) = [
+            cell.cell_contents for cell in step.__closure__ or () if isinstance(cell.cell_contents, torch.nn.Module)
+        ]
+        peer = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name and p.requires_grad)
+    assert peer == petune.attach(size.model(), "lora").counts.tuned
 
 
 @pytest.mark.exhaustive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from petune.training.speed.feature_cache import delete_features, fill_cache, pla
 from petune.training.speed.grad_checkpointing import checkpoint_blocks
 from petune.training.speed.malloc import keep_heap
 from petune.training.speed.onednn_linear import use_onednn_linear
+
+MAX_COMPILED = 10_000
+"""Models of one class that a process may compile."""
 
 
 @contextmanager
@@ -61,8 +65,13 @@ def _compiled(model: nn.Module) -> Logits:
     from torch._inductor.exc import InductorError
 
     compiled = torch.compile(model, dynamic=False)
-    # a hook keeps a tensor on its holder only within one block, so there is nothing that a recompute must repeat
-    allowed = {"skip_fwd_side_effects_in_bwd_under_checkpoint": True}
+    allowed: dict[str, Any] = {
+        # a hook keeps a tensor on its holder only within one block, so there is nothing that a recompute must repeat
+        "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+        # torch would leave the ninth model of a class, and all after it, uncompiled: a comparison can have more
+        "recompile_limit": MAX_COMPILED,
+        "accumulated_recompile_limit": MAX_COMPILED,
+    }
 
     def forward(x: Tensor) -> Tensor:
         try:

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,28 @@ def test_checkpointed_blocks_compile_into_one_graph() -> None:
     assert "checkpoint" in graphs[0]
     assert torch.allclose(found[0], plain[0], atol=1e-6)  # type: ignore[arg-type]
     assert len(found) == len(plain)
+
+
+def test_every_model_of_a_comparison_is_compiled(
+    make_trainer: Make, toy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default torch leaves the ninth model of a class, and all after it, uncompiled."""
+    compiled = 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for depth in range(10):
+        att = toy(0)
+        att.model.body.extend(nn.Identity() for _ in range(depth))
+        trainer = make_trainer(att, compile=True)
+        with trainer.speedups():
+            trainer.forward.train(torch.zeros(6, 3, 8, 8))
+    assert compiled == 10
 
 
 @pytest.mark.skipif(not os.environ.get("PETUNE_SLOW"), reason="compiles for a minute; set PETUNE_SLOW=1")
