@@ -8,7 +8,7 @@ from typing import Any
 from petune.backbones.create import Backbone
 from petune.backbones.weights import absolute_weights
 from petune.base.metric import SplitMetrics
-from petune.data.dataset import Split
+from petune.data.dataset import Dataset
 from petune.data.manifest import digests
 from petune.data.video.clips import Clips
 from petune.data.video.sampling import Sampling
@@ -50,7 +50,7 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
             "crop": dataset.test.crop,
             "channels": dataset.test.images.shape[-1],
             "dtype": str(dataset.test.images.dtype),
-            **_describe_clips(dataset.train),
+            **_describe_clips(dataset),
         },
         "dataset": config.dataset,
         **({"dataset_license": dataset.license} if dataset.license else {}),
@@ -71,13 +71,15 @@ def adapter_metadata(trained: Trained, test: SplitMetrics) -> dict[str, Any]:
     }
 
 
-def _describe_clips(split: Split) -> dict[str, Any]:
-    """Return how the frames of a clip are chosen; empty if the samples are images."""
+def _describe_clips(dataset: Dataset) -> dict[str, Any]:
+    """Return how the frames of a clip, and the clips of a video in tests, are chosen; empty for images."""
+    split, tested = dataset.train, dataset.test.images
     if split.num_frames is None:
         return {}
     sampling = split.images.sampling if isinstance(split.images, Clips) else Sampling("uniform", split.num_frames)
     # a test with three crops stores other squares
-    return {"clip": asdict(sampling), "stored_size": split.images.shape[-2], "crop": split.crop}
+    views = {"views": asdict(tested.views)} if isinstance(tested, Clips) and len(tested.views) > 1 else {}
+    return {"clip": asdict(sampling), "stored_size": split.images.shape[-2], "crop": split.crop, **views}
 
 
 def _describe_backbone(

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError, PetuneError
-from petune.base.text import plural
 from petune.data.find_images import VIDEOS
-from petune.data.images import center_square, num_threads, supported_suffixes
+from petune.data.images import num_threads, supported_suffixes
+from petune.data.squares import center_pixels
 from petune.data.video.clips import ONE_VIEW, Views
 from petune.data.video.decode import read_frames, read_info
-from petune.data.video.sampling import Sampling
+from petune.data.video.sampling import Frames, Sampling
 from petune.data.video.store import crop_shares
 from petune.data.workers import image_workers
 
@@ -76,19 +76,25 @@ class ClipFiles:
             raise ValueError(f"not a video: {given}. Give a file, or uint8 (frames, height, width, 3)")
         if 0 in video.shape[1:3]:
             raise ValueError(f"not a video: {video.shape} has no pixels")
-        if not len(video) or len(self.views) > 1:
-            raise ValueError(f"{plural(len(video), 'frame')}, of which no clips and crops can be made. Give a file")
+        if not len(video):
+            raise ValueError("not a video: it has no frames")
         return self._of_array(video)
 
     def _of_file(self, path: Path) -> NDArray[np.uint8]:
-        count = read_info(path).frames
-        clips_KT = [self.sampling.fixed(count, number, self.views.clips) for number in range(self.views.clips)]
+        clips_KT = self._clips_of(read_info(path).frames)
         needed = np.unique(np.concatenate(clips_KT))
         frames_VKSS3 = read_frames(path, needed, self.side, crop_shares(self.views))
         return np.stack([frames[np.searchsorted(needed, clip)] for clip in clips_KT for frames in frames_VKSS3])
 
     def _of_array(self, frames_FHW3: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        from PIL import Image
+        views = [(clip, share) for clip in self._clips_of(len(frames_FHW3)) for share in crop_shares(self.views)]
+        return np.stack(
+            [
+                np.stack([center_pixels(frame, self.side, share) for frame in np.array(frames_FHW3[clip])])
+                for clip, share in views
+            ]
+        )
 
-        chosen = frames_FHW3[self.sampling.fixed(len(frames_FHW3))]
-        return np.stack([center_square(Image.fromarray(frame), self.side) for frame in chosen])[None]
+    def _clips_of(self, count: int) -> list[Frames]:
+        """Return the numbers of the frames of each clip of a video with `count` frames."""
+        return [self.sampling.fixed(count, number, self.views.clips) for number in range(self.views.clips)]

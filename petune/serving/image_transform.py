@@ -72,7 +72,8 @@ class ImageTransform:
             preprocess = Preprocess(size, mean, std, sampling.frames if sampling else None)
             if "stored_size" in values:
                 form = ImageForm(int(values.get("channels", 3)), str(values.get("dtype", "uint8")))
-                return cls(preprocess, int(values["stored_size"]), float(values["crop"]), form, sampling)
+                steps = cls(preprocess, int(values["stored_size"]), float(values["crop"]), form, sampling)
+                return steps.with_views(Views(**values["views"])) if "views" in values else steps
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the adapter does not say how its images were preprocessed: {error!r}") from None
         dataset = str(metadata.get("dataset"))

@@ -28,6 +28,7 @@ from petune.serving.restore import restore
 from petune.serving.whole_image import WholeImage, whole_outputs
 from petune.sites.logits import logits_of
 from petune.training.config import Precision
+from petune.training.evaluate import mean_of_views
 from petune.training.precision import choose_attention, choose_device, choose_precision
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Predictor:
                 "Leave it out",
                 cli_hint="Drop --top-k",
             )
+        batch_size = max(1, batch_size // len(self.transform.views))
         remaining = _list_images(images, self.file_kind)
         while batch := list(islice(remaining, batch_size)):
             if self.task.target_kind == "mask":
@@ -172,7 +174,10 @@ class Predictor:
         readable = [i for i in range(len(batch)) if i not in errors]
         predictions: dict[int, Prediction] = {}
         if readable:
-            outputs = self.outputs(self.transform.batch(squares[readable], self.device))
+            views = len(self.transform.views)
+            seen = squares.reshape(len(batch), views, *squares.shape[1:])[readable]
+            inputs = self.transform.batch(seen.reshape(-1, *squares.shape[1:]), self.device)
+            outputs = mean_of_views(self.outputs(inputs), views)
             names = [batch[i][0] for i in readable]
             predictions = dict(zip(readable, predictions_of(self.task, names, outputs, top_k), strict=True))
         for i, (name, _) in enumerate(batch):

@@ -1,5 +1,7 @@
 """SSF: scale and shift the output of every linear layer and norm."""
 
+import warnings
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -54,7 +56,7 @@ class SSF(petune.Tuner[SSFConfig]):
     (Swin-T: 8,064). Where a model averages its tokens before the last norm (timm's `fc_norm`), they scale before the
     average, and here the norm's output is scaled, after it: 2·D either way.
 
-    Left as they are: linear layers that the model reads without calling them (`out_proj` of torch's
+    Left as they are, with a warning: linear layers that the model reads without calling them (`out_proj` of torch's
     `nn.MultiheadAttention`, and its fused q, k and v), convolutions, and norms other than those before attention and
     MLP, such as norms of queries and keys, or after a branch.
     """
@@ -64,13 +66,22 @@ class SSF(petune.Tuner[SSFConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Put one γ and β after every linear layer and every norm."""
-        for block in edit.sites.require_blocks():
+        blocks, scaled = edit.sites.require_blocks(), set()
+        for block in blocks:
             for site in (block.attn, block.mlp):
                 for layer in edit.linear_layers(site, transposed=True):
                     width = layer.module.weight.shape[0 if isinstance(layer.module, nn.Linear) else 1]
                     edit.after(layer, ScaleShift(width, self.config.init_std))
+                    scaled.add(layer.module)
             for norm in (block.parts.get("norm1"), block.parts.get("norm2")):
                 if norm is not None:
                     edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
+                    scaled.add(norm.module)
         if "norm" in edit.sites.parts:
             edit.after(edit.sites.norm, ScaleShift(edit.sites.norm.dim, self.config.init_std))
+        inside = {m for block in blocks for own in block.own_modules for m in own.modules()}
+        weighted = [m for m in edit.backbone() if m in inside and getattr(m, "weight", None) is not None]
+        if left_out := [edit.site(m).path for m in weighted if m not in scaled]:
+            warnings.warn(
+                f"ssf leaves {len(left_out)} of {len(weighted)} layers as they are: {left_out[0]}, …", stacklevel=2
+            )

@@ -45,6 +45,20 @@ def test_files_give_the_pixels_of_the_dataset(tmp_path: Path, monkeypatch: pytes
         assert torch.equal(seen.batch(squares, torch.device("cpu")), batch.x_BCHW)
 
 
+def test_clips_and_crops_of_the_run_are_those_of_predictions(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (9, 40, 48, 3), np.uint8)
+    one = ImageTransform.from_metadata(METADATA)
+    preprocess = {**METADATA["preprocess"], "views": {"clips": 2, "crops": 3}}
+    transform = ImageTransform.from_metadata({"preprocess": preprocess})
+    assert transform == one.with_views(Views(2, 3))
+    clips, errors = transform.squares([frames, frames[:0]])
+    assert clips.shape == (2 * 6, 4, 28, 28, 3)
+    assert list(errors) == [1]
+    encode(tmp_path / "frames.mp4", frames)
+    assert np.abs(clips[:6].astype(int) - transform.squares([tmp_path / "frames.mp4"])[0]).mean() < 40
+    assert transform.with_views(Views()) == one
+
+
 def test_what_is_no_video_is_reported_and_the_others_are_read(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (6, 40, 48, 3), np.uint8)
     encode(tmp_path / "good.mp4", frames)

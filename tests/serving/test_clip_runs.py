@@ -49,6 +49,15 @@ def test_a_run_on_videos_is_evaluated_and_predicts(tmp_path: Path, monkeypatch: 
     views = petune.evaluate(run_dir, dataset=f"video:{tmp_path}/other,test_clips=2,test_crops=3", batch_size=8)
     assert views.num_images == 8
     assert views.loss != evaluation.loss
+    moved = next((tmp_path / "other").rglob("*.mp4"))
+    of_one_clip = petune.predict(run_dir, moved)[0].top[0].probability
+    metadata = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    metadata["metadata"]["preprocess"]["views"] = {"clips": 2, "crops": 3}
+    (run_dir / "adapter" / "adapter_config.json").write_text(json.dumps(metadata))
+    assert petune.evaluate(run_dir, dataset=f"video:{tmp_path}/other").loss == pytest.approx(views.loss)
+    one = petune.evaluate(run_dir, dataset=f"video:{tmp_path}/other,test_clips=1")
+    assert one.loss == pytest.approx(evaluation.loss, rel=1e-5)
+    assert petune.predict(run_dir, moved)[0].top[0].probability != of_one_clip
     for wrong in ("frames=8", "sampling=dense"):
         with pytest.raises(DataError, match="Leave"):
             petune.evaluate(run_dir, dataset=f"video:{tmp_path}/other,{wrong}")

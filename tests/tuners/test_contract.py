@@ -14,7 +14,7 @@ NAMES = [t.name for t in petune.list_tuners() if t.name != "peft"]  # it needs a
 
 @pytest.mark.parametrize("library", sampled(sorted(tiny_models()), "timm".__eq__))
 @pytest.mark.parametrize("name", sampled(NAMES, {"adaptformer", "vpt", "lora", "lst", "fact", "full"}.__contains__))
-@pytest.mark.filterwarnings("ignore:VisionTransformer reads the weights")
+@pytest.mark.filterwarnings("ignore:VisionTransformer reads the weights", "ignore:ssf leaves .* layers as they are")
 def test_every_registered_tuner_meets_the_contract(name: str, library: str) -> None:
     assert petune.check_tuner(name, tiny_models()[library]())
 

@@ -12,6 +12,7 @@ from petune.plugin_dev.tiny_models import tiny_models, tiny_timm
 from tests.tuned import D, X, attached
 
 
+@pytest.mark.filterwarnings("ignore:ssf leaves .* layers as they are")
 @pytest.mark.parametrize("library", sorted(tiny_models()))
 @pytest.mark.parametrize("method", ["bitfit", "fact", "fact:form=tk", "norm", "partial", "repadapter", "ssf"])
 def test_merged_models_compute_the_same(library: str, method: str) -> None:

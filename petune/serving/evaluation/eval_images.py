@@ -176,7 +176,7 @@ def _check_clips(name: str, num_frames: int | None, transform: ImageTransform) -
 
 
 def _transform_of(dataset: str, transform: ImageTransform) -> ImageTransform:
-    """Return the steps for the files of a dataset, with the clips and crops that it asks for.
+    """Return the steps for the files of a dataset, with the clips and crops that it asks for, or else the run's.
 
     Raises:
         DataError: The dataset asks for other clips than those of the training, or has images instead.
@@ -195,7 +195,8 @@ def _transform_of(dataset: str, transform: ImageTransform) -> ImageTransform:
         own = trained.kind if key == "sampling" else getattr(trained, key)
         if key in options.model_fields_set and value != own:
             raise DataError(f"{dataset} asks for {key}={value}, but the model was trained with {own}. Leave {key} out")
-    return transform if len(options.views) == 1 else transform.with_views(options.views)
+    asked = {"test_clips", "test_crops"} & options.model_fields_set
+    return transform.with_views(options.views) if asked else transform
 
 
 def _check_target(name: str, target: Target, trained: Target) -> None:

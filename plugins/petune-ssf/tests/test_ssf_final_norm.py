@@ -1,4 +1,4 @@
-"""SSF reaches the final norm, and merges only into norms that it can."""
+"""SSF reaches the final norm, names the layers that it leaves out, and merges only into norms that it can."""
 
 import pytest
 import timm
@@ -34,3 +34,10 @@ def test_a_norm_that_adds_to_its_weight_is_not_merged():
     with pytest.raises(petune.NotMergeable):
         attachment.merge()
     assert torch.equal(model(x), before)
+
+
+def test_layers_that_stay_as_they_are_are_named():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(16, 8, 1, 2, 24, 48, num_classes=3)
+    with pytest.warns(UserWarning, match=r"ssf leaves 1 of 5 layers as they are: .*self_attention\.out_proj"):
+        petune.attach(model, "ssf")
