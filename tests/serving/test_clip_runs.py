@@ -9,6 +9,7 @@ import pytest
 
 import petune
 from petune.base.errors import DataError
+from petune.base.files import write_manifest
 
 pytest.importorskip("av")
 from moving_digits import Form, make_clips
@@ -54,6 +55,7 @@ def test_a_run_on_videos_is_evaluated_and_predicts(tmp_path: Path, monkeypatch: 
     metadata = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
     metadata["metadata"]["preprocess"]["views"] = {"clips": 2, "crops": 3}
     (run_dir / "adapter" / "adapter_config.json").write_text(json.dumps(metadata))
+    write_manifest(run_dir / "adapter", ["adapter_config.json", "adapter_model.safetensors"])
     assert petune.evaluate(run_dir, dataset=f"video:{tmp_path}/other").loss == pytest.approx(views.loss)
     one = petune.evaluate(run_dir, dataset=f"video:{tmp_path}/other,test_clips=1")
     assert one.loss == pytest.approx(evaluation.loss, rel=1e-5)
