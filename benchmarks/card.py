@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def describe_card(device: torch.device) -> dict[str, Any]:
         "peak_tflops": next((rate for name, rate in DENSE_BF16_TFLOPS.items() if name in properties.name), None),
         "cuda": torch.version.cuda,
     }
+
+
+def commit_of(result: Mapping[str, Any]) -> str:
+    """Return the commit that a result was measured at, for a page."""
+    state = result["provenance"]["git"] or {}
+    return f"commit {(state.get('commit') or 'unknown')[:7]}" + "+" * bool(state.get("dirty"))
 
 
 def _driver() -> str | None:

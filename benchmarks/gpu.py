@@ -109,13 +109,14 @@ def _has_kind(result: dict[str, Any], row: Row) -> bool:
 
 def _measured(row: Row, bench: StepBench) -> dict[str, Any]:
     start = time.perf_counter()
+    if row.kind not in {"step", "compiled step"}:
+        bench.release_all()
     try:
         entry = {"status": "measured", **row.measure()}
     except Exception as error:  # whatever fails on a new card, the other rows are worth having
         bench.release_all()
         entry = {"status": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    if row.kind not in {"step", "compiled step"}:
-        bench.free()
+    bench.free()
     return entry | {"took_s": time.perf_counter() - start}
 
 
@@ -150,8 +151,12 @@ def main() -> None:
         "products_tflops": {},
         "rows": [],
     }
+    result["provenance"]["git"] = result["provenance"]["git"] or {"commit": args.commit, "dirty": False}
     rows = all_rows(bench, ["toy"] if args.smoke else args.sizes, args.compile, args.smoke)
-    measure_all(rows, bench, start + 60 * args.minutes, result, args.output)
+    try:
+        measure_all(rows, bench, start + 60 * args.minutes, result, args.output)
+    finally:
+        bench.release_all()
     print(markdown(result))
 
 
@@ -162,6 +167,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=GPU_SIZES, default=["ViT-B", "ViT-L"])
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--output", type=Path, default=RESULT.parent)
+    parser.add_argument("--commit", help="of this code, where git cannot say")
     parser.add_argument("--smoke", action="store_true", help="a toy model on the CPU")
     return parser.parse_args()
 

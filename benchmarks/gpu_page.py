@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from card import commit_of
+
 RESULT = Path(__file__).resolve().parent / "results" / "gpu.json"
 UNKNOWN = "–"
 NOT_RUN = (
@@ -29,7 +31,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [
         f"`{result['command']}` on {card['name']}, driver {card['driver']}, CUDA {card['cuda']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f". The largest matrix product of the model runs at: {products}. MFU is relative to "
+        + f", {commit_of(result)}. The largest matrix product of the model runs at: {products}. MFU is relative to "
         + (f"{peak:g} TFLOP/s, the datasheet's peak for dense bfloat16." if peak else "a peak that is not known here.")
         + " Medians over rounds, quartiles in brackets.",
         _table(

@@ -207,13 +207,24 @@ def base_precision_field() -> str | None:
 
 
 def measure_int8(size: Size, device: torch.device, images: int | None = None) -> dict[str, Any]:
-    """Train AdaptFormer for one epoch on digits, with the backbone in int8 and in bfloat16."""
+    """Train AdaptFormer on digits, with the backbone in int8 and in bfloat16.
+
+    Args:
+        size: The backbone.
+        device: Where it trains.
+        images: Of each class, for one epoch; None trains on all for five.
+    """
     option = base_precision_field()
     if option is None:
         raise LookupError("this petune has no base_precision")
     results = {}
     for precision in (None, "int8"):
-        train = {"epochs": 1, "batch_size": size.batch_size, "augment": "none", "cache_features": "never"}
+        train = {
+            "epochs": 5 if images is None else 1,
+            "batch_size": size.batch_size,
+            "augment": "none",
+            "cache_features": "never",
+        }
         fields: dict[str, Any] = {"train": train}
         if precision is not None:
             (train if option == "train" else fields)["base_precision"] = precision  # type: ignore[index]

@@ -59,6 +59,7 @@ class Study:
         warm_up_s: Time to measure the rate.
         smoke: Digits instead of CIFAR.
         limit_minutes: As given.
+        commit: Of this code, where git cannot say.
     """
 
     piece: Piece
@@ -69,6 +70,7 @@ class Study:
     warm_up_s: float
     smoke: bool
     limit_minutes: float
+    commit: str | None
 
     @property
     def seconds_left(self) -> float:
@@ -165,10 +167,12 @@ def watch(study: Study, event: Any) -> None:
 def write_result(study: Study) -> dict[str, Any]:
     """Write what is on disk of plan and stages as one file, and return it."""
     plan_file = study.work / "plan.json"
+    origin = provenance(study.device)
+    origin["git"] = origin["git"] or {"commit": study.commit, "dirty": False}
     result = {
         "command": shlex.join(["python", "benchmarks/seed_on_gpu.py", *sys.argv[1:]]),
         "card": describe_card(study.device),
-        "provenance": provenance(study.device),
+        "provenance": origin,
         "smoke": study.smoke,
         "limit_minutes": study.limit_minutes,
         "seconds_left": round(study.seconds_left, 1),
@@ -234,6 +238,7 @@ def main() -> None:
         args.warm_up_s,
         args.smoke,
         args.minutes,
+        args.commit,
     )
     stop_after(min(60 * args.command_minutes, study.seconds_left))
     if not args.smoke:
@@ -262,6 +267,7 @@ def _arguments() -> argparse.Namespace:
     run.add_argument("--minutes", type=float, default=13, help="from the first call on, later calls included")
     run.add_argument("--command-minutes", type=float, default=9.5, help="stop this call then, to be resumed")
     run.add_argument("--warm-up-s", type=float, default=60)
+    run.add_argument("--commit", help="of this code, where git cannot say")
     run.add_argument("--smoke", action="store_true", help="on digits with a tiny model, on the CPU")
     return parser.parse_args()
 

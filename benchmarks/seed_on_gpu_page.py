@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from card import commit_of
+
 RESULT = Path(__file__).resolve().parent / "results" / "seed_on_gpu.json"
 SUITE = "paddle_study"
 TITLES = {"pretrain": "pretraining", "frozen": "frozen", "not_frozen": "not frozen"}
@@ -28,8 +30,8 @@ def measured(result: Mapping[str, Any]) -> list[str]:
     """Return card, plan and table of a result, also of one that was stopped early."""
     card, versions = result["card"], result["provenance"]["versions"]
     lines = [
-        f"{card['name']}, driver {card['driver']}, torch {versions['torch']}, petune {versions['petune']}; at most "
-        f"{result['limit_minutes']:g} minutes.{plan_text(result['plan'])}",
+        f"{card['name']}, driver {card['driver']}, torch {versions['torch']}, petune {versions['petune']}, "
+        f"{commit_of(result)}; at most {result['limit_minutes']:g} minutes.{plan_text(result['plan'])}",
         "",
         "| stage | dataset | epochs | top-1 | top-5 | the study | images/s | training |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
