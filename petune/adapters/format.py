@@ -118,12 +118,15 @@ def read_adapter(path: Path) -> SavedAdapter:
 
 
 def geometry_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return the keys of `geometry` in which a saved adapter differs; a model that it does not name is any model."""
+    """Return the keys of `geometry` in which a saved adapter differs; empty if only the name of the model's class does.
+
+    The model may be wrapped in another one, or its class renamed; the fingerprint and the reference logits decide.
+    """
     is_unnamed = "model" in saved and saved["model"] is None
     different = [key for key in current if saved.get(key) != current[key] and not (key == "model" and is_unnamed)]
     if "input" in different and have_same_form(saved.get("input"), current["input"]):
         different.remove("input")
-    return different
+    return different if different != ["model"] else []
 
 
 def chosen_sites(sites: Sites) -> dict[str, Any]:

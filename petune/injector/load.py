@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, geometry, geometry_differences, read_adapter
+from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, read_adapter
 from petune.adapters.peft_names import with_current_names
 from petune.adapters.reference_logits import Difference, largest_difference
 from petune.adapters.trained_on import describe_weights
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
-from petune.base.errors import BackboneMismatch, CheckpointError, PetuneError, PluginError
+from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, PluginError
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.renamed import unfound_layers, with_current_keys
+from petune.injector.saved_sites import other_sites, saved_sites, sites_differences
 from petune.injector.trainable import trainable_state_of
 from petune.injector.tuner import Tuner
-from petune.sites.find import sites_for
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import InputSpec
 from petune.sites.site import Sites
@@ -75,13 +74,14 @@ def attach_saved(
         tuner = _build_saved_tuner(saved)
     else:
         _check_options(tuner, saved)
-    attachment = attach(
-        model,
-        tuner,
-        name=name or config["tuner"],
-        train_head=config["train_head"],
-        sites=_sites_for(model, saved, sites),
-    )
+    name, as_saved = name or config["tuner"], saved_sites(model, saved, sites)
+    try:
+        attachment = attach(model, tuner, name=name, train_head=config["train_head"], sites=as_saved)
+    except AttachError as error:
+        reason = other_sites(model, saved) if as_saved is None else ""
+        if not reason:
+            raise
+        raise BackboneMismatch(f"{saved.path} belongs to another backbone: {reason}") from error
     try:
         saved = with_current_keys(attachment, saved)
         check_fits(attachment, saved)
@@ -287,44 +287,10 @@ def _check_options(tuner: Tuner[Any], saved: SavedAdapter) -> None:
         )
 
 
-def _sites_for(model: nn.Module, saved: SavedAdapter, sites: Sites | None) -> Sites | None:
-    """Return the sites that an adapter was saved with; None if `attach` should find them and say what is wrong."""
-    chosen = saved.config.get("chosen_sites") or {}
-    state = trainable_state_of(model)
-    if sites is None and state is None:
-        return sites_as_saved(model, saved.config["geometry"], chosen)
-    known = sites or (state.sites if state is not None else None)
-    # sites that the caller has chosen stay, unless the file says which ones
-    if known is None or (sites is not None and chosen.get("blocks") is None):
-        return known
-    return _as_chosen(known, chosen)
-
-
-def _as_chosen(sites: Sites, chosen: Mapping[str, Any]) -> Sites:
-    """Return the sites with the blocks and the tower that a file names."""
-    within = chosen.get("within", "")
-    return (sites.only(within) if within else sites).with_blocks(chosen.get("blocks"))
-
-
-def sites_as_saved(model: nn.Module, saved: Mapping[str, Any] | None, chosen: Mapping[str, Any]) -> Sites | None:
-    """Return the model's sites for inputs as in the file; None if its geometry is another one."""
-    if saved is None:
-        return None
-    # attaching without the file's inputs says what is wrong
-    with contextlib.suppress(PetuneError, KeyError, TypeError, ValueError):
-        found = sites_for(model, InputSpec.from_json(saved["input"]), chosen.get("head"))
-        sites = _as_chosen(found, chosen)
-        return sites if not geometry_differences(saved, geometry(sites)) else None
-    return None
-
-
 def _check_geometry(attachment: Attachment, saved: SavedAdapter) -> None:
-    current = geometry(attachment.sites)
-    in_file = saved.config["geometry"] or current
-    different = geometry_differences(in_file, current)
+    different = sites_differences(saved, attachment.sites)
     if different:
-        shown = [f"{key} {in_file.get(key)} (this model: {current[key]})" for key in different]
-        raise BackboneMismatch(f"{saved.path} belongs to another backbone: {', '.join(shown)}")
+        raise BackboneMismatch(f"{saved.path} belongs to another backbone: {different}")
 
 
 def _check_tensors(attachment: Attachment, saved: SavedAdapter, not_in_file: Collection[str]) -> None:

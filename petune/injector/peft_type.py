@@ -24,9 +24,10 @@ from petune.base.errors import PetuneError, UsageError
 from petune.base.files import write_manifest
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
-from petune.injector.load import check_fits, fill, sites_as_saved
+from petune.injector.load import check_fits, fill
 from petune.injector.registry import build_tuner, load_tuner
 from petune.injector.renamed import with_current_keys
+from petune.injector.saved_sites import sites_as_saved
 
 PREFIX = "base_model.model."
 NEEDED = ("_get_adapter_state_dict", "_remap_adapter_state_dict_for_load", "_remove_adapter_name_from_key")

@@ -16,6 +16,7 @@ import petune
 from petune.adapters.format import read_adapter
 from petune.adapters.migrations import FORMAT
 from petune.adapters.peft_names import renamed_options
+from petune.base.errors import BackboneMismatch
 from tests.tiny import X, randomised, tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -43,6 +44,51 @@ def test_adapters_that_were_saved_under_transformers_4_compute_the_same(tmp_path
         att.save(tmp_path / path.name)
         again = petune.load(transformers_vit(), tmp_path / path.name)
         assert torch.equal(again.model(X).logits, logits)
+
+
+class WithHeads(nn.Module):
+    """Predicts by several heads, whose names are given."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.body = tiny()
+        self.body.reset_classifier(0)
+        self.names = names
+        torch.manual_seed(1)
+        for name in names:
+            setattr(self, name, nn.Linear(24, 3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        features = self.body(x)
+        return tuple(getattr(self, name)(features) for name in self.names)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.model(x)
+
+
+@pytest.mark.filterwarnings("ignore:the head of WithHeads is b", "ignore:the head of Wrapped is model.b")
+def test_renamed_heads_and_wrapped_models_load(tmp_path: Path) -> None:
+    for number, choice in enumerate((None, "b")):
+        att = randomised(petune.attach(WithHeads("a", "b"), "bitfit", input_size=(3, 16, 16), head=choice))
+        att.save(tmp_path / str(number))
+        logits = att.model(X)
+        for model in (WithHeads("one", "two"), Wrapped(WithHeads("a", "b")))[number:]:
+            petune.load(model, tmp_path / str(number))
+            assert all(map(torch.equal, model(X), logits))
+    with pytest.raises(BackboneMismatch, match="has no heads a, b"):
+        petune.load(WithHeads("one", "two", "three"), tmp_path / "0")
+    petune.attach(WithHeads("a", "b", "c"), "bitfit", input_size=(3, 16, 16)).save(tmp_path / "three")
+    other = WithHeads("one", "two", "three")
+    with pytest.raises(BackboneMismatch, match=r"has no heads a, b, c\. If they were renamed, pass sites="):
+        petune.load(other, tmp_path / "three")  # which of the last two is which?
+    sites = petune.find_sites(other, (3, 16, 16), head=["one", "two", "three"])
+    assert petune.load(other, tmp_path / "three", sites=sites).attached
 
 
 def by_peft_alone(source: Path, target: Path, **options: Any) -> Path:
