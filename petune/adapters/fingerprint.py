@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.sites.file_values import file_slice_of, original_values
 
 NUM_SAMPLES = 64
 """Values of each tensor that are compared to detect writes that PyTorch does not count."""
@@ -89,7 +90,7 @@ def digest(tensors: Mapping[str, Tensor], groups: Mapping[str, int] | None = Non
 
 def _content(key: str, tensor: Tensor) -> str:
     sha256 = hashlib.sha256()
-    for _, part in plain_parts(key, tensor):
+    for _, part in plain_parts(key, original_values(tensor)):
         sha256.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
         sha256.update(_bytes(part))
     return sha256.hexdigest()
@@ -99,7 +100,7 @@ def named_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over tensors with their names, in the given order, as adapters up to format 3 have it."""
     sha256 = hashlib.sha256()
     for key, tensor in tensors.items():
-        for name, part in plain_parts(key, tensor):
+        for name, part in plain_parts(key, original_values(tensor)):
             sha256.update(f"{name} {part.dtype} {tuple(part.shape)}\n".encode())
             sha256.update(_bytes(part))
     return sha256.hexdigest()
@@ -171,6 +172,9 @@ def _values(key: str, tensor: Tensor) -> Tensor:
 
 def _state(tensor: Tensor) -> Any:
     """Return what changes with the tensor; None if PyTorch does not count writes to it."""
+    part = file_slice_of(tensor)
+    if part is not None:
+        return part
     if type(tensor) in PLAIN:
         return _plain_state(tensor)
     if not getattr(tensor, "__tensor_flatten__", None):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from petune.backbones.clips import ClipForm, set_clip_form
+from petune.backbones.from_file import NotOnMeta, build_empty
 from petune.backbones.head import HeadKind, set_head
 from petune.backbones.input_channels import channel_settings, set_input_channels
 from petune.backbones.input_size import backbone_sites, square_input
@@ -28,7 +29,7 @@ from petune.backbones.user_factory import return_logits
 from petune.backbones.weights import Weights, bundled_file, find_weights, fitting_tensors, load_into, read_weights
 from petune.base.errors import AttachError, ConfigError, WeightsUnavailable
 from petune.sites.input_size import frames_of
-from petune.sites.site import Site
+from petune.sites.site import Site, Sites
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def create_backbone(
     initial_classes: int | None = None,
     channels: int | None = None,
     num_frames: int | None = None,
+    stay_in_file: bool = False,
 ) -> Backbone:
     """Build a backbone.
 
@@ -113,6 +115,8 @@ def create_backbone(
         num_frames: Frames of a clip, which is what the model then takes, see `petune.take_clips`. None is the model's
             own number; a model of images has none.
         keep_head_of: Load the file's head as well, if it was trained on exactly these classes.
+        stay_in_file: Leave matrices in a float32 safetensors file, where that is possible, until they are used; see
+            `petune.sites.file_values`.
 
     Raises:
         UnknownName: There is no such short name or timm model.
@@ -128,23 +132,37 @@ def create_backbone(
         settings["num_frames"] = num_frames
     source = _weights_source(name, alias, weights)
     file = None if source in {"none", HUB} else read_weights(Path(source))
-    with _seeded(seed):
-        outputs = (initial_classes or num_classes) if source == "none" else num_classes
-        model = _build(name, alias, settings, outputs, pretrained=source == HUB)
-    if image_size is not None and not is_other_library(name):
-        _record_input_size(model, image_size, settings.get("in_chans", 3))
-    if channels is not None and is_other_library(name):
-        set_input_channels(name, model, channels)
+    outputs = (initial_classes or num_classes) if source == "none" else num_classes
+
+    def build() -> nn.Module:
+        with _seeded(seed):
+            return _build(name, alias, settings, outputs, pretrained=source == HUB, stay_in_file=stay_in_file)
+
+    def complete(model: nn.Module) -> tuple[nn.Module, Sites, ClipForm | None]:
+        if image_size is not None and not is_other_library(name):
+            _record_input_size(model, image_size, settings.get("in_chans", 3))
+        if channels is not None and is_other_library(name):
+            set_input_channels(name, model, channels)
+        frames = settings.get("num_frames") or frames_of(model)
+        clip_form = _clip_form(model, frames) if frames is not None else None
+        set_head(model, num_classes, head, seed)
+        sites = backbone_sites(model)
+        if calls_user_code(name):
+            return_logits(name, model, sites, num_classes)
+        if file is not None:
+            keeps_head = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
+            head_keys = set() if keeps_head else _head_keys(model, sites.parts.get("head"))
+            load_into(model, file, head_keys, stay_in_file=stay_in_file)
+        return model, sites, clip_form
+
+    empty = build_empty(build) if file is not None and file.mapped and not is_other_library(name) else None
+    try:
+        model, sites, clip_form = complete(build() if empty is None else empty)
+    except NotOnMeta:
+        model, sites, clip_form = complete(build())
     num_frames = settings.get("num_frames") or frames_of(model)
-    clip_form = _clip_form(model, num_frames) if num_frames is not None else None
-    set_head(model, num_classes, head, seed)
     statistics = pretrained_statistics(model) if source == HUB else None
-    sites = backbone_sites(model)
-    if calls_user_code(name):
-        return_logits(name, model, sites, num_classes)
     if file is not None:
-        keeps_head = keep_head_of is not None and tuple(file.info.get("classes", ())) == keep_head_of
-        load_into(model, file, set() if keeps_head else _head_keys(model, sites.parts.get("head")))
         statistics = _file_statistics(file, alias)
     mean, std = statistics or (None, None)
     return Backbone(
@@ -245,12 +263,15 @@ def _weights_source(name: str, alias: Alias, weights: str) -> str:
     return str(find_weights(bundled_file(source) or Path(source)))
 
 
-def _build(name: str, alias: Alias, settings: dict[str, Any], num_classes: int, *, pretrained: bool) -> nn.Module:
+def _build(
+    name: str, alias: Alias, settings: dict[str, Any], num_classes: int, *, pretrained: bool, stay_in_file: bool
+) -> nn.Module:
     if is_other_library(name):
         # transformers keeps the stored dtype; train.precision alone decides whether to use a lower one
         return build_other_library(name, num_classes, settings, pretrained=pretrained).float()
     settings = {key: value for key, value in settings.items() if key != "num_frames"}  # timm has models of images only
-    return build_timm(alias.timm_name, settings, num_classes, pretrained_overlay(name, alias) if pretrained else None)
+    overlay = pretrained_overlay(name, alias) if pretrained else None
+    return build_timm(alias.timm_name, settings, num_classes, overlay, stay_in_file=stay_in_file)
 
 
 def _record_input_size(model: nn.Module, image_size: int, channels: int) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from petune.backbones.from_file import build_from_file, is_safetensors
 from petune.backbones.names import Alias
 from petune.base.errors import ConfigError, UnknownName, WeightsUnavailable
 from petune.base.hub import HubFile, check_weights_available, fetch_weights
@@ -51,7 +52,12 @@ def check_alias_weights(name: str, alias: Alias) -> None:
 
 
 def build_timm(
-    timm_name: str, settings: Mapping[str, Any], num_classes: int, pretrained_cfg: dict[str, Any] | None
+    timm_name: str,
+    settings: Mapping[str, Any],
+    num_classes: int,
+    pretrained_cfg: dict[str, Any] | None,
+    *,
+    stay_in_file: bool = False,
 ) -> nn.Module:
     """Build a model of timm.
 
@@ -60,6 +66,7 @@ def build_timm(
         settings: Arguments of the model; `norm_eps` is the epsilon of its LayerNorms.
         num_classes: Outputs of the classifier.
         pretrained_cfg: See `pretrained_overlay`; None gives random weights.
+        stay_in_file: See `build_from_file`.
 
     Raises:
         ConfigError: The model does not accept these settings.
@@ -69,20 +76,28 @@ def build_timm(
     arguments = dict(settings)
     if "norm_eps" in arguments:
         arguments["norm_layer"] = functools.partial(nn.LayerNorm, eps=arguments.pop("norm_eps"))
+    build = functools.partial(
+        timm.create_model,
+        timm_name,
+        pretrained=pretrained_cfg is not None,
+        pretrained_cfg_overlay=pretrained_cfg or None,
+        num_classes=num_classes,
+        **arguments,
+    )
     try:
-        model: nn.Module = timm.create_model(
-            timm_name,
-            pretrained=pretrained_cfg is not None,
-            pretrained_cfg_overlay=pretrained_cfg or None,
-            num_classes=num_classes,
-            **arguments,
-        )
+        return _build_with_weights(build, (pretrained_cfg or {}).get("file"), stay_in_file=stay_in_file)
     except BUILD_ERRORS as error:
         if isinstance(error, TypeError) and "img_size" in settings:  # a convolutional model takes any size
             without_size = {key: value for key, value in settings.items() if key != "img_size"}
-            return build_timm(timm_name, without_size, num_classes, pretrained_cfg)
+            return build_timm(timm_name, without_size, num_classes, pretrained_cfg, stay_in_file=stay_in_file)
         raise ConfigError(f"timm cannot build {describe(timm_name, settings)}: {_one_line(error)}") from None
-    return model
+
+
+def _build_with_weights(build: Callable[[], nn.Module], file: str | None, *, stay_in_file: bool) -> nn.Module:
+    """Return what `build` returns, which reads its weights from a file; straight into place if that is possible."""
+    path = Path(file or "")
+    model = build_from_file(build, path, stay_in_file=stay_in_file) if is_safetensors(path) else None
+    return build() if model is None else model
 
 
 def pretrained_statistics(model: nn.Module) -> Statistics | None:
@@ -110,7 +125,14 @@ def repository_architecture(config_file: Path) -> str | None:
 
 
 def build_timm_repository(
-    name: str, architecture: str, folder: Path, num_classes: int, options: Mapping[str, Any], *, pretrained: bool
+    name: str,
+    architecture: str,
+    folder: Path,
+    num_classes: int,
+    options: Mapping[str, Any],
+    *,
+    pretrained: bool,
+    stay_in_file: bool = False,
 ) -> nn.Module:
     """Build the model that a repository or directory in timm's layout describes, as `timm.create_model("hf-hub:…")`.
 
@@ -121,6 +143,7 @@ def build_timm_repository(
         num_classes: Outputs of the classifier.
         options: Arguments of the model, and `image_size`; `num_frames` is left out, because timm's models take images.
         pretrained: Load the weights. They must fill the whole model; position embeddings are resampled.
+        stay_in_file: See `build_from_file`.
 
     Raises:
         UnknownName: timm does not know the architecture.
@@ -137,7 +160,9 @@ def build_timm_repository(
     settings = {keys.get(key, key): value for key, value in options.items() if key != "num_frames"}
     try:
         # with its own classifier: if timm is to leave that out, it lets anything be missing
-        model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **settings)
+        build = functools.partial(timm.create_model, f"local-dir:{folder}", pretrained=pretrained, **settings)
+        file = str(folder / "model.safetensors") if pretrained and (folder / "model.safetensors").is_file() else None
+        model = _build_with_weights(build, file, stay_in_file=stay_in_file)
     except RuntimeError as error:
         raise WeightsUnavailable(
             f"the weights of hf:{name} do not fit timm's {describe(architecture, options)}: {_one_line(error)}"

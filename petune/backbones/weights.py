@@ -13,12 +13,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from petune.backbones.from_file import NotOnMeta, fill_empty, has_values
 from petune.backbones.input_channels import adapted_tensors
 from petune.backbones.torch_checkpoint import is_torch_checkpoint, read_torch_checkpoint, without_wrappers
 from petune.backbones.transformers_weights import renamed_tensors
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
 from petune.base.text import printable
+from petune.sites.file_values import MappedFile, can_map
 
 BUNDLED = Path(__file__).with_name("pretrained")
 BACKBONE_FILE = "backbone.safetensors"
@@ -32,11 +34,13 @@ class Weights:
         tensors: By state_dict key, as stored.
         info: The `petune` entry of the metadata: backbone, preprocessing, results; empty for files of others.
         source: Where they come from, for the record and for messages.
+        mapped: The file, if the tensors are mapped.
     """
 
     tensors: Mapping[str, Tensor]
     info: Mapping[str, Any]
     source: str
+    mapped: MappedFile | None = None
 
     @property
     def adapters(self) -> dict[str, Tensor]:
@@ -108,7 +112,9 @@ def read_weights(path: Path) -> Weights:
             return Weights(tensors, {}, f"{file} ({entry})" if entry else str(file))
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+            mapped = MappedFile(file) if can_map() else None
+            known = mapped.tensors if mapped is not None else {}
+            tensors = {k: known[k] if k in known else opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 (not a mapping)
             info = json.loads(metadata.get("petune", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file} as safetensors: {printable(str(error))}") from None
@@ -117,7 +123,7 @@ def read_weights(path: Path) -> Weights:
     if _is_wrapped(tensors, info):
         tensors = {_unwrapped_key(key): tensor for key, tensor in tensors.items()}
         info = {**info, "adapters": [_unwrapped_key(str(key)) for key in info.get("adapters") or ()]}
-    return Weights(tensors if info else without_wrappers(tensors), info, _source(file))
+    return Weights(tensors if info else without_wrappers(tensors), info, _source(file), mapped)
 
 
 def _is_wrapped(tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> bool:
@@ -131,9 +137,25 @@ def _unwrapped_key(key: str) -> str:
     return "classifier." + key.removeprefix("head.") if key.startswith("head.") else key.removeprefix("model.")
 
 
-def load_into(model: nn.Module, weights: Weights, head_keys: set[str]) -> None:
-    """Load everything but the head, which keeps its fresh initialization; see `fitting_tensors`."""
-    model.load_state_dict(fitting_tensors(model, weights, head_keys), strict=False)
+def load_into(model: nn.Module, weights: Weights, head_keys: set[str], *, stay_in_file: bool = False) -> None:
+    """Load everything but the head, which keeps its fresh initialization; see `fitting_tensors`.
+
+    Args:
+        model: What is on the meta device gets its values.
+        weights, head_keys: See `fitting_tensors`.
+        stay_in_file: See `build_from_file`.
+
+    Raises:
+        NotOnMeta: The head is on the meta device.
+        CheckpointError: See `fitting_tensors`.
+    """
+    tensors = fitting_tensors(model, weights, head_keys)
+    if has_values(model) or weights.mapped is None:
+        model.load_state_dict(tensors, strict=False)
+    else:
+        fill_empty(model, tensors, weights.mapped, stay_in_file=stay_in_file)
+        if not has_values(model):
+            raise NotOnMeta
 
 
 def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> dict[str, Tensor]:
@@ -155,13 +177,15 @@ def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> 
     if resample is not None and any(k in state and state[k].shape != tensor.shape for k, tensor in tensors.items()):
         tensors = resample(tensors, model)
     wanted = {key: tensor for key, tensor in state.items() if key not in head_keys}
-    problems = _mismatches(wanted, tensors, head_keys)
+    problems = _mismatches(wanted, tensors, head_keys, weights.mapped)
     if problems:
         raise CheckpointError(f"{weights.source} does not fit this backbone: {'; '.join(problems)}")
     return {key: tensors[key] for key in wanted}
 
 
-def _mismatches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], head_keys: set[str]) -> list[str]:
+def _mismatches(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], head_keys: set[str], mapped: MappedFile | None
+) -> list[str]:
     """Describe missing and unexpected keys and wrong shapes; classifiers of the file are ignored."""
     heads = (*(key.rpartition(".")[0] + "." for key in head_keys), "head.", "fc.", "classifier.", "dense_head.")
     missing = sorted(wanted.keys() - tensors.keys())
@@ -173,15 +197,27 @@ def _mismatches(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], hea
         for key in sorted(wanted.keys() & tensors.keys())
         if tensors[key].shape != wanted[key].shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes), *_faulty(wanted, tensors))
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+        *_faulty(wanted, tensors, mapped),
+    )
     return [f"{len(keys)} {kind}: {printable(', '.join(keys[:3]))}" for kind, keys in kinds if keys]
 
 
-def _faulty(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
+def _faulty(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], mapped: MappedFile | None
+) -> Iterator[tuple[str, list[str]]]:
     """Yield what is wrong with values, and the keys: whole numbers as weights, which are quantized, and NaN."""
     floating = [key for key in sorted(wanted.keys() & tensors.keys()) if wanted[key].is_floating_point()]
     yield "quantized (whole numbers)", [key for key in floating if not tensors[key].is_floating_point()]
-    yield "with NaN or infinite values", [key for key in floating if not bool(tensors[key].isfinite().all())]
+    yield "with NaN or infinite values", [key for key in floating if not _is_finite(tensors[key], mapped)]
+
+
+def _is_finite(tensor: Tensor, mapped: MappedFile | None) -> bool:
+    part = mapped.slice_of(tensor) if mapped is not None else None
+    return bool((tensor if part is None else part.read()).isfinite().all())
 
 
 def _source(file: Path) -> str:

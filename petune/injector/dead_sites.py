@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,9 +16,11 @@ from petune.base.errors import DeadSite
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
 from petune.sites.site import Block, Sites, is_within, modules_of
-from petune.sites.used_parameters import leaves_of
+from petune.sites.undisturbed import undisturbed
+from petune.sites.used_parameters import leaves_of, reached_on_meta
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """For each model, the edits for which a forward pass used every adapter."""
@@ -68,7 +71,7 @@ def check_used(attachment: Attachment) -> None:
     if key in _CHECKED.get(model, ()):
         return
     adapters = [holder.adapter for holder, _ in log.placed]
-    graph = _graph(model, sites, adapters)
+    graph = (_graph_on_meta(attachment, adapters) if is_large(model) else None) or _graph(model, sites, adapters)
     called = graph.called if graph is not None else set(record_calls(model, sites.input_spec, adapters))
     _check_called(log, sites, called)
     if graph is not None:
@@ -97,6 +100,30 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
         adapters: Modules to watch.
         training: Run in train mode, with what is frozen in eval mode, as in training.
     """
+    with _calls(adapters, sites) as calls, contextlib.suppress(Exception):  # such as an operation without a gradient
+        with inference(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+            if training:
+                model.train()
+            images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
+            leaves = leaves_of(tensors_in(images.to(device_of(model), dtype_of(model)).call(model)))
+        return _Graph(*calls, leaves)
+    return None  # inference tensors; a train mode that wants targets
+
+
+def _graph_on_meta(attachment: Attachment, adapters: Iterable[nn.Module]) -> _Graph | None:
+    """Return the same without computing anything: shapes suffice. None if the model does not run on the meta device."""
+    model, sites = attachment.model, attachment.sites
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with _calls(adapters, sites) as calls, contextlib.suppress(Exception):
+        with undisturbed(model), torch.enable_grad():
+            leaves, _ = reached_on_meta(model, sites.input_spec, trained, [])
+        return _Graph(*calls, leaves)
+    return None
+
+
+@contextlib.contextmanager
+def _calls(adapters: Iterable[nn.Module], sites: Sites) -> Iterator[tuple[set[nn.Module], set[nn.Module]]]:
+    """Collect the adapters and blocks that are called, and those of them that are with gradients enabled."""
     called: set[nn.Module] = set()
     with_gradient: set[nn.Module] = set()
 
@@ -108,14 +135,7 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
     watched = dict.fromkeys([*adapters, *(block.enter for block in sites.blocks)])
     handles = [module.register_forward_pre_hook(enter) for module in watched]
     try:
-        with inference(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
-            if training:
-                model.train()
-            images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
-            leaves = leaves_of(tensors_in(images.to(device_of(model), dtype_of(model)).call(model)))
-        return _Graph(called, with_gradient, leaves)
-    except Exception:  # an operation without a gradient, inference tensors; a train mode that wants targets
-        return None
+        yield called, with_gradient
     finally:
         for handle in handles:
             handle.remove()

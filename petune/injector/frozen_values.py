@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from petune.adapters.fingerprint import plain_parts
 from petune.base.errors import AttachError
 from petune.injector.keys import named_parameters
+from petune.sites.file_values import original_values
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size in bytes, the integers that values are read as."""
@@ -56,17 +57,23 @@ def checksums(tensors: dict[str, Tensor]) -> dict[str, Checksum]:
         if tensor.is_meta:
             continue
         try:
-            parts = [part.detach() for _, part in plain_parts(key, tensor)]
+            parts = [part.detach() for _, part in plain_parts(key, original_values(tensor))]
         except AttachError:  # sharded, for example
             continue
         kinds = tuple((part.dtype, part.shape) for part in parts)
-        result[key] = Checksum(kinds, sum(int(_total(part)) for part in parts))
+        result[key] = Checksum(kinds, sum(_total(part) for part in parts))
     return result
 
 
-def _total(values: Tensor) -> Tensor:
+def _total(values: Tensor) -> int:
+    """Return the sum of the values' bits, read as large integers: the larger they are, the fewer to add."""
     flat = (torch.view_as_real(values) if values.is_complex() else values).contiguous().reshape(-1)
-    return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+    per_word = 8 // flat.element_size()
+    whole = flat.numel() // per_word * per_word
+    if flat.storage_offset() % per_word:  # words begin at multiples of their size
+        whole = 0
+    words, rest = flat[:whole].view(torch.int64), flat[whole:].view(INTEGERS[flat.element_size()])
+    return int(words.sum()) + int(rest.sum(dtype=torch.int64))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

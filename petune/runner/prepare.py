@@ -36,12 +36,13 @@ from petune.runner.run_adapter import InitialValues, read_run_adapter
 from petune.runner.run_config import RunConfig
 from petune.runner.run_data import backbone_channels, check_unseen, note_of_clips, prepare_data
 from petune.runner.run_inputs import check_inputs
+from petune.sites.file_values import settle
 from petune.sites.find import find_sites
 from petune.training.batch_loss import check_task_options
 from petune.training.chosen_metric import check_chosen_metric
 from petune.training.config import AUTO, TrainConfig
 from petune.training.events import Note, Watch, ignore
-from petune.training.precision import choose_device
+from petune.training.precision import choose_device, choose_precision
 from petune.training.stop import StopFlag
 from petune.training.task import Task
 from petune.training.task_registry import TASKS, describe_task, fitted_task
@@ -147,7 +148,9 @@ def prepare(
         )
         if train.layer_decay is not None:
             check_layer_decay(config, tuner, train.layer_decay, build)
-        backbone = group.main_first(lambda: build(config, keep_head=keep_head))
+        alone = group.size == 1 and device.type == "cpu" and not keep_head
+        stays = alone and choose_precision(train.precision, device) == "bf16"
+        backbone = group.main_first(lambda: build(config, keep_head=keep_head, stay_in_file=stays))
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         context.note(_note_of_channels(channels, backbone))
         context.note(note_of_clips(backbone))
@@ -160,6 +163,7 @@ def prepare(
             load_adapters(attachment.model, backbone.file, config.method)
         if start is not None:
             statistics = _continue(attachment, start, task, context)
+        settle(attachment.model.parameters())
     if statistics is None and backbone.file is not None and backbone.mean is None:
         context.note(f"{backbone.weights} does not record mean and std of its images; this dataset's are used")
     preprocess = choose_preprocess(backbone, dataset, statistics, attachment.sites.input_size[-3])
@@ -217,6 +221,7 @@ def prepare_backbone(
     num_frames: int | None = None,
     *,
     keep_head: bool = False,
+    stay_in_file: bool = False,
 ) -> Backbone:
     """Create the backbone with its weights and a new head for the task.
 
@@ -227,6 +232,7 @@ def prepare_backbone(
         channels: See `backbone_channels`.
         num_frames: Frames of a clip; None for images.
         keep_head: Keep the head of the weights where it has the same classes.
+        stay_in_file: Read frozen weights only when they are converted to bfloat16; see `create_backbone`.
     """
     backbone = create_backbone(
         config.backbone,
@@ -241,6 +247,7 @@ def prepare_backbone(
         keep_head_of=task.target.classes if keep_head and not task.has_own_head else None,
         channels=channels,
         num_frames=num_frames,
+        stay_in_file=stay_in_file,
     )
     return with_head_of(task, backbone, initial.seed)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from petune.base.text import plural
+from petune.sites.file_values import read_layer_by_layer
 from petune.sites.forward import black_image
 from petune.sites.input_spec import InputSpec
 from petune.sites.undisturbed import undisturbed
@@ -39,6 +40,7 @@ def forward_flops(model: nn.Module, spec: InputSpec) -> int:
     try:  # the counter misses fused attention on CPU, so plain matrix products are used
         with (
             undisturbed(model),
+            read_layer_by_layer(model),
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,

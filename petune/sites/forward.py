@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from petune.base.errors import AttachError
+from petune.sites.file_values import read_layer_by_layer
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.undisturbed import parameters_of, undisturbed
 from petune.sites.unsuitable import advice_for
@@ -107,8 +108,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Allow a forward whose numbers are compared: `undisturbed`, without gradient, in the model's own number format."""
-    with undisturbed(model), _without_autocast(model), torch.no_grad():
+    """Allow a forward whose numbers are compared: `undisturbed`, without gradient, in the model's own number format.
+
+    Weights that are in a file are read a layer at a time.
+    """
+    with undisturbed(model), _without_autocast(model), read_layer_by_layer(model), torch.no_grad():
         yield
 
 

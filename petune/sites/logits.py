@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.sites.forward import device_of, dtype_of, forward_of, inference, logits_in, tensors_in
 from petune.sites.input_spec import Inputs
+from petune.sites.random_numbers import draws_nothing, is_large, random_state
 from petune.sites.site import Sites
 
 
@@ -48,12 +46,14 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
         AttachError: Two forwards of the same images differ, as those of a masked autoencoder do, which hides other
             patches each time.
     """
+    if is_large(model) and draws_nothing(model, sites.input_spec):
+        return
     device = device_of(model)
     inputs = sites.input_spec.noise(2).to(device, dtype_of(model))
     with inference(model):
-        before = _random_state(device)
+        before = random_state(device)
         first = logits_of(_called(model, inputs))
-        if _random_state(device) == before:
+        if random_state(device) == before:
             return
         second = logits_of(inputs.call(model))
     if not torch.equal(first, second):
@@ -75,10 +75,3 @@ def _called(model: nn.Module, inputs: Inputs) -> Any:
         if empty:
             message += f". {plural(len(empty), 'parameter')} on the meta device, such as {empty[0]}, need values first"
         raise AttachError(message) from error
-
-
-def _random_state(device: torch.device) -> tuple[object, ...]:
-    numpy = sys.modules.get("numpy")
-    numpy_state = pickle.dumps(numpy.random.get_state()) if numpy is not None else b""
-    cuda_state = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
-    return torch.get_rng_state().numpy().tobytes(), cuda_state, random.getstate(), numpy_state

@@ -69,13 +69,13 @@ class _DrawRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.around: dict[nn.Module, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.stack and _draws(func, args, kwargs or {}):
+        if self.stack and draws_random_numbers(func, args, kwargs or {}):
             self.drawing[self.stack[-1]] = None
             self.around.update(dict.fromkeys(self.stack[:-1]))
         return func(*args, **(kwargs or {}))
 
 
-def _draws(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+def draws_random_numbers(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Return True for an operation that draws random numbers; fused attention does only with `dropout_p`."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False

@@ -33,7 +33,7 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
     candidates = list(parameters)
     try:
         with undisturbed(model), torch.enable_grad():
-            reached, _ = _reached_on_meta(model, spec, candidates, [])
+            reached, _ = reached_on_meta(model, spec, candidates, [])
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
             reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
@@ -79,7 +79,7 @@ def _after(
         with undisturbed(model), torch.enable_grad():
             for module in model.modules():
                 module.training = training
-            reached, before = _reached_on_meta(model, spec, parameters, entered)
+            reached, before = reached_on_meta(model, spec, parameters, entered)
     except Exception:
         if training:
             raise
@@ -99,7 +99,7 @@ def _leaves_before(entered: list[Tensor]) -> set[int] | None:
     return None if leaves is None else leaves | {id(x) for x in entered}
 
 
-def _reached_on_meta(
+def reached_on_meta(
     model: nn.Module, spec: InputSpec, parameters: list[nn.Parameter], entered: list[Tensor]
 ) -> tuple[set[int] | None, set[int] | None]:
     """Return the parameters that the output depends on, and those that the tensors depend on that a hook collects."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from petune.base.metric import SplitMetrics
 from petune.base.text import plural
 from petune.data.batches import AUGMENT_FORMAT, Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
+from petune.sites.file_values import rounded_values
 from petune.training.batch_loss import BatchLoss
 from petune.training.calibrate import calibrate
 from petune.training.checkpoint import check_optimizer
@@ -263,17 +264,18 @@ class Trainer:
 
     def evaluate(self, split: Literal["val", "test"], meter: Meter | None = None) -> SplitMetrics:
         """Return the metrics of the model as it is now on a split; `meter` is a new one of the task."""
-        return evaluate(
-            self.job,
-            getattr(self.job.dataset, split),
-            self.precision,
-            stop=self.stop,
-            by_position=self.forward.cached.get(split),
-            group=self.group,
-            sharded=self.sharded,
-            meter=meter,
-            image_values=split == "test",
-        )
+        with rounded_values(self.model) if self.precision == "bf16" else nullcontext():
+            return evaluate(
+                self.job,
+                getattr(self.job.dataset, split),
+                self.precision,
+                stop=self.stop,
+                by_position=self.forward.cached.get(split),
+                group=self.group,
+                sharded=self.sharded,
+                meter=meter,
+                image_values=split == "test",
+            )
 
     @contextmanager
     def speedups(self) -> Iterator[None]:

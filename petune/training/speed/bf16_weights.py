@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from petune.base.errors import CheckpointError
+from petune.sites.file_values import file_slice_of, keep_rounded, original_values, read_layer_by_layer
 from petune.training.speed.verify import same_logits
 
 CAST_BY_AUTOCAST = (F.linear, torch.conv2d, F.conv2d)
@@ -43,22 +44,33 @@ def store_in_bf16(
     Yields:
         The size of the bfloat16 weights in bytes.
     """
-    with _WeightUses() as uses:
+    with read_layer_by_layer(model), _WeightUses() as uses:
         expected = sample_logits()
     frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
-    chosen = [p for p in frozen if id(p) in uses.cast and id(p) not in uses.read]
+    usable = [p for p in frozen if id(p) in uses.cast and id(p) not in uses.read]
+    chosen = [p for p in usable if file_slice_of(p) is None]
+    mapped = {p: p.data for p in usable if file_slice_of(p) is not None}
     file = _save(chosen, directory) if chosen and directory is not None else None
     in_memory = [] if file is not None else [p.data.cpu() for p in chosen]  # a GPU's memory is for what computes
     try:
-        for p in chosen:
-            p.data = p.data.to(torch.bfloat16)
-        if chosen and not same_logits(expected, sample_logits):
+        for p in usable:
+            p.data = original_values(p).to(torch.bfloat16)
+        if usable and not same_logits(expected, sample_logits):
             _restore(chosen, in_memory, file)
-        yield sum(2 * p.numel() for p in chosen if p.dtype == torch.bfloat16)
+            _map_again(mapped)
+        for p in mapped:
+            keep_rounded(p, p.data)
+        yield sum(2 * p.numel() for p in usable if p.dtype == torch.bfloat16)
     finally:
         _restore(chosen, in_memory, file)
+        _map_again(mapped)
         if file is not None:
             file.close()
+
+
+def _map_again(mapped: Mapping[nn.Parameter, Tensor]) -> None:
+    for p, values in mapped.items():
+        p.data = values
 
 
 class _WeightUses(TorchFunctionMode):

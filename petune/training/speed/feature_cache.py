@@ -21,6 +21,7 @@ from torch import Tensor
 
 from petune.base.errors import AttachError, ConfigError
 from petune.data.dataset import Split
+from petune.sites.file_values import read_layer_by_layer
 from petune.training.dry_run import dry_run
 from petune.training.evaluate import eval_mode
 from petune.training.speed.context import Logits, StepContext
@@ -63,14 +64,15 @@ def plan_cache(context: StepContext) -> CachePlan | None:
     if wanted == "auto" and context.epochs_left == 1 and not started:
         return None
     attachment = context.job.attachment
-    with dry_run(context.model, context.job.device), context.autocast():
+    with dry_run(context.model, context.job.device), read_layer_by_layer(context.model), context.autocast():
         attachment.train()
         prefix = find_prefix(attachment, context.images(2))
     if prefix is None:  # not worth a note: that is how most methods are
         _refuse(context, f"{attachment.name} trains so far down that no large part of the model is frozen below it")
         return None
     reason = _why_not(context, prefix)
-    proven = None if reason else _proven(context, prefix)
+    with read_layer_by_layer(context.model):
+        proven = None if reason else _proven(context, prefix)
     if proven is None:
         _give_up(context, reason or f"{attachment.sites.model} cannot be split: its logits or gradients would differ")
         return None
