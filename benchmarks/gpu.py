@@ -17,7 +17,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from petune.training.precision import choose_device
 
 BANK_METHODS = ("adaptformer", "lora", "vpt")
 EXPECTED_S = {"step": 20.0, "compiled step": 75.0, "bank": 25.0, "int8": 60.0}
-"""Time of the first row of a kind; afterwards the slowest one so far is expected."""
+"""Time of the first row of a kind, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _bank_row(bench: StepBench, size: str, method: str, images: int, adapters: i
 
 def measure_all(rows: list[Row], bench: StepBench, ends_at: float, result: dict[str, Any], output: Path) -> None:
     """Measure row by row, and write the result after each."""
-    slowest = dict(EXPECTED_S)
+    slowest: dict[tuple[str, str], float] = {}
     for row in rows:
         entry: dict[str, Any] = {"kind": row.kind, "size": row.size, "title": row.title}
         left = ends_at - time.perf_counter()
@@ -93,18 +93,20 @@ def measure_all(rows: list[Row], bench: StepBench, ends_at: float, result: dict[
             result["products_tflops"][row.size] = bench.product_tflops(GPU_SIZES[row.size])
         if row.kind == "int8" and base_precision_field() is None:
             entry |= {"status": "left out", "reason": "this petune has no --base-precision"}
-        elif slowest[row.kind] > left:
+        elif expected_s(row, slowest) > left:
             entry |= {"status": "left out", "reason": f"{left:.0f} s were left"}
         else:
             entry |= _measured(row, bench)
-            slowest[row.kind] = max(entry["took_s"], slowest[row.kind] if _has_kind(result, row) else 0.0)
+            slowest[row.kind, row.size] = max(entry["took_s"], slowest.get((row.kind, row.size), 0.0))
         result["rows"].append(entry)
         write(result, output, ends_at)
         print(f"{row.size}, {row.kind}, {row.title}: {_brief(entry)}", flush=True)
 
 
-def _has_kind(result: dict[str, Any], row: Row) -> bool:
-    return any(entry["kind"] == row.kind and entry["status"] == "measured" for entry in result["rows"])
+def expected_s(row: Row, slowest: Mapping[tuple[str, str], float]) -> float:
+    """Return the time of the slowest row of this kind so far, or twice that of another size."""
+    other = [seconds for (kind, _), seconds in slowest.items() if kind == row.kind]
+    return slowest.get((row.kind, row.size), 2 * max(other) if other else EXPECTED_S[row.kind])
 
 
 def _measured(row: Row, bench: StepBench) -> dict[str, Any]:

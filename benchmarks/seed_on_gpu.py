@@ -240,6 +240,11 @@ def main() -> None:
         args.minutes,
         args.commit,
     )
+    if study.seconds_left <= 0 and not all(RunResult.exists(study.work / stage) for stage in STAGES):
+        raise SystemExit(
+            f"{args.minutes:g} minutes are over since the first call with {args.work}. Give more with --minutes, or "
+            "use another --work"
+        )
     stop_after(min(60 * args.command_minutes, study.seconds_left))
     if not args.smoke:
         join_pieces(args.pieces, study.work / "data")
