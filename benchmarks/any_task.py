@@ -103,7 +103,7 @@ CASES = (
     ),
     Case(
         "canvas", "--dataset table:{data}/canvas/table.csv,mask=mask --image-size 64 --batch-size 8",
-        ("miou", "pixel_accuracy"), "canvas", (0,),
+        ("miou", "pixel_accuracy"), "canvas",
     ),
 )  # fmt: skip
 GRID = (
