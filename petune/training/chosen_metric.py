@@ -30,7 +30,9 @@ def check_chosen_metric(task: Task[Any], choose: str | None, val: Split, device:
         ConfigError: `choose` names a metric without a value, such as R² where all numbers are equal.
     """
     metric = choose_metrics(task, choose)[0]
-    if metric.name == LOSS.name or not len(val) or val.has_masks or _is_defined(task, metric, val, device):
+    if metric.name in {LOSS.name, *task.always_defined} or not len(val) or val.has_masks:
+        return ""
+    if _is_defined(task, metric, val, device):
         return ""
     if choose is None:
         return f"{metric.label} has no value on the images of val, so the loss on val chooses the epoch"

@@ -81,6 +81,8 @@ class Task(Generic[ConfigT]):
         target_kind: The kind of targets that it trains on.
         metrics: The metrics that `new_meter` computes. The first one chooses the epoch on val and sorts tables, unless
             `train.choose` names another.
+        always_defined: Names of metrics that have a value whatever the targets are. Others are tried on val before a
+            training that they would choose the epoch of.
         needs_whole_batch: The loss of an image depends on the other images of its batch, so batches are not divided
             into micro-batches or among processes.
         smooths_labels: `loss` applies label smoothing; without it, `train.label_smoothing` is refused.
@@ -93,6 +95,7 @@ class Task(Generic[ConfigT]):
     Config: ClassVar[type[TaskConfig]]
     target_kind: ClassVar[TargetKind]
     metrics: tuple[Metric, ...] = ()
+    always_defined: tuple[str, ...] = ()
     needs_whole_batch: bool = False
     smooths_labels: bool = False
     name: str = ""

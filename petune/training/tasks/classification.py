@@ -67,6 +67,7 @@ class Classification(Task[ClassificationConfig]):
 
     target_kind = "class"
     metrics: tuple[Metric, ...] = (TOP1, TOP5, MACRO_ACCURACY, MACRO_F1)
+    always_defined = (TOP1.name, TOP5.name, MACRO_ACCURACY.name, MACRO_F1.name)
     smooths_labels = True
     _weight_C: Tensor | None = None
 
