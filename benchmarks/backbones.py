@@ -71,7 +71,8 @@ def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
     example = example_of(family)
     try:
         model = enliven(build(family), example=example)
-    except petune.PetuneError as error:  # a package is missing
+        sites = petune.find_sites(model, example=example)
+    except petune.PetuneError as error:  # a package is missing, or the model takes no batches
         pair = {"state": "refused", "detail": str(error)}
         print(f"{family:42s} {pair}", flush=True)
         return {
@@ -81,7 +82,6 @@ def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
             "unproven": [],
             "methods": dict.fromkeys(names, pair),
         }
-    sites = petune.find_sites(model, example=example)
     with found_once(model, sites):
         pairs = {name: examine(model, name, example, sites) for name in names}
     for name, pair in pairs.items():

@@ -10,9 +10,12 @@ from torch import nn
 from survey.other_library_models import TORCHVISION, TRANSFORMERS, build_torchvision, build_transformers
 from survey.timm_models import TIMM
 from survey.transformers_classes import CLASSES, build_by_class
+from survey.transformers_dense import DENSE
 from survey.transformers_further import FURTHER
+from survey.transformers_towers import TOWERS
 
-BY_CLASS = {f"transformers {family}": entry for table in (CLASSES, FURTHER) for family, entry in table.items()}
+TABLES = (CLASSES, FURTHER, TOWERS, DENSE)
+BY_CLASS = {f"transformers {family}": entry for table in TABLES for family, entry in table.items()}
 FAMILIES = {
     **{family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()},
     **{family: entry.model.rpartition(".")[2] for family, entry in BY_CLASS.items()},

@@ -25,6 +25,7 @@ from petune.injector.registry import build_tuner, parse_method
 from petune.plugin_dev.finding import Property, examine_all, names_of
 from petune.plugin_dev.properties import PROPERTIES
 from petune.plugin_dev.trial import Trial, logits
+from petune.sites.forward import tensors_in
 from petune.sites.input_spec import Inputs
 from survey.snapshot import differences, snapshot
 
@@ -129,10 +130,29 @@ def _verify(
 
 
 def _properties(model: nn.Module, att: petune.Attachment) -> list[Property[Trial]]:
-    """Return the properties of the contract; not that images are independent if the model compares or packs them."""
-    two, three = (logits(model, att.sites.input_spec.noise(count)) for count in (2, 3))
-    related = two.shape[1:] != three.shape[1:]
-    return [prop for prop in PROPERTIES if not (related and prop.name == "independent images")]
+    """Return the properties of the contract that say something about petune, and not about the model.
+
+    A model may compare or pack the images of a batch, or return its frames by time. It may use some layers for other
+    images only, such as experts.
+    """
+    spec = att.sites.input_spec
+    two = logits(model, spec.noise(2))
+    alone = logits(model, spec.select(spec.noise(2), [0]))
+    related = len(two) != 2 * len(alone) or not torch.allclose(two[: len(alone)], alone, atol=1e-3)
+    properties = [prop for prop in PROPERTIES if not (related and prop.name == "independent images")]
+    if _has_idle_layers(copy.deepcopy(model), spec.noise(2)):
+        trained = Property[Trial]("gradients", "the model trains", lambda trial: trial.train() and "")
+        properties = [trained if prop.name == "gradients" else prop for prop in properties]
+    return properties
+
+
+def _has_idle_layers(model: nn.Module, x: Inputs) -> bool:
+    """Tell if the gradient of a linear layer that the forward calls is zero in the model itself."""
+    x.call(model.requires_grad_(True))  # a first forward may install hooks
+    with torch.enable_grad():
+        sum(t.float().square().mean() for t in tensors_in(x.call(model)) if t.requires_grad).backward()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return any(m.weight.grad is not None and not m.weight.grad.any() for m in linears)
 
 
 def _compare(before: dict[str, Any], after: dict[str, Any], property_name: str) -> None:

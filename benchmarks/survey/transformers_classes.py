@@ -103,6 +103,7 @@ _DPT = {
     "neck_hidden_sizes": [8, 8, 16, 16],
     "fusion_hidden_size": 8,
     "num_labels": 3,
+    "initializer_range": 0.15,  # with 0.02 its small convolutions forget the image
 }
 _VITDET = {**RATIO, "image_size": 64, "pretrain_image_size": 64, "window_block_indices": [0], "window_size": 4}
 _POSE = {**RATIO, "image_size": [32, 24], "patch_size": [8, 8]}
@@ -212,7 +213,8 @@ CLASSES: dict[str, ByClass] = {
     "Perceiver, Fourier positions": ByClass(
         "PerceiverForImageClassificationFourier",
         "PerceiverConfig",
-        {**_PERCEIVER, **_PERCEIVER_HEADS, "d_model": 261, "image_size": 224},
+        {**_PERCEIVER, **_PERCEIVER_HEADS, "d_model": 261, "image_size": 32},
+        image,
     ),
     "Pixtral, tower": ByClass(
         "PixtralVisionModel",

@@ -337,6 +337,7 @@ FURTHER: dict[str, ByClass] = {
             "num_relative_features": 4,
             "bin_embedding_dim": 8,
             "num_attractors": [4, 2, 1, 1],
+            "initializer_range": 0.15,
         },
         image,
     ),

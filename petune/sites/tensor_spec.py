@@ -14,6 +14,9 @@ from torch import Tensor
 MAX_RUNS = 4096
 """Integers with more changes of value than this are content, such as the pixels of an image; fewer are kept."""
 
+MAX_COLUMNS = 4
+"""Largest number of first columns that are positions; pixels that are whole numbers have more."""
+
 Fill = Callable[[tuple[int, ...]], Tensor]
 """Makes floating-point values of a shape."""
 Runs = tuple[tuple[float, int], ...]
@@ -25,7 +28,8 @@ class TensorSpec:
     """One tensor that a forward takes.
 
     Floating-point values are content: other tensors get others. Integers, booleans and masks are kept, because a model
-    may rely on them: positions, sizes, token ids, which patches are padding.
+    may rely on them: positions, sizes, token ids, which patches are padding. So are the first columns of a list of
+    vectors if they alone hold whole numbers, such as the row and column of a patch before its pixels (Pix2Struct).
 
     Attributes:
         shape: Of one sample, with its batch dimension: (1, channels, height, width).
@@ -33,6 +37,7 @@ class TensorSpec:
         dtype: None is floating point, in the model's own dtype.
         values: Those that are kept; empty for content.
         low, high: Range of integers that are content.
+        columns: Number of columns that are kept; the others are content. 0 keeps all values, or none.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +46,7 @@ class TensorSpec:
     values: Runs = ()
     low: int = 0
     high: int = 0
+    columns: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor, batch_dim: int | None, num_samples: int, *, is_mask: bool = False) -> TensorSpec:
@@ -57,11 +63,15 @@ class TensorSpec:
             first = first.narrow(batch_dim, 0, first.shape[batch_dim] // num_samples)
         shape = tuple(first.shape)
         dtype = None if first.is_floating_point() else first.dtype
-        if first.is_meta or first.is_complex() or (dtype is None and not is_mask):
+        if first.is_meta or first.is_complex():
             return cls(shape, batch_dim, dtype)
-        runs = tuple((value, len(list(equal))) for value, equal in itertools.groupby(first.flatten().tolist()))
+        columns = 0 if dtype is not None or is_mask else _whole_columns(first)
+        if dtype is None and not is_mask and not columns:
+            return cls(shape, batch_dim, dtype)
+        kept = first[..., :columns] if columns else first
+        runs = tuple((value, len(list(equal))) for value, equal in itertools.groupby(kept.flatten().tolist()))
         if len(runs) <= MAX_RUNS:
-            return cls(shape, batch_dim, dtype, values=runs)
+            return cls(shape, batch_dim, dtype, values=runs, columns=columns)
         return cls(shape, batch_dim, dtype, *(() if dtype is None else ((), int(first.min()), int(first.max()))))
 
     def batch(self, num_samples: int, fill: Fill) -> Tensor:
@@ -72,15 +82,20 @@ class TensorSpec:
             fill: Makes the content.
         """
         count = 1 if self.batch_dim is None else num_samples
-        samples = self._kept().expand(count, *self.shape) if self.values else self._content((count, *self.shape), fill)
+        whole = self.values and not self.columns
+        samples = self._kept(self.shape) if whole else self._content((count, *self.shape), fill)
+        if whole:
+            samples = samples.expand(count, *self.shape)
+        elif self.columns:
+            samples[..., : self.columns] = self._kept((*self.shape[:-1], self.columns)).to(samples)
         if self.batch_dim is None:
             return samples[0].clone()
         return torch.cat(list(samples), dim=self.batch_dim)
 
-    def _kept(self) -> Tensor:
+    def _kept(self, shape: tuple[int, ...]) -> Tensor:
         values, counts = zip(*self.values, strict=True)
         runs = torch.tensor(values, dtype=self.dtype or torch.get_default_dtype(), device="cpu")
-        return runs.repeat_interleave(torch.tensor(counts, device="cpu")).reshape(self.shape)
+        return runs.repeat_interleave(torch.tensor(counts, device="cpu")).reshape(shape)
 
     def _content(self, shape: tuple[int, ...], fill: Fill) -> Tensor:
         filled = fill(shape)
@@ -115,6 +130,7 @@ class TensorSpec:
             data["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.values:
             data["values"] = [[_plain(value), count] for value, count in self.values]
+            data |= {"columns": self.columns} if self.columns else {}
         elif self.dtype is not None:
             data |= {"low": self.low, "high": self.high}
         return data
@@ -134,7 +150,18 @@ class TensorSpec:
         if min(shape, default=1) < 0 or (batch_dim is not None and not 0 <= batch_dim < len(shape)):
             raise ValueError(f"no shape with batch dimension {batch_dim}: {shape}")
         runs = [(float(value) if isinstance(value, str) else value, int(n)) for value, n in data.get("values", ())]
-        return cls(shape, batch_dim, dtype, tuple(runs), int(data.get("low", 0)), int(data.get("high", 0)))
+        numbers = (int(data.get(name, 0)) for name in ("low", "high", "columns"))
+        return cls(shape, batch_dim, dtype, tuple(runs), *numbers)
+
+
+def _whole_columns(x: Tensor) -> int:
+    """Return how many first columns of (1, N, C) vectors hold whole numbers that differ, if the others do not."""
+    if x.ndim != 3 or not x.numel():
+        return 0
+    is_whole_C = (x == x.round()).flatten(0, 1).all(0)
+    columns = int(is_whole_C.long().cumprod(0).sum())
+    kept = x[..., :columns]
+    return columns if 0 < columns <= MAX_COLUMNS and is_whole_C.sum() == columns and kept.min() != kept.max() else 0
 
 
 def _plain(value: float) -> float | str:

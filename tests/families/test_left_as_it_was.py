@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import pytest
 import torch
-from survey.models import FAMILIES, build
+from survey.models import FAMILIES, build, example_of
 from survey.snapshot import differences, snapshot
 from torch import Tensor, nn
 
 import petune
 from petune.sites.forward import tensors_in
+from petune.sites.input_spec import Inputs
 from tests.sampling import sampled
 
 SAMPLE = {"vision_transformer", "beit", "swin_transformer", "transformers ViT", "transformers DINOv2, registers"}
 CASES = sampled(FAMILIES, SAMPLE.__contains__)
+WITHOUT_BIASES = ("gemma4_vit", "transformers Pixtral, tower")
 
 
-def outputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+def outputs_of(model: nn.Module, x: Inputs) -> list[Tensor]:
     """Return all tensors that a model returns, those of its intermediate layers among them."""
     torch.manual_seed(0)
     with torch.no_grad():
-        outputs: list[Any] = [model(x)]
+        outputs: list[Any] = [x.call(model)]
         if hasattr(model, "forward_intermediates"):
-            outputs.append(model.forward_intermediates(x))
+            outputs.append(model.forward_intermediates(*x.args))
         inner = next((m for m in model.modules() if hasattr(m, "config") and hasattr(m, "main_input_name")), None)
         if inner is not None:
-            outputs.append(inner(x, output_hidden_states=True))
+            with contextlib.suppress(TypeError):  # a forward that returns no hidden states
+                outputs.append(Inputs(x.args, {**x.kwargs, "output_hidden_states": True}).call(inner))
     return list(tensors_in(outputs))
 
 
@@ -44,13 +48,16 @@ def differences_of(outputs: list[Tensor], expected: list[Tensor]) -> list[int]:
 def test_a_model_is_left_as_it_was(family: str, is_used: bool) -> None:
     """Every attribute of every module is the same object with the same contents: hooks, flags, modes, buffers."""
     model = build(family).eval()
-    x = torch.randn(2, *petune.find_sites(copy.deepcopy(model)).input_size, generator=torch.Generator().manual_seed(0))
+    example = example_of(family)
+    sites = petune.find_sites(copy.deepcopy(model), example=example)
+    x = sites.input_spec.noise(2)
     untouched = copy.deepcopy(model)
     for each in (model, untouched) if is_used else ():
         outputs_of(each, x)
     before = snapshot(model)
-    petune.find_sites(model)
-    petune.attach(model, "norm" if family == "gemma4_vit" else "bitfit").detach()  # gemma4 has no biases
+    petune.find_sites(model, example=example)
+    method = "norm" if family in WITHOUT_BIASES else "bitfit"
+    petune.attach(model, method, example=example, train_head="head" in sites.parts).detach()
     assert not differences(before, snapshot(model))
     assert not differences_of(outputs_of(model, x), outputs_of(untouched, x))
 
@@ -67,10 +74,12 @@ METHODS = ["adaptformer", "vpt", "vpt:deep=false", "lora", "lst", "ssf", "full"]
 def test_with_a_method_a_model_returns_as_many_tensors_of_the_same_shapes(family: str, method: str) -> None:
     """Hidden states and intermediate features among them; a copy returns the same; disabled and detached, as before."""
     model = build(family).eval()
-    x = torch.randn(2, *petune.find_sites(model).input_size, generator=torch.Generator().manual_seed(0))
+    example = example_of(family)
+    sites = petune.find_sites(model, example=example)
+    x = sites.input_spec.noise(2)
     expected = outputs_of(copy.deepcopy(model), x)
     try:
-        att = petune.attach(model, method)
+        att = petune.attach(model, method, example=example, train_head="head" in sites.parts)
     except petune.PetuneError as error:
         pytest.skip(str(error))
     with torch.no_grad():

@@ -251,6 +251,44 @@ class Repeated(Masked):
         return Answer(self.head(other[:, 0]), [self.head(first[:, 1])])
 
 
+class Looked(nn.Module):
+    """The attention of Swin's authors: the forward itself looks up a bias for each pair of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.window_size = 2, (4, 4)
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.relative_position_bias_table = nn.Parameter(torch.randn(49, 2))
+        tokens = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        offsets = tokens[:, None] - tokens[None] + 3
+        self.register_buffer("relative_position_index", offsets[..., 0] * 7 + offsets[..., 1])
+
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 12).permute(2, 0, 3, 1, 4)
+        area = self.window_size[0] * self.window_size[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(area, area, -1)
+        weights = (q @ k.mT / 12**0.5 + bias.permute(2, 0, 1)).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("method", ["vpt:num_prompts=3", "vpt:num_prompts=3,deep=false"])
+def test_prompts_have_no_bias_in_a_table_that_the_forward_looks_up(method: str) -> None:
+    model = tiny(class_token=False, global_pool="avg")
+    for block in model.blocks:
+        block.attn = Looked()
+    before, plain = copy.deepcopy(model.state_dict()), model(X)
+    att = petune.attach(model, method)
+    assert model.blocks[0].attn.state_dict().keys() == Looked().state_dict().keys()
+    assert (copy.deepcopy(model)(X) - model(X)).abs().max() == 0
+    model(X).square().sum().backward()
+    att.check_gradients()
+    att.detach()
+    assert torch.equal(model(X), plain)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.blocks[0].attn.window_size == (4, 4)
+    assert "relative_position_index" not in vars(model.blocks[0].attn)
+
+
 def test_shallow_prompts_do_not_pass_from_call_to_call() -> None:
     recurrent, siamese = (Repeated(recurrent=value).eval() for value in (True, False))
     with pytest.raises(petune.AttachError, match="of Repeated cannot take prompts"):

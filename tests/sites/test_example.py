@@ -99,6 +99,24 @@ def test_masks_of_floating_point_are_kept() -> None:
     assert torch.equal(kept_bias, bias)
 
 
+def test_positions_before_the_pixels_of_patches_are_kept() -> None:
+    """Pix2Struct takes rows that begin with the row and column of a patch, and looks these up."""
+
+    class Positioned(nn.Module):
+        def forward(self, patches: Tensor) -> Tensor:
+            return patches[..., 2:].mean((1, 2)) + torch.eye(5)[patches[..., :2].long()].sum((1, 2, 3))
+
+    positions = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5)).expand(2, 16, 2)
+    spec = petune.find_sites(Positioned(), example=torch.cat([positions, torch.rand(2, 16, 12)], -1)).input_spec
+    again = InputSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    first, other = (again.noise(3, seed).tensors[0] for seed in (0, 1))
+    assert torch.equal(first[..., :2], positions[:1].expand(3, 16, 2))
+    assert torch.equal(first[..., :2], other[..., :2])
+    assert (first[..., 2:] != other[..., 2:]).all()
+    for content in (torch.ones(2, 16, 12), torch.arange(384.0).reshape(2, 16, 12)):  # whole numbers all over
+        assert not petune.find_sites(Positioned(), example=content % 5).input_spec.tensors[0].values
+
+
 def test_a_bank_takes_what_its_model_takes(tmp_path: Path) -> None:
     for kind in (TwoTowers, Packed):
         torch.manual_seed(0)

@@ -18,12 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from petune.injector.hooks.bias_tables import Switch, insert, looks_up_table, table_switch
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.site import Block, Sites
-
-Switch = Callable[[bool], None]
 
 # Ways to use positions that neither shapes nor the trace show, with the timm classes that have them:
 PREFIX = "num_prefix_tokens"  # number of tokens that are not rotated (EVA, ROPE ViT, DINOv3, Qwen3)
@@ -57,6 +55,9 @@ def position_switches(block: Block, sites: Sites, slot: PromptSlot) -> list[Swit
         for name in BIAS_METHODS:
             if callable(getattr(module, name, None)):
                 switches.append(_method_switch(module, name, slot))
+        has_method = any(callable(getattr(module, name, None)) for name in BIAS_METHODS)
+        if module not in block.bias_modules and not has_method and looks_up_table(module, slot):
+            switches.append(table_switch(module, slot))
         for name in BIAS_MLPS:
             if isinstance(getattr(module, name, None), nn.Module):
                 pairs = getattr(module, "relative_position_index", None)
@@ -119,8 +120,8 @@ def pad_argument(value: Any, slot: PromptSlot, padding: Padding) -> Any:
         return pad_pairs(value, slot, attended=padding.attended)
     if padding.mask is not None:
         neutral = _neutral(value, attended=padding.attended)
-        return _insert(value, slot, -1 if keys else -2, neutral) if keys or rows else value
-    return _insert(value, slot, -2, padding.row) if rows and padding.row is not None else value
+        return insert(value, slot, -1 if keys else -2, neutral) if keys or rows else value
+    return insert(value, slot, -2, padding.row) if rows and padding.row is not None else value
 
 
 def pad_pairs(bias: Tensor, slot: PromptSlot, *, attended: bool = True) -> Tensor:
@@ -135,17 +136,11 @@ def pad_pairs(bias: Tensor, slot: PromptSlot, *, attended: bool = True) -> Tenso
         row = bias.amax(-2, keepdim=True) if attended else bias.amin(-2, keepdim=True)
     before, after = bias.narrow(-2, 0, slot.index), bias.narrow(-2, slot.index, bias.shape[-2] - slot.index)
     rows = row.expand(*bias.shape[:-2], slot.num_prompts, bias.shape[-1])
-    return _insert(torch.cat([before, rows, after], -2), slot, -1, _neutral(bias, attended=attended))
+    return insert(torch.cat([before, rows, after], -2), slot, -1, _neutral(bias, attended=attended))
 
 
 def _neutral(mask: Tensor, *, attended: bool) -> float:
     return 0.0 if mask.is_floating_point() else float(attended)
-
-
-def _insert(x: Tensor, slot: PromptSlot, dim: int, value: float) -> Tensor:
-    before, after = x.narrow(dim, 0, slot.index), x.narrow(dim, slot.index, x.shape[dim] - slot.index)
-    pad = (0, slot.num_prompts) if dim == -1 else (0, 0, 0, slot.num_prompts)
-    return torch.cat([before, F.pad(x.narrow(dim, 0, 0), pad, value=value), after], dim)
 
 
 def _attention(block: Block) -> nn.Module:
@@ -223,7 +218,7 @@ def _bias_mlp_switches(module: Any, name: str, slot: PromptSlot) -> list[Switch]
         table = module.relative_coords_table
         row = int(table.numel() // table.shape[-1])
         square = index.reshape(slot.num_tokens, slot.num_tokens)
-        values["relative_position_index"] = _insert(_insert(square, slot, -2, row), slot, -1, row)
+        values["relative_position_index"] = insert(insert(square, slot, -2, row), slot, -1, row)
     padded = PaddedTable(slot, num_heads, indexed=index is not None)
     return [_hook_switch(getattr(module, name), padded.pad), _attribute_switch(module, values)]
 
