@@ -100,8 +100,10 @@ class Placer:
         return site.exit if inside else host_for(parent)
 
     def _weights(self, site: Site) -> Iterable[nn.Parameter]:
-        yield from site.exit.parameters()
-        yield from self.model.parameters()
+        """Yield the parameters at a site, then the model's; matrices first, because norms may have another dtype."""
+        for module in (site.exit, self.model):
+            yield from (p for p in module.parameters() if p.ndim > 1)
+            yield from module.parameters()
 
 
 def _free_name(module: nn.Module, base: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
@@ -44,6 +45,7 @@ class Holder(nn.Module):
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
         self.running = True
+        x = in_dtype_of(self.adapter, x)
         try:
             is_nested = isinstance(x, Tensor) and x.is_nested
             y: Tensor = self._adapted_nested(x) if is_nested else self.adapter(x)
@@ -209,7 +211,10 @@ def to_channels_last(x: Tensor, layout: Layout) -> Tensor:
 
 
 def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
-    """Return an adapter's (..., D) output in the shape of `x`: B·H·W·D and B·N·D hold the same tokens in one order."""
+    """Return an adapter's (..., D) output in the shape and the dtype of `x`.
+
+    B·H·W·D and B·N·D hold the same tokens in one order. Under autocast the dtype stays as it is.
+    """
     shape = x.movedim(1, -1).shape if layout == "BCHW" else x.shape
     if y.shape != shape:
         if y.ndim < 3 or y.shape[0] != shape[0] or y.shape[-1] != shape[-1]:
@@ -218,7 +223,22 @@ def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
                 "Let the adapter keep batch and width"
             )
         y = y.reshape(shape)
+    if y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        y = y.to(x.dtype)
     return y.movedim(-1, 1) if layout == "BCHW" else y
+
+
+def in_dtype_of(adapter: nn.Module, x: Any) -> Any:
+    """Return tokens, or a list of them, in the dtype of an adapter's weights, where autocast does not choose it.
+
+    A model may hold its norms in float32 and its matrices in bfloat16.
+    """
+    if isinstance(x, list):
+        return [in_dtype_of(adapter, item) for item in x]
+    weight = next((p for p in adapter.parameters() if p.is_floating_point()), None)
+    if weight is None or x.dtype == weight.dtype or not x.is_floating_point():
+        return x
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 def idempotent(switch: Callable[[bool], None], *, on: bool) -> Callable[[bool], None]:

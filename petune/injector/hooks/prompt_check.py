@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,8 @@ class PromptCheck:
             reason = "has no token-to-token attention where they enter (but over channels, or over other tokens)"
             raise prompts_refused(block, self.sites, reason)
         before = call.output if alone else self._output
-        if not outputs_agree(logits_of(before), logits_of(output), dtype_of(self.model)):
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if not outputs_agree(logits_of(before), logits_of(output), dtypes):
             reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
             raise prompts_refused(block, self.sites, reason)
         if blocks[-1] is self.sites.blocks[-1]:
@@ -246,17 +247,17 @@ class HiddenPrompts(TorchFunctionMode):
         return mask
 
 
-def outputs_agree(x: Tensor, y: Tensor, dtype: torch.dtype) -> bool:
+def outputs_agree(x: Tensor, y: Tensor, dtypes: Set[torch.dtype]) -> bool:
     """Return whether two outputs are equal up to rounding; only in shape on the meta device, which has no numbers.
 
     Args:
         x, y: The outputs.
-        dtype: The model's, which may return more precise numbers than it computes with.
+        dtypes: The model's, which may return more precise numbers than it computes with.
     """
     if x.is_meta:
         return x.shape == y.shape
     scale = float(x.abs().max().clamp(min=1e-6))
     is_exact = torch.get_float32_matmul_precision() == "highest"
     error = MAX_ERROR if is_exact else 10 * MAX_ERROR
-    tolerance = error if {x.dtype, dtype} <= {torch.float32, torch.float64} else 5e-2
+    tolerance = error if {x.dtype, *dtypes} <= {torch.float32, torch.float64} else 5e-2
     return x.shape == y.shape and float((x - y).abs().max()) <= tolerance * scale
