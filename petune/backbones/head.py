@@ -74,7 +74,11 @@ def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _with_logits(heads: Iterable[nn.Module], num_logits: int) -> list[nn.Module]:
-    """Return the heads that have as many outputs as the model has logits; single layers, if there are any."""
+    """Return the heads that have as many outputs as the model has logits; single layers, if there are any.
+
+    A norm before the classifier is among the heads where a checkpoint lacks it (VideoMAE before fine-tuning).
+    """
+    heads = [head for head in heads if any(isinstance(m, nn.Linear) for m in head.modules())]
     ending = [head for head in heads if (layer := _last_linear(head)) and layer.out_features == num_logits]
     return [head for head in ending if isinstance(head, nn.Linear)] or ending
 

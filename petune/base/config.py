@@ -141,7 +141,8 @@ def _config_error(error: ValidationError, cls: type[BaseModel], values: Mapping[
         elif item["type"] == "missing":
             problems[key] = Problem(key, f"{key}: required")
         else:
-            problems[key] = Problem(key, f"{key}: {text} (got {shown(item['input'])})")
+            prefix = f"{key}: " if path else ""  # a check of several keys names them itself
+            problems[key] = Problem(key, f"{prefix}{text} (got {shown(item['input'])})")
     head = f"{plural(len(problems), 'problem')} in {source or cls.__name__}:"
     return ConfigError("\n  - ".join([head, *(p.message for p in problems.values())]), tuple(problems.values()))
 

@@ -25,7 +25,7 @@ from petune.sites.norms import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Layout, Site, Sites
 from petune.sites.trace import Call, Trace
-from petune.sites.unsuitable import refuse_packed
+from petune.sites.unsuitable import refuse_packed, refuse_scripted, why_no_blocks
 from petune.sites.used_parameters import used_parameters
 
 
@@ -84,6 +84,7 @@ def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadCho
         specs: Returns candidates for what it takes; it may run the model.
         head: See `find_sites`.
     """
+    refuse_scripted(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
     with _disabled(added):
         trace, spec = _first_that_runs(model, specs(), added)
@@ -117,6 +118,7 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     head = heads.site
     if not blocks or head is None:
         refuse_packed(model)
+    reason = "" if blocks else why_no_blocks(trace)
     blocks = outside_of(head, blocks)
     bounds = {id(m) for block in blocks for m in block.modules}
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
@@ -135,6 +137,7 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         embed_dim=blocks[-1].dim if blocks else 0,
         grid_size=grid,
         chosen_head=heads.chosen,
+        why_no_blocks=reason,
     )
 
 

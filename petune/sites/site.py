@@ -140,9 +140,11 @@ class Block(Site):
     def _part(self, role: str) -> Site:
         if role in self.parts:
             return self.parts[role]
+        is_readable = role == "mid" and "mlp" in self.parts
+        advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
         raise SiteNotFound(
             f"block {self.index} ({self.path}) of {self.model} has no site {role!r}; it has: "
-            f"{', '.join(('block', *self.parts))}. Use a method that edits one of those, or linear, or full",
+            f"{', '.join(('block', *self.parts))}. Use {advice} that edits one of those, or linear, or full",
             role=role,
         )
 
@@ -170,6 +172,7 @@ class Sites:
             blocks=…)`.
         within: The path that `only` was given; empty for the whole model.
         chosen_from: The sites of which a method's option `blocks` has chosen some; None if it is `all`.
+        why_no_blocks: What was seen of attention in a model without blocks.
     """
 
     model: str
@@ -184,6 +187,7 @@ class Sites:
     all_blocks: tuple[Block, ...] = ()
     within: str = ""
     chosen_from: Sites | None = None
+    why_no_blocks: str = ""
 
     def __post_init__(self) -> None:
         if not self.all_blocks:
@@ -261,9 +265,9 @@ class Sites:
     def head(self) -> Site:
         """The classifier; of a model for detection or segmentation, all layers that predict."""
         advice = (
-            "Attach with train_head=False to train none; name the layers that predict, such as head="
-            '["visual_projection", "text_projection"] for two towers; or build the model with the number of classes '
-            "(timm: num_classes=N, or model.reset_classifier(N))"
+            "Build the model with the number of classes (timm: num_classes=N, or model.reset_classifier(N)); name the "
+            'layers that predict, such as head=["visual_projection", "text_projection"] for two towers; or attach with '
+            "train_head=False to train none"
         )
         return self._part("head", f"classifier. {advice}")
 
@@ -279,8 +283,9 @@ class Sites:
             SiteNotFound: The model has none.
         """
         if not self.blocks:
+            reason = f": {self.why_no_blocks}" if self.why_no_blocks else ""
             raise SiteNotFound(
-                f"{self.model} has no attention block that petune can find. Use linear or full, which need none"
+                f"{self.model} has no attention block that petune can find{reason}. Use linear or full, which need none"
             )
         return self.blocks
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from petune.base.errors import AttachError
 from petune.sites.input_size import frames_of
+from petune.sites.trace import Trace
 
 PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 """Packages of layers whose weights are no parameters but packed for int8 kernels."""
@@ -27,6 +29,33 @@ def refuse_packed(model: nn.Module) -> None:
             "by torch.ao, which hides their weights from PyTorch. Attach to a model that torchao has quantized "
             "(quantize_ with Int8WeightOnlyConfig), or train first and quantize after merge()"
         )
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    """Check that no part of a model was compiled by torch.jit: its modules take no hooks, by which forwards are seen.
+
+    Raises:
+        AttachError: One is.
+    """
+    scripted = next((path for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise AttachError(
+            f"{scripted or 'the whole model'} of {type(model).__name__} was compiled by torch.jit, so it takes no "
+            "hooks. Build the model with the plain module, and compile after merge()"
+        )
+
+
+def why_no_blocks(trace: Trace) -> str:
+    """Return what was seen of attention in a forward without blocks, for messages."""
+    mixing = [op for op in trace.attention_ops if op.many_queries]
+    if not mixing:
+        return "no tokens attend to others in its forward, by a softmax over tokens"
+    callers = list(dict.fromkeys(op.call.path for op in mixing))
+    where = ", ".join(path or "the model's own forward" for path in callers[:3])
+    return (
+        f"its tokens attend to each other in {where}, which is not a module that adds one attention, or one and an "
+        "MLP, to its tokens. Put each block into a module of its own"
+    )
 
 
 def advice_for(model: nn.Module) -> str:

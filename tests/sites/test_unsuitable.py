@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import petune
+from petune.base.errors import AttachError, SiteNotFound
 from tests.tiny import tiny
 
 SMALL: dict[str, Any] = {
@@ -47,6 +48,32 @@ def test_a_video_model_that_is_given_the_size_of_images_is_told_of_example() -> 
     with pytest.raises(petune.AttachError, match=r"takes videos.* example=torch.zeros\(1, frames") as error:
         petune.attach(VIDEO_MODELS[0](), "adaptformer", input_size=(3, 32, 32))
     assert "input_size" not in str(error.value)
+
+
+def test_scripted_modules_and_attention_outside_of_blocks_are_named() -> None:
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        model.blocks[0].mlp.act = torch.jit.script(nn.GELU())
+    with pytest.raises(AttachError, match=r"blocks\.0\.mlp\.act of VisionTransformer was compiled by torch\.jit"):
+        petune.attach(model, "linear")
+
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 24, 4, 4)
+            self.qkv = nn.ModuleList(nn.Linear(24, 72) for _ in range(2))
+            self.head = nn.Linear(24, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.patches(x).flatten(2).mT
+            for layer in self.qkv:
+                x = x + nn.functional.scaled_dot_product_attention(*layer(x).chunk(3, -1))
+            logits: torch.Tensor = self.head(x.mean(1))
+            return logits
+
+    with pytest.raises(SiteNotFound, match="attend to each other in the model's own forward"):
+        petune.attach(Inline(), "adaptformer", input_size=(3, 16, 16))
 
 
 def test_of_two_towers_the_one_for_images_is_named() -> None:

@@ -98,7 +98,10 @@ class PromptCheck:
             reason = f"does not run with them ({type(error).__name__}: {error})"
             raise prompts_refused(block, self.sites, reason) from error
         if not hidden[slot].num_attentions:
-            reason = "has no token-to-token attention where they enter (but over channels, or over other tokens)"
+            reason = (
+                "has no token-to-token attention where they enter (but over channels, over other tokens, or over the "
+                "first dimension, with the batch behind it)"
+            )
             raise prompts_refused(block, self.sites, reason)
         before = call.output if alone else self._output
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}

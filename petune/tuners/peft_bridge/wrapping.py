@@ -92,7 +92,12 @@ class WrappedLayers:
                 self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type](self.model, self.config, self.name)
                 self.tuner._cast_adapter_dtype(self.name)  # to float32, as PeftModel does
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise petune.AttachError(f"PEFT cannot put {self.kind} on {self.edit.sites.model}: {error}") from None
+            names = getattr(self.config, "target_modules", None)
+            is_pattern = isinstance(names, str) and "not found" in str(error)
+            advice = f" PEFT reads a string as a pattern of whole paths. For names use a list, [{names}]"
+            raise petune.AttachError(
+                f"PEFT cannot put {self.kind} on {self.edit.sites.model}: {error}{advice if is_pattern else ''}"
+            ) from None
         self.layers = {
             path: layer for path, layer in peft_layers(self.model).items() if self.name in adapters_in(layer)
         }
