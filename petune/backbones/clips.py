@@ -34,7 +34,7 @@ def take_clips(model: nn.Module, num_frames: int, *, image_size: int | None = No
     so that an adapter of a run on clips is loaded by `petune.load(petune.take_clips(model, 16), "RUN/adapter")`.
 
     Args:
-        model: A classifier. Its forward gets two hooks.
+        model: A classifier. Its forward gets two hooks, in place of those of an earlier call.
         num_frames: Frames of a clip.
         image_size: Side of the frames in pixels, for a model that does not tell it.
 
@@ -60,10 +60,28 @@ def set_clip_form(model: nn.Module, num_frames: int, image_size: int | None = No
         AttachError: See `take_clips`.
     """
     given = image_size and [(channels_of(model), image_size, image_size)]
-    form = _first_form(model, num_frames, given or image_sizes_of(model))
+    earlier = _without_hooks(model)
+    try:
+        form = _first_form(model, num_frames, given or image_sizes_of(model))
+    except AttachError:
+        for hooks, own in earlier:
+            hooks.update(own)
+        raise
     _use(model, form, num_frames)
     model.num_frames = num_frames  # type: ignore[assignment]
     return form
+
+
+def _without_hooks(model: nn.Module) -> list[tuple[Any, dict[int, Any]]]:
+    """Remove the hooks of an earlier call, also from a copy of the model, and return them with where they were."""
+    own = {_channels_first, _frames_as_images, _mean_of_frames, _rows_of_logits}
+    removed = []
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        found = {key: hook for key, hook in hooks.items() if getattr(hook, "func", hook) in own}
+        for key in found:
+            del hooks[key]
+        removed.append((hooks, found))
+    return removed
 
 
 def _first_form(model: nn.Module, num_frames: int, images: Sequence[tuple[int, ...]]) -> ClipForm:
@@ -115,7 +133,8 @@ def _failure(model: nn.Module, form: ClipForm, num_frames: int, clips: InputSpec
             except Exception as error:  # whatever the model's own code raises
                 return " ".join(f"{type(error).__name__}: {error}".split())[:200]
     shape = tuple(logits_of(output).shape)
-    return None if len(shape) == 2 and shape[0] == rows else f"it returns {shape} for {rows} clips"
+    is_row = len(shape) == 2 or (form == "frames first" and len(shape) == 3 and shape[1] == 1)
+    return None if is_row and shape[0] == rows else f"it returns {shape} for {rows} clips"
 
 
 @contextlib.contextmanager
@@ -136,6 +155,8 @@ def _use(model: nn.Module, form: ClipForm, num_frames: int) -> list[Any]:
     if form == "frame by frame":
         hook = partial(_frames_as_images, num_frames=num_frames)
         handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+    if form == "frames first":
+        handles.append(model.register_forward_hook(_rows_of_logits))
     if form in {"frame by frame", "logits of frames"}:
         handles.append(model.register_forward_hook(partial(_mean_of_frames, num_frames=num_frames)))
     return handles
@@ -170,6 +191,12 @@ def _frames_as_images(model: nn.Module, args: Any, kwargs: Any, *, num_frames: i
             f"{tuple(x_BTCHW.shape)}"
         )
     return _with_input(args, kwargs, x_BTCHW, x_BTCHW.flatten(0, 1))
+
+
+def _rows_of_logits(model: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: logits (B, 1, K), of one query of an attention pooling (VideoPrism), to (B, K)."""
+    logits = logits_of(output)
+    return logits.squeeze(1) if logits.ndim == 3 and logits.shape[1] == 1 else output
 
 
 def _mean_of_frames(model: nn.Module, args: Any, output: Any, *, num_frames: int) -> Tensor:

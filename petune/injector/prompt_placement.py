@@ -54,9 +54,7 @@ class PromptPlacer:
         else:
             reason = "lets them into its attention only, so that they cannot pass on to the next block"
             if not run[0].is_module:
-                reason = (
-                    f"is no module ({run[0].where}): they can enter its attention, but not pass on to the next block"
-                )
+                reason = f"is no module ({run[0].where}): they come into its attention only, not to the next block"
             raise prompts_refused(run[0], self.sites, reason, USE_DEEP)
 
     def span(self) -> tuple[Block, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,16 @@ def test_video_models_of_torchvision_are_found() -> None:
         backbone = create_backbone("torchvision:swin3d_t", weights="none", num_classes=3, image_size=32, num_frames=4)
     assert (backbone.clip_form, backbone.image_size) == ("channels first", 32)
     assert len(petune.find_sites(backbone.model).blocks) == 12
+
+
+def test_take_clips_again_and_logits_of_one_query() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, depth=1, embed_dim=24, num_heads=2)
+    clips = torch.randn(2, 8, 3, 16, 16)
+    petune.take_clips(model, 4)
+    petune.take_clips(copy.deepcopy(model), 8)(clips)
+    with pytest.raises(AttachError):
+        petune.take_clips(model, 4, image_size=15)
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1, "as before the call that failed"
+    assert petune.take_clips(model, 8)(clips).shape == (2, 1000)
+    prism = transformers.VideoPrismForVideoClassification(CONFIGS["videoprism"]()).eval()
+    assert petune.take_clips(prism, 4)(clips[:, :4]).shape == (2, 2)
