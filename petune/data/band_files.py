@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from petune.base.errors import DataError
 from petune.data.bands import RGB, ImageForm, channels_last, stored_form
+from petune.data.image_limit import refuse_bomb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -200,6 +201,7 @@ def _read_tiff(source: Source) -> NDArray[Any]:
 
     try:
         with Image.open(_opened(source)) as image:
+            refuse_bomb(image)
             pages = _pages(image)
             if pages:
                 planes = []

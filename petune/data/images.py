@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from petune.base.errors import DataError
 from petune.data.band_files import ARRAY_SUFFIXES, TIFF_SUFFIXES, preview, read_bands
 from petune.data.bands import RGB, ImageForm, as_image, bands_square
+from petune.data.image_limit import refuse_bomb
 from petune.data.jpeg import jpeg_pixels
 from petune.data.squares import center_pixels, pixels_of
 from petune.data.video.decode import VIDEO_SUFFIXES
@@ -98,8 +99,6 @@ def decode_images(
     Raises:
         DataError: Without `skip`: the first image, in order, that cannot be decoded.
     """
-    from PIL.Image import DecompressionBombWarning
-
     broken: dict[int, str] = {}
 
     def decode(start: int) -> None:
@@ -115,8 +114,7 @@ def decode_images(
                 out[i], broken[i] = 0, str(error)
 
     with warnings.catch_warnings(), image_workers(num_threads()) as workers:
-        warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata, not about pixels
-        warnings.simplefilter("error", DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata; what matters about pixels is an error
         for _ in workers.pool.map(decode, range(0, len(paths), CHUNK)):
             pass
     return dict(sorted(broken.items()))
@@ -152,6 +150,7 @@ def read_image(path: Path, convert: Callable[[Image], Converted]) -> Converted:
         return convert(preview(path))
     try:
         with path.open("rb", buffering=FILE_BUFFER) as file, Image.open(file) as image:
+            refuse_bomb(image)
             return convert(image)
     except UnidentifiedImageError as error:
         if suffix in TIFF_SUFFIXES:  # bands that Pillow does not know

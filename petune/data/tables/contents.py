@@ -20,6 +20,7 @@ from petune.base.text import plural
 from petune.data.band_files import form_of, form_of_all, is_array_file, may_have_bands, read_bands
 from petune.data.bands import RGB, ImageForm, bands_square, is_channels_first
 from petune.data.find_images import IMAGES, FileKind
+from petune.data.image_limit import refuse_bomb
 from petune.data.images import UNSUPPORTED_SUFFIXES, center_square, num_threads
 from petune.data.tables.table import Content, Table, listed
 from petune.data.video.decode import is_video
@@ -206,14 +207,11 @@ def map_contents(
     column: ImageColumn, function: Callable[[int, Content], Any]
 ) -> Iterator[tuple[int, list[Content], list[Any]]]:
     """Call a function for each row and content, one thread per core; yield first row, contents and results of parts."""
-    from PIL.Image import DecompressionBombWarning
-
     start = 0
     with image_workers(num_threads()) as workers:
         for contents in column.contents():
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata, not about pixels
-                warnings.simplefilter("error", DecompressionBombWarning)
+                warnings.simplefilter("ignore")  # about odd metadata; what matters about pixels is an error
                 results = list(workers.pool.map(function, range(start, start + len(contents)), contents))
             yield start, contents, results
             start += len(contents)
@@ -251,7 +249,9 @@ def _open(raw: bytes | NDArray[Any], content: Content) -> tuple[Image, int]:
         if raw.shape[-1] not in CHANNELS or raw.dtype == np.float32:
             raise ValueError(f"it has {form}, not {RGB}")
     if isinstance(raw, bytes):
-        return Image.open(io.BytesIO(raw)), 0
+        image = Image.open(io.BytesIO(raw))
+        refuse_bomb(image)
+        return image, 0
     array = raw[:, :, 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw
     channels = 1 if array.ndim == 2 else array.shape[-1]
     if array.ndim not in (2, 3) or channels not in CHANNELS:

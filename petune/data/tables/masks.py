@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.errors import DataError
+from petune.data.image_limit import refuse_bomb
 from petune.data.squares import center_mask
 from petune.data.tables.contents import ImageColumn, image_size, map_contents
 from petune.data.tables.options import ColumnOptions
@@ -172,6 +173,7 @@ def _values(content: Content) -> NDArray[np.uint8]:
         values = content
     else:
         with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
+            refuse_bomb(image)
             if image.format == "JPEG":
                 raise DataError("is a JPEG, which changes the values of masks. Save masks as PNG")
             if image.mode not in {"1", "L", "P", "I", "I;16"}:
