@@ -97,6 +97,8 @@ def test_positions_are_detected_where_small_weights_hide_them() -> None:
         model = transformers.VJEPA2ForVideoClassification(config).eval()
         with pytest.raises(petune.PetuneError, match="cannot take prompts: it knows the positions of its tokens"):
             petune.attach(model, method)
+    with pytest.warns(UserWarning, match=r"layer\.0 .* numbers its tokens"):  # without numbers it cannot be seen
+        petune.attach(model.to("meta"), "vpt")
 
 
 @pytest.mark.parametrize("verb", ["before", "after"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Sites
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+NUMBERING = {"arange", "linspace"}
 NUM_IMAGES = 2
 """Blocks are compared for more than one image, so that prompts of one that reach another are seen."""
 MAX_ERROR = 1e-5
@@ -108,6 +110,12 @@ class PromptCheck:
         if not outputs_agree(logits_of(before), logits_of(output), dtypes):
             reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
             raise prompts_refused(block, self.sites, reason)
+        if block is self.sites.blocks[0] and logits_of(output).is_meta and hidden[slot].numbers_tokens:
+            warnings.warn(
+                f"{block.path} of {self.sites.model} numbers its tokens. Whether prompts shift these positions is seen "
+                "with weights only; if they do, a run refuses the method",
+                stacklevel=2,
+            )
         if blocks[-1] is self.sites.blocks[-1]:
             self._calls = {}  # activations are not kept longer than needed
 
@@ -182,16 +190,19 @@ class HiddenPrompts(TorchFunctionMode):
 
     Attributes:
         num_attentions: Number of attentions that had prompts to hide.
+        numbers_tokens: True if something was numbered during it, as positions of tokens are.
     """
 
     def __init__(self, slot: PromptSlot) -> None:
         super().__init__()
         self.slot = slot
         self.num_attentions = 0
+        self.numbers_tokens = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        self.numbers_tokens |= name in NUMBERING
         if name == "scaled_dot_product_attention":
             kwargs = self._mask_sdpa(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs)
             args = ()
