@@ -2,6 +2,7 @@
 
     python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
     python benchmarks/backbones.py --only beit      # some families; the other rows stay as they are
+    python benchmarks/backbones.py --coverage       # sort all models of transformers; writes results/transformers.json
     python benchmarks/backbones.py --all            # find the sites of every timm variant, on the meta device; writes
                                                     # results/variants.json
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from survey.coverage import packages_of, sort_models
 from survey.found_once import found_once
 from survey.models import FAMILIES, build, example_of
 from survey.pairs import METHODS, enliven, examine
@@ -29,6 +32,7 @@ import petune
 
 HERE = Path(__file__).resolve().parent
 RESULTS, VARIANTS = HERE / "results" / "backbones.json", HERE / "results" / "variants.json"
+COVERAGE = HERE / "results" / "transformers.json"
 PAGE = HERE.parent / "docs" / "backbones.md"
 
 
@@ -38,11 +42,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="parts of families' names")
     parser.add_argument("--methods", nargs="*", default=METHODS, metavar="METHOD")
     parser.add_argument("--all", action="store_true", help="walk every timm variant instead")
+    parser.add_argument("--coverage", action="store_true", help="sort all models of transformers that take pixels")
     parser.add_argument("--page", action="store_true", help="write the page again from the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.all:
         VARIANTS.write_text(json.dumps(walk(), indent=1) + "\n")
+        write({})
+    elif args.coverage:
+        kinds = sort_models(packages_of(json.loads(RESULTS.read_text())))
+        COVERAGE.write_text(json.dumps({"transformers": transformers.__version__, "kinds": kinds}, indent=1) + "\n")
         write({})
     elif args.page:
         write({})
@@ -62,7 +71,7 @@ def write(results: dict[str, object]) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     merged = {family: {**known, **results}[family] for family in FAMILIES if family in {**known, **results}}
     RESULTS.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page(merged, FAMILIES, json.loads(VARIANTS.read_text())))
+    PAGE.write_text(page(merged, FAMILIES, json.loads(VARIANTS.read_text()), json.loads(COVERAGE.read_text())))
 
 
 def survey(family: str, names: Iterable[str]) -> dict[str, Any]:

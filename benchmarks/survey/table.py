@@ -61,13 +61,14 @@ TAKES = """\
 """
 
 
-def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, Any]) -> str:
+def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, Any], coverage: dict[str, Any]) -> str:
     """Return the whole page.
 
     Args:
         results: A row per surveyed family, as in results/backbones.json.
         families: All families that there should be; those without results are listed.
         variants: What `variants.walk` returned.
+        coverage: What `coverage.sort_models` returned, and the version of transformers.
     """
     methods = max((list(result["methods"]) for result in results.values()), key=len)
     notes: dict[str, int] = {}
@@ -82,7 +83,34 @@ def page(results: dict[str, Any], families: Iterable[str], variants: dict[str, A
     missing = "; ".join(f for f in in_order(families) if f not in results).replace(LIBRARIES["transformers"], "")
     not_surveyed = [f"Not surveyed yet, or not settled, all of transformers: {missing}.", ""] if missing else []
     body = [f"{len(results)} models: {total}.", "", *not_surveyed, *tables, "", "### Reasons", "", *reasons, ""]
-    return HEAD + "\n".join([*body, *_every_variant(variants)])
+    return HEAD + "\n".join([*body, *_every_variant(variants), *_every_model(coverage)])
+
+
+def _every_model(coverage: dict[str, Any]) -> list[str]:
+    """Return a section about all models of transformers that take pixels."""
+    kinds = coverage["kinds"]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kinds["other"].items():
+        reasons.setdefault(reason or "not surveyed yet", []).append(f"`{name}`")
+    same = ", ".join(f"`{name}` ({twins})" for name, twins in kinds["same"].items())
+    return [
+        "## Every model of transformers that takes pixels",
+        "",
+        f"The modeling code of {sum(map(len, kinds.values()))} packages of transformers {coverage['transformers']} takes "
+        "pixels. `python benchmarks/backbones.py --coverage` reads all of it and sorts them:",
+        "",
+        f"- {len(kinds['surveyed'])} have rows above: {_names(kinds['surveyed'])}.",
+        f"- {len(kinds['same'])} have attention with the code of models that have a row: {same}.",
+        f"- {len(kinds['composed'])} have no attention for pixels of their own. They build their towers from a "
+        f"config, whose rows hold for them, or give patches to a language model: {_names(kinds['composed'])}.",
+        f"- {len(kinds['none'])} have no attention: {_names(kinds['none'])}.",
+        *(f"- {reason}: {', '.join(names)}." for reason, names in reasons.items()),
+        "",
+    ]
+
+
+def _names(packages: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in packages)
 
 
 def _every_variant(variants: dict[str, Any]) -> list[str]:

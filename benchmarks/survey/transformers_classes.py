@@ -34,16 +34,17 @@ class ByClass:
 
 def build_by_class(entry: ByClass) -> nn.Module:
     """Return the model with random weights."""
-    config = _find(entry.config)(**{key: _nested(value) for key, value in entry.options.items()})
-    model: nn.Module = _find(entry.model)(config)
+    config = find_class(entry.config)(**{key: _nested(value) for key, value in entry.options.items()})
+    model: nn.Module = find_class(entry.model)(config)
     return model
 
 
 def _nested(value: Any) -> Any:
-    return _find(value[0])(**value[1]) if isinstance(value, tuple) and isinstance(value[0], str) else value
+    return find_class(value[0])(**value[1]) if isinstance(value, tuple) and isinstance(value[0], str) else value
 
 
-def _find(name: str) -> Any:
+def find_class(name: str) -> Any:
+    """Return a class of transformers, by its name or by `module.Class` below `transformers.models`."""
     import importlib
 
     import transformers

@@ -12,6 +12,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from petune.adapters.migrations import FORMAT
+from petune.base.errors import CheckpointError
 
 OWN_TYPE = "PETUNE"
 """The `peft_type` of an adapter that a tuner of petune's made."""
@@ -54,12 +55,21 @@ def from_peft(peft_config: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         peft_config: The content of its `adapter_config.json`.
+
+    Raises:
+        CheckpointError: PEFT refuses a file from this version of it. Where it computes something else than that version
+            did, it warns (OFT from before 0.18).
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = str(peft_config["peft_type"])
     config_class: Any = {str(k.value): c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(kind)
     known = {f.name: f for f in fields(config_class)} if config_class is not None else {}
+    if config_class is not None:
+        try:
+            config_class.check_kwargs(**peft_config)
+        except ValueError as error:
+            raise CheckpointError(f"PEFT refuses this adapter: {error}") from error
     skipped = NOT_OPTIONS | WITHOUT_EFFECT.get(kind, set())
     options = {
         key: value

@@ -36,7 +36,12 @@ def by_config_key(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frames_key(config: Any) -> str | None:
-    """Return the name of the number of frames in a config; None if it is of a model of images."""
+    """Return the name of the number of frames in a config; None if it is of a model of images.
+
+    Perceiver's config has a number of frames for other uses of it, but no size of patches.
+    """
+    if not hasattr(config, "patch_size") and not hasattr(config, "tubelet_size"):
+        return None
     return next((key for key in FRAMES if hasattr(config, key)), None)
 
 

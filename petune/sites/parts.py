@@ -258,7 +258,8 @@ def _comes_next(trace: Trace, add: Addition, call: Call) -> bool:
 def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
     """Return the call whose output is added directly to the stream: a block that is not one module ends there.
 
-    A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block.
+    A module that is called elsewhere too, as an idle drop path often is, cannot be the end of one block. Neither can a
+    module with matrices after the MLP: its own branch is added, as that of a cross-attention between the two.
     """
     stream = mid.input
     addition = None if stream is None else addition_to(trace, stream, mlp.last.stop)
@@ -268,7 +269,8 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
     addends = [x for x in addition.operands if not any(x is form for form in forms)]
     makers = [c for c in trace.calls if any(c.output is x for x in addends)]
     once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]
-    return max(once, key=lambda c: c.stop, default=None)
+    own = [c for c in once if c.start < mlp.last.stop or not _num_matrices(c)]
+    return max(own, key=lambda c: c.stop, default=None)
 
 
 def _num_matrices(call: Call) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import petune
 from petune.backbones.create import Backbone, create_backbone, input_frames, input_side
+from petune.backbones.transformers_videos import frames_key
 from petune.base.errors import AttachError, ConfigError, UsageError, WeightsUnavailable
 from tests.sampling import sampled
 
@@ -164,6 +165,12 @@ def test_channels_are_put_first_where_the_model_wants_them() -> None:
     assert len(petune.attach(model, "adaptformer", train_head=False).sites.blocks) == 1
     with torch.no_grad():
         assert not torch.equal(model(torch.eye(3)[None, ..., None, None].repeat(1, 1, 1, 8, 8)), torch.zeros(1, 3))
+
+
+def test_a_number_of_frames_alone_makes_no_video_model() -> None:
+    """Perceiver's config has one for its model of videos with sound, and builds a classifier of images."""
+    assert frames_key(transformers.PerceiverConfig()) is None
+    assert all(frames_key(config()) for config in CONFIGS.values())
 
 
 def test_models_that_take_no_clips_are_refused() -> None:

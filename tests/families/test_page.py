@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from survey.coverage import packages_of, sort_models
 from survey.models import FAMILIES, build
 from survey.pairs import METHODS, enliven, examine
 from survey.residual_stream import unproven_mids
@@ -17,6 +19,7 @@ import petune
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS: dict[str, Any] = json.loads((ROOT / "benchmarks/results/backbones.json").read_text())
+COVERAGE: dict[str, Any] = json.loads((ROOT / "benchmarks/results/transformers.json").read_text())
 VARIANTS: dict[str, Any] = json.loads((ROOT / "benchmarks/results/variants.json").read_text())
 EXAMPLES = [
     "swin_transformer",
@@ -28,7 +31,14 @@ EXAMPLES = [
 
 
 def test_the_page_matches_the_results() -> None:
-    assert (ROOT / "docs/backbones.md").read_text() == page(RESULTS, FAMILIES, VARIANTS)
+    assert (ROOT / "docs/backbones.md").read_text() == page(RESULTS, FAMILIES, VARIANTS, COVERAGE)
+
+
+@pytest.mark.exhaustive
+def test_no_model_of_transformers_that_takes_pixels_is_missing() -> None:
+    """Those without a row have the code of one that has, build towers from a config, or are named with a reason."""
+    if transformers.__version__ == COVERAGE["transformers"]:
+        assert sort_models(packages_of(RESULTS)) == COVERAGE["kinds"]
 
 
 def test_rows_are_families_and_columns_methods() -> None:

@@ -93,6 +93,15 @@ def test_empty_options_of_a_file_of_peft_are_kept_where_the_default_is_another()
     assert options == {"type": "lora", "target_modules": ["qkv"]}
 
 
+def test_files_of_old_versions_of_peft_are_loaded_with_its_own_warning_or_refused() -> None:
+    """PEFT changed the last term of OFT's Cayley series in 0.18, and the layout of OFT's file in 0.14."""
+    old = {"peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": True, "r": 0}
+    with pytest.warns(UserWarning, match="PEFT 0"):
+        assert from_peft(old)["config"]["type"] == "oft"
+    with pytest.raises(petune.CheckpointError, match="PEFT 0"):
+        from_peft({"peft_type": "OFT", "r": 8})
+
+
 @pytest.mark.parametrize("kind", sampled(TYPES, CONTRACT.__contains__))
 def test_merged_models_compute_the_same(kind: str) -> None:
     att = randomized(petune.attach(model(), f"peft:{kind}"))
