@@ -139,7 +139,11 @@ def _properties(model: nn.Module, att: petune.Attachment) -> list[Property[Trial
     two = logits(model, spec.noise(2))
     alone = logits(model, spec.select(spec.noise(2), [0]))
     related = len(two) != 2 * len(alone) or not torch.allclose(two[: len(alone)], alone, atol=1e-3)
-    properties = [prop for prop in PROPERTIES if not (related and prop.name == "independent images")]
+    skipped = {"independent images"} if related else set()
+    frozen = logits(copy.deepcopy(model).requires_grad_(False), spec.noise(2))
+    if not torch.equal(frozen, two):  # torch multiplies frozen matrices in another way where tokens are not contiguous
+        skipped.add("disabled output")
+    properties = [prop for prop in PROPERTIES if prop.name not in skipped]
     if _has_idle_layers(copy.deepcopy(model), spec.noise(2)):
         trained = Property[Trial]("gradients", "the model trains", lambda trial: trial.train() and "")
         properties = [trained if prop.name == "gradients" else prop for prop in properties]

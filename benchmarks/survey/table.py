@@ -96,8 +96,8 @@ def _every_model(coverage: dict[str, Any]) -> list[str]:
     return [
         "## Every model of transformers that takes pixels",
         "",
-        f"The modeling code of {sum(map(len, kinds.values()))} packages of transformers {coverage['transformers']} takes "
-        "pixels. `python benchmarks/backbones.py --coverage` reads all of it and sorts them:",
+        f"{sum(map(len, kinds.values()))} packages of transformers {coverage['transformers']} take pixels. "
+        "`python benchmarks/backbones.py --coverage` reads their code and sorts them:",
         "",
         f"- {len(kinds['surveyed'])} have rows above: {_names(kinds['surveyed'])}.",
         f"- {len(kinds['same'])} have attention with the code of models that have a row: {same}.",

@@ -48,6 +48,7 @@ _RT_DETR = {
     "hidden_expansion": 0.5,
     "num_labels": 3,
     "eval_size": None,
+    "initializer_range": 0.2,  # or all proposals score nearly the same, and rounding chooses among them
 }
 _WINDOWED_DETR = {
     "d_model": 32,
