@@ -39,6 +39,6 @@ def found_once(model: nn.Module, sites: petune.Sites) -> Iterator[None]:
 
     with (
         mock.patch("petune.injector.attach.find_sites", find_sites),
-        mock.patch("petune.injector.load.sites_for", sites_for),
+        mock.patch("petune.injector.saved_sites.sites_for", sites_for),
     ):
         yield

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
+from petune.sites.forward import meta_output, tensors_in
 from petune.sites.named_heads import classifiers_of
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites, is_within, modules_of
@@ -16,9 +17,9 @@ from petune.sites.used_parameters import parameters_after
 def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     """Return paths of modules, and keys of single parameters, that act after the blocks and are in no head.
 
-    Only for models that return logits of an image. Also named is what only the output in train mode depends on, such as
-    the exits of a model with early exits. A norm of tokens counts as the backbone's, and so do layers inside the module
-    that holds all blocks.
+    Only for models that return logits of an image, or name their classifiers. Also named is what only the output in
+    train mode depends on, such as the exits of a model with early exits. A norm of tokens counts as the backbone's, and
+    so do layers inside the module that holds all blocks.
 
     Returns:
         Empty if it cannot be known.
@@ -36,10 +37,19 @@ def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     if not {id(p) for p in idle} <= known or not after:  # they may act in train mode
         after += parameters_after(model, spec, enters, training=True)[0]
     others = {id(p) for p in after} - known
-    if not others or not _predicts_classes(model, sites):
+    if not others or (classifiers_of(model) is None and not _predicts_classes(model, sites)):
         return []
     others -= {id(p) for norm in _norms_of_tokens(model, sites, others) for p in norm.parameters()}
     return list(_largest(model, "", others))
+
+
+def returns_several(model: nn.Module, sites: Sites) -> bool:
+    """Return whether the model returns more than one tensor; False if it does not run on the meta device."""
+    try:
+        outputs = tensors_in(meta_output(model, sites.input_spec, 2))
+        return sum(y.is_floating_point() for y in outputs) > 1
+    except Exception:  # see `petune.sites.forward.dry_forward`
+        return False
 
 
 def _predicts_classes(model: nn.Module, sites: Sites) -> bool:

@@ -168,14 +168,23 @@ def test_what_acts_after_the_blocks_in_no_head_is_named() -> None:
 
 def test_a_predictor_that_get_classifier_forgets_is_named() -> None:
     class Boxes(Frozen):
-        def get_classifier(self) -> tuple[nn.Module, ...]:
-            return self.h, self.more
+        named = ("h", "more")
+
+        def get_classifier(self) -> Any:
+            named = tuple(getattr(self, name) for name in self.named)
+            return named if len(named) > 1 else named[0]
 
         def forward(self, x_BCHW: Tensor) -> Any:
             y_BND = self.norm(self.blocks(self.stem(x_BCHW).flatten(2).mT))
             return self.h(y_BND[:, 0]), self.more(y_BND[:, 1]), self.box(y_BND[:, 2])
 
-    model = Boxes("plain")
-    model.more, model.box = nn.Linear(8, 3), nn.Linear(8, 4)
-    with pytest.warns(UserWarning, match="stay frozen .* box"):
-        petune.attach(model, "bitfit", input_size=(3, 32, 32))
+    class Tokens(Boxes):
+        def forward(self, x_BCHW: Tensor) -> Any:
+            y_BND = self.norm(self.blocks(self.stem(x_BCHW).flatten(2).mT))
+            return {"logits": self.h(y_BND), "more": self.more(y_BND), "boxes": self.box(y_BND)}
+
+    for kind, named in ((Boxes, ("h", "more")), (Boxes, ("h",)), (Tokens, ("h",))):
+        model = kind("plain")
+        model.named, model.more, model.box = named, nn.Linear(8, 3), nn.Linear(8, 4)
+        with pytest.warns(UserWarning, match="stay frozen .* box"):
+            petune.attach(model, "bitfit", input_size=(3, 32, 32))
