@@ -120,7 +120,7 @@ _PUBLIC = {
     "runner.compare_config": "CompareConfig",
     "runner.comparison": "Comparison",
     "runner.cross_validate": "CrossValidation cross_validate",
-    "runner.events": "RunStarted",
+    "runner.events": "RunEvent RunStarted",
     "runner.executors": "run_all",
     "runner.grid": "Grid compare_datasets",
     "runner.pretrain": "PretrainConfig pretrain",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.base.errors import UsageError
-from petune.cli.options import DryRun, Executor, Json, Seeds, Tracker
+from petune.cli.options import DryRun, Executor, Jobs, Json, Seeds, Tracker, executor_of
 from petune.cli.running import check_executor, check_tracker, resume_hint, watching
 from petune.cli.settings import Settings, configured
 from petune.cli.terminal import clean, print_data, print_json, print_status, print_table
@@ -53,6 +53,7 @@ def compare(
     dry_run: DryRun = False,
     tracker: Tracker = None,
     executor: Executor = "serial",
+    jobs: Jobs = None,
 ) -> None:
     """Train several methods under equal conditions and print one table, or a grid for several datasets.
 
@@ -66,6 +67,7 @@ def compare(
         values["datasets"] = dataset if len(dataset) > 1 else ()
     config = CompareConfig.build(values, settings.source).completed()
     check_tracker(tracker)
+    executor = executor_of(executor, jobs)
     check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run

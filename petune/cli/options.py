@@ -55,7 +55,13 @@ Executor = Annotated[
     typer.Option(
         "--executor",
         metavar="NAME",
-        help="Where to run: serial, ray, ray:cpus=2,gpus=0.5, ray://HOST:PORT or slurm.",
+        help="Where to run: serial, local:jobs=2, ray, ray:cpus=2,gpus=0.5, ray://HOST:PORT or slurm.",
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", metavar="NUMBER", min=1, help="Runs at the same time on this machine, which divide its cores."
     ),
 ]
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory or adapter directory.")]
@@ -83,3 +89,16 @@ def user_path(path: Path) -> Path:
         return expanded(path)
     except ValueError as error:
         raise UsageError(f"{error}; got {str(path)!r}") from None
+
+
+def executor_of(executor: str, jobs: int | None) -> str:
+    """Return the executor that --executor and --jobs name.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    if jobs is None:
+        return executor
+    if executor != "serial":
+        raise UsageError(f"--jobs is for runs on this machine, not for --executor {executor}. Leave one out")
+    return f"local:jobs={jobs}"

@@ -13,7 +13,7 @@ from petune.base.errors import Stopped, UsageError
 from petune.cli.progress import ProgressDisplay
 
 if TYPE_CHECKING:
-    from petune.runner.events import RunStarted
+    from petune.runner.events import RunEvent, RunStarted
     from petune.runner.run_config import RunConfig
     from petune.training.events import Event
 
@@ -89,7 +89,7 @@ def resume_hint(command: str, config: Path, *flags: str) -> Iterator[None]:
 
 
 @contextmanager
-def watching(tracker: str | None, output: Path) -> Iterator[Callable[[Event | RunStarted], None]]:
+def watching(tracker: str | None, output: Path) -> Iterator[Callable[[Event | RunStarted | RunEvent], None]]:
     """Show progress, and log to a tracker if one is named.
 
     Args:
@@ -106,7 +106,7 @@ def watching(tracker: str | None, output: Path) -> Iterator[Callable[[Event | Ru
     tracking = _Tracking(tracker, output) if tracker else None
     with ProgressDisplay() as progress:
 
-        def watch(event: Event | RunStarted) -> None:
+        def watch(event: Event | RunStarted | RunEvent) -> None:
             progress(event)
             if tracking is not None:
                 tracking(event)
@@ -154,14 +154,14 @@ class _Tracking:
         self._directory = output / name
         self._tracker = Tracker(name, self._directory)
 
-    def __call__(self, event: Event | RunStarted) -> None:
-        from petune.runner.events import RunStarted
+    def __call__(self, event: Event | RunStarted | RunEvent) -> None:
+        from petune.runner.events import RunEvent, RunStarted
         from petune.training.trackers import Tracker
 
         if isinstance(event, RunStarted):
             self.close()
             self._tracker = Tracker(self._name, self._directory / _file_name(f"{event.method}-seed{event.seed}"))
-        else:
+        elif not isinstance(event, RunEvent):  # a tracker follows one run at a time
             self._tracker(event)
 
     def close(self) -> None:

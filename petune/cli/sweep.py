@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from petune.base.errors import UsageError
-from petune.cli.options import DryRun, Executor, Json, Tracker
+from petune.cli.options import DryRun, Executor, Jobs, Json, Tracker, executor_of
 from petune.cli.running import RUNS, check_executor, check_tracker, resume_hint, watching
 from petune.cli.settings import Settings, configured
 from petune.cli.terminal import clean, print_json, print_status, print_table
@@ -62,6 +62,7 @@ def sweep(
     dry_run: DryRun = False,
     tracker: Tracker = None,
     executor: Executor = "serial",
+    jobs: Jobs = None,
 ) -> None:
     """Search options of a method and of the training.
 
@@ -78,6 +79,7 @@ def sweep(
     }
     config = SweepConfig.build(_values(settings, method, own), settings.source).completed()
     check_tracker(tracker)
+    executor = executor_of(executor, jobs)
     check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run

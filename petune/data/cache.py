@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -92,6 +92,16 @@ def cached_split(key: dict[str, Any], decode: Decode, crop: float = 1.0, fallbac
 
 
 def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split:
+    split = _read(path, crop)
+    if split is None:
+        with _alone(path):
+            split = _read_or_write(path, key, allocator, crop)
+    if split is None:
+        raise DataError(f"cannot read back the cache {path} that was just written; {USE_ANOTHER_CACHE}")
+    return split
+
+
+def _read_or_write(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float) -> Split | None:
     existed = path.exists()
     split = _read(path, crop)
     if split is None:
@@ -99,9 +109,21 @@ def _cached(path: Path, key: dict[str, Any], allocator: _Allocator, crop: float)
             shutil.rmtree(path, ignore_errors=True)
         _write(path, key, allocator)
         split = _read(path, crop)
-    if split is None:
-        raise DataError(f"cannot read back the cache {path} that was just written; {USE_ANOTHER_CACHE}")
     return split
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process decodes the same images, and keep others from it; without locks, do neither."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # Windows, a file system without locks
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.with_name(f"{LOCK_FILE}-{path.name}")
+            fcntl.flock(stack.enter_context(file.open("a")), fcntl.LOCK_EX)
+            stack.callback(file.unlink, missing_ok=True)  # who waits for it finds the images
+        yield
 
 
 @dataclass(frozen=True)

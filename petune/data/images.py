@@ -42,6 +42,8 @@ UNSUPPORTED_SUFFIXES = frozenset(
 CHUNK = 32
 FILE_BUFFER = 1 << 20
 """Bytes that are read at once: most files whole. In steps of 8 kB, Python's default, a JPEG takes 3 to 13 % longer."""
+MAX_THREADS = 16
+_LIMIT = [MAX_THREADS]
 FORMATS_WITH_16_BIT = {"PNG", "PPM"}  # here mode "I" means 16 bit; in a TIFF it is 32 bit without a white point
 
 
@@ -77,9 +79,14 @@ def _has_heif() -> bool:
 
 
 def num_threads() -> int:
-    """Return how many threads prepare images: one per core, at most 16."""
+    """Return how many threads prepare images: one per core, at most 16, and at most `limit_threads`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return min(cores, _LIMIT[0])
+
+
+def limit_threads(count: int) -> None:
+    """Let at most `count` threads of this process prepare images, because other runs share the machine."""
+    _LIMIT[0] = min(count, MAX_THREADS)
 
 
 def decode_images(

@@ -17,8 +17,8 @@ from petune.runner.compare_config import MAY_GROW, CompareConfig
 from petune.runner.compare_differences import with_differences
 from petune.runner.comparison import Comparison, origins_of, summarize
 from petune.runner.directory_kind import check_kind
-from petune.runner.events import RunStarted, Watch
-from petune.runner.executors import Executor, Started, choose_executor
+from petune.runner.events import RunEvent, RunStarted, Watch
+from petune.runner.executors import Executor, FromRun, Started, choose_executor
 from petune.runner.file_names import COMPARE_PAGE, COMPARE_PLOT, COMPARE_TABLE, CONFIG_FILE
 from petune.runner.report.tables import seeds_by_method
 from petune.runner.result import RunResult
@@ -48,7 +48,7 @@ def compare(
 
     Args:
         config: The comparison; without it, `fields` are those of a CompareConfig.
-        executor: What does the runs, as `ray:cpus=2`; see `petune.runner.executors`.
+        executor: What does the runs, as `local:jobs=2` or `ray:cpus=2`; see `petune.runner.executors`.
         watch: Called with every run, step, epoch and note.
 
     Raises:
@@ -157,13 +157,16 @@ def _do_runs(runs: Sequence[RunConfig], executor: Executor, watch: Watch) -> tup
     results: dict[int, RunResult] = {}
     reasons: dict[str, str] = {}
 
-    def report(event: Event | Started) -> None:
+    def started(index: int) -> RunStarted:
+        run = runs[index]
+        done = run.output is not None and RunResult.exists(run.output)
+        return RunStarted(run.method, run.seed, index, len(runs), done)
+
+    def report(event: Event | Started | FromRun) -> None:
         if isinstance(event, Started):
-            run = runs[event.index]
-            done = run.output is not None and RunResult.exists(run.output)
-            watch(RunStarted(run.method, run.seed, event.index, len(runs), done))
+            watch(started(event.index))
         else:
-            watch(event)
+            watch(RunEvent(started(event.index), event.event) if isinstance(event, FromRun) else event)
 
     for index, outcome in executor(runs, lambda run: run.method not in reasons, report):
         run = runs[index]

@@ -25,5 +25,18 @@ class RunStarted:
     done: bool
 
 
-Watch = Callable[[Event | RunStarted], None]
+@dataclass(frozen=True)
+class RunEvent:
+    """Event of one of several runs that are done at the same time.
+
+    Attributes:
+        run: The run.
+        event: What happened in it.
+    """
+
+    run: RunStarted
+    event: Event
+
+
+Watch = Callable[[Event | RunStarted | RunEvent], None]
 """A function that receives every event."""

@@ -1,4 +1,4 @@
-"""Executors by name (`serial`, `ray:cpus=2,gpus=0.5`, `ray://head:10001`, `slurm:partition=gpu`), and many runs."""
+"""Executors by name (`serial`, `local:jobs=2`, `ray:cpus=2,gpus=0.5`, `slurm:partition=gpu`), and many runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from petune.injector.registry import parse_method
 from petune.runner.executors.executor import Executor, Outcome, Wanted, Watch, serial
 from petune.runner.run_config import RunConfig
 
-EXECUTORS = ("serial", "ray", "slurm")
+EXECUTORS = ("serial", "local", "ray", "slurm")
 
 
 def run_all(
@@ -71,6 +71,10 @@ def choose_executor(executor: str | Executor) -> Executor:
         return serial
     if num_processes() > 1:
         raise UsageError(f"the executor {executor} cannot be used with torchrun or accelerate launch. Use serial")
+    if name == "local":
+        from petune.runner.executors.local import LocalExecutor, LocalOptions
+
+        return LocalExecutor(LocalOptions.build(options, f"the executor {executor}"))
     if name == "ray" or name.startswith("ray://"):
         from petune.runner.executors.ray import RayExecutor, RayOptions
 

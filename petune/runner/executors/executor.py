@@ -60,8 +60,16 @@ class Started:
     index: int
 
 
+@dataclass(frozen=True)
+class FromRun:
+    """An event of the run at `index`, one of several that are done at the same time."""
+
+    index: int
+    event: Event
+
+
 Outcome = RunResult | Failure
-Watch = Callable[[Event | Started], None]
+Watch = Callable[[Event | Started | FromRun], None]
 Wanted = Callable[[RunConfig], bool]
 
 

@@ -13,7 +13,7 @@ from petune.base.config import Config
 from petune.base.errors import UsageError
 from petune.runner.executors.executor import RUN, Failure, Work, attempt
 from petune.runner.run_config import RunConfig
-from petune.training.events import Event
+from petune.training.events import Event, ignore
 
 FORWARDED = ("PETUNE_", "HF_", "TORCH_")
 """Prefixes of environment variables that workers get from here: where data and weights are."""
@@ -44,16 +44,22 @@ class WorkerJob:
         environment = {key: value for key, value in os.environ.items() if key.startswith(FORWARDED)}
         return cls(config.model_dump_json(), str(Path.cwd()), environment, threads, work)
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self, watch: Callable[[Event], None] = ignore) -> dict[str, Any]:
         """Do the run, or resume it from its checkpoint; return an answer for `read_answer`.
+
+        Args:
+            watch: Called with every event.
 
         Raises:
             Stopped: A signal arrived.
         """
         import torch
 
+        from petune.data.images import limit_threads
+
         os.environ.update(self.environment)
         torch.set_num_threads(self.threads)
+        limit_threads(self.threads)
         try:
             os.chdir(self.directory)
         except OSError as error:
@@ -61,7 +67,7 @@ class WorkerJob:
             return {"usage_error": f"{problem}. Start petune in a directory that all machines share"}
         config = RunConfig.model_validate_json(self.config)
         try:
-            outcome = attempt(config, _note_worker(config), self.work)
+            outcome = attempt(config, _note_worker(config, watch), self.work)
         except UsageError as error:
             return {"usage_error": str(error)}
         return {"failure": asdict(outcome)} if isinstance(outcome, Failure) else {}
@@ -83,12 +89,13 @@ def read_answer(answer: Mapping[str, Any], config: RunConfig, work: Work = RUN) 
     return result
 
 
-def _note_worker(config: RunConfig) -> Callable[[Event], None]:
+def _note_worker(config: RunConfig, also: Callable[[Event], None]) -> Callable[[Event], None]:
     """Return a function that writes at the first event which worker does the run: a line per attempt in notes.txt."""
     is_noted = False
 
     def watch(event: Event) -> None:
         nonlocal is_noted
+        also(event)
         if not is_noted and config.output is not None:
             is_noted = True
             with (config.output / NOTES_FILE).open("a") as file:

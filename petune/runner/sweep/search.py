@@ -12,8 +12,8 @@ from petune.backbones.create import check_weights
 from petune.base.arguments import check_watch
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
-from petune.runner.events import RunStarted, Watch
-from petune.runner.executors import Executor, Failure, Started, choose_executor, serial
+from petune.runner.events import RunEvent, RunStarted, Watch
+from petune.runner.executors import Executor, Failure, FromRun, Started, choose_executor, serial
 from petune.runner.file_names import SWEEP_TABLE
 from petune.runner.result import RunResult
 from petune.runner.run import run
@@ -181,13 +181,17 @@ class _Search:
         rows = [self.table.rows[number] for number in configs]
         total = max(num_trials(self.config.search, self.config.trials), len(self.table.rows))
 
-        def report(event: Event | Started) -> None:
+        def started(index: int) -> RunStarted:
+            row = rows[index]
+            return RunStarted(
+                f"trial {row.trial}: {_describe(row)}", self.config.run.seed, row.trial, total, done=False
+            )
+
+        def report(event: Event | Started | FromRun) -> None:
             if isinstance(event, Started):
-                row = rows[event.index]
-                name = f"trial {row.trial}: {_describe(row)}"
-                self.watch(RunStarted(name, self.config.run.seed, row.trial, total, done=False))
+                self.watch(started(event.index))
             else:
-                self.watch(event)
+                self.watch(RunEvent(started(event.index), event.event) if isinstance(event, FromRun) else event)
 
         if configs:
             for index, outcome in self.executor(list(configs.values()), lambda config: True, report, FIT):
@@ -218,9 +222,9 @@ class _Search:
         if self.executor is serial:
             return run(config, watch=self.watch)
 
-        def report(event: Event | Started) -> None:
+        def report(event: Event | Started | FromRun) -> None:
             if not isinstance(event, Started):
-                self.watch(event)
+                self.watch(event.event if isinstance(event, FromRun) else event)
 
         outcomes = [outcome for _, outcome in self.executor([config], lambda config: True, report)]
         if not outcomes:
