@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from petune.runner.compare_config import CompareConfig as CompareConfig
     from petune.runner.comparison import Comparison as Comparison
     from petune.runner.cross_validate import CrossValidation as CrossValidation, cross_validate as cross_validate
-    from petune.runner.events import RunStarted as RunStarted
+    from petune.runner.events import RunEvent as RunEvent, RunStarted as RunStarted
     from petune.runner.executors import run_all as run_all
     from petune.runner.grid import Grid as Grid, compare_datasets as compare_datasets
     from petune.runner.pretrain import PretrainConfig as PretrainConfig, pretrain as pretrain

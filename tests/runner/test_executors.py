@@ -139,7 +139,9 @@ def test_a_method_that_cannot_be_built_is_refused_before_anything_trains(tmp_pat
 def test_something_that_is_no_executor_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for function, more in ((petune.compare, {"methods": ("linear",)}), (petune.sweep, {"search": {"train.lr": [0.1]}})):
         wrong: Any = {"executor": 3, "output": tmp_path / "c", "run": PLAIN, **more}
-        with pytest.raises(UsageError, match="executor must be serial, ray, slurm or a function like them, not 3"):
+        with pytest.raises(
+            UsageError, match="executor must be serial, local, ray, slurm or a function like them, not 3"
+        ):
             function(**wrong)
     assert not (tmp_path / "c").exists()
 

@@ -67,7 +67,8 @@ class Process:
             start_new_session=True,  # Ctrl-C reaches the process that started this one, which closes its stdin
         )
         self._received = received
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def start(self, index: int, job: WorkerJob) -> None:
         """Start a run."""
@@ -83,6 +84,16 @@ class Process:
     def peak_memory(self) -> float:
         """Return the most bytes that it has had; 0 where it is not known."""
         return peak_memory(self.popen.pid)
+
+    def end(self) -> None:
+        """Kill the process if it still runs, and close its files."""
+        self.popen.kill()
+        self.popen.wait()
+        self._reader.join()
+        for file in (self.popen.stdout, self.printed):
+            if file is not None:
+                file.close()
+        self.close()
 
     def death(self) -> Failure:
         """Return why it ended in the middle of a run."""
@@ -125,13 +136,11 @@ class Processes:
     def __exit__(self, *exc: object) -> None:
         self.stop()
         for process in self.all:
-            process.popen.kill()
-            process.popen.wait()
-            process.printed.close()
+            process.end()
 
     @property
     def busy(self) -> list[Process]:
-        """Those that do a run."""
+        """The processes that do a run."""
         return [process for process in self.all if process.index is not None]
 
     def idle(self) -> Process | None:
@@ -150,6 +159,7 @@ class Processes:
             if message is None:
                 self.all[self.all.index(process)] = Process(self.threads, self.received)
                 content: dict[str, Any] | Failure = process.death()
+                process.end()
             elif isinstance(message, dict):
                 process.index, content = None, message
             else:
