@@ -19,7 +19,7 @@ import hatch_build
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = {
-    "data", "demo", "dev", "docs", "mlflow", "onnx", "ray", "slurm", "sweep", "tensorboard", "trackio",
+    "data", "demo", "dev", "docs", "mlflow", "onnx", "quantized", "ray", "slurm", "sweep", "tensorboard", "trackio",
     "transformers", "video", "wandb",
 }  # fmt: skip
 

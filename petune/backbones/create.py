@@ -18,6 +18,7 @@ from petune.backbones.input_channels import channel_settings, set_input_channels
 from petune.backbones.input_size import backbone_sites, square_input
 from petune.backbones.names import ALIASES, HUB, Alias, calls_user_code, is_other_library, resolve_name
 from petune.backbones.other_libraries import build_other_library
+from petune.backbones.quantize import BasePrecision, quantize_backbone
 from petune.backbones.timm_models import (
     Statistics,
     build_timm,
@@ -96,6 +97,7 @@ def create_backbone(
     channels: int | None = None,
     num_frames: int | None = None,
     stay_in_file: bool = False,
+    base_precision: BasePrecision = "auto",
 ) -> Backbone:
     """Build a backbone.
 
@@ -117,9 +119,11 @@ def create_backbone(
         keep_head_of: Load the file's head as well, if it was trained on exactly these classes.
         stay_in_file: Leave matrices in a float32 safetensors file, where that is possible, until they are used; see
             `petune.sites.file_values`.
+        base_precision: Number format that the weights of linear layers are stored in; see `quantize_backbone`.
 
     Raises:
         UnknownName: There is no such short name or timm model.
+        MissingExtra: The number format needs a package that is not installed.
         WeightsUnavailable: The weights are neither cached nor downloadable.
         ConfigError: The model does not accept these options.
     """
@@ -133,6 +137,8 @@ def create_backbone(
     source = _weights_source(name, alias, weights)
     file = None if source in {"none", HUB} else read_weights(Path(source))
     outputs = (initial_classes or num_classes) if source == "none" else num_classes
+
+    stay_in_file = stay_in_file or base_precision != "auto"  # until they are quantized, one by one
 
     def build() -> nn.Module:
         with _seeded(seed):
@@ -160,6 +166,7 @@ def create_backbone(
         model, sites, clip_form = complete(build() if empty is None else empty)
     except NotOnMeta:
         model, sites, clip_form = complete(build())
+    quantize_backbone(model, base_precision, sites.parts.get("head"))
     num_frames = settings.get("num_frames") or frames_of(model)
     statistics = pretrained_statistics(model) if source == HUB else None
     if file is not None:

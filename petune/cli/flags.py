@@ -83,6 +83,7 @@ FLAGS = (
     Flag("patch-size", int, "Patch size in pixels.", "the backbone's"),
     Flag("head", str, "Classifier; bn_linear puts a BatchNorm before the linear layer.", "linear", "linear|bn_linear"),
     Flag("drop-path", float, "Drop path rate of the backbone, for every method alike.", "0.0"),
+    Flag("base-precision", str, "Store frozen weights in fewer bits, for very large models.", "auto", "auto|int8|nf4"),
     _train("epochs", int, "Number of epochs.", "10"),
     _train("batch-size", int, "Batch size.", "128"),
     _train("lr", float, "Peak learning rate; not scaled with the batch size.", RECIPE),

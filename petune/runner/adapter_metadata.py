@@ -98,6 +98,7 @@ def _describe_backbone(
         "patch_size": config.patch_size,
         "options": config.backbone_options,
         "head": config.head,
+        **({"base_precision": config.base_precision} if config.base_precision != "auto" else {}),
         **({"channels": channels} if channels is not None else {}),
         **({"num_frames": backbone.num_frames} if backbone.num_frames is not None else {}),
     }

@@ -160,7 +160,8 @@ def _recorded_backbone(saved: SavedAdapter) -> dict[str, Any]:
     recorded = saved.config["metadata"]["backbone"]
     try:
         weights = recorded.get("weights_option", "default")
-        return {key: recorded[name] for key, name in RECORDED_KEYS.items()} | {"weights": weights}
+        added = {"weights": weights, "base_precision": recorded.get("base_precision", "auto")}
+        return {key: recorded[name] for key, name in RECORDED_KEYS.items()} | added
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{saved.path} does not record how its backbone was built: {error!r}") from None
 

@@ -248,6 +248,7 @@ def prepare_backbone(
         channels=channels,
         num_frames=num_frames,
         stay_in_file=stay_in_file,
+        base_precision=config.base_precision,
     )
     return with_head_of(task, backbone, initial.seed)
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from petune.backbones.drop_rates import drop_path_key, drop_rates
 from petune.backbones.head import HeadKind
+from petune.backbones.quantize import BasePrecision
 from petune.base.config import Config, UserPath
 from petune.base.errors import ConfigError
 from petune.data import OnBroken
@@ -29,6 +30,9 @@ class RunConfig(Config):
         drop_path: Rate of drop path (stochastic depth) in the backbone's last block while training; it rises from 0 in
             the first. Papers train adapters with 0 to 0.1. Drop path and dropout of the backbone act in frozen blocks,
             too, for every method alike, if this or a drop rate in `backbone_options` is set, and else for none.
+        base_precision: Number format in which the weights of the backbone's linear layers are stored: `int8` (torchao)
+            and `nf4` (bitsandbytes) quantize them, for models that would not fit otherwise. The adapter belongs to the
+            quantized backbone. `auto` keeps the values of the weights.
         recipe: Fills in learning rate, weight decay and optimizer where `train` leaves them open. `default` is the
             method's own; another one that the method has, such as AdaptFormer's `official`, may set epochs, warm-up and
             head, too.
@@ -67,6 +71,7 @@ class RunConfig(Config):
     backbone_options: dict[str, Any] = {}
     head: HeadKind = "linear"
     drop_path: float = Field(0.0, ge=0, lt=1)
+    base_precision: BasePrecision = "auto"
     on_broken: OnBroken = "error"
     task: str = "auto"
     cache_gb: float = Field(CACHE_GB, ge=0, le=1e6)

@@ -74,6 +74,7 @@ def rebuild_backbone(saved: SavedAdapter, weights: str | None = None, *, trust_r
         initial = InitialValues.of(saved)
         arguments: dict[str, Any] = {key: recorded[key] for key in ("image_size", "patch_size", "options", "head")}
         arguments |= {key: recorded.get(key) for key in ("channels", "num_frames")}
+        arguments |= {"base_precision": recorded.get("base_precision", "auto")}
         arguments |= {"seed": initial.seed, "initial_classes": initial.num_classes}
         name = recorded["name"]
         source = weights or recorded.get("weights_option", "default")

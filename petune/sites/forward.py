@@ -80,8 +80,14 @@ def meta_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                tensors[f"{path}.{name}" if path else name] = torch.empty_like(tensor, device="meta")
+                tensors[f"{path}.{name}" if path else name] = _like_on_meta(tensor)
     return tensors
+
+
+def _like_on_meta(tensor: Tensor) -> Tensor:
+    if type(tensor) in (Tensor, nn.Parameter):
+        return torch.empty_like(tensor, device="meta")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # a quantized weight counts as a plain one
 
 
 def _on_black_image(model: nn.Module, spec: InputSpec, watch: Watch) -> Any:

@@ -46,7 +46,8 @@ def store_in_bf16(
     """
     with read_layer_by_layer(model), _WeightUses() as uses:
         expected = sample_logits()
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype == torch.float32]
+    plain = [p for p in model.parameters() if type(p) is nn.Parameter]  # others are quantized
+    frozen = [p for p in plain if not p.requires_grad and p.dtype == torch.float32]
     usable = [p for p in frozen if id(p) in uses.cast and id(p) not in uses.read]
     chosen = [p for p in usable if file_slice_of(p) is None]
     mapped = {p: p.data for p in usable if file_slice_of(p) is not None}
