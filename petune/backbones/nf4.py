@@ -23,9 +23,9 @@ class NF4Weight(Tensor):
 
     @staticmethod
     def __new__(cls, packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> NF4Weight:
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.device)
         made.packed, made.absmax = packed, absmax
-        return made  # type: ignore[no-any-return]
+        return made
 
     packed: Tensor
     absmax: Tensor
@@ -52,7 +52,9 @@ class NF4Weight(Tensor):
         return NF4Weight(change(self.packed), change(self.absmax), self.shape, self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.alias.default):
@@ -61,8 +63,8 @@ class NF4Weight(Tensor):
             return args[0].moved(torch.clone)
         if func is aten._to_copy.default:
             device, dtype = kwargs.get("device"), kwargs.get("dtype") or args[0].dtype
-            parts = (part.to(device, copy=True) for part in (args[0].packed, args[0].absmax))
-            return NF4Weight(*parts, args[0].shape, dtype)
+            packed, absmax = (part.to(device, copy=True) for part in (args[0].packed, args[0].absmax))
+            return NF4Weight(packed, absmax, args[0].shape, dtype)
         plain = [a.dequantize() if isinstance(a, NF4Weight) else a for a in args]
         return func(*plain, **kwargs)
 

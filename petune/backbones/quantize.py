@@ -73,7 +73,7 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move or convert the layer; torch's own way fails on a quantized weight that something refers to weakly."""
-        weight = self.weight
+        weight: Any = self.weight
         if type(weight) is nn.Parameter:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
         self._parameters["weight"] = None
