@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import runpy
 import warnings
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from PIL import Image
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+import petune
+
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(file for file in FOLDER.glob("*.py") if file.stem != "serve")
 PRINTED = {
     "compare_methods": "adaptformer:bottleneck=16: ",
     "many_adapters": "birds: class ",
@@ -38,3 +46,25 @@ def test_an_example_runs(
         runpy.run_path(str(file), run_name="__main__")
     assert PRINTED[file.stem] in capsys.readouterr().out
     assert len(file.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_the_server_answers_requests(tmp_path: Path) -> None:
+    """The server itself runs in benchmarks/serve_load.py."""
+    pytest.importorskip("litserve")
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit").eval()
+    for name in ("served/pets", "cars"):
+        attachment = petune.attach(model, "adaptformer")
+        attachment.save(tmp_path / name)
+        attachment.detach()
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, "PNG")
+    image = base64.b64encode(file.getvalue()).decode()
+    api = runpy.run_path(str(FOLDER / "serve.py"))["AdapterAPI"](tmp_path / "served", "test_vit", pretrained=False)
+    api.setup("cpu")
+    asked = [{"adapter": "pets", "image": image}, {"load": str(tmp_path / "cars")}, {"adapter": "x", "image": image}]
+    pets, loaded, unknown = api.predict(asked)
+    assert len(pets["logits"]) == model.num_classes
+    assert loaded == {"adapters": ["pets", "cars"]}
+    assert "error" in unknown
+    assert api.predict([{"adapter": "cars", "image": image}])[0].keys() == {"class", "logits"}

@@ -58,7 +58,7 @@ def fingerprint(model: nn.Module, frozen: Mapping[str, Tensor], groups: Mapping[
         frozen: The tensors, by key in a fixed order.
         groups: See `digest`.
     """
-    states = [_state(tensor) for tensor in frozen.values()]
+    states = [tensor_state(tensor) for tensor in frozen.values()]
     own_groups = {key: groups[key] for key in frozen if key in groups}
     cached = _CACHE.setdefault(model, [])
     for known in cached:
@@ -170,7 +170,7 @@ def _values(key: str, tensor: Tensor) -> Tensor:
     return plain
 
 
-def _state(tensor: Tensor) -> Any:
+def tensor_state(tensor: Tensor) -> Any:
     """Return what changes with the tensor; None if PyTorch does not count writes to it."""
     part = file_slice_of(tensor)
     if part is not None:

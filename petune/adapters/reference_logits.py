@@ -30,6 +30,8 @@ MANTISSA_BITS_IN_HALF = 6
 
 bfloat16 has 8 bits, TF32 11 and float32 24.
 """
+BACKBONE_TOLERANCE = 2e-6
+"""Largest difference between features of one backbone, as a part of the largest one; otherwise the logits decide."""
 NUM_ROUNDINGS = 3
 """One rounding may happen to move neither of two logits."""
 FLOAT32_SHARE = 2.0**-9
@@ -80,6 +82,40 @@ def reference_logits(model: nn.Module, sites: Sites) -> dict[str, Any] | None:
         features = {"values": saved["features"], "tolerance": _with_digits(6, tolerances["features"])}
         reference["features"] = {**features, "shape": shape}
     return {**reference, "number_format": _number_format(model)}
+
+
+def backbone_features(model: nn.Module, sites: Sites) -> list[float] | None:
+    """Return the first values that enter the classifier for a synthetic image, with nothing enabled.
+
+    They tell whether adapters belong to one backbone that computes the same, without a forward: see `AdapterBank`.
+
+    Returns:
+        None if a value is not finite, or the classifier is not a single module that is called with a tensor.
+    """
+    head = sites.parts.get("head")
+    if head is None or not head.is_module:
+        return None
+    entered: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any) -> None:
+        entered.extend(x.detach() for x in args[:1] if isinstance(x, Tensor))
+
+    handle = head.enter.register_forward_pre_hook(keep)
+    try:
+        synthetic_logits(model, sites, 1)
+    finally:
+        handle.remove()
+    values = entered[0].flatten()[:NUM_LOGITS].double().cpu() if entered else torch.tensor([math.nan])
+    return [_with_digits(9, value) for value in values.tolist()] if bool(values.isfinite().all()) else None
+
+
+def have_same_features(features: Any, others: Any) -> bool:
+    """Return True if two results of `backbone_features` are of one backbone; False if that is not known."""
+    try:
+        x, y = (torch.tensor(values, dtype=torch.float64) for values in (features, others))
+    except (TypeError, ValueError, RuntimeError):  # an older file has none
+        return False
+    return x.shape == y.shape and float((x - y).abs().max()) <= BACKBONE_TOLERANCE * float(x.abs().max())
 
 
 def largest_difference(model: nn.Module, sites: Sites, saved: Mapping[str, Any]) -> Difference:

@@ -27,6 +27,7 @@ from petune.injector.keys import label_of, named_parameters, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import groups_by_part, undecayed_keys
+from petune.injector.recorded_outputs import recorded_outputs
 from petune.injector.registry import call_hook, list_tuners
 from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
@@ -260,8 +261,8 @@ class Attachment:
             self.tensors.check_left_head(self.name)
         warn_of_changed(self.model, self.sites)
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
-        further = {"reference_logits": self.reference_logits(), "metadata": dict(metadata or {})}
-        config = {**self.describe(), **further}
+        outputs = recorded_outputs(self.reference_logits(), self.model, self.sites, self.edit_log, self.disabled())
+        config = {**self.describe(), **outputs, "metadata": dict(metadata or {})}
         external = self.tuner.to_external(self.state())
         card = model_card(config, self.counts, is_peft=external is not None)
         write_adapter(expand_home(path), config, self.file_state(), card, external[0] if external else None)

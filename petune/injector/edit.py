@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from petune.injector.edit_log import EditLog, RowToggle
+from petune.injector.edit_log import ChangedLayer, EditLog
 from petune.injector.hooks.base import After, Before, Gather, Parallel, idempotent
 from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.layers import LayerFinder
@@ -226,21 +226,27 @@ class Edit:
         fn: Callable[[bool], None],
         *,
         check: Callable[[], object] | None = None,
-        rows: RowToggle | None = None,
+        layers: Mapping[nn.Module, Callable[[bool], object]] | None = None,
+        additions: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         """Call `fn(False)` when the attachment is disabled and `fn(True)` when it is enabled again.
 
         Args:
             fn: Switches off, and on again, what was changed by hand.
             check: Called before the attachment is enabled again; raises AttachError to forbid it.
-            rows: Restricts the change to some rows of a batch: `rows([0, 2], batch_size)`, and `rows(None,
-                batch_size)` for all rows. Without it, `AdapterBank` runs these rows in a separate forward pass.
+            layers: The layers that are changed, each with a switch for this layer alone: `AdapterBank` calls such a
+                layer once for the rows of each adapter. Empty if the change does not affect results. Without it,
+                `AdapterBank` runs these rows in a separate forward pass.
+            additions: For those of the layers whose change is only an addition: what maps the layer's input to what is
+                added to its output. `AdapterBank` then calls the layer once for all rows.
         """
         self._log.toggles.append(idempotent(fn, on=True))
         if check is not None:
             self._log.enable_checks.append(check)
-        if rows is not None:
-            self._log.row_toggles.append(rows)
+        if layers is None:
+            self._log.changes_all_rows = True
+        for layer, switch in (layers or {}).items():
+            self._log.changed_layers[layer] = ChangedLayer(switch, (additions or {}).get(layer))
 
     def on_merge(self, fn: Callable[[], object]) -> None:
         """Call `fn` on merge, to fold in what was changed by hand.

@@ -14,7 +14,6 @@ from petune.injector.hooks.base import After, Before, Holder
 from petune.sites.site import Site
 
 Toggle = Callable[[bool], object]
-RowToggle = Callable[[list[int] | None, int], object]
 
 
 class Placed(NamedTuple):
@@ -27,6 +26,18 @@ class Placed(NamedTuple):
 
     holder: Holder
     sites: tuple[Site, ...]
+
+
+class ChangedLayer(NamedTuple):
+    """A layer that was changed by hand.
+
+    Attributes:
+        switch: Switches the change in this layer off (False) and on (True).
+        addition: Maps the layer's input to what the change adds to its output; None if the change is more than that.
+    """
+
+    switch: Toggle
+    addition: Callable[[Tensor], Tensor] | None
 
 
 @dataclass
@@ -44,8 +55,8 @@ class EditLog:
         wrappers: Modules that the tuner put around the backbone's own; they go to train mode, those inside do not.
         toggles: Called with False when the attachment is disabled and with True when it is enabled again.
         enable_checks: Called before the attachment is enabled again; they raise AttachError to forbid it.
-        row_toggles: Called with (rows, batch size) to restrict an edit made by hand to some rows of a batch, and with
-            (None, batch size) to lift that.
+        changed_layers: Layers that were changed by hand and can be switched one by one.
+        changes_all_rows: True if something else was changed by hand, which affects every row of a batch.
         merges: Called on merge, to fold in an edit made by hand.
         undo_steps: Called on detach, the last one first.
     """
@@ -60,7 +71,8 @@ class EditLog:
     wrappers: list[nn.Module] = field(default_factory=list)
     toggles: list[Toggle] = field(default_factory=list)
     enable_checks: list[Callable[[], object]] = field(default_factory=list)
-    row_toggles: list[RowToggle] = field(default_factory=list)
+    changed_layers: dict[nn.Module, ChangedLayer] = field(default_factory=dict)
+    changes_all_rows: bool = False
     merges: list[Callable[[], object]] = field(default_factory=list)
     undo_steps: list[Callable[[], object]] = field(default_factory=list)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
-from petune.base.errors import AttachError, UsageError
+from petune.base.errors import AttachError, CheckpointError, UsageError
 from tests.several import X, logits, model
 
 METHODS = {
@@ -28,6 +30,9 @@ METHODS = {
     "houlsby": ("houlsby", 4, {}),
     "lst": ("lst", 3, {}),
     "ia3": ("peft:ia3", 4, {}),
+    "ia3b": ("peft:ia3", 2, {}),
+    "norm": ("norm", 2, {}),
+    "partial": ("partial", 3, {}),
 }
 
 
@@ -96,6 +101,7 @@ MIXES = [
     ("vpt", "vpt3", "shallow", None),
     ("pets", "lora", "houlsby", "probe", None),
     ("pets", "vpt", "lora", "bitfit", "lst", "ia3"),
+    ("norm", "ia3", "ia3b", "bitfit", "partial", "norm", "lora", None),
     tuple(METHODS),
 ]
 
@@ -123,7 +129,7 @@ def test_one_batch_for_many_tasks(saved: dict[str, Path], mix: tuple[str | None,
 @pytest.mark.parametrize(
     ("mix", "passes"),
     [(("pets", "cars", "lora", "lora2", "probe", "houlsby", None), 1), (("vpt", "vpt2", "pets"), 2),
-     (("vpt", "vpt3", "shallow", "bitfit", "lst", "ia3"), 6)],
+     (("vpt", "vpt3", "shallow", "bitfit", "lst", "ia3", "partial"), 4)],
 )  # fmt: skip
 def test_tasks_share_a_forward_where_they_can(saved: dict[str, Path], mix: tuple[str | None, ...], passes: int) -> None:
     bank = petune.AdapterBank(model())
@@ -177,6 +183,7 @@ def windowed(num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:ssf leaves")
 def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
     """A layer inside the attention has a row for each window, so its task cannot share a forward."""
     bank = petune.AdapterBank(windowed(3))
@@ -198,14 +205,67 @@ def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
     assert torch.equal(logits(bank.model, x), logits(windowed(3), x))
 
 
-def test_a_task_that_is_not_in_use_is_saved_as_trained(saved: dict[str, Path], tmp_path: Path) -> None:
-    built = model()
-    bank = petune.AdapterBank(built)
-    bank.load("bitfit", saved["bitfit"])
-    bank.adapters["bitfit"].attachment.save(tmp_path)
-    fresh = model(3)
-    petune.load(fresh, tmp_path)
-    assert torch.equal(logits(fresh), logits(single_task(saved["bitfit"], "bitfit")))
+def test_adapters_leave_memory_and_come_back(saved: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("pets", "cars", "bitfit"):
+        shutil.copytree(saved[name], tmp_path / name)
+    kept = petune.AdapterBank(model())
+    everything = sum(kept.load(name, tmp_path / name).num_bytes for name in ("pets", "cars", "bitfit"))
+    assert kept.num_bytes == everything
+    bank = petune.AdapterBank(model(), max_memory=everything // 2)
+    for name in ("pets", "cars", "bitfit"):
+        bank.load(name, tmp_path / name)
+    names = ["pets", "bitfit", None, "cars", "pets", "pets"]
+    for mix in (names, names[::-1], ["cars"] * 6):
+        assert bank.num_bytes < everything
+        with torch.no_grad():
+            torch.testing.assert_close(bank(X[:6], mix), kept(X[:6], mix), atol=1e-6, rtol=1e-5)
+    bank.use("cars")
+    shutil.copytree(saved["lora"], tmp_path / "pets", dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        bank(X[:1], ["pets"])
+    assert torch.equal(logits(bank.model), logits(kept.use("cars")))
+
+
+def test_a_second_adapter_of_a_kind_runs_no_forward(saved: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved["pets"], tmp_path / "damaged")
+    content = bytearray((tmp_path / "damaged/adapter_model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "damaged/adapter_model.safetensors").write_bytes(content)
+    bank = petune.AdapterBank(model())
+    bank.load("a", saved["pets"])
+    calls: list[int] = []
+    bank.model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    bank.load("b", saved["pets"])
+    with pytest.raises(CheckpointError):
+        bank.load("c", tmp_path / "damaged")
+    assert not calls
+    assert [*bank.adapters] == ["a", "b"]
+    nn.init.normal_(bank.model.blocks[0].attn.qkv.weight)
+    with pytest.raises(petune.PetuneError, match="other weights"):
+        bank.load("c", saved["pets"])
+
+
+def test_many_threads_use_one_bank(saved: dict[str, Path]) -> None:
+    bank = petune.AdapterBank(model(), max_memory=30_000)
+    names = ["pets", "cars", "bitfit", "lora"]
+    for name in names:
+        bank.load(name, saved[name])
+    rows = [*names, None]
+    with torch.no_grad():
+        expected = dict(zip(rows, bank(X[:1].expand(5, -1, -1, -1), rows), strict=True))
+
+    def ask(worker: int) -> None:
+        for step in range(6):
+            mix = [rows[(worker + step + i) % 5] for i in range(3)]
+            with torch.no_grad():
+                for name, row in zip(mix, bank(X[:1].expand(3, -1, -1, -1), mix), strict=True):
+                    torch.testing.assert_close(row, expected[name], atol=1e-6, rtol=1e-5)
+            bank.load(f"{worker} {step}", saved["pets" if step % 2 else "norm"])
+            bank.remove(f"{worker} {step}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ask, range(4)))
+    assert [*bank.adapters] == names
 
 
 class Logarithms(nn.Module):

@@ -62,7 +62,7 @@ def _keep_from_fused_kernel(edit: petune.Edit, layer: nn.Module) -> None:
             handles.pop().remove()
 
     toggle(True)
-    edit.on_toggle(toggle)
+    edit.on_toggle(toggle, layers={})
     edit.on_detach(lambda: toggle(False))
 
 

@@ -40,6 +40,12 @@ def set_active(layer: Any, names: set[str]) -> None:
     layer._disable_adapters = not names
 
 
+def set_adapter_active(layer: Any, name: str, on: bool) -> None:
+    """Let an adapter of a layer take effect, or not; the layer's others stay as they are."""
+    active = active_adapters(layer)
+    set_active(layer, active | {name} if on else active - {name})
+
+
 def make_constants_buffers(layer: Any) -> None:
     """Turn constants that PEFT holds as frozen parameters (AdaLoRA's ranknum) into buffers."""
     from peft.tuners._buffer_dict import BufferDict

@@ -64,13 +64,19 @@ def _tensors_that_peft_saves(wrapped: WrappedLayers, own: set[int]) -> dict[str,
     named = (*shell.named_parameters(remove_duplicate=False), *shell.named_buffers(remove_duplicate=False))
     state = {key: t for key, t in named if id(t) in in_state}
     tensors = get_peft_model_state_dict(shell, state_dict=state, adapter_name=wrapped.name)
-    return {_original_key(wrapped, key): t.detach() for key, t in tensors.items()}
+    renamed = _renamed_layers(wrapped)
+    return {_original_key(renamed, key): t.detach() for key, t in tensors.items()}
 
 
-def _original_key(wrapped: WrappedLayers, key: str) -> str:
-    """Return the key from before a layer of another type was put around one of these."""
+def _renamed_layers(wrapped: WrappedLayers) -> dict[str, str]:
+    """Return the paths of layers that another type's layer was put around, with their paths from before."""
     original = {layer: path for path, layer in wrapped.layers.items()}
-    for path, layer in peft_layers(wrapped.model).items():
-        if layer in original and key.startswith(f"{PREFIX}{path}."):
-            return f"{PREFIX}{original[layer]}{key.removeprefix(PREFIX + path)}"
+    current = {path: original[layer] for path, layer in peft_layers(wrapped.model).items() if layer in original}
+    return {path: before for path, before in current.items() if path != before}
+
+
+def _original_key(renamed: dict[str, str], key: str) -> str:
+    for path, before in renamed.items():
+        if key.startswith(f"{PREFIX}{path}."):
+            return f"{PREFIX}{before}{key.removeprefix(PREFIX + path)}"
     return key

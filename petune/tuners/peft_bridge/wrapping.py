@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,9 +26,10 @@ from petune.tuners.peft_bridge.layer import (
     make_constants_buffers,
     peft_layers,
     set_active,
+    set_adapter_active,
 )
+from petune.tuners.peft_bridge.lora_addition import is_plain_lora, lora_addition
 from petune.tuners.peft_bridge.nesting import OWN_LAYERS, hidden_layers
-from petune.tuners.peft_bridge.rows import set_rows
 from petune.tuners.peft_bridge.shared_modules import put_in_all_places
 
 
@@ -154,9 +156,9 @@ class WrappedLayers:
 
     def register_callbacks(self) -> None:
         """Let the layers be toggled, merged and restricted to rows with the attachment."""
-        plain_lora = self.kind == "lora" and not self.config.use_dora
-        has_rows = plain_lora and not getattr(self.config, "target_parameters", None)
-        self.edit.on_toggle(self._toggle, check=self._refuse_together, rows=self._set_rows if has_rows else None)
+        layers = {layer: partial(set_adapter_active, layer, self.name) for layer in self.layers.values()}
+        additions = {layer: lora_addition(layer, self.name) for layer in layers if is_plain_lora(layer, self.name)}
+        self.edit.on_toggle(self._toggle, check=self._refuse_together, layers=layers, additions=additions)
         self.edit.on_merge(self._merge)
 
     def added_tensors(self) -> list[Tensor]:
@@ -208,11 +210,7 @@ class WrappedLayers:
 
     def _toggle(self, on: bool) -> None:
         for layer in self.layers.values():
-            active = active_adapters(layer)
-            set_active(layer, active | {self.name} if on else active - {self.name})
-
-    def _set_rows(self, rows: list[int] | None, batch_size: int) -> None:
-        set_rows(self.layers.values(), self.name, rows, batch_size)
+            set_adapter_active(layer, self.name, on)
 
     def _merge(self) -> None:
         for layer in self.layers.values():

@@ -1,0 +1,130 @@
+"""Attach the first adapter of each kind for a bank; take over only the values of the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from petune.adapters.fingerprint import tensor_state
+from petune.adapters.format import SavedAdapter
+from petune.adapters.reference_logits import have_same_features
+from petune.base.errors import CheckpointError
+from petune.injector.attachment import Attachment
+from petune.injector.keys import label_of
+from petune.injector.load import attach_saved, check_reference_logits
+from petune.injector.renamed import with_current_keys
+from petune.injector.trainable import trainable_state_of
+from petune.serving.bank_forward import BankForward
+from petune.serving.bank_heads import check_same_head, head_for, head_values
+from petune.serving.bank_kind import AdapterKind, AdapterValues, Owner, kind_key
+from petune.serving.mixed_batch import sharing_key
+from petune.serving.sharing_check import can_share, edited_modules, recorded_calls
+
+
+class KindLoader:
+    """Makes values of saved adapters, on a model on which no adapter of the bank is active."""
+
+    def __init__(self, forward: BankForward) -> None:
+        self._forward = forward
+        self._model = forward.model
+        self._kinds: dict[str, AdapterKind] = {}
+        self._backbone = [*self._model.parameters(), *self._model.buffers()]
+        self._state = self._current_state()
+
+    def load(self, name: str, saved: SavedAdapter) -> Owner:
+        """Return a saved adapter's kind, which is attached if this is the first one of it, and its values.
+
+        Raises:
+            PetuneError: See `AdapterBank.load`.
+        """
+        check_same_head(self._forward.head, saved)
+        if self._current_state() != self._state:
+            self._kinds.clear()  # the backbone was changed, so that nothing is proven any more
+        key = kind_key(saved, self._forward.head)
+        kind = self._kinds.get(key)
+        if kind is None:
+            owner = self._attach(name, saved)
+            self._state = self._current_state()
+            assert owner.kind is not None
+            self._kinds[key] = owner.kind
+            return owner
+        owner = Owner(kind, self.values(kind, saved))
+        if not have_same_features(kind.features, saved.config.get("backbone_features")):
+            with self._forward.activated(owner):
+                check_reference_logits(kind.attachment, saved)
+        return owner
+
+    def values(self, kind: AdapterKind, saved: SavedAdapter) -> AdapterValues:
+        """Return the values of a saved adapter of this kind."""
+        return kind.values_from(saved, self._head_values(kind.attachment, saved))
+
+    def detach(self, kind: AdapterKind) -> None:
+        """Take a kind without adapters from the model."""
+        self._kinds = {key: other for key, other in self._kinds.items() if other is not kind}
+        is_unchanged = self._current_state() == self._state
+        self._forward.set_head(kind.head)
+        try:
+            kind.attachment.detach()
+        finally:
+            self._forward.set_head(self._forward.head.enter)
+        if is_unchanged:
+            self._state = self._current_state()
+
+    def _attach(self, name: str, saved: SavedAdapter) -> Owner:
+        site = self._forward.head
+        head = head_for(site, saved.tensors)
+        head_site = replace(site, enter=head, exit=head)
+        sites = replace(self._forward.sites, parts={**self._forward.sites.parts, "head": head_site})
+        try:
+            self._forward.set_head(head)
+            attachment = attach_saved(self._model, saved, name=self._free_name(name), sites=sites)
+            kind = AdapterKind(attachment, head)
+            kind.features = saved.config.get("backbone_features")
+            attachment.disable()
+        finally:
+            self._forward.set_head(site.enter)
+        self._model.eval()
+        owner = Owner(kind, kind.current_values(self._head_values(attachment, saved)))
+        try:
+            self._prepare_sharing(owner)
+        except BaseException:
+            self.detach(kind)
+            raise
+        return owner
+
+    def _prepare_sharing(self, owner: Owner) -> None:
+        """Find out whether adapters of this kind can share a forward."""
+        kind = owner.kind
+        assert kind is not None
+        key = sharing_key(kind) if self._forward.head_is_last else None
+        if key is None:
+            return
+        with recorded_calls(self._model) as called:
+            self._forward.features([Owner()])
+        edited = edited_modules(kind, called)
+        if edited is not None:
+            kind.edited = edited
+            kind.sharing = key
+            if kind.slots.slots and not can_share(owner, self._forward.features):
+                kind.sharing = None
+
+    def _head_values(self, attachment: Attachment, saved: SavedAdapter) -> list[Any] | None:
+        saved = with_current_keys(attachment, saved)
+        values = head_values(saved.tensors, self._forward.head, self._forward.head_slots)
+        if values is None and saved.config["train_head"]:
+            raise CheckpointError(f"{saved.path} has no tensors of the classifier {self._forward.head.path}")
+        return values
+
+    def _free_name(self, name: str) -> str:
+        """Return a name that no attachment has: an earlier adapter of this name may live on as that of its kind."""
+        state = trainable_state_of(self._model)
+        taken = set() if state is None else set(state.attachments)
+        free, number = name, 1
+        while label_of(free) in taken:
+            free, number = f"{name}_{number}", number + 1
+        return free
+
+    def _current_state(self) -> list[Any]:
+        """Return what changes with the backbone's own values."""
+        present: set[int] = {id(t) for t in (*self._model.parameters(), *self._model.buffers())}
+        return [(id(t) in present, tensor_state(t)) for t in self._backbone]
