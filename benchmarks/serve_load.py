@@ -38,7 +38,7 @@ PAGE = HERE.parent / "docs" / "many-tasks.md"
 BEGIN, END = "<!-- serve:begin -->\n", "<!-- serve:end -->\n"
 BACKBONE = "vit_small_patch16_224"
 METHODS = ("adaptformer", "lora", "vpt", "houlsby")
-NUM_ADAPTERS, NUM_CLIENTS, NUM_IMAGES, NUM_ROUNDS, REQUESTS = 100, 16, 2, 5, 96
+NUM_ADAPTERS, NUM_CLIENTS, NUM_IMAGES, NUM_ROUNDS, REQUESTS = 100, 16, 2, 4, 64
 PORTS = {"bank": 8801, "bare": 8802}
 TOLERANCE = 1e-4
 
@@ -71,6 +71,7 @@ def save_adapters(folder: Path, images: list[bytes]) -> dict[str, list[list[floa
 
     import petune
 
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(BACKBONE).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -145,9 +146,9 @@ def post(connection: http.client.HTTPConnection, content: dict[str, Any]) -> dic
 
 
 @contextmanager
-def servers(folder: Path) -> Iterator[None]:
+def servers(folder: Path, directory: Path) -> Iterator[None]:
     """Run both servers inside the context."""
-    empty = folder.parent / "empty"
+    empty = directory / "empty"
     empty.mkdir()
     folders = {"bank": folder, "bare": empty}
     processes = [
@@ -178,20 +179,27 @@ def wait_until_ready(kind: str) -> None:
     raise RuntimeError(f"the server {kind} did not start")
 
 
-def measure() -> dict[str, Any]:
-    """Ask both servers in turns."""
+def measure(prepared: Path | None) -> dict[str, Any]:
+    """Ask both servers in turns.
+
+    Args:
+        prepared: Where the adapters are kept for the next time; None makes them in a temporary directory.
+    """
     random = Random(0)
     images = [jpeg(number) for number in range(NUM_IMAGES)]
     weights = [1 / (rank + 1) for rank in range(NUM_ADAPTERS)]
     with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory) / "adapters"
-        expected = save_adapters(folder, images)
+        folder = (prepared or Path(directory)) / "adapters"
+        known = folder.parent / "expected.json"
+        if not known.exists():
+            known.write_text(json.dumps(save_adapters(folder, images)), encoding="utf-8")
+        expected = json.loads(known.read_text())
         encoded = [base64.b64encode(image).decode() for image in images]
         clients = {kind: Client(kind, encoded, expected) for kind in PORTS}
         rates: dict[str, list[float]] = {kind: [] for kind in PORTS}
         names = [*expected]
         random.shuffle(names)
-        with servers(folder):
+        with servers(folder, Path(directory)):
             for number in range(NUM_ROUNDS + 1):
                 chosen = random.choices(names, weights, k=REQUESTS)
                 jobs = [(name, random.randrange(NUM_IMAGES)) for name in chosen]
@@ -200,7 +208,7 @@ def measure() -> dict[str, Any]:
                         client.latencies.clear()  # the first round warms up
                     rate = client.round(jobs)
                     rates[kind] += [rate] if number else []
-                change_adapters(folder, number)
+                change_adapters(folder, Path(directory), number)
     return {
         "bank_per_s": statistics.median(rates["bank"]),
         "bare_per_s": statistics.median(rates["bare"]),
@@ -212,10 +220,10 @@ def measure() -> dict[str, Any]:
     }
 
 
-def change_adapters(folder: Path, number: int) -> None:
+def change_adapters(folder: Path, directory: Path, number: int) -> None:
     """Add an adapter under a new name to the running server, and remove it again."""
     connection = http.client.HTTPConnection("127.0.0.1", PORTS["bank"], timeout=120)
-    new = folder.parent / f"new{number}"
+    new = directory / f"new{number}"
     shutil.copytree(folder / f"task{number}", new)
     assert new.name in post(connection, {"load": str(new)})["adapters"]
     assert new.name not in post(connection, {"remove": new.name})["adapters"]
@@ -262,13 +270,14 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="rewrite the text from the results")
+    parser.add_argument("--adapters", type=Path, metavar="DIR", help="keep the adapters there, or take them from there")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         serve(*args.serve)
         return
     if not args.page:
-        results = measure()
+        results = measure(args.adapters)
         print(json.dumps(results, indent=1))
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(json.loads(RESULTS.read_text()))

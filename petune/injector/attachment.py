@@ -230,18 +230,17 @@ class Attachment:
         """Return the logits of a synthetic image with the attachment enabled, as they are saved with it.
 
         Returns:
-            Plain data; None if the logits would not be this attachment's alone (another one is enabled, another task's
-            classifier is in place), the backbone is sharded, or a logit is not finite.
+            None if another attachment or classifier is in use, the backbone is sharded, or a logit is not finite.
         """
         if self.tensors.is_sharded or not self.tensors.are_alone():
             return None
-        was_enabled = self.enabled
+        if self.enabled:
+            return reference_logits(self.model, self.sites)
         self.enable()
         try:
             return reference_logits(self.model, self.sites)
         finally:
-            if not was_enabled:
-                self.disable()
+            self.disable()
 
     def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a model card.

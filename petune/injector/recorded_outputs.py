@@ -1,4 +1,4 @@
-"""What a model computes, as it is written into an adapter's configuration."""
+"""Outputs of a model, as they are written into an adapter's configuration."""
 
 from __future__ import annotations
 

@@ -180,7 +180,8 @@ class AdapterBank:
         owners = {name: Owner() if name is None else self._owner(name) for name in names}
         with self._lock, self._inactive():
             for name in filter(None, owners):
-                self._entry(name)  # another thread may have removed it meanwhile
+                if self._entry(name).kind is not owners[name].kind:  # another thread has exchanged it meanwhile
+                    owners[name] = self._owner(name)
             return self._forward.logits(inputs, [owners[name] for name in names])
 
     def _owner(self, name: str) -> Owner:

@@ -6,7 +6,7 @@ One of them is attached to the model. The values of another one are put in the p
 from __future__ import annotations
 
 import json
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,14 +96,17 @@ class ValueSlots:
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
 
+    def value(self, values: list[Tensor], index: int) -> Tensor:
+        """Return the value for a slot; it follows the model to its device and dtype."""
+        value, original = values[index], self.slots[index].original
+        if value.dtype != original.dtype or value.device != original.device:
+            values[index] = value = as_value(like(value.detach(), original), original)
+        return value
+
     def put(self, values: list[Tensor], only: list[int] | None = None) -> None:
-        """Let the model use these values, or `only` those of some slots. They follow the model to its device."""
+        """Let the model use these values, or `only` those of some slots."""
         for index in range(len(self.slots)) if only is None else only:
-            slot, value = self.slots[index], values[index]
-            original = slot.original
-            if value.dtype != original.dtype or value.device != original.device:
-                values[index] = value = as_value(like(value.detach(), original), original)
-            slot.put(value)
+            self.slots[index].put(self.value(values, index))
 
     def restore(self) -> None:
         """Let the model use its own tensors."""
@@ -119,11 +122,13 @@ class EditedModule:
         module: The module.
         slots: Indices of the slots that it uses.
         layer: How it was changed by hand; None for a module of the backbone whose own values differ.
+        names: Of the tensors in the module itself, if all slots are there.
     """
 
     module: nn.Module
     slots: list[int]
     layer: ChangedLayer | None
+    names: Sequence[str] = ()
 
 
 class AdapterKind:

@@ -152,6 +152,7 @@ class RowModule:
         own: Callable[..., Any] | None = module.__dict__.get("forward")
         self.forward = own or functools.partial(type(module).forward, module)
         self.was_called = False
+        self.only_bias = own is None and type(module) is nn.Linear and all(map(_is_bias, edits.values()))
         self.only_adds = all(edit.layer is not None and edit.layer.addition is not None for edit in edits.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,6 +166,8 @@ class RowModule:
         if any(isinstance(v, Tensor) and v is not x for v in (*args, *kwargs.values())):
             raise AttachError("a module takes several tensors, so its rows cannot be computed one by one")
         slices = self.batch.slices(len(x), self.edits)
+        if self.only_bias:
+            return self._biased(x, slices)
         self._switch(None)
         if self.only_adds:
             return self._added(x, self.forward(*args, **kwargs), slices)
@@ -179,6 +182,16 @@ class RowModule:
                 return self.forward(*args, **kwargs)
         finally:
             self._switch(None)
+
+    def _biased(self, x: Tensor, slices: list[tuple[Segment, slice]]) -> Tensor:
+        """Compute a linear layer for all rows at once, and add the bias of each adapter to its rows."""
+        output = nn.functional.linear(x, self.module.weight)  # type: ignore[arg-type]
+        for segment, rows in slices:
+            kind = segment.kind or next(iter(self.edits))
+            (index,) = self.edits[kind].slots
+            own = kind.slots.slots[index].original
+            output[rows] += own if segment.values is None else kind.slots.value(segment.values.tensors, index)
+        return output
 
     def _added(self, x: Tensor, output: Any, slices: list[tuple[Segment, slice]]) -> Tensor:
         if not isinstance(output, Tensor) or len(output) != len(x):
@@ -218,6 +231,11 @@ class RowModule:
         for other, edit in self.edits.items():
             if edit.layer is not None:
                 edit.layer.switch(other is kind)
+
+
+def _is_bias(edit: EditedModule) -> bool:
+    """Return True if nothing but the bias of a layer differs."""
+    return edit.layer is None and edit.names == ["bias"]
 
 
 def join(parts: Iterable[tuple[Tensor | None, slice]], length: int) -> Tensor:

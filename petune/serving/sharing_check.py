@@ -49,7 +49,11 @@ def edited_modules(kind: AdapterKind, called: set[nn.Module]) -> list[EditedModu
         if owner is None or owner is model or len(slot.owners) > 1:
             return None
         unfrozen.setdefault(owner, []).append(index)
-    return [*layers, *(EditedModule(module, slots, None) for module, slots in unfrozen.items())]
+    names = {
+        m: [name for i in slots for owner, name in kind.slots.slots[i].owners if owner is m]
+        for m, slots in unfrozen.items()
+    }
+    return [*layers, *(EditedModule(module, slots, None, names[module]) for module, slots in unfrozen.items())]
 
 
 @contextlib.contextmanager
@@ -94,7 +98,7 @@ def can_share(owner: Owner, features: Features) -> bool:
         if step < 10 * allowed:
             continue
         try:
-            orders = ([0, 1, 2], [2, 1, 0], [1, 0], [1, 2])
+            orders = ([2, 0, 1], [1, 0])
             return all(
                 _largest(features([owners[i] for i in order])[row] - alone[i][row]) <= allowed
                 for order in orders

@@ -1,4 +1,4 @@
-"""What PEFT's LoRA adds to the output of a linear layer, without the layer itself."""
+"""The addition of PEFT's LoRA to the output of a linear layer, without the layer itself."""
 
 from __future__ import annotations
 
