@@ -71,7 +71,6 @@ def save_adapters(folder: Path, images: list[bytes]) -> dict[str, list[list[floa
 
     import petune
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(BACKBONE).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))

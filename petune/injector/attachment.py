@@ -261,7 +261,7 @@ class Attachment:
         warn_of_changed(self.model, self.sites)
         check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
         outputs = recorded_outputs(self.reference_logits(), self.model, self.sites, self.edit_log, self.disabled())
-        config = {**self.describe(), **outputs, "metadata": dict(metadata or {})}
+        config = {**self.describe(), "reference_logits": outputs, "metadata": dict(metadata or {})}
         external = self.tuner.to_external(self.state())
         card = model_card(config, self.counts, is_peft=external is not None)
         write_adapter(expand_home(path), config, self.file_state(), card, external[0] if external else None)

@@ -18,28 +18,28 @@ MAX_UNFROZEN = 0.1
 
 
 def recorded_outputs(
-    reference_logits: Mapping[str, Any] | None,
+    logits: Mapping[str, Any] | None,
     model: nn.Module,
     sites: Sites,
     log: EditLog,
     disabled: AbstractContextManager[None],
-) -> dict[str, Any]:
-    """Return the entries of a configuration that say what a model computes.
+) -> dict[str, Any] | None:
+    """Return reference logits for a configuration, together with the features of the backbone alone.
 
     Args:
-        reference_logits: With the attachment; None if they are not known, and then nothing else is computed.
+        logits: With the attachment; None if they are not known, and then nothing else is computed.
         model: The model.
         sites: Its sites.
         log: What the attachment's tuner has changed.
         disabled: Disables the attachment inside the context.
     """
-    outputs: dict[str, Any] = {"reference_logits": reference_logits, "backbone_features": None}
+    if logits is None:
+        return None
     num_unfrozen = sum(p.numel() for p in log.unfrozen)
-    if reference_logits is None or num_unfrozen > MAX_UNFROZEN * sum(p.numel() for p in model.parameters()):
-        return outputs
+    if num_unfrozen > MAX_UNFROZEN * sum(p.numel() for p in model.parameters()):
+        return dict(logits)
     try:
         with disabled:
-            outputs["backbone_features"] = backbone_features(model, sites)
+            return {**logits, "backbone_features": backbone_features(model, sites)}
     except AttachError:  # the original values were not kept
-        pass
-    return outputs
+        return dict(logits)

@@ -49,7 +49,7 @@ class KindLoader:
             self._kinds[key] = owner.kind
             return owner
         owner = Owner(kind, self.values(kind, saved))
-        if not have_same_features(kind.features, saved.config.get("backbone_features")):
+        if not have_same_features(kind.features, _features(saved)):
             with self._forward.activated(owner):
                 check_reference_logits(kind.attachment, saved)
         return owner
@@ -79,7 +79,7 @@ class KindLoader:
             self._forward.set_head(head)
             attachment = attach_saved(self._model, saved, name=self._free_name(name), sites=sites)
             kind = AdapterKind(attachment, head)
-            kind.features = saved.config.get("backbone_features")
+            kind.features = _features(saved)
             attachment.disable()
         finally:
             self._forward.set_head(site.enter)
@@ -128,3 +128,9 @@ class KindLoader:
         """Return what changes with the backbone's own values."""
         present: set[int] = {id(t) for t in (*self._model.parameters(), *self._model.buffers())}
         return [(id(t) in present, tensor_state(t)) for t in self._backbone]
+
+
+def _features(saved: SavedAdapter) -> Any:
+    """Return what the file says about the output of the backbone alone; None for older files."""
+    reference = saved.config.get("reference_logits")
+    return reference.get("backbone_features") if isinstance(reference, dict) else None
