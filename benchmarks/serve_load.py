@@ -33,6 +33,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
+from serve import AdapterAPI  # noqa: E402 (spawned workers import it by this name)
+
 RESULTS = HERE / "results" / "serve_load.json"
 PAGE = HERE.parent / "docs" / "many-tasks.md"
 BEGIN, END = "<!-- serve:begin -->\n", "<!-- serve:end -->\n"
@@ -43,20 +45,20 @@ PORTS = {"bank": 8801, "bare": 8802}
 TOLERANCE = 1e-4
 
 
+class BareAPI(AdapterAPI):
+    """Computes the bare model, whatever adapter a request names."""
+
+    def change(self, request: dict[str, Any]) -> None:
+        """Compute every request."""
+
+    def logits(self, images: Any, names: list[str | None]) -> Any:
+        """Return the bare model's logits."""
+        return self.bank.model(images)
+
+
 def serve(kind: str, folder: str) -> None:
     """Run one of the two servers until it is killed."""
     import litserve
-    from serve import AdapterAPI
-
-    class BareAPI(AdapterAPI):
-        """Computes the bare model, whatever adapter a request names."""
-
-        def change(self, request: dict[str, Any]) -> None:
-            """Compute every request."""
-
-        def logits(self, images: Any, names: list[str | None]) -> Any:
-            """Return the bare model's logits."""
-            return self.bank.model(images)
 
     api = (AdapterAPI if kind == "bank" else BareAPI)(folder, BACKBONE, pretrained=False)
     server = litserve.LitServer(api, accelerator="cpu")
@@ -155,8 +157,8 @@ def servers(folder: Path, directory: Path) -> Iterator[None]:
         for kind in PORTS
     ]
     try:
-        for kind in PORTS:
-            wait_until_ready(kind)
+        for kind, process in zip(PORTS, processes, strict=True):
+            wait_until_ready(kind, process)
         yield
     finally:
         for process in processes:
@@ -164,9 +166,9 @@ def servers(folder: Path, directory: Path) -> Iterator[None]:
             process.wait()
 
 
-def wait_until_ready(kind: str) -> None:
+def wait_until_ready(kind: str, process: subprocess.Popen[bytes]) -> None:
     """Return when a server answers."""
-    for _ in range(600):
+    while process.poll() is None:
         try:
             connection = http.client.HTTPConnection("127.0.0.1", PORTS[kind], timeout=5)
             connection.request("GET", "/health")
