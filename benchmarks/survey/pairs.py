@@ -155,8 +155,8 @@ def _has_idle_layers(model: nn.Module, x: Inputs) -> bool:
     x.call(model.requires_grad_(True))  # a first forward may install hooks
     with torch.enable_grad():
         sum(t.float().square().mean() for t in tensors_in(x.call(model)) if t.requires_grad).backward()
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return any(m.weight.grad is not None and not m.weight.grad.any() for m in linears)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return any(m.weight.grad is not None and not m.weight.grad.any() for m in layers)
 
 
 def _compare(before: dict[str, Any], after: dict[str, Any], property_name: str) -> None:
