@@ -176,4 +176,4 @@ def _last_layers(model: nn.Module) -> set[nn.Module]:
     """Return the last linear layers of the classifiers, which `set_head` fills in any case."""
     heads = classifiers_of(model) or ()
     layers = [[m for m in head.modules() if isinstance(m, nn.Linear)] for head in heads]
-    return {linears[-1] for linears in layers if linears}
+    return {of_head[-1] for of_head in layers if of_head}
