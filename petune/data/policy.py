@@ -24,7 +24,7 @@ from petune.base.errors import ConfigError, did_you_mean
 from petune.base.text import plural
 from petune.data.augment import PRESETS
 from petune.data.preprocess import resize_bicubic, resize_masks
-from petune.data.steps import ERASING, RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, steps_of
+from petune.data.steps import ERASING, RESIZED_CROP, STEP_PRESETS, StepConfig, build_step, in_unit_range, steps_of
 
 RANDOM_FUNCTIONS = frozenset({
     "bernoulli", "bernoulli_", "exponential_", "multinomial", "normal", "normal_", "rand", "randint", "randn",
@@ -80,6 +80,9 @@ class ImagePolicy:
         steps = steps_of(augment) or []
         self.image_size = image_size
         self.steps = [build_step(name, arguments, image_size, ignore_index) for name, arguments in steps]
+        self.float_steps = [
+            build_step(name, in_unit_range(name, arguments), image_size, ignore_index) for name, arguments in steps
+        ]
         self.crops = any(name == RESIZED_CROP for name, _ in steps)
 
     def __call__(self, image_CHW: Tensor, mask_HW: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +124,7 @@ class ImagePolicy:
             image = resize_bicubic(image, (self.image_size, self.image_size))
         if mask is not None:
             mask = resize_masks(mask, *image.shape[-2:])
-        for number, step in enumerate(self.steps):
+        for number, step in enumerate(self.float_steps if is_float else self.steps):
             if not _is_own(step):
                 image, mask = _by_torchvision(step, image, mask, draws.generator)
                 continue

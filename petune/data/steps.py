@@ -14,12 +14,14 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from petune.base.config import shown
 from petune.base.errors import ConfigError, did_you_mean
 
 StepConfig = str | dict[str, dict[str, Any]]
 """A name, or one name with its arguments: `{random_resized_crop: {scale: [0.5, 1.0]}}`."""
-RESIZED_CROP, ERASING = "random_resized_crop", "random_erasing"
+RESIZED_CROP, ERASING, SOLARIZE = "random_resized_crop", "random_erasing", "solarize"
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ STEPS = {
     "equalize": StepKind("RandomEqualize", GRAY_OR_RGB),
     "invert": StepKind("RandomInvert", GRAY_OR_RGB),
     "posterize": StepKind("RandomPosterize", GRAY_OR_RGB),
-    "solarize": StepKind("RandomSolarize", GRAY_OR_RGB),
+    SOLARIZE: StepKind("RandomSolarize", GRAY_OR_RGB),
     ERASING: StepKind("RandomErasing", fixed=("inplace",)),
 }
 """The augmentations, by petune's name."""
+PIXEL_VALUES = {(ERASING, "value"), (SOLARIZE, "threshold")}
+"""Arguments that are values of pixels, in 0..255 whatever the type of the images."""
 RANGES: dict[tuple[str, str], tuple[float, float]] = {
-    (RESIZED_CROP, "scale"): (1e-4, 1), (ERASING, "scale"): (0, 1), (ERASING, "value"): (0, 255),
+    (RESIZED_CROP, "scale"): (1e-4, 1), (ERASING, "scale"): (0, 1), **dict.fromkeys(PIXEL_VALUES, (0, 255)),
 }  # fmt: skip
 """Smallest and largest value of arguments that torchvision does not check."""
 _CROP: StepConfig = {RESIZED_CROP: {"scale": [0.35, 1.0], "ratio": [1.0, 1.0], "interpolation": "bicubic"}}
@@ -100,6 +104,14 @@ def _name_and_arguments(step: Any) -> tuple[str, dict[str, Any]]:
         if isinstance(name, str) and isinstance(arguments, Mapping | None):
             return name, dict(arguments or {})
     raise ConfigError(f"not an augmentation: {shown(step)}. Write a name, or {{name: {{argument: value}}}}")
+
+
+def in_unit_range(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a step for images in 0..1, as torchvision takes those of floats."""
+    return {
+        key: np.divide(value, 255).tolist() if (name, key) in PIXEL_VALUES else value
+        for key, value in arguments.items()
+    }
 
 
 def build_step(name: str, arguments: Mapping[str, Any], image_size: int, ignore_index: int) -> Any:

@@ -230,3 +230,15 @@ def test_other_devices_get_whole_batches() -> None:
     batch = next(TrainBatches(split, preprocess, "crop", 5, 0, meta).epoch(0))
     assert batch.x_BCHW.device == batch.y_B.device == meta
     assert (batch.x_BCHW.shape, batch.x_BCHW.dtype) == ((5, 3, 32, 32), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "step", [{"random_erasing": {"p": 1.0, "value": 200}}, {"solarize": {"threshold": 100, "p": 1}}]
+)
+def test_values_of_pixels_mean_the_same_for_every_type_of_image(step: dict[str, Any]) -> None:
+    image_CHW = torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    policy = ImagePolicy([step], 16, ignore_index=255)
+    expected, _ = policy(image_CHW, None, seed=3)
+    from_floats, _ = policy(image_CHW.float(), None, seed=3)
+    assert not torch.equal(expected, image_CHW)
+    torch.testing.assert_close(from_floats, expected.float(), rtol=0, atol=0.01)
