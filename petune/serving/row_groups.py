@@ -153,6 +153,7 @@ class RowModule:
         self.forward = own or functools.partial(type(module).forward, module)
         self.was_called = False
         self.only_bias = own is None and type(module) is nn.Linear and all(map(_is_bias, edits.values()))
+        self.is_watched = any(m._forward_hooks for m in module.modules())  # someone may have kept what layers return
         self.only_adds = all(edit.layer is not None and edit.layer.addition is not None for edit in edits.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -196,27 +197,23 @@ class RowModule:
     def _added(self, x: Tensor, output: Any, slices: list[tuple[Segment, slice]]) -> Tensor:
         if not isinstance(output, Tensor) or len(output) != len(x):
             raise AttachError("a layer returned something else than a tensor with as many rows as it was given")
-        in_place = not torch.is_grad_enabled()
-        result = torch.empty_like(output) if in_place else output
+        own = output.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() and not self.is_watched
         parts = []
         for segment, rows in slices:
-            before, part = output[rows], x[rows]
-            if segment.kind is None:
-                parts.append(result[rows].copy_(before) if in_place else before)
-                continue
-            self._put(segment)
-            layer = self.edits[segment.kind].layer
-            assert layer is not None
-            assert layer.addition is not None
-            with self.batch.within(segment.start, segment.stop):
-                change = layer.addition(part)
-            if in_place and change.dtype == before.dtype:
-                torch.add(before, change, out=result[rows])
-            elif in_place:
-                result[rows].copy_(before + change)
-            else:
-                parts.append((before + change).to(before.dtype))
-        return result if in_place else torch.cat(parts)
+            part = output[rows]
+            if segment.kind is not None:
+                self._put(segment)
+                layer = self.edits[segment.kind].layer
+                assert layer is not None
+                assert layer.addition is not None
+                with self.batch.within(segment.start, segment.stop):
+                    change = layer.addition(x[rows])
+                if own and not torch.is_grad_enabled():
+                    part.add_(change) if change.dtype == part.dtype else part.copy_(part + change)
+                else:
+                    part = (part + change).to(part.dtype)
+            parts.append((part, rows))
+        return output if own and not torch.is_grad_enabled() else join(parts, len(output))
 
     def _put(self, segment: Segment) -> None:
         for kind, edit in self.edits.items():
