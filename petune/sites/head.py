@@ -128,6 +128,7 @@ def head_site(heads: NamedModules, model: str) -> Site:
     """Return one site for all heads: a distilled model has two classifiers, a detector predicts classes and boxes."""
     (path, first), *others = heads
     exit_path, last = others.pop() if others else (path, first)
-    dim = next((p.shape[1] for p in first.parameters() if p.ndim >= 2), 0)
+    # weight_norm keeps lengths as (outputs, 1)
+    dim = next((p.shape[1] for p in first.parameters() if p.ndim >= 2 and p.shape[1] > 1), 0)
     ends = {"path": path, "enter": first, "exit_path": exit_path, "exit": last}
     return Site(role="head", dim=int(dim), layout="BNC", model=model, further=tuple(others), **ends)  # type: ignore[arg-type]
