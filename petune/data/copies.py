@@ -74,7 +74,7 @@ def _copies(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[Path, P
         return []
     key = [[[str(path.absolute()), *stamps[path]] for path in paths] for paths in same_size]
     cached = cache_dir() / "copies" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged
         return [(Path(copy), Path(original)) for copy, original in json.loads(cached.read_text())]
     keys = content_keys([*same_size[0], *same_size[1]])
     originals: dict[Hashable, Path] = {}

@@ -152,7 +152,7 @@ def build_step(name: str, arguments: Mapping[str, Any], image_size: int, ignore_
     if "size" in kind.fixed:
         values["size"] = (image_size, image_size)
     if "fill" in kind.fixed and kind.masks:
-        values["fill"] = {tv_tensors.Image: 0, tv_tensors.Mask: ignore_index}
+        values["fill"] = {tv_tensors.Image: 0, tv_tensors.Video: 0, tv_tensors.Mask: ignore_index}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torchvision warns of a scale from large to small

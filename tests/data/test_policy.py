@@ -242,3 +242,10 @@ def test_values_of_pixels_mean_the_same_for_every_type_of_image(step: dict[str, 
     from_floats, _ = policy(image_CHW.float(), None, seed=3)
     assert not torch.equal(expected, image_CHW)
     torch.testing.assert_close(from_floats, expected.float(), rtol=0, atol=0.01)
+
+
+def test_frames_of_a_clip_have_the_border_of_an_image() -> None:
+    step: StepConfig = {"rotation": {"degrees": [30, 30], "interpolation": "bilinear"}}
+    image_CHW = torch.full((3, 16, 16), 200, dtype=torch.uint8)
+    clip, _ = _augmented([step], image_CHW.expand(2, -1, -1, -1), 0)
+    assert torch.equal(clip[1], _augmented([step], image_CHW, 0)[0])
