@@ -149,18 +149,19 @@ def _fill(model: nn.Module, mapped: MappedFile, dtypes: Mapping[str, torch.dtype
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for name, p in module._parameters.items():
-            part = None if p is None else mapped.slice_of(p)
-            if p is None or part is None:
+            if p is None or not mapped.holds(p):
                 continue
-            dtype = dtypes[prefix + name]
+            part, dtype = mapped.slice_of(p), dtypes[prefix + name]
+            if part is None:  # a part of a tensor
+                p.data = p.data.clone()
+                continue
             if stay_in_file and isinstance(module, MATRICES) and part.dtype == dtype == torch.float32:
                 keep_in_file(p, part)
             else:
                 p.data = part.read().to(dtype)
         for name, b in module._buffers.items():
-            part = None if b is None else mapped.slice_of(b)
-            if part is not None:
-                module._buffers[name] = part.read().to(dtypes[prefix + name])
+            if b is not None and mapped.holds(b):
+                module._buffers[name] = b.clone().to(dtypes[prefix + name])
     for key, t in model.state_dict(keep_vars=True).items():
         if key in dtypes and t.dtype != dtypes[key]:  # small ones, which were read when the file was opened
             t.data = t.data.to(dtypes[key])

@@ -59,6 +59,7 @@ class MappedFile:
         header: dict[str, Any] = json.loads(self._file.read(size))
         header.pop("__metadata__", None)
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
         self._lock = threading.Lock()
         self._slices: dict[int, FileSlice] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -77,13 +78,18 @@ class MappedFile:
         """Return whether a tensor is still the mapped one, and has the values of the file; a few are compared."""
         if self.slice_of(tensor) is not part:
             return False
-        size, flat = part.dtype.itemsize, tensor.detach().view(-1)
-        for position in range(0, flat.numel(), max(1, flat.numel() // NUM_SAMPLES)):
-            stored = bytearray(size)
-            self.read_into(part.start + position * size, memoryview(stored))
-            if flat[position : position + 1].view(torch.uint8).numpy().tobytes() != stored:
-                return False
-        return True
+        stride = max(1, tensor.numel() // NUM_SAMPLES)
+        sampled = tensor.detach().view(-1)[::stride].contiguous().view(torch.uint8).numpy()
+        return bool(sampled.tobytes() == part.sampled(stride))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a part of the mapped file, or a view of one."""
+        return 0 <= tensor.data_ptr() - self._address < len(self._map)
+
+    def forget(self) -> None:
+        """Give back the memory of what was read through the mapping; it is read again when it is needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill a buffer from the file, from a position in bytes on.
@@ -134,6 +140,14 @@ class FileSlice:
             self.file.read_into(self.start, value.view(-1).view(torch.uint8).numpy().data)
         return value
 
+    def sampled(self, stride: int) -> bytes:
+        """Return every `stride`-th value, as bytes."""
+        size, count = self.dtype.itemsize, math.prod(self.shape)
+        values = bytearray(size * len(range(0, count, stride)))
+        for number, position in enumerate(range(0, count, stride)):
+            self.file.read_into(self.start + position * size, memoryview(values)[number * size : (number + 1) * size])
+        return bytes(values)
+
 
 def file_slice_of(tensor: Tensor) -> FileSlice | None:
     """Return where the original values of a parameter are, if they are in a file; see `keep_in_file`."""
@@ -148,11 +162,17 @@ def keep_in_file(parameter: nn.Parameter, part: FileSlice) -> None:
 
 def settle(parameters: Iterable[nn.Parameter]) -> None:
     """Take those parameters out of the file that train or have other values now, each with the values that it has."""
+    files = set()
     for p in parameters:
         part = file_slice_of(p)
-        if part is not None and (p.requires_grad or not part.file.is_unchanged(p.data, part)):
+        if part is None:
+            continue
+        files.add(part.file)
+        if p.requires_grad or not part.file.is_unchanged(p.data, part):
             delattr(p, ATTRIBUTE)
             p.data = p.data.clone()
+    for file in files:
+        file.forget()
 
 
 def keep_rounded(parameter: nn.Parameter, values: Tensor) -> None:
