@@ -183,6 +183,11 @@ def general(reason: str) -> str:
         (r"blocks=\[[\d, ]+\]", "blocks=[…]"),
         (r"^\w+ draws random numbers(.*?) differ by \S+\.", r"the model draws random numbers\1 differ."),
         (r"^\w+ has no attention", "the model has no attention"),
+        (
+            r"^(PEFT cannot put lora on) \w+: .* not auto.handled for \w+;.*$",
+            r"\1 models whose `get_input_embeddings` fails",
+        ),
+        (r"^\w+ (would learn nothing at) [\w., …]+ of \w+", r"the method \1 blocks of the model"),
         (r"the forward of \w+ fails", "the forward fails"),
         (r"it has: block, ", "it has: "),
         (r"other tokens than [\w.]+,", "other tokens than the first,"),
