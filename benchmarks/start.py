@@ -25,12 +25,13 @@ NEEDED = {"adaptformer": "torch, timm", "peft:lora": "torch, timm, peft"}
 """What a method cannot do without, as an import statement has it."""
 UNTIL_FIRST_STEP = """
 import os, sys, time
-import torch.optim.optimizer as optimizer
-def stop(*_):
-    print("FIRST STEP", time.time(), flush=True)
-    os._exit(0)
-optimizer.register_optimizer_step_post_hook(stop)
 from petune.cli.main import main
+from petune.cli.progress import ProgressDisplay
+def watch(self, event):
+    if type(event).__name__ == "StepDone":
+        print("FIRST STEP", time.time(), flush=True)
+        os._exit(0)
+ProgressDisplay.__call__ = watch
 main(sys.argv[1:])
 """
 SHOWN = 12

@@ -29,6 +29,7 @@ from petune.backbones.timm_models import (
 from petune.backbones.user_factory import return_logits
 from petune.backbones.weights import Weights, bundled_file, find_weights, fitting_tensors, load_into, read_weights
 from petune.base.errors import AttachError, ConfigError, WeightsUnavailable
+from petune.base.imports import quick_imports
 from petune.sites.input_size import frames_of
 from petune.sites.site import Site, Sites
 
@@ -221,7 +222,8 @@ def check_weights_file(name: str, weights: str, model: nn.Module, head: Site | N
 
 def input_side(name: str, image_size: int | None, options: dict[str, Any]) -> int:
     """Return the side of a backbone's input in pixels; models of timm are not built for that."""
-    import timm
+    with quick_imports():
+        import timm
 
     if image_size is not None:
         return image_size

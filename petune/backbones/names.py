@@ -8,6 +8,7 @@ from typing import Any
 
 from petune.base.arguments import check_arguments
 from petune.base.errors import UnknownName
+from petune.base.imports import quick_imports
 
 LIBRARIES = ("torchvision", "hf")
 HUB = "hub"
@@ -74,7 +75,8 @@ def resolve_name(name: str) -> Alias:
 
 
 def _resolve_timm(name: str) -> Alias:
-    import timm
+    with quick_imports():
+        import timm
 
     if not timm.is_model(name):
         known = [*ALIASES, *timm.list_models()]
@@ -101,7 +103,8 @@ def list_backbones(pattern: str = "*") -> list[str]:
         UsageError: `pattern` is not a string.
     """
     check_arguments("petune.list_backbones", pattern=(pattern, str))
-    import timm
+    with quick_imports():
+        import timm
 
     short_names = [name for name in ALIASES if fnmatchcase(name, pattern)]
     return [*short_names, *timm.list_models(pattern, pretrained=True)]

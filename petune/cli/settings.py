@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.base.errors import UsageError
+from petune.base.imports import quick_imports
 from petune.cli.flags import FLAGS, keyword
 from petune.cli.options import Assignments, ConfigFile, user_path
 
@@ -110,6 +111,8 @@ def configured(
             given = {key: value for key, value in values.items() if value is not None and value is not False}
             given |= {key: user_path(value) for key, value in given.items() if isinstance(value, Path)}
             settings = Settings(arguments.pop("config"), given, tuple(arguments.pop("set") or ()))
+            with quick_imports():
+                import torch  # noqa: F401  each of these commands needs it
             command(settings=settings, **arguments)
 
         typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
