@@ -110,6 +110,7 @@ def _verify(
     copied = copy.deepcopy(model).eval()
     x = sites.input_spec.noise(2, seed=1)
     logits(copied, x)  # a first forward may install hooks (towers of transformers) or store something (Swin's shift)
+    copied.train().eval()  # drops what eval mode computes once from weights, as petune does (LeViT's biases)
     for parameter in list(copied.parameters())[::2]:
         parameter.requires_grad_(False)  # detach must restore flags, and not set them all alike
     before = snapshot(copied)

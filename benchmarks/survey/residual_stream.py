@@ -17,8 +17,9 @@ def unproven_mids(model: nn.Module, sites: petune.Sites) -> list[str]:
     """Return the paths of blocks whose `mid` is not the stream that their MLP's output is added to.
 
     With the MLP silenced (or the attention too, if both run in parallel), the stream goes on unchanged: out of the
-    block, or into the norm after the addition. If the block is no module, its exit is what is added: it is silent too.
-    If the addition goes past attention and MLP together, the block's input is left, and `mid` must be the MLP's norm.
+    block, as it is or scaled by a gate of each channel, or into the norm after the addition. If the block is no module,
+    its exit is what is added: it is silent too. If the addition goes past attention and MLP together, the block's input
+    is left, and `mid` must be the MLP's norm.
     """
     x = sites.input_spec.noise(2, seed=2)
     return [b.path for b in sites.blocks if {"mid", "mlp"} <= b.parts.keys() and not _is_stream(model, b, x)]
@@ -32,11 +33,20 @@ def _is_stream(model: nn.Module, block: Block, x: Inputs) -> bool:
         reached = any(_close(run.mid, y) for y in run.later)
         if not block.is_module:
             return reached or bool((run.output == 0).all())
-        if reached or _close(run.mid, run.output):
+        if reached or _close(run.mid, run.output) or _is_gated(run.mid, run.output, block):
             return True
         if "norm2" in block.parts and block.mid.enter is block.norm2.enter:
             return _close(run.input, run.output)
     return False
+
+
+def _is_gated(mid: Tensor, output: Tensor, block: Block) -> bool:
+    """Return whether one factor for each channel makes the output from `mid` (EfficientViM mixes stream and MLP)."""
+    if mid.shape != output.shape or block.mid.layout != block.layout:
+        return False
+    x, y = (z.movedim(1, -1).flatten(0, -2) if block.layout == "BCHW" else z.flatten(0, -2) for z in (mid, output))
+    factors = (x * y).sum(0) / (x * x).sum(0)
+    return bool((factors.abs() > 1e-3).all()) and torch.allclose(x * factors, y, atol=1e-4, rtol=1e-4)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

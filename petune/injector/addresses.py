@@ -66,7 +66,7 @@ class AddressFinder:
         self._contents: dict[nn.Module, str] = {}
         head = sites.parts.get("head")
         self._head = {module: f"head/{index}" for index, module in enumerate(head.modules if head is not None else ())}
-        self._roles = {id(site): site.role for block in sites.all_blocks for site in (block, *block.parts.values())}
+        self._roles = {id(site): site.role for block in sites.all_blocks for site in (block, *block.inner_sites)}
         self._roles |= {id(site): role for role, site in sites.parts.items()}
         self._adapters = dict(self._adapter_address(placed) for placed in log.placed)
         self._adapters = _numbered(self._adapters, dict.fromkeys(self._adapters, 0))

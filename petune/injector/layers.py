@@ -118,7 +118,7 @@ class LayerFinder:
     def _calls(self) -> dict[nn.Module, Call]:
         """Return the calls of one forward in which attentions call their qkv layers, as the verbs would let them."""
         if self._recorded is None:
-            inner = [site for b in self.sites.blocks for role, site in b.parts.items() if role != "mid"]
+            inner = [site for b in self.sites.blocks for site in b.inner_sites if not site.read_only]
             sites = [*self.sites.blocks, *inner]
             watched = [*self._matrices(), *(m for s in sites for m in s.modules)]
             with qkv_called(self.model):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from petune.sites.layouts import width_after
-from petune.sites.parts import Mlp, find_mlp
+from petune.sites.parts import Mlp, find_mlp, mid_of
 from petune.sites.trace import Call, Trace
 
 
@@ -84,6 +84,8 @@ def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) ->
         next_start = min(others, default=math.inf)
         mlp = find_mlp(trace, call, inner, after, next_start, attention.dim)
         if mlp is not None:
-            return Pair(attention, mlp, call, [a for a in attentions if a.call.within(call)])
+            # else the next block, of convolutions, as after an attention in a ResNet
+            is_own = mlp.is_tokenwise or mid_of(trace, mlp, int(after)) is not None
+            return Pair(attention, mlp, call, [a for a in attentions if a.call.within(call)]) if is_own else None
         inner = call
     return None

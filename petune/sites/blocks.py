@@ -8,7 +8,9 @@ from dataclasses import replace
 from torch import nn
 
 from petune.sites.attentions import Attention, Pair, find_attentions
+from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
+from petune.sites.encoder import attends_to_others
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
 from petune.sites.norms import is_norm, norm_of
 from petune.sites.own_modules import with_own_modules
@@ -37,8 +39,9 @@ def find_blocks(trace: Trace) -> tuple[Block, ...]:
         found = _block_of(trace, attention, attentions)
         if found is not None and (attention.many_queries or _is_complete(attention, found[1])):
             blocks.setdefault(id(found[1].enter), found)
-    ordered = sorted(blocks.values(), key=lambda found: found[0])
-    return with_own_modules(trace, [replace(block, index=index) for index, (_, block) in enumerate(ordered)])
+    ordered = [block for _, block in sorted(blocks.values(), key=lambda found: found[0])]
+    described = [with_branches(trace, block, attentions) for block in ordered]
+    return with_own_modules(trace, [replace(block, index=index) for index, block in enumerate(described)])
 
 
 def _is_complete(attention: Attention, block: Block) -> bool:
@@ -146,7 +149,7 @@ def _build_listed(trace: Trace, pair: Pair) -> Found:
 
 def _build_parallel_attentions(trace: Trace, pair: Pair) -> Found:
     """Build a block with several attentions and MLPs: one stream, read after the attentions."""
-    bare = _bare(pair.scope, pair.scope, pair.attention.dim, trace.model_name)
+    bare = _bare(pair.scope, pair.scope, width_after(pair.scope), trace.model_name)
     mid = mid_of(trace, pair.mlp, pair.attention.call.stop)
     reached = mid is not None and reaches_output(trace, mid, pair.mlp, pair.scope)
     return pair.scope.start, _with_mid(bare, mid if reached else None)
@@ -172,11 +175,16 @@ def _without_mlp(trace: Trace, attention: Attention, attentions: list[Attention]
         return None
     around = [c for c in (attention.call, *attention.call.ancestors()) if c is not trace.root and c.keeps_shape]
     alone = [c for c in around if sum(a.call.within(c) for a in attentions) == 1]
-    if not alone:
-        return None
+    if not alone or (attends_to_others(attention.call) and not any(_is_added(trace, c) for c in alone)):
+        return None  # what other tokens are pooled into, as by open_clip's attentional pooling
     bare = _bare(alone[-1], alone[-1], attention.dim, trace.model_name)
     mid = parallel_mid(trace, alone[-1]) if _mlp_is_fused(attention, alone[-1]) else None
     return alone[-1].start, _with_mid(bare, mid)
+
+
+def _is_added(trace: Trace, call: Call) -> bool:
+    """Return whether what leaves a call is a sum, or is added to something."""
+    return any(add.result is call.output or add.other(call.output) is not None for add in trace.additions)
 
 
 def _mlp_is_fused(attention: Attention, block: Call) -> bool:
@@ -216,7 +224,11 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
     of_mlp = [c for c in of_mlp if branch is None or not c.within(branch)]
     norm2 = norm_of(trace, mlp.first, of_mlp, scope, norm1)
     end = attention.end if inner is scope else inner.stop
-    mid = mid_of(trace, mlp, end, scope.stop) or parallel_mid(trace, scope) or late_mid(trace, scope, mlp, norm2, end)
+    mid = (
+        mid_of(trace, mlp, end, scope.stop)
+        or parallel_mid(trace, scope, mlp)
+        or late_mid(trace, scope, mlp, norm2, end)
+    )
     projection = None if branch is None else projection_of(branch, scope)
     dim = attention.dim if projection is None else width_after(projection)
     model, layout = bare.model, layout_of(scope, dim)

@@ -156,9 +156,19 @@ def forget_caches(model: nn.Module) -> None:
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         if type(module).train is not nn.Module.train:
+            caches = {name: value for name, value in vars(module).items() if isinstance(value, dict)}
             module.train(True)
+            _keep_emptied(module, caches)
     for module, training in modes:
         module.training = training
+
+
+def _keep_emptied(module: nn.Module, caches: dict[str, dict[Any, Any]]) -> None:
+    """Let a module keep its own dicts, emptied, where it has exchanged them for empty ones."""
+    for name, cache in caches.items():
+        if vars(module).get(name) == {} and vars(module)[name] is not cache:
+            cache.clear()
+            vars(module)[name] = cache
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -34,8 +34,10 @@ def channel_axis(call: Call) -> int | None:
         weights = own_weights(leaf.module) if leaf.is_leaf else []
         if y is None or not weights:
             continue
-        axis = _axis_by_kind(leaf.module, weights) if y.ndim in IMAGES and y.shape == x.shape else None
-        axis = axis or _axis_by_width(x, y, weights[0].numel())
+        axis = _axis_by_kind(leaf.module, weights) if y.ndim in IMAGES and y.ndim == x.ndim else None
+        if axis is not None and y.shape != x.shape and y.shape[axis] != x.shape[axis]:
+            axis = None  # after a pooling the channels are as many as before
+        axis = axis or _axis_by_width(x, y, leaf.module, weights[0].numel()) or _axis_by_strides(x, y)
         if axis is not None:
             return axis
     return None
@@ -46,26 +48,41 @@ def _axis_by_kind(module: nn.Module, weights: list[nn.Parameter]) -> int | None:
     ndim = max(p.ndim for p in weights)
     if ndim in IMAGES:
         return -1 if all(p.shape[-1] == p.numel() > 1 for p in weights if p.ndim in IMAGES) else 1
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+        return 1
     # a class derived from LayerNorm may move the axes of an image itself
     return -1 if ndim >= 2 or type(module) is nn.LayerNorm else None
 
 
-def _axis_by_width(x: Tensor, y: Tensor, num_entries: int) -> int | None:
+def _axis_by_width(x: Tensor, y: Tensor, layer: nn.Module, num_entries: int) -> int | None:
     """Return the axis of x whose size is the width that a layer works on.
 
     Args:
         x: The (B, ., ., .) tensor in question.
-        y: The layer's input: x as it is or cut into windows, or x as tokens (B, N, C).
+        y: The layer's input: x as it is or cut into windows, or x as tokens (B, N, C), which a Conv1d takes as
+            (B, C, N).
+        layer: The layer.
         num_entries: Size of the layer's first weight, which for a norm is its width.
     """
     second, last = x.shape[1], x.shape[-1]
     if second == last or (y.ndim != 3 and y.numel() != x.numel()):
         return None
     as_tokens = y.ndim == 3 and y.shape[1] * y.shape[-1] == x.numel() // len(x)
-    width = y.shape[-1] if as_tokens else num_entries
+    width = y.shape[1 if isinstance(layer, nn.Conv1d) else -1] if as_tokens else num_entries
     if width not in (second, last):
         return None
     return 1 if width == second else -1
+
+
+def _axis_by_strides(x: Tensor, y: Tensor) -> int | None:
+    """Return the axis of x that is the last one of y, tokens (B, N, C) that are a view of x, as their strides tell.
+
+    This decides where an image has as many rows and columns as channels.
+    """
+    if y.ndim != 3 or y.shape[-1] == 1 or y.untyped_storage()._cdata != x.untyped_storage()._cdata:
+        return None
+    axes = [axis for axis in (1, -1) if (x.shape[axis], x.stride(axis)) == (y.shape[-1], y.stride(-1))]
+    return axes[0] if len(axes) == 1 else None
 
 
 def width_of(call: Call) -> int:

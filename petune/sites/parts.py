@@ -52,14 +52,12 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
     """
     calls = [c for c in scope.inner() if after < c.start < before]
     calls = [c for c in calls if attention is None or not c.within(attention)]
-    whole = [c for c in calls if c.keeps_shape and c.stop <= before and _num_matrices(c) >= 2]
+    whole = [c for c in calls if c.keeps_shape and c.stop <= before and num_matrices(c) >= 2]
     if attention is None:  # what follows the softmax in the attention itself works on heads, not on tokens
         whole = [c for c in whole if width_of(c) == dim]
     outermost = [c for c in whole if not any(c is not other and c.within(other) for other in whole)]
     if outermost:
-        return _choose(
-            trace, [_unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after
-        )
+        return _choose(trace, [unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after)
     matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
     return _mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
 
@@ -84,7 +82,7 @@ def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Ml
     y = scope.output
     if scope.parent is None or y is None or y.ndim != 3 or y.shape[-1] == dim:
         return None
-    entered = [c for c in calls if c.stop <= before and c.width == dim and _num_matrices(c) >= 2]
+    entered = [c for c in calls if c.stop <= before and c.width == dim and num_matrices(c) >= 2]
     whole = [c for c in entered if c.output is not None and c.output.shape == y.shape]
     return Mlp(whole[0], whole[0], int(y.shape[-1])) if whole else None
 
@@ -107,11 +105,11 @@ def _same_rows(first: Call, last: Call) -> bool:
     return y is not None and x is not None and y.numel() // y.shape[-1] == x.numel() // x.shape[-1]
 
 
-def _unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
+def unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
     """Step into wrappers (residual, pre-norm) as long as the MLP is one call within them, or two matrices."""
     wrapper = call
     while norm_inside(wrapper) is not None or is_residual(trace, wrapper):
-        inner = [c for c in wrapper.children if c.keeps_shape and _num_matrices(c) == _num_matrices(call)]
+        inner = [c for c in wrapper.children if c.keeps_shape and num_matrices(c) == num_matrices(call)]
         if len(inner) != 1:
             matrices = [c for c in wrapper.subtree() if c.has_matrix]
             pair = _mlp_of_matrices(matrices, dim) if is_residual(trace, wrapper) else None
@@ -197,11 +195,27 @@ def _additions(trace: Trace, stream: Tensor, after: int, before: float = math.in
     return [add for add in trace.additions if after < add.time < before and add.other(stream) is not None]
 
 
-def parallel_mid(trace: Trace, block: Call) -> Call | None:
-    """Return the call that the block's input enters first, if attention and MLP both read that (ParallelScaling)."""
-    if not is_residual(trace, block):
+def parallel_mid(trace: Trace, block: Call, mlp: Mlp | None = None) -> Call | None:
+    """Return the call that the block's input enters first, if attention and MLP both read that (ParallelScaling).
+
+    The block returns the sum of its input and both outputs, and nothing in it reads a part of that sum.
+    """
+    x = block.input
+    sums = sums_of(trace, block.output, block)
+    if x is None or not any(add.other(x) is not None for add in sums):
         return None
-    return next((c for c in block.inner() if c.input is block.input), None)
+    parts = [add.result for add in sums if add.result is not block.output]
+    if any(part is y for part in parts for c in block.inner() for y in c.inputs):
+        return None
+    if mlp is not None and not any(c is not None and c.input is x for c in (mlp.first, trace.maker(mlp.first.input))):
+        return None
+    return next((c for c in block.inner() if c.input is x), None)
+
+
+def sums_of(trace: Trace, y: Tensor | None, block: Call) -> list[Addition]:
+    """Return the additions in a block that make a tensor, the last first: y = (a + b) + c is made by two."""
+    own = [add for add in trace.additions if add.result is y and block.start < add.time < block.stop][:1]
+    return [add for last in own for add in (last, *(s for x in last.operands for s in sums_of(trace, x, block)))]
 
 
 def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_end: int) -> Call | None:
@@ -223,13 +237,24 @@ def reaches_output(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     sums = [add for add in later if add.other(mid.input) is not None]
     norm = _last_norm(trace, block)
     if norm is None:
-        made = next((add.time for add in sums if add.result is y), None)
+        made = next((time for add in sums if (time := _joins(trace, add, y, block)) is not None), None)
     else:
         made = norm.start if normalizes_sum(trace, mid, mlp, block) else None
     if y is None or made is None:
         return False
     reads = any(any(x is y for x in c.inputs) for c in block.inner() if c.start > made)  # a further branch, as in SAM
     return not reads and not any(add.other(y) is not None for add in later if add.time > made)
+
+
+def _joins(trace: Trace, add: Addition, y: Tensor | None, block: Call) -> int | None:
+    """Return when a sum becomes the block's output, after further additions to what nothing in the block reads."""
+    while add.result is not y:
+        following = (s for s in trace.additions if add.time < s.time < block.stop and s.other(add.result) is not None)
+        later = next(following, None)
+        if later is None or any(add.result is x for c in block.inner() for x in c.inputs):
+            return None
+        add = later
+    return add.time
 
 
 def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
@@ -273,7 +298,7 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
     return max(own, key=lambda c: c.stop, default=None)
 
 
-def _num_matrices(call: Call) -> int:
+def num_matrices(call: Call) -> int:
     """Count layers with a matrix or kernel, and matrices owned directly by a module with submodules (experts)."""
     return sum(1 if c.has_matrix else _num_bare(c) for c in call.subtree())
 

@@ -94,7 +94,9 @@ class Block(Site):
 
     Attributes:
         index: Position in the model, from 0 at the input.
-        parts: The sites inside, by role.
+        parts: The sites inside, by role; not those of a role that the block has several times.
+        branches: All attentions and MLPs, in the order of the forward; see `sublayers`.
+        norms: The norms of `branches`.
         extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
         norm_first: True if norm1 comes before the attention.
@@ -105,12 +107,37 @@ class Block(Site):
 
     index: int
     parts: Mapping[str, Site] = field(default_factory=dict)
+    branches: tuple[Site, ...] = ()
+    norms: tuple[Site, ...] = ()
     extra_inputs: tuple[str, ...] = ()
     num_windows: int = 1
     norm_first: bool = True
     normalizes_sum: bool = False
     bias_modules: tuple[nn.Module, ...] = ()
     own_modules: tuple[nn.Module, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, roles in (("branches", ("attn", "mlp")), ("norms", ("norm1", "norm2"))):
+            if not getattr(self, name):
+                object.__setattr__(self, name, tuple(self.parts[role] for role in roles if role in self.parts))
+
+    @property
+    def inner_sites(self) -> tuple[Site, ...]:
+        """All sites inside, each once."""
+        return tuple({id(site): site for site in (*self.parts.values(), *self.branches, *self.norms)}.values())
+
+    @property
+    def sublayers(self) -> tuple[Site, ...]:
+        """All attentions and MLPs, in the order of the forward; two in most blocks, three in a decoder's.
+
+        Raises:
+            SiteNotFound: petune has found no attention, or no MLP.
+        """
+        roles = {site.role for site in self.branches}
+        for role in ("attn", "mlp"):
+            if role not in roles:
+                self._part(role)
+        return self.branches
 
     @property
     def attn(self) -> Site:
@@ -140,10 +167,12 @@ class Block(Site):
     def _part(self, role: str) -> Site:
         if role in self.parts:
             return self.parts[role]
+        several = [site.where for site in self.branches if site.role == role]
+        missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
         is_readable = role == "mid" and "mlp" in self.parts
         advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
         raise SiteNotFound(
-            f"block {self.index} ({self.path}) of {self.model} has no site {role!r}; it has: "
+            f"block {self.index} ({self.path}) of {self.model} has {missing}; it has: "
             f"{', '.join(('block', *self.parts))}. Use {advice} that edits one of those, or linear, or full",
             role=role,
         )
@@ -315,9 +344,9 @@ class Sites:
         Args:
             site: A site of a block, from `Block.parts`.
         """
-        block = next((b for b in self.blocks if any(part is site for part in b.parts.values())), None)
+        block = next((b for b in self.blocks if any(part is site for part in b.inner_sites)), None)
         earlier = [b for b in self.blocks if block is not None and b.index < block.index]  # some may be left out
-        owners = (b for b in earlier if site.role in b.parts and b.parts[site.role].exit is site.exit)
+        owners = (b for b in earlier if any(s.role == site.role and s.exit is site.exit for s in b.inner_sites))
         return None if site.read_only else next(owners, None)
 
     def __str__(self) -> str:
@@ -365,5 +394,5 @@ def is_within(path: str, parent: str) -> bool:
 
 def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
     """Return the modules of blocks and of the sites inside, with all modules within them."""
-    sites = [site for block in blocks for site in (block, *block.parts.values())]
+    sites = [site for block in blocks for site in (block, *block.inner_sites)]
     return {m for site in sites for bound in site.modules for m in bound.modules()}

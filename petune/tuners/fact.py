@@ -149,9 +149,8 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def _linear_layers(edit: petune.Edit, block: petune.Block) -> list[petune.Site]:
-    """Return the linear layers of attention and MLP; of a decoder's block, which has several attentions, all."""
-    sites = [block.parts[role] for role in ("attn", "mlp") if role in block.parts] or [block]
-    return [layer for site in sites for layer in edit.linear_layers(site, transposed=True)]
+    """Return the linear layers of attentions and MLPs."""
+    return [layer for site in block.branches or [block] for layer in edit.linear_layers(site, transposed=True)]
 
 
 def _report(model: str, num_changed: int, skipped: list[str]) -> None:

@@ -51,7 +51,8 @@ class Houlsby(petune.Tuner[HoulsbyConfig]):
 
         y = y + GELU(y W_down + b_down) W_up + b_up
 
-    Trains: two adapters per block. Identity at the start: the up-projection is zero.
+    Trains: two adapters per block; three in a decoder's, which has two attentions. Identity at the start: the
+    up-projection is zero.
     Parameters: 2·(2·D·M + M + D) per block. ViT-B/16, M = 64: 2,379,264.
 
     The adapter comes before LayerScale, drop path and the residual sum: in a model with LayerScale (which starts at
@@ -65,12 +66,12 @@ class Houlsby(petune.Tuner[HoulsbyConfig]):
     recipe = petune.Recipe(lr=1e-3, weight_decay=0.0)
 
     def attach(self, edit: petune.Edit) -> None:
-        """Put one adapter after the attention and one after the MLP."""
+        """Put one adapter after every attention and after every MLP."""
         for block in edit.sites.require_blocks():
-            for site in (block.attn, block.mlp):
-                edit.after(site, SequentialAdapter(block.dim, self.config.bottleneck, self.config.dropout))
+            for site in block.sublayers:
+                edit.after(site, SequentialAdapter(site.dim, self.config.bottleneck, self.config.dropout))
 
     def num_parameters(self, sites: petune.Sites) -> int:
-        """Return 2·(2·D·M + M + D) per block."""
+        """Return 2·D·M + M + D per attention and MLP."""
         m = self.config.bottleneck
-        return sum(2 * (2 * block.dim * m + m + block.dim) for block in sites.blocks)
+        return sum(2 * site.dim * m + m + site.dim for block in sites.blocks for site in block.branches)

@@ -108,7 +108,7 @@ class RepAdapter(petune.Tuner[RepAdapterConfig]):
                     f"groups={self.config.groups} does not divide the width {block.dim} of {block.path} of "
                     f"{edit.sites.model}. Use another number of groups"
                 )
-            for site in (block.attn, block.mlp):
+            for site in block.sublayers:
                 input_layers = tuple(layer.module for layer in edit.input_linears(site))
                 edit.before(site, LinearAdapter(site.dim, self.config, input_layers))
 

@@ -68,15 +68,14 @@ class SSF(petune.Tuner[SSFConfig]):
         """Put one γ and β after every linear layer and every norm."""
         blocks, scaled = edit.sites.require_blocks(), set()
         for block in blocks:
-            for site in (block.attn, block.mlp):
+            for site in block.sublayers:
                 for layer in edit.linear_layers(site, transposed=True):
                     width = layer.module.weight.shape[0 if isinstance(layer.module, nn.Linear) else 1]
                     edit.after(layer, ScaleShift(width, self.config.init_std))
                     scaled.add(layer.module)
-            for norm in (block.parts.get("norm1"), block.parts.get("norm2")):
-                if norm is not None:
-                    edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
-                    scaled.add(norm.module)
+            for norm in block.norms:
+                edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
+                scaled.add(norm.module)
         if "norm" in edit.sites.parts:
             edit.after(edit.sites.norm, ScaleShift(edit.sites.norm.dim, self.config.init_std))
         inside = {m for block in blocks for own in block.own_modules for m in own.modules()}

@@ -76,18 +76,16 @@ def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
     """Return the sites whose layers are wrapped; a block without a separate attention or MLP is one site."""
     blocks = edit.sites.require_blocks()
     if config.targets != "all":
-        return [block.attn if config.targets == "attn" else block.mlp for block in blocks]
+        return [site for block in blocks for site in block.sublayers if site.role == config.targets]
     sites: list[petune.Site] = []
     for block in blocks:
-        inside = [block.parts[role] for role in ("attn", "mlp") if role in block.parts]
-        sites += inside if len(inside) == 2 else [block]
+        sites += block.branches if {site.role for site in block.branches} == {"attn", "mlp"} else [block]
     return sites
 
 
 def _layer_norms(edit: petune.Edit) -> list[petune.Site]:
     blocks = edit.sites.require_blocks()
-    norms = [block.parts.get(role) for block in blocks for role in ("norm1", "norm2")]
-    norms.append(edit.sites.parts.get("norm"))
+    norms = [*(norm for block in blocks for norm in block.norms), edit.sites.parts.get("norm")]
     known = [site for site in norms if site is not None and isinstance(site.module, nn.LayerNorm)]
     trainable = [site for site in known if site.module.weight is not None]  # the last norm of Qwen3 has none
     if not trainable:
@@ -161,7 +159,7 @@ def _fitting_options(edit: petune.Edit, config: PeftConfig, layers: list[petune.
 def _last_of_mlps(edit: petune.Edit) -> list[str]:
     """Return the path of the last linear layer of each MLP, once for MLPs that share it."""
     last: dict[nn.Module, str] = {}
-    for mlp in [block.mlp for block in edit.sites.blocks if "mlp" in block.parts]:
+    for mlp in [site for block in edit.sites.blocks for site in block.branches if site.role == "mlp"]:
         inside = {m for module in mlp.modules for m in module.modules()}
         layers = edit.linear_layers(mlp)  # without a layer that an earlier block has called
         if layers and not inside & last.keys():

@@ -1,0 +1,103 @@
+"""Blocks with several attentions or MLPs have sites for all of them; attention that only pools is no block."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import petune
+from tests.sites import branching_blocks as models
+
+IMAGES = torch.randn(2, 3, 16, 16)
+BRANCHES = {
+    "decoder": (["a.0", "a.1", "m.0"], ["n.0", "n.1", "n.2"], {"mlp": "m.0", "norm2": "n.2", "mid": "input of n.2"}),
+    "macaron": (
+        ["m.0", "a.0", "m.1"],
+        ["n.0", "n.1", "n.2"],
+        {"attn": "a.0", "mlp": "m.1", "norm1": "n.1", "norm2": "n.2", "mid": "input of n.2"},
+    ),
+    "twofold": (["a.0", "a.1", "m.0", "m.1"], ["n.0", "n.1", "n.2", "n.3"], {"mid": "input of n.2"}),
+    "parallel": (["a.0", "m.0"], ["n.0"], {"attn": "a.0", "mlp": "m.0", "norm1": "n.0", "mid": "input of n.0"}),
+    "parallel norms": (
+        ["a.0", "m.0"],
+        ["n.0", "n.1"],
+        {"attn": "a.0", "mlp": "m.0", "norm1": "n.0", "norm2": "n.1", "mid": "input of n.0"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_all_branches_are_found(name: str) -> None:
+    block = petune.find_sites(models.build(name)).blocks[1]
+    short = [site.where.removeprefix("blocks.1.") for site in block.branches]
+    norms = [site.where.removeprefix("blocks.1.") for site in block.norms]
+    parts = {role: site.where.replace("blocks.1.", "") for role, site in block.parts.items()}
+    assert (short, norms, parts) == BRANCHES[name]
+
+
+def test_every_branch_gets_its_adapters() -> None:
+    layers = {"decoder": 8, "macaron": 7, "twofold": 10}  # q, kv and out of an attention, two of an MLP
+    for name, count in layers.items():
+        model = models.build(name)
+        num_branches = len(BRANCHES[name][0])
+        lora = petune.attach(model, "lora:r=1")
+        assert len(lora.tuned) == 2 * 2 * count, name
+        lora.detach()
+        houlsby = petune.attach(model, "houlsby:bottleneck=2")
+        assert houlsby.counts.tuned == 2 * num_branches * (2 * models.D * 2 + 2 + models.D), name
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", models.BLOCKS)
+@pytest.mark.parametrize("method", ["houlsby:bottleneck=2", "lora:r=1", "adaptformer:bottleneck=2", "fact", "ssf"])
+def test_methods_keep_their_contract(name: str, method: str) -> None:
+    petune.check_tuner(method, models.build(name))
+
+
+@pytest.mark.parametrize("name", ["parallel", "parallel norms", "twofold"])
+def test_an_adapter_reads_what_parallel_branches_read(name: str) -> None:
+    model = models.build(name)
+    block = model.blocks[1]
+    entered: list[torch.Tensor] = []
+    before: list[torch.Tensor] = []
+    norm = block.n[2] if name == "twofold" else block.n[0]
+    norm.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    handle = block.register_forward_hook(lambda module, args, y: before.append(y))
+    model(IMAGES)
+    handle.remove()
+    attachment = petune.attach(model, "adaptformer:bottleneck=2,blocks=[1]")
+    adapter = next(holder.adapter for holder in attachment.model.modules() if hasattr(holder, "adapter"))
+    nn.init.normal_(adapter.up.weight)
+    after: list[torch.Tensor] = []
+    model.norm.register_forward_pre_hook(lambda module, args: after.append(args[0]))
+    model(IMAGES)
+    torch.testing.assert_close(after[0] - before[0], adapter(entered[0]))
+
+
+def test_a_role_that_a_block_has_twice_is_named() -> None:
+    block = petune.find_sites(models.build("decoder")).blocks[0]
+    with pytest.raises(petune.SiteNotFound, match=r"2 sites 'attn' .*a\.0, .*a\.1"):
+        _ = block.attn
+
+
+def test_attention_that_pools_into_queries_is_no_block() -> None:
+    sites = petune.find_sites(models.build("pooled"))
+    assert [block.path for block in sites.blocks] == ["blocks.0", "blocks.1"]
+
+
+def test_channels_are_told_from_as_many_rows_and_columns() -> None:
+    layouts = {name: petune.find_sites(models.build(name)).blocks[0].layout for name in models.BLOCKS if "," in name}
+    assert layouts == {"square, channels second": "BCHW", "square, channels last": "BHWC"}
+
+
+@pytest.mark.exhaustive
+def test_channels_are_second_behind_a_pooling() -> None:
+    model = timm.create_model("nextvit_small", depths=(1, 1, 5, 1), num_classes=3)
+    blocks = petune.find_sites(model, (3, 64, 64)).blocks
+    assert [(block.layout, block.dim) for block in blocks] == [("BCHW", 256), ("BCHW", 512), ("BCHW", 1024)]
+
+
+@pytest.mark.exhaustive
+def test_convolutions_after_an_attention_are_not_its_mlp() -> None:
+    model = timm.create_model("halo2botnet50ts_256", num_classes=3)
+    assert [block.path for block in petune.find_sites(model).blocks][-1] == "stages.3.1"
