@@ -294,7 +294,7 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
     addends = [x for x in addition.operands if not any(x is form for form in forms)]
     makers = [c for c in trace.calls if any(c.output is x for x in addends)]
     once = [c for c in makers if sum(c.module is other.module for other in trace.calls) == 1]
-    own = [c for c in once if c.start < mlp.last.stop or not _num_matrices(c)]
+    own = [c for c in once if c.start < mlp.last.stop or not num_matrices(c)]
     return max(own, key=lambda c: c.stop, default=None)
 
 
