@@ -51,6 +51,10 @@ class BareAPI(AdapterAPI):
     def change(self, request: dict[str, Any]) -> None:
         """Compute every request."""
 
+    def image(self, request: dict[str, Any]) -> Any:
+        """Decode the image; no adapter is loaded."""
+        return self.pixels(request["image"])
+
     def logits(self, images: Any, names: list[str | None]) -> Any:
         """Return the bare model's logits."""
         return self.bank.model(images)

@@ -33,31 +33,48 @@ class AdapterAPI(litserve.LitAPI):
             self.bank.load(config.parent.name, config.parent)
 
     def predict(self, requests: list[dict]) -> list[dict]:
-        answers = [self.change(request) for request in requests]
-        asked = [i for i, answer in enumerate(answers) if answer is None]
-        if asked:
-            images = torch.stack([self.pixels(requests[i]["image"]) for i in asked])
-            with torch.inference_mode():
-                rows = self.logits(images, [requests[i]["adapter"] for i in asked])
-            for i, row in zip(asked, rows, strict=True):
-                answers[i] = {"class": int(row.argmax()), "logits": row.tolist()}
+        answers = [self.alone(self.change, request) for request in requests]
+        images = {i: self.alone(self.image, requests[i]) for i, answer in enumerate(answers) if answer is None}
+        answers = [images.get(i, answer) for i, answer in enumerate(answers)]
+        asked = [i for i, answer in enumerate(answers) if isinstance(answer, torch.Tensor)]
+        rows = self.rows([answers[i] for i in asked], [requests[i].get("adapter") for i in asked])
+        for i, row in zip(asked, rows, strict=True):
+            is_row = isinstance(row, torch.Tensor)
+            answers[i] = {"class": int(row.argmax()), "logits": row.tolist()} if is_row else row
         return answers
 
-    def change(self, request: dict) -> dict | None:
-        """Load or remove an adapter; answer requests that cannot be computed, and return None for the others."""
+    def alone(self, function, *args):
+        """Call a function for one request: if it fails, this request gets the error, and the others their answers."""
         try:
-            if "load" in request:
-                self.bank.load(Path(request["load"]).name, request["load"])
-            elif "remove" in request:
-                self.bank.remove(request["remove"])
-            elif "image" in request and request.get("adapter") in [None, *self.bank.adapters]:
-                request.setdefault("adapter", None)
-                return None
-            else:
-                return {"error": f"no such adapter, or no image. Adapters: {', '.join(self.bank.adapters)}"}
-        except petune.PetuneError as error:
-            return {"error": str(error)}
+            return function(*args)
+        except Exception as error:
+            return {"error": str(error) or type(error).__name__}
+
+    def change(self, request: dict) -> dict | None:
+        """Load or remove an adapter; return None for requests with an image."""
+        if "load" in request:
+            self.bank.load(Path(request["load"]).name, request["load"])
+        elif "remove" in request:
+            self.bank.remove(request["remove"])
+        else:
+            return None
         return {"adapters": [*self.bank.adapters]}
+
+    def image(self, request: dict) -> torch.Tensor:
+        """Decode a request's image, once all changes of the batch are done."""
+        if "image" not in request or request.get("adapter") not in [None, *self.bank.adapters]:
+            raise ValueError(f"no such adapter, or no image. Adapters: {', '.join(self.bank.adapters)}")
+        return self.pixels(request["image"])
+
+    def rows(self, images: list[torch.Tensor], names: list[str | None]) -> list:
+        """Compute logits in one batch; if that fails, each image alone, so that only those that fail get an error."""
+        if not images:
+            return []
+        with torch.inference_mode():
+            rows = self.alone(self.logits, torch.stack(images), names)
+        if isinstance(rows, dict) and len(images) > 1:
+            return [row for image, name in zip(images, names, strict=True) for row in self.rows([image], [name])]
+        return [rows] if isinstance(rows, dict) else rows
 
     def logits(self, images: torch.Tensor, names: list[str | None]) -> list[torch.Tensor]:
         return self.bank(images.to(next(self.bank.model.parameters()).device), names)

@@ -67,4 +67,14 @@ def test_the_server_answers_requests(tmp_path: Path) -> None:
     assert len(pets["logits"]) == model.num_classes
     assert loaded == {"adapters": ["pets", "cars"]}
     assert "error" in unknown
-    assert api.predict([{"adapter": "cars", "image": image}])[0].keys() == {"class", "logits"}
+    good = {"adapter": "cars", "image": image}
+    assert api.predict([good])[0].keys() == {"class", "logits"}
+    text = base64.b64encode(b"no image").decode()
+    bad = [{"image": "@"}, {"image": text}, {"image": None}, {"load": 5}, {"remove": ["cars"]}, [1], 1, {"adapter": []}]
+    first, *errors, last = api.predict([good, *bad, {"image": image}])
+    assert first.keys() == last.keys() == {"class", "logits"}
+    assert [error.keys() for error in errors] == [{"error"}] * len(bad)
+    removed, gone, other = api.predict([{"remove": "cars"}, good, {**good, "adapter": "pets"}])
+    assert removed == {"adapters": ["pets"]}
+    assert "error" in gone
+    assert "logits" in other

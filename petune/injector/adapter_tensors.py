@@ -15,7 +15,7 @@ from petune.injector.addresses import addresses_of
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import block_indices, content_only, frozen_backbone, frozen_head
 from petune.injector.keys import buffer_owners, named_parameters, non_persistent_buffers, persistent_buffers
-from petune.injector.trainable import TrainedParts, trainable_state_of
+from petune.injector.trainable import TrainedParts, buffers_added_to, trainable_state_of
 from petune.sites.site import Sites
 
 
@@ -50,7 +50,9 @@ class AdapterTensors:
         adapters = [owner for holder, _ in log.placed for owner in persistent_buffers(holder)]
         own = {module for root in log.added_modules for module in root.modules()}
         tables = non_persistent_buffers(m for m in self._modules if m not in own) - {*log.added_buffers}
-        owners = buffer_owners(model, self._modules, [*log.added_buffers, *adapters])
+        # a block that trains as a whole may hold what another attachment added
+        others = buffers_added_to(model) - {*log.new_buffers()}
+        owners = buffer_owners(model, self._modules, [*log.added_buffers, *adapters], left_out=others)
         self._buffers = {key: owner for key, owner in owners.items() if owner not in tables}
         self._adapter_buffers = {*adapters}
         self._fingerprint: str | None = None
@@ -58,7 +60,12 @@ class AdapterTensors:
 
     def parts(self) -> TrainedParts:
         """Return what the model's trainable state needs to know."""
-        return TrainedParts((*self.tuned.values(), *self.head.values()), tuple(self._log.new_tensors()), self._modules)
+        return TrainedParts(
+            parameters=(*self.tuned.values(), *self.head.values()),
+            added=tuple(self._log.new_parameters()),
+            added_buffers=tuple(self._log.new_buffers()),
+            modules=self._modules,
+        )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the tuned and head parameters, by state_dict key."""

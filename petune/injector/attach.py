@@ -23,7 +23,7 @@ from petune.injector.edit_log import EditLog
 from petune.injector.frozen_beside_head import check_new_weights, warn_of_layers_before_head, warn_of_shared_head
 from petune.injector.keys import label_of, named_parameters
 from petune.injector.registry import TUNERS, build_tuner, parse_method
-from petune.injector.trainable import TrainableState, open_trainable_state, trainable_state_of
+from petune.injector.trainable import TrainableState, check_not_in_bank, open_trainable_state, trainable_state_of
 from petune.injector.tuner import Tuner, TunerConfig
 from petune.sites.chosen_head import HeadChoice
 from petune.sites.find import find_sites, sites_for
@@ -133,6 +133,7 @@ def _sites_for(
 ) -> Sites:
     """Return the sites to edit, after the checks that a model needs once: before its first attachment."""
     existing = trainable_state_of(model)
+    check_not_in_bank(model)
     _check_same_root(model, existing)
     if sites is None and existing is not None:
         sites = existing.sites if head is None else sites_for(model, existing.sites.input_spec, head)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import NotMergeable
 from petune.injector.hooks.base import After, Before, Holder
+from petune.injector.keys import BufferOwner
 from petune.sites.site import Site
 
 Toggle = Callable[[bool], object]
@@ -87,10 +88,14 @@ class EditLog:
 
     def new_tensors(self) -> list[Tensor]:
         """Return all parameters and buffers that the edit added."""
-        modules = [*(holder for holder, _ in self.placed), *self.added_modules]
-        single = [module._buffers.get(name) for module, name in self.added_buffers]
-        buffers = [*(b for module in modules for b in module.buffers()), *(b for b in single if b is not None)]
-        return [*self.new_parameters(), *buffers]
+        buffers = [module._buffers.get(name) for module, name in self.new_buffers()]
+        return [*self.new_parameters(), *(b for b in buffers if b is not None)]
+
+    def new_buffers(self) -> list[BufferOwner]:
+        """Return where the buffers are that the edit added: a forward, or a move to a device, may replace them."""
+        roots = [*(holder for holder, _ in self.placed), *self.added_modules]
+        inside = [(module, name) for root in roots for module in root.modules() for name in module._buffers]
+        return [*dict.fromkeys((*inside, *self.added_buffers))]
 
     def set_enabled(self, on: bool) -> None:
         """Enable or disable every adapter, and everything that was changed by hand."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -16,7 +16,10 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def buffer_owners(
-    model: nn.Module, modules: Iterable[nn.Module], single: Iterable[BufferOwner]
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    single: Iterable[BufferOwner],
+    left_out: Collection[BufferOwner] = (),
 ) -> dict[str, BufferOwner]:
     """Return, by state_dict key, the module that holds a buffer and the buffer's name there.
 
@@ -26,13 +29,14 @@ def buffer_owners(
         model: The model.
         modules: Modules whose own buffers are wanted.
         single: Further buffers, each as its module and its name there.
+        left_out: Buffers that are not wanted, although their modules are; none by default.
     """
     wanted = set(modules)
     wanted_single = set(single)
     owners: dict[int | BufferOwner, tuple[str, nn.Module, str]] = {}
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            if module in wanted or (module, name) in wanted_single:
+            if (module in wanted and (module, name) not in left_out) or (module, name) in wanted_single:
                 key = f"{path}.{name}" if path else name
                 identity = (module, name) if buffer is None else id(buffer)
                 owners.setdefault(identity, (key, module, name))  # several modules may share one buffer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError
 from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
-from petune.injector.keys import named_parameters
+from petune.injector.keys import BufferOwner, named_parameters
 from petune.sites.random_draws import RandomDraws, find_random_draws
 from petune.sites.site import Sites
 
@@ -48,7 +48,8 @@ class TrainedParts:
 
     Attributes:
         parameters: All parameters that it trains, the classifier's among them.
-        added: Parameters and buffers that were not in the model before.
+        added: Parameters that were not in the model before.
+        added_buffers: Buffers that were not, each as its module and its name there.
         modules: Modules that go to train mode.
         in_place: By state_dict key, the values of the tensors that it trains in place.
         enabled: False while the attachment is disabled.
@@ -56,6 +57,7 @@ class TrainedParts:
 
     parameters: tuple[nn.Parameter, ...] = ()
     added: tuple[Tensor, ...] = ()
+    added_buffers: tuple[BufferOwner, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     in_place: dict[str, TensorValues] = field(default_factory=dict)
     enabled: bool = True
@@ -71,6 +73,7 @@ class TrainableState(nn.Module):
         sites: The model's sites before anything was attached.
         attachments: By the attachment's name in state_dict keys, in the order of attaching.
         qkv_users: By attention, the attachments that need it to call its qkv layer.
+        held_by_bank: True if an AdapterBank holds the model, and exchanges classifiers and values.
     """
 
     is_petune_module = True
@@ -80,6 +83,7 @@ class TrainableState(nn.Module):
         self.sites = sites
         self.attachments: dict[str, TrainedParts] = {}
         self.qkv_users: dict[nn.Module, set[str]] = {}
+        self.held_by_bank = False
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())
@@ -347,6 +351,20 @@ def trainable_state_of(model: nn.Module) -> TrainableState | None:
     return state if isinstance(state, TrainableState) else None
 
 
+def check_not_in_bank(model: nn.Module) -> None:
+    """Check that no AdapterBank has attached its adapters to the model.
+
+    Raises:
+        AttachError: One has.
+    """
+    state = trainable_state_of(model)
+    if state is not None and state.held_by_bank:
+        raise AttachError(
+            "an AdapterBank holds this model. Load adapters with bank.load(name, path), or take all of them out with "
+            "bank.remove(name) first"
+        )
+
+
 def host_for(module: nn.Module) -> nn.Module:
     """Return the first of `module` and its submodules that does not call every child that is added to it.
 
@@ -363,7 +381,14 @@ def added_to(model: nn.Module) -> set[int]:
     """Return the identities of all parameters and buffers that attachments have added to the model."""
     state = trainable_state_of(model)
     added = {id(t) for parts in state.attachments.values() for t in parts.added} if state else set()
+    added |= {id(module._buffers.get(name)) for module, name in buffers_added_to(model)} - {id(None)}
     return added | {id(t) for holder in _holders(model) for t in (*holder.parameters(), *holder.buffers())}
+
+
+def buffers_added_to(model: nn.Module) -> set[BufferOwner]:
+    """Return the buffers that attachments have added, each as its module and its name there."""
+    state = trainable_state_of(model)
+    return {owner for parts in state.attachments.values() for owner in parts.added_buffers} if state else set()
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:

@@ -13,17 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.adapters.format import TENSOR_FILE, SavedAdapter, adapter_path, read_adapter
-from petune.base.arguments import PathText, check_arguments
-from petune.base.config import expand_home
+from petune.base.arguments import LONGEST_SHOWN, PathText, check_arguments
+from petune.base.config import expand_home, shown
 from petune.base.errors import AttachError, CheckpointError, UsageError
 from petune.base.files import MANIFEST
 from petune.base.text import plural
-from petune.injector.trainable import trainable_state_of
+from petune.injector.trainable import check_not_in_bank, trainable_state_of
 from petune.serving.bank_forward import BankForward
 from petune.serving.bank_kind import AdapterKind, AdapterValues, Owner
 from petune.serving.bank_loading import KindLoader
 from petune.serving.bank_memory import ResidentValues
 from petune.sites.find import find_sites
+from petune.sites.input_spec import Inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,7 @@ class AdapterBank:
         check_arguments("petune.AdapterBank", model=(model, nn.Module), max_memory=(max_memory, int | None))
         if max_memory is not None and max_memory < 0:
             raise UsageError(f"max_memory is {max_memory}. Use a number of bytes, or None for no limit")
+        check_not_in_bank(model)
         if trainable_state_of(model) is not None:
             raise AttachError("a tuner is attached to this model. Call its detach() first")
         self.model = model.eval()
@@ -109,7 +111,7 @@ class AdapterBank:
         """
         check_arguments("load", name=(name, str), path=(path, PathText))
         self._check_free(name)
-        directory = adapter_path(expand_home(path))
+        directory = adapter_path(expand_home(path)).absolute()
         saved = read_adapter(directory)
         with self._lock:
             self._check_free(name)
@@ -168,10 +170,12 @@ class AdapterBank:
             Logits of each row, (C,); C depends on the adapter.
 
         Raises:
-            UsageError: The number of names differs from the number of rows, or a name is not loaded.
+            UsageError: The number of names differs from the number of rows, a name is not loaded, or an argument has
+                another type.
             CheckpointError: The values of an adapter have left memory, and cannot be read again.
         """
-        inputs = self._sites.input_spec.inputs(x)
+        names = _as_names(names)
+        inputs = self._inputs(x)
         num_rows = self._sites.input_spec.num_samples_in(inputs.tensors)
         if len(names) != num_rows:
             raise UsageError(
@@ -183,6 +187,18 @@ class AdapterBank:
                 if self._entry(name).kind is not owners[name].kind:  # another thread has exchanged it meanwhile
                     owners[name] = self._owner(name)
             return self._forward.logits(inputs, [owners[name] for name in names])
+
+    def _inputs(self, x: Any) -> Inputs:
+        """Return the arguments of a call of the model."""
+        spec = self._sites.input_spec
+        try:
+            inputs = spec.inputs(x)
+        except (TypeError, ValueError, LookupError):
+            inputs = Inputs(())
+        if not inputs.tensors:
+            form = "a tensor of a batch" if spec.is_plain else "tensors in the form of the bank's example"
+            raise UsageError(f"x must be {form}, not {shown(x, LONGEST_SHOWN)}. Convert arrays with torch.from_numpy")
+        return inputs
 
     def _owner(self, name: str) -> Owner:
         """Return the kind and the values of a loaded adapter; read its values if they have left memory."""
@@ -198,18 +214,21 @@ class AdapterBank:
             )
         with self._lock:
             self._entry(name)
-            values = self._loader.values(entry.kind, saved)
+            with self._inactive():
+                values = self._loader.values(entry.kind, saved)
             self._resident.add(name, values)
         return values
 
     @contextmanager
     def _inactive(self) -> Iterator[None]:
-        """Let no adapter be active inside the context."""
-        self._forward.deactivate(self._active)
+        """Let no adapter be active inside the context, which may be inside another one."""
+        active, self._active = self._active, Owner()
+        self._forward.deactivate(active)
         try:
             yield
         finally:
-            self._forward.activate(self._active)
+            self._active = active
+            self._forward.activate(active)
 
     def _check_free(self, name: str) -> None:
         if name in self.adapters:
@@ -221,6 +240,21 @@ class AdapterBank:
             loaded = ", ".join(map(repr, [*self.adapters])) or "none"
             raise UsageError(f"no adapter {name!r} is loaded. Loaded: {loaded}")
         return entry
+
+
+def _as_names(names: Any) -> list[str | None]:
+    """Return the names of the rows as a list.
+
+    Raises:
+        UsageError: They are something else.
+    """
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not all(name is None or isinstance(name, str) for name in names):
+        raise UsageError(
+            f"names must be a list with the adapter's name of each row, or None for the backbone, not "
+            f"{shown(names, LONGEST_SHOWN)}"
+        )
+    return list(names)
 
 
 def _digest(saved: SavedAdapter) -> str:

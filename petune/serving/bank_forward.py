@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.serving.bank_heads import CaptureInput, head_slots
-from petune.serving.bank_kind import Owner, ValueSlots
+from petune.serving.bank_kind import AdapterKind, Owner, ValueSlots
 from petune.serving.mixed_batch import row_wise
 from petune.serving.row_groups import Segment
 from petune.sites.forward import device_of, dtype_of
@@ -71,7 +71,7 @@ class BankForward:
         for row, owner in enumerate(owners):
             groups.setdefault(_group(owner), []).append(row)
         found: dict[int, Tensor] = {}
-        for group in groups.values():
+        for group in (part for rows in groups.values() for part in _without_conflicts(rows, owners)):
             rows = _sorted_by_owner(group, owners)
             inputs = x if rows == list(range(len(owners))) else self.sites.input_spec.select(x, rows)
             found |= zip(rows, self._logits_of_group(inputs, [owners[row] for row in rows]), strict=True)
@@ -156,6 +156,22 @@ def _group(owner: Owner) -> Any:
     if owner.kind is None:
         return ()  # as for adapters without prompts
     return owner.kind.sharing if owner.kind.sharing is not None else ("alone", id(owner.values))
+
+
+def _without_conflicts(rows: list[int], owners: Sequence[Owner]) -> list[list[int]]:
+    """Return the rows in groups whose kinds of adapters do not exchange tensors that the others' layers use."""
+    kinds: dict[AdapterKind | None, list[int]] = {}
+    for row in rows:
+        kinds.setdefault(owners[row].kind, []).append(row)
+    parts: list[list[AdapterKind | None]] = []
+    for kind in kinds:
+        free = (p for p in parts if not any(kind and other and kind.conflicts_with(other) for other in p))
+        part = next(free, None)
+        if part is None:
+            parts.append([kind])
+        else:
+            part.append(kind)
+    return [[row for kind in part for row in kinds[kind]] for part in parts]
 
 
 def _sorted_by_owner(rows: list[int], owners: Sequence[Owner]) -> list[int]:

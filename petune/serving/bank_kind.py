@@ -140,6 +140,7 @@ class AdapterKind:
         slots: The tensors whose values differ.
         names: The loaded adapters of this kind.
         edited: By-hand changes and unfrozen modules, if rows of several adapters can share a forward.
+        bypassed: Modules whose tensors a changed layer reads or replaces without calling them as they are.
         features: What the first adapter's file says about the backbone's output.
         sharing: Equal for kinds that can share a forward; None if each adapter needs its own.
     """
@@ -150,6 +151,7 @@ class AdapterKind:
         self.log = attachment.edit_log
         self.names: set[str] = set()
         self.edited: list[EditedModule] = []
+        self.bypassed: set[nn.Module] = set()
         self.features: Any = None
         self.sharing: tuple[Any, ...] | None = None
         self.keys, slots = _slots_of(attachment, head)
@@ -170,6 +172,11 @@ class AdapterKind:
         state = self.attachment.state()
         pairs = zip(self.keys, self.slots.slots, strict=True)
         return AdapterValues([as_value(state[key].detach().clone(), slot.original) for key, slot in pairs], head)
+
+    def conflicts_with(self, other: AdapterKind) -> bool:
+        """Return True if one exchanges tensors that changed layers of the other use: they cannot share a forward."""
+        pairs = ((self, other), (other, self))
+        return any(edit.layer is None and edit.module in b.bypassed for a, b in pairs for edit in a.edited)
 
     def enable(self, holders: Container[Holder] | None = None) -> None:
         """Let the adapters of this kind take effect, with the values that are in the slots.

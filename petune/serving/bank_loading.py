@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,7 @@ from petune.serving.bank_forward import BankForward
 from petune.serving.bank_heads import check_same_head, head_for, head_values
 from petune.serving.bank_kind import AdapterKind, AdapterValues, Owner, kind_key
 from petune.serving.mixed_batch import sharing_key
-from petune.serving.sharing_check import can_share, edited_modules, recorded_calls
+from petune.serving.sharing_check import bypassed_modules, can_share, edited_modules, recorded_calls
 
 
 class KindLoader:
@@ -77,7 +79,8 @@ class KindLoader:
         sites = replace(self._forward.sites, parts={**self._forward.sites.parts, "head": head_site})
         try:
             self._forward.set_head(head)
-            attachment = attach_saved(self._model, saved, name=self._free_name(name), sites=sites)
+            with self._released():
+                attachment = attach_saved(self._model, saved, name=self._free_name(name), sites=sites)
             kind = AdapterKind(attachment, head)
             kind.features = _features(saved)
             attachment.disable()
@@ -92,6 +95,20 @@ class KindLoader:
             raise
         return owner
 
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        """Let adapters be attached inside the context; outside of it, only the bank attaches and detaches."""
+        try:
+            self._set_held(False)
+            yield
+        finally:
+            self._set_held(True)
+
+    def _set_held(self, held: bool) -> None:
+        state = trainable_state_of(self._model)
+        if state is not None:
+            state.held_by_bank = held
+
     def _prepare_sharing(self, owner: Owner) -> None:
         """Find out whether adapters of this kind can share a forward."""
         kind = owner.kind
@@ -101,6 +118,10 @@ class KindLoader:
             return
         with recorded_calls(self._model) as called:
             self._forward.features([Owner()])
+        if any(layer.addition is None for layer in kind.log.changed_layers.values()):
+            with recorded_calls(self._model) as still_called:
+                self._forward.features([owner])
+            kind.bypassed = bypassed_modules(kind, still_called)
         edited = edited_modules(kind, called)
         if edited is not None:
             kind.edited = edited

@@ -56,15 +56,34 @@ def edited_modules(kind: AdapterKind, called: set[nn.Module]) -> list[EditedModu
     return [*layers, *(EditedModule(module, slots, None, names[module]) for module, slots in unfrozen.items())]
 
 
+def bypassed_modules(kind: AdapterKind, called: set[nn.Module]) -> set[nn.Module]:
+    """Return the modules inside changed layers whose tensors the layer itself reads or replaces.
+
+    Another kind cannot exchange these tensors for some of the rows while such a layer acts.
+
+    Args:
+        kind: The adapters.
+        called: The modules that a forward with one of them calls with all of their own parameters.
+    """
+    layers = [layer for layer, change in kind.log.changed_layers.items() if change.addition is None]
+    inside = {module for layer in layers for module in layer.modules() if module is not layer}
+    return {module for module in inside if module not in called and any(True for _ in module.parameters(recurse=False))}
+
+
 @contextlib.contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """Yield the modules that are called inside the context; not by hooks, which keep torch from its fused kernels."""
+    """Yield the modules that are called inside the context with all of their own parameters.
+
+    They are not recorded by hooks, which keep torch from its fused kernels.
+    """
     called: set[nn.Module] = set()
     before = {module: module.__dict__.get("forward") for module in model.modules()}
+    parameters = {module: set(module._parameters) for module in before}
 
     def recorder(module: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            called.add(module)
+            if module._parameters.keys() >= parameters[module]:  # PEFT takes some out for the time of a call
+                called.add(module)
             return own(*args, **kwargs)
 
         return forward

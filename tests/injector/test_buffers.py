@@ -107,6 +107,22 @@ def test_the_buffers_of_an_adapter_are_saved(verb: str, tmp_path: Path) -> None:
     assert list(fresh.state_dict()) == list(tiny().state_dict())
 
 
+@pytest.mark.parametrize("method", ["partial", "full"])
+def test_a_method_that_trains_modules_as_a_whole_saves_no_buffers_of_others(method: str, tmp_path: Path) -> None:
+    model = tiny().eval()
+    other = petune.attach(model, "peft:vera")
+    fingerprint = other.fingerprint()
+    model.double().float()  # replaces all buffers
+    assert other.fingerprint() == fingerprint
+    att = petune.attach(model, method)
+    assert not [key for key in att.state() if "vera" in key]
+    other.disable()
+    att.save(tmp_path / "a")
+    fresh = tiny().eval()
+    petune.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(X), model(X))
+
+
 def test_a_file_without_them_loads_with_a_warning_if_nothing_depends_on_them(tmp_path: Path) -> None:
     """Development versions did not save them."""
     att = trained("after")
