@@ -124,6 +124,10 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise AttachError(f"attach takes an nn.Module, but was given {type(model).__name__}")
     _check_not_compiled(model)
+    if any(p.is_inference() for p in model.parameters()):
+        raise AttachError(
+            f"{type(model).__name__} was made inside torch.inference_mode, so nothing of it can train. Build it outside"
+        )
     if next(model.parameters(), None) is None:
         raise AttachError(f"{type(model).__name__} has no parameters. Attach to a model with weights")
 

@@ -361,7 +361,7 @@ def check_not_in_bank(model: nn.Module) -> None:
     if state is not None and state.held_by_bank:
         raise AttachError(
             "an AdapterBank holds this model. Load adapters with bank.load(name, path), or take all of them out with "
-            "bank.remove(name) first"
+            "bank.close() first. If the bank no longer exists, build the model again"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.adapters.format import TENSOR_FILE, SavedAdapter, adapter_path, read_adapter
-from petune.base.arguments import LONGEST_SHOWN, PathText, check_arguments
+from petune.base.arguments import LONGEST_SHOWN, PathText, check_arguments, check_input_size
 from petune.base.config import expand_home, shown
 from petune.base.errors import AttachError, CheckpointError, UsageError
 from petune.base.files import MANIFEST
@@ -56,11 +56,19 @@ class AdapterBank:
         active: Name of the adapter that `model(x)` uses; None is the backbone's own output.
     """
 
-    def __init__(self, model: nn.Module, *, example: Any = None, max_memory: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        input_size: Sequence[int] | None = None,
+        example: Any = None,
+        max_memory: int | None = None,
+    ) -> None:
         """Create an empty bank.
 
         Args:
             model: A backbone with nothing attached.
+            input_size: (channels, height, width), for a model that does not state its input size.
             example: What its forward takes, if that is not one image; see `petune.find_sites`.
             max_memory: Bytes of the adapters that are kept in memory, next to the backbone. Those that were not used
                 for the longest time leave it, and are read from their directories when they are used again. None, the
@@ -70,6 +78,7 @@ class AdapterBank:
             AttachError: Something is attached to the model, or its classifier is not a single module.
         """
         check_arguments("petune.AdapterBank", model=(model, nn.Module), max_memory=(max_memory, int | None))
+        check_input_size("petune.AdapterBank", input_size)
         if max_memory is not None and max_memory < 0:
             raise UsageError(f"max_memory is {max_memory}. Use a number of bytes, or None for no limit")
         check_not_in_bank(model)
@@ -78,7 +87,7 @@ class AdapterBank:
         self.model = model.eval()
         self.adapters: dict[str, BankEntry] = {}
         self.active: str | None = None
-        self._sites = find_sites(model, example=example)
+        self._sites = find_sites(model, input_size, example=example)
         head = self._sites.head
         if not head.is_module:
             raise AttachError(
@@ -115,6 +124,7 @@ class AdapterBank:
         saved = read_adapter(directory)
         with self._lock:
             self._check_free(name)
+            self._forward.check_head()
             with self._inactive():
                 kind, values = self._loader.load(name, saved)
             assert kind is not None
@@ -134,6 +144,7 @@ class AdapterBank:
         """
         check_arguments("use", name=(name, str | None))
         with self._lock:
+            self._forward.check_head()
             owner = Owner() if name is None else self._owner(name)
             self._forward.deactivate(self._active)
             self._active = owner
@@ -151,13 +162,21 @@ class AdapterBank:
         with self._lock:
             kind = self._entry(name).kind
             if self.active == name:
-                self.use(None)
+                self._forward.deactivate(self._active)
+                self._active = Owner()
+                self.active = None
             del self.adapters[name]
             self._resident.discard(name)
             kind.names.discard(name)
             if not kind.names:
                 with self._inactive():
                     self._loader.detach(kind)
+
+    def close(self) -> None:
+        """Remove all adapters: the model is as it was, and something else can be attached to it."""
+        with self._lock:
+            for name in [*self.adapters]:
+                self.remove(name)
 
     def __call__(self, x: Any, names: Sequence[str | None]) -> list[Tensor]:
         """Compute every row with its own adapter. Rows whose adapters do not affect other rows share one forward.
@@ -183,6 +202,7 @@ class AdapterBank:
             )
         owners = {name: Owner() if name is None else self._owner(name) for name in names}
         with self._lock, self._inactive():
+            self._forward.check_head()
             for name in filter(None, owners):
                 if self._entry(name).kind is not owners[name].kind:  # another thread has exchanged it meanwhile
                     owners[name] = self._owner(name)

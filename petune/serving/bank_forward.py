@@ -42,6 +42,18 @@ class BankForward:
         """Let the model have this classifier."""
         self.model.set_submodule(self.head.path, head)
 
+    def check_head(self) -> None:
+        """Check that the model has the classifier that it had when the bank was made.
+
+        Raises:
+            AttachError: It has another one.
+        """
+        if self.model.get_submodule(self.head.path) is not self.head.enter:
+            raise AttachError(
+                f"the classifier {self.head.path} was replaced while an AdapterBank holds this model. Put it back, or "
+                "call bank.close() and make another AdapterBank"
+            )
+
     def activate(self, owner: Owner) -> None:
         """Let the model compute with an adapter, until `deactivate`."""
         if owner.kind is not None and owner.values is not None:

@@ -64,11 +64,12 @@ class KindLoader:
         """Take a kind without adapters from the model."""
         self._kinds = {key: other for key, other in self._kinds.items() if other is not kind}
         is_unchanged = self._current_state() == self._state
+        current = self._model.get_submodule(self._forward.head.path)  # the user may have put another one in
         self._forward.set_head(kind.head)
         try:
             kind.attachment.detach()
         finally:
-            self._forward.set_head(self._forward.head.enter)
+            self._forward.set_head(current)
         if is_unchanged:
             self._state = self._current_state()
 

@@ -172,13 +172,41 @@ def test_what_attaches_to_a_model_in_a_bank_is_told_so(saved: dict[str, Path]) -
     ):
         with pytest.raises(AttachError, match="AdapterBank holds"):
             attach()
-    bank.remove("pets")
-    bank.remove("lora")
+    bank.use("pets")
+    bank.close()
+    assert not bank.adapters
+    assert torch.equal(logits(bank.model), logits(model()))
     petune.load(bank.model, saved["cars"]).detach()
     attached = model()
     petune.attach(attached, "lora")
     with pytest.raises(AttachError, match="detach"):
         petune.AdapterBank(attached)
+
+
+@pytest.mark.parametrize("active", ["pets", None])
+def test_a_classifier_that_was_replaced_is_reported_and_kept(saved: dict[str, Path], active: str | None) -> None:
+    bank = petune.AdapterBank(model())
+    bank.load("pets", saved["pets"])
+    bank.use(active)
+    bank.model.reset_classifier(9)
+    for call in (lambda: bank(X[:1], ["pets"]), lambda: bank.use("pets"), lambda: bank.load("lora", saved["lora"])):
+        with pytest.raises(AttachError, match="was replaced"):
+            call()
+    bank.close()
+    assert logits(bank.model).shape == (len(X), 9)
+
+
+def test_a_model_that_does_not_state_its_input_size(saved: dict[str, Path]) -> None:
+    bank = petune.AdapterBank(model(), input_size=(3, 16, 16))
+    bank.load("pets", saved["pets"])
+    assert torch.equal(logits(bank.use("pets")), logits(single_task(saved["pets"], "pets")))
+
+
+def test_a_model_made_in_inference_mode_is_refused(saved: dict[str, Path]) -> None:
+    with torch.inference_mode():
+        bank = petune.AdapterBank(model())
+        with pytest.raises(AttachError, match="inference_mode"):
+            bank.load("pets", saved["pets"])
 
 
 def test_a_task_that_does_not_fit_leaves_the_others_alone(saved: dict[str, Path], tmp_path: Path) -> None:
