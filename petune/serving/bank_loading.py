@@ -100,15 +100,15 @@ class KindLoader:
     def _released(self) -> Iterator[None]:
         """Let adapters be attached inside the context; outside of it, only the bank attaches and detaches."""
         try:
-            self._set_held(False)
+            self._set_in_bank(False)
             yield
         finally:
-            self._set_held(True)
+            self._set_in_bank(True)
 
-    def _set_held(self, held: bool) -> None:
+    def _set_in_bank(self, in_bank: bool) -> None:
         state = trainable_state_of(self._model)
         if state is not None:
-            state.held_by_bank = held
+            state.held_by_bank = in_bank
 
     def _prepare_sharing(self, owner: Owner) -> None:
         """Find out whether adapters of this kind can share a forward."""

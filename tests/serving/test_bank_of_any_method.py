@@ -1,0 +1,87 @@
+"""An `AdapterBank` holds adapters of any two methods, which train, wrap or read the same layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from tests.several import X, logits, model
+
+
+def save_tuned(path: Path, method: str, seed: int = 0, built: nn.Module | None = None) -> Tensor:
+    """Save an adapter with random values; return the logits of its model."""
+    torch.manual_seed(seed)
+    att = petune.attach(built or model(), method)
+    with torch.no_grad():
+        for p in att.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    att.save(path)
+    return logits(att.model)
+
+
+@pytest.mark.parametrize("method", ["lora", "peft:ia3"])
+def test_an_adapter_is_read_again_while_one_of_its_kind_is_in_use(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {name: save_tuned(tmp_path / name, method, seed) for seed, name in enumerate("abc")}
+    monkeypatch.chdir(tmp_path)
+    bank = petune.AdapterBank(model(), max_memory=0)
+    for name in "abc":
+        bank.load(name, name)
+    monkeypatch.chdir("/")
+    bank.use("a")
+    with torch.no_grad():
+        for out, name in zip(bank(X[:2], ["b", "c"]), "bc", strict=True):
+            torch.testing.assert_close(out, expected[name]["bc".index(name)], atol=1e-6, rtol=1e-5)
+    assert torch.equal(logits(bank.model), expected["a"])
+    assert torch.equal(logits(bank.use("b")), expected["b"])
+    assert torch.equal(logits(bank.use(None)), logits(model()))
+
+
+@pytest.mark.parametrize("order", [("peft:vera", "partial"), ("partial", "peft:randlora")])
+def test_a_block_that_trains_as_a_whole_does_not_own_what_others_put_in(order: tuple[str, str], tmp_path: Path) -> None:
+    bank = petune.AdapterBank(model())
+    for method in order:
+        expected = save_tuned(tmp_path / method, method)
+        bank.load(method, tmp_path / method)
+        torch.testing.assert_close(logits(bank.use(method)), expected, atol=1e-6, rtol=1e-5)
+
+
+class OneAttention(nn.Module):
+    """A ViT of one block whose attention is `nn.MultiheadAttention`."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        inner = model()
+        self.patch_embed, self.head = inner.patch_embed, inner.head
+        layer = {"d_model": inner.embed_dim, "nhead": 2, "dim_feedforward": 32, "norm_first": True}
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(**layer, batch_first=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[0](self.patch_embed(x)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("lora", OneAttention), ("peft:boft", model), ("peft:hra", model)], ids=str
+)
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_layers_that_read_the_weights_of_another_adapter_get_a_forward_of_their_own(
+    method: str, kind: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    expected = {name: save_tuned(tmp_path / name, name, built=kind().eval()) for name in ("partial", method)}
+    for order in (("partial", method), (method, "partial")):
+        bank = petune.AdapterBank(kind().eval())
+        for name in order:
+            bank.load(name, tmp_path / name)
+        names = ["partial", method, "partial"]
+        for row, out in enumerate(bank(X[:3], names)):
+            torch.testing.assert_close(out, expected[names[row]][row], atol=1e-5, rtol=1e-5)
