@@ -45,6 +45,10 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", {**_COLUMN, "img_size": 64}),
     "vision_transformer_sam": ("samvit_base_patch16_224", {**_VIT, "global_attn_indexes": (2,), "window_size": 3}),
     "naflexvit": ("naflexvit_base_patch16_gap", {"depth": 3, "embed_dim": 48, "num_heads": 4}),
+    "… position embedding that keeps the ratio of sides": (
+        "naflexvit_base_patch16_par_gap",
+        {"depth": 3, "embed_dim": 48, "num_heads": 4},
+    ),
     "cait": ("cait_xxs24_224", _VIT),
     "xcit": ("xcit_nano_12_p16_224", _VIT),
     "convit": ("convit_tiny", {**_VIT, "local_up_to_layer": 2}),
@@ -110,4 +114,14 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "no attention (ResNet)": ("test_resnet", {}),
     "no attention (ConvNeXt)": ("test_convnext", {}),
     "no attention (MLP-Mixer)": ("mixer_s32_224", {}),
+    "no attention (FasterNet)": ("fasternet_t0", {"input_size": (3, 64, 64)}),
+    "no attention (FocalNet)": ("focalnet_tiny_srf", {"input_size": (3, 64, 64)}),
+    "no attention (MambaOut)": ("test_mambaout", {}),
+    "no attention (RepViT)": ("repvit_m0_9", {"input_size": (3, 64, 64)}),
+    "no attention (Sequencer)": (
+        "sequencer2d_s",
+        {"img_size": 64, "layers": (1, 1, 2, 1), "embed_dims": (24, 48, 48, 48), "hidden_sizes": (6, 12, 12, 12)},
+    ),
+    "no attention (StarNet)": ("starnet_s050", {"input_size": (3, 64, 64)}),
+    "no attention (SwiftFormer)": ("swiftformer_xs", {"input_size": (3, 64, 64)}),
 }

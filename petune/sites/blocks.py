@@ -238,8 +238,10 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
         "norm1": (norm1, norm1),
         "norm2": (norm2, norm2),
     }
+    widths = {role: width_of(norm) for role, norm in (("norm1", norm1), ("norm2", norm2)) if norm is not None}
+    widths["mlp"] = mlp.dim or width_after(mlp.last)
     parts = {
-        role: make_site(role, first, last, (role == "mlp" and mlp.dim) or dim, model, layout)
+        role: make_site(role, first, last, widths.get(role, dim), model, layout)
         for role, (first, last) in ends.items()
         if first is not None and last is not None
     }

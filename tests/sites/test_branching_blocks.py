@@ -95,6 +95,15 @@ def test_channels_are_second_behind_a_pooling() -> None:
     model = timm.create_model("nextvit_small", depths=(1, 1, 5, 1), num_classes=3)
     blocks = petune.find_sites(model, (3, 64, 64)).blocks
     assert [(block.layout, block.dim) for block in blocks] == [("BCHW", 256), ("BCHW", 512), ("BCHW", 1024)]
+    assert [(block.attn.dim, block.mlp.dim) for block in blocks] == [(192, 256), (384, 512), (768, 1024)]
+    for method in ("adaptformer", "houlsby", "lora"):
+        petune.attach(model, method, input_size=(3, 64, 64)).detach()
+
+
+def test_a_norm_has_its_own_width_where_the_block_changes_it() -> None:
+    sizes = {"img_size": (64, 64), "embed_dim": 24, "stages": (1, 1, 1, 1)}
+    model = timm.create_model("hiera_tiny_224", num_classes=3, **sizes)
+    assert [norm.dim for norm in petune.find_sites(model, (3, 64, 64)).blocks[1].norms] == [24, 48]
 
 
 @pytest.mark.exhaustive
