@@ -18,7 +18,7 @@ from petune.backbones.input_channels import channel_settings, set_input_channels
 from petune.backbones.input_size import backbone_sites, square_input
 from petune.backbones.names import ALIASES, HUB, Alias, calls_user_code, is_other_library, resolve_name
 from petune.backbones.other_libraries import build_other_library
-from petune.backbones.quantize import BasePrecision, quantize_backbone
+from petune.backbones.quantize import BasePrecision, check_base_precision, quantize_backbone
 from petune.backbones.timm_models import (
     Statistics,
     build_timm,
@@ -128,6 +128,7 @@ def create_backbone(
         WeightsUnavailable: The weights are neither cached nor downloadable.
         ConfigError: The model does not accept these options.
     """
+    check_base_precision(base_precision)
     alias = resolve_name(name)
     size_key = "image_size" if is_other_library(name) else "img_size"
     sizes = {size_key: image_size, "patch_size": patch_size}
@@ -167,7 +168,7 @@ def create_backbone(
         model, sites, clip_form = complete(build() if empty is None else empty)
     except NotOnMeta:
         model, sites, clip_form = complete(build())
-    quantize_backbone(model, base_precision, sites.parts.get("head"))
+    quantize_backbone(model, base_precision, sites)
     num_frames = settings.get("num_frames") or frames_of(model)
     statistics = pretrained_statistics(model) if source == HUB else None
     if file is not None:

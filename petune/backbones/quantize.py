@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from petune.backbones.own_forward import run_by_own_forward
 from petune.base.errors import ConfigError, MissingExtra
 from petune.sites.file_values import original_values
-from petune.sites.site import Site
+from petune.sites.site import Sites
 
 BasePrecision = Literal["auto", "int8", "nf4"]
 SMALLEST = 2**14
@@ -25,13 +26,25 @@ Backend = Callable[[Tensor], Tensor]
 """Returns a tensor of the shape of a weight, with a method `dequantize`."""
 
 
-def quantize_backbone(model: nn.Module, precision: BasePrecision, head: Site | None) -> int:
+def check_base_precision(precision: BasePrecision) -> None:
+    """Check that a number format is available, before any data and weights are read.
+
+    Raises:
+        MissingExtra: The backend's package is not installed.
+    """
+    if precision != "auto":
+        BACKENDS[precision]()
+
+
+def quantize_backbone(model: nn.Module, precision: BasePrecision, sites: Sites) -> int:
     """Quantize the weights of linear layers, but those of the head.
+
+    A layer whose weight the model reads itself, as BEiT that of `qkv`, or that it never calls, stays as it is.
 
     Args:
         model: Changed in place.
         precision: `int8` or `nf4`; `auto` changes nothing.
-        head: The model's.
+        sites: The model's.
 
     Returns:
         The number of layers.
@@ -43,12 +56,15 @@ def quantize_backbone(model: nn.Module, precision: BasePrecision, head: Site | N
     if precision == "auto":
         return 0
     backend = BACKENDS[precision]()
+    head = sites.parts.get("head")
     in_head = {id(m) for bound in (head.modules if head else ()) for m in bound.modules()}
     layers = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in in_head]
-    layers = [layer for layer in layers if layer.weight.numel() >= SMALLEST]
+    large = [layer for layer in layers if layer.weight.numel() >= SMALLEST]
+    layers = run_by_own_forward(model, sites.input_spec, large) if large else []
     if not layers:
+        problem = "calls none of its large ones" if large else "has none that are large"
         raise ConfigError(
-            f"base_precision={precision} quantizes linear layers, and {type(model).__name__} has none that are large. "
+            f"base_precision={precision} quantizes linear layers, and {type(model).__name__} {problem}. "
             "Use base_precision=auto"
         )
     for layer in layers:

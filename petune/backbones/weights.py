@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,12 +175,42 @@ def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> 
     state = model.state_dict()
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if resample is not None and any(k in state and state[k].shape != tensor.shape for k, tensor in tensors.items()):
-        tensors = resample(tensors, model)
+        tensors = _resampled(model, tensors, resample, weights.source)
+    head_keys = head_keys | _other_classifiers(model, tensors)
     wanted = {key: tensor for key, tensor in state.items() if key not in head_keys}
     problems = _mismatches(wanted, tensors, head_keys, weights.mapped)
     if problems:
         raise CheckpointError(f"{weights.source} does not fit this backbone: {'; '.join(problems)}")
     return {key: tensors[key] for key in wanted}
+
+
+def _resampled(
+    model: nn.Module, tensors: Mapping[str, Tensor], resample: Callable[..., Mapping[str, Tensor]], source: str
+) -> Mapping[str, Tensor]:
+    """Return what timm's own filter makes of tensors, which takes a position embedding of any size for one of patches.
+
+    Raises:
+        CheckpointError: It cannot, such as for weights without registers in a model that has them.
+    """
+    try:
+        return resample(tensors, model)
+    except Exception as error:  # whatever timm raises for tensors that it did not expect
+        state = model.state_dict()
+        key = next(k for k, tensor in tensors.items() if k in state and state[k].shape != tensor.shape)
+        raise CheckpointError(
+            f"{source} does not fit this backbone: {key} {tuple(tensors[key].shape)} cannot be resampled to "
+            f"{tuple(state[key].shape)} ({' '.join(str(error).split())[:200]}). Build the backbone with the options of "
+            "the weights, such as the number of registers"
+        ) from None
+
+
+def _other_classifiers(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the keys of classifiers with another number of classes that timm names next to the head (VOLO's)."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    named = config.get("classifier") or ()
+    prefixes = tuple(f"{path}." for path in ([named] if isinstance(named, str) else named))
+    keys = {key: t for key, t in model.state_dict().items() if key.startswith(prefixes) and key in tensors}
+    return {key for key, tensor in keys.items() if tensors[key].shape != tensor.shape}
 
 
 def _mismatches(

@@ -38,6 +38,7 @@ def print_dry_run(
         PetuneError: Training would be refused before its first step. Images are not read.
     """
     from petune.backbones.create import check_weights_file
+    from petune.backbones.quantize import check_base_precision
     from petune.data.lookup import count_classes
     from petune.injector.registry import build_tuner
     from petune.runner.continued import describe_start
@@ -53,6 +54,7 @@ def print_dry_run(
     run = config if isinstance(config, RunConfig) else config.run
     count_classes(run.dataset)
     check_task_of_dataset(run)
+    check_base_precision(run.base_precision)
     offline = _check_weights(run)
     choose_device(run.device)
     check_clips(run)

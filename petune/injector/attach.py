@@ -219,6 +219,7 @@ def _check_kinds_of_tensors(attachment: Attachment) -> None:
         parts = plain_parts(key, tensor)
         if key in trainable and any(part.dtype not in TRAINABLE_DTYPES for _, part in parts):
             raise AttachError(
-                f"{attachment.name} would train {key}, which is quantized ({type(tensor).__name__}). Leave it out of "
-                "the quantization, or use a method that keeps it frozen; for a classifier, also train_head=False"
+                f"{attachment.name} would train {key}, which is quantized ({type(tensor).__name__}). Use a method "
+                "that keeps it frozen, such as adaptformer, or a backbone in full precision (base_precision=auto); for "
+                "a classifier, also train_head=False"
             )

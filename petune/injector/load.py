@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from petune.adapters.format import CONFIG_FILE, SavedAdapter, adapter_path, read_adapter
 from petune.adapters.peft_names import with_current_names
 from petune.adapters.reference_logits import Difference, largest_difference
-from petune.adapters.trained_on import describe_weights
+from petune.adapters.trained_on import check_precision, describe_weights
 from petune.base.arguments import PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError, BackboneMismatch, CheckpointError, PluginError
@@ -161,6 +161,7 @@ def check_fits(attachment: Attachment, saved: SavedAdapter, *, with_head: bool =
     needed = {key: t for key, t in saved.tensors.items() if key not in unused}
     _check_tensors(attachment, replace(saved, tensors=needed), not_in_file)
     if not _has_same_backbone(attachment, saved, was_frozen, unused):
+        check_precision(attachment.model, saved)
         state = trainable_state_of(attachment.model)
         is_stacked = state is not None and len(state.attachments) > 1
         hint = ". Load stacked adapters in the order in which they were attached" if is_stacked else ""

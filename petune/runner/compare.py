@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.backbones.create import check_weights
+from petune.backbones.quantize import check_base_precision
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import CheckpointError, PetuneError, UsageError
@@ -69,6 +70,7 @@ def compare(
     group = init_group()
     if not all(run.output and RunResult.exists(run.output) for run in runs):
         group.main_first(lambda: check_task_of_dataset(config.run))
+        group.main_first(lambda: check_base_precision(config.run.base_precision))
         group.main_first(lambda: check_weights(config.run.backbone, config.run.weights))
     opened = open_run_dir(run_dir, stored, resume=True, command="compare", may_change=MAY_GROW, tables=TABLES)
     with group.on_main(opened):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from petune.backbones.create import check_weights
 from petune.backbones.input_channels import RGB_CHANNELS
+from petune.backbones.quantize import check_base_precision
 from petune.base.arguments import check_watch
 from petune.base.distributed import init_group
 from petune.base.errors import ConfigError
@@ -110,6 +111,7 @@ def train_and_test(config: RunConfig, procedure: Procedure, watch: Watch) -> Run
     if config.output is None or not RunResult.exists(config.output):
         # names are checked before a hub is asked for weights
         group.main_first(lambda: check_task_of_dataset(config))
+        group.main_first(lambda: check_base_precision(config.base_precision))
         group.main_first(lambda: check_weights(config.backbone, config.weights))
         group.main_first(lambda: check_clips(config))
     run_dir = group.broadcast(lambda: config.output or make_unique_dir(Path("runs") / procedure.name))

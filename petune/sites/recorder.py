@@ -18,6 +18,7 @@ from petune.base.errors import AttachError, PetuneError
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.trace import Addition, AttentionOp, Call, Trace, is_vector
+from petune.sites.unsuitable import advice_for_method
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
@@ -92,7 +93,7 @@ def record_calls(
     except Exception as error:  # whatever a model's own code, or an adapter's, raises
         raise AttachError(
             f"the forward of {type(model).__name__} fails with the method attached: {type(error).__name__}: {error}. "
-            "Use another method on this model",
+            f"{advice_for_method(model)}",
             cli_hint="--debug shows where it fails",
         ) from error
     return {call.module: call for call in reversed(calls.trace.calls)}

@@ -75,6 +75,23 @@ def advice_for(model: nn.Module) -> str:
     )
 
 
+def advice_for_method(model: nn.Module) -> str:
+    """Return what to do if the forward of a model fails with a method attached."""
+    quantized = quantized_kind(model)
+    if not quantized:
+        return "Use another method on this model"
+    return (
+        f"Its weights are quantized ({quantized}). Use base_precision=auto, or another method, such as lora or "
+        "adaptformer"
+    )
+
+
+def quantized_kind(model: nn.Module) -> str:
+    """Return the class of a model's quantized weights, which are tensors of a class of their own; empty without any."""
+    of_own_class = [p for p in model.parameters() if hasattr(p, "__tensor_flatten__")]
+    return next((type(p).__name__ for p in of_own_class if not hasattr(p, "full_tensor")), "")  # else it is sharded
+
+
 def _towers(model: nn.Module, config: Any) -> str:
     """Return the name of the image tower of a model with two; empty for another model."""
     if getattr(config, "vision_config", None) is None or getattr(config, "text_config", None) is None:

@@ -56,9 +56,9 @@ def tiny_nano() -> nn.Module:
 @pytest.mark.usefixtures("backend")
 def test_a_quantized_backbone_is_exact_when_off_and_moves() -> None:
     model, plain = tiny_nano(), tiny_nano()
-    head = petune.find_sites(model).parts["head"]
-    assert quantize_backbone(model, "auto", head) == 0
-    assert quantize_backbone(model, "int8", head) == 8
+    sites = petune.find_sites(model)
+    assert quantize_backbone(model, "auto", sites) == 0
+    assert quantize_backbone(model, "int8", sites) == 8
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(x)
@@ -77,8 +77,9 @@ def test_a_quantized_backbone_is_exact_when_off_and_moves() -> None:
 
 
 def test_what_is_kept_for_the_backward_pass_is_the_stored_weight(backend: None) -> None:
-    layer = nn.Sequential(nn.Linear(256, 128))
-    quantize_backbone(layer, "int8", None)
+    layer = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 2))
+    assert quantize_backbone(layer, "int8", petune.find_sites(layer, example=torch.zeros(1, 256))) == 1
+    layer = layer[:1]
     x = torch.randn(3, 256, requires_grad=True)
     sizes: list[int] = []
 
@@ -100,10 +101,92 @@ def test_a_model_without_large_layers_and_a_missing_package_are_refused(monkeypa
 
     monkeypatch.setitem(quantize.BACKENDS, "int8", missing)
     with pytest.raises(petune.MissingExtra, match="quantized"):
-        quantize_backbone(tiny(), "int8", None)
+        quantize_backbone(tiny(), "int8", petune.find_sites(tiny()))
     monkeypatch.setitem(quantize.BACKENDS, "int8", lambda: Stored.quantized)
     with pytest.raises(petune.ConfigError, match="base_precision"):
-        quantize_backbone(tiny(), "int8", None)
+        quantize_backbone(tiny(), "int8", petune.find_sites(tiny()))
+
+
+class SelfReader(nn.Module):
+    """A classifier that reads the weight of one of its layers itself, and never calls another."""
+
+    def __init__(self, *, only: bool = False) -> None:
+        super().__init__()
+        self.called = nn.Identity() if only else nn.Linear(128, 128)
+        self.read = nn.Linear(128, 128)
+        self.both = nn.Linear(128, 128)
+        self.unused = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.called(x.to(self.called.weight.dtype if isinstance(self.called, nn.Linear) else x.dtype))
+        x = nn.functional.linear(input=x, weight=self.read.weight, bias=self.read.bias)
+        x = self.both(x) @ self.both.weight.T
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("backend")
+def test_only_layers_that_run_by_their_own_forward_are_quantized() -> None:
+    model, x = SelfReader(), torch.randn(2, 128)
+    assert quantize_backbone(model, "int8", petune.find_sites(model, example=x)) == 1
+    assert [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)] == ["called"]
+    assert model(x).isfinite().all()
+    only = SelfReader(only=True)
+    with pytest.raises(petune.ConfigError, match="base_precision"):
+        quantize_backbone(only, "int8", petune.find_sites(only, example=x))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_qkv_that_timm_reads_by_its_weight_stays_as_it_is(name: str) -> None:
+    shape = {"depth": 1, "embed_dim": 128, "num_heads": 2, "patch_size": 16}
+    model = create_backbone(
+        name, weights="none", num_classes=3, image_size=32, base_precision="int8", options=shape
+    ).model
+    assert {type(m) for path, m in model.named_modules() if path.endswith("attn.qkv")} == {nn.Linear}
+    assert any(isinstance(m, QuantizedLinear) for m in model.modules())
+    petune.attach(model, "adaptformer").train()(torch.randn(1, 3, 32, 32)).sum().backward()
+
+
+def test_a_missing_package_is_reported_before_weights_and_data_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing() -> Callable[[Tensor], Tensor]:
+        raise petune.MissingExtra("base_precision=int8", "quantized")
+
+    monkeypatch.setitem(quantize.BACKENDS, "int8", missing)
+    absent: Any = {"weights": str(tmp_path / "absent.safetensors"), "base_precision": "int8"}
+    with pytest.raises(petune.MissingExtra, match="quantized"):
+        create_backbone("vit_nano", num_classes=3, **absent)
+    with pytest.raises(petune.MissingExtra, match="quantized"):
+        petune.run(method="linear", backbone="vit_nano", dataset="digits", output=tmp_path / "run", **absent)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("backend")
+def test_an_adapter_of_another_base_precision_is_refused_by_that_name(tmp_path: Path) -> None:
+    model, quantized = tiny_nano(), tiny_nano()
+    quantize_backbone(quantized, "int8", petune.find_sites(quantized))
+    record = {"name": "vit_nano", "weights": "none", "seed": 0}
+    petune.attach(quantized, "linear").save(tmp_path / "a", metadata={"backbone": {**record, "base_precision": "int8"}})
+    petune.attach(model, "linear").save(tmp_path / "b", metadata={"backbone": record})
+    with pytest.raises(petune.BackboneMismatch, match=r"base_precision=int8.* not quantized"):
+        petune.load(tiny_nano(), tmp_path / "a")
+    other = tiny_nano()
+    quantize_backbone(other, "int8", petune.find_sites(other))
+    with pytest.raises(petune.BackboneMismatch, match=r"base_precision=auto.* quantized \(Stored\)"):
+        petune.load(other, tmp_path / "b")
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+@pytest.mark.parametrize("method", ["peft:oft", "peft:hra", "full"])
+def test_a_method_that_cannot_take_quantized_weights_names_base_precision(method: str) -> None:
+    pytest.importorskip("torchao")
+    model = create_backbone(
+        "vit_nano", weights="none", options={"depth": 1}, num_classes=3, base_precision="int8"
+    ).model
+    with pytest.raises(petune.AttachError, match="base_precision=auto"):
+        petune.attach(model, method)
 
 
 @pytest.mark.exhaustive
@@ -112,7 +195,7 @@ def test_a_model_without_large_layers_and_a_missing_package_are_refused(monkeypa
 def test_the_libraries_store_what_they_say(precision: Any) -> None:
     pytest.importorskip(PACKAGES[precision])
     model, plain = tiny_nano(), tiny_nano()
-    assert quantize_backbone(model, precision, petune.find_sites(model).parts["head"]) == 8
+    assert quantize_backbone(model, precision, petune.find_sites(model)) == 8
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(x)

@@ -264,3 +264,31 @@ def test_timms_model_in_a_wrapper_of_transformers_gets_another_classifier(
     key = "timm_model.blocks.1.mlp.fc1.weight"
     assert torch.equal(model.state_dict()[key], stored[key])
     assert model(torch.rand(1, 3, 32, 32)).shape == (1, num_classes)
+
+
+def test_weights_without_registers_do_not_fit_a_model_with_them(tmp_path: Path) -> None:
+    shape = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2, **shape)
+    save_file(saved.state_dict(), tmp_path / "w.safetensors")
+    arguments: Any = {"weights": str(tmp_path / "w.safetensors"), "num_classes": 2, "image_size": 32}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        create_backbone("vit_tiny_patch16_224", **arguments, options={**shape, "reg_tokens": 4})
+
+
+class WithAuxiliary(nn.Module):
+    """A second classifier next to the head, which timm's configuration names (VOLO)."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.head, self.aux_head = nn.Linear(2, 2), nn.Linear(2, num_classes), nn.Linear(2, num_classes)
+        self.__dict__["pretrained_cfg"] = {"classifier": ("head", "aux_head")}
+
+
+def test_an_auxiliary_classifier_of_other_classes_is_not_read() -> None:
+    file, same, other = WithAuxiliary(4), WithAuxiliary(4), WithAuxiliary(3)
+    fresh = other.aux_head.weight.clone()
+    for model in (same, other):
+        load_into(model, Weights(file.state_dict(), {}, "file"), {"head.weight", "head.bias"})
+        assert torch.equal(model.body.weight, file.body.weight)
+    assert torch.equal(same.aux_head.weight, file.aux_head.weight)
+    assert torch.equal(other.aux_head.weight, fresh)

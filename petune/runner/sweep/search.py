@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.backbones.create import check_weights
+from petune.backbones.quantize import check_base_precision
 from petune.base.arguments import check_watch
 from petune.base.errors import ConfigError, PetuneError, UsageError
 from petune.base.files import replace_file
@@ -58,6 +59,7 @@ def sweep(
     check_watch("petune.sweep", watch)
     config = SweepConfig.from_call(config, fields, "petune.sweep(...)").completed()
     check_sweep(config)
+    check_base_precision(config.run.base_precision)
     check_weights(config.run.backbone, config.run.weights)
     chosen = choose_executor(executor)
     sweep_dir, asked = _directory(config), _to_store(config)

@@ -133,10 +133,12 @@ def _refuse(context: StepContext, reason: str) -> None:
 def _why_not(context: StepContext, prefix: FrozenPrefix) -> str:
     """Return why features cannot be cached in this training, or an empty string."""
     config = context.job.config
-    changing = [] if config.augment == "none" else [f"augment={config.augment}"]
-    changing += [f"{name}={value:g}" for name, value in (("mixup", config.mixup), ("cutmix", config.cutmix)) if value]
+    changing = {} if config.augment == "none" else {f"augment={config.augment}": "augment=none"}
+    mixing = {"mixup": config.mixup, "cutmix": config.cutmix}
+    changing |= {f"{name}={value:g}": f"{name}=0" for name, value in mixing.items() if value}
     if changing:
-        return f"{', '.join(changing)} changes the images each time. augment=none would let them run once"
+        constant = " and ".join(changing.values())
+        return f"{', '.join(changing)} changes the images each time. {constant} would let them run once"
     if prefix.is_random:
         return "dropout or drop path of the backbone changes the features each time"
     if config.grad_checkpointing:

@@ -97,8 +97,10 @@ class WrappedLayers:
             names = getattr(self.config, "target_modules", None)
             is_pattern = isinstance(names, str) and "not found" in str(error)
             advice = f" PEFT reads a string as a pattern of whole paths. For names use a list, [{names}]"
+            quantized = "" if is_pattern else _advice_if_quantized(self.model)
             raise petune.AttachError(
-                f"PEFT cannot put {self.kind} on {self.edit.sites.model}: {error}{advice if is_pattern else ''}"
+                f"PEFT cannot put {self.kind} on {self.edit.sites.model}{quantized}: "
+                f"{error}{advice if is_pattern else ''}"
             ) from None
         self.layers = {
             path: layer for path, layer in peft_layers(self.model).items() if self.name in adapters_in(layer)
@@ -240,3 +242,11 @@ def wrap_layers(edit: petune.Edit, config: Any, wanted: list[str]) -> WrappedLay
     wrapped.activate()
     wrapped.register_callbacks()
     return wrapped
+
+
+def _advice_if_quantized(model: nn.Module) -> str:
+    """Return what to do if PEFT refuses a model whose weights are tensors of a class of their own; empty for others."""
+    own = (type(p).__name__ for p in model.parameters() if hasattr(p, "__tensor_flatten__"))
+    kind = next(own, "")
+    advice = "Use base_precision=auto, or another method, such as lora or adaptformer. PEFT's reason"
+    return f", whose weights are quantized ({kind}). {advice}" if kind else ""
