@@ -24,7 +24,7 @@ def save_tuned(path: Path, method: str, seed: int = 0, built: nn.Module | None =
     return logits(att.model)
 
 
-@pytest.mark.parametrize("method", ["lora", "peft:ia3"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("peft:ia3", marks=pytest.mark.exhaustive)])
 def test_an_adapter_is_read_again_while_one_of_its_kind_is_in_use(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,9 @@ class OneAttention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("lora", OneAttention), ("peft:boft", model), ("peft:hra", model)], ids=str
+    ("method", "kind"),
+    [("lora", OneAttention), pytest.param("peft:boft", model, marks=pytest.mark.exhaustive), ("peft:hra", model)],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
