@@ -116,8 +116,8 @@ def _sample(samples: Samples, index: int, side: int) -> tuple[NDArray[np.uint8],
     where = samples.names[index] if samples.names else f"image {index} of {samples.name}"
     try:
         image, target = samples.source[index]
-        image = samples.image(image)
-        pixels = center_square(image, side)
+        with samples.image(image) as image:  # a file that was opened and not loaded is still open
+            pixels = center_square(image, side)
     except Exception as error:  # Pillow raises a dozen types, and each means that this image is broken
         raise DataError(
             f"{where}: not readable ({' '.join(str(error).split()) or type(error).__name__}). Get the files of "
