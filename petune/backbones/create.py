@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from petune.backbones.clips import ClipForm, set_clip_form
-from petune.backbones.from_file import NotOnMeta, build_empty
+from petune.backbones.from_file import build_empty, has_values
 from petune.backbones.head import HeadKind, set_head
 from petune.backbones.input_channels import channel_settings, set_input_channels
 from petune.backbones.input_size import backbone_sites, square_input
@@ -164,9 +164,8 @@ def create_backbone(
         return model, sites, clip_form
 
     empty = build_empty(build) if file is not None and file.mapped and not is_other_library(name) else None
-    try:
-        model, sites, clip_form = complete(build() if empty is None else empty)
-    except NotOnMeta:
+    model, sites, clip_form = complete(build() if empty is None else empty)
+    if not has_values(model):  # its head, which no file fills, was on the meta device
         model, sites, clip_form = complete(build())
     quantize_backbone(model, base_precision, sites)
     num_frames = settings.get("num_frames") or frames_of(model)

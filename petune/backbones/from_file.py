@@ -24,10 +24,6 @@ MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers whose weights may stay in the file: these are nearly all of a Transformer."""
 
 
-class NotOnMeta(Exception):
-    """The model cannot be built on the meta device as it would be on the CPU."""
-
-
 def is_safetensors(file: Path) -> bool:
     """Return whether a file can be mapped, by its name; what is in it is checked when it is read."""
     return file.suffix == ".safetensors" and can_map()
@@ -111,7 +107,8 @@ def _parameters_on_meta(mapped: MappedFile | None = None) -> Iterator[dict[str, 
         if param is None or threading.get_ident() != thread:
             return
         if type(param) is not nn.Parameter or id(param) in seen:
-            raise NotOnMeta  # a lazy module; or tied weights, which would come apart
+            # a lazy module; or tied weights, which would come apart
+            raise NotImplementedError(f"{name} cannot be built on the meta device")
         on_meta = nn.Parameter(param.detach().to("meta"), param.requires_grad)
         seen[id(on_meta)] = on_meta
         module._parameters[name] = on_meta
@@ -121,7 +118,7 @@ def _parameters_on_meta(mapped: MappedFile | None = None) -> Iterator[dict[str, 
             return load(module, state_dict, strict, assign)
         named = module.state_dict(keep_vars=True)
         if len({id(t) for t in named.values()}) != len(named):
-            raise NotOnMeta
+            raise NotImplementedError("tied weights cannot be assigned")
         dtypes.update({key: t.dtype for key, t in named.items()})
         return load(module, state_dict, strict, assign=True)
 

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from petune.backbones.from_file import NotOnMeta, fill_empty, has_values
+from petune.backbones.from_file import fill_empty, has_values
 from petune.backbones.input_channels import adapted_tensors
 from petune.backbones.torch_checkpoint import is_torch_checkpoint, read_torch_checkpoint, without_wrappers
 from petune.backbones.transformers_weights import renamed_tensors
@@ -141,12 +141,11 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str], *, stay_i
     """Load everything but the head, which keeps its fresh initialization; see `fitting_tensors`.
 
     Args:
-        model: What is on the meta device gets its values.
+        model: What is on the meta device gets its values; a head there stays as it is.
         weights, head_keys: See `fitting_tensors`.
         stay_in_file: See `build_from_file`.
 
     Raises:
-        NotOnMeta: The head is on the meta device.
         CheckpointError: See `fitting_tensors`.
     """
     tensors = fitting_tensors(model, weights, head_keys)
@@ -154,8 +153,6 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str], *, stay_i
         model.load_state_dict(tensors, strict=False)
     else:
         fill_empty(model, tensors, weights.mapped, stay_in_file=stay_in_file)
-        if not has_values(model):
-            raise NotOnMeta
 
 
 def fitting_tensors(model: nn.Module, weights: Weights, head_keys: set[str]) -> dict[str, Tensor]:
