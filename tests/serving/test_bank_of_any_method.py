@@ -72,7 +72,7 @@ class OneAttention(nn.Module):
 @pytest.mark.parametrize(
     ("method", "kind"),
     [("lora", OneAttention), pytest.param("peft:boft", model, marks=pytest.mark.exhaustive), ("peft:hra", model)],
-    ids=str,
+    ids=["lora", "boft", "hra"],
 )
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
