@@ -17,7 +17,6 @@ import copy
 import ctypes
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from page_section import with_section
 
 METHODS = ("adaptformer", "lora", "vpt", "houlsby", "fact", "lst", "bitfit", "norm", "partial", "peft:ia3")
 BACKBONE, CLASSES, BATCH, ROUNDS, NUM_FILES, NUM_LOADED = "vit_small_patch16_224", 10, 16, 6, 4, 100
@@ -139,10 +140,10 @@ def run(methods: Iterable[str]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results as Markdown, between their marks."""
+    """Return the results as Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in results["rows"]]
-    return BEGIN + "\n".join(lines) + "\n" + END
+    return "\n".join(lines) + "\n"
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -166,10 +167,7 @@ def mebibytes(size: int) -> str:
 
 def write_page(results: dict[str, Any]) -> None:
     """Put the table into docs/many-tasks.md."""
-    text = PAGE.read_text(encoding="utf-8")
-    new, count = re.subn(f"{BEGIN}.*?{END}", lambda _: table(results), text, flags=re.DOTALL)
-    assert count == 1, f"{PAGE} needs the marks exactly once"
-    PAGE.write_text(new, encoding="utf-8")
+    PAGE.write_text(with_section(PAGE, BEGIN, END, table(results)), encoding="utf-8")
 
 
 def main() -> None:

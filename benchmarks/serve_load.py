@@ -16,7 +16,6 @@ import http.client
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -30,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from page_section import with_section
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -251,24 +252,21 @@ def jpeg(seed: int) -> bytes:
 
 
 def text(results: dict[str, Any]) -> str:
-    """Return the results as Markdown, between their marks."""
+    """Return the results as Markdown."""
     p95 = results["p95_s"]
     p50 = results["p50_s"]
     return (
-        f"{BEGIN}{NUM_ADAPTERS} adapters ({', '.join(METHODS)}) on ViT-S/16 at 224, {NUM_CLIENTS} clients, adapters "
+        f"{NUM_ADAPTERS} adapters ({', '.join(METHODS)}) on ViT-S/16 at 224, {NUM_CLIENTS} clients, adapters "
         f"drawn by Zipf's law, {results['requests']} requests: {results['bank_per_s']:.1f} images per second, "
         f"{results['ratio']:.2f} of the bare model behind the same server ({results['bare_per_s']:.1f}); p50 "
         f"{p50['bank']:.2f} s and p95 {p95['bank']:.2f} s (bare {p50['bare']:.2f} s and {p95['bare']:.2f} s); "
-        f"{len(results['wrong'])} wrong answers.\n{END}"
+        f"{len(results['wrong'])} wrong answers.\n"
     )
 
 
 def write_page(results: dict[str, Any]) -> None:
     """Put the text into docs/many-tasks.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    new, count = re.subn(f"{BEGIN}.*?{END}", lambda _: text(results), page, flags=re.DOTALL)
-    assert count == 1, f"{PAGE} needs the marks exactly once"
-    PAGE.write_text(new, encoding="utf-8")
+    PAGE.write_text(with_section(PAGE, BEGIN, END, text(results)), encoding="utf-8")
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ python benchmarks/tables.py --check   # exit code 1 if a page is out of date; `m
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import any_task_page
 import gpu_page
 import seed_on_gpu_page
+from page_section import with_section
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
 
 from petune.runner.comparison import Comparison
@@ -220,12 +220,7 @@ def commits(comparison: Mapping[str, Any]) -> str:
 
 def filled(page: Path, content: str) -> str:
     """Return the text of a page with `content` between its two markers."""
-    text = page.read_text(encoding="utf-8")
-    section = f"{BEGIN}\n{content}\n{END}" if content else f"{BEGIN}\n{END}"
-    new, count = re.subn(f"{BEGIN}.*?{END}", lambda _: section, text, flags=re.S)
-    if count != 1:
-        raise SystemExit(f"{page} needs the markers {BEGIN} and {END}, once each")
-    return new
+    return with_section(page, BEGIN, END, f"\n{content}\n" if content else "\n")
 
 
 def pages() -> dict[Path, str]:

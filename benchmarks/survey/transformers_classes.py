@@ -121,6 +121,15 @@ _PERCEIVER = {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2
 _PERCEIVER_HEADS = {"num_self_attention_heads": 4, "num_cross_attention_heads": 1}
 _GPT = {"vocab_size": 17, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "num_labels": 3}
 QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+SAM = {
+    **SMALL,
+    "image_size": 64,
+    "patch_size": 8,
+    "mlp_dim": 64,
+    "output_channels": 16,
+    "window_size": 3,
+    "global_attn_indexes": [1],
+}
 
 
 def two(vision: dict[str, Any], text: dict[str, Any], **more: Any) -> dict[str, Any]:

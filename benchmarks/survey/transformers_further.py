@@ -7,6 +7,7 @@ import torch
 from survey.transformers_classes import (
     QWEN,
     RATIO,
+    SAM,
     SMALL,
     SWIN,
     TEXT,
@@ -206,15 +207,7 @@ FURTHER: dict[str, ByClass] = {
     "SAM, image encoder": ByClass(
         "SamVisionModel",
         "SamVisionConfig",
-        {
-            **SMALL,
-            "image_size": 64,
-            "patch_size": 8,
-            "mlp_dim": 64,
-            "output_channels": 16,
-            "window_size": 3,
-            "global_attn_indexes": [1],
-        },
+        SAM,
     ),
     "SAM 2, image encoder (Hiera)": ByClass(
         "Sam2HieraDetModel",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from survey.transformers_classes import QWEN, RATIO, SMALL, VIT, ByClass, Example, image, packed
+from survey.transformers_classes import QWEN, RATIO, SAM, SMALL, VIT, ByClass, Example, image, packed
 
 GRID = torch.tensor([[1, 4, 4]])
 """Frames, rows and columns of patches of the one image in a row of patches."""
@@ -41,15 +41,6 @@ def _positions() -> dict[str, Any]:
 _PACKED = {**SMALL, "intermediate_size": 64, "patch_size": 4}
 _QWEN3 = {**QWEN, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 16}
 _GLM = {**QWEN, "intermediate_size": 64, "image_size": 16, "out_hidden_size": 32}
-_SAM = {
-    **SMALL,
-    "image_size": 64,
-    "patch_size": 8,
-    "mlp_dim": 64,
-    "output_channels": 16,
-    "window_size": 3,
-    "global_attn_indexes": [1],
-}
 _MINICPM = {**VIT, "num_hidden_layers": 3, "insert_layer_id": 1}
 _MUSE = {**_PACKED, "pos_emb_height": 4, "pos_emb_width": 4, "max_position_embeddings": 16}
 _MUSE_LAYERS = {"layer_types": ["window_attention", "full_attention"]}
@@ -76,7 +67,7 @@ TOWERS: dict[str, ByClass] = {
     "DeepSeek-OCR 2, image encoder": ByClass(
         "deepseek_ocr2.modeling_deepseek_ocr2.DeepseekOcr2SamVisionEncoder",
         "deepseek_ocr2.configuration_deepseek_ocr2.DeepseekOcr2SamVisionConfig",
-        {**_SAM, "downsample_channels": [16, 16]},
+        {**SAM, "downsample_channels": [16, 16]},
         lambda: image(64),
     ),
     "dots.note, tower": ByClass(
@@ -146,7 +137,7 @@ TOWERS: dict[str, ByClass] = {
         "glm_ocr.modeling_glm_ocr.GlmOcrVisionModel", "glm_ocr.configuration_glm_ocr.GlmOcrVisionConfig", _GLM, packed
     ),
     "GOT-OCR 2, tower": ByClass(
-        "got_ocr2.modeling_got_ocr2.GotOcr2VisionEncoder", "got_ocr2.configuration_got_ocr2.GotOcr2VisionConfig", _SAM
+        "got_ocr2.modeling_got_ocr2.GotOcr2VisionEncoder", "got_ocr2.configuration_got_ocr2.GotOcr2VisionConfig", SAM
     ),
     "Granite Docling, tower": ByClass(
         "granite_docling.modeling_granite_docling.GraniteDoclingVisionModel",
@@ -229,7 +220,7 @@ TOWERS: dict[str, ByClass] = {
         "pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionModel",
         "pp_formulanet.configuration_pp_formulanet.PPFormulaNetVisionConfig",
         {
-            **_SAM,
+            **SAM,
             "post_conv_in_channels": 16,
             "post_conv_mid_channels": 16,
             "post_conv_out_channels": 16,
@@ -259,9 +250,9 @@ TOWERS: dict[str, ByClass] = {
         {**_QWEN3, "deepstack_visual_indexes": [0]},
         packed,
     ),
-    "SAM HQ, image encoder": ByClass("sam_hq.modeling_sam_hq.SamHQVisionModel", "SamHQVisionConfig", _SAM),
+    "SAM HQ, image encoder": ByClass("sam_hq.modeling_sam_hq.SamHQVisionModel", "SamHQVisionConfig", SAM),
     "SLANeXt, image encoder": ByClass(
-        "slanext.modeling_slanext.SLANeXtVisionEncoder", "slanext.configuration_slanext.SLANeXtVisionConfig", _SAM
+        "slanext.modeling_slanext.SLANeXtVisionEncoder", "slanext.configuration_slanext.SLANeXtVisionConfig", SAM
     ),
     "SmolVLM, tower": ByClass(
         "smolvlm.modeling_smolvlm.SmolVLMVisionTransformer", "smolvlm.configuration_smolvlm.SmolVLMVisionConfig", VIT

@@ -93,7 +93,7 @@ class RowBatch:
 
 
 class RowAdapters(nn.Module):
-    """Stands in for the adapter of a holder, and applies each adapter to its own rows.
+    """Replaces the adapter of a holder, and applies each adapter to its own rows.
 
     Attributes:
         batch: The rows.
@@ -137,7 +137,7 @@ class RowAdapters(nn.Module):
 
 
 class RowModule:
-    """Stands in for the forward of a module that computes something else for each adapter.
+    """Replaces the forward of a module, and computes something else for each adapter.
 
     Args:
         batch: The rows.
@@ -241,7 +241,7 @@ def join(parts: Iterable[tuple[Tensor | None, slice]], length: int) -> Tensor:
     Without gradients each part is copied as soon as it is computed, while it is in the processor's cache.
 
     Args:
-        parts: Outputs with their rows, from the first to the last. None is zeros, a single row stands for all of its
+        parts: Outputs with their rows, from the first to the last. None is zeros, a single row is repeated over its
             slice; one at least is a tensor.
         length: Number of all rows.
     """

@@ -18,7 +18,7 @@ from petune.sites.input_spec import InputSpec
 from petune.sites.random_draws import draws_random_numbers
 
 LARGE = 200_000_000
-"""With so many parameters a forward takes over a second on a CPU, so shapes alone are computed if that suffices."""
+"""Parameters of a model whose forward takes over a second on a CPU: shapes alone are computed if that suffices."""
 
 
 def is_large(model: nn.Module) -> bool:
