@@ -12,6 +12,7 @@ from petune.backbones.input_size import backbone_sites
 from petune.base.errors import ConfigError
 from petune.sites.logits import synthetic_logits
 from petune.sites.named_heads import classifiers_of
+from petune.sites.predictors import have_twins
 from petune.sites.recorder import record
 
 HeadKind = Literal["linear", "bn_linear"]
@@ -63,7 +64,7 @@ def _check_features(model: nn.Module, classifiers: Iterable[nn.Module]) -> None:
 def _classifiers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the linear classifiers by path: those that timm names, otherwise those that are found."""
     heads: Iterable[nn.Module] | None = classifiers_of(model)  # CrossViT has one per scale
-    if heads is None:
+    if heads is None or have_twins(model, heads):  # VOLO names one of two
         sites = backbone_sites(model)
         site = sites.parts.get("head")
         heads = site.modules if site is not None else ()

@@ -9,10 +9,11 @@ from torch import nn
 
 from petune.sites.beside_head import layers_beside_head
 from petune.sites.chosen_head import HeadChoice, outermost
+from petune.sites.encoder import end_of
 from petune.sites.head import find_head, head_at, head_site, predicts_classes
 from petune.sites.named_heads import NamedModules
 from petune.sites.new_weights import new_weights
-from petune.sites.predictors import further_predictors
+from petune.sites.predictors import further_predictors, twin_predictors
 from petune.sites.site import Block, Site
 from petune.sites.trace import Trace
 
@@ -41,6 +42,8 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
     beside = layers_beside_head(model, trace, outside_of(head, blocks), head)
     if choice is None and head is not None and beside and not predicts_classes(trace):
         head = _with(head, further_predictors(model, trace, head.modules, beside))
+    if choice is None and head is not None and predicts_classes(trace):
+        head = _with(head, twin_predictors(trace, head.modules, end_of(trace, blocks)))
     new = _new_modules(model) if choice is None and head is not None else []
     known = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
     is_extended = any(id(module) not in known for _, module in new)

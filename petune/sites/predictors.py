@@ -35,6 +35,24 @@ def further_predictors(
     return outermost([*found, *((path, m) for path, m in inside if has_matrix(m) and _build_of(m) in built)])
 
 
+def twin_predictors(trace: Trace, heads: Iterable[nn.Module], blocks_end: int) -> NamedModules:
+    """Return layers after the blocks that are built as a classifier is, and whose outputs no layer reads.
+
+    The logits depend on them, too: VOLO adds the maximum over its tokens of a second classifier.
+    """
+    built = [_build_of(head) for head in _single(heads) if _changes_width(head)]
+    inside = {id(m) for head in heads for m in head.modules()}
+    later = (c for c in trace.calls if c.start > blocks_end and c.has_matrix and id(c.module) not in inside)
+    return [(c.path, c.module) for c in later if _build_of(c.module) in built and not is_read(trace, c)]
+
+
+def have_twins(model: nn.Module, heads: Iterable[nn.Module]) -> bool:
+    """Return whether other modules of a model are built as its classifiers are, so that they may be classifiers."""
+    built = [_build_of(head) for head in _single(heads) if _changes_width(head)]
+    inside = {m for head in heads for m in head.modules()}
+    return any(_build_of(m) in built for m in model.modules() if m not in inside)
+
+
 def is_read(trace: Trace, call: Call) -> bool:
     """Return whether a later module with a matrix is called with what a call returned."""
     later = (c for c in trace.calls if c.start > call.stop and has_matrix(c.module))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.backbones.head import set_head
 from tests.sites.whole_models import eomt, yolos
 
 
@@ -59,6 +60,27 @@ def test_get_classifier_of_three_heads_trains_three(answer: str, as_dict: bool) 
     heads = nn.ModuleDict(dict(zip("abc", layers, strict=True))) if as_dict else nn.ModuleList(layers)
     att = petune.attach(Answering(heads, answer), "linear")
     assert len(att.head) == 6
+
+
+@pytest.mark.parametrize("answer", [None, NotImplementedError("no classifier is named")])
+def test_a_second_classifier_over_all_tokens_trains_with_the_first(answer: Exception | None) -> None:
+    """VOLO adds the maximum over its tokens of a classifier that `get_classifier` leaves out."""
+
+    class WithAuxiliary(Answering):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(24, 4), answer)
+            self.aux = nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.body.forward_features(x)
+            return self.heads(tokens[:, 0]) + 0.5 * self.aux(tokens[:, 1:]).amax(1)  # type: ignore[no-any-return]
+
+    model = WithAuxiliary()
+    assert {*petune.attach(model, "linear").head} == {"heads.weight", "heads.bias", "aux.weight", "aux.bias"}
+    if answer is None:
+        set_head(model, 6, seed=1)
+        assert model.aux.out_features == 6
+        assert torch.equal(model.aux.weight, model.heads.weight)
 
 
 def test_a_get_classifier_that_raises_names_nothing() -> None:
