@@ -75,6 +75,28 @@ def chosen_indices(blocks: str | Sequence[int], indices: Sequence[int], model: s
     return sorted({n if n >= 0 else indices[n] for n in blocks})
 
 
+def chosen_in_rows(blocks: str | Sequence[int], rows: Sequence[Sequence[int]], model: str) -> list[int]:
+    """Return the blocks that a choice names in a model of several towers: numbers count all, other forms each tower.
+
+    Args:
+        blocks: See `chosen_indices`.
+        rows: The numbers of the blocks of each tower. A tower with fewer than K blocks has all of them chosen.
+        model: See `chosen_indices`.
+
+    Raises:
+        ConfigError: See `chosen_indices`.
+    """
+    every = sorted({index for row in rows for index in row})
+    if len(rows) < 2 or not isinstance(blocks, str) or FORM.fullmatch(blocks) is None:
+        return chosen_indices(blocks, every, model)
+    kind, _, number = blocks.partition(":")
+    deepest = max(len(row) for row in rows)
+    if int(number) > deepest:
+        raise ConfigError(f"blocks is {blocks}, but the deepest tower of {model} has {plural(deepest, 'block')}")
+    clipped = [chosen_indices(f"{kind}:{min(int(number), len(row))}", row, model) for row in rows]
+    return sorted({index for row in clipped for index in row})
+
+
 def _no_such_block(blocks: str | Sequence[int], indices: Sequence[int], model: str) -> ConfigError:
     depth = len(indices)
     if not depth:

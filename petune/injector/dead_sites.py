@@ -156,6 +156,7 @@ def _check_reached(attachment: Attachment, graph: _Graph) -> None:
     parts = _parts(attachment)
     dead = _unreached(parts, graph.leaves)
     if not dead:
+        _name_idle_tower(attachment, graph)
         return
     trained = _graph(attachment.model, attachment.sites, (), training=True)
     if trained is not None:
@@ -166,7 +167,7 @@ def _check_reached(attachment: Attachment, graph: _Graph) -> None:
     if trained is None:  # it may return other things in training, such as a loss
         warnings.warn(f"{message} in eval mode. After a first backward, call its check_gradients()", stacklevel=4)
     else:
-        raise DeadSite(f"{message}. {_advice(attachment, dead)}")
+        raise DeadSite(f"{message}. {_advice(attachment, dead, graph)}")
 
 
 def _parts(attachment: Attachment) -> list[_Part]:
@@ -220,10 +221,21 @@ def _message(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
     return f"{attachment.name} would learn nothing at {shown} of {attachment.sites.model}: {reason}"
 
 
-def _advice(attachment: Attachment, dead: list[_Part]) -> str:
+def _name_idle_tower(attachment: Attachment, graph: _Graph) -> None:
+    """Warn if a method trains the backbone's own parameters, and those of one of several towers get no gradient."""
+    towers, unfrozen = attachment.sites.towers, {id(p) for p in attachment.edit_log.unfrozen}
+    for tower in towers if len(towers) > 1 else ():
+        trained = [p for block in tower.blocks for m in block.own_modules for p in m.parameters() if id(p) in unfrozen]
+        if trained and not any(id(p) in (graph.leaves or ()) for p in trained):
+            part = _Part(tower.blocks[-1].where, tower.blocks, tuple(trained))
+            warnings.warn(f"{_message(attachment, [part], graph)}. {_advice(attachment, [part], graph)}", stacklevel=5)
+
+
+def _advice(attachment: Attachment, dead: list[_Part], graph: _Graph) -> str:
     """Return what helps: the blocks that a gradient reaches, if there are others."""
     without = {block.index for part in dead for block in part.blocks}
-    others = [block.index for block in attachment.sites.given.blocks if block.index not in without]
+    given = attachment.sites.given.blocks
+    others = [b.index for b in given if b.index not in without and b.enter in graph.with_gradient]
     if others and all(part.blocks for part in dead):
         return f"Leave it out with blocks={others}, or let the model use it"
     return "Use linear, which trains the head alone; or attach to the part from whose output you compute a loss"

@@ -145,12 +145,15 @@ class Edit:
         """Return the linear layers inside `site` that the forward never calls, because it reads their weights."""
         return self._layers.uncalled_linears(require_site(site, "uncalled_linears"))
 
-    def prompt_span(self) -> tuple[Block, ...]:
+    def prompt_span(self, first: Block | None = None) -> tuple[Block, ...]:
         """Return the blocks that prompts can pass through when they enter at the first one.
 
-        These are all blocks, unless tokens are pooled or merged between two of them.
+        These are all blocks of its tower, unless tokens are pooled or merged between two of them.
+
+        Args:
+            first: The block where they enter; by default the first one of the model.
         """
-        return self._prompts.span()
+        return self._prompts.span(first)
 
     def token_grid(self) -> TokenGrid:
         """Return the grid of patches of each call: `token_grid.of(num_tokens)` inside an adapter, at any image size."""

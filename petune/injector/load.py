@@ -339,10 +339,10 @@ def _frozen_when_saved(attachment: Attachment, saved: SavedAdapter) -> set[str]:
 
     The fingerprint proves it: it covers tensors that were frozen, so a file that lost some is refused.
     """
-    norm = attachment.sites.parts.get("norm")
-    if norm is None or not (saved.config["fingerprint"] or saved.config.get("named_fingerprint")):
+    norms = [tower.norm for tower in attachment.sites.towers if tower.norm is not None]
+    if not norms or not (saved.config["fingerprint"] or saved.config.get("named_fingerprint")):
         return set()
-    in_norm = {id(p) for module in norm.modules for p in module.parameters()}
+    in_norm = {id(p) for norm in norms for module in norm.modules for p in module.parameters()}
     in_place = attachment.tensors.in_place()
     return {key for key, t in in_place.items() if id(t) in in_norm and key not in saved.tensors}
 

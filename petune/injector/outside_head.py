@@ -75,11 +75,11 @@ def _named_backbones(model: nn.Module, sites: Sites) -> list[nn.Module]:
 def _norms_of_tokens(model: nn.Module, sites: Sites, parameters: Set[int]) -> Sequence[nn.Module]:
     """Return the norms among some parameters but those of pooled features, after the final norm."""
     norms = [m for m in model.modules() if _is_norm(m) and any(id(p) in parameters for p in m.parameters())]
-    final = sites.parts.get("norm")
-    if not norms or final is None:
+    finals = [tower.norm.enter for tower in sites.towers if tower.norm is not None]
+    if not norms or not finals:
         return norms
-    calls = record_calls(model, sites.input_spec, [*norms, final.enter])
-    end = calls[final.enter].stop if final.enter in calls else 0
+    calls = record_calls(model, sites.input_spec, [*norms, *finals])
+    end = max((calls[final].stop for final in finals if final in calls), default=0)
 
     def is_of_features(norm: nn.Module) -> bool:
         call = calls.get(norm)

@@ -57,9 +57,11 @@ class PromptPlacer:
                 reason = f"is no module ({run[0].where}): they come into its attention only, not to the next block"
             raise prompts_refused(run[0], self.sites, reason, USE_DEEP)
 
-    def span(self) -> tuple[Block, ...]:
+    def span(self, first: Block | None = None) -> tuple[Block, ...]:
         """See `Edit.prompt_span`."""
-        first, *others = self.sites.require_blocks()
+        first = first or self.sites.require_blocks()[0]
+        row = next((tower.blocks for tower in self.sites.towers if first in tower.blocks), (first,))
+        others = row[row.index(first) + 1 :]
         slot = self.check.slot(first, 1)
         fits = [first.dim == b.dim and self.check.slot(b, 1) == slot for b in others]
         return (first, *others[: (*fits, False).index(False)])
@@ -70,8 +72,10 @@ class PromptPlacer:
 
     def _refuse_gaps(self, run: tuple[Block, ...]) -> None:
         """Refuse blocks with others between them, which the prompts would pass through unprepared."""
+        rows = [tower.blocks for tower in self.sites.all_towers] or [self.sites.all_blocks]
+        neighbors = {(before.index, block.index) for row in rows for before, block in pairwise(row)}
         for before, block in pairwise(run):
-            if block.index != before.index + 1:
+            if (before.index, block.index) not in neighbors:
                 reason = f"is no neighbor of block {before.index}, and the prompts would pass through what is between"
                 raise prompts_refused(block, self.sites, reason, USE_DEEP)
 

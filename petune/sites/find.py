@@ -23,7 +23,8 @@ from petune.sites.input_spec import InputSpec
 from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
 from petune.sites.recorder import record
-from petune.sites.site import Layout, Site, Sites
+from petune.sites.site import Block, Layout, Site, Sites, Tower
+from petune.sites.towers import calls_after, rows_of, unread
 from petune.sites.trace import Call, Trace
 from petune.sites.unsuitable import refuse_packed, refuse_scripted, why_no_blocks
 from petune.sites.used_parameters import used_parameters
@@ -123,9 +124,11 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     bounds = {id(m) for block in blocks for m in block.modules}
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)
-    norm = _final_norm(trace, end_of(trace, blocks), head) if blocks else None
-    if norm is not None and not _is_used(model, norm, spec):  # the norm of features that the classifier does not read
-        norm = None
+    rows = rows_of(trace, blocks)
+    norms = [_used(model, norm, spec) for norm in _final_norms(trace, rows, head)] if blocks else []
+    several = len(rows) > 1
+    towers = [Tower(blocks=tuple(row), norm=norm) for row, norm in zip(rows, norms, strict=True)] if several else []
+    norm = norms[0] if len(norms) == 1 else None
     parts = (_patch_embed(trace, first, grid), norm, head)
     return Sites(
         model=trace.model_name,
@@ -138,12 +141,14 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         grid_size=grid,
         chosen_head=heads.chosen,
         why_no_blocks=reason,
+        all_towers=tuple(towers),
     )
 
 
-def _is_used(model: nn.Module, norm: Site, spec: InputSpec) -> bool:
-    parameters = [p for p in norm.enter.parameters() if p.is_floating_point()]
-    return not parameters or bool(used_parameters(model, spec, parameters))
+def _used(model: nn.Module, norm: Site | None, spec: InputSpec) -> Site | None:
+    """Return a norm, if the output depends on it: it may be of features that the classifier does not read."""
+    parameters = [] if norm is None else [p for p in norm.enter.parameters() if p.is_floating_point()]
+    return norm if not parameters or used_parameters(model, spec, parameters) else None
 
 
 def _patch_embed(trace: Trace, first: Call | None, grid: Grid | None) -> Site | None:
@@ -168,25 +173,61 @@ def _patch_embed(trace: Trace, first: Call | None, grid: Grid | None) -> Site | 
     return replace(make_site("patch_embed", widest, widest, dim, trace.model_name), layout=layout)
 
 
-def _final_norm(trace: Trace, blocks_end: int, head: Site | None) -> Site | None:
+def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None) -> list[Site | None]:
+    """Return the final norm of each tower: one that reads that tower alone, else one after all of them."""
+    if len(rows) == 1:
+        return [_final_norm(trace, end_of(trace, rows[0]), head, trace.calls)]
+    ends = [end_of(trace, row[-1:]) for row in rows]
+    after = calls_after(trace, rows)
+    own = [_final_norm(trace, end, head, calls) for end, calls in zip(ends, after, strict=True)]
+    if any(own):
+        return own
+    joint = _norms_between(trace, max(ends), head, trace.calls)
+    last = unread(trace, joint)
+    if len(last) == len(rows):  # one for each row, after an exchange between the rows (timm's CrossViT)
+        return [_norm_site(trace, norm) for norm in last]
+    return [_final_norm(trace, max(ends), head, trace.calls)] * len(rows)
+
+
+def _final_norm(trace: Trace, blocks_end: int, head: Site | None, calls: Sequence[Call]) -> Site | None:
     """Return the last norm between the last block and the classifier, outside attention pooling.
 
     A norm of layers that pooled features go through, such as those of an MLP as classifier, does not count if there is
     one before.
+
+    Args:
+        trace: The forward.
+        blocks_end: When the last block is left.
+        head: The classifier.
+        calls: Those that read the last block.
     """
-    heads = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
-    end = next((c.start for c in trace.calls if id(c.module) in heads and c.start > blocks_end), trace.root.stop)
-    # a module around all blocks (a backbone, an encoder) starts before their end, one that pools does not
-    around = [c for op in trace.attention_ops for c in (op.call, *op.call.ancestors())]
-    pooling = {id(c) for c in around if c.start > blocks_end}
-    norms = [c for c in trace.calls if blocks_end < c.start < end and is_norm(c)]
-    norms = [c for c in norms if not any(id(a) in pooling for a in c.ancestors())]
+    norms = _norms_between(trace, blocks_end, head, calls)
     if not norms:
         return None
-    later = [c for c in trace.calls if c.start > blocks_end and c.has_matrix]
+    end = _start_of_head(trace, blocks_end, head)
+    later = [c for c in calls if c.start > blocks_end and c.has_matrix]
     of_features = [c.start for c in norms if c.input is not None and c.input.ndim == 2]
     pooled = next((c.start for c in later if c.input is not None and c.input.ndim == 2), end)
     norm = next((c for c in reversed(norms) if c.start < min([pooled, *of_features])), None)
     norm = norm or next((c for c in reversed(norms) if c.start < pooled), norms[-1])
+    return _norm_site(trace, norm)
+
+
+def _norm_site(trace: Trace, norm: Call) -> Site:
     dim = next((p.numel() for p in norm.module.parameters()), norm.width)
     return make_site("norm", norm, norm, dim, trace.model_name)
+
+
+def _start_of_head(trace: Trace, blocks_end: int, head: Site | None) -> int:
+    heads = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
+    return next((c.start for c in trace.calls if id(c.module) in heads and c.start > blocks_end), trace.root.stop)
+
+
+def _norms_between(trace: Trace, blocks_end: int, head: Site | None, calls: Sequence[Call]) -> list[Call]:
+    """Return the norms among some calls between the last block and the classifier, outside attention pooling."""
+    end = _start_of_head(trace, blocks_end, head)
+    # a module around all blocks (a backbone, an encoder) starts before their end, one that pools does not
+    around = [c for op in trace.attention_ops for c in (op.call, *op.call.ancestors())]
+    pooling = {id(c) for c in around if c.start > blocks_end}
+    norms = [c for c in calls if blocks_end < c.start < end and is_norm(c)]
+    return [c for c in norms if not any(id(a) in pooling for a in c.ancestors())]

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
+from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.trace import Addition, AttentionOp, Call, Trace, is_vector
@@ -105,6 +106,7 @@ class _CallRecorder:
     def __init__(self) -> None:
         self.trace = Trace()
         self.stack: list[Call] = []
+        self.flow: Flow | None = None
         self._time = 0
 
     def tick(self) -> int:
@@ -125,6 +127,7 @@ class _CallRecorder:
                 parent.children.append(call)
             self.trace.calls.append(call)
             self.stack.append(call)
+            self._enter_flow(call)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self.stack.pop()
@@ -132,12 +135,21 @@ class _CallRecorder:
             call.stop = self.tick()
             if call.parent is None:
                 self.trace.outputs = list(tensors_in(output))
+            if self.flow is not None:
+                self.flow.leave(call.start, tensors_in(output))
 
         is_whole = not path  # what it is called with, before hooks of its own change that
         return [
             module.register_forward_pre_hook(enter, with_kwargs=True, prepend=is_whole),
             module.register_forward_hook(leave),
         ]
+
+    def _enter_flow(self, call: Call) -> None:
+        if self.flow is None:
+            return
+        if call.parent is None:
+            self.flow.start([*call.inputs, *call.module.parameters(), *call.module.buffers()])
+        self.flow.enter(call.start, call.inputs)
 
 
 @contextlib.contextmanager
@@ -158,6 +170,7 @@ class _OperationRecorder(TorchFunctionMode):
         super().__init__()
         self.calls = calls
         self.trace = calls.trace
+        self.flow = calls.flow = calls.trace.flow
         self.weights: dict[int, tuple[Tensor, AttentionOp, Call]] = {}
         """Attention weights by identity, the operation that they are of, and the call in which they are followed."""
         self.samples: dict[int, Tensor] = {}
@@ -172,8 +185,10 @@ class _OperationRecorder(TorchFunctionMode):
         if name in MULTIPLICATIONS and isinstance(result, Tensor):
             self._record_scaling(args, result)
         if self.calls.stack:
+            tensors = list(tensors_in((args, kwargs or {})))
+            self.flow.add(name, tensors, list(tensors_in(result)))
             self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
-            self._record_attention(name, args, kwargs or {}, result)
+            self._record_attention(name, args, kwargs or {}, tensors, result)
         return result
 
     def _record_scaling(self, args: Any, result: Tensor) -> None:
@@ -184,8 +199,9 @@ class _OperationRecorder(TorchFunctionMode):
         if len(scaled) == 1 and all(is_vector(factor) for factor in factors):
             self.trace.scalings.append((scaled[0], result))
 
-    def _record_attention(self, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        tensors = list(tensors_in((args, kwargs)))
+    def _record_attention(
+        self, name: str, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], result: Any
+    ) -> None:
         is_sampled = name in SAMPLERS or any(id(t) in self.samples for t in tensors)
         if name in FUSED_ATTENTION and tensors:
             num_queries = tensors[0].shape[0 if name == "multi_head_attention_forward" else -2]

@@ -1,181 +1,25 @@
-"""Sites: the parts of a model that a tuner can edit, as plain data; `print(sites)` is a table of them."""
+"""All sites of one model; `print(sites)` is a table of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from petune.base.block_choice import chosen_indices, path_of_tower
+from petune.base.block_choice import chosen_in_rows, path_of_tower
 from petune.base.errors import SiteNotFound, UsageError
 from petune.base.text import plural
+from petune.sites.block import (
+    ROLES as ROLES,
+    Block as Block,
+    Layout as Layout,
+    Site as Site,
+    Tower as Tower,
+    is_within as is_within,
+    modules_of as modules_of,
+)
 from petune.sites.input_spec import InputSpec
-
-Layout = Literal["BNC", "BHWC", "BCHW"]
-"""The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns.
-
-Videos may have a dimension of time before H.
-"""
-
-ROLES = ("attn", "mlp", "norm1", "norm2", "mid")
-"""The sites inside a block, as named in `Block.parts` and by its properties."""
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Site:
-    """A span of the forward, from the input of one module to the output of one (usually the same module).
-
-    Attributes:
-        role: `block`, `attn`, `mlp`, `norm1`, `norm2`, `mid`, `patch_embed`, `norm` or `head`.
-        path: Dotted path of the module that is entered.
-        enter: The module whose input enters the site.
-        exit_path: Dotted path of the module that is left; equal to `path` for a site that is one module.
-        exit: The module whose output leaves the site.
-        dim: Width of the tokens.
-        layout: Layout of the tensor.
-        model: The model's class name, for messages.
-        read_only: True for a tensor between modules (`mid`): an adapter can read it, but no module returns it.
-        further: Of the role `head`, path and module of all heads but the first (`enter`) and the last (`exit`).
-    """
-
-    role: str
-    path: str
-    enter: nn.Module
-    exit_path: str
-    exit: nn.Module
-    dim: int
-    layout: Layout
-    model: str
-    read_only: bool = False
-    further: tuple[tuple[str, nn.Module], ...] = ()
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that is entered; the whole site if `is_module`."""
-        return self.enter
-
-    @property
-    def modules(self) -> tuple[nn.Module, ...]:
-        """The modules that bound the site: one, or two if enter and exit differ; of the role `head`, all heads."""
-        return tuple(module for _, module in self.named_modules)
-
-    @property
-    def named_modules(self) -> tuple[tuple[str, nn.Module], ...]:
-        """Path and module of each of `modules`."""
-        first, last = (self.path, self.enter), (self.exit_path, self.exit)
-        return (first,) if self.enter is self.exit else (first, *self.further, last)
-
-    @property
-    def is_module(self) -> bool:
-        """True if the site is exactly one module's call."""
-        return self.enter is self.exit and not self.read_only
-
-    @property
-    def where(self) -> str:
-        """The site as text, for tables and messages."""
-        if self.read_only:
-            return f"input of {self.path}"
-        if self.role == "head":
-            return ", ".join(path for path, _ in self.named_modules)
-        return self.path if self.is_module else f"{self.path} … {self.exit_path}"
-
-    def __repr__(self) -> str:
-        return f"<{self.role}: {self.where} ({self.layout}, dim {self.dim})>"
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Block(Site):
-    """A transformer block: a site itself, with sites inside.
-
-    `block.attn` and the other properties return the site, or raise SiteNotFound if this block does not have it.
-    `block.parts` holds those that it has: `"mid" in block.parts`, `block.parts.get("norm1")`.
-
-    Attributes:
-        index: Position in the model, from 0 at the input.
-        parts: The sites inside, by role; not those of a role that the block has several times.
-        branches: All attentions and MLPs, in the order of the forward; see `sublayers`.
-        norms: The norms of `branches`.
-        extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
-        num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
-        norm_first: True if norm1 comes before the attention.
-        normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm).
-        bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
-        own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
-    """
-
-    index: int
-    parts: Mapping[str, Site] = field(default_factory=dict)
-    branches: tuple[Site, ...] = ()
-    norms: tuple[Site, ...] = ()
-    extra_inputs: tuple[str, ...] = ()
-    num_windows: int = 1
-    norm_first: bool = True
-    normalizes_sum: bool = False
-    bias_modules: tuple[nn.Module, ...] = ()
-    own_modules: tuple[nn.Module, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, roles in (("branches", ("attn", "mlp")), ("norms", ("norm1", "norm2"))):
-            if not getattr(self, name):
-                object.__setattr__(self, name, tuple(self.parts[role] for role in roles if role in self.parts))
-
-    @property
-    def inner_sites(self) -> tuple[Site, ...]:
-        """All sites inside, each once."""
-        return tuple({id(site): site for site in (*self.parts.values(), *self.branches, *self.norms)}.values())
-
-    @property
-    def sublayers(self) -> tuple[Site, ...]:
-        """All attentions and MLPs, in the order of the forward; two in most blocks, three in a decoder's.
-
-        Raises:
-            SiteNotFound: petune has found no attention, or no MLP.
-        """
-        roles = {site.role for site in self.branches}
-        for role in ("attn", "mlp"):
-            if role not in roles:
-                self._part(role)
-        return self.branches
-
-    @property
-    def attn(self) -> Site:
-        """The attention, from its normalized input to its output before LayerScale and drop path."""
-        return self._part("attn")
-
-    @property
-    def mlp(self) -> Site:
-        """The MLP, from its normalized input to its output; enter and exit differ if it is several modules in a row."""
-        return self._part("mlp")
-
-    @property
-    def norm1(self) -> Site:
-        """The normalization of the attention."""
-        return self._part("norm1")
-
-    @property
-    def norm2(self) -> Site:
-        """The normalization of the MLP."""
-        return self._part("norm2")
-
-    @property
-    def mid(self) -> Site:
-        """The residual stream after the attention and before the MLP's norm."""
-        return self._part("mid")
-
-    def _part(self, role: str) -> Site:
-        if role in self.parts:
-            return self.parts[role]
-        several = [site.where for site in self.branches if site.role == role]
-        missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
-        is_readable = role == "mid" and "mlp" in self.parts
-        advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
-        raise SiteNotFound(
-            f"block {self.index} ({self.path}) of {self.model} has {missing}; it has: "
-            f"{', '.join(('block', *self.parts))}. Use {advice} that edits one of those, or linear, or full",
-            role=role,
-        )
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -202,6 +46,7 @@ class Sites:
         within: The path that `only` was given; empty for the whole model.
         chosen_from: The sites of which a method's option `blocks` has chosen some; None if it is `all`.
         why_no_blocks: What was seen of attention in a model without blocks.
+        all_towers: The model's towers, if it has several; see `towers`.
     """
 
     model: str
@@ -217,10 +62,23 @@ class Sites:
     within: str = ""
     chosen_from: Sites | None = None
     why_no_blocks: str = ""
+    all_towers: tuple[Tower, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.all_blocks:
             object.__setattr__(self, "all_blocks", self.blocks)
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers with those of their blocks that are among `blocks`, in the order of the forward.
+
+        Most models have one: all blocks and `norm`. A model with several, such as CLIP's image and text, has no `norm`.
+        """
+        if not self.all_towers:
+            return (Tower(blocks=self.blocks, norm=self.parts.get("norm")),)
+        chosen = {id(block.enter) for block in self.blocks}
+        kept = (replace(t, blocks=tuple(b for b in t.blocks if id(b.enter) in chosen)) for t in self.all_towers)
+        return tuple(tower for tower in kept if tower.blocks)
 
     def with_blocks(self, indices: Sequence[int] | None) -> Sites:
         """Return these sites with the blocks of these indices only; None means all."""
@@ -254,10 +112,14 @@ class Sites:
                 f"{self.model} has no block inside {where!r}. Its blocks are in: {', '.join(parents) or 'none'}"
             )
         parts = {role: s for role, s in self.parts.items() if role == "head" or is_within(s.path, where)}
-        return replace(self, blocks=kept, parts=parts, within=where, chosen_from=None)
+        outside = {id(t.norm) for t in self.all_towers if t.norm is not None and not is_within(t.norm.path, where)}
+        towers = tuple(replace(t, norm=None) if id(t.norm) in outside else t for t in self.all_towers)
+        return replace(self, blocks=kept, parts=parts, within=where, chosen_from=None, all_towers=towers)
 
     def choose(self, blocks: str | Sequence[int]) -> Sites:
         """Return these sites with the blocks that a method's option `blocks` chooses; `in:PATH` is `only(PATH)`.
+
+        In a model of several towers `last:K`, `first:K` and `every:K` choose blocks of each.
 
         Raises:
             ConfigError, SiteNotFound: The model has no such blocks.
@@ -265,7 +127,8 @@ class Sites:
         given = self if self.chosen_from is None else replace(self, chosen_from=None)
         if tower := path_of_tower(blocks):
             return replace(given.only(tower), chosen_from=given)
-        indices = chosen_indices(blocks, [block.index for block in self.blocks], self.model)
+        rows = [[block.index for block in tower.blocks] for tower in self.towers]
+        indices = chosen_in_rows(blocks, rows, self.model)
         if len(indices) == len(self.blocks):
             return given
         return replace(given.with_blocks(indices), chosen_from=given)
@@ -287,8 +150,11 @@ class Sites:
 
     @property
     def norm(self) -> Site:
-        """The final normalization."""
-        return self._part("norm", "final norm that petune can find")
+        """The final normalization, of a model with one tower."""
+        paths = [tower.blocks[-1].path for tower in self.towers] if self.all_towers else []
+        several = f"final norm of all blocks, but {len(paths)} towers, which end with {', '.join(paths)}"
+        advice = "Use sites.towers, each with its norm, or sites.only(…) and blocks=in:PATH for one of them"
+        return self._part("norm", f"{several}. {advice}" if len(paths) > 1 else "final norm that petune can find")
 
     @property
     def head(self) -> Site:
@@ -384,15 +250,5 @@ class Sites:
         for block in self.blocks:
             rows.append((f"block {block.index}", block))
             rows += [(f"  {role}", block.parts.get(role)) for role in ROLES]
-        return [*rows, ("norm", self.parts.get("norm")), ("head", self.parts.get("head"))]
-
-
-def is_within(path: str, parent: str) -> bool:
-    """Return True if a module is the one at the path `parent`, or inside it."""
-    return not parent or path == parent or path.startswith(f"{parent}.")
-
-
-def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
-    """Return the modules of blocks and of the sites inside, with all modules within them."""
-    sites = [site for block in blocks for site in (block, *block.inner_sites)]
-    return {m for site in sites for bound in site.modules for m in bound.modules()}
+        norms = list(dict.fromkeys(tower.norm for tower in self.towers)) or [None]
+        return [*rows, *(("norm", norm) for norm in norms), ("head", self.parts.get("head"))]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from petune.sites.flow import Flow
+
 TOKENS = (3, 4, 5, 6, 7)
 """Numbers of dimensions of tokens: in a row, laid out as an image, as a video, as windows of these."""
 
@@ -166,6 +168,7 @@ class Trace:
         scalings: A tensor, and the product of it with a number or with one number for each channel.
         batch_size: Number of samples.
         outputs: All tensors that the model returned.
+        flow: What was computed from what.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -174,6 +177,7 @@ class Trace:
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     batch_size: int = 0
     outputs: list[Tensor] = field(default_factory=list)
+    flow: Flow = field(default_factory=Flow)
 
     @property
     def root(self) -> Call:

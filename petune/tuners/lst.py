@@ -5,6 +5,8 @@ Legend: B batch, N tokens, D width, S width of the ladder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -78,7 +80,7 @@ class LST(petune.Tuner[LSTConfig]):
         x_L = x_L + h_{L-1} W_up
 
     Trains: the side network; no gradient goes through the backbone. Identity at the start: W_up is zero. Needs blocks
-    that all see the same tokens (no stages that change the grid).
+    that all see the same tokens (no stages that change the grid); each tower of a model of several has its own ladder.
     Parameters: (L - 1)·(D·S + 1 + 2·e·S² + (e + 4)·S) + 2·D·S + S + D for L blocks, S = D/8 and e = 4. ViT-B/16:
     1,778,795.
 
@@ -93,18 +95,22 @@ class LST(petune.Tuner[LSTConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Put one ladder from what enters the blocks to what leaves the last one."""
-        blocks = edit.sites.require_blocks()
-        dims = tuple(block.dim for block in blocks)
-        if len(set(dims)) > 1:
-            raise petune.AttachError(
-                f"a ladder needs blocks of one width, but those of {edit.sites.model} have {sorted(set(dims))}. "
-                "Use adaptformer or lora"
-            )
-        edit.parallel(blocks, blocks[-1], Ladder(dims, dims[-1], self.config))
+        edit.sites.require_blocks()
+        for tower in edit.sites.towers:
+            dims = tuple(block.dim for block in tower.blocks)
+            if len(set(dims)) > 1:
+                raise petune.AttachError(
+                    f"a ladder needs blocks of one width, but those of {edit.sites.model} have {sorted(set(dims))}. "
+                    "Use adaptformer or lora"
+                )
+            edit.parallel(tower.blocks, tower.blocks[-1], Ladder(dims, dims[-1], self.config))
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """Return the formula of the class's docstring."""
-        dim, e = sites.blocks[-1].dim, self.config.expansion
+        return sum(self._num_parameters(tower.blocks) for tower in sites.towers)
+
+    def _num_parameters(self, blocks: Sequence[petune.Block]) -> int:
+        dim, e = blocks[-1].dim, self.config.expansion
         s = max(1, dim // self.config.reduction)
         rung = dim * s + 1 + 2 * e * s * s + (e + 4) * s
-        return (len(sites.blocks) - 1) * rung + 2 * dim * s + s + dim
+        return (len(blocks) - 1) * rung + 2 * dim * s + s + dim

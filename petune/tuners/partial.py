@@ -32,7 +32,8 @@ class Partial(petune.Tuner[PartialConfig]):
     Partial fine-tuning (Yosinski et al., NeurIPS 2014, arXiv 1411.1792; for ViTs: MAE, arXiv 2111.06377, figure 9).
 
     Trains: the last k blocks and the final norm; they are in train mode. Every block trains if there are fewer than k.
-    The blocks before are frozen, so the backward pass ends at block L - k. `blocks=first:2` trains those instead.
+    The blocks before are frozen, so the backward pass ends at block L - k. `blocks=first:2` trains those instead. In a
+    model of several towers, such as CLIP's image and text, these are the last k blocks and the final norm of each.
     Parameters: 12·D² + 13·D per block with an MLP of 4·D, and 2·D for the norm. ViT-B/16, k = 1: 7,089,408.
     """
 
@@ -40,10 +41,10 @@ class Partial(petune.Tuner[PartialConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Unfreeze whole blocks, by position: a part of a name would take block 10 for block 1."""
-        blocks = edit.sites.require_blocks()
-        if self.config.blocks == "all":
-            blocks = blocks[-self.config.num_blocks :]
-        for block in blocks:
-            edit.train(block)
-        if "norm" in edit.sites.parts:
-            edit.train(edit.sites.norm)
+        edit.sites.require_blocks()
+        for tower in edit.sites.towers:
+            first = -self.config.num_blocks if self.config.blocks == "all" else 0
+            for block in tower.blocks[first:]:
+                edit.train(block)
+            if tower.norm is not None:
+                edit.train(tower.norm)

@@ -90,13 +90,19 @@ class VPT(petune.Tuner[VPTConfig]):
             for block in blocks:
                 edit.prompt(block, self._prompt(block.dim, patch_size))
         else:
-            edit.prompt(edit.prompt_span(), self._prompt(blocks[0].dim, patch_size))
+            for first in _first_blocks(edit.sites):
+                edit.prompt(edit.prompt_span(first), self._prompt(first.dim, patch_size))
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """Return L·P·D for deep, P·D for shallow."""
-        blocks = sites.blocks if self.config.deep else sites.blocks[:1]
+        blocks = sites.blocks if self.config.deep else _first_blocks(sites)
         return sum(self.config.count * block.dim for block in blocks)
 
     def _prompt(self, dim: int, patch_size: tuple[int, int]) -> Prompt:
         bound = math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + dim))
         return Prompt(self.config.count, dim, bound, self.config.dropout)
+
+
+def _first_blocks(sites: petune.Sites) -> tuple[petune.Block, ...]:
+    """Return the first block of each tower, in most models of the only one."""
+    return tuple(dict.fromkeys(tower.blocks[0] for tower in sites.towers if tower.blocks))

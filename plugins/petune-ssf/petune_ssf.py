@@ -76,8 +76,8 @@ class SSF(petune.Tuner[SSFConfig]):
             for norm in block.norms:
                 edit.after(norm, ScaleShift(norm.dim, self.config.init_std))
                 scaled.add(norm.module)
-        if "norm" in edit.sites.parts:
-            edit.after(edit.sites.norm, ScaleShift(edit.sites.norm.dim, self.config.init_std))
+        for final in dict.fromkeys(tower.norm for tower in edit.sites.towers if tower.norm is not None):
+            edit.after(final, ScaleShift(final.dim, self.config.init_std))
         inside = {m for block in blocks for own in block.own_modules for m in own.modules()}
         weighted = [m for m in edit.backbone() if m in inside and getattr(m, "weight", None) is not None]
         if left_out := [edit.site(m).path for m in weighted if m not in scaled]:

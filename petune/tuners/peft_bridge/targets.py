@@ -85,7 +85,8 @@ def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:
 
 def _layer_norms(edit: petune.Edit) -> list[petune.Site]:
     blocks = edit.sites.require_blocks()
-    norms = [*(norm for block in blocks for norm in block.norms), edit.sites.parts.get("norm")]
+    final = dict.fromkeys(tower.norm for tower in edit.sites.towers)
+    norms = [*(norm for block in blocks for norm in block.norms), *final]
     known = [site for site in norms if site is not None and isinstance(site.module, nn.LayerNorm)]
     trainable = [site for site in known if site.module.weight is not None]  # the last norm of Qwen3 has none
     if not trainable:

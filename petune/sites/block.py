@@ -1,0 +1,200 @@
+"""Sites: the parts of a model that a tuner can edit, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from petune.base.errors import SiteNotFound
+
+Layout = Literal["BNC", "BHWC", "BCHW"]
+"""The layout of the tensor at a site: B batch, N tokens, C (or D) channels, H and W rows and columns.
+
+Videos may have a dimension of time before H.
+"""
+
+ROLES = ("attn", "mlp", "norm1", "norm2", "mid")
+"""The sites inside a block, as named in `Block.parts` and by its properties."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Site:
+    """A span of the forward, from the input of one module to the output of one (usually the same module).
+
+    Attributes:
+        role: `block`, `attn`, `mlp`, `norm1`, `norm2`, `mid`, `patch_embed`, `norm` or `head`.
+        path: Dotted path of the module that is entered.
+        enter: The module whose input enters the site.
+        exit_path: Dotted path of the module that is left; equal to `path` for a site that is one module.
+        exit: The module whose output leaves the site.
+        dim: Width of the tokens.
+        layout: Layout of the tensor.
+        model: The model's class name, for messages.
+        read_only: True for a tensor between modules (`mid`): an adapter can read it, but no module returns it.
+        further: Of the role `head`, path and module of all heads but the first (`enter`) and the last (`exit`).
+    """
+
+    role: str
+    path: str
+    enter: nn.Module
+    exit_path: str
+    exit: nn.Module
+    dim: int
+    layout: Layout
+    model: str
+    read_only: bool = False
+    further: tuple[tuple[str, nn.Module], ...] = ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is entered; the whole site if `is_module`."""
+        return self.enter
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules that bound the site: one, or two if enter and exit differ; of the role `head`, all heads."""
+        return tuple(module for _, module in self.named_modules)
+
+    @property
+    def named_modules(self) -> tuple[tuple[str, nn.Module], ...]:
+        """Path and module of each of `modules`."""
+        first, last = (self.path, self.enter), (self.exit_path, self.exit)
+        return (first,) if self.enter is self.exit else (first, *self.further, last)
+
+    @property
+    def is_module(self) -> bool:
+        """True if the site is exactly one module's call."""
+        return self.enter is self.exit and not self.read_only
+
+    @property
+    def where(self) -> str:
+        """The site as text, for tables and messages."""
+        if self.read_only:
+            return f"input of {self.path}"
+        if self.role == "head":
+            return ", ".join(path for path, _ in self.named_modules)
+        return self.path if self.is_module else f"{self.path} … {self.exit_path}"
+
+    def __repr__(self) -> str:
+        return f"<{self.role}: {self.where} ({self.layout}, dim {self.dim})>"
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Block(Site):
+    """A transformer block: a site itself, with sites inside.
+
+    `block.attn` and the other properties return the site, or raise SiteNotFound if this block does not have it.
+    `block.parts` holds those that it has: `"mid" in block.parts`, `block.parts.get("norm1")`.
+
+    Attributes:
+        index: Position in the model, from 0 at the input.
+        parts: The sites inside, by role; not those of a role that the block has several times.
+        branches: All attentions and MLPs, in the order of the forward; see `sublayers`.
+        norms: The norms of `branches`.
+        extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
+        num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
+        norm_first: True if norm1 comes before the attention.
+        normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm).
+        bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
+        own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
+    """
+
+    index: int
+    parts: Mapping[str, Site] = field(default_factory=dict)
+    branches: tuple[Site, ...] = ()
+    norms: tuple[Site, ...] = ()
+    extra_inputs: tuple[str, ...] = ()
+    num_windows: int = 1
+    norm_first: bool = True
+    normalizes_sum: bool = False
+    bias_modules: tuple[nn.Module, ...] = ()
+    own_modules: tuple[nn.Module, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, roles in (("branches", ("attn", "mlp")), ("norms", ("norm1", "norm2"))):
+            if not getattr(self, name):
+                object.__setattr__(self, name, tuple(self.parts[role] for role in roles if role in self.parts))
+
+    @property
+    def inner_sites(self) -> tuple[Site, ...]:
+        """All sites inside, each once."""
+        return tuple({id(site): site for site in (*self.parts.values(), *self.branches, *self.norms)}.values())
+
+    @property
+    def sublayers(self) -> tuple[Site, ...]:
+        """All attentions and MLPs, in the order of the forward; two in most blocks, three in a decoder's.
+
+        Raises:
+            SiteNotFound: petune has found no attention, or no MLP.
+        """
+        roles = {site.role for site in self.branches}
+        for role in ("attn", "mlp"):
+            if role not in roles:
+                self._part(role)
+        return self.branches
+
+    @property
+    def attn(self) -> Site:
+        """The attention, from its normalized input to its output before LayerScale and drop path."""
+        return self._part("attn")
+
+    @property
+    def mlp(self) -> Site:
+        """The MLP, from its normalized input to its output; enter and exit differ if it is several modules in a row."""
+        return self._part("mlp")
+
+    @property
+    def norm1(self) -> Site:
+        """The normalization of the attention."""
+        return self._part("norm1")
+
+    @property
+    def norm2(self) -> Site:
+        """The normalization of the MLP."""
+        return self._part("norm2")
+
+    @property
+    def mid(self) -> Site:
+        """The residual stream after the attention and before the MLP's norm."""
+        return self._part("mid")
+
+    def _part(self, role: str) -> Site:
+        if role in self.parts:
+            return self.parts[role]
+        several = [site.where for site in self.branches if site.role == role]
+        missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
+        is_readable = role == "mid" and "mlp" in self.parts
+        advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
+        raise SiteNotFound(
+            f"block {self.index} ({self.path}) of {self.model} has {missing}; it has: "
+            f"{', '.join(('block', *self.parts))}. Use {advice} that edits one of those, or linear, or full",
+            role=role,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tower:
+    """One of several rows of blocks that do not read each other, such as those of CLIP's image and text.
+
+    Attributes:
+        blocks: From input to output. Blocks that several towers share, such as the encoder of two decoders, are in
+            each.
+        norm: The final norm; None without one.
+    """
+
+    blocks: tuple[Block, ...]
+    norm: Site | None
+
+
+def is_within(path: str, parent: str) -> bool:
+    """Return True if a module is the one at the path `parent`, or inside it."""
+    return not parent or path == parent or path.startswith(f"{parent}.")
+
+
+def modules_of(blocks: Iterable[Block]) -> set[nn.Module]:
+    """Return the modules of blocks and of the sites inside, with all modules within them."""
+    sites = [site for block in blocks for site in (block, *block.inner_sites)]
+    return {m for site in sites for bound in site.modules for m in bound.modules()}
