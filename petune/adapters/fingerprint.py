@@ -187,6 +187,25 @@ def tensor_state(tensor: Tensor) -> Any:
     return None if None in states else states
 
 
+def is_converted(before: Any, now: Any) -> bool:
+    """Return True if a tensor is what it was, perhaps on another device or in another number format.
+
+    Args:
+        before, now: What `tensor_state` returned.
+    """
+    if before == now:
+        return before is not None
+    if not isinstance(before, tuple) or not isinstance(now, tuple) or len(before) != len(now):
+        return False
+    (dtype, *identity, sampled), (dtype_now, *identity_now, sampled_now) = before, now
+    shape, _, version = identity
+    shape_now, _, version_now = identity_now
+    if (shape, version) != (shape_now, version_now) or len(sampled) == 0:
+        return bool((shape, version, dtype) == (shape_now, version_now, dtype_now))
+    values = torch.frombuffer(bytearray(sampled), dtype=dtype).to(dtype_now)
+    return torch.equal(values, torch.frombuffer(bytearray(sampled_now), dtype=dtype_now))
+
+
 def _plain_state(tensor: Tensor) -> Any:
     if tensor.is_inference() or tensor.is_quantized or type(tensor) not in PLAIN:
         return None

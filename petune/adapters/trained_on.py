@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from petune.adapters.format import SavedAdapter
@@ -38,16 +40,42 @@ def describe_weights(saved: SavedAdapter) -> str:
     )
 
 
+def backbone_dtype(model: nn.Module) -> str | None:
+    """Return the name of the number format that most of a model's weights have; None if it has no weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.") if sizes else None
+
+
 def check_precision(model: nn.Module, saved: SavedAdapter) -> None:
-    """Check that the weights of a backbone are quantized if and only if those that an adapter was trained on were.
+    """Check that the weights of a backbone are in the number format of those that an adapter was trained on.
 
     Args:
         model: The backbone.
-        saved: Passes if it does not record the backbone, as one that was trained without a run.
+        saved: Passes where it does not record the format, as an adapter of an older petune.
 
     Raises:
-        BackboneMismatch: They are not.
+        BackboneMismatch: They are in another one, or quantized only in one of both.
     """
+    _check_quantization(model, saved)
+    trained, current = saved.config.get("backbone_dtype"), backbone_dtype(model)
+    if trained is not None and trained != current:
+        raise BackboneMismatch(
+            f"{saved.path} was trained on weights in {trained}, and this model is in {current}: it cannot be checked "
+            f"that they are the same. Load the adapter while the model is in {trained}, and convert the model "
+            f"afterwards, with the adapter on it: model.to(torch.{current})"
+        )
+    if trained is None and current not in {None, "float32"}:
+        raise BackboneMismatch(
+            f"{saved.path} belongs to a backbone of the same shape with other weights. This model is in {current}, and "
+            "the file does not record the number format that it was trained in. If that was float32, load the adapter "
+            f"while the model is in float32, and convert the model afterwards: model.to(torch.{current})"
+        )
+
+
+def _check_quantization(model: nn.Module, saved: SavedAdapter) -> None:
     backbone = saved.config["metadata"].get("backbone")
     if not isinstance(backbone, Mapping):
         return

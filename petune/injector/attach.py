@@ -81,6 +81,7 @@ def attach(
     flags = {"train_head": (train_head, bool), "keep_original": (keep_original, bool)}
     _check_model(model)
     check_arguments("petune.attach", sites=(sites, Sites | None), name=(name, str | None), **flags)
+    check_not_in_bank(model)
     with ordinary_tensors(model):
         tuner = copy.copy(build_tuner(method, **options))  # a tuner stores facts about its model, so copy it
         name = name or (parse_method(method)[0] if isinstance(method, str) else _default_name(tuner))
@@ -137,7 +138,6 @@ def _sites_for(
 ) -> Sites:
     """Return the sites to edit, after the checks that a model needs once: before its first attachment."""
     existing = trainable_state_of(model)
-    check_not_in_bank(model)
     _check_same_root(model, existing)
     if sites is None and existing is not None:
         sites = existing.sites if head is None else sites_for(model, existing.sites.input_spec, head)

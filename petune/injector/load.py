@@ -24,7 +24,7 @@ from petune.injector.keys import named_parameters
 from petune.injector.registry import build_tuner, list_tuners
 from petune.injector.renamed import unfound_layers, with_current_keys
 from petune.injector.saved_sites import other_sites, saved_sites, sites_differences
-from petune.injector.trainable import trainable_state_of
+from petune.injector.trainable import check_not_in_bank, trainable_state_of
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import InputSpec
@@ -68,6 +68,7 @@ def attach_saved(
     sites: Sites | None = None,
 ) -> Attachment:
     """Attach an adapter that was read already; see `load`."""
+    check_not_in_bank(model)
     saved = with_current_names(model, saved)
     config = saved.config
     if tuner is None:

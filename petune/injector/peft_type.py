@@ -68,7 +68,8 @@ class PetuneConfig(PeftConfig):
         train_head: Train and save the classifier too.
         format: See `petune.adapters.migrations`; an older one is brought to the current one.
         distribution, version: The package of the method.
-        geometry, fingerprint, head_fingerprint, addresses, reference_logits: The backbone, see `Attachment.describe`.
+        geometry, backbone_dtype, fingerprint, head_fingerprint, addresses, reference_logits: The backbone, see
+            `Attachment.describe`.
         chosen_sites: Blocks and heads that the user has chosen; None for all.
         named_fingerprint, named_head_fingerprint: Those of a file up to format 3.
         metadata: Further plain data.
@@ -82,6 +83,7 @@ class PetuneConfig(PeftConfig):
     version: str | None = None
     geometry: dict[str, Any] | None = None
     chosen_sites: dict[str, Any] | None = None
+    backbone_dtype: str | None = None
     fingerprint: str | None = None
     head_fingerprint: str | None = None
     named_fingerprint: str | None = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
+from petune.injector.bank_hold import BankHold
 from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.keys import BufferOwner, named_parameters
@@ -73,7 +74,7 @@ class TrainableState(nn.Module):
         sites: The model's sites before anything was attached.
         attachments: By the attachment's name in state_dict keys, in the order of attaching.
         qkv_users: By attention, the attachments that need it to call its qkv layer.
-        held_by_bank: True if an AdapterBank holds the model, and exchanges classifiers and values.
+        bank_hold: The mark of an AdapterBank that holds the model, and exchanges classifiers and values.
     """
 
     is_petune_module = True
@@ -83,7 +84,7 @@ class TrainableState(nn.Module):
         self.sites = sites
         self.attachments: dict[str, TrainedParts] = {}
         self.qkv_users: dict[nn.Module, set[str]] = {}
-        self.held_by_bank = False
+        self.bank_hold: BankHold | None = None
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule
         self._flags = tuple((p, p.requires_grad, p.grad is not None) for p in model.parameters())
@@ -352,17 +353,14 @@ def trainable_state_of(model: nn.Module) -> TrainableState | None:
 
 
 def check_not_in_bank(model: nn.Module) -> None:
-    """Check that no AdapterBank has attached its adapters to the model.
+    """Check that no AdapterBank holds the model; take out the adapters of one that was deleted.
 
     Raises:
-        AttachError: One has.
+        AttachError: One does.
     """
     state = trainable_state_of(model)
-    if state is not None and state.held_by_bank:
-        raise AttachError(
-            "an AdapterBank holds this model. Load adapters with bank.load(name, path), or take all of them out with "
-            "bank.close() first. If the bank no longer exists, build the model again"
-        )
+    if state is not None and state.bank_hold is not None:
+        state.bank_hold.give_way()
 
 
 def host_for(module: nn.Module) -> nn.Module:

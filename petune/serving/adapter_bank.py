@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -49,6 +49,8 @@ class AdapterBank:
 
     Several threads may use a bank at once: calls wait for each other, and for `load`, `use` and `remove`. `use` then
     `model(x)` are two steps, between which another thread may choose another adapter.
+
+    While it holds adapters, nothing else can be attached to the model: call `close`, or use the bank in a `with` block.
 
     Attributes:
         model: The backbone, in eval mode, with its own classifier.
@@ -95,7 +97,7 @@ class AdapterBank:
                 "Load one adapter at a time with petune.load, and detach it before the next"
             )
         self._forward = BankForward(self.model, self._sites)
-        self._loader = KindLoader(self._forward)
+        self._loader = KindLoader(self._forward, self)
         self._resident = ResidentValues(max_memory)
         self._active = Owner()
         self._lock = threading.RLock()
@@ -172,6 +174,12 @@ class AdapterBank:
                 with self._inactive():
                     self._loader.detach(kind)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Remove all adapters: the model is as it was, and something else can be attached to it."""
         with self._lock:
@@ -200,7 +208,7 @@ class AdapterBank:
             raise UsageError(
                 f"x has {plural(num_rows, 'row')}, and there are {plural(len(names), 'name')}. Give one name per row"
             )
-        owners = {name: Owner() if name is None else self._owner(name) for name in names}
+        owners = {name: Owner() if name is None else self._owner(name) for name in dict.fromkeys(names)}
         with self._lock, self._inactive():
             self._forward.check_head()
             for name in filter(None, owners):

@@ -28,11 +28,13 @@ class BankForward:
         head: The model's classifier.
         head_slots: Its tensors, by their names in it.
         head_is_last: True if the model returns exactly what its classifier returns.
+        active: The adapter that the model computes with.
     """
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
         self.model = model
         self.sites = sites
+        self.active = Owner()
         self.head = sites.head
         self.head_slots = head_slots(self.head.enter)
         self._head_values = ValueSlots(list(self.head_slots.values()))
@@ -56,6 +58,7 @@ class BankForward:
 
     def activate(self, owner: Owner) -> None:
         """Let the model compute with an adapter, until `deactivate`."""
+        self.active = owner
         if owner.kind is not None and owner.values is not None:
             owner.kind.slots.put(owner.values.tensors)
             owner.kind.enable()
@@ -64,6 +67,7 @@ class BankForward:
 
     def deactivate(self, owner: Owner) -> None:
         """Let the model compute without the adapter again."""
+        self.active = Owner()
         if owner.kind is not None:
             self._head_values.restore()
             owner.kind.disable()

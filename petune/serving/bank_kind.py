@@ -123,12 +123,14 @@ class EditedModule:
         slots: Indices of the slots that it uses.
         layer: How it was changed by hand; None for a module of the backbone whose own values differ.
         names: Of the tensors in the module itself, if all slots are there.
+        can_stack: True if these tensors only scale and shift the module's output.
     """
 
     module: nn.Module
     slots: list[int]
     layer: ChangedLayer | None
     names: Sequence[str] = ()
+    can_stack: bool = False
 
 
 class AdapterKind:

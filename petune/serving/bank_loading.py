@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from petune.adapters.fingerprint import tensor_state
+from petune.adapters.fingerprint import is_converted, tensor_state
 from petune.adapters.format import SavedAdapter
 from petune.adapters.reference_logits import have_same_features
 from petune.base.errors import CheckpointError
 from petune.injector.attachment import Attachment
+from petune.injector.bank_hold import BankHold
 from petune.injector.keys import label_of
 from petune.injector.load import attach_saved, check_reference_logits
 from petune.injector.renamed import with_current_keys
@@ -26,10 +28,12 @@ from petune.serving.sharing_check import bypassed_modules, can_share, edited_mod
 class KindLoader:
     """Makes values of saved adapters, on a model on which no adapter of the bank is active."""
 
-    def __init__(self, forward: BankForward) -> None:
+    def __init__(self, forward: BankForward, bank: object) -> None:
         self._forward = forward
         self._model = forward.model
         self._kinds: dict[str, AdapterKind] = {}
+        self._attached: list[AdapterKind] = []
+        self._hold = BankHold(bank, self.release)
         self._backbone = [*self._model.parameters(), *self._model.buffers()]
         self._state = self._current_state()
 
@@ -40,8 +44,7 @@ class KindLoader:
             PetuneError: See `AdapterBank.load`.
         """
         check_same_head(self._forward.head, saved)
-        if self._current_state() != self._state:
-            self._kinds.clear()  # the backbone was changed, so that nothing is proven any more
+        self._follow_backbone()
         key = kind_key(saved, self._forward.head)
         kind = self._kinds.get(key)
         if kind is None:
@@ -56,12 +59,33 @@ class KindLoader:
                 check_reference_logits(kind.attachment, saved)
         return owner
 
+    def _follow_backbone(self) -> None:
+        """Forget what is proven about the backbone if it has other values now; a conversion keeps them."""
+        state = self._current_state()
+        pairs = zip(self._state, state, strict=True)
+        if not all(was == now or (was[0] == now[0] and is_converted(was[1], now[1])) for was, now in pairs):
+            self._kinds.clear()
+        else:
+            self._state = state
+
     def values(self, kind: AdapterKind, saved: SavedAdapter) -> AdapterValues:
         """Return the values of a saved adapter of this kind."""
         return kind.values_from(saved, self._head_values(kind.attachment, saved))
 
+    def release(self) -> None:
+        """Take everything from the model, whose bank was deleted."""
+        if self._forward.active.kind is not None:
+            warnings.warn(
+                "an adapter of an AdapterBank that was deleted was in use. It is taken out of the model now",
+                stacklevel=5,
+            )
+            self._forward.deactivate(self._forward.active)
+        for kind in [*self._attached]:
+            self.detach(kind)
+
     def detach(self, kind: AdapterKind) -> None:
         """Take a kind without adapters from the model."""
+        self._attached.remove(kind)
         self._kinds = {key: other for key, other in self._kinds.items() if other is not kind}
         is_unchanged = self._current_state() == self._state
         current = self._model.get_submodule(self._forward.head.path)  # the user may have put another one in
@@ -83,6 +107,7 @@ class KindLoader:
             with self._released():
                 attachment = attach_saved(self._model, saved, name=self._free_name(name), sites=sites)
             kind = AdapterKind(attachment, head)
+            self._attached.append(kind)
             kind.features = _features(saved)
             attachment.disable()
         finally:
@@ -100,15 +125,15 @@ class KindLoader:
     def _released(self) -> Iterator[None]:
         """Let adapters be attached inside the context; outside of it, only the bank attaches and detaches."""
         try:
-            self._set_in_bank(False)
+            self._set_hold(None)
             yield
         finally:
-            self._set_in_bank(True)
+            self._set_hold(self._hold)
 
-    def _set_in_bank(self, in_bank: bool) -> None:
+    def _set_hold(self, hold: BankHold | None) -> None:
         state = trainable_state_of(self._model)
         if state is not None:
-            state.held_by_bank = in_bank
+            state.bank_hold = hold
 
     def _prepare_sharing(self, owner: Owner) -> None:
         """Find out whether adapters of this kind can share a forward."""

@@ -20,6 +20,7 @@ from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.hooks.base import Args, Kwargs, first_tensor, with_first_tensor
 from petune.serving.bank_kind import AdapterKind, AdapterValues, EditedModule, Owner
+from petune.serving.row_values import affine_names, stacked_output
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class RowModule:
         own: Callable[..., Any] | None = module.__dict__.get("forward")
         self.forward = own or functools.partial(type(module).forward, module)
         self.was_called = False
-        self.only_bias = own is None and type(module) is nn.Linear and all(map(_is_bias, edits.values()))
+        self.can_stack = own is None and all(edit.can_stack for edit in edits.values())
         self.is_watched = any(m._forward_hooks for m in module.modules())  # someone may have kept what layers return
         self.only_adds = all(edit.layer is not None and edit.layer.addition is not None for edit in edits.values())
 
@@ -167,8 +168,8 @@ class RowModule:
         if any(isinstance(v, Tensor) and v is not x for v in (*args, *kwargs.values())):
             raise AttachError("a module takes several tensors, so its rows cannot be computed one by one")
         slices = self.batch.slices(len(x), self.edits)
-        if self.only_bias:
-            return self._biased(x, slices)
+        if self.can_stack and len(args) + len(kwargs) == 1:
+            return stacked_output(self.module, self.forward, x, self._values_of_rows(slices))
         self._switch(None)
         if self.only_adds:
             return self._added(x, self.forward(*args, **kwargs), slices)
@@ -184,15 +185,19 @@ class RowModule:
         finally:
             self._switch(None)
 
-    def _biased(self, x: Tensor, slices: list[tuple[Segment, slice]]) -> Tensor:
-        """Compute a linear layer for all rows at once, and add the bias of each adapter to its rows."""
-        output = nn.functional.linear(x, self.module.weight)  # type: ignore[arg-type]
-        for segment, rows in slices:
-            kind = segment.kind or next(iter(self.edits))
-            (index,) = self.edits[kind].slots
-            own = kind.slots.slots[index].original
-            output[rows] += own if segment.values is None else kind.slots.value(segment.values.tensors, index)
-        return output
+    def _values_of_rows(self, slices: list[tuple[Segment, slice]]) -> dict[str, list[Tensor]]:
+        """Return the tensors that scale and shift the output, for each row."""
+        values: dict[str, list[Tensor]] = {name: [] for name in affine_names(self.module)}
+        for segment, _ in slices:
+            changed = {}
+            if segment.kind is not None and segment.values is not None:
+                edit, slots = self.edits[segment.kind], segment.kind.slots
+                pairs = zip(edit.names, edit.slots, strict=True)
+                changed = {name: slots.value(segment.values.tensors, index) for name, index in pairs}
+            for name, tensors in values.items():
+                value = changed.get(name, getattr(self.module, name))
+                tensors += [value] * (segment.stop - segment.start)
+        return values
 
     def _added(self, x: Tensor, output: Any, slices: list[tuple[Segment, slice]]) -> Tensor:
         if not isinstance(output, Tensor) or len(output) != len(x):
@@ -228,11 +233,6 @@ class RowModule:
         for other, edit in self.edits.items():
             if edit.layer is not None:
                 edit.layer.switch(other is kind)
-
-
-def _is_bias(edit: EditedModule) -> bool:
-    """Return True if nothing but the bias of a layer differs."""
-    return edit.layer is None and edit.names == ["bias"]
 
 
 def join(parts: Iterable[tuple[Tensor | None, slice]], length: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.serving.bank_kind import AdapterKind, AdapterValues, EditedModule, Owner
+from petune.serving.row_values import can_stack
 
 Features = Callable[[Sequence[Owner]], Tensor]
 """Maps the adapters of the first rows of a fixed batch to what enters the classifier."""
@@ -53,7 +54,11 @@ def edited_modules(kind: AdapterKind, called: set[nn.Module]) -> list[EditedModu
         m: [name for i in slots for owner, name in kind.slots.slots[i].owners if owner is m]
         for m, slots in unfrozen.items()
     }
-    return [*layers, *(EditedModule(module, slots, None, names[module]) for module, slots in unfrozen.items())]
+    own = [
+        EditedModule(m, slots, None, names[m], len(names[m]) == len(slots) and can_stack(m, names[m]))
+        for m, slots in unfrozen.items()
+    ]
+    return [*layers, *own]
 
 
 def bypassed_modules(kind: AdapterKind, called: set[nn.Module]) -> set[nn.Module]:
