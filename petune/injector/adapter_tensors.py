@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.adapters.fingerprint import digest, fingerprint, named_digest
+from petune.adapters.trained_on import backbone_dtype
 from petune.adapters.unwrapped import wrapped_key
 from petune.base.errors import AttachError
 from petune.base.text import plural
@@ -147,6 +148,14 @@ class AdapterTensors:
             return self._fingerprint
         frozen = content_only(self._model, self._frozen(also_frozen, left_out))
         return fingerprint(self._model, frozen, block_indices(self._model, self._sites))
+
+    def describe_frozen(self) -> dict[str, str | None]:
+        """Return what the configuration of an adapter says about the values of the frozen backbone and classifier."""
+        return {
+            "backbone_dtype": backbone_dtype(self._model),
+            "fingerprint": self.fingerprint(),
+            "head_fingerprint": self.head_fingerprint(),
+        }
 
     def named_fingerprint(
         self, wrapper: str | None, also_frozen: Collection[str] = (), left_out: Collection[str] = ()

@@ -14,7 +14,6 @@ from petune.adapters.card import model_card
 from petune.adapters.format import chosen_sites, geometry, write_adapter
 from petune.adapters.migrations import FORMAT
 from petune.adapters.reference_logits import reference_logits
-from petune.adapters.trained_on import backbone_dtype
 from petune.base.arguments import Number, PathText, check_arguments
 from petune.base.config import expand_home
 from petune.base.errors import AttachError
@@ -218,9 +217,7 @@ class Attachment:
             "train_head": bool(self.head),
             "geometry": geometry(self.sites),
             "chosen_sites": chosen_sites(self.sites),
-            "backbone_dtype": backbone_dtype(self.model),
-            "fingerprint": self.fingerprint(),
-            "head_fingerprint": self.tensors.head_fingerprint(),
+            **self.tensors.describe_frozen(),
             "addresses": file_addresses(self.tensors.addresses, self.state(), self.file_state()),
         }
 

@@ -9,6 +9,7 @@ import pytest
 
 import petune
 from tests.data.tables import digit_class, write_images, write_table
+from tests.serving.bank_adapters import Trained
 
 BACKBONE: dict[str, Any] = {
     "backbone": "vit_nano", "device": "cpu", "image_size": 16,
@@ -37,3 +38,9 @@ def task_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         dataset = f"table:{table},{options}"
         petune.run(**BACKBONE, dataset=dataset, method=METHODS[name], train=TRAIN, output=folder / name)
     return {name: folder / name for name in TASKS}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Return adapters for tests of a bank. Read them, do not write to them."""
+    return Trained(tmp_path_factory.mktemp("tasks"))
