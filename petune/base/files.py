@@ -11,10 +11,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from petune.base.errors import CheckpointError
 
@@ -29,26 +29,27 @@ HAS_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, err
 """Errors of file systems without locks: NFS without a lock service, Lustre without `-o flock`, some FUSE and SMB."""
 
 
-def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+def write_directory(path: Path, files: Mapping[str, bytes | Callable[[], bytes]]) -> None:
     """Write `files` as the directory `path`, replacing it; on an error it stays as it was.
 
     Args:
         path: The directory; its parent is created.
-        files: Content by file name (no folders).
+        files: Content by file name (no folders), or a function that returns it: then one is in memory at a time.
 
     Raises:
         CheckpointError: The disk is full or read-only, or permission is missing.
     """
-    num_bytes = sum(map(len, files.values()))
+    entries: dict[str, dict[str, Any]] = {}
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        for name, content in {**files, MANIFEST: manifest_bytes(files)}.items():
-            _write_synced(temporary / name, content)
+        for name, content in files.items():
+            entries[name] = _write_and_describe(temporary / name, _bytes_of(content))
+        _write_synced(temporary / MANIFEST, _manifest(entries))
         _replace_directory(temporary, path)
     except OSError as error:
-        raise _cannot_write(path, num_bytes, error) from None
+        raise _cannot_write(path, sum(len(_bytes_of(content)) for content in files.values()), error) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -167,8 +168,19 @@ def write_manifest(path: Path, names: Sequence[str]) -> None:
 
 def manifest_bytes(files: Mapping[str, bytes]) -> bytes:
     """Return sizes and SHA-256 of files by name, as JSON that `verify_directory` reads."""
-    entries = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
+    return _manifest({name: _entry(content) for name, content in files.items()})
+
+
+def _manifest(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
     return json.dumps({"format": 1, "files": entries}, indent=1).encode()
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _bytes_of(content: bytes | Callable[[], bytes]) -> bytes:
+    return content() if callable(content) else content
 
 
 def _cannot_write(path: Path, num_bytes: int, error: OSError) -> CheckpointError:
@@ -177,6 +189,11 @@ def _cannot_write(path: Path, num_bytes: int, error: OSError) -> CheckpointError
         f"cannot write {path}: {error.strerror or error} (needs {num_bytes:,} bytes, {free:,} are free). "
         "The previous version is unchanged. Free some space, or choose another directory"
     )
+
+
+def _write_and_describe(path: Path, content: bytes) -> dict[str, Any]:
+    _write_synced(path, content)
+    return _entry(content)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,11 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     except TypeError as error:
         raise CheckpointError(f"the optimizer's state does not fit into a checkpoint: {error}") from None
     path = directory / f"step-{checkpoint.progress['step']:09d}"
-    write_directory(
-        path,
-        {
-            "model.safetensors": save_tensors(_on_cpu(checkpoint.tensors)),
-            "best.safetensors": save_tensors(_on_cpu(checkpoint.best)),
-            "optimizer.safetensors": save_tensors(_on_cpu(tensors)),
-            **({"average.safetensors": save_tensors(_on_cpu(checkpoint.average))} if checkpoint.average else {}),
-            "state.json": state_json,
-        },
-    )
+    files = {"model": checkpoint.tensors, "best": checkpoint.best, "optimizer": tensors}
+    if checkpoint.average:
+        files["average"] = checkpoint.average
+    contents = {f"{name}.safetensors": partial(_tensors_bytes, part) for name, part in files.items()}
+    write_directory(path, {**contents, "state.json": state_json})
     older = [other_path for other_path in _paths(directory) if other_path.name < path.name]
     kept = {path, *older[-(NUM_KEPT - 1) :]}
     for other_path in _paths(directory):
@@ -158,9 +154,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     # safetensors refuses tensors that share memory or are strided
-    return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    content: bytes = save_tensors({key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()})
+    return content
 
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

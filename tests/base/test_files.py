@@ -40,7 +40,7 @@ def test_a_written_directory_verifies_and_leaves_nothing_else(tmp_path: Path) ->
 
 def test_a_second_write_replaces_the_whole_directory(tmp_path: Path) -> None:
     write_directory(tmp_path / "x", CONTENT)
-    write_directory(tmp_path / "x", {"d.bin": b"new"})
+    write_directory(tmp_path / "x", {"d.bin": lambda: b"new"})
     verify_directory(tmp_path / "x")
     assert {p.name for p in (tmp_path / "x").iterdir()} == {"d.bin", MANIFEST}
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
