@@ -215,7 +215,8 @@ def _outputs(model: nn.Module, sites: Sites) -> tuple[dict[str, Tensor], list[in
     finally:
         if handle is not None:
             handle.remove()
-    outputs = {"logits": logits.flatten()[:NUM_LOGITS].double().cpu()}
+    finite = logits[~logits.isinf()]  # of masked words they are infinite
+    outputs = {"logits": (finite if finite.numel() else logits.flatten())[:NUM_LOGITS].double().cpu()}
     if not entering or not entering[0].numel():
         return outputs, []
     features = entering[0].flatten()

@@ -12,7 +12,7 @@ from petune.adapters.fingerprint import plain_parts
 from petune.base.errors import NotMergeable
 from petune.injector.edit_log import EditLog
 from petune.injector.trainable import open_trainable_state
-from petune.sites.logits import synthetic_logits
+from petune.sites.logits import max_difference, max_value, synthetic_logits
 from petune.sites.site import Sites
 
 MAX_CHANGE = 1e-3
@@ -40,8 +40,8 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
         _fold(model, log, name)
         _check_not_shared(model, sites, log, name, before)
         log.set_enabled(False)
-        largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-        change = float((synthetic_logits(model, sites) - expected).abs().max() / largest)
+        largest = max(max_value(expected), torch.finfo(expected.dtype).tiny)
+        change = max_difference(synthetic_logits(model, sites), expected) / largest
         if not change < (MAX_CHANGE if expected.dtype == torch.float32 else MAX_CHANGE_IN_HALF):
             raise NotMergeable(
                 f"{name} computes something else when folded: its output moves by {change:.2g}. Mend the adapter's "

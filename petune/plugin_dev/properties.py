@@ -20,6 +20,7 @@ from petune.plugin_dev.finding import Property
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs, InputSpec
+from petune.sites.logits import max_difference, max_value
 
 HOOKS = (
     "_forward_hooks",
@@ -43,7 +44,7 @@ def _backbone_values(t: Trial) -> str:
 def _identity_at_init(t: Trial) -> str:
     if not t.att.tuner.identity_at_init:
         return ""
-    change = float((logits(t.model, t.x) - t.base_logits).abs().max())
+    change = max_difference(logits(t.model, t.x), t.base_logits)
     if change < 1e-5:
         return ""
     return f"the output changes by {change:.2g}. If that is intended, set identity_at_init = False"
@@ -105,7 +106,7 @@ def _change_in_batch(model: nn.Module, x: Inputs, spec: InputSpec) -> float:
     """Return how much logits of single images differ from those in a batch, relative to the largest above one."""
     together = logits(model, x)
     alone = torch.cat([logits(model, spec.select(x, [i])) for i in range(NUM_IMAGES)])
-    return float((alone - together).abs().max() / together.abs().max().clamp(min=1))
+    return max_difference(alone, together) / max(max_value(together), 1.0)
 
 
 def _deep_copy(t: Trial) -> str:
@@ -191,7 +192,7 @@ PROPERTIES: tuple[Property[Trial], ...] = (
 def _difference(now: Tensor, before: Tensor, problem: str) -> str:
     if torch.equal(now, before):
         return ""
-    change = f"differs by {float((now - before).abs().max()):.2g}" if now.shape == before.shape else "another shape"
+    change = f"differs by {max_difference(now, before):.2g}" if now.shape == before.shape else "another shape"
     return f"{problem} ({change})"
 
 

@@ -110,7 +110,8 @@ class Trial:
                 p.copy_(value + strength * torch.randn_like(p))
             forget_caches(self.model)
             perturbed = logits(self.model, self.x)
-            if perturbed.isfinite().all():  # they may not be in a deep model of random weights
+            # a deep model of random weights may overflow; logits of masked words are infinite from the start
+            if (perturbed.isfinite() | (perturbed == self.base_logits)).all():
                 break
         return perturbed
 

@@ -39,6 +39,16 @@ def synthetic_logits(model: nn.Module, sites: Sites, count: int = 2) -> Tensor:
     return logits_of(forward_of(model, sites.input_spec.synthetic(count)))
 
 
+def max_difference(x: Tensor, y: Tensor) -> float:
+    """Return the largest absolute difference; equal infinities, as logits of masked words are, do not differ."""
+    return float((x - y).masked_fill(x == y, 0).abs().max())
+
+
+def max_value(x: Tensor) -> float:
+    """Return the largest absolute value without infinities; 0 if there is no other value."""
+    return float(x.masked_fill(x.isinf(), 0).abs().max())
+
+
 def refuse_random(model: nn.Module, sites: Sites) -> None:
     """Check that the logits in eval mode do not depend on random numbers.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import petune
 from petune.adapters.format import read_adapter
@@ -62,6 +62,37 @@ def test_another_computation_with_the_same_tensors_is_refused(method: str, other
     assert list(model.state_dict()) == keys
     assert torch.equal(model(X), logits)
     assert petune.load(sharpened(), tmp_path / "a").attached
+
+
+class Masking(nn.Module):
+    """Sets some logits to minus infinity, as Grounding DINO does for the words that a text lacks."""
+
+    img_size = 16
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.vit(x)
+        return logits.masked_fill(torch.arange(logits.shape[1]) == 0, -torch.inf)
+
+
+def test_infinite_logits_are_no_reason_to_skip_a_check(tmp_path: Path) -> None:
+    model = Masking(sharpened())
+    att = randomised(petune.attach(model, "lora"))
+    att.save(tmp_path / "a")
+    with pytest.raises(BackboneMismatch, match="same tensors that computes something else"):
+        petune.load(Masking(pooled("avg")), tmp_path / "a")
+    assert petune.load(Masking(sharpened()), tmp_path / "a").attached
+    logits = model(X)
+    att.merge()
+    assert torch.allclose(model(X)[:, 1:], logits[:, 1:], atol=1e-5)
+
+
+@pytest.mark.exhaustive
+def test_a_tuner_passes_its_check_on_a_model_with_infinite_logits() -> None:
+    petune.check_tuner("adaptformer", Masking(tiny()))
 
 
 def test_a_changed_method_is_named_with_both_versions(tmp_path: Path) -> None:
