@@ -15,6 +15,9 @@ STAMP := $(VENV)/.installed
 # One thread in each of two processes: the tests are small, and more threads slow them down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Processes of `make backbones`, of one thread each.
+JOBS ?= 2
+
 PLUGINS := $(sort $(wildcard plugins/*/pyproject.toml))
 
 $(STAMP): pyproject.toml $(PLUGINS)
@@ -72,8 +75,8 @@ speed: $(STAMP)  ## steps, memory and start beside the peers'; writes docs/speed
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/tables.py
 
-backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (an hour)
-	$(BIN)/python benchmarks/backbones.py
+backbones: $(STAMP)  ## survey every family of backbones with every method; writes docs/backbones.md (hours; resumes where it was stopped)
+	$(BIN)/python benchmarks/backbones.py --jobs $(JOBS) --resume
 
 versions: $(STAMP)  ## move adapters between the oldest and newest libraries; writes docs/versions.md (8 GB of disk, an hour)
 	$(BIN)/python benchmarks/versions.py

@@ -1,20 +1,26 @@
 """Survey every family of backbones × every method, and write docs/backbones.md from the results.
 
     python benchmarks/backbones.py                  # survey all; writes results/backbones.json and docs/backbones.md
+    python benchmarks/backbones.py --jobs 2         # the same, in two processes of one thread each
+    python benchmarks/backbones.py --resume         # leave out the families that this commit has surveyed already
     python benchmarks/backbones.py --only beit      # some families; the other rows stay as they are
     python benchmarks/backbones.py --coverage       # sort all models of transformers; writes results/transformers.json
     python benchmarks/backbones.py --all            # find the sites of every timm variant, on the meta device; writes
                                                     # results/variants.json
 
-About an hour each on one core.
+Each row is written when it is ready, with the commit that it was made with. The others but the first take about an hour
+on one core; the first takes as long as the rows say.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", metavar="FAMILY", help="parts of families' names")
     parser.add_argument("--methods", nargs="*", default=METHODS, metavar="METHOD")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="HEAD",
+        metavar="COMMIT",
+        help="leave out the rows that were made with this commit (by default the current one) or a later one",
+    )
     parser.add_argument("--all", action="store_true", help="walk every timm variant instead")
     parser.add_argument("--coverage", action="store_true", help="sort all models of transformers that take pixels")
     parser.add_argument("--page", action="store_true", help="write the page again from the results")
@@ -57,13 +71,44 @@ def main() -> None:
         write({})
     else:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
+        if args.resume:
+            families = without_rows_since(families, args.resume)
+        commit = git("log", "-1", "--format=%h", "--", "petune")
         states: list[str] = []
-        for family in families:
-            row = survey(family, args.methods)
+        for number, (family, row) in enumerate(survey_all(families, args.methods, args.jobs), 1):
             if tuple(args.methods) == METHODS:  # row by row: an interrupted survey is not lost
-                write({family: row})
+                write({family: {**row, "commit": commit}})
             states += [pair["state"] for pair in row["methods"].values()]
+            print(f"{number} of {len(families)}: {family}, {row['seconds']} s", flush=True)
         print(", ".join(f"{states.count(state)} {state}" for state in ("ok", "refused", "wrong")))
+
+
+def survey_all(families: list[str], methods: Iterable[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield families with their rows as they become ready, the slowest of the last survey first."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    families = sorted(families, key=lambda family: -known.get(family, {}).get("seconds", 0))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        rows = {pool.submit(survey, family, methods): family for family in families}
+        for future in as_completed(rows):
+            error = future.exception()
+            if error is None:
+                yield rows[future], future.result()
+            else:  # the survey goes on; the row stays as it was
+                print(f"{rows[future]}: no row, {type(error).__name__}: {error}", flush=True)
+
+
+def without_rows_since(families: list[str], commit: str) -> list[str]:
+    """Return the families without a row that was made with a commit, or a later one, of petune."""
+    since = git("log", "-1", "--format=%h", commit, "--", "petune")
+    later = {since, *git("log", "--format=%h", f"{since}..HEAD", "--", "petune").split()}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return [family for family in families if known.get(family, {}).get("commit") not in later]
+
+
+def git(*arguments: str) -> str:
+    """Return what git prints in the repository of this file."""
+    run = subprocess.run(["git", *arguments], cwd=HERE, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
 
 
 def write(results: dict[str, object]) -> None:
@@ -89,6 +134,7 @@ def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
             "blocks": None,
             "layout": None,
             "unproven": [],
+            "seconds": round(time.monotonic() - start),
             "methods": dict.fromkeys(names, pair),
         }
     with found_once(model, sites):
@@ -96,13 +142,14 @@ def survey(family: str, names: Iterable[str]) -> dict[str, Any]:
     for name, pair in pairs.items():
         print(f"{family:42s} {name:16s} {pair.state:8s} {pair.detail if pair.state != 'ok' else ''}", flush=True)
     wrong = unproven_mids(model, sites)
-    print(f"{family:42s} {len(sites.blocks)} blocks, {time.monotonic() - start:.0f} s {wrong or ''}", flush=True)
+    print(f"{family:42s} {len(sites.blocks)} blocks {wrong or ''}", flush=True)
     return {
         "model": FAMILIES[family],
         "takes": takes(sites),
         "blocks": len(sites.blocks),
         "layout": sites.blocks[0].layout if sites.blocks else None,
         "unproven": wrong,
+        "seconds": round(time.monotonic() - start),
         "methods": {name: {"state": pair.state, "detail": pair.detail} for name, pair in pairs.items()},
     }
 

@@ -187,7 +187,7 @@ def _widths(att: petune.Attachment, x: Inputs) -> list[int]:
     for i, block in enumerate(att.sites.blocks):
 
         def hook(module: nn.Module, args: Any, output: Any, i: int = i, layout: str = block.layout) -> None:
-            y = output if isinstance(output, Tensor) else output[0]
+            y = next(tensors_in(output))
             widths[i] = y.shape[1] if layout == "BCHW" else y.shape[-1]
 
         handles.append(block.exit.register_forward_hook(hook))
