@@ -34,7 +34,7 @@ class Attention:
 
 @dataclass(eq=False)
 class Pair:
-    """An attention and the MLP after it.
+    """An attention and the MLP after it, or before it where their block has them in that order.
 
     Attributes:
         attention, mlp: The two.
@@ -87,5 +87,23 @@ def _pair_of(trace: Trace, attention: Attention, attentions: list[Attention]) ->
             # else the next block, of convolutions, as after an attention in a ResNet
             is_own = mlp.is_tokenwise or mid_of(trace, mlp, int(after)) is not None
             return Pair(attention, mlp, call, [a for a in attentions if a.call.within(call)]) if is_own else None
+        before = None if inner is None else _mlp_before(trace, call, inner, attention)
+        if before is not None and [a for a in attentions if a.call.within(call)] == [attention]:
+            return Pair(attention, before, call, [attention])
         inner = call
     return None
+
+
+def _mlp_before(trace: Trace, block: Call, inner: Call, attention: Attention) -> Mlp | None:
+    """Return the MLP in a block whose order is MLP, attention: it adds to the stream before the attention reads that.
+
+    Args:
+        trace: The forward.
+        block: A call around the attention.
+        inner: The call in `block` that holds the attention.
+        attention: The only one in the block.
+    """
+    if not block.keeps_shape or block.parent is None:
+        return None
+    mlp = find_mlp(trace, block, inner, block.start, inner.start, attention.dim)
+    return mlp if mlp is not None and mlp.is_tokenwise and mid_of(trace, mlp, block.start, inner.start) else None

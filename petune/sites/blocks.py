@@ -23,6 +23,7 @@ from petune.sites.parts import (
     projection_of,
     reaches_output,
     span_exit,
+    sums_of,
 )
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
@@ -81,6 +82,8 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
         return False  # transformers' VitDet puts the channels second again
     later = (add for add in trace.additions if add.time > pair.mlp.last.stop)
     sums = [add.result for add in later if add.other(x) is not None]
+    if any(add.result is s for add in sums_of(trace, y, pair.scope) for s in sums):
+        return False  # a further branch, such as a second MLP, is added
     makers = [c for c in pair.scope.inner() if c.output is y]
     has_weights = any(is_norm(c) or any(True for _ in c.module.parameters()) for c in makers)
     return bool(sums) and all(s is not y for s in sums) and not has_weights

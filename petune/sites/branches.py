@@ -8,7 +8,7 @@ from dataclasses import replace
 from petune.sites.attentions import Attention
 from petune.sites.layouts import layout_of, make_site, width_after
 from petune.sites.norms import is_norm, norm_of
-from petune.sites.parts import Mlp, attention_branch, num_matrices, projection_of, sums_of, unwrap
+from petune.sites.parts import Mlp, attention_branch, mlp_of_matrices, num_matrices, projection_of, sums_of, unwrap
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
 
@@ -69,10 +69,19 @@ def _mlps_of(trace: Trace, block: Call, attns: Sequence[Call], inside: Sequence[
     whole = [c for c in calls if c.keeps_shape and num_matrices(c) >= 2]
     outermost = [c for c in whole if not any(c is not other and c.within(other) for other in whole)]
     found = [unwrap(trace, c, width_after(c)) for c in outermost]
+    found += _mlps_of_bare_matrices([c for c in calls if not any(c.within(other) for other in outermost)])
     mlps = {id(mlp.first): mlp for mlp in found if mlp.is_tokenwise and _adds(trace, mlp, block)}
     paired = (a.pair.mlp for a in inside if a.pair is not None)
     mlps |= {id(mlp.first): mlp for mlp in paired if mlp.first.within(block) and mlp.last.within(block)}
     return sorted(mlps.values(), key=lambda mlp: mlp.first.start)
+
+
+def _mlps_of_bare_matrices(calls: Sequence[Call]) -> list[Mlp]:
+    """Return the MLPs whose matrices the block calls itself: from the width of its tokens and back to it."""
+    matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
+    found = [mlp_of_matrices(matrices[: i + 1], width_after(last)) for i, last in enumerate(matrices)]
+    mlps = [mlp for mlp, last in zip(found, matrices, strict=True) if mlp is not None and mlp.last is last]
+    return [mlp for mlp in mlps if not any(other.last is mlp.first for other in mlps)]
 
 
 def _adds(trace: Trace, mlp: Mlp, block: Call) -> bool:

@@ -20,8 +20,7 @@ def contains_block(trace: Trace, pair: Pair) -> bool:
 
     Layers after the block take what the MLP's output was added to. The norm at the end of a post-norm block belongs to
     the block; such a block has no norm that reads the stream before the MLP. A further branch that is added to the
-    stream (transformers' VitDet) belongs to the block too, unless attention and MLP are items of a list, as they are
-    where a loop calls them.
+    stream (a second MLP, the convolutions of transformers' VitDet) belongs to the block too.
     """
     if not is_module(trace, pair):
         return False
@@ -34,7 +33,7 @@ def contains_block(trace: Trace, pair: Pair) -> bool:
     is_listed = _is_listed(pair)
     if is_listed and _starts_inside(trace, pair, mid):
         return True
-    end = last.time if is_listed else _end_of_stream(trace, pair.scope, last)
+    end = _end_of_stream(trace, pair.scope, last)
     after = [c for c in pair.scope.inner() if c.start > end]
     norms = [c for c in after if is_norm(c)]
     num_own = 0 if is_norm(mid) or norm_inside(mid) is not None else 1
@@ -77,10 +76,12 @@ def _end_of_stream(trace: Trace, scope: Call, last: Addition) -> int:
 
 
 def _is_stream(scope: Call, x: Tensor, last: Addition, add: Addition) -> bool:
-    """Return whether an operand is the stream after `last`, as it is or rearranged, and a branch reads it."""
+    """Return whether an operand is the stream after `last`, also normalized or rearranged, and a branch reads it."""
     if x is last.result:
         return True
     calls = [c for c in scope.inner() if last.time < c.start < add.time]
     is_read = any(c.input is x for c in calls)
-    is_made = any(c.output is x and next(c.module.parameters(), None) is not None for c in calls)
-    return is_read and not is_made and x.numel() == last.result.numel()
+    makers = [c for c in calls if c.output is x and next(c.module.parameters(), None) is not None]
+    if makers:  # post-norm: the sum is normalized before the next branch
+        return is_read and any(is_norm(c) and c.input is last.result for c in makers)
+    return is_read and x.numel() == last.result.numel()

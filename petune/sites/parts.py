@@ -59,7 +59,7 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
     if outermost:
         return _choose(trace, [unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after)
     matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
-    return _mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
+    return mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
 
 
 def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
@@ -87,7 +87,8 @@ def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Ml
     return Mlp(whole[0], whole[0], int(y.shape[-1])) if whole else None
 
 
-def _mlp_of_matrices(matrices: list[Call], dim: int) -> Mlp | None:
+def mlp_of_matrices(matrices: list[Call], dim: int) -> Mlp | None:
+    """Return the MLP that the last of some matrices ends, which return to width `dim`; None if they are none."""
     last = next((c for c in reversed(matrices) if c.output is not None and c.output.shape[-1] == dim), None)
     if last is None:
         return None
@@ -112,7 +113,7 @@ def unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
         inner = [c for c in wrapper.children if c.keeps_shape and num_matrices(c) == num_matrices(call)]
         if len(inner) != 1:
             matrices = [c for c in wrapper.subtree() if c.has_matrix]
-            pair = _mlp_of_matrices(matrices, dim) if is_residual(trace, wrapper) else None
+            pair = mlp_of_matrices(matrices, dim) if is_residual(trace, wrapper) else None
             return pair or Mlp(wrapper, wrapper)
         wrapper = inner[0]
     return Mlp(wrapper, wrapper)
@@ -265,7 +266,12 @@ def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
     forms = [stream, *_scaled(trace, stream)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if any(add.other(form) is not None for form in forms)]
-    return any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums)  # DFine clamps the sum
+    if any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums):  # DFine clamps the sum
+        return True
+    # a further branch follows, of whose sum the same is true
+    norms = [c for c in block.inner() if is_norm(c) and c.start < norm.start and c.start > mlp.last.stop]
+    alone = [add for add in sums if not any(s.other(add.result) is not None for s in later)]
+    return any(add.result is c.input and trace.maker(norm.input) is None for add in alone for c in norms)
 
 
 def _last_norm(trace: Trace, block: Call) -> Call | None:

@@ -61,6 +61,42 @@ class Macaron(Block):
         return x + 0.5 * self.m[1](self.n[2](x))
 
 
+class TwoMlps(Block):
+    def __init__(self) -> None:
+        super().__init__(mlps=2, norms=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a[0](self.n[0](x))
+        x = x + self.m[0](self.n[1](x))
+        return x + self.m[1](self.n[2](x))
+
+
+class TwoMlpsPostNorm(TwoMlps):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n[0](x + self.a[0](x))
+        x = self.n[1](x + self.m[0](x))
+        return self.n[2](x + self.m[1](x))
+
+
+class MlpFirst(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.m[0](self.n[0](x))
+        return x + self.a[0](self.n[1](x))
+
+
+class BareMatrices(TwoMlps):
+    """Two MLPs whose layers the block calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.ModuleList([nn.Linear(D, 2 * D), nn.Linear(2 * D, D), nn.Linear(D, 2 * D), nn.Linear(2 * D, D)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a[0](self.n[0](x))
+        x = x + self.m[1](self.m[0](self.n[1](x)).relu())
+        return x + self.m[3](self.m[2](self.n[2](x)).relu())
+
+
 class Twofold(Block):
     """Two attentions, then two MLPs, each with its own norm."""
 
@@ -169,6 +205,10 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "decoder": Queries,
     "macaron": lambda: Vit(Macaron),
     "twofold": lambda: Vit(Twofold),
+    "two MLPs": lambda: Vit(TwoMlps),
+    "post-norm MLPs": lambda: Vit(TwoMlpsPostNorm),
+    "MLP first": lambda: Vit(MlpFirst),
+    "bare matrices": lambda: Vit(BareMatrices),
     "parallel": lambda: Vit(Parallel),
     "parallel norms": lambda: Vit(ParallelNorms),
     "pooled": Pooled,
