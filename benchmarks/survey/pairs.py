@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import petune
 from petune.base.errors import ContractViolation
 from petune.injector.hooks.base import Parallel
-from petune.injector.hooks.prompt_check import HiddenPrompts
+from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
 from petune.injector.hooks.prompts import Prompts
 from petune.injector.registry import build_tuner, parse_method
 from petune.plugin_dev.finding import Property, examine_all, names_of
@@ -290,9 +290,11 @@ def _check_prompts(att: petune.Attachment, model: nn.Module, x: Inputs) -> int:
     holders = [h for h in att.model.modules() if isinstance(h, Prompts)]
     if not holders:
         return 0
-    plain, prompted = logits(model, x), logits(att.model, x)
+    with KeyCounts() as counts:
+        plain = logits(model, x)
+    prompted = logits(att.model, x)
     with contextlib.ExitStack() as stack:
-        modes = [stack.enter_context(HiddenPrompts(slot)) for slot in {h.slot for h in holders}]
+        modes = [stack.enter_context(HiddenPrompts(slot, counts.values)) for slot in {h.slot for h in holders}]
         hidden = logits(att.model, x)
     if not any(mode.num_attentions for mode in modes):
         raise Wrong("no attention had prompts")

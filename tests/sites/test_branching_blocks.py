@@ -56,6 +56,21 @@ def test_an_adapter_beside_the_mlp_of_a_block_that_begins_with_it_is_refused() -
         petune.attach(models.build("MLP first"), "adaptformer")
 
 
+def test_prompts_are_told_from_as_many_tokens_of_an_encoder() -> None:
+    model = models.build("decoder")
+    num_prompts = 16 - model.queries.shape[1]  # cross-attention has 16 keys with and without prompts
+    for method in ("vpt", "vpt:deep=false"):
+        att = petune.attach(model, method, num_prompts=num_prompts)
+        with torch.no_grad():
+            assert not torch.allclose(model(IMAGES), _without(att, IMAGES))
+        att.detach()
+
+
+def _without(att: petune.Attachment, images: torch.Tensor) -> torch.Tensor:
+    with att.disabled():
+        return att.model(images)
+
+
 def test_every_branch_gets_its_adapters() -> None:
     layers = {
         "decoder": 8,

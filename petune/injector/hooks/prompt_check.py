@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -11,19 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from petune.injector.hooks.base import with_tensor
+from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of, max_difference, max_value
-from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Block, Sites
 
-SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-NUMBERING = {"arange", "linspace"}
 NUM_IMAGES = 2
 """Blocks are compared for more than one image, so that prompts of one that reach another are seen."""
 MAX_ERROR = 1e-5
@@ -40,6 +35,7 @@ class BlockCall:
         num_tokens: Number of tokens of a row that its attention saw.
         num_rows: Number of rows of tokens.
         output: The block's output.
+        key_counts: Of the operations in the block, see `KeyCounts`.
     """
 
     args: tuple[Any, ...]
@@ -47,6 +43,7 @@ class BlockCall:
     num_tokens: int
     num_rows: int
     output: Any = None
+    key_counts: tuple[int, ...] = ()
 
 
 class PromptCheck:
@@ -62,6 +59,7 @@ class PromptCheck:
         self.sites = sites
         self._calls: dict[nn.Module, BlockCall] = {}
         self._output: Any = None
+        self._key_counts: tuple[int, ...] = ()
         self._slots: list[PromptSlot] = []
 
     def slot(self, block: Block, num_prompts: int) -> PromptSlot:
@@ -94,7 +92,8 @@ class PromptCheck:
             self._slots.append(slot)  # earlier blocks' prompts are in the model already: hide them too
         try:
             with inference(self.model), contextlib.ExitStack() as stack:
-                hidden = {known: stack.enter_context(HiddenPrompts(known)) for known in self._slots}
+                counts = call.key_counts if alone else self._key_counts
+                hidden = {known: stack.enter_context(HiddenPrompts(known, counts)) for known in self._slots}
                 output = block.enter(*call.args, **call.kwargs) if alone else self._images().call(self.model)
         except Exception as error:
             reason = f"does not run with them ({type(error).__name__}: {error})"
@@ -153,19 +152,22 @@ class PromptCheck:
         return any(tainted)
 
     def _record(self) -> None:
-        handles = [handle for block in self.sites.blocks for handle in self._watch(block)]
+        counts = KeyCounts()
+        handles = [handle for block in self.sites.blocks for handle in self._watch(block, counts)]
         try:
-            with inference(self.model):
+            with inference(self.model), counts:
                 self._output = self._images().call(self.model)
+            self._key_counts = self._key_counts or tuple(counts.values)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, block: Block) -> list[Any]:
+    def _watch(self, block: Block, counts: KeyCounts) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = next(tensors_in((args, kwargs)))
             num_rows = len(x) if x.ndim > 2 else 1  # (tokens, width), without a batch dimension
             self._calls[block.enter] = BlockCall(args, kwargs, num_tokens=x.shape[-2], num_rows=num_rows)
+            started[:] = [len(counts.values)]
 
         def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
             if enters_attention_only(block, self.sites):
@@ -173,7 +175,9 @@ class PromptCheck:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._calls[block.enter].output = output
+            self._calls[block.enter].key_counts = tuple(counts.values[started[0] :])
 
+        started = [0]
         attention = block.parts.get("attn", block).enter
         return [
             block.enter.register_forward_pre_hook(enter, with_kwargs=True),
@@ -183,82 +187,6 @@ class PromptCheck:
 
     def _images(self) -> Inputs:
         return self.sites.input_spec.noise(NUM_IMAGES).to(device_of(self.model), dtype_of(self.model))
-
-
-class HiddenPrompts(TorchFunctionMode):
-    """While active, no token attends to the prompts: their attention logits are -inf.
-
-    Attributes:
-        num_attentions: Number of attentions that had prompts to hide.
-        numbers_tokens: True if something was numbered during it, as positions of tokens are.
-    """
-
-    def __init__(self, slot: PromptSlot) -> None:
-        super().__init__()
-        self.slot = slot
-        self.num_attentions = 0
-        self.numbers_tokens = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        self.numbers_tokens |= name in NUMBERING
-        if name == "scaled_dot_product_attention":
-            kwargs = self._mask_sdpa(dict(zip(SDPA_ARGUMENTS, args, strict=False)) | kwargs)
-            args = ()
-        elif name == "multi_head_attention_forward":
-            kwargs = self._mask_mha(inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments)
-            args = ()
-        elif name == "softmax":
-            args = (self._mask_logits(args[0]), *args[1:])
-        elif name in PRODUCTS and len(args) > 1:
-            args = (self._mask_weights(*args[:2]), *args[1:])
-        return func(*args, **kwargs)
-
-    def _mask_sdpa(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        query, mask = arguments["query"], arguments.get("attn_mask")
-        if not self._has_prompts(arguments["key"].shape[-2]):
-            return arguments
-        hidden = self._mask(query)
-        if arguments.get("is_causal"):  # a text tower's; a mask must then say it all
-            later = torch.ones(query.shape[-2], len(hidden), dtype=torch.bool, device=query.device).triu(1)
-            causal = hidden.expand(query.shape[-2], -1).masked_fill(later, -torch.inf)
-            return {**arguments, "attn_mask": causal, "is_causal": False}
-        if mask is None:
-            return {**arguments, "attn_mask": hidden.expand(query.shape[-2], -1)}
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, -torch.inf)
-        return {**arguments, "attn_mask": mask + hidden}
-
-    def _mask_mha(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        if not self._has_prompts(arguments["key"].shape[0]):
-            return arguments
-        mask = self._mask(arguments["query"]).expand(arguments["query"].shape[0], -1)
-        return {**arguments, "attn_mask": mask, "need_weights": True, "is_causal": False}
-
-    def _mask_logits(self, logits: Tensor) -> Tensor:
-        if logits.ndim < 3 or not self._has_prompts(logits.shape[-1]):
-            return logits
-        return logits + self._mask(logits)
-
-    def _mask_weights(self, weights: Any, values: Any) -> Any:
-        """Zero the weights of prompts where they are applied: heads may be mixed after the softmax (CaiT)."""
-        if not isinstance(weights, Tensor) or not isinstance(values, Tensor) or weights.ndim < 3:
-            return weights
-        is_square = weights.shape[-1] == weights.shape[-2] == values.shape[-2]
-        if not is_square or not self._has_prompts(weights.shape[-1]):
-            return weights
-        return weights.masked_fill(self._mask(weights) < 0, 0)
-
-    def _has_prompts(self, num_keys: int) -> bool:
-        return num_keys == self.slot.num_tokens + self.slot.num_prompts
-
-    def _mask(self, like: Tensor) -> Tensor:
-        """Return the additive mask (N + P): -inf for prompts. Called once for each attention that has prompts."""
-        self.num_attentions += 1
-        mask = torch.zeros(self.slot.num_tokens + self.slot.num_prompts, dtype=like.dtype, device=like.device)
-        mask[self.slot.index : self.slot.index + self.slot.num_prompts] = -torch.inf
-        return mask
 
 
 def outputs_agree(x: Tensor, y: Tensor, dtypes: Set[torch.dtype]) -> bool:
