@@ -21,7 +21,7 @@ LR_PREFIX = "lrs."
 """Start of a --set that gives one method its own learning rate."""
 UNUSED = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"}
 """Keys that a comparison sets itself, for every run."""
-OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter", "images/s")
+OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter", "images/s", "val")
 """Columns hidden on a narrow terminal, as all metrics but the main one; compare.md has them all."""
 EXAMPLE = "petune compare linear adaptformer vpt:deep=false --backbone vit_nano --dataset digits"
 
@@ -117,6 +117,8 @@ def _run_grid(config: CompareConfig, *, as_json: bool, tracker: str | None, exec
     else:
         headings, rows = grid.table()
         print_table(headings, rows, right=headings[1:])
+        for sentence in (grid.about, *grid.conclusions()):
+            print_status(clean(sentence))
         for dataset, reasons in grid.reasons.items():
             for method, reason in reasons.items():
                 print_data(clean(f"{method} failed on {dataset}: {reason}"))
@@ -141,9 +143,9 @@ def print_comparison(comparison: Comparison) -> None:
             reasons.append(f"{row['method']} failed: {row['reason']}")
         table.append(texts)
     names = list(columns)
-    first, last = OPTIONAL_COLUMNS[:-1], OPTIONAL_COLUMNS[-1:]
+    first, last = OPTIONAL_COLUMNS[:-2], OPTIONAL_COLUMNS[-2:]
     optional = (*first, *(metric.label for metric in comparison.metric_info[1:]), *last)
-    print_table(names, table, right=names[1:], optional=optional)
+    print_table(names, table, right=names[1:], optional=[name for name in optional if name in columns])
     if comparison.conclusion:
         print_status(clean(comparison.conclusion))
     for reason in reasons:

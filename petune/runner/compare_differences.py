@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from petune.base.metric import Metric
 from petune.runner.compare_config import CompareConfig
-from petune.runner.comparison import Row
-from petune.runner.differences import SeedValue, conclusion, difference
+from petune.runner.comparison import Row, Standing
+from petune.runner.conclusion import conclusion
+from petune.runner.differences import Difference, SeedValue, differences_to
 from petune.runner.test_values import read_test_values
 
 
 def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric) -> tuple[tuple[Row, ...], str]:
-    """Return the rows with their differences to the reference, and a sentence that says which of them are noise.
+    """Return the rows with their differences and standing, and sentences that say what the comparison found.
 
     Args:
         config: Names the baseline, if there is one, and the directories of the runs.
@@ -22,16 +23,26 @@ def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric)
     done = [row for row in rows if row.status == "done" and metric.name in row.mean]
     if len(done) < 2:
         return tuple(rows), ""
-    best = max(done, key=lambda row: metric.score(row.mean[metric.name])).method
-    reference = config.baseline if config.baseline in {row.method for row in done} else best
+    done.sort(key=lambda row: metric.score(row.mean[metric.name]), reverse=True)
+    best = done[0].method
     values = {row.method: _values(config, row, metric) for row in done}
-    differences = {}
-    for method, own in values.items():
-        found = difference(reference, own, values[reference])
-        if method != reference and found is not None:
-            differences[method] = found
-    changed = tuple(row.model_copy(update={"difference": differences.get(row.method)}) for row in rows)
-    return changed, conclusion(differences, metric, reference_is_best=reference == best)
+    to_best = differences_to(best, values)
+    to_baseline = {}
+    if config.baseline in values and config.baseline != best:
+        to_baseline = differences_to(config.baseline, values)
+    shown = to_baseline or to_best
+    changed = []
+    for row in rows:
+        standing = _standing(row.method, best, to_best)
+        changed.append(row.model_copy(update={"difference": shown.get(row.method), "standing": standing}))
+    return tuple(changed), conclusion(best, to_best, to_baseline, metric)
+
+
+def _standing(method: str, best: str, to_best: Mapping[str, Difference]) -> Standing | None:
+    if method == best:
+        return "best"
+    is_clear = to_best[method].is_clear if method in to_best else None
+    return None if is_clear is None else "below" if is_clear else "tied"
 
 
 def _values(config: CompareConfig, row: Row, metric: Metric) -> dict[int, SeedValue]:

@@ -23,6 +23,9 @@ from petune.runner.report.tables import cells, compare_columns, comparison_page,
 from petune.runner.result import RunResult
 from petune.runner.saved_table import read_saved
 
+Standing = Literal["best", "tied", "below"]
+"""Of a method: the best one, one that cannot be told apart from the best one, or one that is clearly below it."""
+
 
 class Row(Config):
     """One method over all seeds. A method that failed has a reason and no numbers.
@@ -34,6 +37,7 @@ class Row(Config):
         lr: Peak learning rate, from the recipe or as given.
         epochs: Of each run.
         difference: To the baseline or the best method, in the main metric on test; None for that method itself.
+        standing: In the main metric on test; None if there are too few seeds to tell.
         images_per_s, step_time_s: Mean over the seeds.
         peak_memory_bytes, time_s: The largest, and the sum, over the seeds.
     """
@@ -55,6 +59,7 @@ class Row(Config):
     std: dict[str, float] = {}
     val_mean: dict[str, float] = {}
     difference: Difference | None = None
+    standing: Standing | None = None
     images_per_s: float | None = None
     step_time_s: float | None = None
     peak_memory_bytes: int | None = None
@@ -63,7 +68,7 @@ class Row(Config):
     @model_validator(mode="after")
     def _done_has_numbers(self) -> Self:
         # one seed has no deviation, a run without val no metrics on it, and older versions did not write the rest
-        optional = {"std", "val_mean", "difference", "epochs", "step_time_s"}
+        optional = {"std", "val_mean", "difference", "standing", "epochs", "step_time_s"}
         if not self.metrics and not self.mean:  # every metric is undefined on these images
             optional |= {"metrics", "mean"}
         missing = [key for key, value in self if value in (None, (), {}) and key not in optional]
@@ -89,7 +94,8 @@ class Comparison(Config):
     Attributes:
         task, metric_info: Of all runs; the first metric sorts the rows.
         provenance: Of the last run.
-        conclusion: Which differences are noise, in a sentence; empty with a single method.
+        conclusion: What was found, in sentences: the best method, clear differences and those that are not; empty with
+            a single method.
         origins: Filled in where runs differ in machine, threads, number format, versions or commit.
     """
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from petune.base.config import Config
-from petune.base.metric import Metric
 
 CONFIDENCE = 0.95
 
@@ -24,9 +23,10 @@ class Difference(Config):
     Attributes:
         reference: The method that it is compared with.
         mean: Value of the method minus that of the reference, the mean over the seeds that both have.
-        low, high: Bounds of the 95 % interval; None if one seed is all there is, without values of each image, or if
-            several seeds differ by exactly the same.
+        low, high: Bounds of the interval, see `difference`; None if one seed is all there is, without values of each
+            image, or if several seeds differ by exactly the same.
         over_images: Whether the interval allows for the choice of test images, besides that of seeds.
+        num_seeds: How many seeds both have; an interval of one seed allows for test images only.
     """
 
     reference: str
@@ -34,6 +34,7 @@ class Difference(Config):
     low: float | None = None
     high: float | None = None
     over_images: bool = False
+    num_seeds: int = 0
 
     @property
     def is_clear(self) -> bool | None:
@@ -54,16 +55,29 @@ class SeedValue:
     images_N: NDArray[np.float32] | None = None
 
 
-def difference(reference: str, own: Mapping[int, SeedValue], base: Mapping[int, SeedValue]) -> Difference | None:
+Values = Mapping[int, SeedValue]
+"""Of the runs of a method, by seed."""
+
+
+def differences_to(reference: str, values: Mapping[str, Values]) -> dict[str, Difference]:
+    """Compare every method with a reference, with intervals that hold together: see `difference`."""
+    others = [method for method in values if method != reference]
+    found = {m: difference(reference, values[m], values[reference], num_comparisons=len(others)) for m in others}
+    return {method: one for method, one in found.items() if one is not None}
+
+
+def difference(reference: str, own: Values, base: Values, num_comparisons: int = 1) -> Difference | None:
     """Compare two methods on the seeds that both have; None if there are none.
 
     Runs of the same seed and images of the same test split are paired. The interval is Student's: its variance is that
     of seeds and images drawn independently of each other (two-way random effects), its degrees of freedom are
-    Satterthwaite's. With few seeds it is wide, as it should be.
+    Satterthwaite's. With few seeds it is wide, as it should be. Bonferroni's correction makes several intervals hold
+    together with 95 %.
 
     Args:
         reference: Name of the method that `base` is of.
         own, base: By seed.
+        num_comparisons: How many methods are compared with the reference.
     """
     seeds = sorted(own.keys() & base.keys())
     if not seeds:
@@ -72,11 +86,16 @@ def difference(reference: str, own: Mapping[int, SeedValue], base: Mapping[int, 
     mean = float(delta_S.mean())
     delta_SN = _by_image([(own[seed], base[seed]) for seed in seeds])
     parts = _variance_parts(delta_S, delta_SN)
-    half = _half_width(parts)
+    half = _half_width(parts, 1 - (1 - CONFIDENCE) / num_comparisons)
     if not parts or (half == 0 and mean != 0):  # a few equal differences do not show how much they vary
-        return Difference(reference=reference, mean=mean)
+        return Difference(reference=reference, mean=mean, num_seeds=len(seeds))
     return Difference(
-        reference=reference, mean=mean, low=mean - half, high=mean + half, over_images=delta_SN is not None
+        reference=reference,
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        over_images=delta_SN is not None,
+        num_seeds=len(seeds),
     )
 
 
@@ -105,39 +124,11 @@ def _variance_parts(delta_S: NDArray[np.float64], delta_SN: NDArray[np.float64] 
     return parts
 
 
-def _half_width(parts: Sequence[tuple[float, int]]) -> float:
+def _half_width(parts: Sequence[tuple[float, int]], confidence: float) -> float:
     from scipy.stats import t
 
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return 0.0
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
-
-
-def conclusion(differences: Mapping[str, Difference], metric: Metric, reference_is_best: bool) -> str:
-    """Say in a sentence which differences are noise; empty if there is nothing to compare.
-
-    Args:
-        differences: By method, without the reference.
-        metric: The main metric.
-        reference_is_best: The reference is the best method, and not one that was named.
-    """
-    if not differences:
-        return ""
-    reference = next(iter(differences.values())).reference
-    best = ", the best" if reference_is_best else ""
-    unknown = [method for method, one in differences.items() if one.is_clear is None]
-    if len(unknown) == len(differences):
-        return f"Too few seeds to tell whether differences to {reference}{best} are more than noise. Use several seeds."
-    clear = [method for method, one in differences.items() if one.is_clear]
-    noise = [method for method, one in differences.items() if one.is_clear is False]
-    parts = [f"{_listed(clear)}: more than noise"] if clear else []
-    parts += [f"{_listed(noise)}: not more than noise"] if noise else []
-    parts += [f"{_listed(unknown)}: unknown, with so few seeds"] if unknown else []
-    over = "seeds and test images" if all(one.over_images for one in differences.values()) else "seeds"
-    return f"Differences in {metric.label} to {reference}{best}, by 95 % intervals over {over}: {'; '.join(parts)}."
-
-
-def _listed(methods: Sequence[str]) -> str:
-    return ", ".join(methods)
+    return float(t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)

@@ -19,7 +19,7 @@ from petune.base.metric import Metric
 from petune.base.text import escape_markdown, html_table
 from petune.runner.compare import compare
 from petune.runner.compare_config import MAY_GROW, CompareConfig
-from petune.runner.comparison import Comparison
+from petune.runner.comparison import Comparison, Standing
 from petune.runner.directory_kind import check_kind
 from petune.runner.events import Watch
 from petune.runner.executors import Executor
@@ -38,6 +38,8 @@ class GridColumn(Config):
         dataset, task: What was trained on, and for.
         metric: The main metric, on test.
         mean, std: By method, over seeds; methods that failed are missing, and one seed has no deviation.
+        standing: By method, where seeds suffice to tell.
+        conclusion: What the comparison on this dataset found, in sentences.
     """
 
     dataset: str
@@ -45,6 +47,8 @@ class GridColumn(Config):
     metric: Metric
     mean: dict[str, float]
     std: dict[str, float] = {}
+    standing: dict[str, Standing] = {}
+    conclusion: str = ""
 
     def ranks(self) -> dict[str, float]:
         """Return the rank of each method, 1 for the best; equal values share the mean of their ranks."""
@@ -55,13 +59,14 @@ class GridColumn(Config):
         }
 
     def text(self, method: str) -> str:
-        """Return `71.20 ± 0.30`, with `*` for the best method."""
+        """Return `71.20 ± 0.30`, with `*` for the best method and `~` if it cannot be told apart from that."""
         if method not in self.mean:
             return UNKNOWN
         value = self.metric.number(self.mean[method])
         deviation = f" ± {self.metric.number(self.std[method])}" if method in self.std else ""
         best = max(self.mean.values(), key=self.metric.score)
-        return f"{value}{deviation}{' *' if self.mean[method] == best else ''}"
+        mark = " *" if self.mean[method] == best else " ~" if self.standing.get(method) == "tied" else ""
+        return f"{value}{deviation}{mark}"
 
 
 class Grid(Config):
@@ -124,6 +129,8 @@ class Grid(Config):
         lower = list(dict.fromkeys(c.metric.label for c in self.columns if not c.metric.higher_is_better))
         percent = list(dict.fromkeys(c.metric.label for c in self.columns if c.metric.percent))
         sentences = ["On test: mean ± sample standard deviation over the seeds; * marks the best of a dataset."]
+        is_tied = any("tied" in column.standing.values() for column in self.columns)
+        sentences += ["~ marks those that cannot be told apart from it."] if is_tied else []
         sentences += [f"In percent: {', '.join(percent)}."] if percent else []
         sentences += [f"Lower is better: {', '.join(lower)}."] if lower else []
         sentences += [] if self.has_means else ["Tasks or metrics differ, so only ranks are averaged."]
@@ -141,8 +148,14 @@ class Grid(Config):
             "| --- |" + " ---: |" * (len(headings) - 1),
             *("| " + " | ".join(map(_cell, row)) + " |" for row in rows),
         ]
+        found = [f"- {sentence}" for sentence in self.conclusions()]
+        lines += ["", *map(escape_markdown, found)] if found else []
         failed = [f"- {reason}" for reason in self.failures()]
         return "\n".join([*lines, *(["", "Failed:", "", *map(escape_markdown, failed)] if failed else []), ""])
+
+    def conclusions(self) -> list[str]:
+        """Return what was found on each dataset that more than one method finished on."""
+        return [f"{column.dataset}: {column.conclusion}" for column in self.columns if column.conclusion]
 
     def failures(self) -> list[str]:
         """Return `vpt on digits: why it failed` for each method and dataset that failed."""
@@ -217,6 +230,8 @@ def make_grid(config: CompareConfig, comparisons: Mapping[str, Comparison]) -> G
                 metric=main,
                 mean={row.method: row.mean[main.name] for row in done},
                 std={row.method: row.std[main.name] for row in done if main.name in row.std},
+                standing={row.method: row.standing for row in done if row.standing is not None},
+                conclusion=comparison.conclusion,
             )
         )
         failed = {row.method: row.reason for row in comparison.rows if row.status == "failed"}

@@ -17,7 +17,8 @@ from petune.data.target import Target
 from petune.runner.compare_config import CompareConfig
 from petune.runner.compare_differences import with_differences
 from petune.runner.comparison import Row
-from petune.runner.differences import Difference, SeedValue, conclusion, difference
+from petune.runner.conclusion import conclusion
+from petune.runner.differences import Difference, SeedValue, difference, differences_to
 from petune.runner.report.tables import cells, compare_columns
 from petune.runner.test_values import read_test_values, write_test_values
 from petune.training.task_registry import task_for
@@ -48,11 +49,21 @@ def test_without_values_of_images_it_is_the_paired_t_interval_over_seeds() -> No
     expected = stats.ttest_rel([3, 4, 6], [2, 2.5, 3]).confidence_interval(0.95)
     assert found is not None
     assert (found.low, found.high, found.over_images) == (*map(pytest.approx, (expected.low, expected.high)), False)
+    assert found.num_seeds == 3
+
+
+def test_intervals_of_several_methods_hold_together() -> None:
+    values = {name: {i: SeedValue(value) for i, value in enumerate(text)} for name, text in
+              {"a": (3, 4, 6), "b": (2, 2.5, 3), "c": (1, 1, 2)}.items()}  # fmt: skip
+    found = differences_to("b", values)
+    expected = stats.ttest_rel([3, 4, 6], [2, 2.5, 3]).confidence_interval(1 - 0.05 / 2)
+    assert list(found) == ["a", "c"]
+    assert (found["a"].low, found["a"].high) == pytest.approx((expected.low, expected.high))
 
 
 def test_one_seed_without_values_of_images_has_no_interval() -> None:
     found = difference("b", {0: SeedValue(3.0)}, {0: SeedValue(2.0)})
-    assert found == Difference(reference="b", mean=1.0)
+    assert found == Difference(reference="b", mean=1.0, num_seeds=1)
     assert difference("b", {0: SeedValue(3.0)}, {1: SeedValue(2.0)}) is None
     other_test = difference("b", _seed_values(np.ones((1, 4))), _seed_values(np.zeros((1, 5))))
     assert other_test is not None
@@ -74,15 +85,37 @@ def test_intervals_over_seeds_and_images_hold_the_truth_as_often_as_they_say() -
     assert 0.92 < inside / trials < 0.99
 
 
-def test_the_sentence_names_what_is_noise() -> None:
-    clear = Difference(reference="vpt", mean=-2, low=-3, high=-1, over_images=True)
-    noise = Difference(reference="vpt", mean=-1, low=-2, high=0.5, over_images=True)
-    text = conclusion({"linear": clear, "lora": noise, "bitfit": noise}, TOP1, reference_is_best=True)
-    assert "top-1 to vpt, the best" in text
-    assert "linear: more than noise; lora, bitfit: not more than noise" in text
-    unknown = Difference(reference="vpt", mean=-1)
-    assert "Too few seeds" in conclusion({"linear": unknown}, TOP1, reference_is_best=False)
-    assert conclusion({}, TOP1, reference_is_best=True) == ""
+def _difference(mean: float, half: float | None, reference: str = "vpt", num_seeds: int = 3) -> Difference:
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return Difference(
+        reference=reference, mean=mean, low=low, high=high, over_images=half is not None, num_seeds=num_seeds
+    )
+
+
+def test_the_sentences_say_what_was_found() -> None:
+    to_best = {"linear": _difference(-9, 0.3), "lora": _difference(-1, 1.5), "full": _difference(-0.1, 0.2)}
+    text = conclusion("vpt", to_best, {}, TOP1)
+    assert "vpt has the highest top-1, 9.00 ± 0.30 points above linear" in text
+    assert "lora and full cannot be told apart from it on 3 seeds" in text
+    assert "over seeds and test images that hold together for 3 comparisons" in text
+    to_baseline = {"vpt": _difference(9, 0.3, "linear"), "lora": _difference(0.2, 0.4, "linear")}
+    text = conclusion("vpt", to_best, to_baseline, TOP1)
+    assert "vpt is 9.00 ± 0.30 points above linear; lora cannot be told apart from linear on 3 seeds. vpt has" in text
+    many = {name: _difference(-number - 1.0, 0.5) for number, name in enumerate("abcd")}
+    assert "vpt has the highest top-1, 1.00 to 4.00 points above a, b, c and d." in conclusion("vpt", many, {}, TOP1)
+
+
+def test_the_sentences_on_errors_on_one_seed_and_on_nothing() -> None:
+    text = conclusion("vpt", {"linear": _difference(0.25, 0.125, num_seeds=1)}, {}, MAE)
+    assert "vpt has the lowest MAE, 0.25 ± 0.125 below linear." in text
+    assert "one seed says nothing about other seeds" in text
+    assert "but linear cannot be told apart" in conclusion("vpt", {"linear": _difference(0.1, 1)}, {}, MAE)
+    unknown = {"linear": _difference(-1, None)}
+    assert "Too few seeds" in conclusion("vpt", unknown, {}, TOP1)
+    assert "too few seeds to compare linear with it" in conclusion(
+        "vpt", {"a": _difference(-1, 0.5), **unknown}, {}, TOP1
+    )
+    assert conclusion("vpt", {}, {}, TOP1) == ""
 
 
 def _row(method: str, *values: float, metric: str = "mae") -> Row:
@@ -99,14 +132,15 @@ def test_the_best_is_marked_and_a_baseline_can_be_named(tmp_path: Path) -> None:
     rows = [_row("linear", 3.0, 3.5), _row("vpt", 2.0, 2.1), Row(method="lora", status="failed", reason="no")]
     config = CompareConfig(methods=("linear", "vpt", "lora"), seeds=(0, 1), output=tmp_path)
     for baseline, column in (
-        (None, ["+1.2 [-1.341, +3.741]", "best"]),
-        ("linear", ["baseline", "-1.2 [-3.741, +1.341] (best)"]),
+        (None, ["+1.2 [-1.341, +3.741] (tied)", "best"]),
+        ("linear", ["baseline (tied)", "-1.2 [-3.741, +1.341] (best)"]),
     ):
         changed, sentence = with_differences(config.model_copy(update={"baseline": baseline}), rows, MAE)
         plain = [row.model_dump(mode="json") for row in changed]
         columns = compare_columns((MAE,), plain)
         assert [cells(row, columns)[2] for row in plain[:2]] == column
-        assert "not more than noise" in sentence
+        assert "cannot be told apart from" in sentence
+        assert [row.standing for row in changed] == ["tied", "best", None]
     assert "difference" not in compare_columns((MAE,), [row.model_dump(mode="json") for row in rows])
     with pytest.raises(ConfigError, match=r"bitfit is not a method"):
         CompareConfig.build({"methods": ["linear"], "baseline": "bitfit"})
@@ -132,7 +166,7 @@ def test_values_of_images_average_to_the_metric() -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_comparison_stores_values_and_says_what_is_noise(tmp_path: Path) -> None:
+def test_a_comparison_stores_values_and_says_what_it_found(tmp_path: Path) -> None:
     run = {
         "backbone": "vit_nano", "weights": "none", "backbone_options": {"depth": 2, "embed_dim": 24, "num_heads": 2},
         "dataset": "digits", "shots": 5, "device": "cpu", "train": {"epochs": 1, "precision": "fp32", "lr": 0.01},

@@ -38,6 +38,17 @@ def test_equal_values_share_their_ranks_and_lower_errors_are_better() -> None:
     assert _column("a", MAE, b=1.0, c=2.0, d=1.5).ranks() == {"b": 1, "d": 2, "c": 3}
 
 
+def test_the_best_and_those_that_cannot_be_told_apart_are_marked() -> None:
+    column = _column("a", MAE, vpt=0.1, lora=0.2, linear=0.9)
+    column = column.model_copy(
+        update={"standing": {"vpt": "best", "lora": "tied", "linear": "below"}, "conclusion": "x"}
+    )
+    grid = Grid(methods=("vpt", "lora", "linear"), columns=(column,), output="out")
+    assert [row[1] for row in grid.table()[1]] == ["0.1 *", "0.2 ~", "0.9"]
+    assert "~ marks" in grid.page()
+    assert "- a: x" in grid.page()
+
+
 def test_values_of_different_tasks_are_not_averaged() -> None:
     one, other = _column("a", vpt=50.0, lora=40.0), _column("b", vpt=70.0, lora=80.0)
     grid = Grid(methods=("vpt", "lora"), columns=(one, other), output="out")

@@ -12,7 +12,7 @@ import pytest
 
 from petune.base.metric import Metric
 from petune.runner.migrations import updated_comparison
-from petune.runner.report.charts import cost_charts, metric_chart, metric_file
+from petune.runner.report.charts import cost_charts, metric_chart, metric_file, pareto_caption, pareto_rows
 from petune.runner.report.labels import Point, label_points
 from petune.runner.report.plots import count_ticks, draw, set_count_axis, short_number, to_file
 
@@ -69,6 +69,34 @@ def test_names_cannot_become_formulas_or_markup() -> None:
     svg = metric_chart("salt", _rows(("$x^2$ <b>", 100, 50.0)), TOP1).svg
     assert "$x^2$ &lt;b&gt;" in svg
     assert all("$x^2$ &lt;b&gt;" in chart.svg for chart in cost_charts("salt", _rows(("$x^2$ <b>", 100, 50.0))))
+
+
+def test_the_line_joins_what_no_smaller_method_beats() -> None:
+    rows = _rows(("full", 9000, 79.0), ("linear", 0, 70.0), ("vpt", 50, 70.0), ("lora", 500, 80.0), ("ssf", 500, 75.0))
+    assert [row["method"] for row in pareto_rows(rows, TOP1)] == ["linear", "lora"]
+    assert [row["method"] for row in pareto_rows(rows, TOP1.model_copy(update={"higher_is_better": False}))] == [
+        "linear"
+    ]
+    assert pareto_caption(rows, TOP1).endswith("those on the line: linear, lora.")
+    assert pareto_caption(rows[:1], TOP1) == ""
+
+
+def test_methods_at_the_same_point_share_a_number() -> None:
+    rows = _rows(*((f"method{number}", 1000, 50.0) for number in range(5)), ("other", 5000, 60.0))
+    assert {"1, 2, 3, 4, 5", "6"} <= set(_texts(metric_file(rows, TOP1, "t").decode()))
+
+
+def test_the_heading_of_the_axis_is_inside_the_file() -> None:
+    """The ticks of the file are those of its layout, also where their labels grow by a digit."""
+    rows = _rows(
+        ("linear", 0, 71.0), ("lora:r=4", 90_000, 80.0), ("lora:r=8", 180_000, 80.3), ("full", 3_000_000, 80.1)
+    )
+    for row, deviation in zip(rows, (0.5, 0.5, 0.3, 4.0), strict=True):
+        row["std"] = {"top1": deviation}
+    svg = metric_file(rows, TOP1, "t").decode()
+    found = re.search(r'x="([\d.-]+)"[^>]*>top-1 on test, percent', svg)
+    assert found
+    assert float(found[1]) > 9
 
 
 @pytest.mark.exhaustive

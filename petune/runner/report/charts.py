@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from petune.base.metric import LOSS, Metric
 from petune.base.text import capitalized, matplotlib_text
-from petune.runner.report.labels import Point, label_points
-from petune.runner.report.plots import COLORS, WIDTH, draw, set_count_axis, to_file, to_markup
+from petune.runner.report.labels import Point, label_points, number_points
+from petune.runner.report.plots import COLORS, INK, WIDTH, draw, set_count_axis, to_file, to_markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,9 +64,24 @@ def metric_chart(salt: str, rows: Rows, metric: Metric) -> Chart:
     rows = _with_value(rows, metric)
     figure, names_fit = _metric_figure(rows, metric, "")
     key = [] if names_fit else [(_color(i), f"{i + 1}  {row['method']}") for i, row in enumerate(rows)]
-    return Chart(
-        to_markup(figure, f"metric {salt}"), f"{capitalized(metric.label)} on test over trained parameters", key
-    )
+    caption = f"{capitalized(metric.label)} on test over trained parameters. {pareto_caption(rows, metric)}"
+    return Chart(to_markup(figure, f"metric {salt}"), caption.strip(), key)
+
+
+def pareto_rows(rows: Rows, metric: Metric) -> list[Mapping[str, Any]]:
+    """Return the rows that are better than every row with as many trained parameters or fewer; the fewest first."""
+    front: list[Mapping[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (_trained(row), -metric.score(row["mean"][metric.name]))):
+        if not front or metric.score(row["mean"][metric.name]) > metric.score(front[-1]["mean"][metric.name]):
+            front.append(row)
+    return front
+
+
+def pareto_caption(rows: Rows, metric: Metric) -> str:
+    """Say what the line of the figure joins; empty without a line."""
+    front = pareto_rows(_with_value(rows, metric), metric)
+    names = ", ".join(row["method"] for row in front)
+    return f"No method is better with fewer trained parameters than those on the line: {names}." if front[1:] else ""
 
 
 def _metric_figure(rows: Rows, metric: Metric, title: str, *, with_key: bool = False) -> tuple[Figure, bool]:
@@ -92,10 +107,23 @@ def _draw_points(axes: Axes, rows: Rows, metric: Metric) -> None:
     for number, row in enumerate(rows):
         y, deviation = row["mean"][metric.name], row["std"].get(metric.name)
         axes.errorbar(_trained(row), y, yerr=deviation, fmt="o", capsize=3, color=_color(number), markersize=5)
+    x, y = _steps(pareto_rows(rows, metric), metric)
+    axes.plot(x, y, color=INK, alpha=0.45, linewidth=0.9, linestyle="--", zorder=1)
     axes.margins(y=0.12)
     axes.set_xlabel("trained parameters (tuned and head)")
     axes.set_ylabel(_wrapped(metric.heading("test")))
     axes.grid(visible=True)
+
+
+def _steps(front: Rows, metric: Metric) -> tuple[list[float], list[float]]:
+    """Return the corners of a line that is level from one row to the next, and then steps to its value."""
+    x: list[float] = []
+    y: list[float] = []
+    for row in front:
+        value = row["mean"][metric.name]
+        x += [_trained(row)] * (2 if y else 1)
+        y += [y[-1], value] if y else [value]
+    return x, y
 
 
 def _draw_key(axes: Axes, rows: Rows, metric: Metric) -> None:
@@ -119,15 +147,16 @@ def _name_points(figure: Figure, rows: Rows, metric: Metric, *, numbers_only: bo
 
     from petune.runner.report.plots import STYLE
 
-    figure.draw_without_rendering()  # fixes the layout
-    figure.set_layout_engine("none")
-    axes = figure.axes[0]
-    values = [(row["mean"][metric.name], row["std"].get(metric.name, 0.0)) for row in rows]
-    points = [Point(_trained(row), mean, std) for row, (mean, std) in zip(rows, values, strict=True)]
     with matplotlib.rc_context(STYLE):
-        if not numbers_only and label_points(axes, points, [matplotlib_text(row["method"]) for row in rows]):
+        figure.draw_without_rendering()  # fixes the layout; in the style, which decides how many ticks there are
+        figure.set_layout_engine("none")
+        axes = figure.axes[0]
+        values = [(row["mean"][metric.name], row["std"].get(metric.name, 0.0)) for row in rows]
+        points = [Point(_trained(row), mean, std) for row, (mean, std) in zip(rows, values, strict=True)]
+        corners = list(zip(*_steps(pareto_rows(rows, metric), metric), strict=True))
+        if not numbers_only and label_points(axes, points, [matplotlib_text(row["method"]) for row in rows], corners):
             return True
-        label_points(axes, points, [str(number + 1) for number in range(len(rows))])
+        number_points(axes, points, corners)
     return False
 
 

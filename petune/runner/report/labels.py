@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 MARK_PT = 4.0
 """Half the side of the square around a point that labels keep free."""
+SAME_PLACE_PT = 1.5
+"""Points with their centers nearer to each other than this look like one."""
 DISTANCES_PT = (7.0, 12.0, 18.0, 26.0, 36.0, 48.0)
 """From a point to the nearest edge of its label."""
 LEADER_FROM_PT = 15.0
@@ -35,30 +38,66 @@ class Point:
     deviation: float = 0.0
 
 
-def label_points(axes: Axes, points: Sequence[Point], labels: Sequence[str]) -> bool:
+Corners = Sequence[tuple[float, float]]
+"""Of a line that is level or upright from each to the next, in data coordinates."""
+
+
+def label_points(axes: Axes, points: Sequence[Point], labels: Sequence[str], line: Corners = ()) -> bool:
     """Write a label at each point.
 
     Args:
         axes: With its final limits and size.
         points: Where the labels belong.
         labels: One per point.
+        line: A line that the labels cover only if there is no other way.
 
     Returns:
         False if a label has no room; no label is then written.
     """
     numbers = range(len(points))
     longest_first = sorted(numbers, key=lambda number: -len(labels[number]))
-    return any(_label_in_order(axes, points, labels, order) for order in (numbers, longest_first))
+    segments = _segments(axes, line)
+    return any(_label_in_order(axes, points, labels, order, segments) for order in (numbers, longest_first))
 
 
-def _label_in_order(axes: Axes, points: Sequence[Point], labels: Sequence[str], order: Iterable[int]) -> bool:
+def number_points(axes: Axes, points: Sequence[Point], line: Corners = ()) -> None:
+    """Write the number of each point, from 1; points at the same place share a label, and those without room get none.
+
+    Args:
+        axes, points, line: See `label_points`.
+    """
+    numbers: dict[Point, list[str]] = {}
+    for number, point in enumerate(points):
+        numbers.setdefault(_first_nearby(axes, point, numbers), []).append(str(number + 1))
+    apart, labels = list(numbers), [", ".join(shared) for shared in numbers.values()]
+    if label_points(axes, apart, labels, line):
+        return
+    marks = [_mark(axes, point) for point in apart]
+    boxes: list[Bbox] = []
+    for i, (point, label) in enumerate(zip(apart, labels, strict=True)):
+        annotation = _place(axes, point, label, marks[i], marks[:i] + marks[i + 1 :], boxes)
+        boxes += [_extent(axes, annotation)] if annotation is not None else []
+
+
+def _first_nearby(axes: Axes, point: Point, others: Iterable[Point]) -> Point:
+    """Return the first of other points that is drawn on the same place, or the point itself."""
+    for other in others:
+        (x, y), (other_x, other_y) = axes.transData.transform([(point.x, point.y), (other.x, other.y)]).tolist()
+        if math.hypot(x - other_x, y - other_y) < SAME_PLACE_PT * axes.figure.dpi / 72:
+            return other
+    return point
+
+
+def _label_in_order(
+    axes: Axes, points: Sequence[Point], labels: Sequence[str], order: Iterable[int], line: Sequence[Bbox]
+) -> bool:
     """Place one label after the other; remove all of them if one has no room."""
     marks = [_mark(axes, point) for point in points]
     written: list[Annotation] = []
     boxes: list[Bbox] = []
     for number in order:
         others = marks[:number] + marks[number + 1 :]
-        annotation = _place(axes, points[number], labels[number], marks[number], others, boxes)
+        annotation = _place(axes, points[number], labels[number], marks[number], others, boxes, line)
         if annotation is None:
             for other in written:
                 other.remove()
@@ -69,15 +108,25 @@ def _label_in_order(axes: Axes, points: Sequence[Point], labels: Sequence[str], 
 
 
 def _place(
-    axes: Axes, point: Point, label: str, mark: Bbox, others: Sequence[Bbox], boxes: Sequence[Bbox]
+    axes: Axes,
+    point: Point,
+    label: str,
+    mark: Bbox,
+    others: Sequence[Bbox],
+    boxes: Sequence[Bbox],
+    line: Sequence[Bbox] = (),
 ) -> Annotation | None:
-    """Write a label at the first free position, clearly nearer to its own mark than to others, or with a line to it."""
+    """Write a label at the first free position, clearly nearer to its own mark than to others, or with a line to it.
+
+    It covers the segments of `line` only if it has no place else.
+    """
     inside = axes.get_window_extent()
-    for offset in _offsets():
+    ways = [(offset, avoided) for avoided in ([line, ()] if line else [()]) for offset in _offsets()]
+    for offset, avoided in ways:
         annotation = _annotate(axes, point, label, offset)
         box = _extent(axes, annotation)
         fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-        free = not any(box.overlaps(other) for other in (mark, *others, *boxes))
+        free = not any(box.overlaps(other) for other in (mark, *others, *boxes, *avoided))
         if annotation.arrow_patch is None:
             clear = all(_gap(box, other) >= CLEARER * _gap(box, mark) for other in others)
         else:
@@ -133,6 +182,17 @@ def _extent(axes: Axes, annotation: Annotation) -> Bbox:
     canvas: Any = axes.figure.canvas  # of Agg, which can measure text
     annotation.update_positions(canvas.get_renderer())
     return Text.get_window_extent(annotation).padded(1.0)
+
+
+def _segments(axes: Axes, line: Corners) -> list[Bbox]:
+    """Return the boxes of the pieces of a line, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    if not line:
+        return []
+    corners = axes.transData.transform(line).tolist()
+    pairs = itertools.pairwise(corners)
+    return [Bbox.from_extents(min(a, c), min(b, d), max(a, c), max(b, d)).padded(1.0) for (a, b), (c, d) in pairs]
 
 
 def _mark(axes: Axes, point: Point) -> Bbox:

@@ -158,5 +158,5 @@ def _methods_section(
     columns = {name: text for name, text in every.items() if any(text(row) != UNKNOWN for row in done)}
     failed = {row["method"]: f"failed: {row['reason']}" for row in rows if row["status"] == "failed"}
     texts = [[m, failed[m]] if (m := row["method"]) in failed else cells(row, columns) for row in rows]
-    about = f"{about} {describe_numbers(metrics)}" if done else about
+    about = f"{about} {describe_numbers(metrics, rows)}" if done else about
     return Section(title, about, list(columns), texts, charts=charts, shown=shown_in(runs, labels), **rest)

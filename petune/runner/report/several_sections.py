@@ -26,7 +26,7 @@ def grid_section(directory: RunDirectory) -> Section:
         about=f"Grid in {directory.path}. {grid.about}",
         columns=columns,
         rows=rows,
-        notes=[f"Failed: {reason}" for reason in grid.failures()],
+        notes=[*grid.conclusions(), *(f"Failed: {reason}" for reason in grid.failures())],
     )
 
 

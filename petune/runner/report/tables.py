@@ -9,6 +9,7 @@ from typing import Any
 from petune.base.metric import Metric, shown_metrics
 from petune.base.text import capitalized, escape_markdown, format_duration, format_size, plural, printable
 from petune.runner.file_names import COMPARE_PLOT
+from petune.runner.report.charts import pareto_caption
 
 Row = Mapping[str, Any]
 """A row of `compare.json`."""
@@ -35,10 +36,16 @@ COLUMNS: Columns = {
 }
 """The columns that every task has."""
 
+VAL = "val"
+"""Heading of the main metric on val, at the epoch that was chosen there."""
+
 DIFFERENCE = "difference"
 """Heading of the column of differences to the best method, or to the baseline, with 95 % intervals."""
 
-NOT_COMPARED = {"val", "lr", "epochs", "seeds", "step"}
+STANDINGS = "Tied: it cannot be told apart from the best one."
+"""What `(tied)` means in that column."""
+
+NOT_COMPARED = {"lr", "epochs", "seeds", "step"}
 """Columns that `compare.md` and the terminal leave out."""
 
 
@@ -48,10 +55,15 @@ def method_columns(metrics: Sequence[Metric]) -> Columns:
     Args:
         metrics: How to show the metrics, the main one first.
     """
-    of_metrics = {metric.label: partial(_mean_and_std, metric) for metric in shown_metrics(metrics)}
     main = metrics[0]
-    val = {"val": lambda row: UNKNOWN if main.name not in row["val_mean"] else main.number(row["val_mean"][main.name])}
-    return {"method": lambda row: str(row["method"]), **of_metrics, **val, **COLUMNS}
+    others = {metric.label: partial(_mean_and_std, metric) for metric in shown_metrics(metrics[1:])}
+    return {
+        "method": lambda row: str(row["method"]),
+        main.label: partial(_mean_and_std, main),
+        VAL: lambda row: _metric(main, row["val_mean"].get(main.name)),
+        **others,
+        **COLUMNS,
+    }
 
 
 def compare_columns(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> Columns:
@@ -61,7 +73,8 @@ def compare_columns(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> Colu
         metrics: How to show the metrics, the main one first.
         rows: If there are differences among them, they get a column.
     """
-    columns = {name: text for name, text in method_columns(metrics).items() if name not in NOT_COMPARED}
+    omitted = NOT_COMPARED | ({VAL} if rows and not any(row["val_mean"] for row in rows) else set())
+    columns = {name: text for name, text in method_columns(metrics).items() if name not in omitted}
     return with_difference(columns, metrics, rows)
 
 
@@ -104,7 +117,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         "",
         f"Backbone `{_table_cell(comparison['backbone'])}`, weights `{_table_cell(comparison['weights'])}`; "
         f"{plural(run['train']['epochs'], 'epoch')}; {list_seeds(seeds)}. The epoch is chosen on a validation "
-        f"split, and test is read once. {describe_numbers(metrics)}",
+        f"split (val), and test is read once. {describe_numbers(metrics, rows)}",
         "",
         "| " + " | ".join(columns) + " |",
         "| --- |" + " ---: |" * (len(columns) - 1),
@@ -120,18 +133,26 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
     if incomplete:
         lines += ["", f"With fewer seeds: {escape_markdown(seeds_by_method(incomplete))}."]
     lines += _conditions(comparison)
-    return "\n".join([*lines, "", f"![{metrics[0].label} over trained parameters]({COMPARE_PLOT})", ""])
+    lines += ["", f"![{metrics[0].label} over trained parameters]({COMPARE_PLOT})"]
+    front = pareto_caption(done, metrics[0])
+    return "\n".join([*lines, *(["", escape_markdown(front)] if front else []), ""])
 
 
-def describe_numbers(metrics: Sequence[Metric]) -> str:
-    """Return which metrics are percentages, what the numbers are, which method is first, and which are errors."""
+def describe_numbers(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> str:
+    """Return which metrics are percentages, what the numbers are, which method is first, and which are errors.
+
+    Args:
+        metrics: How to show the metrics.
+        rows: Of the table, which tell whether a method is marked as tied.
+    """
     shown = shown_metrics(metrics)
     percent = [metric.label for metric in shown if metric.percent]
     names = capitalized(" and ".join([", ".join(percent[:-1]), percent[-1]] if percent[:-1] else percent))
     unit = f"{names} are percentages:" if percent[1:] else f"{names} is a percentage:" if percent else "Metrics are"
     lower = ", ".join(metric.label for metric in shown if not metric.higher_is_better)
     errors = f" Lower is better: {lower}." if lower else ""
-    return f"{unit} mean ± sample standard deviation over the seeds. The best method is first.{errors}"
+    tied = f" {STANDINGS}" if any(row.get("standing") == "tied" for row in rows) else ""
+    return f"{unit} mean ± sample standard deviation over the seeds. The best method is first.{errors}{tied}"
 
 
 def _conditions(comparison: Mapping[str, Any]) -> list[str]:
@@ -205,14 +226,18 @@ def _mean_and_std(metric: Metric, row: Row) -> str:
 
 
 def _difference(metric: Metric, best: str, row: Row) -> str:
-    """Return `-1.20 [-2.30, -0.10]`, and mark the best method."""
+    """Return `-1.20 [-2.30, -0.10]`, and mark the best method and those that cannot be told apart from it."""
     found = row.get("difference")
-    mark = "best" if row["method"] == best else ""
+    mark = "best" if row["method"] == best else "tied" if row.get("standing") == "tied" else ""
     if not found:
-        return mark or "baseline"
+        return "best" if mark == "best" else f"baseline{_in_brackets(mark)}"
     mean, low, high = (None if found[key] is None else _signed(metric, found[key]) for key in ("mean", "low", "high"))
     interval = "" if low is None else f" [{low}, {high}]"
-    return f"{mean}{interval}{mark and f' ({mark})'}"
+    return f"{mean}{interval}{_in_brackets(mark)}"
+
+
+def _in_brackets(mark: str) -> str:
+    return f" ({mark})" if mark else ""
 
 
 def _signed(metric: Metric, value: float) -> str:
