@@ -60,7 +60,10 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
         "naflexvit_base_patch16_radio_v3",
         {"depth": 3, "embed_dim": 48, "num_heads": 4, "input_size": (3, 64, 64)},
     ),
-    "… attention pool (MAP)": ("naflexvit_base_patch16_map", {"depth": 3, "embed_dim": 48, "num_heads": 4}),
+    "… attention pool (MAP)": (
+        "naflexvit_base_patch16_map",
+        {"depth": 3, "embed_dim": 48, "num_heads": 4, "input_size": (3, 64, 64)},  # the pool averages more tokens away
+    ),
     "cait": ("cait_xxs24_224", _VIT),
     "xcit": ("xcit_nano_12_p16_224", _VIT),
     "convit": ("convit_tiny", {**_VIT, "local_up_to_layer": 2}),

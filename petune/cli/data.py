@@ -109,18 +109,18 @@ def _print_report(report: DataReport) -> None:
         *_contents(report),
         *report.broken,
         report.mixed_channels,
-        *(f"{image} is the same image as {twin}, in another split" for image, twin in report.in_two_splits),
-        *(f"{image} is the same image as {twin}, {otherwise}" for image, twin in report.in_two_classes),
+        *(f"{image} is the same {report.sample} as {twin}, in another split" for image, twin in report.in_two_splits),
+        *(f"{image} is the same {report.sample} as {twin}, {otherwise}" for image, twin in report.in_two_classes),
     ]
     if report.copies:
         messages.append(
             f"{plural(report.copies, 'copy', 'copies')} within a class; cutting a split keeps copies together"
         )
     for found in report.near_duplicates:
-        messages += _near_duplicates(found, report.num_images[found.split])
+        messages += _near_duplicates(found, report)
     for part, classes in (("test", report.too_few_for_test), ("val", report.too_few_for_val)):
         if classes:
-            messages.append(f"too few different images for a {part} split: {', '.join(classes)}")
+            messages.append(f"too few different {report.sample}s for a {part} split: {', '.join(classes)}")
     messages += [skipped_note(report.skipped), report.left_out, report.doubtful_classes]
     for message in filter(None, messages):
         print_data(clean(message))
@@ -143,13 +143,13 @@ def _contents(report: DataReport) -> list[str]:
     return lines
 
 
-def _near_duplicates(found: NearDuplicates, total: int) -> list[str]:
-    images = plural(found.num_images, "image")
+def _near_duplicates(found: NearDuplicates, report: DataReport) -> list[str]:
+    images = plural(found.num_images, report.sample)
     pairs = plural(found.num_pairs, "pair")
     if found.split == found.other:
         lines = [f"near-duplicates within {found.split}: {pairs}"]
     else:
-        share = f"{found.num_images / total:.1%}"
+        share = f"{found.num_images / report.num_images[found.split]:.1%}"
         lines = [f"leak: {images} of {found.split} ({share}) with a near-duplicate in {found.other}; {pairs}"]
     lines += [f"  {_pair(pair)}" for pair in found.pairs[:NUM_SHOWN]]
     return lines

@@ -12,7 +12,7 @@ from petune.cli.terminal import clean, format_count, format_flops, print_data, p
 if TYPE_CHECKING:
     from petune.injector.tuner import Recipe
     from petune.runner.compare_config import CompareConfig
-    from petune.runner.preview import MethodPreview
+    from petune.runner.preview import BackbonePreview, MethodPreview
     from petune.runner.run_config import RunConfig
     from petune.runner.sweep.sweep_config import SweepConfig
 
@@ -81,7 +81,7 @@ def print_dry_run(
         print_status(_describe_runs(runs))
     for preview in previews:
         print_status("")
-        print_facts(method_facts(preview, backbone.forward_flops), to_stderr=True)
+        print_facts(method_facts(preview, backbone), to_stderr=True)
 
 
 def _check_weights(run: RunConfig) -> str:
@@ -113,17 +113,17 @@ def _print_warnings(*warnings: str) -> None:
         print_status(clean(f"warning: {warning}"))
 
 
-def method_facts(preview: MethodPreview, backbone_flops: int) -> list[tuple[str, str]]:
+def method_facts(preview: MethodPreview, backbone: BackbonePreview) -> list[tuple[str, str]]:
     """Return what a method would train, as names and values.
 
     Args:
         preview: The method on a backbone.
-        backbone_flops: FLOPs of the forward pass of one image without the method.
+        backbone: The backbone.
     """
     from petune.runner.preview import describe_recipe
 
     counts = preview.counts
-    added = format_percent(100 * (preview.forward_flops / backbone_flops - 1))
+    added = format_percent(100 * (preview.forward_flops / backbone.forward_flops - 1))
     shares = (
         f"{format_percent(counts.percent_of_total, 3)} of all parameters, "
         f"{format_percent(counts.percent_of_backbone, 3)} of backbone and head"
@@ -134,8 +134,8 @@ def method_facts(preview: MethodPreview, backbone_flops: int) -> list[tuple[str,
         ("tuned", f"{format_count(counts.tuned)}  (with the head {shares})"),
         ("head", format_count(counts.head)),
         ("all parameters", format_count(counts.total)),
-        ("forward", f"{format_flops(preview.forward_flops)} per image"),
-        ("without the method", f"{format_flops(backbone_flops)} (the method adds {added})"),
+        ("forward", f"{format_flops(preview.forward_flops)} per {backbone.sample}"),
+        ("without the method", f"{format_flops(backbone.forward_flops)} (the method adds {added})"),
         ("recipe", describe_recipe(preview.recipe)),
         *(("warning", text) for text in preview.warnings),
     ]

@@ -44,7 +44,7 @@ def inspect(settings: Settings, *, json: Json = False) -> None:
     print_data(clean(str(backbone.sites)))
     if method is not None:
         print_data("")
-        print_facts(method_facts(method, backbone.forward_flops))
+        print_facts(method_facts(method, backbone))
 
 
 def sites_data(sites: Sites) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +66,8 @@ def predict(
     predictions = predictor.stream(images, top_k=top_k, batch_size=batch_size)
     if output is not None:
         predictions = _written(predictor, predictions, user_path(output))
-    show = _print_lines if json else _print_csv if csv else _print_table
+    print_as_table = partial(_print_table, noun=predictor.file_kind.noun)
+    show = _print_lines if json else _print_csv if csv else print_as_table
     predicted, unreadable = show(predictions)
     reasons = [one_line(prediction.error) for prediction in unreadable]
     if not predicted:
@@ -126,7 +128,7 @@ def _print_csv(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]
     return len(every) - len(unreadable), unreadable
 
 
-def _print_table(predictions: Iterable[Prediction]) -> tuple[int, list[Prediction]]:
+def _print_table(predictions: Iterable[Prediction], noun: str) -> tuple[int, list[Prediction]]:
     """Print the predictions as a table; return how many there are, and those of unreadable images."""
     from petune.cli.prediction_rows import table_of
 
@@ -134,9 +136,9 @@ def _print_table(predictions: Iterable[Prediction]) -> tuple[int, list[Predictio
     readable = [prediction for prediction in every if not prediction.error]
     unreadable = [prediction for prediction in every if prediction.error]
     if readable:
-        columns, rows, right, optional = table_of(readable)
+        columns, rows, right, optional = table_of(readable, noun)
         print_table(columns, rows, right=right, optional=optional)
         note = f", {len(unreadable)} unreadable" if unreadable else ""
         verb = "classified" if readable[0].kind in {"classes", "labels"} else "predicted"
-        print_status(f"{plural(len(rows), 'image')} {verb}{note}")
+        print_status(f"{plural(len(rows), noun)} {verb}{note}")
     return len(readable), unreadable

@@ -100,16 +100,17 @@ _CSV: dict[PredictionKind, Callable[[Sequence[Prediction]], tuple[list[str], lis
 }
 
 
-def table_of(readable: Sequence[Prediction]) -> Table:
+def table_of(readable: Sequence[Prediction], noun: str = "image") -> Table:
     """Return the table of predictions for the terminal.
 
     Args:
         readable: At least one prediction, none of an unreadable image.
+        noun: Heading of the first column.
     """
     kind = _kind_of(readable)
     names = [one_line(prediction.image) for prediction in readable]
     if kind == "classes":
-        return _class_table(names, readable)
+        return _class_table(names, readable, noun)
     if kind == "numbers":
         columns, numbers = _csv_numbers(readable)
         columns = [one_line(column) for column in columns]
@@ -117,7 +118,7 @@ def table_of(readable: Sequence[Prediction]) -> Table:
             [name, *(format_number(float(n), 5) if n != "" else "" for n in row)]
             for name, row in zip(names, numbers, strict=True)
         ]
-        return ("image", *columns), rows, columns, ()
+        return (noun, *columns), rows, columns, ()
     if kind == "mask":
         texts = [_shares(prediction) for prediction in readable]
     elif kind == "labels":
@@ -125,15 +126,15 @@ def table_of(readable: Sequence[Prediction]) -> Table:
     else:
         texts = [one_line(prediction_text(prediction)) for prediction in readable]
     heading = {"labels": "labels", "mask": "share of the pixels"}.get(kind, "prediction")
-    return ("image", heading), [list(row) for row in zip(names, texts, strict=True)], (), ()
+    return (noun, heading), [list(row) for row in zip(names, texts, strict=True)], (), ()
 
 
-def _class_table(names: Sequence[str], readable: Sequence[Prediction]) -> Table:
+def _class_table(names: Sequence[str], readable: Sequence[Prediction], noun: str) -> Table:
     rows = []
     for name, prediction in zip(names, readable, strict=True):
         first, *others = prediction.top
         rows.append([name, one_line(first.name), format_percent(100 * first.probability, 1), _pairs(others)])
-    columns: Columns = ("image", "class", "probability", "next")
+    columns: Columns = (noun, "class", "probability", "next")
     if not any(row[-1] for row in rows):  # --top-k 1, or a single class
         columns = columns[:-1]
         rows = [row[:-1] for row in rows]

@@ -33,7 +33,7 @@ class BackbonePreview:
         model: The model, on the meta device.
         full_name: The name, as a result reports it.
         sites: Its sites.
-        forward_flops: FLOPs of the forward pass of one image.
+        forward_flops: FLOPs of the forward pass of one image or clip.
         warning: About its size, if there is one.
     """
 
@@ -42,6 +42,11 @@ class BackbonePreview:
     sites: Sites
     forward_flops: int
     warning: str = ""
+
+    @property
+    def sample(self) -> str:
+        """`image`, or `clip` if the backbone takes several frames."""
+        return "clip" if len(self.sites.input_size) == len(("frames", "channels", "height", "width")) else "image"
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,7 @@ def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
         petune.load_dataset(f"table:{table}", on_broken="skip")
     report = check_dataset(f"table:{table},frames=2", image_size=14)
     assert report.num_images["train"] + report.num_images["test"] == len(files)
+    assert report.sample == "video"
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     for last, options, words in (("1.png,up", "", "videos and images"), ("", ",mask=label", "mask")):
         table.write_text("\n".join(["video,label", *(f"{path},{path.parent.name}" for path in files), last]))
@@ -297,7 +298,7 @@ def test_a_table_of_videos(videos: Path, tmp_path: Path) -> None:
             petune.load_dataset(f"table:{table}{options}")
     contents = pa.table({"video": [file.read_bytes() for file in files], "label": ["a", "b"] * 4})
     pq.write_table(contents, tmp_path / "bytes.parquet")
-    with pytest.raises(DataError, match="videos as paths"):
+    with pytest.raises(DataError, match="bytes of videos"):
         petune.load_dataset(f"table:{tmp_path}/bytes.parquet")
     table.write_text("image,label\n1.png,up\n")
     with pytest.raises(DataError, match="frames is for videos"):

@@ -58,6 +58,7 @@ def test_a_video_model_trains_and_is_restored(videos: Path, videomae: str, tmp_p
     assert predictor.logits(torch.zeros(2, 4, 3, 16, 16)).shape == (2, 2)
     preview = preview_backbone(petune.RunConfig(**run | {"dataset": f"video:{videos},frames=2"}))
     assert preview.sites.input_size == (2, 3, 16, 16)
+    assert preview.sample == "clip"
 
 
 def test_an_image_model_says_that_it_sees_frames_one_by_one(videos: Path, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def check_dataset(name: str, data_dir: Path | None = None, image_size: int = 224
         broken, dataset = _read(name, context)
         if dataset is None:
             return DataReport(name, reader.target(context).kind, broken=broken)
-        report = DataReport(name, dataset.target.kind, dataset.source)
+        is_video = dataset.train.num_frames is not None
+        report = DataReport(name, dataset.target.kind, dataset.source, "video" if is_video else "image")
         parts = dataset_parts(dataset)
     report.num_images = {part: len(content.names) for part, content in parts.items()}
     report.images = {part: content.counts for part, content in parts.items()}

@@ -82,6 +82,7 @@ class DataReport:
         name: As given.
         kind: Kind of the targets.
         source: Where it was read from; empty for a folder.
+        sample: `image` or `video`; videos are compared by four frames of a clip, and counted as images are.
         num_images: By split, images that cannot be decoded included.
         images: Number of images by split and class; for numbers by interval.
         balance: Of the training split; None unless the targets are classes or labels.
@@ -104,6 +105,7 @@ class DataReport:
     name: str
     kind: TargetKind
     source: str = ""
+    sample: str = "image"
     num_images: dict[str, int] = field(default_factory=dict)
     images: dict[str, dict[str, int]] = field(default_factory=dict)
     balance: Balance | None = None

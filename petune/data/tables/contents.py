@@ -110,6 +110,11 @@ class ImageColumn:
             return form_of_all(self.files)
         first = next((content for part in self.contents() for content in part), None)
         if isinstance(first, bytes):
+            if is_video(first):
+                raise DataError(
+                    f"{self.table.title}: {self.name} holds the bytes of videos, which are read from files. Write each "
+                    "to a file, and put the paths into the table"
+                )
             return form_of(first) or RGB
         if not isinstance(first, np.ndarray) or first.ndim != 3 or is_channels_first(first.shape):
             return RGB
@@ -297,7 +302,7 @@ def _reason(content: Content, error: Exception) -> str:
     if isinstance(content, Path) and content.suffix.lower() in UNSUPPORTED_SUFFIXES:
         return "unsupported format; convert it"
     if isinstance(content, bytes) and is_video(content):
-        return "a video; a table holds videos as paths of files"
+        return "a video, not an image"
     text = " ".join(str(error).split()) or type(error).__name__
     return "neither an image nor its file" if "<_io.BytesIO" in text else text
 
