@@ -48,6 +48,7 @@ class Backbone:
         file: Contents of the weights file; None if the weights came from a hub or are random.
         num_frames: Frames of a clip; None if the model takes images.
         clip_form: What the model itself takes of a clip; None for images.
+        sites: Its sites, if nothing has changed the model since they were found.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Backbone:
     file: Weights | None = None
     num_frames: int | None = None
     clip_form: ClipForm | None = None
+    sites: Sites | None = None
 
     @property
     def hub_id(self) -> str | None:
@@ -184,6 +186,7 @@ def create_backbone(
         file=file,
         num_frames=num_frames,
         clip_form=clip_form,
+        sites=sites if not calls_user_code(name) and file is None and base_precision == "auto" else None,
     )
 
 

@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petune.base.distributed import init_group
-from petune.cli.options import DryRun, Folds, Json, Seeds, Tracker
-from petune.cli.running import RUNS, check_directory, check_tracker, resume_hint, run_directory, watching
+from petune.base.errors import UsageError
+from petune.cli.options import DryRun, Folds, Jobs, Json, Seeds, Tracker, executor_of
+from petune.cli.running import (
+    RUNS,
+    check_directory,
+    check_executor,
+    check_tracker,
+    resume_hint,
+    run_directory,
+    watching,
+)
 from petune.cli.settings import Settings, configured
 from petune.cli.terminal import print_facts, print_json, print_status, print_table
 
@@ -26,6 +35,7 @@ def run(
     json: Json = False,
     dry_run: DryRun = False,
     tracker: Tracker = None,
+    jobs: Jobs = None,
 ) -> None:
     """Train one method, test it once and save its adapter.
 
@@ -41,6 +51,11 @@ def run(
     seed_list = settings.seeds(seeds)
     is_validation = config.folds is not None and config.fold is None
     check_tracker(tracker)
+    if jobs is not None and (seed_list is None or is_validation):
+        raise UsageError("--jobs divides the cores among the runs of --seeds. Give several seeds, or leave it out")
+    executor = executor_of("serial", jobs)
+    if jobs is not None:
+        check_executor(executor, tracker)
     if dry_run:
         from petune.cli.dry_run import print_dry_run
 
@@ -49,7 +64,7 @@ def run(
     elif is_validation:
         _run_folds(config, seed_list, json, tracker)
     elif seed_list is not None:
-        _run_seeds(config, seed_list, json, tracker)
+        _run_seeds(config, seed_list, json, tracker, executor)
     else:
         _run_once(config, json, tracker, resume="resume" in settings.flags)
 
@@ -88,10 +103,10 @@ def _run_folds(config: RunConfig, seeds: tuple[int, ...] | None, as_json: bool, 
     print_status(f"output: {validation.output}")
 
 
-def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, tracker: str | None) -> None:
+def _run_seeds(config: RunConfig, seeds: tuple[int, ...], as_json: bool, tracker: str | None, executor: str) -> None:
     from petune.cli.compare import run_comparison
 
-    run_comparison(_comparison(config, seeds), as_json=as_json, tracker=tracker)
+    run_comparison(_comparison(config, seeds), as_json=as_json, tracker=tracker, executor=executor)
 
 
 def _comparison(config: RunConfig, seeds: tuple[int, ...]) -> CompareConfig:

@@ -9,7 +9,7 @@ from torch import nn
 from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.attachment import Attachment
-from petune.injector.outside_head import parameters_outside, returns_several
+from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
 from petune.sites.new_weights import NewWeights, new_weights
 from petune.sites.recorder import record_calls
@@ -24,7 +24,7 @@ def warn_of_layers_before_head(model: nn.Module, sites: Sites, train_head: bool)
     layers = _used_layers(model, sites)
     named = classifiers_of(model)
     # of several predictors, some may have been forgotten
-    is_known = named is not None and len(named) < 2 and not returns_several(model, sites)
+    is_known = named is not None and len(named) < 2 and sites.num_outputs < 2
     others = [] if is_known else parameters_outside(model, sites)
     layers += [key for key in others if not any(_is_same(key, layer) for layer in layers)]
     if not layers:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
-from petune.sites.forward import meta_output, tensors_in
 from petune.sites.named_heads import classifiers_of
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites, is_within, modules_of
@@ -41,15 +40,6 @@ def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
         return []
     others -= {id(p) for norm in _norms_of_tokens(model, sites, others) for p in norm.parameters()}
     return list(_largest(model, "", others))
-
-
-def returns_several(model: nn.Module, sites: Sites) -> bool:
-    """Return whether the model returns more than one tensor; False if it does not run on the meta device."""
-    try:
-        outputs = tensors_in(meta_output(model, sites.input_spec, 2))
-        return sum(y.is_floating_point() for y in outputs) > 1
-    except Exception:  # see `petune.sites.forward.dry_forward`
-        return False
 
 
 def _predicts_classes(model: nn.Module, sites: Sites) -> bool:

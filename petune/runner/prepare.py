@@ -154,10 +154,12 @@ def prepare(
         context.note(f"{backbone.full_name}, weights {backbone.weights}; {dataset.name} from {dataset.source}")
         context.note(_note_of_channels(channels, backbone))
         context.note(note_of_clips(backbone))
-        context.note(warn_of_tokens(config, find_sites(backbone.model)) if config.image_size else "")
+        context.note(warn_of_tokens(config, backbone.sites or find_sites(backbone.model)) if config.image_size else "")
         memory = PeakMemory(device)
         torch.manual_seed(config.seed)  # adapters start the same, whatever was drawn before
-        attachment = attach(backbone.model.to(device), tuner, name=tuner.method, keep_original=False)
+        attachment = attach(
+            backbone.model.to(device), tuner, sites=backbone.sites, name=tuner.method, keep_original=False
+        )
         choose_backbone_dropout(attachment, config.drop_rates, context.note)
         if backbone.file is not None and backbone.file.adapters:
             load_adapters(attachment.model, backbone.file, config.method)
@@ -266,7 +268,8 @@ def with_head_of(task: Task[Any], backbone: Backbone, seed: int) -> Backbone:
             "for a clip: classification, multi_label or regression"
         )
     with plugin_errors(TASKS, task.name, type(task), "added its head"):
-        return replace(backbone, model=task.add_head(backbone.model, seed))
+        model = task.add_head(backbone.model, seed)
+    return replace(backbone, model=model, sites=None if task.has_own_head else backbone.sites)
 
 
 def choose_preprocess(

@@ -142,6 +142,8 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
         chosen_head=heads.chosen,
         why_no_blocks=reason,
         all_towers=tuple(towers),
+        num_outputs=sum(y.is_floating_point() for y in trace.outputs),
+        draws_nothing=trace.draws_nothing,
     )
 
 

@@ -11,7 +11,7 @@ from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.sites.forward import device_of, dtype_of, forward_of, inference, logits_in, tensors_in
 from petune.sites.input_spec import Inputs
-from petune.sites.random_numbers import draws_nothing, is_large, random_state
+from petune.sites.random_numbers import random_state
 from petune.sites.site import Sites
 
 
@@ -56,7 +56,7 @@ def refuse_random(model: nn.Module, sites: Sites) -> None:
         AttachError: Two forwards of the same images differ, as those of a masked autoencoder do, which hides other
             patches each time.
     """
-    if is_large(model) and draws_nothing(model, sites.input_spec):
+    if sites.draws_nothing:
         return
     device = device_of(model)
     inputs = sites.input_spec.noise(2).to(device, dtype_of(model))

@@ -1,4 +1,4 @@
-"""See whether a forward draws random numbers, without computing anything."""
+"""See whether a forward draws random numbers, also one that only has shapes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from petune.sites.forward import dry_forward
-from petune.sites.input_spec import InputSpec
 from petune.sites.random_draws import draws_random_numbers
 
 LARGE = 200_000_000
@@ -26,20 +24,6 @@ def is_large(model: nn.Module) -> bool:
     return sum(p.numel() for p in model.parameters()) >= LARGE and not any(p.is_meta for p in model.parameters())
 
 
-def draws_nothing(model: nn.Module, spec: InputSpec) -> bool:
-    """Return whether a model's forward in eval mode certainly draws no random number, by one on the meta device.
-
-    Args:
-        model: Modes and random state are as before afterwards.
-        spec: What it takes.
-
-    Raises:
-        AttachError: The forward fails on such inputs.
-    """
-    draws: _Draws = dry_forward(model, spec, _watch)
-    return not draws.any
-
-
 def random_state(device: torch.device) -> tuple[object, ...]:
     """Return the states of all generators that a forward on a device may use."""
     numpy = sys.modules.get("numpy")
@@ -49,15 +33,20 @@ def random_state(device: torch.device) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def _watch() -> Iterator[_Draws]:
+def watch_draws() -> Iterator[Draws]:
+    """Yield what notices random numbers that are drawn inside the context."""
     before = random_state(torch.device("cpu"))
-    with _Draws() as draws:
+    with Draws() as draws:
         yield draws
     draws.any |= random_state(torch.device("cpu")) != before
 
 
-class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notices operations that draw random numbers, on any device."""
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notices operations that draw random numbers, on any device.
+
+    Attributes:
+        any: True if one did.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

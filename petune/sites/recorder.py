@@ -18,6 +18,7 @@ from petune.base.errors import AttachError, PetuneError
 from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
+from petune.sites.random_numbers import is_large, watch_draws
 from petune.sites.trace import Addition, AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import advice_for_method
 
@@ -47,11 +48,13 @@ def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()
     computing = (m for m in model.modules() if isinstance(m, ParametrizationList))  # they are called with weights
     skipped = {*skip, *(m for of_weights in computing for m in of_weights.modules())}
     modules = [(path, module) for path, module in model.named_modules() if module not in skipped]
+    watch = watch_draws if is_large(model) else contextlib.nullcontext
 
     @contextlib.contextmanager
     def recorder() -> Iterator[Trace]:
-        with _record_calls(modules) as calls, _OperationRecorder(calls):
+        with watch() as draws, _record_calls(modules) as calls, _OperationRecorder(calls):
             yield calls.trace
+        calls.trace.draws_nothing = draws is not None and not draws.any
 
     trace: Trace = dry_forward(model, spec, recorder)
     trace.batch_size = spec.num_samples_in(trace.root.inputs)

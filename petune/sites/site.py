@@ -47,6 +47,8 @@ class Sites:
         chosen_from: The sites of which a method's option `blocks` has chosen some; None if it is `all`.
         why_no_blocks: What was seen of attention in a model without blocks.
         all_towers: The model's towers, if it has several; see `towers`.
+        num_outputs: Number of floating-point tensors that the model returns.
+        draws_nothing: True if the model is large, and its forward in eval mode draws no random number.
     """
 
     model: str
@@ -63,6 +65,8 @@ class Sites:
     chosen_from: Sites | None = None
     why_no_blocks: str = ""
     all_towers: tuple[Tower, ...] = ()
+    num_outputs: int = 1
+    draws_nothing: bool = False
 
     def __post_init__(self) -> None:
         if not self.all_blocks:

@@ -168,6 +168,7 @@ class Trace:
         scalings: A tensor, and the product of it with a number or with one number for each channel.
         batch_size: Number of samples.
         outputs: All tensors that the model returned.
+        draws_nothing: True if the forward was watched, and drew no random number.
         flow: What was computed from what.
     """
 
@@ -177,6 +178,7 @@ class Trace:
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     batch_size: int = 0
     outputs: list[Tensor] = field(default_factory=list)
+    draws_nothing: bool = False
     flow: Flow = field(default_factory=Flow)
 
     @property

@@ -119,6 +119,19 @@ def test_seeds_give_mean_and_deviation(petune: Run, tiny: Words, plain: Callable
     assert "[2/2] linear, seed 1" in done.err
 
 
+def test_jobs_are_for_several_seeds(petune: Run, tiny: Words) -> None:
+    done = petune("run", "--method", "linear", *tiny, "--jobs", 1)
+    assert done.code == 2
+    assert "--seeds" in done.err
+
+
+@pytest.mark.exhaustive
+def test_seeds_at_a_time(petune: Run, tiny: Words, tmp_path: Path) -> None:
+    done = petune("run", "--method", "linear", *tiny, "--seeds", "0,1", "--jobs", 1)
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs" / "linear-vit_nano-digits-seeds" / "compare.json").exists()
+
+
 def test_dry_run_prints_a_complete_config_and_writes_nothing(petune: Run, tiny: Words, tmp_path: Path) -> None:
     done = petune("run", "--method", "linear", *tiny, "--dry-run")
     assert done.code == 0, done.err
