@@ -29,6 +29,7 @@ WITHOUT_ROW = {
     **dict.fromkeys(("inkling2_loop", "neomme", "qwen3_5_moe", "t5gemma2", "trocr", "unlimited_ocr"), _LANGUAGE),
     **dict.fromkeys(("edgetam_video", "sam2_video", "sam3_tracker_video"), _MEMORY),
     **dict.fromkeys(("efficientloftr", "lightglue", "superglue"), _MATCHES),
+    "tvp": "takes one video at a time: its view of position embeddings fails for a batch",
     **dict.fromkeys(("musicgen", "musicgen_melody"), "makes music"),
 }
 """Why models with an attention of their own have no row; those without a reason are still to be surveyed."""

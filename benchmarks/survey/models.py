@@ -12,9 +12,10 @@ from survey.timm_models import TIMM
 from survey.transformers_classes import CLASSES, build_by_class
 from survey.transformers_dense import DENSE
 from survey.transformers_further import FURTHER
+from survey.transformers_reading import READING
 from survey.transformers_towers import TOWERS
 
-TABLES = (CLASSES, FURTHER, TOWERS, DENSE)
+TABLES = (CLASSES, FURTHER, TOWERS, DENSE, READING)
 BY_CLASS = {f"transformers {family}": entry for table in TABLES for family, entry in table.items()}
 FAMILIES = {
     **{family: name for table in (TIMM, TORCHVISION, TRANSFORMERS) for family, (name, _) in table.items()},

@@ -124,6 +124,18 @@ def _image_and_words() -> dict[str, Any]:
     }
 
 
+def _image_and_classes() -> dict[str, Any]:
+    classes, task = torch.cat([_words(), _words()]), _words()
+    return {
+        "pixel_values": image(64),
+        "classes_input_ids": classes,
+        "classes_attention_mask": torch.ones_like(classes),
+        "tasks_input_ids": task,
+        "tasks_attention_mask": torch.ones_like(task),
+        "classes_structure": torch.tensor([2, 2]),
+    }
+
+
 _GROUNDING = {
     "backbone_config": _swin(*_STAGES[1:]),
     "text_config": ("BertConfig", {k: v for k, v in _TEXT.items() if k != "max_position_embeddings"}),
@@ -168,6 +180,12 @@ DENSE: dict[str, ByClass] = {
         "DeformableDetrForObjectDetection",
         "DeformableDetrConfig",
         {"backbone_config": _resnet(*_STAGES[1:]), **_DETR, "d_model": 32, "num_feature_levels": 3},
+        _large,
+    ),
+    "DEIMv2": ByClass(
+        "Deimv2ForObjectDetection",
+        "Deimv2Config",
+        {"backbone_config": _hgnet(), **_RT_DETR, "lqe_hidden_dim": 16},
         _large,
     ),
     "Depth Anything": ByClass(
@@ -232,6 +250,31 @@ DENSE: dict[str, ByClass] = {
     "MM Grounding DINO": ByClass(
         "MMGroundingDinoForObjectDetection", "MMGroundingDinoConfig", _GROUNDING, _image_and_words
     ),
+    "OmDet-Turbo": ByClass(
+        "OmDetTurboForObjectDetection",
+        "OmDetTurboConfig",
+        {
+            "backbone_config": _swin(*_STAGES[1:]),
+            "text_config": ("CLIPTextConfig", {**_TEXT, "projection_dim": 32}),
+            "apply_layernorm_after_vision_backbone": False,
+            "image_size": 64,
+            "text_projection_in_dim": 32,
+            "text_projection_out_dim": 32,
+            "task_encoder_hidden_dim": 16,
+            "class_embed_dim": 32,
+            "num_queries": 8,
+            "encoder_hidden_dim": 16,
+            "vision_features_channels": [16, 16, 16],
+            "encoder_in_channels": [16, 32, 64],
+            "encoder_attention_heads": 2,
+            "encoder_dim_feedforward": 32,
+            "decoder_hidden_dim": 16,
+            "decoder_num_heads": 2,
+            "decoder_num_layers": 2,
+            "decoder_dim_feedforward": 32,
+        },
+        _image_and_classes,
+    ),
     "OneFormer": ByClass(
         "OneFormerForUniversalSegmentation",
         "OneFormerConfig",
@@ -249,6 +292,31 @@ DENSE: dict[str, ByClass] = {
             "query_dec_layers": 1,
         },
         lambda: {"pixel_values": image(64), "task_inputs": torch.arange(16).reshape(2, 8)},
+    ),
+    "PP-DocLayoutV2": ByClass(
+        "PPDocLayoutV2ForObjectDetection",
+        "PPDocLayoutV2Config",
+        {
+            "backbone_config": _hgnet(),
+            **_RT_DETR,
+            "class_thresholds": [0.5, 0.5, 0.5],
+            "class_order": [0, 1, 2],
+            "reading_order_config": (
+                "pp_doclayout_v2.configuration_pp_doclayout_v2.PPDocLayoutV2ReadingOrderConfig",
+                {
+                    "hidden_size": 32,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 2,
+                    "coordinate_size": 6,
+                    "shape_size": 4,
+                    "num_classes": 3,
+                    "relation_bias_embed_dim": 4,
+                    "global_pointer_head_size": 8,
+                },
+            ),
+        },
+        _large,
     ),
     "RF-DETR": ByClass(
         "RfDetrForObjectDetection",

@@ -26,7 +26,7 @@ from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower
 from petune.sites.towers import calls_after, rows_of, unread
 from petune.sites.trace import Call, Trace
-from petune.sites.unsuitable import refuse_packed, refuse_scripted, why_no_blocks
+from petune.sites.unsuitable import refuse_packed, refuse_scripted, why_all_in_head, why_no_blocks
 from petune.sites.used_parameters import used_parameters
 
 
@@ -120,7 +120,10 @@ def _sites(model: nn.Module, trace: Trace, spec: InputSpec, choice: HeadChoice |
     if not blocks or head is None:
         refuse_packed(model)
     reason = "" if blocks else why_no_blocks(trace)
-    blocks = outside_of(head, blocks)
+    outside = outside_of(head, blocks)
+    if blocks and head is not None and not outside:
+        reason = why_all_in_head(blocks, head)
+    blocks = outside
     bounds = {id(m) for block in blocks for m in block.modules}
     first = next((c for c in trace.calls if id(c.module) in bounds), None)
     grid, num_prefix_tokens = grid_and_prefix(model, trace, first, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from petune.base.errors import AttachError
 from petune.sites.input_size import frames_of
+from petune.sites.site import Block, Site
 from petune.sites.trace import Trace
 
 PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
@@ -55,6 +57,14 @@ def why_no_blocks(trace: Trace) -> str:
     return (
         f"its tokens attend to each other in {where}, which is not a module that adds one attention, or one and an "
         "MLP, to its tokens. Put each block into a module of its own"
+    )
+
+
+def why_all_in_head(blocks: Sequence[Block], head: Site) -> str:
+    """Return why a model with blocks has none to edit: they are inside of its head, for messages."""
+    return (
+        f"its blocks, such as {blocks[0].where}, are inside of its head ({head.where}), which trains as a whole. To "
+        "edit them, name the layers that predict alone with head="
     )
 
 

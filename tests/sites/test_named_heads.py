@@ -83,6 +83,15 @@ def test_a_second_classifier_over_all_tokens_trains_with_the_first(answer: Excep
         assert torch.equal(model.aux.weight, model.heads.weight)
 
 
+def test_blocks_inside_of_the_head_are_named_where_a_method_finds_none() -> None:
+    """The text recognizers of PP-OCR have all their attention in the head."""
+    model = Answering(nn.ModuleList([nn.Linear(24, 4)]))
+    model.get_classifier = lambda: model.body  # type: ignore[method-assign]
+    with pytest.raises(petune.SiteNotFound, match="inside of its head"):
+        petune.attach(model, "adaptformer")
+    assert len(petune.find_sites(model, head="heads.0").blocks) == 2
+
+
 def test_a_get_classifier_that_raises_names_nothing() -> None:
     model = Answering(nn.ModuleList([nn.Linear(24, 4)]), NotImplementedError("override this"))
     assert petune.find_sites(model).head.path == "heads.0"
