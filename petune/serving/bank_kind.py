@@ -17,7 +17,6 @@ from petune.adapters.format import SavedAdapter
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import ChangedLayer
 from petune.injector.hooks.base import Holder
-from petune.injector.renamed import with_current_keys
 from petune.sites.forward import forget_caches
 from petune.sites.site import Site
 
@@ -144,6 +143,7 @@ class AdapterKind:
         edited: By-hand changes and unfrozen modules, if rows of several adapters can share a forward.
         bypassed: Modules whose tensors a changed layer reads or replaces without calling them as they are.
         features: What the first adapter's file says about the backbone's output.
+        file_keys: For each slot the key that its value has in a file; None while that is not known.
         sharing: Equal for kinds that can share a forward; None if each adapter needs its own.
     """
 
@@ -155,15 +155,27 @@ class AdapterKind:
         self.edited: list[EditedModule] = []
         self.bypassed: set[nn.Module] = set()
         self.features: Any = None
+        self.file_keys: list[str] | None = None
         self.sharing: tuple[Any, ...] | None = None
         self.keys, slots = _slots_of(attachment, head)
         self.slots = ValueSlots(slots)
         self.slots_of_holder = self._slots_by_holder()
 
+    def learn_file_keys(self, saved: SavedAdapter) -> None:
+        """Note where the file of an adapter has the value of each slot: as it is, and under the same key as here."""
+        own = {(t.data_ptr(), t.dtype, t.shape): key for key, t in self.attachment.file_state().items() if t.numel()}
+        keys = [own.get((s.original.data_ptr(), s.original.dtype, s.original.shape), "") for s in self.slots.slots]
+        shapes = [saved.tensors[key].shape if key in saved.tensors else None for key in keys]
+        if shapes == [slot.original.shape for slot in self.slots.slots]:
+            self.file_keys = keys
+
     def values_from(self, saved: SavedAdapter, head: list[Tensor] | None) -> AdapterValues:
-        """Return the values of a saved adapter of this kind."""
-        saved = with_current_keys(self.attachment, saved)
+        """Return the values of a saved adapter of this kind, which has the keys of the model at hand."""
         with torch.inference_mode(False), torch.no_grad():
+            if self.file_keys is not None:
+                pairs = zip(self.file_keys, self.slots.slots, strict=True)
+                values = [(like(saved.tensors[key], slot.original).clone(), slot.original) for key, slot in pairs]
+                return AdapterValues([as_value(value, original) for value, original in values], head)
             for key, target in self.attachment.file_state().items():
                 if key in saved.tensors and saved.tensors[key].shape == target.shape:  # another number of classes
                     target.copy_(saved.tensors[key])

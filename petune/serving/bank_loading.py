@@ -12,7 +12,6 @@ from petune.adapters.fingerprint import is_converted, tensor_state
 from petune.adapters.format import SavedAdapter
 from petune.adapters.reference_logits import have_same_features
 from petune.base.errors import CheckpointError
-from petune.injector.attachment import Attachment
 from petune.injector.bank_hold import BankHold
 from petune.injector.keys import label_of
 from petune.injector.load import attach_saved, check_reference_logits
@@ -70,7 +69,9 @@ class KindLoader:
 
     def values(self, kind: AdapterKind, saved: SavedAdapter) -> AdapterValues:
         """Return the values of a saved adapter of this kind."""
-        return kind.values_from(saved, self._head_values(kind.attachment, saved))
+        if kind.file_keys is None:
+            saved = with_current_keys(kind.attachment, saved)
+        return kind.values_from(saved, self._head_values(saved))
 
     def release(self) -> None:
         """Take everything from the model, whose bank was deleted."""
@@ -113,7 +114,10 @@ class KindLoader:
         finally:
             self._forward.set_head(site.enter)
         self._model.eval()
-        owner = Owner(kind, kind.current_values(self._head_values(attachment, saved)))
+        current = with_current_keys(attachment, saved)
+        if current.tensors.keys() == saved.tensors.keys():
+            kind.learn_file_keys(saved)
+        owner = Owner(kind, kind.current_values(self._head_values(current)))
         try:
             self._prepare_sharing(owner)
         except BaseException:
@@ -155,8 +159,7 @@ class KindLoader:
             if kind.slots.slots and not can_share(owner, self._forward.features):
                 kind.sharing = None
 
-    def _head_values(self, attachment: Attachment, saved: SavedAdapter) -> list[Any] | None:
-        saved = with_current_keys(attachment, saved)
+    def _head_values(self, saved: SavedAdapter) -> list[Any] | None:
         values = head_values(saved.tensors, self._forward.head, self._forward.head_slots)
         if values is None and saved.config["train_head"]:
             raise CheckpointError(f"{saved.path} has no tensors of the classifier {self._forward.head.path}")
