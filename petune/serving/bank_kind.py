@@ -144,6 +144,7 @@ class AdapterKind:
         bypassed: Modules whose tensors a changed layer reads or replaces without calling them as they are.
         features: What the first adapter's file says about the backbone's output.
         file_keys: For each slot the key that its value has in a file; None while that is not known.
+        is_elementwise: True if adapters that are vectors can be called once for rows with vectors of their own.
         sharing: Equal for kinds that can share a forward; None if each adapter needs its own.
     """
 
@@ -155,6 +156,7 @@ class AdapterKind:
         self.edited: list[EditedModule] = []
         self.bypassed: set[nn.Module] = set()
         self.features: Any = None
+        self.is_elementwise = False
         self.file_keys: list[str] | None = None
         self.sharing: tuple[Any, ...] | None = None
         self.keys, slots = _slots_of(attachment, head)
@@ -186,6 +188,11 @@ class AdapterKind:
         state = self.attachment.state()
         pairs = zip(self.keys, self.slots.slots, strict=True)
         return AdapterValues([as_value(state[key].detach().clone(), slot.original) for key, slot in pairs], head)
+
+    def has_vectors(self, holder: nn.Module) -> bool:
+        """Return True if all values of an adapter are vectors."""
+        slots = [self.slots.slots[index] for index in self.slots_of_holder[holder]]
+        return bool(slots) and all(slot.original.ndim == 1 for slot in slots)
 
     def conflicts_with(self, other: AdapterKind) -> bool:
         """Return True if one exchanges tensors that changed layers of the other use: they cannot share a forward."""

@@ -156,8 +156,21 @@ class KindLoader:
         if edited is not None:
             kind.edited = edited
             kind.sharing = key
-            if kind.slots.slots and not can_share(owner, self._forward.features):
+            kind.is_elementwise = self._is_elementwise(owner)
+            if kind.slots.slots and not kind.is_elementwise and not can_share(owner, self._forward.features):
                 kind.sharing = None
+
+    def _is_elementwise(self, owner: Owner) -> bool:
+        """Return True if rows with a vector each compute what each computes alone."""
+        kind = owner.kind
+        assert kind is not None
+        if not any(kind.has_vectors(holder) for holder in kind.slots_of_holder):
+            return False
+        kind.is_elementwise = True
+        try:
+            return can_share(owner, self._forward.features)
+        except Exception:  # an adapter may use a vector in any other way
+            return False
 
     def _head_values(self, saved: SavedAdapter) -> list[Any] | None:
         values = head_values(saved.tensors, self._forward.head, self._forward.head_slots)

@@ -20,7 +20,7 @@ from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.hooks.base import Args, Kwargs, first_tensor, with_first_tensor
 from petune.serving.bank_kind import AdapterKind, AdapterValues, EditedModule, Owner
-from petune.serving.row_values import affine_names, stacked_output
+from petune.serving.row_values import affine_names, along, per_entry, stacked_output
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,33 @@ class RowAdapters(nn.Module):
         if not self.replaces and all(segment.kind is None for segment, _ in slices):
             module, _ = next(iter(self.adapters.values()))
             return torch.zeros_like(module(x))  # none of the adapters acts on these rows
-        return join(((self._part(segment, x, rows), rows) for segment, rows in slices), slices[-1][1].stop)
+        return join(self._parts(x, slices), slices[-1][1].stop)
+
+    def _parts(self, x: Tensor | list[Tensor], slices: list[tuple[Segment, slice]]) -> Iterator[Part]:
+        """Yield outputs with their rows, in the order of the rows."""
+        for kind, group in itertools.groupby(slices, lambda pair: pair[0].kind):
+            own = [*group]
+            if kind is not None and kind.is_elementwise and isinstance(x, Tensor) and self._has_vectors(kind):
+                rows = slice(own[0][1].start, own[-1][1].stop)
+                yield self._stacked(x[rows], kind, own), rows
+            else:
+                yield from ((self._part(segment, x, rows), rows) for segment, rows in own)
+
+    def _has_vectors(self, kind: AdapterKind) -> bool:
+        _, slots = self.adapters[kind]
+        return bool(slots) and all(kind.slots.slots[index].original.ndim == 1 for index in slots)
+
+    def _stacked(self, x: Tensor, kind: AdapterKind, slices: list[tuple[Segment, slice]]) -> Tensor:
+        """Call the adapters of a kind once for all of their rows, with vectors that have a row for each of them."""
+        module, slots = self.adapters[kind]
+        for index in slots:
+            vectors: list[Tensor] = []
+            for segment, _ in slices:
+                assert segment.values is not None
+                vectors += [kind.slots.value(segment.values.tensors, index)] * (segment.stop - segment.start)
+            kind.slots.slots[index].put(along(per_entry(torch.stack(vectors), len(x)), x, -1))
+        y: Tensor = module(x)
+        return y
 
     def _part(self, segment: Segment, x: Tensor | list[Tensor], rows: slice) -> Tensor | None:
         """Return the output for one segment; None for zeros."""
@@ -235,7 +261,11 @@ class RowModule:
                 edit.layer.switch(other is kind)
 
 
-def join(parts: Iterable[tuple[Tensor | None, slice]], length: int) -> Tensor:
+Part = tuple[Tensor | None, slice]
+"""The output for neighboring rows, and where they are; None is zeros."""
+
+
+def join(parts: Iterable[Part], length: int) -> Tensor:
     """Return outputs for neighboring rows as one tensor.
 
     Without gradients each part is copied as soon as it is computed, while it is in the processor's cache.

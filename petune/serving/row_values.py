@@ -83,7 +83,7 @@ def stacked_output(
         x: (B·k, ...): k entries for each row, such as windows.
         values: For each name of `affine_names`, the tensors of the B rows, (D,).
     """
-    stacked = {name: _per_entry(torch.stack([*tensors]), len(x)) for name, tensors in values.items()}
+    stacked = {name: per_entry(torch.stack([*tensors]), len(x)) for name, tensors in values.items()}
     if _is_plain_linear(module, x):
         return _linear(x, module._parameters["weight"], stacked["bias"])  # type: ignore[arg-type]
     with _tensors(module, dict.fromkeys(values)):
@@ -91,7 +91,7 @@ def stacked_output(
         y = forward(x.float() if isinstance(module, SCALED) and x.dtype.itemsize < 4 else x)
     dim = 1 if not isinstance(module, (nn.Linear, *SCALED)) else -1
     bias, weight = (
-        None if t is None else _along(t, y, dim).to(y.dtype) for t in (stacked.get("bias"), stacked.get("weight"))
+        None if t is None else along(t, y, dim).to(y.dtype) for t in (stacked.get("bias"), stacked.get("weight"))
     )
     y = y if weight is None else y.mul_(weight)
     y = y if bias is None else y.add_(bias)
@@ -114,13 +114,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return output.addmm_(x.reshape(-1, x.shape[-1]), weight.t()).view(shape)
 
 
-def _per_entry(values_BD: Tensor, length: int) -> Tensor:
+def per_entry(values_BD: Tensor, length: int) -> Tensor:
     """Repeat the values of each row for its entries in a tensor of this length."""
     each = length // len(values_BD)
     return values_BD if each == 1 else values_BD.repeat_interleave(each, 0)
 
 
-def _along(values: Tensor, y: Tensor, dim: int) -> Tensor:
+def along(values: Tensor, y: Tensor, dim: int) -> Tensor:
     """Return (B, D) in a shape whose D is a dimension of `y`, and whose B is its first one."""
     shape = [1] * y.ndim
     shape[0], shape[dim] = values.shape

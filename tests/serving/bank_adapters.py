@@ -25,6 +25,8 @@ METHODS = {
     "lst": ("lst", 3, {}),
     "ia3": ("peft:ia3", 4, {}),
     "ia3b": ("peft:ia3", 2, {}),
+    "ssf": ("ssf", 2, {}),
+    "ssf2": ("ssf", 3, {}),
     "norm": ("norm", 2, {}),
     "partial": ("partial", 3, {}),
 }
