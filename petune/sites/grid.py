@@ -35,6 +35,9 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
     x = first.input
     if x.is_nested or x.ndim == 2:  # each image has a grid of its own
         return None, 0
+    if x.ndim in IMAGES and is_widened(first):
+        grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
+        return (grid, num_prefix_tokens) if num_prefix_tokens >= 0 and len(x) == trace.batch_size else (None, 0)
     if x.ndim in IMAGES:
         return tuple(x.shape[2:] if channel_axis(first) == 1 else x.shape[1:-1]), 0
     grid, num_prefix_tokens = _fitting_grid(trace, first, spec)
@@ -45,6 +48,16 @@ def grid_and_prefix(model: nn.Module, trace: Trace, first: Call | None, spec: In
     if measured is None:
         return grid, (stated or 0) if grid is None else num_prefix_tokens
     return (grid if measured == num_prefix_tokens else None), measured
+
+
+def is_widened(block: Call) -> bool:
+    """Return whether what enters a block is a stream of several lanes (hyper-connections), of which layers read a mix.
+
+    No layer in the block then takes as many values as enter it.
+    """
+    x = block.input
+    taken = [c.input.numel() for c in block.inner() if c.has_matrix and c.input is not None and c.input.ndim > 2]
+    return x is not None and bool(taken) and all(x.numel() % n == 0 and n < x.numel() for n in taken)
 
 
 def _stated_prefix(model: nn.Module) -> int | None:

@@ -59,7 +59,10 @@ def find_mlp(trace: Trace, scope: Call, attention: Call | None, after: float, be
     if outermost:
         return _choose(trace, [unwrap(trace, c, dim) for c in sorted(outermost, key=_num_weights, reverse=True)], after)
     matrices = [c for c in calls if c.has_matrix and c.input is not None and c.holds_tokens(c.input)]
-    return mlp_of_matrices(matrices, dim) or (None if attention is None else _widening_mlp(scope, calls, before, dim))
+    mlp = mlp_of_matrices(matrices, dim)
+    if attention is None and mlp is not None and _joins_earlier(trace, scope, mlp, after):
+        return None  # a gate on the attention's output, and its projection
+    return mlp or (None if attention is None else _widening_mlp(scope, calls, before, dim))
 
 
 def _choose(trace: Trace, mlps: list[Mlp], after: float) -> Mlp:
@@ -85,6 +88,13 @@ def _widening_mlp(scope: Call, calls: list[Call], before: float, dim: int) -> Ml
     entered = [c for c in calls if c.stop <= before and c.width == dim and num_matrices(c) >= 2]
     whole = [c for c in entered if c.output is not None and c.output.shape == y.shape]
     return Mlp(whole[0], whole[0], int(y.shape[-1])) if whole else None
+
+
+def _joins_earlier(trace: Trace, scope: Call, mlp: Mlp, after: float) -> bool:
+    """Return whether the last matrix of an MLP reads layers before the MLP that its first matrix does not read."""
+    earlier = {c.start: c.start for c in scope.inner() if c.has_matrix and c.start < after}
+    sources = trace.flow.sources(earlier, [mlp.first.start, mlp.last.start])
+    return not sources[mlp.last.start] <= sources[mlp.first.start]
 
 
 def mlp_of_matrices(matrices: list[Call], dim: int) -> Mlp | None:

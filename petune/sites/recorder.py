@@ -214,10 +214,22 @@ class _OperationRecorder(TorchFunctionMode):
             self._record_softmax(tensors[0].shape[-1 if dim is None else dim], result)
         else:
             weighs_samples = is_sampled and name in MULTIPLICATIONS
-            applies = name in PRODUCTS or weighs_samples
+            applies = (name in PRODUCTS and not self._gates(name, args)) or weighs_samples
             self._follow([t for t in tensors if id(t) in self.weights], result, applies=applies)
             if is_sampled and not weighs_samples:
                 self.samples |= {id(t): t for t in tensors_in(result)}
+
+    def _gates(self, name: str, args: Any) -> bool:
+        """Return whether an einsum weighs what each query has for itself, as the outputs of its experts, not tokens."""
+        if name != "einsum" or not args or not isinstance(args[0], str):
+            return False
+        operands = list(tensors_in(args[1:]))
+        letters = [part.strip() for part in args[0].partition("->")[0].split(",")]
+        if len(letters) != len(operands):
+            return False
+        of_weights = [part[-2:] for part, x in zip(letters, operands, strict=True) if id(x) in self.weights]
+        others = [part for part, x in zip(letters, operands, strict=True) if id(x) not in self.weights]
+        return any(set(pair) <= set(part) for pair in of_weights if len(pair) == 2 for part in others)
 
     def _record_softmax(self, num_keys: int, result: Tensor) -> None:
         call = self.calls.stack[-1]

@@ -89,7 +89,8 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
 
     Differs from the paper: figure and equation show norm2's output as the input; the authors' code reads the raw
     residual stream, and they say that the code is right, so that is the default here. The paper's blocks are pre-norm;
-    in a block that normalizes the sum (torch's default), the sum includes a: norm2(x + mlp(x) + a). A frozen backbone
+    in a block that normalizes the sum (torch's default), the sum includes a: norm2(x + mlp(x) + a). Where no stream
+    between attention and MLP is known (several lanes), `input=norm` adds to the MLP's output. A frozen backbone
     is in eval mode, without drop path; `--drop-path 0.1` lets it act, as in papers that train with it.
 
     Recipe: the upper end of the published grid (AdamW, 5e-4 to 5e-3). With vit_nano on 10,000 images of CIFAR-10 (2
@@ -125,7 +126,8 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         for block in edit.sites.require_blocks():
             adapter = BottleneckAdapter(block.dim, config.bottleneck, config.dropout, config.initial_scale)
             enter = block.mid if config.source == "residual" else block.mlp
-            inside = config.variant == "paddle_study" or block.normalizes_sum
+            is_stream = "mid" in block.parts  # else what leaves the block may be no sum with the MLP's output
+            inside = config.variant == "paddle_study" or block.normalizes_sum or not is_stream
             exit = block.mlp if inside else block
             edit.parallel(enter, exit, adapter)
 

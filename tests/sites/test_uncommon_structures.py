@@ -23,6 +23,8 @@ FIRST_BLOCK = {
     "triple": {"attn": "trunk.2.fn", "mlp": "trunk.3.fn", "norm1": "trunk.2.fn.norm", "norm2": "trunk.3.fn.0",
                "mid": "input of trunk.3.fn"},
     "maps": {"attn": "0", "mlp": "1", "norm1": "0.norm", "norm2": "1.0", "mid": "input of 1"},
+    "gated attention": {"attn": "0", "mlp": "1", "norm1": "0.norm", "norm2": "1.0", "mid": "input of 1"},
+    "experts": {"attn": "0", "mlp": "1", "norm1": "0.norm", "norm2": "1.norm", "mid": "input of 1"},
     "wide class token": {"attn": "0", "mlp": "1", "norm1": "0.norm", "norm2": "1.0", "mid": "input of 1"},
     "two norms": {"attn": "0", "mlp": "1", "mid": "input of 1"},
 }  # fmt: skip

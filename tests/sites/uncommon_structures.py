@@ -271,6 +271,34 @@ class FurtherBranch(nn.TransformerDecoderLayer):
         return y
 
 
+class GatedAttention(Attention):
+    """The output is gated by the tokens that enter, before the last matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = self.qkv(y).unflatten(-1, (3, HEADS, D // HEADS)).movedim(-3, 0).transpose(-3, -2)
+        heads = F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2)
+        return self.out(heads * self.gate(y).sigmoid())
+
+
+class Experts(nn.Module):
+    """A mixture of experts whose weights are three-dimensional: no attention, though weights of a softmax sum it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(D), nn.Linear(D, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, D, 2 * D) / 9), nn.Parameter(torch.randn(3, 2 * D, D) / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        hidden = torch.einsum("bnd,edh->bneh", x, self.up).relu()
+        return torch.einsum("bneh,ehd,bne->bnd", hidden, self.down, self.router(x).softmax(-1))
+
+
 STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     "summed branches": lambda: Vit(Pairs(lambda: Summed(Attention), lambda: Summed(mlp))),
     "several lanes": lambda: Vit(Lanes()),
@@ -278,6 +306,8 @@ STRUCTURES: dict[str, Callable[[], nn.Module]] = {
     "scaled stream": lambda: Vit(Scaled()),
     "triple": lambda: Vit(triple(), as_image=True),
     "maps": lambda: Vit(Pairs(MapAttention, map_mlp), as_image=True, norm=PlainNorm()),
+    "gated attention": lambda: Vit(Pairs(GatedAttention)),
+    "experts": lambda: Vit(Pairs(feed=Experts)),
     "wide class token": lambda: Vit(WideClass()),
     "two norms": lambda: Vit(
         Pairs(lambda: with_two_norms(Attention(norm=False)), lambda: with_two_norms(mlp(norm=False)))
