@@ -7,7 +7,7 @@ A round runs each measurement of both, one after the other; a ratio is taken wit
 machine changes. petune's threads and timm's processes run on the same cores. Expected: 1.5 times as fast as timm when
 images are decoded for the first time, and 3 times in an augmented epoch at 224 pixels from the cache. CPU times count
 all threads and processes, and change less than times do on a busy machine. As in training, freed memory stays in the
-process (`petune.training.speed.malloc`).
+process (`petune.base.malloc`).
 """
 
 from __future__ import annotations

@@ -165,10 +165,14 @@ def create_backbone(
             load_into(model, file, head_keys, stay_in_file=stay_in_file)
         return model, sites, clip_form
 
-    empty = build_empty(build) if file is not None and file.mapped and not is_other_library(name) else None
-    model, sites, clip_form = complete(build() if empty is None else empty)
-    if not has_values(model):  # its head, which no file fills, was on the meta device
-        model, sites, clip_form = complete(build())
+    empty = build_empty(build) if file is not None and file.mapped and not calls_user_code(name) else None
+    completed = None
+    if empty is not None:
+        with contextlib.suppress(Exception):  # the usual way says what is wrong
+            completed = complete(empty)
+    if completed is None or not has_values(completed[0]):  # its head, which no file fills, is on the meta device
+        completed = complete(build())
+    model, sites, clip_form = completed
     quantize_backbone(model, base_precision, sites)
     num_frames = settings.get("num_frames") or frames_of(model)
     statistics = pretrained_statistics(model) if source == HUB else None
@@ -280,7 +284,9 @@ def _build(
 ) -> nn.Module:
     if is_other_library(name):
         # transformers keeps the stored dtype; train.precision alone decides whether to use a lower one
-        return build_other_library(name, num_classes, settings, pretrained=pretrained).float()
+        return build_other_library(
+            name, num_classes, settings, pretrained=pretrained, stay_in_file=stay_in_file
+        ).float()
     settings = {key: value for key, value in settings.items() if key != "num_frames"}  # timm has models of images only
     overlay = pretrained_overlay(name, alias) if pretrained else None
     return build_timm(alias.timm_name, settings, num_classes, overlay, stay_in_file=stay_in_file)

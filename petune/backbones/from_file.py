@@ -81,6 +81,11 @@ def fill_empty(model: nn.Module, tensors: Mapping[str, Tensor], mapped: MappedFi
     _fill(model, mapped, dtypes, stay_in_file=stay_in_file)
 
 
+def read_mapped(model: nn.Module, mapped: MappedFile, *, stay_in_file: bool) -> None:
+    """Read what a model has of a mapped file into memory, but what stays in the file; see `build_from_file`."""
+    _fill(model, mapped, {key: t.dtype for key, t in model.state_dict().items()}, stay_in_file=stay_in_file)
+
+
 def has_values(module: nn.Module) -> bool:
     """Return whether no parameter or buffer is on the meta device."""
     return not any(t.is_meta for t in (*module.parameters(), *module.buffers()))

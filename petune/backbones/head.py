@@ -37,6 +37,8 @@ def set_head(model: nn.Module, num_classes: int, kind: HeadKind = "linear", seed
         _check_features(model, classifiers.values())
     for path, linear in classifiers.items():
         generator = torch.Generator().manual_seed(seed)
+        if linear.weight.is_meta and torch.get_default_device().type != "meta":
+            linear.to_empty(device="cpu")  # of a model that gets its weights from a file
         nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)

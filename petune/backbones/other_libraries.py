@@ -16,7 +16,9 @@ from petune.base.errors import AttachError
 from petune.sites.input_size import input_sizes_of
 
 
-def build_other_library(name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+def build_other_library(
+    name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool, stay_in_file: bool = False
+) -> nn.Module:
     """Build a model that maps images to logits and has their size as `image_size`.
 
     Args:
@@ -24,6 +26,7 @@ def build_other_library(name: str, num_classes: int, options: Mapping[str, Any],
         num_classes: Outputs of the classifier, if the builder takes it.
         options: Arguments of the builder, or keys of transformers' config.
         pretrained: Load the weights that belong to the name.
+        stay_in_file: See `petune.backbones.from_file.build_from_file`; for transformers.
 
     Raises:
         UnknownName: There is no such model.
@@ -37,7 +40,7 @@ def build_other_library(name: str, num_classes: int, options: Mapping[str, Any],
     elif library == "torchvision":
         model = build_torchvision(model_name, num_classes, options, pretrained=pretrained)
     else:
-        model = build_hf(model_name, num_classes, options, pretrained=pretrained)
+        model = build_hf(model_name, num_classes, options, pretrained=pretrained, stay_in_file=stay_in_file)
     if "image_size" in options:
         model.image_size = options["image_size"]
     elif library == "torchvision" and not _records_input_size(model):

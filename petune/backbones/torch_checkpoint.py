@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from petune.base.errors import CheckpointError
+from petune.sites.file_values import Entry, MappedFile, can_map
 
 SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 MAGIC = (b"PK\x03\x04", b"\x80\x02")
@@ -51,6 +53,39 @@ def read_torch_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
     return without_wrappers(state), entry
 
 
+def map_torch_checkpoint(file: Path) -> tuple[MappedFile, dict[str, Tensor], str] | None:
+    """Map a checkpoint instead of reading it.
+
+    Returns:
+        The file, and what `read_torch_checkpoint` returns, mapped. None if that is not possible: torch before 1.6 wrote
+        it, it is damaged, or a tensor is not stored in one piece.
+    """
+    with contextlib.suppress(Exception):  # the usual way says what is wrong
+        state, entry = _find_state(_load(file, "meta"))
+        if state is None or not can_map() or not _is_intact(file):
+            return None
+        mapped = MappedFile(file, {key: _entry_of(tensor) for key, tensor in state.items()})
+        return mapped, without_wrappers(mapped.tensors), entry
+    return None
+
+
+def _entry_of(tensor: Tensor) -> Entry:
+    """Return where a tensor is that was loaded to the meta device, for which torch keeps the positions of storages."""
+    if not tensor.is_contiguous():
+        raise NotImplementedError("a tensor is not stored in one piece")
+    start = tensor.untyped_storage()._checkpoint_offset
+    if start is None:
+        raise NotImplementedError("torch did not keep the position")
+    return start + int(tensor.storage_offset()) * tensor.dtype.itemsize, tuple(tensor.shape), tensor.dtype
+
+
+def _is_intact(file: Path) -> bool:
+    """Return whether an archive has the checksums that it records, and numbers in this machine's byte order."""
+    with zipfile.ZipFile(file) as archive:
+        orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
+        return archive.testzip() is None and all(archive.read(name) == b"little" for name in orders)
+
+
 def _find_state(loaded: Any) -> tuple[dict[str, Tensor] | None, str]:
     """Return the first dict of tensors, directly or in an entry of an entry, and the path of its entry."""
     if not isinstance(loaded, dict) or not loaded:
@@ -72,12 +107,12 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
 
 
-def _load(file: Path) -> Any:
+def _load(file: Path, device: str = "cpu") -> Any:
     import torch
 
     try:
         with torch.serialization.safe_globals(_harmless_types()):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # the unpickler raises many types on other files: KeyError, IndexError, …
         unknown = _unknown_types(file)
         problem = f"it holds objects that are not read: {', '.join(unknown)}" if unknown else "it is damaged"

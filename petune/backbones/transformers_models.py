@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def _with_logits(model: Any, num_classes: int, *, classifies: bool) -> nn.Module
     return model  # type: ignore[no-any-return]
 
 
-def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+def build_hf(
+    name: str, num_classes: int, options: Mapping[str, Any], *, pretrained: bool, stay_in_file: bool = False
+) -> nn.Module:
     """Build the model of a repository of the Hugging Face Hub, or of a directory, in transformers' or timm's layout.
 
     Args:
@@ -75,6 +78,7 @@ def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrai
         num_classes: Outputs of the classifier.
         options: Keys of transformers' config, or arguments of timm's model.
         pretrained: Load the weights.
+        stay_in_file: See `petune.backbones.from_file.build_from_file`.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -92,8 +96,11 @@ def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrai
             architecture = repository_architecture(config_file)
             if architecture is not None:
                 folder = config_file.parent
-                return build_timm_repository(name, architecture, folder, num_classes, options, pretrained=pretrained)
-            return _build_transformers(name, num_classes, options, pretrained, offline)
+                return build_timm_repository(
+                    name, architecture, folder, num_classes, options, pretrained=pretrained, stay_in_file=stay_in_file
+                )
+            load = partial(load_pretrained, stay_in_file=stay_in_file) if pretrained else None
+            return _build_transformers(name, num_classes, options, load, offline)
         except OSError as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             needed = (
@@ -107,7 +114,7 @@ def build_hf(name: str, num_classes: int, options: Mapping[str, Any], *, pretrai
 
 
 def _build_transformers(
-    name: str, num_classes: int, options: Mapping[str, Any], pretrained: bool, offline: bool
+    name: str, num_classes: int, options: Mapping[str, Any], load: Callable[..., nn.Module] | None, offline: bool
 ) -> nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForVideoClassification
 
@@ -130,7 +137,7 @@ def _build_transformers(
             "my_package.models:make"
         )
     try:
-        model = load_pretrained(auto_class, name, config, offline) if pretrained else auto_class.from_config(config)
+        model = auto_class.from_config(config) if load is None else load(auto_class, name, config, offline)
         return _with_logits(model, num_classes, classifies=classifies)
     except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise ConfigError(f"cannot build {describe(f'hf:{name}', options)}: {' '.join(str(error).split())}") from error

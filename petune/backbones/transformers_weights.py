@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from petune.backbones.from_file import has_values, read_mapped
 from petune.backbones.timm_models import set_statistics
 from petune.backbones.transformers_videos import Tubes, check_frames, frames_key, set_video_statistics
 from petune.base.errors import WeightsUnavailable
 from petune.base.text import plural
+from petune.sites.file_values import MappedFile, can_map
 from petune.sites.named_heads import classifiers_of
 
 Layout = Callable[[int, int], tuple[int, int] | None]
 
 
-def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> nn.Module:
+def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool, *, stay_in_file: bool = False) -> nn.Module:
     """Load a pretrained model; position embeddings are resampled for another image size.
 
     Args:
@@ -28,13 +33,17 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> n
         name: Repository or directory.
         config: The config of the model to build.
         offline: Use cached files only.
+        stay_in_file: See `petune.backbones.from_file.build_from_file`.
 
     Raises:
         WeightsUnavailable: The weights leave parts other than the classifier random.
         OSError: A file is missing.
     """
     arguments = {"ignore_mismatched_sizes": True, "local_files_only": offline}
-    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
+    loaded = _load_mapped(auto_class, name, config, arguments) if stay_in_file else None
+    if loaded is None:
+        loaded = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
+    model, info = loaded
     unfilled = _unfilled_keys(model, info)
     embeddings = {
         key: shape for key, shape, _ in info["mismatched_keys"] if key in unfilled and "position_embedding" in key
@@ -55,6 +64,48 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool) -> n
         )
     (_set_statistics if frames_key(config) is None else set_video_statistics)(model, name, offline)
     return model  # type: ignore[no-any-return]
+
+
+def _load_mapped(auto_class: Any, name: str, config: Any, arguments: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """Load a model from the mapped tensors of its safetensors files, in which its matrices stay.
+
+    Returns:
+        The model and what transformers tells of loading; None if there are no such files, or more than these files.
+    """
+    with contextlib.suppress(Exception):  # the usual way says what is wrong
+        files = [MappedFile(path) for path in _safetensors_files(name, config, arguments["local_files_only"])]
+        if not files:
+            return None
+        tensors = {key: tensor for file in files for key, tensor in file.tensors.items()}
+        load = auto_class._model_mapping[type(config)].from_pretrained
+        own_config = copy.deepcopy(config)
+        model, info = load(None, config=own_config, state_dict=tensors, output_loading_info=True, **arguments)
+        model.config.name_or_path = name
+        for file in files:
+            read_mapped(model, file, stay_in_file=True)
+        return (model, info) if has_values(model) else None
+    return None
+
+
+def _safetensors_files(name: str, config: Any, offline: bool) -> list[Path]:
+    """Return the safetensors files of a repository or directory, if the weights are in them alone."""
+    from transformers.utils import cached_file
+
+    def find(file: str) -> str | None:
+        found: str | None = cached_file(
+            name, file, local_files_only=offline, _raise_exceptions_for_missing_entries=False
+        )
+        return found
+
+    is_special = any(getattr(config, key, None) for key in ("quantization_config", "transformers_weights"))
+    if not can_map() or is_special or getattr(type(config), "extra_files", None) or find("adapter_config.json"):
+        return []
+    if whole := find("model.safetensors"):
+        return [Path(whole)]
+    index = find("model.safetensors.index.json")
+    parts = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values())) if index else []
+    paths = [find(part) for part in parts]
+    return [Path(path) for path in paths if path] if all(paths) else []
 
 
 def _set_statistics(model: nn.Module, name: str, offline: bool) -> None:

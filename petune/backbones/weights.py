@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from petune.backbones.from_file import fill_empty, has_values
 from petune.backbones.input_channels import adapted_tensors
-from petune.backbones.torch_checkpoint import is_torch_checkpoint, read_torch_checkpoint, without_wrappers
+from petune.backbones.torch_checkpoint import (
+    is_torch_checkpoint,
+    map_torch_checkpoint,
+    read_torch_checkpoint,
+    without_wrappers,
+)
 from petune.backbones.transformers_weights import renamed_tensors
 from petune.base.config import expand_home
 from petune.base.errors import CheckpointError, WeightsUnavailable
@@ -108,8 +113,9 @@ def read_weights(path: Path) -> Weights:
     file = find_weights(path)
     try:
         if is_torch_checkpoint(file):
-            tensors, entry = read_torch_checkpoint(file)
-            return Weights(tensors, {}, f"{file} ({entry})" if entry else str(file))
+            in_place = map_torch_checkpoint(file)
+            mapped, tensors, entry = in_place or (None, *read_torch_checkpoint(file))
+            return Weights(tensors, {}, f"{file} ({entry})" if entry else str(file), mapped)
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             mapped = MappedFile(file) if can_map() else None
@@ -151,6 +157,8 @@ def load_into(model: nn.Module, weights: Weights, head_keys: set[str], *, stay_i
     tensors = fitting_tensors(model, weights, head_keys)
     if has_values(model) or weights.mapped is None:
         model.load_state_dict(tensors, strict=False)
+        if weights.mapped is not None:
+            weights.mapped.forget()
     else:
         fill_empty(model, tensors, weights.mapped, stay_in_file=stay_in_file)
 

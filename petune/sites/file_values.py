@@ -1,4 +1,4 @@
-"""Frozen weights whose values stay in a safetensors file: mapped into memory, and read a tensor at a time.
+"""Frozen weights whose values stay in a file: mapped into memory, and read a tensor at a time.
 
 A mapped tensor takes memory only for what is read through it. `FileSlice.read` does not read through it, so looking at
 every weight of a model once takes the memory of one.
@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,33 +40,35 @@ SMALLEST = 2**18
 """A tensor of fewer bytes is read at once: it saves no memory."""
 
 
+Entry = tuple[int, tuple[int, ...], torch.dtype]
+"""Position of a tensor in bytes from the start of the file, its shape and dtype."""
+
+
 class MappedFile:
-    """A safetensors file, mapped privately: writing to a tensor does not change the file.
+    """A file with tensors, mapped privately: writing to a tensor does not change the file.
 
     Args:
         path: Of a valid file.
+        entries: The tensors by key; None reads them from the header of a safetensors file.
 
     Attributes:
         tensors: By key, mapped; those of formats that torch cannot map are missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:
         self.path = path
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._file = io.FileIO(descriptor, closefd=False)
         weakref.finalize(self, os.close, descriptor)
-        size = int.from_bytes(self._file.read(8), "little")
-        header: dict[str, Any] = json.loads(self._file.read(size))
-        header.pop("__metadata__", None)
+        if entries is None:
+            entries = _safetensors_entries(self._file)
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
         self._lock = threading.Lock()
         self._slices: dict[int, FileSlice] = {}
         self.tensors: dict[str, Tensor] = {}
-        for key, entry in header.items():
-            dtype, start = DTYPES.get(entry["dtype"]), 8 + size + entry["data_offsets"][0]
-            if dtype is not None:
-                self.tensors[key] = self._mapped(FileSlice(self, start, tuple(entry["shape"]), dtype))
+        for key, (start, shape, dtype) in entries.items():
+            self.tensors[key] = self._mapped(FileSlice(self, start, shape, dtype))
 
     def slice_of(self, tensor: Tensor) -> FileSlice | None:
         """Return where the values of a tensor are in the file; None if it is not one of `tensors`, unchanged."""
@@ -111,6 +113,17 @@ class MappedFile:
         tensor = torch.frombuffer(self._map, dtype=part.dtype, count=count, offset=part.start).reshape(part.shape)
         self._slices[tensor.data_ptr()] = part
         return tensor
+
+
+def _safetensors_entries(file: io.FileIO) -> dict[str, Entry]:
+    size = int.from_bytes(file.read(8), "little")
+    header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        key: (8 + size + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        for key, entry in header.items()
+        if entry["dtype"] in DTYPES
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,6 +83,27 @@ def test_a_backbone_is_the_same_as_built_the_usual_way(tmp_path: Path, monkeypat
     check_same(models[3], others[3])
 
 
+def test_weights_of_transformers_stay_in_files_of_any_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, image_size=32, patch_size=16, num_labels=5)
+    source = transformers.ViTForImageClassification(config)
+    folders = tmp_path / "one", tmp_path / "several"
+    for folder, size in zip(folders, ("1GB", "1MB"), strict=True):
+        source.save_pretrained(folder, max_shard_size=size)
+    arguments: list[dict[str, Any]] = [{"name": f"hf:{folder}", "num_classes": 3} for folder in folders]
+    torch.save({"epoch": 3, "model": source.state_dict()}, tmp_path / "whole.pth")
+    for file in (str(folders[0] / "model.safetensors"), str(tmp_path / "whole.pth")):
+        arguments.append({"name": f"hf:{folders[0]}", "weights": file, "num_classes": 3})
+    models = [create_backbone(**given, stay_in_file=True).model for given in arguments]
+    assert (folders[1] / "model.safetensors.index.json").exists()
+    assert [len(in_file_of(model)) for model in models] == [7, 7, 7, 7]
+    usual_way(monkeypatch)
+    for given, model in zip(arguments, models, strict=True):
+        check_same(model, create_backbone(**given).model)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import ConfigError, Diverged
+from petune.base.malloc import keep_heap
 from petune.training.precision import why_slow
 from petune.training.speed.bf16_weights import store_in_bf16
 from petune.training.speed.context import SAMPLE_IMAGES, Forward, Logits, StepContext
 from petune.training.speed.feature_cache import delete_features, fill_cache, plan_cache
 from petune.training.speed.grad_checkpointing import checkpoint_blocks
-from petune.training.speed.malloc import keep_heap
 from petune.training.speed.onednn_linear import use_onednn_linear
 
 MAX_COMPILED = 10_000

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import petune
+from petune.base.malloc import keep_heap
 from petune.training.speed import onednn_linear
 from petune.training.speed.bf16_weights import store_in_bf16
-from petune.training.speed.malloc import keep_heap
 from petune.training.speed.onednn_linear import use_onednn_linear
 from tests.sampling import sampled
 from tests.tiny import randomised, tiny
@@ -211,7 +211,7 @@ def test_outside_of_autocast_a_layer_raises_as_before() -> None:
 
 FAULTS = """
 import resource, sys, torch
-from petune.training.speed.malloc import keep_heap
+from petune.base.malloc import keep_heap
 with keep_heap(lean=sys.argv[1] == "lean") as on:
     for _ in range(20):
         torch.ones(5 << 20)

@@ -1,4 +1,4 @@
-"""Keep freed activations in the process while training on a CPU, so that the next step need not page them in again."""
+"""Keep freed activations in the process while training on a CPU, or let it give large blocks back at once."""
 
 from __future__ import annotations
 
