@@ -6,8 +6,8 @@
 
 The weights are random, since neither time nor memory depends on them. Each method runs in its own process. Batches have
 16 images for 16 adapters (of four files); each is computed in turns by the bank and by the model with one of the
-adapters attached, and the medians of the ratios are given. Memory is the growth of the process while a hundred adapters
-are loaded after those.
+adapters attached, and the medians of the ratios are given. Then a thousand adapters (of the same files) are loaded in
+two fresh processes, without a limit and with one: the growth of the process, and the times of a hit and of a miss.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import copy
 import ctypes
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -28,14 +29,16 @@ from typing import Any
 
 from page_section import with_section
 
-METHODS = ("adaptformer", "lora", "vpt", "houlsby", "fact", "lst", "bitfit", "norm", "partial", "peft:ia3")
-BACKBONE, CLASSES, BATCH, ROUNDS, NUM_FILES, NUM_LOADED = "vit_small_patch16_224", 10, 16, 6, 4, 100
+METHODS = ("adaptformer", "vpt", "lora", "houlsby", "bitfit", "norm", "partial", "peft:ia3")
+METHODS_OF_MEMORY = ("adaptformer", "lora")
+BACKBONE, CLASSES, BATCH, ROUNDS, NUM_FILES = "vit_small_patch16_224", 10, 16, 5, 4
+NUM_LOADED, MAX_MEMORY, NUM_USED = 1000, 100 * 2**20, 50
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "adapter_bank.json"
 PAGE = HERE.parent / "docs" / "many-tasks.md"
 BEGIN, END = "<!-- adapters:begin -->\n", "<!-- adapters:end -->\n"
 COLUMNS = (
-    "method", "parameters", "16 adapters", "1 adapter", "load first", "load another", "values of 100", "switch",
+    "method", "parameters", "16 adapters", "1 adapter", "load first", "load another", "switch",
 )  # fmt: skip
 
 
@@ -58,10 +61,6 @@ def measure(method: str) -> dict[str, Any]:
         times = [elapsed(lambda n=n: bank.load(n, f"{directory}/{int(n) % NUM_FILES}")) for n in names]
         with torch.inference_mode():
             ratios, difference = compare(bank, single, x, names)
-        resident = resident_bytes(), bank.num_bytes
-        for number in range(NUM_LOADED):
-            bank.load(f"more {number}", f"{directory}/{number % NUM_FILES}")
-        growth, values = resident_bytes() - resident[0], bank.num_bytes - resident[1]
     switch_s = statistics.median(elapsed(lambda n=n: bank.use(n)) for n in names)
     return {
         "method": method,
@@ -70,11 +69,34 @@ def measure(method: str) -> dict[str, Any]:
         "single_ratio": ratios["same"],
         "first_load_s": times[0],
         "load_s": statistics.median(times[1:]),
-        "values_bytes": values,
-        "resident_bytes": growth,
         "switch_s": switch_s,
         "largest_difference": difference,
     }
+
+
+def measure_memory(method: str, max_memory: int | None) -> dict[str, Any]:
+    """Load a thousand adapters, and use some of them at random."""
+    import timm
+    import torch
+
+    import petune
+
+    torch.manual_seed(0)
+    model = timm.create_model(BACKBONE, num_classes=CLASSES).eval()
+    x = torch.randn(BATCH, 3, 224, 224)
+    with tempfile.TemporaryDirectory() as directory:
+        save_adapters(copy.deepcopy(model), method, NUM_FILES, Path(directory))
+        bank = petune.AdapterBank(model, max_memory=max_memory)
+        bank.load("first", f"{directory}/0")
+        with torch.inference_mode():
+            bank(x, ["first", None] * (BATCH // 2))
+        before = resident_bytes(), bank.num_bytes
+        for number in range(NUM_LOADED):
+            bank.load(str(number), f"{directory}/{number % NUM_FILES}")
+        values, growth = bank.num_bytes - before[1], resident_bytes() - before[0]
+        names = random.Random(0).sample([str(n) for n in range(NUM_LOADED)], NUM_USED)
+        use_s = statistics.median(elapsed(lambda n=n: bank.use(n)) for n in names)
+    return {"method": method, "limit": max_memory, "values_bytes": values, "growth_bytes": growth, "use_s": use_s}
 
 
 def compare(bank: Any, single: Any, x: Any, names: list[str]) -> tuple[dict[str, float], float]:
@@ -127,23 +149,47 @@ def run(methods: Iterable[str]) -> dict[str, Any]:
 
     from petune.runner.provenance import provenance
 
-    rows = {row["method"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    rows = {row["method"]: row for row in results["rows"]}
+    memory = {(row["method"], row["limit"]): row for row in results.get("memory", [])}
     for method in methods:
-        command = [sys.executable, __file__, "--one", method]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        rows[method] = json.loads(done.stdout.splitlines()[-1])
-        print(json.dumps(rows[method]), file=sys.stderr)
-        results = {"rows": [rows[m] for m in METHODS if m in rows], "provenance": provenance(torch.device("cpu"))}
+        rows[method] = in_own_process("--one", method)
+        for limit in (None, MAX_MEMORY) if method in METHODS_OF_MEMORY else ():
+            memory[method, limit] = in_own_process("--memory", method, str(limit or 0))
+        results = {
+            "rows": [rows[m] for m in METHODS if m in rows],
+            "memory": [*memory.values()],
+            "provenance": provenance(torch.device("cpu")),
+        }
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def in_own_process(*arguments: str) -> dict[str, Any]:
+    """Return what this file measures in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(row), file=sys.stderr)
+    return row
 
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in results["rows"]]
-    return "\n".join(lines) + "\n"
+    memory = [memory_text(row) for row in results.get("memory", [])]
+    return "\n".join([*lines, *([""] if memory else []), *memory]) + "\n"
+
+
+def memory_text(row: dict[str, Any]) -> str:
+    """Return what was measured with a thousand adapters, as an item of a list."""
+    values, growth = mebibytes(row["values_bytes"]), mebibytes(row["growth_bytes"])
+    limit = f"`max_memory` of {mebibytes(row['limit'])}" if row["limit"] else "all in memory"
+    use = "a miss, which reads one file," if row["limit"] else "a hit"
+    return (
+        f"- {NUM_LOADED:,} adapters of {row['method']}, {limit}: {values} of values, the process grew by {growth}; "
+        f"{use} takes {row['use_s'] * 1e3:.1f} ms"
+    )
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -155,7 +201,6 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['single_ratio']:.2f}",
         f"{row['first_load_s'] * 1e3:,.0f} ms",
         f"{row['load_s'] * 1e3:.0f} ms",
-        mebibytes(row["values_bytes"]),
         f"{row['switch_s'] * 1e3:.1f} ms",
     )
 
@@ -175,10 +220,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[*METHODS], metavar="METHOD")
     parser.add_argument("--one", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("METHOD", "LIMIT"), help=argparse.SUPPRESS)
     parser.add_argument("--page", action="store_true", help="rewrite the table from the results")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one)))
+    elif args.memory:
+        print(json.dumps(measure_memory(args.memory[0], int(args.memory[1]) or None)))
     else:
         write_page(json.loads(RESULTS.read_text()) if args.page else run(args.only))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from petune.adapters.format import TENSOR_FILE, SavedAdapter, adapter_path, read_adapter
@@ -235,11 +237,17 @@ class AdapterBank:
         return Owner(entry.kind, self._read_again(name, entry) if values is None else values)
 
     def _read_again(self, name: str, entry: BankEntry) -> AdapterValues:
-        saved = read_adapter(entry.path)
-        if _digest(saved) != entry.digest:
+        try:
+            content = (entry.path / TENSOR_FILE).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"the adapter {name!r} cannot be read again: {error}") from None
+        if hashlib.sha256(content).hexdigest() != entry.digest:
             raise CheckpointError(
                 f"{entry.path} has changed since it was loaded as {name!r}. Call remove({name!r}) and load it again"
             )
+        saved = SavedAdapter(entry.path, entry.kind.config, load_tensors(content))
+        if saved.tensors.keys() != entry.kind.tensor_keys:  # of an older format
+            saved = read_adapter(entry.path)
         with self._lock:
             self._entry(name)
             with self._inactive():
@@ -286,7 +294,8 @@ def _as_names(names: Any) -> list[str | None]:
 
 
 def _digest(saved: SavedAdapter) -> str:
-    """Return the SHA-256 of a manifest, which holds those of the files; of the tensors for PEFT's directories."""
+    """Return the SHA-256 of the tensors' file; petune's directories record it."""
     manifest = saved.path / MANIFEST
-    file = manifest if manifest.is_file() else saved.path / TENSOR_FILE
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    if manifest.is_file():
+        return str(json.loads(manifest.read_bytes())["files"][TENSOR_FILE]["sha256"])
+    return hashlib.sha256((saved.path / TENSOR_FILE).read_bytes()).hexdigest()

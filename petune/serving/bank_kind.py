@@ -143,6 +143,8 @@ class AdapterKind:
         edited: By-hand changes and unfrozen modules, if rows of several adapters can share a forward.
         bypassed: Modules whose tensors a changed layer reads or replaces without calling them as they are.
         features: What the first adapter's file says about the backbone's output.
+        config: Configuration of the first adapter.
+        tensor_keys: Keys of the tensors in the file of each adapter, those of the classifier among them.
         file_keys: For each slot the key that its value has in a file; None while that is not known.
         is_elementwise: True if adapters that are vectors can be called once for rows with vectors of their own.
         sharing: Equal for kinds that can share a forward; None if each adapter needs its own.
@@ -156,6 +158,8 @@ class AdapterKind:
         self.edited: list[EditedModule] = []
         self.bypassed: set[nn.Module] = set()
         self.features: Any = None
+        self.config: dict[str, Any] = {}
+        self.tensor_keys: set[str] = set()
         self.is_elementwise = False
         self.file_keys: list[str] | None = None
         self.sharing: tuple[Any, ...] | None = None

@@ -110,6 +110,8 @@ class KindLoader:
             kind = AdapterKind(attachment, head)
             self._attached.append(kind)
             kind.features = _features(saved)
+            kind.config = saved.config
+            kind.tensor_keys = {*saved.tensors}
             attachment.disable()
         finally:
             self._forward.set_head(site.enter)

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 import petune
-from petune.adapters.format import read_adapter
 from petune.base.errors import AttachError, CheckpointError
-from petune.serving import adapter_bank
 from tests.serving.bank_adapters import Trained
 from tests.several import X, logits, model
 
@@ -85,7 +83,8 @@ def test_adapters_leave_memory_and_come_back(saved: Trained, tmp_path: Path, mon
     for name in tasks:
         shutil.copytree(saved[name], tmp_path / name)
     opened: list[str] = []
-    monkeypatch.setattr(adapter_bank, "read_adapter", lambda path: opened.append(path.name) or read_adapter(path))
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(str(path)) or read_bytes(path))
     bank = petune.AdapterBank(model())
     everything = sum(bank.load(name, tmp_path / name).num_bytes for name in tasks)
     assert bank.num_bytes == everything
@@ -99,8 +98,8 @@ def test_adapters_leave_memory_and_come_back(saved: Trained, tmp_path: Path, mon
         opened.clear()
         with torch.no_grad():
             rows = bank(X[:6], mix)
-        assert set(opened) <= misses
-        assert len(opened) == len({*opened})  # a hit reads nothing, a miss once
+        assert {Path(path).parent.name for path in opened} <= misses
+        assert len(opened) == len({*opened}) <= len(misses)  # a hit reads nothing, a miss one file once
         assert bank.num_bytes < everything
         for row, name in enumerate(mix):
             torch.testing.assert_close(rows[row], expected[name][row], atol=1e-5, rtol=1e-5)
