@@ -179,6 +179,7 @@ def create_backbone(
     if file is not None:
         statistics = _file_statistics(file, alias)
     mean, std = statistics or (None, None)
+    is_open = file is not None and sites.grid_size is None  # with the file's weights, noise may show the patches
     return Backbone(
         model=model.eval(),
         name=name,
@@ -190,7 +191,7 @@ def create_backbone(
         file=file,
         num_frames=num_frames,
         clip_form=clip_form,
-        sites=sites if not calls_user_code(name) and file is None and base_precision == "auto" else None,
+        sites=None if calls_user_code(name) or base_precision != "auto" or is_open else sites,
     )
 
 

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from petune.base.distributed import is_main_process, is_reported_elsewhere, num_processes, process_name
 from petune.base.errors import PetuneError, UsageError
-from petune.base.imports import use_huge_pages
+from petune.base.imports import prepare_program
 from petune.cli.advice import advice_for
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
@@ -129,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     debug = DEBUG in words
     try:
         _prepare_streams()
-        use_huge_pages()
+        prepare_program()
         _check_distributed(words)
         app(args=[word for word in words if word != DEBUG], prog_name="petune")
     except PetuneError as error:
