@@ -44,8 +44,8 @@ def fold(model: nn.Module, sites: Sites, log: EditLog, name: str) -> None:
         change = max_difference(synthetic_logits(model, sites), expected) / largest
         if not change < (MAX_CHANGE if expected.dtype == torch.float32 else MAX_CHANGE_IN_HALF):
             raise NotMergeable(
-                f"{name} computes something else when folded: its output moves by {change:.2g}. Mend the adapter's "
-                "merge",
+                f"{name} computes something else when folded: its output moves by {change:.2g}. The model may "
+                "read these weights elsewhere, too: use the adapter unmerged. Of a method of your own, mend its merge",
                 changes_output=True,
             )
     except BaseException:

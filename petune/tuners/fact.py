@@ -72,7 +72,7 @@ class Factors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I·D) to (..., O·D)."""
-        x_ID = x.reshape(*x.shape[:-1], self.shape[0], -1)
+        x_ID = x.reshape(*x.shape[:-1], self.shape[0], x.shape[-1] // self.shape[0])  # -1 fails without tokens
         hidden = torch.einsum("...id,dr,iors->...os", x_ID, self.u, self.cores())
         return cast(Tensor, self.scale * (self.dropout(hidden) @ self.v.T).flatten(-2))
 
