@@ -4,6 +4,7 @@
     python benchmarks/speed.py --quick --output DIR # a toy model, to see that it runs
     python benchmarks/speed.py --sizes vit_nano --no-memory --compiled
     python benchmarks/speed.py --sizes vit_nano --no-memory --methods vpt ssf
+    python benchmarks/speed.py --sizes vit_base_32 vit_base_224 --floor-alone 3  # three times, under five minutes
 
 All steps of one size run in turns in one process: a round is one step of each, and one of the matrix product that the
 model mostly consists of. A ratio is taken within a round, and shown as the median over rounds with its quartiles.
@@ -50,6 +51,9 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(_measure_memory(options.memory_of, options.quick)))
         return
+    if options.floor_alone:
+        _print_floor_shares(options)
+        return
     start = time.perf_counter()
     small = SIZES["toy" if options.quick else "vit_nano"]
     result: dict[str, Any] = {
@@ -83,6 +87,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="most rounds per size")
     parser.add_argument("--compiled", action="store_true", help="also petune's step compiled; a minute more per size")
     parser.add_argument("--methods", nargs="+", default=[], help="also petune's steps with these, such as vpt ssf")
+    parser.add_argument("--floor-alone", type=int, metavar="TIMES", help="only petune's step against the floor")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "speed")
@@ -121,6 +126,19 @@ def _time_steps(size: Size, options: argparse.Namespace) -> dict[str, Any]:
         },
         "injection": _spread([a / b for a, b in zip(times[INJECTED], times[HAND_WRITTEN], strict=True)]),
     }
+
+
+def _print_floor_shares(options: argparse.Namespace) -> None:
+    """Print the share of the floor that petune's step reaches, several times in a row."""
+    dtype = torch.bfloat16 if choose_precision("auto", CPU) == "bf16" else torch.float32
+    for _ in range(options.floor_alone):
+        for name in ["toy"] if options.quick else options.sizes:
+            product, product_flops = _product(SIZES[name], dtype)
+            with petune_step(SIZES[name]) as step:
+                floors = _flops(step) / product_flops
+                step()
+                shares = [floors * min(_timed(product) for _ in range(5)) / _timed(step) for _ in range(8)]
+            print(f"{name}: {_percent(_spread(shares))} of the floor, load {os.getloadavg()[0]:.1f}", flush=True)
 
 
 def _product(size: Size, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
