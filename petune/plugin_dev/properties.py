@@ -45,7 +45,7 @@ def _identity_at_init(t: Trial) -> str:
     if not t.att.tuner.identity_at_init:
         return ""
     change = max_difference(logits(t.model, t.x), t.base_logits)
-    if change < 1e-5:
+    if change < 1e-5 * max(max_value(t.base_logits), 1.0):  # attaching freezes, and frozen layers round differently
         return ""
     return f"the output changes by {change:.2g}. If that is intended, set identity_at_init = False"
 
