@@ -73,7 +73,7 @@ def main() -> None:
         families = [f for f in FAMILIES if args.only is None or any(part in f for part in args.only)]
         if args.resume:
             families = without_rows_since(families, args.resume)
-        commit = git("log", "-1", "--format=%h", "--", ":/petune")
+        commit = git("log", "-1", "--format=%H", "--", ":/petune")
         states: list[str] = []
         for number, (family, row) in enumerate(survey_all(families, args.methods, args.jobs), 1):
             if tuple(args.methods) == METHODS:  # row by row: an interrupted survey is not lost
@@ -99,8 +99,8 @@ def survey_all(families: list[str], methods: Iterable[str], jobs: int) -> Iterat
 
 def without_rows_since(families: list[str], commit: str) -> list[str]:
     """Return the families without a row that was made with a commit, or a later one, of petune."""
-    since = git("log", "-1", "--format=%h", commit, "--", ":/petune")
-    later = {since, *git("log", "--format=%h", f"{since}..HEAD", "--", ":/petune").split()}
+    since = git("log", "-1", "--format=%H", commit, "--", ":/petune")
+    later = {since, *git("log", "--format=%H", f"{since}..HEAD", "--", ":/petune").split()}
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     return [family for family in families if known.get(family, {}).get("commit") not in later]
 
