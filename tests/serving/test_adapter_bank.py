@@ -52,7 +52,7 @@ MIXES = [
     ("lora", "lora2", None),
     ("vpt", "vpt2", "vpt"),
     ("vpt", "vpt3", "shallow", None),
-    ("ssf", "ssf2", "pets", "bitfit", None),
+    ("ssf", "ssf2", "pets", "ssf", "bitfit", None),
     ("pets", "lora", "houlsby", "probe", None),
     ("pets", "vpt", "lora", "bitfit", "lst", "ia3"),
     ("norm", "ia3", "ia3b", "bitfit", "partial", "norm", "lora", None),
