@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import any_task_page
+import fidelity_page
 import gpu_page
 import seed_on_gpu_page
 from page_section import with_section
@@ -230,6 +231,7 @@ def pages() -> dict[Path, str]:
     texts[ROOT / "README.md"] = filled(ROOT / "README.md", readme(results))
     texts[docs / "results.md"] = filled(docs / "results.md", overview(results, read_suites()))
     texts[docs / "tasks.md"] = filled(docs / "tasks.md", any_task_page.section())
+    texts[fidelity_page.PAGE] = fidelity_page.page()
     texts[docs / "speed.md"] = filled(docs / "speed.md", speed())
     return texts
 

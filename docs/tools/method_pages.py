@@ -80,6 +80,8 @@ def index_page() -> str:
         "Frozen parts are in eval mode, so a backbone's drop path and dropout are off, where papers often train with a "
         "drop path of 0.1. `--drop-path 0.1` turns it on, for every method alike: "
         "[Compare fairly](../tutorials/compare-fairly.md).",
+        "",
+        "Which of them compute what their authors' code computes, and to how many digits: [Fidelity](../fidelity.md).",
     ]
     for group, names in GROUPS.items():
         lines += ["", f"## {group}", "", "| method | what it does | trained | paper |", "| --- | --- | ---: | --- |"]

@@ -31,7 +31,7 @@ def conclusion(best: str, to_best: Differences, to_baseline: Differences, metric
     if all(found.is_clear is None for found in every):
         return f"{start}. Too few seeds to tell whether differences to it are more than noise. Use several seeds."
     if to_baseline:
-        sentences = [_against_baseline(to_baseline, metric), f"{start}{_open(to_best, best, '; ')}"]
+        sentences = [_against_baseline(to_baseline, metric), f"{start}{_open(to_best, 'it', '; ')}"]
     else:
         clear = _clear(to_best)
         ahead = ", " + _ahead(clear, metric) if clear else ""
@@ -82,11 +82,13 @@ def _open(differences: Differences, reference: str, joint: str) -> str:
 def _about(differences: Sequence[Difference], num_comparisons: int) -> str:
     """Say what the intervals are."""
     known = [found for found in differences if found.low is not None]
-    several = all(found.num_seeds > 1 for found in known)
+    numbers = {found.num_seeds > 1 for found in known}
     images = all(found.over_images for found in known)
-    over = "seeds and test images" if several and images else "seeds" if several else "test images"
+    over = "seeds and test images" if True in numbers and images else "seeds" if True in numbers else "test images"
     together = f" that hold together for {num_comparisons} comparisons" if num_comparisons > 1 else ""
-    one_seed = "" if several else "; one seed says nothing about other seeds"
+    one_seed = "; one seed says nothing about other seeds" if False in numbers else ""
+    if len(numbers) > 1:
+        one_seed = "; those of one seed over test images only"
     return f"Intervals of 95 % over {over}{together}{one_seed}."
 
 

@@ -105,7 +105,8 @@ class FacT(petune.Tuner[FacTConfig]):
 
     Differs from the paper: a model whose stages change the width has shared factors for each width. V starts at zero as
     in the paper, U by Xavier, and the cores by N(0, 1/r), where the authors' code has nn.Linear's default; in Tucker's
-    form C and P by N(0, 1/r), so that the mixed cores start as those of the tensor train.
+    form C and P by N(0, 1/r), so that the mixed cores start as those of the tensor train. The authors' code of FacT-TK
+    reshapes the MLP's mixed cores so that t and the column of C_t interleave; here they are the formula's.
     """
 
     recipe = petune.Recipe(lr=1e-3, weight_decay=1e-4)

@@ -109,6 +109,9 @@ def test_the_sentences_on_errors_on_one_seed_and_on_nothing() -> None:
     text = conclusion("vpt", {"linear": _difference(0.25, 0.125, num_seeds=1)}, {}, MAE)
     assert "vpt has the lowest MAE, 0.25 ± 0.125 below linear." in text
     assert "one seed says nothing about other seeds" in text
+    mixed = {"a": _difference(-1, 0.5), "b": _difference(-1, 0.5, num_seeds=1)}
+    assert "over seeds and test images that hold" in (text := conclusion("vpt", mixed, {}, TOP1))
+    assert "those of one seed over test images only" in text
     assert "but linear cannot be told apart" in conclusion("vpt", {"linear": _difference(0.1, 1)}, {}, MAE)
     unknown = {"linear": _difference(-1, None)}
     assert "Too few seeds" in conclusion("vpt", unknown, {}, TOP1)

@@ -1,0 +1,37 @@
+"""The comparison with the authors' code: its committed rows, and how clones are read. To repeat it takes clones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fidelity_page
+from fidelity_cases import CASES
+from official_code import clone_of, commit_of, extracted, load
+
+
+def test_every_case_has_a_row_and_only_a_choice_makes_a_difference() -> None:
+    rows = json.loads(fidelity_page.RESULT.read_text())["rows"]
+    keys = [(row["method"], row["repository"], row["of"]) for row in rows if row["commit"]]
+    assert sorted(keys) == sorted((case.method, case.repository, case.of) for case in CASES)
+    for row in rows:
+        by_choice = row["note"].startswith("by choice")
+        assert (row["output"] > fidelity_page.EXACT) is by_choice, row
+        assert len(row["commit"]) == 40 or row["note"], row
+
+
+def test_code_of_a_clone_is_imported_and_forgotten(tmp_path: Path) -> None:
+    clone = tmp_path / "owner+name"
+    (clone / "code").mkdir(parents=True)
+    (clone / "code" / "theirs.py").write_text("import missing_package\nfrom neighbor import VALUE\n")
+    (clone / "code" / "neighbor.py").write_text("VALUE = 3\n")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(clone), *words], check=True)
+    assert clone_of(tmp_path, "owner/name") == clone
+    assert clone_of(tmp_path, "owner/other") is None
+    assert len(commit_of(clone)) == 40
+    with extracted(clone, "code") as root:
+        assert load(root / "code", "theirs", stubs=["missing_package"]).VALUE == 3
+    assert not {"theirs", "neighbor", "missing_package"} & set(sys.modules)
