@@ -117,7 +117,7 @@ def _run_grid(config: CompareConfig, *, as_json: bool, tracker: str | None, exec
     else:
         headings, rows = grid.table()
         print_table(headings, rows, right=headings[1:])
-        for sentence in (grid.about, *grid.conclusions()):
+        for sentence in (grid.about, *grid.conclusions(), *grid.intervals()):
             print_status(clean(sentence))
         for dataset, reasons in grid.reasons.items():
             for method, reason in reasons.items():
@@ -147,7 +147,7 @@ def print_comparison(comparison: Comparison) -> None:
     optional = (*first, *(metric.label for metric in comparison.metric_info[1:]), *last)
     print_table(names, table, right=names[1:], optional=[name for name in optional if name in columns])
     if comparison.conclusion:
-        print_status(clean(comparison.conclusion))
+        print_status(clean(f"{comparison.conclusion} {comparison.intervals}".strip()))
     for reason in reasons:
         print_data(clean(reason))
     print_status(f"output: {comparison.output}")

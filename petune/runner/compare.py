@@ -184,13 +184,14 @@ def _write(config: CompareConfig, results: Sequence[RunResult], reasons: dict[st
     by_method = {method: [result for result in results if result.method == method] for method in config.methods}
     task, metrics = _task_of(config, results)
     done_rows = [summarize(method, done, reasons.get(method, "")) for method, done in by_method.items()]
-    rows, sentence = with_differences(config, done_rows, metrics[0])
+    found = with_differences(config, done_rows, metrics[0])
     comparison = Comparison(
         config=config,
         task=task,
         metric_info=metrics,
-        rows=rows,
-        conclusion=sentence,
+        rows=found.rows,
+        conclusion=found.conclusion,
+        intervals=found.intervals,
         backbone=results[0].backbone_full_name if results else config.run.backbone,
         weights=results[0].weights if results else config.run.weights,
         provenance=results[-1].provenance if results else {},

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from petune.base.metric import Metric
 from petune.runner.compare_config import CompareConfig
 from petune.runner.comparison import Row, Standing
-from petune.runner.conclusion import conclusion
+from petune.runner.conclusion import conclusion, describe_intervals
 from petune.runner.differences import Difference, SeedValue, differences_to
 from petune.runner.test_values import read_test_values
 
 
-def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric) -> tuple[tuple[Row, ...], str]:
-    """Return the rows with their differences and standing, and sentences that say what the comparison found.
+@dataclass(frozen=True)
+class Findings:
+    """What a comparison found.
+
+    Attributes:
+        rows: With their differences and standing.
+        conclusion: Sentences on the best method, clear differences and those that are not.
+        intervals: A sentence on what the intervals are.
+    """
+
+    rows: tuple[Row, ...]
+    conclusion: str = ""
+    intervals: str = ""
+
+
+def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric) -> Findings:
+    """Compare the methods with the best one, or with a named baseline.
 
     Args:
         config: Names the baseline, if there is one, and the directories of the runs.
@@ -22,7 +38,7 @@ def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric)
     """
     done = [row for row in rows if row.status == "done" and metric.name in row.mean]
     if len(done) < 2:
-        return tuple(rows), ""
+        return Findings(tuple(rows))
     done.sort(key=lambda row: metric.score(row.mean[metric.name]), reverse=True)
     best = done[0].method
     values = {row.method: _values(config, row, metric) for row in done}
@@ -35,7 +51,8 @@ def with_differences(config: CompareConfig, rows: Sequence[Row], metric: Metric)
     for row in rows:
         standing = _standing(row.method, best, to_best)
         changed.append(row.model_copy(update={"difference": shown.get(row.method), "standing": standing}))
-    return tuple(changed), conclusion(best, to_best, to_baseline, metric)
+    intervals = describe_intervals(to_best, to_baseline)
+    return Findings(tuple(changed), conclusion(best, to_best, to_baseline, metric), intervals)
 
 
 def _standing(method: str, best: str, to_best: Mapping[str, Difference]) -> Standing | None:

@@ -96,6 +96,7 @@ class Comparison(Config):
         provenance: Of the last run.
         conclusion: What was found, in sentences: the best method, clear differences and those that are not; empty with
             a single method.
+        intervals: What the intervals of the differences are, in a sentence.
         origins: Filled in where runs differ in machine, threads, number format, versions or commit.
     """
 
@@ -109,6 +110,7 @@ class Comparison(Config):
     origins: tuple[Origin, ...] = ()
     output: str
     conclusion: str = ""
+    intervals: str = ""
 
     @classmethod
     def read(cls, directory: Path) -> Self:

@@ -16,7 +16,7 @@ Differences = Mapping[str, Difference]
 
 
 def conclusion(best: str, to_best: Differences, to_baseline: Differences, metric: Metric) -> str:
-    """Return the sentences; empty if there is nothing to compare.
+    """Return the sentences, without what the intervals are; empty if there is nothing to compare.
 
     Args:
         best: The best method on test.
@@ -36,7 +36,7 @@ def conclusion(best: str, to_best: Differences, to_baseline: Differences, metric
         clear = _clear(to_best)
         ahead = ", " + _ahead(clear, metric) if clear else ""
         sentences = [f"{start}{ahead}{_open(to_best, 'it', '; ' if clear else ', but ')}"]
-    return f"{'. '.join(sentences)}. {_about(every, len(to_best))}"
+    return f"{'. '.join(sentences)}."
 
 
 def _clear(differences: Differences) -> dict[str, Difference]:
@@ -79,13 +79,15 @@ def _open(differences: Differences, reference: str, joint: str) -> str:
     return joint + "; ".join(clauses) if clauses else ""
 
 
-def _about(differences: Sequence[Difference], num_comparisons: int) -> str:
-    """Say what the intervals are."""
-    known = [found for found in differences if found.low is not None]
+def describe_intervals(to_best: Differences, to_baseline: Differences) -> str:
+    """Say what the intervals are; empty if there are none."""
+    known = [found for found in (*to_best.values(), *to_baseline.values()) if found.low is not None]
+    if not known:
+        return ""
     numbers = {found.num_seeds > 1 for found in known}
     images = all(found.over_images for found in known)
     over = "seeds and test images" if True in numbers and images else "seeds" if True in numbers else "test images"
-    together = f" that hold together for {num_comparisons} comparisons" if num_comparisons > 1 else ""
+    together = f" that hold together for {len(to_best)} comparisons" if len(to_best) > 1 else ""
     one_seed = "; one seed says nothing about other seeds" if False in numbers else ""
     if len(numbers) > 1:
         one_seed = "; those of one seed over test images only"

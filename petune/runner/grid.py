@@ -40,6 +40,7 @@ class GridColumn(Config):
         mean, std: By method, over seeds; methods that failed are missing, and one seed has no deviation.
         standing: By method, where seeds suffice to tell.
         conclusion: What the comparison on this dataset found, in sentences.
+        intervals: What the intervals of its differences are, in a sentence.
     """
 
     dataset: str
@@ -49,6 +50,7 @@ class GridColumn(Config):
     std: dict[str, float] = {}
     standing: dict[str, Standing] = {}
     conclusion: str = ""
+    intervals: str = ""
 
     def ranks(self) -> dict[str, float]:
         """Return the rank of each method, 1 for the best; equal values share the mean of their ranks."""
@@ -149,13 +151,17 @@ class Grid(Config):
             *("| " + " | ".join(map(_cell, row)) + " |" for row in rows),
         ]
         found = [f"- {sentence}" for sentence in self.conclusions()]
-        lines += ["", *map(escape_markdown, found)] if found else []
+        lines += ["", *map(escape_markdown, found), "", *self.intervals()] if found else []
         failed = [f"- {reason}" for reason in self.failures()]
         return "\n".join([*lines, *(["", "Failed:", "", *map(escape_markdown, failed)] if failed else []), ""])
 
     def conclusions(self) -> list[str]:
         """Return what was found on each dataset that more than one method finished on."""
         return [f"{column.dataset}: {column.conclusion}" for column in self.columns if column.conclusion]
+
+    def intervals(self) -> list[str]:
+        """Return what the intervals are; one sentence, unless datasets have other numbers of methods or seeds."""
+        return list(dict.fromkeys(column.intervals for column in self.columns if column.intervals))
 
     def failures(self) -> list[str]:
         """Return `vpt on digits: why it failed` for each method and dataset that failed."""
@@ -232,6 +238,7 @@ def make_grid(config: CompareConfig, comparisons: Mapping[str, Comparison]) -> G
                 std={row.method: row.std[main.name] for row in done if main.name in row.std},
                 standing={row.method: row.standing for row in done if row.standing is not None},
                 conclusion=comparison.conclusion,
+                intervals=comparison.intervals,
             )
         )
         failed = {row.method: row.reason for row in comparison.rows if row.status == "failed"}

@@ -232,6 +232,7 @@ def test_an_evaluation_is_in_the_report_of_its_run(petune: Run, digits: Path, tm
     page = Tags((tmp_path / "report.html").read_text())
     assert "evaluation on test" in page.text
     assert "Confusion matrix" in page.text
+    assert "Classes, the worst first" in page.text
     assert "Worst mistakes" in page.text
     assert page.tags.count("figure") > 24
     for name, content in (

@@ -17,7 +17,7 @@ from petune.data.target import Target
 from petune.runner.compare_config import CompareConfig
 from petune.runner.compare_differences import with_differences
 from petune.runner.comparison import Row
-from petune.runner.conclusion import conclusion
+from petune.runner.conclusion import conclusion, describe_intervals
 from petune.runner.differences import Difference, SeedValue, difference, differences_to
 from petune.runner.report.tables import cells, compare_columns
 from petune.runner.test_values import read_test_values, write_test_values
@@ -97,7 +97,8 @@ def test_the_sentences_say_what_was_found() -> None:
     text = conclusion("vpt", to_best, {}, TOP1)
     assert "vpt has the highest top-1, 9.00 ± 0.30 points above linear" in text
     assert "lora and full cannot be told apart from it on 3 seeds" in text
-    assert "over seeds and test images that hold together for 3 comparisons" in text
+    about = describe_intervals(to_best, {})
+    assert about == "Intervals of 95 % over seeds and test images that hold together for 3 comparisons."
     to_baseline = {"vpt": _difference(9, 0.3, "linear"), "lora": _difference(0.2, 0.4, "linear")}
     text = conclusion("vpt", to_best, to_baseline, TOP1)
     assert "vpt is 9.00 ± 0.30 points above linear; lora cannot be told apart from linear on 3 seeds. vpt has" in text
@@ -106,19 +107,19 @@ def test_the_sentences_say_what_was_found() -> None:
 
 
 def test_the_sentences_on_errors_on_one_seed_and_on_nothing() -> None:
-    text = conclusion("vpt", {"linear": _difference(0.25, 0.125, num_seeds=1)}, {}, MAE)
-    assert "vpt has the lowest MAE, 0.25 ± 0.125 below linear." in text
-    assert "one seed says nothing about other seeds" in text
+    one_seed = {"linear": _difference(0.25, 0.125, num_seeds=1)}
+    assert "vpt has the lowest MAE, 0.25 ± 0.125 below linear." in conclusion("vpt", one_seed, {}, MAE)
+    assert "one seed says nothing about other seeds" in describe_intervals(one_seed, {})
     mixed = {"a": _difference(-1, 0.5), "b": _difference(-1, 0.5, num_seeds=1)}
-    assert "over seeds and test images that hold" in (text := conclusion("vpt", mixed, {}, TOP1))
-    assert "those of one seed over test images only" in text
+    assert "over seeds and test images that hold together for 2" in describe_intervals(mixed, {})
+    assert "those of one seed over test images only" in describe_intervals(mixed, {})
     assert "but linear cannot be told apart" in conclusion("vpt", {"linear": _difference(0.1, 1)}, {}, MAE)
     unknown = {"linear": _difference(-1, None)}
     assert "Too few seeds" in conclusion("vpt", unknown, {}, TOP1)
     assert "too few seeds to compare linear with it" in conclusion(
         "vpt", {"a": _difference(-1, 0.5), **unknown}, {}, TOP1
     )
-    assert conclusion("vpt", {}, {}, TOP1) == ""
+    assert conclusion("vpt", {}, {}, TOP1) == describe_intervals(unknown, {}) == ""
 
 
 def _row(method: str, *values: float, metric: str = "mae") -> Row:
@@ -138,12 +139,12 @@ def test_the_best_is_marked_and_a_baseline_can_be_named(tmp_path: Path) -> None:
         (None, ["+1.2 [-1.341, +3.741] (tied)", "best"]),
         ("linear", ["baseline (tied)", "-1.2 [-3.741, +1.341] (best)"]),
     ):
-        changed, sentence = with_differences(config.model_copy(update={"baseline": baseline}), rows, MAE)
-        plain = [row.model_dump(mode="json") for row in changed]
+        found = with_differences(config.model_copy(update={"baseline": baseline}), rows, MAE)
+        plain = [row.model_dump(mode="json") for row in found.rows]
         columns = compare_columns((MAE,), plain)
         assert [cells(row, columns)[2] for row in plain[:2]] == column
-        assert "cannot be told apart from" in sentence
-        assert [row.standing for row in changed] == ["tied", "best", None]
+        assert "cannot be told apart from" in found.conclusion
+        assert [row.standing for row in found.rows] == ["tied", "best", None]
     assert "difference" not in compare_columns((MAE,), [row.model_dump(mode="json") for row in rows])
     with pytest.raises(ConfigError, match=r"bitfit is not a method"):
         CompareConfig.build({"methods": ["linear"], "baseline": "bitfit"})

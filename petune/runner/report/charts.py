@@ -31,11 +31,13 @@ class Chart:
     Attributes:
         svg: Safe markup.
         caption: What it shows.
+        note: A sentence below the caption.
         key: Color and name of each line or point, where the figure does not name them.
     """
 
     svg: str
     caption: str
+    note: str = ""
     key: Sequence[tuple[str, str]] = ()
 
 
@@ -64,8 +66,8 @@ def metric_chart(salt: str, rows: Rows, metric: Metric) -> Chart:
     rows = _with_value(rows, metric)
     figure, names_fit = _metric_figure(rows, metric, "")
     key = [] if names_fit else [(_color(i), f"{i + 1}  {row['method']}") for i, row in enumerate(rows)]
-    caption = f"{capitalized(metric.label)} on test over trained parameters. {pareto_caption(rows, metric)}"
-    return Chart(to_markup(figure, f"metric {salt}"), caption.strip(), key)
+    caption = f"{capitalized(metric.label)} on test over trained parameters"
+    return Chart(to_markup(figure, f"metric {salt}"), caption, pareto_caption(rows, metric), key)
 
 
 def pareto_rows(rows: Rows, metric: Metric) -> list[Mapping[str, Any]]:
@@ -176,12 +178,12 @@ def curve_charts(salt: str, curves: Sequence[Curve], metric: Metric, order: Sequ
     used = {curve.label for curve in curves}
     key = [(color, label) for label, color in colors.items() if label in used]
     loss = _draw_curves(curves, colors, "loss", {"train_loss": "-", "val_loss": "--"})
-    loss_chart = Chart(to_markup(loss, f"loss {salt}"), "Loss over epochs: train solid, validation dashed", key)
+    loss_chart = Chart(to_markup(loss, f"loss {salt}"), "Loss over epochs: train solid, validation dashed", key=key)
     if metric == LOSS:
         return [loss_chart]
     val = _draw_curves(curves, colors, metric.heading("val"), {f"val_{metric.name}": "-"})
     caption = f"{capitalized(metric.label)} on validation over epochs"
-    return [Chart(to_markup(val, f"val {salt}"), caption, key), loss_chart]
+    return [Chart(to_markup(val, f"val {salt}"), caption, key=key), loss_chart]
 
 
 def _draw_curves(curves: Sequence[Curve], colors: Mapping[str, str], unit: str, dashes: Mapping[str, str]) -> Figure:

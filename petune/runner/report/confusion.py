@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from petune.base.text import matplotlib_text
-from petune.runner.report.plots import draw
+from petune.runner.report.plots import WIDTH, draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,24 +30,34 @@ def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str], ti
     numbers = np.array(counts, float)
     percent = 100 * numbers / numbers.sum(1, keepdims=True).clip(min=1)
     names = [short_name(name) for name in classes]
-    side = 3.2 + 0.32 * min(len(names), MAX_NAMED)
+    named, numbered = len(names) <= MAX_NAMED, len(names) <= MAX_NUMBERED
+    side = 1.4 + (0.3 if numbered else 0.22) * len(names) if named else WIDTH
 
     def content(figure: Figure) -> None:
         axes = figure.add_subplot()
         image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-        figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
-        if len(names) <= MAX_NAMED:
+        if named:
             axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(len(names)), names)
-        if len(names) <= MAX_NUMBERED:
+        if not numbered:
+            figure.colorbar(image, ax=axes, shrink=0.7, label="percent of the true class")
+        else:
             for (row, column), value in np.ndenumerate(percent):
                 text = f"{value:.0f}" if value >= 0.5 else ""
-                axes.text(column, row, text, ha="center", va="center", color="white" if value > 55 else "black")
+                axes.text(
+                    column,
+                    row,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                    color="white" if value > 55 else "black",
+                )
         axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
+        axes.set_ylabel("true (percent of each row)" if numbered else "true")
         axes.set_title(title)
 
-    return draw(content, (side + 1, side))
+    return draw(content, (max(side, WIDTH), max(side, WIDTH)))
 
 
 def short_name(name: str) -> str:

@@ -22,7 +22,8 @@ class Section:
 
     Attributes:
         title: What was run, on what.
-        about: A sentence on how.
+        about: Sentences on how, below the table.
+        findings: What came out, in sentences, above the table.
         columns, rows: The table; a row that failed has only its method and the reason.
         notes: Sentences below the table.
         charts: The rows as figures.
@@ -36,6 +37,7 @@ class Section:
     about: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    findings: Sequence[str] = ()
     notes: Sequence[str] = ()
     charts: Sequence[Chart] = ()
     facts: Sequence[tuple[str, str]] = ()
@@ -45,13 +47,21 @@ class Section:
 
 
 def shown_in(runs: Sequence[RunDirectory], labels: Mapping[Path, str]) -> list[Shown]:
-    """Return the images of runs, with the seed where several runs have the same label."""
+    """Return the evaluations of runs, and then their first images, those that several runs share once.
+
+    A title has the seed where several runs have the same label.
+    """
     names = [labels[run.path] for run in runs]
-    shown = []
+    shown: list[Shown] = []
     for run, name in zip(runs, names, strict=True):
         is_one_of_several = run.result is not None and names.count(name) > 1
         shown += shown_of(run.path, f"{name}, seed {run.result.seed}" if run.result and is_one_of_several else name)
-    return shown
+    evaluations = [one for one in shown if one.is_evaluation]
+    first_images: list[Shown] = []
+    for one in shown:  # methods of a comparison see the same images
+        if not one.is_evaluation and all(one.galleries != other.galleries for other in first_images):
+            first_images.append(one)
+    return [*evaluations, *first_images]
 
 
 def command_of(kind: str, path: Path) -> str:

@@ -86,7 +86,8 @@ def _comparison_section(path: Path, comparison: Comparison, runs: Sequence[RunDi
         facts=facts_of_origins(comparison.origins) or facts_of(comparison.provenance),
         commands=commands_of(comparison.provenance),
         config=to_yaml(comparison.config.model_dump(mode="json")),
-        notes=[comparison.conclusion] if comparison.conclusion else [],
+        findings=[comparison.conclusion] if comparison.conclusion else [],
+        notes=[comparison.intervals] if comparison.intervals else [],
     )
 
 

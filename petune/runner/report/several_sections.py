@@ -26,7 +26,8 @@ def grid_section(directory: RunDirectory) -> Section:
         about=f"Grid in {directory.path}. {grid.about}",
         columns=columns,
         rows=rows,
-        notes=[*grid.conclusions(), *(f"Failed: {reason}" for reason in grid.failures())],
+        findings=grid.conclusions(),
+        notes=[*grid.intervals(), *(f"Failed: {reason}" for reason in grid.failures())],
     )
 
 

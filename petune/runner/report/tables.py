@@ -124,7 +124,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         *("| " + " | ".join(map(_table_cell, cells(row, columns))) + " |" for row in rows),
     ]
     if comparison.get("conclusion"):
-        lines += ["", escape_markdown(comparison["conclusion"])]
+        lines += ["", escape_markdown(f"{comparison['conclusion']} {comparison['intervals']}".strip())]
     done = [row for row in rows if row["status"] == "done"]
     if done:
         rates = ", ".join(f"{_table_cell(row['method'])} {row['lr']:g}" for row in done)
