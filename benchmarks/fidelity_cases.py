@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from fidelity_models import adaptformer, convpass, fact, repadapter, ssf
 from fidelity_pairs import BOTTLENECK, WIDTH, Built, Pair, attached, backbone, same_names
 from official_code import load
@@ -78,6 +79,31 @@ def _set_after(make: Callable[[], Any], call: Callable[[Any, Tensor], Tensor]) -
     return build
 
 
+def noah_lora(root: Path) -> Built:
+    """The qkv of NOAH, with its LoRA; petune's change of the other layer of the attention stays zero."""
+    module = load(root, "model.module.qkv_super_prompt", packages=["model", "model.module"])
+    official = backbone()
+    model, attachment = attached("lora:targets=attn")
+    pairs: list[Pair] = []
+    for i, block in enumerate(official.blocks):
+        qkv = module.qkv_super(WIDTH, 3 * WIDTH, LoRA_dim=BOTTLENECK).double()
+        with torch.no_grad():  # its rows are those of q, k and v in turn
+            for part, chunk in enumerate(block.attn.qkv.weight.chunk(3)):
+                qkv.weight[part::3] = chunk
+            qkv.bias.copy_(block.attn.qkv.bias)
+        qkv.register_forward_pre_hook(lambda q, _: q.set_sample_config(WIDTH, 3 * WIDTH, BOTTLENECK))
+        block.attn.qkv = qkv
+        names = {kind: _only(attachment.tuned, f"blocks.{i}.attn.qkv.", f"lora_{kind}") for kind in "AB"}
+        pairs.append(Pair(qkv.LoRA_a, names["A"], torch.t))
+        pairs.append(Pair(qkv.LoRA_b, names["B"], lambda b_RO: torch.cat([b_RO[:, part::3] for part in range(3)], 1).T))
+    return Built(official, model, pairs, attachment)
+
+
+def _only(tuned: Mapping[str, nn.Parameter], start: str, part: str) -> nn.Parameter:
+    (name,) = (name for name in tuned if name.startswith(start) and part in name)
+    return tuned[name]
+
+
 def parallel(root: Path) -> Built:
     """The parallel adapter of He et al., in a pre-norm block: it reads the residual stream before the MLP's norm."""
     module = load(root / "petl", "petl_factory")
@@ -147,5 +173,6 @@ CASES = (
         "pfeiffer", "ZhangYuanhan-AI/NOAH", "model", "the adapter as it is", lambda r: noah(r, activation=None),
         "by choice: GELU, where NOAH has QuickGELU",
     ),
+    Case("lora:targets=attn", "ZhangYuanhan-AI/NOAH", "model", "LoRA of the qkv", noah_lora),
     Case("adaptformer:scale=4", "jxhe/unify-parameter-efficient-tuning", "petl", "the parallel adapter", parallel),
 )  # fmt: skip

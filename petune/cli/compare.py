@@ -41,6 +41,16 @@ Datasets = Annotated[
     ),
 ]
 
+Baseline = Annotated[
+    str | None,
+    typer.Option(
+        "--baseline",
+        metavar="METHOD",
+        help="Compare the others with this method.  [default: the best one]",
+        show_default=False,
+    ),
+]
+
 
 @configured(without=("method", "from", "resume", "dataset"), defaults={"output": "runs/compare-BACKBONE-DATASET"})
 def compare(
@@ -49,6 +59,7 @@ def compare(
     *,
     dataset: Datasets = None,
     seeds: Seeds = None,
+    baseline: Baseline = None,
     json: Json = False,
     dry_run: DryRun = False,
     tracker: Tracker = None,
@@ -65,6 +76,8 @@ def compare(
     values = _values(settings, methods, seeds)
     if dataset:
         values["datasets"] = dataset if len(dataset) > 1 else ()
+    if baseline is not None:
+        values["baseline"] = baseline
     config = CompareConfig.build(values, settings.source).completed()
     check_tracker(tracker)
     executor = executor_of(executor, jobs)
