@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from petune.runner.comparison import ORIGIN_KEYS, Comparison, Origin, Row
 
 SAME = ("tuned", "head", "total", "adapter_bytes", "lr")
+NOT_COMPARED = {"difference": None, "standing": None}
+"""Of the rows of joined tables: each table was compared with its own best method."""
 PATHS_AND_RUN = {"output", "data_dir", "resume", "method", "seed"}
 
 
@@ -41,7 +43,9 @@ def joined(old: Comparison, new: Comparison, order: Sequence[str], one_backbone:
     return latest.model_copy(
         update={
             "config": latest.config.model_copy(update={"methods": methods, "seeds": seeds, "lrs": lrs}),
-            "rows": tuple(rows[method] for method in methods),
+            "rows": tuple(rows[method].model_copy(update=NOT_COMPARED) for method in methods),
+            "conclusion": "",
+            "intervals": "",
             "origins": tuple(all_origins) if len(all_origins) > 1 else (),
         }
     )

@@ -242,6 +242,11 @@ def test_a_merged_table_records_where_each_run_was_measured() -> None:
     one = joined(_table("a", linear=(0, 1), vpt=(0,), full=(0, 1)), _table("b", vpt=(1,), full=(0, 1)), ["full", "vpt"])
     assert [origin.runs for origin in one.origins] == [{"linear": (0, 1), "vpt": (0,)}, {"vpt": (1,), "full": (0, 1)}]
     assert [row.method for row in one.rows] == ["full", "vpt", "linear"]
+    table = _table("a", linear=(0,), vpt=(0,))
+    rows = tuple(row.model_copy(update={"standing": "best"}) for row in table.rows)
+    compared = table.model_copy(update={"rows": rows, "conclusion": "vpt has the highest top-1."})
+    both = joined(compared, _table("b", full=(0,)), [])
+    assert ([row.standing for row in both.rows], both.conclusion) == ([None] * 3, "")  # each had its own best method
     same = joined(_table("a", linear=(0, 1)), _table("a", linear=(2,)), ["linear"])
     assert (same.origins, same.config.seeds, same.rows[0].seeds) == ((), (0, 1, 2), (0, 1, 2))
     assert joined(_table("a", linear=(0, 1)), _table("b", linear=(1,)), []).rows[0].seeds == (0, 1)  # nothing new
