@@ -13,7 +13,7 @@ import pytest
 from petune.base.metric import Metric
 from petune.runner.migrations import updated_comparison
 from petune.runner.report.charts import cost_charts, metric_chart, metric_file, pareto_caption, pareto_rows
-from petune.runner.report.labels import Point, label_points
+from petune.runner.report.labels import Point, label_points, number_points
 from petune.runner.report.plots import count_ticks, draw, set_count_axis, short_number, to_file
 
 TOP1 = Metric(name="top1", label="top-1", percent=True)
@@ -82,8 +82,11 @@ def test_the_line_joins_what_no_smaller_method_beats() -> None:
 
 
 def test_methods_at_the_same_point_share_a_number() -> None:
-    rows = _rows(*((f"method{number}", 1000, 50.0) for number in range(5)), ("other", 5000, 60.0))
-    assert {"1, 2, 3, 4, 5", "6"} <= set(_texts(metric_file(rows, TOP1, "t").decode()))
+    figure = draw(lambda figure: figure.add_subplot().set_ylim(40, 70), (4.4, 3.4))
+    axes = figure.axes[0]
+    axes.set_xlim(0, 8)
+    number_points(axes, [*[Point(2, 50.0)] * 5, Point(6, 60.0)])
+    assert [text.get_text() for text in axes.texts] == ["1, 2, 3, 4, 5", "6"]
 
 
 def test_the_heading_of_the_axis_is_inside_the_file() -> None:
