@@ -65,7 +65,7 @@ def _paths_of(model: nn.Module, heads: Collection[str]) -> list[str] | None:
     """Return the paths of a file's heads, also inside a wrapper; None if the model has none of such a name."""
     names = [name for name, _ in model.named_modules()]
     found = [[name for name in names if f".{name}".endswith(f".{path}")] for path in heads]
-    paths = [path if path in named else named[0] for path, named in zip(heads, found, strict=True) if named]
+    paths = [min(named, key=len) for path, named in zip(heads, found, strict=True) if named]
     return paths if len(paths) == len(heads) else None
 
 

@@ -22,7 +22,7 @@ from petune.base.files import MANIFEST
 from petune.base.text import plural
 from petune.injector.trainable import check_not_in_bank, trainable_state_of
 from petune.serving.bank_forward import BankForward
-from petune.serving.bank_kind import AdapterKind, AdapterValues, Owner
+from petune.serving.bank_kind import AdapterKind, Owner
 from petune.serving.bank_loading import KindLoader
 from petune.serving.bank_memory import ResidentValues
 from petune.sites.find import find_sites
@@ -136,7 +136,7 @@ class AdapterBank:
             entry = BankEntry(directory, saved.config["tuner"], values.num_bytes, kind, _digest(saved))
             kind.names.add(name)
             self.adapters[name] = entry
-            self._resident.add(name, values)
+            self._resident.add(entry, values)
         return entry
 
     def use(self, name: str | None) -> nn.Module:
@@ -164,13 +164,14 @@ class AdapterBank:
         """
         check_arguments("remove", name=(name, str))
         with self._lock:
-            kind = self._entry(name).kind
+            entry = self._entry(name)
+            kind = entry.kind
             if self.active == name:
                 self._forward.deactivate(self._active)
                 self._active = Owner()
                 self.active = None
             del self.adapters[name]
-            self._resident.discard(name)
+            self._resident.discard(entry)
             kind.names.discard(name)
             if not kind.names:
                 with self._inactive():
@@ -210,11 +211,12 @@ class AdapterBank:
             raise UsageError(
                 f"x has {plural(num_rows, 'row')}, and there are {plural(len(names), 'name')}. Give one name per row"
             )
+        entries = {name: self._entry(name) for name in dict.fromkeys(names) if name is not None}
         owners = {name: Owner() if name is None else self._owner(name) for name in dict.fromkeys(names)}
         with self._lock, self._inactive():
             self._forward.check_head()
-            for name in filter(None, owners):
-                if self._entry(name).kind is not owners[name].kind:  # another thread has exchanged it meanwhile
+            for name, entry in entries.items():
+                if self._entry(name) is not entry:  # another thread has exchanged it meanwhile
                     owners[name] = self._owner(name)
             return self._forward.logits(inputs, [owners[name] for name in names])
 
@@ -233,10 +235,26 @@ class AdapterBank:
     def _owner(self, name: str) -> Owner:
         """Return the kind and the values of a loaded adapter; read its values if they have left memory."""
         entry = self._entry(name)
-        values = self._resident.get(name)
-        return Owner(entry.kind, self._read_again(name, entry) if values is None else values)
+        values = self._resident.get(entry)
+        return self._read_again(name, entry) if values is None else Owner(entry.kind, values)
 
-    def _read_again(self, name: str, entry: BankEntry) -> AdapterValues:
+    def _read_again(self, name: str, entry: BankEntry) -> Owner:
+        try:
+            saved = self._read(name, entry)
+        except CheckpointError:
+            if self.adapters.get(name) is entry:
+                raise
+            return self._owner(name)
+        with self._lock:
+            if self._entry(name) is not entry:  # another thread has exchanged it meanwhile
+                return self._owner(name)
+            with self._inactive():
+                values = self._loader.values(entry.kind, saved)
+            self._resident.add(entry, values)
+        return Owner(entry.kind, values)
+
+    def _read(self, name: str, entry: BankEntry) -> SavedAdapter:
+        """Return the content of an adapter's directory, which is as it was when it was loaded."""
         try:
             content = (entry.path / TENSOR_FILE).read_bytes()
         except OSError as error:
@@ -247,13 +265,8 @@ class AdapterBank:
             )
         saved = SavedAdapter(entry.path, entry.kind.config, load_tensors(content))
         if saved.tensors.keys() != entry.kind.tensor_keys:  # of an older format
-            saved = read_adapter(entry.path)
-        with self._lock:
-            self._entry(name)
-            with self._inactive():
-                values = self._loader.values(entry.kind, saved)
-            self._resident.add(name, values)
-        return values
+            return read_adapter(entry.path)
+        return saved
 
     @contextmanager
     def _inactive(self) -> Iterator[None]:

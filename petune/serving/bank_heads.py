@@ -28,17 +28,19 @@ class CaptureInput(nn.Module):
         return x_BD
 
 
-def head_for(site: Site, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Copy a classifier, with as many classes as an adapter's tensors have."""
+def head_for(site: Site, saved: SavedAdapter) -> nn.Module:
+    """Copy a classifier, with as many classes as a saved adapter has."""
+    keys = head_keys(saved, site)
     head = copy.deepcopy(site.enter)
     for path, module in list(head.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        saved = find_head_tensor(tensors, site, ".".join(filter(None, (path, "weight"))))
-        if saved is None or saved.shape[0] == module.out_features:
+        key = keys.get(".".join(filter(None, (path, "weight"))))
+        if key is None or len(saved.tensors[key]) == module.out_features:
             continue
+        num_classes, width = saved.tensors[key].shape
         weight, has_bias = module.weight, module.bias is not None
-        resized = nn.Linear(saved.shape[1], saved.shape[0], has_bias, device=weight.device, dtype=weight.dtype)
+        resized = nn.Linear(width, num_classes, has_bias, device=weight.device, dtype=weight.dtype)
         if path:
             head.set_submodule(path, resized)
         else:
@@ -71,28 +73,36 @@ def head_slots(head: nn.Module) -> dict[str, Slot]:
     return slots
 
 
-def head_values(tensors: Mapping[str, Tensor], site: Site, slots: Mapping[str, Slot]) -> list[Tensor] | None:
+def head_values(saved: SavedAdapter, site: Site, slots: Mapping[str, Slot]) -> list[Tensor] | None:
     """Return the values of an adapter's classifier; None if the file has none.
 
     Args:
-        tensors: By the file's keys.
+        saved: The adapter.
         site: The classifier.
         slots: Its tensors, by their names in it.
     """
-    in_file = {name: find_head_tensor(tensors, site, name) for name in slots}
-    if not any(t is not None for t in in_file.values()):
+    keys = head_keys(saved, site)
+    if not keys:
         return None
 
     def value(name: str, slot: Slot) -> Tensor:
-        saved = in_file[name]
+        in_file = saved.tensors[keys[name]] if name in keys else None
         with torch.inference_mode(False), torch.no_grad():
-            tensor = slot.original.detach() if saved is None else like(saved, slot.original).clone()
+            tensor = slot.original.detach() if in_file is None else like(in_file, slot.original).clone()
             return as_value(tensor, slot.original)
 
     return [value(name, slot) for name, slot in slots.items()]
 
 
-def find_head_tensor(tensors: Mapping[str, Tensor], site: Site, name: str) -> Tensor | None:
-    """Return a tensor of the classifier from a file; None if the file does not have it."""
-    key = ".".join(filter(None, (site.path, name)))
-    return next((tensor for k, tensor in tensors.items() if k == key or k.endswith(f".{key}")), None)
+def head_keys(saved: SavedAdapter, site: Site) -> dict[str, str]:
+    """Return the keys that a file has for the tensors of the classifier, by their names in it.
+
+    PEFT and wrappers put something before the classifier's path. The path of another layer may end as this one does
+    (`blocks.0.attn.fc` and `fc`); what is before it is longer.
+    """
+    if not saved.config["train_head"]:
+        return {}
+    ends = {name: ".".join(filter(None, (site.path, name))) for name in head_slots(site.enter)}
+    pairs = ((key, end) for end in ends.values() for key in saved.tensors if f".{key}".endswith(f".{end}"))
+    start = min((key.removesuffix(end) for key, end in pairs), key=len, default="")
+    return {name: start + end for name, end in ends.items() if start + end in saved.tensors}

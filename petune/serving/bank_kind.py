@@ -18,7 +18,6 @@ from petune.injector.attachment import Attachment
 from petune.injector.edit_log import ChangedLayer
 from petune.injector.hooks.base import Holder
 from petune.sites.forward import forget_caches
-from petune.sites.site import Site
 
 SAME_IN_A_KIND = (
     "tuner", "distribution", "version", "config", "train_head", "geometry", "chosen_sites", "wrapper",
@@ -246,16 +245,20 @@ class AdapterKind:
         return {holder: sorted({*indices, *loose}) for holder, indices in own.items()}
 
 
-def kind_key(saved: SavedAdapter, head: Site) -> str:
-    """Return a text that is equal for adapters of one kind; their classifiers may have other numbers of classes."""
-    shapes = {key: [str(t.dtype), *_shape_in_kind(key, t, head)] for key, t in saved.tensors.items()}
+def kind_key(saved: SavedAdapter, head_keys: Container[str]) -> str:
+    """Return a text that is equal for adapters of one kind; their classifiers may have other numbers of classes.
+
+    Args:
+        saved: An adapter.
+        head_keys: The file's keys of its classifier.
+    """
+    shapes = {key: [str(t.dtype), *_shape_in_kind(t, key in head_keys)] for key, t in saved.tensors.items()}
     config = {name: saved.config.get(name) for name in SAME_IN_A_KIND}
     return json.dumps([config, shapes], sort_keys=True, default=str)
 
 
-def _shape_in_kind(key: str, tensor: Tensor, head: Site) -> list[int | None]:
-    in_head = f".{key}".rpartition(f".{head.path}.")[1] != ""
-    return [None, *tensor.shape[1:]] if in_head and tensor.ndim else list(tensor.shape)
+def _shape_in_kind(tensor: Tensor, is_in_head: bool) -> list[int | None]:
+    return [None, *tensor.shape[1:]] if is_in_head and tensor.ndim else list(tensor.shape)
 
 
 def _slots_of(attachment: Attachment, head: nn.Module) -> tuple[list[str], list[Slot]]:

@@ -18,7 +18,7 @@ from petune.injector.load import attach_saved, check_reference_logits
 from petune.injector.renamed import with_current_keys
 from petune.injector.trainable import trainable_state_of
 from petune.serving.bank_forward import BankForward
-from petune.serving.bank_heads import check_same_head, head_for, head_values
+from petune.serving.bank_heads import check_same_head, head_for, head_keys, head_values
 from petune.serving.bank_kind import AdapterKind, AdapterValues, Owner, kind_key
 from petune.serving.mixed_batch import sharing_key
 from petune.serving.sharing_check import bypassed_modules, can_share, edited_modules, recorded_calls
@@ -44,7 +44,7 @@ class KindLoader:
         """
         check_same_head(self._forward.head, saved)
         self._follow_backbone()
-        key = kind_key(saved, self._forward.head)
+        key = kind_key(saved, {*head_keys(saved, self._forward.head).values()})
         kind = self._kinds.get(key)
         if kind is None:
             owner = self._attach(name, saved)
@@ -100,7 +100,7 @@ class KindLoader:
 
     def _attach(self, name: str, saved: SavedAdapter) -> Owner:
         site = self._forward.head
-        head = head_for(site, saved.tensors)
+        head = head_for(site, saved)
         head_site = replace(site, enter=head, exit=head)
         sites = replace(self._forward.sites, parts={**self._forward.sites.parts, "head": head_site})
         try:
@@ -175,7 +175,7 @@ class KindLoader:
             return False
 
     def _head_values(self, saved: SavedAdapter) -> list[Any] | None:
-        values = head_values(saved.tensors, self._forward.head, self._forward.head_slots)
+        values = head_values(saved, self._forward.head, self._forward.head_slots)
         if values is None and saved.config["train_head"]:
             raise CheckpointError(f"{saved.path} has no tensors of the classifier {self._forward.head.path}")
         return values

@@ -129,6 +129,30 @@ def test_a_second_adapter_of_a_kind_runs_no_forward(saved: Trained, tmp_path: Pa
         bank.load("c", saved["pets"])
 
 
+def test_an_adapter_that_is_exchanged_while_it_is_read_again(
+    saved: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_bytes = Path.read_bytes
+    bank = petune.AdapterBank(model(), max_memory=0)
+
+    def exchange(path: Path) -> bytes:
+        """Read a file; meanwhile its adapter is removed, and another one loaded under its name."""
+        content = read_bytes(path)
+        if path.is_relative_to(saved["pets"]):
+            monkeypatch.setattr(Path, "read_bytes", read_bytes)
+            bank.remove("task")
+            bank.load("task", saved[other])
+        return content
+
+    for other in ("cars", "bitfit"):
+        bank.load("task", saved["pets"])
+        bank.load("norm", saved["norm"])  # "task" leaves memory
+        monkeypatch.setattr(Path, "read_bytes", exchange)
+        for row in (bank(X[:1], ["task"])[0], bank(X[:1], ["task"])[0], bank.use("task")(X[:1])[0]):
+            torch.testing.assert_close(row, logits(saved.alone(other), X[:1])[0], atol=1e-6, rtol=1e-5)
+        bank.close()
+
+
 @pytest.mark.parametrize(("threads", "steps"), [(3, 4), pytest.param(12, 40, marks=pytest.mark.exhaustive)])
 def test_many_threads_use_one_bank(saved: Trained, threads: int, steps: int) -> None:
     names = ["pets", "cars", "bitfit", "lora"][: 2 if steps < 10 else 4]
