@@ -21,8 +21,10 @@ LR_PREFIX = "lrs."
 """Start of a --set that gives one method its own learning rate."""
 UNUSED = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "run.resume"}
 """Keys that a comparison sets itself, for every run."""
-OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter", "images/s", "val")
-"""Columns hidden on a narrow terminal, as all metrics but the main one; compare.md has them all."""
+OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter")
+"""Columns hidden first on a narrow terminal; compare.md has them all."""
+LAST_OPTIONAL_COLUMNS = ("images/s", "val", "time per run", "% of backbone")
+"""Columns hidden if it is still too narrow without any metric but the main one."""
 EXAMPLE = "petune compare linear adaptformer vpt:deep=false --backbone vit_nano --dataset digits"
 
 Methods = Annotated[
@@ -156,8 +158,8 @@ def print_comparison(comparison: Comparison) -> None:
             reasons.append(f"{row['method']} failed: {row['reason']}")
         table.append(texts)
     names = list(columns)
-    first, last = OPTIONAL_COLUMNS[:-2], OPTIONAL_COLUMNS[-2:]
-    optional = (*first, *(metric.label for metric in comparison.metric_info[1:]), *last)
+    metrics = [metric.label for metric in comparison.metric_info[1:]]
+    optional = (*OPTIONAL_COLUMNS, *metrics, *LAST_OPTIONAL_COLUMNS)
     print_table(names, table, right=names[1:], optional=[name for name in optional if name in columns])
     if comparison.conclusion:
         print_status(clean(f"{comparison.conclusion} {comparison.intervals}".strip()))
