@@ -24,7 +24,7 @@ from petune.sites.layouts import IMAGES, make_site
 from petune.sites.norms import is_norm
 from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower
-from petune.sites.towers import calls_after, rows_of, unread
+from petune.sites.towers import calls_after, last_calls, rows_of
 from petune.sites.trace import Call, Trace
 from petune.sites.unsuitable import refuse_packed, refuse_scripted, why_all_in_head, why_no_blocks
 from petune.sites.used_parameters import used_parameters
@@ -188,7 +188,7 @@ def _final_norms(trace: Trace, rows: list[list[Block]], head: Site | None) -> li
     if any(own):
         return own
     joint = _norms_between(trace, max(ends), head, trace.calls)
-    last = unread(trace, joint)
+    last = last_calls(trace, joint)
     if len(last) == len(rows):  # one for each row, after an exchange between the rows (timm's CrossViT)
         return [_norm_site(trace, norm) for norm in last]
     return [_final_norm(trace, max(ends), head, trace.calls)] * len(rows)

@@ -35,7 +35,7 @@ def calls_after(trace: Trace, rows: Sequence[Sequence[Block]]) -> list[list[Call
     return [[call for call in trace.calls if sources.get(call.start) == {i}] for i in range(len(rows))]
 
 
-def unread(trace: Trace, calls: Sequence[Call]) -> list[Call]:
+def last_calls(trace: Trace, calls: Sequence[Call]) -> list[Call]:
     """Return those of some calls that none of the others reads."""
     keys = [call.start for call in calls]
     sources = trace.flow.sources({key: key for key in keys}, keys)
