@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pathlib
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from petune.sites.file_values import Entry, MappedFile, can_map
 SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 MAGIC = (b"PK\x03\x04", b"\x80\x02")
 """First bytes of a checkpoint: an archive since torch 1.6, a pickle before."""
+HEADER_SIZE = 30
+"""Bytes in front of the name of a record in an archive."""
 STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module")
 """Entries that hold the weights, in the order in which timm looks for them: averaged weights first."""
 WRAPPERS = ("module.", "_orig_mod.")
@@ -58,32 +62,85 @@ def map_torch_checkpoint(file: Path) -> tuple[MappedFile, dict[str, Tensor], str
 
     Returns:
         The file, and what `read_torch_checkpoint` returns, mapped. None if that is not possible: torch before 1.6 wrote
-        it, it is damaged, or a tensor is not stored in one piece.
+        it, it is no checkpoint, or a tensor is not stored in one piece.
+
+    Raises:
+        CheckpointError: It has other checksums than it records.
     """
+    with contextlib.suppress(zipfile.BadZipFile):
+        _check_checksums(file)
     with contextlib.suppress(Exception):  # the usual way says what is wrong
         state, entry = _find_state(_load(file, "meta"))
-        if state is None or not can_map() or not _is_intact(file):
+        if state is None or not can_map():
             return None
-        mapped = MappedFile(file, {key: _entry_of(tensor) for key, tensor in state.items()})
+        sizes = _storage_sizes(file)
+        mapped = MappedFile(file, {key: _entry_of(tensor, sizes) for key, tensor in state.items()})
         return mapped, without_wrappers(mapped.tensors), entry
     return None
 
 
-def _entry_of(tensor: Tensor) -> Entry:
-    """Return where a tensor is that was loaded to the meta device, for which torch keeps the positions of storages."""
+def _check_checksums(file: Path) -> None:
+    """Check the content of an archive, which torch does not when it reads it.
+
+    Raises:
+        BadZipFile: It is no archive.
+        CheckpointError: It is damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if not record.CRC:  # as torch writes them after torch.serialization.set_crc32_options(False)
+                continue
+            try:
+                with archive.open(record) as opened:
+                    while opened.read(2**20):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError):
+                raise CheckpointError(
+                    f"{file} is damaged: {record.filename} in it has another checksum than was recorded. Download or "
+                    "copy the file again"
+                ) from None
+
+
+def _entry_of(tensor: Tensor, sizes: Mapping[int, int]) -> Entry:
+    """Return where a tensor is that was loaded to the meta device, for which torch keeps the positions of storages.
+
+    Args:
+        tensor: On the meta device.
+        sizes: See `_storage_sizes`.
+    """
     if not tensor.is_contiguous():
         raise NotImplementedError("a tensor is not stored in one piece")
-    start = tensor.untyped_storage()._checkpoint_offset
-    if start is None:
+    storage = tensor.untyped_storage()
+    start = storage._checkpoint_offset
+    if start is None or sizes.get(start) != storage.nbytes():
         raise NotImplementedError("torch did not keep the position")
     return start + int(tensor.storage_offset()) * tensor.dtype.itemsize, tuple(tensor.shape), tensor.dtype
 
 
-def _is_intact(file: Path) -> bool:
-    """Return whether an archive has the checksums that it records, and numbers in this machine's byte order."""
-    with zipfile.ZipFile(file) as archive:
-        orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
-        return archive.testzip() is None and all(archive.read(name) == b"little" for name in orders)
+def _storage_sizes(file: Path) -> dict[int, int]:
+    """Return the bytes of each storage in an archive, by its position in the file.
+
+    Raises:
+        NotImplementedError: They are compressed, in another byte order than this machine's, or in another order than
+            the one from which torch calculates the positions: the archive was unpacked and packed again.
+    """
+    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
+        names = archive.namelist()
+        stored = [r for r in archive.infolist() if r.filename.rpartition("/")[0].endswith("/data")]
+        stored.sort(key=lambda record: record.header_offset)
+        numbers = [int(record.filename.rpartition("/")[2]) for record in stored]
+        is_calculated = any(name.endswith("/.format_version") for name in names)
+        orders = [archive.read(name) for name in names if name.endswith("/byteorder")]
+        is_packed = any(record.compress_type != zipfile.ZIP_STORED for record in stored)
+        if is_packed or any(order != b"little" for order in orders) or (is_calculated and numbers != sorted(numbers)):
+            raise NotImplementedError("the storages are not as torch writes them")
+        return {_content_start(opened, record): record.file_size for record in stored}
+
+
+def _content_start(archive: BinaryIO, record: zipfile.ZipInfo) -> int:
+    """Return where the content of a record starts: after a header, whose last four bytes are the sizes of two texts."""
+    archive.seek(record.header_offset + HEADER_SIZE - 4)
+    return record.header_offset + HEADER_SIZE + sum(struct.unpack("<HH", archive.read(4)))
 
 
 def _find_state(loaded: Any) -> tuple[dict[str, Tensor] | None, str]:

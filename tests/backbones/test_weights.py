@@ -6,6 +6,7 @@ import argparse
 import datetime
 import hashlib
 import shutil
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,32 @@ def test_a_checkpoint_is_read_as_timm_reads_it(name: str, content: dict[str, Any
     assert weights.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in weights.tensors.items())
     assert ("state_dict_ema" in weights.source) == bool(content.get("state_dict_ema"))
+
+
+@pytest.mark.parametrize("order", [sorted, reversed])
+def test_a_checkpoint_that_was_packed_again_has_its_values(order: Any, tmp_path: Path) -> None:
+    state = {f"{n}.weight": torch.randn(2**9, 2**7) for n in range(12)}
+    torch.save({"model": state, "note": "xx"}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as written, zipfile.ZipFile(tmp_path / "again.pth", "w") as packed:
+        for name in order(written.namelist()):
+            packed.writestr(name, written.read(name))
+    tensors = read_weights(tmp_path / "again.pth").tensors
+    assert all(torch.equal(tensor, state[key]) for key, tensor in tensors.items())
+
+
+def test_a_damaged_checkpoint_is_refused_by_its_checksums(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.ones(1000)}, tmp_path / "w.pth")
+    content = (tmp_path / "w.pth").read_bytes()
+    position = content.index(torch.ones(100).numpy().tobytes())
+    (tmp_path / "w.pth").write_bytes(content[:position] + b"\1" + content[position + 1 :])
+    with pytest.raises(CheckpointError, match=r"w\.pth is damaged: w/data/0"):
+        read_weights(tmp_path / "w.pth")
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"a.weight": torch.ones(1000)}, tmp_path / "without.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_weights(tmp_path / "without.pth").tensors["a.weight"], torch.ones(1000))
 
 
 @pytest.mark.parametrize(("fill", "problem"), [(1, "quantized"), (float("nan"), "NaN")])
