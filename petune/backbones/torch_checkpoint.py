@@ -140,7 +140,8 @@ def _storage_sizes(file: Path) -> dict[int, int]:
 def _content_start(archive: BinaryIO, record: zipfile.ZipInfo) -> int:
     """Return where the content of a record starts: after a header, whose last four bytes are the sizes of two texts."""
     archive.seek(record.header_offset + HEADER_SIZE - 4)
-    return record.header_offset + HEADER_SIZE + sum(struct.unpack("<HH", archive.read(4)))
+    len_name, len_extra = struct.unpack("<HH", archive.read(4))
+    return int(record.header_offset + HEADER_SIZE + len_name + len_extra)
 
 
 def _find_state(loaded: Any) -> tuple[dict[str, Tensor] | None, str]:
