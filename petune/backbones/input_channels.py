@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import ConfigError
 from petune.base.text import plural
+from petune.sites.new_weights import keep_flag
 
 RGB_CHANNELS = 3
 
@@ -70,7 +71,8 @@ def set_input_channels(name: str, model: nn.Module, channels: int) -> None:
         bias=old.bias is not None,
         padding_mode=old.padding_mode,
     )
-    new.weight = nn.Parameter(adapted_weight(old.weight.detach(), channels), old.weight.requires_grad)
+    weight = nn.Parameter(adapted_weight(old.weight.detach(), channels), old.weight.requires_grad)
+    new.weight = keep_flag(weight, old.weight)
     if old.bias is not None:
         new.bias = old.bias
     parent, _, attribute = path.rpartition(".")

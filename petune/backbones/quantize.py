@@ -18,6 +18,7 @@ from petune.backbones.own_forward import run_by_own_forward
 from petune.base.errors import ConfigError, MissingExtra
 from petune.base.malloc import keep_heap
 from petune.sites.file_values import original_values
+from petune.sites.new_weights import keep_flag
 from petune.sites.site import Sites
 
 BasePrecision = Literal["auto", "int8", "nf4"]
@@ -70,7 +71,8 @@ def quantize_backbone(model: nn.Module, precision: BasePrecision, sites: Sites) 
         )
     with torch.no_grad(), keep_heap(lean=True):  # otherwise the float32 values leave gaps: 0.7 GB for a billion
         for layer in layers:
-            layer.weight = nn.Parameter(backend(original_values(layer.weight).detach()), requires_grad=False)
+            quantized = nn.Parameter(backend(original_values(layer.weight).detach()), requires_grad=False)
+            layer.weight = keep_flag(quantized, layer.weight)
             layer.__class__ = QuantizedLinear
     return len(layers)
 
@@ -98,7 +100,7 @@ class QuantizedLinear(nn.Linear):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             moved = fn(weight)
             same = (moved.device, moved.dtype) == (weight.device, weight.dtype)
-            weight = weight if same else nn.Parameter(moved, requires_grad=False)
+            weight = weight if same else keep_flag(nn.Parameter(moved, requires_grad=False), weight)
         finally:
             self._parameters["weight"] = weight
         return self

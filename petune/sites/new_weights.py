@@ -30,13 +30,24 @@ class NewWeights:
 
 
 def new_weights(model: nn.Module) -> NewWeights:
-    """Return what `from_pretrained` of transformers left at random values, without mask tokens of pretraining."""
+    """Return what `from_pretrained` of transformers left at random values, without mask tokens of pretraining.
+
+    A parameter of another type, as quantized weights are, was made of one later, and says nothing about it.
+    """
     named = dict(model.named_parameters())
     if not any(getattr(p, FLAG, False) for p in named.values()):
         return NewWeights(is_known=False)
-    keys = [key for key, p in named.items() if not getattr(p, FLAG, False) and not key.endswith("mask_token")]
+    unfilled = {key for key, p in named.items() if not getattr(p, FLAG, type(p) is not nn.Parameter)}
+    keys = [key for key in named if key in unfilled and not key.endswith("mask_token")]
     new = {id(named[key]) for key in keys}
     return NewWeights(True, tuple(keys), outermost(_whole(model, "", new)))
+
+
+def keep_flag(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+    """Return a parameter that replaces another one, marked as filled from the checkpoint if that one was."""
+    if hasattr(old, FLAG):
+        setattr(new, FLAG, getattr(old, FLAG))
+    return new
 
 
 def _whole(module: nn.Module, path: str, new: Set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import petune
@@ -176,6 +178,24 @@ def test_an_adapter_of_another_base_precision_is_refused_by_that_name(tmp_path: 
     quantize_backbone(other, "int8", petune.find_sites(other))
     with pytest.raises(petune.BackboneMismatch, match=r"base_precision=auto.* quantized \(Stored\)"):
         petune.load(other, tmp_path / "b")
+
+
+@pytest.mark.usefixtures("backend")
+def test_weights_that_are_replaced_after_from_pretrained_are_not_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALLEST", 1)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.ViTConfig(**shape, image_size=16, patch_size=8, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    build = functools.partial(create_backbone, f"hf:{tmp_path}", num_classes=3)
+    by_user = build().model
+    for layer in by_user.vit.layers[1].modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(Stored.quantized(layer.weight.detach()), requires_grad=False)
+    moved = build(base_precision="int8").model.bfloat16().float()
+    for model in (moved, build(channels=4).model, by_user):
+        assert petune.attach(model, "adaptformer", bottleneck=2).tuned
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own
