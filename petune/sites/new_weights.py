@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from petune.sites.chosen_head import outermost
 from petune.sites.named_heads import NamedModules
@@ -43,7 +43,7 @@ def new_weights(model: nn.Module) -> NewWeights:
     return NewWeights(True, tuple(keys), outermost(_whole(model, "", new)))
 
 
-def keep_flag(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+def keep_flag(new: nn.Parameter, old: Tensor) -> nn.Parameter:
     """Return a parameter that replaces another one, marked as filled from the checkpoint if that one was."""
     if hasattr(old, FLAG):
         setattr(new, FLAG, getattr(old, FLAG))
