@@ -1,4 +1,4 @@
-"""What a comparison with the authors' code consists of: two models on one backbone, and pairs of parameters.
+"""The parts of a comparison with the authors' code: two models on one backbone, and pairs of parameters.
 
 Legend: D width.
 """

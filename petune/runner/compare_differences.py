@@ -15,7 +15,7 @@ from petune.runner.test_values import read_test_values
 
 @dataclass(frozen=True)
 class Findings:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         rows: With their differences and standing.
