@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class AdapterBank:
         self._loader = KindLoader(self._forward, self)
         self._resident = ResidentValues(max_memory)
         self._active = Owner()
+        self._versions: list[int] = []
         self._lock = threading.RLock()
 
     @property
@@ -150,10 +152,10 @@ class AdapterBank:
         with self._lock:
             self._forward.check_head()
             owner = Owner() if name is None else self._owner(name)
-            self._forward.deactivate(self._active)
-            self._active = owner
+            if self._deactivate() and name is not None and name == self.active:
+                owner = self._owner(name)
             self.active = name
-            self._forward.activate(owner)
+            self._activate(owner)
         return self.model
 
     def remove(self, name: str) -> None:
@@ -167,8 +169,7 @@ class AdapterBank:
             entry = self._entry(name)
             kind = entry.kind
             if self.active == name:
-                self._forward.deactivate(self._active)
-                self._active = Owner()
+                self._deactivate()
                 self.active = None
             del self.adapters[name]
             self._resident.discard(entry)
@@ -271,13 +272,33 @@ class AdapterBank:
     @contextmanager
     def _inactive(self) -> Iterator[None]:
         """Let no adapter be active inside the context, which may be inside another one."""
-        active, self._active = self._active, Owner()
-        self._forward.deactivate(active)
+        active = self._active
+        if self._deactivate() and self.active is not None:
+            active = self._owner(self.active)
         try:
             yield
         finally:
-            self._active = active
-            self._forward.activate(active)
+            self._activate(active)
+
+    def _activate(self, owner: Owner) -> None:
+        self._active = owner
+        self._forward.activate(owner)
+        self._versions = owner.values.versions() if owner.values is not None else []
+
+    def _deactivate(self) -> bool:
+        """Let no adapter be active. Return True if something was written to the one that was: it is read again."""
+        active, self._active = self._active, Owner()
+        self._forward.deactivate(active)
+        if active.values is None or self.active is None or active.values.versions() == self._versions:
+            return False
+        self._resident.discard(self._entry(self.active))
+        warnings.warn(
+            f"values in the model were changed while the adapter {self.active!r} was in use, as load_state_dict does. "
+            "They were the adapter's, which is read again, and the backbone has its own former values there. Call "
+            "bank.use(None) before the backbone is changed",
+            stacklevel=3,
+        )
+        return True
 
     def _check_free(self, name: str) -> None:
         if name in self.adapters:

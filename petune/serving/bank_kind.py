@@ -80,6 +80,10 @@ class AdapterValues:
         """Memory of all tensors."""
         return sum(t.nbytes for t in (*self.tensors, *(self.head or ())))
 
+    def versions(self) -> list[int]:
+        """Return what changes when something is written to the tensors."""
+        return [t._version for t in (*self.tensors, *(self.head or ()))]
+
 
 class Owner(NamedTuple):
     """The adapter of a row; without kind and values the backbone alone."""

@@ -110,6 +110,18 @@ def test_adapters_leave_memory_and_come_back(saved: Trained, tmp_path: Path, mon
     assert torch.equal(logits(bank.model), expected["cars"])
 
 
+def test_weights_that_are_loaded_while_an_adapter_is_in_use(saved: Trained) -> None:
+    bank = saved.load(petune.AdapterBank(model()), "bitfit", "pets")
+    expected = logits(saved.alone("bitfit"))
+    new = {key: t + 1 if key.endswith("bias") else t for key, t in model().state_dict().items()}
+    for switch in (lambda: bank.use("bitfit"), lambda: bank.use("pets"), lambda: bank(X[:1], ["pets"])):
+        torch.testing.assert_close(logits(bank.use("bitfit")), expected)
+        bank.model.load_state_dict(new, strict=False)
+        with pytest.warns(UserWarning, match="while the adapter 'bitfit' was in use"):
+            switch()
+        torch.testing.assert_close(logits(bank.use("bitfit")), expected)
+
+
 def test_a_second_adapter_of_a_kind_runs_no_forward(saved: Trained, tmp_path: Path) -> None:
     shutil.copytree(saved["pets"], tmp_path / "damaged")
     content = bytearray((tmp_path / "damaged/adapter_model.safetensors").read_bytes())
