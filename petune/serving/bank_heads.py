@@ -98,11 +98,17 @@ def head_keys(saved: SavedAdapter, site: Site) -> dict[str, str]:
     """Return the keys that a file has for the tensors of the classifier, by their names in it.
 
     PEFT and wrappers put something before the classifier's path. The path of another layer may end as this one does
-    (`blocks.0.attn.fc` and `fc`); what is before it is longer.
+    (`blocks.0.attn.fc` and `fc`); what is before it is longer. If the model is in a wrapper that the file does not
+    know, as DataParallel is, its path is the longer one.
     """
     if not saved.config["train_head"]:
         return {}
-    ends = {name: ".".join(filter(None, (site.path, name))) for name in head_slots(site.enter)}
-    pairs = ((key, end) for end in ends.values() for key in saved.tensors if f".{key}".endswith(f".{end}"))
-    start = min((key.removesuffix(end) for key, end in pairs), key=len, default="")
-    return {name: start + end for name, end in ends.items() if start + end in saved.tensors}
+    names = [*head_slots(site.enter)]
+    parts = site.path.split(".")
+    for first in range(len(parts)):
+        ends = {name: ".".join([*parts[first:], name]) for name in names}
+        pairs = ((key, end) for end in ends.values() for key in saved.tensors if f".{key}".endswith(f".{end}"))
+        start = min((key.removesuffix(end) for key, end in pairs), key=len, default=None)
+        if start is not None:
+            return {name: start + end for name, end in ends.items() if start + end in saved.tensors}
+    return {}

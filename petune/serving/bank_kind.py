@@ -60,7 +60,8 @@ class Slot:
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor on the device and, for floating-point numbers, in the dtype of another."""
-    return tensor.to(other.device, other.dtype if tensor.is_floating_point() else None)
+    with torch.inference_mode(False):  # a tensor that is made in inference mode never trains
+        return tensor.to(other.device, other.dtype if tensor.is_floating_point() else None)
 
 
 @dataclass(eq=False)

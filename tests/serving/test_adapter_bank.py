@@ -147,6 +147,7 @@ def _with_a_layer_named_as_the_classifier(num_classes: int) -> nn.Module:
 
 def test_a_layer_of_a_block_with_the_name_of_the_classifier(tmp_path: Path) -> None:
     bank = petune.AdapterBank(_with_a_layer_named_as_the_classifier(3))
+    wrapped = petune.AdapterBank(nn.DataParallel(_with_a_layer_named_as_the_classifier(3)))
     width = bank.model.head.in_features
     for method, classes in (("partial", width), ("bitfit", 5)):
         att = petune.attach(_with_a_layer_named_as_the_classifier(classes), method)
@@ -154,9 +155,10 @@ def test_a_layer_of_a_block_with_the_name_of_the_classifier(tmp_path: Path) -> N
             for p in att.parameters():
                 p.add_(torch.randn_like(p), alpha=0.2)
         att.save(tmp_path / method)
-        bank.load(method, tmp_path / method)
-        rows = torch.stack(bank(X[:2], [method, method]))
-        torch.testing.assert_close(rows, logits(att.model, X[:2]), atol=1e-5, rtol=1e-5)
+        for holder in (bank, wrapped):
+            holder.load(method, tmp_path / method)
+            rows = torch.stack(holder(X[:2], [method, method]))
+            torch.testing.assert_close(rows, logits(att.model, X[:2]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_made_in_inference_mode_is_refused(saved: Trained) -> None:

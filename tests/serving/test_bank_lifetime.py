@@ -47,6 +47,18 @@ def test_a_model_in_another_number_format(saved: Trained) -> None:
         bank.load("changed", saved["bitfit"])
 
 
+def test_a_model_that_is_converted_and_called_in_inference_mode_trains(saved: Trained) -> None:
+    bank = saved.load(petune.AdapterBank(model()), "pets", "bitfit")
+    bank.use("bitfit").double()
+    x = X[:2].double()
+    with torch.inference_mode():
+        bank(x, ["pets", None])
+        bank.use(None)
+    torch.stack(bank(x.requires_grad_(), ["pets", "pets"])).sum().backward()
+    bank.close()
+    petune.attach(bank.model, "bitfit").train()(x).sum().backward()
+
+
 def test_a_bank_that_was_deleted_gives_the_model_back(saved: Trained) -> None:
     built = model()
     keys = list(built.state_dict())
