@@ -58,6 +58,12 @@ def prompts_refused(
 
 
 def _convolutions(module: nn.Module) -> list[str]:
-    """Return the names of convolutions that mix neighbors."""
-    named = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
+    """Return the names of convolutions that mix neighbors, but those of adapters that are disabled."""
+    disabled = {m for holder in module.modules() if _is_disabled(holder) for m in holder.modules()}
+    modules = [(name, m) for name, m in module.named_modules() if m not in disabled]
+    named = [(name, m) for name, m in modules if isinstance(m, nn.Conv1d | nn.Conv2d)]
     return [name or "its own" for name, conv in named if any(k > 1 for k in conv.kernel_size)]
+
+
+def _is_disabled(module: nn.Module) -> bool:
+    return getattr(module, "is_petune_module", False) is True and getattr(module, "enabled", True) is False
