@@ -7,6 +7,7 @@ from torch import Tensor
 from petune.sites.attentions import Pair
 from petune.sites.norms import is_norm, norm_inside
 from petune.sites.parts import addition_to, mid_of
+from petune.sites.site import is_within
 from petune.sites.trace import Addition, Call, Trace
 
 
@@ -20,7 +21,8 @@ def contains_block(trace: Trace, pair: Pair) -> bool:
 
     Layers after the block take what the MLP's output was added to. The norm at the end of a post-norm block belongs to
     the block; such a block has no norm that reads the stream before the MLP. A further branch that is added to the
-    stream (a second MLP, the convolutions of transformers' VitDet) belongs to the block too.
+    stream (a second MLP, the convolutions of transformers' VitDet) belongs to the block too, unless attention and MLP
+    are items of a list, as they are where a loop calls them, and the branch is none.
     """
     if not is_module(trace, pair):
         return False
@@ -33,7 +35,7 @@ def contains_block(trace: Trace, pair: Pair) -> bool:
     is_listed = _is_listed(pair)
     if is_listed and _starts_inside(trace, pair, mid):
         return True
-    end = _end_of_stream(trace, pair.scope, last)
+    end = _end_of_stream(trace, pair, last)
     after = [c for c in pair.scope.inner() if c.start > end]
     norms = [c for c in after if is_norm(c)]
     num_own = 0 if is_norm(mid) or norm_inside(mid) is not None else 1
@@ -64,15 +66,27 @@ def _starts_inside(trace: Trace, pair: Pair, mid: Call) -> bool:
     return bool(streams) and not any(stream in inputs for stream in streams)
 
 
-def _end_of_stream(trace: Trace, scope: Call, last: Addition) -> int:
-    """Return the time of the last addition to the stream in `scope`, of which `last` is one.
+def _end_of_stream(trace: Trace, pair: Pair, last: Addition) -> int:
+    """Return the time of the last addition to the stream in a block, of which `last` is one.
 
     The stream may be rearranged in between: VitDet's block adds the branch of a convolution to an image.
     """
+    stop = max(last.time, _end_of_list(pair))
     for add in trace.additions:
-        if last.time < add.time < scope.stop and any(_is_stream(scope, x, last, add) for x in add.operands):
+        if last.time < add.time <= stop and any(_is_stream(pair.scope, x, last, add) for x in add.operands):
             last = add
     return last.time
+
+
+def _end_of_list(pair: Pair) -> int:
+    """Return when the first call after the list of attention and MLP begins; without one, when the scope ends."""
+    children = [child_towards(pair.scope, call) for call in (pair.attention.call, pair.mlp.first)]
+    parents = {child.path.rpartition(".")[0] for child in children}
+    if len(parents) > 1 or parents == {pair.scope.path}:
+        return pair.scope.stop
+    items = [c for c in pair.scope.children if is_within(c.path, *parents)]
+    later = [c.start for c in pair.scope.children if c.start > items[-1].stop]
+    return min(later, default=pair.scope.stop)
 
 
 def _is_stream(scope: Call, x: Tensor, last: Addition, add: Addition) -> bool:

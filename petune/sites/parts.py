@@ -119,11 +119,11 @@ def _same_rows(first: Call, last: Call) -> bool:
 def unwrap(trace: Trace, call: Call, dim: int) -> Mlp:
     """Step into wrappers (residual, pre-norm) as long as the MLP is one call within them, or two matrices."""
     wrapper = call
-    while norm_inside(wrapper) is not None or is_residual(trace, wrapper):
+    while norm_inside(wrapper) is not None or _adds_its_input(trace, wrapper):
         inner = [c for c in wrapper.children if c.keeps_shape and num_matrices(c) == num_matrices(call)]
         if len(inner) != 1:
             matrices = [c for c in wrapper.subtree() if c.has_matrix]
-            pair = mlp_of_matrices(matrices, dim) if is_residual(trace, wrapper) else None
+            pair = mlp_of_matrices(matrices, dim) if _adds_its_input(trace, wrapper) else None
             return pair or Mlp(wrapper, wrapper)
         wrapper = inner[0]
     return Mlp(wrapper, wrapper)
@@ -133,6 +133,12 @@ def is_residual(trace: Trace, call: Call) -> bool:
     """Return whether a call adds its input to what it computes."""
     x, y = call.input, call.output
     return x is not None and any(add.result is y and add.other(x) is not None for add in trace.additions)
+
+
+def _adds_its_input(trace: Trace, call: Call) -> bool:
+    """Return whether all that a call adds inside is its input; a norm may follow (OneFormer's decoder)."""
+    inside = [add for add in trace.additions if call.start < add.time < call.stop]
+    return call.input is not None and len(inside) == 1 and inside[0].other(call.input) is not None
 
 
 def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MethodType
 
 import pytest
 import timm
@@ -48,6 +49,29 @@ def test_adapters_in_deformable_blocks_take_effect() -> None:
         for p in att.tuned.values():
             nn.init.normal_(p, std=0.2)
         assert not torch.allclose(model(x).logits, before, atol=1e-4)
+
+
+class PostNormMlp(nn.Module):
+    """An MLP that holds its residual and the norm after it, as those of OneFormer's decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.norm = nn.Linear(24, 48), nn.Linear(48, 24), nn.LayerNorm(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x + self.fc2(self.fc1(x).relu()))
+        return y
+
+
+def test_an_mlp_ends_before_its_own_residual_and_norm() -> None:
+    vit = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=3
+    )
+    for block in vit.blocks:
+        block.mlp, block.norm2 = PostNormMlp(), nn.Identity()
+        block.forward = MethodType(lambda self, x: self.mlp(self.norm1(x + self.attn(x))), block)
+    block = petune.find_sites(vit).blocks[0]
+    assert (block.mlp.where, block.mid.where) == ("blocks.0.mlp.fc1 … blocks.0.mlp.fc2", "input of blocks.0.mlp.fc1")
 
 
 class SelectiveKernel(nn.Module):

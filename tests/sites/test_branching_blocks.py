@@ -66,6 +66,23 @@ def test_prompts_are_told_from_as_many_tokens_of_an_encoder() -> None:
         att.detach()
 
 
+class LinearBranch(models.Block):
+    def __init__(self) -> None:
+        super().__init__(norms=3)
+        self.further = nn.Linear(models.D, models.D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.a[0](self.n[0](x))
+        x = x + self.m[0](self.n[1](x))
+        return x + self.further(self.n[2](x))
+
+
+def test_linear_layers_outside_attention_and_mlp_are_named() -> None:
+    model = models.Vit(LinearBranch)
+    with pytest.warns(UserWarning, match=r"2 linear layers .* blocks\.0\.further, blocks\.1\.further\."):
+        petune.attach(model, "lora:r=1")
+
+
 def _without(att: petune.Attachment, images: torch.Tensor) -> torch.Tensor:
     with att.disabled():
         return att.model(images)

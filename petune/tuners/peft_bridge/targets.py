@@ -123,6 +123,7 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
     uncalled = [layer for site in sites for layer in edit.uncalled_linears(site)]
     refuse_bypassed(edit.model, config.type, [layer.module for layer in uncalled])
     model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in uncalled[:3]))
+    _name_others(edit, config, sites)
     if required and not layers:
         raise petune.AttachError(
             f"{config.type} needs linear layers that are called, but {model} calls none in {config.targets}"
@@ -136,6 +137,28 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
             stacklevel=2,
         )
     return layers
+
+
+def _name_others(edit: petune.Edit, config: PeftConfig, sites: list[petune.Site]) -> None:
+    """Warn about linear layers of the blocks' width that are outside attention and MLP, and so stay as they are."""
+    if config.targets != "all" or config.type != "lora":
+        return
+    inside = {layer.module for site in sites for layer in edit.linear_layers(site)}
+    blocks = [block for block in edit.sites.blocks if block.is_module]
+    every = [(block.dim, layer) for block in blocks for layer in edit.linear_layers(block)]
+    others = [layer.path for dim, layer in every if layer.module not in inside and _has_width(layer.module, dim)]
+    if others:
+        shown = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
+        warnings.warn(
+            f"{len(others)} linear layers in blocks of {edit.sites.model} are outside attention and MLP and stay as "
+            f"they are: {shown}. PEFT's option target_modules names other layers",
+            stacklevel=2,
+        )
+
+
+def _has_width(layer: nn.Module, dim: int) -> bool:
+    """Return whether a layer takes and returns tokens of a width, or several: not the projection between two stages."""
+    return all(side % dim == 0 for side in cast(nn.Linear, layer).weight.shape)
 
 
 def _fitting_options(edit: petune.Edit, config: PeftConfig, layers: list[petune.Site]) -> dict[str, Any]:
