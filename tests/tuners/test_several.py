@@ -13,6 +13,7 @@ from torch import nn
 import petune
 from petune.base.errors import AttachError, BackboneMismatch
 from petune.injector.registry import build_tuner
+from petune.plugin_dev.tiny_models import tiny_torchvision
 from tests.sampling import sampled
 from tests.several import X, logits, model
 from tests.tiny import tiny
@@ -255,3 +256,14 @@ def test_one_tuner_on_two_models_mixes_nothing(method: str, tmp_path: Path) -> N
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
         loss.backward()
     assert all(p.grad is None for p in second.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:VisionTransformer reads the weights")
+def test_lora_of_other_blocks_of_fused_attentions_is_refused_before_peft_does() -> None:
+    model = tiny_torchvision()
+    att = petune.attach(model, "lora", blocks="last:1")
+    with pytest.raises(petune.AttachError, match=r"in_proj_weight.*same blocks.*copy of the model"):
+        petune.attach(model, "lora", name="all")
+    petune.attach(model, "lora", blocks="last:1", name="same").detach()
+    att.detach()
+    assert petune.attach(model, "lora").tuned

@@ -31,6 +31,25 @@ def refuse_bypassed(model: nn.Module, kind: str, uncalled: list[nn.Module]) -> N
             )
 
 
+def refuse_other_parameters(model: nn.Module, config: Any) -> None:
+    """Refuse an adapter of parameters, q, k and v in one, next to one of other parameters, which PEFT cannot do.
+
+    Args:
+        model: The model.
+        config: PEFT's, of the adapter to attach.
+    """
+    own = {*(getattr(config, "target_parameters", None) or ())}
+    for other in getattr(model, "peft_config", {}).values():
+        theirs = {*(getattr(other, "target_parameters", None) or ())}
+        if own and theirs and own != theirs:
+            named = f"{', '.join(sorted(theirs)[:2])}{', …' if len(theirs) > 2 else ''}"
+            raise petune.AttachError(
+                f"a LoRA of {named} is on the model, and PEFT takes a further one of "
+                "the same parameters only: torch.nn.MultiheadAttention has q, k and v in one. Use the "
+                "same blocks and targets for both, detach the other one, or give each a copy of the model"
+            )
+
+
 def refuse_left_out(model: nn.Module, layers: dict[str, Any], name: str, wanted: list[str], before: set[str]) -> None:
     """See that PEFT has wrapped every layer that it was given, and no layer of another type.
 

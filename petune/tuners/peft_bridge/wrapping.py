@@ -15,6 +15,7 @@ from petune.tuners.peft_bridge.checks import (
     refuse_classifier,
     refuse_fewer_factors,
     refuse_left_out,
+    refuse_other_parameters,
     refuse_together,
     refuse_uncalled,
 )
@@ -86,6 +87,7 @@ class WrappedLayers:
         """
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+        refuse_other_parameters(self.model, self.config)
         nesting = hidden_layers(self.model) if self.kind in OWN_LAYERS else nullcontext()
         try:
             with warnings.catch_warnings(), nesting:
