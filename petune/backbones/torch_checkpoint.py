@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from petune.base.errors import CheckpointError
+from petune.base.text import plural, printable
 from petune.sites.file_values import Entry, MappedFile, can_map
 
 SUFFIXES = (".pt", ".pth", ".bin", ".tar", ".ckpt")
@@ -45,7 +47,7 @@ def read_torch_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
     Of other objects only those of `_harmless_types` are built, and dropped.
 
     Raises:
-        CheckpointError: It holds other objects, is damaged, or has no weights.
+        CheckpointError: It holds other objects, is damaged, has no weights, or weights that are not plain tensors.
     """
     loaded = _load(file)
     state, entry = _find_state(loaded)
@@ -54,7 +56,36 @@ def read_torch_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
             f"{file} does not contain a state_dict (names to tensors), neither directly nor under "
             f"{', '.join(STATE_KEYS)}. Save the model's own: torch.save(model.state_dict(), path)"
         )
+    _check_plain(file, state)
     return without_wrappers(state), entry
+
+
+def _check_plain(file: Path, state: Mapping[str, Tensor]) -> None:
+    """Check that tensors have values, in the usual form.
+
+    Raises:
+        CheckpointError: Some are sparse, quantized, of a class of their own, or from the meta device.
+    """
+    kinds = {key: kind for key, tensor in state.items() if (kind := _unusual_kind(tensor))}
+    if kinds:
+        key, kind = next(iter(kinds.items()))
+        raise CheckpointError(
+            f"{file} has {plural(len(kinds), 'tensor')} that cannot be read as weights, such as {printable(key)}, which "
+            f"{kind}. Save dense tensors of floating-point numbers: torch.save(model.state_dict(), path)"
+        )
+
+
+def _unusual_kind(tensor: Tensor) -> str:
+    """Return why a tensor cannot be copied into a parameter; empty if it can."""
+    if tensor.is_meta:
+        return "has no values, because it was saved from the meta device"
+    if tensor.is_quantized:
+        return f"is quantized ({str(tensor.dtype).removeprefix('torch.')})"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"is of a class of its own ({type(tensor).__name__})"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return f"is not dense ({'nested' if tensor.is_nested else str(tensor.layout).removeprefix('torch.')})"
+    return ""
 
 
 def map_torch_checkpoint(file: Path) -> tuple[MappedFile, dict[str, Tensor], str] | None:
@@ -166,8 +197,6 @@ def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load(file: Path, device: str = "cpu") -> Any:
-    import torch
-
     try:
         with torch.serialization.safe_globals(_harmless_types()):
             return torch.load(file, map_location=device, weights_only=True)
@@ -183,8 +212,6 @@ def _load(file: Path, device: str = "cpu") -> Any:
 
 def _unknown_types(file: Path) -> list[str]:
     """Return the names of types and functions in a checkpoint that are not built; empty if they cannot be listed."""
-    import torch
-
     with contextlib.suppress(Exception), torch.serialization.safe_globals(_harmless_types()):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         return sorted("".join(c for c in name if c.isprintable()) for name in names)[:5]

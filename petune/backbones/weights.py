@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -29,6 +30,9 @@ from petune.sites.file_values import MappedFile, can_map
 
 BUNDLED = Path(__file__).with_name("pretrained")
 BACKBONE_FILE = "backbone.safetensors"
+FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz})
+READABLE = FLOAT8 | {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+"""Number formats of weights that are converted to the backbone's."""
 
 
 @dataclass(frozen=True)
@@ -245,14 +249,20 @@ def _faulty(
     wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], mapped: MappedFile | None
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield what is wrong with values, and the keys: whole numbers as weights, which are quantized, and NaN."""
-    floating = [key for key in sorted(wanted.keys() & tensors.keys()) if wanted[key].is_floating_point()]
-    yield "quantized (whole numbers)", [key for key in floating if not tensors[key].is_floating_point()]
+    fitting = [key for key in sorted(wanted.keys() & tensors.keys()) if wanted[key].shape == tensors[key].shape]
+    dtypes = {key: tensors[key].dtype for key in fitting if wanted[key].is_floating_point()}
+    for kind in sorted({*dtypes.values()} - READABLE, key=str):
+        is_quantized = not kind.is_floating_point and not kind.is_complex and kind != torch.bool
+        name = "quantized (whole numbers)" if is_quantized else f"of type {str(kind).removeprefix('torch.')}"
+        yield name, [key for key, dtype in dtypes.items() if dtype == kind]
+    floating = [key for key, dtype in dtypes.items() if dtype in READABLE]
     yield "with NaN or infinite values", [key for key in floating if not _is_finite(tensors[key], mapped)]
 
 
 def _is_finite(tensor: Tensor, mapped: MappedFile | None) -> bool:
     part = mapped.slice_of(tensor) if mapped is not None else None
-    return bool((tensor if part is None else part.read()).isfinite().all())
+    values = tensor if part is None else part.read()
+    return bool((values.float() if values.dtype in FLOAT8 else values).isfinite().all())
 
 
 def _source(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import hashlib
 import shutil
 import zipfile
@@ -172,16 +173,40 @@ def test_a_damaged_checkpoint_is_refused_by_its_checksums(tmp_path: Path) -> Non
     assert torch.equal(read_weights(tmp_path / "without.pth").tensors["a.weight"], torch.ones(1000))
 
 
-@pytest.mark.parametrize(("fill", "problem"), [(1, "quantized"), (float("nan"), "NaN")])
-def test_values_that_cannot_be_weights_are_refused(fill: float, problem: str, tmp_path: Path) -> None:
+def test_values_that_cannot_be_weights_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 24, "num_heads": 2}
     state = timm.create_model("vit_tiny_patch16_224", **options).state_dict()
-    state["blocks.0.mlp.fc1.weight"] = torch.full_like(
-        state["blocks.0.mlp.fc1.weight"], fill, dtype=torch.int8 if problem == "quantized" else torch.float32
-    )
-    save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(CheckpointError, match=f"1 .*{problem}.*: blocks.0.mlp.fc1.weight"):
-        create_backbone("vit_tiny", num_classes=3, weights=str(tmp_path / "w.safetensors"), options=options)
+    key = "blocks.0.mlp.fc1.weight"
+    build = functools.partial(create_backbone, "vit_tiny", num_classes=3, options=options)
+    faulty = {
+        "quantized": torch.ones_like(state[key], dtype=torch.int8),
+        "NaN": torch.full_like(state[key], float("nan")),
+        "with NaN": torch.full_like(state[key], float("nan")).to(torch.float8_e5m2),
+        "bool": torch.ones_like(state[key], dtype=torch.bool),
+    }
+    for problem, values in faulty.items():
+        save_file({**state, key: values}, tmp_path / "w.safetensors")
+        with pytest.raises(CheckpointError, match=f"1 .*{problem}.*: {key}"):
+            build(weights=str(tmp_path / "w.safetensors"))
+    values = state[key].to(torch.float8_e4m3fn)
+    save_file({**state, key: values}, tmp_path / "w.safetensors")
+    built = build(weights=str(tmp_path / "w.safetensors")).model.state_dict()[key]
+    assert built.dtype == torch.float32
+    assert torch.equal(built, values.float())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_tensors_of_a_checkpoint_that_have_no_plain_values_are_refused(tmp_path: Path) -> None:
+    weight = torch.eye(3)
+    faulty = {
+        "sparse_coo": weight.to_sparse(),
+        "qint8": torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+        "meta device": weight.to("meta"),
+    }
+    for kind, values in faulty.items():
+        torch.save({"a.bias": torch.ones(2), "a.weight": values}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match=f"a.weight, which .*{kind}"):
+            read_weights(tmp_path / "w.pth")
 
 
 def test_starts_of_wrappers_are_removed_from_safetensors_too(tmp_path: Path) -> None:
