@@ -70,8 +70,8 @@ def _check_plain(file: Path, state: Mapping[str, Tensor]) -> None:
     if kinds:
         key, kind = next(iter(kinds.items()))
         raise CheckpointError(
-            f"{file} has {plural(len(kinds), 'tensor')} that cannot be read as weights, such as {printable(key)}, which "
-            f"{kind}. Save dense tensors of floating-point numbers: torch.save(model.state_dict(), path)"
+            f"{file} has {plural(len(kinds), 'tensor')} that cannot be read as weights, such as {printable(key)}, "
+            f"which {kind}. Save dense tensors of floating-point numbers: torch.save(model.state_dict(), path)"
         )
 
 
