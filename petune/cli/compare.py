@@ -65,7 +65,7 @@ def compare(
     json: Json = False,
     dry_run: DryRun = False,
     tracker: Tracker = None,
-    executor: Executor = "serial",
+    executor: Executor = None,
     jobs: Jobs = None,
 ) -> None:
     """Train several methods under equal conditions and print one table, or a grid for several datasets.

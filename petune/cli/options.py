@@ -51,11 +51,13 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Executor = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--executor",
         metavar="NAME",
-        help="Where to run: serial, local:jobs=2, ray, ray:cpus=2,gpus=0.5, ray://HOST:PORT or slurm.",
+        help="Where to run: serial, local:jobs=2, ray, ray:cpus=2,gpus=0.5, ray://HOST:PORT or slurm.  "
+        "[default: serial]",
+        show_default=False,
     ),
 ]
 Jobs = Annotated[
@@ -91,14 +93,17 @@ def user_path(path: Path) -> Path:
         raise UsageError(f"{error}; got {str(path)!r}") from None
 
 
-def executor_of(executor: str, jobs: int | None) -> str:
+def executor_of(executor: str | None, jobs: int | None) -> str:
     """Return the executor that --executor and --jobs name.
 
     Raises:
         UsageError: Both are given.
     """
     if jobs is None:
-        return executor
-    if executor != "serial":
-        raise UsageError(f"--jobs is for runs on this machine, not for --executor {executor}. Leave one out")
+        return executor or "serial"
+    if executor is not None:
+        raise UsageError(
+            f"--jobs {jobs} is short for --executor local:jobs={jobs}, and --executor {executor} is given too. "
+            "Leave one out"
+        )
     return f"local:jobs={jobs}"

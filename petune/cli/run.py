@@ -53,7 +53,7 @@ def run(
     check_tracker(tracker)
     if jobs is not None and (seed_list is None or is_validation):
         raise UsageError("--jobs divides the cores among the runs of --seeds. Give several seeds, or leave it out")
-    executor = executor_of("serial", jobs)
+    executor = executor_of(None, jobs)
     if jobs is not None:
         check_executor(executor, tracker)
     if dry_run:

@@ -61,7 +61,7 @@ def sweep(
     json: Json = False,
     dry_run: DryRun = False,
     tracker: Tracker = None,
-    executor: Executor = "serial",
+    executor: Executor = None,
     jobs: Jobs = None,
 ) -> None:
     """Search options of a method and of the training.

@@ -155,6 +155,7 @@ COMPARE, SWEEP = ("compare", "linear", "--dry-run"), ("sweep", "adaptformer", "-
         (("run", "--dry-run", "--seeds=banana"), "--seeds needs comma-separated integers"),
         (("run", "--dry-run", "--tracker=nothing"), "no such tracker: nothing"),
         (("pretrain", "--dry-run", "--tracker=nothing"), "no such tracker: nothing"),
+        ((*COMPARE, "--jobs=2", "--executor=serial"), "--executor serial is given too"),
         ((*COMPARE, "--executor=banana"), "no such executor: banana"),
         ((*SWEEP, "--search=bottleneck=2", "--executor=banana"), "no such executor: banana"),
         (("pretrain", "--dry-run", "--set=method=linear"), "linear"),
