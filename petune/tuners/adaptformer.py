@@ -124,7 +124,7 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         if config.train_backbone:
             edit.train(edit.model)
         for block in edit.sites.require_blocks():
-            adapter = BottleneckAdapter(block.dim, config.bottleneck, config.dropout, config.initial_scale)
+            adapter = BottleneckAdapter(_width(block), config.bottleneck, config.dropout, config.initial_scale)
             enter = block.mid if config.source == "residual" else block.mlp
             is_stream = "mid" in block.parts  # else what leaves the block may be no sum with the MLP's output
             inside = config.variant == "paddle_study" or block.normalizes_sum or not is_stream
@@ -136,4 +136,9 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
         if self.config.train_backbone:
             return None
         m, num_scales = self.config.bottleneck, int(self.config.initial_scale == "learnable")
-        return sum(2 * block.dim * m + m + block.dim + num_scales for block in sites.blocks)
+        return sum(2 * d * m + m + d + num_scales for d in map(_width, sites.blocks))
+
+
+def _width(block: petune.Block) -> int:
+    """Return the width of what an adapter reads; lanes side by side make a stream wider than its MLP."""
+    return block.dim if "mid" in block.parts or "mlp" not in block.parts else block.mlp.dim

@@ -83,6 +83,33 @@ def test_linear_layers_outside_attention_and_mlp_are_named() -> None:
         petune.attach(model, "lora:r=1")
 
 
+class LanesInWidth(models.Block):
+    """Two lanes side by side in the width, each as wide as attention and MLP."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lanes = x.unflatten(-1, (2, models.D))
+        for norm, branch in zip(self.n, (self.a[0], self.m[0]), strict=True):
+            lanes = lanes.flip(-2) * 0.5 + branch(norm(lanes.mean(-2)))[..., None, :]
+        return lanes.flatten(-2)
+
+
+class LanesVit(models.Vit):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).mT.repeat(1, 1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[..., : models.D]).mean(1))
+
+
+def test_an_adapter_at_the_mlp_is_as_wide_as_that_where_the_stream_is_wider() -> None:
+    model = LanesVit(LanesInWidth)
+    with pytest.raises(petune.SiteNotFound, match="input=norm"):
+        petune.attach(model, "adaptformer")
+    att = petune.attach(model, "adaptformer:input=norm,bottleneck=2")
+    num_one = 2 * models.D * 2 + 2 + models.D
+    assert att.counts.tuned == 2 * num_one == att.tuner.num_parameters(petune.find_sites(LanesVit(LanesInWidth)))
+
+
 def _without(att: petune.Attachment, images: torch.Tensor) -> torch.Tensor:
     with att.disabled():
         return att.model(images)

@@ -107,7 +107,10 @@ class PromptCheck:
         before = call.output if alone else self._output
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         if not outputs_agree(logits_of(before), logits_of(output), dtypes):
-            reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
+            reason = (
+                "knows the positions of its tokens in a way that petune cannot extend to tokens without a position, or "
+                "mixes all its tokens outside the attention weights (it prunes, merges or pools tokens, or mixes heads)"
+            )
             raise prompts_refused(block, self.sites, reason)
         if block is self.sites.blocks[0] and logits_of(output).is_meta and hidden[slot].numbers_tokens:
             warnings.warn(
