@@ -45,6 +45,7 @@ def check_follows_blocks(attachment: Attachment) -> None:
     Raises:
         AttachError: See above.
     """
+    _check_follows_only(attachment)
     blocks, sites = attachment.tuner.config.blocks, attachment.sites
     if blocks == ALL:
         return
@@ -58,6 +59,26 @@ def check_follows_blocks(attachment: Attachment) -> None:
         raise AttachError(
             f"{attachment.name} does not follow blocks={blocks}: it trains {outside[0]} too, in a block that was left "
             "out. Leave blocks out, or use a method that edits single blocks, such as partial, which trains them whole"
+        )
+
+
+def _check_follows_only(attachment: Attachment) -> None:
+    """Refuse a method that trains backbone parameters outside the part of the model that `sites.only` has chosen.
+
+    Raises:
+        AttachError: It does.
+    """
+    sites = attachment.sites.given
+    outside = {id(p) for module in sites.left_out_modules() for p in module.parameters()}
+    if sites.within:
+        inside = {id(p) for p in attachment.model.get_submodule(sites.within).parameters()}
+        outside |= {id(p) for p in attachment.model.parameters()} - inside
+    trained = outside & {id(p) for p in attachment.edit_log.unfrozen}
+    key = next((key for key, p in attachment.tuned.items() if id(p) in trained), None)
+    if key is not None:
+        raise AttachError(
+            f"{attachment.name} does not follow sites.only: it trains {key} too, which the sites leave out. Use "
+            "partial, which trains the blocks whole, another method, or the sites of the whole model"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -101,7 +102,9 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
         training: Run in train mode, with what is frozen in eval mode, as in training.
     """
     with _calls(adapters, sites) as calls, contextlib.suppress(Exception):  # such as an operation without a gradient
-        with inference(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+        kept = undisturbed(model, math.inf) if training else contextlib.nullcontext()
+        saved = torch.autograd.graph.saved_tensors_hooks(_drop, _drop)
+        with kept, inference(model), torch.enable_grad(), saved:
             if training:
                 model.train()
             images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two

@@ -98,7 +98,7 @@ class PromptPlacer:
         self.placer.log.undo_steps.append(lambda: setattr(holder, "enabled", False))
         for index, block in enumerate(run):
             self._hook(PromptedModule(holder, block.enter, index, last=block is run[-1]))
-        self.check.verify(run, slot)
+        self.check.verify(run, slot, adapter)
 
     def _into_attention(self, block: Block, adapter: nn.Module, count: int) -> None:
         """Let prompts enter and leave the attention of one block."""
@@ -111,7 +111,7 @@ class PromptPlacer:
         self.placer.add(holder, block, attn)
         self.placer.log.undo_steps.append(lambda: setattr(holder, "enabled", False))
         self._hook(PromptedModule(holder, attn.enter, 0, last=True))
-        self.check.verify((block,), slot)
+        self.check.verify((block,), slot, adapter)
 
     def _hook(self, prompted: PromptedModule) -> None:
         """Install the hooks of a module that prompts enter, and its forward with them."""

@@ -20,15 +20,19 @@ MAX_ELEMENTS = 2**20
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, max_elements: float = MAX_ELEMENTS) -> Iterator[None]:
     """Put the model in eval mode; afterwards restore what a forward may have changed, and the random states.
 
     A forward may store tensors on modules and in objects of theirs, write to buffers, or register hooks (transformers
     does, to collect hidden states). Autocast keeps no copies of weights inside: it would use them after the weights
     have changed.
+
+    Args:
+        model: Any model.
+        max_elements: Larger tensors that are not parameters are not restored; a forward in train mode may write them.
     """
     modules = list(model.modules())
-    state = _State(modules)
+    state = _State(modules, max_elements)
     devices = {p.device.index for p in parameters_of(modules) if p.device.type == "cuda"}
     cache_enabled = torch.is_autocast_cache_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -56,10 +60,12 @@ class _State:
     Most containers are empty, and this is done for every forward that petune runs: they are checked apart.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], max_elements: float) -> None:
+        self._max_elements = max_elements
         self._empty: list[Container] = []
         self._contents: list[tuple[Container, list[Any]]] = []
-        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
         self._seen: set[int] = set()
         for module in modules:
             self._add(module.__dict__, _package_of(module))
@@ -73,9 +79,11 @@ class _State:
             now = _entries(container)
             if len(now) != len(entries) or not all(map(operator.is_, now, entries)):
                 _refill(container, entries)
+        for generator, random_state in self._generators:
+            generator.set_state(random_state)
         with torch.no_grad():
-            for tensor, version, values in self._tensors:
-                if tensor._version != version:
+            for tensor, values in self._tensors:
+                if not torch.equal(tensor, values):  # BatchNorm's kernel writes its statistics without a new version
                     tensor.copy_(values)
 
     def _add(self, root: Container, package: str) -> None:
@@ -98,16 +106,18 @@ class _State:
                 elif isinstance(value, Tensor):
                     self._add_tensor(value)
                     waiting.append(value.__dict__)  # a quantized weight has its scales there
+                elif isinstance(value, torch.Generator):
+                    self._generators.append((value, value.get_state()))
                 elif _is_plain_object(value, package):
                     waiting.append(value.__dict__)
 
     def _add_tensor(self, tensor: Tensor) -> None:
-        if type(tensor) is not Tensor or tensor.is_meta or tensor.is_inference() or tensor.numel() > MAX_ELEMENTS:
+        if type(tensor) is not Tensor or tensor.is_meta or tensor.is_inference() or id(tensor) in self._seen:
             return
-        if id(tensor) in self._seen:
+        if tensor.layout is not torch.strided or tensor.numel() > self._max_elements:
             return
         self._seen.add(id(tensor))
-        self._tensors.append((tensor, tensor._version, tensor.detach().clone()))
+        self._tensors.append((tensor, tensor.detach().clone()))
 
 
 def _package_of(value: object) -> str:

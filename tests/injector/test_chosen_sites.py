@@ -60,6 +60,17 @@ def test_parts_outside_all_blocks_still_train(method: str) -> None:
     assert {key.split(".")[1] for key in tuned if key.startswith("blocks.")} == {"2"}
 
 
+def test_a_method_that_trains_what_the_sites_leave_out_is_refused() -> None:
+    model = tiny(depth=3)
+    sites = petune.find_sites(model)
+    for method in ("full", "adaptformer:train_backbone=true"):
+        for chosen_sites in (sites.only("blocks"), sites.only(lambda block: block.index == 1)):
+            with pytest.raises(petune.AttachError, match=r"does not follow sites\.only: it trains .* which the sites"):
+                petune.attach(model, method, sites=chosen_sites)
+        petune.attach(model, method, sites=sites.only(lambda block: True)).detach()
+    assert not any("petune" in name for name, _ in model.named_modules())
+
+
 def test_an_adapter_on_all_blocks_records_no_choice(tmp_path: Path) -> None:
     model = tiny()
     petune.attach(model, "norm").save(tmp_path / "out")

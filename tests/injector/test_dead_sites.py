@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -92,6 +93,37 @@ def test_gradients_that_are_on_only_in_training_count() -> None:
 def test_a_training_mode_that_cannot_be_tried_is_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"in eval mode.*check_gradients"):
         petune.attach(Dense(loss_in_training), "adaptformer", input_size=Dense.input_size)
+
+
+class Counting(nn.Module):
+    """Writes its buffers in train mode, also a large one, and draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.rng = nn.BatchNorm1d(24), torch.Generator()
+        self.register_buffer("queue", torch.zeros(2**20 + 1))
+        self.register_buffer("mean", torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.queue.add_(torch.rand(1, generator=self.rng))
+            self.mean.data += x.detach().mean(0)
+        y: Tensor = self.norm(x)
+        return y
+
+
+def test_a_forward_in_train_mode_changes_no_buffer() -> None:
+    for features in (first_block_only, gradient_in_training):  # refused, and attached
+        model = Dense(features)
+        model.fc = nn.Sequential(Counting(), model.fc)
+        model.eval()
+        counting = model.fc[0]
+        before, state = {key: value.clone() for key, value in model.state_dict().items()}, counting.rng.get_state()
+        with contextlib.suppress(DeadSite):
+            petune.attach(model, "adaptformer", input_size=Dense.input_size)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+        assert torch.equal(counting.rng.get_state(), state)
+        assert not any(module.training for module in counting.modules())
 
 
 def test_the_forward_that_checks_keeps_nothing() -> None:

@@ -322,3 +322,58 @@ def test_attention_maps_have_rows_and_columns_for_prompts() -> None:
     for attention in output.attentions:
         assert attention.shape[-2:] == (num_tokens + 10, num_tokens + 10)
         torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+
+
+class Visible(nn.Module):
+    """A block whose attention multiplies by zeros and ones what each token sees of each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(24), nn.LayerNorm(24)
+        self.qkv, self.proj = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        weights = (q @ k.mT).masked_fill(~visible.bool(), -1e9).softmax(-1)
+        x = x + self.proj(weights @ v)
+        return x + self.mlp(self.norm2(x))
+
+
+class VisibleByMask(Visible):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask)
+
+
+class Seen(Masked):
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x: Tensor, hidden: int = 0) -> Tensor:  # type: ignore[override]
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        seen = torch.ones(1, 16, device=x.device)
+        seen[:, 16 - hidden :] = 0
+        for layer in self.layers:
+            x = layer(x, seen[:, None] * seen[:, :, None])
+        logits: Tensor = self.head(x[:, 0])
+        return logits
+
+
+def test_prompts_that_a_mask_hides_are_refused() -> None:
+    for method in METHODS:
+        with pytest.raises(petune.AttachError, match=r"of Seen cannot take prompts.* do nothing"):
+            petune.attach(Seen(Visible), method)
+
+
+def test_a_mask_of_zeros_and_ones_shows_prompts() -> None:
+    other = X.clone()
+    other[:, :, -4:, -4:] = 5.0
+    for method in METHODS:
+        model = Seen(VisibleByMask)
+        plain = model(X)
+        prompted(model, method)
+        assert not torch.allclose(model(X), plain)
+        assert not torch.allclose(model(X), model(other))
+        torch.testing.assert_close(model(X, hidden=1), model(other, hidden=1))
+        assert not torch.allclose(model(X, hidden=1), model(X))

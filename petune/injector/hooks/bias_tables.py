@@ -25,11 +25,13 @@ BIAS_TABLE, BIAS_ROWS = "relative_position_bias_table", "relative_position_index
 """Attributes: biases (T, H), and the row of the table for each pair of tokens in a window (N, N)."""
 
 
-def insert(x: Tensor, slot: PromptSlot, dim: int, value: float) -> Tensor:
+def insert(x: Tensor, slot: PromptSlot, dim: int, value: float | Tensor) -> Tensor:
     """Insert a constant where prompts are, along the last dimension (-1) or the last but one (-2)."""
     before, after = x.narrow(dim, 0, slot.index), x.narrow(dim, slot.index, x.shape[dim] - slot.index)
     pad = (0, slot.num_prompts) if dim == -1 else (0, 0, 0, slot.num_prompts)
-    return torch.cat([before, F.pad(x.narrow(dim, 0, 0), pad, value=value), after], dim)
+    constant = 0.0 if isinstance(value, Tensor) else value
+    inserted = F.pad(x.narrow(dim, 0, 0), pad, value=constant)
+    return torch.cat([before, inserted + value if isinstance(value, Tensor) else inserted, after], dim)
 
 
 def looks_up_table(module: nn.Module, slot: PromptSlot) -> bool:

@@ -117,30 +117,44 @@ def pad_argument(value: Any, slot: PromptSlot, padding: Padding) -> Any:
         return value
     keys, rows = (value.shape[dim] == slot.num_tokens for dim in (-1, -2))
     if keys and rows and padding.mask != "keys":
-        return pad_pairs(value, slot, attended=padding.attended)
+        return pad_pairs(value, slot, attended=padding.attended, is_mask=padding.mask is not None)
     if padding.mask is not None:
         neutral = _neutral(value, attended=padding.attended)
         return insert(value, slot, -1 if keys else -2, neutral) if keys or rows else value
     return insert(value, slot, -2, padding.row) if rows and padding.row is not None else value
 
 
-def pad_pairs(bias: Tensor, slot: PromptSlot, *, attended: bool = True) -> Tensor:
+def pad_pairs(bias: Tensor, slot: PromptSlot, *, attended: bool = True, is_mask: bool = False) -> Tensor:
     """Pad a bias or mask (..., N, N) to (..., N + P, N + P): all attend to prompts, and prompts to all.
 
     A token that no token attends to is padding, and prompts do not attend to it either.
+
+    Args:
+        bias: The tensor.
+        slot: Where the prompts are.
+        attended: In a boolean mask, the value of a token that can be attended to.
+        is_mask: The tensor may be a floating-point mask of zeros and ones.
     """
+    neutral = _neutral(bias, attended=attended) if is_mask or not bias.is_floating_point() else 0.0
     if bias.is_floating_point():
         highest = bias.amax(-2, keepdim=True)
-        row = torch.where(highest <= torch.finfo(bias.dtype).min / 2, highest, torch.zeros_like(highest))
+        hides = highest <= torch.finfo(bias.dtype).min / 2
+        if isinstance(neutral, Tensor):
+            hides = hides | (neutral == 1)
+        row = torch.where(hides, highest, torch.zeros_like(highest))
     else:
         row = bias.amax(-2, keepdim=True) if attended else bias.amin(-2, keepdim=True)
     before, after = bias.narrow(-2, 0, slot.index), bias.narrow(-2, slot.index, bias.shape[-2] - slot.index)
     rows = row.expand(*bias.shape[:-2], slot.num_prompts, bias.shape[-1])
-    return insert(torch.cat([before, rows, after], -2), slot, -1, _neutral(bias, attended=attended))
+    return insert(torch.cat([before, rows, after], -2), slot, -1, neutral)
 
 
-def _neutral(mask: Tensor, *, attended: bool) -> float:
-    return 0.0 if mask.is_floating_point() else float(attended)
+def _neutral(mask: Tensor, *, attended: bool) -> float | Tensor:
+    """Return the value of a token that can be attended to: 0 in a mask that is added, 1 in one of zeros and ones."""
+    if not mask.is_floating_point():
+        return float(attended)
+    is_binary = ((mask == 0) | (mask == 1)).all() & (mask == 1).any()
+    return is_binary.to(mask.dtype)
 
 
 def _attention(block: Block) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petune.injector.hooks.base import with_tensor
 from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
+from petune.injector.hooks.prompt_effect import prompts_have_effect
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs
@@ -76,25 +77,33 @@ class PromptCheck:
         index = 0 if enters_attention_only(block, self.sites) else self.sites.num_prefix_tokens
         return PromptSlot(index, num_prompts, call.num_tokens)
 
-    def verify(self, blocks: Sequence[Block], slot: PromptSlot) -> None:
+    def verify(self, blocks: Sequence[Block], slot: PromptSlot, adapter: nn.Module) -> None:
         """Compare the outputs of blocks with hidden prompts and without prompts; on the meta device only their shapes.
 
         Args:
             blocks: Those that the prompts pass through; the prompts are in the model already.
             slot: Where the prompts are.
+            adapter: Returns the prompts.
 
         Raises:
-            AttachError: The outputs differ, the blocks do not run, or none of their attentions saw the prompts.
+            AttachError: The outputs differ, the blocks do not run, none of their attentions saw the prompts, or what
+                the prompts contain has no effect.
         """
         block, call = blocks[0], self._calls[blocks[0].enter]
         alone = len(blocks) == 1 and block.is_module
+
+        def forward() -> Any:
+            return block.enter(*call.args, **call.kwargs) if alone else self._images().call(self.model)
+
         if slot not in self._slots:
             self._slots.append(slot)  # earlier blocks' prompts are in the model already: hide them too
         try:
             with inference(self.model), contextlib.ExitStack() as stack:
                 counts = call.key_counts if alone else self._key_counts
                 hidden = {known: stack.enter_context(HiddenPrompts(known, counts)) for known in self._slots}
-                output = block.enter(*call.args, **call.kwargs) if alone else self._images().call(self.model)
+                output = forward()
+            with inference(self.model):
+                has_effect = prompts_have_effect(blocks, slot, adapter, forward)
         except Exception as error:
             reason = f"does not run with them ({type(error).__name__}: {error})"
             raise prompts_refused(block, self.sites, reason) from error
@@ -111,6 +120,9 @@ class PromptCheck:
                 "knows the positions of its tokens in a way that petune cannot extend to tokens without a position, or "
                 "mixes all its tokens outside the attention weights (it prunes, merges or pools tokens, or mixes heads)"
             )
+            raise prompts_refused(block, self.sites, reason)
+        if not has_effect:
+            reason = "hides them from its tokens, by a mask that petune does not understand, so they would do nothing"
             raise prompts_refused(block, self.sites, reason)
         if block is self.sites.blocks[0] and logits_of(output).is_meta and hidden[slot].numbers_tokens:
             warnings.warn(
