@@ -114,8 +114,7 @@ def _form_of_longer(model: nn.Module, num_frames: int, image: tuple[int, ...]) -
     forms = [form for form in FORMS[:2] if _failure(model, form, 2 * num_frames, clips) is None]
     if len(forms) != 1:
         raise AttachError(
-            f"{type(model).__name__} runs on clips of {num_frames} frames and {image[0]} channels with either first. "
-            "Use another number of frames"
+            f"{type(model).__name__} runs on clips of {num_frames} frames and {image[0]} channels with either first"
         )
     return forms[0]
 

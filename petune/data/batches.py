@@ -172,9 +172,10 @@ class TrainBatches:
         num_images, full = len(self.split), self.full_size
         if self.sizes.min() == full or len(self) == 1:
             return ""
+        noun = "images" if self.split.num_frames is None else "videos"
         sizes = " or ".join(f"{size}" for size in sorted({*self.sizes.tolist()}))
         return (
-            f"each epoch has {plural(len(self), 'batch', 'batches')} of {sizes} images, because full ones of {full} "
+            f"each epoch has {plural(len(self), 'batch', 'batches')} of {sizes} {noun}, because full ones of {full} "
             f"would leave out {num_images % full:,} of {num_images:,}"
         )
 

@@ -175,8 +175,10 @@ class _Samples:
     def broken_note(self, broken: Rows) -> str:
         """Name the images that were skipped."""
         shown = listed([self._name(row) for row in broken.tolist()], 5)
-        noun = "image" if self.images.num_frames is None else "video"
-        return f"{plural(len(broken), f'broken {noun}')} skipped: {shown}" if len(broken) else ""
+        return f"{plural(len(broken), f'broken {self._noun()}')} skipped: {shown}" if len(broken) else ""
+
+    def _noun(self) -> str:
+        return "image" if self.images.num_frames is None else "video"
 
     def copies_note(self) -> str:
         """Tell copies of images: how many, between which splits, and those with different targets."""
@@ -188,11 +190,8 @@ class _Samples:
         for part, rows in self.plan.parts.items():
             part_of[rows] = part
         between = np.flatnonzero(part_of[first[copies]] != part_of[copies])
-        notes = [f"{plural(len(copies), 'copy', 'copies')} of other images, kept in the same split"]
-        if len(between):
-            notes = [
-                f"{plural(len(copies), 'copy', 'copies')} of other images, {len(between)} of them in another split"
-            ]
+        where = f"{len(between)} of them in another split" if len(between) else "kept in the same split"
+        notes = [f"{plural(len(copies), 'copy', 'copies')} of other {self._noun()}s, {where}"]
         different = [row for row in copies.tolist() if not np.array_equal(self.targets[row], self.targets[first[row]])]
         if different:
             row = different[0]
