@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from torch import nn
 
 from petune.backbones.from_file import build_from_file, is_safetensors
 from petune.backbones.names import Alias
+from petune.backbones.repository_files import damage_named
 from petune.base.errors import ConfigError, UnknownName, WeightsUnavailable
 from petune.base.hub import HubFile, check_weights_available, fetch_weights
 
@@ -149,6 +151,7 @@ def build_timm_repository(
         UnknownName: timm does not know the architecture.
         ConfigError: The model does not accept these options.
         WeightsUnavailable: The weights are not available, or do not fill the model.
+        CheckpointError: A file is damaged.
     """
     import timm
 
@@ -162,7 +165,8 @@ def build_timm_repository(
         # with its own classifier: if timm is to leave that out, it lets anything be missing
         build = functools.partial(timm.create_model, f"local-dir:{folder}", pretrained=pretrained, **settings)
         file = str(folder / "model.safetensors") if pretrained and (folder / "model.safetensors").is_file() else None
-        model = _build_with_weights(build, file, stay_in_file=stay_in_file)
+        with damage_named(str(folder)) if pretrained else contextlib.nullcontext():
+            model = _build_with_weights(build, file, stay_in_file=stay_in_file)
     except RuntimeError as error:
         raise WeightsUnavailable(
             f"the weights of hf:{name} do not fit timm's {describe(architecture, options)}: {_one_line(error)}"

@@ -88,6 +88,22 @@ def _unusual_kind(tensor: Tensor) -> str:
     return ""
 
 
+def check_checkpoint(file: Path, *, is_loaded: bool) -> None:
+    """Check that a checkpoint is intact, without reading its values into memory.
+
+    Args:
+        file: The checkpoint.
+        is_loaded: Another library has loaded it, so that only its checksums are checked.
+
+    Raises:
+        CheckpointError: It is damaged, or holds other objects than tensors.
+    """
+    with contextlib.suppress(zipfile.BadZipFile):
+        _check_checksums(file)
+    if not is_loaded:
+        _load(file, "meta")
+
+
 def map_torch_checkpoint(file: Path) -> tuple[MappedFile, dict[str, Tensor], str] | None:
     """Map a checkpoint instead of reading it.
 

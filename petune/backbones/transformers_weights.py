@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.backbones.from_file import has_values, read_mapped
+from petune.backbones.repository_files import damage_named, parts_of
 from petune.backbones.timm_models import set_statistics
 from petune.backbones.transformers_videos import Tubes, check_frames, frames_key, set_video_statistics
 from petune.base.errors import WeightsUnavailable
@@ -37,12 +37,14 @@ def load_pretrained(auto_class: Any, name: str, config: Any, offline: bool, *, s
 
     Raises:
         WeightsUnavailable: The weights leave parts other than the classifier random.
+        CheckpointError: A file is damaged.
         OSError: A file is missing.
     """
     arguments = {"ignore_mismatched_sizes": True, "local_files_only": offline}
     loaded = _load_mapped(auto_class, name, config, arguments) if stay_in_file else None
     if loaded is None:
-        loaded = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
+        with damage_named(name):
+            loaded = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
     model, info = loaded
     unfilled = _unfilled_keys(model, info)
     embeddings = {
@@ -103,7 +105,7 @@ def _safetensors_files(name: str, config: Any, offline: bool) -> list[Path]:
     if whole := find("model.safetensors"):
         return [Path(whole)]
     index = find("model.safetensors.index.json")
-    parts = sorted(set(json.loads(Path(index).read_bytes())["weight_map"].values())) if index else []
+    parts = parts_of(Path(index)) if index else []
     paths = [find(part) for part in parts]
     return [Path(path) for path in paths if path] if all(paths) else []
 

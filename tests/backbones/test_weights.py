@@ -300,6 +300,30 @@ def test_transformers_own_file_fits_its_models(
     assert model(x).shape == (2, num_classes)
 
 
+def test_a_damaged_file_in_a_directory_of_transformers_is_named(transformers_files: Path, tmp_path: Path) -> None:
+    model = transformers.ViTForImageClassification.from_pretrained(transformers_files / "classifier")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = tmp_path / "model-00002-of-00004.safetensors"
+    index = tmp_path / "model.safetensors.index.json"
+    for file in (shard, index):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError, match=file.name):
+            create_backbone(f"hf:{tmp_path}", num_classes=5)
+        file.write_bytes(content)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    content = (tmp_path / "pytorch_model.bin").read_bytes()
+    values = model.vit.layers[1].mlp.fc1.weight.detach().numpy().tobytes()
+    for damaged in (content.replace(values, values[:-1] + b"\1"), b"<html>"):
+        (tmp_path / "pytorch_model.bin").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.* damaged"):
+            create_backbone(f"hf:{tmp_path}", num_classes=5)
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    assert create_backbone(f"hf:{tmp_path}", num_classes=5).model
+
+
 def test_a_file_of_another_model_does_not_fit_one_of_transformers(transformers_files: Path, tmp_path: Path) -> None:
     save_file({"encoder.other": torch.ones(1)}, tmp_path / "w.safetensors")
     backbone = f"hf:{transformers_files / 'classifier'}"
