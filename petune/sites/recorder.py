@@ -20,7 +20,7 @@ from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.random_numbers import is_large, watch_draws
 from petune.sites.trace import Addition, AttentionOp, Call, Trace, is_vector
-from petune.sites.unsuitable import advice_for_method
+from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
@@ -96,8 +96,7 @@ def record_calls(
         raise
     except Exception as error:  # whatever a model's own code, or an adapter's, raises
         raise AttachError(
-            f"the forward of {type(model).__name__} fails with the method attached: {type(error).__name__}: {error}. "
-            f"{advice_for_method(model)}",
+            f"the forward of {type(model).__name__} fails with the method attached: {why_method_fails(model, error)}",
             cli_hint="--debug shows where it fails",
         ) from error
     return {call.module: call for call in reversed(calls.trace.calls)}

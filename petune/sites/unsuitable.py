@@ -16,6 +16,9 @@ from petune.sites.trace import Trace
 PACKED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 """Packages of layers whose weights are no parameters but packed for int8 kernels."""
 
+MAX_REASON = 160
+"""Characters of what a library of quantized weights says, which lists all types of all arguments."""
+
 
 def refuse_packed(model: nn.Module) -> None:
     """Check that a model in which no blocks or no head were found is not quantized by torch.ao.
@@ -85,14 +88,16 @@ def advice_for(model: nn.Module) -> str:
     )
 
 
-def advice_for_method(model: nn.Module) -> str:
-    """Return what to do if the forward of a model fails with a method attached."""
+def why_method_fails(model: nn.Module, error: Exception) -> str:
+    """Return why the forward of a model fails with a method attached, and what to do, for messages."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     quantized = quantized_kind(model)
     if not quantized:
-        return "Use another method on this model"
+        return f"{reason}. Use another method on this model"
+    shown = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
     return (
-        f"Its weights are quantized ({quantized}). Use base_precision=auto, or another method, such as lora or "
-        "adaptformer"
+        f"its weights are quantized ({quantized}), and not every method can compute with those. Use "
+        f"base_precision=auto, or another method, such as lora or adaptformer. The reason: {shown}"
     )
 
 
