@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from petune.base.block_choice import chosen_in_rows, path_of_tower
-from petune.base.errors import SiteNotFound, UsageError
+from petune.base.errors import ConfigError, SiteNotFound, UsageError
 from petune.base.text import plural
 from petune.sites.block import (
     ROLES as ROLES,
@@ -126,11 +126,14 @@ class Sites:
         In a model of several towers `last:K`, `first:K` and `every:K` choose blocks of each.
 
         Raises:
-            ConfigError, SiteNotFound: The model has no such blocks.
+            ConfigError: The model has no such blocks.
         """
         given = self if self.chosen_from is None else replace(self, chosen_from=None)
         if tower := path_of_tower(blocks):
-            return replace(given.only(tower), chosen_from=given)
+            try:
+                return replace(given.only(tower), chosen_from=given)
+            except SiteNotFound as error:
+                raise ConfigError(f"blocks is {blocks}: {error}") from error
         rows = [[block.index for block in tower.blocks] for tower in self.towers]
         indices = chosen_in_rows(blocks, rows, self.model)
         if len(indices) == len(self.blocks):

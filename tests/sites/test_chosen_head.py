@@ -137,5 +137,5 @@ def test_a_tower_is_chosen_in_the_method_text(tmp_path: Path) -> None:
     att.save(tmp_path / "out")
     loaded = petune.load(build(), tmp_path / "out")
     assert loaded.tuned.keys() == att.tuned.keys()
-    with pytest.raises(petune.SiteNotFound, match=r"body\.blocks"):
+    with pytest.raises(petune.ConfigError, match=r"body\.blocks"):
         petune.attach(build(), "adaptformer:blocks=in:nowhere")
