@@ -11,7 +11,7 @@ from petune.base.text import plural
 from petune.injector.attachment import Attachment
 from petune.injector.outside_head import parameters_outside
 from petune.sites.named_heads import classifiers_of
-from petune.sites.new_weights import NewWeights, new_weights
+from petune.sites.new_weights import NewWeights, new_weights, placed_in_blocks
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites
 from petune.sites.used_parameters import used_parameters
@@ -86,8 +86,8 @@ def check_new_weights(attachment: Attachment, new: NewWeights) -> None:
     """
     sites, model = attachment.sites, attachment.model
     parameters = dict(model.named_parameters())
-    trainable = {id(p) for p in attachment.tensors.trainable().values()}
-    frozen = {key: p for key in new.keys if (p := parameters.get(key)) is not None and id(p) not in trainable}
+    known = {id(p) for p in attachment.tensors.trainable().values()} | placed_in_blocks(sites.all_blocks)
+    frozen = {key: p for key in new.keys if (p := parameters.get(key)) is not None and id(p) not in known}
     if not frozen:
         return
     used = {id(p) for p in used_parameters(model, sites.input_spec, frozen.values())}
@@ -95,13 +95,14 @@ def check_new_weights(attachment: Attachment, new: NewWeights) -> None:
     named = f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
     message = (
         f"{plural(len(keys), 'parameter')} of {sites.model} got random values, because the weights that it was loaded "
-        f"from lack them, and {attachment.name} keeps them frozen: {named}"
+        f"from lack them, or were replaced later, and {attachment.name} keeps them frozen: {named}"
     )
     owners = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
     if used and sites.chosen_head is None:
         heads = ", ".join(repr(path) for path, _ in sites.head.named_modules)
         raise AttachError(
             f"{message}. To train the modules that hold them, use head=[{heads}, {', '.join(map(repr, owners[:3]))}]; "
-            f"to keep them random, name the heads alone: head=[{heads}]"
+            f"to keep them as they are, name the heads alone: head=[{heads}]. Or do not replace a parameter: set "
+            "its values in place, by copy_ under torch.no_grad()"
         )
     warnings.warn(f"{message}. To train them, add to head: {', '.join(owners[:3])}", stacklevel=3)

@@ -12,7 +12,7 @@ from petune.sites.chosen_head import HeadChoice, outermost
 from petune.sites.encoder import end_of
 from petune.sites.head import find_head, head_at, head_site, predicts_classes
 from petune.sites.named_heads import NamedModules
-from petune.sites.new_weights import new_weights
+from petune.sites.new_weights import new_weights, placed_in_blocks
 from petune.sites.predictors import further_predictors, twin_predictors
 from petune.sites.site import Block, Site
 from petune.sites.trace import Trace
@@ -44,7 +44,7 @@ def find_heads(model: nn.Module, trace: Trace, blocks: Sequence[Block], choice: 
         head = _with(head, further_predictors(model, trace, head.modules, beside))
     if choice is None and head is not None and predicts_classes(trace):
         head = _with(head, twin_predictors(trace, head.modules, end_of(trace, blocks)))
-    new = _new_modules(model) if choice is None and head is not None else []
+    new = _new_modules(model, blocks) if choice is None and head is not None else []
     known = {id(m) for bound in head.modules for m in bound.modules()} if head is not None else set()
     is_extended = any(id(module) not in known for _, module in new)
     if head is not None:
@@ -63,10 +63,12 @@ def outside_of(head: Site | None, blocks: Sequence[Block]) -> tuple[Block, ...]:
     return tuple(replace(block, index=index) for index, block in enumerate(outside))
 
 
-def _new_modules(model: nn.Module) -> NamedModules:
+def _new_modules(model: nn.Module, blocks: Sequence[Block]) -> NamedModules:
     """Return the modules that a checkpoint did not fill; none for a model with adapters, which no checkpoint fills."""
     has_adapters = any(hasattr(m, "is_petune_module") for m in model.modules())
-    return [] if has_adapters else new_weights(model).modules
+    modules = [] if has_adapters else new_weights(model).modules
+    placed = placed_in_blocks(blocks) if modules else set()
+    return [(path, module) for path, module in modules if not placed >= {id(p) for p in module.parameters()}]
 
 
 def _with(head: Site, others: NamedModules) -> Site:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from petune.sites.chosen_head import outermost
 from petune.sites.named_heads import NamedModules
+from petune.sites.site import Block
 
 FLAG = "_is_hf_initialized"
 """Set by transformers on each parameter that `from_pretrained` has filled from the checkpoint."""
@@ -41,6 +42,17 @@ def new_weights(model: nn.Module) -> NewWeights:
     keys = [key for key in named if key in unfilled and not key.endswith("mask_token")]
     new = {id(named[key]) for key in keys}
     return NewWeights(True, tuple(keys), outermost(_whole(model, "", new)))
+
+
+def placed_in_blocks(blocks: Iterable[Block]) -> set[int]:
+    """Return the ids of the parameters of modules that were put into blocks after loading.
+
+    Their values are not those of a checkpoint, but whoever put them there has chosen these. transformers marks the
+    modules that it loads, as it does parameters.
+    """
+    loaded = [block.enter for block in blocks if hasattr(block.enter, FLAG)]
+    placed = [m for module in loaded for m in module.modules() if not hasattr(m, FLAG)]
+    return {id(p) for module in placed for p in module.parameters(recurse=False)}
 
 
 def keep_flag(new: nn.Parameter, old: Tensor) -> nn.Parameter:

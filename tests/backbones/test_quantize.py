@@ -193,6 +193,16 @@ def test_weights_that_are_replaced_after_from_pretrained_are_not_random(
     for layer in by_user.vit.layers[1].modules():
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(Stored.quantized(layer.weight.detach()), requires_grad=False)
+    widened = build().model
+    layer = widened.vit.layers[0].mlp.fc1
+    widened.vit.layers[0].mlp.fc1 = nn.Linear(24, 48)
+    att = petune.attach(widened, "adaptformer", bottleneck=2)
+    assert {key.partition(".")[0] for key in att.head} == {"classifier"}
+    att.detach()
+    widened.vit.layers[0].mlp.fc1 = layer
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+    with pytest.raises(petune.AttachError, match=r"replaced later.*copy_"):
+        petune.attach(widened, "adaptformer")
     moved = build(base_precision="int8").model.bfloat16().float()
     for model in (moved, build(channels=4).model, by_user):
         assert petune.attach(model, "adaptformer", bottleneck=2).tuned
