@@ -104,8 +104,37 @@ def _form_of(model: nn.Module, num_frames: int, image: tuple[int, ...]) -> ClipF
             f"Use the number of frames and the size that it was made for. It failed with {reasons}"
         )
     if num_frames == image[0] and forms[:2] == ["frames first", "channels first"]:
-        return _form_of_longer(model, num_frames, image)
+        forms = [_form_of_longer(model, num_frames, image)]
+    _refuse_unseen_frames(model, forms[0], num_frames, clips)
     return forms[0]
+
+
+def _refuse_unseen_frames(model: nn.Module, form: ClipForm, num_frames: int, clips: InputSpec) -> None:
+    """Refuse a number of frames whose last ones no kernel of the model's first convolution over time covers."""
+    inputs: list[tuple[nn.Conv3d, int]] = []
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(layer, nn.Conv3d):
+            inputs.append((layer, args[0].shape[-3]))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if isinstance(layer, nn.Conv3d)]
+    try:
+        failure = _failure(model, form, num_frames, clips)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if failure is not None or not inputs:
+        return
+    layer, length = inputs[0]
+    kernel, stride, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+    if not isinstance(padding, int):
+        return
+    reach = layer.dilation[0] * (kernel - 1)
+    covered = (length + 2 * padding - reach - 1) // stride * stride + reach + 1 - padding
+    if covered < length:
+        raise AttachError(
+            f"{type(model).__name__} joins {stride} frames at a time and would not see the last of {num_frames} frames"
+        )
 
 
 def _form_of_longer(model: nn.Module, num_frames: int, image: tuple[int, ...]) -> ClipForm:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 import transformers
 from torch import Tensor, nn
 
@@ -165,6 +166,17 @@ def test_channels_are_put_first_where_the_model_wants_them() -> None:
     assert len(petune.attach(model, "adaptformer", train_head=False).sites.blocks) == 1
     with torch.no_grad():
         assert not torch.equal(model(torch.eye(3)[None, ..., None, None].repeat(1, 1, 1, 8, 8)), torch.zeros(1, 3))
+
+
+def test_frames_that_a_model_would_drop_are_refused() -> None:
+    config = transformers.VideoMAEConfig(**{**CONFIGS["videomae"]().to_dict(), "num_frames": 5})
+    model = transformers.VideoMAEForVideoClassification(config)
+    with pytest.raises(AttachError, match="last of 5 frames"):
+        petune.take_clips(model, 5)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    swin = torchvision.models.video.swin3d_t  # pads clips of any length itself
+    with torch.device("meta"):
+        assert petune.take_clips(swin(num_classes=2), 3, image_size=32)
 
 
 def test_a_number_of_frames_alone_makes_no_video_model() -> None:
