@@ -19,7 +19,7 @@ REFUSED = {
     ("functional", "adaptformer"): r"block 0 \(body.0\) of Functional has no site 'mid'",
     ("functional", "lora"): "needs linear layers that are called, but Functional calls none",
     ("reversible", "adaptformer"): "has no site 'mid'",
-    ("reversible", "vpt"): "fails with the method attached",
+    ("reversible", "vpt"): "no token that reads them",
     ("reversible", "vpt:deep=false"): "does not run with them",
     ("Keras", "vpt:deep=false"): "into its attention only",
     ("windows joined at the end", "vpt:deep=false"): "into its attention only",
