@@ -123,8 +123,8 @@ class PromptCheck:
             raise prompts_refused(block, self.sites, reason)
         if not has_effect:
             reason = (
-                "has no token that reads them (they are masked in a way that petune does not understand, or its attention "
-                "is over another stream), so they would do nothing"
+                "has no token that reads them (they are masked in a way that petune does not understand, or its "
+                "attention is over another stream), so they would do nothing"
             )
             raise prompts_refused(block, self.sites, reason)
         if block is self.sites.blocks[0] and logits_of(output).is_meta and hidden[slot].numbers_tokens:
