@@ -42,6 +42,7 @@ def write_page(paths: Sequence[Path], output: Path) -> Page:
         CheckpointError: It cannot be written.
     """
     check_output(output, GENERATOR)
+    paths = [path if path.name else path.resolve() for path in paths]  # "." has no name for titles
     directories = find_runs(paths)
     states = [directory.state for directory in directories]
     content = render(
