@@ -118,6 +118,8 @@ def _refuse_unseen_frames(model: nn.Module, form: ClipForm, num_frames: int, cli
             inputs.append((layer, args[0].shape[-3]))
 
     hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if isinstance(layer, nn.Conv3d)]
+    if not hooks:
+        return
     try:
         failure = _failure(model, form, num_frames, clips)
     finally:
