@@ -9,6 +9,18 @@ import torch
 from survey.transformers_classes import ByClass, image
 
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
+HGNET_SIZES = {
+    "embedding_size": 8,
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [16, 16, 32, 32],
+    "stem_channels": [3, 8, 8],
+    "stage_in_channels": [8, 16, 16, 32],
+    "stage_mid_channels": [8, 8, 8, 8],
+    "stage_out_channels": [16, 16, 32, 32],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [1, 1, 1, 1],
+    "initializer_range": 0.4,  # or the signal dies before the first BatchNorm, which then amplifies rounding
+}
 _TWO = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
 _COLUMN = {**_TWO, "intermediate_size": 32}
 _TEXT = {
@@ -86,19 +98,7 @@ def _swin(*stages: str) -> tuple[str, dict[str, Any]]:
 
 
 def _hgnet() -> tuple[str, dict[str, Any]]:
-    sizes = {
-        "embedding_size": 8,
-        "depths": [1, 1, 1, 1],
-        "hidden_sizes": [16, 16, 32, 32],
-        "stem_channels": [3, 8, 8],
-        "stage_in_channels": [8, 16, 16, 32],
-        "stage_mid_channels": [8, 8, 8, 8],
-        "stage_out_channels": [16, 16, 32, 32],
-        "stage_num_blocks": [1, 1, 1, 1],
-        "stage_numb_of_layers": [1, 1, 1, 1],
-        "initializer_range": 0.4,  # or the signal dies before the first BatchNorm, which then amplifies rounding
-    }
-    return "HGNetV2Config", {**sizes, "out_features": _STAGES[1:]}
+    return "HGNetV2Config", {**HGNET_SIZES, "out_features": _STAGES[1:]}
 
 
 def _large() -> torch.Tensor:

@@ -7,19 +7,8 @@ from typing import Any
 import torch
 
 from survey.transformers_classes import SMALL, ByClass, ids, image
+from survey.transformers_dense import HGNET_SIZES
 
-_HGNET = {
-    "embedding_size": 8,
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [16, 16, 32, 32],
-    "stem_channels": [3, 8, 8],
-    "stage_in_channels": [8, 16, 16, 32],
-    "stage_mid_channels": [8, 8, 8, 8],
-    "stage_out_channels": [16, 16, 32, 32],
-    "stage_num_blocks": [1, 1, 1, 1],
-    "stage_numb_of_layers": [1, 1, 1, 1],
-    "initializer_range": 0.4,  # or the signal dies before the first BatchNorm, which then amplifies rounding
-}
 _OCR = {"hidden_size": 32, "depth": 2, "head_out_channels": 7, "num_attention_heads": 2}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "vocab_size": 50}
 
@@ -60,7 +49,7 @@ READING: dict[str, ByClass] = {
             "backbone_config": (
                 "HGNetV2Config",
                 {
-                    **_HGNET,
+                    **HGNET_SIZES,
                     "out_features": ["stage1", "stage2", "stage3", "stage4"],
                     "stage_downsample": [True, True, True, True],
                     "stem_strides": [2, 1, 1, 1, 1],
