@@ -8,7 +8,7 @@ from petune.sites.site import Block
 from petune.sites.trace import Call, Trace
 
 OUTPUTS = 0
-"""Stands for the model's outputs among the calls."""
+"""The key of the model's outputs, where other keys are times of calls."""
 
 
 def rows_of(trace: Trace, blocks: Sequence[Block]) -> list[list[Block]]:

@@ -52,7 +52,7 @@ class Shown:
         title: What they are.
         charts, galleries: Figures and images.
         classes: The table of classes; None if there is none.
-        is_evaluation: Whether it is an evaluation.
+        is_evaluation: True for an evaluation.
     """
 
     title: str
