@@ -15,6 +15,7 @@ from typing import Any
 import any_task_page
 import fidelity_page
 import gpu_page
+import mini_vtab_page
 import seed_on_gpu_page
 from page_section import with_section
 from suite import SUITES, Check, Suite, checks_of, difference, read_suite
@@ -98,7 +99,10 @@ def overview(results: Results, suites: Mapping[str, Suite]) -> str:
         parts += [*expectations(suite, results), ""]
         parts += seed_on_gpu_page.section() if name == seed_on_gpu_page.SUITE else []
         pieces = [piece for piece in suite.pieces if piece in results]
-        parts += [*side_by_side(pieces, results), ""] if len(pieces) > 1 else []
+        if name == mini_vtab_page.SUITE:
+            parts += mini_vtab_page.section(list(suite.pieces), results)
+        else:
+            parts += [*side_by_side(pieces, results), ""] if len(pieces) > 1 else []
     for name, comparison in results.items():
         parts += _comparison_section(name, comparison)
     return "\n".join(parts).rstrip()
@@ -245,6 +249,7 @@ def main(check: bool) -> int:
         return 1 if outdated else 0
     for name in read_results():
         Comparison.read(RESULTS / name).write_pages(RESULTS / name)
+    mini_vtab_page.write_figure(list(read_suite(mini_vtab_page.SUITE).pieces), read_results())
     for page, text in outdated.items():
         page.write_text(text, encoding="utf-8")
     return 0

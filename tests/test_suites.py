@@ -20,7 +20,7 @@ from petune.runner.comparison import Comparison, Row
 from petune.runner.stored_config import flatten
 from tests.sampling import sampled
 
-NAMES = ("blocks", "cifar-small", "few-shot", "paddle_study", "precision")
+NAMES = ("blocks", "cifar-small", "few-shot", "mini-vtab", "paddle_study", "precision")
 TINY = """\
 command: python benchmarks/suite.py tiny
 expected:

@@ -1,0 +1,58 @@
+"""The small VTAB: its datasets have VTAB's layout, and its page ranks the methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mini_vtab_data
+import mini_vtab_page
+import pytest
+
+PIECES = ["mini-vtab-a", "mini-vtab-b", "mini-vtab-c", "mini-vtab-d"]
+
+
+def _comparison(**top1: float) -> dict[str, Any]:
+    row = {"status": "done", "percent_of_backbone": 1.0, "time_s": 10.0}
+    return {"rows": [row | {"method": method, "mean": {"top1": value}} for method, value in top1.items()]}
+
+
+def _results() -> dict[str, dict[str, Any]]:
+    values = [(50, 60, 70), (50, 60, 60), (50, 40, 70), (50, 60, 70)]
+    return {p: _comparison(linear=a, vpt=b, full=c) for p, (a, b, c) in zip(PIECES, values, strict=True)}
+
+
+def test_digits_are_written_in_vtabs_layout(tmp_path: Path) -> None:
+    mini_vtab_data.write("digits", tmp_path, tmp_path / "digits")
+    lists = {file.stem: file.read_text().splitlines() for file in (tmp_path / "digits").glob("*.txt")}
+    assert {name: len(rows) for name, rows in lists.items()} == {
+        "train800": 800, "val200": 200, "train800val200": 1000, "test": 359,
+    }  # fmt: skip
+    assert not set(lists["train800"]) & set(lists["val200"])
+    labels = [row.rpartition(" ")[2] for row in lists["train800val200"]]
+    assert [labels.count(str(digit)) for digit in range(10)] == [100] * 10
+
+
+def test_ranks_are_means_over_datasets_and_equal_values_share_theirs() -> None:
+    table = mini_vtab_page.read_table(PIECES, _results())
+    assert table is not None
+    assert table.ranked == ["full", "vpt", "linear"]
+    assert table.rank == pytest.approx({"full": 4.5 / 4, "vpt": (2 + 1.5 + 3 + 2) / 4, "linear": 11 / 4})
+    # Demšar, 2006, table 5: q of 3 methods at 0.05 is 2.343
+    assert table.critical_difference == pytest.approx(2.343 * (3 * 4 / (6 * 4)) ** 0.5, abs=1e-3)
+
+
+def test_the_page_says_what_it_found_or_what_is_missing() -> None:
+    text = "\n".join(mini_vtab_page.section(PIECES, _results()))
+    assert "`full` has the best mean rank (1.1)" in text
+    assert "| `vpt` | 2.1 | 55.00 | 60.00 | 60.00 | 40.00 | 60.00 |" in text
+    partly = {name: result for name, result in _results().items() if name != PIECES[0]}
+    assert "3 of 4 datasets measured" in "\n".join(mini_vtab_page.section(PIECES, partly))
+
+
+def test_a_method_that_failed_on_a_dataset_is_left_out() -> None:
+    results = _results()
+    results[PIECES[1]]["rows"].append({"method": "lora", "status": "failed", "mean": {}})
+    table = mini_vtab_page.read_table(PIECES, results)
+    assert table is not None
+    assert "lora" not in table.rank
