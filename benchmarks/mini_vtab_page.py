@@ -62,7 +62,7 @@ class Table:
 
     @property
     def p_value(self) -> float:
-        """Of Friedman's test that all methods rank alike."""
+        """The p-value of Friedman's test that all methods rank alike."""
         return float(friedmanchisquare(*self.top1.values()).pvalue)
 
 
