@@ -81,7 +81,7 @@ class SSF(petune.Tuner[SSFConfig]):
         inside = {m for block in blocks for own in block.own_modules for m in own.modules()}
         weighted = [m for m in edit.backbone() if m in inside and getattr(m, "weight", None) is not None]
         covered = {m for layer in scaled for m in layer.modules()}  # a layer may be wrapped by another adapter
-        if left_out := [edit.site(m).path for m in weighted if m not in covered]:
+        if left_out := [edit.site(m).path for m in weighted if covered.isdisjoint(m.modules())]:
             warnings.warn(
                 f"ssf leaves {len(left_out)} of {len(weighted)} layers as they are: {left_out[0]}, …", stacklevel=2
             )

@@ -63,7 +63,6 @@ MIXES = [
 @pytest.mark.parametrize(
     "mix", [pytest.param(mix, marks=() if len(mix) in {4, 5} else pytest.mark.exhaustive) for mix in MIXES], ids=str
 )
-@pytest.mark.filterwarnings("ignore:ssf leaves")  # it counts layers that LoRA wraps twice
 @torch.no_grad()
 def test_one_batch_for_many_tasks(saved: Trained, shared: petune.AdapterBank, mix: tuple[str | None, ...]) -> None:
     bank = saved.load(shared, *filter(None, mix))
@@ -197,7 +196,6 @@ def windowed(num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.exhaustive
-@pytest.mark.filterwarnings("ignore:ssf leaves")
 def test_one_batch_on_a_model_with_windows(tmp_path: Path) -> None:
     """A layer inside the attention has a row for each window, so its task cannot share a forward."""
     bank = petune.AdapterBank(windowed(3))
