@@ -48,11 +48,13 @@ if TYPE_CHECKING:
     from petune.data.target import Target as Target
     from petune.injector.attach import attach as attach
     from petune.injector.attachment import Attachment as Attachment
+    from petune.injector.calibration import CalibrationBatch as CalibrationBatch
     from petune.injector.counts import Counts as Counts
     from petune.injector.edit import Edit as Edit
     from petune.injector.load import load as load
     from petune.injector.peft_type import PetuneConfig as PetuneConfig, register_with_peft as register_with_peft
     from petune.injector.registry import list_tuners as list_tuners
+    from petune.injector.sparse import SparseParameters as SparseParameters
     from petune.injector.token_grid import TokenGrid as TokenGrid
     from petune.injector.tuner import Recipe as Recipe, Tuner as Tuner, TunerConfig as TunerConfig
     from petune.plugin_dev.contract import check_tuner as check_tuner
@@ -107,11 +109,13 @@ _PUBLIC = {
     "data.target": "Target",
     "injector.attach": "attach",
     "injector.attachment": "Attachment",
+    "injector.calibration": "CalibrationBatch",
     "injector.counts": "Counts",
     "injector.edit": "Edit",
     "injector.load": "load",
     "injector.peft_type": "PetuneConfig register_with_peft",
     "injector.registry": "list_tuners",
+    "injector.sparse": "SparseParameters",
     "injector.token_grid": "TokenGrid",
     "injector.tuner": "Recipe Tuner TunerConfig",
     "plugin_dev.contract": "check_tuner",

@@ -16,7 +16,8 @@ from petune.injector.addresses import addresses_of
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import block_indices, content_only, frozen_backbone, frozen_head
 from petune.injector.keys import buffer_owners, named_parameters, non_persistent_buffers, persistent_buffers
-from petune.injector.trainable import TrainedParts, buffers_added_to, trainable_state_of
+from petune.injector.trainable import buffers_added_to, trainable_state_of
+from petune.injector.trained_parts import TrainedParts
 from petune.sites.site import Sites
 
 
@@ -66,6 +67,7 @@ class AdapterTensors:
             added=tuple(self._log.new_parameters()),
             added_buffers=tuple(self._log.new_buffers()),
             modules=self._modules,
+            sparse=tuple(self._log.sparse),
         )
 
     def trainable(self) -> dict[str, nn.Parameter]:

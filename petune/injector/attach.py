@@ -14,6 +14,7 @@ from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, UsageError
 from petune.base.plugins import plugin_errors
 from petune.injector.attachment import Attachment
+from petune.injector.calibration import add_calibration_state
 from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.creation import ordinary_tensors
@@ -98,6 +99,8 @@ def attach(
         try:
             with plugin_errors(TUNERS, tuner.method, type(tuner), "was attached"), missing_sites_named(sites):
                 tuner.attach(edit)
+            if type(tuner).calibrate is not Tuner.calibrate:
+                add_calibration_state(model, log)
             attachment = Attachment(model, sites, tuner, name, log, train_head, keep_original)
             _check_trains(attachment)
             check_follows_blocks(attachment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petune.adapters.card import model_card
-from petune.adapters.format import chosen_sites, geometry, write_adapter
-from petune.adapters.migrations import FORMAT
-from petune.adapters.reference_logits import reference_logits
-from petune.base.arguments import Number, PathText, check_arguments
-from petune.base.config import expand_home
+from petune.base.arguments import Number, check_arguments
 from petune.base.errors import AttachError
 from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
-from petune.injector.addresses import file_addresses
+from petune.injector.calibration import calibrate
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
@@ -27,11 +22,12 @@ from petune.injector.keys import label_of, named_parameters, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import groups_by_part, undecayed_keys
-from petune.injector.recorded_outputs import recorded_outputs
-from petune.injector.registry import call_hook, list_tuners
+from petune.injector.registry import call_hook
+from petune.injector.saving import attachment_logits, describe_attachment, save_attachment
+from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import added_to, open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
-from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
+from petune.injector.unfrozen import refuse_unfrozen
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
 
@@ -51,6 +47,7 @@ class Attachment:
         edit_log: What the tuner did to the model, for the framework.
         attached: False once it was detached or merged.
         enabled: False while it is disabled.
+        method: The method's name in the registry; the attachment's name for a tuner that was made by hand.
     """
 
     def __init__(
@@ -67,6 +64,7 @@ class Attachment:
         self.sites = sites
         self.tuner = tuner
         self.name = name
+        self.method = tuner.method or name
         self.edit_log = edit_log
         self.attached = True
         self.enabled = True
@@ -76,19 +74,22 @@ class Attachment:
         self.head = self.tensors.head
         added = {id(p) for p in edit_log.new_parameters()} | added_to(model)
         classifier = {id(p) for module in self.tensors.head_modules for p in module.parameters()}
-        self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier)
+        entries = {id(m.values) for m in model.modules() if isinstance(m, SparseParameters)}
+        self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier, entries)
         state = open_trainable_state(model, sites)
         state.set_parts(edit_log.label, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
-        self._loop_check = LoopCheck(name, tuner.training_calls, self.tuned.values())
+        in_backbone = [p for entries in edit_log.sparse for p in entries.targets]
+        watched = [*self.tuned.values(), *in_backbone]  # values of sparse parameters get no gradient of autograd's
+        self._loop_check = LoopCheck(name, tuner.training_calls, watched, lambda: self.is_calibrated)
         edit_log.undo_steps.append(self._loop_check.remove)
 
     def __str__(self) -> str:
         state = "detached" if not self.attached else "enabled" if self.enabled else "disabled"
-        title = f"{self.name}: {self._method} on {self.sites.model}, {state}\n{self.counts}"
+        title = f"{self.name}: {self.method} on {self.sites.model}, {state}\n{self.counts}"
         return "\n".join([title, *self.sites.describe_choice(), *self.sites.describe_heads()])
 
     def __repr__(self) -> str:
-        return f"<Attachment {self.name!r}: {self._method} on {self.sites.model}>"
+        return f"<Attachment {self.name!r}: {self.method} on {self.sites.model}>"
 
     @property
     def recipe(self) -> Recipe:
@@ -132,11 +133,41 @@ class Attachment:
         self._check_attached()
         return open_trainable_state(self.model, self.sites).set_backbone_dropout(active)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """True if the method needs no `calibrate`, or was calibrated, here or before it was saved."""
+        state = self.edit_log.calibration
+        return state is None or bool(state.done)
+
+    def calibrate(self, batches: Iterable[Any], *, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
+        """Let a method that needs it choose what trains, on training batches, before the first step.
+
+        Nothing happens for other methods, and where it is done: after `petune.load`, or in a resumed training.
+
+        Args:
+            batches: Pairs of inputs and target, such as a DataLoader of the training split. The method decides how
+                many it reads.
+            loss: Maps the model's output and the target to a scalar; by default the cross-entropy of the logits.
+
+        Raises:
+            UsageError: There are no such batches, or they are of a validation or test split. Nothing has changed.
+            AttachError: The attachment is disabled, detached, or see `parameters`.
+            PluginError: The tuner of another package failed. Nothing has changed.
+        """
+        self._check_attached()
+        if self.is_calibrated:
+            return
+        if not self.enabled:
+            raise AttachError(f"{self.name} is disabled. Call enable() before calibrate")
+        self._check_in_model()
+        with self._loop_check.paused():
+            calibrate(self.model, self.tuner, self.edit_log, batches, loss)
+
     def on_train_start(self, total_steps: int) -> None:
         """Tell the tuner the number of optimizer steps, before training and before a resume.
 
-        If the method needs this call, `on_step_end` or `loss`, and a training loop leaves it out, the loop gets an
-        AttachError within its first three steps.
+        If the method needs this call, `calibrate`, `on_step_end` or `loss`, and a training loop leaves it out, the loop
+        gets an AttachError within its first three steps.
 
         Raises:
             AttachError: See `parameters`.
@@ -172,11 +203,13 @@ class Attachment:
             AttachError: See `parameters`.
         """
         self._check_in_model()
-        gradients.check_gradients(self.name, self.tuned, self.head, self.edit_log.unfrozen, under_way=under_way)
+        tuned = gradients.expected(self.tuned, may_lack=self.tuner.may_lack_gradients)
+        gradients.check_gradients(self.name, tuned, self.head, self.edit_log.unfrozen, under_way=under_way)
 
     def missing_gradients(self, without: set[str]) -> list[str]:
         """Return those of the keys `without` a gradient whose parameters should have one."""
-        return gradients.missing_gradients(self.tuned, self.edit_log.unfrozen, without)
+        may_lack = self.tuner.may_lack_gradients and not self.tuned.keys() <= without
+        return [] if may_lack else gradients.missing_gradients(self.tuned, self.edit_log.unfrozen, without)
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved, by state_dict key: tuned and head tensors, and the buffers that move with them.
@@ -207,19 +240,7 @@ class Attachment:
 
     def describe(self) -> dict[str, Any]:
         """Return what the configuration of an adapter says about it: the method, and the backbone it belongs to."""
-        origin = next((record for record in list_tuners() if record.name == self._method), None)
-        return {
-            "format": FORMAT,
-            "tuner": self._method,
-            "distribution": origin.distribution if origin else None,
-            "version": origin.version if origin else None,
-            "config": self.tuner.config.plain(),
-            "train_head": bool(self.head),
-            "geometry": geometry(self.sites),
-            "chosen_sites": chosen_sites(self.sites),
-            **self.tensors.describe_frozen(),
-            "addresses": file_addresses(self.tensors.addresses, self.state(), self.file_state()),
-        }
+        return describe_attachment(self)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the frozen backbone; see `AdapterTensors.fingerprint`."""
@@ -231,15 +252,7 @@ class Attachment:
         Returns:
             None if another attachment or classifier is in use, the backbone is sharded, or a logit is not finite.
         """
-        if self.tensors.is_sharded or not self.tensors.are_alone():
-            return None
-        if self.enabled:
-            return reference_logits(self.model, self.sites)
-        self.enable()
-        try:
-            return reference_logits(self.model, self.sites)
-        finally:
-            self.disable()
+        return attachment_logits(self)
 
     def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a model card.
@@ -255,15 +268,7 @@ class Attachment:
         """
         self._check_attached()
         self._check_in_model()
-        if self.enabled:
-            self.tensors.check_left_head(self.name)
-        warn_of_changed(self.model, self.sites)
-        check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
-        outputs = recorded_outputs(self.reference_logits(), self.model, self.sites, self.edit_log, self.disabled())
-        config = {**self.describe(), "reference_logits": outputs, "metadata": dict(metadata or {})}
-        external = self.tuner.to_external(self.state())
-        card = model_card(config, self.counts, is_peft=external is not None)
-        write_adapter(expand_home(path), config, self.file_state(), card, external[0] if external else None)
+        save_attachment(self, path, metadata)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -346,13 +351,8 @@ class Attachment:
             "its adapters: copy.deepcopy(attachment.model). Or save the attachment, and petune.load it on another model"
         )
 
-    @property
-    def _method(self) -> str:
-        """The method's name in the registry; the attachment's name for a tuner that was made by hand."""
-        return self.tuner.method or self.name
-
     def _file_key(self, key: str) -> str:
-        return renamed_key(key, f"petune_{self.edit_log.label}", f"petune_{label_of(self._method)}")
+        return renamed_key(key, f"petune_{self.edit_log.label}", f"petune_{label_of(self.method)}")
 
     def _undo(self) -> None:
         self.edit_log.undo()

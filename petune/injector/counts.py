@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -54,6 +54,7 @@ def count_parameters(
     head: Mapping[str, nn.Parameter],
     added: set[int],
     classifier: set[int],
+    entries: Collection[int] = (),
 ) -> Counts:
     """Count the parameters of a model with an attachment.
 
@@ -63,12 +64,13 @@ def count_parameters(
         head: Those of the classifier that train.
         added: Identities of those that this and other attachments have added.
         classifier: Identities of the classifier's.
+        entries: Identities of vectors that hold entries of the backbone's parameters, which count once.
     """
     original = [p for p in named.values() if id(p) not in added]
     return Counts(
         tuned=_num_elements(tuned.values()),
         head=_num_elements(head.values()),
-        total=_num_elements(named.values()),
+        total=_num_elements(p for p in named.values() if id(p) not in entries),
         backbone=_num_elements(p for p in original if id(p) not in classifier),
         classifier=_num_elements(p for p in original if id(p) in classifier),
     )

@@ -154,6 +154,9 @@ def _check_reached(attachment: Attachment, graph: _Graph) -> None:
     Raises:
         DeadSite: There are such parts.
     """
+    if graph.leaves is not None:  # the backbone computes with its own weights, of which some entries train
+        reached = (e for e in attachment.edit_log.sparse if any(id(p) in graph.leaves for p in e.targets))
+        graph.leaves.update(id(entries.values) for entries in reached)
     if graph.leaves is None or all(id(p) in graph.leaves for p in attachment.tuned.values()):
         return
     parts = _parts(attachment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import overload
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
+from petune.injector.sparse import SparseParameters
 from petune.injector.token_grid import TokenGrid, patch_convolution
 from petune.sites.required import require_editable, require_site, require_whole
 from petune.sites.site import Block, Site, Sites
@@ -100,8 +102,18 @@ class Edit:
 
     # Train what is there
 
-    def train(self, target: nn.Module | Site | Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Unfreeze parameters that the backbone already has.
+    @overload
+    def train(self, target: nn.Module | Site | Iterable[nn.Parameter]) -> list[nn.Parameter]: ...
+
+    @overload
+    def train(
+        self, target: nn.Module | Site | Iterable[nn.Parameter], *, mask: Sequence[Tensor]
+    ) -> SparseParameters: ...
+
+    def train(
+        self, target: nn.Module | Site | Iterable[nn.Parameter], *, mask: Sequence[Tensor] | None = None
+    ) -> list[nn.Parameter] | SparseParameters:
+        """Unfreeze parameters that the backbone already has, or some of their entries.
 
         Args:
             target: A module or site, whose parameters train and which goes to train mode (dropout, BatchNorm); a block
@@ -115,6 +127,9 @@ class Edit:
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
             parameters = list(target)
+        if mask is not None:
+            return self._placer.train_entries(parameters, mask)
+        self._placer.refuse_trained(parameters)
         own = [p for p in parameters if id(p) not in self._layers.others]
         self._log.train_modules += modules
         self._log.unfrozen += own

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from petune.base.errors import NotMergeable
 from petune.injector.hooks.base import After, Before, Holder
 from petune.injector.keys import BufferOwner
+from petune.injector.sparse import SparseParameters, full_gradients
 from petune.sites.site import Site
+
+if TYPE_CHECKING:
+    from petune.injector.calibration import CalibrationState
 
 Toggle = Callable[[bool], object]
 
@@ -53,6 +58,8 @@ class EditLog:
         added_parameters: Parameters that the tuner put in by hand.
         added_modules: Modules that the tuner put in by hand; they go to train mode and their buffers are saved.
         added_buffers: Single buffers that are saved, by the module that holds them and their name there.
+        sparse: Entries of the backbone's own parameters that train.
+        calibration: Records that the method was calibrated; None for a method that needs no calibration.
         wrappers: Modules that the tuner put around the backbone's own; they go to train mode, those inside do not.
         toggles: Called with False when the attachment is disabled and with True when it is enabled again.
         enable_checks: Called before the attachment is enabled again; they raise AttachError to forbid it.
@@ -69,6 +76,8 @@ class EditLog:
     added_parameters: list[nn.Parameter] = field(default_factory=list)
     added_modules: list[nn.Module] = field(default_factory=list)
     added_buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
+    sparse: list[SparseParameters] = field(default_factory=list)
+    calibration: CalibrationState | None = None
     wrappers: list[nn.Module] = field(default_factory=list)
     toggles: list[Toggle] = field(default_factory=list)
     enable_checks: list[Callable[[], object]] = field(default_factory=list)
@@ -96,6 +105,10 @@ class EditLog:
         roots = [*(holder for holder, _ in self.placed), *self.added_modules]
         inside = [(module, name) for root in roots for module in root.modules() for name in module._buffers]
         return [*dict.fromkeys((*inside, *self.added_buffers))]
+
+    def full_gradients(self) -> AbstractContextManager[None]:
+        """Leave gradients at the parameters of which some entries train, of all entries, inside the context."""
+        return full_gradients(self.sparse)
 
     def set_enabled(self, on: bool) -> None:
         """Enable or disable every adapter, and everything that was changed by hand."""

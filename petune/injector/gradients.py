@@ -48,6 +48,11 @@ def check_gradients(
         )
 
 
+def expected(tuned: Mapping[str, nn.Parameter], *, may_lack: bool) -> Mapping[str, nn.Parameter]:
+    """Return the parameters that must have a gradient: all, or if `may_lack`, those that have one, if any does."""
+    return {key: p for key, p in tuned.items() if p.grad is not None} or tuned if may_lack else tuned
+
+
 def missing_gradients(
     tuned: Mapping[str, nn.Parameter], unfrozen: Collection[nn.Parameter], without: set[str]
 ) -> list[str]:

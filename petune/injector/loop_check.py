@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError
 
 CALLS = {
+    "calibrate": "Call att.calibrate(batches) with training batches before the first step",
     "on_train_start": "Call att.on_train_start(total_steps) before the first step",
     "loss": "Add it in each step: loss = loss + att.loss(step)",
     "on_step_end": "Call att.on_step_end(step) after each optimizer.step()",
 }
 """The calls that a method can need, and the advice to a loop without it."""
 REASONS = {
+    "calibrate": "chooses what it trains on training batches",
     "on_train_start": "needs the number of training steps",
     "loss": "has a loss term of its own, which this training loop does not add",
     "on_step_end": "must know when a step has ended",
@@ -39,14 +42,23 @@ class LoopCheck:
         name: The attachment, for messages.
         needed: The calls that the method needs, keys of `CALLS`.
         parameters: What the method trains. The first one that gets a gradient is watched from then on.
+        is_calibrated: Returns True if the method was calibrated, now or before it was saved.
     """
 
-    def __init__(self, name: str, needed: frozenset[str], parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        name: str,
+        needed: frozenset[str],
+        parameters: Iterable[nn.Parameter],
+        is_calibrated: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._name = name
         self._needed = needed
+        self._is_calibrated = is_calibrated
         self._called: set[str] = set()
         self._missing_before: set[str] = set()
         self._started = False
+        self._calibrated = False
         self._paused = False
         self._changed_before_pause = False
         self._watched: Tensor | None = None
@@ -70,6 +82,15 @@ class LoopCheck:
         self._paused = False
         if self._watched is not None and not self._changed_before_pause:
             self._last = _state_of(self._watched)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop checking inside the context."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -101,11 +122,15 @@ class LoopCheck:
         return not torch.equal(values, values_before)
 
     def _require_start(self) -> None:
+        if "calibrate" in self._needed and not self._calibrated:
+            self._calibrated = self._is_calibrated()
+            if not self._calibrated:
+                self._fail("calibrate")
         if "on_train_start" in self._needed and not self._started:
             self._fail("on_train_start")
 
     def _require_calls(self) -> None:
-        missing = self._needed - self._called - {"on_train_start"}
+        missing = self._needed - self._called - {"on_train_start", "calibrate"}
         repeated = missing & self._missing_before
         self._missing_before = set(missing)
         if repeated:

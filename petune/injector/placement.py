@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petune.base.errors import AttachError
@@ -14,7 +14,8 @@ from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.base import Holder, idempotent
 from petune.injector.hooks.prompts import order_hooks
 from petune.injector.qkv import qkv_readers
-from petune.injector.trainable import CONTAINERS, host_for, open_trainable_state
+from petune.injector.sparse import SparseParameters
+from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
 from petune.sites.site import Block, Site, Sites
 
 
@@ -66,6 +67,73 @@ class Placer:
         self.log.toggles.append(guarded)
         self.log.undo_steps.append(lambda: guarded(False))
 
+    def train_entries(self, parameters: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> SparseParameters:
+        """Let some entries of the backbone's parameters train; see `Edit.train`.
+
+        Raises:
+            AttachError: A mask does not fit, or another method trains a parameter.
+        """
+        owners = self._owners(parameters)
+        self.refuse_trained(parameters, whole=False)
+        entries = SparseParameters([(module, name) for _, module, name in owners], masks)
+        host = host_for(self.model.get_submodule(_common([path for path, _, _ in owners])))
+        attribute = _free_name(host, f"petune_{self.log.label}_entries")
+        host.add_module(attribute, entries)
+        self.log.undo_steps += [lambda: delattr(host, attribute), entries.undo]
+        self.log.sparse.append(entries)
+        self.log.added_parameters.append(entries.values)
+        self.log.added_buffers.append((entries, "indices"))
+        self.log.changes_all_rows = True
+        self.log.toggles.append(idempotent(entries.set_enabled, on=True))
+        self.log.merges.append(entries.merge)
+        entries.watch(self.model)
+        inner = (block.enter for block in self.sites.all_blocks)
+        for module in dict.fromkeys((self.model, *inner)):
+            handle = module.register_forward_pre_hook(entries.before_forward, prepend=True)
+            self.log.undo_steps.append(handle.remove)
+        return entries
+
+    def refuse_trained(self, parameters: Sequence[nn.Parameter], *, whole: bool = True) -> None:
+        """Check that no other method trains entries of these parameters, nor the parameters if only entries are to.
+
+        Raises:
+            AttachError: One does.
+        """
+        state = open_trainable_state(self.model, self.sites)
+        others = {name: parts for name, parts in state.attachments.items() if name != self.log.label}
+        own = {id(p) for entries in self.log.sparse for p in entries.targets}
+        own |= set() if whole else {id(p) for p in self.log.unfrozen}
+        for p in parameters:
+            trained = (name for name, parts in others.items() if not whole and any(p is q for q in parts.parameters))
+            name = self.log.label if id(p) in own else state.sparse_trainer_of(p) or next(trained, None)
+            if name is not None:
+                raise AttachError(
+                    f"{self.log.label} would train a parameter of shape {tuple(p.shape)} of which {name} trains "
+                    "entries, or all. Train it once, with one mask"
+                )
+
+    def _owners(self, parameters: Sequence[nn.Parameter]) -> list[tuple[str, nn.Module, str]]:
+        """Return path, module and name of each parameter of the model.
+
+        Raises:
+            AttachError: It is none, is given twice, or is quantized.
+        """
+        found: dict[int, tuple[str, nn.Module, str]] = {}
+        for path, module in self.model.named_modules():
+            for name, p in module._parameters.items():
+                found.setdefault(id(p), (path, module, name))
+        added = added_to(self.model)
+        for number, p in enumerate(parameters):
+            is_new = isinstance(p, Tensor) and (id(p) in added or any(p is q for q in parameters[:number]))
+            if not isinstance(p, nn.Parameter) or id(p) not in found or is_new or not p.is_floating_point():
+                raise AttachError(
+                    f"edit.train with a mask takes floating-point parameters of the backbone, each once; number "
+                    f"{number} is a {type(p).__name__} that is none, or was given before. Take them from edit.model"
+                )
+        if not parameters:
+            raise AttachError("edit.train with a mask was given no parameter. Take them from edit.model")
+        return [found[id(p)] for p in parameters]
+
     def call_qkv(self, *sites: Site) -> None:
         """Let an attention call its qkv layer if one of `sites` is that layer; see `call_qkv_within`."""
         edited = {id(site.enter) for site in sites}
@@ -104,6 +172,14 @@ class Placer:
         for module in (site.exit, self.model):
             yield from (p for p in module.parameters() if p.ndim > 1)
             yield from module.parameters()
+
+
+def _common(paths: Sequence[str]) -> str:
+    """Return the path of the innermost module that holds all of these modules."""
+    parts = [path.split(".") for path in paths]
+    same = [names[0] for names in zip(*parts, strict=False) if len({*names}) == 1]
+    depth = next((i for i, names in enumerate(zip(*parts, strict=False)) if len({*names}) > 1), len(same))
+    return ".".join(same[:depth])
 
 
 def _free_name(module: nn.Module, base: str) -> str:

@@ -74,19 +74,19 @@ def build_tuner(method: str | Tuner[Any] | TunerConfig, **options: Any) -> Tuner
     return _build_from_name(method, options)
 
 
-def call_hook(tuner: Tuner[Any], hook: str, step: int) -> Any:
+def call_hook(tuner: Tuner[Any], hook: str, value: Any) -> Any:
     """Call a tuner's method of training; an unexpected error names its package.
 
     Args:
         tuner: The tuner.
-        hook: `on_train_start`, `on_step_end` or `loss`.
-        step: The step, or the number of steps.
+        hook: `calibrate`, `on_train_start`, `on_step_end` or `loss`.
+        value: The step, the number of steps, or the batches.
 
     Raises:
         PluginError: The tuner of another package failed.
     """
     with plugin_errors(TUNERS, tuner.method, type(tuner), f"ran {hook}"):
-        return getattr(tuner, hook)(step)
+        return getattr(tuner, hook)(value)
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:

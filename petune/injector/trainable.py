@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,49 +18,12 @@ from petune.injector.bank_hold import BankHold
 from petune.injector.frozen_values import FrozenValues
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.keys import BufferOwner, named_parameters
+from petune.injector.trained_parts import TensorValues, TrainedParts
 from petune.sites.random_draws import RandomDraws, find_random_draws
 from petune.sites.site import Sites
 
 ATTRIBUTE = "petune_trainable_state"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
-@dataclass(eq=False)
-class TensorValues:
-    """The values of one tensor that attachments train in place.
-
-    The model holds the value of the last enabled attachment or, without one, the original. The others wait here.
-
-    Attributes:
-        tensor: The model's tensor when it was first trained.
-        original: Its value from before; None if that was not kept.
-        trained: For each attachment, in the order of attaching, its trained value; None while the model holds it.
-    """
-
-    tensor: Tensor
-    original: Tensor | None
-    trained: dict[str, Tensor | None] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class TrainedParts:
-    """Parameters that one attachment trains, and those that it added.
-
-    Attributes:
-        parameters: All parameters that it trains, the classifier's among them.
-        added: Parameters that were not in the model before.
-        added_buffers: Buffers that were not, each as its module and its name there.
-        modules: Modules that go to train mode.
-        in_place: By state_dict key, the values of the tensors that it trains in place.
-        enabled: False while the attachment is disabled.
-    """
-
-    parameters: tuple[nn.Parameter, ...] = ()
-    added: tuple[Tensor, ...] = ()
-    added_buffers: tuple[BufferOwner, ...] = ()
-    modules: tuple[nn.Module, ...] = ()
-    in_place: dict[str, TensorValues] = field(default_factory=dict)
-    enabled: bool = True
 
 
 class TrainableState(nn.Module):
@@ -188,9 +150,13 @@ class TrainableState(nn.Module):
         Raises:
             AttachError: That value was not kept.
         """
+        order = list(self.attachments)
+        later = [self.attachments[other] for other in order[order.index(name) :]]
+        for entries in (e for parts in later for e in parts.sparse):
+            if any(live is p for p in entries.targets):
+                return entries.original(live)  # no other attachment trains it
         values = next((v for p in self.attachments.values() for v in p.in_place.values() if v.tensor is live), None)
         enabled = [other for other in values.trained if self.attachments[other].enabled] if values is not None else []
-        order = list(self.attachments)
         # if an earlier attachment trains it too, that one saves the current value, see `value`
         if values is None or not enabled or order.index(enabled[0]) <= order.index(name):
             return live
@@ -207,6 +173,13 @@ class TrainableState(nn.Module):
             values = parts.in_place.get(key)
             if name != other_than and values is not None and values.original is not None:
                 return name
+        return self.sparse_trainer_of(named_parameters(self.model).get(key), other_than)
+
+    def sparse_trainer_of(self, parameter: Tensor | None, other_than: str = "") -> str | None:
+        """Return another attachment that trains some entries of a parameter."""
+        for name, parts in self.attachments.items():
+            if name != other_than and any(p is parameter for entries in parts.sparse for p in entries.targets):
+                return name
         return None
 
     def unfrozen_by_hand(self) -> list[str]:
@@ -215,7 +188,7 @@ class TrainableState(nn.Module):
         They were unfrozen, or came into the model after attaching. Another classifier is not among them: AdapterBank
         puts them in.
         """
-        trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
+        trained = {p for parts in self.attachments.values() for p in parts.with_gradient()}
         known = {id(p) for p, _, _ in self._flags}
         head = self.sites.parts.get("head")
         paths = tuple(f"{path}." for path, _ in head.named_modules) if head is not None else ()
@@ -325,11 +298,11 @@ class TrainableState(nn.Module):
         """Return the identities of all tensors that attachments train, change or added."""
         by_key: dict[str, Tensor] = {**named_parameters(self.model), **dict(self.model.named_buffers())}
         in_place = {key for parts in self.attachments.values() for key in parts.in_place}
-        trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
+        trained = {p for parts in self.attachments.values() for p in parts.with_gradient()}
         return trained | {id(t) for key, t in by_key.items() if key in in_place} | added_to(self.model)
 
     def _freeze(self) -> None:
-        trained = {id(p) for parts in self.attachments.values() for p in parts.parameters}
+        trained = {p for parts in self.attachments.values() for p in parts.with_gradient()}
         for parameter in self.model.parameters():
             if parameter.is_floating_point() or parameter.is_complex():
                 parameter.requires_grad_(id(parameter) in trained)

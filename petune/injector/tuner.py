@@ -36,7 +36,7 @@ every image independently. Two optional attributes on it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
@@ -50,6 +50,7 @@ from petune.base.plugins import set_config_class
 if TYPE_CHECKING:
     import torch
 
+    from petune.injector.calibration import CalibrationBatch
     from petune.injector.edit import Edit
     from petune.sites.site import Sites
 
@@ -122,6 +123,8 @@ class Tuner(Generic[ConfigT]):
         recipe: The training defaults.
         recipes: Further recipes by name, such as `official` for that of the authors' code; a run names one.
         identity_at_init: True if the model computes the same as before right after attaching.
+        may_lack_gradients: True if parameters may go without a gradient in a step: a supernet trains one path at a
+            time. Some must have one in every step.
         method: The name under which the tuner was built; empty for one that was made by hand.
         config: The options of this instance.
     """
@@ -130,6 +133,7 @@ class Tuner(Generic[ConfigT]):
     recipe: Recipe = Recipe()
     recipes: ClassVar[Mapping[str, Recipe]] = MappingProxyType({})
     identity_at_init: bool = True
+    may_lack_gradients: bool = False
     method: str = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -184,13 +188,22 @@ class Tuner(Generic[ConfigT]):
 
     @property
     def training_calls(self) -> frozenset[str]:
-        """The methods that a training loop must call: on_train_start, on_step_end and loss, where overridden.
+        """The methods that a training loop must call: calibrate, on_train_start, on_step_end, loss, where overridden.
 
         `Attachment` raises an error in a loop without them. Override this in a class that needs them for some options
         only.
         """
-        names = ("on_train_start", "on_step_end", "loss")
+        names = ("calibrate", "on_train_start", "on_step_end", "loss")
         return frozenset(name for name in names if getattr(type(self), name) is not getattr(Tuner, name))
+
+    def calibrate(self, batches: Iterable[CalibrationBatch]) -> None:
+        """Choose what trains, with gradients or features of training batches, before the first step.
+
+        The model is in eval mode; random numbers are fixed. After `batch.loss().backward()`, parameters that train, and
+        those given to `edit.train` with a mask, have gradients of all their entries; petune clears them. Write what was
+        chosen into buffers of adapters, or with `SparseParameters.choose`: a resumed run, and a loaded adapter, have it
+        and are not calibrated again.
+        """
 
     def on_train_start(self, total_steps: int) -> None:
         """Prepare for training, and again before it is resumed, with the number of steps. Most methods ignore it."""

@@ -66,6 +66,27 @@ def _frozen_tensors(t: Trial) -> str:
     return f"{t.training.changed} differs" if t.training.changed else ""
 
 
+def _masked_entries(t: Trial) -> str:
+    key = t.training.changed_outside_masks
+    return f"{key} differs in entries that edit.train(…, mask=…) leaves frozen" if key else ""
+
+
+def _calibration(t: Trial) -> str:
+    """Calibrate two fresh attachments on the same batches."""
+    chosen: list[dict[str, Tensor]] = []
+    for _ in range(2):
+        torch.manual_seed(0)  # of what adapters start with
+        fresh = Trial(t.att.tuner, t.base, t.att.name, **t.options)
+        torch.manual_seed(len(chosen))
+        fresh.calibrate()
+        logits(fresh.model, fresh.x)
+        different = _backbone_values(fresh)
+        if different:
+            return f"{different} after calibrate"
+        chosen.append(fresh.att.state())
+    return _first(key for key, value in chosen[0].items() if not torch.equal(value, chosen[1][key]))
+
+
 def _effect_in_eval_mode(t: Trial) -> str:
     return "" if t.training.has_effect else "other values of the tuned tensors give the same logits"
 
@@ -175,6 +196,8 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("parameter count", "num_parameters() returns the true count, if it returns one", _parameter_count),
     Property("gradients", "every tuned tensor gets a gradient", _gradients),
     Property("frozen tensors", "training changes no frozen tensor or buffer by a bit", _frozen_tensors),
+    Property("masked entries", "training changes no entry outside a mask by a bit", _masked_entries),
+    Property("calibration", "calibrated twice, it chooses the same, and changes no weight", _calibration),
     Property("effect in eval mode", "what trains changes the output in eval mode", _effect_in_eval_mode),
     Property("repeatable evaluation", "two evaluations are equal", _repeatable_evaluation),
     Property("no state between forwards", "a forward leaves nothing behind", _no_state_between_forwards),

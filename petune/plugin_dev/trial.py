@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
+from petune.injector.gradients import missing_gradients
 from petune.injector.load import load
 from petune.injector.tuner import Tuner
 from petune.sites.forward import forget_caches, tensors_in
@@ -33,12 +34,14 @@ class Training:
     Attributes:
         silent: Tuned tensors that never had a gradient other than zero, in any draw.
         changed: A frozen tensor that changed; empty if none did.
+        changed_outside_masks: A tensor of which an entry changed that no mask lets train; empty if none did.
         logits: The logits in eval mode, with tuned tensors as far from their start as after a long training.
         has_effect: True if the logits depend on the tuned tensors.
     """
 
     silent: list[str]
     changed: str
+    changed_outside_masks: str
     logits: Tensor
     has_effect: bool
 
@@ -75,6 +78,12 @@ class Trial:
             raise RuntimeError("not checked, because training failed")
         return self._training
 
+    def calibrate(self) -> None:
+        """Calibrate the attachment on two batches of samples, with a class for each."""
+        spec, target = self.att.sites.input_spec, torch.arange(NUM_IMAGES) % 2
+        batches = [(self.x, target), (spec.noise(NUM_IMAGES, seed=2), target)]
+        self.att.calibrate(batches, loss=lambda output, _: _loss(output))
+
     def loaded_again(self) -> Attachment:
         """Save the attachment and load it on a fresh copy of `base`, at the first call: training must be over."""
         if self._loaded is None:
@@ -91,14 +100,18 @@ class Trial:
         silent = _silent_after_three_steps(self)
         logits_after = logits(self.model, self.x)
         perturbed = self._perturb()
-        changed = next((key for key, value in before.items() if not torch.equal(frozen[key], value)), "")
+        masks = {id(p): mask for e in self.att.edit_log.sparse for p, mask in zip(e.targets, e.masks(), strict=True)}
+        different = {key: frozen[key] != value for key, value in before.items() if not torch.equal(frozen[key], value)}
+        changed = next((key for key in different if id(frozen[key]) not in masks), "")
+        partly = {key: mask & ~masks[id(frozen[key])] for key, mask in different.items() if id(frozen[key]) in masks}
+        outside = next((key for key, mask in partly.items() if mask.any()), "")
         for seed in range(1, DRAWS):
             if silent:
                 torch.manual_seed(seed)
                 again = Trial(self.att.tuner, self.base, self.att.name, **self.options)
                 silent = sorted({*silent} & {*_silent_after_three_steps(again)})
         has_effect = not self.att.tuned or not torch.equal(perturbed, logits_after)
-        self._training = Training(silent, changed, perturbed, has_effect)
+        self._training = Training(silent, changed, outside, perturbed, has_effect)
         return self._training
 
     @torch.no_grad()
@@ -126,6 +139,7 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
     """Train three steps; return the tuned tensors that never had a gradient other than zero."""
     att, x = trial.att, trial.x
     optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+    trial.calibrate()
     att.train()
     att.on_train_start(3)
     live: set[str] = set()
@@ -138,7 +152,7 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
         optimizer.step()
         att.on_step_end(step)
     att.model.eval()
-    return list(att.missing_gradients({*att.tuned} - live))
+    return missing_gradients(att.tuned, att.edit_log.unfrozen, {*att.tuned} - live)
 
 
 def _loss(output: Any) -> Tensor:

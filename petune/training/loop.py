@@ -24,6 +24,7 @@ from petune.injector.param_groups import undecayed_keys
 from petune.sites.file_values import rounded_values
 from petune.training.batch_loss import BatchLoss
 from petune.training.calibrate import calibrate
+from petune.training.calibrate_method import calibrate_method
 from petune.training.checkpoint import check_optimizer
 from petune.training.config import NumberFormat
 from petune.training.diverged import check_finite, diverged
@@ -355,6 +356,7 @@ class Trainer:
         for problem in problems:
             self.on_event(Note(f"{problem}; {instead}"))
         if checkpoint is None:
+            calibrate_method(self.job, self.batches, self.loss, self.precision, sharded=self.sharded)
             self.progress.steps_per_epoch = len(self.batches)
             self.progress.augment_format = AUGMENT_FORMAT
             self.sync.share_initial_values(self.state.tensors())

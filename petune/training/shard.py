@@ -28,7 +28,8 @@ def shard_frozen_blocks(attachment: Attachment, group: Group, device: torch.devi
 
     mesh = init_device_mesh(device.type, (group.size,))
     # what the method added stays whole even where it is frozen: saving finds it by identity
-    whole = {*attachment.parameters(), *attachment.edit_log.new_parameters()}
+    log = attachment.edit_log
+    whole = {*attachment.parameters(), *log.new_parameters(), *(p for entries in log.sparse for p in entries.targets)}
     blocks = list(dict.fromkeys(block.module for block in attachment.sites.all_blocks if block.is_module))
     if all(p in whole for block in blocks for p in block.parameters()):
         raise ConfigError(

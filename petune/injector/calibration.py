@@ -1,0 +1,212 @@
+"""`Tuner.calibrate`: what a method reads from training batches before the first step, and the record that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petune.base.errors import UsageError
+from petune.injector.hooks.base import first_tensor, to_channels_last
+from petune.injector.registry import call_hook
+from petune.injector.trainable import host_for
+from petune.sites.forward import device_of, tensors_in
+from petune.sites.input_spec import Inputs
+from petune.sites.logits import logits_of
+from petune.sites.site import Site
+
+if TYPE_CHECKING:
+    from petune.injector.edit_log import EditLog
+    from petune.injector.tuner import Tuner
+
+OTHER_SPLITS = {"val", "valid", "validation", "test", "testing"}
+"""Values of an attribute `split` of a dataset whose images must not choose what trains."""
+SEED = 0
+"""Seed of what a tuner draws while it calibrates, so that every process and every repetition draws the same."""
+
+Loss = Callable[[Any, Any], Tensor]
+"""Maps the model's output and the target of a batch to a scalar."""
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """A batch of training samples that `Tuner.calibrate` reads.
+
+    Attributes:
+        model: The model, in eval mode.
+        inputs: What it takes: a tensor (B, …), or `Inputs`.
+        target: As the loss takes it.
+        compute_loss: Maps the model's output and the target to a scalar.
+    """
+
+    model: nn.Module
+    inputs: Any
+    target: Any
+    compute_loss: Loss
+
+    def run(self) -> Any:
+        """Return what the model returns for the inputs."""
+        return self.inputs.call(self.model) if isinstance(self.inputs, Inputs) else self.model(self.inputs)
+
+    def loss(self) -> Tensor:
+        """Run the model and return the mean loss of the batch, with its graph."""
+        return self.compute_loss(self.run(), self.target)
+
+    def entering(self, sites: Sequence[Site]) -> list[Tensor]:
+        """Run the model and return what enters each site, (B, …, D)."""
+        found: dict[int, Tensor] = {}
+
+        def read(index: int, site: Site) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                found[index] = to_channels_last(first_tensor(args, kwargs), site.layout)
+
+            return site.enter.register_forward_pre_hook(hook, with_kwargs=True)
+
+        return self._run_with(read, sites, found)
+
+    def leaving(self, sites: Sequence[Site]) -> list[Tensor]:
+        """Run the model and return what leaves each site, (B, …, D)."""
+        found: dict[int, Tensor] = {}
+
+        def read(index: int, site: Site) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                found[index] = to_channels_last(next(tensors_in(output)), site.layout)
+
+            return site.exit.register_forward_hook(hook)
+
+        return self._run_with(read, sites, found)
+
+    def _run_with(
+        self, read: Callable[[int, Site], Any], sites: Sequence[Site], found: dict[int, Tensor]
+    ) -> list[Tensor]:
+        handles = [read(index, site) for index, site in enumerate(sites)]
+        try:
+            self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [site.where for index, site in enumerate(sites) if index not in found]
+        if missing:
+            raise UsageError(f"calibrate reads {missing[0]}, which the forward does not pass. Read another site")
+        return [found[index] for index in range(len(sites))]
+
+
+class CalibrationBatches:
+    """The training batches, one after the other; each iteration begins with the first.
+
+    Args:
+        model: The model.
+        batches: Pairs of inputs and target, or finished `CalibrationBatch`es.
+        loss: See `CalibrationBatch.compute_loss`; None takes the cross-entropy of the logits.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss | None) -> None:
+        refuse_other_splits(batches)
+        self._model = model
+        self._batches = batches
+        self._loss = loss or _cross_entropy
+
+    def __iter__(self) -> Iterator[CalibrationBatch]:
+        number = 0
+        for number, item in enumerate(self._batches, 1):  # noqa: B007
+            if isinstance(item, CalibrationBatch):
+                yield item
+                continue
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise UsageError(
+                    f"calibrate takes batches of (inputs, target), but was given {type(item).__name__}. Pass a "
+                    "DataLoader of the training split, or a list of such pairs"
+                )
+            yield CalibrationBatch(self._model, item[0], item[1], self._loss)
+        if not number:
+            raise UsageError("calibrate was given no batch. Pass batches of the training split, such as its DataLoader")
+
+
+class CalibrationState(nn.Module):
+    """Records in a buffer, and so in every file, that the method was calibrated.
+
+    Attributes:
+        done: 1 if it was; uint8.
+    """
+
+    done: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("done", torch.zeros((), dtype=torch.uint8, device=device))
+
+
+def add_calibration_state(model: nn.Module, log: EditLog) -> None:
+    """Put the record into the model."""
+    host, name = host_for(model), f"petune_{log.label}_calibration"
+    state = CalibrationState(device_of(model))
+    host.add_module(name, state)
+    log.undo_steps.append(lambda: delattr(host, name))
+    log.added_modules.append(state)
+    log.calibration = state
+
+
+def calibrate(model: nn.Module, tuner: Tuner[Any], log: EditLog, batches: Iterable[Any], loss: Loss | None) -> None:
+    """Let a tuner choose what it trains; see `Attachment.calibrate`."""
+    given = CalibrationBatches(model, batches, loss)
+    with calibrating(model, log):
+        call_hook(tuner, "calibrate", given)
+    if log.calibration is not None:
+        log.calibration.done.fill_(1)
+
+
+def refuse_other_splits(batches: object) -> None:
+    """Check that batches are not those of a validation or test split, as far as their dataset says.
+
+    Raises:
+        UsageError: They are, or `batches` are no batches at all.
+    """
+    if not isinstance(batches, Iterable):
+        raise UsageError(f"calibrate takes batches of (inputs, target), not {type(batches).__name__}")
+    dataset: Any = batches
+    for _ in range(8):  # a DataLoader holds a dataset, which may be a Subset of another one
+        split, train = getattr(dataset, "split", None), getattr(dataset, "train", None)
+        if (isinstance(split, str) and split.lower() in OTHER_SPLITS) or train is False:
+            raise UsageError(
+                f"calibrate was given the split {split or 'test'!r} of {type(dataset).__name__}. What trains must not "
+                "be chosen on images that measure it: pass batches of the training split"
+            )
+        dataset = getattr(dataset, "dataset", None)
+
+
+@contextmanager
+def calibrating(model: nn.Module, log: EditLog) -> Iterator[None]:
+    """Run the model in eval mode, with fixed random numbers and full gradients; the state is as before afterwards.
+
+    If it fails, what the method had chosen by then is undone.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    saved = [(t, t.detach().clone()) for t in log.new_tensors()]
+    try:
+        device = device_of(model)
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), torch.enable_grad(), log.full_gradients():
+            torch.manual_seed(SEED)
+            for module, _ in modes:
+                module.training = False
+            yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+        raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+def _cross_entropy(output: Any, target: Any) -> Tensor:
+    return F.cross_entropy(logits_of(output), target)
