@@ -284,6 +284,10 @@ def check_masks(parameters: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> 
                 f"mask {number} of edit.train is {found}, but its parameter has shape {tuple(p.shape)}. A mask is a "
                 "boolean tensor of the parameter's shape, True for the entries that train"
             )
+    if any(t.is_meta for t in (*parameters, *masks)):
+        raise AttachError(
+            "edit.train cannot read a mask on the meta device, which has no values. Build the model on a real device"
+        )
     if not any(bool(mask.any()) for mask in masks):
         raise AttachError(
             "no mask of edit.train has a true entry, so nothing would train. Choose at least one entry, or do not call "

@@ -1,4 +1,4 @@
-"""What one attachment trains in a model, and the values that attachments exchange."""
+"""Record the parts of a model that one attachment trains, and the values that attachments exchange."""
 
 from __future__ import annotations
 
