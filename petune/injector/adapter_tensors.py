@@ -13,10 +13,12 @@ from petune.adapters.unwrapped import wrapped_key
 from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.addresses import addresses_of
+from petune.injector.counts import Counts, count_parameters
 from petune.injector.edit_log import EditLog
 from petune.injector.frozen import block_indices, content_only, frozen_backbone, frozen_head
 from petune.injector.keys import buffer_owners, named_parameters, non_persistent_buffers, persistent_buffers
-from petune.injector.trainable import buffers_added_to, trainable_state_of
+from petune.injector.sparse import SparseParameters
+from petune.injector.trainable import added_to, buffers_added_to, trainable_state_of
 from petune.injector.trained_parts import TrainedParts
 from petune.sites.site import Sites
 
@@ -70,9 +72,20 @@ class AdapterTensors:
             sparse=tuple(self._log.sparse),
         )
 
+    def counts(self) -> Counts:
+        """Count what trains, and the whole model."""
+        named, classifier = named_parameters(self._model), {id(p) for m in self.head_modules for p in m.parameters()}
+        added = {id(p) for p in self._log.new_parameters()} | added_to(self._model)
+        entries = {id(m.values) for m in self._model.modules() if isinstance(m, SparseParameters)}
+        return count_parameters(named, self.tuned, self.head, added, classifier, entries)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the tuned and head parameters, by state_dict key."""
         return {**self.tuned, **self.head}
+
+    def with_gradients(self) -> list[nn.Parameter]:
+        """Return the tuned parameters, and those of the backbone whose gradients some of them are made from."""
+        return [*self.tuned.values(), *(p for entries in self._log.sparse for p in entries.targets)]
 
     def live(self) -> dict[str, Tensor]:
         """Return what is saved, by state_dict key: parameters, and the buffers that move with them.

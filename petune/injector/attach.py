@@ -14,7 +14,7 @@ from petune.base.arguments import check_arguments
 from petune.base.errors import AlreadyCompiled, AttachError, UsageError
 from petune.base.plugins import plugin_errors
 from petune.injector.attachment import Attachment
-from petune.injector.calibration import add_calibration_state
+from petune.injector.calibrating import add_calibration_state
 from petune.injector.chosen_blocks import check_follows_blocks, missing_sites_named
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.creation import ordinary_tensors

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from petune.base.arguments import Number, check_arguments
+from petune.adapters.reference_logits import reference_logits
+from petune.base.arguments import Number, PathText, check_arguments
 from petune.base.errors import AttachError
 from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
-from petune.injector.calibration import calibrate
+from petune.injector.calibrating import calibrate
 from petune.injector.compiled import forget_compiled_code
-from petune.injector.counts import count_parameters
 from petune.injector.edit_log import EditLog
-from petune.injector.keys import label_of, named_parameters, renamed_key
+from petune.injector.keys import label_of, renamed_key
 from petune.injector.loop_check import LoopCheck
 from petune.injector.merge import fold
 from petune.injector.param_groups import groups_by_part, undecayed_keys
+from petune.injector.recorded_outputs import recorded_outputs
 from petune.injector.registry import call_hook
-from petune.injector.saving import attachment_logits, describe_attachment, save_attachment
-from petune.injector.sparse import SparseParameters
-from petune.injector.trainable import added_to, open_trainable_state
+from petune.injector.saving import describe, write
+from petune.injector.trainable import open_trainable_state
 from petune.injector.tuner import Recipe, Tuner
-from petune.injector.unfrozen import refuse_unfrozen
+from petune.injector.unfrozen import refuse_unfrozen, warn_of_changed
 from petune.sites.forward import forget_caches
 from petune.sites.site import Sites
 
@@ -72,15 +72,11 @@ class Attachment:
         self.tensors = AdapterTensors(model, sites, edit_log, train_head=train_head)
         self.tuned = self.tensors.tuned
         self.head = self.tensors.head
-        added = {id(p) for p in edit_log.new_parameters()} | added_to(model)
-        classifier = {id(p) for module in self.tensors.head_modules for p in module.parameters()}
-        entries = {id(m.values) for m in model.modules() if isinstance(m, SparseParameters)}
-        self.counts = count_parameters(named_parameters(model), self.tuned, self.head, added, classifier, entries)
+        self.counts = self.tensors.counts()
         state = open_trainable_state(model, sites)
         state.set_parts(edit_log.label, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
-        in_backbone = [p for entries in edit_log.sparse for p in entries.targets]
-        watched = [*self.tuned.values(), *in_backbone]  # values of sparse parameters get no gradient of autograd's
-        self._loop_check = LoopCheck(name, tuner.training_calls, watched, lambda: self.is_calibrated)
+        watched = self.tensors.with_gradients()
+        self._loop_check = LoopCheck(name, tuner.training_calls, watched, lambda: edit_log.is_calibrated)
         edit_log.undo_steps.append(self._loop_check.remove)
 
     def __str__(self) -> str:
@@ -136,23 +132,20 @@ class Attachment:
     @property
     def is_calibrated(self) -> bool:
         """True if the method needs no `calibrate`, or was calibrated, here or before it was saved."""
-        state = self.edit_log.calibration
-        return state is None or bool(state.done)
+        return self.edit_log.is_calibrated
 
     def calibrate(self, batches: Iterable[Any], *, loss: Callable[[Any, Any], Tensor] | None = None) -> None:
-        """Let a method that needs it choose what trains, on training batches, before the first step.
+        """Let a method choose what trains, on training batches, before the first step.
 
-        Nothing happens for other methods, and where it is done: after `petune.load`, or in a resumed training.
+        Nothing happens for methods that choose nothing, after `petune.load`, and in a resumed training.
 
         Args:
-            batches: Pairs of inputs and target, such as a DataLoader of the training split. The method decides how
-                many it reads.
+            batches: Pairs of inputs and target, such as a DataLoader of the training split, read as far as needed.
             loss: Maps the model's output and the target to a scalar; by default the cross-entropy of the logits.
 
         Raises:
-            UsageError: There are no such batches, or they are of a validation or test split. Nothing has changed.
-            AttachError: The attachment is disabled, detached, or see `parameters`.
-            PluginError: The tuner of another package failed. Nothing has changed.
+            UsageError: There are no such batches, or they are of another split. Nothing has changed.
+            AttachError: The attachment is disabled or detached, or see `parameters`.
         """
         self._check_attached()
         if self.is_calibrated:
@@ -195,8 +188,8 @@ class Attachment:
         """Check after a backward that every tuned and head parameter has a gradient.
 
         Args:
-            under_way: Also check that the gradients of the tuned parameters are not all zero. Leave it out in the
-                first steps, when they may be, because some adapters start at zero.
+            under_way: Also check that the gradients of the tuned parameters are not all zero. In the first steps they
+                may be, because some adapters start at zero.
 
         Raises:
             DeadSite: Some have no gradient, or all are zero.
@@ -226,13 +219,9 @@ class Attachment:
         return external[1] if external is not None else {self._file_key(key): t for key, t in state.items()}
 
     def shape_buffers(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Let the adapters' buffers have the shapes of a file, where a forward made or resized them.
+        """Give buffers of adapters the shapes of a file's tensors, by its keys, where a forward made or resized them.
 
-        Args:
-            tensors: By the file's keys.
-
-        Returns:
-            The file's keys of all buffers of adapters.
+        Return the file's keys of all buffers of adapters.
         """
         keys = {self._file_key(key): key for key in self.tensors.adapter_buffers()}
         self.tensors.shape_adapter_buffers({keys[key]: t for key, t in tensors.items() if key in keys})
@@ -240,7 +229,7 @@ class Attachment:
 
     def describe(self) -> dict[str, Any]:
         """Return what the configuration of an adapter says about it: the method, and the backbone it belongs to."""
-        return describe_attachment(self)
+        return describe(self.method, self.tuner, self.sites, self.tensors, self.state(), self.file_state())
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the frozen backbone; see `AdapterTensors.fingerprint`."""
@@ -252,7 +241,10 @@ class Attachment:
         Returns:
             None if another attachment or classifier is in use, the backbone is sharded, or a logit is not finite.
         """
-        return attachment_logits(self)
+        if self.tensors.is_sharded or not self.tensors.are_alone():
+            return None
+        with self._toggled(True):
+            return reference_logits(self.model, self.sites)
 
     def save(self, path: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the adapter directory: `adapter_config.json`, `adapter_model.safetensors` and a model card.
@@ -268,18 +260,27 @@ class Attachment:
         """
         self._check_attached()
         self._check_in_model()
-        save_attachment(self, path, metadata)
+        if self.enabled:
+            self.tensors.check_left_head(self.name)
+        warn_of_changed(self.model, self.sites)
+        check_arguments("save", path=(path, PathText), metadata=(metadata, Mapping | None))
+        outputs = recorded_outputs(self.reference_logits(), self.model, self.sites, self.edit_log, self.disabled())
+        config = {**self.describe(), "reference_logits": outputs, "metadata": dict(metadata or {})}
+        write(path, config, self.counts, self.file_state(), self.tuner.to_external(self.state()))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Let the model compute what it did before attaching, bit for bit, inside the context; see `disable`."""
+        return self._toggled(False)
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Let the model compute what it did before attaching, bit for bit, inside the context; see `disable`."""
-        was_enabled = self.enabled
-        self.disable()
+    def _toggled(self, on: bool) -> Iterator[None]:
+        before = self.enabled
+        (self.enable if on else self.disable)()
         try:
             yield
         finally:
-            if was_enabled:
-                self.enable()
+            if before != on:
+                (self.enable if before else self.disable)()
 
     def enable(self) -> None:
         """Let the attachment take effect again after `disable`, with the values that it trained in place.

@@ -1,11 +1,10 @@
-"""`Tuner.calibrate`: what a method reads from training batches before the first step, and the record that it has."""
+"""Training batches as `Tuner.calibrate` reads them before the first step, and the record that it has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +12,13 @@ from torch.nn import functional as F
 
 from petune.base.errors import UsageError
 from petune.injector.hooks.base import first_tensor, to_channels_last
-from petune.injector.registry import call_hook
-from petune.injector.trainable import host_for
-from petune.sites.forward import device_of, tensors_in
+from petune.sites.forward import tensors_in
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
 from petune.sites.site import Site
 
-if TYPE_CHECKING:
-    from petune.injector.edit_log import EditLog
-    from petune.injector.tuner import Tuner
-
 OTHER_SPLITS = {"val", "valid", "validation", "test", "testing"}
 """Values of an attribute `split` of a dataset whose images must not choose what trains."""
-SEED = 0
-"""Seed of what a tuner draws while it calibrates, so that every process and every repetition draws the same."""
 
 Loss = Callable[[Any, Any], Tensor]
 """Maps the model's output and the target of a batch to a scalar."""
@@ -141,25 +132,6 @@ class CalibrationState(nn.Module):
         self.register_buffer("done", torch.zeros((), dtype=torch.uint8, device=device))
 
 
-def add_calibration_state(model: nn.Module, log: EditLog) -> None:
-    """Put the record into the model."""
-    host, name = host_for(model), f"petune_{log.label}_calibration"
-    state = CalibrationState(device_of(model))
-    host.add_module(name, state)
-    log.undo_steps.append(lambda: delattr(host, name))
-    log.added_modules.append(state)
-    log.calibration = state
-
-
-def calibrate(model: nn.Module, tuner: Tuner[Any], log: EditLog, batches: Iterable[Any], loss: Loss | None) -> None:
-    """Let a tuner choose what it trains; see `Attachment.calibrate`."""
-    given = CalibrationBatches(model, batches, loss)
-    with calibrating(model, log):
-        call_hook(tuner, "calibrate", given)
-    if log.calibration is not None:
-        log.calibration.done.fill_(1)
-
-
 def refuse_other_splits(batches: object) -> None:
     """Check that batches are not those of a validation or test split, as far as their dataset says.
 
@@ -177,35 +149,6 @@ def refuse_other_splits(batches: object) -> None:
                 "be chosen on images that measure it: pass batches of the training split"
             )
         dataset = getattr(dataset, "dataset", None)
-
-
-@contextmanager
-def calibrating(model: nn.Module, log: EditLog) -> Iterator[None]:
-    """Run the model in eval mode, with fixed random numbers and full gradients; the state is as before afterwards.
-
-    If it fails, what the method had chosen by then is undone.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    saved = [(t, t.detach().clone()) for t in log.new_tensors()]
-    try:
-        device = device_of(model)
-        cuda = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.enable_grad(), log.full_gradients():
-            torch.manual_seed(SEED)
-            for module, _ in modes:
-                module.training = False
-            yield
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in saved:
-                tensor.copy_(value)
-        raise
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, gradient in gradients:
-            p.grad = gradient
 
 
 def _cross_entropy(output: Any, target: Any) -> Tensor:

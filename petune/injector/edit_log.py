@@ -6,18 +6,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from petune.base.errors import NotMergeable
+from petune.injector.calibration import CalibrationState
 from petune.injector.hooks.base import After, Before, Holder
 from petune.injector.keys import BufferOwner
 from petune.injector.sparse import SparseParameters, full_gradients
 from petune.sites.site import Site
-
-if TYPE_CHECKING:
-    from petune.injector.calibration import CalibrationState
 
 Toggle = Callable[[bool], object]
 
@@ -90,6 +88,11 @@ class EditLog:
     def can_fold(self) -> bool:
         """True if there is something to fold; weights that trained in place are already where they belong."""
         return bool(self.placed or self.merges)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if the method was calibrated, here or before it was saved, or needs no calibration."""
+        return self.calibration is None or bool(self.calibration.done)
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Return all parameters that the edit added, by verbs and by hand."""
