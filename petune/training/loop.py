@@ -23,8 +23,7 @@ from petune.data.batches import AUGMENT_FORMAT, Batch, TrainBatches
 from petune.injector.param_groups import undecayed_keys
 from petune.sites.file_values import rounded_values
 from petune.training.batch_loss import BatchLoss
-from petune.training.calibrate import calibrate
-from petune.training.calibrate_method import calibrate_method
+from petune.training.calibrate import calibrate, calibrate_method
 from petune.training.checkpoint import check_optimizer
 from petune.training.config import NumberFormat
 from petune.training.diverged import check_finite, diverged
@@ -199,8 +198,7 @@ class Trainer:
             self.files.write_metrics(step=p.step, epoch=p.epoch + 1, loss=loss, lr=lr, grad_norm=norm)
 
     def _backward_batch(self, batch: Batch) -> Tensor:
-        x, target = self.mixer(batch, self.progress.step)
-        return self._backward(x, target, self.loss.weights(batch), batch.num_images)
+        return self._backward(*self.mixer(batch, self.progress.step), self.loss.weights(batch), batch.num_images)
 
     def _backward(self, x: Tensor, target: Tensor, weights_B: Tensor | None, num_images: int) -> Tensor:
         """Compute gradients of this process's share of the batch's mean loss, a micro-batch at a time.
