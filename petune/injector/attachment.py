@@ -15,6 +15,7 @@ from petune.base.arguments import Number, PathText, check_arguments
 from petune.base.errors import AttachError
 from petune.injector import gradients
 from petune.injector.adapter_tensors import AdapterTensors
+from petune.injector.aux_losses import AuxLosses
 from petune.injector.calibrating import calibrate
 from petune.injector.compiled import forget_compiled_code
 from petune.injector.edit_log import EditLog
@@ -45,8 +46,7 @@ class Attachment:
         counts: Numbers of parameters.
         tensors: What trains and what is saved, for the framework.
         edit_log: What the tuner did to the model, for the framework.
-        attached: False once it was detached or merged.
-        enabled: False while it is disabled.
+        attached, enabled: False once it was detached or merged; False while it is disabled.
         method: The method's name in the registry; the attachment's name for a tuner that was made by hand.
     """
 
@@ -66,8 +66,7 @@ class Attachment:
         self.name = name
         self.method = tuner.method or name
         self.edit_log = edit_log
-        self.attached = True
-        self.enabled = True
+        self.attached = self.enabled = True
         self._keep_original = keep_original
         self.tensors = AdapterTensors(model, sites, edit_log, train_head=train_head)
         self.tuned = self.tensors.tuned
@@ -76,7 +75,8 @@ class Attachment:
         state = open_trainable_state(model, sites)
         state.set_parts(edit_log.label, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
         watched = self.tensors.with_gradients()
-        self._loop_check = LoopCheck(name, tuner.training_calls, watched, lambda: edit_log.is_calibrated)
+        self._aux_losses = AuxLosses(name, tuner, edit_log)
+        self._loop_check = LoopCheck(name, self._aux_losses.training_calls, watched, lambda: edit_log.is_calibrated)
         edit_log.undo_steps.append(self._loop_check.remove)
 
     def __str__(self) -> str:
@@ -175,14 +175,18 @@ class Attachment:
         call_hook(self.tuner, "on_step_end", step)
 
     def loss(self, step: int) -> Tensor | float:
-        """Return the tuner's own term of the loss at this step (from 0); 0.0 if it has none.
+        """Return the method's own term of the loss at this step (from 0), after the forward; 0.0 if it has none.
 
         Add it to your loss in every step: `loss = loss + att.loss(step)`. With micro-batches, add it once per step.
         """
         if torch.is_grad_enabled():  # a validation loss trains nothing
             self._loop_check.record("loss")
         term: Tensor | float | None = call_hook(self.tuner, "loss", step)
-        return 0.0 if term is None else term
+        return self._aux_losses.take() + (0.0 if term is None else term)
+
+    def aux_loss(self) -> Tensor | float:
+        """Return the part of `loss` that adapters set in their forward: with micro-batches, add it to that of each."""
+        return self._aux_losses.take(by_micro_batch=True)
 
     def check_gradients(self, *, under_way: bool = False) -> None:
         """Check after a backward that every tuned and head parameter has a gradient.
@@ -219,10 +223,7 @@ class Attachment:
         return external[1] if external is not None else {self._file_key(key): t for key, t in state.items()}
 
     def shape_buffers(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """Give buffers of adapters the shapes of a file's tensors, by its keys, where a forward made or resized them.
-
-        Return the file's keys of all buffers of adapters.
-        """
+        """Give adapters' buffers the shapes of a file's tensors, where a forward decides them; return keys of all."""
         keys = {self._file_key(key): key for key in self.tensors.adapter_buffers()}
         self.tensors.shape_adapter_buffers({keys[key]: t for key, t in tensors.items() if key in keys})
         return {*keys}
@@ -238,8 +239,7 @@ class Attachment:
     def reference_logits(self) -> dict[str, Any] | None:
         """Return the logits of a synthetic image with the attachment enabled, as they are saved with it.
 
-        Returns:
-            None if another attachment or classifier is in use, the backbone is sharded, or a logit is not finite.
+        None if another attachment or classifier is in use, the backbone is sharded, or a logit is not finite.
         """
         if self.tensors.is_sharded or not self.tensors.are_alone():
             return None

@@ -8,14 +8,15 @@ from typing import overload
 from torch import Tensor, nn
 
 from petune.injector.edit_log import ChangedLayer, EditLog
-from petune.injector.hooks.base import After, Before, Gather, Parallel, idempotent
+from petune.injector.hooks.base import After, Before, idempotent
+from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.layers import LayerFinder
 from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.sparse import SparseParameters
 from petune.injector.token_grid import TokenGrid, patch_convolution
-from petune.sites.required import require_editable, require_site, require_whole
+from petune.sites.required import require_editable, require_readable, require_site, require_whole
 from petune.sites.site import Block, Site, Sites
 
 
@@ -26,8 +27,10 @@ class Edit:
     if the model does not have it. A verb raises AttachError if it cannot change the site, such as a tensor between two
     modules.
 
-    Several adapters at one site act in the order in which they were declared, whatever the verbs, and in the order of
-    their attachments. An adapter that calls a module of the backbone runs it with all adapters but itself.
+    Several adapters at one site act in this order, over all attachments: what is between modules (`stream`, and
+    `parallel` that reads it); then `around`, the last declared outermost; inside it `before`, `after`, `parallel` and
+    `side`, in the order in which they were declared. An adapter that calls a module of the backbone, or its `inner`,
+    runs it with all adapters but itself.
 
     Parameters of an adapter train, except those that have `requires_grad=False` when `Tuner.attach` returns: they are
     saved, as buffers are.
@@ -49,26 +52,22 @@ class Edit:
 
     # Change the forward
 
-    def parallel(self, enter: Site | Sequence[Site], exit: Site, adapter: nn.Module) -> None:
+    def parallel(self, enter: Site | Sequence[Site], exit: Site, adapter: nn.Module, *, leaving: bool = False) -> None:
         """Add `adapter(what enters ENTER)` to what leaves EXIT.
 
         Args:
             enter: Where the adapter reads, for example `block.mid`; or several sites, in the order of the forward.
             exit: Where its output is added, for example `block`.
             adapter: Maps (..., D of enter) to (..., D of exit); for several sites, a list of such tensors.
+            leaving: Read what leaves ENTER instead.
         """
         exit = require_editable(exit, "parallel")
-        if isinstance(enter, Sequence):
-            self._gather(enter, exit, adapter)
-            return
-        enter = require_site(enter, "parallel")
-        if spans_blocks(self.sites, [enter], exit):
-            self._gather([enter], exit, adapter, single=True)
-            return
-        holder = Parallel(adapter, enter.layout, exit.layout)
-        self._placer.call_qkv(enter, exit)
-        self._placer.add(holder, exit, enter, exit)
-        self._placer.hook(enter.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+        enters = enter if isinstance(enter, Sequence) else [enter]
+        enters = [require_readable(site, "parallel", leaving=leaving) for site in enters]
+        holder = self._reader(enters, exit, adapter, leaving=leaving, single=not isinstance(enter, Sequence))
+        self._placer.call_qkv(*enters, exit)
+        self._placer.add(holder, exit, *enters, exit)
+        self._placer.read(holder, enters, leaving=leaving)
         # the innermost hook, so that the output still has the tokens that ENTER saw; it runs after an exception too
         self._placer.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
 
@@ -87,6 +86,47 @@ class Edit:
         self._placer.call_qkv(site)
         self._placer.add(holder, site, site)
         self._placer.hook(site.exit.register_forward_hook(holder.leave, prepend=True))
+
+    def stream(self, site: Site, adapter: nn.Module) -> None:
+        """Replace the residual stream once at a tensor between modules, such as `block.mid`.
+
+        Everything that reads the stream after that, the norm before the MLP and the residual sum, sees the adapter's
+        output. In a post-norm block this is what leaves the first norm. Where attention and MLP read one tensor, it is
+        what enters the block.
+
+        Args:
+            site: A tensor between modules; for what enters or leaves a module use `before` and `after`.
+            adapter: Maps (..., D) to (..., D).
+        """
+        self._placer.stream(site, adapter)
+
+    def around(self, site: Site | Sequence[Site], adapter: nn.Module) -> None:
+        """Replace what a site computes by `adapter(inner, x)`, with x what enters it.
+
+        The adapter calls `inner` as often as it likes, also not at all, and with any number of images or tokens:
+        `inner(x)` is what the site makes of (..., D), with all other adapters there. A call under `torch.no_grad()`
+        trains nothing inside.
+
+        Args:
+            site: A site, or several that the model calls one after another, such as all blocks and the final norm.
+            adapter: Maps the function `inner` and (..., D) to a tensor of the same images and tokens.
+
+        Raises:
+            AttachError: The model's own code does something between the modules of the site.
+        """
+        self._placer.around(site, adapter)
+
+    def side(self, sites: Sequence[Site], cell: nn.Module, *, leaving: bool = False) -> None:
+        """Run a side network: a state of its own, which one cell carries from site to site.
+
+        Args:
+            sites: Different modules of the model, such as all blocks, in the order of the forward.
+            cell: Called at each site as `cell(state, x, index)`, with x what enters it, (..., D), and the state None at
+                index 0. Returns the next state, a tensor of any shape, and what is added to what leaves this site, or
+                None. To keep gradients out of the backbone, detach x and add at the last site only.
+            leaving: Read what leaves each site instead.
+        """
+        self._placer.side(sites, cell, leaving=leaving)
 
     def prompt(self, blocks: Block | Sequence[Block], adapter: nn.Module) -> None:
         """Insert tokens behind the prefix tokens on entry to `blocks`, and remove them on exit.
@@ -277,18 +317,14 @@ class Edit:
         """Call `fn` on detach, to undo what was changed by hand. The last registered one is called first."""
         self._log.undo_steps.append(fn)
 
-    def _gather(self, enters: Sequence[Site], exit: Site, adapter: nn.Module, *, single: bool = False) -> None:
+    def _reader(
+        self, enters: Sequence[Site], exit: Site, adapter: nn.Module, *, leaving: bool, single: bool
+    ) -> Parallel | Gather:
         layouts = tuple(site.layout for site in enters)
-        if spans_blocks(self.sites, enters, exit):
-            holder: Gather = Spanning(adapter, layouts, exit.layout, single=single)
-        else:
-            holder = Gather(adapter, layouts, exit.layout)
-        self._placer.call_qkv(*enters, exit)
-        self._placer.add(holder, exit, *enters, exit)
-        for index, site in enumerate(enters):
-            hook = holder.enter if index else holder.enter_first
-            self._placer.hook(site.enter.register_forward_pre_hook(hook, with_kwargs=True))
-        self._placer.hook(exit.exit.register_forward_hook(holder.leave, prepend=True, always_call=True))
+        reads = [site.exit if leaving else site.enter for site in enters]
+        if spans_blocks(self.sites, reads, exit, leaving=leaving):
+            return Spanning(adapter, layouts, exit.layout, single=single)
+        return Parallel(adapter, layouts[0], exit.layout) if single else Gather(adapter, layouts, exit.layout)
 
 
 def forget_forwards(edit: Edit) -> None:

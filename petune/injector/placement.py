@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petune.base.errors import AttachError
+from petune.injector.chain import check_stream, links_of
 from petune.injector.edit_log import EditLog, Placed
-from petune.injector.hooks.base import Holder, idempotent
+from petune.injector.hooks.around import Around, pass_on
+from petune.injector.hooks.base import Before, Holder, idempotent
 from petune.injector.hooks.prompts import order_hooks
+from petune.injector.hooks.reading import Gather, Parallel
+from petune.injector.hooks.side import Side, SideStep
+from petune.injector.hooks.stream import Stream, let_readers_keep_copies
 from petune.injector.qkv import qkv_readers
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
+from petune.sites.required import require_editable, require_stream, require_whole
 from petune.sites.site import Block, Site, Sites
 
 
@@ -54,6 +60,67 @@ class Placer:
         hooks: Any = handle.hooks_dict_ref()
         order_hooks(hooks, handle.id)
         self.log.undo_steps.append(handle.remove)
+
+    def read(self, holder: Parallel | Gather, enters: Sequence[Site], *, leaving: bool) -> None:
+        """Put in the hooks by which an adapter reads: what enters the sites, or what leaves them."""
+        holder.between = all(site.read_only for site in enters)
+        holder.reads_output = leaving
+        for index, site in enumerate(enters):
+            on_input, on_output = holder.enter, holder.read_output
+            if index == 0 and isinstance(holder, Gather):
+                on_input, on_output = holder.enter_first, holder.read_output_first
+            if leaving:
+                self.hook(site.exit.register_forward_hook(on_output, prepend=True))
+            else:
+                self.hook(site.enter.register_forward_pre_hook(on_input, with_kwargs=True))
+
+    def stream(self, site: Site, adapter: nn.Module) -> None:
+        """See `Edit.stream`."""
+        site = require_stream(site, "stream")
+        block = check_stream(self.model, self.sites, site)
+        if block is not None:
+            before = Before(adapter, block.layout)
+            self.add(before, block, block)
+            self.hook(block.enter.register_forward_pre_hook(before.enter, with_kwargs=True))
+            return
+        holder = Stream(adapter, site.layout)
+        let_readers_keep_copies(site.enter)
+        self.add(holder, site, site)
+        self.hook(site.enter.register_forward_pre_hook(holder.enter, with_kwargs=True))
+
+    def around(self, given: Site | Sequence[Site], adapter: nn.Module) -> None:
+        """See `Edit.around`."""
+        sites = [require_editable(site, "around") for site in (given if isinstance(given, Sequence) else [given])]
+        if not sites:
+            raise AttachError("around was given no site. Give one, or several that follow each other")
+        self.call_qkv(*sites)
+        links, num_items = links_of(self.model, self.sites, sites)
+        holder = Around(adapter, links, sites[0].layout, sites[-1].layout)
+        first, last = links[0].module, links[-1].module
+        hooks = first._forward_pre_hooks.values()
+        holder.depth = 1 + sum(isinstance(getattr(hook, "__self__", None), Around) for hook in hooks)
+        self.add(holder, sites[0], *sites)
+        for link, number in zip(links, num_items, strict=True):
+            self.log.undo_steps.append(pass_on(link.module, number))
+        self.hook(first.register_forward_pre_hook(holder.enter, with_kwargs=True))
+        for module in dict.fromkeys((first, last)):
+            self.hook(module.register_forward_hook(holder.leave, always_call=True))
+
+    def side(self, sites: Sequence[Site], cell: nn.Module, *, leaving: bool) -> None:
+        """See `Edit.side`."""
+        given = sites if isinstance(sites, Sequence) else [sites]
+        sites = [require_whole(require_editable(site, "side"), "side") for site in given]
+        if not sites or len({site.exit for site in sites}) < len(sites):
+            raise AttachError("side needs one site or more, each another module. Give the blocks that the cell reads")
+        holder = Side(cell, tuple(site.layout for site in sites))
+        holder.reads_output = leaving
+        self.call_qkv(*sites)
+        self.add(holder, sites[0], *sites)
+        for index, site in enumerate(sites):
+            step = SideStep(holder, index)
+            if not leaving:
+                self.hook(site.enter.register_forward_pre_hook(step.enter, with_kwargs=True))
+            self.hook(site.exit.register_forward_hook(step.leave, prepend=True, always_call=True))
 
     def toggle(self, switch: Callable[[bool], None], *, on: bool) -> None:
         """Switch `switch` on now, off and on with the attachment, and off for good when the edit is undone.

@@ -79,8 +79,8 @@ def call_hook(tuner: Tuner[Any], hook: str, value: Any) -> Any:
 
     Args:
         tuner: The tuner.
-        hook: `calibrate`, `on_train_start`, `on_step_end` or `loss`.
-        value: The step, the number of steps, or the batches.
+        hook: `calibrate`, `on_train_start`, `on_step_end`, `loss` or `aux_loss`.
+        value: The step, the number of steps, the batches, or what the adapters have set.
 
     Raises:
         PluginError: The tuner of another package failed.

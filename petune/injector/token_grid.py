@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.spanning import in_backward
+from petune.injector.hooks.base import in_backward
 from petune.sites.forward import tensors_in
 from petune.sites.recorder import record_calls
 from petune.sites.site import Sites

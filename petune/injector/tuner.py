@@ -27,11 +27,12 @@ that the user has chosen and no others, so a tuner that edits what they return n
 `petune.check_tuner("ssf")` then checks the contract on a small model; `petune plugin check ssf` tries one per library.
 
 An adapter is a plain nn.Module. It receives (..., D) tensors, channels last whatever the model's layout, and must treat
-every image independently. Two optional attributes on it:
+every image independently. Optional attributes on it:
 
 - `merge(module)`: fold the change into the weights of `module`, the site that the adapter is attached to. It is called
   by `Attachment.merge`.
 - `why_not_mergeable`: the reason, for the error message, if there is no `merge`.
+- `aux_loss`: a scalar that its forward sets, such as a mean rate of a gate; None on the class. See `Tuner.aux_loss`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+import torch
 from pydantic_core import to_jsonable_python
 
 from petune.base.block_choice import ALL, BlockChoice
@@ -48,8 +50,6 @@ from petune.base.config import Config
 from petune.base.plugins import set_config_class
 
 if TYPE_CHECKING:
-    import torch
-
     from petune.injector.calibration import CalibrationBatch
     from petune.injector.edit import Edit
     from petune.sites.site import Sites
@@ -213,6 +213,14 @@ class Tuner(Generic[ConfigT]):
 
         Keep what must survive from step to step in buffers of the model, so that a resumed run is bit-exact.
         """
+
+    def aux_loss(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """Return the loss of what the adapters have set as their `aux_loss` in one forward; by default the sum.
+
+        Args:
+            values: Scalars, in the order in which the adapters were declared.
+        """
+        return torch.stack(values).sum()
 
     def loss(self, step: int) -> torch.Tensor | None:
         """Return a term to add to the loss at this step (from 0), or None, the default."""

@@ -9,13 +9,15 @@ from typing import Any
 from torch import nn
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.base import After, Before, Gather, Holder, Parallel
+from petune.injector.hooks.base import After, Before, Holder
 from petune.injector.hooks.prompts import AttentionPrompts, Prompts
+from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.spanning import Spanning
+from petune.injector.hooks.stream import Stream
 from petune.serving.bank_kind import AdapterKind, EditedModule
 from petune.serving.row_groups import RowAdapters, RowBatch, RowModule, Segment
 
-HOLDERS = {Parallel, Before, After, Gather, Spanning, Prompts, AttentionPrompts}
+HOLDERS = {Parallel, Before, After, Stream, Gather, Spanning, Prompts, AttentionPrompts}
 """Holders whose adapter can be exchanged for one that looks at rows."""
 
 
@@ -52,7 +54,7 @@ def row_wise(segments: Sequence[Segment]) -> Iterator[None]:
             stack.callback(kind.disable)
             kind.enable(holders)
         for holder, adapters in holders.items():
-            replaces = isinstance(holder, After | Before)
+            replaces = isinstance(holder, After | Before | Stream)
             stack.callback(setattr, holder, "adapter", holder.adapter)
             holder.adapter = RowAdapters(batch, adapters, replaces=replaces)
         replaced = [RowModule(batch, module, edits) for module, edits in _edits_by_module(kinds).items()]

@@ -30,7 +30,37 @@ def require_editable(site: object, verb: str) -> Site:
     if site.read_only:
         raise AttachError(
             f"{verb} changes what a module receives or returns, but {site.role!r} ({site.where}) is a tensor between "
-            "modules, which can only be read. Use it as the first site of parallel"
+            "modules. Read it with parallel, as the first site, or replace it with stream"
+        )
+    return site
+
+
+def require_readable(site: object, verb: str, *, leaving: bool) -> Site:
+    """Return a site at which a verb reads what enters it, or what leaves it.
+
+    Raises:
+        AttachError: It is no site, or a tensor between modules, which no module returns.
+    """
+    site = require_site(site, verb)
+    if leaving and site.read_only:
+        raise AttachError(
+            f"{verb} reads what leaves a module with leaving=True, but {site.role!r} ({site.where}) is a tensor "
+            "between modules, which no module returns. Leave out leaving=True"
+        )
+    return site
+
+
+def require_stream(site: object, verb: str) -> Site:
+    """Return a site that is a tensor between modules.
+
+    Raises:
+        AttachError: It is no site, or what enters or leaves a module.
+    """
+    site = require_site(site, verb)
+    if not site.read_only:
+        raise AttachError(
+            f"{verb} replaces a tensor between modules, such as block.mid, but {site.role!r} ({site.where}) is a part "
+            "of the model. Use before or after for what enters or leaves it"
         )
     return site
 

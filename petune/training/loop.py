@@ -131,7 +131,6 @@ class Trainer:
         self.loss = BatchLoss(job.task, job.dataset.train, self.mixer.label_smoothing, self.device)
         if self.sharded:
             shard_frozen_blocks(self.att, group, self.device)
-
         self.forward = Forward(self.model)
         self.saves = SaveSchedule()
 
@@ -219,6 +218,7 @@ class Trainer:
             piece = slice(int(rows[0]), int(rows[-1]) + 1)
             weights = None if weights_B is None else weights_B[piece]
             loss = self.loss(self._outputs(x[piece]), target[piece], weights, num_images)
+            loss = loss + self.att.aux_loss() * (len(rows) / num_images)
             if number == 0:  # the method's own term counts once per step
                 loss = loss + self.att.loss(self.progress.step) * (len(x) / num_images)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -153,7 +153,7 @@ FAILURES: dict[str, tuple[Callable[[petune.Edit], None], type[Exception], str]] 
     "a tensor between modules is changed": (
         lambda edit: edit.after(edit.sites.blocks[0].mid, Shift(24)),
         AttachError,
-        "can only be read",
+        "replace it with stream",
     ),
     "an adapter is never called": (
         lambda edit: edit.after(edit.site(edit.model.unused), Shift(24)),

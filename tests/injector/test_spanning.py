@@ -87,7 +87,7 @@ def test_gradients_are_the_same_and_nothing_stays_in_memory(case: str) -> None:
     gc.collect()
     holders = [m for m in model.modules() if isinstance(m, Spanning)]
     assert holders
-    assert not any(reference() for holder in holders for reference in holder.records)
+    assert not any(reference() for holder in holders for reference in holder.records.records)
     assert not any(holder.entered for holder in holders)
 
 

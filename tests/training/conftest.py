@@ -67,6 +67,9 @@ class Everything:
     def loss(self, step: int) -> Tensor | float:
         return 0.0
 
+    def aux_loss(self) -> Tensor | float:
+        return 0.0
+
     def on_train_start(self, total_steps: int) -> None: ...
 
     def on_step_end(self, step: int) -> None: ...

@@ -44,6 +44,19 @@ def test_micro_batches_give_the_same_step(
     assert pieces == pytest.approx(whole, abs=1e-5)
 
 
+def test_the_adapters_own_loss_is_that_of_the_whole_batch(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
+    for name, option in (("plain", {}), ("whole", {}), ("pieces", {"micro_batch_size": 2})):
+        attachment = without_noise(toy())
+        if name != "plain":
+            kept: list[torch.Tensor] = []
+            attachment.model.head.register_forward_hook(lambda m, args, y, kept=kept: kept.append(y.square().mean()))
+            attachment.aux_loss = kept.pop  # of the last forward
+        make_trainer(attachment, directory=tmp_path / name, log_every=1, **option).fit()
+    plain, whole, pieces = (losses(tmp_path / name) for name in ("plain", "whole", "pieces"))
+    assert pieces == pytest.approx(whole, abs=1e-5)
+    assert all(b > a + 1e-3 for a, b in zip(plain[:2], whole[:2], strict=True))
+
+
 class Hungry(nn.Module):
     """Runs out of memory above two images, as a GPU does."""
 

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
-from petune.base.text import plural
 from petune.sites.site import Layout
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+PHASE = "petune_phase"
+"""Attribute of a module that an adapter of `Edit.around` surrounds: what the present call of it is."""
+CALLED, INNER, PASSING = 0, 1, 2
+"""A call by the model's own code; one by an adapter, as its `inner`; the rest of the model's call, which only passes on
+what the adapter has returned."""
 
 
 class Holder(nn.Module):
@@ -31,31 +36,57 @@ class Holder(nn.Module):
     is_petune_module = True
     running = False
     """True while the adapter runs."""
+    between = False
+    """True if it acts on a tensor between modules."""
+    reads_output = False
+    """True if it reads what leaves its sites."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__()
         self.adapter = adapter
         self.enabled = True
+        self.aux_losses: list[Tensor] = []
 
-    @property
-    def acts(self) -> bool:
-        """True if the hooks do something now: the adapter is enabled, and not what calls their module."""
-        return self.enabled and not self.running
+    def acts_at(self, module: nn.Module) -> bool:
+        """Return True if a hook on `module` does something now.
+
+        The adapter is enabled and is not what calls the module, and another adapter has not done the module's work.
+        """
+        return self.enabled and not self.running and phase_of(module) != PASSING
 
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
-        self.running = True
-        x = in_dtype_of(self.adapter, x)
-        try:
-            is_nested = isinstance(x, Tensor) and x.is_nested
-            y: Tensor = self._adapted_nested(x) if is_nested else self.adapter(x)
-        finally:
-            self.running = False
+        y: Tensor = self.call(in_dtype_of(self.adapter, x))
         return y
 
-    def _adapted_nested(self, x: Tensor) -> Tensor:
+    def call(self, *args: Any) -> Any:
+        """Call the adapter, and take its auxiliary loss, which must not stay on it."""
+        self.running = True
         try:
-            y: Tensor = self.adapter(x)
+            is_nested = isinstance(args[0], Tensor) and args[0].is_nested
+            y = self._adapted_nested(args[0]) if is_nested else self.adapter(*args)
+        finally:
+            self.running = False
+        if getattr(self.adapter, "aux_loss", None) is not None:
+            self._take_aux_loss()
+        return y
+
+    def _take_aux_loss(self) -> None:
+        """Keep the loss for `Attachment.aux_loss`, once for each forward that trains."""
+        loss = self.adapter.aux_loss
+        self.adapter.aux_loss = None  # type: ignore[assignment]
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__}"
+            raise AttachError(
+                f"aux_loss of the adapter {type(self.adapter).__name__} is {found}. Set a scalar tensor in its forward"
+                ", such as a mean over images and tokens"
+            )
+        if torch.is_grad_enabled() and self.adapter.training and not in_backward():
+            self.aux_losses.append(loss)
+
+    def _adapted_nested(self, x: Tensor) -> Any:
+        try:
+            y = self.adapter(x)
         except AttachError:
             raise
         except Exception as error:  # PyTorch has few operations for nested tensors
@@ -68,84 +99,10 @@ class Holder(nn.Module):
 
     def clear(self) -> None:
         """Drop tensors that are kept between two hooks."""
-
-
-class Parallel(Holder):
-    """Adds `adapter(input of ENTER)` to the output of EXIT."""
-
-    def __init__(self, adapter: nn.Module, enter_layout: Layout, exit_layout: Layout) -> None:
-        super().__init__(adapter)
-        self.enter_layout = enter_layout
-        self.exit_layout = exit_layout
-        self.entered: Tensor | None = None
-
-    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Keep the input; pre-hook of ENTER."""
-        if self.acts:
-            self.entered = first_tensor(args, kwargs)
-
-    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
-        """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
-        x, self.entered = self.entered, None
-        if output is None or not self.acts:
-            return None
-        if x is None:
-            raise AttachError(
-                f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
-                "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
-            )
-        change = self.run(to_channels_last(x, self.enter_layout))
-        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
-
-    def clear(self) -> None:
-        self.entered = None
+        self.aux_losses = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entered": None}  # a copy of a model must not carry an activation
-
-
-class Gather(Holder):
-    """Adds `adapter([input of each of ENTERS])` to the output of EXIT."""
-
-    def __init__(self, adapter: nn.Module, enter_layouts: tuple[Layout, ...], exit_layout: Layout) -> None:
-        super().__init__(adapter)
-        self.enter_layouts = enter_layouts
-        self.exit_layout = exit_layout
-        self.entered: list[Tensor] = []
-
-    def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Start a new list of inputs; pre-hook of the first of ENTERS. An earlier forward may not have reached EXIT."""
-        if self.acts:
-            self.entered = [first_tensor(args, kwargs)]
-
-    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Keep the input; pre-hook of the others of ENTERS, which are entered in their order."""
-        if self.acts:
-            self.entered.append(first_tensor(args, kwargs))
-
-    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
-        """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
-        inputs, self.entered = self.entered, []
-        if output is None or not self.acts:
-            return None
-        if len(inputs) != len(self.enter_layouts):
-            raise AttachError(
-                f"an adapter reads {plural(len(self.enter_layouts), 'site')} in one forward, but entered {len(inputs)} "
-                f"before {type(module).__name__} was left. Each must be called once, in one segment of checkpointing"
-            )
-        pairs = zip(inputs, self.enter_layouts, strict=True)
-        change = self.changed([to_channels_last(x, layout) for x, layout in pairs])
-        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
-
-    def changed(self, inputs: list[Tensor]) -> Tensor:
-        """Return the adapter's output."""
-        return self.run(inputs)
-
-    def clear(self) -> None:
-        self.entered = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entered": []}
+        return {**self.__dict__, "aux_losses": []}  # a copy of a model must not carry an activation
 
 
 class Before(Holder):
@@ -157,7 +114,7 @@ class Before(Holder):
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Replace the input; pre-hook of the site."""
-        if not self.acts:
+        if not self.acts_at(module):
             return None
         x = first_tensor(args, kwargs)
         y = shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
@@ -173,7 +130,7 @@ class After(Holder):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Replace the output; hook of the site."""
-        return with_tensor(output, self._changed) if self.acts else None
+        return with_tensor(output, self._changed) if self.acts_at(module) else None
 
     def _changed(self, x: Tensor) -> Tensor:
         return shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
@@ -199,10 +156,40 @@ def with_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(output)
     if type(output) is tuple and output and isinstance(output[0], Tensor):
         return (change(output[0]), *output[1:])
-    raise AttachError(
+    raise _no_tensor(output)
+
+
+def _no_tensor(output: Any) -> AttachError:
+    return AttachError(
         f"an edited module returned a {type(output).__name__}. Edit one that returns a tensor, or a tuple that starts "
         "with one"
     )
+
+
+def tensor_of(output: Any) -> Tensor:
+    """Return the tensor that a module returned; of a tuple, the first item."""
+    first = output[0] if type(output) is tuple and output else output
+    if isinstance(first, Tensor):
+        return first
+    raise _no_tensor(output)
+
+
+def phase_of(module: nn.Module) -> int:
+    """Return what the present call of a module is: CALLED, INNER or PASSING."""
+    phase: int = getattr(module, PHASE, CALLED)
+    return phase
+
+
+def live_forward(forward: Any) -> Callable[..., Any] | None:
+    """Return a forward that was put on a module, or what it has wrapped if it does nothing any more."""
+    while getattr(getattr(forward, "__self__", None), "is_idle", False):
+        forward = forward.__self__.original
+    return forward  # type: ignore[no-any-return]
+
+
+def in_backward() -> bool:
+    """Return True in a repetition. A compiled model repeats traced operations instead of calling hooks."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def to_channels_last(x: Tensor, layout: Layout) -> Tensor:
@@ -217,10 +204,10 @@ def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """
     shape = x.movedim(1, -1).shape if layout == "BCHW" else x.shape
     if y.shape != shape:
-        if y.ndim < 3 or y.shape[0] != shape[0] or y.shape[-1] != shape[-1]:
+        if y.ndim < 3 or y.shape[0] != shape[0] or y.shape[-1] != shape[-1] or y.numel() != shape.numel():
             raise AttachError(
                 f"an adapter returned shape {tuple(y.shape)}, but its site has the (..., D) shape {tuple(shape)}. "
-                "Let the adapter keep batch and width"
+                "Let the adapter keep batch, number of tokens and width"
             )
         y = y.reshape(shape)
     if y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

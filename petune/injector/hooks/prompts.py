@@ -18,6 +18,7 @@ Shapes: B batch, N tokens, D width, P prompts.
 from __future__ import annotations
 
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,9 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.base import Args, Holder, Kwargs, first_tensor, with_first_tensor, with_tensor
+from petune.injector.hooks.around import Around
+from petune.injector.hooks.base import (
+    Args,
+    Holder,
+    Kwargs,
+    first_tensor,
+    live_forward,
+    with_first_tensor,
+    with_tensor,
+)
 from petune.injector.hooks.position_bias import Padding, pad_argument
 from petune.injector.hooks.prompt_slot import PromptSlot
+from petune.injector.hooks.side import SideStep
 from petune.sites.site import Site
 
 CARRIED = "petune_prompts"
@@ -184,6 +195,11 @@ class PromptedModule:
         self.original: Callable[..., Any] | None = None
         self.is_wrapped = False
 
+    @property
+    def is_idle(self) -> bool:
+        """True if its forward only passes on."""
+        return not self.holder.enabled
+
     def switch(self, on: bool) -> None:
         """Replace the module's forward, or restore it.
 
@@ -198,15 +214,16 @@ class PromptedModule:
         self.is_wrapped = current != self.forward
         if self.is_wrapped:
             return
-        if self.original is not None:
-            self.module.forward = self.original
+        original = live_forward(self.original)
+        if original is not None:
+            self.module.forward = original
         else:
             del self.module.forward
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Insert the prompts; pre-hook."""
         holder = self.holder
-        if not holder.acts:
+        if not holder.acts_at(module):
             return None
         x_BND = first_tensor(args, kwargs)
         if x_BND.is_nested:
@@ -221,7 +238,7 @@ class PromptedModule:
     def conceal(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Cut the prompts out until the forward; pre-hook."""
         holder = self.holder
-        if not holder.acts:
+        if not holder.acts_at(module):
             return None
         if holder.hidden is None:
             raise AttachError(
@@ -236,7 +253,7 @@ class PromptedModule:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward with the prompts."""
         original = self.original or functools.partial(type(self.module).forward, self.module)
-        if not self.holder.acts:
+        if not self.holder.acts_at(self.module):
             return original(*args, **kwargs)
         hidden, self.holder.hidden = self.holder.hidden, None
         if hidden is None:
@@ -251,7 +268,7 @@ class PromptedModule:
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Cut the prompts out; hook. Between two blocks they are kept with the output."""
-        return with_tensor(output, self._cut) if self.holder.acts else None
+        return with_tensor(output, self._cut) if self.holder.acts_at(module) else None
 
     def _cut(self, x_BND: Tensor) -> Tensor:
         holder = self.holder
@@ -279,9 +296,9 @@ def order_hooks(hooks: OrderedDict[int, Callable[..., Any]], newest: int) -> Non
     def rank(hook: Callable[..., Any]) -> int:
         owner = getattr(hook, "__self__", None)
         outer = getattr(hook, "__func__", None) in (PromptedModule.conceal, PromptedModule.leave)
-        return 1 if outer else 0 if isinstance(owner, Holder | PromptedModule) else 2
+        return 1 if outer else 0 if isinstance(owner, Holder | PromptedModule | SideStep) else 2
 
-    if next(iter(hooks)) == newest and isinstance(getattr(hooks[newest], "__self__", None), Holder):
+    if next(iter(hooks)) == newest and isinstance(getattr(hooks[newest], "__self__", None), Holder | SideStep):
         earlier = [key for key, hook in hooks.items() if key != newest and rank(hook) == 0]
         for key in reversed(earlier):
             hooks.move_to_end(key, last=False)
@@ -289,3 +306,17 @@ def order_hooks(hooks: OrderedDict[int, Callable[..., Any]], newest: int) -> Non
     if 1 in ranks.values():
         for key in sorted(ranks, key=lambda key: ranks[key]):
             hooks.move_to_end(key)
+    for key in sorted(hooks, key=lambda key: _nesting(hooks[key])):
+        hooks.move_to_end(key)
+
+
+def _nesting(hook: Callable[..., Any]) -> int:
+    """Return a number that is negative for hooks that come first, and positive for those that come last.
+
+    A tensor between modules is read and replaced before the next module is entered. An adapter that surrounds a module
+    surrounds all others there; of two of them, the later one is the outer one.
+    """
+    owner, name = getattr(hook, "__self__", None), getattr(hook, "__name__", "")
+    if isinstance(owner, Around):
+        return owner.depth if name == "leave" else -owner.depth
+    return -sys.maxsize if getattr(owner, "between", False) and name.startswith("enter") else 0

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from petune.injector.hooks.base import Args, Gather, Kwargs, with_tensor
+from petune.injector.hooks.base import PASSING, Args, Kwargs, in_backward, phase_of, tensor_of
+from petune.injector.hooks.reading import Gather
 from petune.sites.site import Layout, Site, Sites
 
 ADVICE = "Use gradient checkpointing with use_reentrant=False"
@@ -35,7 +36,7 @@ class Spanning(Gather):
     ) -> None:
         super().__init__(adapter, enter_layouts, exit_layout)
         self.single = single
-        self.records: list[weakref.ref[ForwardRecord]] = []
+        self.records = ForwardRecords()
 
     def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Start a new list of inputs, but not in a repetition; pre-hook of the first of ENTERS."""
@@ -50,21 +51,20 @@ class Spanning(Gather):
         """
         if not in_backward():
             super().enter(module, args, kwargs)
-        elif self.acts and not _saving_is_hooked():
-            raise RuntimeError(
-                f"an adapter reads the input of {type(module).__name__} for another block, which reentrant gradient "
-                f"checkpointing cuts off from the gradient. {ADVICE}"
-            )
+        elif self.acts_at(module):
+            refuse_reentrant(module)
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output, in a repetition from what its forward has kept; hook of EXIT."""
+        if phase_of(module) == PASSING:
+            return None
         exit_input = next((x for x in args if isinstance(x, Tensor)), None)
-        if self.acts and output is not None and in_backward():
-            self.entered = self._inputs_of(exit_input)
+        if self.acts_at(module) and output is not None and in_backward():
+            self.entered = self.records.inputs_of(exit_input)
         inputs = self.entered
         result = super().leave(module, args, output)
-        if result is not None and not in_backward() and not torch.compiler.is_compiling() and _saving_is_hooked():
-            with_tensor(result, lambda y: self._record(y, inputs, exit_input))
+        if result is not None and may_be_repeated():
+            self.records.keep([tensor_of(result)], inputs, exit_input)
         return result
 
     def changed(self, inputs: list[Tensor]) -> Tensor:
@@ -72,19 +72,32 @@ class Spanning(Gather):
         return self.run(inputs[0] if self.single else inputs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "records": []}
+        return {**super().__getstate__(), "records": ForwardRecords()}
 
-    def _record(self, output: Tensor, inputs: list[Tensor], exit_input: Tensor | None) -> Tensor:
-        """Let the autograd graph of a forward own what was read in it."""
-        if output.grad_fn is not None:
-            record = ForwardRecord(inputs, exit_input)
-            metadata: Any = output.grad_fn.metadata
-            metadata[record] = True
-            self.records = [reference for reference in self.records if reference() is not None]
-            self.records.append(weakref.ref(record))
-        return output
 
-    def _inputs_of(self, exit_input: Tensor | None) -> list[Tensor]:
+class ForwardRecords:
+    """What an adapter has read elsewhere, for blocks that may run again in the backward pass."""
+
+    def __init__(self) -> None:
+        self.records: list[weakref.ref[ForwardRecord]] = []
+
+    def keep(self, outputs: Sequence[Tensor], inputs: list[Tensor], exit_input: Tensor | None) -> None:
+        """Let the autograd graph of a forward own what was read in it.
+
+        Args:
+            outputs: Made from `inputs`.
+            inputs: What was read.
+            exit_input: What entered the module at which `outputs` were made.
+        """
+        record = ForwardRecord(inputs, exit_input)
+        for output in outputs:
+            if output.grad_fn is not None:
+                metadata: Any = output.grad_fn.metadata
+                metadata[record] = True
+        self.records = [reference for reference in self.records if reference() is not None]
+        self.records.append(weakref.ref(record))
+
+    def inputs_of(self, exit_input: Tensor | None) -> list[Tensor]:
         """Return what was read in the forward that is repeated: in the only one, or the one with this input of EXIT.
 
         Raises:
@@ -134,16 +147,16 @@ class ForwardRecord:
         self.exit_input = None
 
 
-def spans_blocks(sites: Sites, enters: Sequence[Site], exit: Site) -> bool:
-    """Return whether a repetition of a part of the model can pass `exit` without all of `enters`.
+def spans_blocks(sites: Sites, reads: Sequence[nn.Module], exit: Site, *, leaving: bool) -> bool:
+    """Return whether a repetition of a part of the model can pass `exit` without all modules that are read.
 
     It can if they are in several blocks, or if the block itself is entered and left inside: transformers repeats a
     layer without its hooks.
     """
     roots = {id(module) for block in sites.blocks for module in block.modules}
     number_of = {id(m): block.index for block in sites.blocks for root in block.modules for m in root.modules()}
-    touched = {number_of.get(id(module)) for module in (*(site.enter for site in enters), exit.exit)}
-    into_block = any(id(site.enter) in roots for site in enters) and id(exit.exit) not in roots
+    touched = {number_of.get(id(module)) for module in (*reads, exit.exit)}
+    into_block = not leaving and any(id(module) in roots for module in reads) and id(exit.exit) not in roots
     return len(touched) > 1 or into_block
 
 
@@ -151,9 +164,22 @@ def _equal(x: Tensor | None, y: Tensor | None) -> bool:
     return x is not None and y is not None and x.shape == y.shape and torch.equal(x, y)
 
 
-def in_backward() -> bool:
-    """Return True in a repetition. A compiled model repeats traced operations instead of calling hooks."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def refuse_reentrant(module: nn.Module) -> None:
+    """Check that a repetition is of the kind in which the forward has kept what was read.
+
+    Raises:
+        RuntimeError: It is reentrant.
+    """
+    if not _saving_is_hooked():
+        raise RuntimeError(
+            f"an adapter reads at {type(module).__name__} for another block, which reentrant gradient checkpointing "
+            f"cuts off from the gradient. {ADVICE}"
+        )
+
+
+def may_be_repeated() -> bool:
+    """Return True in a forward of which checkpointing may repeat parts."""
+    return not in_backward() and not torch.compiler.is_compiling() and _saving_is_hooked()
 
 
 def _saving_is_hooked() -> bool:

@@ -104,13 +104,16 @@ def _entries(attachment: Attachment, x_BCHW: Tensor) -> tuple[nn.Module, ...]:
     """Return the modules where the prefix ends, in the order of the forward; () if it is not worth looking for them.
 
     If a block trains, they are the first such block, and the frozen ones before it whose input an adapter reads (LST).
+    A block that an adapter reads the output of, or of a module inside, counts as one that trains: it must run.
     Else they are the modules that own trainable parameters and whose input no gradient reaches.
     """
     blocks = [block.enter for block in attachment.sites.all_blocks]
-    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    placed = [(holder, {*sites[:-1]}) for holder, sites in attachment.edit_log.placed]
+    left = {site.exit for holder, sites in placed for site in sites if holder.reads_output}
+    trains = [any(p.requires_grad for p in b.parameters()) or any(m in left for m in b.modules()) for b in blocks]
     if True in trains:
         start = trains.index(True)
-        read = {id(site.enter) for placed in attachment.edit_log.placed for site in placed.sites[:-1]}
+        read = {id(site.enter) for _, sites in placed for site in sites}
         return (*(block for block in blocks[:start] if id(block) in read), blocks[start]) if start else ()
     entries: dict[nn.Module, None] = {}
 

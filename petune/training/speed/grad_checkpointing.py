@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from petune.base.errors import ConfigError
 from petune.injector.attachment import Attachment
-from petune.injector.hooks.base import Gather, Parallel
+from petune.injector.hooks.prompts import Prompts
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def checkpointable(attachment: Attachment) -> list[nn.Module]:
     number_of = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
     excluded: set[int | None] = set()
     for placed in attachment.edit_log.placed:
-        if isinstance(placed.holder, Parallel | Gather):
+        if not isinstance(placed.holder, Prompts):
             touched = {number_of.get(id(module)) for site in placed.sites for module in site.modules}
             if len(touched) > 1:
                 excluded |= touched

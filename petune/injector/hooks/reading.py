@@ -1,0 +1,141 @@
+"""Holders that read at one site, or at several, and add at another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from petune.base.errors import AttachError
+from petune.base.text import plural
+from petune.injector.hooks.base import (
+    INNER,
+    PASSING,
+    Args,
+    Holder,
+    Kwargs,
+    first_tensor,
+    phase_of,
+    shaped_like,
+    tensor_of,
+    to_channels_last,
+    with_tensor,
+)
+from petune.sites.site import Layout
+
+
+class Reader(Holder):
+    """A holder that keeps what it reads until it adds.
+
+    Attributes:
+        keeps_copy: True if the tensor is replaced after it was read; see `stream.Stream`.
+    """
+
+    keeps_copy = False
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Return the tensor to keep."""
+        return x.clone() if self.keeps_copy else x
+
+    def reads_at(self, module: nn.Module) -> bool:
+        """Return True if the hook that reads a module's input acts now; a stream is read in the model's own call."""
+        return self.acts_at(module) and not (self.between and phase_of(module) == INNER)
+
+
+class Parallel(Reader):
+    """Adds `adapter(input of ENTER)`, or of its output, to the output of EXIT."""
+
+    def __init__(self, adapter: nn.Module, enter_layout: Layout, exit_layout: Layout) -> None:
+        super().__init__(adapter)
+        self.enter_layout = enter_layout
+        self.exit_layout = exit_layout
+        self.entered: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Keep the input; pre-hook of ENTER."""
+        if self.reads_at(module):
+            self.entered = self.kept(first_tensor(args, kwargs))
+
+    def read_output(self, module: nn.Module, args: Args, output: Any) -> None:
+        """Keep the output instead; hook of ENTER."""
+        if self.acts_at(module):
+            self.entered = tensor_of(output)
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
+        if phase_of(module) == PASSING:
+            return None
+        x, self.entered = self.entered, None
+        if output is None or not self.acts_at(module):
+            return None
+        if x is None:
+            raise AttachError(
+                f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
+                "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
+            )
+        change = self.run(to_channels_last(x, self.enter_layout))
+        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+
+    def clear(self) -> None:
+        super().clear()
+        self.entered = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "entered": None}
+
+
+class Gather(Reader):
+    """Adds `adapter([input of each of ENTERS])`, or of their outputs, to the output of EXIT."""
+
+    def __init__(self, adapter: nn.Module, enter_layouts: tuple[Layout, ...], exit_layout: Layout) -> None:
+        super().__init__(adapter)
+        self.enter_layouts = enter_layouts
+        self.exit_layout = exit_layout
+        self.entered: list[Tensor] = []
+
+    def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Start a new list of inputs; pre-hook of the first of ENTERS. An earlier forward may not have reached EXIT."""
+        if self.reads_at(module):
+            self.entered = [self.kept(first_tensor(args, kwargs))]
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Keep the input; pre-hook of the others of ENTERS, which are entered in their order."""
+        if self.reads_at(module):
+            self.entered.append(self.kept(first_tensor(args, kwargs)))
+
+    def read_output_first(self, module: nn.Module, args: Args, output: Any) -> None:
+        """Start a new list with the output of the first of ENTERS; hook."""
+        if self.acts_at(module):
+            self.enter_first(module, (tensor_of(output),), {})
+
+    def read_output(self, module: nn.Module, args: Args, output: Any) -> None:
+        """Keep the output of another one of ENTERS; hook."""
+        if self.acts_at(module):
+            self.enter(module, (tensor_of(output),), {})
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
+        if phase_of(module) == PASSING:
+            return None
+        inputs, self.entered = self.entered, []
+        if output is None or not self.acts_at(module):
+            return None
+        if len(inputs) != len(self.enter_layouts):
+            raise AttachError(
+                f"an adapter reads {plural(len(self.enter_layouts), 'site')} in one forward, but entered {len(inputs)} "
+                f"before {type(module).__name__} was left. Each must be called once, in one segment of checkpointing"
+            )
+        pairs = zip(inputs, self.enter_layouts, strict=True)
+        change = self.changed([to_channels_last(x, layout) for x, layout in pairs])
+        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+
+    def changed(self, inputs: list[Tensor]) -> Tensor:
+        """Return the adapter's output."""
+        return self.run(inputs)
+
+    def clear(self) -> None:
+        super().clear()
+        self.entered = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "entered": []}

@@ -1,0 +1,120 @@
+"""A holder of a side network, which carries a state of its own from site to site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from petune.base.errors import AttachError
+from petune.injector.hooks.base import (
+    PASSING,
+    Args,
+    Holder,
+    Kwargs,
+    first_tensor,
+    in_backward,
+    in_dtype_of,
+    phase_of,
+    shaped_like,
+    tensor_of,
+    to_channels_last,
+    with_tensor,
+)
+from petune.injector.hooks.spanning import ForwardRecords, may_be_repeated, refuse_reentrant
+from petune.sites.site import Layout
+
+
+class Side(Holder):
+    """Calls one cell at every site: it maps the state and what it reads there to the next state and a change.
+
+    Attributes:
+        layouts: Of the sites.
+        state: What the cell returned at the last site; None before the first one.
+        next_index: The site that comes next.
+        records: For each site, the states that a repetition of its block needs.
+    """
+
+    def __init__(self, adapter: nn.Module, layouts: tuple[Layout, ...]) -> None:
+        super().__init__(adapter)
+        self.layouts = layouts
+        self.state: Tensor | None = None
+        self.next_index = 0
+        self.records = [ForwardRecords() for _ in layouts]
+
+    def clear(self) -> None:
+        super().clear()
+        self.state, self.next_index = None, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        records = [ForwardRecords() for _ in self.layouts]
+        return {**super().__getstate__(), "state": None, "next_index": 0, "records": records}
+
+
+class SideStep:
+    """The hooks at one site.
+
+    Args:
+        holder: The side network.
+        index: Position of the site.
+    """
+
+    def __init__(self, holder: Side, index: int) -> None:
+        self.holder = holder
+        self.index = index
+        self.entered: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Keep the input; pre-hook of a site where the cell reads what enters."""
+        if self.holder.acts_at(module):
+            self.entered = first_tensor(args, kwargs)
+
+    def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Call the cell, and add its change to the output; hook, also called after an exception."""
+        if phase_of(module) == PASSING:
+            return None
+        entered, self.entered = self.entered, None
+        holder, index = self.holder, self.index
+        if output is None or not holder.acts_at(module):
+            return None
+        x = tensor_of(output) if entered is None else entered
+        exit_input = next((a for a in args if isinstance(a, Tensor)), None)
+        before = self._state_before(module, exit_input)
+        x = in_dtype_of(holder.adapter, to_channels_last(x, holder.layouts[index]))
+        state, change = self._checked(holder.call(before, x, index))
+        result = None
+        if change is not None:
+            result = with_tensor(output, lambda y: y + shaped_like(change, y, holder.layouts[index]))
+        if in_backward():
+            return result
+        if before is not None and may_be_repeated():
+            holder.records[index].keep([state] if change is None else [state, change], [before], exit_input)
+        is_last = index == len(holder.layouts) - 1
+        holder.state, holder.next_index = (None, 0) if is_last else (state, index + 1)
+        return result
+
+    def _state_before(self, module: nn.Module, exit_input: Tensor | None) -> Tensor | None:
+        holder, index = self.holder, self.index
+        if index == 0:
+            return None
+        if in_backward():
+            refuse_reentrant(module)
+            return holder.records[index].inputs_of(exit_input)[0]
+        if holder.next_index != index:
+            raise AttachError(
+                f"a side network reads {len(holder.layouts)} sites in one forward, but {type(module).__name__} (number "
+                f"{index}) came after number {holder.next_index - 1}. Each must be called once, in their order"
+            )
+        return holder.state
+
+    def _checked(self, made: Any) -> tuple[Tensor, Tensor | None]:
+        if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor):
+            state, change = made
+            return state, change
+        raise AttachError(
+            f"the side network {type(self.holder.adapter).__name__} must return (state, change), a tensor and a tensor "
+            "or None"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "entered": None}

@@ -1,0 +1,140 @@
+"""A loss that adapters set in their forward: part of `att.loss`, once for each forward that trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from tests.tiny import X, tiny
+
+LABELS = torch.tensor([0, 1])
+
+
+class Gate(nn.Module):
+    """Scales tokens by a rate that each decides for itself; the loss is the mean rate."""
+
+    aux_loss: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = self.rate(x).sigmoid()
+        self.aux_loss = rate.mean()
+        return x * rate
+
+
+class Column(Gate):
+    """Forgets to take the mean."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.aux_loss = self.rate(x).mean(1)
+        return y
+
+
+class Gates(petune.Tuner[petune.TunerConfig]):
+    identity_at_init = False
+
+    def __init__(self, gate: type[nn.Module] = Gate) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def attach(self, edit: petune.Edit) -> None:
+        for block in edit.sites.blocks:
+            edit.after(block.mlp, self.gate())
+
+    def aux_loss(self, values: list[Tensor]) -> Tensor:
+        return (torch.stack(values).mean() - 0.25) ** 2
+
+
+def attached(gate: type[nn.Module] = Gate) -> petune.Attachment:
+    torch.manual_seed(0)
+    att = petune.attach(tiny(), Gates(gate), name="gates")
+    att.train()
+    return att
+
+
+def written_out(att: petune.Attachment, x: Tensor) -> Tensor:
+    """The square of the mean rate of all blocks less 0.25."""
+    rates: list[Tensor] = []
+    holders = [holder for holder, _ in att.edit_log.placed]
+    handles = [h.adapter.rate.register_forward_hook(lambda m, a, y: rates.append(y.sigmoid().mean())) for h in holders]
+    att.model(x)
+    for handle in handles:
+        handle.remove()
+    att.aux_loss()
+    return (torch.stack(rates).mean() - 0.25) ** 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_of_a_forward_is_what_the_tuner_makes_of_the_adapters_losses(checkpointing: bool) -> None:
+    att = attached()
+    expected = written_out(att, X)
+    slopes = torch.autograd.grad(expected, [*att.tuned.values()], retain_graph=True)
+    att.model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+    att.model(X)
+    loss = att.loss(0)
+    assert isinstance(loss, Tensor)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, [*att.tuned.values()]), slopes)
+    with pytest.raises(petune.AttachError, match="Compute the loss after the forward"):
+        att.loss(1)
+
+
+def test_each_micro_batch_has_its_own_and_the_step_has_none_left() -> None:
+    att = attached()
+    expected = [written_out(att, X[i : i + 1]).item() for i in range(2)]
+    found = []
+    for i in range(2):
+        att.model(X[i : i + 1])
+        term = att.aux_loss()
+        assert isinstance(term, Tensor)
+        found.append(term.item())
+    assert found == pytest.approx(expected)
+    assert att.loss(0) == 0.0
+
+
+def test_evaluation_and_a_disabled_attachment_have_none() -> None:
+    att = attached()
+    att.model.eval()
+    att.model(X)
+    with torch.no_grad():
+        att.model(X)
+        assert att.loss(0) == 0.0
+    assert all(holder.adapter.aux_loss is None for holder, _ in att.edit_log.placed)
+    att.train()
+    with att.disabled():
+        att.model(X)
+        assert att.loss(0) == 0.0
+
+
+@pytest.mark.parametrize("call", [None, "loss", "aux_loss"])
+def test_a_loop_that_leaves_it_out_gets_an_error(call: str | None) -> None:
+    att = attached()
+    optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
+
+    def loop() -> None:
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(att.model(X), LABELS)
+            if call == "aux_loss":
+                loss = loss + att.aux_loss() + att.loss(step)
+            elif call == "loss":
+                loss = loss + att.loss(step)
+            loss.backward()
+            optimizer.step()
+
+    if call is not None:
+        loop()
+        return
+    with pytest.raises(petune.AttachError, match=r"loss = loss \+ att\.loss\(step\)"):
+        loop()
+
+
+def test_a_loss_that_is_no_scalar_is_refused() -> None:
+    with pytest.raises(petune.AttachError, match=r"aux_loss of the adapter Column is of shape \(\d, 1\)"):
+        attached(Column)
