@@ -103,10 +103,10 @@ def links_of(model: nn.Module, sites: Sites, given: Sequence[Site]) -> tuple[tup
 def _following(call: Called, calls: dict[nn.Module, Called], last: nn.Module) -> Called | None:
     """Return the outermost call on what a call has returned, or that of the last module."""
     out = call.returned
-    readers = [c for c in calls.values() if c.start >= call.stop and c.inputs and c.inputs[0] is out]
-    at_end = [c for c in readers if c.module is last]
-    around_end = {m for c in readers if last in {*c.module.modules()} for m in [c.module]}
-    return next(iter([*at_end, *(c for c in readers if c.module not in around_end)]), None)
+    users = [c for c in calls.values() if c.start >= call.stop and c.inputs and c.inputs[0] is out]
+    at_end = [c for c in users if c.module is last]
+    around_end = {m for c in users if last in {*c.module.modules()} for m in [c.module]}
+    return next(iter([*at_end, *(c for c in users if c.module not in around_end)]), None)
 
 
 def _further(call: Called) -> list[Any]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from petune.injector.hooks.base import (
     CALLED,
     INNER,
-    PASSING,
     PHASE,
+    SKIPPED,
     Args,
     Holder,
     Kwargs,
@@ -65,7 +65,7 @@ class Around(Holder):
         self.exit_layout = exit_layout
         self.depth = 1
         """1 for the innermost adapter around the first module, then 2, and so on."""
-        self.passing: tuple[tuple[nn.Module, int], ...] = ()
+        self.skipped: tuple[tuple[nn.Module, int], ...] = ()
         """The modules that pass on now, each with the phase that it goes back to."""
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
@@ -79,9 +79,9 @@ class Around(Holder):
         modules = [link.module for link in self.links]
         if in_backward():
             del modules[1:]  # gradient checkpointing repeats the first one alone
-        self.passing = tuple((m, phase_of(m)) for m in modules)
+        self.skipped = tuple((m, phase_of(m)) for m in modules)
         for m in modules:
-            setattr(m, PHASE, PASSING)
+            setattr(m, PHASE, SKIPPED)
         return with_first_tensor(args, kwargs, self._like_output(y, x))
 
     def _like_output(self, y: Tensor, x: Tensor) -> Tensor:
@@ -119,14 +119,14 @@ class Around(Holder):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> None:
         """Let the modules compute again; outermost hook of the first and the last module, also after an exception."""
-        if self.passing and module is self.passing[-1][0]:
+        if self.skipped and module is self.skipped[-1][0]:
             self.finish()
 
     def finish(self) -> None:
         """Let the modules compute again."""
-        for module, phase in self.passing:
+        for module, phase in self.skipped:
             setattr(module, PHASE, phase)
-        self.passing = ()
+        self.skipped = ()
 
     def clear(self) -> None:
         super().clear()
@@ -156,7 +156,7 @@ class PassOn:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute, or pass on the first argument."""
-        if phase_of(self.module) == PASSING:
+        if phase_of(self.module) == SKIPPED:
             x = first_tensor(args, kwargs)
             return x if self.num_items is None else (x, *[None] * (self.num_items - 1))
         original = self.original or functools.partial(type(self.module).forward, self.module)

@@ -21,7 +21,7 @@ Kwargs = dict[str, Any]
 
 PHASE = "petune_phase"
 """Attribute of a module that an adapter of `Edit.around` surrounds: what the present call of it is."""
-CALLED, INNER, PASSING = 0, 1, 2
+CALLED, INNER, SKIPPED = 0, 1, 2
 """A call by the model's own code; one by an adapter, as its `inner`; the rest of the model's call, which only passes on
 what the adapter has returned."""
 
@@ -52,7 +52,7 @@ class Holder(nn.Module):
 
         The adapter is enabled and is not what calls the module, and another adapter has not done the module's work.
         """
-        return self.enabled and not self.running and phase_of(module) != PASSING
+        return self.enabled and not self.running and phase_of(module) != SKIPPED
 
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
@@ -175,7 +175,7 @@ def tensor_of(output: Any) -> Tensor:
 
 
 def phase_of(module: nn.Module) -> int:
-    """Return what the present call of a module is: CALLED, INNER or PASSING."""
+    """Return what the present call of a module is: CALLED, INNER or SKIPPED."""
     phase: int = getattr(module, PHASE, CALLED)
     return phase
 

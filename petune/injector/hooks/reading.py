@@ -10,7 +10,7 @@ from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.hooks.base import (
     INNER,
-    PASSING,
+    SKIPPED,
     Args,
     Holder,
     Kwargs,
@@ -63,7 +63,7 @@ class Parallel(Reader):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
-        if phase_of(module) == PASSING:
+        if phase_of(module) == SKIPPED:
             return None
         x, self.entered = self.entered, None
         if output is None or not self.acts_at(module):
@@ -115,7 +115,7 @@ class Gather(Reader):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
-        if phase_of(module) == PASSING:
+        if phase_of(module) == SKIPPED:
             return None
         inputs, self.entered = self.entered, []
         if output is None or not self.acts_at(module):

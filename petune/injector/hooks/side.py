@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.injector.hooks.base import (
-    PASSING,
+    SKIPPED,
     Args,
     Holder,
     Kwargs,
@@ -71,7 +71,7 @@ class SideStep:
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Call the cell, and add its change to the output; hook, also called after an exception."""
-        if phase_of(module) == PASSING:
+        if phase_of(module) == SKIPPED:
             return None
         entered, self.entered = self.entered, None
         holder, index = self.holder, self.index

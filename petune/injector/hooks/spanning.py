@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from petune.injector.hooks.base import PASSING, Args, Kwargs, in_backward, phase_of, tensor_of
+from petune.injector.hooks.base import SKIPPED, Args, Kwargs, in_backward, phase_of, tensor_of
 from petune.injector.hooks.reading import Gather
 from petune.sites.site import Layout, Site, Sites
 
@@ -56,7 +56,7 @@ class Spanning(Gather):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output, in a repetition from what its forward has kept; hook of EXIT."""
-        if phase_of(module) == PASSING:
+        if phase_of(module) == SKIPPED:
             return None
         exit_input = next((x for x in args if isinstance(x, Tensor)), None)
         if self.acts_at(module) and output is not None and in_backward():
@@ -76,7 +76,7 @@ class Spanning(Gather):
 
 
 class ForwardRecords:
-    """What an adapter has read elsewhere, for blocks that may run again in the backward pass."""
+    """Records of the inputs that an adapter read, for blocks that may run again in the backward pass."""
 
     def __init__(self) -> None:
         self.records: list[weakref.ref[ForwardRecord]] = []
