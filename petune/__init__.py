@@ -75,6 +75,12 @@ if TYPE_CHECKING:
     from petune.runner.sweep.sweep_config import SweepConfig as SweepConfig
     from petune.runner.sweep.trials import Sweep as Sweep
     from petune.serving.adapter_bank import AdapterBank as AdapterBank
+    from petune.serving.average import (
+        Averaged as Averaged,
+        AveragedFrom as AveragedFrom,
+        average_adapters as average_adapters,
+    )
+    from petune.serving.convert import Converted as Converted, convert as convert
     from petune.serving.evaluation import Evaluation as Evaluation, evaluate as evaluate
     from petune.serving.export import Exported as Exported, export as export
     from petune.serving.hub_pull import Pulled as Pulled, pull as pull
@@ -136,6 +142,8 @@ _PUBLIC = {
     "runner.sweep.sweep_config": "SweepConfig",
     "runner.sweep.trials": "Sweep",
     "serving.adapter_bank": "AdapterBank",
+    "serving.average": "Averaged AveragedFrom average_adapters",
+    "serving.convert": "Converted convert",
     "serving.evaluation": "Evaluation evaluate",
     "serving.export": "Exported export",
     "serving.predict": "Predictor predict",

@@ -18,8 +18,10 @@ from petune.base.distributed import is_main_process, is_reported_elsewhere, num_
 from petune.base.errors import PetuneError, UsageError
 from petune.base.imports import prepare_program
 from petune.cli.advice import advice_for
+from petune.cli.average import average
 from petune.cli.backbones import backbones
 from petune.cli.compare import compare
+from petune.cli.convert import convert
 from petune.cli.data import data
 from petune.cli.datasets import datasets
 from petune.cli.demo import demo
@@ -59,6 +61,7 @@ WORDS_FOR = {
     "predict": "infer classify",
     "sweep": "search tune",
     "compare": "benchmark",
+    "average": "soup merge",
     "push": "upload",
     "pull": "download",
 }
@@ -90,7 +93,7 @@ app = typer.Typer(
 for command in (run, compare, sweep, pretrain, report, inspect, predict):
     app.command(cls=Command)(command)
 app.command("eval", cls=Command)(evaluate)
-for command in (export, demo, push, pull, methods, backbones, datasets, env):
+for command in (average, convert, export, demo, push, pull, methods, backbones, datasets, env):
     app.command(cls=Command)(command)
 app.add_typer(data, name="data")
 app.add_typer(plugin, name="plugin")

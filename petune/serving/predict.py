@@ -47,6 +47,7 @@ class Predictor:
 
     Attributes:
         model: Backbone and adapter on `device`, in eval mode.
+        attachment: The adapter.
         sites: Its blocks.
         task: What it was trained for.
         classes: Names of the task's classes; empty for numbers.
@@ -85,6 +86,7 @@ class Predictor:
         restored = restore(Path(path), weights, trust_remote_code=trust_remote_code)
         self.metadata = restored.metadata
         self.method = restored.attachment.name
+        self.attachment = restored.attachment
         self.sites = restored.attachment.sites
         self.task = restored.task
         self.classes = self.task.target.classes

@@ -1,0 +1,156 @@
+"""LoRA adapters as changes of weights: the products s·B·A, their sums, and factors of them again by an SVD.
+
+The average of several A and of several B is not the average of the changes B·A. Products are computed in float64.
+
+Legend: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petune.base.errors import UsageError
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+NEGLIGIBLE = 1e-8
+"""Singular values below this share of the largest are rounding."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change B·A of one weight, float64.
+
+    Attributes:
+        b_OR, a_RI: Its factors, with the scale in B.
+    """
+
+    b_OR: Tensor
+    a_RI: Tensor
+
+    def product(self) -> Tensor:
+        """Return the change, (O, I)."""
+        return self.b_OR @ self.a_RI
+
+
+def is_plain_lora(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> bool:
+    """Return True if all that an adapter tunes are matrices A and B of PEFT's LoRA.
+
+    Args:
+        config: petune's configuration of the adapter.
+        tuned: Its tuned tensors, by the file's keys.
+    """
+    options = config["config"]
+    others = [key for key, t in tuned.items() if not key.endswith((A, B)) or t.ndim != 2]
+    variants = [key for key in options if key.startswith("use_") and key != "use_rslora" and options[key]]
+    return options.get("type") == "lora" and bool(tuned) and not others and not variants
+
+
+def lora_factors(config: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """Return the change of each layer, by the file's key without its end.
+
+    Args:
+        config, tuned: See `is_plain_lora`.
+    """
+    layers = [key.removesuffix(A) for key in tuned if key.endswith(A)]
+    return {
+        layer: Factors(_scale(config["config"], layer, len(tuned[layer + A])) * tuned[layer + B].double().cpu(),
+                       tuned[layer + A].double().cpu())
+        for layer in layers
+    }  # fmt: skip
+
+
+def sum_of_factors(changes: Sequence[Mapping[str, Factors]], coefficients: Sequence[float]) -> dict[str, Factors]:
+    """Return Σ_i c_i B_i A_i exactly, as factors of the sum of the ranks."""
+    return {
+        layer: Factors(
+            torch.cat([c * change[layer].b_OR for c, change in zip(coefficients, changes, strict=True)], 1),
+            torch.cat([change[layer].a_RI for change in changes]),
+        )
+        for layer in changes[0]
+    }
+
+
+def factored(
+    changes: Mapping[str, Factors | Tensor], rank: int | None = None
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Return the nearest factors of one rank, by an SVD of each change, and what they leave out.
+
+    Args:
+        changes: By layer: factors, or the change itself (O, I).
+        rank: R; None takes the smallest one that leaves nothing out. A layer of a lower rank is filled up with zeros.
+
+    Returns:
+        Factors, and for each layer the Frobenius norm of what is left out relative to that of the change.
+    """
+    decomposed = {layer: _svd(change) for layer, change in changes.items()}
+    if rank is None:
+        rank = max(1, *(int((s > NEGLIGIBLE * s.max()).sum()) for _, s, _ in decomposed.values()))
+    errors = {layer: _left_out(s, rank) for layer, (_, s, _) in decomposed.items()}
+    return {layer: _of_rank(*parts, rank) for layer, parts in decomposed.items()}, errors
+
+
+def with_rank(options: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Return the options of a LoRA of another rank whose scale α/r is 1 in every layer."""
+    dropped = {"rank_pattern", "alpha_pattern", "use_rslora"}
+    return {**{key: value for key, value in options.items() if key not in dropped}, "r": rank, "lora_alpha": rank}
+
+
+def lora_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return tensors by the file's keys, for a scale of 1."""
+    named = {layer + A: f.a_RI for layer, f in factors.items()} | {layer + B: f.b_OR for layer, f in factors.items()}
+    return {key: tensor.float() for key, tensor in named.items()}
+
+
+def _scale(options: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return α/r of a layer, or α/√r with `use_rslora`; patterns match the ends of paths, as PEFT's do."""
+    patterns = options.get("alpha_pattern") or {}
+    path = layer.removeprefix("base_model.model.")
+    matching = [value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", path)]
+    alpha = float(matching[0] if matching else options.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
+
+
+def _svd(change: Factors | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (O, K), S (K,) and V^T (K, I); of factors without computing their product."""
+    if isinstance(change, Tensor):
+        u, s, vt = torch.linalg.svd(change.double(), full_matrices=False)
+        return u, s, vt
+    left, left_r = torch.linalg.qr(change.b_OR)
+    right, right_r = torch.linalg.qr(change.a_RI.T)
+    u, s, vt = torch.linalg.svd(left_r @ right_r.T, full_matrices=False)
+    return left @ u, s, vt @ right.T
+
+
+def _left_out(s_K: Tensor, rank: int) -> float:
+    total = float(s_K.norm())
+    return float(s_K[rank:].norm()) / total if total else 0.0
+
+
+def _of_rank(u_OK: Tensor, s_K: Tensor, vt_KI: Tensor, rank: int) -> Factors:
+    """Return the largest `rank` singular values as factors, the root of each in both."""
+    root = s_K[:rank].sqrt()
+    b_OR, a_RI = u_OK[:, :rank] * root, root[:, None] * vt_KI[:rank]
+    missing = rank - len(root)
+    if missing > 0:
+        b_OR = torch.cat([b_OR, b_OR.new_zeros(len(b_OR), missing)], 1)
+        a_RI = torch.cat([a_RI, a_RI.new_zeros(missing, a_RI.shape[1])])
+    return Factors(b_OR, a_RI)
+
+
+def check_rank(rank: int | None) -> None:
+    """Check the rank that a user asks for.
+
+    Raises:
+        UsageError: It is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise UsageError(
+            f"rank is {rank}. Use at least 1, or leave it out for the exact one", cli_hint="The flag is --rank"
+        )

@@ -1,0 +1,199 @@
+"""Adapters to average: read them, and check that they are of one kind and belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from petune.adapters.format import SavedAdapter, geometry_differences, read_adapter
+from petune.base.errors import BackboneMismatch, UsageError
+from petune.runner.continued import tensors_digest
+from petune.runner.run_adapter import find_adapter
+
+WITHOUT_EFFECT = ("dropout", "init")
+"""Words in the names of options that act while an adapter trains, or before, and not on what its tensors compute."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """An adapter to average.
+
+    Attributes:
+        path: The run or adapter directory, as given.
+        saved: Its content.
+        sha256: Of its file of tensors.
+    """
+
+    path: Path
+    saved: SavedAdapter
+    sha256: str
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What a run has recorded; empty for adapters of one's own loop."""
+        recorded: Mapping[str, Any] = self.saved.config["metadata"]
+        return recorded
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What a run has recorded about its training."""
+        training = self.metadata.get("training")
+        return training if isinstance(training, Mapping) else {}
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of its run; None if that is not known."""
+        seed = self.training.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def earlier(self) -> Mapping[str, Any] | None:
+        """The adapter that its run has continued; None if it has not, or that is not known."""
+        earlier = self.metadata.get("continued_from")
+        return earlier[-1] if isinstance(earlier, list) and earlier and isinstance(earlier[-1], Mapping) else None
+
+    @property
+    def outputs(self) -> Any:
+        """What its classifier tells apart; None if that is not recorded."""
+        task = self.metadata.get("task")
+        target = task.get("target") if isinstance(task, Mapping) else None
+        names = target.get("names") if isinstance(target, Mapping) else self.metadata.get("classes")
+        return [task.get("name") if isinstance(task, Mapping) else None, list(names)] if names else None
+
+
+def read_ingredient(path: Path) -> Ingredient:
+    """Read the adapter of a run or adapter directory.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    saved = read_adapter(find_adapter(path))
+    return Ingredient(path, saved, tensors_digest(saved))
+
+
+def read_ingredients(paths: Sequence[Path], at_least: int) -> list[Ingredient]:
+    """Read adapters.
+
+    Args:
+        paths: Run or adapter directories.
+        at_least: How many there must be.
+
+    Raises:
+        UsageError: There are fewer, or one is named twice.
+        CheckpointError: See `read_ingredient`.
+    """
+    if len(paths) < at_least:
+        given = "one adapter is" if paths else "no adapter is"
+        raise UsageError(f"{given} given, and this averages {at_least} or more. Name the directories of several runs")
+    ingredients = [read_ingredient(path) for path in paths]
+    places = [ingredient.saved.path.resolve() for ingredient in ingredients]
+    twice = next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is named twice. To weigh it more, use coefficients", cli_hint="See --coefficients")
+    return ingredients
+
+
+def check_alike(ingredients: Sequence[Ingredient], *, heads_alike: bool) -> None:
+    """Check, without a model, that adapters have one method, one form and one backbone.
+
+    Args:
+        ingredients: The adapters.
+        heads_alike: Their classifiers are averaged too.
+
+    Raises:
+        UsageError: They have other methods, options, shapes or classes.
+        BackboneMismatch: They belong to other backbones.
+    """
+    first = ingredients[0]
+    for other in ingredients[1:]:
+        _check_method(first, other)
+        _check_backbone(first, other)
+        if heads_alike:
+            _check_outputs(first, other)
+        _check_shapes(first, other, heads_alike=heads_alike)
+
+
+def _check_method(first: Ingredient, other: Ingredient) -> None:
+    methods = [ingredient.saved.config["tuner"] for ingredient in (first, other)]
+    if methods[0] != methods[1]:
+        raise UsageError(
+            f"{first.path} was trained with {methods[0]}, and {other.path} with {methods[1]}. Average adapters of one "
+            "method"
+        )
+    configs = [{**i.saved.config["config"], "train_head": i.saved.config["train_head"]} for i in (first, other)]
+    different = [
+        f"{key} is {configs[0].get(key)!r} there and {configs[1].get(key)!r} here"
+        for key in {**configs[0], **configs[1]}
+        if configs[0].get(key) != configs[1].get(key) and not any(word in key for word in WITHOUT_EFFECT)
+    ]
+    if different:
+        raise UsageError(
+            f"{other.path} has other options than {first.path}, so that their tensors do not stand for the same: "
+            f"{', '.join(different)}. Average adapters of equal options"
+        )
+
+
+def _check_backbone(first: Ingredient, other: Ingredient) -> None:
+    configs = first.saved.config, other.saved.config
+    both = f"{first.path} and {other.path} belong to different backbones"
+    geometries = [config["geometry"] for config in configs]
+    if None not in geometries and (different := geometry_differences(*geometries)):
+        raise BackboneMismatch(f"{both}: they differ in {', '.join(different)}. Average adapters of one backbone")
+    if configs[0].get("chosen_sites") != configs[1].get("chosen_sites"):
+        raise BackboneMismatch(f"{first.path} and {other.path} were attached to other blocks or heads of the model")
+    for key, noun in (("fingerprint", "backbones"), ("head_fingerprint", "frozen classifiers")):
+        digests = [config.get(key) for config in configs]
+        if None not in digests and digests[0] != digests[1]:
+            names = [str((i.metadata.get("backbone") or {}).get("weights")) for i in (first, other)]
+            weights = f" ({names[0]} and {names[1]})" if names[0] != names[1] else ""
+            raise BackboneMismatch(
+                f"{first.path} and {other.path} were trained on {noun} of other weights{weights}. Average adapters of "
+                "one backbone"
+            )
+    if _random_weights(first) != _random_weights(other):
+        raise BackboneMismatch(f"{both}: their random weights (weights=none) were drawn by other seeds")
+
+
+def _random_weights(ingredient: Ingredient) -> int | None:
+    """Return the seed of a backbone without pretrained weights: where all of it trains, no fingerprint tells."""
+    backbone = ingredient.metadata.get("backbone")
+    recorded = backbone if isinstance(backbone, Mapping) else {}
+    return recorded.get("seed") if recorded.get("weights") == "none" else None
+
+
+def _check_outputs(first: Ingredient, other: Ingredient) -> None:
+    if first.outputs != other.outputs:
+        raise UsageError(
+            f"{first.path} and {other.path} were trained for other classes ({_shown(first)}; {_shown(other)}), so "
+            "their classifiers have no average. Keep one of them, head='DIR', or leave them out, head='none'",
+            cli_hint="The flag is --head",
+        )
+    for key in ("mean", "std", "image_size"):
+        values = [(i.metadata.get("preprocess") or {}).get(key) for i in (first, other)]
+        if None not in values and values[0] != values[1]:
+            raise UsageError(
+                f"{first.path} and {other.path} see images with another {key}: {values[0]} and {values[1]}. Average "
+                "runs of one preprocessing"
+            )
+
+
+def _shown(ingredient: Ingredient) -> str:
+    if ingredient.outputs is None:
+        return "not recorded"
+    names = ingredient.outputs[1]
+    return ", ".join(map(str, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+def _check_shapes(first: Ingredient, other: Ingredient, *, heads_alike: bool) -> None:
+    """Check tensors of equal names; those that only one file names are found by their addresses when it is loaded."""
+    tensors = first.saved.tensors, other.saved.tensors
+    if not heads_alike:
+        return
+    for key in tensors[0].keys() & tensors[1].keys():
+        if tensors[0][key].shape != tensors[1][key].shape:
+            shapes = " and ".join(str(tuple(t[key].shape)) for t in tensors)
+            raise UsageError(
+                f"{first.path} and {other.path} have other shapes: {key} is {shapes}. Use adapters of one shape"
+            )
