@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from petune.adapters.card_code import model_code
+from petune.adapters.card_origin import known_average, known_conversion, without_folders
 from petune.adapters.card_task import (
     HUB_TASKS,
     PIPELINES,
@@ -95,8 +96,8 @@ def model_card(config: Mapping[str, Any], counts: ParameterCounts, *, is_peft: b
         training=known["training"],
         classes=classes[:MAX_CLASSES],
         earlier=known["continued_from"],
-        average=_known_average(known["averaged_from"]),
-        converted=_known_conversion(known["converted_from"]),
+        average=known_average(known["averaged_from"]),
+        converted=known_conversion(known["converted_from"]),
         more_classes=max(0, len(classes) - MAX_CLASSES),
         build=_Markup(model_code(config, public_metadata(config["metadata"]))),
         is_complete={"backbone", "classes", "preprocess"} <= config["metadata"].keys(),
@@ -136,39 +137,10 @@ def public_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
         shown["continued_from"] = [_public_run(entry) for entry in shown["continued_from"]]
     average = shown.get("averaged_from")
     if isinstance(average, Mapping) and isinstance(average.get("adapters"), list):
-        shown["averaged_from"] = {**average, "adapters": [_without_folders(entry) for entry in average["adapters"]]}
+        shown["averaged_from"] = {**average, "adapters": [without_folders(entry) for entry in average["adapters"]]}
     if isinstance(shown.get("converted_from"), Mapping):
-        shown["converted_from"] = _without_folders(shown["converted_from"])
+        shown["converted_from"] = without_folders(shown["converted_from"])
     return shown
-
-
-def _without_folders(entry: Any) -> dict[str, Any]:
-    """Return what an average records about an adapter, with the name of its directory alone."""
-    known = dict(entry) if isinstance(entry, Mapping) else {}
-    return {**known, "path": hide_folders(str(known.get("path")), is_path=True)}
-
-
-def _known_average(average: Any) -> dict[str, Any] | None:
-    """Return what a card shows of an average; None if the metadata has another form."""
-    known = average if isinstance(average, Mapping) else {}
-    adapters = known.get("adapters")
-    numbers = [entry.get("coefficient") for entry in adapters] if isinstance(adapters, list) else []
-    if not numbers or not all(isinstance(number, int | float) for number in numbers):
-        return None
-    try:
-        metric = Metric.build(known["metric"]) if known.get("metric") else None
-    except ConfigError:
-        metric = None
-    rows = [{**entry, "sha256": str(entry.get("sha256"))[:12]} for entry in adapters]
-    return {"algorithm": str(known.get("algorithm")), "adapters": rows, "metric": metric, "val": known.get("val")}
-
-
-def _known_conversion(conversion: Any) -> dict[str, Any] | None:
-    """Return what a card shows of a conversion; None if the metadata has another form."""
-    known = conversion if isinstance(conversion, Mapping) else {}
-    texts = {key: str(known[key]) for key in ("path", "sha256", "method") if key in known}
-    errors = [known.get(key) for key in ("largest_error", "max_abs_diff")]
-    return {**texts, "errors": errors} if len(texts) == 3 and all(isinstance(e, int | float) for e in errors) else None
 
 
 def _public_run(entry: Any) -> dict[str, Any]:
