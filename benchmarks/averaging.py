@@ -1,4 +1,4 @@
-"""What averaging adapters gains: three seeds of a method, and the averages of them, on test.
+"""Measure what averaging adapters gains: three seeds of a method, and the averages of them, on test.
 
 python benchmarks/averaging.py --train      # the runs, into runs/averaging: a quarter of an hour on one core
 python benchmarks/averaging.py              # the averages and benchmarks/results/averaging.json; trains what is missing

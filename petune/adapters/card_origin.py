@@ -1,4 +1,4 @@
-"""What a model card says of an adapter that was made of others: an average, or a conversion."""
+"""The part of a model card on an adapter that was made of others: an average, or a conversion."""
 
 from __future__ import annotations
 

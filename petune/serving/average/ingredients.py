@@ -32,13 +32,13 @@ class Ingredient:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What a run has recorded; empty for adapters of one's own loop."""
+        """Metadata of the run; empty for adapters of one's own loop."""
         recorded: Mapping[str, Any] = self.saved.config["metadata"]
         return recorded
 
     @property
     def training(self) -> Mapping[str, Any]:
-        """What a run has recorded about its training."""
+        """Entries that a run has recorded about its training."""
         training = self.metadata.get("training")
         return training if isinstance(training, Mapping) else {}
 
@@ -56,7 +56,7 @@ class Ingredient:
 
     @property
     def outputs(self) -> Any:
-        """What its classifier tells apart; None if that is not recorded."""
+        """Task and classes of its classifier; None if that is not recorded."""
         task = self.metadata.get("task")
         target = task.get("target") if isinstance(task, Mapping) else None
         names = target.get("names") if isinstance(target, Mapping) else self.metadata.get("classes")

@@ -1,4 +1,4 @@
-"""What an averaged adapter records about itself, and the summary that is returned."""
+"""The record of an average in its metadata, and the summary that is returned."""
 
 from __future__ import annotations
 

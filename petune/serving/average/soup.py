@@ -25,7 +25,7 @@ ONE_COEFFICIENT: set[Algorithm] = {"ties", "wise_ft"}
 
 @dataclass(frozen=True)
 class Mixture:
-    """How adapters are combined.
+    """The way in which adapters are combined.
 
     Attributes:
         algorithm: The algorithm.
