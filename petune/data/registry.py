@@ -121,7 +121,9 @@ def build_reader(text: str) -> DatasetReader[Any]:
             f"{parsed.name}:{parsed.argument[:40]}… cannot be a path: it has {len(parsed.argument):,} letters"
         )
     if bool(cls.argument) != bool(parsed.argument):
+        is_option = not cls.argument and "=" in parsed.argument
         usage = f"{parsed.name}:{cls.argument}" if cls.argument else parsed.name
+        usage += f",{parsed.argument} (options follow a comma)" if is_option else ""
         problem = f"needs a {cls.argument}" if cls.argument else f"takes nothing after a colon, but got {text!r}"
         raise ConfigError(f"the dataset {parsed.name} {problem}. Write {usage}")
     options = parse_options(parsed.option_text, cls.Config.text_options)

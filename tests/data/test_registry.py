@@ -106,6 +106,7 @@ WRONG = {
     "folder": (ConfigError, "folder needs a PATH. Write folder:PATH"),
     "folder:": (ConfigError, "folder needs a PATH. Write folder:PATH"),
     "digits:x": (ConfigError, "takes nothing after a colon.*Write digits"),
+    "digits:a=1": (ConfigError, "Write digits,a=1"),
     "digits,seed=1": (ConfigError, "no such key: seed"),
     "x" * 5000: (UnknownName, "no such dataset"),
     "folder:" + "x" * 5000: (DataError, "cannot be a path: it has 5,000 letters"),
