@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import petune
 from petune.base.errors import ContractViolation
-from petune.injector.hooks.base import Parallel
 from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
 from petune.injector.hooks.prompts import Prompts
+from petune.injector.hooks.reading import Parallel
 from petune.injector.registry import build_tuner, parse_method
 from petune.plugin_dev.finding import Property, examine_all, names_of
 from petune.plugin_dev.properties import PROPERTIES

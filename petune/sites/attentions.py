@@ -17,13 +17,14 @@ class Attention:
     Attributes:
         call: That call.
         end: When the attention weights were last applied.
-        many_queries: See `AttentionOp`.
+        many_queries, is_single: See `AttentionOp`.
         pair: The attention with its MLP; None if there is no MLP before the next attention.
     """
 
     call: Call
     end: int
     many_queries: bool = False
+    is_single: bool = False
     pair: Pair | None = None
 
     @property
@@ -58,6 +59,7 @@ def find_attentions(trace: Trace) -> list[Attention]:
             attention = found.setdefault(id(call), Attention(call, op.time))
             attention.end = op.time
             attention.many_queries = attention.many_queries or op.many_queries
+            attention.is_single = attention.is_single or op.is_single
     attentions = sorted(found.values(), key=lambda a: a.call.start)
     for attention in attentions:
         attention.pair = _pair_of(trace, attention, attentions)

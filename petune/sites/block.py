@@ -166,7 +166,11 @@ class Block(Site):
             return self.parts[role]
         several = [site.where for site in self.branches if site.role == role]
         missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
-        is_readable = role == "mid" and "mlp" in self.parts
+        if role == "mid":
+            missing += " (petune saw no stream between attention and MLP to which the MLP's output is added)"
+        before_mlp = self.parts.get("norm2") or self.parts.get("attn")
+        keeps_width = before_mlp is None or "mlp" not in self.parts or before_mlp.dim == self.parts["mlp"].dim
+        is_readable = role == "mid" and "mlp" in self.parts and keeps_width
         advice = "adaptformer:input=norm, which reads what enters the MLP, a method" if is_readable else "a method"
         raise SiteNotFound(
             f"block {self.index} ({self.path}) of {self.model} has {missing}; it has: "

@@ -35,14 +35,20 @@ Found = tuple[int, Block]
 def find_blocks(trace: Trace) -> tuple[Block, ...]:
     """Return all blocks of a traced model, in order; a block that is called twice is listed once."""
     attentions = find_attentions(trace)
+    every = [(a, found) for a in attentions if (found := _block_of(trace, a, attentions)) is not None]
+    kinds = {_kind(block) for attention, (_, block) in every if attention.many_queries}
     blocks: dict[int, Found] = {}
-    for attention in attentions:
-        found = _block_of(trace, attention, attentions)
-        if found is not None and (attention.many_queries or _is_complete(attention, found[1])):
+    for attention, found in every:
+        is_alike = attention.is_single and _kind(found[1]) in kinds  # the last stage may have a single token left
+        if attention.many_queries or is_alike or _is_complete(attention, found[1]):
             blocks.setdefault(id(found[1].enter), found)
     ordered = [block for _, block in sorted(blocks.values(), key=lambda found: found[0])]
     described = [with_branches(trace, block, attentions) for block in ordered]
     return with_own_modules(trace, [replace(block, index=index) for index, block in enumerate(described)])
+
+
+def _kind(block: Block) -> tuple[type, type]:
+    return type(block.enter), type(block.exit)
 
 
 def _is_complete(attention: Attention, block: Block) -> bool:

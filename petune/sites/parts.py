@@ -232,7 +232,8 @@ def parallel_mid(trace: Trace, block: Call, mlp: Mlp | None = None) -> Call | No
 def sums_of(trace: Trace, y: Tensor | None, block: Call) -> list[Addition]:
     """Return the additions in a block that make a tensor, the last first: y = (a + b) + c is made by two."""
     own = [add for add in trace.additions if add.result is y and block.start < add.time < block.stop][:1]
-    return [add for last in own for add in (last, *(s for x in last.operands for s in sums_of(trace, x, block)))]
+    operands = [x for last in own for x in last.operands if x is not y]
+    return [*own, *(add for x in operands for add in sums_of(trace, x, block))]
 
 
 def late_mid(trace: Trace, block: Call, mlp: Mlp, norm: Call | None, attention_end: int) -> Call | None:
@@ -321,8 +322,13 @@ def span_exit(trace: Trace, mlp: Mlp, mid: Call) -> Call | None:
 
 
 def num_matrices(call: Call) -> int:
-    """Count layers with a matrix or kernel, and matrices owned directly by a module with submodules (experts)."""
-    return sum(1 if c.has_matrix else _num_bare(c) for c in call.subtree())
+    """Count layers with a matrix or kernel, and matrices that a module owns directly (experts, an MLP by F.linear)."""
+    return sum(max(1, _num_of_width(c)) if c.has_matrix else _num_bare(c) for c in call.subtree())
+
+
+def _num_of_width(leaf: Call) -> int:
+    """Count the matrices of a layer that map from or to tokens as wide as its input."""
+    return sum(p.ndim == 2 and leaf.width in p.shape for p in own_weights(leaf.module))
 
 
 def _num_bare(call: Call) -> int:

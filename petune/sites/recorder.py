@@ -15,11 +15,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
+from petune.sites.flattened import FlattenRecorder
 from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.random_numbers import is_large, watch_draws
-from petune.sites.trace import Addition, AttentionOp, Call, Trace, is_vector
+from petune.sites.sums import SumRecorder, renamed
+from petune.sites.trace import AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
@@ -31,7 +33,6 @@ NORMALIZATIONS = {
 }  # fmt: skip
 SAMPLERS = {"grid_sample"}
 """Operations that read values at computed places of an image: deformable attention weighs what they return."""
-ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
 def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()) -> Trace:
@@ -52,8 +53,9 @@ def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()
 
     @contextlib.contextmanager
     def recorder() -> Iterator[Trace]:
-        with watch() as draws, _record_calls(modules) as calls, _OperationRecorder(calls):
+        with watch() as draws, _record_calls(modules) as calls, _OperationRecorder(calls) as operations:
             yield calls.trace
+        operations.flattened.restore(calls.trace)
         calls.trace.draws_nothing = draws is not None and not draws.any
 
     trace: Trace = dry_forward(model, spec, recorder)
@@ -173,22 +175,23 @@ class _OperationRecorder(TorchFunctionMode):
         self.calls = calls
         self.trace = calls.trace
         self.flow = calls.flow = calls.trace.flow
+        self.sums = SumRecorder(calls.trace, calls.tick)
+        self.flattened = FlattenRecorder()
         self.weights: dict[int, tuple[Tensor, AttentionOp, Call]] = {}
         """Attention weights by identity, the operation that they are of, and the call in which they are followed."""
         self.samples: dict[int, Tensor] = {}
         """Values that were sampled from an image, and what was made of them, by identity."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name in ADDITIONS and isinstance(result, Tensor):
-            operands = tuple(a for a in args if isinstance(a, Tensor))
-            self.trace.additions.append(Addition(self.calls.tick(), operands, result))
+        result = renamed(name, args, func(*args, **(kwargs or {})))
+        self.sums.record(name, args, kwargs or {}, result)
         if name in MULTIPLICATIONS and isinstance(result, Tensor):
             self._record_scaling(args, result)
         if self.calls.stack:
             tensors = list(tensors_in((args, kwargs or {})))
             self.flow.add(name, tensors, list(tensors_in(result)))
+            self.flattened.record(name, tensors, result)
             self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
             self._record_attention(name, args, kwargs or {}, tensors, result)
         return result
@@ -206,8 +209,12 @@ class _OperationRecorder(TorchFunctionMode):
     ) -> None:
         is_sampled = name in SAMPLERS or any(id(t) in self.samples for t in tensors)
         if name in FUSED_ATTENTION and tensors:
-            num_queries = tensors[0].shape[0 if name == "multi_head_attention_forward" else -2]
-            self.trace.attention_ops.append(AttentionOp(self.calls.tick(), self.calls.stack[-1], num_queries > 1))
+            axis = 0 if name == "multi_head_attention_forward" else -2
+            sizes = {x.shape[axis] for x in tensors[:2]}  # of queries and keys
+            op = AttentionOp(
+                self.calls.tick(), self.calls.stack[-1], tensors[0].shape[axis] > 1, is_single=sizes == {1}
+            )
+            self.trace.attention_ops.append(op)
         elif name == "softmax" and tensors and tensors[0].ndim >= 3:  # over classes it mixes no tokens
             dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
             self._record_softmax(tensors[0].shape[-1 if dim is None else dim], result)
@@ -250,6 +257,7 @@ class _OperationRecorder(TorchFunctionMode):
                 self.weights |= {id(t): (t, attention, scope) for t in tensors_in(result)}
                 continue
             attention.applied = True
+            attention.is_single |= weights.shape[-2:] == (1, 1)
             if weights.shape[-1] > 1 and weights.shape[-2] > 1:
                 attention.many_queries = True
                 attention.time = self.calls.tick()

@@ -144,6 +144,7 @@ class AttentionOp:
         time: When the weights were last used.
         call: The innermost call around it.
         many_queries: True if several queries attend to several keys. One query only pools (class attention, gates).
+        is_single: True if one query attends to one key, as where a stage has a single token left.
         applied: True if the weights went into a product.
         num_keys: Number of things that are weighed; 0 if unknown.
     """
@@ -153,6 +154,7 @@ class AttentionOp:
     many_queries: bool
     applied: bool = True
     num_keys: int = 0
+    is_single: bool = False
 
     def is_over_tokens(self, call: Call) -> bool:
         """Return whether it weighs tokens of what enters `call`, and not experts or branches."""

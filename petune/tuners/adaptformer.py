@@ -125,7 +125,7 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             edit.train(edit.model)
         for block in edit.sites.require_blocks():
             adapter = BottleneckAdapter(_width(block), config.bottleneck, config.dropout, config.initial_scale)
-            enter = block.mid if config.source == "residual" else block.mlp
+            enter = block.mid if config.source == "residual" else _mlp_of(block)
             is_stream = "mid" in block.parts  # else what leaves the block may be no sum with the MLP's output
             inside = config.variant == "paddle_study" or block.normalizes_sum or not is_stream
             exit = block.mlp if inside else block
@@ -137,6 +137,21 @@ class AdaptFormer(petune.Tuner[AdaptFormerConfig]):
             return None
         m, num_scales = self.config.bottleneck, int(self.config.initial_scale == "learnable")
         return sum(2 * d * m + m + d + num_scales for d in map(_width, sites.blocks))
+
+
+def _mlp_of(block: petune.Block) -> petune.Site:
+    """Return the MLP of a block, if it keeps the width of its tokens.
+
+    Raises:
+        AttachError: It does not.
+    """
+    mlp, norm = block.mlp, block.parts.get("norm2", block.mlp)
+    if norm.dim != mlp.dim:
+        raise petune.AttachError(
+            f"the MLP of block {block.index} ({mlp.where}) of {mlp.model} takes tokens of width {norm.dim} and returns "
+            f"{mlp.dim}, so no adapter can be parallel to it. Use lora, or leave the block out with blocks="
+        )
+    return mlp
 
 
 def _width(block: petune.Block) -> int:

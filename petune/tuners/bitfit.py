@@ -23,7 +23,9 @@ class BitFit(petune.Tuner[BitFitConfig]):
     patch embedding and final norm. ViT-B/16: 102,912.
 
     Differs from the paper: nothing. All layers count, the patch embedding too. Biases are recognized by what they are,
-    not by a part of their name: a `relative_position_bias_table` is not one.
+    not by a part of their name: a `relative_position_bias_table` is not one. Neither is a single number of a
+    contrastive loss, such as SigLIP's `logit_bias`: it shifts all logits alike and belongs to no layer. Of petune's
+    methods only `full` trains it, and CLIP's `logit_scale`.
     """
 
     recipe = petune.Recipe(lr=1e-2, weight_decay=0.0)
@@ -35,5 +37,6 @@ class BitFit(petune.Tuner[BitFitConfig]):
 
 def biases_of(module: nn.Module) -> list[nn.Parameter]:
     """Return the module's own bias vectors: `bias`, and `q_bias`, `in_proj_bias`, … of a fused layer."""
-    own = module.named_parameters(recurse=False)
-    return [p for name, p in own if p.ndim == 1 and (name == "bias" or name.endswith("_bias"))]
+    own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.ndim == 1]
+    is_layer = any(p.ndim > 1 for p in module.parameters(recurse=False))
+    return [p for name, p in own if name == "bias" or (name.endswith("_bias") and (is_layer or p.numel() > 1))]

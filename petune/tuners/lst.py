@@ -62,11 +62,27 @@ class Ladder(nn.Module):
 
     def forward(self, xs: list[Tensor]) -> Tensor:
         """Map what entered each block, (B, N, D), to what is added after the last one, (B, N, D)."""
+        _refuse_other_tokens(xs)
         h_BNS = self.first(xs[0].detach())
         for rung, x_BND in zip(self.rungs, xs[1:], strict=True):
             h_BNS = rung(h_BNS, x_BND.detach())
         out_BND: Tensor = self.up(h_BNS)
         return out_BND
+
+
+def _refuse_other_tokens(xs: Sequence[Tensor]) -> None:
+    """Check that all blocks see as many tokens as the first one.
+
+    Raises:
+        AttachError: A block sees others.
+    """
+    for index, x in enumerate(xs):
+        if not x.is_nested and x.shape[:-1] != xs[0].shape[:-1]:
+            raise petune.AttachError(
+                f"a ladder needs blocks that all see the same tokens, but {tuple(xs[0].shape)} enters its first block "
+                f"and {tuple(x.shape)} its block {index}: tokens are pooled, dropped or merged between. Choose the "
+                "blocks of one stage, such as blocks=[0, 1], or use adaptformer or lora"
+            )
 
 
 class LST(petune.Tuner[LSTConfig]):

@@ -29,7 +29,7 @@ class ScaleShift(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Map (..., dim) to (..., dim)."""
-        return torch.addcmul(self.shift, y, self.scale)
+        return y * self.scale + self.shift
 
     @torch.no_grad()
     def merge(self, layer: nn.Module) -> None:

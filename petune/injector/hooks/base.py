@@ -136,6 +136,12 @@ class After(Holder):
         return shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
 
 
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 where PyTorch does not count that."""
+    is_counted = not (torch.compiler.is_compiling() or x.is_inference() or x.is_nested)
+    return x._version if is_counted else 0
+
+
 def first_tensor(args: Args, kwargs: Mapping[str, Any]) -> Tensor:
     """Return the tensor that a module is called with: its first positional or, without one, keyword argument."""
     for value in (*args[:1], *kwargs.values()):
@@ -200,14 +206,16 @@ def to_channels_last(x: Tensor, layout: Layout) -> Tensor:
 def shaped_like(y: Tensor, x: Tensor, layout: Layout) -> Tensor:
     """Return an adapter's (..., D) output in the shape and the dtype of `x`.
 
-    B·H·W·D and B·N·D hold the same tokens in one order. Under autocast the dtype stays as it is.
+    (B, H, W, D), (B, N, D) and flattened (B·N, D) hold the same tokens in one order. Under autocast the dtype stays
+    as it is.
     """
     shape = x.movedim(1, -1).shape if layout == "BCHW" else x.shape
     if y.shape != shape:
-        if y.ndim < 3 or y.shape[0] != shape[0] or y.shape[-1] != shape[-1] or y.numel() != shape.numel():
+        if y.shape[-1] != shape[-1] or y.numel() != shape.numel():
             raise AttachError(
                 f"an adapter returned shape {tuple(y.shape)}, but its site has the (..., D) shape {tuple(shape)}. "
-                "Let the adapter keep batch, number of tokens and width"
+                "Let the adapter keep batch, number of tokens and width. If the model pools, drops or merges tokens "
+                "between what the adapter reads and where it adds, use a method that edits single layers, such as lora"
             )
         y = y.reshape(shape)
     if y.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -19,16 +19,24 @@ NUMBERING = {"arange", "linspace"}
 
 
 class KeyCounts(TorchFunctionMode):
-    """Counts the keys of each operation that may be an attention's, in the order of the forward."""
+    """Counts the keys of each operation that may be an attention's, in the order of the forward.
+
+    Attributes:
+        values: Of all such operations.
+        attentions: Of those that are no products: a softmax, or fused attention.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.values: list[int] = []
+        self.attentions: list[int] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        count = num_keys_of(getattr(func, "__name__", ""), args, kwargs or {})
+        name = getattr(func, "__name__", "")
+        count = num_keys_of(name, args, kwargs or {})
         if count is not None:
             self.values.append(count)
+            self.attentions += [] if name in PRODUCTS else [count]
         return func(*args, **(kwargs or {}))
 
 

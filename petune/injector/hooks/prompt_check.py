@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from petune.injector.hooks.base import with_tensor
+from petune.injector.hooks.base import version_of, with_tensor
 from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
 from petune.injector.hooks.prompt_effect import prompts_have_effect
+from petune.injector.hooks.prompt_reasons import BlockCall, why_changed, why_unseen, why_without_effect
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs
@@ -25,26 +25,6 @@ NUM_IMAGES = 2
 MAX_ERROR = 1e-5
 """Relative difference by rounding that is allowed in float32: 1e-6 at most in 11 models. Positions that prompts falsify
 make 3e-5 or more even where random weights are so small that a block hardly changes its tokens (a small V-JEPA 2)."""
-
-
-@dataclass
-class BlockCall:
-    """One call of a block without prompts, for two images.
-
-    Attributes:
-        args, kwargs: The block's arguments.
-        num_tokens: Number of tokens of a row that its attention saw.
-        num_rows: Number of rows of tokens.
-        output: The block's output.
-        key_counts: Of the operations in the block, see `KeyCounts`.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    num_tokens: int
-    num_rows: int
-    output: Any = None
-    key_counts: tuple[int, ...] = ()
 
 
 class PromptCheck:
@@ -97,36 +77,27 @@ class PromptCheck:
 
         if slot not in self._slots:
             self._slots.append(slot)  # earlier blocks' prompts are in the model already: hide them too
+        counts = call.key_counts if alone else self._key_counts
         try:
-            with inference(self.model), contextlib.ExitStack() as stack:
-                counts = call.key_counts if alone else self._key_counts
-                hidden = {known: stack.enter_context(HiddenPrompts(known, counts)) for known in self._slots}
-                output = forward()
             with inference(self.model):
+                output, hidden = self._hidden(forward, counts)
                 has_effect = prompts_have_effect(blocks, slot, adapter, forward)
         except Exception as error:
             reason = f"does not run with them ({type(error).__name__}: {error})"
             raise prompts_refused(block, self.sites, reason) from error
         if not hidden[slot].num_attentions:
-            reason = (
-                "has no token-to-token attention where they enter (but over channels, over other tokens, or over the "
-                "first dimension, with the batch behind it)"
-            )
-            raise prompts_refused(block, self.sites, reason)
+            raise prompts_refused(block, self.sites, why_unseen(call, slot, NUM_IMAGES))
         before = call.output if alone else self._output
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         if not outputs_agree(logits_of(before), logits_of(output), dtypes):
-            reason = (
-                "knows the positions of its tokens in a way that petune cannot extend to tokens without a position, or "
-                "mixes all its tokens outside the attention weights (it prunes, merges or pools tokens, or mixes heads)"
-            )
+            with inference(self.model):
+                numbers = hidden[slot].numbers_tokens
+                reason = why_changed(
+                    call, before, output, lambda: self._hidden(forward, counts)[0], adapter, numbers_tokens=numbers
+                )
             raise prompts_refused(block, self.sites, reason)
         if not has_effect:
-            reason = (
-                "has no token that reads them (they are masked in a way that petune does not understand, or its "
-                "attention is over another stream), so they would do nothing"
-            )
-            raise prompts_refused(block, self.sites, reason)
+            raise prompts_refused(block, self.sites, why_without_effect(call))
         if block is self.sites.blocks[0] and logits_of(output).is_meta and hidden[slot].numbers_tokens:
             warnings.warn(
                 f"{block.path} of {self.sites.model} numbers its tokens. Whether prompts shift these positions is seen "
@@ -135,6 +106,14 @@ class PromptCheck:
             )
         if blocks[-1] is self.sites.blocks[-1]:
             self._calls = {}  # activations are not kept longer than needed
+
+    def _hidden(
+        self, forward: Callable[[], Any], key_counts: Sequence[int]
+    ) -> tuple[Any, dict[PromptSlot, HiddenPrompts]]:
+        """Return what a forward returns while no token attends to the prompts, and what hid them."""
+        with contextlib.ExitStack() as stack:
+            hidden = {known: stack.enter_context(HiddenPrompts(known, key_counts)) for known in self._slots}
+            return forward(), hidden
 
     def passes_again(self, blocks: Sequence[Block]) -> bool:
         """Return whether tokens that have left the last of these blocks enter the first one again, in one forward.
@@ -184,18 +163,22 @@ class PromptCheck:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = next(tensors_in((args, kwargs)))
             num_rows = len(x) if x.ndim > 2 else 1  # (tokens, width), without a batch dimension
-            self._calls[block.enter] = BlockCall(args, kwargs, num_tokens=x.shape[-2], num_rows=num_rows)
-            started[:] = [len(counts.values)]
+            version = version_of(x)
+            self._calls[block.enter] = BlockCall(args, kwargs, x.shape[-2], num_rows, version=version)
+            started[:] = [len(counts.values), len(counts.attentions)]
 
         def enter_attention(module: nn.Module, args: Any, kwargs: Any) -> None:
             if enters_attention_only(block, self.sites):
                 self._calls[block.enter].num_tokens = next(tensors_in((args, kwargs))).shape[-2]
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._calls[block.enter].output = output
-            self._calls[block.enter].key_counts = tuple(counts.values[started[0] :])
+            call = self._calls[block.enter]
+            call.output = output
+            call.key_counts = tuple(counts.values[started[0] :])
+            call.attention_keys = tuple(counts.attentions[started[1] :])
+            call.changes_input = version_of(next(tensors_in((call.args, call.kwargs)))) != call.version
 
-        started = [0]
+        started = [0, 0]
         attention = block.parts.get("attn", block).enter
         return [
             block.enter.register_forward_pre_hook(enter, with_kwargs=True),

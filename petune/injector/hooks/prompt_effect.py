@@ -33,7 +33,7 @@ def prompts_have_effect(
     """
     outputs: list[list[Tensor]] = []
     for seed in range(2):
-        with _random_prompts(adapter, seed), _outputs(blocks, slot) as tokens:
+        with random_prompts(adapter, seed), _outputs(blocks, slot) as tokens:
             forward()
         outputs.append(tokens)
     first, second = outputs
@@ -41,7 +41,9 @@ def prompts_have_effect(
 
 
 @contextlib.contextmanager
-def _random_prompts(adapter: nn.Module, seed: int) -> Iterator[None]:
+def random_prompts(adapter: nn.Module, seed: int) -> Iterator[None]:
+    """Let an adapter return random numbers as prompts, by their seed."""
+
     def replace(module: nn.Module, args: Any, prompts: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(prompts.shape, generator=generator, device="cpu").to(prompts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
@@ -19,6 +21,7 @@ from petune.injector.hooks.base import (
     shaped_like,
     tensor_of,
     to_channels_last,
+    version_of,
     with_tensor,
 )
 from petune.sites.site import Layout
@@ -32,6 +35,24 @@ class Reader(Holder):
     """
 
     keeps_copy = False
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__(adapter)
+        self.versions: list[int] = []
+        """How often each tensor that is kept was changed in place before."""
+
+    def refuse_changed(self, inputs: Sequence[Tensor]) -> None:
+        """Check that what was read is still the same.
+
+        Raises:
+            AttachError: The model has changed it in place.
+        """
+        if [version_of(x) for x in inputs] != self.versions and not torch.compiler.is_compiling():
+            raise AttachError(
+                "the model changes tokens in place after an adapter has read them (x += y, or x[:] = y), so the "
+                "adapter would compute with other numbers. Let the model compute x = x + y, or use a method that edits "
+                "single layers, such as lora"
+            )
 
     def kept(self, x: Tensor) -> Tensor:
         """Return the tensor to keep."""
@@ -55,11 +76,13 @@ class Parallel(Reader):
         """Keep the input; pre-hook of ENTER."""
         if self.reads_at(module):
             self.entered = self.kept(first_tensor(args, kwargs))
+            self.versions = [version_of(self.entered)]
 
     def read_output(self, module: nn.Module, args: Args, output: Any) -> None:
         """Keep the output instead; hook of ENTER."""
         if self.acts_at(module):
             self.entered = tensor_of(output)
+            self.versions = [version_of(self.entered)]
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
@@ -73,6 +96,7 @@ class Parallel(Reader):
                 f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
                 "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
             )
+        self.refuse_changed([x])
         change = self.run(to_channels_last(x, self.enter_layout))
         return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
 
@@ -96,12 +120,13 @@ class Gather(Reader):
     def enter_first(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Start a new list of inputs; pre-hook of the first of ENTERS. An earlier forward may not have reached EXIT."""
         if self.reads_at(module):
-            self.entered = [self.kept(first_tensor(args, kwargs))]
+            self.entered, self.versions = [], []
+            self._keep(first_tensor(args, kwargs))
 
     def enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Keep the input; pre-hook of the others of ENTERS, which are entered in their order."""
         if self.reads_at(module):
-            self.entered.append(self.kept(first_tensor(args, kwargs)))
+            self._keep(first_tensor(args, kwargs))
 
     def read_output_first(self, module: nn.Module, args: Args, output: Any) -> None:
         """Start a new list with the output of the first of ENTERS; hook."""
@@ -125,6 +150,7 @@ class Gather(Reader):
                 f"an adapter reads {plural(len(self.enter_layouts), 'site')} in one forward, but entered {len(inputs)} "
                 f"before {type(module).__name__} was left. Each must be called once, in one segment of checkpointing"
             )
+        self.refuse_changed(inputs)
         pairs = zip(inputs, self.enter_layouts, strict=True)
         change = self.changed([to_channels_last(x, layout) for x, layout in pairs])
         return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
@@ -132,6 +158,10 @@ class Gather(Reader):
     def changed(self, inputs: list[Tensor]) -> Tensor:
         """Return the adapter's output."""
         return self.run(inputs)
+
+    def _keep(self, x: Tensor) -> None:
+        self.entered.append(self.kept(x))
+        self.versions.append(version_of(self.entered[-1]))
 
     def clear(self) -> None:
         super().clear()

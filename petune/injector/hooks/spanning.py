@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from petune.injector.hooks.base import SKIPPED, Args, Kwargs, in_backward, phase_of, tensor_of
+from petune.injector.hooks.base import SKIPPED, Args, Kwargs, in_backward, phase_of, tensor_of, version_of
 from petune.injector.hooks.reading import Gather
 from petune.sites.site import Layout, Site, Sites
 
@@ -61,6 +61,7 @@ class Spanning(Gather):
         exit_input = next((x for x in args if isinstance(x, Tensor)), None)
         if self.acts_at(module) and output is not None and in_backward():
             self.entered = self.records.inputs_of(exit_input)
+            self.versions = [version_of(x) for x in self.entered]
         inputs = self.entered
         result = super().leave(module, args, output)
         if result is not None and may_be_repeated():

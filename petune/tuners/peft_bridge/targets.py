@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -112,18 +113,16 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
     sites = _sites_of(edit, config)
     for site in sites:
         edit.use_qkv_module(site)
-    layers = [
-        layer
-        for site in sites
-        for layer in edit.linear_layers(site, pointwise=config.type == "lora", transposed=config.type == "lora")
-        # one side as wide as the stream: not the small network that makes a table of positions (Swin-V2)
-        if site.dim in cast(nn.Linear, layer.module).weight.shape
-    ]
+    is_lora = config.type == "lora"
+    inside = {site: edit.linear_layers(site, pointwise=is_lora, transposed=is_lora) for site in sites}
+    # one side as wide as the stream: not the small network that makes a table of positions (Swin-V2)
+    layers = [layer for site, every in inside.items() for layer in every if _has_side(layer, site.dim)]
     layers = list({id(layer.module): layer for layer in layers}.values())
     uncalled = [layer for site in sites for layer in edit.uncalled_linears(site)]
     refuse_bypassed(edit.model, config.type, [layer.module for layer in uncalled])
     model, names = edit.sites.model, ", ".join(dict.fromkeys(layer.path for layer in uncalled[:3]))
     _name_others(edit, config, sites)
+    _name_sites_without_layers(edit, config, inside, uncalled)
     if required and not layers:
         raise petune.AttachError(
             f"{config.type} needs linear layers that are called, but {model} calls none in {config.targets}"
@@ -137,6 +136,40 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
             stacklevel=2,
         )
     return layers
+
+
+def _has_side(layer: petune.Site, dim: int) -> bool:
+    return dim in cast(nn.Linear, layer.module).weight.shape
+
+
+def _name_sites_without_layers(
+    edit: petune.Edit,
+    config: PeftConfig,
+    inside: Mapping[petune.Site, Sequence[petune.Site]],
+    uncalled: Sequence[petune.Site],
+) -> None:
+    """Warn about attentions and MLPs that get nothing: a network makes their weights, or they hold these themselves."""
+    alone = {layer.path for layer in uncalled}
+    bare = [
+        (site, every)
+        for site, every in inside.items()
+        if site.role in {"attn", "mlp"}
+        and edit.sites.first_owner(site) is None
+        and not any(_has_side(layer, site.dim) for layer in every)
+        and not any(f"{path}.".startswith(f"{site.path}.") for path in alone)
+        and not any(isinstance(m, nn.MultiheadAttention) for m in site.enter.modules())
+    ]
+    if not bare or len(bare) == len(inside):
+        return
+    shown = ", ".join(site.where for site, _ in bare[:4]) + (", …" if len(bare) > 4 else "")
+    makers = [layer.path for _, every in bare for layer in every]
+    reason = f"{makers[0]} has another width and only makes their weights" if makers else "they call none"
+    warnings.warn(
+        f"{len(bare)} attentions and MLPs of {edit.sites.model} have no linear layer for tokens ({reason}), so they "
+        f"get no {config.type}: {shown}. PEFT's option target_modules names other layers; adaptformer acts beside an "
+        "MLP of any kind",
+        stacklevel=2,
+    )
 
 
 def _name_others(edit: petune.Edit, config: PeftConfig, sites: list[petune.Site]) -> None:

@@ -1,0 +1,69 @@
+"""Read a forward as if its tokens had kept their shape where it flattens (B, N, D) to (B·N, D) for a while.
+
+A layer that works on single tokens may be given all of them in one row, as `mlp(x.flatten(0, 1)).view(x.shape)` does.
+Such tensors are replaced in the trace, so that everything else sees tokens. Rows keep their order: only reshapes that
+keep the last dimension count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petune.sites.trace import Trace
+
+RESHAPES = {"reshape", "view", "flatten", "unflatten", "view_as", "reshape_as"}
+
+
+class FlattenRecorder:
+    """Follows flattened tokens through the operations of a forward."""
+
+    def __init__(self) -> None:
+        self._flat: dict[int, tuple[Tensor, torch.Size]] = {}
+        """Flattened tokens, and what was computed from them row by row, with their shape as tokens."""
+        self._same: dict[int, Tensor] = {}
+        """For flattened tokens, the tokens that they were made of, or are made to."""
+        self._alive: list[Tensor] = []
+
+    def record(self, name: str, inputs: Sequence[Tensor], result: Any) -> None:
+        """Follow the tokens through one operation."""
+        if not isinstance(result, Tensor) or not inputs:
+            return
+        x = inputs[0]
+        if name in RESHAPES and x.shape[-1:] == result.shape[-1:]:
+            self._reshape(x, result)
+        elif result.ndim == 2:
+            rows = [self._flat[id(y)][1] for y in inputs if id(y) in self._flat and len(y) == len(result)]
+            if rows:
+                self._flat[id(result)] = result, rows[0]
+
+    def _reshape(self, x: Tensor, result: Tensor) -> None:
+        if result.ndim == 2 < x.ndim and len(result) == math.prod(x.shape[:-1]) > len(x):
+            self._flat[id(result)] = result, x.shape[:-1]
+            self._same[id(result)] = x
+        elif x.ndim == 2 < result.ndim and id(x) in self._flat and result.shape[:-1] == self._flat[id(x)][1]:
+            self._alive.append(result)
+            if self._same.setdefault(id(x), result) is not result:
+                self._same[id(result)] = self._same[id(x)]
+
+    def restore(self, trace: Trace) -> None:
+        """Replace flattened tokens in a trace, other than what the model itself takes and returns."""
+        if not self._flat:
+            return
+        for call in trace.calls[1:]:
+            call.inputs = [self._tokens(x) for x in call.inputs]
+            call.output = None if call.output is None else self._tokens(call.output)
+        for add in trace.additions:
+            add.operands, add.result = tuple(map(self._tokens, add.operands)), self._tokens(add.result)
+        trace.scalings = [(self._tokens(x), self._tokens(y)) for x, y in trace.scalings]
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        if id(x) not in self._same and id(x) in self._flat:
+            self._same[id(x)] = x.reshape(*self._flat[id(x)][1], x.shape[-1])
+        while id(x) in self._same:
+            x = self._same[id(x)]
+        return x

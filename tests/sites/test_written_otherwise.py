@@ -1,0 +1,125 @@
+"""Residual sums in every operation that adds, and layers that see flattened tokens: an adapter adds where it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import petune
+from tests.tiny import X, randomised, tiny
+
+Add = Callable[[Tensor, Tensor, Tensor], Tensor]
+SUMS: dict[str, Add] = {
+    "addcmul": lambda x, y, g: torch.addcmul(x, g, y, value=0.5),
+    "lerp": lambda x, y, g: x.lerp(y, g),
+    "lerp by a number": lambda x, y, g: torch.lerp(x, y, weight=0.3),
+    "stack and sum": lambda x, y, g: torch.stack([x, y], -1).sum(-1),
+    "stack and mean": lambda x, y, g: torch.stack((y, x)).mean(dim=0),
+    "minus a negative": lambda x, y, g: x - (-y),
+    "sub": lambda x, y, g: torch.sub(x, y, alpha=0.5),
+    "rsub": lambda x, y, g: torch.rsub(y, x),
+    "add with alpha": lambda x, y, g: y.add(x, alpha=0.7),
+}
+
+
+class Block(nn.Module):
+    """A block that adds by `add`, and gives its MLP the tokens by `feed`."""
+
+    def __init__(self, inner: nn.Module, add: Add, flattens: str = "") -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = inner.norm1, inner.attn, inner.norm2, inner.mlp
+        self.add, self.flattens, self.g = add, flattens, nn.Parameter(torch.rand(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        x = self.add(x, self.attn(self.norm1(x)), self.g)
+        return self.second(x.flatten(0, 1)).view(shape) if self.flattens == "stream" else self.second(x)
+
+    def second(self, x: Tensor) -> Tensor:
+        """Return the tokens after the MLP."""
+        y = self.norm2(x)
+        return self.add(x, self.mlp(y.reshape(-1, 24)).view(x.shape) if self.flattens == "mlp" else self.mlp(y), self.g)
+
+
+def model_of(make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    model = tiny()
+    model.blocks = nn.Sequential(*(make(block) for block in model.blocks))
+    return model.eval()
+
+
+def check_adaptformer(model: nn.Module) -> None:
+    """Check the whole output of a block against x + mlp(x) + adapter(x)."""
+    att = randomised(petune.attach(model, "adaptformer", bottleneck=4, blocks=[0]))
+    block, x = model.blocks[0], torch.randn(2, 17, 24)
+    adapter = block.petune_adaptformer.adapter
+    with torch.no_grad():
+        output = block(x)
+        with att.disabled():
+            mid = block.add(x, block.attn(block.norm1(x)), block.g)
+            torch.testing.assert_close(output, block(x) + adapter(mid))
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_residual_sum_is_recognized_in_any_operation(name: str) -> None:
+    check_adaptformer(model_of(lambda block: Block(block, SUMS[name])))
+
+
+@pytest.mark.parametrize("flattens", ["mlp", "stream"])
+def test_layers_that_see_flattened_tokens_are_sites(flattens: str) -> None:
+    model = model_of(lambda block: Block(block, lambda x, y, g: x + y, flattens))
+    block = petune.find_sites(model).blocks[1]
+    parts = {role: site.where for role, site in block.parts.items()}
+    assert parts == {
+        "attn": "blocks.1.attn", "mlp": "blocks.1.mlp", "norm1": "blocks.1.norm1", "norm2": "blocks.1.norm2",
+        "mid": "input of blocks.1.norm2",
+    }  # fmt: skip
+    check_adaptformer(model)
+    assert petune.attach(model, "lora").counts.tuned == petune.attach(tiny(), "lora").counts.tuned
+
+
+class Scaled(nn.Module):
+    """Blocks that are no modules, and scale what they add."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([b.norm1, b.attn, b.norm2, b.mlp]) for b in blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm1, attention, norm2, mlp in self.layers:
+            x = x.add(attention(norm1(x)), alpha=0.7)
+            x = x.add(mlp(norm2(x)), alpha=0.7)
+        return x
+
+
+def test_an_adapter_does_not_add_where_its_output_would_be_scaled() -> None:
+    model = tiny()
+    model.blocks = Scaled(model.blocks)
+    with pytest.raises(petune.SiteNotFound, match=r"saw no stream .*:input=norm"):
+        petune.attach(model, "adaptformer")
+    petune.attach(model, "adaptformer", input="norm")
+
+
+class InPlace(Block):
+    """`x += y`, as many write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x += self.mlp(self.norm2(x))
+        return x
+
+
+def test_tokens_that_change_in_place_are_not_read_too_late() -> None:
+    model = model_of(lambda block: InPlace(block, SUMS["lerp"]))
+    assert [block.mid.where for block in petune.find_sites(model).blocks] == [
+        "input of blocks.0.norm2", "input of blocks.1.norm2"
+    ]  # fmt: skip
+    with pytest.raises(
+        petune.AttachError, match=r"changes tokens in place after an adapter has read them .*x = x \+ y"
+    ):
+        petune.attach(model, "adaptformer")
+    plain = model(X)
+    randomised(petune.attach(model, "lora"))
+    assert not torch.allclose(model(X), plain)

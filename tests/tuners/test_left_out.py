@@ -1,0 +1,145 @@
+"""What a method leaves out is named, and what belongs to no layer is not trained."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import petune
+from tests.tiny import X, tiny
+
+D = 24
+
+
+class Made(nn.Module):
+    """An MLP whose weights a network makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.up, self.down = nn.Parameter(torch.randn(5)), nn.Linear(5, 2 * D * D), nn.Linear(5, 2 * D * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(x, self.up(self.code).view(2 * D, D)))
+        return F.linear(hidden, self.down(self.code).view(D, 2 * D))
+
+
+class Bare(nn.Module):
+    """An MLP that holds its matrices itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2 * D, D)), nn.Parameter(torch.randn(D, 2 * D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, self.up)), self.down)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), [(Made, r"mlp\.up has another width and only makes their weights"), (Bare, "they call none")]
+)
+def test_lora_names_the_mlps_that_it_leaves_out(make: Callable[[], nn.Module], reason: str) -> None:
+    model = tiny()
+    for block in model.blocks:
+        block.mlp = make()
+    with pytest.warns(UserWarning, match=rf"2 attentions and MLPs .*{reason}.* get no lora: blocks\.0\.mlp, blocks\.1"):
+        att = petune.attach(model, "lora")
+    assert len(att.tuned) == 2 * 2 * 2  # A and B of qkv and proj in two blocks
+    att.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        petune.attach(model, "lora", targets="attn").detach()
+        petune.attach(model, "adaptformer")
+
+
+def test_bitfit_does_not_train_the_numbers_of_a_contrastive_loss() -> None:
+    class Siglip(nn.Module):
+        image_size = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tiny()
+            self.tower.reset_classifier(0)
+            self.logit_scale, self.logit_bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+            self.register_buffer("texts", torch.randn(3, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tower(x) @ self.texts.T * self.logit_scale.exp() + self.logit_bias
+
+    tuned = petune.attach(Siglip(), "bitfit", train_head=False).tuned
+    assert tuned.keys() == {f"tower.{key}" for key in petune.attach(tiny(), "bitfit").tuned}
+
+
+class Merge(nn.Module):
+    """Merge 2 × 2 tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = math.isqrt(x.shape[1]) // 2
+        windows = x.view(len(x), side, 2, side, 2, -1).transpose(2, 3)
+        return self.reduction(windows.reshape(len(x), side * side, -1))
+
+
+class AttentionOnly(nn.Module):
+    """A block without an MLP."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attn = inner.norm1, inner.attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x))
+
+
+def pyramid(make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return a ViT whose stages see 16, 4 and 1 tokens."""
+    model = tiny(depth=3, class_token=False, global_pool="avg")
+    first, second, last = map(make, model.blocks)
+    model.blocks = nn.Sequential(first, Merge(D), second, Merge(D), last)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [AttentionOnly, lambda block: block])
+def test_a_last_block_that_sees_a_single_token_is_a_block(make: Callable[[nn.Module], nn.Module]) -> None:
+    model = pyramid(make)
+    assert [block.path for block in petune.find_sites(model).blocks] == ["blocks.0", "blocks.2", "blocks.4"]
+    before = model(X)
+    att = petune.attach(model, "vpt")
+    assert att.counts.tuned == 3 * 10 * D
+    assert not torch.allclose(model(X), before)
+
+
+def test_lst_names_the_block_that_sees_other_tokens() -> None:
+    with pytest.raises(petune.AttachError, match=r"\(1, 16, 24\) enters its first block and \(1, 4, 24\) its block 1"):
+        petune.attach(pyramid(lambda block: block), "lst")
+
+
+class Widening(nn.Module):
+    """A block whose MLP makes tokens twice as wide, and whose sum is no sum of the stream."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = inner.norm1, inner.attn, inner.norm2
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, 2 * D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return torch.cat([x, x], -1) + self.mlp(self.norm2(x))
+
+
+def test_input_norm_is_advised_only_where_it_works() -> None:
+    model = tiny(depth=1)
+    model.blocks, model.norm, model.head = Widening(model.blocks[0]), nn.LayerNorm(2 * D), nn.Linear(2 * D, 5)
+    with pytest.raises(petune.SiteNotFound) as error:
+        petune.attach(model, "adaptformer")
+    assert "input=norm" not in str(error.value)
+    with pytest.raises(petune.AttachError, match="takes tokens of width 24 and returns 48, so no adapter"):
+        petune.attach(model, "adaptformer", input="norm")
