@@ -49,6 +49,7 @@ class TokenGrid:
             grid = self._of_image
             if grid is not None and grid[0] * grid[1] != num_patches:
                 grid = None
+        grid = grid or self._of_stage(num_patches)
         if grid is None:
             raise AttachError(
                 f"a block of {self.model} has {num_tokens} tokens, not {self.num_prefix_tokens} prefix tokens "
@@ -61,6 +62,18 @@ class TokenGrid:
                 "without gradient checkpointing, or with images of one shape"
             )
         return grid
+
+    def _of_stage(self, num_patches: int) -> tuple[int, int] | None:
+        """Return the grid after merging 2×2 patches, once or several times, between the stages of a model (Swin)."""
+        if self.num_prefix_tokens or self._reads_images:
+            return None
+        stages = {
+            (rows >> k, columns >> k)
+            for rows, columns in self._grids.values()
+            for k in range(1, 6)
+            if rows * columns == num_patches << 2 * k and not (rows % 2**k or columns % 2**k)
+        }
+        return stages.pop() if len(stages) == 1 else None
 
     def leave(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Note the grid; hook of the convolution that makes the patches."""

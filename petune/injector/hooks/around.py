@@ -93,7 +93,7 @@ class Around(Holder):
         """Return what the modules make of (..., D), with the further arguments that the first one was called with."""
         entered = first_tensor(args, kwargs)
         dtype = x.dtype
-        if not torch.is_autocast_enabled(x.device.type):
+        if dtype != entered.dtype and not torch.is_autocast_enabled(x.device.type):
             x = x.to(entered.dtype)
         y = x.movedim(-1, 1) if self.enter_layout == "BCHW" else x
         with self._inside():
@@ -104,7 +104,7 @@ class Around(Holder):
                 else:
                     y = tensor_of(module(y))
         y = to_channels_last(y, self.exit_layout)
-        return y if torch.is_autocast_enabled(y.device.type) else y.to(dtype)
+        return y if y.dtype == dtype or torch.is_autocast_enabled(y.device.type) else y.to(dtype)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

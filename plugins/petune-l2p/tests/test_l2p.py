@@ -1,0 +1,5 @@
+"""L2P meets petune's contract, on a tiny model of every library that is installed."""
+
+
+def test_contract(petune_contract):
+    petune_contract("l2p")
