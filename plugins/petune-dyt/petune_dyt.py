@@ -52,7 +52,7 @@ class Dispatch(nn.Module):
         self.aux_loss = patches.mean()
         prefix = patches.new_ones(len(x), min(self.num_prefix_tokens, x_BND.shape[1]), 1)
         chosen_BN1 = torch.cat([prefix, patches], dim=1)
-        # in training a token that is left out has a gradient for its gate, too; a traced shape must not depend on values
+        # in training the gate of a token left out has a gradient, too; a traced shape must not depend on values
         if self.training or x.is_meta or torch.compiler.is_compiling():
             return (chosen_BN1 * inner(x).reshape(x_BND.shape)).reshape(x.shape)
         rows = chosen_BN1[..., 0] > 0
