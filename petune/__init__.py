@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from petune.data.target import Target as Target
     from petune.injector.attach import attach as attach
     from petune.injector.attachment import Attachment as Attachment
+    from petune.injector.attention import Attention as Attention
     from petune.injector.calibration import CalibrationBatch as CalibrationBatch
     from petune.injector.counts import Counts as Counts
     from petune.injector.edit import Edit as Edit
@@ -115,6 +116,7 @@ _PUBLIC = {
     "data.target": "Target",
     "injector.attach": "attach",
     "injector.attachment": "Attachment",
+    "injector.attention": "Attention",
     "injector.calibration": "CalibrationBatch",
     "injector.counts": "Counts",
     "injector.edit": "Edit",

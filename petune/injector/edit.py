@@ -7,6 +7,7 @@ from typing import overload
 
 from torch import Tensor, nn
 
+from petune.injector.attention import Attention, find_attention
 from petune.injector.edit_log import ChangedLayer, EditLog
 from petune.injector.hooks.base import After, Before, idempotent
 from petune.injector.hooks.reading import Gather, Parallel
@@ -16,7 +17,7 @@ from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.sparse import SparseParameters
 from petune.injector.token_grid import TokenGrid, patch_convolution
-from petune.sites.required import require_editable, require_readable, require_site, require_whole
+from petune.sites.required import require_editable, require_input, require_readable, require_site, require_whole
 from petune.sites.site import Block, Site, Sites
 
 
@@ -65,6 +66,7 @@ class Edit:
         enters = enter if isinstance(enter, Sequence) else [enter]
         enters = [require_readable(site, "parallel", leaving=leaving) for site in enters]
         holder = self._reader(enters, exit, adapter, leaving=leaving, single=not isinstance(enter, Sequence))
+        holder.part = exit.part
         self._placer.call_qkv(*enters, exit)
         self._placer.add(holder, exit, *enters, exit)
         self._placer.read(holder, enters, leaving=leaving)
@@ -73,7 +75,7 @@ class Edit:
 
     def before(self, site: Site, adapter: nn.Module) -> None:
         """Replace what enters `site` by the adapter's output, a map from (..., D) to (..., D)."""
-        site = require_whole(require_editable(site, "before"), "before")
+        site = require_input(require_whole(require_editable(site, "before"), "before"), "before")
         holder = Before(adapter, site.layout)
         self._placer.call_qkv(site)
         self._placer.add(holder, site, site)
@@ -83,6 +85,7 @@ class Edit:
         """Replace what leaves `site` by the adapter's output, a map from (..., D) to (..., D)."""
         site = require_whole(require_editable(site, "after"), "after")
         holder = After(adapter, site.layout)
+        holder.part = site.part
         self._placer.call_qkv(site)
         self._placer.add(holder, site, site)
         self._placer.hook(site.exit.register_forward_hook(holder.leave, prepend=True))
@@ -140,6 +143,21 @@ class Edit:
         """
         self._prompts.place(blocks, adapter)
 
+    def keys_values(self, block: Block, adapter: nn.Module) -> None:
+        """Let the tokens of a block attend to further keys and values, besides their own.
+
+        Masks and biases of positions are extended: every token attends to the new keys, with a bias of zero.
+
+        Args:
+            block: A block with one attention.
+            adapter: Maps the (B, N, D) tokens that enter the attention to keys and values, each of shape (1 or B,
+                number, num_kv_heads · width of a head); see `attention`.
+
+        Raises:
+            AttachError: The attention computes in a way that petune does not know, or has such an adapter.
+        """
+        self._placer.add_keys_values(self.attention(block), adapter)
+
     # Train what is there
 
     @overload
@@ -191,6 +209,18 @@ class Edit:
         """
         site = require_site(site, "linear_layers")
         return self._layers.linear_layers(site, pointwise=pointwise, transposed=transposed)
+
+    def attention(self, block: Block) -> Attention:
+        """Return how a block attends: q, k and v as sites of whatever layers make them, heads and scale.
+
+        `edit.after(edit.attention(block).q, adapter)` changes q alone, also where one layer makes q, k and v.
+
+        Raises:
+            SiteNotFound: The block has no attention, or several.
+            AttachError: No softmax of q · k was found there.
+        """
+        layers = self.linear_layers(block.attn, pointwise=True, transposed=True)
+        return find_attention(self.model, self.sites, block, layers)
 
     def input_linears(self, site: Site) -> tuple[Site, ...]:
         """Return those of `linear_layers(site)` that are called with exactly the tensor that enters the site."""

@@ -131,6 +131,8 @@ class EditLog:
             reason = getattr(holder.adapter, "why_not_mergeable", None)
             if reason is None and not callable(getattr(holder.adapter, "merge", None)):
                 reason = "its adapter has no method merge(module)"
+            if reason is None and sites[-1].part is not None:
+                reason = "it changes a part of what a layer returns"
             if reason:
                 raise NotMergeable(f"{method} cannot be merged into the weights of {sites[-1].where}: {reason}")
         for merge in self.merges:

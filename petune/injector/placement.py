@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from petune.base.errors import AttachError
+from petune.injector.attention import Attention
 from petune.injector.chain import check_stream, links_of
 from petune.injector.edit_log import EditLog, Placed
 from petune.injector.hooks.around import Around, pass_on
 from petune.injector.hooks.base import Before, Holder, idempotent
+from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.prompts import order_hooks
 from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.side import Side, SideStep
@@ -133,6 +135,22 @@ class Placer:
         guarded(True)
         self.log.toggles.append(guarded)
         self.log.undo_steps.append(lambda: guarded(False))
+
+    def add_keys_values(self, attention: Attention, adapter: nn.Module) -> None:
+        """Let an adapter's keys and values be attended to; see `Edit.keys_values`.
+
+        Raises:
+            AttachError: The attention is no module of its own, or has such an adapter.
+        """
+        site = attention.site
+        wrapped = getattr(site.enter.__dict__.get("forward"), "__self__", None)
+        if not site.is_module or isinstance(wrapped, KeysValues):
+            reason = "has keys and values of another adapter" if site.is_module else "is several modules"
+            raise AttachError(f"keys_values needs an attention that is one module of its own: {site.where} {reason}")
+        holder = KeysValues(adapter, site.enter, site.layout, (attention.head_dim, attention.v_head_dim))
+        self.add(holder, site, site)
+        holder.put()
+        self.log.undo_steps.append(holder.remove)
 
     def train_entries(self, parameters: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> SparseParameters:
         """Let some entries of the backbone's parameters train; see `Edit.train`.

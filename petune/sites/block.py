@@ -34,6 +34,8 @@ class Site:
         layout: Layout of the tensor.
         model: The model's class name, for messages.
         read_only: True for a tensor between modules (`mid`): an adapter can read it, but no module returns it.
+        part: First channel, and the one after the last, of a site that is a part of what the module returns, such as q
+            of a fused qkv; None for all.
         further: Of the role `head`, path and module of all heads but the first (`enter`) and the last (`exit`).
     """
 
@@ -46,6 +48,7 @@ class Site:
     layout: Layout
     model: str
     read_only: bool = False
+    part: tuple[int, int] | None = None
     further: tuple[tuple[str, nn.Module], ...] = ()
 
     @property
@@ -76,6 +79,8 @@ class Site:
             return f"input of {self.path}"
         if self.role == "head":
             return ", ".join(path for path, _ in self.named_modules)
+        if self.part is not None:
+            return f"{self.path}[{self.part[0]}:{self.part[1]}]"
         return self.path if self.is_module else f"{self.path} … {self.exit_path}"
 
     def __repr__(self) -> str:

@@ -65,6 +65,20 @@ def require_stream(site: object, verb: str) -> Site:
     return site
 
 
+def require_input(site: Site, verb: str) -> Site:
+    """Return a site whose input a verb wants to change, if the input is the site's own.
+
+    Raises:
+        AttachError: It is a part of what a layer returns.
+    """
+    if site.part is not None:
+        raise AttachError(
+            f"{verb} changes what enters a site, but {site.where} is a part of what {site.path} returns, and the whole "
+            "layer reads that input. Use after or parallel"
+        )
+    return site
+
+
 def require_whole(site: Site, verb: str) -> Site:
     """Return a site that a verb wants to change as a whole, if one module holds all of it.
 

@@ -58,9 +58,10 @@ def reads_qkv(name: str) -> nn.Module:
 def test_what_authors_see_fits_a_screen() -> None:
     names = [name for name in dir(petune.Edit) if not name.startswith("_")]
     assert names == [
-        "add_parameters", "after", "around", "backbone", "before", "called", "input_linears", "linear_layers",
-        "on_detach", "on_merge", "on_toggle", "parallel", "prompt", "prompt_span", "side", "site", "stream",
-        "token_grid", "train", "uncalled_linears", "use_qkv_module", "used",
+        "add_parameters", "after", "around", "attention", "backbone", "before", "called", "input_linears",
+        "keys_values", "linear_layers", "on_detach", "on_merge", "on_toggle", "parallel", "prompt",
+        "prompt_span", "side", "site", "stream", "token_grid", "train", "uncalled_linears", "use_qkv_module",
+        "used",
     ]  # fmt: skip
 
 

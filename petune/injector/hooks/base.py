@@ -18,6 +18,8 @@ from petune.sites.site import Layout
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+Part = tuple[int, int] | None
+"""First channel, and the one after the last, of a part of a module's output; None is all of it."""
 
 PHASE = "petune_phase"
 """Attribute of a module that an adapter of `Edit.around` surrounds: what the present call of it is."""
@@ -40,6 +42,8 @@ class Holder(nn.Module):
     """True if it acts on a tensor between modules."""
     reads_output = False
     """True if it reads what leaves its sites."""
+    part: Part = None
+    """The channels of a module's output that it changes."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__()
@@ -133,7 +137,27 @@ class After(Holder):
         return with_tensor(output, self._changed) if self.acts_at(module) else None
 
     def _changed(self, x: Tensor) -> Tensor:
-        return shaped_like(self.run(to_channels_last(x, self.layout)), x, self.layout)
+        def change(z: Tensor, layout: Layout) -> Tensor:
+            return shaped_like(self.run(to_channels_last(z, layout)), z, layout)
+
+        return in_part(self.part, x, self.layout, change)
+
+
+def in_part(part: Part, x: Tensor, layout: Layout, change: Callable[[Tensor, Layout], Tensor]) -> Tensor:
+    """Return `x` with a part of its channels changed; None changes all.
+
+    Args:
+        part: First channel, and the one after the last.
+        x: What a module returned.
+        layout: Its layout.
+        change: Maps a tensor and its layout to a tensor of the same shape.
+    """
+    if part is None:
+        return change(x, layout)
+    y = to_channels_last(x, layout)
+    start, stop = part
+    y = torch.cat([y[..., :start], change(y[..., start:stop], "BNC"), y[..., stop:]], -1)
+    return y.movedim(-1, 1) if layout == "BCHW" else y
 
 
 def version_of(x: Tensor) -> int:

@@ -17,6 +17,7 @@ from petune.injector.hooks.base import (
     Holder,
     Kwargs,
     first_tensor,
+    in_part,
     phase_of,
     shaped_like,
     tensor_of,
@@ -58,6 +59,14 @@ class Reader(Holder):
         """Return the tensor to keep."""
         return x.clone() if self.keeps_copy else x
 
+    def added(self, output: Any, change: Tensor, layout: Layout) -> Any:
+        """Return an output with a change added to its channels, or to a part of them."""
+
+        def add(y: Tensor, layout: Layout) -> Tensor:
+            return y + shaped_like(change, y, layout)
+
+        return with_tensor(output, lambda y: in_part(self.part, y, layout, add))
+
     def reads_at(self, module: nn.Module) -> bool:
         """Return True if the hook that reads a module's input acts now; a stream is read in the model's own call."""
         return self.acts_at(module) and not (self.between and phase_of(module) == INNER)
@@ -98,7 +107,7 @@ class Parallel(Reader):
             )
         self.refuse_changed([x])
         change = self.run(to_channels_last(x, self.enter_layout))
-        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+        return self.added(output, change, self.exit_layout)
 
     def clear(self) -> None:
         super().clear()
@@ -153,7 +162,7 @@ class Gather(Reader):
         self.refuse_changed(inputs)
         pairs = zip(inputs, self.enter_layouts, strict=True)
         change = self.changed([to_channels_last(x, layout) for x, layout in pairs])
-        return with_tensor(output, lambda y: y + shaped_like(change, y, self.exit_layout))
+        return self.added(output, change, self.exit_layout)
 
     def changed(self, inputs: list[Tensor]) -> Tensor:
         """Return the adapter's output."""
