@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError
 from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, to_channels_last
-from petune.sites.recorder import ADDITIONS, PRODUCTS
+from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Layout
+from petune.sites.sums import ADDITIONS
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 MASKINGS = {"masked_fill", "masked_fill_"}
