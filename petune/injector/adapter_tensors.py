@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,9 @@ class AdapterTensors:
         named, classifier = named_parameters(self._model), {id(p) for m in self.head_modules for p in m.parameters()}
         added = {id(p) for p in self._log.new_parameters()} | added_to(self._model)
         entries = {id(m.values) for m in self._model.modules() if isinstance(m, SparseParameters)}
-        return count_parameters(named, self.tuned, self.head, added, classifier, entries)
+        counts = count_parameters(named, self.tuned, self.head, added, classifier, entries)
+        num_zeros = sum(zeros.count for zeros in self._log.zeros)
+        return replace(counts, tuned=counts.tuned - num_zeros)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the tuned and head parameters, by state_dict key."""

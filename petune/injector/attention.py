@@ -54,7 +54,7 @@ class Attention:
 
 @dataclass
 class _Recorded:
-    """What one attention did in a forward.
+    """Operations of one attention in a forward.
 
     Attributes:
         operands: q, k and v as (B, H, N, D), from fused attention or from two products.
@@ -116,8 +116,10 @@ def _part(name: str, operand: Tensor, recorded: _Recorded, layers: Sequence[Site
     """Return the part of a layer's output that q, k or v is made of."""
     outputs = [recorded.outputs[layer.module] for layer in layers if layer.module in recorded.outputs]
     called = [layer for layer in layers if layer.module in recorded.outputs]
-    weights = torch.rand_like(operand) + 1  # a plain sum is constant behind a norm
-    grads = torch.autograd.grad((operand * weights).sum(), outputs, retain_graph=True, allow_unused=True)
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = torch.linspace(1, 2, operand.numel()).view_as(operand)  # a plain sum is constant behind a norm
+        total = (operand * weights.to(operand)).sum()
+        grads = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
     found = [(layer, g) for layer, g in zip(called, grads, strict=True) if g is not None and bool(g.any())]
     if not found:
         raise AttachError(
@@ -159,7 +161,8 @@ def _record(model: nn.Module, sites: Sites, site: Site, layers: Sequence[Site]) 
         *(layer.module.register_forward_hook(keep) for layer in layers),
     ]
     try:
-        with undisturbed(model), qkv_called(model), _no_fast_path(), torch.enable_grad():
+        kept = undisturbed(model), qkv_called(model), _no_fast_path()
+        with kept[0], kept[1], kept[2], torch.inference_mode(False), torch.enable_grad():
             sites.input_spec.noise(1).to(device_of(model), dtype_of(model)).call(model)
     except PetuneError:
         raise

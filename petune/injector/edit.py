@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import overload
 
 from torch import Tensor, nn
@@ -285,6 +286,7 @@ class Edit:
         modules: Iterable[nn.Module] = (),
         buffers: Iterable[tuple[nn.Module, str]] = (),
         wrappers: Iterable[nn.Module] = (),
+        masks: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     ) -> None:
         """Register what was put into the model by hand: it trains, is saved, and counts as the tuner's.
 
@@ -295,7 +297,13 @@ class Edit:
             modules: New modules, which go to train mode (dropout) and whose buffers are saved.
             buffers: Single buffers that are saved, as (module that holds it, name there).
             wrappers: New modules around the backbone's own. They go to train mode, the modules inside them do not.
+            masks: For some of the parameters, a boolean tensor of its shape: entries that are False stay zero, and do
+                not count.
+
+        Raises:
+            AttachError: A mask has another shape or dtype, or no true entry.
         """
+        self._placer.keep_zero(masks)
         self._log.added_parameters += parameters
         self._log.added_modules += modules
         self._log.added_buffers += buffers

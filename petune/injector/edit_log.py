@@ -15,6 +15,7 @@ from petune.injector.calibration import CalibrationState
 from petune.injector.hooks.base import After, Before, Holder
 from petune.injector.keys import BufferOwner
 from petune.injector.sparse import SparseParameters, full_gradients
+from petune.injector.zero_entries import ZeroEntries
 from petune.sites.site import Site
 
 Toggle = Callable[[bool], object]
@@ -57,6 +58,7 @@ class EditLog:
         added_modules: Modules that the tuner put in by hand; they go to train mode and their buffers are saved.
         added_buffers: Single buffers that are saved, by the module that holds them and their name there.
         sparse: Entries of the backbone's own parameters that train.
+        zeros: Entries of added parameters that stay zero, and do not count.
         calibration: Records that the method was calibrated; None for a method that needs no calibration.
         wrappers: Modules that the tuner put around the backbone's own; they go to train mode, those inside do not.
         toggles: Called with False when the attachment is disabled and with True when it is enabled again.
@@ -75,6 +77,7 @@ class EditLog:
     added_modules: list[nn.Module] = field(default_factory=list)
     added_buffers: list[tuple[nn.Module, str]] = field(default_factory=list)
     sparse: list[SparseParameters] = field(default_factory=list)
+    zeros: list[ZeroEntries] = field(default_factory=list)
     calibration: CalibrationState | None = None
     wrappers: list[nn.Module] = field(default_factory=list)
     toggles: list[Toggle] = field(default_factory=list)

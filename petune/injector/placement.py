@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from petune.injector.hooks.stream import Stream, let_readers_keep_copies
 from petune.injector.qkv import qkv_readers
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
+from petune.injector.zero_entries import ZeroEntries
 from petune.sites.required import require_editable, require_stream, require_whole
 from petune.sites.site import Block, Site, Sites
 
@@ -177,6 +178,14 @@ class Placer:
             handle = module.register_forward_pre_hook(entries.before_forward, prepend=True)
             self.log.undo_steps.append(handle.remove)
         return entries
+
+    def keep_zero(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
+        """Keep the entries of added parameters at zero where their mask is False."""
+        for parameter, mask in masks.items():
+            zeros = ZeroEntries(parameter, mask)
+            self.log.zeros.append(zeros)
+            self.log.undo_steps.append(zeros.remove)
+            self.log.undo_steps.append(self.model.register_forward_pre_hook(zeros.before_forward, prepend=True).remove)
 
     def refuse_trained(self, parameters: Sequence[nn.Parameter], *, whole: bool = True) -> None:
         """Check that no other method trains entries of these parameters, nor the parameters if only entries are to.

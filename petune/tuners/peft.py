@@ -14,7 +14,8 @@ from torch import Tensor
 
 import petune
 from petune.tuners.peft_bridge.options import DoraConfig, LoraConfig, PeftConfig, completed, peft_types
-from petune.tuners.peft_bridge.targets import Targets, choose_targets, options_for
+from petune.tuners.peft_bridge.parts import Targets
+from petune.tuners.peft_bridge.targets import choose_targets, options_for
 
 if TYPE_CHECKING:
     from petune.tuners.peft_bridge.adalora import RankBudget
@@ -46,7 +47,7 @@ class PeftTuner(petune.Tuner[PeftConfigT]):
         else:
             targets = choose_targets(edit, self.config)
             options = options_for(edit, self.config, targets)
-        self.wrapped = wrap_layers(edit, peft_types()[kind](**options), targets.paths())
+        self.wrapped = wrap_layers(edit, peft_types()[kind](**options), targets.paths(), targets.rows)
         if kind == "adalora":
             from petune.tuners.peft_bridge.adalora import RankBudget
 
@@ -109,7 +110,8 @@ class Lora(PeftTuner[LoraConfig]):
     r = 8: 1,179,648.
 
     Differs from the paper: all linear layers instead of the attention's q and v alone; `targets=attn` for those of the
-    attention. r = 8 and α = 8 are PEFT's defaults.
+    attention, `targets=[q,v]` for the paper's, also where one layer makes q, k and v: each has its own A and B. r = 8
+    and α = 8 are PEFT's defaults.
     """
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 import petune
 
@@ -39,8 +39,17 @@ NOT_ACCEPTED = {
     "save_only_topk_weights": "the file must hold everything that trains",
     **dict.fromkeys(NEED_TARGETS, "PEFT only reads it together with target_modules"),
 }
+PARTS = ("qkv", "q", "k", "v", "q,k", "q,v", "k,v")
+"""Values of `targets` that are a part of an attention."""
 IDENTITY_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the backbone's weights as they are."""
+
+
+def _joined(targets: object) -> object:
+    """Return a list such as [q, v] as text; other values as they are."""
+    if isinstance(targets, list | tuple) and all(isinstance(name, str) for name in targets):
+        targets = ",".join(targets)
+    return targets.replace(" ", "") if isinstance(targets, str) else targets
 
 
 class PeftConfig(petune.TunerConfig):
@@ -48,13 +57,15 @@ class PeftConfig(petune.TunerConfig):
 
     Attributes:
         type: PEFT's name of the type in lower case: `lora`, `ia3`, `oft`, …
-        targets: Which linear layers of every block are wrapped: those of the attention, of the MLP, or both.
+        targets: The linear layers of every block that are wrapped: those of the attention, of the MLP, or both; or of
+            the attention those that make queries, keys and values (`qkv`), or some of these, as `[q,v]`. LoRA changes
+            only the rows of these where one layer makes all three.
     """
 
     model_config = ConfigDict(extra="allow")
 
     type: str = ""  # an empty one is refused with a list of all
-    targets: Literal["attn", "mlp", "all"] = "all"
+    targets: Annotated[Literal["attn", "mlp", "all", *PARTS], BeforeValidator(_joined)] = "all"  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

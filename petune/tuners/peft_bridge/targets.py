@@ -6,14 +6,14 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 import petune
 from petune.tuners.peft_bridge.checks import refuse_bypassed
-from petune.tuners.peft_bridge.options import PeftConfig, completed, defaults_of
+from petune.tuners.peft_bridge.options import PARTS, PeftConfig, completed, defaults_of
+from petune.tuners.peft_bridge.parts import Targets, options_of_parts, original_path, parts_of_attentions
 
 MUST_DIVIDE = {
     "c3a": "block_size",
@@ -25,23 +25,6 @@ MUST_DIVIDE = {
 """Types with an option that must divide both sides of every layer."""
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The layers to wrap.
-
-    Attributes:
-        layers: Linear layers; norms for ln_tuning.
-        attentions: Attentions of torch that hold q, k and v as one parameter, `in_proj_weight`.
-    """
-
-    layers: list[petune.Site]
-    attentions: list[petune.Site]
-
-    def paths(self) -> list[str]:
-        """Return the path of every module to wrap."""
-        return [original_path(site) for site in (*self.layers, *self.attentions)]
-
-
 def choose_targets(edit: petune.Edit, config: PeftConfig) -> Targets:
     """Return the layers of every block that the options ask for.
 
@@ -50,6 +33,8 @@ def choose_targets(edit: petune.Edit, config: PeftConfig) -> Targets:
     """
     if config.type == "ln_tuning":
         return Targets(_layer_norms(edit), [])
+    if config.targets in PARTS:
+        return parts_of_attentions(edit, config)
     attentions = _fused_attentions(edit, config)
     return Targets(_linear_layers(edit, config, required=not attentions), attentions)
 
@@ -61,16 +46,12 @@ def options_for(edit: petune.Edit, config: PeftConfig, targets: Targets) -> dict
         **completed(config.type, config.peft_options),
         **_fitting_options(edit, config, targets.layers),
         **config.peft_options,
+        **options_of_parts(config, targets.rows),
     }
     if targets.attentions:
         parameters = [f"{original_path(site)}.in_proj_weight" for site in targets.attentions]
         options["target_parameters"] = parameters
     return options
-
-
-def original_path(site: petune.Site) -> str:
-    """Return the layer's path without the layers that other adapters of PEFT have put around it."""
-    return site.path.replace(".base_layer", "")
 
 
 def _sites_of(edit: petune.Edit, config: PeftConfig) -> list[petune.Site]:

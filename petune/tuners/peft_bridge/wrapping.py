@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from petune.tuners.peft_bridge.layer import (
 )
 from petune.tuners.peft_bridge.lora_addition import is_plain_lora, lora_addition
 from petune.tuners.peft_bridge.nesting import OWN_LAYERS, hidden_layers
+from petune.tuners.peft_bridge.parts import mask_of_rows
 from petune.tuners.peft_bridge.shared_modules import put_in_all_places
 
 
@@ -54,6 +55,7 @@ class WrappedLayers:
     Attributes:
         edit: The attachment's edit.
         config: PEFT's config.
+        rows: See `wrap_layers`.
         name: The adapter's name inside PEFT.
         before: The model before PEFT changed it.
         tuner: PEFT's tuner; None until PEFT has run.
@@ -61,8 +63,9 @@ class WrappedLayers:
         added_parameters, added_modules, added_buffers: What came into the model.
     """
 
-    def __init__(self, edit: petune.Edit, config: Any) -> None:
+    def __init__(self, edit: petune.Edit, config: Any, rows: Mapping[str, list[tuple[int, int]]]) -> None:
         self.edit = edit
+        self.rows = rows
         self.model = edit.model
         self.config = config
         self.name = f"petune_{edit.name}"  # PEFT removes it from keys, so it must not be a module's name
@@ -206,7 +209,10 @@ class WrappedLayers:
         self.added_parameters = [p for p in self.model.parameters() if id(p) not in before.parameters]
         self.added_buffers = list(dict.fromkeys(buffers))
         wrappers = self.layers.values()  # they use dropout by their own training flag; the layers inside are frozen
-        self.edit.add_parameters(self.added_parameters, buffers=self.added_buffers, wrappers=wrappers)
+        own = {path.replace(".base_layer", ""): layer for path, layer in self.layers.items()}
+        factors = {own[path].lora_B[self.name].weight: rows for path, rows in self.rows.items()}
+        masks = {weight: mask_of_rows(weight, rows) for weight, rows in factors.items()}
+        self.edit.add_parameters(self.added_parameters, buffers=self.added_buffers, wrappers=wrappers, masks=masks)
         self.add_modules(m for m in modules if not isinstance(m, BufferDict))
 
     def _refuse_together(self) -> None:
@@ -225,18 +231,21 @@ class WrappedLayers:
             layer.merged_adapters.clear()  # merged for good: the layer's other adapters stay active
 
 
-def wrap_layers(edit: petune.Edit, config: Any, wanted: list[str]) -> WrappedLayers:
+def wrap_layers(
+    edit: petune.Edit, config: Any, wanted: list[str], rows: Mapping[str, list[tuple[int, int]]]
+) -> WrappedLayers:
     """Let PEFT wrap the layers that its config names.
 
     Args:
         edit: The attachment's edit.
         config: PEFT's config.
         wanted: Paths that must be wrapped; empty if the user has named the targets.
+        rows: By path of a layer of which only some outputs are to change, first and last of the rows of each part.
 
     Raises:
         AttachError: PEFT refuses, leaves out a layer, or would do nothing in one.
     """
-    wrapped = WrappedLayers(edit, config)
+    wrapped = WrappedLayers(edit, config, rows)
     edit.on_detach(wrapped.unwrap)
     wrapped.run_peft()
     wrapped.check(wanted)
