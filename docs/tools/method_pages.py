@@ -22,14 +22,15 @@ GROUPS = {
     "Prompts": ("vpt",),
     "Changes of weights": ("lora", "dora", "fact"),
     "The backbone's own parameters": ("linear", "bitfit", "norm", "partial", "full"),
-    "Plugins in this repository": ("ssf", "convpass", "l2sp"),
+    "Plugins in this repository": ("ssf", "convpass", "l2sp", "mona", "dyt", "dtl", "l2p"),
 }
-WITHOUT_BLOCKS = {"linear", "full", "l2sp"}
+WITHOUT_BLOCKS = {"linear", "full", "l2sp", "l2p"}
 """Methods that refuse the option `blocks`: they edit no block, or train the whole model."""
 NAMES = [name for names in GROUPS.values() for name in names]
 
 CONTRACT = "tests/tuners/test_contract.py"
 FORMULAS = "tests/tuners/test_formulas.py"
+FORWARD = "tests/tuners/test_forward_plugins.py"
 MERGING = "tests/tuners/test_merging.py"
 PARITY = "tests/tuners/test_parity.py"
 PEFT = "tests/tuners/test_peft.py"
@@ -176,7 +177,7 @@ def _tests(name: str) -> str:
 
 def _tests_of_formula(name: str) -> Iterator[str]:
     """Yield the tests against written-out formulas and of merging that mention the method."""
-    for file in (FORMULAS, MERGING):
+    for file in (FORMULAS, FORWARD, MERGING):
         for node in ast.walk(ast.parse((ROOT / file).read_text())):
             is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
             if is_test and any(isinstance(n, ast.Constant) and n.value == name for n in ast.walk(node)):

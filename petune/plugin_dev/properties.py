@@ -17,6 +17,7 @@ from petune.base.text import plural
 from petune.injector.attach import attach
 from petune.injector.registry import build_tuner
 from petune.plugin_dev.finding import Property
+from petune.plugin_dev.forward_properties import auxiliary_loss, inner_gradients
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs, InputSpec
@@ -195,6 +196,8 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("identity at init", "the output is unchanged, if identity_at_init says so", _identity_at_init),
     Property("parameter count", "num_parameters() returns the true count, if it returns one", _parameter_count),
     Property("gradients", "every tuned tensor gets a gradient", _gradients),
+    Property("inner gradients", "an adapter that calls inner does so once with gradients", inner_gradients),
+    Property("auxiliary loss", "what adapters set as aux_loss is a finite scalar with a gradient", auxiliary_loss),
     Property("frozen tensors", "training changes no frozen tensor or buffer by a bit", _frozen_tensors),
     Property("masked entries", "training changes no entry outside a mask by a bit", _masked_entries),
     Property("calibration", "calibrated twice, it chooses the same, and changes no weight", _calibration),

@@ -212,7 +212,60 @@ class CountsAllBlocks(Sound):
         return sum(2 * 2 * block.dim + 2 + block.dim for block in sites.all_blocks)
 
 
+class InnerCut(nn.Module):
+    """Runs the MLP, but lets no gradient into it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, inner: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = inner(x)
+        return y * self.scale
+
+
+class InnerMixes(InnerCut):
+    """Adds the mean over the images before it runs the MLP."""
+
+    def forward(self, inner: Any, x: Tensor) -> Tensor:
+        return inner(x) + (self.scale - 1) * inner(x + x.mean(0, keepdim=True))
+
+
+class Surrounds(Sound):
+    adapter: type[nn.Module] = InnerCut
+
+    def attach(self, edit: petune.Edit) -> None:
+        for block in edit.sites.require_blocks():
+            edit.around(block.mlp, self.adapter(block.dim))
+
+
+class SurroundsMixing(Surrounds):
+    adapter: type[nn.Module] = InnerMixes
+
+
+class DetachedLoss(Low):
+    aux_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.aux_loss = y.detach().mean()
+        return y
+
+
+class ColumnLoss(Low):
+    aux_loss: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.aux_loss = y.mean(0)
+        return y
+
+
 CASES: list[tuple[Any, str]] = [
+    (Surrounds(), "inner gradients"),
+    (SurroundsMixing(), "independent images"),
+    (broken(DetachedLoss), "auxiliary loss"),
     (broken(ZeroZero), "gradients"),
     (broken(DeadFactor), "gradients"),
     (broken(KeepsState), "repeatable evaluation"),
@@ -250,6 +303,11 @@ def test_sound_tuners_pass(tuner: Sound) -> None:
 def test_every_property_has_a_case() -> None:
     """A property without a case could be left out without a failing test."""
     assert {name for _, name in CASES} == {prop.name for prop in PROPERTIES}
+
+
+def test_a_loss_that_is_no_scalar_is_one_line() -> None:
+    with pytest.raises(petune.AttachError, match=r"aux_loss of the adapter ColumnLoss is of shape \(17, 24\)"):
+        petune.check_tuner(broken(ColumnLoss))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
