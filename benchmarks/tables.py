@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import any_task_page
+import averaging_page
 import fidelity_page
 import gpu_page
 import mini_vtab_page
@@ -103,6 +104,7 @@ def overview(results: Results, suites: Mapping[str, Suite]) -> str:
             parts += mini_vtab_page.section(list(suite.pieces), results)
         else:
             parts += [*side_by_side(pieces, results), ""] if len(pieces) > 1 else []
+    parts += averaging_page.section()
     for name, comparison in results.items():
         parts += _comparison_section(name, comparison)
     return "\n".join(parts).rstrip()

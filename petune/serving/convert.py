@@ -23,6 +23,7 @@ from petune.base.errors import NotMergeable, UnknownName
 from petune.injector.attach import attach
 from petune.injector.attachment import Attachment
 from petune.injector.load import attach_saved
+from petune.injector.merge import MAX_CHANGE, MAX_CHANGE_IN_HALF
 from petune.runner.continued import tensors_digest
 from petune.runner.run_adapter import find_adapter, read_run_adapter
 from petune.serving.average.record import OF_ONE_RUN
@@ -223,6 +224,12 @@ class _Conversion:
         difference = max_difference(synthetic_logits(self.plain, attachment.sites), self.logits)
         method = str(self.saved.config["metadata"].get("method", self.saved.config["tuner"]))
         done = Converted(str(output), method, chosen, errors, difference, max_value(self.logits))
+        limit = MAX_CHANGE if self.logits.dtype in {torch.float32, torch.float64} else MAX_CHANGE_IN_HALF
+        if rank is None and not difference <= limit * done.largest_logit:
+            raise NotMergeable(
+                f"the exact LoRA of {method} computes something else: its logits differ by {difference:.2g}. The model "
+                "may read these weights elsewhere, too. Use petune.load"
+            )
         if not is_written:
             return done
         attachment.save(output, metadata=self._metadata(path, done, options))

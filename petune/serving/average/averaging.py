@@ -44,6 +44,7 @@ class Averaging:
         self.head_keys = {key for key, (_, in_head) in parts.items() if in_head}
         config = request.base.saved.config
         self.is_lora = is_plain_lora(config, self.tuned(self.states[0])) and not request.by_factors
+        self.is_low_rank = not self.is_lora and any(".lora_A" in key for key in self.tuned_keys)
         if request.rank is not None and not self.is_lora:
             raise UsageError(
                 f"rank is for the products of LoRA, and {config['tuner']} is combined value by value. Leave it out"
@@ -91,17 +92,19 @@ class Averaging:
 
     def choose(
         self, metric: Metric, data_dir: Path | None, batch_size: int
-    ) -> tuple[tuple[int, ...], list[float], float]:
+    ) -> tuple[tuple[int, ...], list[float | None], float | None]:
         """Return which adapters a greedy soup takes, the value of each on val, and that of the soup."""
         if self.predictor is None:
             raise UsageError("greedy evaluates the model that the runs record. Leave model out")
         value = val_scorer(self.predictor, self.request.ingredients[0], metric, data_dir, batch_size)
 
-        def value_of(chosen: tuple[int, ...]) -> float:
+        def value_of(chosen: tuple[int, ...]) -> float | None:
             self.put(self.combine(chosen))
             return value()
 
         singles = [value_of((i,)) for i in range(len(self.states))]
+        if all(v is None for v in singles):
+            raise UsageError(f"{metric.label} is undefined on val, so it chooses nothing. Use the algorithm uniform")
         chosen, score = greedy_choice([metric.score(v) for v in singles], lambda some: metric.score(value_of(some)))
         return chosen, singles, score if metric.higher_is_better else -score
 
@@ -138,8 +141,8 @@ class Averaging:
             notes.append(
                 "the statistics of BatchNorm are the mean of those of the adapters; they were not measured anew"
             )
-        if request.by_factors:
-            notes.append("A and B of LoRA were combined one by one, which is not the combination of the changes B·A")
+        if self.is_low_rank and len(chosen) > 1:
+            notes.append("A and B were combined one by one, which is not the combination of the changes B·A")
         is_plain = not self.is_lora and self.tuned_keys and not request.mixture.needs_start and len(chosen) > 1
         if is_plain and have_random_starts(self.slot, [request.ingredients[i] for i in chosen]):
             notes.append(

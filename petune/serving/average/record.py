@@ -67,7 +67,7 @@ class Averaged:
 
 
 def averaged_from(
-    ingredients: Sequence[Ingredient], coefficients: Sequence[float], vals: Sequence[float] | None = None
+    ingredients: Sequence[Ingredient], coefficients: Sequence[float], vals: Sequence[float | None] | None = None
 ) -> tuple[AveragedFrom, ...]:
     """Return what an average was made of."""
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def main_metric(ingredient: Ingredient) -> Metric:
 
 def val_scorer(
     predictor: Predictor, ingredient: Ingredient, metric: Metric, data_dir: Path | None, batch_size: int
-) -> Callable[[], float]:
-    """Return a function that evaluates the predictor's model, as it is then, and returns the metric.
+) -> Callable[[], float | None]:
+    """Return a function that evaluates the predictor's model, as it is then, and returns the metric; None if undefined.
 
     Args:
         predictor: The model.
@@ -72,8 +73,9 @@ def val_scorer(
     """
     images = select_images(predictor, EvalRequest(ingredient.path, "val", None, data_dir, batch_size))
 
-    def value() -> float:
+    def value() -> float | None:
         evaluation = evaluate_images(predictor, images, batch_size).evaluation
-        return evaluation.loss if metric.name == LOSS.name else evaluation.metrics.get(metric.name, float("nan"))
+        found = evaluation.loss if metric.name == LOSS.name else evaluation.metrics.get(metric.name)
+        return found if found is not None and math.isfinite(found) else None
 
     return value
