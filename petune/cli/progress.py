@@ -107,7 +107,7 @@ class ProgressDisplay:
     def _show_step(self, event: StepDone, run: _Run) -> None:
         if run.first_step is None:
             run.first_step = (time.monotonic(), event.step)
-        state = f"loss {event.loss:.3f}{run.val}  {event.images_per_s:,.0f} images/s"
+        state = f"loss {event.loss:.3f}{run.val}  {event.images_per_s:,.0f} {event.unit}/s"
         if self._bar is not None:
             if run.task is None:
                 run.task = self._bar.add_task("", total=event.total_steps)

@@ -29,7 +29,8 @@ def parameters_outside(model: nn.Module, sites: Sites) -> list[str]:
     if not blocks:
         return []
     parts = [module for part in sites.parts.values() for module in part.modules]
-    around = [module for module in (encoder, *_named_backbones(model, sites)) if module is not model]
+    backbones = (encoder, *_named_backbones(model, sites), *_stages(model, sites))
+    around = [module for module in backbones if module is not model]
     own = modules_of(blocks) | {m for module in (*parts, *around) for m in module.modules()}
     known = {id(p) for module in own for p in module.parameters(recurse=False)}
     after, idle = parameters_after(model, spec, enters)
@@ -60,6 +61,15 @@ def _named_backbones(model: nn.Module, sites: Sites) -> list[nn.Module]:
     """Return the parts with blocks that name a classifier of their own: a timm model without one is a backbone."""
     inside = [(path, m) for path, m in model.named_modules() if path and classifiers_of(m) is not None]
     return [m for path, m in inside if any(is_within(block.path, path) for block in sites.all_blocks)]
+
+
+def _stages(model: nn.Module, sites: Sites) -> list[nn.Module]:
+    """Return the modules that hold some of the blocks, of a model that names its classifiers (timm's CrossViT)."""
+    if classifiers_of(model) is None:
+        return []
+    paths = [block.path for block in sites.all_blocks]
+    inside = [(path, m) for path, m in model.named_modules() if path and type(m).forward is not nn.Module.forward]
+    return [m for path, m in inside if any(is_within(block, path) and block != path for block in paths)]
 
 
 def _norms_of_tokens(model: nn.Module, sites: Sites, parameters: Set[int]) -> Sequence[nn.Module]:

@@ -41,6 +41,7 @@ class RunResult(Config):
         provenance: Versions, machine, threads, commit; see `petune.runner.provenance`.
         from_run: The run that this one continues from, if it does.
         num_classes: Classes of the dataset; None if an older version wrote the result.
+        num_frames: Frames of a clip; None for images. Of clips, `images_per_s` and `forward_flops` are those of a clip.
     """
 
     method: str
@@ -71,6 +72,7 @@ class RunResult(Config):
     provenance: dict[str, Any]
     from_run: str | None = None
     num_classes: int | None = None
+    num_frames: int | None = None
     stopped_early: bool = False
 
     @property
@@ -111,6 +113,7 @@ class RunResult(Config):
     def facts(self) -> list[tuple[str, str]]:
         """Return names and values for people to read."""
         main = self.metric_info[0]
+        unit = "images" if self.num_frames is None else "clips"
         val = (self.val_metrics or {}).get(main.name)
         early = ", stopped early" if self.stopped_early else ""
         of_all = format_percent(self.percent_of_total, 3)
@@ -127,7 +130,7 @@ class RunResult(Config):
             ("tuned", f"{self.tuned:,}  (with the head {share})"),
             ("head", f"{self.head:,}"),
             ("saved", format_size(self.adapter_bytes)),
-            ("training", f"{self.images_per_s:,.0f} images/s, {format_duration(self.time_s)}"),
+            ("training", f"{self.images_per_s:,.0f} {unit}/s, {format_duration(self.time_s)}"),
             ("peak memory", format_size(self.peak_memory_bytes)),
             ("output", self.output),
         ]

@@ -12,7 +12,7 @@ from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.encoder import attends_to_others
 from petune.sites.layouts import is_conv, layout_of, make_site, width_after, width_of
-from petune.sites.norms import is_norm, norm_of
+from petune.sites.norms import has_channels_second, is_norm, norm_of
 from petune.sites.own_modules import with_own_modules
 from petune.sites.parts import (
     attention_branch,
@@ -252,7 +252,7 @@ def _with_parts(trace: Trace, pair: Pair, bare: Block, inner: Call, calls: list[
     parts = {
         role: make_site(role, first, last, widths.get(role, dim), model, layout)
         for role, (first, last) in ends.items()
-        if first is not None and last is not None
+        if first is not None and last is not None and not (is_norm(first) and has_channels_second(first))
     }
     if mid is not None:
         parts["mid"] = make_site("mid", mid, mid, bare.dim, model, layout, read_only=True)

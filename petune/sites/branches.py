@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from petune.sites.attentions import Attention
 from petune.sites.layouts import layout_of, make_site, width_after
-from petune.sites.norms import is_norm, norm_of
+from petune.sites.norms import has_channels_second, is_norm, norm_of
 from petune.sites.parts import Mlp, attention_branch, mlp_of_matrices, num_matrices, projection_of, sums_of, unwrap
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
@@ -40,7 +40,9 @@ def _described(block: Block, branches: Sequence[Branch], norms: Sequence[Call | 
     """Return the block with its branches; a role that it has once is one of its parts."""
     sites = [_site(block, role, first, last) for role, first, last in branches]
     of_norms = [
-        None if norm is None else _site(block, "norm1" if site.role == "attn" else "norm2", norm, norm)
+        None
+        if norm is None or has_channels_second(norm)
+        else _site(block, "norm1" if site.role == "attn" else "norm2", norm, norm)
         for site, norm in zip(sites, norms, strict=True)
     ]
     parts = dict(block.parts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from petune.sites.layouts import is_conv
 from petune.sites.trace import Call, Trace, is_vector
 
@@ -15,6 +17,12 @@ def is_norm(call: Call) -> bool:
     if not (call.is_leaf and same and (guarded or call.normalizes)):
         return False
     return not call.has_matrix and all(map(is_vector, call.module.parameters()))
+
+
+def has_channels_second(call: Call) -> bool:
+    """Return whether a norm gets tokens as (B, D, N), which is the layout of no site (BatchNorm1d in PatchTST)."""
+    kinds = nn.modules.batchnorm._NormBase | nn.GroupNorm
+    return call.input is not None and call.input.ndim == 3 and isinstance(call.module, kinds)
 
 
 def norm_inside(call: Call) -> Call | None:

@@ -18,7 +18,8 @@ class StepDone:
         epoch: The current epoch, from 0.
         loss: Mean training loss of this epoch so far.
         lr: Learning rate of this step.
-        images_per_s: Mean training speed of the run.
+        images_per_s: Mean training speed of the run; of clips, if it trains on videos.
+        unit: `images` or `clips`.
     """
 
     step: int
@@ -27,6 +28,7 @@ class StepDone:
     loss: float
     lr: float
     images_per_s: float
+    unit: str = "images"
 
 
 @dataclass(frozen=True)

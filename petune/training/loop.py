@@ -397,4 +397,5 @@ class Trainer:
         p = self.progress
         lr = peak_rate(self.optimizer)
         speed = p.images_per_s(self.batches.num_images(p.step))
-        return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, speed)
+        unit = "images" if self.job.dataset.train.num_frames is None else "clips"
+        return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, speed, unit)

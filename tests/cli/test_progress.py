@@ -16,6 +16,13 @@ def _step(step: int) -> StepDone:
     return StepDone(step=step, total_steps=100, epoch=0, loss=1.5, lr=0.1, images_per_s=1234.5)
 
 
+def test_clips_are_counted_as_clips(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("petune.cli.progress.SECONDS_BETWEEN_LINES", 0)
+    with ProgressDisplay(bar=False) as watch:
+        watch(StepDone(step=1, total_steps=2, epoch=0, loss=1.5, lr=0.1, images_per_s=12, unit="clips"))
+    assert "12 clips/s" in capsys.readouterr().err
+
+
 EPOCH = EpochEnded(
     1, 2, {"epoch": 1, "train_loss": 1.25, "val_top1": 50.0}, Metric(name="top1", label="top-1", percent=True)
 )

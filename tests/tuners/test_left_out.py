@@ -143,3 +143,50 @@ def test_input_norm_is_advised_only_where_it_works() -> None:
     assert "input=norm" not in str(error.value)
     with pytest.raises(petune.AttachError, match="takes tokens of width 24 and returns 48, so no adapter"):
         petune.attach(model, "adaptformer", input="norm")
+
+
+def test_layers_inside_the_stages_of_a_named_classifier_are_no_further_heads() -> None:
+    class Stage(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block, self.mix = block, nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.block(x))
+
+    class TwoHeads(nn.Module):
+        image_size = 16
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny()
+            self.stages = nn.Sequential(*map(Stage, self.vit.blocks))
+            self.vit.blocks, self.head = nn.Identity(), nn.ModuleList([nn.Linear(D, 3), nn.Linear(D, 3)])
+
+        def get_classifier(self) -> nn.Module:
+            return self.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stages(self.vit.forward_features(x))
+            return self.head[0](x[:, 0]) + self.head[1](x.mean(1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert petune.attach(TwoHeads().eval(), "linear").counts.head == 2 * (D + 1) * 3
+
+
+def test_ssf_leaves_norms_of_tokens_behind_channels_alone() -> None:
+    class ByChannel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.mT).mT
+
+    model = tiny()
+    for block in model.blocks:
+        block.norm1 = ByChannel()
+    with pytest.warns(UserWarning, match=r"ssf leaves 2 of 12 layers as they are: blocks\.0\.norm1\.norm"):
+        att = petune.attach(model, "ssf")
+    assert att.counts.tuned == petune.attach(tiny(), "ssf").counts.tuned - 2 * 2 * D

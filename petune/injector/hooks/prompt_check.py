@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from petune.injector.hooks.base import version_of, with_tensor
 from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
-from petune.injector.hooks.prompt_effect import prompts_have_effect
+from petune.injector.hooks.prompt_effect import prompts_have_effect, prompts_have_positions
 from petune.injector.hooks.prompt_reasons import BlockCall, why_changed, why_unseen, why_without_effect
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
@@ -42,6 +42,7 @@ class PromptCheck:
         self._output: Any = None
         self._key_counts: tuple[int, ...] = ()
         self._slots: list[PromptSlot] = []
+        self._kinds: set[tuple[type, type]] = set()
 
     def slot(self, block: Block, num_prompts: int) -> PromptSlot:
         """Return where prompts go: after the prefix tokens of a block, or before all tokens of its attention.
@@ -82,6 +83,7 @@ class PromptCheck:
             with inference(self.model):
                 output, hidden = self._hidden(forward, counts)
                 has_effect = prompts_have_effect(blocks, slot, adapter, forward)
+                has_positions = self._have_positions(blocks, slot, adapter, forward)
         except Exception as error:
             reason = f"does not run with them ({type(error).__name__}: {error})"
             raise prompts_refused(block, self.sites, reason) from error
@@ -98,6 +100,9 @@ class PromptCheck:
             raise prompts_refused(block, self.sites, reason)
         if not has_effect:
             raise prompts_refused(block, self.sites, why_without_effect(call))
+        if has_positions:
+            reason = "gives each prompt a position among the tokens (relative attention), where prompts have none"
+            raise prompts_refused(block, self.sites, reason)
         if block is self.sites.blocks[0] and logits_of(output).is_meta and hidden[slot].numbers_tokens:
             warnings.warn(
                 f"{block.path} of {self.sites.model} numbers its tokens. Whether prompts shift these positions is seen "
@@ -114,6 +119,16 @@ class PromptCheck:
         with contextlib.ExitStack() as stack:
             hidden = {known: stack.enter_context(HiddenPrompts(known, key_counts)) for known in self._slots}
             return forward(), hidden
+
+    def _have_positions(
+        self, blocks: Sequence[Block], slot: PromptSlot, adapter: nn.Module, forward: Callable[[], Any]
+    ) -> bool:
+        """Return whether prompts have positions; it is seen in one block of each kind."""
+        kind = (type(blocks[0].enter), type(blocks[0].parts.get("attn", blocks[0]).enter))
+        if kind in self._kinds:
+            return False
+        self._kinds.add(kind)
+        return prompts_have_positions(blocks, slot, adapter, forward)
 
     def passes_again(self, blocks: Sequence[Block]) -> bool:
         """Return whether tokens that have left the last of these blocks enter the first one again, in one forward.

@@ -40,13 +40,38 @@ def prompts_have_effect(
     return any(x.is_meta or not torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+def prompts_have_positions(
+    blocks: Sequence[Block], slot: PromptSlot, adapter: nn.Module, forward: Callable[[], Any]
+) -> bool:
+    """Return whether it matters to the other tokens of the first block in which order the prompts are.
+
+    It does not if no prompt has a position; False on the meta device, and for a single prompt.
+
+    Args:
+        blocks, slot, adapter, forward: See `prompts_have_effect`.
+    """
+    outputs: list[list[Tensor]] = []
+    for is_reversed in (False, True):
+        with random_prompts(adapter, 0, is_reversed=is_reversed), _outputs(blocks[:1], slot) as tokens:
+            forward()
+        outputs.append(tokens)
+    return any(not x.is_meta and _differ(x, y) for x, y in zip(*outputs, strict=True))
+
+
+def _differ(x: Tensor, y: Tensor) -> bool:
+    """Return whether two outputs differ by more than the rounding of another order."""
+    precise = x.dtype in (torch.float32, torch.float64)
+    return bool((x - y).abs().max() > (1e-4 if precise else 5e-2) * x.abs().max())
+
+
 @contextlib.contextmanager
-def random_prompts(adapter: nn.Module, seed: int) -> Iterator[None]:
-    """Let an adapter return random numbers as prompts, by their seed."""
+def random_prompts(adapter: nn.Module, seed: int, *, is_reversed: bool = False) -> Iterator[None]:
+    """Let an adapter return random numbers as prompts, by their seed, or the same ones in the opposite order."""
 
     def replace(module: nn.Module, args: Any, prompts: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(prompts.shape, generator=generator, device="cpu").to(prompts)
+        numbers = torch.randn(prompts.shape, generator=generator, device="cpu")
+        return (numbers.flip(-2) if is_reversed else numbers).to(prompts)
 
     handle = adapter.register_forward_hook(replace)
     try:

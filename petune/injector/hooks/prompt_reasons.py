@@ -54,7 +54,7 @@ def why_unseen(call: BlockCall, slot: PromptSlot, num_images: int) -> str:
         num_images: Number of images in the call.
     """
     x = next(tensors_in((call.args, call.kwargs)), None)
-    if x is not None and x.ndim == 3 and x.shape[1] == num_images and len(x) % num_images:
+    if x is not None and x.ndim == 3 and x.shape[1] == num_images < len(x):
         return f"{UNSEEN}: it is called with (tokens, batch, width), and attends over the first dimension"
     counts = sorted(set(call.attention_keys))
     if not counts:

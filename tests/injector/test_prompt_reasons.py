@@ -1,0 +1,84 @@
+"""A refusal of prompts says what was found in the block, and prompts have no positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import petune
+from tests.tiny import tiny
+
+
+class Relative(nn.Module):
+    """Attention with a bias for each offset of two tokens, which are numbered in the forward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.bias = inner.qkv, inner.proj, nn.Parameter(torch.randn(99, 2))
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        numbers = torch.arange(x.shape[1], device=x.device)
+        bias = self.bias[numbers[:, None] - numbers + 49].permute(2, 0, 1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class Channels(Relative):
+    """Attention of channels to channels."""
+
+    def forward(self, x: Tensor, **_: object) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 4, 1)
+        return self.proj(((q @ k.mT).softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+class Changed(nn.Module):
+    """A block with a further operation on its tokens."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = inner.norm1, inner.attn, inner.norm2, inner.mlp
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.change(x)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def centered(x: Tensor) -> Tensor:
+    return x - x.mean(1, keepdim=True)
+
+
+def changed_in_place(x: Tensor) -> Tensor:
+    x *= 1.5
+    return x
+
+
+def model_with(
+    attention: Callable[[nn.Module], nn.Module] | None, block: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """Return a ViT without a class token, of changed blocks."""
+    model = tiny(depth=1, class_token=False, global_pool="avg")
+    if attention is not None:
+        model.blocks[0].attn = attention(model.blocks[0].attn)
+    model.blocks = nn.Sequential(block(model.blocks[0]))
+    return model.eval()
+
+
+CASES = {
+    "relative": (Relative, nn.Sequential, r"gives each prompt a position among the tokens"),
+    "channels": (Channels, nn.Sequential, r"16 tokens enter, but its attention is over 12 channels"),
+    "centered": (None, lambda b: Changed(b, centered), r"what the prompts contain reaches others though none attends"),
+    "in place": (None, lambda b: Changed(b, changed_in_place), r"changes the tokens that enter it in place"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reason_is_the_one_that_was_found(name: str) -> None:
+    attention, block, reason = CASES[name]
+    with pytest.raises(petune.AttachError, match=rf"cannot take prompts: it .*{reason}"):
+        petune.attach(model_with(attention, block), "vpt")
