@@ -394,8 +394,7 @@ class Trainer:
         )
 
     def _step_done(self) -> StepDone:
-        p = self.progress
-        lr = peak_rate(self.optimizer)
+        p, lr = self.progress, peak_rate(self.optimizer)
         speed = p.images_per_s(self.batches.num_images(p.step))
         unit = "images" if self.job.dataset.train.num_frames is None else "clips"
         return StepDone(p.step, self.total_steps, p.epoch, p.loss_sum / p.batch, lr, speed, unit)

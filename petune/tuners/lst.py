@@ -81,7 +81,7 @@ def _refuse_other_tokens(xs: Sequence[Tensor]) -> None:
             raise petune.AttachError(
                 f"a ladder needs blocks that all see the same tokens, but {tuple(xs[0].shape)} enters its first block "
                 f"and {tuple(x.shape)} its block {index}: tokens are pooled, dropped or merged between. Choose the "
-                "blocks of one stage, such as blocks=[0, 1], or use adaptformer or lora"
+                "blocks of one stage with blocks=, or use adaptformer or lora"
             )
 
 

@@ -82,3 +82,33 @@ def test_the_reason_is_the_one_that_was_found(name: str) -> None:
     attention, block, reason = CASES[name]
     with pytest.raises(petune.AttachError, match=rf"cannot take prompts: it .*{reason}"):
         petune.attach(model_with(attention, block), "vpt")
+
+
+class Numbered(Changed):
+    """A block that is given the offset of each pair of tokens, as DeBERTa's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner, lambda x: x)
+        self.bias = nn.Parameter(torch.randn(99))
+
+    def forward(self, x: Tensor, relative_pos: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), attn_mask=self.bias[relative_pos + 49])
+        return x + self.mlp(self.norm2(x))
+
+
+class Numbering(nn.Module):
+    """Numbers the tokens once for all blocks."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = Numbered(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.arange(x.shape[1], device=x.device)
+        return self.block(x, numbers[:, None] - numbers)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_relative_positions_that_a_block_is_given_are_refused(deep: bool) -> None:
+    with pytest.raises(petune.AttachError, match=r"relative positions of its tokens as whole numbers \(argument 1\)"):
+        petune.attach(model_with(None, Numbering), "vpt", deep=deep)

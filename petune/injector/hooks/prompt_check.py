@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from petune.injector.hooks.base import version_of, with_tensor
 from petune.injector.hooks.hidden_prompts import HiddenPrompts, KeyCounts
+from petune.injector.hooks.position_bias import paddings
 from petune.injector.hooks.prompt_effect import prompts_have_effect, prompts_have_positions
-from petune.injector.hooks.prompt_reasons import BlockCall, why_changed, why_unseen, why_without_effect
+from petune.injector.hooks.prompt_reasons import BlockCall, numbered_pairs, why_changed, why_unseen, why_without_effect
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.input_spec import Inputs
@@ -48,7 +49,7 @@ class PromptCheck:
         """Return where prompts go: after the prefix tokens of a block, or before all tokens of its attention.
 
         Raises:
-            AttachError: One row of tokens belongs to several images.
+            AttachError: One row of tokens belongs to several images, or the block is given positions as whole numbers.
         """
         if not self._calls:
             self._record()
@@ -56,7 +57,13 @@ class PromptCheck:
         if call.num_rows == 1:
             raise prompts_refused(block, self.sites, "puts all images of a batch into one row of tokens")
         index = 0 if enters_attention_only(block, self.sites) else self.sites.num_prefix_tokens
-        return PromptSlot(index, num_prompts, call.num_tokens)
+        slot = PromptSlot(index, num_prompts, call.num_tokens)
+        numbered = numbered_pairs(call, slot, paddings(block, self.sites))
+        if numbered is not None:
+            name = f"argument {numbered}" if isinstance(numbered, int) else numbered
+            reason = f"is given the relative positions of its tokens as whole numbers ({name}), and prompts have none"
+            raise prompts_refused(block, self.sites, reason)
+        return slot
 
     def verify(self, blocks: Sequence[Block], slot: PromptSlot, adapter: nn.Module) -> None:
         """Compare the outputs of blocks with hidden prompts and without prompts; on the meta device only their shapes.

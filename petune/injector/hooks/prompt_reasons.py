@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.text import plural
+from petune.injector.hooks.position_bias import Padding
 from petune.injector.hooks.prompt_effect import random_prompts
 from petune.injector.hooks.prompt_slot import PromptSlot
 from petune.sites.forward import tensors_in
@@ -43,6 +44,24 @@ class BlockCall:
     attention_keys: tuple[int, ...] = ()
     version: int = 0
     changes_input: bool = False
+
+
+def numbered_pairs(call: BlockCall, slot: PromptSlot, padding: Mapping[int | str, Padding]) -> int | str | None:
+    """Return the argument with a whole number for each pair of tokens, such as DeBERTa's `relative_pos`.
+
+    It chooses a position or a row of a table, and no number means a token without a position.
+
+    Args:
+        call: Of the block, without prompts.
+        slot: Where the prompts are.
+        padding: How arguments are padded; whole numbers in a mask mean something else.
+    """
+    values: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    for key, value in values:
+        is_index = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64) and value.ndim > 1
+        if is_index and value.shape[-2:] == (slot.num_tokens,) * 2 and padding.get(key, Padding()).mask is None:
+            return key
+    return None
 
 
 def why_unseen(call: BlockCall, slot: PromptSlot, num_images: int) -> str:
