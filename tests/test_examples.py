@@ -16,8 +16,10 @@ from PIL import Image
 import petune
 
 FOLDER = Path(__file__).parents[1] / "examples"
+SLOW = {"class_incremental", "compare_methods"}
 EXAMPLES = sorted(file for file in FOLDER.glob("*.py") if file.stem != "serve")
 PRINTED = {
+    "class_incremental": "average accuracy ",
     "compare_methods": "adaptformer:bottleneck=16: ",
     "many_adapters": "birds: class ",
     "own_loop": "the same logits",
@@ -30,8 +32,7 @@ def test_all_examples_are_found() -> None:
 
 
 CASES = [
-    pytest.param(file, id=file.stem, marks=[pytest.mark.exhaustive] if file.stem == "compare_methods" else [])
-    for file in EXAMPLES
+    pytest.param(file, id=file.stem, marks=[pytest.mark.exhaustive] if file.stem in SLOW else []) for file in EXAMPLES
 ]
 
 
