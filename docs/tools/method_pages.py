@@ -38,7 +38,7 @@ TESTS = {
     "adaptformer": (f"{PARITY}::test_equal_to_the_formula", f"{PARITY}::test_parameter_counts_of_vit_base"),
     "vpt": (f"{PARITY}::test_equal_to_the_formula",),
     "houlsby": (f"{FORMULAS}::test_houlsby",),
-    "pfeiffer": (f"{FORMULAS}::test_pfeiffer",),
+    "pfeiffer": (f"{FORMULAS}::test_pfeiffer", f"{FORMULAS}::test_adapter_plus"),
     "lora": (f"{PEFT}::test_saved_adapters_load_with_peft",),
     "dora": (f"{PEFT}::test_saved_adapters_load_with_peft",),
 }

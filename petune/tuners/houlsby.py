@@ -5,6 +5,7 @@ Legend: B batch, N tokens, D width, M bottleneck.
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -24,12 +25,13 @@ class HoulsbyConfig(petune.TunerConfig):
 
 
 class SequentialAdapter(nn.Module):
-    """y + up(GELU(down(y))), the identity at the start."""
+    """y + s · up(GELU(down(y))), the identity at the start; s is 1, or learned for each channel."""
 
     why_not_mergeable = "its GELU is not linear"
 
-    def __init__(self, dim: int, bottleneck: int, dropout: float) -> None:
+    def __init__(self, dim: int, bottleneck: int, dropout: float, *, scales_channels: bool = False) -> None:
         super().__init__()
+        self.scale: nn.Parameter | float = nn.Parameter(torch.ones(dim)) if scales_channels else 1.0
         self.down = nn.Linear(dim, bottleneck)
         self.up = nn.Linear(bottleneck, dim)
         self.dropout = nn.Dropout(dropout)
@@ -40,7 +42,7 @@ class SequentialAdapter(nn.Module):
     def forward(self, y_BND: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         hidden_BNM = self.dropout(nn.functional.gelu(self.down(y_BND)))
-        out_BND: Tensor = y_BND + self.up(hidden_BNM)
+        out_BND: Tensor = y_BND + self.scale * self.up(hidden_BNM)
         return out_BND
 
 

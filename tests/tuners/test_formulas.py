@@ -66,6 +66,25 @@ def test_pfeiffer() -> None:
     )
 
 
+@pytest.mark.parametrize("position", ["pre", "post"])
+def test_adapter_plus(position: str) -> None:
+    att = attached("pfeiffer", bottleneck=5, position=position, scale="channel")
+    model = att.model
+    x = model._pos_embed(model.patch_embed(X))
+    for block in model.blocks:
+        a = getattr(block, "petune_pfeiffer_mid" if position == "pre" else "petune_pfeiffer").adapter
+
+        def adapted(x: Tensor, a: nn.Module = a) -> Tensor:
+            return x + a.scale * (gelu(x @ a.down.weight.T + a.down.bias) @ a.up.weight.T + a.up.bias)
+
+        x = x + block.ls1(attention(block.attn, block.norm1(x)))
+        x = adapted(x) if position == "pre" else x
+        normalized = nn.functional.layer_norm(x, (D,), block.norm2.weight, block.norm2.bias, block.norm2.eps)
+        x = x + block.ls2(plain_mlp(block.mlp, normalized))
+        x = adapted(x) if position == "post" else x
+    assert_same(att, model.head(model.norm(x)[:, 0]))
+
+
 def attention(attn: nn.Module, x: Tensor) -> Tensor:
     """Compute softmax attention from the weights, past all hooks."""
     q, k, v = (x @ attn.qkv.weight.T + attn.qkv.bias).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -264,6 +283,7 @@ COUNTS = {  # by the papers' formulas
     "norm": 38_400,
     "partial": 7_089_408,
     "pfeiffer": 1_189_632,
+    "pfeiffer:position=post,scale=channel,bottleneck=8": 165_984,
     "repadapter": 239_808,
     "ssf": 204_288,
     "vpt": 92_160,
