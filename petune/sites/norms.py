@@ -70,7 +70,8 @@ def _norm_by_order(trace: Trace, branch: Call, calls: Sequence[Call], other: Cal
 
 
 def _belongs_to_layer(trace: Trace, norm: Call) -> bool:
-    """Return whether a norm follows a convolution or normalizes heads, and so is a part of that layer."""
+    """Return whether a norm normalizes heads, or follows a convolution or, as BatchNorm in LeViT, a linear layer."""
     maker, x = trace.maker(norm.input), norm.input
     per_head = x is not None and any(p.numel() not in (x.shape[1], x.shape[-1]) for p in norm.module.parameters())
-    return per_head or (maker is not None and maker.has_matrix and is_conv(maker))
+    is_batch_norm = isinstance(norm.module, nn.modules.batchnorm._BatchNorm)
+    return per_head or (maker is not None and maker.has_matrix and (is_batch_norm or is_conv(maker)))
