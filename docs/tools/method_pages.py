@@ -22,7 +22,7 @@ GROUPS = {
     "Prompts": ("vpt",),
     "Changes of weights": ("lora", "dora", "fact"),
     "The backbone's own parameters": ("linear", "bitfit", "norm", "partial", "full"),
-    "Plugins in this repository": ("ssf", "convpass", "l2sp", "mona", "dyt", "dtl", "l2p"),
+    "Plugins in this repository": ("ssf", "convpass", "l2sp", "mona", "dyt", "dtl", "l2p", "prefix", "gps", "sct"),
 }
 WITHOUT_BLOCKS = {"linear", "full", "l2sp", "l2p"}
 """Methods that refuse the option `blocks`: they edit no block, or train the whole model."""

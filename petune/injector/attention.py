@@ -85,6 +85,11 @@ def find_attention(model: nn.Module, sites: Sites, block: Block, layers: Sequenc
         AttachError: No softmax of q · k was found there; or a layer's channels of q, k or v are not in one row.
     """
     site = block.attn
+    if device_of(model).type == "meta":
+        raise AttachError(
+            f"the attention {site.where} of {sites.model} cannot be looked into on the meta device, which has no "
+            "values. Build the model on a real device"
+        )
     recorded = _record(model, sites, site, layers)
     if recorded.is_multi_head:
         width = recorded.operands[0].shape[-1] // recorded.num_heads

@@ -51,7 +51,7 @@ class Prefix(petune.Tuner[PrefixConfig]):
         y = softmax(q [k; P_k]ᵀ / √d) [v; P_v]        P_k, P_v ~ N(0, 0.02²)
 
     Trains: P_k and P_v per block. Not the identity at the start: attention is shared with the prefix.
-    Parameters: 2·P·D per block. ViT-B/16, P = 10: 184,320.
+    Parameters: 2·P·D per block, less where heads share keys and values. ViT-B/16, P = 10: 184,320.
 
     Differs from the paper: P_k and P_v are parameters themselves, where the paper makes them by an MLP that is dropped
     after training.
@@ -62,8 +62,12 @@ class Prefix(petune.Tuner[PrefixConfig]):
 
     def attach(self, edit: petune.Edit) -> None:
         """Put a prefix into every attention."""
-        for block in edit.sites.require_blocks():
-            edit.keys_values(block, KeysAndValues(edit.attention(block), self.config))
+        attentions = [edit.attention(block) for block in edit.sites.require_blocks()]
+        self.widths = [a.num_kv_heads * (a.head_dim + a.v_head_dim) for a in attentions]
+        for block, attention in zip(edit.sites.blocks, attentions, strict=True):
+            edit.keys_values(block, KeysAndValues(attention, self.config))
 
-    def num_parameters(self, sites: petune.Sites) -> None:
-        """Return None: heads may share keys and values, so that the width of the tokens does not decide."""
+    def num_parameters(self, sites: petune.Sites) -> int:
+        """Return 2·P·D per block; less where heads share keys and values, which is known once it is attached."""
+        widths = getattr(self, "widths", [2 * block.dim for block in sites.blocks])
+        return self.config.length * sum(widths)

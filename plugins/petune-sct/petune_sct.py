@@ -4,6 +4,7 @@ Legend: B images, N tokens, D width, K salient channels, C classes.
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,11 +17,14 @@ class SCTConfig(petune.TunerConfig):
     """Options of SCT.
 
     Attributes:
+        place: Where channels are adapted: `attn`, the residual stream after the attention, the authors' default, or
+            `mlp`, what the MLP returns.
         num_channels: K; the authors' 96, or D if that is less.
         scale: s; the authors search it on each dataset, and 1 is what their code computes in tests.
         num_batches: Training batches that channels are chosen on; 0 takes all of one epoch, as the authors do.
     """
 
+    place: Literal["attn", "mlp"] = "attn"
     num_channels: int = Field(96, ge=1)
     scale: float = Field(1.0, gt=0)
     num_batches: int = Field(0, ge=0)
@@ -29,7 +33,7 @@ class SCTConfig(petune.TunerConfig):
 class SalientChannels(nn.Module):
     """y, with s · (W y + b) added in K channels."""
 
-    why_not_mergeable = "it acts after LayerScale, dropout or the last bias as the model has them"
+    why_not_mergeable = "it changes the residual stream, which no weight holds"
 
     def __init__(self, num_channels: int, scale: float) -> None:
         super().__init__()
@@ -46,33 +50,36 @@ class SalientChannels(nn.Module):
 
 
 class SCT(petune.Tuner[SCTConfig]):
-    """Add a linear map of the salient channels to what every MLP returns.
+    """Add a linear map of the salient channels to the residual stream after every attention.
 
-    SCT (Zhao et al., IJCV 2024, arXiv 2309.08513), after the MLP:
+    SCT (Zhao et al., IJCV 2024, arXiv 2309.08513):
 
-        y[S] ← y[S] + s · (W y[S] + b)        W ~ N(0, 0.02²), b = 0
+        x[S] ← x[S] + s · (W x[S] + b)        W ~ N(0, 0.02²), b = 0
         S = the K channels d with the largest  1/C · Σ_c ‖X_c,d‖₂
 
-    X_c are the patches of all training images of class c, as they leave the block.
+    x is the residual stream between attention and MLP. X_c are its patches, of all training images of class c, in the
+    model without adapters. With `place=mlp`, x is what the MLP returns and X_c what leaves the block.
 
     Trains: W and b per block. Not the identity at the start.
     Parameters: K² + K per block. ViT-B/16, K = 96: 111,744.
 
-    Differs from the paper: after the MLP, as the authors' variant `sct_mlp`, not on the residual stream between
-    attention and MLP. Channels are chosen on images augmented as in training. Targets that are no classes count as one
-    class.
+    Differs from the paper: channels are chosen on images augmented as in training. Targets that are no classes count as
+    one class.
     """
 
     recipe = petune.Recipe(lr=1e-3, weight_decay=1e-4)
     identity_at_init = False
 
     def attach(self, edit: petune.Edit) -> None:
-        """Put an adapter after every MLP; its channels are chosen later."""
+        """Put an adapter after every attention, or MLP; its channels are chosen later."""
         self.blocks = edit.sites.require_blocks()
         self.prefix = edit.sites.num_prefix_tokens
         self.adapters = [SalientChannels(self.width(block), self.config.scale) for block in self.blocks]
         for block, adapter in zip(self.blocks, self.adapters, strict=True):
-            edit.after(block.mlp, adapter)
+            if self.config.place == "attn":
+                edit.stream(block.mid, adapter)
+            else:
+                edit.after(block.mlp, adapter)
 
     def calibrate(self, batches: Iterable[petune.CalibrationBatch]) -> None:
         """Choose the channels with the largest norm, averaged over classes, in the model without adapters."""
@@ -102,12 +109,14 @@ class SCT(petune.Tuner[SCTConfig]):
             adapter.channels.copy_(largest.sort().values)
 
     def patches(self, batch: petune.CalibrationBatch) -> list[Tensor]:
-        """Return the patches that leave each block, (B, N, D)."""
-        return [y[:, self.prefix :] if y.ndim == 3 else y.flatten(1, -2) for y in batch.leaving(self.blocks)]
+        """Return the patches that channels are chosen on in each block, (B, N, D)."""
+        of_stream = self.config.place == "attn"
+        found = batch.entering([b.mid for b in self.blocks]) if of_stream else batch.leaving(self.blocks)
+        return [y[:, self.prefix :] if y.ndim == 3 else y.flatten(1, -2) for y in found]
 
     def width(self, block: petune.Block) -> int:
         """Return K in a block."""
-        return min(self.config.num_channels, block.mlp.dim)
+        return min(self.config.num_channels, block.mid.dim if self.config.place == "attn" else block.mlp.dim)
 
     def num_parameters(self, sites: petune.Sites) -> int:
         """Return K² + K per block."""

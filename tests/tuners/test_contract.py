@@ -20,7 +20,7 @@ def test_every_registered_tuner_meets_the_contract(name: str, library: str) -> N
 
 
 def test_built_in_and_plugin_tuners_are_listed() -> None:
-    assert {"adaptformer", "lora", "lst", "ssf", "convpass", "l2sp"} <= set(NAMES)
+    assert {"adaptformer", "lora", "lst", "ssf", "convpass", "l2sp", "prefix", "gps", "sct"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("options", [{"deep": False}, {"num_prompts": 3}])
