@@ -305,7 +305,8 @@ def test_gps() -> None:
     own = dict(att.model.named_parameters())
     for key, p in plain.named_parameters():
         mask = masks.get(id(own[key]))
-        is_layer = "norm" not in key and "ls" not in key and not key.startswith(("head", "pos", "cls"))
+        others = ("norm1.", "norm2.", "ls1.", "ls2.", "norm.", "head.", "pos_embed", "cls_token")
+        is_layer = not any(part in key for part in others)
         assert (mask is not None) is is_layer, key
         if mask is not None:
             largest = p.grad.flatten(1).abs().topk(2, dim=1).indices if p.ndim > 1 else None
