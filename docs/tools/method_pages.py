@@ -33,6 +33,7 @@ FORMULAS = "tests/tuners/test_formulas.py"
 FORWARD = "tests/tuners/test_forward_plugins.py"
 MERGING = "tests/tuners/test_merging.py"
 PARITY = "tests/tuners/test_parity.py"
+CHOOSERS = "tests/tuners/test_formulas_of_choosers.py"
 PEFT = "tests/tuners/test_peft.py"
 TESTS = {
     "adaptformer": (f"{PARITY}::test_equal_to_the_formula", f"{PARITY}::test_parameter_counts_of_vit_base"),
@@ -40,6 +41,9 @@ TESTS = {
     "houlsby": (f"{FORMULAS}::test_houlsby",),
     "pfeiffer": (f"{FORMULAS}::test_pfeiffer", f"{FORMULAS}::test_adapter_plus"),
     "lora": (f"{PEFT}::test_saved_adapters_load_with_peft",),
+    "prefix": (f"{CHOOSERS}::test_prefix",),
+    "gps": (f"{CHOOSERS}::test_gps", f"{CHOOSERS}::test_gps_needs_classes"),
+    "sct": (f"{CHOOSERS}::test_sct",),
     "dora": (f"{PEFT}::test_saved_adapters_load_with_peft",),
 }
 """Tests in addition to the contract; for other methods they are found by the method's name."""
