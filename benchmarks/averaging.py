@@ -106,11 +106,18 @@ class Study:
         return {"top1": test.metrics["top1"], "val": done.val, "coefficients": used, "bytes": done.bytes}
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
-    """Return the rows of one setting."""
+def measure(name: str, folder: Path, methods: Sequence[str], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows of one setting.
+
+    Args:
+        name: The setting.
+        folder: For runs and averages.
+        methods: What to measure.
+        rows: Those that were measured before.
+    """
     study = Study(name, folder)
-    rows: dict[str, Mapping[str, Any]] = {}
-    for method in (*METHODS, COMMON_START):
+    rows = dict(rows)
+    for method in methods:
         results = study.runs(method)
         singles = [result.metrics["top1"] for result in results]
         vals = [(result.val_metrics or {})["top1"] for result in results]
@@ -137,7 +144,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "averaging", help="for runs and averages")
+    parser.add_argument("--only", nargs="+", choices=[*METHODS, COMMON_START], help="other rows stay as they are")
     arguments = parser.parse_args()
-    measured = measure(arguments.setting, arguments.folder)
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    before = known.get(arguments.setting, {}).get("rows", {})
+    methods = arguments.only or [*METHODS, COMMON_START]
+    measured = measure(arguments.setting, arguments.folder, methods, before)
     RESULT.write_text(json.dumps({**known, arguments.setting: measured}, indent=1) + "\n")
