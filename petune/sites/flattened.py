@@ -23,8 +23,10 @@ class FlattenRecorder:
     """Follows flattened tokens through the operations of a forward."""
 
     def __init__(self) -> None:
-        self._flat: dict[int, tuple[Tensor, torch.Size]] = {}
-        """Flattened tokens, and what was computed from them row by row, with their shape as tokens."""
+        self._flat: dict[int, tuple[Tensor, torch.Size, int]] = {}
+        """Flattened tokens, and what was computed from them row by row, with their shape as tokens and their origin."""
+        self._returned: set[int] = set()
+        """Origins from which something has become tokens again."""
         self._same: dict[int, Tensor] = {}
         """For flattened tokens, the tokens that they were made of, or are made to."""
         self._alive: list[Tensor] = []
@@ -37,21 +39,29 @@ class FlattenRecorder:
         if name in RESHAPES and x.shape[-1:] == result.shape[-1:]:
             self._reshape(x, result)
         elif result.ndim == 2:
-            rows = [self._flat[id(y)][1] for y in inputs if id(y) in self._flat and len(y) == len(result)]
+            rows = [self._flat[id(y)][1:] for y in inputs if id(y) in self._flat and len(y) == len(result)]
             if rows:
-                self._flat[id(result)] = result, rows[0]
+                self._flat[id(result)] = result, *rows[0]
 
     def _reshape(self, x: Tensor, result: Tensor) -> None:
         if result.ndim == 2 < x.ndim and len(result) == math.prod(x.shape[:-1]) > len(x):
-            self._flat[id(result)] = result, x.shape[:-1]
+            self._flat[id(result)] = result, x.shape[:-1], id(result)
             self._same[id(result)] = x
         elif x.ndim == 2 < result.ndim and id(x) in self._flat and result.shape[:-1] == self._flat[id(x)][1]:
             self._alive.append(result)
+            self._returned.add(self._flat[id(x)][2])
             if self._same.setdefault(id(x), result) is not result:
                 self._same[id(result)] = self._same[id(x)]
 
     def restore(self, trace: Trace) -> None:
-        """Replace flattened tokens in a trace, other than what the model itself takes and returns."""
+        """Replace flattened tokens in a trace, other than what the model itself takes and returns.
+
+        They start with the batch (not with groups of tokens, as in Qwen2.5-VL) and become tokens again.
+        """
+        own = {o for _, lead, o in self._flat.values() if lead[0] == trace.batch_size} & self._returned
+        others = {key for key, (_, _, o) in self._flat.items() if o not in own}
+        self._same = {key: x for key, x in self._same.items() if key not in others and id(x) not in others}
+        self._flat = {key: flat for key, flat in self._flat.items() if key not in others}
         if not self._flat:
             return
         for call in trace.calls[1:]:

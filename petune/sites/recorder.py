@@ -50,16 +50,18 @@ def record(model: nn.Module, spec: InputSpec, skip: Set[nn.Module] = frozenset()
     skipped = {*skip, *(m for of_weights in computing for m in of_weights.modules())}
     modules = [(path, module) for path, module in model.named_modules() if module not in skipped]
     watch = watch_draws if is_large(model) else contextlib.nullcontext
+    flattened: list[FlattenRecorder] = []
 
     @contextlib.contextmanager
     def recorder() -> Iterator[Trace]:
         with watch() as draws, _record_calls(modules) as calls, _OperationRecorder(calls) as operations:
             yield calls.trace
-        operations.flattened.restore(calls.trace)
+        flattened[:] = [operations.flattened]
         calls.trace.draws_nothing = draws is not None and not draws.any
 
     trace: Trace = dry_forward(model, spec, recorder)
     trace.batch_size = spec.num_samples_in(trace.root.inputs)
+    flattened[0].restore(trace)
     _mark_packed(trace)
     return trace
 
@@ -184,13 +186,16 @@ class _OperationRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        result = renamed(name, args, func(*args, **(kwargs or {})))
+        returned = func(*args, **(kwargs or {}))
+        result = renamed(name, args, returned)
         self.sums.record(name, args, kwargs or {}, result)
         if name in MULTIPLICATIONS and isinstance(result, Tensor):
             self._record_scaling(args, result)
         if self.calls.stack:
             tensors = list(tensors_in((args, kwargs or {})))
-            self.flow.add(name, tensors, list(tensors_in(result)))
+            self.flow.add(name, tensors, list(tensors_in(returned)))
+            if result is not returned:
+                self.flow.add("view", [returned], [result])
             self.flattened.record(name, tensors, result)
             self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
             self._record_attention(name, args, kwargs or {}, tensors, result)
