@@ -99,14 +99,17 @@ class Placer:
         self.call_qkv(*sites)
         links, num_items = links_of(self.model, self.sites, sites)
         holder = Around(adapter, links, sites[0].layout, sites[-1].layout)
-        first, last = links[0].module, links[-1].module
+        first = links[0].module
+        block_of = {m: b.index for b in self.sites.all_blocks for root in b.own_modules for m in root.modules()}
+        numbers = [block_of.get(link.module) for link in links]
+        holder.num_repeated = next((i for i, number in enumerate(numbers) if number != numbers[0]), len(links))
         hooks = first._forward_pre_hooks.values()
         holder.depth = 1 + sum(isinstance(getattr(hook, "__self__", None), Around) for hook in hooks)
         self.add(holder, sites[0], *sites)
         for link, number in zip(links, num_items, strict=True):
             self.log.undo_steps.append(pass_on(link.module, number))
         self.hook(first.register_forward_pre_hook(holder.enter, with_kwargs=True))
-        for module in dict.fromkeys((first, last)):
+        for module in dict.fromkeys(link.module for link in links):
             self.hook(module.register_forward_hook(holder.leave, always_call=True))
 
     def side(self, sites: Sequence[Site], cell: nn.Module, *, leaving: bool) -> None:

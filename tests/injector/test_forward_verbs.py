@@ -62,6 +62,7 @@ class Cell(nn.Module):
 VERBS: dict[str, Callable[[petune.Edit], Any]] = {
     "stream": lambda edit: [edit.stream(block.mid, Times(1.5)) for block in edit.sites.blocks],
     "around an MLP": lambda edit: edit.around(edit.sites.blocks[1].mlp, Twice()),
+    "around norm and MLP": lambda edit: edit.around([edit.sites.blocks[1].norm2, edit.sites.blocks[1].mlp], Twice()),
     "around an attention": lambda edit: edit.around(edit.sites.blocks[0].attn, Twice()),
     "around blocks and norm": lambda edit: edit.around([*edit.sites.blocks, edit.sites.norm], Twice()),
     "side": lambda edit: edit.side(edit.sites.blocks, Cell(2), leaving=True),
@@ -82,6 +83,10 @@ def written_out(verb: str, model: Any, att: petune.Attachment) -> Tensor:
         x = residual(second, residual(first, x, stream=1.5), stream=1.5)
     elif verb == "around an MLP":
         x = residual(second, residual(first, x), mlp=lambda x: 0.5 * second.mlp(x) + second.mlp(2 * x))
+    elif verb == "around norm and MLP":
+        x = first(x)
+        x = x + second.attn(second.norm1(x))
+        x = x + 0.5 * second.mlp(second.norm2(x)) + second.mlp(second.norm2(2 * x))
     elif verb == "around an attention":
         y = first.norm1(x)
         x = x + 0.5 * first.attn(y) + first.attn(2 * y)

@@ -63,6 +63,8 @@ class Around(Holder):
         self.links = links
         self.enter_layout = enter_layout
         self.exit_layout = exit_layout
+        self.num_repeated = 1
+        """Number of the modules, from the first, that are in one block and so are repeated together."""
         self.depth = 1
         """1 for the innermost adapter around the first module, then 2, and so on."""
         self.skipped: tuple[tuple[nn.Module, int], ...] = ()
@@ -78,7 +80,7 @@ class Around(Holder):
         y = self.call(functools.partial(self.inner, args, kwargs), adapted)
         modules = [link.module for link in self.links]
         if in_backward():
-            del modules[1:]  # gradient checkpointing repeats the first one alone
+            del modules[self.num_repeated :]  # gradient checkpointing repeats a block without the others
         self.skipped = tuple((m, phase_of(m)) for m in modules)
         for m in modules:
             setattr(m, PHASE, SKIPPED)
@@ -118,7 +120,7 @@ class Around(Holder):
                 setattr(module, PHASE, phase)
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> None:
-        """Let the modules compute again; outermost hook of the first and the last module, also after an exception."""
+        """Let the modules compute again; outermost hook of each module, also after an exception."""
         if self.skipped and module is self.skipped[-1][0]:
             self.finish()
 
