@@ -55,7 +55,9 @@ class Placer:
         holder.to(next(weights, torch.empty(0, device="cpu")))
         holder.train(self.model.training)
         host.add_module(attribute, holder)
-        self.log.undo_steps.append(lambda: delattr(host, attribute))
+        holders = open_trainable_state(self.model, self.sites).holders
+        holders.append(holder)
+        self.log.undo_steps += [lambda: delattr(host, attribute), lambda: holders.remove(holder)]
         self.log.placed.append(Placed(holder, passed))
 
     def hook(self, handle: RemovableHandle) -> None:
@@ -98,7 +100,8 @@ class Placer:
             raise AttachError("around was given no site. Give one, or several that follow each other")
         self.call_qkv(*sites)
         links, num_items = links_of(self.model, self.sites, sites)
-        holder = Around(adapter, links, sites[0].layout, sites[-1].layout)
+        holders = open_trainable_state(self.model, self.sites).holders
+        holder = Around(adapter, links, sites[0].layout, sites[-1].layout, holders)
         first = links[0].module
         block_of = {m: b.index for b in self.sites.all_blocks for root in b.own_modules for m in root.modules()}
         numbers = [block_of.get(link.module) for link in links]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from petune.base.errors import AttachError
 from petune.injector.bank_hold import BankHold
 from petune.injector.frozen_values import FrozenValues
+from petune.injector.hooks.base import Holder
 from petune.injector.hooks.layer_checkpointing import LayerCheckpointing
 from petune.injector.keys import BufferOwner, named_parameters
 from petune.injector.trained_parts import TensorValues, TrainedParts
@@ -36,6 +37,7 @@ class TrainableState(nn.Module):
         sites: The model's sites before anything was attached.
         attachments: By the attachment's name in state_dict keys, in the order of attaching.
         qkv_users: By attention, the attachments that need it to call its qkv layer.
+        holders: The adapters that verbs have put in, in the order of attaching.
         bank_hold: The mark of an AdapterBank that holds the model, and exchanges classifiers and values.
     """
 
@@ -46,6 +48,7 @@ class TrainableState(nn.Module):
         self.sites = sites
         self.attachments: dict[str, TrainedParts] = {}
         self.qkv_users: dict[nn.Module, set[str]] = {}
+        self.holders: list[Holder] = []
         self.bank_hold: BankHold | None = None
         self._train_before = model.__dict__.get("train")
         self._model = (model,)  # in a tuple: nn.Module would register a plain attribute as a submodule

@@ -56,10 +56,19 @@ class Around(Holder):
         links: The modules; a tuple hides them from the holder's submodules.
         enter_layout: Of what enters the first one.
         exit_layout: Of what leaves the last one.
+        others: All holders on the model, a list that grows. Each call of `inner` finds what they kept before the first.
     """
 
-    def __init__(self, adapter: nn.Module, links: tuple[Link, ...], enter_layout: Layout, exit_layout: Layout) -> None:
+    def __init__(
+        self,
+        adapter: nn.Module,
+        links: tuple[Link, ...],
+        enter_layout: Layout,
+        exit_layout: Layout,
+        others: list[Holder],
+    ) -> None:
         super().__init__(adapter)
+        self.others = others
         self.links = links
         self.enter_layout = enter_layout
         self.exit_layout = exit_layout
@@ -77,7 +86,8 @@ class Around(Holder):
             return None
         x = first_tensor(args, kwargs)
         adapted = in_dtype_of(self.adapter, to_channels_last(x, self.enter_layout))
-        y = self.call(functools.partial(self.inner, args, kwargs), adapted)
+        kept = [(other, other.snapshot()) for other in self.others]
+        y = self.call(functools.partial(self.inner, args, kwargs, kept), adapted)
         modules = [link.module for link in self.links]
         if in_backward():
             del modules[self.num_repeated :]  # gradient checkpointing repeats a block without the others
@@ -91,8 +101,10 @@ class Around(Holder):
             return shaped_like(y, x, self.exit_layout)
         return y.movedim(-1, 1) if self.exit_layout == "BCHW" else y  # other than what enters
 
-    def inner(self, args: Args, kwargs: Kwargs, x: Tensor) -> Tensor:
+    def inner(self, args: Args, kwargs: Kwargs, kept: list[tuple[Holder, Any]], x: Tensor) -> Tensor:
         """Return what the modules make of (..., D), with the further arguments that the first one was called with."""
+        for other, snapshot in kept:
+            other.restore(snapshot)
         entered = first_tensor(args, kwargs)
         dtype = x.dtype
         if dtype != entered.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -79,6 +79,12 @@ class Prompts(Holder):
         self.hidden: tuple[Tensor, Tensor] | None = None  # a block's input without and with prompts
         self.carried: tuple[int, Tensor] | None = None  # the block that prompts have left last, and these prompts
 
+    def snapshot(self) -> tuple[int, Tensor] | None:
+        return self.carried
+
+    def restore(self, snapshot: tuple[int, Tensor] | None) -> None:
+        self.carried = snapshot
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hidden": None, "carried": None}
 

@@ -12,7 +12,6 @@ from petune.base.errors import AttachError
 from petune.base.text import plural
 from petune.injector.hooks.base import (
     INNER,
-    SKIPPED,
     Args,
     Holder,
     Kwargs,
@@ -95,19 +94,24 @@ class Parallel(Reader):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
-        if phase_of(module) == SKIPPED:
-            return None
         x, self.entered = self.entered, None
         if output is None or not self.acts_at(module):
             return None
         if x is None:
             raise AttachError(
                 f"an adapter adds to the output of {type(module).__name__}, but the module whose input it reads was "
-                "not called before. Both must be called in this order, in the same segment of gradient checkpointing"
+                "not called before. Both must be called in this order, in the same segment of gradient checkpointing, "
+                "and no adapter around the first of them may leave it out"
             )
         self.refuse_changed([x])
         change = self.run(to_channels_last(x, self.enter_layout))
         return self.added(output, change, self.exit_layout)
+
+    def snapshot(self) -> tuple[Tensor | None, list[int]]:
+        return self.entered, self.versions
+
+    def restore(self, snapshot: tuple[Tensor | None, list[int]]) -> None:
+        self.entered, self.versions = snapshot
 
     def clear(self) -> None:
         super().clear()
@@ -149,8 +153,6 @@ class Gather(Reader):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
-        if phase_of(module) == SKIPPED:
-            return None
         inputs, self.entered = self.entered, []
         if output is None or not self.acts_at(module):
             return None
@@ -171,6 +173,13 @@ class Gather(Reader):
     def _keep(self, x: Tensor) -> None:
         self.entered.append(self.kept(x))
         self.versions.append(version_of(self.entered[-1]))
+
+    def snapshot(self) -> tuple[list[Tensor], list[int]]:
+        return list(self.entered), list(self.versions)
+
+    def restore(self, snapshot: tuple[list[Tensor], list[int]]) -> None:
+        entered, versions = snapshot
+        self.entered, self.versions = list(entered), list(versions)
 
     def clear(self) -> None:
         super().clear()

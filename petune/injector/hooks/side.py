@@ -42,6 +42,12 @@ class Side(Holder):
         self.next_index = 0
         self.records = [ForwardRecords() for _ in layouts]
 
+    def snapshot(self) -> tuple[Tensor | None, int]:
+        return self.state, self.next_index
+
+    def restore(self, snapshot: tuple[Tensor | None, int]) -> None:
+        self.state, self.next_index = snapshot
+
     def clear(self) -> None:
         super().clear()
         self.state, self.next_index = None, 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from petune.injector.hooks.base import SKIPPED, Args, Kwargs, in_backward, phase_of, tensor_of, version_of
+from petune.injector.hooks.base import Args, Kwargs, in_backward, tensor_of, version_of
 from petune.injector.hooks.reading import Gather
 from petune.sites.site import Layout, Site, Sites
 
@@ -56,8 +56,6 @@ class Spanning(Gather):
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output, in a repetition from what its forward has kept; hook of EXIT."""
-        if phase_of(module) == SKIPPED:
-            return None
         exit_input = next((x for x in args if isinstance(x, Tensor)), None)
         if self.acts_at(module) and output is not None and in_backward():
             self.entered = self.records.inputs_of(exit_input)
