@@ -16,6 +16,7 @@ from torch import nn
 from petune.base.errors import DeadSite
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
+from petune.injector.trainable import open_trainable_state
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
@@ -61,14 +62,16 @@ class _Part:
 def check_used(attachment: Attachment) -> None:
     """Check with one forward that every adapter is called, and that the output depends on it.
 
-    The same method with the same options on the same modules is checked once per model.
+    The same method with the same options on the same modules, among the same others, is checked once per model.
 
     Raises:
         DeadSite: An adapter is not called, or no gradient reaches it.
     """
     model, sites, log, tuner = attachment.model, attachment.sites, attachment.edit_log, attachment.tuner
     places = [(type(holder), *((id(s.enter), id(s.exit)) for s in passed)) for holder, passed in log.placed]
-    key = (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *places)
+    holders = open_trainable_state(model, sites).holders
+    others = [(type(h), type(h.adapter), h.passed) for h in holders if h.enabled]
+    key = (type(tuner), tuner.config.model_dump_json(), sites.input_spec.key, *places, *others)
     if key in _CHECKED.get(model, ()):
         return
     adapters = [holder.adapter for holder, _ in log.placed]

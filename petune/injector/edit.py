@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from petune.injector.attention import Attention, find_attention
 from petune.injector.edit_log import ChangedLayer, EditLog
-from petune.injector.hooks.base import After, Before, idempotent
+from petune.injector.hooks.around import Around
+from petune.injector.hooks.base import After, Before, idempotent, resting
+from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.reading import Gather, Parallel
 from petune.injector.hooks.spanning import Spanning, spans_blocks
 from petune.injector.layers import LayerFinder
@@ -108,8 +110,8 @@ class Edit:
         """Replace what a site computes by `adapter(inner, x)`, with x what enters it.
 
         The adapter calls `inner` as often as it likes, also not at all, and with any number of images or tokens:
-        `inner(x)` is what the site makes of (..., D), with all other adapters there. A call under `torch.no_grad()`
-        trains nothing inside.
+        `inner(x)` is what the site makes of (..., D), with all other adapters there; what they read before, outside of
+        the site, is the same in each call. A call under `torch.no_grad()` trains nothing inside.
 
         Args:
             site: A site, or several that the model calls one after another, such as all blocks and the final norm.
@@ -221,7 +223,8 @@ class Edit:
             AttachError: No softmax of q · k was found there.
         """
         layers = self.linear_layers(block.attn, pointwise=True, transposed=True)
-        return find_attention(self.model, self.sites, block, layers)
+        with resting(self.model, Around, KeysValues):
+            return find_attention(self.model, self.sites, block, layers)
 
     def input_linears(self, site: Site) -> tuple[Site, ...]:
         """Return those of `linear_layers(site)` that are called with exactly the tensor that enters the site."""

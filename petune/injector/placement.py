@@ -57,6 +57,7 @@ class Placer:
         host.add_module(attribute, holder)
         holders = open_trainable_state(self.model, self.sites).holders
         holders.append(holder)
+        holder.passed = tuple(site.path for site in passed)
         self.log.undo_steps += [lambda: delattr(host, attribute), lambda: holders.remove(holder)]
         self.log.placed.append(Placed(holder, passed))
 
@@ -150,8 +151,8 @@ class Placer:
             AttachError: The attention is no module of its own, or has such an adapter.
         """
         site = attention.site
-        wrapped = getattr(site.enter.__dict__.get("forward"), "__self__", None)
-        if not site.is_module or isinstance(wrapped, KeysValues):
+        known = open_trainable_state(self.model, self.sites).holders
+        if not site.is_module or any(isinstance(h, KeysValues) and h.hidden[0] is site.enter for h in known):
             reason = "has keys and values of another adapter" if site.is_module else "is several modules"
             raise AttachError(f"keys_values needs an attention that is one module of its own: {site.where} {reason}")
         holder = KeysValues(adapter, site.enter, site.layout, (attention.head_dim, attention.v_head_dim))

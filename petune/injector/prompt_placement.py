@@ -8,15 +8,23 @@ from itertools import pairwise
 from torch import nn
 
 from petune.base.errors import AttachError, SiteNotFound
+from petune.injector.hooks.around import Around
+from petune.injector.hooks.base import resting
+from petune.injector.hooks.keys_values import KeysValues
 from petune.injector.hooks.position_bias import paddings, position_switches
 from petune.injector.hooks.prompt_check import PromptCheck
 from petune.injector.hooks.prompt_slot import PromptSlot, enters_attention_only, prompts_refused, refuse_obstacles
 from petune.injector.hooks.prompts import AttentionPrompts, PromptedModule, Prompts
+from petune.injector.hooks.reading import Gather
+from petune.injector.hooks.side import Side
 from petune.injector.placement import Placer
 from petune.sites.site import Block, Site, Sites
 
 USE_DEEP = "Use prompts in each block (vpt:deep=true), or a method without prompts, such as adaptformer"
 DISABLE_OTHER = "Attach one method with as many prompts, or disable the other one first (attachment.disable())"
+
+OTHERS = (Around, KeysValues, Gather, Side)
+"""Holders that say nothing about a block, and need other blocks or bring other keys than those of its tokens."""
 
 
 class PromptPlacer:
@@ -30,6 +38,10 @@ class PromptPlacer:
 
     def place(self, blocks: Block | Sequence[Block], adapter: nn.Module) -> None:
         """See `Edit.prompt`."""
+        with resting(self.model, *OTHERS):
+            self._place(blocks, adapter)
+
+    def _place(self, blocks: Block | Sequence[Block], adapter: nn.Module) -> None:
         run = (blocks,) if isinstance(blocks, Block) else tuple(blocks)
         if not run:
             self.sites.require_blocks()
@@ -59,6 +71,10 @@ class PromptPlacer:
 
     def span(self, first: Block | None = None) -> tuple[Block, ...]:
         """See `Edit.prompt_span`."""
+        with resting(self.model, *OTHERS):
+            return self._span(first)
+
+    def _span(self, first: Block | None) -> tuple[Block, ...]:
         first = first or self.sites.require_blocks()[0]
         row = next((tower.blocks for tower in self.sites.towers if first in tower.blocks), (first,))
         others = row[row.index(first) + 1 :]

@@ -7,7 +7,8 @@ Shapes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,12 +39,16 @@ class Holder(nn.Module):
     is_petune_module = True
     running = False
     """True while the adapter runs."""
+    resting = False
+    """True while the model is looked into without it."""
     between = False
     """True if it acts on a tensor between modules."""
     reads_output = False
     """True if it reads what leaves its sites."""
     part: Part = None
     """The channels of a module's output that it changes."""
+    passed: tuple[str, ...] = ()
+    """Paths of the sites that the forward must pass for the adapter to be called."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__()
@@ -56,7 +61,7 @@ class Holder(nn.Module):
 
         The adapter is enabled and is not what calls the module, and another adapter has not done the module's work.
         """
-        return self.enabled and not self.running and phase_of(module) != SKIPPED
+        return self.enabled and not self.running and not self.resting and phase_of(module) != SKIPPED
 
     def run(self, x: Any) -> Tensor:
         """Return what the adapter makes of `x`; modules that it calls run without it."""
@@ -265,6 +270,19 @@ def in_dtype_of(adapter: nn.Module, x: Any) -> Any:
     if weight is None or x.dtype == weight.dtype or not x.is_floating_point():
         return x
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+@contextlib.contextmanager
+def resting(model: nn.Module, *kinds: type[Holder]) -> Iterator[None]:
+    """Let adapters of some kinds do nothing inside the context, to look into the model as if they were not there."""
+    holders = [m for m in model.modules() if isinstance(m, kinds) and not m.resting]
+    try:
+        for holder in holders:
+            holder.resting = True
+        yield
+    finally:
+        for holder in holders:
+            holder.resting = False
 
 
 def idempotent(switch: Callable[[bool], None], *, on: bool) -> Callable[[bool], None]:
