@@ -48,9 +48,6 @@ class SparseParameters(nn.Module):
         self.register_buffer("indices", indices)
         self._written = _Written(indices.clone(), self._read(indices))
         self.values = nn.Parameter(self._written.original.clone())
-        self._version: Any = None
-        self._cached: tuple[Any, list[tuple[slice, Tensor]]] | None = None
-        self._handles: dict[int, Any] = {}
         self.mark_written()
 
     @property
@@ -88,9 +85,9 @@ class SparseParameters(nn.Module):
     @torch.no_grad()
     def write(self) -> None:
         """Write the values into the model's weights, if they are others than those that are there."""
-        if self.merged or not self.enabled or self.values.is_meta or self._state() == self._version:
+        if self.merged or not self.enabled or self.values.is_meta or self._state() == self._written.version:
             return
-        may_differ = self._version is None or self._state()[2:] != self._version[2:]
+        may_differ = self._written.version is None or self._state()[2:] != self._written.version[2:]
         if may_differ and not torch.equal(self.indices, self._written.indices.to(self.indices.device)):
             self._rebase()
         for p, (part, local) in zip(self.targets, self._own_parts(), strict=True):
@@ -106,7 +103,7 @@ class SparseParameters(nn.Module):
         if not on:
             self.write()
             self._put(self._written.indices, self._written.original)
-        self.enabled, self._version = on, None
+        self.enabled, self._written.version = on, None
         self.write()
 
     def merge(self) -> None:
@@ -150,34 +147,26 @@ class SparseParameters(nn.Module):
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
-        for handle in self._handles.values():
+        for handle in self._written.handles.values():
             handle.remove()
-        self._handles = {}
+        self._written.handles = {}
 
     def forward(self, x: Any) -> Any:
         """Return `x`: a model may call all of its children."""
         return x
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_handles": {},
-            "_version": None,
-            "_cached": None,
-        }  # hooks of tensors stay with the originals
-
     def mark_written(self) -> None:
         """Record that the weights hold the present values."""
-        self._version = self._state()
+        self._written.version = self._state()
 
     def _prepare(self) -> None:
         self.write()
         parameters = self.targets
-        if self._handles.keys() != {id(p) for p in parameters} and not self.values.is_meta:
+        if self._written.handles.keys() != {id(p) for p in parameters} and not self.values.is_meta:
             self._remove_hooks()
             for index, p in enumerate(parameters):
                 if p.requires_grad and p.is_leaf:
-                    self._handles[id(p)] = p.register_post_accumulate_grad_hook(self._collector(index))  # type: ignore[no-untyped-call]
+                    self._written.handles[id(p)] = p.register_post_accumulate_grad_hook(self._collector(index))  # type: ignore[no-untyped-call]
 
     def _collector(self, index: int) -> Callable[[Tensor], None]:
         def collect(p: Tensor) -> None:
@@ -196,9 +185,9 @@ class SparseParameters(nn.Module):
     def _own_parts(self) -> list[tuple[slice, Tensor]]:
         """Return for each parameter which of the values are its own, and their positions in it."""
         state = id(self.indices), self.indices._version
-        if self._cached is None or self._cached[0] != state:
-            self._cached = state, [(part, local.to(p.device)) for p, part, local in self._parts(self.indices)]
-        return self._cached[1]
+        if self._written.parts is None or self._written.parts[0] != state:
+            self._written.parts = state, [(part, local.to(p.device)) for p, part, local in self._parts(self.indices)]
+        return self._written.parts[1]
 
     def _parts(self, indices: Tensor) -> Iterator[tuple[nn.Parameter, slice, Tensor]]:
         """Yield each parameter, which of the entries are its own, and their positions in it."""
@@ -227,7 +216,7 @@ class SparseParameters(nn.Module):
     def _rebase(self) -> None:
         """Give the weights the backbone's values, and note those of the entries that train now."""
         self._put(self._written.indices, self._written.original)
-        self._written = _Written(self.indices.clone(), self._read(self.indices))
+        self._written.indices, self._written.original = self.indices.clone(), self._read(self.indices)
 
     def _state(self) -> Any:
         return id(self.values), self.values._version, id(self.indices), self.indices._version
@@ -239,11 +228,25 @@ def _put(p: Tensor, positions: Tensor, values: Tensor) -> None:
 
 
 class _Written:
-    """The entries of the weights that hold other values than the backbone's, and the backbone's; both (K,)."""
+    """What the weights hold. It follows them, also in a forward after which the attributes of modules are restored.
+
+    Attributes:
+        indices: The entries that may hold other values than the backbone's; (K,).
+        original: The backbone's; (K,).
+        version: The state of values and indices that the weights hold.
+        parts: Which of the values belong to which parameter, and the state of the indices that this holds for.
+        handles: Of the hooks that collect gradients, by the id of their parameter.
+    """
 
     def __init__(self, indices: Tensor, original: Tensor) -> None:
         self.indices = indices
         self.original = original
+        self.version: Any = None
+        self.parts: tuple[Any, list[tuple[slice, Tensor]]] | None = None
+        self.handles: dict[int, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handles": {}, "version": None, "parts": None}  # hooks stay with the original tensors
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -109,6 +109,38 @@ def test_disabled_saved_loaded_merged_and_detached(tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), base.state_dict().values(), strict=True))
 
 
+def test_loaded_entries_are_others_than_those_attached_and_leave_nothing(tmp_path: Path) -> None:
+    """As GPS does: which entries train is in the file, not in the options. Loading runs a forward of its own."""
+    model = tiny()
+    att = attached(model)
+    train(att, torch.optim.AdamW(att.parameters(), lr=0.05))
+    trained = model(X)
+    att.save(tmp_path)
+
+    def others(edit: petune.Edit) -> None:
+        for block in edit.sites.blocks:
+            parameters = list(block.module.parameters())
+            edit.train(parameters, mask=[mask.flip(0) for mask in masks_of(parameters)])
+
+    base = tiny()
+    again = petune.load(copy.deepcopy(base), tmp_path, tuner=Custom(others))
+    assert torch.equal(again.model(X), trained)
+    with again.disabled():
+        assert torch.equal(again.model(X), base(X))
+    again.detach()
+    assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), base.parameters(), strict=True))
+
+
+def test_a_forward_of_petunes_own_leaves_no_hook_behind(tmp_path: Path) -> None:
+    model = tiny()
+    att = attached(model)
+    att.save(tmp_path)  # computes reference logits
+    model(X)
+    att.detach()
+    model.requires_grad_()(X).sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())  # type: ignore[union-attr]
+
+
 def test_other_entries_are_chosen_and_start_at_the_backbones_values() -> None:
     found: list[petune.SparseParameters] = []
 
