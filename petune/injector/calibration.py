@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from petune.base.errors import UsageError
-from petune.injector.hooks.base import first_tensor, to_channels_last
+from petune.injector.hooks.base import first_tensor, part_of, to_channels_last
 from petune.sites.forward import tensors_in
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
@@ -66,7 +66,8 @@ class CalibrationBatch:
 
         def read(index: int, site: Site) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                found[index] = to_channels_last(next(tensors_in(output)), site.layout)
+                y = part_of(next(tensors_in(output)), site.part, site.layout)
+                found[index] = to_channels_last(y, site.layout)
 
             return site.exit.register_forward_hook(hook)
 

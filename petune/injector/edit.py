@@ -20,7 +20,15 @@ from petune.injector.placement import Placer
 from petune.injector.prompt_placement import PromptPlacer
 from petune.injector.sparse import SparseParameters
 from petune.injector.token_grid import TokenGrid, patch_convolution
-from petune.sites.required import require_editable, require_input, require_readable, require_site, require_whole
+from petune.sites.required import (
+    require_all_channels,
+    require_block,
+    require_editable,
+    require_input,
+    require_readable,
+    require_site,
+    require_whole,
+)
 from petune.sites.site import Block, Site, Sites
 
 
@@ -184,7 +192,7 @@ class Edit:
         Returns:
             The parameters that train now. Those that other attachments have added are left out.
         """
-        modules = _modules_of(target)
+        modules = _modules_of(require_all_channels(target, "train") if isinstance(target, Site) else target)
         parameters = [p for m in modules for p in m.parameters()]
         if not isinstance(target, nn.Module | Site):
             parameters = list(target)
@@ -222,7 +230,7 @@ class Edit:
             SiteNotFound: The block has no attention, or several.
             AttachError: No softmax of q · k was found there.
         """
-        layers = self.linear_layers(block.attn, pointwise=True, transposed=True)
+        layers = self.linear_layers(require_block(block, "attention").attn, pointwise=True, transposed=True)
         with resting(self.model, Around, KeysValues):
             return find_attention(self.model, self.sites, block, layers)
 

@@ -24,7 +24,7 @@ from petune.injector.qkv import qkv_readers
 from petune.injector.sparse import SparseParameters
 from petune.injector.trainable import CONTAINERS, added_to, host_for, open_trainable_state
 from petune.injector.zero_entries import ZeroEntries
-from petune.sites.required import require_editable, require_stream, require_whole
+from petune.sites.required import require_all_channels, require_editable, require_stream, require_whole
 from petune.sites.site import Block, Site, Sites
 
 
@@ -71,6 +71,7 @@ class Placer:
         """Put in the hooks by which an adapter reads: what enters the sites, or what leaves them."""
         holder.between = all(site.read_only for site in enters)
         holder.reads_output = leaving
+        holder.enter_parts = tuple(site.part for site in enters)
         for index, site in enumerate(enters):
             on_input, on_output = holder.enter, holder.read_output
             if index == 0 and isinstance(holder, Gather):
@@ -97,8 +98,11 @@ class Placer:
     def around(self, given: Site | Sequence[Site], adapter: nn.Module) -> None:
         """See `Edit.around`."""
         sites = [require_editable(site, "around") for site in (given if isinstance(given, Sequence) else [given])]
-        if not sites:
-            raise AttachError("around was given no site. Give one, or several that follow each other")
+        if not sites or len({site.enter for site in sites}) < len(sites):
+            count = "one twice" if sites else "no site"
+            raise AttachError(f"around was given {count}. Give one, or several that follow each other")
+        for site in sites:
+            require_all_channels(site, "around")
         self.call_qkv(*sites)
         links, num_items = links_of(self.model, self.sites, sites)
         holders = open_trainable_state(self.model, self.sites).holders
@@ -122,6 +126,8 @@ class Placer:
         sites = [require_whole(require_editable(site, "side"), "side") for site in given]
         if not sites or len({site.exit for site in sites}) < len(sites):
             raise AttachError("side needs one site or more, each another module. Give the blocks that the cell reads")
+        for site in sites:
+            require_all_channels(site, "side")
         holder = Side(cell, tuple(site.layout for site in sites))
         holder.reads_output = leaving
         self.call_qkv(*sites)
@@ -152,13 +158,23 @@ class Placer:
         """
         site = attention.site
         known = open_trainable_state(self.model, self.sites).holders
-        if not site.is_module or any(isinstance(h, KeysValues) and h.hidden[0] is site.enter for h in known):
+        others = [h for h in known if isinstance(h, KeysValues) and h.hidden[0] is site.enter]
+        if not site.is_module or any(h.enabled for h in others):
             reason = "has keys and values of another adapter" if site.is_module else "is several modules"
             raise AttachError(f"keys_values needs an attention that is one module of its own: {site.where} {reason}")
         holder = KeysValues(adapter, site.enter, site.layout, (attention.head_dim, attention.v_head_dim))
         self.add(holder, site, site)
+        self.log.enable_checks.append(lambda: self._refuse_other_keys(holder))
         holder.put()
         self.log.undo_steps.append(holder.remove)
+
+    def _refuse_other_keys(self, holder: KeysValues) -> None:
+        known = open_trainable_state(self.model, self.sites).holders
+        same = (h for h in known if isinstance(h, KeysValues) and h.hidden[0] is holder.hidden[0])
+        if any(h.enabled and h is not holder for h in same):
+            raise AttachError(
+                "another attachment adds keys and values to the same attention. Disable it first (attachment.disable())"
+            )
 
     def train_entries(self, parameters: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> SparseParameters:
         """Let some entries of the backbone's parameters train; see `Edit.train`.

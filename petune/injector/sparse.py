@@ -228,7 +228,7 @@ def _put(p: Tensor, positions: Tensor, values: Tensor) -> None:
 
 
 class _Written:
-    """What the weights hold. It follows them, also in a forward after which the attributes of modules are restored.
+    """The values that the weights hold, also in a forward after which the attributes of modules are restored.
 
     Attributes:
         indices: The entries that may hold other values than the backbone's; (K,).

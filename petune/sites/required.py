@@ -79,6 +79,31 @@ def require_input(site: Site, verb: str) -> Site:
     return site
 
 
+def require_all_channels(site: Site, verb: str) -> Site:
+    """Return a site of which a verb takes all channels.
+
+    Raises:
+        AttachError: It is a part of what a layer returns.
+    """
+    if site.part is not None:
+        raise AttachError(
+            f"{verb} takes all of a site, but {site.where} is a part of what {site.path} returns. Use after or "
+            "parallel, or give the layer itself"
+        )
+    return site
+
+
+def require_block(block: object, verb: str) -> Block:
+    """Return a block.
+
+    Raises:
+        AttachError: It is something else, such as a site inside it.
+    """
+    if not isinstance(block, Block):
+        raise AttachError(f"{verb} takes a block, such as edit.sites.blocks[0], but was given a {type(block).__name__}")
+    return block
+
+
 def require_whole(site: Site, verb: str) -> Site:
     """Return a site that a verb wants to change as a whole, if one module holds all of it.
 

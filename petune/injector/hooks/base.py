@@ -172,6 +172,14 @@ def in_part(part: Part, x: Tensor, layout: Layout, change: Callable[[Tensor, Lay
     return y.movedim(-1, 1) if layout == "BCHW" else y
 
 
+def part_of(x: Tensor, part: Part, layout: Layout) -> Tensor:
+    """Return a part of the channels of what a module returned; None is all of them."""
+    if part is None:
+        return x
+    start, stop = part
+    return x.narrow(1 if layout == "BCHW" else -1, start, stop - start)
+
+
 def version_of(x: Tensor) -> int:
     """Return how often a tensor was changed in place; 0 where PyTorch does not count that."""
     is_counted = not (torch.compiler.is_compiling() or x.is_inference() or x.is_nested)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError
-from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, to_channels_last
+from petune.injector.hooks.base import Holder, first_tensor, in_dtype_of, live_forward, to_channels_last
 from petune.sites.recorder import PRODUCTS
 from petune.sites.site import Layout
 from petune.sites.sums import ADDITIONS
@@ -45,6 +45,7 @@ class KeysValues(Holder):
         self.layout = layout
         self.head_dims = head_dims
         self.original: Callable[..., Any] | None = None
+        self.is_idle = False  # True after `remove`, if another forward is around this one
 
     def put(self) -> None:
         """Replace the attention's forward."""
@@ -55,12 +56,14 @@ class KeysValues(Holder):
     def remove(self) -> None:
         """Restore it, unless someone else has put another one around it: that one then only passes on."""
         self.enabled = False
+        self.is_idle = True
         module = self.hidden[0]
         if module.__dict__.get("forward") != self.attend:
             return
         del module.forward
-        if self.original is not None:
-            module.forward = self.original
+        original = live_forward(self.original)
+        if original is not None:
+            module.forward = original
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
         """Call the attention's own forward with more keys and values."""
@@ -85,12 +88,14 @@ class KeysValues(Holder):
     def pair(self, x_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the adapter's keys and values, each (1 or B, P, heads · D)."""
         made: Any = self.call(in_dtype_of(self.adapter, x_BND))
+        dims = self.head_dims
         is_pair = isinstance(made, tuple | list) and len(made) == 2 and all(isinstance(y, Tensor) for y in made)
-        if not is_pair or any(y.ndim != 3 or y.shape[0] not in (1, x_BND.shape[0]) for y in made):
+        fits = is_pair and all(y.ndim == 3 and y.shape[0] in (1, x_BND.shape[0]) for y in made)
+        if not fits or not made[0].shape[1] or made[0].shape[1] != made[1].shape[1] or _heads_differ(made, dims):
             shapes = [tuple(y.shape) for y in made] if is_pair else type(made).__name__
             raise AttachError(
-                f"the adapter {type(self.adapter).__name__} returned {shapes}. Return keys and values, each of shape "
-                "(1 or B, P, heads · width of a head)"
+                f"the adapter {type(self.adapter).__name__} returned {shapes}. Return as many keys as values, one "
+                "or more, each of shape (1 or B, P, heads · width of a head)"
             )
         return made[0], made[1]
 
@@ -223,6 +228,12 @@ def _projected(a: dict[str, Any]) -> list[Tensor]:
 def _split(x: Tensor, num_heads: int, head_dim: int) -> Tensor:
     """Return (..., H · D) as (..., H, D); one of the two may be -1."""
     return x.reshape(*x.shape[:-1], num_heads, head_dim)
+
+
+def _heads_differ(pair: tuple[Tensor, Tensor], head_dims: tuple[int, int]) -> bool:
+    """Return True if keys and values are not of one whole number of heads; fused attention does not check that."""
+    counts = [divmod(y.shape[-1], dim) for y, dim in zip(pair, head_dims, strict=True)]
+    return counts[0] != counts[1] or counts[0][1] != 0
 
 
 def _tensors(args: Any) -> list[Tensor]:

@@ -15,8 +15,10 @@ from petune.injector.hooks.base import (
     Args,
     Holder,
     Kwargs,
+    Part,
     first_tensor,
     in_part,
+    part_of,
     phase_of,
     shaped_like,
     tensor_of,
@@ -35,6 +37,8 @@ class Reader(Holder):
     """
 
     keeps_copy = False
+    enter_parts: tuple[Part, ...] = ()
+    """For each site of which the output is read, the channels that are read."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__(adapter)
@@ -89,7 +93,7 @@ class Parallel(Reader):
     def read_output(self, module: nn.Module, args: Args, output: Any) -> None:
         """Keep the output instead; hook of ENTER."""
         if self.acts_at(module):
-            self.entered = tensor_of(output)
+            self.entered = part_of(tensor_of(output), self.enter_parts[0], self.enter_layout)
             self.versions = [version_of(self.entered)]
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
@@ -144,12 +148,13 @@ class Gather(Reader):
     def read_output_first(self, module: nn.Module, args: Args, output: Any) -> None:
         """Start a new list with the output of the first of ENTERS; hook."""
         if self.acts_at(module):
-            self.enter_first(module, (tensor_of(output),), {})
+            self.enter_first(module, (part_of(tensor_of(output), self.enter_parts[0], self.enter_layouts[0]),), {})
 
     def read_output(self, module: nn.Module, args: Args, output: Any) -> None:
         """Keep the output of another one of ENTERS; hook."""
         if self.acts_at(module):
-            self.enter(module, (tensor_of(output),), {})
+            index = min(len(self.entered), len(self.enter_parts) - 1)  # `leave` refuses more
+            self.enter(module, (part_of(tensor_of(output), self.enter_parts[index], self.enter_layouts[index]),), {})
 
     def leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         """Add to the output; hook of EXIT. Also called after an exception, with `output` None: nothing stays behind."""
