@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fidelity_choices import gps, sct
 from fidelity_models import adaptformer, convpass, fact, repadapter, ssf
 from fidelity_pairs import BOTTLENECK, WIDTH, Built, Pair, attached, backbone, same_names
+from fidelity_plugins import adapter_plus, dtl, dyt, l2p, mona, prefix
 from official_code import load
 from torch import Tensor, nn
 
@@ -130,6 +132,8 @@ def _beside(block: Any, adapter: nn.Module) -> None:
     block.register_forward_hook(lambda _, __, out: out + changes.pop())
 
 
+MONA = "Swin-Transformer-Classification/mmcls/models/backbones/swin_transformer_mona.py"
+
 CASES = (
     Case("adaptformer", "ShoufaChen/AdaptFormer", "models", "the whole ViT", adaptformer),
     Case(
@@ -175,4 +179,54 @@ CASES = (
     ),
     Case("lora:targets=attn", "ZhangYuanhan-AI/NOAH", "model", "LoRA of the qkv", noah_lora),
     Case("adaptformer:scale=4", "jxhe/unify-parameter-efficient-tuning", "petl", "the parallel adapter", parallel),
+    Case(
+        "pfeiffer:position=post,scale=channel", "visinf/adapter_plus", "adapter_plus", "Adapter+ in timm's ViT",
+        lambda r: adapter_plus(r, theirs="post", position="post", scale="channel"),
+    ),
+    Case(
+        "pfeiffer:position=pre", "visinf/adapter_plus", "adapter_plus", "`pre` in timm's ViT",
+        lambda r: adapter_plus(r, theirs="pre", position="pre"),
+    ),
+    Case(
+        "pfeiffer", "visinf/adapter_plus", "adapter_plus", "`intermediate` in timm's ViT",
+        lambda r: adapter_plus(r, theirs="intermediate", position="intermediate"),
+    ),
+    Case(
+        "pfeiffer", "visinf/adapter_plus", "adapter_plus", "what it calls `pfeiffer`",
+        lambda r: adapter_plus(r, theirs="pfeiffer", position="intermediate"),
+        "by choice: there the adapter reads a new LayerNorm of the residual stream after the MLP, in petune the MLP's "
+        "output, as in NOAH",
+    ),
+    Case("mona", "Leiyi-Hu/mona", MONA, "the whole Swin of two stages", mona),
+    Case(
+        "dyt", "NUS-HPC-AI-Lab/Dynamic-Tuning", "models", "the whole ViT, in evaluation",
+        lambda r: dyt(r, training=False),
+    ),
+    Case(
+        "dyt", "NUS-HPC-AI-Lab/Dynamic-Tuning", "models", "the whole ViT in training, the same noise, with its loss",
+        lambda r: dyt(r, training=True),
+    ),
+    Case("dtl", "heekhero/DTL", "models", "the whole ViT", dtl),
+    Case(
+        "l2p", "JH-LEE-KR/l2p-pytorch", "prompt.py vision_transformer.py",
+        "the whole ViT and its loss, prompts without positions, chosen by each image", lambda r: l2p(r, as_it_is=False),
+    ),
+    Case(
+        "l2p", "JH-LEE-KR/l2p-pytorch", "prompt.py vision_transformer.py", "the whole ViT and its loss as they are",
+        lambda r: l2p(r, as_it_is=True),
+        "by choice: prompts have no positions (std 0.02 here), and each image chooses its own, as in the paper",
+    ),
+    Case("gps", "FightingFighting/GPS", "utils", "the entries it chooses (K = 2), then the whole ViT", gps),
+    Case(
+        "sct", "showlab/SCT", "train_model_sct.py models", "the channels it chooses, then the whole ViT",
+        lambda r: sct(r, place="attn"),
+    ),
+    Case(
+        "sct:place=mlp", "showlab/SCT", "train_model_sct.py models", "the channels it chooses, then the whole ViT",
+        lambda r: sct(r, place="mlp"),
+    ),
+    Case(
+        "prefix", "jxhe/unify-parameter-efficient-tuning", "petl src/transformers/models/bart",
+        "its attention in timm's ViT", prefix,
+    ),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fidelity_pairs import BOTTLENECK, DEPTH, WIDTH, Built, Pair, attached, backbone, same_names
+from fidelity_pairs import BOTTLENECK, DEPTH, WIDTH, Built, Pair, attached, backbone, copy_weights, same_names
 from official_code import load
 from torch import Tensor, nn
 
@@ -48,12 +48,6 @@ def _copy_split_qkv(model: Any, official: Any) -> None:
             state[name.replace(".mlp.", ".")] = value
     missing = set(official.load_state_dict(state, strict=False).missing_keys)
     assert all("adaptmlp" in name or "embeddings" in name for name in missing), missing
-
-
-def _copied(model: nn.Module, official: nn.Module) -> None:
-    """Copy timm's weights into a model with the same names and further ones."""
-    unexpected = official.load_state_dict(model.state_dict(), strict=False).unexpected_keys
-    assert not unexpected, unexpected
 
 
 def fact(root: Path, *, form: str, mlp: bool = True) -> Built:
@@ -166,7 +160,7 @@ def ssf(root: Path, *, patch_embedding: bool) -> Built:
         patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=12, num_classes=10, tuning_mode="ssf"
     ).double()
     model, attachment = attached("ssf")
-    _copied(backbone(), official.eval())
+    copy_weights(backbone(), official.eval(), "ssf_")
     places = {"petune_ssf_norm": (official, 1)}
     for i, block in enumerate(official.blocks):
         places |= {f"blocks.{i}.petune_ssf_norm{number}": (block, number) for number in (1, 2)}

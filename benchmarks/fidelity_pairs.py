@@ -50,6 +50,7 @@ class Built:
         pairs: The trained parameters.
         attachment: Petune's.
         merge: Merges the authors' adapters into their backbone, if they can.
+        term: Returns the authors' own term of the loss after a forward. With one, both are in train mode.
     """
 
     official: Callable[[Tensor], Tensor]
@@ -57,26 +58,42 @@ class Built:
     pairs: list[Pair]
     attachment: petune.Attachment
     merge: Callable[[], None] | None = None
+    term: Callable[[], Tensor] | None = None
 
 
-def backbone() -> Any:
+def backbone(*, pool: str = "token") -> Any:
     """Return a ViT of two blocks in float64, in which every parameter is random, also norms and biases."""
     torch.manual_seed(0)
-    model = VisionTransformer(patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=12, num_classes=10).double().eval()
+    model = VisionTransformer(
+        patch_size=16, embed_dim=WIDTH, depth=DEPTH, num_heads=12, num_classes=10, global_pool=pool
+    )
+    return randomized(model)
+
+
+def randomized(model: nn.Module) -> Any:
+    """Return the model in float64 and eval mode, with something random added to every parameter."""
+    model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     return model
 
 
-def attached(method: str) -> tuple[Any, petune.Attachment]:
-    """Return the backbone with a method of petune, in eval mode."""
-    model = backbone()
+def attached(method: str, model: Any = None) -> tuple[Any, petune.Attachment]:
+    """Return the backbone, or another model, with a method of petune, in eval mode."""
+    model = backbone() if model is None else model
     attachment = petune.attach(model, method)
     for tensor in attachment.tuned.values():
         tensor.data = tensor.data.double()
     model.eval()
     return model, attachment
+
+
+def copy_weights(model: nn.Module, official: nn.Module, *further: str) -> None:
+    """Copy timm's weights into a model with the same names, and with others that contain one of `further`."""
+    missing, unexpected = official.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected, unexpected
+    assert all(any(part in name for part in further) for name in missing), missing
 
 
 def same_names(official: nn.Module, attachment: petune.Attachment, place: str, names: dict[str, str]) -> Iterator[Pair]:

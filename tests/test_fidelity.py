@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fidelity
 import fidelity_page
+import pytest
 from fidelity_cases import CASES
 from official_code import clone_of, commit_of, extracted, load
 
@@ -35,3 +37,30 @@ def test_code_of_a_clone_is_imported_and_forgotten(tmp_path: Path) -> None:
     with extracted(clone, "code") as root:
         assert load(root / "code", "theirs", stubs=["missing_package"]).VALUE == 3
     assert not {"theirs", "neighbor", "missing_package"} & set(sys.modules)
+
+
+def test_stubs_decorate_and_have_given_values_and_real_modules_come_back(tmp_path: Path) -> None:
+    decorated = "@missing.register('x')\n@missing.ALL.register_module()\nclass Theirs(missing.Base): pass\n"
+    (tmp_path / "theirs.py").write_text(f"import missing, json\n{decorated}")
+    theirs = load(tmp_path, "theirs", stubs=["missing", "json"], values={"missing.Base": dict})
+    assert issubclass(theirs.Theirs, dict)
+    assert sys.modules["json"] is json
+    assert theirs.json is not json
+
+
+def test_rows_that_are_not_measured_again_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fidelity_page.RESULT.read_text()
+    (tmp_path / "fidelity.json").write_text(before)
+    monkeypatch.setattr(fidelity, "RESULT", tmp_path / "fidelity.json")
+    monkeypatch.setattr(fidelity, "write_page", lambda: None)
+    new = {**json.loads(before)["rows"][0], "output": 0.5}
+    monkeypatch.setattr(fidelity, "measured", lambda case, clone: new)
+    for case in CASES:  # with clones of all
+        (tmp_path / case.repository.replace("/", "+")).mkdir(exist_ok=True)
+    assert fidelity.main(tmp_path / "nowhere", []) == 0
+    assert (tmp_path / "fidelity.json").read_text() == before
+    assert fidelity.main(tmp_path, ["mona"]) == 0
+    rows = json.loads((tmp_path / "fidelity.json").read_text())["rows"]
+    old = json.loads(before)["rows"]
+    assert rows.count(new) == 1
+    assert [row for row in rows if row != new] == [row for row in old if row["method"] != "mona"]
