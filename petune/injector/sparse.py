@@ -9,7 +9,7 @@ Shapes: K trained entries, of all parameters together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,6 +134,19 @@ class SparseParameters(nn.Module):
     def watch(self, root: nn.Module) -> None:
         """Remember which module is the whole model."""
         self.__dict__["_root_of"] = (root,)
+        self._load_hook = root.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _before_load(self, root: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Note the backbone's values of entries that a state_dict of the model chooses: it holds the trained ones."""
+        path = next((path for path, module in root.named_modules() if module is self), "")
+        indices = state.get(f"{prefix}{path}.indices")
+        if self.merged or not self.enabled or indices is None or indices.shape != self.indices.shape:
+            return
+        self._put(self._written.indices, self._written.original)
+        indices = indices.detach().to(self.indices, copy=True)
+        self._written.indices, self._written.original = indices, self._read(indices)
+        self._written.version = None
 
     @property
     def _root(self) -> nn.Module | None:
@@ -145,6 +158,7 @@ class SparseParameters(nn.Module):
         if not self.merged:
             self.set_enabled(False)
         self._remove_hooks()
+        self._load_hook.remove()
 
     def _remove_hooks(self) -> None:
         for handle in self._written.handles.values():

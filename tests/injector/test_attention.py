@@ -255,10 +255,10 @@ class Wrong(nn.Module):
     ("change", "message"),
     [
         (lambda e, b: e.before(e.attention(b).q, Add(1.0)), "whole layer reads that input. Use after or parallel"),
-        (lambda e, b: e.keys_values(b, Wrong(5)), "returned int. Return keys and values"),
+        (lambda e, b: e.keys_values(b, Wrong(5)), "returned int. Return as many keys as values"),
         (
             lambda e, b: e.keys_values(b, Wrong((torch.zeros(3, 24), torch.zeros(3, 24)))),
-            "Return keys and values, each of",
+            "Return as many keys as values",
         ),
         (lambda e, b: [e.keys_values(b, Constant(24)) for _ in range(2)], "has keys and values of another adapter"),
     ],

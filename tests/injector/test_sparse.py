@@ -131,6 +131,25 @@ def test_loaded_entries_are_others_than_those_attached_and_leave_nothing(tmp_pat
     assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), base.parameters(), strict=True))
 
 
+def test_a_state_dict_brings_other_entries_and_detach_still_gives_the_backbone_back() -> None:
+    model, base = tiny(), tiny()
+    att = attached(model)
+    for entries in att.edit_log.sparse:
+        entries.choose([mask.flip(0) for mask in entries.masks()])
+    train(att, torch.optim.AdamW(att.parameters(), lr=0.05))
+    trained, state = model(X), copy.deepcopy(model.state_dict())
+    other = tiny()
+    again = attached(other)
+    other.load_state_dict(state)
+    assert torch.equal(other(X), trained)
+    with again.disabled():
+        assert all(torch.equal(other.get_parameter(key), p) for key, p in base.named_parameters() if "blocks" in key)
+    assert torch.equal(copy.deepcopy(other)(X), trained)
+    again.detach()
+    assert all(torch.equal(other.get_parameter(key), p) for key, p in base.named_parameters() if "blocks" in key)
+    assert not other._load_state_dict_pre_hooks
+
+
 def test_a_forward_of_petunes_own_leaves_no_hook_behind(tmp_path: Path) -> None:
     model = tiny()
     att = attached(model)
