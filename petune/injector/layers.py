@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from petune.base.errors import SiteNotFound
+from petune.injector.hooks.base import Holder
 from petune.injector.qkv import qkv_called
 from petune.injector.trainable import added_to
 from petune.injector.transposed_linear import is_transposed_linear
@@ -78,8 +79,10 @@ class LayerFinder:
         left_out = self.sites.left_out_modules() | self._before_chosen()
         within = {id(m) for m in self.model.get_submodule(self.sites.within).modules()}
 
+        in_adapters = {m for holder in self.model.modules() if isinstance(holder, Holder) for m in holder.modules()}
+
         def is_own(module: nn.Module) -> bool:
-            added = any(id(p) in self.others for p in module.parameters(recurse=False))
+            added = module in in_adapters or any(id(p) in self.others for p in module.parameters(recurse=False))
             return id(module) in within and id(module) not in head and module not in left_out and not added
 
         return [m for m in self.model.modules() if is_own(m)]

@@ -99,6 +99,19 @@ def test_keys_and_values_must_be_as_many(shapes: tuple[tuple[int, int], tuple[in
         attach(tiny(), lambda e: e.keys_values(e.sites.blocks[0], Uneven(*shapes)))
 
 
+def test_linear_layers_are_the_backbones_and_not_those_of_the_same_tuner() -> None:
+    found: list[list[str]] = []
+
+    def change(e: petune.Edit) -> None:
+        mlp = e.sites.blocks[0].mlp
+        e.after(mlp, nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)))
+        e.parallel(mlp, mlp, nn.Linear(24, 24))
+        found.extend([site.path for site in look(mlp)] for look in (e.linear_layers, e.input_linears))
+
+    attach(tiny(), change)
+    assert found == [["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], ["blocks.0.mlp.fc1"]]
+
+
 def test_a_site_is_no_block_and_no_site_comes_twice() -> None:
     with pytest.raises(petune.AttachError, match="takes a block"):
         attach(tiny(), lambda e: e.attention(e.sites.blocks[0].attn))  # type: ignore[arg-type]
