@@ -200,13 +200,13 @@ class Attachment:
             AttachError: See `parameters`.
         """
         self._check_in_model()
-        tuned = gradients.expected(self.tuned, may_lack=self.tuner.may_lack_gradients)
+        tuned = gradients.expected(self.tuned, self.model, self.sites, may_lack=self.tuner.may_lack_gradients)
         gradients.check_gradients(self.name, tuned, self.head, self.edit_log.unfrozen, under_way=under_way)
 
     def missing_gradients(self, without: set[str]) -> list[str]:
         """Return those of the keys `without` a gradient whose parameters should have one."""
-        may_lack = self.tuner.may_lack_gradients and not self.tuned.keys() <= without
-        return [] if may_lack else gradients.missing_gradients(self.tuned, self.edit_log.unfrozen, without)
+        tuned = gradients.expected(self.tuned, self.model, self.sites, may_lack=self.tuner.may_lack_gradients)
+        return gradients.missing_gradients(tuned, self.edit_log.unfrozen, without & tuned.keys())
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved, by state_dict key: tuned and head tensors, and the buffers that move with them.

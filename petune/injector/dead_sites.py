@@ -20,6 +20,7 @@ from petune.injector.trainable import open_trainable_state
 from petune.sites.forward import device_of, dtype_of, inference, tensors_in
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
+from petune.sites.routed import routed_modules
 from petune.sites.site import Block, Sites, is_within, modules_of
 from petune.sites.undisturbed import undisturbed
 from petune.sites.used_parameters import leaves_of, reached_on_meta
@@ -77,6 +78,11 @@ def check_used(attachment: Attachment) -> None:
     adapters = [holder.adapter for holder, _ in log.placed]
     graph = (_graph_on_meta(attachment, adapters) if is_large(model) else None) or _graph(model, sites, adapters)
     called = graph.called if graph is not None else set(record_calls(model, sites.input_spec, adapters))
+    if not called.issuperset(adapters):  # experts that black images do not reach
+        routed = routed_modules(model, sites.input_spec, sites.block_modules()).keys()
+        called |= routed
+        if graph is not None and graph.leaves is not None:
+            graph.leaves.update(id(p) for m in routed for p in m.parameters())
     _check_called(log, sites, called)
     if graph is not None:
         _check_reached(attachment, graph)

@@ -277,6 +277,10 @@ class Edit:
         """Return those of `modules` that a forward calls now."""
         return self._layers.called(modules)
 
+    def routed(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
+        """Return those of `modules` that are in experts that a router chooses for other images than black ones."""
+        return self._layers.routed(modules)
+
     def site(self, module: nn.Module, dim: int | None = None) -> Site:
         """Return a Site for any module of the model, to edit single layers.
 

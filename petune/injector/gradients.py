@@ -8,6 +8,8 @@ from torch import nn
 
 from petune.base.errors import DeadSite
 from petune.base.text import plural
+from petune.sites.routed import routed_parameters
+from petune.sites.site import Sites
 
 
 def check_gradients(
@@ -48,9 +50,18 @@ def check_gradients(
         )
 
 
-def expected(tuned: Mapping[str, nn.Parameter], *, may_lack: bool) -> Mapping[str, nn.Parameter]:
-    """Return the parameters that must have a gradient: all, or if `may_lack`, those that have one, if any does."""
-    return {key: p for key, p in tuned.items() if p.grad is not None} or tuned if may_lack else tuned
+def expected(
+    tuned: Mapping[str, nn.Parameter], model: nn.Module, sites: Sites, *, may_lack: bool
+) -> Mapping[str, nn.Parameter]:
+    """Return the parameters that must have a gradient: all, or if `may_lack`, those that have one, if any does.
+
+    A batch need not reach all experts of a router, so those of experts need none.
+    """
+    reached = {key: p for key, p in tuned.items() if p.grad is not None}
+    if may_lack or len(reached) in (0, len(tuned)):
+        return reached or tuned
+    routed = routed_parameters(model, sites.input_spec, sites.block_modules())
+    return {key: p for key, p in tuned.items() if key in reached or id(p) not in routed}
 
 
 def missing_gradients(

@@ -14,6 +14,7 @@ from petune.injector.trainable import added_to
 from petune.injector.transposed_linear import is_transposed_linear
 from petune.sites.layouts import is_pointwise
 from petune.sites.recorder import record_calls
+from petune.sites.routed import routed_modules
 from petune.sites.site import Site, Sites
 from petune.sites.trace import Call
 from petune.sites.used_parameters import used_parameters
@@ -69,7 +70,15 @@ class LayerFinder:
 
     def used(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """See `Edit.used`."""
-        return used_parameters(self.model, self.sites.input_spec, parameters)
+        candidates = list(parameters)
+        used = {id(p) for p in used_parameters(self.model, self.sites.input_spec, candidates)}
+        if len(used) < len(candidates):
+            used |= {id(p) for m in self._routed() for p in m.parameters(recurse=False)}
+        return [p for p in candidates if id(p) in used]
+
+    def routed(self, modules: Iterable[nn.Module]) -> set[nn.Module]:
+        """See `Edit.routed`."""
+        return self._routed().keys() & {*modules}
 
     def backbone(self) -> list[nn.Module]:
         """See `Edit.backbone`."""
@@ -126,4 +135,11 @@ class LayerFinder:
             watched = [*self._matrices(), *(m for s in sites for m in s.modules)]
             with qkv_called(self.model):
                 self._recorded = record_calls(self.model, self.sites.input_spec, watched)
+            inside = {id(m) for b in self.sites.blocks for own in b.own_modules for m in own.modules()}
+            if any(id(m) in inside and m not in self._recorded for m in self._matrices()):
+                routed = {m: like for m, like in self._routed().items() if like in self._recorded}
+                self._recorded |= {m: self._recorded[like] for m, like in routed.items()}
         return self._recorded
+
+    def _routed(self) -> dict[nn.Module, nn.Module]:
+        return routed_modules(self.model, self.sites.input_spec, self.sites.block_modules())

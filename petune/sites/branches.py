@@ -7,8 +7,17 @@ from dataclasses import replace
 
 from petune.sites.attentions import Attention
 from petune.sites.layouts import layout_of, make_site, width_after
-from petune.sites.norms import has_channels_second, is_norm, norm_of
-from petune.sites.parts import Mlp, attention_branch, mlp_of_matrices, num_matrices, projection_of, sums_of, unwrap
+from petune.sites.norms import has_channels_second, norm_of
+from petune.sites.parts import (
+    Mlp,
+    attention_branch,
+    mlp_of_matrices,
+    norms_before,
+    num_matrices,
+    projection_of,
+    sums_of,
+    unwrap,
+)
 from petune.sites.site import Block, Site
 from petune.sites.trace import Call, Trace
 
@@ -88,8 +97,7 @@ def _mlps_of_bare_matrices(calls: Sequence[Call]) -> list[Mlp]:
 
 def _adds(trace: Trace, mlp: Mlp, block: Call) -> bool:
     """Return whether something is added in the block to what enters an MLP, or to what enters its norm."""
-    norm = trace.maker(mlp.first.input)
-    entered = [mlp.first.input, norm.input if norm is not None and is_norm(norm) else None]
+    entered = [mlp.first.input, *(norm.input for norm in norms_before(trace, mlp.first))]
     later = [add.result for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for result in later for add in sums_of(trace, result, block)]
     return any(add.other(x) is not None for add in sums for x in entered)

@@ -17,6 +17,9 @@ from petune.sites.layouts import is_conv, is_pointwise, width_after, width_of
 from petune.sites.norms import is_norm, norm_inside
 from petune.sites.trace import Addition, Call, Trace, own_weights
 
+MAX_OPERATIONS = 16
+"""Operations between a norm and an MLP that are looked through."""
+
 
 @dataclass(eq=False)
 class Mlp:
@@ -137,8 +140,12 @@ def is_residual(trace: Trace, call: Call) -> bool:
 
 def _adds_its_input(trace: Trace, call: Call) -> bool:
     """Return whether all that a call adds inside is its input; a norm may follow (OneFormer's decoder)."""
-    inside = [add for add in trace.additions if call.start < add.time < call.stop]
-    return call.input is not None and len(inside) == 1 and inside[0].other(call.input) is not None
+    inside = {add.operands: add for add in trace.additions if call.start < add.time < call.stop}
+    return (
+        call.input is not None
+        and len(inside) == 1
+        and all(add.other(call.input) is not None for add in inside.values())
+    )
 
 
 def attention_branch(trace: Trace, attention: Call, scope: Call) -> Call | None:
@@ -160,8 +167,10 @@ def projection_of(branch: Call, scope: Call) -> Call:
 
     That is the attention itself if it does so inside.
     """
+    if branch.parent is None or not scope.maps_tokens:
+        return branch
     widths = (width_of(scope), width_after(scope))
-    if branch.parent is None or not scope.maps_tokens or width_after(branch) in widths:
+    if width_after(branch) in widths:
         return branch
     after = (c for c in branch.parent.children if c.input is branch.output and c.maps_tokens)
     return next((c for c in after if width_after(c) in widths), branch)
@@ -179,9 +188,7 @@ def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.i
     The stream is the tensor that a later addition adds to. A tensor that was used before the attention ended is not
     between attention and MLP. One that is added to only after the block is the other stream of a reversible block.
     """
-    maker = trace.maker(mlp.first.input)
-    candidates = [mlp.first] if maker is None or not is_norm(maker) else [mlp.first, maker]
-    for call in candidates:
+    for call in (mlp.first, *norms_before(trace, mlp.first)):
         stream = call.input
         if stream is None or call.start < attention_end or _used_before(trace, stream, attention_end):
             continue
@@ -190,15 +197,30 @@ def mid_of(trace: Trace, mlp: Mlp, attention_end: int, block_end: float = math.i
     return None
 
 
+def norms_before(trace: Trace, call: Call) -> list[Call]:
+    """Return the norms whose output enters a call, as it is or after it was cast, scaled and shifted (DiT's adaLN)."""
+    tensors, found = [call.input], []
+    for tensor in tensors:
+        maker = trace.maker(tensor)
+        if maker is not None and is_norm(maker):
+            found.append(maker)
+        elif maker is None and tensor is not None and len(tensors) < MAX_OPERATIONS:
+            tensors += trace.elementwise.get(id(tensor), (tensor, ()))[1]
+    return found
+
+
 def _used_before(trace: Trace, tensor: Tensor, time: int) -> bool:
     return any(tensor is x for c in trace.calls if c.start < time for x in c.inputs)
 
 
 def _scaled(trace: Trace, stream: Tensor) -> list[Tensor]:
-    """Return the stream after it was only scaled on its way to the addition, by modules or a multiplication."""
-    scales = [c for c in trace.calls if c.input is stream and c.is_leaf and not c.has_matrix and not is_norm(c)]
-    products = [product for factor, product in trace.scalings if factor is stream]
-    return [*(c.output for c in scales if c.output is not None and c.keeps_shape), *products]
+    """Return the stream after it was only scaled or cast on its way to the addition, by modules or operations."""
+    forms = [stream]
+    for form in forms:
+        scales = [c for c in trace.calls if c.input is form and c.is_leaf and not c.has_matrix and not is_norm(c)]
+        forms += [c.output for c in scales if c.output is not None and c.keeps_shape and c.output is not form]
+        forms += [product for factor, product in trace.scalings if factor is form]
+    return forms[1:]
 
 
 def addition_to(trace: Trace, stream: Tensor, after: int, before: float = math.inf) -> Addition | None:

@@ -20,13 +20,12 @@ from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.random_numbers import is_large, watch_draws
-from petune.sites.sums import SumRecorder, renamed
+from petune.sites.sums import MULTIPLICATIONS, SumRecorder, renamed
 from petune.sites.trace import AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
 
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward", "_native_multi_head_attention"}
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
-MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
 NORMALIZATIONS = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
     "var", "std", "var_mean", "std_mean",
@@ -185,7 +184,7 @@ class _OperationRecorder(TorchFunctionMode):
         """Values that were sampled from an image, and what was made of them, by identity."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # torch.ops.aten.add.Tensor
         returned = func(*args, **(kwargs or {}))
         result = renamed(name, args, returned)
         self.sums.record(name, args, kwargs or {}, result)

@@ -150,6 +150,10 @@ class Sites:
         chosen = {id(block.enter) for block in self.blocks}
         return modules_of(b for b in self.all_blocks if id(b.enter) not in chosen) - modules_of(self.blocks)
 
+    def block_modules(self) -> set[nn.Module]:
+        """Return the modules that bound the blocks, of all that were found."""
+        return {module for block in self.all_blocks for module in block.modules}
+
     @property
     def patch_embed(self) -> Site:
         """The patch embedding, from image to tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from petune.sites.trace import TOKENS, Addition, Trace, is_vector
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__"}
+CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"}
 IN_PLACE = {"add_", "sub_", "__iadd__", "__isub__"}
 DIFFERENCES = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
 PRODUCTS_ADDED = {"addcmul", "addcmul_"}
@@ -19,6 +21,7 @@ MIXES = {"lerp", "lerp_"}
 REVERSED_DIFFERENCES = {"rsub", "__rsub__"}
 STACKS = {"stack"}
 REDUCTIONS = {"sum", "mean"}
+ELEMENTWISE = ADDITIONS | DIFFERENCES | REVERSED_DIFFERENCES | PRODUCTS_ADDED | MULTIPLICATIONS | CASTS
 
 
 def renamed(name: str, args: Sequence[Any], result: Any) -> Any:
@@ -58,21 +61,37 @@ class SumRecorder:
         self.trace = trace
         self.tick = tick
         self._stacks: dict[int, tuple[Tensor, Sequence[Tensor], int]] = {}
+        self._sums: dict[int, Addition] = {}
 
     def record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Record an operation if it is a sum, or a stack that is summed later; not one that changes its operand."""
         if not isinstance(result, Tensor) or any(x is result for x in args):
             return
-        if name in STACKS:
+        if name in ELEMENTWISE:
+            operands = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.shape == result.shape)
+            self.trace.elementwise[id(result)] = result, tuple(operands)
+        if name in CASTS:
+            self._record_cast(args[0], result)
+        elif name in STACKS:
             tensors = kwargs.get("tensors", args[0] if args else ())
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             self._stacks[id(result)] = result, tuple(tensors), dim % result.ndim
-            return
-        terms = self._terms(name, args, kwargs, result)
-        if terms:
-            operands = [term.tensor if term.product is None else term.product for term in terms]
-            self.trace.additions.append(Addition(self.tick(), tuple(dict.fromkeys(operands)), result))
+        elif terms := self._terms(name, args, kwargs, result):
+            self._record_sum([term.tensor if term.product is None else term.product for term in terms], result)
             self.trace.scalings += [(term.tensor, term.product) for term in terms if term.product is not None]
+
+    def _record_sum(self, operands: Iterable[Tensor], result: Tensor) -> None:
+        addition = self._sums[id(result)] = Addition(self.tick(), tuple(dict.fromkeys(operands)), result)
+        self.trace.additions.append(addition)
+        if len(addition.operands) == 1 and addition.operands[0].shape == result.shape:  # Python's sum starts at 0
+            self.trace.scalings.append((addition.operands[0], result))
+
+    def _record_cast(self, x: Any, result: Tensor) -> None:
+        """Record a tensor in another dtype: the same stream, and the same sum if it is one."""
+        if isinstance(x, Tensor):
+            self.trace.scalings.append((x, result))
+            if id(x) in self._sums:
+                self._record_sum(self._sums[id(x)].operands, result)
 
     def _terms(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> list[Term]:
         if name in ADDITIONS:

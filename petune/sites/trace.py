@@ -167,7 +167,8 @@ class Trace:
 
     Attributes:
         calls, attention_ops, additions: In the order of the forward.
-        scalings: A tensor, and the product of it with a number or with one number for each channel.
+        scalings: A tensor, and what it was cast to, or its product with a number or with one number for each channel.
+        elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
         batch_size: Number of samples.
         outputs: All tensors that the model returned.
         draws_nothing: True if the forward was watched, and drew no random number.
@@ -178,6 +179,7 @@ class Trace:
     attention_ops: list[AttentionOp] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
     batch_size: int = 0
     outputs: list[Tensor] = field(default_factory=list)
     draws_nothing: bool = False

@@ -60,7 +60,7 @@ def test_what_authors_see_fits_a_screen() -> None:
     assert names == [
         "add_parameters", "after", "around", "attention", "backbone", "before", "called", "input_linears",
         "keys_values", "linear_layers", "on_detach", "on_merge", "on_toggle", "parallel", "prompt",
-        "prompt_span", "side", "site", "stream", "token_grid", "train", "uncalled_linears", "use_qkv_module",
+        "prompt_span", "routed", "side", "site", "stream", "token_grid", "train", "uncalled_linears", "use_qkv_module",
         "used",
     ]  # fmt: skip
 

@@ -22,6 +22,9 @@ SUMS: dict[str, Add] = {
     "sub": lambda x, y, g: torch.sub(x, y, alpha=0.5),
     "rsub": lambda x, y, g: torch.rsub(y, x),
     "add with alpha": lambda x, y, g: y.add(x, alpha=0.7),
+    "in float64": lambda x, y, g: (x.double() + y.to(torch.float64)).to(x.dtype),
+    "Python's sum": lambda x, y, g: sum([x, y]),
+    "aten": lambda x, y, g: torch.ops.aten.add.Tensor(x, y),
 }
 
 
@@ -123,3 +126,47 @@ def test_tokens_that_change_in_place_are_not_read_too_late() -> None:
     plain = model(X)
     randomised(petune.attach(model, "lora"))
     assert not torch.allclose(model(X), plain)
+
+
+class Modulated(Block):
+    """A block that scales and shifts what enters its MLP, as DiT's adaLN, and casts it."""
+
+    def second(self, x: Tensor) -> Tensor:
+        y = (self.norm2(x) * (1 + x[:, :1]) + x.mean(1, keepdim=True)).to(torch.float64)
+        return self.add(x, self.mlp(y.float()), self.g)
+
+
+def test_a_norm_is_seen_through_modulation_and_casts() -> None:
+    model = model_of(lambda block: Modulated(block, lambda x, y, g: x + y))
+    assert [block.mid.path for block in petune.find_sites(model).blocks] == ["blocks.0.norm2", "blocks.1.norm2"]
+    check_adaptformer(model)
+
+
+class Keeping(Block):
+    """A block that returns nothing: it changes the state that it is called with."""
+
+    def forward(self, state: dict[str, Tensor]) -> None:  # type: ignore[override]
+        state["x"] = super().forward(state["x"])
+
+
+class Keeper(nn.Sequential):
+    """Blocks that share a state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = {"x": x}
+        for block in self:
+            block(state)
+        return state["x"]
+
+
+def test_blocks_that_change_a_state_are_found() -> None:
+    model = model_of(lambda block: Keeping(block, lambda x, y, g: x + y))
+    model.blocks = Keeper(*model.blocks)
+    with torch.no_grad():
+        before = model(X)
+        att = randomised(petune.attach(model, "adaptformer", bottleneck=4))
+        assert [block.where for block in att.sites.blocks] == [
+            "blocks.0.attn … blocks.0.mlp",
+            "blocks.1.attn … blocks.1.mlp",
+        ]
+        assert not torch.allclose(model(X), before)

@@ -91,6 +91,8 @@ def refuse_classifier(sites: petune.Sites, layers: dict[str, Any]) -> None:
 def refuse_uncalled(edit: petune.Edit, layers: dict[str, Any]) -> None:
     """Refuse layers that the forward never calls."""
     called = _called_without_hooks(edit, layers.values())
+    if len(called) < len(layers):
+        called |= edit.routed(layers.values())
     for path, layer in layers.items():
         if layer not in called:
             raise petune.AttachError(

@@ -110,13 +110,25 @@ def _linear_layers(edit: petune.Edit, config: PeftConfig, *, required: bool) -> 
             f"{f': it reads the weights of {names} itself' if uncalled else ''}. Use targets=mlp, or adaptformer"
         )
     if uncalled:
-        method = "dora" if config.peft_options.get("use_dora") else config.type
-        warnings.warn(
-            f"{model} reads the weights of {len(uncalled)} of {len(uncalled) + len(layers)} linear layers without "
-            f"calling them, such as {names}: they get no {method}, the others do",
-            stacklevel=2,
-        )
+        _name_uncalled(edit, config, uncalled, len(uncalled) + len(layers))
     return layers
+
+
+def _name_uncalled(edit: petune.Edit, config: PeftConfig, uncalled: Sequence[petune.Site], num_layers: int) -> None:
+    """Warn about layers that get nothing: the model reads their weights itself, or does not use them."""
+    method = "dora" if config.peft_options.get("use_dora") else config.type
+    used = set(edit.used(p for layer in uncalled for p in layer.module.parameters()))
+    read = [layer for layer in uncalled if not used.isdisjoint(layer.module.parameters())]
+    unused = [layer for layer in uncalled if layer not in read]
+    does, without = "reads the weights of", "without calling them"
+    for layers, verb, how in ((read, does, without), (unused, "does not use", "for a black image in eval mode")):
+        names = ", ".join(dict.fromkeys(layer.path for layer in layers[:3]))
+        if layers:
+            warnings.warn(
+                f"{edit.sites.model} {verb} {len(layers)} of {num_layers} linear layers {how}, such as {names}: they "
+                f"get no {method}, the others do",
+                stacklevel=3,
+            )
 
 
 def _has_side(layer: petune.Site, dim: int) -> bool:
