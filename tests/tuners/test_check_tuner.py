@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -262,7 +263,35 @@ class ColumnLoss(Low):
         return y
 
 
+class Sparse(petune.Tuner[petune.TunerConfig]):
+    """Train one entry of each norm's weight."""
+
+    def attach(self, edit: petune.Edit) -> None:
+        weights = [block.norm1.module.weight for block in edit.sites.require_blocks()]
+        self.weights = weights
+        self.entries = edit.train(weights, mask=[torch.arange(len(weight)) == 0 for weight in weights])
+
+
+class WritesOutsideMask(Sparse):
+    def on_step_end(self, step: int) -> None:
+        with torch.no_grad():
+            self.weights[0][1] += 0.1
+
+
+class ChoosesByChance(Sparse):
+    generator = torch.Generator().manual_seed(1)
+
+    def calibrate(self, batches: Iterable[petune.CalibrationBatch]) -> None:
+        for _ in batches:
+            break
+        chosen = [int(torch.randint(len(weight), (), generator=self.generator)) for weight in self.weights]
+        pairs = zip(self.weights, chosen, strict=True)
+        self.entries.choose([torch.arange(len(weight)) == number for weight, number in pairs])
+
+
 CASES: list[tuple[Any, str]] = [
+    (WritesOutsideMask(), "masked entries"),
+    (ChoosesByChance(), "calibration"),
     (Surrounds(), "inner gradients"),
     (SurroundsMixing(), "independent images"),
     (broken(DetachedLoss), "auxiliary loss"),
