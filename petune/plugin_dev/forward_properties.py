@@ -16,10 +16,11 @@ from petune.plugin_dev.trial import Trial
 
 def inner_gradients(t: Trial) -> str:
     """Return the problem with an adapter that calls `inner` under no_grad only."""
+    if not any(isinstance(module, Around) for module in t.model.modules()):
+        return ""
     model = copy.deepcopy(t.model).train()
     calls = {holder: _watch(holder) for holder in model.modules() if isinstance(holder, Around)}
-    if calls:
-        t.x.call(model)
+    t.x.call(model)
     cut = next((holder for holder, with_grad in calls.items() if with_grad and not any(with_grad)), None)
     if cut is None:
         return ""

@@ -65,7 +65,7 @@ class SideNetwork(nn.Module):
 
 
 class DTL(petune.Tuner[DTLConfig]):
-    """Train a low-rank side network that reads what enters every block, and add it to the last blocks.
+    """Train a low-rank side network beside all blocks, and add it to the last ones.
 
     Disentangled transfer learning (Fu et al., AAAI 2024, arXiv 2312.07856), with x_i what enters block i:
 

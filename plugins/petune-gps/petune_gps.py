@@ -30,7 +30,7 @@ class GPSConfig(petune.TunerConfig):
 
 
 class GPS(petune.Tuner[GPSConfig]):
-    """Train the weights with the largest gradients, K of each output of every layer, and the biases.
+    """Train the K weights with the largest gradients of each output of a layer, and biases.
 
     GPS (Zhang et al., CVPR 2024, arXiv 2312.10136):
 

@@ -71,7 +71,7 @@ class MonaAdapter(nn.Module):
 
 
 class Mona(petune.Tuner[MonaConfig]):
-    """Filter the residual stream with convolutions of three sizes, after attention and MLP of every block.
+    """Filter the residual stream by convolutions of three sizes, after attention and MLP.
 
     Mona (Yin et al., CVPR 2025, arXiv 2408.08345), after each of the two residual sums:
 

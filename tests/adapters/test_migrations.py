@@ -16,6 +16,7 @@ from petune.adapters.format import read_adapter
 from petune.adapters.migrations import FORMAT, migrate
 from petune.backbones.create import create_backbone
 from petune.sites.logits import synthetic_logits
+from tests.recorded_weights import needs_recorded_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
 METHODS = ["adaptformer", "bitfit", "lora", "vpt"]
@@ -40,6 +41,7 @@ def reference(att: petune.Attachment) -> Tensor:
     return synthetic_logits(att.model, att.sites, 1).flatten()[:8].double()
 
 
+@needs_recorded_weights
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_of_format_1_loads_and_computes_the_same(method: str, tmp_path: Path) -> None:
     run = GOLDEN / method
@@ -96,6 +98,7 @@ def test_a_newer_format_says_how_to_upgrade() -> None:
         migrate({"format": 99})
 
 
+@needs_recorded_weights
 def test_peft_reads_an_adapter_of_format_1() -> None:
     peft = pytest.importorskip("peft")
     petune.register_with_peft()

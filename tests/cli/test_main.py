@@ -38,8 +38,8 @@ Options:
 Commands:
 """
 COMMANDS = [
-    "run", "compare", "sweep", "pretrain", "report", "inspect", "predict", "eval", "export", "demo", "push", "pull",
-    "methods", "backbones", "datasets", "env", "data", "plugin",
+    "run", "compare", "sweep", "pretrain", "report", "inspect", "predict", "eval", "average", "convert",
+    "export", "demo", "push", "pull", "methods", "backbones", "datasets", "env", "data", "plugin",
 ]  # fmt: skip
 HEAVY = ("torch", "timm", "peft", "numpy", "accelerate", "sklearn", "matplotlib")
 

@@ -11,9 +11,11 @@ import torch
 import petune
 from petune.runner.run_adapter import read_run_adapter
 from petune.serving.restore import rebuild_backbone
+from tests.recorded_weights import needs_recorded_weights
 
 V0 = Path(__file__).parents[1] / "golden" / "v0"
 RUNS = ("adaptformer", "bitfit", "lora", "vpt")
+pytestmark = needs_recorded_weights
 
 
 @pytest.mark.parametrize("name", RUNS)

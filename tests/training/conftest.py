@@ -52,6 +52,7 @@ class Everything:
     sites: Any = field(default_factory=lambda: SimpleNamespace(blocks=(), parts={}))
     checks: int = 0
     name: str = "toy"
+    is_calibrated: bool = True
 
     def __post_init__(self) -> None:
         parameters = dict(self.model.named_parameters())

@@ -15,6 +15,7 @@ from petune.training.checkpoint import newest_checkpoint
 from petune.training.config import TrainConfig
 from petune.training.optim import create_optimizer
 from petune.training.state import ResumableState
+from tests.recorded_weights import needs_recorded_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v0"
 METHODS = {"adaptformer": "adaptformer:variant=paddle_study,bottleneck=2", "vpt": "vpt:num_prompts=2"} | {
@@ -23,6 +24,7 @@ METHODS = {"adaptformer": "adaptformer:variant=paddle_study,bottleneck=2", "vpt"
 }
 
 
+@needs_recorded_weights
 @pytest.mark.parametrize("method", METHODS)
 def test_an_old_checkpoint_restores_the_tensors_of_its_adapter(method: str) -> None:
     run = GOLDEN / method
