@@ -1,4 +1,4 @@
-"""The files of tests/golden/v0 have random weights, drawn on a processor with AVX-512; others round them differently."""
+"""The files of tests/golden/v0 have random weights, drawn on a processor with AVX-512; others round differently."""
 
 from __future__ import annotations
 

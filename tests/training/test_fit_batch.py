@@ -41,7 +41,7 @@ def test_micro_batches_give_the_same_step(
         trainer.fit()
     whole, pieces = losses(tmp_path / "whole"), losses(tmp_path / "pieces")
     assert len(whole) == 10
-    assert pieces == pytest.approx(whole, abs=1e-5)
+    assert pieces == pytest.approx(whole, rel=1e-4)
 
 
 def test_the_adapters_own_loss_is_that_of_the_whole_batch(tmp_path: Path, make_trainer: Make, toy: Make) -> None:
@@ -53,7 +53,7 @@ def test_the_adapters_own_loss_is_that_of_the_whole_batch(tmp_path: Path, make_t
             attachment.aux_loss = kept.pop  # of the last forward
         make_trainer(attachment, directory=tmp_path / name, log_every=1, **option).fit()
     plain, whole, pieces = (losses(tmp_path / name) for name in ("plain", "whole", "pieces"))
-    assert pieces == pytest.approx(whole, abs=1e-5)
+    assert pieces == pytest.approx(whole, rel=1e-4)
     assert all(b > a + 1e-3 for a, b in zip(plain[:2], whole[:2], strict=True))
 
 
