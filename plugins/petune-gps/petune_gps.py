@@ -39,8 +39,8 @@ class GPS(petune.Tuner[GPSConfig]):
 
     L is the supervised contrastive loss of the features, summed over one epoch before the first step.
 
-    Trains: K weights per output of each layer, and biases. Layers are those of the blocks and the patch embedding. Identity
-    at the start.
+    Trains: K weights per output of each layer, and biases. Layers are those of the blocks and the patch embedding.
+    Identity at the start.
     Parameters: (K + 1)·9·D per block with an MLP of 4·D, (K + 1)·D for the patch embedding. ViT-B/16, K = 1: 167,424.
 
     Differs from the paper: each image is seen in one view, augmented as in training, not in two; an image that is the
