@@ -117,6 +117,18 @@ def test_relative_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(out[key], 0.75 * a[key] + 0.25 * b[key])
 
 
+@pytest.mark.parametrize("method", ["bitfit", "lora:r=2"])
+def test_a_diverged_adapter_is_named(method: str, tmp_path: Path) -> None:
+    paths = [adapter(tmp_path / str(seed), method, seed) for seed in (0, 1)]
+    att = petune.load(backbone().model, paths[1])
+    with torch.no_grad():
+        next(iter(att.tuned.values()))[0] = torch.nan
+    att.save(tmp_path / "diverged")
+    with pytest.raises(petune.CheckpointError, match="diverged holds NaN"):
+        petune.average_adapters([paths[0], tmp_path / "diverged"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_lora_is_averaged_as_changes_of_weights(tmp_path: Path) -> None:
     paths = [adapter(tmp_path / str(seed), "lora:r=2,lora_alpha=6", seed) for seed in (0, 1, 2)]
     done = petune.average_adapters(paths, tmp_path / "out")

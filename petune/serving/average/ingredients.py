@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from petune.adapters.format import SavedAdapter, geometry_differences, read_adapter
-from petune.base.errors import BackboneMismatch, UsageError
+from petune.base.errors import BackboneMismatch, CheckpointError, UsageError
 from petune.runner.continued import tensors_digest
 from petune.runner.run_adapter import find_adapter
 
@@ -67,9 +67,13 @@ def read_ingredient(path: Path) -> Ingredient:
     """Read the adapter of a run or adapter directory.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        CheckpointError: There is none, it is damaged, or it holds NaN or infinite values.
     """
     saved = read_adapter(find_adapter(path))
+    if broken := [key for key, t in saved.tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+        raise CheckpointError(
+            f"{path} holds NaN or infinite values in {broken[0]}: its training diverged. Leave it out"
+        )
     return Ingredient(path, saved, tensors_digest(saved))
 
 
