@@ -23,7 +23,7 @@ UNUSED = {"method", "seed", "resume", "run.method", "run.seed", "run.output", "r
 """Keys that a comparison sets itself, for every run."""
 OPTIONAL_COLUMNS = ("% of all", "peak memory", "head", "adapter")
 """Columns hidden first on a narrow terminal; compare.md has them all."""
-LAST_OPTIONAL_COLUMNS = ("images/s", "val", "time per run", "% of backbone")
+LAST_OPTIONAL_COLUMNS = ("images/s", "clips/s", "val", "time per run", "% of backbone")
 """Columns hidden if it is still too narrow without any metric but the main one."""
 EXAMPLE = "petune compare linear adaptformer vpt:deep=false --backbone vit_nano --dataset digits"
 

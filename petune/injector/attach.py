@@ -31,6 +31,7 @@ from petune.sites.find import find_sites, sites_for
 from petune.sites.logits import refuse_random
 from petune.sites.new_weights import NewWeights, new_weights
 from petune.sites.site import Sites
+from petune.sites.unsuitable import refuse_uninitialized
 
 TRAINABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 """Those of which gradients exist: a float8 weight is floating point, too, but gets none."""
@@ -128,6 +129,7 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise AttachError(f"attach takes an nn.Module, but was given {type(model).__name__}")
     _check_not_compiled(model)
+    refuse_uninitialized(model)
     if any(p.is_inference() for p in model.parameters()):
         raise AttachError(
             f"{type(model).__name__} was made inside torch.inference_mode, so nothing of it can train. Build it outside"

@@ -17,9 +17,10 @@ from petune.base.errors import DeadSite
 from petune.injector.attachment import Attachment
 from petune.injector.edit_log import EditLog
 from petune.injector.trainable import open_trainable_state
-from petune.sites.forward import device_of, dtype_of, inference, tensors_in
+from petune.sites.forward import device_of, dtype_of, inference
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
+from petune.sites.returned import tensors_returned
 from petune.sites.routed import routed_modules
 from petune.sites.site import Block, Sites, is_within, modules_of
 from petune.sites.undisturbed import undisturbed
@@ -117,7 +118,7 @@ def _graph(model: nn.Module, sites: Sites, adapters: Iterable[nn.Module], *, tra
             if training:
                 model.train()
             images = sites.input_spec.zeros(2 if training else 1)  # BatchNorm in train mode wants two
-            leaves = leaves_of(tensors_in(images.to(device_of(model), dtype_of(model)).call(model)))
+            leaves = leaves_of(tensors_returned(images.to(device_of(model), dtype_of(model)).call(model)))
         return _Graph(*calls, leaves)
     return None  # inference tensors; a train mode that wants targets
 

@@ -15,9 +15,10 @@ from petune.injector.attachment import Attachment
 from petune.injector.gradients import missing_gradients
 from petune.injector.load import load
 from petune.injector.tuner import Tuner
-from petune.sites.forward import forget_caches, tensors_in
+from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
+from petune.sites.returned import tensors_returned
 
 NUM_IMAGES = 4
 DRAWS = 5
@@ -160,5 +161,5 @@ def _loss(output: Any) -> Tensor:
     y = logits_of(output)
     if y.ndim == 2 and len(y) == NUM_IMAGES and y.shape[1] > 1:
         return nn.functional.cross_entropy(y, torch.arange(NUM_IMAGES) % 2)
-    losses = [x.square().mean() + x.mean() for x in tensors_in(output) if x.requires_grad]
+    losses = [x.square().mean() + x.mean() for x in tensors_returned(output) if x.requires_grad]
     return torch.stack(losses).sum()

@@ -39,6 +39,7 @@ class Row(Config):
         difference: To the baseline or the best method, in the main metric on test; None for that method itself.
         standing: In the main metric on test; None if there are too few seeds to tell.
         images_per_s, step_time_s: Mean over the seeds.
+        num_frames: Frames of a clip, of which `images_per_s` then is; None for images.
         peak_memory_bytes, time_s: The largest, and the sum, over the seeds.
     """
 
@@ -64,11 +65,12 @@ class Row(Config):
     step_time_s: float | None = None
     peak_memory_bytes: int | None = None
     time_s: float | None = None
+    num_frames: int | None = None
 
     @model_validator(mode="after")
     def _done_has_numbers(self) -> Self:
         # one seed has no deviation, a run without val no metrics on it, and older versions did not write the rest
-        optional = {"std", "val_mean", "difference", "standing", "epochs", "step_time_s"}
+        optional = {"std", "val_mean", "difference", "standing", "epochs", "step_time_s", "num_frames"}
         if not self.metrics and not self.mean:  # every metric is undefined on these images
             optional |= {"metrics", "mean"}
         missing = [key for key, value in self if value in (None, (), {}) and key not in optional]
@@ -178,6 +180,7 @@ def summarize(method: str, results: Sequence[RunResult], reason: str = "") -> Ro
         step_time_s=statistics.fmean(result.step_time_s for result in results),
         peak_memory_bytes=max(result.peak_memory_bytes for result in results),
         time_s=sum(result.time_s for result in results),
+        num_frames=first.num_frames,
     )
 
 

@@ -171,7 +171,9 @@ class Block(Site):
             return self.parts[role]
         several = [site.where for site in self.branches if site.role == role]
         missing = f"{len(several)} sites {role!r} ({', '.join(several)}), not one" if several else f"no site {role!r}"
-        if role == "mid":
+        if role == "mid" and "mlp" not in self.parts and all(site.role != "mlp" for site in self.branches):
+            missing += " (petune saw no MLP in it)"
+        elif role == "mid":
             missing += " (petune saw no stream between attention and MLP to which the MLP's output is added)"
         before_mlp = self.parts.get("norm2") or self.parts.get("attn")
         keeps_width = before_mlp is None or "mlp" not in self.parts or before_mlp.dim == self.parts["mlp"].dim

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
-from petune.sites.forward import device_of, dtype_of, forward_of, logits_in, meta_output, tensors_in
+from petune.sites.forward import device_of, dtype_of, forward_of, meta_output
 from petune.sites.input_spec import Inputs, InputSpec
+from petune.sites.returned import logits_in, tensors_returned
 from petune.sites.tensor_spec import TensorSpec
 
 CONSTANTS = (bool, int, float, str, type(None))
@@ -88,6 +89,10 @@ def _check_leaves(inputs: Inputs) -> None:
             f"example {problem}. Give what the model takes: a tensor, a tuple of arguments, a dict of named arguments, "
             "or (args, kwargs), with plain tensors inside"
         )
+    content = _by_content(inputs)[0]
+    if not content.numel():
+        shape = "x".join(map(str, content.shape))
+        raise AttachError(f"example holds no sample: its tensor is empty ({shape}). Give one sample or more")
 
 
 def _first_that_runs(model: nn.Module, readings: list[Inputs]) -> Inputs:
@@ -113,7 +118,7 @@ def _candidates(inputs: Inputs) -> Iterator[InputSpec]:
     Samples are along the first dimension, of tensors of as many rows as the first one with content; or the example is
     one sample, whose rows are not samples (packed sequences); or samples are along the second dimension.
     """
-    tensors = sorted(inputs.tensors, key=lambda x: not x.is_floating_point())
+    tensors = _by_content(inputs)
     seen: list[InputSpec] = []
     for dim in (0, 1):
         count = next((x.shape[dim] for x in tensors if x.ndim > dim), 0)
@@ -124,6 +129,11 @@ def _candidates(inputs: Inputs) -> Iterator[InputSpec]:
             if spec not in seen:
                 seen.append(spec)
                 yield spec
+
+
+def _by_content(inputs: Inputs) -> list[Tensor]:
+    """Return all tensors, those with content first: floating-point numbers."""
+    return sorted(inputs.tensors, key=lambda x: not x.is_floating_point())
 
 
 def _spec(inputs: Inputs, dim: int, count: int, *, only_sized: bool) -> InputSpec:
@@ -153,5 +163,5 @@ def _output_shape(model: nn.Module, spec: InputSpec, num_samples: int) -> tuple[
     except Exception:  # see `dry_forward`
         inputs = spec.zeros(num_samples)
         output = forward_of(model, inputs.to(device_of(model), dtype_of(model)))
-    first = next(tensors_in(logits_in(output)), None)
+    first = next(tensors_returned(logits_in(output)), None)
     return () if first is None else tuple(first.shape)

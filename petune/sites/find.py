@@ -26,7 +26,7 @@ from petune.sites.recorder import record
 from petune.sites.site import Block, Layout, Site, Sites, Tower
 from petune.sites.towers import calls_after, last_calls, rows_of
 from petune.sites.trace import Call, Trace
-from petune.sites.unsuitable import refuse_packed, refuse_scripted, why_all_in_head, why_no_blocks
+from petune.sites.unsuitable import refuse_packed, refuse_scripted, refuse_uninitialized, why_all_in_head, why_no_blocks
 from petune.sites.used_parameters import used_parameters
 
 
@@ -86,6 +86,7 @@ def _found(model: nn.Module, specs: Callable[[], list[InputSpec]], head: HeadCho
         head: See `find_sites`.
     """
     refuse_scripted(model)
+    refuse_uninitialized(model)
     added = {m for holder in model.modules() if hasattr(holder, "is_petune_module") for m in holder.modules()}
     with _disabled(added):
         trace, spec = _first_that_runs(model, specs(), added)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from petune.base.errors import AttachError
 from petune.sites.file_values import read_layer_by_layer
 from petune.sites.input_spec import Inputs, InputSpec
+from petune.sites.returned import attributes_of
 from petune.sites.undisturbed import parameters_of, undisturbed
 from petune.sites.unsuitable import advice_for
 
@@ -179,15 +180,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for item in value.values():
             yield from tensors_in(item)
     elif isinstance(value, SimpleNamespace) or hasattr(type(value), "__dataclass_fields__"):
-        for item in vars(value).values():
+        for item in attributes_of(value):
             yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors_in(item)
-
-
-def logits_in(output: Any) -> Any:
-    """Return what is called `logits` in a model's output, an attribute (transformers) or an entry; else the output."""
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    return getattr(output, "logits", output)

@@ -41,8 +41,8 @@ def head_at(model: nn.Module, choice: HeadChoice) -> Site:
 
 
 def predicts_classes(trace: Trace) -> bool:
-    """Return whether the model returns logits (B, classes), and nothing like boxes or masks."""
-    return trace.root.output is None or trace.root.output.ndim <= 2
+    """Return whether the model returns logits (B, classes), and nothing like boxes or masks, nor a loss."""
+    return trace.root.output is None or 1 <= trace.root.output.ndim <= 2
 
 
 def _makers_of_logits(trace: Trace, blocks: Sequence[Block], blocks_end: int) -> NamedModules:

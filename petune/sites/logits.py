@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from petune.base.errors import AttachError
 from petune.base.text import plural
-from petune.sites.forward import device_of, dtype_of, forward_of, inference, logits_in, tensors_in
+from petune.sites.forward import device_of, dtype_of, forward_of, inference
 from petune.sites.input_spec import Inputs
 from petune.sites.random_numbers import random_state
+from petune.sites.returned import logits_in, tensors_returned
 from petune.sites.site import Sites
 
 
@@ -21,7 +22,7 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         AttachError: There is no tensor.
     """
-    logits = next(tensors_in(logits_in(output)), None)
+    logits = next(tensors_returned(logits_in(output)), None)
     if logits is None:
         raise AttachError(
             f"the model returned {type(output).__name__}, which holds no tensor. Let it return the logits as a tensor, "

@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from petune.base.errors import AttachError, PetuneError
 from petune.sites.flattened import FlattenRecorder
 from petune.sites.flow import Flow
-from petune.sites.forward import dry_forward, forward_of, logits_in, tensors_in
+from petune.sites.forward import dry_forward, forward_of, tensors_in
 from petune.sites.input_spec import InputSpec
 from petune.sites.random_numbers import is_large, watch_draws
+from petune.sites.returned import logits_in, tensors_returned
 from petune.sites.sums import MULTIPLICATIONS, SumRecorder, renamed
 from petune.sites.trace import AttentionOp, Call, Trace, is_vector
 from petune.sites.unsuitable import why_method_fails
@@ -136,12 +137,14 @@ class _CallRecorder:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             call = self.stack.pop()
-            call.output = next(tensors_in(logits_in(output) if call.parent is None else output), None)
+            is_root = call.parent is None
+            returned = list(tensors_returned(output) if is_root else tensors_in(output))
+            call.output = next(tensors_returned(logits_in(output)), None) if is_root else next(iter(returned), None)
             call.stop = self.tick()
-            if call.parent is None:
-                self.trace.outputs = list(tensors_in(output))
+            if is_root:
+                self.trace.outputs = returned
             if self.flow is not None:
-                self.flow.leave(call.start, tensors_in(output))
+                self.flow.leave(call.start, returned)
 
         is_whole = not path  # what it is called with, before hooks of its own change that
         return [

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from petune.base.errors import AttachError
+from petune.base.text import plural
 from petune.sites.input_size import frames_of
 from petune.sites.site import Block, Site
 from petune.sites.trace import Trace
@@ -47,6 +49,22 @@ def refuse_scripted(model: nn.Module) -> None:
         raise AttachError(
             f"{scripted or 'the whole model'} of {type(model).__name__} was compiled by torch.jit, so it takes no "
             "hooks. Build the model with the plain module, and compile after merge()"
+        )
+
+
+def refuse_uninitialized(model: nn.Module) -> None:
+    """Check that all parameters and buffers of a model have a shape: those of a lazy layer get it in its first forward.
+
+    Raises:
+        AttachError: Some have none.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    without = [key for key, tensor in tensors if is_lazy(tensor)]
+    if without:
+        layer = type(model.get_submodule(without[0].rpartition(".")[0])).__name__
+        raise AttachError(
+            f"{plural(len(without), 'tensor')} of {type(model).__name__}, such as {without[0]} ({layer}), have no "
+            "shape before the first forward. Call the model once on what it takes, then attach"
         )
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from petune.sites.forward import black_image, meta_inputs, meta_tensors, tensors_in
 from petune.sites.input_spec import InputSpec
+from petune.sites.returned import tensors_returned
 from petune.sites.undisturbed import undisturbed
 
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
@@ -36,7 +37,7 @@ def used_parameters(model: nn.Module, spec: InputSpec, parameters: Iterable[nn.P
             reached, _ = reached_on_meta(model, spec, candidates, [])
     except Exception:  # a constant tensor on another device, an op without a meta kernel, a value that is read
         with undisturbed(model), torch.enable_grad(), _gradients_for(candidates):
-            reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
+            reached = leaves_of(tensors_returned(black_image(model, spec).call(model)))
     if reached is None:
         return candidates
     return [p for p in candidates if id(p) in reached]
@@ -85,7 +86,7 @@ def _after(
             raise
         entered.clear()
         with undisturbed(model), torch.enable_grad(), _gradients_for(parameters):
-            reached = leaves_of(tensors_in(black_image(model, spec).call(model)))
+            reached = leaves_of(tensors_returned(black_image(model, spec).call(model)))
             before = _leaves_before(entered)
     if reached is None or before is None:
         return [], []
@@ -109,7 +110,7 @@ def reached_on_meta(
             originals[id(tensors[path].requires_grad_(True))] = id(parameter)
     inputs = meta_inputs(model, spec)
     outputs = functional_call(model, tensors, inputs.args, dict(inputs.kwargs), tie_weights=False)
-    every = (leaves_of(tensors_in(outputs)), _leaves_before(entered))
+    every = (leaves_of(tensors_returned(outputs)), _leaves_before(entered))
     reached, before = (None if of is None else {originals[leaf] for leaf in of if leaf in originals} for of in every)
     return reached, before
 

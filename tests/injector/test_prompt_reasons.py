@@ -69,11 +69,17 @@ def model_with(
     return model.eval()
 
 
+def weakened(x: Tensor) -> Tensor:
+    """Return the tokens with a share of them set to zero."""
+    return torch.cat([x[:, : x.shape[1] // 2], 0 * x[:, x.shape[1] // 2 :]], 1)
+
+
 CASES = {
     "relative": (Relative, nn.Sequential, r"gives each prompt a position among the tokens"),
     "channels": (Channels, nn.Sequential, r"16 tokens enter, but its attention is over 12 channels"),
     "centered": (None, lambda b: Changed(b, centered), r"what the prompts contain reaches others though none attends"),
     "in place": (None, lambda b: Changed(b, changed_in_place), r"changes the tokens that enter it in place"),
+    "weakened": (None, lambda b: Changed(b, weakened), r"computes something else .* though none attends to these\. "),
 }
 
 

@@ -150,6 +150,14 @@ def test_the_best_is_marked_and_a_baseline_can_be_named(tmp_path: Path) -> None:
         CompareConfig.build({"methods": ["linear"], "baseline": "bitfit"})
 
 
+def test_the_speed_of_runs_on_videos_is_in_clips() -> None:
+    images, clips = ([_row("vpt", 2.0, metric="top1").model_copy(update={"num_frames": n})] for n in (None, 4))
+    for rows, speed, other in ((images, "images/s", "clips/s"), (clips, "clips/s", "images/s")):
+        columns = compare_columns((TOP1,), [row.model_dump(mode="json") for row in rows])
+        assert speed in columns
+        assert other not in columns
+
+
 def test_damaged_or_missing_values_of_images_count_as_none(tmp_path: Path) -> None:
     assert read_test_values(tmp_path) == {}
     write_test_values(tmp_path, {"top1": np.ones(3, np.float32)})

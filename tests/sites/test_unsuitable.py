@@ -76,6 +76,26 @@ def test_scripted_modules_and_attention_outside_of_blocks_are_named() -> None:
         petune.attach(Inline(), "adaptformer", input_size=(3, 16, 16))
 
 
+class Bottleneck(nn.Module):
+    """BotNet's block: an attention between two convolutions, no MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.qkv, self.expand = nn.Conv2d(24, 12, 1), nn.Conv2d(12, 36, 1), nn.Conv2d(12, 24, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.reduce(x)).flatten(2).mT.chunk(3, -1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).mT.unflatten(-1, x.shape[2:])
+        z: torch.Tensor = x + self.expand(y)
+        return z
+
+
+def test_a_block_without_an_mlp_is_said_to_have_none() -> None:
+    stem, head = nn.Conv2d(3, 24, 4, 4), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 3))
+    with pytest.raises(SiteNotFound, match=r"no site 'mid' \(petune saw no MLP in it\)"):
+        petune.attach(nn.Sequential(stem, Bottleneck(), head), "adaptformer", input_size=(3, 16, 16))
+
+
 def test_of_two_towers_the_one_for_images_is_named() -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.CLIPConfig(

@@ -111,10 +111,12 @@ def why_changed(
             "mixes all its tokens outside the attention weights (what the prompts contain reaches others though none "
             "attends to them), as pooling, merging, averaging or mixing heads does"
         )
-    reason = "knows the positions of its tokens in a way that petune cannot extend to tokens without a position"
     if numbers_tokens:
-        return f"{reason}: it numbers them in its forward"
-    return f"{reason}, or their number: prompts that no token attends to change the others, whatever they contain"
+        return (
+            "knows the positions of its tokens in a way that petune cannot extend to tokens without a position: it "
+            "numbers them in its forward"
+        )
+    return "computes something else for its tokens as soon as prompts are among them, though none attends to these"
 
 
 def why_without_effect(call: BlockCall) -> str:

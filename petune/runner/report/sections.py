@@ -155,7 +155,7 @@ def _methods_section(
     charts = [metric_chart(salt, done, metrics[0])] if done else []
     charts += curve_charts(salt, curves, metrics[0], [row["method"] for row in done])
     charts += cost_charts(salt, done) if done else []
-    every = with_difference(method_columns(metrics), metrics, rows)
+    every = with_difference(method_columns(metrics, rows), metrics, rows)
     columns = {name: text for name, text in every.items() if any(text(row) != UNKNOWN for row in done)}
     failed = {row["method"]: f"failed: {row['reason']}" for row in rows if row["status"] == "failed"}
     texts = [[m, failed[m]] if (m := row["method"]) in failed else cells(row, columns) for row in rows]

@@ -17,6 +17,9 @@ Row = Mapping[str, Any]
 UNKNOWN = "–"
 """The text of a value that was not measured."""
 
+IMAGES_PER_S, CLIPS_PER_S = "images/s", "clips/s"
+"""Headings of the training speed, of images and of videos."""
+
 Columns = Mapping[str, Callable[[Row], str]]
 """The columns of a table of methods by their heading: functions that return the text of a row."""
 
@@ -29,7 +32,7 @@ COLUMNS: Columns = {
     "lr": lambda row: _number(row["lr"], "g"),
     "epochs": lambda row: _number(row.get("epochs"), "d"),
     "seeds": lambda row: ", ".join(map(str, row["seeds"])),
-    "images/s": lambda row: f"{row['images_per_s']:,.0f}",
+    IMAGES_PER_S: lambda row: f"{row['images_per_s']:,.0f}",
     "step": lambda row: UNKNOWN if row.get("step_time_s") is None else f"{1000 * row['step_time_s']:,.0f} ms",
     "peak memory": lambda row: format_size(row["peak_memory_bytes"]),
     "time per run": lambda row: format_duration(row["time_s"] / len(row["seeds"])),
@@ -49,12 +52,14 @@ NOT_COMPARED = {"lr", "epochs", "seeds", "step"}
 """Columns that `compare.md` and the terminal leave out."""
 
 
-def method_columns(metrics: Sequence[Metric]) -> Columns:
+def method_columns(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> Columns:
     """Return every column of a table of methods.
 
     Args:
         metrics: How to show the metrics, the main one first.
+        rows: Rows of runs on videos have a training speed in clips.
     """
+    speed = CLIPS_PER_S if any(row.get("num_frames") for row in rows) else IMAGES_PER_S
     main = metrics[0]
     others = {metric.label: partial(_mean_and_std, metric) for metric in shown_metrics(metrics[1:])}
     return {
@@ -62,7 +67,7 @@ def method_columns(metrics: Sequence[Metric]) -> Columns:
         main.label: partial(_mean_and_std, main),
         VAL: lambda row: _metric(main, row["val_mean"].get(main.name)),
         **others,
-        **COLUMNS,
+        **{speed if name == IMAGES_PER_S else name: text for name, text in COLUMNS.items()},
     }
 
 
@@ -71,10 +76,10 @@ def compare_columns(metrics: Sequence[Metric], rows: Sequence[Row] = ()) -> Colu
 
     Args:
         metrics: How to show the metrics, the main one first.
-        rows: If there are differences among them, they get a column.
+        rows: If there are differences among them, they get a column; see `method_columns` for videos.
     """
     omitted = NOT_COMPARED | ({VAL} if rows and not any(row["val_mean"] for row in rows) else set())
-    columns = {name: text for name, text in method_columns(metrics).items() if name not in omitted}
+    columns = {name: text for name, text in method_columns(metrics, rows).items() if name not in omitted}
     return with_difference(columns, metrics, rows)
 
 
