@@ -75,7 +75,7 @@ class Attachment:
         state = open_trainable_state(model, sites)
         state.set_parts(edit_log.label, self.tensors.parts(), self.tensors.in_place(), keep_original=keep_original)
         watched = self.tensors.with_gradients()
-        self._aux_losses = AuxLosses(name, tuner, edit_log)
+        self._aux_losses = AuxLosses(name, model, tuner, edit_log)
         self._loop_check = LoopCheck(name, self._aux_losses.training_calls, watched, lambda: edit_log.is_calibrated)
         edit_log.undo_steps.append(self._loop_check.remove)
 

@@ -223,11 +223,20 @@ class Placer:
         for p in parameters:
             trained = (name for name, parts in others.items() if not whole and any(p is q for q in parts.parameters))
             name = self.log.label if id(p) in own else state.sparse_trainer_of(p) or next(trained, None)
+            if name == self.log.label:
+                raise AttachError(
+                    f"{name} trains entries of {self._path_of(p)} twice, or entries and all of it. Train it once, "
+                    "with one mask"
+                )
             if name is not None:
                 raise AttachError(
-                    f"{self.log.label} would train a parameter of shape {tuple(p.shape)} of which {name} trains "
-                    "entries, or all. Train it once, with one mask"
+                    f"{self.log.label} and {name} would both train {self._path_of(p)}, one of them single entries of "
+                    "it, and each would restore its own values of it when it is disabled. Detach the other one first, "
+                    "or attach one of them to a copy of the model (an AdapterBank: a bank for each)"
                 )
+
+    def _path_of(self, p: Tensor) -> str:
+        return next(path for path, q in self.model.named_parameters() if q is p)
 
     def _owners(self, parameters: Sequence[nn.Parameter]) -> list[tuple[str, nn.Module, str]]:
         """Return path, module and name of each parameter of the model.

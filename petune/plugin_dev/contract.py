@@ -12,6 +12,7 @@ from petune.injector.registry import build_tuner
 from petune.injector.tuner import Tuner
 from petune.plugin_dev.finding import Finding, examine_all, names_of
 from petune.plugin_dev.properties import PROPERTIES
+from petune.plugin_dev.surroundings import Surroundings
 from petune.plugin_dev.tiny_models import tiny_timm
 from petune.plugin_dev.trial import Trial
 
@@ -40,4 +41,15 @@ def examine(tuner: str | Tuner[Any], model: nn.Module | None = None, **options: 
     """Yield the finding for each property, as `check_tuner`, without stopping at the first that does not hold."""
     built = build_tuner(tuner, **options)
     name = tuner if isinstance(tuner, str) else type(tuner).__name__.lower()
-    yield from examine_all(PROPERTIES, Trial(built, model if model is not None else tiny_timm(), name))
+    model = model if model is not None else tiny_timm()
+    before = Surroundings.of(model)
+    try:
+        trial = Trial(built, model, name)
+    except Exception as error:
+        changed = before.restored()
+        if not changed:
+            raise
+        first = PROPERTIES[0]
+        yield Finding(first.name, first.requirement, f"{changed}; then attaching fails: {error}")
+        return
+    yield from examine_all(PROPERTIES, trial)

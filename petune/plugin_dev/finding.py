@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from petune.base.errors import ContractViolation
+from petune.plugin_dev.author import line_of
 
 TrialT = TypeVar("TrialT")
 
@@ -51,7 +52,7 @@ def examine_all(properties: Iterable[Property[TrialT]], trial: TrialT) -> Iterat
             try:
                 problem = prop.problem(trial)
             except (Exception, SystemExit) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = f"{type(error).__name__}: {error}{line_of(error)}"
         yield Finding(prop.name, prop.requirement, problem)
 
 

@@ -16,20 +16,15 @@ from petune.base.errors import AttachError, BackboneMismatch, ConfigError, NotMe
 from petune.base.text import plural
 from petune.injector.attach import attach
 from petune.injector.registry import build_tuner
+from petune.plugin_dev.author import closures_over
 from petune.plugin_dev.finding import Property
 from petune.plugin_dev.forward_properties import auxiliary_loss, inner_gradients
+from petune.plugin_dev.left_behind import left_behind
+from petune.plugin_dev.training_properties import calibration, flags, foreign_tensors, number_formats, random_numbers
 from petune.plugin_dev.trial import NUM_IMAGES, Trial, logits
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.logits import max_difference, max_value
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
 
 
 def _backbone_keys(t: Trial) -> str:
@@ -70,22 +65,6 @@ def _frozen_tensors(t: Trial) -> str:
 def _masked_entries(t: Trial) -> str:
     key = t.training.changed_outside_masks
     return f"{key} differs in entries that edit.train(…, mask=…) leaves frozen" if key else ""
-
-
-def _calibration(t: Trial) -> str:
-    """Calibrate two fresh attachments on the same batches."""
-    chosen: list[dict[str, Tensor]] = []
-    for _ in range(2):
-        torch.manual_seed(0)  # of what adapters start with
-        fresh = Trial(t.att.tuner, t.base, t.att.name, **t.options)
-        torch.manual_seed(len(chosen))
-        fresh.calibrate()
-        logits(fresh.model, fresh.x)
-        different = _backbone_values(fresh)
-        if different:
-            return f"{different} after calibrate"
-        chosen.append(fresh.att.state())
-    return _first(key for key, value in chosen[0].items() if not torch.equal(value, chosen[1][key]))
 
 
 def _effect_in_eval_mode(t: Trial) -> str:
@@ -132,7 +111,22 @@ def _change_in_batch(model: nn.Module, x: Inputs, spec: InputSpec) -> float:
 
 
 def _deep_copy(t: Trial) -> str:
-    return _difference(logits(copy.deepcopy(t.model), t.x), t.training.logits, "the copy computes something else")
+    """Copy the model, change the values of the original, and let the copy compute."""
+    copied, original = copy.deepcopy(t.model), t.model.state_dict()
+    problem = _difference(logits(copied, t.x), t.training.logits, "the copy computes something else")
+    if problem:
+        return problem
+    before = {key: value.clone() for key, value in original.items()}
+    with torch.no_grad():
+        for value in original.values():
+            value.add_(1)
+        changed = logits(copied, t.x)
+        for key, value in original.items():
+            value.copy_(before[key])
+    adapters = [holder.adapter for holder, _ in t.att.edit_log.placed]
+    held = next((place for adapter in adapters for place in closures_over(adapter, t.model)), "")
+    where = f"{held} holds" if held else "something holds, such as a function or an object with a __deepcopy__,"
+    return _difference(changed, t.training.logits, f"{where} a part of the original model, which the copy uses")
 
 
 def _disabled_output(t: Trial) -> str:
@@ -182,25 +176,30 @@ def _detach(t: Trial) -> str:
         return f"other keys: {sorted(set(after) ^ set(before))[:1] or 'the order changed'}"
     if [name for name, _ in t.model.named_modules()] != [name for name, _ in t.base.named_modules()]:
         return "a module was left behind"
-    if _num_hooks(t.model) != _num_hooks(t.base):
-        return "a hook was left behind"
+    left = left_behind(t.model, t.base)
+    if left:
+        return left
     flags = zip(t.model.parameters(), t.base.parameters(), strict=True)
     if any(a.requires_grad != b.requires_grad for a, b in flags):
         return "requires_grad was not restored"
-    return _first(key for key, old in before.items() if not torch.equal(after[key], old))
+    different = _first(key for key, old in before.items() if not torch.equal(after[key], old))
+    return different or t.before.restored()
 
 
 PROPERTIES: tuple[Property[Trial], ...] = (
+    Property("surroundings", "attaching changes nothing outside of the model", lambda t: t.before.restored()),
     Property("backbone keys", "attaching keeps every key of the backbone", _backbone_keys),
     Property("backbone values", "attaching changes no value of the backbone", _backbone_values),
     Property("identity at init", "the output is unchanged, if identity_at_init says so", _identity_at_init),
+    Property("foreign tensors", "an adapter registers nothing of the backbone", foreign_tensors),
     Property("parameter count", "num_parameters() returns the true count, if it returns one", _parameter_count),
+    Property("calibration", "calibrated twice, it chooses the same, and changes no weight", calibration),
     Property("gradients", "every tuned tensor gets a gradient", _gradients),
+    Property("flags", "modes and requires_grad of the backbone are as petune sets them", flags),
     Property("inner gradients", "an adapter that calls inner does so once with gradients", inner_gradients),
     Property("auxiliary loss", "what adapters set as aux_loss is a finite scalar with a gradient", auxiliary_loss),
     Property("frozen tensors", "training changes no frozen tensor or buffer by a bit", _frozen_tensors),
     Property("masked entries", "training changes no entry outside a mask by a bit", _masked_entries),
-    Property("calibration", "calibrated twice, it chooses the same, and changes no weight", _calibration),
     Property("effect in eval mode", "what trains changes the output in eval mode", _effect_in_eval_mode),
     Property("repeatable evaluation", "two evaluations are equal", _repeatable_evaluation),
     Property("no state between forwards", "a forward leaves nothing behind", _no_state_between_forwards),
@@ -210,6 +209,8 @@ PROPERTIES: tuple[Property[Trial], ...] = (
     Property("re-enabled output", "enabled again, the model computes the same as before", _repeatable_evaluation),
     Property("save and load", "saved and loaded, the model computes the same to the bit", _save_and_load),
     Property("merge", "merged, the model computes the same, if it can be merged", _merge),
+    Property("random numbers", "the tensors and torch's seed decide the next steps", random_numbers),
+    Property("number formats", "it computes in half precision where the backbone does", number_formats),
     Property("chosen blocks", "the option blocks is followed, or refused", _chosen_blocks),
     Property("detach", "detached, the model is as it was to the bit", _detach),
 )
@@ -225,7 +226,3 @@ def _difference(now: Tensor, before: Tensor, problem: str) -> str:
 def _first(keys: Iterator[str]) -> str:
     key = next(keys, None)
     return "" if key is None else f"{key} differs"
-
-
-def _num_hooks(model: nn.Module) -> int:
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in HOOKS)

@@ -15,6 +15,7 @@ from petune.injector.attachment import Attachment
 from petune.injector.gradients import missing_gradients
 from petune.injector.load import load
 from petune.injector.tuner import Tuner
+from petune.plugin_dev.surroundings import Surroundings
 from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
@@ -36,6 +37,7 @@ class Training:
         silent: Tuned tensors that never had a gradient other than zero, in any draw.
         changed: A frozen tensor that changed; empty if none did.
         changed_outside_masks: A tensor of which an entry changed that no mask lets train; empty if none did.
+        changed_flags: A mode or requires_grad of the backbone that training changed; empty if none did.
         logits: The logits in eval mode, with tuned tensors as far from their start as after a long training.
         has_effect: True if the logits depend on the tuned tensors.
     """
@@ -43,6 +45,7 @@ class Training:
     silent: list[str]
     changed: str
     changed_outside_masks: str
+    changed_flags: str
     logits: Tensor
     has_effect: bool
 
@@ -56,11 +59,13 @@ class Trial:
         options: Arguments of `attach` besides model, tuner and name.
         x: Four images, or samples of whatever the model takes.
         base_logits: What `base` returns for them.
+        before: What was outside of the model before the tuner was attached.
     """
 
     def __init__(self, tuner: Tuner[Any], model: nn.Module, name: str, **options: Any) -> None:
         self.base = copy.deepcopy(model).eval()
         self.options = options
+        self.before = Surroundings.of(self.base)
         self.att = attach(copy.deepcopy(self.base), tuner, name=name, **options)
         self.x = self.att.sites.input_spec.noise(NUM_IMAGES)
         self.base_logits = logits(self.base, self.x)
@@ -96,9 +101,14 @@ class Trial:
     def train(self) -> Training:
         """Train three steps, then move the tuned tensors by noise, so that their effect is clearly visible."""
         trained = {id(v) for v in self.att.state().values()}
-        frozen = {k: v for k, v in self.model.state_dict(keep_vars=True).items() if id(v) not in trained}
+        own = dict(self.base.named_buffers())  # a state_dict leaves out those that are not persistent
+        tensors = {k: b for k, b in self.model.named_buffers() if k in own} | self.model.state_dict(keep_vars=True)
+        frozen = {k: v for k, v in tensors.items() if id(v) not in trained}
         before = {key: v.detach().clone() for key, v in frozen.items()}
-        silent = _silent_after_three_steps(self)
+        modes: dict[str, bool] = {}
+        silent = _silent_after_three_steps(self, modes)
+        changed_flags = next((what for what, on in self.flags().items() if what in modes and modes[what] != on), "")
+        self.model.eval()
         logits_after = logits(self.model, self.x)
         perturbed = self._perturb()
         masks = {id(p): mask for e in self.att.edit_log.sparse for p, mask in zip(e.targets, e.masks(), strict=True)}
@@ -112,8 +122,15 @@ class Trial:
                 again = Trial(self.att.tuner, self.base, self.att.name, **self.options)
                 silent = sorted({*silent} & {*_silent_after_three_steps(again)})
         has_effect = not self.att.tuned or not torch.equal(perturbed, logits_after)
-        self._training = Training(silent, changed, outside, perturbed, has_effect)
+        self._training = Training(silent, changed, outside, changed_flags, perturbed, has_effect)
         return self._training
+
+    def flags(self) -> dict[str, bool]:
+        """Return modes and requires_grad of the backbone's modules and parameters, by what they are."""
+        modules, parameters = dict(self.model.named_modules()), dict(self.model.named_parameters())
+        modes = {f"the mode of {k}": modules[k].training for k, _ in self.base.named_modules() if k in modules}
+        frozen = {k: parameters[k].requires_grad for k, _ in self.base.named_parameters() if k in parameters}
+        return {**modes, **{f"requires_grad of {k}": on for k, on in frozen.items()}}
 
     @torch.no_grad()
     def _perturb(self) -> Tensor:
@@ -136,12 +153,26 @@ def logits(model: nn.Module, x: Inputs) -> Tensor:
     return logits_of(x.call(model))
 
 
-def _silent_after_three_steps(trial: Trial) -> list[str]:
-    """Train three steps; return the tuned tensors that never had a gradient other than zero."""
+def _silent_after_three_steps(trial: Trial, flags: dict[str, bool] | None = None) -> list[str]:
+    """Calibrate and train three steps; return the tuned tensors that never had a gradient other than zero."""
+    att = trial.att
+    trial.calibrate()
+    live = three_steps(trial, flags)
+    return missing_gradients(att.tuned, att.edit_log.unfrozen, {*att.tuned} - live)
+
+
+def three_steps(trial: Trial, flags: dict[str, bool] | None = None) -> set[str]:
+    """Train three steps; return the tuned tensors that had a gradient other than zero.
+
+    Args:
+        trial: What is trained. It is in train mode afterwards.
+        flags: Filled with `trial.flags()` as petune has set them for training.
+    """
     att, x = trial.att, trial.x
     optimizer = torch.optim.SGD(att.parameters(), lr=0.1)
-    trial.calibrate()
     att.train()
+    if flags is not None:
+        flags.update(trial.flags())
     att.on_train_start(3)
     live: set[str] = set()
     for step in range(3):
@@ -152,8 +183,7 @@ def _silent_after_three_steps(trial: Trial) -> list[str]:
         live |= {key for key, p in att.tuned.items() if p.grad is not None and p.grad.any()}
         optimizer.step()
         att.on_step_end(step)
-    att.model.eval()
-    return missing_gradients(att.tuned, att.edit_log.unfrozen, {*att.tuned} - live)
+    return live
 
 
 def _loss(output: Any) -> Tensor:

@@ -65,20 +65,23 @@ class _Epoch:
             weights = self.loss.weights(batch)
             for start in range(0, len(batch.x_BCHW), size):
                 piece = slice(start, start + size)
-                loss = _Loss(self.loss, None if weights is None else weights[piece])
+                loss = _Loss(self.loss, None if weights is None else weights[piece], len(batch.x_BCHW))
                 yield CalibrationBatch(model, batch.x_BCHW[piece], batch.y_B[piece], loss)
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """The mean loss of a batch, with the weights of its images."""
+    """The share of a piece in the mean loss of its batch, with the weights of its images.
+
+    So what a method sums up over all pieces does not depend on their size.
+    """
 
     loss: BatchLoss
     weights_B: Tensor | None
+    num_images: int
 
     def __call__(self, output: Any, target: Any) -> Tensor:
-        logits = logits_of(output)
-        return self.loss(logits, target, self.weights_B, len(logits))
+        return self.loss(logits_of(output), target, self.weights_B, self.num_images)
 
 
 def calibrate(task: Task[Any], evaluate_on_val: Callable[[Meter], object] | None) -> None:

@@ -187,6 +187,18 @@ def test_two_processes_train_as_one(method: str, words: tuple[str, ...], several
     assert several.said(1) == several.said(1, "out") == ""
 
 
+def test_a_method_that_calibrates_and_has_losses_of_its_own_trains_as_one(
+    fake: Fake, several: Several, tmp_path: Path
+) -> None:
+    fake("petune-fake-chooser", {"chooser": "tests.chooser:Chooser"})
+    whole = ("run", "--method", "chooser", *TINY, "--output")
+    assert several.finish(1, *whole, tmp_path / "one") == [0]
+    assert several.finish(2, *whole, tmp_path / "two", "--set=train.micro_batch_size=4") == [0, 0]
+    one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one if key.endswith("indices"))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.parametrize(
     ("targets", "words"),
     sampled(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,3 +141,82 @@ def test_a_loop_that_leaves_it_out_gets_an_error(call: str | None) -> None:
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
     with pytest.raises(petune.AttachError, match=r"aux_loss of the adapter Column is of shape \(\d, 1\)"):
         attached(Column)
+
+
+def number(term: Tensor | float) -> float:
+    return term.item() if isinstance(term, Tensor) else term
+
+
+def of_train_mode(att: petune.Attachment) -> None:
+    att.model(X[:1])
+
+
+def of_no_grad(att: petune.Attachment) -> None:
+    with torch.no_grad():
+        att.model(X[:1])
+
+
+def of_eval_mode(att: petune.Attachment) -> None:
+    att.model.eval()
+    att.model(X[:1])
+    att.train()
+
+
+def of_an_aborted_step(att: petune.Attachment) -> None:
+    last = att.model.blocks[-1]
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = last.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        att.model(X[:1])
+    handle.remove()
+
+
+def of_a_skipped_step(att: petune.Attachment) -> None:
+    loss = nn.functional.cross_entropy(att.model(X[:1]), LABELS[:1])
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("abandoned", [of_train_mode, of_no_grad, of_eval_mode, of_an_aborted_step, of_a_skipped_step])
+def test_a_forward_whose_loss_was_never_taken_leaves_nothing(abandoned: Callable[[petune.Attachment], None]) -> None:
+    att = attached()
+    expected = written_out(att, X).item()
+    abandoned(att)
+    att.model(X)
+    assert number(att.loss(0)) == pytest.approx(expected)
+    att.model(X)
+    assert number(att.aux_loss()) == pytest.approx(expected)
+
+
+def test_both_views_of_a_step_count_and_a_forward_without_gradients_in_between_takes_nothing_away() -> None:
+    class Sums(Gates):
+        def aux_loss(self, values: list[Tensor]) -> Tensor:
+            return torch.stack(values).sum()
+
+    torch.manual_seed(0)
+    att = petune.attach(tiny(), Sums(), name="gates")
+    att.train()
+    alone = []
+    for x in (X, X.flip(1)):
+        att.model(x)
+        alone.append(number(att.loss(0)))
+    loss = att.model(X).square().mean()
+    loss = loss + att.model(X.flip(1)).square().mean()
+    of_no_grad(att)
+    term = att.loss(0)
+    assert number(term) == pytest.approx(sum(alone))
+    (loss + term).backward()
+
+
+def test_a_copy_of_the_model_has_its_own_losses_and_none_of_the_originals() -> None:
+    att = attached()
+    logits = att.model(X)
+    copied = copy.deepcopy(att.model)
+    copied(X)
+    assert logits.requires_grad
+    assert number(att.loss(0)) == pytest.approx(number(written_out(att, X)))
+    att.detach()
+    assert not att.model._forward_pre_hooks
+    assert not att.model._forward_hooks

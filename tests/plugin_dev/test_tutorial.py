@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import petune
 from petune.plugin_dev.properties import PROPERTIES
+from tests.tiny import X, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK_TEXT = (ROOT / "docs" / "write-a-task.md").read_text(encoding="utf-8")
@@ -23,7 +27,7 @@ def without_blank_lines(text: str) -> str:
 
 def test_all_code_blocks_are_found() -> None:
     assert len(FROM_FILES) >= 8
-    assert len(EXAMPLES) == 1
+    assert len(EXAMPLES) == 4
     assert TEXT.count("```python") + TEXT.count("```toml") == len(FROM_FILES) + len(EXAMPLES)
 
 
@@ -50,6 +54,28 @@ def test_the_plugin_stays_short() -> None:
 def test_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "write-a-tuner.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == len(PROPERTIES)
+
+
+def test_the_tuner_that_chooses_its_sites_follows_the_formula_and_is_saved(tmp_path: Path) -> None:
+    code = next(example for example in EXAMPLES if "class ChosenSites" in example).partition("\nfor name in")[0]
+    scope: dict[str, Any] = {"__name__": "chosen"}
+    exec(compile(code, "write-a-tuner.md", "exec"), scope)
+    model, base = tiny(depth=3), tiny(depth=3)
+    att = petune.attach(model, scope["ChosenSites"](num_adapters=2), train_head=False)
+    x, y = X, torch.tensor([0, 1])
+    att.calibrate([(x, y)])
+    assert att.counts.tuned == 2 * 2 * 4 * 24
+    pool, slots = att.tuner.pool, [int(place.slot) for place in att.tuner.places]
+    assert sorted(slots) == [-1, 0, 1]
+    nn.init.normal_(pool[0].up.weight)
+    nn.init.normal_(pool[1].up.weight)
+    for block, slot in zip(base.blocks, slots, strict=True):
+        if slot >= 0:
+            block.mlp.register_forward_hook(lambda m, args, out, adapter=pool[slot]: out + adapter(args[0]))
+    torch.testing.assert_close(model(x), base(x))
+    att.save(tmp_path / "adapter")
+    loaded = petune.load(tiny(depth=3), tmp_path / "adapter", tuner=scope["ChosenSites"](num_adapters=2))
+    assert torch.equal(loaded.model(x), model(x))
 
 
 def test_every_property_is_explained() -> None:

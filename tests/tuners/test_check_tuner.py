@@ -7,37 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 import petune
 from petune.base.errors import ContractViolation
 from petune.plugin_dev.properties import PROPERTIES
-
-
-class Low(nn.Module):
-    """A sound adapter: up(down(x)), zero at the start. The tuners below break one thing about it."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(dim, 2), nn.Linear(2, dim)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.up(self.down(x))
-        return out
-
-
-class Sound(petune.Tuner[petune.TunerConfig]):
-    adapter: type[nn.Module] = Low
-
-    def attach(self, edit: petune.Edit) -> None:
-        for block in edit.sites.require_blocks():
-            edit.parallel(block.mid, block, self.adapter(block.dim))
-
-
-def broken(adapter: type[nn.Module]) -> Sound:
-    return type("Broken", (Sound,), {"adapter": adapter})()
+from tests.tuners import disturbing
+from tests.tuners.disturbing import Low, Sound, broken
 
 
 class ZeroZero(Low):
@@ -188,7 +165,7 @@ class ByHand(Sound):
 
     def attach(self, edit: petune.Edit) -> None:
         block = edit.model.blocks[0]
-        block.shift, on = nn.Parameter(torch.zeros(edit.sites.embed_dim)), [True]
+        block.shift, on = nn.Parameter(torch.zeros_like(block.norm1.weight)), [True]
         handle = block.register_forward_hook(lambda m, _, y: y + m.shift if on[0] else y)
         edit.add_parameters([block.shift])
         edit.on_detach(handle.remove)
@@ -319,7 +296,7 @@ CASES: list[tuple[Any, str]] = [
 ]
 
 
-def name_of(case: tuple[Any, str]) -> str:
+def name_of(case: tuple[Any, ...]) -> str:
     tuner = case[0]
     return tuner.adapter.__name__ if type(tuner).__name__ == "Broken" else type(tuner).__name__
 
@@ -331,7 +308,8 @@ def test_sound_tuners_pass(tuner: Sound) -> None:
 
 def test_every_property_has_a_case() -> None:
     """A property without a case could be left out without a failing test."""
-    assert {name for _, name in CASES} == {prop.name for prop in PROPERTIES}
+    cases = {name for _, name, *_ in (*CASES, *disturbing.CASES)}
+    assert cases == {prop.name for prop in PROPERTIES}
 
 
 def test_a_loss_that_is_no_scalar_is_one_line() -> None:
@@ -345,3 +323,15 @@ def test_a_broken_tuner_is_caught(case: tuple[Any, str]) -> None:
     with pytest.raises(ContractViolation) as caught:
         petune.check_tuner(tuner)
     assert str(caught.value).startswith(f"{type(tuner).__name__}: {name}: "), str(caught.value)
+
+
+@pytest.mark.parametrize("case", disturbing.CASES, ids=name_of)
+def test_a_tuner_that_disturbs_what_is_not_its_own_is_caught(case: tuple[Any, str, str]) -> None:
+    tuner, name, message = case
+    classes, dtype = vars(Attention).copy(), torch.get_default_dtype()
+    with pytest.raises(ContractViolation) as caught:
+        petune.check_tuner(tuner)
+    text = str(caught.value)
+    assert text.startswith(f"{type(tuner).__name__}: {name}: "), text
+    assert message in text
+    assert (vars(Attention).copy(), torch.get_default_dtype()) == (classes, dtype)

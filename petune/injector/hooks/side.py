@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from petune.base.errors import AttachError
@@ -32,6 +33,7 @@ class Side(Holder):
         layouts: Of the sites.
         state: What the cell returned at the last site; None before the first one.
         next_index: The site that comes next.
+        last_shape: Of what the cell read at the last site.
         records: For each site, the states that a repetition of its block needs.
     """
 
@@ -40,6 +42,7 @@ class Side(Holder):
         self.layouts = layouts
         self.state: Tensor | None = None
         self.next_index = 0
+        self.last_shape: torch.Size | None = None
         self.records = [ForwardRecords() for _ in layouts]
 
     def snapshot(self) -> tuple[Tensor | None, int]:
@@ -87,7 +90,7 @@ class SideStep:
         exit_input = next((a for a in args if isinstance(a, Tensor)), None)
         before = self._state_before(module, exit_input)
         x = in_dtype_of(holder.adapter, to_channels_last(x, holder.layouts[index]))
-        state, change = self._checked(holder.call(before, x, index))
+        state, change = self._checked(self._called(before, x, module))
         result = None
         if change is not None:
             result = with_tensor(output, lambda y: y + shaped_like(change, y, holder.layouts[index]))
@@ -112,6 +115,22 @@ class SideStep:
                 f"{index}) came after number {holder.next_index - 1}. Each must be called once, in their order"
             )
         return holder.state
+
+    def _called(self, before: Tensor | None, x: Tensor, module: nn.Module) -> Any:
+        """Call the cell; if it fails where there are other tokens than at the last site, say so."""
+        holder, index = self.holder, self.index
+        shape, holder.last_shape = holder.last_shape, x.shape
+        try:
+            return holder.call(before, x, index)
+        except Exception as error:
+            if isinstance(error, AttachError) or index == 0 or shape is None or shape == x.shape:
+                raise
+            raise AttachError(
+                f"the side network {type(holder.adapter).__name__} failed at its site number {index}, in a "
+                f"{type(module).__name__}: it reads the shape {tuple(x.shape)} there, and {tuple(shape)} at the site "
+                f"before ({type(error).__name__}: {error}). If prompts enter only some of its sites, let them pass "
+                "through all, edit.prompt(blocks, …) with all these blocks; otherwise let the cell fit its state to x"
+            ) from error
 
     def _checked(self, made: Any) -> tuple[Tensor, Tensor | None]:
         if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Tensor):
