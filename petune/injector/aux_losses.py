@@ -14,7 +14,7 @@ from petune.injector.edit_log import EditLog
 from petune.injector.hooks.base import Holder
 from petune.injector.registry import call_hook
 from petune.injector.tuner import Tuner
-from petune.sites.forward import tensors_in
+from petune.sites.returned import tensors_returned
 
 
 class Graph:
@@ -52,7 +52,7 @@ class Forwards:
             return
         graph = Graph()
         self.graph = weakref.ref(graph)
-        for tensor in tensors_in(output):
+        for tensor in tensors_returned(output):
             if tensor.grad_fn is not None:
                 metadata: Any = tensor.grad_fn.metadata  # torch's stubs call it a method
                 metadata["petune_forward"] = graph
