@@ -124,8 +124,8 @@ def _deep_copy(t: Trial) -> str:
         for key, value in original.items():
             value.copy_(before[key])
     adapters = [holder.adapter for holder, _ in t.att.edit_log.placed]
-    held = next((place for adapter in adapters for place in closures_over(adapter, t.model)), "")
-    where = f"{held} holds" if held else "something holds, such as a function or an object with a __deepcopy__,"
+    place = next((found for adapter in adapters for found in closures_over(adapter, t.model)), "")
+    where = f"{place} holds" if place else "something holds, such as a function or an object with a __deepcopy__,"
     return _difference(changed, t.training.logits, f"{where} a part of the original model, which the copy uses")
 
 

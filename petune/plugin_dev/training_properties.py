@@ -94,8 +94,8 @@ def _changed_by_calibrate(t: Trial, before: dict[str, Tensor]) -> str:
     keys = [k for k, p in t.att.tuned.items() if id(p) not in chosen and not torch.equal(p, before[k])]
     if keys:
         return f"{keys[0]} differs after calibrate, which chooses what trains. Write that into a buffer, not a weight"
-    held = [*vars(t.att.tuner).values(), *(p for holder, _ in t.att.edit_log.placed for p in holder.parameters())]
-    return _gradient_left([*held, *t.model.parameters()])
+    values = [*vars(t.att.tuner).values(), *(p for holder, _ in t.att.edit_log.placed for p in holder.parameters())]
+    return _gradient_left([*values, *t.model.parameters()])
 
 
 def _gradient_left(values: list[Any]) -> str:

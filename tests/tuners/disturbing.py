@@ -178,15 +178,6 @@ class LeavesBuffer(Sound):
         edit.model.blocks[0].register_buffer("kept", torch.zeros(1), persistent=False)
 
 
-class Unfreezes(Sound):
-    def on_train_start(self, total_steps: int) -> None:
-        self.weight.requires_grad_(True)
-
-    def attach(self, edit: petune.Edit) -> None:
-        super().attach(edit)
-        self.weight = edit.model.blocks[0].norm1.weight
-
-
 class FreezesWhileTraining(Sound):
     """Takes a flag away from a parameter that another verb trains."""
 
@@ -203,7 +194,7 @@ class FreezesWhileTraining(Sound):
             weight.requires_grad_(True)
 
 
-class FlipsModeWhileTraining(Unfreezes):
+class FlipsModeWhileTraining(Sound):
     def on_train_start(self, total_steps: int) -> None:
         self.module.train(not self.module.training)
 
@@ -261,7 +252,6 @@ CASES: list[tuple[Any, str, str]] = [
     (LeavesLoadHook(), "detach", "the model has a hook that was left behind"),
     (ChangesClass(), "detach", "blocks.0 is now a OtherBlock"),
     (LeavesBuffer(), "detach", "blocks.0 has other buffers: ['kept']"),
-    (Unfreezes(), "gradients", "blocks.0.norm1.weight) was unfrozen"),
     (FreezesWhileTraining(), "flags", "requires_grad of blocks.0.norm1.weight"),
     (FlipsModeWhileTraining(), "flags", "the mode of blocks.0.attn"),
     (PatchesClass(), "surroundings", "forward of the class Attention was replaced"),
