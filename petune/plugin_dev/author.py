@@ -1,4 +1,4 @@
-"""Where in an author's code something is, for messages."""
+"""Name the file and the line of an author's code, for messages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import petune
-
-LIBRARIES = tuple(str(Path(module.__file__ or "").parent) for module in (torch, petune))
+PETUNE = Path(__file__).resolve().parents[1]
+LIBRARIES = (str(PETUNE), str(Path(torch.__file__).parent))
 
 
 def line_of(error: BaseException) -> str:
@@ -22,7 +21,7 @@ def line_of(error: BaseException) -> str:
         error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith(LIBRARIES) and not f.filename.startswith("<frozen")]
-    tuners = [f for f in frames if Path(LIBRARIES[1], "tuners") in Path(f.filename).parents]
+    tuners = [f for f in frames if PETUNE / "tuners" in Path(f.filename).parents]
     last = next(reversed(own or tuners), None)
     return "" if last is None else f" ({Path(last.filename).name}:{last.lineno})"
 

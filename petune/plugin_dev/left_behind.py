@@ -1,4 +1,4 @@
-"""What a detached model has that it did not have before: hooks, attributes, other classes and modes."""
+"""Find what a detached model has that it did not have before: hooks, attributes, other classes and modes."""
 
 from __future__ import annotations
 

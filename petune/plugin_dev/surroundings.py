@@ -1,4 +1,4 @@
-"""What a tuner must leave alone outside of its model: classes, torch's settings and hooks of all modules."""
+"""Record what a tuner must leave alone outside of its model: classes, torch's settings, hooks of all modules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is outside of a model, at one moment.
+    """The state of the process outside of a model, at one moment.
 
     Attributes:
         settings: Values of SETTINGS.
