@@ -21,7 +21,7 @@ from petune.sites.forward import device_of, dtype_of, inference
 from petune.sites.random_numbers import is_large
 from petune.sites.recorder import record_calls
 from petune.sites.returned import tensors_returned
-from petune.sites.routed import routed_modules
+from petune.sites.routed import routed_modules, unchosen_modules
 from petune.sites.site import Block, Sites, is_within, modules_of
 from petune.sites.undisturbed import undisturbed
 from petune.sites.used_parameters import leaves_of, reached_on_meta
@@ -79,7 +79,8 @@ def check_used(attachment: Attachment) -> None:
     adapters = [holder.adapter for holder, _ in log.placed]
     graph = (_graph_on_meta(attachment, adapters) if is_large(model) else None) or _graph(model, sites, adapters)
     called = graph.called if graph is not None else set(record_calls(model, sites.input_spec, adapters))
-    if not called.issuperset(adapters):  # experts that black images do not reach
+    is_partly_called = not called.issuperset(adapters)
+    if is_partly_called:  # experts that black images do not reach
         routed = routed_modules(model, sites.input_spec, sites.block_modules()).keys()
         called |= routed
         if graph is not None and graph.leaves is not None:
@@ -87,7 +88,26 @@ def check_used(attachment: Attachment) -> None:
     _check_called(log, sites, called)
     if graph is not None:
         _check_reached(attachment, graph)
+    _name_unchosen(attachment, graph, is_partly_called)
     _CHECKED.setdefault(model, set()).add(key)
+
+
+def _name_unchosen(attachment: Attachment, graph: _Graph | None, is_partly_called: bool) -> None:
+    """Warn of what a method trains in modules that seem to be experts, but that no input was seen to choose."""
+    model, sites, leaves = attachment.model, attachment.sites, None if graph is None else graph.leaves
+    if not is_partly_called and (leaves is None or all(id(p) in leaves for p in attachment.tuned.values())):
+        return
+    unchosen = unchosen_modules(model, sites.input_spec, sites.block_modules())
+    trained = {id(p) for p in attachment.tuned.values()}
+    within = {path for path, m in model.named_modules() if m in unchosen and trained & {id(p) for p in m.parameters()}}
+    where = sorted(path for path in within if path.rpartition(".")[0] not in within)
+    if where:
+        shown = ", ".join(where[:MAX_SHOWN]) + (", …" if len(where) > MAX_SHOWN else "")
+        warnings.warn(
+            f"{attachment.name} also trains {shown} of {sites.model}, which no forward called, neither of black images "
+            "nor of noise. If no other image chooses them, as a router chooses experts, nothing is learned there",
+            stacklevel=4,
+        )
 
 
 def _check_called(log: EditLog, sites: Sites, called: set[nn.Module]) -> None:

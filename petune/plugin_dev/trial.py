@@ -20,6 +20,7 @@ from petune.sites.forward import forget_caches
 from petune.sites.input_spec import Inputs
 from petune.sites.logits import logits_of
 from petune.sites.returned import tensors_returned
+from petune.sites.routed import routed_parameters
 
 NUM_IMAGES = 4
 DRAWS = 5
@@ -158,7 +159,11 @@ def _silent_after_three_steps(trial: Trial, flags: dict[str, bool] | None = None
     att = trial.att
     trial.calibrate()
     live = three_steps(trial, flags)
-    return missing_gradients(att.tuned, att.edit_log.unfrozen, {*att.tuned} - live)
+    missing = missing_gradients(att.tuned, att.edit_log.unfrozen, {*att.tuned} - live)
+    routed = routed_parameters(att.model, att.sites.input_spec, att.sites.block_modules()) if missing else set()
+    if not any(id(att.tuned[key]) in routed for key in live):
+        return missing
+    return [key for key in missing if id(att.tuned[key]) not in routed]  # an expert may get no token that is read
 
 
 def three_steps(trial: Trial, flags: dict[str, bool] | None = None) -> set[str]:

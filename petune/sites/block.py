@@ -102,7 +102,8 @@ class Block(Site):
         extra_inputs: Names of further tensors that the block is called with (rotary tables, masks).
         num_windows: Number of windows of one image that the attention is called with at once; 1 without windows.
         norm_first: True if norm1 comes before the attention.
-        normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm).
+        normalizes_sum: True if the block ends with a norm of the sum of the stream and the MLP's output (post-norm), or
+            with another function of it, such as an activation.
         bias_modules: Modules inside that return a number for each pair of tokens (relative positions).
         own_modules: The modules that hold its weights: the block itself, or those of a block that is no module.
     """

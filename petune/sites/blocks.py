@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from petune.sites.attentions import Attention, Pair, find_attentions
+from petune.sites.block_end import is_reshaped
 from petune.sites.branches import with_branches
 from petune.sites.containers import child_towards, contains_block, is_module
 from petune.sites.encoder import attends_to_others
@@ -82,14 +83,16 @@ def _joins_windows(trace: Trace, pair: Pair) -> bool:
         return False
     mid, y = mid_of(trace, pair.mlp, pair.attention.call.stop, pair.scope.stop), pair.scope.output
     x = None if mid is None else mid.input
-    if x is None or y is None or x.numel() != y.numel() or (x.ndim < y.ndim and len(x) == len(y)):
+    if mid is None or x is None or y is None or x.numel() != y.numel() or (x.ndim < y.ndim and len(x) == len(y)):
         return False
     if x.ndim == 4 and x.shape[1] != x.shape[-1] and y.shape == x.movedim(-1, 1).shape:
         return False  # transformers' VitDet puts the channels second again
-    later = (add for add in trace.additions if add.time > pair.mlp.last.stop)
+    later = [add for add in trace.additions if add.time > pair.mlp.last.stop]
     sums = [add.result for add in later if add.other(x) is not None]
     if any(add.result is s for add in sums_of(trace, y, pair.scope) for s in sums):
         return False  # a further branch, such as a second MLP, is added
+    if normalizes_sum(trace, mid, pair.mlp, pair.scope) or is_reshaped(trace, y, later):
+        return False
     makers = [c for c in pair.scope.inner() if c.output is y]
     has_weights = any(is_norm(c) or any(True for _ in c.module.parameters()) for c in makers)
     return bool(sums) and all(s is not y for s in sums) and not has_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ def spec_of_example(model: nn.Module, example: Any) -> InputSpec:
     """
     readings = _readings(model, example)
     _check_leaves(readings[0])
+    _check_not_packed(readings[0])
     inputs = _first_that_runs(model, readings)
     failure: Exception | None = None
     running: list[InputSpec] = []
@@ -129,6 +131,28 @@ def _candidates(inputs: Inputs) -> Iterator[InputSpec]:
             if spec not in seen:
                 seen.append(spec)
                 yield spec
+
+
+def _check_not_packed(inputs: Inputs) -> None:
+    """Check that no tensor says where in one row of tokens the samples start and end (`cu_seqlens`).
+
+    Samples put together would need others, and with those of the example they are cut at wrong places, even where the
+    forward runs.
+    """
+    floating = [x for x in inputs.tensors if x.is_floating_point() and x.ndim in (2, 3)]
+    rows = {len(x) for x in floating} | {x.shape[1] for x in floating if len(x) == 1}
+    whole = [x for x in inputs.tensors if x.dtype in (torch.int32, torch.int64) and x.ndim == 1 and not x.is_meta]
+    for x in whole:
+        ends = x.tolist() if 2 <= len(x) < max(rows, default=0) else []
+        is_increasing = all(a < b for a, b in itertools.pairwise(ends))
+        if ends and ends[0] == 0 and ends[-1] in rows and is_increasing:
+            raise AttachError(
+                f"example packs its samples into one row of {ends[-1]} tokens, with the positions where they start and "
+                f"end ({', '.join(map(str, ends[:4]))}{', …' if len(ends) > 4 else ''}), which petune cannot make for "
+                "other numbers of samples. Put the model into a module whose forward takes the length of each sample "
+                "and calls it with torch.nn.functional.pad(lengths.cumsum(0), (1, 0)); the example is then one sample, "
+                "with a tensor of its length"
+            )
 
 
 def _by_content(inputs: Inputs) -> list[Tensor]:

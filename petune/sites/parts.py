@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from petune.sites.block_end import is_changed
 from petune.sites.layouts import is_conv, is_pointwise, width_after, width_of
 from petune.sites.norms import is_norm, norm_inside
 from petune.sites.trace import Addition, Call, Trace, own_weights
@@ -298,13 +299,18 @@ def _joins(trace: Trace, add: Addition, y: Tensor | None, block: Call) -> int | 
 
 
 def normalizes_sum(trace: Trace, mid: Call, mlp: Mlp, block: Call) -> bool:
-    """Return whether a block returns the norm of the sum of the stream and the MLP's output (post-norm)."""
+    """Return whether a block returns the norm of the sum of the stream and the MLP's output (post-norm).
+
+    So does one that takes a function of the sum, such as an activation: what is added to its output is not in that.
+    """
     norm, stream = _last_norm(trace, block), mid.input
-    if norm is None or stream is None:
+    if stream is None:
         return False
     forms = [stream, *_scaled(trace, stream)]
     later = [add for add in trace.additions if mlp.last.stop < add.time < block.stop]
     sums = [add for add in later if any(add.other(form) is not None for form in forms)]
+    if norm is None:
+        return block.output is not None and is_changed(trace, block.output, sums, block)
     if any(add.result is norm.input or _comes_next(trace, add, norm) for add in sums):  # DFine clamps the sum
         return True
     # a further branch follows, of whose sum the same is true

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from petune.base.errors import AttachError, PetuneError
-from petune.sites.flattened import FlattenRecorder
+from petune.sites.flattened import RESHAPES, FlattenRecorder
 from petune.sites.flow import Flow
 from petune.sites.forward import dry_forward, forward_of, tensors_in
 from petune.sites.input_spec import InputSpec
@@ -31,6 +31,11 @@ NORMALIZATIONS = {
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "normalize", "norm", "vector_norm", "rsqrt",
     "var", "std", "var_mean", "std_mean",
 }  # fmt: skip
+ACTIVATIONS = {
+    "relu", "relu_", "gelu", "silu", "silu_", "mish", "elu", "celu", "selu", "leaky_relu", "prelu", "relu6", "softplus",
+    "tanh", "tanh_", "sigmoid", "sigmoid_", "hardtanh", "hardswish", "hardsigmoid", "softsign",
+}  # fmt: skip
+COPIES = {"contiguous", "clone"}
 SAMPLERS = {"grid_sample"}
 """Operations that read values at computed places of an image: deformable attention weighs what they return."""
 
@@ -200,8 +205,18 @@ class _OperationRecorder(TorchFunctionMode):
                 self.flow.add("view", [returned], [result])
             self.flattened.record(name, tensors, result)
             self.calls.stack[-1].normalizes |= name in NORMALIZATIONS
+            self._record_change(name, tensors, result)
             self._record_attention(name, args, kwargs or {}, tensors, result)
         return result
+
+    def _record_change(self, name: str, tensors: list[Tensor], result: Any) -> None:
+        """Record a reshape, a norm or an activation of a tensor."""
+        if not tensors or not isinstance(result, Tensor) or result is tensors[0]:
+            return
+        if name in RESHAPES | COPIES:
+            self.trace.reshaped[id(result)] = result, tensors[0]
+        elif name in NORMALIZATIONS | ACTIVATIONS and result.shape == tensors[0].shape:
+            self.trace.functions[id(result)] = result, tensors[0]
 
     def _record_scaling(self, args: Any, result: Tensor) -> None:
         """Record a product of a tensor with a number, or with a vector that has one number for each channel."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Set
+from typing import Any
 
 from torch import nn
 
-from petune.sites.forward import meta_output
-from petune.sites.input_spec import InputSpec
+from petune.sites.forward import forward_of, meta_output
+from petune.sites.input_spec import Inputs, InputSpec
 from petune.sites.recorder import record_calls
+
+PROBES = ((1.0, 0.0), (4.0, 0.0), (1.0, 4.0), (1.0, -4.0))
+"""Scales and shifts of noise that routers are tried on."""
 
 
 def routed_modules(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> dict[nn.Module, nn.Module]:
@@ -21,19 +26,67 @@ def routed_modules(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) ->
         spec: What it takes.
         blocks: Modules that are no alternatives of each other, with whatever holds them.
     """
-    try:
-        meta_output(model, spec, 2)
-        return {}
-    except Exception:  # values are read
-        calls = record_calls(model, spec, model.modules())
-    pairs = [pair for idle, sibling in _experts(model, calls.keys(), blocks) for pair in _pairs(idle, sibling)]
-    return {module: other for module, other in pairs if other in calls}
+    return dict(_routed_pairs(model, spec, blocks))
 
 
 def routed_parameters(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> set[int]:
     """Return identities of the parameters of all experts, of which one batch may reach a few only."""
-    routed = routed_modules(model, spec, blocks)
-    return {id(p) for pair in routed.items() for module in pair for p in module.parameters(recurse=False)}
+    pairs = _routed_pairs(model, spec, blocks)
+    return {id(p) for pair in pairs for module in pair for p in module.parameters(recurse=False)}
+
+
+def _routed_pairs(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """Return the pairs of `routed_modules`, each module with its like in all siblings that are called."""
+    try:
+        meta_output(model, spec, 2)
+        return []
+    except Exception:  # values are read
+        calls = record_calls(model, spec, model.modules())
+    pairs = [pair for idle, sibling in _experts(model, calls.keys(), blocks) for pair in _pairs(idle, sibling)]
+    return [(module, other) for module, other in pairs if other in calls]
+
+
+def unchosen_modules(model: nn.Module, spec: InputSpec, blocks: Set[nn.Module]) -> set[nn.Module]:
+    """Return those of `routed_modules` of which nothing shows that an input chooses them.
+
+    Of their siblings the same ones are called for black images, for noise and for bright and dark noise: a router may
+    choose others for other images, but these may also be modules that no forward ever calls.
+    """
+    if not routed_modules(model, spec, blocks):
+        return set()
+    probes = [_called(model, spec.zeros())]
+    for seed, (scale, shift) in enumerate(PROBES):
+        noise = spec.noise(1, seed)
+        content = noise.map(lambda x, a=scale, b=shift: a * x + b if x.is_floating_point() else x)  # type: ignore[misc]
+        with contextlib.suppress(Exception):  # whatever the model's own code raises on noise
+            probes.append(_called(model, content))
+    unchosen: set[nn.Module] = set()
+    idle = {child for child, _ in _experts(model, probes[0], blocks)}
+    for parent in model.modules():
+        children = [child for child in parent.children() if child in idle]
+        siblings = {frozenset(c for c in parent.children() if _is_called(c, called)) for called in probes}
+        if len(siblings) == 1:
+            unchosen |= {m for child in children for m in child.modules()}
+    return unchosen
+
+
+def _called(model: nn.Module, inputs: Inputs) -> set[nn.Module]:
+    called: set[nn.Module] = set()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        called.add(module)
+
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    try:
+        forward_of(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def _is_called(module: nn.Module, called: Set[nn.Module]) -> bool:
+    return not called.isdisjoint(module.modules())
 
 
 def _experts(model: nn.Module, called: Set[nn.Module], blocks: Set[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:

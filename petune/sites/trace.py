@@ -169,6 +169,8 @@ class Trace:
         calls, attention_ops, additions: In the order of the forward.
         scalings: A tensor, and what it was cast to, or its product with a number or with one number for each channel.
         elementwise: What sums, products and casts returned, by identity, with their operands of the same shape.
+        reshaped: What reshapes and copies returned, by identity, with what they took: the same values in order.
+        functions: What norms and activations returned, by identity, with what they took.
         batch_size: Number of samples.
         outputs: All tensors that the model returned.
         draws_nothing: True if the forward was watched, and drew no random number.
@@ -180,6 +182,8 @@ class Trace:
     additions: list[Addition] = field(default_factory=list)
     scalings: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     elementwise: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = field(default_factory=dict)
+    reshaped: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    functions: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     batch_size: int = 0
     outputs: list[Tensor] = field(default_factory=list)
     draws_nothing: bool = False

@@ -213,3 +213,29 @@ def test_looking_at_an_example_leaves_model_and_example_as_they_were() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert {path: dict(vars(module)) for path, module in model.named_modules()} == attributes
     assert all(torch.equal(example[key], value) for key, value in before.items())
+
+
+class Cut(Packed):
+    """Take the tokens of all samples in one row, and where each starts and ends: attention sees its own sample."""
+
+    def forward(self, patches: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return super().forward(patches, cu_seqlens.diff())
+
+
+class ByLength(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Cut()
+
+    def forward(self, patches: Tensor, lengths: Tensor) -> Tensor:
+        return self.inner(patches, torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
+
+
+@pytest.mark.parametrize("ends", [[0, 7], [0, 3, 7]])
+def test_packed_samples_are_refused_with_the_form_that_works(ends: list[int]) -> None:
+    example = {"patches": torch.zeros(7, 6), "cu_seqlens": torch.tensor(ends)}
+    with pytest.raises(petune.AttachError, match=r"one row of 7 tokens.* takes the length of each sample"):
+        petune.attach(Cut(), "lora", example=example)
+    lengths = {"patches": torch.zeros(7, 6), "lengths": torch.tensor([7])}
+    att = petune.attach(ByLength(), "adaptformer", example=lengths)
+    assert (len(att.sites.blocks), att.sites.head.path) == (2, "inner.head")

@@ -47,11 +47,7 @@ class Experts(nn.Module):
 
 
 def mixture() -> nn.Module:
-    model = tiny()
-    torch.manual_seed(0)
-    for block in model.blocks:
-        block.mlp = Experts()
-    return model
+    return with_mlps(Experts)
 
 
 def of_experts(att: petune.Attachment) -> set[tuple[str, str]]:
@@ -75,3 +71,43 @@ def test_every_expert_gets_the_method(method: str, tmp_path: Path) -> None:
     petune.load(again, tmp_path / "a")
     with torch.no_grad():
         torch.testing.assert_close(again(IMAGES), att.model(IMAGES))
+
+
+class Alternatives(nn.Module):
+    """An MLP of several, of which all inputs go through the same one; the forward reads a value, as routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = nn.ModuleList(Mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.options[1](x.nan_to_num() if bool(x.isnan().any()) else x)
+
+
+def with_mlps(kind: type[nn.Module]) -> nn.Module:
+    model = tiny()
+    torch.manual_seed(0)
+    for block in model.blocks:
+        block.mlp = kind()
+    return model
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_siblings_that_no_input_reaches_are_named(method: str) -> None:
+    with pytest.warns(
+        UserWarning, match=r"also trains blocks\.0\.mlp\.options\.0, blocks\.0\.mlp\.options\.2, blocks\.1"
+    ):
+        petune.attach(with_mlps(Alternatives), method)
+
+
+class Overlooked(Experts):
+    """Experts of which the router never chooses the last two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.gate.bias[4:] = -1e4
+
+
+def test_the_check_of_a_method_asks_for_no_gradient_in_experts_without_tokens() -> None:
+    assert "gradients" in petune.check_tuner("lora", with_mlps(Overlooked), r=2)
