@@ -1,4 +1,4 @@
-"""What a block's own operations make of its last sum: nothing, the same tokens in another shape, or other values."""
+"""Tell whether a block's own operations leave its last sum, reshape it, or make other values of it."""
 
 from __future__ import annotations
 
