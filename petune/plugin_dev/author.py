@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 PETUNE = Path(__file__).resolve().parents[1]
-LIBRARIES = (str(PETUNE), str(Path(torch.__file__).parent))
+INSTALLED = Path(torch.__file__).parents[1]
+LIBRARIES = (str(PETUNE), *(str(INSTALLED / name) for name in ("torch", "timm", "torchvision", "transformers", "peft")))
+"""Folders of code that is not the author's; plugins may be installed next to them."""
 
 
 def line_of(error: BaseException) -> str:

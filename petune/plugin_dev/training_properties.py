@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from petune.injector.attach import attach
 from petune.injector.tuner import Tuner
@@ -22,7 +22,6 @@ SEED = 27182818
 
 def number_formats(t: Trial) -> str:
     """Return the problem with the model in half precision, if its backbone computes in it."""
-    model: nn.Module | None = None
     for dtype in FORMATS:
         x, base = t.x.to("cpu", dtype), copy.deepcopy(t.base).to(dtype)
         try:
@@ -30,8 +29,7 @@ def number_formats(t: Trial) -> str:
         except Exception:  # whatever the backbone's own code, or its inputs, raise
             continue
         try:
-            model = attach(base, t.att.tuner, name=t.att.name, **t.options).model if model is None else model.to(dtype)
-            output = logits(model, x)
+            output = logits(attach(base, t.att.tuner, name=t.att.name, **t.options).model, x)
         except Exception as error:
             return f"in {dtype} it raises {type(error).__name__}: {error}{line_of(error)}"
         if output.dtype != expected.dtype:

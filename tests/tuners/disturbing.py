@@ -68,6 +68,17 @@ class Float32Only(Low):
         return super().forward(x) @ torch.eye(x.shape[-1])
 
 
+class NoDtype(Sound):
+    """Promotes what timm's next layer reads, so that timm's code fails, and no line of this file."""
+
+    def attach(self, edit: petune.Edit) -> None:
+        shift = nn.Parameter(torch.zeros(edit.sites.embed_dim))
+        edit.model.blocks[0].shift = shift
+        handle = edit.model.blocks[0].register_forward_hook(lambda module, args, y: y + module.shift)
+        edit.add_parameters([shift])
+        edit.on_detach(handle.remove)
+
+
 class DrawsFromPython(Low):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * (random.random() if self.training else 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import petune
 from petune.base.errors import ContractViolation
+from petune.plugin_dev.contract import examine
 from petune.plugin_dev.properties import PROPERTIES
 from tests.tuners import disturbing
 from tests.tuners.disturbing import Low, Sound, broken
@@ -335,3 +336,9 @@ def test_a_tuner_that_disturbs_what_is_not_its_own_is_caught(case: tuple[Any, st
     assert text.startswith(f"{type(tuner).__name__}: {name}: "), text
     assert message in text
     assert (vars(Attention).copy(), torch.get_default_dtype()) == (classes, dtype)
+
+
+def test_a_line_of_the_backbones_own_code_is_not_named_as_the_authors() -> None:
+    findings = {finding.name: finding.problem for finding in examine(disturbing.NoDtype())}
+    assert "mixed dtype" in findings["number formats"]
+    assert ".py:" not in findings["number formats"]
